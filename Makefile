@@ -1,0 +1,32 @@
+# Python 3.11 or 3.12, gcc and make are all a machine needs; everything else goes into .venv.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] <= (3,12))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+READY := $(VENV)/ready
+export PYTHONSAFEPATH := 1
+
+.PHONY: demo test check format clean
+
+demo: $(READY)  ## documents in, a model trained over a token ring, stopped, resumed, evaluated: see README.md
+	$(VENV)/bin/python -m longring.launch.demo
+
+test: $(READY)  ## all tests, several processes on gloo, no GPU needed
+	$(VENV)/bin/python -m pytest
+
+check: $(READY)  ## lint, format and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+format: $(READY)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "LongRing needs Python 3.11 or 3.12 (python3.11 or python3.12 on the PATH)"; exit 1; }
+	@echo "Setting up $(VENV) with $(PYTHON): torch, megatron-core, DeepSpeed and the rest of constraints.txt"
+	$(PYTHON) -m venv $(VENV)
+	DS_BUILD_OPS=0 $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Foundation: attention and its layout. Imports torch (and triton) only."""

@@ -1,0 +1,1 @@
+"""Recipes: complete configurations as TOML."""

@@ -1,0 +1,1 @@
+"""The mathematics of one model replica, on megatron-core's tensor-parallel layers."""

@@ -1,0 +1,1 @@
+"""How work is divided over ranks: the mesh, ZeRO, context parallelism."""

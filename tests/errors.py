@@ -1,0 +1,43 @@
+"""The one error measure of the tests, and the yardstick that tolerances are derived from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def relative_rms(got: Tensor, exact: Tensor) -> float:
+    """Root mean square of the error over that of the exact fp64 tensor."""
+    assert got.shape == exact.shape, f"{tuple(got.shape)} is not {tuple(exact.shape)}"
+    scale = exact.double().square().mean().sqrt()
+    error = (got.double() - exact.double()).square().mean().sqrt()
+    assert torch.isfinite(error), "not finite"
+    return float(error / scale) if scale > 0 else float(error)
+
+
+def assert_as_exact_as(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor], factor: float):
+    """Each named tensor may err at most `factor` times as much as plain torch in the same dtype on the same input."""
+    assert got.keys() == plain.keys() == exact.keys()
+    for name in exact:
+        error, yardstick = relative_rms(got[name], exact[name]), relative_rms(plain[name], exact[name])
+        assert error <= factor * yardstick, f"{name}: error {error:.3g} against {yardstick:.3g} of plain torch"
+
+
+def with_gradients(
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor], dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, dout: Tensor
+) -> dict[str, Tensor]:
+    """out, dq, dk, dv of an attention function computed in dtype."""
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in (q, k, v))
+    out = attention(q, k, v)
+    out.backward(dout.to(dtype))
+    assert q.grad is not None and k.grad is not None and v.grad is not None
+    return {"out": out.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad}
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The yardstick: torch's own causal attention, shapes `[b, s, h, d]`."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
