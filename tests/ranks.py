@@ -1,7 +1,9 @@
 """Run a function of a test on several processes joined by gloo.
 
 Processes are started once for each world size and kept for the whole run: starting four of them costs seconds, most
-tests take less. A function is named by its file and name, since test modules are not importable packages.
+tests take less. Each call joins a process group of its own and leaves it at the end, with every group made within: a
+gloo group has threads, and left-over ones would pile up. A function is named by its file and name, since test modules
+are not importable packages.
 """
 
 from __future__ import annotations
@@ -22,16 +24,17 @@ TIMEOUT_S = 300
 
 
 class Ranks:
-    """`world_size` processes that have called init_process_group; `run` calls a function on all of them."""
+    """`world_size` processes; `run` joins them in a process group and calls a function on all."""
 
     def __init__(self, world_size: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.directory = tempfile.TemporaryDirectory()
+        self.calls = 0
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, self.directory.name, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, world_size, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(mine)
@@ -39,8 +42,10 @@ class Ranks:
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """`function(*args)` on every rank -> its results by rank. Raises AssertionError with the first traceback."""
+        self.calls += 1
+        store = f"file://{self.directory.name}/store-{self.calls}"
         for pipe in self.pipes:
-            pipe.send((function.__code__.co_filename, function.__name__, args))
+            pipe.send((store, function.__code__.co_filename, function.__name__, args))
         waiting = dict(zip(self.pipes, range(len(self.pipes)), strict=True))
         results: list[Any] = [None] * len(self.pipes)
         while waiting:
@@ -72,23 +77,22 @@ class Ranks:
             process.join()
 
 
-def _serve(rank: int, world_size: int, directory: str, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, pipe: Connection) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
     sys.path.insert(0, str(Path(__file__).parent))
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world_size,
-        timeout=timedelta(seconds=TIMEOUT_S),
-    )  # fmt: skip
     modules: dict[str, Any] = {}
     while True:
         try:
-            file, name, args = pipe.recv()
+            store, file, name, args = pipe.recv()
         except EOFError:
             return
+        dist.init_process_group(
+            "gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=TIMEOUT_S)
+        )
         try:
             if file not in modules:
                 spec = importlib.util.spec_from_file_location(f"ranks_{Path(file).stem}", file)
@@ -98,4 +102,5 @@ def _serve(rank: int, world_size: int, directory: str, pipe: Connection) -> None
             answer = (True, getattr(modules[file], name)(*args))
         except BaseException:
             answer = (False, traceback.format_exc())
+        dist.destroy_process_group()
         pipe.send(answer)

@@ -1,0 +1,107 @@
+"""Text to tokens with a Hugging Face tokenizer: one that exists, or a byte-level BPE trained on the documents."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from .config import TokenizerConfig
+from .sources import Document
+
+TOKENIZER_FILE = "tokenizer.json"
+BATCH_CHARACTERS = 1 << 20
+"""Documents are encoded together up to so many characters: enough to keep every core busy, a few MB of memory."""
+
+
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:
+    """Return the `tokenizer.json` of a byte-level BPE; the same texts give the same bytes.
+
+    Nothing is normalised and every byte is in the alphabet, so any text is encoded without loss.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=[config.boundary],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    return tokenizer.to_str(pretty=True).encode()
+
+
+def read_tokenizer(path: str) -> bytes:
+    """Return the bytes of the `tokenizer.json` that `data.tokenizer.path` names, itself or its directory."""
+    file = Path(path) / TOKENIZER_FILE if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise ValueError(
+            f"data.tokenizer.path = {path!r}: {file} does not exist; name a tokenizer.json or a directory with one, "
+            "or leave it empty to train one"
+        )
+    return file.read_bytes()
+
+
+class DocumentTokenizer:
+    """A tokenizer and the boundary token that encloses every document.
+
+    Raises ValueError when `content` is no `tokenizer.json` or does not know the boundary token.
+    """
+
+    def __init__(self, content: bytes, boundary: str):
+        try:
+            self.tokenizer = Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises nothing more specific
+            raise ValueError(f"data.tokenizer.path is not a readable tokenizer.json: {error}") from error
+        boundary_id = self.tokenizer.token_to_id(boundary)
+        if boundary_id is None:
+            special = [token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
+            raise ValueError(
+                f"data.tokenizer.boundary = {boundary!r} is not in the tokenizer's vocabulary; "
+                f"its special tokens are {', '.join(map(repr, special)) or 'none'}"
+            )
+        self.boundary = boundary
+        self.boundary_id: int = boundary_id
+        # One past the highest id: an existing vocabulary may have gaps.
+        self.vocab_size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        # A file may ask for these; they would cut documents short or fill them up.
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        # A document that merely contains "<|endoftext|>" has not ended: its characters are encoded like any other.
+        self.tokenizer.encode_special_tokens = True
+
+    def streams(self, documents: Iterable[Document]) -> Iterator[tuple[Document, NDArray[np.unsignedinteger]]]:
+        """Yield each document with its stream B x1 ... xn B, [n + 2], of this vocabulary's dtype.
+
+        Raises ValueError when a text encodes to the boundary token, which would then no longer be a boundary.
+        """
+        for batch in _by_characters(documents):
+            encodings = self.tokenizer.encode_batch_fast(
+                [document.text for document in batch], add_special_tokens=False
+            )
+            for document, encoding in zip(batch, encodings, strict=True):
+                stream = np.array([self.boundary_id, *encoding.ids, self.boundary_id], dtype=self.dtype)
+                if np.count_nonzero(stream == self.boundary_id) != 2:
+                    raise ValueError(
+                        f"data.tokenizer.boundary = {self.boundary!r} also stands for text in {document.name}; "
+                        "choose a special token that no text encodes to"
+                    )
+                yield document, stream
+
+
+def _by_characters(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

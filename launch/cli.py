@@ -1,0 +1,134 @@
+"""The `longring` command: one sub-command a stage."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from .config import load_recipe
+from .run_directory import RunDirectory
+
+# The stages import torch, DeepSpeed or datasets, which takes seconds: each does so when it is called, so that --help
+# and a mistyped recipe answer at once.
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a stage -> 0, or 2 after an error of the user's, told in one line."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.stage(options)
+    except (ValueError, OSError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    recipe = load_recipe(options.target, options.overrides)
+    from ..data.prepare import prepare
+
+    console = Console()
+    manifest = prepare(recipe.data, console)
+    console.print(manifest.ledger.table())
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    recipe = load_recipe(options.target, options.overrides)
+    from .ranks import local_ranks, start_ranks
+    from .train import plan
+
+    count = options.ranks or local_ranks(recipe.train.ranks_per_node)
+    plan(recipe, count)
+    stop_after = ["--stop-after", str(options.stop_after)] if options.stop_after else []
+    return start_ranks("longring.launch.train", [options.target, *options.overrides, *stop_after], count)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from . import checkpoint
+    from .ranks import start_ranks
+
+    run = _run_of(options)
+    run.recipe(options.overrides)
+    saved = checkpoint.latest(run.checkpoints)
+    if saved is None:
+        raise ValueError(f"{run.path} has no checkpoint yet: train first")
+    world_size = checkpoint.read_state(saved).world_size
+    return start_ranks("longring.launch.evaluate", [str(run.path), *options.overrides], world_size)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from ..data.inspect import inspect
+    from ..data.manifest import MANIFEST_FILE
+
+    target = Path(options.target)
+    if target.is_file():
+        target = Path(load_recipe(target, options.overrides).data.directory)
+    elif not (target / MANIFEST_FILE).exists() and (target / "recipe.json").exists():
+        target = Path(RunDirectory(target).recipe().data.directory)
+    inspect(target, Console())
+    return 0
+
+
+def _run_of(options: argparse.Namespace) -> RunDirectory:
+    """The run directory named, or that of the recipe named."""
+    if Path(options.target).is_file():
+        return RunDirectory(load_recipe(options.target).run_directory)
+    return RunDirectory(options.target)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="longring", description=__doc__.partition("\n")[0])
+    stages = parser.add_subparsers(required=True, metavar="STAGE")
+
+    def stage(name, function, target, summary, example):
+        sub = stages.add_parser(
+            name, help=summary, description=summary, epilog=f"example: longring {name} {example}"
+        )
+        sub.add_argument("target", metavar=target)
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
+        sub.set_defaults(stage=function)
+        return sub
+
+    demo = "launch/recipes/demo.toml"
+    stage(
+        "prepare",
+        _prepare,
+        "RECIPE",
+        "documents to tokens, buckets and shards, every token accounted for",
+        f"{demo} data.source.kind=json data.source.path='corpus/*.jsonl.gz'",
+    )
+    train = stage(
+        "train",
+        _train,
+        "RECIPE",
+        "train on this machine's ranks, from the last checkpoint if there is one",
+        f"{demo} train.steps=40 run_directory=runs/short",
+    )
+    train.add_argument("--ranks", type=int, metavar="N", help="processes to start (default: train.ranks_per_node)")
+    train.add_argument("--stop-after", type=int, metavar="STEP", help="save and end after this step")
+    stage(
+        "evaluate",
+        _evaluate,
+        "RUN|RECIPE",
+        "held-out loss of a run's last checkpoint, by bucket and by position in the context",
+        "runs/demo evaluate.max_tokens_per_bucket=100000",
+    )
+    stage(
+        "inspect",
+        _inspect,
+        "DATA|RUN|RECIPE",
+        "what prepared data holds: ledger, buckets, samples; verifies every shard's hash",
+        "runs/demo-data",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""The recipe: every column's configuration in one frozen tree, from defaults < TOML file < `train.steps=20`."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from ..data.config import CurriculumConfig, DataConfig
+from ..model.config import ModelConfig
+from ..parallel.config import ParallelConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, how fast and how exactly to train."""
+
+    steps: int
+    """Optimizer steps of the whole run; the curriculum and the learning rate are laid over them."""
+    global_batch_tokens: int
+    """Tokens of every optimizer step, over all ranks and accumulation steps; the same whatever the world."""
+    learning_rate: float
+    """Peak, reached after warm-up."""
+    min_learning_rate: float = 0.0
+    """Where the cosine ends, at the last step."""
+    warmup_steps: int = 0
+    """Linear rise from 0. 0: start at the peak."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled decay, on matrices; norm weights have none."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW's decay of the second moment."""
+    clip_grad_norm: float = 1.0
+    """Largest global gradient norm. 0: no clipping."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of weights and activations; bfloat16 keeps fp32 master weights in the optimizer."""
+    seed: int = 0
+    """Decides initial weights and the order of sequences."""
+    checkpoint_every_steps: int = 1000
+    """Save after every so many steps; the last step is always saved."""
+    ranks_per_node: int = 0
+    """Processes that `longring train` starts here. 0: one for each GPU, or one on a machine without."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch_tokens", "checkpoint_every_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} = {getattr(self, name)}: must be at least 1")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(
+                f"train.warmup_steps = {self.warmup_steps} must lie in [0, train.steps = {self.steps})"
+            )
+        if not 0 <= self.min_learning_rate <= self.learning_rate or self.learning_rate == 0:
+            raise ValueError(
+                f"train.min_learning_rate = {self.min_learning_rate} must lie in "
+                f"[0, train.learning_rate = {self.learning_rate}], and that above 0"
+            )
+        for name in ("clip_grad_norm", "weight_decay", "seed", "ranks_per_node"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name} = {getattr(self, name)}: must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What `longring evaluate` reads of the held-out documents."""
+
+    max_tokens_per_bucket: int = 2**20
+    """At most so many tokens of each bucket, from its start; the rest of a larger held-out set is not read."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens_per_bucket < 1:
+            raise ValueError(f"evaluate.max_tokens_per_bucket = {self.max_tokens_per_bucket}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A complete run."""
+
+    run_directory: str
+    """Where the run writes: resolved recipe, metrics, logs, checkpoints, report."""
+    data: DataConfig
+    curriculum: CurriculumConfig
+    model: ModelConfig
+    parallel: ParallelConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig
+
+    def __post_init__(self) -> None:
+        if self.train.global_batch_tokens % self.data.max_bucket_tokens:
+            raise ValueError(
+                f"train.global_batch_tokens = {self.train.global_batch_tokens} is not a multiple of "
+                f"data.max_bucket_tokens = {self.data.max_bucket_tokens}: a global batch holds whole sequences"
+            )
+        for name, heads in (("num_heads", self.model.num_heads), ("num_kv_heads", self.model.num_kv_heads)):
+            if heads % self.parallel.tensor:
+                raise ValueError(
+                    f"parallel.tensor = {self.parallel.tensor} does not divide model.{name} = {heads}: "
+                    "tensor parallelism gives each rank whole heads"
+                )
+        if self.model.ffn_hidden_size % self.parallel.tensor:
+            raise ValueError(
+                f"parallel.tensor = {self.parallel.tensor} does not divide "
+                f"model.ffn_hidden_size = {self.model.ffn_hidden_size}"
+            )
+        if self.parallel.sequence_parallel and self.data.min_bucket_tokens % self.parallel.tensor:
+            raise ValueError(
+                f"data.min_bucket_tokens = {self.data.min_bucket_tokens} is not a multiple of parallel.tensor = "
+                f"{self.parallel.tensor}, by which sequence_parallel divides every sequence"
+            )
+
+    @property
+    def max_context_parallel(self) -> int:
+        """Ranks that share a sequence of the largest bucket."""
+        return self.parallel.context_parallel(self.data.max_bucket_tokens)
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-steps of one optimizer step on `world_size` ranks.
+
+        Raises ValueError when the world cannot be divided so, before any process group is joined.
+        """
+        data_size = self.parallel.data_size(world_size)
+        if data_size % self.max_context_parallel:
+            needed = self.max_context_parallel * self.parallel.tensor
+            raise ValueError(
+                f"a world of {world_size} ranks cannot hold data.max_bucket_tokens = {self.data.max_bucket_tokens} "
+                f"at parallel.tokens_per_rank = {self.parallel.tokens_per_rank}: start a multiple of {needed} ranks, "
+                "or raise tokens_per_rank"
+            )
+        micro_batch_tokens = data_size * self.parallel.tokens_per_rank
+        if self.train.global_batch_tokens % micro_batch_tokens:
+            raise ValueError(
+                f"train.global_batch_tokens = {self.train.global_batch_tokens} is not a multiple of the "
+                f"{micro_batch_tokens} tokens that {world_size} ranks take at once ({data_size} data-parallel x "
+                f"{self.parallel.tokens_per_rank} parallel.tokens_per_rank)"
+            )
+        return self.train.global_batch_tokens // micro_batch_tokens
+
+
+def load_recipe(file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a TOML recipe and apply overrides like `train.steps=20`. Raises ValueError naming the key."""
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"recipe {path} does not exist")
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path} is not valid TOML: {error}") from error
+    apply_overrides(tree, overrides)
+    return from_tree(Recipe, tree, source=str(path))
+
+
+def from_tree(kind: type[T], tree: Mapping[str, Any], *, prefix: str = "", source: str = "the recipe") -> T:
+    """Make a (nested) dataclass of plain tables, strictly: unknown keys, missing keys and wrong types are errors."""
+    hints = get_type_hints(kind)
+    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    for key in tree:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {prefix}{close[0]}?" if close else ""
+            raise ValueError(f"{source}: unknown key {prefix}{key}{hint} Known here: {', '.join(known)}")
+    values: dict[str, Any] = {}
+    for name, field in known.items():
+        path, hint = prefix + name, hints[name]
+        if is_dataclass(hint):
+            table = tree.get(name, {})
+            if not isinstance(table, Mapping):
+                raise ValueError(f"{source}: {path} = {table!r} must be a table")
+            values[name] = from_tree(hint, table, prefix=f"{path}.", source=source)  # type: ignore[arg-type]
+        elif name in tree:
+            values[name] = _convert(hint, tree[name], f"{source}: {path}")
+        elif field.default is MISSING and field.default_factory is MISSING:
+            raise ValueError(f"{source}: {path} is missing")
+    return kind(**values)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """The value, if it is of the type asked for; an int will do for a float, nothing else is converted."""
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint) or isinstance(value, bool):
+            raise ValueError(f"{path} = {value!r} must be one of {', '.join(map(repr, get_args(hint)))}")
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"{path} = {value!r} must be of type {hint.__name__}")
+    return value
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set dotted keys in place. A value is read as TOML, and where it is none as a string: `run_directory=runs/b`."""
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        *tables, name = key.strip().split(".")
+        if not equals or not name:
+            raise ValueError(f"override {override!r} must look like train.steps=20")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()
+        table = tree
+        for part in tables:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise ValueError(f"override {override!r}: {part} is a value, not a table")
+        table[name] = value

@@ -1,0 +1,164 @@
+"""Held-out loss by bucket and by position in the context, on the mesh that trained the model.
+
+    longring evaluate RUN
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from ..data.manifest import MANIFEST_FILE, open_prepared
+from ..data.shards import sha256_of
+from ..parallel.mesh import join
+from . import checkpoint
+from .build import build_engine, inputs_and_targets, place
+from .config import Recipe
+from .logs import open_log
+from .ranks import as_rank
+from .run_directory import RunDirectory
+
+
+def position_edges(min_tokens: int, max_tokens: int) -> list[int]:
+    """Edges of the position ranges: 0, then powers of two from the smallest bucket to the largest."""
+    edges = [0]
+    while min_tokens <= max_tokens:
+        edges.append(min_tokens)
+        min_tokens *= 2
+    return edges
+
+
+def evaluate(run: RunDirectory, recipe: Recipe, console: Console) -> dict[str, Any] | None:
+    """Evaluate the run's last checkpoint -> what evaluation.json holds, on rank 0. Collective.
+
+    Losses are means over the tokens read, in nats. The unigram baseline knows the train split's token counts (plus
+    one) and nothing of the context.
+    """
+    world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    saved = checkpoint.latest(run.checkpoints)
+    if saved is None:
+        raise ValueError(f"{run.path} has no checkpoint yet: train first")
+    manifest = open_prepared(recipe.data.directory)
+    state = checkpoint.read_state(saved)
+    data_hash = sha256_of(Path(recipe.data.directory) / MANIFEST_FILE)
+    checkpoint.check(state, saved, world_size=world_size, data=data_hash)
+    open_log(run.log_file(rank))
+    mesh = join(recipe.parallel, recipe.max_context_parallel)
+    engine = build_engine(recipe, manifest.vocab_size, mesh)
+    checkpoint.load(engine, saved)
+    engine.eval()
+
+    counts = torch.from_numpy(manifest.unigram(Path(recipe.data.directory))).double() + 1
+    unigram_losses = (counts.sum().log() - counts.log()).to(mesh.device)
+    edges = position_edges(recipe.data.min_bucket_tokens, recipe.data.max_bucket_tokens)
+    buckets = []
+    for bucket in manifest.splits["held_out"]:
+        num_sequences = min(bucket.sequences, recipe.evaluate.max_tokens_per_bucket // bucket.length)
+        if num_sequences == 0:
+            continue
+        here = place(bucket.length, recipe.parallel, mesh)
+        reader = manifest.reader(Path(recipe.data.directory), bucket)
+        at_once = here.num_replicas * here.sequences_per_replica
+        positions = here.layout.positions(mesh.device)
+        ranges = torch.bucketize(positions, torch.tensor(edges[1:], device=mesh.device), right=True)
+        # Rows: loss, unigram loss, tokens; columns: position ranges.
+        sums = torch.zeros(3, len(edges) - 1, dtype=torch.float64, device=mesh.device)
+        for first in range(0, num_sequences, at_once):
+            mine = first + here.replica * here.sequences_per_replica + np.arange(here.sequences_per_replica)
+            # The last micro-batch is filled up with sequence 0, which then does not count.
+            rows = reader.read(np.where(mine < num_sequences, mine, 0))
+            counted = torch.from_numpy(mine < num_sequences).to(mesh.device).double()[:, None]
+            tokens, targets = inputs_and_targets(rows, here.layout, mesh.device)
+            with torch.no_grad():
+                losses = engine(tokens, targets, here.layout, here.attention).double()
+            values = torch.stack([losses, unigram_losses[targets], torch.ones_like(losses)]) * counted
+            sums.index_add_(1, ranges, values.sum(1))
+        dist.all_reduce(sums, group=mesh.data_group)
+        loss, unigram, tokens_read = (sums.sum(1)).tolist()
+        assert tokens_read == num_sequences * bucket.length, "every token counts once"
+        buckets.append(
+            {
+                "bucket": bucket.length,
+                "cp": here.context_parallel,
+                "sequences": num_sequences,
+                "tokens": num_sequences * bucket.length,
+                "loss": loss / tokens_read,
+                "unigram_loss": unigram / tokens_read,
+                "by_position": [
+                    {"from": start, "to": stop, "loss": total / count, "tokens": int(count)}
+                    for start, stop, total, count in zip(
+                        edges, edges[1:], sums[0].tolist(), sums[2].tolist(), strict=False
+                    )
+                    if count
+                ],
+            }
+        )
+    if not buckets:
+        raise ValueError(
+            f"{recipe.data.directory} holds no held-out sequence within evaluate.max_tokens_per_bucket = "
+            f"{recipe.evaluate.max_tokens_per_bucket}: raise it, or prepare with a larger data.held_out_fraction"
+        )
+    total = sum(entry["tokens"] for entry in buckets)
+    result = {
+        "step": state.step,
+        "tokens": total,
+        "loss": sum(entry["loss"] * entry["tokens"] for entry in buckets) / total,
+        "unigram_loss": sum(entry["unigram_loss"] * entry["tokens"] for entry in buckets) / total,
+        "buckets": buckets,
+    }
+    if rank != 0:
+        return None
+    run.evaluation_file.write_text(json.dumps(result, indent=2) + "\n")
+    console.print(evaluation_table(result))
+    return result
+
+
+def evaluation_table(result: dict[str, Any]) -> Table:
+    """Held-out loss: a row for each bucket, a column for each range of positions."""
+    longest = max(result["buckets"], key=lambda entry: entry["bucket"])
+    ranges = [(part["from"], part["to"]) for part in longest["by_position"]]
+    table = Table(title=f"Held-out loss at step {result['step']}, nats per token", caption_justify="left")
+    for name in ("bucket", "cp", "tokens", "unigram", "loss", *(f"{start:,}-{stop - 1:,}" for start, stop in ranges)):
+        table.add_column(name, justify="right")
+    for entry in result["buckets"]:
+        parts = {(part["from"], part["to"]): f"{part['loss']:.3f}" for part in entry["by_position"]}
+        table.add_row(
+            f"{entry['bucket']:,}",
+            str(entry["cp"]),
+            f"{entry['tokens']:,}",
+            f"{entry['unigram_loss']:.3f}",
+            f"{entry['loss']:.3f}",
+            *(parts.get(span, "") for span in ranges),
+        )
+    table.add_section()
+    table.add_row("all", "", f"{result['tokens']:,}", f"{result['unigram_loss']:.3f}", f"{result['loss']:.3f}")
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """One rank of an evaluation, as torchrun starts it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m longring.launch.evaluate",
+        description="One rank of an evaluation; start it by torchrun, or use `longring evaluate`.",
+        epilog="example: torchrun --nproc-per-node 4 -m longring.launch.evaluate runs/demo",
+    )
+    parser.add_argument("run", help="run directory")
+    parser.add_argument("overrides", nargs="*", metavar="evaluate.key=value", help="settings that replace the run's")
+    options = parser.parse_args(arguments)
+    run = RunDirectory(options.run)
+    return as_rank(lambda: evaluate(run, run.recipe(options.overrides), Console()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

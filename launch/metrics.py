@@ -1,0 +1,114 @@
+"""Metrics of a run: metrics.jsonl, TensorBoard, and the line a person watches. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from .run_directory import RunDirectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """One optimizer step: one line of metrics.jsonl."""
+
+    step: int
+    """Counted from 1."""
+    tokens: int
+    """Trained so far, this step included."""
+    loss: float
+    """Mean over the global batch, nats per token."""
+    bucket: int
+    """Sequence length of the batch, tokens."""
+    cp: int
+    """Context-parallel degree."""
+    learning_rate: float
+    grad_norm: float
+    """Before clipping, over all parameters."""
+    step_ms: float
+    tokens_per_s: float
+    """Of all ranks together."""
+
+
+class MetricsWriter:
+    """Appends steps to the run's records and shows them; `close` when done."""
+
+    def __init__(self, run: RunDirectory, from_step: int, total_steps: int, console: Console) -> None:
+        keep_steps(run.metrics_file, from_step)
+        self._file = run.metrics_file.open("a")
+        self._tensorboard = SummaryWriter(str(run.tensorboard), purge_step=from_step + 1)
+        self._console = console
+        self._total_steps = total_steps
+        # Without a terminal, about twenty lines tell the story.
+        self._print_every = 1 if console.is_terminal else max(1, total_steps // 20)
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[line]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=total_steps, completed=from_step, line="")
+        self._first_step = from_step + 1
+        self._seconds = 0.0
+        self._progress.start()
+
+    def close(self) -> None:
+        """Leave the terminal and the files in order."""
+        self._progress.stop()
+        self._file.close()
+        self._tensorboard.close()
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Record one step."""
+        values = asdict(metrics)
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if name != "step":
+                self._tensorboard.add_scalar(f"train/{name}", value, metrics.step)
+        self._seconds += metrics.step_ms / 1e3
+        line = (
+            f"loss {metrics.loss:.4f}  {metrics.tokens_per_s:,.0f} tokens/s  bucket {metrics.bucket:>5}  "
+            f"cp {metrics.cp}  {metrics.step_ms:.0f} ms"
+        )
+        self._progress.update(self._task, completed=metrics.step, line=line)
+        if not self._console.is_terminal and (
+            metrics.step % self._print_every == 0 or metrics.step in (self._first_step, self._total_steps)
+        ):
+            left = (self._total_steps - metrics.step) * self._seconds / (metrics.step - self._first_step + 1)
+            self._console.print(
+                f"step {metrics.step:>{len(str(self._total_steps))}}/{self._total_steps}  {line}  {left:.0f} s left",
+                highlight=False,
+            )
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """All steps recorded, in order."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def keep_steps(file: Path, last_step: int) -> None:
+    """Drop the records of steps after `last_step`: a run that died after its last checkpoint does them again."""
+    if not file.exists():
+        return
+    lines = [line for line in file.read_text().splitlines() if _step(line) <= last_step]
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(f"{line}\n" for line in lines))
+    partial.rename(file)
+
+
+def _step(line: str) -> float:
+    """The step of a record; a line cut short by a crash counts as after every step."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")

@@ -1,0 +1,57 @@
+"""The picture of a run: loss over tokens, the bucket and the ring of every step, resumes marked."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: no display is asked for
+import matplotlib.pyplot as plt
+import numpy as np
+
+from .metrics import read_metrics
+from .run_directory import RunDirectory
+
+
+def resume_steps(run: RunDirectory) -> list[int]:
+    """Steps after which the run was started again."""
+    starts = [json.loads(line)["from_step"] for line in run.starts_file.read_text().splitlines()]
+    return sorted({step for step in starts if step > 0})
+
+
+def draw(run: RunDirectory, evaluation: dict[str, Any] | None) -> None:
+    """Write the run's picture."""
+    steps = read_metrics(run.metrics_file)
+    tokens, loss, bucket, degree = (
+        np.array([step[key] for step in steps]) for key in ("tokens", "loss", "bucket", "cp")
+    )
+    tokens_per_step = tokens[0] / steps[0]["step"]
+    figure, (above, below) = plt.subplots(
+        2, 1, sharex=True, figsize=(10, 6.5), height_ratios=(3, 1.4), layout="constrained"
+    )
+    colours = dict(zip(sorted(set(degree)), plt.cm.viridis(np.linspace(0.1, 0.85, len(set(degree)))), strict=True))
+    above.plot(tokens, loss, color="0.8", linewidth=1, zorder=1)
+    for cp, colour in colours.items():
+        chosen = degree == cp
+        name = "whole on a rank" if cp == 1 else f"ring of {cp}"
+        above.scatter(tokens[chosen], loss[chosen], s=14, color=colour, label=name, zorder=2)
+        below.scatter(tokens[chosen], bucket[chosen], s=14, marker="s", color=colour)
+    if evaluation is not None:
+        above.axhline(evaluation["unigram_loss"], color="tab:red", linestyle="--", label="unigram baseline, held out")
+        above.axhline(evaluation["loss"], color="tab:red", label=f"held out at step {evaluation['step']}")
+    for number, step in enumerate(resume_steps(run)):
+        for axes in (above, below):
+            label = "stopped and resumed" if axes is above and number == 0 else None
+            axes.axvline(step * tokens_per_step, color="black", linestyle=":", label=label)
+    above.set_ylabel("loss, nats per token")
+    above.legend(loc="upper right", fontsize="small")
+    above.set_title(str(run.path))
+    below.set_yscale("log", base=2)
+    below.set_yticks(sorted(set(bucket)), labels=[f"{length:,}" for length in sorted(set(bucket))])
+    below.set_ylabel("bucket, tokens")
+    below.set_xlabel("tokens trained")
+    below.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    figure.savefig(run.picture_file, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,186 @@
+"""Training: one loop, read from top to bottom.
+
+    torchrun --nproc-per-node 4 -m longring.launch.train launch/recipes/demo.toml [key=value ...]
+
+or `longring train RECIPE`, which starts the ranks itself. Goes on from the run directory's last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from ..data.batches import Batches
+from ..data.curriculum import schedule
+from ..data.manifest import MANIFEST_FILE, Manifest, open_prepared
+from ..data.shards import sha256_of
+from ..parallel.mesh import join
+from . import checkpoint
+from .build import build_engine, inputs_and_targets, place
+from .config import Recipe, TrainConfig, load_recipe
+from .logs import open_log
+from .metrics import MetricsWriter, StepMetrics
+from .ranks import as_rank
+from .run_directory import RunDirectory
+
+log = logging.getLogger(__name__)
+
+
+def learning_rate(step: int, train: TrainConfig) -> float:
+    """Rate of `step` (from 1): linear from 0 over warmup_steps, then half a cosine down to min_learning_rate."""
+    if step <= train.warmup_steps:
+        return train.learning_rate * step / train.warmup_steps
+    progress = (step - train.warmup_steps) / (train.steps - train.warmup_steps)
+    return train.min_learning_rate + (train.learning_rate - train.min_learning_rate) * (
+        1 + math.cos(math.pi * progress)
+    ) / 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, known before any rank talks to another."""
+
+    manifest: Manifest
+    batches: Batches
+    run: RunDirectory
+    data_hash: str
+    """SHA-256 of the prepared data's manifest."""
+    resume_from: Path | None
+    done: int
+    """Steps that the checkpoint to resume from has."""
+
+
+def plan(recipe: Recipe, world_size: int) -> Plan:
+    """Check recipe, world, data, run directory and checkpoint against each other.
+
+    Raises ValueError at the first thing that does not fit. `longring train` calls it before it starts any rank.
+    """
+    recipe.accumulation_steps(world_size)
+    manifest = open_prepared(recipe.data.directory)
+    data_hash = sha256_of(Path(recipe.data.directory) / MANIFEST_FILE)
+    order = schedule(
+        [bucket.tokens for bucket in manifest.splits["train"]],
+        recipe.train.steps,
+        recipe.curriculum.odds,
+        recipe.curriculum.cycles,
+        recipe.train.seed,
+    )
+    batches = Batches(recipe.data.directory, manifest, order, recipe.train.global_batch_tokens, recipe.train.seed)
+    run = RunDirectory(recipe.run_directory)
+    run.check(recipe)
+    resume_from, done = checkpoint.latest(run.checkpoints), 0
+    if resume_from is not None:
+        state = checkpoint.read_state(resume_from)
+        checkpoint.check(state, resume_from, world_size=world_size, data=data_hash)
+        done = state.step
+    return Plan(manifest, batches, run, data_hash, resume_from, done)
+
+
+def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> None:
+    """Train until recipe.train.steps, or until `stop_after` steps are done and saved. Collective."""
+    world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    planned = plan(recipe, world_size)
+    run, batches, done = planned.run, planned.batches, planned.done
+    last = min(recipe.train.steps, stop_after or recipe.train.steps)
+    if done >= last:
+        if rank == 0:
+            console.print(f"{run.path} has its {done} steps already; nothing to train")
+        return
+
+    open_log(run.log_file(rank))
+    mesh = join(recipe.parallel, recipe.max_context_parallel)
+    if rank == 0:
+        run.create(recipe)
+        run.record_start(world_size, from_step=done)
+    engine = build_engine(recipe, planned.manifest.vocab_size, mesh)
+    if planned.resume_from is not None:
+        checkpoint.load(engine, planned.resume_from)
+        if rank == 0:
+            console.print(f"resumed from {planned.resume_from}")
+
+    writer = MetricsWriter(run, done, recipe.train.steps, console) if rank == 0 else None
+    places = {length: place(length, recipe.parallel, mesh) for length in batches.order.lengths}
+    accumulation_steps = recipe.accumulation_steps(world_size)
+    # The engine averages gradients over data ranks and accumulation steps; the loss of a step is the mean over the
+    # tokens of the global batch, wherever they lie.
+    loss_scale = mesh.data_size * accumulation_steps / recipe.train.global_batch_tokens
+    try:
+        for step in range(done + 1, last + 1):
+            started = time.perf_counter()
+            rate = learning_rate(step, recipe.train)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = rate
+            length = batches.order.lengths[batches.order.bucket(step - 1)]
+            here = places[length]
+            loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
+            for micro_step in range(accumulation_steps):
+                rows = batches.read(
+                    step - 1, micro_step, here.replica, here.num_replicas, here.sequences_per_replica
+                )
+                tokens, targets = inputs_and_targets(rows, here.layout, mesh.device)
+                losses = engine(tokens, targets, here.layout, here.attention)
+                engine.backward(losses.sum() * loss_scale)
+                engine.step()
+                loss_sum += losses.detach().sum(dtype=torch.float64)
+            dist.all_reduce(loss_sum, group=mesh.data_group)
+            loss = loss_sum.item() / recipe.train.global_batch_tokens
+            grad_norm = float(engine.get_global_grad_norm())
+            if not math.isfinite(loss) or not math.isfinite(grad_norm):
+                raise ArithmeticError(
+                    f"step {step}: loss {loss}, gradient norm {grad_norm}, bucket {length}; the last good state is "
+                    f"{checkpoint.latest(run.checkpoints)}"
+                )
+            seconds = time.perf_counter() - started
+            if writer is not None:
+                writer.write(
+                    StepMetrics(
+                        step=step,
+                        tokens=step * recipe.train.global_batch_tokens,
+                        loss=loss,
+                        bucket=length,
+                        cp=here.context_parallel,
+                        learning_rate=rate,
+                        grad_norm=grad_norm,
+                        step_ms=seconds * 1e3,
+                        tokens_per_s=recipe.train.global_batch_tokens / seconds,
+                    )
+                )
+            if step == last or step % recipe.train.checkpoint_every_steps == 0:
+                state = checkpoint.TrainState(step=step, world_size=world_size, data=planned.data_hash)
+                log.info("saved %s", checkpoint.save(engine, run.checkpoints, state, mesh))
+    finally:
+        if writer is not None:
+            writer.close()
+    if rank == 0:
+        console.print(f"saved {checkpoint.latest(run.checkpoints)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """One rank of a training run, as torchrun starts it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m longring.launch.train",
+        description="One rank of a training run; start it by torchrun, or use `longring train`.",
+        epilog="example: torchrun --nproc-per-node 4 -m longring.launch.train launch/recipes/demo.toml train.steps=40",
+    )
+    parser.add_argument("recipe", help="TOML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
+    parser.add_argument("--stop-after", type=int, metavar="STEP", help="save and end after this step")
+    options = parser.parse_intermixed_args(arguments)
+    return as_rank(
+        lambda: train(load_recipe(options.recipe, options.overrides), Console(), stop_after=options.stop_after)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

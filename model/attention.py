@@ -1,0 +1,59 @@
+"""Grouped-query self-attention; how tokens see each other is an argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from megatron.core import ModelParallelConfig
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor, nn
+
+from ..kernels.layout import SeqLayout
+from .config import ModelConfig
+from .rope import apply_rope
+
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, SeqLayout], Tensor]
+"""(q `[b, s, h_q, d]`, k, v `[b, s, h_kv, d]`, layout of s) -> out `[b, s, h_q, d]`, causal by position."""
+
+
+class SelfAttention(nn.Module):
+    """Project to heads, turn by RoPE, attend, project back. Heads are divided over the tensor-parallel ranks."""
+
+    def __init__(self, config: ModelConfig, parallel: ModelParallelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.queries_per_kv = config.num_heads // config.num_kv_heads
+        init = partial(torch.nn.init.normal_, std=config.init_std)
+        init_out = partial(torch.nn.init.normal_, std=config.init_std / (2 * config.num_layers) ** 0.5)
+        # One projection for q, k, v: rows go by kv head (its queries, then its key, then its value), so that a cut
+        # across tensor-parallel ranks falls between kv heads.
+        self.qkv = ColumnParallelLinear(
+            config.hidden_size,
+            (config.num_heads + 2 * config.num_kv_heads) * config.head_dim,
+            config=parallel,
+            init_method=init,
+            bias=False,
+        )
+        self.out = RowParallelLinear(
+            config.num_heads * config.head_dim,
+            config.hidden_size,
+            config=parallel,
+            init_method=init_out,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+        )
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], layout: SeqLayout, attention: AttentionFunction
+    ) -> Tensor:
+        """x `[s, b, hidden]` (under sequence parallelism this rank's part of s) -> the same shape."""
+        qkv, _ = self.qkv(x)
+        # [s, b, kv heads here * (queries_per_kv + 2) * d] -> [b, s, kv heads here, queries_per_kv + 2, d]
+        qkv = qkv.unflatten(-1, (-1, self.queries_per_kv + 2, self.head_dim)).transpose(0, 1)
+        q = qkv[:, :, :, :-2].flatten(2, 3)
+        k, v = qkv[:, :, :, -2], qkv[:, :, :, -1]
+        out = attention(apply_rope(q, rope), apply_rope(k, rope), v, layout)
+        return self.out(out.flatten(2).transpose(0, 1).contiguous())[0]

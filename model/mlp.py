@@ -1,0 +1,43 @@
+"""The feed-forward half of a block."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from megatron.core import ModelParallelConfig
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor, nn
+
+from .config import ModelConfig
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, parallel: ModelParallelConfig) -> None:
+        super().__init__()
+        # stride=2: each tensor-parallel rank holds its part of gate, then its part of up.
+        self.gate_up = ColumnParallelLinear(
+            config.hidden_size,
+            2 * config.ffn_hidden_size,
+            config=parallel,
+            init_method=partial(torch.nn.init.normal_, std=config.init_std),
+            bias=False,
+            stride=2,
+        )
+        self.down = RowParallelLinear(
+            config.ffn_hidden_size,
+            config.hidden_size,
+            config=parallel,
+            init_method=partial(torch.nn.init.normal_, std=config.init_std / (2 * config.num_layers) ** 0.5),
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[s, b, hidden]` (under sequence parallelism this rank's part of s) -> the same shape."""
+        gate, up = self.gate_up(x)[0].chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)[0]

@@ -1,0 +1,101 @@
+"""This process's place in the world: tensor-parallel slice, data-parallel rank, rings for each context degree.
+
+| axis | ranks along it | for |
+|---|---|---|
+| tensor | neighbours, `parallel.tensor` of them | each weight matrix cut by heads or columns (megatron-core) |
+| data | every `parallel.tensor`-th rank | gradients, optimizer state (DeepSpeed); all ranks that hold equal weights |
+| context | neighbours along data, 2, 4, ... of them | one sequence; a property of the batch, so every degree has its groups |
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import ModelParallelConfig, parallel_state
+
+from .config import ParallelConfig
+from .cp.token_ring import Ring
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Coordinates and groups of this rank. Made by `join`."""
+
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    data_rank: int
+    data_size: int
+    device: torch.device
+    rings: dict[int, Ring]
+    """By context-parallel degree: 1, 2, 4, ... as far as asked for."""
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup:
+        """The ranks that share each weight matrix."""
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @property
+    def data_group(self) -> dist.ProcessGroup:
+        """The ranks that hold equal weights."""
+        return parallel_state.get_data_parallel_group()
+
+
+def join(parallel: ParallelConfig, max_context_degree: int, timeout_minutes: float = 10) -> Mesh:
+    """Join the process group that torchrun's environment describes and lay the mesh over it. Collective.
+
+    Uses this process's GPU and NCCL where there is CUDA, else the CPU and gloo. Raises ValueError when the world
+    cannot be divided as `parallel` and the largest context-parallel degree ask.
+    """
+    world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    data_size = parallel.data_size(world_size)
+    if data_size % max_context_degree:
+        raise ValueError(
+            f"{data_size} data-parallel ranks (a world of {world_size} over parallel.tensor = {parallel.tensor}) cannot "
+            f"form rings of {max_context_degree}: start {max_context_degree * parallel.tensor} ranks or a multiple, "
+            "or raise parallel.tokens_per_rank"
+        )
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        # megatron-core allocates on torch.cuda.current_device(); where there is none, the answer is the CPU.
+        torch.cuda.current_device = lambda: device
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes)
+        )
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor, create_gloo_process_groups=False
+    )
+
+    data_rank, tensor_rank = divmod(rank, parallel.tensor)
+    rings = {1: Ring(0, 1)}
+    degree = 2
+    while degree <= max_context_degree:
+        first = data_rank - data_rank % degree
+        members = [(first + i) * parallel.tensor + tensor_rank for i in range(degree)]
+        # Only members take part in making a group: of 1,024 ranks each makes 2 log2(degree), not thousands.
+        groups = [dist.new_group(members, use_local_synchronization=True) for _ in ("query", "home")]
+        rings[degree] = Ring(data_rank - first, degree, *groups)
+        degree *= 2
+    return Mesh(rank, world_size, tensor_rank, parallel.tensor, data_rank, data_size, device, rings)
+
+
+def megatron_config(parallel: ParallelConfig) -> ModelParallelConfig:
+    """What megatron-core's layers need to know. Weights are fp32 here; DeepSpeed converts them."""
+    return ModelParallelConfig(
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=torch.float32,
+        use_cpu_initialization=True,
+        perform_initialization=True,
+    )

@@ -1,0 +1,84 @@
+"""The DeepSpeed engine: ZeRO, gradient accumulation and clipping, mixed precision, checkpoint files."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+# Said before the import: left to itself, DeepSpeed warns on every rank that it found no accelerator but the CPU.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+import deepspeed.ops
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.utils import clip_grad_norm_
+
+from .config import ParallelConfig
+from .mesh import Mesh
+
+
+class _Mpu:
+    """What DeepSpeed asks of a "model parallelism unit". Data-parallel ranks include those of a ring."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+
+    def get_model_parallel_rank(self) -> int:
+        return self.mesh.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.mesh.tensor_size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.mesh.tensor_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self.mesh.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.mesh.data_size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.mesh.data_group
+
+
+def zero_engine(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parallel: ParallelConfig,
+    mesh: Mesh,
+    *,
+    accumulation_steps: int,
+    clip_grad_norm: float,
+    dtype: Literal["float32", "bfloat16"],
+) -> DeepSpeedEngine:
+    """Wrap a model and its optimizer. The engine averages gradients over data ranks and accumulation steps.
+
+    So the loss handed to `engine.backward` is this rank's sum times (data ranks x accumulation steps) / (trained
+    tokens of the global batch). clip_grad_norm 0: no clipping. bfloat16 keeps fp32 master weights.
+    """
+    # On a CPU, DeepSpeed would compile C++ at start-up for collectives that only its inference uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    mpu = _Mpu(mesh)
+    if parallel.zero_stage == 0 and dtype == "float32":
+        # Here alone DeepSpeed steps the plain optimizer and keeps no gradient norm; elsewhere it clips and records.
+        def clip_and_record(optimizer: Any, *_: object) -> None:
+            optimizer._global_grad_norm = clip_grad_norm_(model.parameters(), clip_grad_norm or math.inf, mpu=mpu)
+
+        optimizer.register_step_pre_hook(clip_and_record)
+        clip_grad_norm = 0.0
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": clip_grad_norm,
+        "zero_optimization": {"stage": parallel.zero_stage},
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "steps_per_print": 2**62,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)
+    return engine

@@ -1,0 +1,98 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from longring.data.config import TokenizerConfig
+from longring.data.sources import Document
+from longring.data.tokenize import BATCH_CHARACTERS, DocumentTokenizer, read_tokenizer, train_tokenizer
+
+END = "<|endoftext|>"
+TEXTS = ["the ring turns, the ring returns", "Grüße, 世界 \U0001f44b\n\ttabs", "x = 1  # two spaces\r\n"]
+
+
+def load(content: bytes, boundary: str = END) -> DocumentTokenizer:
+    return DocumentTokenizer(content, boundary)
+
+
+def stream(tokenizer: DocumentTokenizer, text: str) -> list[int]:
+    return next(tokenizer.streams([Document(0, "name", text)]))[1].tolist()
+
+
+@pytest.fixture(scope="module")
+def content() -> bytes:
+    return train_tokenizer(TEXTS * 3, TokenizerConfig(vocab_size=280))
+
+
+def test_training_is_deterministic_and_has_the_asked_size(content: bytes):
+    assert content == train_tokenizer(iter(TEXTS * 3), TokenizerConfig(vocab_size=280))
+    assert load(content).vocab_size == 280
+    assert load(content).dtype == np.uint16
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "\x00\x7f", "never seen: Ж", "  leading", "\ufffd", END, f"a{END}b"])
+def test_any_text_comes_back_between_two_boundaries(content: bytes, text: str):
+    tokenizer = load(content)
+    first, *inner, last = stream(tokenizer, text)
+    assert first == last == tokenizer.boundary_id
+    assert tokenizer.boundary_id not in inner
+    assert tokenizer.tokenizer.decode(inner, skip_special_tokens=False) == text
+
+
+def test_empty_text_is_two_boundaries(content: bytes):
+    assert stream(load(content), "") == [0, 0]
+
+
+def test_many_batches_keep_order_and_equal_one_by_one(content: bytes):
+    tokenizer = load(content)
+    long = "ring " * (BATCH_CHARACTERS // 10)
+    documents = [Document(number, str(number), text) for number, text in enumerate(["a", long, long, "b", long, "c"])]
+    found = list(tokenizer.streams(documents))
+    assert [document.number for document, _ in found] == list(range(6))
+    for document, tokens in found:
+        assert tokens.tolist() == stream(tokenizer, document.text)
+
+
+def test_a_tokenizer_file_that_truncates_and_pads_is_not_obeyed(content: bytes):
+    settings = json.loads(content)
+    settings["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    settings["padding"] = {
+        "strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+        "pad_token": END,
+    }  # fmt: skip
+    assert stream(load(json.dumps(settings).encode()), TEXTS[0]) == stream(load(content), TEXTS[0])
+
+
+def test_read_takes_the_file_or_its_directory(tmp_path: Path, content: bytes):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    assert read_tokenizer(str(tmp_path)) == read_tokenizer(str(tmp_path / "tokenizer.json")) == content
+
+
+@pytest.mark.parametrize("name", ["", "other.json"])
+def test_missing_file(tmp_path: Path, name: str):
+    with pytest.raises(ValueError, match=r"data\.tokenizer\.path = .*json does not exist") as error:
+        read_tokenizer(str(tmp_path / name))
+    assert str(tmp_path) in str(error.value)
+
+
+def test_not_a_tokenizer():
+    with pytest.raises(ValueError, match=r"data\.tokenizer\.path is not a readable tokenizer\.json"):
+        load(b"{}")
+
+
+def test_unknown_boundary_names_the_alternatives(content: bytes):
+    with pytest.raises(ValueError, match=r"data\.tokenizer\.boundary = '</s>' .* '<\|endoftext\|>'"):
+        load(content, "</s>")
+
+
+def test_a_boundary_that_text_encodes_to_is_refused(content: bytes):
+    with pytest.raises(ValueError, match=r"data\.tokenizer\.boundary = 'x' also stands for text in name"):
+        stream(load(content, "x"), "x")
+
+
+def test_large_vocabulary_takes_four_bytes(content: bytes):
+    settings = json.loads(content)
+    settings["added_tokens"].append({**settings["added_tokens"][0], "id": 65_536, "content": "<far>"})
+    settings["model"]["vocab"]["<far>"] = 65_536
+    assert load(json.dumps(settings).encode()).vocab_size == 65_537
+    assert load(json.dumps(settings).encode()).dtype == np.uint32
