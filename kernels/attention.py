@@ -100,7 +100,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: SeqLayout) -> Tensor:
 
 
 def row_delta(dout: Tensor, out: Tensor) -> Tensor:
-    """rowsum(dout * out) -> `[b, h, s]` in fp32 (fp64 stays fp64): what the softmax's backward subtracts from each row."""
+    """rowsum(dout * out) -> `[b, h, s]`, fp32 (fp64 stays fp64): what the softmax's backward takes off each row."""
     wide = torch.promote_types(dout.dtype, torch.float32)
     return (dout.to(wide) * out.to(wide)).sum(-1).transpose(1, 2)
 

@@ -84,13 +84,13 @@ def _run_of(options: argparse.Namespace) -> RunDirectory:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="longring", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="longring", description="Pre-train language models on long contexts, on many GPUs."
+    )
     stages = parser.add_subparsers(required=True, metavar="STAGE")
 
     def stage(name, function, target, summary, example):
-        sub = stages.add_parser(
-            name, help=summary, description=summary, epilog=f"example: longring {name} {example}"
-        )
+        sub = stages.add_parser(name, help=summary, description=summary, epilog=f"example: longring {name} {example}")
         sub.add_argument("target", metavar=target)
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
         sub.set_defaults(stage=function)

@@ -52,9 +52,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} = {getattr(self, name)}: must be at least 1")
         if not 0 <= self.warmup_steps < self.steps:
-            raise ValueError(
-                f"train.warmup_steps = {self.warmup_steps} must lie in [0, train.steps = {self.steps})"
-            )
+            raise ValueError(f"train.warmup_steps = {self.warmup_steps} must lie in [0, train.steps = {self.steps})")
         if not 0 <= self.min_learning_rate <= self.learning_rate or self.learning_rate == 0:
             raise ValueError(
                 f"train.min_learning_rate = {self.min_learning_rate} must lie in "

@@ -98,7 +98,9 @@ def _summary(recipe: Recipe, run: RunDirectory, evaluation: dict, equal: int, ha
         )
     table.add_row("training loss", f"{steps[0]['loss']:.3f} at first, {steps[-1]['loss']:.3f} at last, nats per token")
     table.add_row("held-out loss", f"{evaluation['loss']:.3f}, unigram baseline {evaluation['unigram_loss']:.3f}")
-    table.add_row("resume", f"{equal} steps after step {half}: loss and gradient norm bit-equal to the uninterrupted run")
+    table.add_row(
+        "resume", f"{equal} steps after step {half}: loss and gradient norm bit-equal to the uninterrupted run"
+    )
     table.add_row("every rank, every step", f"{recipe.parallel.tokens_per_rank} tokens, whatever the bucket")
     return table
 

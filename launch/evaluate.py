@@ -1,6 +1,6 @@
 """Held-out loss by bucket and by position in the context, on the mesh that trained the model.
 
-    longring evaluate RUN
+longring evaluate RUN
 """
 
 from __future__ import annotations

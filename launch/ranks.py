@@ -13,7 +13,6 @@ from rich.markup import escape
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-
 log = logging.getLogger(__name__)
 
 

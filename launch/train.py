@@ -26,6 +26,7 @@ from ..data.curriculum import schedule
 from ..data.manifest import MANIFEST_FILE, Manifest, open_prepared
 from ..data.shards import sha256_of
 from ..parallel.mesh import join
+from ..parallel.zero import gradient_norm, set_learning_rate
 from . import checkpoint
 from .build import build_engine, inputs_and_targets, place
 from .config import Recipe, TrainConfig, load_recipe
@@ -42,9 +43,10 @@ def learning_rate(step: int, train: TrainConfig) -> float:
     if step <= train.warmup_steps:
         return train.learning_rate * step / train.warmup_steps
     progress = (step - train.warmup_steps) / (train.steps - train.warmup_steps)
-    return train.min_learning_rate + (train.learning_rate - train.min_learning_rate) * (
-        1 + math.cos(math.pi * progress)
-    ) / 2
+    return (
+        train.min_learning_rate
+        + (train.learning_rate - train.min_learning_rate) * (1 + math.cos(math.pi * progress)) / 2
+    )
 
 
 @dataclass(frozen=True)
@@ -119,15 +121,12 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> No
         for step in range(done + 1, last + 1):
             started = time.perf_counter()
             rate = learning_rate(step, recipe.train)
-            for group in engine.optimizer.param_groups:
-                group["lr"] = rate
+            set_learning_rate(engine, rate)
             length = batches.order.lengths[batches.order.bucket(step - 1)]
             here = places[length]
             loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
             for micro_step in range(accumulation_steps):
-                rows = batches.read(
-                    step - 1, micro_step, here.replica, here.num_replicas, here.sequences_per_replica
-                )
+                rows = batches.read(step - 1, micro_step, here.replica, here.num_replicas, here.sequences_per_replica)
                 tokens, targets = inputs_and_targets(rows, here.layout, mesh.device)
                 losses = engine(tokens, targets, here.layout, here.attention)
                 engine.backward(losses.sum() * loss_scale)
@@ -135,7 +134,7 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> No
                 loss_sum += losses.detach().sum(dtype=torch.float64)
             dist.all_reduce(loss_sum, group=mesh.data_group)
             loss = loss_sum.item() / recipe.train.global_batch_tokens
-            grad_norm = float(engine.get_global_grad_norm())
+            grad_norm = gradient_norm(engine)
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 raise ArithmeticError(
                     f"step {step}: loss {loss}, gradient norm {grad_norm}, bucket {length}; the last good state is "

@@ -4,7 +4,7 @@
 |---|---|---|
 | tensor | neighbours, `parallel.tensor` of them | each weight matrix cut by heads or columns (megatron-core) |
 | data | every `parallel.tensor`-th rank | gradients, optimizer state (DeepSpeed); all ranks that hold equal weights |
-| context | neighbours along data, 2, 4, ... of them | one sequence; a property of the batch, so every degree has its groups |
+| context | neighbours along data, 2, 4, ... of them | one sequence; each degree has its groups, the batch chooses |
 """
 
 from __future__ import annotations
@@ -38,28 +38,23 @@ class Mesh:
     @property
     def tensor_group(self) -> dist.ProcessGroup:
         """The ranks that share each weight matrix."""
-        return parallel_state.get_tensor_model_parallel_group()
+        return _member(parallel_state.get_tensor_model_parallel_group())
 
     @property
     def data_group(self) -> dist.ProcessGroup:
         """The ranks that hold equal weights."""
-        return parallel_state.get_data_parallel_group()
+        return _member(parallel_state.get_data_parallel_group())
 
 
 def join(parallel: ParallelConfig, max_context_degree: int, timeout_minutes: float = 10) -> Mesh:
     """Join the process group that torchrun's environment describes and lay the mesh over it. Collective.
 
-    Uses this process's GPU and NCCL where there is CUDA, else the CPU and gloo. Raises ValueError when the world
-    cannot be divided as `parallel` and the largest context-parallel degree ask.
+    Uses this process's GPU and NCCL where there is CUDA, else the CPU and gloo. The caller has checked that the world
+    can be divided so (`Recipe.accumulation_steps`), before any rank waits for another.
     """
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     data_size = parallel.data_size(world_size)
-    if data_size % max_context_degree:
-        raise ValueError(
-            f"{data_size} data-parallel ranks (a world of {world_size} over parallel.tensor = {parallel.tensor}) cannot "
-            f"form rings of {max_context_degree}: start {max_context_degree * parallel.tensor} ranks or a multiple, "
-            "or raise parallel.tokens_per_rank"
-        )
+    assert data_size % max_context_degree == 0, f"{data_size} data-parallel ranks, rings of {max_context_degree}"
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -68,9 +63,7 @@ def join(parallel: ParallelConfig, max_context_degree: int, timeout_minutes: flo
         # megatron-core allocates on torch.cuda.current_device(); where there is none, the answer is the CPU.
         torch.cuda.current_device = lambda: device
     if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes)
-        )
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -84,7 +77,7 @@ def join(parallel: ParallelConfig, max_context_degree: int, timeout_minutes: flo
         first = data_rank - data_rank % degree
         members = [(first + i) * parallel.tensor + tensor_rank for i in range(degree)]
         # Only members take part in making a group: of 1,024 ranks each makes 2 log2(degree), not thousands.
-        groups = [dist.new_group(members, use_local_synchronization=True) for _ in ("query", "home")]
+        groups = [_member(dist.new_group(members, use_local_synchronization=True)) for _ in ("query", "home")]
         rings[degree] = Ring(data_rank - first, degree, *groups)
         degree *= 2
     return Mesh(rank, world_size, tensor_rank, parallel.tensor, data_rank, data_size, device, rings)
@@ -99,3 +92,9 @@ def megatron_config(parallel: ParallelConfig) -> ModelParallelConfig:
         use_cpu_initialization=True,
         perform_initialization=True,
     )
+
+
+def _member(group: dist.ProcessGroup | int | None) -> dist.ProcessGroup:
+    """The group, of which this rank is a member; torch answers a rank that is none with a number."""
+    assert isinstance(group, dist.ProcessGroup)
+    return group

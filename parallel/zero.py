@@ -67,8 +67,10 @@ def zero_engine(
     mpu = _Mpu(mesh)
     if parallel.zero_stage == 0 and dtype == "float32":
         # Here alone DeepSpeed steps the plain optimizer and keeps no gradient norm; elsewhere it clips and records.
+        max_norm = clip_grad_norm or math.inf
+
         def clip_and_record(optimizer: Any, *_: object) -> None:
-            optimizer._global_grad_norm = clip_grad_norm_(model.parameters(), clip_grad_norm or math.inf, mpu=mpu)
+            optimizer._global_grad_norm = clip_grad_norm_(model.parameters(), max_norm, mpu=mpu)
 
         optimizer.register_step_pre_hook(clip_and_record)
         clip_grad_norm = 0.0
@@ -82,3 +84,16 @@ def zero_engine(
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)
     return engine
+
+
+def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
+    """Set the rate of the next step for all parameters."""
+    for group in engine.optimizer.param_groups:  # type: ignore[union-attr]
+        group["lr"] = rate
+
+
+def gradient_norm(engine: DeepSpeedEngine) -> float:
+    """Global norm of the last step's gradients, over all parameters, before clipping."""
+    norm = engine.get_global_grad_norm()
+    assert norm is not None, "every ZeRO stage records the norm of a step"
+    return float(norm)

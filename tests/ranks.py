@@ -96,7 +96,8 @@ def _serve(rank: int, world_size: int, pipe: Connection) -> None:
         try:
             if file not in modules:
                 spec = importlib.util.spec_from_file_location(f"ranks_{Path(file).stem}", file)
-                assert spec and spec.loader
+                assert spec
+                assert spec.loader
                 modules[file] = importlib.util.module_from_spec(spec)
                 spec.loader.exec_module(modules[file])
             answer = (True, getattr(modules[file], name)(*args))
