@@ -7,11 +7,13 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from ..parallel.mesh import Mesh
-from ..parallel.zero import DeepSpeedEngine
+if TYPE_CHECKING:  # importing DeepSpeed takes seconds, and a plan only reads what a checkpoint says of itself
+    from ..parallel.mesh import Mesh
+    from ..parallel.zero import DeepSpeedEngine
 
 _STATE_FILE = "longring.json"
 _PARTIAL = ".partial"

@@ -41,8 +41,8 @@ def _prepare(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.target, options.overrides)
+    from .plan import plan
     from .ranks import local_ranks, start_ranks
-    from .train import plan
 
     count = options.ranks or local_ranks(recipe.train.ranks_per_node)
     plan(recipe, count)

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from longring.data.prepare import prepare
 from longring.launch.build import build_engine
 from longring.launch.config import Recipe, load_recipe
-from longring.launch.train import plan, train
+from longring.launch.plan import plan
+from longring.launch.train import train
 from longring.parallel.mesh import join
 from rich.console import Console
 from torch import Tensor
