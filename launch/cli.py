@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -19,7 +19,12 @@ from .run_directory import RunDirectory
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a stage -> 0, or 2 after an error of the user's, told in one line."""
-    options = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser, stages = _parsers()
+    # A stage's own parser takes options before, between and after the key=value settings; argparse cannot do that
+    # through sub-parsers, which here give the help and the error for everything else.
+    options = stages[words[0]].parse_intermixed_args(words[1:]) if words[:1] and words[0] in stages else None
+    options = options or parser.parse_args(words)
     try:
         return options.stage(options)
     except (ValueError, OSError) as error:
@@ -83,7 +88,8 @@ def _run_of(options: argparse.Namespace) -> RunDirectory:
     return RunDirectory(options.target)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The command's parser, and each stage's."""
     parser = argparse.ArgumentParser(
         prog="longring", description="Pre-train language models on long contexts, on many GPUs."
     )
@@ -127,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         "what prepared data holds: ledger, buckets, samples; verifies every shard's hash",
         "runs/demo-data",
     )
-    return parser
+    return parser, stages.choices
 
 
 if __name__ == "__main__":

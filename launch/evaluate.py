@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -128,9 +129,16 @@ def evaluation_table(result: dict[str, Any]) -> Table:
     """Held-out loss: a row for each bucket, a column for each range of positions."""
     longest = max(result["buckets"], key=lambda entry: entry["bucket"])
     ranges = [(part["from"], part["to"]) for part in longest["by_position"]]
-    table = Table(title=f"Held-out loss at step {result['step']}, nats per token", caption_justify="left")
-    for name in ("bucket", "cp", "tokens", "unigram", "loss", *(f"{start:,}-{stop - 1:,}" for start, stop in ranges)):
-        table.add_column(name, justify="right")
+    table = Table(
+        title=f"Held-out loss at step {result['step']}, nats per token: whole, and by position in the context",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for name in ("bucket", "cp", "tokens", "unigram", "loss"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for _, stop in ranges:
+        table.add_column(f"< {stop}", justify="right", no_wrap=True)
     for entry in result["buckets"]:
         parts = {(part["from"], part["to"]): f"{part['loss']:.3f}" for part in entry["by_position"]}
         table.add_row(

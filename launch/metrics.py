@@ -45,11 +45,10 @@ class MetricsWriter:
         self._tensorboard = SummaryWriter(str(run.tensorboard), purge_step=from_step + 1)
         self._console = console
         self._total_steps = total_steps
-        # Without a terminal, about twenty lines tell the story.
-        self._print_every = 1 if console.is_terminal else max(1, total_steps // 20)
+        self._print_every = max(1, total_steps // 20)
         self._progress = Progress(
             TextColumn("training"),
-            BarColumn(),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TextColumn("{task.fields[line]}"),
             TimeRemainingColumn(),
@@ -77,17 +76,19 @@ class MetricsWriter:
                 self._tensorboard.add_scalar(f"train/{name}", value, metrics.step)
         self._seconds += metrics.step_ms / 1e3
         line = (
-            f"loss {metrics.loss:.4f}  {metrics.tokens_per_s:,.0f} tokens/s  bucket {metrics.bucket:>5}  "
-            f"cp {metrics.cp}  {metrics.step_ms:.0f} ms"
+            f"loss {metrics.loss:.3f}  {metrics.tokens_per_s:>7,.0f} tok/s  bucket {metrics.bucket:>5}  "
+            f"cp {metrics.cp}  {metrics.step_ms:>5,.0f} ms"
         )
         self._progress.update(self._task, completed=metrics.step, line=line)
+        # Without a terminal there is no live line; about twenty printed ones tell the story.
         if not self._console.is_terminal and (
             metrics.step % self._print_every == 0 or metrics.step in (self._first_step, self._total_steps)
         ):
             left = (self._total_steps - metrics.step) * self._seconds / (metrics.step - self._first_step + 1)
             self._console.print(
-                f"step {metrics.step:>{len(str(self._total_steps))}}/{self._total_steps}  {line}  {left:.0f} s left",
+                f"step {metrics.step:>{len(str(self._total_steps))}}/{self._total_steps}  {line}  {left:>4,.0f} s left",
                 highlight=False,
+                soft_wrap=True,
             )
 
 

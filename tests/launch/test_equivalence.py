@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from longring.data.prepare import prepare
 from longring.launch.build import build_engine
 from longring.launch.config import Recipe, load_recipe
 from longring.launch.plan import plan
@@ -24,35 +22,6 @@ from longring.parallel.mesh import join
 from rich.console import Console
 from torch import Tensor
 
-RECIPE = """
-run_directory = "{directory}/run"
-[data]
-directory = "{directory}/data"
-min_bucket_tokens = 64
-max_bucket_tokens = 512
-held_out_fraction = 0.1
-source = {{ kind = "json", path = "{directory}/documents.jsonl" }}
-tokenizer = {{ vocab_size = 500 }}
-[curriculum]
-cycles = 2
-[model]
-num_layers = 2
-hidden_size = 64
-num_heads = 4
-num_kv_heads = 2
-ffn_hidden_size = 96
-[parallel]
-tokens_per_rank = 512
-[train]
-steps = 20
-global_batch_tokens = 2048
-learning_rate = 1e-2
-min_learning_rate = 1e-3
-warmup_steps = 4
-clip_grad_norm = 0.5
-dtype = "float32"
-"""
-
 DIVISIONS = {
     "dp4": ["parallel.tokens_per_rank=512"],
     "cp4": ["parallel.tokens_per_rank=128"],
@@ -60,21 +29,6 @@ DIVISIONS = {
     "tp2-cp2": ["parallel.tokens_per_rank=256", "parallel.tensor=2"],
     "tp2-cp2-sp": ["parallel.tokens_per_rank=256", "parallel.tensor=2", "parallel.sequence_parallel=true"],
 }
-
-
-@pytest.fixture(scope="session")
-def recipe_file(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("equivalence")
-    file = directory / "recipe.toml"
-    file.write_text(RECIPE.format(directory=directory))
-    # Documents of about 64 to 600 tokens, so that every bucket has its share of the steps.
-    source = Path(textwrap.__file__).with_name("argparse.py").read_text()
-    lengths = [200, 2100, 400, 900, 300, 1800, 250, 1100]
-    starts = np.cumsum([0, *lengths * 11])
-    documents = [source[start : start + length] for start, length in zip(starts, lengths * 11, strict=False)]
-    (directory / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    prepare(load_recipe(file).data, Console(quiet=True))
-    return file
 
 
 def initial_weights_and_rows(recipe_file: Path) -> tuple[dict[str, Tensor], list[np.ndarray]]:

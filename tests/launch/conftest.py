@@ -1,0 +1,57 @@
+"""A small recipe with its data prepared, for tests of whole runs."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from longring.data.prepare import prepare
+from longring.launch.config import load_recipe
+from rich.console import Console
+
+RECIPE = """
+run_directory = "{directory}/run"
+[data]
+directory = "{directory}/data"
+min_bucket_tokens = 64
+max_bucket_tokens = 512
+held_out_fraction = 0.1
+source = {{ kind = "json", path = "{directory}/documents.jsonl" }}
+tokenizer = {{ vocab_size = 500 }}
+[curriculum]
+cycles = 2
+[model]
+num_layers = 2
+hidden_size = 64
+num_heads = 4
+num_kv_heads = 2
+ffn_hidden_size = 96
+[parallel]
+tokens_per_rank = 512
+[train]
+steps = 20
+global_batch_tokens = 2048
+learning_rate = 1e-2
+min_learning_rate = 1e-3
+warmup_steps = 4
+clip_grad_norm = 0.5
+dtype = "float32"
+"""
+
+
+@pytest.fixture(scope="session")
+def recipe_file(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("equivalence")
+    file = directory / "recipe.toml"
+    file.write_text(RECIPE.format(directory=directory))
+    # Documents of about 64 to 600 tokens, so that every bucket has its share of the steps.
+    source = Path(textwrap.__file__).with_name("argparse.py").read_text()
+    lengths = [200, 2100, 400, 900, 300, 1800, 250, 1100]
+    starts = np.cumsum([0, *lengths * 11])
+    documents = [source[start : start + length] for start, length in zip(starts, lengths * 11, strict=False)]
+    (directory / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    prepare(load_recipe(file).data, Console(quiet=True))
+    return file

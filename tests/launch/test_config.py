@@ -1,0 +1,119 @@
+"""Recipes: strict, with errors that name the key and both values."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from longring.launch.config import Recipe, TrainConfig, load_recipe
+from longring.launch.train import learning_rate
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "launch" / "recipes" / "demo.toml"
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "launch" / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_loads_and_fits_its_ranks(recipe):
+    loaded = load_recipe(recipe)
+    assert loaded.accumulation_steps(max(1, loaded.train.ranks_per_node)) >= 1
+
+
+def test_overrides_win_over_the_file():
+    recipe = load_recipe(DEMO, ["train.steps=40", "run_directory=runs/b", "parallel.sequence_parallel=false"])
+    assert (recipe.train.steps, recipe.run_directory, recipe.parallel.sequence_parallel) == (40, "runs/b", False)
+    assert load_recipe(DEMO, ["train.learning_rate=1"]).train.learning_rate == 1.0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=3", "unknown key train.stepz; did you mean train.steps?"),
+        ("nonsense=3", "unknown key nonsense"),
+        ("train.steps=2.5", "train.steps = 2.5 must be of type int"),
+        ("train.steps=true", "train.steps = True must be of type int"),
+        ("train.dtype=float16", "train.dtype = 'float16' must be one of 'float32', 'bfloat16'"),
+        ("train=3", "train = 3 must be a table"),
+        ("train.steps", "must look like train.steps=20"),
+        ("train.steps=0", "train.steps = 0: must be at least 1"),
+        ("train.steps.more=1", "steps is a value, not a table"),
+        ("train.warmup_steps=200", r"train.warmup_steps = 200 must lie in \[0, train.steps = 200"),
+        ("train.global_batch_tokens=3000", "3000 is not a multiple of data.max_bucket_tokens = 2048"),
+        ("parallel.tensor=3", "parallel.tensor = 3 does not divide model.num_heads = 4"),
+        ("parallel.tensor=4", "parallel.tensor = 4 does not divide model.num_kv_heads = 2"),
+        ("parallel.tokens_per_rank=500", "parallel.tokens_per_rank = 500: must be a power of two"),
+        ("parallel.zero_stage=4", "parallel.zero_stage = 4 must be one of 0, 1, 2, 3"),
+        ("parallel.sequence_parallel=true", "but parallel.tensor = 1"),
+        ("model.num_kv_heads=3", "model.num_heads = 4 is not a multiple of model.num_kv_heads = 3"),
+        ("data.max_bucket_tokens=3000", "data.max_bucket_tokens"),
+        ("train.min_learning_rate=1.0", "train.min_learning_rate = 1.0 must lie in"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_value(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(DEMO, [override])
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        load_recipe(tmp_path / "none.toml")
+    (tmp_path / "broken.toml").write_text("steps = = 3")
+    with pytest.raises(ValueError, match="broken.toml is not valid TOML"):
+        load_recipe(tmp_path / "broken.toml")
+    (tmp_path / "short.toml").write_text('run_directory = "runs/a"\n[data]\ndirectory = "d"\n')
+    with pytest.raises(ValueError, match="model.num_layers is missing"):
+        load_recipe(tmp_path / "short.toml")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides", "message"),
+    [
+        (3, [], "a world of 3 ranks cannot hold data.max_bucket_tokens = 2048 .* start a multiple of 4 ranks"),
+        (3, ["parallel.tensor=2"], "a world of 3 ranks cannot be divided by parallel.tensor = 2"),
+        (4, ["parallel.tensor=2"], "start a multiple of 8 ranks"),
+        (8, [], "train.global_batch_tokens = 2048 is not a multiple of the 4096 tokens that 8 ranks take at once"),
+    ],
+)
+def test_an_impossible_world_is_refused_with_the_way_out(world_size, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(DEMO, overrides).accumulation_steps(world_size)
+
+
+@given(
+    tensor=st.sampled_from([1, 2]),
+    data_size=st.sampled_from([1, 2, 4, 8, 16]),
+    tokens_per_rank=st.sampled_from([2**i for i in range(7, 12)]),
+)
+def test_every_rank_holds_the_same_tokens_in_every_bucket(tensor, data_size, tokens_per_rank):
+    recipe = load_recipe(
+        DEMO,
+        [f"parallel.tensor={tensor}", f"parallel.tokens_per_rank={tokens_per_rank}", "train.global_batch_tokens=32768"],
+    )
+    if data_size % recipe.max_context_parallel:
+        return
+    accumulation = recipe.accumulation_steps(tensor * data_size)
+    for length in (128, 256, 512, 1024, 2048):
+        degree = recipe.parallel.context_parallel(length)
+        rows = recipe.parallel.sequences_per_replica(length)
+        assert rows * length // degree == tokens_per_rank
+        assert accumulation * (data_size // degree) * rows * length == recipe.train.global_batch_tokens
+
+
+def config(**changes) -> TrainConfig:
+    return TrainConfig(**{**load_recipe(DEMO).train.__dict__, **changes})
+
+
+def test_learning_rate_warms_up_and_ends_at_the_minimum():
+    train = config(steps=100, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.1)
+    assert [learning_rate(step, train) for step in (1, 5, 10)] == [0.1, 0.5, 1.0]
+    assert learning_rate(100, train) == pytest.approx(0.1)
+    assert learning_rate(55, train) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2)
+    assert learning_rate(1, config(warmup_steps=0, steps=1)) == pytest.approx(train.min_learning_rate * 0 + 6e-4)
+
+
+def test_recipe_is_frozen():
+    with pytest.raises(AttributeError):
+        load_recipe(DEMO).run_directory = "elsewhere"  # type: ignore[misc]
+    assert isinstance(load_recipe(DEMO), Recipe)

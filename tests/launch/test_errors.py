@@ -1,0 +1,140 @@
+"""Bad input ends at once with one clear error, before any rank starts, and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from longring.launch import cli
+from longring.launch import train as train_module
+from longring.launch.config import load_recipe
+from longring.launch.run_directory import RunDirectory
+
+
+@pytest.fixture
+def data(recipe_file, tmp_path) -> Path:
+    """A copy of the prepared data that a test may break."""
+    return Path(shutil.copytree(recipe_file.parent / "data", tmp_path / "data"))
+
+
+def error_of(capsys, *arguments: str) -> str:
+    """The one error that the command prints."""
+    assert cli.main(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.count("error:") == 1
+    assert "Traceback" not in error
+    return " ".join(error.split())
+
+
+def train_error(capsys, recipe_file: Path, tmp_path: Path, *overrides: str, ranks: int = 4) -> str:
+    run = tmp_path / "run"
+    error = error_of(capsys, "train", str(recipe_file), f"run_directory={run}", *overrides, "--ranks", str(ranks))
+    assert not run.exists(), "no half-written run"
+    return error
+
+
+def test_unknown_key(capsys, recipe_file, tmp_path):
+    assert "did you mean train.steps?" in train_error(capsys, recipe_file, tmp_path, "train.stepz=1")
+
+
+def test_impossible_world_size(capsys, recipe_file, tmp_path):
+    error = train_error(capsys, recipe_file, tmp_path, "parallel.tokens_per_rank=128", ranks=3)
+    assert "a world of 3 ranks cannot hold data.max_bucket_tokens = 512" in error
+    assert "start a multiple of 4 ranks" in error
+
+
+def test_tensor_parallelism_that_does_not_divide_the_heads(capsys, recipe_file, tmp_path):
+    error = train_error(capsys, recipe_file, tmp_path, "parallel.tensor=4")
+    assert "parallel.tensor = 4 does not divide model.num_kv_heads = 2" in error
+
+
+def test_missing_data(capsys, recipe_file, tmp_path):
+    error = train_error(capsys, recipe_file, tmp_path, f"data.directory={tmp_path}/nowhere")
+    assert "nowhere" in error
+    assert "longring prepare" in error
+
+
+def test_missing_shard(capsys, recipe_file, data, tmp_path):
+    shard = next((data / "train").rglob("*.tar"))
+    shard.unlink()
+    error = train_error(capsys, recipe_file, tmp_path, f"data.directory={data}")
+    assert f"{shard} is missing" in error
+
+
+def test_truncated_shard(capsys, recipe_file, data, tmp_path):
+    shard = next((data / "train").rglob("*.tar"))
+    whole = shard.stat().st_size
+    shard.write_bytes(shard.read_bytes()[:-512])
+    error = train_error(capsys, recipe_file, tmp_path, f"data.directory={data}")
+    assert f"{shard} has {whole - 512} bytes, {whole} in the manifest" in error
+
+
+def test_tokenizer_that_does_not_match_the_manifest(capsys, recipe_file, data, tmp_path):
+    tokenizer = data / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("Ġ", "Ġ ", 1))
+    error = train_error(capsys, recipe_file, tmp_path, f"data.directory={data}")
+    assert "tokenizer.json has SHA-256" in error
+
+
+def test_data_prepared_for_other_buckets(capsys, recipe_file, tmp_path):
+    error = train_error(capsys, recipe_file, tmp_path, "data.max_bucket_tokens=256")
+    assert "data.max_bucket_tokens" in error
+
+
+def test_empty_corpus(capsys, recipe_file, tmp_path):
+    (tmp_path / "empty.jsonl").write_text(json.dumps({"text": ""}) + "\n")
+    data = tmp_path / "new-data"
+    arguments = (f"data.directory={data}", f"data.source.path={tmp_path}/empty.jsonl")
+    error = error_of(capsys, "prepare", str(recipe_file), *arguments)
+    assert "empty.jsonl" in error or "no " in error
+    assert not list(tmp_path.glob("new-data*"))
+
+
+def test_run_directory_of_another_recipe(capsys, recipe_file, tmp_path):
+    run = RunDirectory(tmp_path / "other")
+    run.create(load_recipe(recipe_file))
+    before = run.recipe_file.read_text()
+    error = error_of(
+        capsys, "train", str(recipe_file), f"run_directory={run.path}", "train.learning_rate=0.5", "--ranks", "4"
+    )
+    assert "train.learning_rate was 0.01 there and is 0.5 now" in error
+    assert run.recipe_file.read_text() == before
+
+
+def test_run_directory_with_other_files(capsys, recipe_file, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("...")
+    error = error_of(capsys, "train", str(recipe_file), f"run_directory={tmp_path}/thesis", "--ranks", "4")
+    assert "holds other files" in error
+
+
+def test_evaluate_without_a_run_or_a_checkpoint(capsys, recipe_file, tmp_path):
+    assert "is no run directory" in error_of(capsys, "evaluate", str(tmp_path))
+    run = RunDirectory(tmp_path / "fresh")
+    run.create(load_recipe(recipe_file))
+    assert "has no checkpoint yet" in error_of(capsys, "evaluate", str(run.path))
+    assert "only evaluate.* can be set" in error_of(capsys, "evaluate", str(run.path), "train.steps=1")
+
+
+def test_a_rank_started_without_torchrun(capsys, recipe_file, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert train_module.main([str(recipe_file)]) == 2
+    assert "start it by torchrun" in " ".join(capsys.readouterr().err.split())
+
+
+def test_ranks_of_an_impossible_world_speak_once_a_node(capsys, recipe_file, monkeypatch):
+    for rank in ("0", "1", "2"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        assert train_module.main([str(recipe_file), "parallel.tokens_per_rank=128"]) == 2
+    assert capsys.readouterr().err.count("error:") == 1
+
+
+def test_help_shows_an_example_for_every_stage(capsys):
+    for stage in ("prepare", "train", "evaluate", "inspect"):
+        with pytest.raises(SystemExit):
+            cli.main([stage, "--help"])
+        assert f"example: longring {stage} " in " ".join(capsys.readouterr().out.split())
