@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from .run_directory import RunDirectory
@@ -47,11 +48,9 @@ class MetricsWriter:
         self._total_steps = total_steps
         self._print_every = max(1, total_steps // 20)
         self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=12),
+            BarColumn(bar_width=6),
             MofNCompleteColumn(),
             TextColumn("{task.fields[line]}"),
-            TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
@@ -75,21 +74,17 @@ class MetricsWriter:
             if name != "step":
                 self._tensorboard.add_scalar(f"train/{name}", value, metrics.step)
         self._seconds += metrics.step_ms / 1e3
+        left = (self._total_steps - metrics.step) * self._seconds / (metrics.step - self._first_step + 1)
         line = (
-            f"loss {metrics.loss:.3f}  {metrics.tokens_per_s:>7,.0f} tok/s  bucket {metrics.bucket:>5}  "
-            f"cp {metrics.cp}  {metrics.step_ms:>5,.0f} ms"
+            f"loss {metrics.loss:.3f}  {metrics.tokens_per_s:,.0f} tok/s  bucket {metrics.bucket}  cp {metrics.cp}  "
+            f"{metrics.step_ms:,.0f} ms  {timedelta(seconds=round(left))} left"
         )
         self._progress.update(self._task, completed=metrics.step, line=line)
         # Without a terminal there is no live line; about twenty printed ones tell the story.
         if not self._console.is_terminal and (
             metrics.step % self._print_every == 0 or metrics.step in (self._first_step, self._total_steps)
         ):
-            left = (self._total_steps - metrics.step) * self._seconds / (metrics.step - self._first_step + 1)
-            self._console.print(
-                f"step {metrics.step:>{len(str(self._total_steps))}}/{self._total_steps}  {line}  {left:>4,.0f} s left",
-                highlight=False,
-                soft_wrap=True,
-            )
+            self._console.print(f"step {metrics.step}/{self._total_steps}  {line}", highlight=False, soft_wrap=True)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
