@@ -1,0 +1,98 @@
+"""The parts of the decoder; the whole of it is checked against plain PyTorch in tests/launch/test_equivalence.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from longring.kernels.attention import attention
+from longring.kernels.layout import SeqLayout
+from longring.model.config import ModelConfig
+from longring.model.rope import apply_rope, rope_table
+from longring.model.transformer import Transformer
+from longring.parallel.config import ParallelConfig
+from longring.parallel.mesh import join, megatron_config
+from longring.parallel.zero import zero_engine
+
+SIZES = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_hidden_size": 48}
+
+
+@pytest.mark.parametrize("start", [0, 1000, 2**20])
+def test_rope_turns_pairs_like_complex_numbers(start):
+    """Also at position 10^6, where angles formed in fp32 would be off in the second digit."""
+    positions, base, dim = torch.arange(start, start + 7), 5e6, 16
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 7, 3, dim, generator=generator)
+    turned = apply_rope(x, rope_table(positions, dim, base))
+    angle = positions.double()[:, None] * base ** (-torch.arange(0, dim, 2).double() / dim)
+    exact = torch.complex(*x.double().chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)[None, :, None]
+    torch.testing.assert_close(turned.double(), torch.cat([exact.real, exact.imag], -1), rtol=0, atol=2e-6)
+
+
+@given(shift=st.integers(0, 100_000))
+def test_rope_scores_depend_on_distance_only(shift):
+    generator = torch.Generator().manual_seed(1)
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=generator)
+
+    def score(at: int) -> float:
+        tables = [rope_table(torch.tensor([position]), 8, 1e4) for position in (at + 5, at)]
+        return float((apply_rope(q, tables[0]) * apply_rope(k, tables[1])).sum())
+
+    assert score(shift) == pytest.approx(score(0), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": 5}, "model.hidden_size = 32 over model.num_heads = 5"),
+        ({"num_heads": 32, "num_kv_heads": 32}, "must be an even integer"),
+        ({"num_kv_heads": 3}, "model.num_heads = 4 is not a multiple of model.num_kv_heads = 3"),
+        ({"num_layers": 0}, "model.num_layers = 0"),
+    ],
+)
+def test_sizes_that_cannot_be_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**{**SIZES, **change})
+
+
+def test_vocabulary_is_padded_to_128():
+    assert [ModelConfig(**SIZES).padded_vocab_size(n) for n in (1, 128, 129, 50257)] == [128, 128, 256, 50304]
+
+
+def losses_of_two_sequences() -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of every token, for a sequence and for one that differs from token 20 on."""
+    parallel = ParallelConfig(tokens_per_rank=32)
+    join(parallel, 1)
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**SIZES), 100, megatron_config(parallel))
+    tokens = torch.randint(0, 100, (2, 33))
+    tokens[1, :20] = tokens[0, :20]
+    losses = model(tokens[:, :-1], tokens[:, 1:], SeqLayout.contiguous(32), attention).detach()
+    return losses[0], losses[1]
+
+
+def test_no_token_sees_a_later_one(on_ranks):
+    [(first, second)] = on_ranks(1, losses_of_two_sequences)
+    # Position 18 predicts token 19, the last that both share; position 19 has another target.
+    assert torch.equal(first[:19], second[:19])
+    assert not torch.equal(first[20:], second[20:])
+
+
+def same_weights(tensor: int) -> list[float]:
+    parallel = ParallelConfig(tokens_per_rank=32, tensor=tensor)
+    mesh = join(parallel, 1)
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**SIZES), 100, megatron_config(parallel))
+    optimizer = torch.optim.AdamW(model.parameters())
+    zero_engine(model, optimizer, parallel, mesh, accumulation_steps=1, clip_grad_norm=1.0, dtype="float32")
+    # Sums over a rank's cut, added up by the caller; norm weights are whole on every rank.
+    cut = sum(float(p.detach().double().square().sum()) for p in model.parameters() if p.dim() > 1)
+    return [cut, sum(float(p.detach().sum()) for p in model.parameters() if p.dim() == 1)]
+
+
+def test_weights_do_not_depend_on_tensor_parallelism(on_ranks):
+    [(whole, norms)] = on_ranks(1, same_weights, 1)
+    parts = on_ranks(2, same_weights, 2)
+    assert sum(cut for cut, _ in parts) == pytest.approx(whole, rel=1e-12)
+    assert [n for _, n in parts] == [norms, norms]
