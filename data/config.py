@@ -83,7 +83,7 @@ class CurriculumConfig:
 
     def __post_init__(self) -> None:
         if self.cycles < 1:
-            raise ValueError(f"data.curriculum.cycles is {self.cycles}; it must be at least 1")
+            raise ValueError(f"curriculum.cycles is {self.cycles}; it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """What a prepared directory holds: its manifest, read back with checks that name the file and both values."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .config import DataConfig
 from .decompose import SPLITS, Split
 from .ledger import Ledger
 from .shards import Block, Bucket, SequenceReader, Shard, sha256_of
@@ -74,6 +76,16 @@ class Manifest:
             raise ValueError(f"{file} is damaged ({error!r}); {AGAIN}") from error
         raise ValueError(f"{file} has format version {version}, this LongRing reads {FORMAT_VERSION}; {AGAIN}")
 
+    def check_made_from(self, config: DataConfig) -> None:
+        """Raise ValueError, naming the first setting that differs, unless `config` makes just this data."""
+        difference = next(_differences("data", self.config, settings_of(config)), None)
+        if difference is not None:
+            key, before, now = difference
+            raise ValueError(
+                f"data.directory = {config.directory} was prepared with {key} = {before!r}, not {now!r}; "
+                "name another directory, or delete this one to prepare it anew"
+            )
+
     def reader(self, directory: Path, bucket: Bucket) -> SequenceReader:
         """Return random access to one bucket's sequences."""
         return SequenceReader(directory, bucket, np.dtype(self.dtype))
@@ -115,6 +127,21 @@ def open_prepared(directory: str | Path) -> Manifest:
             if (size := file.stat().st_size) != shard.size_bytes:
                 raise ValueError(f"{file} has {size} bytes, {shard.size_bytes} in the manifest; {AGAIN}")
     return manifest
+
+
+def settings_of(config: DataConfig) -> dict[str, Any]:
+    """Return what decides the content of prepared data: all of the configuration but its place."""
+    settings = asdict(config)
+    del settings["directory"]
+    return settings
+
+
+def _differences(path: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in now | before:
+            yield from _differences(f"{path}.{key}", before.get(key), now.get(key))
+    elif before != now:
+        yield path, before, now
 
 
 def _expect_sha256(file: Path, expected: str) -> None:

@@ -5,10 +5,8 @@ import shutil
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from .config import DataConfig
 from .decompose import SPLITS, Split, bucket_lengths, decompose, split_of
 from .ledger import Ledger
-from .manifest import MANIFEST_FILE, UNIGRAM_FILE, Manifest, open_prepared
+from .manifest import MANIFEST_FILE, UNIGRAM_FILE, Manifest, open_prepared, settings_of
 from .shards import Bucket, BucketWriter, sha256_of
 from .sources import Document, documents
 from .tokenize import TOKENIZER_FILE, DocumentTokenizer, read_tokenizer, train_tokenizer
@@ -54,7 +52,7 @@ def prepare(config: DataConfig, console: Console) -> Manifest:
             boundary_id=tokenizer.boundary_id,
             dtype=tokenizer.dtype.str,
             unigram_sha256=sha256_of(partial / UNIGRAM_FILE),
-            config=_echo(config),
+            config=settings_of(config),
             splits=splits,
             ledger=ledger,
         )
@@ -127,33 +125,13 @@ def _shown(source: Iterable[Document], progress: Progress, task: TaskID) -> Iter
         progress.advance(task)
 
 
-def _echo(config: DataConfig) -> dict[str, Any]:
-    settings = asdict(config)
-    del settings["directory"]
-    return settings
-
-
 def _existing(directory: Path, config: DataConfig) -> Manifest:
     """Return the manifest of finished data made from `config`; ValueError for anything else."""
     if not (directory / MANIFEST_FILE).is_file():
         raise ValueError(f"data.directory = {directory} exists and is not prepared data; name another directory")
     manifest = open_prepared(directory)
-    difference = next(_differences("data", manifest.config, _echo(config)), None)
-    if difference is not None:
-        key, before, now = difference
-        raise ValueError(
-            f"data.directory = {directory} was prepared with {key} = {before!r}, not {now!r}; "
-            "name another directory, or delete this one to prepare it anew"
-        )
+    manifest.check_made_from(config)
     return manifest
-
-
-def _differences(path: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in now | before:
-            yield from _differences(f"{path}.{key}", before.get(key), now.get(key))
-    elif before != now:
-        yield path, before, now
 
 
 @contextmanager

@@ -36,6 +36,7 @@ def plan(recipe: Recipe, world_size: int) -> Plan:
     """
     recipe.accumulation_steps(world_size)
     manifest = open_prepared(recipe.data.directory)
+    manifest.check_made_from(recipe.data)
     data_hash = sha256_of(Path(recipe.data.directory) / MANIFEST_FILE)
     order = schedule(
         [bucket.tokens for bucket in manifest.splits["train"]],

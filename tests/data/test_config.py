@@ -31,7 +31,7 @@ def test_data_settings_out_of_range(settings: dict[str, Any], words: list[str]):
         (SourceConfig, {"limit_documents": -1}, ["data.source.limit_documents", "-1"]),
         (TokenizerConfig, {"vocab_size": 256}, ["data.tokenizer.vocab_size", "256", "257"]),
         (TokenizerConfig, {"boundary": ""}, ["data.tokenizer.boundary"]),
-        (CurriculumConfig, {"cycles": 0}, ["data.curriculum.cycles", "0"]),
+        (CurriculumConfig, {"cycles": 0}, ["curriculum.cycles", "0"]),
     ],
 )
 def test_nested_settings_out_of_range(make: Any, settings: dict[str, Any], words: list[str]):

@@ -80,7 +80,7 @@ def test_tokenizer_that_does_not_match_the_manifest(capsys, recipe_file, data, t
 
 def test_data_prepared_for_other_buckets(capsys, recipe_file, tmp_path):
     error = train_error(capsys, recipe_file, tmp_path, "data.max_bucket_tokens=256")
-    assert "data.max_bucket_tokens" in error
+    assert "was prepared with data.max_bucket_tokens = 512, not 256" in error
 
 
 def test_empty_corpus(capsys, recipe_file, tmp_path):
@@ -88,7 +88,7 @@ def test_empty_corpus(capsys, recipe_file, tmp_path):
     data = tmp_path / "new-data"
     arguments = (f"data.directory={data}", f"data.source.path={tmp_path}/empty.jsonl")
     error = error_of(capsys, "prepare", str(recipe_file), *arguments)
-    assert "empty.jsonl" in error or "no " in error
+    assert "gave 1 documents with 0 tokens" in error
     assert not list(tmp_path.glob("new-data*"))
 
 
