@@ -11,7 +11,8 @@ import hashlib
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# Four rounds already pass the tests at a thousand entries; eight do at ten, where a half has only two bits.
+# Places that one item takes under 12,000 keys, for 3 to 10 entries: the worst chi-square is 83 standard deviations
+# above its mean with four rounds, 4 with six, 0.4 with eight..
 ROUNDS = 8
 MAX_SIZE = 1 << 40
 

@@ -123,7 +123,8 @@ class BucketWriter:
         tokens = np.stack(self._tokens).astype(self._dtype, copy=False)
         origins = np.array(self._origins, dtype="<i8")
         tokens_npy, origins_npy = _npy(tokens), _npy(origins)
-        # The writer sorts members by name, so the documents come first; each member has one header block.
+        # The writer sorts members by name, so the documents come first; each has one header block, as a whole-numbered
+        # time and less than 8 GiB need no pax header.
         documents_end = self._tar.tarstream.offset + TAR_BLOCK_BYTES + len(origins_npy)
         tokens_start = -(-documents_end // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES + TAR_BLOCK_BYTES
         self._blocks.append(

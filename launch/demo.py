@@ -91,10 +91,10 @@ def _summary(recipe: Recipe, run: RunDirectory, evaluation: dict, equal: int, ha
         chosen = [step for step in steps if step["cp"] == degree]
         lengths = sorted({step["bucket"] for step in chosen})
         rate = sorted(step["tokens_per_s"] for step in chosen)[len(chosen) // 2]
-        where = "whole on a rank" if degree == 1 else f"over TokenRings of {degree}"
+        where = "whole on a rank" if degree == 1 else f"over rings of {degree}"
         table.add_row(
             f"  {', '.join(f'{length:,}' for length in lengths)} tokens",
-            f"{len(chosen)} steps {where}, median {rate:,.0f} tokens/s",
+            f"{len(chosen)} steps {where}, median {rate:,.0f} tok/s",
         )
     table.add_row("training loss", f"{steps[0]['loss']:.3f} at first, {steps[-1]['loss']:.3f} at last, nats per token")
     table.add_row("held-out loss", f"{evaluation['loss']:.3f}, unigram baseline {evaluation['unigram_loss']:.3f}")

@@ -130,7 +130,7 @@ def evaluation_table(result: dict[str, Any]) -> Table:
     longest = max(result["buckets"], key=lambda entry: entry["bucket"])
     ranges = [(part["from"], part["to"]) for part in longest["by_position"]]
     table = Table(
-        title=f"Held-out loss at step {result['step']}, nats per token: whole, and by position in the context",
+        title=f"Held-out loss at step {result['step']}, nats per token; right: by position in context",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),

@@ -16,6 +16,7 @@ def hold_warnings() -> None:
 
     megatron-core and DeepSpeed warn while they are imported, once on every rank, of optional parts that are absent.
     """
+    logging.getLogger().addHandler(logging.NullHandler())  # until then, no log is the terminal either
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").addHandler(_held)
 
