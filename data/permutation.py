@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 # Places that one item takes under 12,000 keys, for 3 to 10 entries: the worst chi-square is 83 standard deviations
-# above its mean with four rounds, 4 with six, 0.4 with eight..
+# above its mean with four rounds, 4 with six, 0.4 with eight.
 ROUNDS = 8
 MAX_SIZE = 1 << 40
 

@@ -86,7 +86,8 @@ def _summary(recipe: Recipe, run: RunDirectory, evaluation: dict, equal: int, ha
     table = Table(title="What the demo showed", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
-    table.add_row("trained", f"{steps[-1]['tokens']:,} tokens in {len(steps)} steps")
+    at_once = recipe.parallel.tokens_per_rank
+    table.add_row("trained", f"{steps[-1]['tokens']:,} tokens in {len(steps)} steps, {at_once} on every rank at once")
     for degree in sorted({step["cp"] for step in steps}):
         chosen = [step for step in steps if step["cp"] == degree]
         lengths = sorted({step["bucket"] for step in chosen})
@@ -98,10 +99,7 @@ def _summary(recipe: Recipe, run: RunDirectory, evaluation: dict, equal: int, ha
         )
     table.add_row("training loss", f"{steps[0]['loss']:.3f} at first, {steps[-1]['loss']:.3f} at last, nats per token")
     table.add_row("held-out loss", f"{evaluation['loss']:.3f}, unigram baseline {evaluation['unigram_loss']:.3f}")
-    table.add_row(
-        "resume", f"{equal} steps after step {half}: loss and gradient norm bit-equal to the uninterrupted run"
-    )
-    table.add_row("every rank, every step", f"{recipe.parallel.tokens_per_rank} tokens, whatever the bucket")
+    table.add_row("resume", f"{equal} steps after step {half}: bit-equal to the run without the stop")
     return table
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
+from ..data.batches import Trained
 from .run_directory import RunDirectory
 
 
@@ -85,6 +89,23 @@ class MetricsWriter:
             metrics.step % self._print_every == 0 or metrics.step in (self._first_step, self._total_steps)
         ):
             self._console.print(f"step {metrics.step}/{self._total_steps}  {line}", highlight=False, soft_wrap=True)
+
+
+def trained_table(trained: Sequence[Trained]) -> Table:
+    """What a run has taken from each bucket: trained = reached + repeated, the bucket = reached + not reached."""
+    table = Table(title="Tokens of the training data", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("bucket", "trained", "passes", "reached", "repeated", "not reached"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in trained:
+        counts = (row.reached_tokens, row.repeated_tokens, row.not_reached_tokens)
+        table.add_row(f"{row.length:,}", f"{row.tokens:,}", f"{row.passes:.2f}", *(f"{count:,}" for count in counts))
+    totals = (
+        sum(getattr(row, name) for row in trained)
+        for name in ("reached_tokens", "repeated_tokens", "not_reached_tokens")
+    )
+    table.add_section()
+    table.add_row("all", f"{sum(row.tokens for row in trained):,}", "", *(f"{total:,}" for total in totals))
+    return table
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -16,8 +16,8 @@ from typing import Any
 
 from .config import Recipe, apply_overrides, from_tree
 
-# Evaluation may look elsewhere, and a run may be moved; every other key decides what the run computes.
-_FREE_KEYS = ("run_directory", "evaluate", "train.ranks_per_node")
+# Run and data may be moved (a checkpoint knows its data by hash); every other key decides what the run computes.
+_FREE_KEYS = ("run_directory", "data.directory", "evaluate.", "train.ranks_per_node", "train.checkpoint_every_steps")
 
 
 class RunDirectory:

@@ -25,7 +25,7 @@ from . import checkpoint
 from .build import build_engine, inputs_and_targets, place
 from .config import Recipe, TrainConfig, load_recipe
 from .logs import open_log
-from .metrics import MetricsWriter, StepMetrics
+from .metrics import MetricsWriter, StepMetrics, trained_table
 from .plan import plan
 from .ranks import as_rank
 
@@ -116,7 +116,9 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> No
         if writer is not None:
             writer.close()
     if rank == 0:
-        console.print(f"saved {checkpoint.latest(run.checkpoints)}")
+        console.print(f"saved {checkpoint.latest(run.checkpoints)}", soft_wrap=True)
+        if last == recipe.train.steps:
+            console.print(trained_table(batches.order.trained(last)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

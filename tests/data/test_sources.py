@@ -7,6 +7,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
 from longring.data.config import SourceConfig
 from longring.data.sources import documents
 
@@ -45,14 +46,15 @@ def test_invalid_utf8_is_replaced_not_refused(tmp_path: Path):
     assert read(kind="text", path=str(tmp_path))[0][2] == "caf\ufffd"
 
 
-def test_json_lines_arrays_and_gzip(tmp_path: Path):
+def test_json_lines_arrays_and_compressed(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "", "id": 3}\n')
     (tmp_path / "b.json").write_text('[{"text": "three"}, {"text": "four"}]')
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'{"text": "five"}\n'))
+    (tmp_path / "c2.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "six"}\n'))
     (tmp_path / "d.jsonl").write_text("")
     (tmp_path / "notes.txt").write_text("not JSON")
     found = read(kind="json", path=str(tmp_path))
-    assert [text for _, _, text in found] == ["one", "", "three", "four", "five"]
+    assert [text for _, _, text in found] == ["one", "", "three", "four", "five", "six"]
     assert [name for _, name, _ in found][:3] == [
         f"{tmp_path}/a.jsonl:1",
         f"{tmp_path}/a.jsonl:2",
