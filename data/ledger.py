@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rich import box
 from rich.table import Table
 
 from .decompose import SPLITS, Piece, Split
@@ -104,20 +105,29 @@ class Ledger:
 
     def table(self) -> Table:
         """Return the books as a table whose parts sum to its first row."""
-        table = Table(title="Ledger", title_justify="left")
-        table.add_column()
-        for column in ("documents", "tokens", "of tokens"):
-            table.add_column(column, justify="right")
+        table = Table(title="Ledger", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column(no_wrap=True)
+        for column in ("documents", "sequences", "tokens", "share"):
+            table.add_column(column, justify="right", no_wrap=True)
 
-        def row(name: str, documents: int, tokens: int) -> None:
-            table.add_row(name, f"{documents:,}", f"{tokens:,}", f"{tokens / max(self.tokens_in, 1):.2%}")
+        def row(name: str, documents: int | None, sequences: int | None, tokens: int) -> None:
+            counts = ("" if count is None else f"{count:,}" for count in (documents, sequences))
+            table.add_row(name, *counts, f"{tokens:,}", f"{tokens / max(self.tokens_in, 1):.2%}")
 
-        row("read", self.documents_in, self.tokens_in)
+        row("read", self.documents_in, None, self.tokens_in)
         for split, books in self.splits.items():
             table.add_section()
-            row(f"{split}: written", books.kept_documents, books.sequence_tokens())
+            row(
+                f"{split.replace('_', ' ')}, written",
+                books.kept_documents,
+                books.sequences.total(),
+                books.sequence_tokens(),
+            )
+            for length, count in sorted(books.sequences.items()):
+                row(f"  bucket {length:,}", None, count, length * count)
             for rule in sorted(books.dropped_documents.keys() | books.dropped_tokens.keys()):
-                row(f"{split}: dropped, {rule}", books.dropped_documents[rule], books.dropped_tokens[rule])
+                dropped = rule.replace("_", " ")
+                row(f"  dropped: {dropped}", books.dropped_documents[rule], None, books.dropped_tokens[rule])
         table.caption = (
             "Dropped tokens include the tails of written documents.\n"
             f"{self.replaced_documents:,} documents contain U+FFFD (invalid UTF-8 replaced) and are kept."
