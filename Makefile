@@ -2,7 +2,9 @@
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] <= (3,12))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 READY := $(VENV)/ready
+# No module of this folder shadows a package; output shows as it comes.
 export PYTHONSAFEPATH := 1
+export PYTHONUNBUFFERED := 1
 
 .PHONY: demo test check format clean
 
