@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from longring.launch.build import build_engine
 from longring.launch.config import Recipe, load_recipe
 from longring.launch.plan import plan
 from longring.launch.train import train
 from longring.parallel.mesh import join
+from plain_model import plain_losses
 from rich.console import Console
 from torch import Tensor
 
@@ -46,35 +46,6 @@ def run_steps(recipe_file: Path, overrides: list[str]) -> None:
     train(load_recipe(recipe_file, overrides), Console(quiet=True))
 
 
-def plain_losses(w: dict[str, Tensor], rows: Tensor, recipe: Recipe) -> Tensor:
-    """A Llama-like decoder written out: mean loss of whole sequences [b, L + 1], nothing divided."""
-    m, tokens, targets = recipe.model, rows[:, :-1], rows[:, 1:]
-    g, d, length = m.num_heads // m.num_kv_heads, m.head_dim, tokens.shape[1]
-    norm = lambda x, weight: x * (x.square().mean(-1, keepdim=True) + m.norm_epsilon).rsqrt() * weight  # noqa: E731
-    angle = torch.arange(length).double()[:, None] * m.rope_base ** -(torch.arange(0, d, 2).double() / d)
-    cos, sin = (t.to(w["norm.weight"].dtype)[None, :, None] for t in (angle.cos(), angle.sin()))
-
-    def rope(x: Tensor) -> Tensor:
-        a, b = x[..., : d // 2], x[..., d // 2 :]
-        return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
-
-    x = w["embedding.weight"][tokens]
-    hidden_future = torch.ones(length, length, dtype=torch.bool).triu(1)
-    for i in range(m.num_layers):
-        p = {name.removeprefix(f"blocks.{i}."): value for name, value in w.items() if name.startswith(f"blocks.{i}.")}
-        qkv = norm(x, p["attention_norm.weight"]) @ p["attention.qkv.weight"].T
-        qkv = qkv.reshape(*qkv.shape[:2], m.num_kv_heads, g + 2, d)
-        q = rope(qkv[:, :, :, :g].reshape(*qkv.shape[:2], m.num_heads, d))
-        k, v = (x.repeat_interleave(g, 2) for x in (rope(qkv[:, :, :, g]), qkv[:, :, :, g + 1]))
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(d)
-        seen = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(hidden_future, -math.inf).softmax(-1), v)
-        x = x + seen.flatten(2) @ p["attention.out.weight"].T
-        gate, up = (norm(x, p["mlp_norm.weight"]) @ p["mlp.gate_up.weight"].T).chunk(2, -1)
-        x = x + (gate * torch.sigmoid(gate) * up) @ p["mlp.down.weight"].T
-    logits = norm(x, w["norm.weight"]) @ w["head.weight"].T
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
 def plain_run(weights: dict[str, Tensor], rows: list[np.ndarray], recipe: Recipe, dtype) -> dict[str, np.ndarray]:
     """Twenty steps of AdamW (Loshchilov and Hutter, algorithm 2) with clipping and a cosine, written out."""
     t = recipe.train
@@ -82,7 +53,7 @@ def plain_run(weights: dict[str, Tensor], rows: list[np.ndarray], recipe: Recipe
     first, second = ({name: torch.zeros_like(v) for name, v in w.items()} for _ in range(2))
     losses, norms = [], []
     for step, batch in enumerate(rows, start=1):
-        loss = plain_losses(w, torch.from_numpy(batch), recipe)
+        loss = plain_losses(w, torch.from_numpy(batch), recipe.model).mean()
         grads = dict(zip(w, torch.autograd.grad(loss, list(w.values())), strict=True))
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
         losses.append(loss.item())

@@ -1,0 +1,63 @@
+"""Held-out losses, on rings of several ranks, against plain PyTorch in fp64 on the checkpoint's own weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from longring.data.manifest import open_prepared
+from longring.launch.config import load_recipe
+from longring.launch.evaluate import evaluate, position_edges
+from longring.launch.run_directory import RunDirectory
+from longring.launch.train import train
+from plain_model import plain_losses
+from rich.console import Console
+
+
+def train_and_evaluate(recipe_file: Path, overrides: list[str]) -> None:
+    recipe = load_recipe(recipe_file, overrides)
+    train(recipe, Console(quiet=True), stop_after=2)
+    evaluate(RunDirectory(recipe.run_directory), recipe, Console(quiet=True))
+
+
+@pytest.mark.parametrize("cap", [2**20, 700], ids=["all", "capped"])
+def test_equals_plain_pytorch_by_bucket_and_position(on_ranks, recipe_file, tmp_path, cap):
+    """Capped at 700 tokens, ten sequences of 64 and one of 512: micro-batches that are not full."""
+    overrides = ["parallel.tokens_per_rank=128", f"run_directory={tmp_path}", f"evaluate.max_tokens_per_bucket={cap}"]
+    on_ranks(4, train_and_evaluate, recipe_file, overrides)
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+
+    recipe = load_recipe(recipe_file)
+    directory = Path(recipe.data.directory)
+    manifest = open_prepared(directory)
+    saved = torch.load(tmp_path / "checkpoints/step-00000002/mp_rank_00_model_states.pt", weights_only=False)
+    weights = {name: value.double() for name, value in saved["module"].items() if torch.is_tensor(value)}
+    counts = manifest.unigram(directory)
+    chance = (counts + 1) / (counts + 1).sum()
+    total = 0
+    held_out = [b for b in manifest.splits["held_out"] if min(b.sequences, cap // b.length)]
+    assert [entry["bucket"] for entry in result["buckets"]] == [bucket.length for bucket in held_out]
+    for bucket, entry in zip(held_out, result["buckets"], strict=True):
+        rows = manifest.reader(directory, bucket).read(np.arange(min(bucket.sequences, cap // bucket.length)))
+        losses = plain_losses(weights, torch.from_numpy(rows), recipe.model).numpy()
+        assert entry["tokens"] == losses.size
+        assert entry["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+        assert entry["unigram_loss"] == pytest.approx(-np.log(chance[rows[:, 1:]]).mean(), rel=1e-9)
+        for part in entry["by_position"]:
+            expected = losses[:, part["from"] : part["to"]]
+            assert part["tokens"] == expected.size
+            assert part["loss"] == pytest.approx(expected.mean(), rel=1e-5)
+        assert sum(part["tokens"] for part in entry["by_position"]) == losses.size
+        total += losses.size
+    assert result["tokens"] == total
+    assert result["step"] == 2
+    assert 0 < result["loss"] < 2 * math.log(manifest.vocab_size)
+
+
+def test_position_edges_are_the_bucket_lengths():
+    assert position_edges(64, 512) == [0, 64, 128, 256, 512]
+    assert position_edges(64, 64) == [0, 64]
