@@ -19,14 +19,16 @@ import torch.distributed as dist
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from ..data.manifest import MANIFEST_FILE, open_prepared
-from ..data.shards import sha256_of
-from ..parallel.mesh import join
+from ..data.shards import SequenceReader
+from ..parallel.mesh import Mesh, join
+from ..parallel.zero import DeepSpeedEngine
 from . import checkpoint
-from .build import build_engine, inputs_and_targets, place
+from .build import Place, build_engine, inputs_and_targets, place
 from .config import Recipe
 from .logs import open_log
+from .plan import plan
 from .ranks import as_rank
 from .run_directory import RunDirectory
 
@@ -40,27 +42,24 @@ def position_edges(min_tokens: int, max_tokens: int) -> list[int]:
     return edges
 
 
-def evaluate(run: RunDirectory, recipe: Recipe, console: Console) -> dict[str, Any] | None:
-    """Evaluate the run's last checkpoint -> what evaluation.json holds, on rank 0. Collective.
+def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
+    """Evaluate the last checkpoint of the recipe's run -> what evaluation.json holds, on rank 0. Collective.
 
     Losses are means over the tokens read, in nats. The unigram baseline knows the train split's token counts (plus
     one) and nothing of the context.
     """
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    saved = checkpoint.latest(run.checkpoints)
-    if saved is None:
+    planned = plan(recipe, world_size)
+    manifest, run, directory = planned.manifest, planned.run, Path(recipe.data.directory)
+    if planned.resume_from is None:
         raise ValueError(f"{run.path} has no checkpoint yet: train first")
-    manifest = open_prepared(recipe.data.directory)
-    state = checkpoint.read_state(saved)
-    data_hash = sha256_of(Path(recipe.data.directory) / MANIFEST_FILE)
-    checkpoint.check(state, saved, world_size=world_size, data=data_hash)
     open_log(run.log_file(rank))
     mesh = join(recipe.parallel, recipe.max_context_parallel)
     engine = build_engine(recipe, manifest.vocab_size, mesh)
-    checkpoint.load(engine, saved)
+    checkpoint.load(engine, planned.resume_from)
     engine.eval()
 
-    counts = torch.from_numpy(manifest.unigram(Path(recipe.data.directory))).double() + 1
+    counts = torch.from_numpy(manifest.unigram(directory)).double() + 1
     unigram_losses = (counts.sum().log() - counts.log()).to(mesh.device)
     edges = position_edges(recipe.data.min_bucket_tokens, recipe.data.max_bucket_tokens)
     buckets = []
@@ -69,50 +68,35 @@ def evaluate(run: RunDirectory, recipe: Recipe, console: Console) -> dict[str, A
         if num_sequences == 0:
             continue
         here = place(bucket.length, recipe.parallel, mesh)
-        reader = manifest.reader(Path(recipe.data.directory), bucket)
-        at_once = here.num_replicas * here.sequences_per_replica
-        positions = here.layout.positions(mesh.device)
-        ranges = torch.bucketize(positions, torch.tensor(edges[1:], device=mesh.device), right=True)
-        # Rows: loss, unigram loss, tokens; columns: position ranges.
-        sums = torch.zeros(3, len(edges) - 1, dtype=torch.float64, device=mesh.device)
-        for first in range(0, num_sequences, at_once):
-            mine = first + here.replica * here.sequences_per_replica + np.arange(here.sequences_per_replica)
-            # The last micro-batch is filled up with sequence 0, which then does not count.
-            rows = reader.read(np.where(mine < num_sequences, mine, 0))
-            counted = torch.from_numpy(mine < num_sequences).to(mesh.device).double()[:, None]
-            tokens, targets = inputs_and_targets(rows, here.layout, mesh.device)
-            with torch.no_grad():
-                losses = engine(tokens, targets, here.layout, here.attention).double()
-            values = torch.stack([losses, unigram_losses[targets], torch.ones_like(losses)]) * counted
-            sums.index_add_(1, ranges, values.sum(1))
-        dist.all_reduce(sums, group=mesh.data_group)
-        loss, unigram, tokens_read = (sums.sum(1)).tolist()
-        assert tokens_read == num_sequences * bucket.length, "every token counts once"
+        sums = _sums_by_position(
+            engine, manifest.reader(directory, bucket), num_sequences, here, mesh, edges, unigram_losses
+        )
+        loss, unigram, tokens = sums.sum(1).tolist()
+        assert tokens == num_sequences * bucket.length, "every token counts once"
+        parts = zip(edges, edges[1:], sums[0].tolist(), sums[2].tolist(), strict=False)
         buckets.append(
             {
                 "bucket": bucket.length,
                 "cp": here.context_parallel,
                 "sequences": num_sequences,
                 "tokens": num_sequences * bucket.length,
-                "loss": loss / tokens_read,
-                "unigram_loss": unigram / tokens_read,
+                "loss": loss / tokens,
+                "unigram_loss": unigram / tokens,
                 "by_position": [
                     {"from": start, "to": stop, "loss": total / count, "tokens": int(count)}
-                    for start, stop, total, count in zip(
-                        edges, edges[1:], sums[0].tolist(), sums[2].tolist(), strict=False
-                    )
+                    for start, stop, total, count in parts
                     if count
                 ],
             }
         )
     if not buckets:
         raise ValueError(
-            f"{recipe.data.directory} holds no held-out sequence within evaluate.max_tokens_per_bucket = "
+            f"{directory} holds no held-out sequence within evaluate.max_tokens_per_bucket = "
             f"{recipe.evaluate.max_tokens_per_bucket}: raise it, or prepare with a larger data.held_out_fraction"
         )
     total = sum(entry["tokens"] for entry in buckets)
     result = {
-        "step": state.step,
+        "step": planned.done,
         "tokens": total,
         "loss": sum(entry["loss"] * entry["tokens"] for entry in buckets) / total,
         "unigram_loss": sum(entry["unigram_loss"] * entry["tokens"] for entry in buckets) / total,
@@ -123,6 +107,34 @@ def evaluate(run: RunDirectory, recipe: Recipe, console: Console) -> dict[str, A
     run.evaluation_file.write_text(json.dumps(result, indent=2) + "\n")
     console.print(evaluation_table(result))
     return result
+
+
+def _sums_by_position(
+    engine: DeepSpeedEngine,
+    reader: SequenceReader,
+    num_sequences: int,
+    here: Place,
+    mesh: Mesh,
+    edges: list[int],
+    unigram_losses: Tensor,
+) -> Tensor:
+    """Sums over the bucket's first sequences, by position range: loss, unigram loss, tokens; fp64 `[3, ranges]`."""
+    at_once = here.num_replicas * here.sequences_per_replica
+    positions = here.layout.positions(mesh.device)
+    ranges = torch.bucketize(positions, torch.tensor(edges[1:], device=mesh.device), right=True)
+    sums = torch.zeros(3, len(edges) - 1, dtype=torch.float64, device=mesh.device)
+    for first in range(0, num_sequences, at_once):
+        mine = first + here.replica * here.sequences_per_replica + np.arange(here.sequences_per_replica)
+        # The last micro-batch is filled up with sequence 0, which then does not count.
+        rows = reader.read(np.where(mine < num_sequences, mine, 0))
+        counted = torch.from_numpy(mine < num_sequences).to(mesh.device).double()[:, None]
+        tokens, targets = inputs_and_targets(rows, here.layout, mesh.device)
+        with torch.no_grad():
+            losses = engine(tokens, targets, here.layout, here.attention).double()
+        values = torch.stack([losses, unigram_losses[targets], torch.ones_like(losses)]) * counted
+        sums.index_add_(1, ranges, values.sum(1))
+    dist.all_reduce(sums, group=mesh.data_group)
+    return sums
 
 
 def evaluation_table(result: dict[str, Any]) -> Table:
@@ -164,8 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", help="run directory")
     parser.add_argument("overrides", nargs="*", metavar="evaluate.key=value", help="settings that replace the run's")
     options = parser.parse_args(arguments)
-    run = RunDirectory(options.run)
-    return as_rank(lambda: evaluate(run, run.recipe(options.overrides), Console()))
+    return as_rank(lambda: evaluate(RunDirectory(options.run).recipe(options.overrides), Console()))
 
 
 if __name__ == "__main__":

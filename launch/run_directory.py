@@ -44,7 +44,8 @@ class RunDirectory:
         for override in overrides:
             if not override.startswith("evaluate."):
                 raise ValueError(f"override {override!r}: of a finished run only evaluate.* can be set")
-        tree = json.loads(self.recipe_file.read_text())
+        # The directory may have been moved since.
+        tree = json.loads(self.recipe_file.read_text()) | {"run_directory": str(self.path)}
         apply_overrides(tree, overrides)
         return from_tree(Recipe, tree, source=str(self.recipe_file))
 

@@ -12,7 +12,6 @@ import torch
 from longring.data.manifest import open_prepared
 from longring.launch.config import load_recipe
 from longring.launch.evaluate import evaluate, position_edges
-from longring.launch.run_directory import RunDirectory
 from longring.launch.train import train
 from plain_model import plain_losses
 from rich.console import Console
@@ -21,7 +20,7 @@ from rich.console import Console
 def train_and_evaluate(recipe_file: Path, overrides: list[str]) -> None:
     recipe = load_recipe(recipe_file, overrides)
     train(recipe, Console(quiet=True), stop_after=2)
-    evaluate(RunDirectory(recipe.run_directory), recipe, Console(quiet=True))
+    evaluate(recipe, Console(quiet=True))
 
 
 @pytest.mark.parametrize("cap", [2**20, 700], ids=["all", "capped"])
