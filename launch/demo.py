@@ -87,7 +87,7 @@ def _summary(recipe: Recipe, run: RunDirectory, evaluation: dict, equal: int, ha
     table.add_column(style="bold")
     table.add_column()
     at_once = recipe.parallel.tokens_per_rank
-    table.add_row("trained", f"{steps[-1]['tokens']:,} tokens in {len(steps)} steps, {at_once} on every rank at once")
+    table.add_row("trained", f"{steps[-1]['tokens']:,} tokens in {len(steps)} steps, {at_once} on a rank")
     for degree in sorted({step["cp"] for step in steps}):
         chosen = [step for step in steps if step["cp"] == degree]
         lengths = sorted({step["bucket"] for step in chosen})
@@ -97,7 +97,8 @@ def _summary(recipe: Recipe, run: RunDirectory, evaluation: dict, equal: int, ha
             f"  {', '.join(f'{length:,}' for length in lengths)} tokens",
             f"{len(chosen)} steps {where}, median {rate:,.0f} tok/s",
         )
-    table.add_row("training loss", f"{steps[0]['loss']:.3f} at first, {steps[-1]['loss']:.3f} at last, nats per token")
+    first, last = (sum(step["loss"] for step in part) / len(part) for part in (steps[:20], steps[-20:]))
+    table.add_row("training loss", f"{first:.3f} over the first 20 steps, {last:.3f} over the last 20")
     table.add_row("held-out loss", f"{evaluation['loss']:.3f}, unigram baseline {evaluation['unigram_loss']:.3f}")
     table.add_row("resume", f"{equal} steps after step {half}: bit-equal to the run without the stop")
     return table
