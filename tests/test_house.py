@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -60,8 +61,14 @@ def test_kernels_import_torch_and_triton_only():
 
 def test_wheel_holds_every_module_and_recipe(tmp_path):
     """Built and imported from a directory of its own: a package missing from pyproject.toml would be absent here."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for column in COLUMNS:
+        shutil.copytree(ROOT / column, source / column, ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT],
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, source],
         check=True,
         cwd=tmp_path,
     )
