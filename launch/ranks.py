@@ -47,8 +47,8 @@ def as_rank(work: Callable[[], object]) -> int:
         log.exception("stopped")
         if os.environ.get("LOCAL_RANK", "0") == "0":
             Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        # Without leaving the process group: other ranks may be inside a collective, and leaving could wait for them.
         return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return 0
