@@ -1,47 +1,83 @@
-"""Attention of one tile (queries, keys): the front door, with the plain reference beside it.
+"""Attention of one tile (queries, keys): the front door.
 
 Shapes: q, out `[b, s_q, h_q, d]`; k, v `[b, s_k, h_kv, d]` with h_q a multiple of h_kv (grouped-query attention);
-lse, delta `[b, h_q, s_q]` fp32. lse is the natural logarithm of the sum of exp(scaled scores); with it, results
-over parts of the keys can be merged exactly, and a backward can rebuild the probabilities of any tile.
+lse, delta `[b, h_q, s_q]` fp32. lse is the natural logarithm of the sum of exp(scores); with it, results over parts of
+the keys can be merged exactly, and a backward can rebuild the probabilities of any tile. Scores are q k `scale` (None:
+d^-1/2), and with a `softcap` c above 0 they become c tanh(score / c). A row that sees no key has out 0 and lse -inf.
+
+The work is done by one of several backends; all do the same and pass the same tests. `choose_backend` takes the first
+that is fit, in the order of `BACKENDS`, and logs once why those before it are not.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Callable
+from functools import cache, partial
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from .layout import SeqLayout, causal_relation
+from . import reference, torch_attention
+from .mask import Mask
+
+log = logging.getLogger(__name__)
 
 
-def reference_attention(
-    q: Tensor, k: Tensor, v: Tensor, q_layout: SeqLayout, k_layout: SeqLayout
-) -> tuple[Tensor, Tensor]:
-    """Causal attention written out, in the dtype of its inputs: the oracle of tests, differentiable by autograd.
+class Case(NamedTuple):
+    """What a backend is chosen by."""
 
-    Every query must see at least one key. Holds all s_q x s_k scores: for small shapes only.
-    """
-    group = q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
-    visible = k_layout.positions(k.device)[None, :] <= q_layout.positions(q.device)[:, None]
-    scores = scores.masked_fill(~visible, float("-inf"))
-    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v), scores.logsumexp(-1)
+    device: str
+    dtype: torch.dtype
+    head_dim: int
+    softcap: bool
+
+
+class Backend(NamedTuple):
+    """One way to compute attention. Signatures: those of `reference`, whose modules' docstrings point here."""
+
+    unfit: Callable[[Case], str | None]
+    """Why it cannot do this, or None."""
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., None]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of a whole tile -> out `[b, s_q, h_q, d]`; differentiable, and opaque to torch.compile."""
+    out, _ = _attention(q, k, v, mask.rows, mask.columns, mask.host_rows, _scale(q, scale), softcap, backend)
+    return out
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, q_layout: SeqLayout, k_layout: SeqLayout
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    running: tuple[Tensor, Tensor] | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention (by position) of one tile -> out in q's dtype, lse.
+    """out in q's dtype and lse of one tile; or, where a result is `running`, that result with this tile's keys added.
 
-    The tile is wholly visible or a diagonal one (`causal_relation`); anything else raises ValueError.
+    `running` = (out fp32, lse) of the same queries over other keys is updated in place and returned; `no_result` gives
+    one to start from.
     """
-    is_causal = _is_diagonal(q, k, v, q_layout, k_layout)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if q.device.type == "cuda":
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)
-    else:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)
-    return out.transpose(1, 2), lse
+    _check(q, k, v, mask)
+    work = BACKENDS[choose_backend(q, softcap, backend)]
+    return work.forward(q, k, v, mask, _scale(q, scale), softcap, running)
 
 
 def attention_backward(
@@ -51,86 +87,191 @@ def attention_backward(
     v: Tensor,
     lse: Tensor,
     delta: Tensor,
-    q_layout: SeqLayout,
-    k_layout: SeqLayout,
+    mask: Mask,
     *,
     into: tuple[Tensor, Tensor, Tensor],
+    scale: float | None = None,
+    softcap: float = 0.0,
+    backend: str = "auto",
 ) -> None:
     """Add one tile's gradients into the fp32 buffers `into` = (dq, dk, dv), shaped like q, k, v.
 
     lse and `delta` = rowsum(dout * out) belong to the *whole* row, over all keys, so each tile's share is exact and
     the shares just add (FlashAttention-2, arXiv 2307.08691, algorithm 2).
     """
-    is_causal = _is_diagonal(q, k, v, q_layout, k_layout)
-    q, k, v, dout = (x.transpose(1, 2) for x in (q, k, v, dout))
-    out = _carry_delta(dout, delta)
-    if q.device.type == "cuda":
-        # Without dropout the random state is not read; shapes with no cumulative lengths say "not packed".
-        state = torch.empty(2, dtype=torch.uint64, device=q.device)
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, is_causal, state, state[:0]
-        )
-    else:
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k, v, out, lse, 0.0, is_causal
-        )
-    for total, grad in zip(into, grads, strict=True):
-        total.add_(grad.transpose(1, 2))
+    _check(q, k, v, mask)
+    work = BACKENDS[choose_backend(q, softcap, backend)]
+    work.backward(dout, q, k, v, lse, delta, mask, _scale(q, scale), softcap, into)
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, layout: SeqLayout) -> Tensor:  # type: ignore[override]
-        out, lse = attention_forward(q, k, v, layout, layout)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.layout = layout
-        return out
-
-    @staticmethod
-    def backward(ctx, dout: Tensor):  # type: ignore[override]
-        q, k, v, out, lse = ctx.saved_tensors
-        into = (zeros_fp32(q), zeros_fp32(k), zeros_fp32(v))
-        attention_backward(dout, q, k, v, lse, row_delta(dout, out), ctx.layout, ctx.layout, into=into)
-        return *(total.to(x.dtype) for total, x in zip(into, (q, k, v), strict=True)), None
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, layout: SeqLayout) -> Tensor:
-    """Causal self-attention of sequences that lie whole on this rank -> out `[b, s, h_q, d]`; differentiable."""
-    return _Attention.apply(q, k, v, layout)  # type: ignore[return-value]
+def no_result(q: Tensor) -> tuple[Tensor, Tensor]:
+    """A running result for q's queries that has seen no key: lse -inf, and out unread until it is written."""
+    b, s, h, _ = q.shape
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return torch.empty(q.shape, dtype=dtype, device=q.device), torch.full(
+        (b, h, s), -torch.inf, dtype=dtype, device=q.device
+    )
 
 
 def row_delta(dout: Tensor, out: Tensor) -> Tensor:
     """rowsum(dout * out) -> `[b, h, s]`, fp32 (fp64 stays fp64): what the softmax's backward takes off each row."""
+    if dout.device.type == "cuda" and dout.dtype != torch.float64:
+        from . import triton_attention
+
+        return triton_attention.row_delta(dout, out)
     wide = torch.promote_types(dout.dtype, torch.float32)
-    return (dout.to(wide) * out.to(wide)).sum(-1).transpose(1, 2)
+    return (dout.to(wide) * out.to(wide)).sum(-1).transpose(1, 2).contiguous()
 
 
 def zeros_fp32(like: Tensor) -> Tensor:
     """An accumulator in fp32 of the given shape (fp64 stays fp64, for tests)."""
-    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+    return torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
-def _is_diagonal(q: Tensor, k: Tensor, v: Tensor, q_layout: SeqLayout, k_layout: SeqLayout) -> bool:
-    if q.shape[1] != q_layout.num_tokens or k.shape[1] != k_layout.num_tokens or k.shape != v.shape:
+def choose_backend(q: Tensor, softcap: float, backend: str = "auto") -> str:
+    """The name of the backend for q: the one asked for, or the first that is fit.
+
+    Raises ValueError for a name that is none, or one asked for that cannot do it, with the reason.
+    """
+    return _choose(Case(q.device.type, q.dtype, q.shape[-1], softcap > 0), backend)
+
+
+@cache
+def _choose(case: Case, backend: str) -> str:
+    reasons = {name: candidate.unfit(case) for name, candidate in BACKENDS.items()}
+    if backend != "auto":
+        if backend not in BACKENDS:
+            raise ValueError(f"attention backend {backend!r} is not one of auto, {', '.join(BACKENDS)}")
+        if reasons[backend] is not None:
+            raise ValueError(f"attention backend {backend!r} cannot do {_describe(case)}: {reasons[backend]}")
+        return backend
+    chosen = next(name for name, reason in reasons.items() if reason is None)
+    before = list(BACKENDS)[: list(BACKENDS).index(chosen)]
+    passed_over = "; ".join(f"{name}: {reasons[name]}" for name in before)
+    log.info("attention of %s: %s%s", _describe(case), chosen, f" ({passed_over})" if passed_over else "")
+    return chosen
+
+
+def _describe(case: Case) -> str:
+    softcap = ", softcap" if case.softcap else ""
+    return f"{str(case.dtype).removeprefix('torch.')} on {case.device}, head dim {case.head_dim}{softcap}"
+
+
+# The operators take tensors alone, so that torch.compile sees one node and guards on nothing but shapes.
+
+
+@torch.library.custom_op("longring::attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, host_rows: Tensor,
+    scale: float, softcap: float, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    mask = Mask(rows, columns, host_rows)
+    out, lse = attention_forward(q, k, v, mask, scale=scale, softcap=softcap, backend=backend)
+    return out.contiguous(), lse.contiguous()
+
+
+@_attention.register_fake
+def _(q, k, v, rows, columns, host_rows, scale, softcap, backend):
+    b, s, h, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((b, h, s), dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.custom_op("longring::attention_backward", mutates_args=())
+def _attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: Tensor, columns: Tensor,
+    host_rows: Tensor, scale: float, softcap: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    mask, into = Mask(rows, columns, host_rows), (zeros_fp32(q), zeros_fp32(k), zeros_fp32(v))
+    delta = row_delta(dout, out)
+    attention_backward(dout, q, k, v, lse, delta, mask, into=into, scale=scale, softcap=softcap, backend=backend)
+    dq, dk, dv = into
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+@_attention_backward.register_fake
+def _(dout, q, k, v, out, lse, rows, columns, host_rows, scale, softcap, backend):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, rows, columns, host_rows, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, rows, columns, host_rows)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout: Tensor, _):
+    q, k, v, out, lse, rows, columns, host_rows = ctx.saved_tensors
+    grads = _attention_backward(dout, q, k, v, out, lse, rows, columns, host_rows, *ctx.options)
+    return *grads, None, None, None, None, None, None
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
+    if q.shape[1] != mask.rows.shape[1] or k.shape[1] != mask.columns.shape[1] or k.shape != v.shape:
         raise ValueError(
-            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit layouts of "
-            f"{q_layout.num_tokens} queries and {k_layout.num_tokens} keys"
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit a mask of "
+            f"{mask.rows.shape[1]} queries and {mask.columns.shape[1]} keys"
         )
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"attention: {q.shape[2]} query heads are not a multiple of {k.shape[2]} kv heads")
-    relation = causal_relation(q_layout, k_layout)
-    if relation == "none":
-        raise ValueError(f"attention: no query of {q_layout.runs} may see a key of {k_layout.runs}")
-    return relation == "causal"
 
 
-def _carry_delta(dout: Tensor, delta: Tensor) -> Tensor:
-    """An `out` `[b, h, s, d]` with rowsum(dout * out) = delta: all of it in the place of dout's largest element.
+def _unfit_cpu(case: Case) -> str | None:
+    if case.device != "cpu":
+        return "runs on the CPU"
+    return "no softcap" if case.softcap else None
 
-    torch's operators take out and sum it up themselves; a rank that holds another's queries was sent delta alone,
-    one number for d. The quotient is at most d * max|out|, so it neither overflows nor loses more than one rounding.
-    """
-    place = dout.abs().argmax(-1, keepdim=True)
-    largest = dout.gather(-1, place)
-    quotient = torch.where(largest == 0, 0, delta.unsqueeze(-1) / largest)
-    return torch.zeros_like(dout).scatter_(-1, place, quotient.to(dout.dtype))
+
+def _unfit_triton(case: Case) -> str | None:
+    if case.device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "runs on CUDA, elsewhere with TRITON_INTERPRET=1"
+    if case.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return "bfloat16, float16 and float32 only"
+    if case.head_dim > 256 or case.head_dim % 8:
+        return "head dims up to 256, multiples of 8"
+    return None
+
+
+def _unfit_torch_cuda(case: Case, largest_head_dim: int) -> str | None:
+    if case.device != "cuda":
+        return "runs on CUDA"
+    if case.dtype not in (torch.bfloat16, torch.float16):
+        return "bfloat16 and float16 only"
+    if case.softcap:
+        return "no softcap"
+    if case.head_dim > largest_head_dim or case.head_dim % 8:
+        return f"head dims up to {largest_head_dim}, multiples of 8"
+    return None
+
+
+def _triton_forward(*arguments) -> tuple[Tensor, Tensor]:
+    from . import triton_attention  # CPU machines need not load triton
+
+    return triton_attention.forward(*arguments)
+
+
+def _triton_backward(*arguments) -> None:
+    from . import triton_attention
+
+    triton_attention.backward(*arguments)
+
+
+def _of_torch(unfit: Callable[[Case], str | None], operator: torch_attention.Operator) -> Backend:
+    return Backend(unfit, partial(torch_attention.forward, operator), partial(torch_attention.backward, operator))
+
+
+BACKENDS = {
+    "torch_cpu": _of_torch(_unfit_cpu, torch_attention.CPU),
+    "triton": Backend(_unfit_triton, _triton_forward, _triton_backward),
+    "cudnn": _of_torch(partial(_unfit_torch_cuda, largest_head_dim=128), torch_attention.CUDNN),
+    "flash": _of_torch(partial(_unfit_torch_cuda, largest_head_dim=256), torch_attention.FLASH),
+    "reference": Backend(lambda case: None, reference.forward, reference.backward),
+}
+"""In order of preference. Only `triton` continues a running result in one pass and knows windows and softcap on CUDA,
+so on CUDA the two after it run where they are asked for."""

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from itertools import accumulate, pairwise
 
 import torch
-
-Relation = Literal["full", "causal", "none"]
 
 
 @dataclass(frozen=True)
 class SeqLayout:
-    """Positions held by a sequence dim, as ascending half-open runs `[start, stop)`, in tokens.
+    """Positions held by a sequence dim, as ascending half-open runs `[start, stop)`, and where documents begin.
 
-    Plain integers, so that masks are decided on the host without a device synchronisation. RoPE and causal masks
-    read positions from here; `arange(local_length)` would be wrong on every rank but the first.
+    Plain integers, so that masks are decided on the host without a device synchronisation. RoPE and masks read
+    positions from here; `arange(local_length)` would be wrong on every rank but the first.
     """
 
     runs: tuple[tuple[int, int], ...]
+    document_starts: tuple[int, ...] = (0,)
+    """Positions of the whole context, ascending from 0, at which a document begins; not only those held here."""
 
     def __post_init__(self) -> None:
         previous_stop = 0
@@ -26,11 +26,20 @@ class SeqLayout:
             if not previous_stop <= start < stop:
                 raise ValueError(f"layout: runs must ascend and be non-empty, got {self.runs}")
             previous_stop = stop
+        starts = self.document_starts
+        if not starts or starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
+            raise ValueError(f"layout: document starts must ascend from 0, got {starts[:8]}{'...' * (len(starts) > 8)}")
 
     @classmethod
     def contiguous(cls, num_tokens: int) -> SeqLayout:
-        """The whole of a context of `num_tokens`, in order."""
+        """The whole of a context of `num_tokens`, in order, one document."""
         return cls(((0, num_tokens),))
+
+    @classmethod
+    def packed(cls, document_tokens: tuple[int, ...]) -> SeqLayout:
+        """The whole of a context of several documents of these lengths, end to end."""
+        *starts, num_tokens = accumulate(document_tokens, initial=0)
+        return cls(((0, num_tokens),), tuple(starts))
 
     @property
     def num_tokens(self) -> int:
@@ -40,17 +49,3 @@ class SeqLayout:
     def positions(self, device: torch.device | str | None = None) -> torch.Tensor:
         """Positions in the context, int64 `[num_tokens]`."""
         return torch.cat([torch.arange(start, stop, device=device) for start, stop in self.runs])
-
-
-def causal_relation(queries: SeqLayout, keys: SeqLayout) -> Relation:
-    """How a causal mask by position falls on a tile: every pair, the lower triangle, or no pair.
-
-    Raises ValueError for a tile that the mask cuts in any other way: schedules cut tiles along chunk edges.
-    """
-    if queries == keys:
-        return "causal"
-    if keys.runs[-1][1] <= queries.runs[0][0]:
-        return "full"
-    if queries.runs[-1][1] <= keys.runs[0][0]:
-        return "none"
-    raise ValueError(f"tile of queries {queries.runs} and keys {keys.runs} is neither full, diagonal nor empty")

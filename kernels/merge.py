@@ -6,13 +6,23 @@ import torch
 from torch import Tensor
 
 
-def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
-    """Fold a partial result into the running one, in place.
+def merge_(out: Tensor, lse: Tensor, part_outs: Tensor, part_lses: Tensor) -> None:
+    """Fold n partial results into the running one, in place, in the order of their first dim.
 
-    out `[b, s, h, d]` and lse `[b, h, s]` are fp32 (fp64 in tests) and hold the running result; part_out (any dtype)
-    and part_lse hold the same queries over further keys. With w = sigmoid(part_lse - lse) the merged row is
+    out `[b, s, h, d]` and lse `[b, h, s]` are fp32 (fp64 in tests) and hold the running result; part_outs
+    `[n, b, s, h, d]` (any dtype) and part_lses `[n, b, h, s]` hold the same queries over further keys. A row that has
+    seen no key yet has lse -inf, and its out is not read. With w = sigmoid(part_lse - lse) the merged row is
     out + w (part_out - out) and its lse is log(exp(lse) + exp(part_lse)); neither form overflows.
     """
-    weight = torch.sigmoid(part_lse - lse).transpose(1, 2).unsqueeze(-1)
-    out.add_(weight * (part_out.to(out.dtype) - out))
-    torch.logaddexp(lse, part_lse, out=lse)
+    if out.device.type == "cuda":
+        from . import triton_attention  # CPU machines need not load triton
+
+        triton_attention.merge_(out, lse, part_outs, part_lses)
+        return
+    for part_out, part_lse in zip(part_outs, part_lses, strict=True):
+        # -inf against -inf is nan: neither has seen a key, and whatever the weight, part_out is 0.
+        weight = torch.sigmoid(part_lse - lse).nan_to_num_(1.0).transpose(1, 2).unsqueeze(-1)
+        part_out = part_out.to(out.dtype)
+        fresh = lse.isneginf().transpose(1, 2).unsqueeze(-1)
+        torch.where(fresh, part_out, out + weight * (part_out - out), out=out)
+        torch.logaddexp(lse, part_lse, out=lse)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..kernels.attention import attention
 from ..kernels.layout import SeqLayout
+from ..kernels.mask import make_mask
 from ..model.attention import AttentionFunction
 from ..model.transformer import Transformer
-from ..parallel.config import ParallelConfig
 from ..parallel.cp.token_ring import token_ring_attention
 from ..parallel.mesh import Mesh, megatron_config
 from ..parallel.zero import DeepSpeedEngine, zero_engine
@@ -33,17 +33,24 @@ class Place:
     attention: AttentionFunction
 
 
-def place(sequence_tokens: int, parallel: ParallelConfig, mesh: Mesh) -> Place:
+def place(sequence_tokens: int, recipe: Recipe, mesh: Mesh) -> Place:
     """Where sequences of this length go: whole ones side by side, or one spread over a ring."""
+    parallel, backend = recipe.parallel, recipe.train.attention_backend
     degree = parallel.context_parallel(sequence_tokens)
     ring = mesh.rings[degree]
+    if degree == 1:
+        layout = SeqLayout.contiguous(sequence_tokens)
+        attend = partial(attention, mask=make_mask(layout, layout, device=mesh.device), backend=backend)
+    else:
+        layout = ring.layout(sequence_tokens)
+        attend = partial(token_ring_attention, layout=layout, ring=ring, backend=backend)
     return Place(
         context_parallel=degree,
         replica=mesh.data_rank // degree,
         num_replicas=mesh.data_size // degree,
         sequences_per_replica=parallel.sequences_per_replica(sequence_tokens),
-        layout=SeqLayout.contiguous(sequence_tokens) if degree == 1 else ring.layout(sequence_tokens),
-        attention=attention if degree == 1 else partial(token_ring_attention, ring=ring),
+        layout=layout,
+        attention=attend,
     )
 
 

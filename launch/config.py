@@ -40,6 +40,8 @@ class TrainConfig:
     """Largest global gradient norm. 0: no clipping."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights and activations; bfloat16 keeps fp32 master weights in the optimizer."""
+    attention_backend: Literal["auto", "torch_cpu", "triton", "cudnn", "flash", "reference"] = "auto"
+    """What computes attention; auto takes the first fit for the device, dtype and head dim, and logs why."""
     seed: int = 0
     """Decides initial weights and the order of sequences."""
     checkpoint_every_steps: int = 1000

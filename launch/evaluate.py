@@ -67,7 +67,7 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
         num_sequences = min(bucket.sequences, recipe.evaluate.max_tokens_per_bucket // bucket.length)
         if num_sequences == 0:
             continue
-        here = place(bucket.length, recipe.parallel, mesh)
+        here = place(bucket.length, recipe, mesh)
         sums = _sums_by_position(
             engine, manifest.reader(directory, bucket), num_sequences, here, mesh, edges, unigram_losses
         )

@@ -66,7 +66,7 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> No
             console.print(f"resumed from {planned.resume_from}")
 
     writer = MetricsWriter(run, done, recipe.train.steps, console) if rank == 0 else None
-    places = {length: place(length, recipe.parallel, mesh) for length in batches.order.lengths}
+    places = {length: place(length, recipe, mesh) for length in batches.order.lengths}
     accumulation_steps = recipe.accumulation_steps(world_size)
     # The engine averages gradients over data ranks and accumulation steps; the loss of a step is the mean over the
     # tokens of the global batch, wherever they lie.

@@ -1,11 +1,10 @@
-"""The one error measure of the tests, and the yardstick that tolerances are derived from."""
+"""The one error measure of the tests."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -39,9 +38,3 @@ def with_gradients(
     out = attention(q, k, v)
     out.backward(dout.to(dtype))
     return {"out": out.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad}
-
-
-def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The yardstick: torch's own causal attention, shapes `[b, s, h, d]`."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)

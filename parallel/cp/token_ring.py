@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ...kernels.attention import attention_backward, attention_forward, row_delta, zeros_fp32
 from ...kernels.layout import SeqLayout
+from ...kernels.mask import Mask, make_mask
 from ...kernels.merge import merge_
 from .layout import zigzag
 
@@ -68,7 +69,9 @@ def token_ring_step(rank: int, size: int, step: int) -> Step:
     return Step(owner, "all", "front") if owner > rank else Step(owner, "back", "all")
 
 
-def token_ring_attention(q: Tensor, k: Tensor, v: Tensor, layout: SeqLayout, *, ring: Ring) -> Tensor:
+def token_ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: SeqLayout, *, ring: Ring, backend: str = "auto"
+) -> Tensor:
     """Causal self-attention over the sequence that the ring's ranks hold together.
 
     q `[b, s, h_q, d]`, k, v `[b, s, h_kv, d]` and the result are this rank's share, `layout` its positions:
@@ -77,16 +80,19 @@ def token_ring_attention(q: Tensor, k: Tensor, v: Tensor, layout: SeqLayout, *, 
     expected = ring.layout(layout.num_tokens * ring.size)
     if layout != expected:
         raise ValueError(f"token ring: rank {ring.rank} of {ring.size} holds {layout.runs}, zigzag is {expected.runs}")
-    return _TokenRing.apply(q, k, v, ring)  # type: ignore[return-value]
+    # Its messages are no graph: torch.compile breaks here and goes on after.
+    return torch.compiler.disable(_TokenRing.apply)(q, k, v, ring, backend)  # type: ignore[return-value]
 
 
 class _TokenRing(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> Tensor:  # type: ignore[override]
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, ring: Ring, backend: str) -> Tensor:  # type: ignore[override]
         tiles = _Tiles(ring, q.shape[1])
 
         def compute(step: Step, held: list[Tensor]) -> list[Tensor]:
-            part_out, part_lse = attention_forward(held[0], cut(k, step.keys), cut(v, step.keys), *tiles.layouts(step))
+            part_out, part_lse = attention_forward(
+                held[0], cut(k, step.keys), cut(v, step.keys), tiles.mask(step, q.device), backend=backend
+            )
             # Everything that travels has its sequence on dim 1.
             return [part_out, part_lse.transpose(1, 2)]
 
@@ -97,11 +103,11 @@ class _TokenRing(torch.autograd.Function):
                 out, lse = part_out.to(part_lse.dtype), part_lse.clone()
             else:
                 rows = tiles.rows(step.queries)
-                merge_(out[:, rows], lse[:, :, rows], part_out, part_lse)
+                merge_(out[:, rows], lse[:, :, rows], part_out.unsqueeze(0), part_lse.unsqueeze(0))
         assert out is not None, "a ring has at least one step"
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.ring = ring
+        ctx.ring, ctx.backend = ring, backend
         return out
 
     @staticmethod
@@ -121,15 +127,16 @@ class _TokenRing(torch.autograd.Function):
                 cut(v, step.keys),
                 part_lse.transpose(1, 2),
                 part_delta.transpose(1, 2),
-                *tiles.layouts(step),
+                tiles.mask(step, q.device),
                 into=(part_dq, cut(dk, step.keys), cut(dv, step.keys)),
+                backend=ctx.backend,
             )
             return [part_dq.to(q.dtype)]
 
         held = [q, dout, lse.transpose(1, 2), delta.transpose(1, 2)]
         for step, (part_dq,) in _walk(ctx.ring, held, compute):
             dq[:, tiles.rows(step.queries)].add_(part_dq)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
 def cut(x: Tensor, part: Part) -> Tensor:
@@ -139,14 +146,15 @@ def cut(x: Tensor, part: Part) -> Tensor:
 
 
 class _Tiles:
-    """Layouts of the tiles of one call: `num_tokens` on each rank of the ring."""
+    """Masks of the tiles of one call: `num_tokens` on each rank of the ring."""
 
     def __init__(self, ring: Ring, num_tokens: int) -> None:
         self.ring = ring
         self.num_tokens = num_tokens
 
-    def layouts(self, step: Step) -> tuple[SeqLayout, SeqLayout]:
-        return self._part(step.owner, step.queries), self._part(self.ring.rank, step.keys)
+    def mask(self, step: Step, device: torch.device) -> Mask:
+        queries, keys = self._part(step.owner, step.queries), self._part(self.ring.rank, step.keys)
+        return make_mask(queries, keys, device=device)
 
     def rows(self, part: Part) -> slice:
         return slice(self.num_tokens // 2, None) if part == "back" else slice(None)

@@ -7,13 +7,14 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from errors import assert_as_exact_as, torch_attention, with_gradients
+from errors import assert_as_exact_as, with_gradients
 from hypothesis import given
 from hypothesis import strategies as st
-from longring.kernels.attention import reference_attention
-from longring.kernels.layout import SeqLayout, causal_relation
+from longring.kernels.layout import SeqLayout
+from longring.kernels.mask import make_mask, pieces
 from longring.parallel.cp.layout import zigzag
 from longring.parallel.cp.token_ring import Ring, token_ring_attention, token_ring_step
+from plain_attention import exact_attention, torch_attention, visible_pairs
 
 
 @given(size=st.integers(1, 40))
@@ -73,7 +74,8 @@ def test_zigzag_as_integers():
 
 
 def test_zigzag_of_one_rank_is_a_plain_causal_sequence():
-    assert causal_relation(zigzag(8, 0, 1), zigzag(8, 0, 1)) == "causal"
+    layout = zigzag(8, 0, 1)
+    assert [piece.kind for piece in pieces(make_mask(layout, layout).host_rows)] == ["causal"]
     assert zigzag(8, 0, 1).positions().tolist() == list(range(8))
 
 
@@ -104,8 +106,9 @@ def test_equals_one_process_in_fp64(on_ranks, size, heads, kv_heads, batch, dtyp
     # Inputs are rounded to dtype first: what is measured is the arithmetic, not the rounding of its inputs.
     inputs = [x.to(dtype).double() for x in problem(batch, heads, kv_heads, tokens, dim)]
     whole = SeqLayout.contiguous(tokens)
-    exact = with_gradients(lambda *x: reference_attention(*x, whole, whole)[0], torch.float64, *inputs)
-    plain = with_gradients(torch_attention, dtype, *inputs)
+    visible = visible_pairs(whole, whole)
+    exact = with_gradients(lambda *x: exact_attention(*x, visible)[0], torch.float64, *inputs)
+    plain = with_gradients(lambda *x: torch_attention(*x, visible), dtype, *inputs)
     shares = on_ranks(size, ring_result, dtype, batch, heads, kv_heads, tokens, dim)
     order = torch.cat([zigzag(tokens, rank, size).positions() for rank in range(size)]).argsort()
     got = {name: torch.cat([share[name] for share in shares], dim=1)[:, order] for name in exact}

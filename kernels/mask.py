@@ -1,0 +1,138 @@
+"""Which keys each query sees: one interval of key indices a query, whatever the mask.
+
+Causal order, documents, a sliding window, a tile anywhere in the context and any mixture of these have one thing in
+common: sorted by position, each query sees one run of keys, and both ends of it ascend from query to query. So the
+kernels know one mask, two integers a row, and need neither positions nor kinds of mask. (FlashMask, arXiv
+2410.01359, stores a mask by columns in a like way.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .layout import SeqLayout
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Visible (query, key) pairs of a tile, by index into its sequence dims, int32. Made by `make_mask`."""
+
+    rows: Tensor
+    """`[2, s_q]` on the device: query i sees the keys rows[0, i] <= j < rows[1, i]; both ends ascend with i."""
+    columns: Tensor
+    """`[2, s_k]` on the device: key j is seen by the queries columns[0, j] <= i < columns[1, j]."""
+    host_rows: Tensor
+    """`rows` on the CPU, for decisions that must not wait for the device."""
+
+    @property
+    def num_pairs(self) -> int:
+        """Visible (query, key) pairs: what the work is proportional to."""
+        start, stop = self.host_rows.long()
+        return int((stop - start).sum())
+
+
+@lru_cache(maxsize=256)
+def make_mask(
+    queries: SeqLayout,
+    keys: SeqLayout,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Mask:
+    """The mask of a tile: same document, and with `causal` no key after its query.
+
+    A `window` of w tokens lets a query see itself and the w - 1 positions before it. Raises ValueError for layouts
+    with different documents, and for a window without causal order.
+    """
+    if queries.document_starts != keys.document_starts:
+        raise ValueError(
+            f"mask: queries lie in a context of {len(queries.document_starts)} documents and keys in one of "
+            f"{len(keys.document_starts)}, or their boundaries differ: a tile belongs to one context"
+        )
+    if window is not None and not (causal and window >= 1):
+        raise ValueError(f"mask: window = {window} with causal = {causal}; a window is causal and at least 1 token")
+    q, k = queries.positions(), keys.positions()
+    starts = torch.tensor(queries.document_starts)
+    document = torch.searchsorted(starts, q, right=True) - 1
+    first = starts[document]
+    if window is not None:
+        first = torch.maximum(first, q - (window - 1))
+    # Positions end at 2^62 for the last document: no context is that long.
+    stop = q + 1 if causal else torch.cat([starts[1:], torch.tensor([2**62])])[document]
+    rows = torch.stack([torch.searchsorted(k, first), torch.searchsorted(k, stop)])
+    # Key j is seen from the first query whose keys end beyond it to the last one whose keys begin at or before it.
+    index = torch.arange(len(k))
+    columns = torch.stack([torch.searchsorted(end, index, right=True) for end in (rows[1], rows[0])])
+    host_rows = rows.int()
+    return Mask(host_rows.to(device), columns.int().to(device), host_rows)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of a mask that an operator without intervals can do."""
+
+    rows: slice
+    keys: slice
+    kind: Literal["full", "causal", "band"]
+    """Every pair; the lower triangle of a square; or what `Mask.rows` says, in rows that all see some key."""
+
+
+BAND_ROWS = 128
+"""A band is done in blocks of so many rows, so that a window of w keys costs w + 128 a row, not the square."""
+
+
+def pieces(host_rows: Tensor) -> list[Piece]:
+    """Cut a mask into rectangles that cover its visible pairs exactly once (a band's outside is masked by hand).
+
+    Between the rows where the pattern changes, both ends of the interval stand still (full), or the end advances by
+    one a row (a triangle, beside what lies before it), or both move (a window: bands).
+    """
+    start, stop = host_rows.numpy().astype(np.int64)
+    start_moves, stop_moves = np.diff(start), np.diff(stop)
+    kinds = np.where((start_moves == 0) & (stop_moves == 0), 0, np.where((start_moves == 0) & (stop_moves == 1), 1, 2))
+    found = []
+    row, num_rows = 0, len(start)
+    changes = np.flatnonzero(np.diff(kinds)) + 1  # kinds[i] is the move from row i to row i + 1
+    while row < num_rows:
+        kind = int(kinds[row]) if row < num_rows - 1 else 0
+        after = int(np.searchsorted(changes, row, side="right"))
+        last = int(changes[after]) if after < len(changes) else num_rows - 1
+        last = last if row < num_rows - 1 else row
+        if kind == 2:
+            last = min(last, row + BAND_ROWS - 1)
+        rows = slice(row, last + 1)
+        row = last + 1
+        first_start, first_stop, last_stop = int(start[rows.start]), int(stop[rows.start]), int(stop[last])
+        if kind == 1:
+            # The first row sees key first_stop - 1 as the triangle's corner, if it sees any.
+            corner = max(first_stop - 1, first_start)
+            if corner == first_stop:  # it sees none: the triangle starts one row later
+                rows = slice(rows.start + 1, rows.stop)
+            found.append(Piece(rows, slice(corner, last_stop), "causal"))
+            if corner > first_start:
+                found.append(Piece(rows, slice(first_start, corner), "full"))
+        elif kind == 0 and first_stop > first_start:
+            found.append(Piece(rows, slice(first_start, first_stop), "full"))
+        elif kind == 2:
+            found.extend(_bands(start, stop, rows))
+    return found
+
+
+def _bands(start: np.ndarray, stop: np.ndarray, rows: slice) -> list[Piece]:
+    seeing = np.flatnonzero(stop[rows] > start[rows])
+    if len(seeing) == 0:
+        return []
+    # Both ends ascend, so rows that see nothing may stand anywhere among those that do; cut there.
+    groups = np.split(seeing, np.flatnonzero(np.diff(seeing) > 1) + 1)
+    found = []
+    for group in groups:
+        first, last = rows.start + int(group[0]), rows.start + int(group[-1])
+        found.append(Piece(slice(first, last + 1), slice(int(start[first]), int(stop[last])), "band"))
+    return found

@@ -1,0 +1,425 @@
+"""The Triton kernels, which `triton_attention.py` launches.
+
+Attention, forward and backward, is FlashAttention-2 (arXiv 2307.08691) on interval masks. Each program of the forward
+owns a block of queries and walks over the keys they see. `mask.Mask` makes of that walk three stretches, known from
+four integers before it starts:
+
+    k_start[first] .. k_start[last]   seen by some rows of the block: masked
+    k_start[last]  .. k_stop[first]   seen by all of them: not masked, whole blocks
+    ... the rest   .. k_stop[last]    seen by some: masked
+
+Keys outside are not visited. The backward has two kernels, so that nothing is summed atomically and equal runs are
+bit-equal: one like the forward for dQ, and one that owns a block of keys, walks over the queries that see them (the
+same three stretches of the mask's columns), sums over the query heads of its group and adds dK and dV once.
+
+16-bit inputs are read through tensor descriptors (DESCRIPTORS): TMA on Hopper and later, plain loads elsewhere.
+Products of fp32 inputs do not run on tensor cores; read from shared memory in TMA's order they would need more
+registers than there are, so those inputs are read by address. Offsets have 64 bits either way. Everything is summed in
+fp32; probabilities enter the second product in the inputs' dtype.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _stretches(start_ptr, stop_ptr, first, last, STEP: tl.constexpr):
+    """Where the walk is masked and where not: (left, full, right, end), with left <= full <= right <= end.
+
+    [left, full) and [right, end) are seen by some of the rows first..last, [full, right) by all of them and a multiple
+    of STEP long.
+    """
+    left = tl.load(start_ptr + first)
+    full = tl.load(start_ptr + last)
+    end = tl.load(stop_ptr + last)
+    right = full + tl.maximum(tl.load(stop_ptr + first) - full, 0) // STEP * STEP
+    return left, full, right, end
+
+
+@triton.jit
+def _rows_of(
+    ptr, strides, batch, head, num_rows,
+    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr = True,
+):  # fmt: skip
+    """One head of a `[b, s, h, d]` tensor, for `_read`; in two dims, see `_heads_of`."""
+    if DESCRIPTORS:
+        base = ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[2]
+        return tl.make_tensor_descriptor(base, [num_rows, DIM], [strides[1], 1], [ROWS, WIDTH])
+    else:
+        return (ptr, strides, batch, head, num_rows)
+
+
+@triton.jit
+def _read(rows, at, DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """The block `[ROWS, WIDTH]` from row `at` on; zeros beyond the edges."""
+    if DESCRIPTORS:
+        return rows.load([at, 0])
+    else:
+        row, dims = at + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+        inside = (row < rows[4])[:, None] & (dims < DIM)[None, :]
+        return tl.load(_pointers(rows[0], rows[1], rows[2], rows[3], row, dims), mask=inside, other=0.0)
+
+
+@triton.jit
+def _heads_of(
+    ptr, strides, batch, num_heads, num_rows,
+    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """All heads of a `[b, s, h, d]` tensor, for `_read_head`.
+
+    Its blocks have a third dim and must be reshaped. As a product's second factor they stay in shared memory even so;
+    as its first factor Triton would pass them through registers, which are scarce: those are read by `_rows_of`.
+    """
+    if DESCRIPTORS:
+        base = ptr + batch.to(tl.int64) * strides[0]
+        return tl.make_tensor_descriptor(
+            base, [num_heads, num_rows, DIM], [strides[2], strides[1], 1], [1, ROWS, WIDTH]
+        )
+    else:
+        return (ptr, strides, batch, num_rows)
+
+
+@triton.jit
+def _read_head(
+    heads, head, at, DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr
+):  # fmt: skip
+    """The block `[ROWS, WIDTH]` of one head, from row `at` on."""
+    if DESCRIPTORS:
+        return heads.load([head, at, 0]).reshape(ROWS, WIDTH)
+    else:
+        rows = (heads[0], heads[1], heads[2], head, heads[3])
+        return _read(rows, at, DIM, ROWS, WIDTH, False)
+
+
+@triton.jit
+def _pointers(ptr, strides, batch, head, row, dims):
+    """Addresses `[rows, dims]` of rows of one head of a `[b, s, h, d]` tensor, in 64 bits."""
+    base = ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[2]
+    return base + row.to(tl.int64)[:, None] * strides[1] + dims[None, :]
+
+
+@triton.jit
+def _capped(scores, softcap):
+    """c tanh(s / c), and its derivative by s.
+
+    Up to |x| = 2 by the continued fraction of tanh, cut after seven terms (within 2e-8); beyond by exp, which saturates
+    and does not overflow, but would lose digits where tanh is small.
+    """
+    x = scores / softcap
+    y = x * x
+    fraction = (135135 + y * (17325 + y * (378 + y))) / (135135 + y * (62370 + y * (3150 + y * 28)))
+    t = tl.where(y < 4, x * fraction, 1 - 2 / (1 + tl.exp2(x * (2 * LOG2E))))
+    return softcap * t, 1 - t * t
+
+
+@triton.jit
+def _forward_step(
+    acc, peak, total, q, k_rows, v_rows, at, end, row_start, row_stop, scale, softcap,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """One block of keys into the running result; peak is in units of log2."""
+    k = _read(k_rows, at, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    scores = tl.dot(q, k.T, input_precision="ieee")
+    if SOFTCAP:
+        scores = _capped(scores * scale, softcap)[0] * LOG2E
+    else:
+        scores = scores * (scale * LOG2E)
+    if MASKED:
+        keys = at + tl.arange(0, BLOCK_N)
+        visible = (keys[None, :] >= row_start[:, None]) & (keys[None, :] < tl.minimum(row_stop, end)[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    if MASKED:
+        # A row that has seen no key yet has peak -inf, and -inf - -inf is nan.
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    else:
+        base = new_peak
+    p = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(peak - base)
+    total = total * shrink + tl.sum(p, 1)
+    v = _read(v_rows, at, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, new_peak, total
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, out, lse, rows, q_strides, k_strides, v_strides, out_strides, lse_strides,
+    num_heads, group, s_q, s_k, scale, softcap,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CONTINUES: tl.constexpr, SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Programs: (blocks of queries, batch x heads). With CONTINUES out (fp32) and lse hold a running result."""
+    # Later queries see more keys: the longest programs start first.
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    batch, head = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    kv_head = head // group
+    row = first + tl.arange(0, BLOCK_M)
+    inside = row < s_q
+    row_start = tl.load(rows + row, mask=inside, other=0)
+    row_stop = tl.load(rows + s_q + row, mask=inside, other=0)
+    lse_ptrs = lse + batch.to(tl.int64) * lse_strides[0] + head.to(tl.int64) * lse_strides[1] + row
+    out_rows = _rows_of(out, out_strides, batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D)
+
+    if CONTINUES:
+        peak = tl.load(lse_ptrs, mask=inside, other=float("-inf")) * LOG2E
+        seen = peak > float("-inf")
+        total = tl.where(seen, 1.0, 0.0)
+        # A row that has seen no key may hold anything.
+        acc = tl.where(seen[:, None], out_rows.load([first, 0]), 0.0)
+    else:
+        peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    q_block = _read(
+        _rows_of(q, q_strides, batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS), first,
+        HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS,
+    )  # fmt: skip
+    k_rows = _rows_of(k, k_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    v_rows = _rows_of(v, v_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    last = tl.minimum(first + BLOCK_M, s_q) - 1
+    left, full, right, end = _stretches(rows, rows + s_q, first, last, BLOCK_N)
+    for at in tl.range(full, right, BLOCK_N):
+        acc, peak, total = _forward_step(
+            acc, peak, total, q_block, k_rows, v_rows, at, end, row_start, row_stop, scale, softcap,
+            False, SOFTCAP, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
+        )  # fmt: skip
+    num_left = tl.cdiv(full - left, BLOCK_N)
+    for i in tl.range(0, num_left + tl.cdiv(end - right, BLOCK_N)):
+        is_left = i < num_left
+        at = tl.where(is_left, left + i * BLOCK_N, right + (i - num_left) * BLOCK_N)
+        acc, peak, total = _forward_step(
+            acc, peak, total, q_block, k_rows, v_rows, at, tl.where(is_left, full, end), row_start, row_stop,
+            scale, softcap, True, SOFTCAP, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
+        )  # fmt: skip
+
+    seen = total > 0
+    acc = acc / tl.where(seen, total, 1.0)[:, None]
+    out_rows.store([first, 0], acc.to(out.dtype.element_ty))
+    tl.store(lse_ptrs, tl.where(seen, (peak + tl.log2(total)) * LN2, float("-inf")), mask=inside)
+
+
+@triton.jit
+def _probabilities(products, lse, visible, scale, softcap, MASKED: tl.constexpr, SOFTCAP: tl.constexpr):
+    """p of q k products, and the softcap's slope; lse is `[rows, 1]` or `[1, rows]`, as queries lie in products."""
+    slope = 1.0
+    if SOFTCAP:
+        scores, slope = _capped(products * scale, softcap)
+        p = tl.exp2((scores - lse) * LOG2E)
+    else:
+        p = tl.exp2(products * (scale * LOG2E) - lse * LOG2E)
+    if MASKED:
+        p = tl.where(visible, p, 0.0)
+    return p, slope
+
+
+@triton.jit
+def _dkdv_step(
+    dk, dv, k, v, q_heads, dout_heads, lse_ptr, delta_ptr, lse_strides, batch, head, at, end, s_q,
+    column_start, column_stop, scale, softcap,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """One block of queries into dk and dv of a block of keys."""
+    row = at + tl.arange(0, BLOCK_M)
+    # A row beyond the edge has lse inf: probability 0.
+    offset = batch.to(tl.int64) * lse_strides[0] + head.to(tl.int64) * lse_strides[1]
+    lse = tl.load(lse_ptr + offset + row, mask=row < s_q, other=float("inf"))
+    delta = tl.load(delta_ptr + offset + row, mask=row < s_q, other=0.0)
+    q = _read_head(q_heads, head, at, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
+    dout = _read_head(dout_heads, head, at, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
+    visible = (row[None, :] >= column_start[:, None]) & (row[None, :] < tl.minimum(column_stop, end)[:, None])
+    products = tl.dot(k, q.T, input_precision="ieee")
+    p, slope = _probabilities(products, lse[None, :], visible, scale, softcap, MASKED, SOFTCAP)
+    # dv first: then p's registers are narrowed to 16 bit before dp asks for its own.
+    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+    ds = p * (tl.dot(v, dout.T, input_precision="ieee") - delta[None, :])
+    if SOFTCAP:
+        ds = ds * slope
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def backward_dkdv_kernel(
+    q, k, v, dout, lse, delta, dk, dv, columns,
+    q_strides, k_strides, v_strides, dout_strides, lse_strides, dk_strides, dv_strides,
+    num_kv_heads, group, s_q, s_k, scale, softcap,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Programs: (blocks of keys, batch x kv heads). Adds into dk, dv (fp32); lse and delta have equal strides."""
+    first = tl.program_id(0) * BLOCK_N
+    batch, kv_head = tl.program_id(1) // num_kv_heads, tl.program_id(1) % num_kv_heads
+    column = first + tl.arange(0, BLOCK_N)
+    inside = column < s_k
+    column_start = tl.load(columns + column, mask=inside, other=0)
+    column_stop = tl.load(columns + s_k + column, mask=inside, other=0)
+    k_block = _read(
+        _rows_of(k, k_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS), first,
+        HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
+    )  # fmt: skip
+    v_block = _read(
+        _rows_of(v, v_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS), first,
+        HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
+    )  # fmt: skip
+    q_heads = _heads_of(q, q_strides, batch, num_kv_heads * group, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
+    dout_heads = _heads_of(
+        dout, dout_strides, batch, num_kv_heads * group, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS
+    )
+    dk_block = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_block = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+
+    last = tl.minimum(first + BLOCK_N, s_k) - 1
+    left, full, right, end = _stretches(columns, columns + s_k, first, last, BLOCK_M)
+    # One loop over the blocks of all query heads of the group, so that the pipeline does not drain between heads.
+    num_left = tl.cdiv(full - left, BLOCK_M)
+    num_masked = num_left + tl.cdiv(end - right, BLOCK_M)
+    for i in tl.range(0, group * num_masked):
+        head, i = kv_head * group + i // num_masked, i % num_masked
+        is_left = i < num_left
+        at = tl.where(is_left, left + i * BLOCK_M, right + (i - num_left) * BLOCK_M)
+        dk_block, dv_block = _dkdv_step(
+            dk_block, dv_block, k_block, v_block, q_heads, dout_heads, lse, delta, lse_strides, batch, head, at,
+            tl.where(is_left, full, end), s_q, column_start, column_stop, scale, softcap,
+            True, SOFTCAP, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS,
+        )  # fmt: skip
+    num_full = (right - full) // BLOCK_M
+    for i in tl.range(0, group * num_full):
+        head, at = kv_head * group + i // num_full, full + i % num_full * BLOCK_M
+        dk_block, dv_block = _dkdv_step(
+            dk_block, dv_block, k_block, v_block, q_heads, dout_heads, lse, delta, lse_strides, batch, head, at,
+            end, s_q, column_start, column_stop, scale, softcap,
+            False, SOFTCAP, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS,
+        )  # fmt: skip
+
+    dk_rows = _rows_of(dk, dk_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D)
+    dk_rows.store([first, 0], dk_rows.load([first, 0]) + dk_block * scale)
+    dv_rows = _rows_of(dv, dv_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D)
+    dv_rows.store([first, 0], dv_rows.load([first, 0]) + dv_block)
+
+
+@triton.jit
+def _dq_step(
+    dq, q, dout, lse, delta, k_rows, v_rows, at, end, row_start, row_stop, scale, softcap,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """One block of keys into dq of a block of queries."""
+    k = _read(k_rows, at, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    v = _read(v_rows, at, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    keys = at + tl.arange(0, BLOCK_N)
+    visible = (keys[None, :] >= row_start[:, None]) & (keys[None, :] < tl.minimum(row_stop, end)[:, None])
+    products = tl.dot(q, k.T, input_precision="ieee")
+    p, slope = _probabilities(products, lse[:, None], visible, scale, softcap, MASKED, SOFTCAP)
+    ds = p * (tl.dot(dout, v.T, input_precision="ieee") - delta[:, None])
+    if SOFTCAP:
+        ds = ds * slope
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+
+@triton.jit
+def backward_dq_kernel(
+    q, k, v, dout, lse, delta, dq, rows, q_strides, k_strides, v_strides, dout_strides, lse_strides, dq_strides,
+    num_heads, group, s_q, s_k, scale, softcap,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Programs: (blocks of queries, batch x heads). Adds into dq (fp32)."""
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    batch, head = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    kv_head = head // group
+    row = first + tl.arange(0, BLOCK_M)
+    inside = row < s_q
+    row_start = tl.load(rows + row, mask=inside, other=0)
+    row_stop = tl.load(rows + s_q + row, mask=inside, other=0)
+    offset = batch.to(tl.int64) * lse_strides[0] + head.to(tl.int64) * lse_strides[1]
+    lse_row = tl.load(lse + offset + row, mask=inside, other=float("inf"))
+    delta_row = tl.load(delta + offset + row, mask=inside, other=0.0)
+    q_block = _read(
+        _rows_of(q, q_strides, batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS), first,
+        HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS,
+    )  # fmt: skip
+    dout_block = _read(
+        _rows_of(dout, dout_strides, batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS), first,
+        HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS,
+    )  # fmt: skip
+    k_rows = _rows_of(k, k_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    v_rows = _rows_of(v, v_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    dq_block = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    last = tl.minimum(first + BLOCK_M, s_q) - 1
+    left, full, right, end = _stretches(rows, rows + s_q, first, last, BLOCK_N)
+    for at in tl.range(full, right, BLOCK_N):
+        dq_block = _dq_step(
+            dq_block, q_block, dout_block, lse_row, delta_row, k_rows, v_rows, at, end, row_start, row_stop,
+            scale, softcap, False, SOFTCAP, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
+        )  # fmt: skip
+    num_left = tl.cdiv(full - left, BLOCK_N)
+    for i in tl.range(0, num_left + tl.cdiv(end - right, BLOCK_N)):
+        is_left = i < num_left
+        at = tl.where(is_left, left + i * BLOCK_N, right + (i - num_left) * BLOCK_N)
+        dq_block = _dq_step(
+            dq_block, q_block, dout_block, lse_row, delta_row, k_rows, v_rows, at, tl.where(is_left, full, end),
+            row_start, row_stop, scale, softcap, True, SOFTCAP, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
+        )  # fmt: skip
+
+    dq_rows = _rows_of(dq, dq_strides, batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D)
+    dq_rows.store([first, 0], dq_rows.load([first, 0]) + dq_block * scale)
+
+
+@triton.jit
+def delta_kernel(
+    dout, out, delta, dout_strides, out_strides, num_heads, s_q,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """delta[b, h, i] = sum over d of dout out, contiguous; programs: (blocks of queries, batch x heads)."""
+    batch, head = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    read = (row < s_q)[:, None] & (dims < HEAD_DIM)[None, :]
+    dout_block = tl.load(_pointers(dout, dout_strides, batch, head, row, dims), mask=read, other=0.0).to(tl.float32)
+    out_block = tl.load(_pointers(out, out_strides, batch, head, row, dims), mask=read, other=0.0).to(tl.float32)
+    tl.store(delta + tl.program_id(1).to(tl.int64) * s_q + row, tl.sum(dout_block * out_block, 1), mask=row < s_q)
+
+
+@triton.jit
+def merge_kernel(
+    out, lse, part_outs, part_lses, out_strides, lse_strides, part_out_strides, part_lse_strides,
+    num_parts, num_heads, s_q, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Fold num_parts partial results into the running one; the parts' strides begin with that of their number."""
+    batch, head = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    inside = row < s_q
+    stored = inside[:, None] & (dims < HEAD_DIM)[None, :]
+    out_ptrs = _pointers(out, out_strides, batch, head, row, dims)
+    part_ptrs = _pointers(part_outs, part_out_strides[1:], batch, head, row, dims)
+    lse_ptrs = lse + batch.to(tl.int64) * lse_strides[0] + head.to(tl.int64) * lse_strides[1] + row
+    part_lse_ptrs = part_lses + batch.to(tl.int64) * part_lse_strides[1] + head.to(tl.int64) * part_lse_strides[2] + row
+    peak = tl.load(lse_ptrs, mask=inside, other=float("-inf"))
+    seen = peak > float("-inf")
+    total = tl.where(seen, 1.0, 0.0)
+    acc = tl.load(out_ptrs, mask=stored & seen[:, None], other=0.0)
+    for _ in range(num_parts):
+        part_lse = tl.load(part_lse_ptrs, mask=inside, other=float("-inf"))
+        new_peak = tl.maximum(peak, part_lse)
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weight, shrink = tl.exp2((part_lse - base) * LOG2E), tl.exp2((peak - base) * LOG2E)
+        part = tl.load(part_ptrs, mask=stored & (weight > 0)[:, None], other=0.0).to(tl.float32)
+        acc = acc * shrink[:, None] + part * weight[:, None]
+        total = total * shrink + weight
+        peak = new_peak
+        part_ptrs += part_out_strides[0]
+        part_lse_ptrs += part_lse_strides[0]
+    seen = total > 0
+    tl.store(out_ptrs, acc / tl.where(seen, total, 1.0)[:, None], mask=stored)
+    tl.store(lse_ptrs, tl.where(seen, peak + tl.log2(total) * LN2, float("-inf")), mask=inside)

@@ -1,0 +1,100 @@
+"""Masks as intervals, against every pair looked at one by one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from longring.kernels.layout import SeqLayout
+from longring.kernels.mask import BAND_ROWS, make_mask, pieces
+from plain_attention import visible_pairs
+
+
+@st.composite
+def layouts(draw, num_tokens: int = 40) -> tuple[SeqLayout, SeqLayout]:
+    """Any two tiles of one context: arbitrary runs, arbitrary documents."""
+    starts = (0, *sorted(draw(st.sets(st.integers(1, num_tokens - 1), max_size=6))))
+
+    def runs() -> tuple[tuple[int, int], ...]:
+        edges = sorted(draw(st.sets(st.integers(0, num_tokens), min_size=2, max_size=6)))
+        return tuple((a, b) for a, b in zip(edges[::2], edges[1::2], strict=False))
+
+    return SeqLayout(runs(), starts), SeqLayout(runs(), starts)
+
+
+masks = st.one_of(
+    st.just({"causal": True}),
+    st.just({"causal": False}),
+    st.builds(lambda w: {"causal": True, "window": w}, st.integers(1, 45)),
+)
+
+
+@given(layouts(), masks)
+def test_rows_and_columns_hold_the_visible_pairs(tile, kind):
+    exact = visible_pairs(*tile, **kind).numpy()
+    mask = make_mask(*tile, **kind)
+    rows, columns = mask.rows.numpy(), mask.columns.numpy()
+    j, i = np.arange(exact.shape[1]), np.arange(exact.shape[0])
+    np.testing.assert_array_equal((rows[0][:, None] <= j) & (j < rows[1][:, None]), exact)
+    np.testing.assert_array_equal(((columns[0][:, None] <= i) & (i < columns[1][:, None])).T, exact)
+    assert (np.diff(rows) >= 0).all() and (np.diff(columns) >= 0).all()
+    assert mask.num_pairs == exact.sum()
+
+
+@given(layouts(), masks)
+def test_pieces_cover_each_visible_pair_once(tile, kind):
+    exact = visible_pairs(*tile, **kind).numpy()
+    count = np.zeros(exact.shape, int)
+    for piece in pieces(make_mask(*tile, **kind).host_rows):
+        part = count[piece.rows, piece.keys]
+        if piece.kind == "full":
+            part += 1
+        elif piece.kind == "causal":
+            assert part.shape[0] == part.shape[1]
+            part += np.tri(part.shape[0], dtype=int)
+        else:
+            assert exact[piece.rows, piece.keys].any(1).all(), "a row of a band sees some key"
+            part += exact[piece.rows, piece.keys]
+    np.testing.assert_array_equal(count, exact)
+
+
+def test_common_masks_are_few_pieces():
+    whole = SeqLayout.contiguous(4096)
+    assert [p.kind for p in pieces(make_mask(whole, whole).host_rows)] == ["causal"]
+    assert [p.kind for p in pieces(make_mask(whole, whole, causal=False).host_rows)] == ["full"]
+    packed = SeqLayout.packed((1000, 96, 3000))
+    assert [p.kind for p in pieces(make_mask(packed, packed).host_rows)] == ["causal"] * 3
+    # A window costs its width and a block of rows, not the square.
+    windowed = pieces(make_mask(whole, whole, window=256).host_rows)
+    area = sum((p.rows.stop - p.rows.start) * (p.keys.stop - p.keys.start) for p in windowed)
+    assert area <= 4096 * (256 + BAND_ROWS)
+
+
+def test_a_mask_of_a_million_tokens_is_arithmetic():
+    packed = SeqLayout.packed((4096,) * 256)
+    mask = make_mask(packed, packed)
+    assert mask.rows.dtype == torch.int32
+    assert mask.num_pairs == 256 * 4096 * 4097 // 2
+
+
+def test_bad_masks_are_named():
+    packed, whole = SeqLayout.packed((3, 5)), SeqLayout.contiguous(8)
+    with pytest.raises(ValueError, match="belongs to one context"):
+        make_mask(packed, whole)
+    with pytest.raises(ValueError, match="window = 0"):
+        make_mask(whole, whole, window=0)
+    with pytest.raises(ValueError, match="causal = False"):
+        make_mask(whole, whole, causal=False, window=4)
+
+
+@pytest.mark.parametrize("starts", [(), (1,), (0, 5, 5), (0, 7, 3)])
+def test_bad_documents_are_named(starts):
+    with pytest.raises(ValueError, match="document starts must ascend from 0"):
+        SeqLayout(((0, 8),), starts)
+
+
+def test_bad_runs_are_named():
+    with pytest.raises(ValueError, match="runs must ascend"):
+        SeqLayout(((4, 8), (0, 4)))

@@ -1,0 +1,62 @@
+"""Attention by its definition, pair by pair visible or not: the oracle, and the yardstick in a given dtype."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from longring.kernels.layout import SeqLayout
+from torch import Tensor
+
+
+def visible_pairs(queries: SeqLayout, keys: SeqLayout, causal: bool = True, window: int | None = None) -> torch.Tensor:
+    """bool `[s_q, s_k]`, by the contract's words: same document, not after the query, fewer than `window` before."""
+    q_positions = [p for start, stop in queries.runs for p in range(start, stop)]
+    k_positions = [p for start, stop in keys.runs for p in range(start, stop)]
+
+    def document(position: int) -> int:
+        return sum(start <= position for start in queries.document_starts)
+
+    return torch.tensor(
+        [
+            [
+                document(i) == document(j) and (not causal or j <= i) and (window is None or i - j < window)
+                for j in k_positions
+            ]
+            for i in q_positions
+        ]
+    )
+
+
+def exact_attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None = None, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """out, lse in fp64, differentiable; a row that sees nothing has out 0 and lse -inf."""
+    q, k, v = q.double(), k.double(), v.double()
+    group = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    sees = visible.any(1)
+    weights = torch.zeros_like(scores)
+    weights[:, :, sees] = scores[:, :, sees].masked_fill(~visible[sees], -torch.inf).softmax(-1)
+    lse = scores.masked_fill(~visible, -torch.inf).logsumexp(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v), lse
+
+
+def torch_attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None = None, softcap: float = 0.0
+) -> Tensor:
+    """torch's own attention in the inputs' dtype; with a softcap, which it lacks, written out in that dtype."""
+    sees = visible.any(1)
+    visible = torch.where(sees[:, None], visible, True)  # its softmax of nothing is nan; those rows become 0 below
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if softcap:
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        scores = softcap * torch.tanh(scores / softcap)
+        out = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2) * sees[None, :, None, None]
