@@ -10,12 +10,11 @@ from megatron.core import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
-from ..kernels.layout import SeqLayout
 from .config import ModelConfig
-from .rope import apply_rope
+from .fused import fused_ops
 
-AttentionFunction = Callable[[Tensor, Tensor, Tensor, SeqLayout], Tensor]
-"""(q `[b, s, h_q, d]`, k, v `[b, s, h_kv, d]`, layout of s) -> out `[b, s, h_q, d]`, causal by position."""
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q `[b, s, h_q, d]`, k, v `[b, s, h_kv, d]`) -> out `[b, s, h_q, d]`; it knows the layout of s, and its mask."""
 
 
 class SelfAttention(nn.Module):
@@ -46,14 +45,13 @@ class SelfAttention(nn.Module):
             skip_bias_add=True,
         )
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], layout: SeqLayout, attention: AttentionFunction
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attention: AttentionFunction) -> Tensor:
         """x `[s, b, hidden]` (under sequence parallelism this rank's part of s) -> the same shape."""
         qkv, _ = self.qkv(x)
         # [s, b, kv heads here * (queries_per_kv + 2) * d] -> [b, s, kv heads here, queries_per_kv + 2, d]
         qkv = qkv.unflatten(-1, (-1, self.queries_per_kv + 2, self.head_dim)).transpose(0, 1)
         q = qkv[:, :, :, :-2].flatten(2, 3)
         k, v = qkv[:, :, :, -2], qkv[:, :, :, -1]
-        out = attention(apply_rope(q, rope), apply_rope(k, rope), v, layout)
+        q, k = fused_ops(q).rope(q, k, rope)
+        out = attention(q, k, v)
         return self.out(out.flatten(2).transpose(0, 1).contiguous())[0]

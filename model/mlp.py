@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from megatron.core import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
 from .config import ModelConfig
+from .fused import fused_ops
 
 
 class SwiGLU(nn.Module):
@@ -39,5 +39,5 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[s, b, hidden]` (under sequence parallelism this rank's part of s) -> the same shape."""
-        gate, up = self.gate_up(x)[0].chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)[0]
+        gate_up, _ = self.gate_up(x)
+        return self.down(fused_ops(gate_up).swiglu(gate_up))[0]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from megatron.core import ModelParallelConfig
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
+
+from .fused import fused_ops
 
 
 class RMSNorm(nn.Module):
@@ -25,4 +26,4 @@ class RMSNorm(nn.Module):
             # Each tensor-parallel rank sees its own tokens here, so the weight's gradient is the sum over them; this
             # is the identity forward and that sum backward. Without it the ranks' weights drift apart silently.
             weight = copy_to_tensor_model_parallel_region(weight)
-        return F.rms_norm(x, weight.shape, weight, self.epsilon)
+        return fused_ops(x).rms_norm(x, weight, self.epsilon)

@@ -6,12 +6,13 @@ from functools import partial
 
 import torch
 from megatron.core import ModelParallelConfig
-from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding, vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import VocabParallelEmbedding
 from torch import Tensor, nn
 
 from ..kernels.layout import SeqLayout
 from .attention import AttentionFunction, SelfAttention
 from .config import ModelConfig
+from .loss import LossHead
 from .mlp import SwiGLU
 from .norm import RMSNorm
 from .rope import rope_table
@@ -27,11 +28,9 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon, parallel)
         self.mlp = SwiGLU(config, parallel)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], layout: SeqLayout, attention: AttentionFunction
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attention: AttentionFunction) -> Tensor:
         """x `[s, b, hidden]` -> the same shape."""
-        x = x + self.attention(self.attention_norm(x), rope, layout, attention)
+        x = x + self.attention(self.attention_norm(x), rope, attention)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -47,31 +46,27 @@ class Transformer(nn.Module):
         self.config = config
         self.sequence_parallel = parallel.sequence_parallel
         vocab_rows = config.padded_vocab_size(vocab_size)
-        init = partial(torch.nn.init.normal_, std=config.init_std)
         self.embedding = VocabParallelEmbedding(
             vocab_rows,
             config.hidden_size,
-            init_method=init,
+            init_method=partial(torch.nn.init.normal_, std=config.init_std),
             reduce_scatter_embeddings=parallel.sequence_parallel,
             config=parallel,
         )
         self.blocks = nn.ModuleList(Block(config, parallel) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, parallel)
-        self.head = ColumnParallelLinear(
-            config.hidden_size, vocab_rows, config=parallel, init_method=init, bias=False, gather_output=False
-        )
+        self.head = LossHead(config, vocab_rows, parallel)
 
     def forward(self, tokens: Tensor, targets: Tensor, layout: SeqLayout, attention: AttentionFunction) -> Tensor:
         """Loss of every token, nats, fp32 `[b, s]`.
 
         tokens, targets int64 `[b, s]`; `layout` gives the positions of s in the context, and `attention` must be one
-        that knows who holds the rest of it.
+        of the same layout, which knows who holds the rest of it.
         """
         x = self.embedding(tokens)
         if not self.sequence_parallel:
             x = x.transpose(0, 1).contiguous()  # with it, the embedding gives [s / tp, b, hidden] already
         rope = rope_table(layout.positions(tokens.device), self.config.head_dim, self.config.rope_base)
         for block in self.blocks:
-            x = block(x, rope, layout, attention)
-        logits, _ = self.head(self.norm(x))
-        return vocab_parallel_cross_entropy(logits.float(), targets.transpose(0, 1).contiguous()).transpose(0, 1)
+            x = block(x, rope, attention)
+        return self.head(self.norm(x), targets)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from longring.kernels.attention import attention
 from longring.kernels.layout import SeqLayout
+from longring.kernels.mask import make_mask
 from longring.model.config import ModelConfig
-from longring.model.rope import apply_rope, rope_table
+from longring.model.fused import TORCH
+from longring.model.rope import rope_table
 from longring.model.transformer import Transformer
 from longring.parallel.config import ParallelConfig
 from longring.parallel.mesh import join, megatron_config
@@ -24,7 +28,7 @@ def test_rope_turns_pairs_like_complex_numbers(start):
     positions, base, dim = torch.arange(start, start + 7), 5e6, 16
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 7, 3, dim, generator=generator)
-    turned = apply_rope(x, rope_table(positions, dim, base))
+    turned, _ = TORCH.rope(x, x, rope_table(positions, dim, base))
     angle = positions.double()[:, None] * base ** (-torch.arange(0, dim, 2).double() / dim)
     exact = torch.complex(*x.double().chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)[None, :, None]
     torch.testing.assert_close(turned.double(), torch.cat([exact.real, exact.imag], -1), rtol=0, atol=2e-6)
@@ -37,7 +41,7 @@ def test_rope_scores_depend_on_distance_only(shift):
 
     def score(at: int) -> float:
         tables = [rope_table(torch.tensor([position]), 8, 1e4) for position in (at + 5, at)]
-        return float((apply_rope(q, tables[0]) * apply_rope(k, tables[1])).sum())
+        return float((TORCH.rope(q, k, tables[0])[0] * TORCH.rope(q, k, tables[1])[1]).sum())
 
     assert score(shift) == pytest.approx(score(0), abs=1e-5)
 
@@ -68,7 +72,9 @@ def losses_of_two_sequences() -> tuple[torch.Tensor, torch.Tensor]:
     model = Transformer(ModelConfig(**SIZES), 100, megatron_config(parallel))
     tokens = torch.randint(0, 100, (2, 33))
     tokens[1, :20] = tokens[0, :20]
-    losses = model(tokens[:, :-1], tokens[:, 1:], SeqLayout.contiguous(32), attention).detach()
+    layout = SeqLayout.contiguous(32)
+    attend = partial(attention, mask=make_mask(layout, layout))
+    losses = model(tokens[:, :-1], tokens[:, 1:], layout, attend).detach()
     return losses[0], losses[1]
 
 

@@ -1,0 +1,84 @@
+"""RMSNorm, SwiGLU and RoPE: liger-kernel's Triton kernels for CUDA tensors, plain torch for others.
+
+They agree within the rounding of the input's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FusedOps:
+    """One implementation of each; all are differentiable. Tensors are of one floating dtype but for RoPE's table."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    """(x `[..., n]`, weight `[n]`, epsilon) -> x / sqrt(mean(x^2) + epsilon) * weight (arXiv 1910.07467)."""
+    swiglu: Callable[[Tensor], Tensor]
+    """Gate, then up, `[..., 2 n]` -> silu(gate) * up `[..., n]` (arXiv 2002.05202)."""
+    rope: Callable[[Tensor, Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
+    """(q `[b, s, h_q, d]`, k `[b, s, h_kv, d]`, cos and sin `[s, d / 2]` fp32) -> q and k with each pair of dims
+    (i, i + d/2) turned by its position's angle (arXiv 2104.09864). May write into q and k, and into the gradients it is
+    given: nothing else may read them."""
+
+
+def fused_ops(x: Tensor) -> FusedOps:
+    """The implementation for tensors on x's device."""
+    return LIGER if x.is_cuda else TORCH
+
+
+def _torch_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, epsilon)
+
+
+def _torch_swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _torch_rope(q: Tensor, k: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    cos, sin = (t[:, None, :] for t in table)
+
+    def turn(x: Tensor) -> Tensor:
+        first, second = x.float().chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+    return turn(q), turn(k)
+
+
+# liger is imported where it is called: a machine without CUDA need not have it. Its submodules name one implementation;
+# the package liger_kernel.ops may swap another in.
+
+
+def _liger_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    # "gemma" with offset 0: the weight multiplies in fp32 before the only rounding, as in torch. in_place would write
+    # dx over the gradient that autograd handed in.
+    return LigerRMSNormFunction.apply(x, weight, epsilon, 0.0, "gemma", False)
+
+
+def _liger_swiglu(gate_up: Tensor) -> Tensor:
+    from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
+
+    # Takes both halves as they lie; LigerSiLUMulFunction would copy each, and overwrite what it saved. Flattened, for
+    # its gradient comes back as [rows, 2 n] whatever the input's shape.
+    return LigerFusedGateUpSiLUMulFunction.apply(gate_up.flatten(0, -2)).unflatten(0, gate_up.shape[:-1])
+
+
+def _liger_rope(q: Tensor, k: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    from liger_kernel.ops.rope import LigerRopeFunction
+
+    # It wants views [b, h, s, d] of tensors [b, s, h, d], and computes in the table's dtype, fp32. Without the number
+    # of dims to turn it would take the table's width, which is half of them here.
+    q, k = LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), *table, None, 1, q.shape[-1])
+    return q.transpose(1, 2), k.transpose(1, 2)
+
+
+TORCH = FusedOps(_torch_rms_norm, _torch_swiglu, _torch_rope)
+LIGER = FusedOps(_liger_rms_norm, _liger_swiglu, _liger_rope)

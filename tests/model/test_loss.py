@@ -1,0 +1,184 @@
+"""The chunked loss against cross entropy written out in fp64, with a gradient of its own for each token's loss."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from deepspeed.utils import safe_get_full_grad
+from errors import assert_as_exact_as
+from longring.model import loss
+from longring.model.config import ModelConfig
+from longring.model.loss import LossHead
+from longring.parallel.config import ParallelConfig
+from longring.parallel.mesh import join, megatron_config
+from longring.parallel.zero import zero_engine
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+CONFIG = ModelConfig(num_layers=1, hidden_size=32, num_heads=2, num_kv_heads=1, ffn_hidden_size=8, init_std=1.0)
+VOCAB_ROWS, SEQUENCES, LENGTH = 256, 3, 14  # 42 tokens: not a multiple of 4, 8 or 16
+
+
+def inputs(dtype: torch.dtype, scale: float = 0.2) -> tuple[Tensor, Tensor, Tensor]:
+    """x `[s, b, hidden]`, targets `[b, s]`, gradient of each loss `[b, s]`."""
+    generator = torch.Generator().manual_seed(5)
+    x = scale * torch.randn(LENGTH, SEQUENCES, CONFIG.hidden_size, generator=generator)
+    targets = torch.randint(VOCAB_ROWS, (SEQUENCES, LENGTH), generator=generator)
+    targets[0, :4] = torch.tensor([0, VOCAB_ROWS // 2 - 1, VOCAB_ROWS // 2, VOCAB_ROWS - 1])
+    return x.to(dtype), targets, torch.randn(SEQUENCES, LENGTH, generator=generator)
+
+
+def plain_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Written out, in the dtype of x (statistics in fp32 at least)."""
+    logits = (x @ weight.t()).transpose(0, 1)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+def results(losses: Tensor, x: Tensor, weight: Tensor, dlosses: Tensor) -> dict[str, Tensor]:
+    dx, dweight = torch.autograd.grad(losses, [x, weight], dlosses)
+    return {"losses": losses.detach(), "dx": dx, "dweight": dweight}
+
+
+def new_head(tensor: int, sequence_parallel: bool, dtype: torch.dtype) -> LossHead:
+    parallel = ParallelConfig(tokens_per_rank=64, tensor=tensor, sequence_parallel=sequence_parallel)
+    join(parallel, 1)
+    torch.manual_seed(0)
+    return LossHead(CONFIG, VOCAB_ROWS, megatron_config(parallel)).to(dtype)
+
+
+def head_results(
+    tensor: int, sequence_parallel: bool, dtype: torch.dtype, scale: float, chunk_tokens: int
+) -> dict[str, Tensor]:
+    """This rank's: losses of all tokens, dx of its part of s, weight and dweight of its rows of the vocabulary."""
+    head = new_head(tensor, sequence_parallel, dtype)
+    x, targets, dlosses = inputs(dtype, scale)
+    if sequence_parallel:
+        x = x.chunk(tensor)[torch.distributed.get_rank()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "LOGIT_BYTES", chunk_tokens * 4 * VOCAB_ROWS // tensor)
+        x = x.requires_grad_()
+        losses = head(x, targets)
+        assert losses.dtype == torch.float32
+        return {**results(losses, x, head.weight, dlosses), "weight": head.weight.detach()}
+
+
+def all_ranks(parts: list[dict[str, Tensor]], sequence_parallel: bool) -> dict[str, Tensor]:
+    """What one rank alone would have."""
+    for part in parts[1:]:
+        assert torch.equal(part["losses"], parts[0]["losses"])
+        assert sequence_parallel or torch.equal(part["dx"], parts[0]["dx"])
+    whole = {name: torch.cat([part[name] for part in parts]) for name in ("dx", "weight", "dweight")}
+    return {**whole, "losses": parts[0]["losses"]} | ({} if sequence_parallel else {"dx": parts[0]["dx"]})
+
+
+# At scale 40 logits are several hundred: their exponentials overflow fp32.
+@pytest.mark.parametrize(("scale", "chunk_tokens"), [(0.2, 1), (0.2, 4), (0.2, 64), (40.0, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("tensor", "sequence_parallel"), [(1, False), (2, False), (2, True)])
+def test_loss_equals_cross_entropy_written_out(on_ranks, tensor, sequence_parallel, dtype, scale, chunk_tokens):
+    parts = on_ranks(tensor, head_results, tensor, sequence_parallel, dtype, scale, chunk_tokens)
+    got = all_ranks(parts, sequence_parallel)
+    weight = got.pop("weight")
+    runs = []
+    for oracle_dtype in (dtype, torch.float64):
+        x, targets, dlosses = inputs(dtype, scale)
+        x, w = x.to(oracle_dtype).requires_grad_(), weight.to(oracle_dtype).requires_grad_()
+        losses = plain_loss(x, w, targets)
+        runs.append(results(losses, x, w, dlosses.to(losses.dtype)))
+    plain, exact = runs
+    assert_as_exact_as(got, plain, exact, factor=1.5)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operator puts out, those of a backward too."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def largest_tensors(chunk_tokens: int) -> tuple[int, int]:
+    """Elements of the largest tensor made in forward and in backward."""
+    head = new_head(1, False, torch.bfloat16)
+    x, targets, dlosses = (
+        t.repeat_interleave(32, dim) for t, dim in zip(inputs(torch.bfloat16), (0, 1, 1), strict=True)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "LOGIT_BYTES", chunk_tokens * 4 * VOCAB_ROWS)
+        with Largest() as forward:
+            losses = head(x.requires_grad_(), targets)
+        with Largest() as backward:
+            losses.backward(dlosses)
+    return forward.elements, backward.elements
+
+
+def test_the_logits_of_all_tokens_never_exist(on_ranks):
+    tokens = 32 * SEQUENCES * LENGTH
+    x_elements = tokens * CONFIG.hidden_size
+    assert on_ranks(1, largest_tensors, 2 * tokens) == [(tokens * VOCAB_ROWS, tokens * VOCAB_ROWS)], "it sees them"
+    [(forward, backward)] = on_ranks(1, largest_tensors, 16)
+    assert forward <= x_elements
+    assert backward <= x_elements
+    assert 16 * VOCAB_ROWS < x_elements < tokens * VOCAB_ROWS / 4
+
+
+@pytest.mark.parametrize("vocab_rows", [128, 32_000, 50_304, 131_072, 2**28])
+def test_chunks_fill_the_budget_and_cover_the_tokens(vocab_rows):
+    chunks = list(loss._chunks(100_000 if vocab_rows < 2**20 else 3, vocab_rows))
+    sizes = [len(range(*chunk.indices(2**62))) for chunk in chunks]
+    assert all(before.stop == after.start for before, after in pairwise(chunks))
+    size = sizes[0]
+    assert chunks[0].start == 0
+    assert set(sizes) == {size}
+    assert size & (size - 1) == 0
+    assert size == 1 or size * vocab_rows * 4 <= loss.LOGIT_BYTES < 2 * size * vocab_rows * 4
+
+
+def under_zero3() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Results of a head too large for DeepSpeed to keep whole, under ZeRO-3; and those of plain torch."""
+    parallel = ParallelConfig(tokens_per_rank=64, zero_stage=3)
+    mesh = join(parallel, 1)
+    torch.manual_seed(0)
+    vocab_rows = 2**13  # times hidden_size: above DeepSpeed's stage3_param_persistence_threshold, 10^5 elements
+    head = LossHead(CONFIG, vocab_rows, megatron_config(parallel))
+    weight = head.weight.detach().clone().requires_grad_()
+    optimizer = torch.optim.AdamW(head.parameters())
+    engine = zero_engine(head, optimizer, parallel, mesh, accumulation_steps=1, clip_grad_norm=0, dtype="float32")
+    x, targets, dlosses = inputs(torch.float32)
+    losses = engine(x.requires_grad_(), targets)
+    assert head.weight.numel() == 0
+    node = losses.grad_fn
+    while not node.name().startswith("_LinearCrossEntropy"):
+        node = node.next_functions[0][0]
+    assert max(tensor.numel() for tensor in node.saved_tensors) < weight.numel(), "the graph keeps the gathered weight"
+    engine.backward((losses * dlosses).sum())
+    got = {"losses": losses.detach(), "dx": x.grad, "dweight": safe_get_full_grad(head.weight)}
+    return got, results(plain_loss(x, weight, targets), x, weight, dlosses)
+
+
+def test_zero3_holds_the_weight_only_while_it_is_used(on_ranks):
+    for got, plain in on_ranks(2, under_zero3):
+        torch.testing.assert_close(got, plain)
+
+
+def recomputed() -> list[dict[str, Tensor]]:
+    head = new_head(1, False, torch.bfloat16)
+    x, targets, dlosses = inputs(torch.bfloat16)
+    x = x.requires_grad_()
+    runs = head(x, targets), checkpoint(head, x, targets, use_reentrant=False)
+    return [results(losses, x, head.weight, dlosses) for losses in runs]
+
+
+def test_activation_recompute_changes_nothing(on_ranks):
+    [(plain, again)] = on_ranks(1, recomputed)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
