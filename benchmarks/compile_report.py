@@ -1,7 +1,8 @@
 """Compile every Triton kernel for GPUs this machine need not have: registers, shared memory, spills.
 
     python benchmarks/compile_report.py                          # all head dims and element types
-    python benchmarks/compile_report.py --quick --json rows.json # head dim 128, 16 bit
+    python benchmarks/compile_report.py --quick --json rows.json # head dim 128, bf16
+    python benchmarks/compile_report.py --only sm_90             # one architecture
     python benchmarks/compile_report.py --try sm_90 backward_dkdv 16 128 64,128,8,2 128,64,8,3
 
 Block sizes are those of `kernels/tuned.json`; --try compiles others instead. spill_bytes are what ptxas (or LLVM, on
@@ -86,7 +87,7 @@ def compile_row(job: tuple[str, str, int, int, Any, bool]) -> dict[str, object]:
     registers, spill_bytes = (_amd if arch.startswith("gfx") else _nvidia)(compiled, arch)
     return {
         "kernel": name + (" (running)" if continues else ""),
-        "configuration": f"{bits} bit, d {head_dim}: {', '.join(map(str, at))}",
+        "configuration": f"{'bf16' if bits == 16 else 'fp32'} d{head_dim} {','.join(map(str, at))}",
         "architecture": arch,
         "registers": registers,
         "shared_bytes": compiled.metadata.shared,
@@ -117,14 +118,14 @@ def _amd(compiled: Any, arch: str) -> tuple[int, int]:
     return told("vgpr_count"), 4 * told("vgpr_spill_count")
 
 
-def jobs(quick: bool) -> list[tuple[str, str, int, int, Any, bool]]:
-    """Everything that ships: each architecture, kernel, element size and head dim."""
-    plain = blocks.Blocks(triton_attention.ROWS, 0, 4, 3)
+def jobs(architectures: list[str], quick: bool) -> list[tuple[str, str, int, int, Any, bool]]:
+    """What ships for these architectures: each kernel, element size and head dim."""
     found = []
-    for arch in TARGETS:
+    for arch in architectures:
         for bits in (16,) if quick else (16, 32):
             for head_dim in (128,) if quick else HEAD_DIMS:
                 for name in (*TILED, "delta", "merge"):
+                    plain = blocks.Blocks(triton_attention.rows_at_once(head_dim), 0, 4, 3)
                     at = blocks.tuned(name, arch, bits // 8, head_dim) if name in TILED else plain
                     found.append((arch, name, bits, head_dim, at, False))
                     if name == "forward":
@@ -134,7 +135,8 @@ def jobs(quick: bool) -> list[tuple[str, str, int, int, Any, bool]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="head dim 128 in 16 bit alone")
+    parser.add_argument("--quick", action="store_true", help="head dim 128 in bf16 alone")
+    parser.add_argument("--only", choices=TARGETS, help="this architecture alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
     parser.add_argument("--try", dest="tried", nargs="+", metavar=("ARCH KERNEL BITS HEAD_DIM", "M,N,WARPS,STAGES"))
     options = parser.parse_args()
@@ -144,13 +146,19 @@ def main() -> int:
         choices = [blocks.Blocks(*map(int, blocks_.split(","))) for blocks_ in tried]
         work = [(arch, name, int(bits), int(head_dim), at, False) for at in choices]
     else:
-        work = jobs(options.quick)
+        work = jobs([options.only] if options.only else list(TARGETS), options.quick)
     with ProcessPoolExecutor() as pool:
         results = pool.map(compile_row, work)
         rows = list(track(results, "compiling", len(work), console=Console(stderr=True), transient=True))
-    table = Table(title=f"triton {triton.__version__}", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in rows[0]:
-        table.add_column(column, justify="left" if column in ("kernel", "configuration") else "right", no_wrap=True)
+    table = Table(
+        title=f"triton {triton.__version__}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for heading in ("kernel", "configuration", "device", "registers", "shared", "spill"):
+        table.add_column(heading, justify="left" if heading in ("kernel", "configuration") else "right", no_wrap=True)
     wrong = []
     for row in rows:
         arch = row["architecture"]

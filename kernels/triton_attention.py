@@ -13,9 +13,6 @@ from .blocks import blocks
 from .mask import Mask
 from .triton_kernels import backward_dkdv_kernel, backward_dq_kernel, delta_kernel, forward_kernel, merge_kernel
 
-ROWS = 32
-"""Rows of a program of the two kernels that only read and write: 32 x 128 elements are 32 a thread."""
-
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float, running: tuple[Tensor, Tensor] | None
@@ -78,8 +75,8 @@ def row_delta(dout: Tensor, out: Tensor) -> Tensor:
     """See `attention.row_delta`."""
     b, s_q, h, d = dout.shape
     delta = torch.empty((b, h, s_q), dtype=torch.float32, device=dout.device)
-    delta_kernel[triton.cdiv(s_q, ROWS), b * h](
-        dout, out, delta, dout.stride(), out.stride(), h, s_q, HEAD_DIM=d, BLOCK_D=padded(d), BLOCK_M=ROWS
+    delta_kernel[triton.cdiv(s_q, rows_at_once(d)), b * h](
+        dout, out, delta, dout.stride(), out.stride(), h, s_q, HEAD_DIM=d, BLOCK_D=padded(d), BLOCK_M=rows_at_once(d)
     )
     return delta
 
@@ -87,15 +84,20 @@ def row_delta(dout: Tensor, out: Tensor) -> Tensor:
 def merge_(out: Tensor, lse: Tensor, part_outs: Tensor, part_lses: Tensor) -> None:
     """See `merge.merge_`."""
     b, s_q, h, d = out.shape
-    merge_kernel[triton.cdiv(s_q, ROWS), b * h](
+    merge_kernel[triton.cdiv(s_q, rows_at_once(d)), b * h](
         out, lse, part_outs, part_lses, *(x.stride() for x in (out, lse, part_outs, part_lses)),
-        len(part_outs), h, s_q, HEAD_DIM=d, BLOCK_D=padded(d), BLOCK_M=ROWS,
+        len(part_outs), h, s_q, HEAD_DIM=d, BLOCK_D=padded(d), BLOCK_M=rows_at_once(d),
     )  # fmt: skip
 
 
 def padded(head_dim: int) -> int:
     """Width of a block: tensor cores and `tl.arange` ask for a power of two; what lies beyond head_dim reads as 0."""
     return 1 << (head_dim - 1).bit_length()
+
+
+def rows_at_once(head_dim: int) -> int:
+    """Rows of a program of the two kernels that only read and write: 2,048 elements, 16 a thread."""
+    return 2048 // padded(head_dim)
 
 
 def _addressable(x: Tensor) -> Tensor:

@@ -10,8 +10,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -58,6 +60,10 @@ def join(parallel: ParallelConfig, max_context_degree: int, timeout_minutes: flo
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+        # Compiled kernels on this node's own disk, a directory for each rank: homes on a network file system are slow,
+        # and ranks that compile the same kernel at once need not meet in one file.
+        cache = Path(tempfile.gettempdir(), f"triton-{os.getuid()}", f"rank-{device.index}")
+        os.environ.setdefault("TRITON_CACHE_DIR", str(cache))
     else:
         device = torch.device("cpu")
         # megatron-core allocates on torch.cuda.current_device(); where there is none, the answer is the CPU.
