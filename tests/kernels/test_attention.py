@@ -8,6 +8,7 @@ import pytest
 import torch
 from errors import assert_as_exact_as
 from longring.kernels import attention as front_door
+from longring.kernels import triton_attention
 from longring.kernels.attention import (
     BACKENDS,
     Case,
@@ -241,21 +242,35 @@ def test_the_reference_is_exact_in_fp64():
         torch.testing.assert_close(got[name], exact[name], rtol=0, atol=1e-12)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU needs the memory behind the addresses: benchmarks/gpu_check.py")
-def test_offsets_beyond_32_bits():
-    """Rows, heads and batches 2^30 and 2^31 elements apart, in memory that is addressed and never touched."""
-    far, b, s, h, d = 2**30, 2, 3, 2, 16
-    numel = (s - 1) * far + (h - 1) * 2**29 + (b - 1) * 2**28 + d
-    views, dense = [], inputs(torch.float16, s, s, heads=h, kv_heads=h, dim=d, batch=b)
-    for x in dense:
-        view = torch.empty(numel, dtype=torch.float16).as_strided((b, s, h, d), (2**28, far, 2**29, 1))
-        views.append(view.copy_(x))
-    mask = make_mask(SeqLayout.contiguous(s), SeqLayout.contiguous(s))
-    fit("triton", torch.float16)
-    got = results(lambda *x: attention(*x, mask, backend="triton"), *views)
-    expected = results(lambda *x: attention(*x, mask, backend="triton"), *dense)
-    for name in expected:
-        assert torch.equal(got[name], expected[name]), name
+def far(x: Tensor, dim: int) -> Tensor:
+    """x with 2^30 elements from one index of `dim` to the next, in memory that is addressed but never touched."""
+    strides = list(x.contiguous().stride())
+    strides[dim] = 2**30
+    storage = torch.empty(2**30 * (x.shape[dim] - 1) + x.numel(), dtype=x.dtype)
+    return storage.as_strided(x.shape, strides).copy_(x)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU touches all memory it addresses; benchmarks/gpu_check.py has it")
+@pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "rows", "heads"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_offsets_beyond_32_bits(dim, dtype):
+    """The third index of a dim lies 2^31 elements on: inputs, running results and buffers for gradients alike."""
+    mask = make_mask(SeqLayout.contiguous(3), SeqLayout.contiguous(3))
+    q, k, v, dout = inputs(dtype, 3, 3, heads=3, kv_heads=3, dim=16, batch=3)
+
+    def run(place) -> list[Tensor]:
+        out, lse = no_result(q)
+        running = (place(out), lse)
+        qkv = [place(x) for x in (q, k, v)]
+        out, lse = attention_forward(*qkv, mask, running=running, backend="triton")
+        into = [place(zeros_fp32(x)) for x in (q, k, v)]
+        delta = triton_attention.row_delta(place(dout), out)
+        attention_backward(place(dout), *qkv, lse, delta, mask, into=into, backend="triton")
+        triton_attention.merge_(out, lse.clone(), place(dout).unsqueeze(0), lse.unsqueeze(0))
+        return [out, lse, delta, *into]
+
+    for got, expected in zip(run(lambda x: far(x, dim)), run(lambda x: x), strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_the_choice_says_why(caplog):
