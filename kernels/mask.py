@@ -58,7 +58,7 @@ def make_mask(
         )
     if window is not None and not (causal and window >= 1):
         raise ValueError(f"mask: window = {window} with causal = {causal}; a window is causal and at least 1 token")
-    q, k = queries.positions(), keys.positions()
+    q = queries.positions()
     starts = torch.tensor(queries.document_starts)
     document = torch.searchsorted(starts, q, right=True) - 1
     first = starts[document]
@@ -66,12 +66,18 @@ def make_mask(
         first = torch.maximum(first, q - (window - 1))
     # Positions end at 2^62 for the last document: no context is that long.
     stop = q + 1 if causal else torch.cat([starts[1:], torch.tensor([2**62])])[document]
-    rows = torch.stack([torch.searchsorted(k, first), torch.searchsorted(k, stop)])
-    # Key j is seen from the first query whose keys end beyond it to the last one whose keys begin at or before it.
-    index = torch.arange(len(k))
-    columns = torch.stack([torch.searchsorted(end, index, right=True) for end in (rows[1], rows[0])])
+    rows = torch.stack([_num_before(keys, first), _num_before(keys, stop)])
+    # Key j is seen from the first query whose keys end beyond it to the last one whose keys begin at or before it: from
+    # as many as end at or before j, to as many as begin there.
+    num_keys = keys.num_tokens
+    columns = torch.stack([end.bincount(minlength=num_keys + 1).cumsum(0)[:num_keys] for end in (rows[1], rows[0])])
     host_rows = rows.int()
     return Mask(host_rows.to(device), columns.int().to(device), host_rows)
+
+
+def _num_before(layout: SeqLayout, positions: Tensor) -> Tensor:
+    """How many tokens of the layout lie before each position."""
+    return sum(((positions - start).clamp(0, stop - start) for start, stop in layout.runs), torch.zeros_like(positions))
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ def merge_(out: Tensor, lse: Tensor, part_outs: Tensor, part_lses: Tensor) -> No
         triton_attention.merge_(out, lse, part_outs, part_lses)
         return
     for part_out, part_lse in zip(part_outs, part_lses, strict=True):
-        # -inf against -inf is nan: neither has seen a key, and whatever the weight, part_out is 0.
-        weight = torch.sigmoid(part_lse - lse).nan_to_num_(1.0).transpose(1, 2).unsqueeze(-1)
+        weight = torch.sigmoid(part_lse - lse).transpose(1, 2).unsqueeze(-1)
         part_out = part_out.to(out.dtype)
+        # Rows that have seen no key take the part as it is; it may have seen none either, and then its out is 0.
         fresh = lse.isneginf().transpose(1, 2).unsqueeze(-1)
         torch.where(fresh, part_out, out + weight * (part_out - out), out=out)
         torch.logaddexp(lse, part_lse, out=lse)
