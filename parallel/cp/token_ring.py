@@ -74,20 +74,22 @@ def token_ring_attention(
 ) -> Tensor:
     """Causal self-attention over the sequence that the ring's ranks hold together.
 
-    q `[b, s, h_q, d]`, k, v `[b, s, h_kv, d]` and the result are this rank's share, `layout` its positions:
-    `ring.layout(s * ring.size)`. Collective: every rank of the ring calls it, with shapes alike.
+    q `[b, s, h_q, d]`, k, v `[b, s, h_kv, d]` and the result are this rank's share, `layout` its positions, those of
+    `ring.layout(s * ring.size)`, and the documents of the whole sequence. Collective: every rank of the ring calls it, with shapes alike.
     """
     expected = ring.layout(layout.num_tokens * ring.size)
-    if layout != expected:
+    if layout.runs != expected.runs:
         raise ValueError(f"token ring: rank {ring.rank} of {ring.size} holds {layout.runs}, zigzag is {expected.runs}")
     # Its messages are no graph: torch.compile breaks here and goes on after.
-    return torch.compiler.disable(_TokenRing.apply)(q, k, v, ring, backend)  # type: ignore[return-value]
+    return torch.compiler.disable(_TokenRing.apply)(q, k, v, layout.document_starts, ring, backend)  # type: ignore[return-value]
 
 
 class _TokenRing(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, ring: Ring, backend: str) -> Tensor:  # type: ignore[override]
-        tiles = _Tiles(ring, q.shape[1])
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, document_starts: tuple[int, ...], ring: Ring, backend: str
+    ) -> Tensor:  # type: ignore[override]
+        tiles = _Tiles(ring, q.shape[1], document_starts)
 
         def compute(step: Step, held: list[Tensor]) -> list[Tensor]:
             part_out, part_lse = attention_forward(
@@ -107,13 +109,13 @@ class _TokenRing(torch.autograd.Function):
         assert out is not None, "a ring has at least one step"
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.ring, ctx.backend = ring, backend
+        ctx.tiles, ctx.backend = tiles, backend
         return out
 
     @staticmethod
     def backward(ctx, dout: Tensor):  # type: ignore[override]
         q, k, v, out, lse = ctx.saved_tensors
-        tiles = _Tiles(ctx.ring, q.shape[1])
+        tiles = ctx.tiles
         dq, dk, dv = zeros_fp32(q), zeros_fp32(k), zeros_fp32(v)
         delta = row_delta(dout, out)
 
@@ -134,9 +136,9 @@ class _TokenRing(torch.autograd.Function):
             return [part_dq.to(q.dtype)]
 
         held = [q, dout, lse.transpose(1, 2), delta.transpose(1, 2)]
-        for step, (part_dq,) in _walk(ctx.ring, held, compute):
+        for step, (part_dq,) in _walk(tiles.ring, held, compute):
             dq[:, tiles.rows(step.queries)].add_(part_dq)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
 def cut(x: Tensor, part: Part) -> Tensor:
@@ -148,9 +150,10 @@ def cut(x: Tensor, part: Part) -> Tensor:
 class _Tiles:
     """Masks of the tiles of one call: `num_tokens` on each rank of the ring."""
 
-    def __init__(self, ring: Ring, num_tokens: int) -> None:
+    def __init__(self, ring: Ring, num_tokens: int, document_starts: tuple[int, ...]) -> None:
         self.ring = ring
         self.num_tokens = num_tokens
+        self.document_starts = document_starts
 
     def mask(self, step: Step, device: torch.device) -> Mask:
         queries, keys = self._part(step.owner, step.queries), self._part(self.ring.rank, step.keys)
@@ -161,7 +164,7 @@ class _Tiles:
 
     def _part(self, rank: int, part: Part) -> SeqLayout:
         runs = zigzag(self.num_tokens * self.ring.size, rank, self.ring.size).runs
-        return SeqLayout(runs if part == "all" else runs[:1] if part == "front" else runs[1:])
+        return SeqLayout(runs if part == "all" else runs[:1] if part == "front" else runs[1:], self.document_starts)
 
 
 def _walk(

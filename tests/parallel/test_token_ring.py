@@ -79,11 +79,13 @@ def test_zigzag_of_one_rank_is_a_plain_causal_sequence():
     assert zigzag(8, 0, 1).positions().tolist() == list(range(8))
 
 
-def ring_result(dtype, batch: int, heads: int, kv_heads: int, tokens: int, dim: int) -> dict[str, torch.Tensor]:
+def ring_result(
+    dtype, batch: int, heads: int, kv_heads: int, tokens: int, dim: int, document_starts: tuple[int, ...]
+) -> dict[str, torch.Tensor]:
     """On every rank: attention over its share; returns out, dq, dk, dv of that share, twice, to see them equal."""
     rank, size = dist.get_rank(), dist.get_world_size()
     ring = Ring(rank, size, dist.new_group(), dist.new_group())
-    layout = ring.layout(tokens)
+    layout = SeqLayout(ring.layout(tokens).runs, document_starts)
     *qkv, dout = problem(batch, heads, kv_heads, tokens, dim)
     share = [x[:, layout.positions()] for x in (*qkv, dout)]
     results = [with_gradients(partial(token_ring_attention, layout=layout, ring=ring), dtype, *share) for _ in range(2)]
@@ -98,18 +100,21 @@ def problem(batch: int, heads: int, kv_heads: int, tokens: int, dim: int) -> lis
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("batch", [1, 3])
+# Documents with a batch of 1 only: a batch shares them, a second sequence adds nothing.
+@pytest.mark.parametrize(("batch", "packed"), [(1, False), (3, False), (1, True)], ids=["1", "batch of 3", "packed"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_equals_one_process_in_fp64(on_ranks, size, heads, kv_heads, batch, dtype):
+def test_equals_one_process_in_fp64(on_ranks, size, heads, kv_heads, batch, dtype, packed):
     tokens, dim = 48 * size, 32
+    # Documents that end inside a chunk, on a chunk's edge, and one that is a single token.
+    document_starts = (0, 7, 8, tokens // 2, tokens - 5) if packed else (0,)
     # Inputs are rounded to dtype first: what is measured is the arithmetic, not the rounding of its inputs.
     inputs = [x.to(dtype).double() for x in problem(batch, heads, kv_heads, tokens, dim)]
-    whole = SeqLayout.contiguous(tokens)
+    whole = SeqLayout(((0, tokens),), document_starts)
     visible = visible_pairs(whole, whole)
     exact = with_gradients(lambda *x: exact_attention(*x, visible)[0], torch.float64, *inputs)
     plain = with_gradients(lambda *x: torch_attention(*x, visible), dtype, *inputs)
-    shares = on_ranks(size, ring_result, dtype, batch, heads, kv_heads, tokens, dim)
+    shares = on_ranks(size, ring_result, dtype, batch, heads, kv_heads, tokens, dim, document_starts)
     order = torch.cat([zigzag(tokens, rank, size).positions() for rank in range(size)]).argsort()
     got = {name: torch.cat([share[name] for share in shares], dim=1)[:, order] for name in exact}
     assert_as_exact_as(got, plain, exact, factor=2)
