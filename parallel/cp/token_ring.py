@@ -75,7 +75,8 @@ def token_ring_attention(
     """Causal self-attention over the sequence that the ring's ranks hold together.
 
     q `[b, s, h_q, d]`, k, v `[b, s, h_kv, d]` and the result are this rank's share, `layout` its positions, those of
-    `ring.layout(s * ring.size)`, and the documents of the whole sequence. Collective: every rank of the ring calls it, with shapes alike.
+    `ring.layout(s * ring.size)`, and the documents of the whole sequence. Collective: every rank of the ring calls it,
+    with shapes alike.
     """
     expected = ring.layout(layout.num_tokens * ring.size)
     if layout.runs != expected.runs:
