@@ -17,7 +17,7 @@ ROUNDS = 8
 MAX_SIZE = 1 << 40
 
 
-def permute(indices: ArrayLike, size: int, key: tuple[int, ...]) -> NDArray[np.int64]:
+def permute(indices: ArrayLike, size: int, key: tuple[int | str, ...]) -> NDArray[np.int64]:
     """Return the places of `indices` (integers in [0, size), any shape) in the order that `key` names; same shape.
 
     Raises ValueError for a size outside [1, 2^40] and IndexError for an index outside the range.

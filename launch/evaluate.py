@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..data.shards import SequenceReader
+from ..data.reader import SequenceReader
 from ..parallel.mesh import Mesh, join
 from ..parallel.zero import DeepSpeedEngine
 from . import checkpoint
@@ -49,8 +48,8 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
     one) and nothing of the context.
     """
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    planned = plan(recipe, world_size)
-    manifest, run, directory = planned.manifest, planned.run, Path(recipe.data.directory)
+    planned = plan(recipe, world_size, check_shards=rank == 0)
+    manifest, run = planned.manifest, planned.run
     if planned.resume_from is None:
         raise ValueError(f"{run.path} has no checkpoint yet: train first")
     open_log(run.log_file(rank))
@@ -59,18 +58,16 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
     checkpoint.load(engine, planned.resume_from)
     engine.eval()
 
-    counts = torch.from_numpy(manifest.unigram(directory)).double() + 1
+    counts = torch.from_numpy(manifest.unigram()).double() + 1
     unigram_losses = (counts.sum().log() - counts.log()).to(mesh.device)
     edges = position_edges(recipe.data.min_bucket_tokens, recipe.data.max_bucket_tokens)
     buckets = []
-    for bucket in manifest.splits["held_out"]:
+    for bucket in manifest.buckets("held_out"):
         num_sequences = min(bucket.sequences, recipe.evaluate.max_tokens_per_bucket // bucket.length)
         if num_sequences == 0:
             continue
         here = place(bucket.length, recipe.parallel, mesh)
-        sums = _sums_by_position(
-            engine, manifest.reader(directory, bucket), num_sequences, here, mesh, edges, unigram_losses
-        )
+        sums = _sums_by_position(engine, manifest.reader(bucket), num_sequences, here, mesh, edges, unigram_losses)
         loss, unigram, tokens = sums.sum(1).tolist()
         assert tokens == num_sequences * bucket.length, "every token counts once"
         parts = zip(edges, edges[1:], sums[0].tolist(), sums[2].tolist(), strict=False)
@@ -91,7 +88,7 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
         )
     if not buckets:
         raise ValueError(
-            f"{directory} holds no held-out sequence within evaluate.max_tokens_per_bucket = "
+            f"{recipe.data.directory} holds no held-out sequence within evaluate.max_tokens_per_bucket = "
             f"{recipe.evaluate.max_tokens_per_bucket}: raise it, or prepare with a larger data.held_out_fraction"
         )
     total = sum(entry["tokens"] for entry in buckets)

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from longring.data.loader import Loader
+from longring.data.order import Share
 from longring.launch.build import build_engine
 from longring.launch.config import Recipe, load_recipe
 from longring.launch.plan import plan
@@ -37,8 +39,9 @@ def initial_weights_and_rows(recipe_file: Path) -> tuple[dict[str, Tensor], list
     planned = plan(recipe, 1)
     module = build_engine(recipe, planned.manifest.vocab_size, mesh).module
     weights = {name: p.detach().clone() for name, p in module.named_parameters()}
-    order = planned.batches.order
-    rows = [planned.batches.read(step, 0, 0, 1, order.batch_sequences(step)) for step in range(recipe.train.steps)]
+    order = planned.order
+    loader = Loader(planned.manifest, order, recipe.loader, lambda length: Share(0, 1, 2048 // length))
+    rows = [batch.rows for batch in loader.batches(0, recipe.train.steps)]
     return weights, rows
 
 
