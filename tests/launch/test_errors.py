@@ -139,3 +139,28 @@ def test_help_shows_an_example_for_every_stage(capsys):
         with pytest.raises(SystemExit):
             cli.main([stage, "--help"])
         assert f"example: longring {stage} " in " ".join(capsys.readouterr().out.split())
+
+
+def test_data_with_document_boundaries_waits_for_attention(capsys, recipe_file, tmp_path):
+    data = f"data.directory={tmp_path}/packed"
+    assert cli.main(["prepare", str(recipe_file), data, "data.rest=pack"]) == 0
+    error = train_error(capsys, recipe_file, tmp_path, data, "data.rest=pack")
+    assert "has sequences of several documents (data.method = 'decompose', data.rest = 'pack')" in error
+    assert "prepare with data.rest = 'drop'" in error
+
+
+def test_inspect_of_data_takes_a_curriculum_and_no_more(capsys, recipe_file, data):
+    arguments = ["inspect", str(data), "curriculum.odds=[8,4,2,1]", "curriculum.cycles=2", "loader.window_tokens=1000"]
+    assert cli.main(arguments) == 0
+    assert "1,000 steps of 8, 4, 2, 1 in 2 cycles" in capsys.readouterr().out
+    assert data.with_name("data.png").is_file()
+    assert "only curriculum.* and loader.* can be set" in error_of(capsys, "inspect", str(data), "train.steps=3")
+    error = error_of(capsys, "inspect", str(data), "curriculum.odds=[1,2]")
+    assert "curriculum.odds has 2 numbers, [1.0, 2.0], and the data 4 buckets" in error
+
+
+def test_slurm_without_slurm(capsys, recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    error = error_of(capsys, "prepare", str(recipe_file), f"data.directory={tmp_path}/new", "--slurm", "main")
+    assert "there is no sbatch on this machine" in error
+    assert not list(tmp_path.iterdir())
