@@ -1,6 +1,8 @@
 """Text to tokens with a Hugging Face tokenizer: one that exists, or a byte-level BPE trained on the documents."""
 
 import hashlib
+import os
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -12,8 +14,9 @@ from .config import TokenizerConfig
 from .records import BadRecord, Document
 
 TOKENIZER_FILE = "tokenizer.json"
-BATCH_CHARACTERS = 1 << 20
-"""Documents are encoded together up to so many characters: enough to keep every core busy, a few MB of memory."""
+THREAD_CHARACTERS = 1 << 18
+"""Documents are encoded together up to so many characters for each thread: enough to keep every thread busy, some MB
+of memory."""
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:
@@ -92,7 +95,10 @@ class DocumentTokenizer:
                     reject(document.name, stream)
                     continue
                 if stream is None:
-                    stream = np.array([self.boundary_id, *next(encodings).ids, self.boundary_id], dtype=self.dtype)
+                    # Through array, which reads a list three times as fast as numpy does.
+                    ids = array("I", next(encodings).ids)
+                    stream = np.full(len(ids) + 2, self.boundary_id, dtype=self.dtype)
+                    stream[1:-1] = ids
                     if np.count_nonzero(stream == self.boundary_id) != 2:
                         raise ValueError(
                             f"data.tokenizer.boundary = {self.boundary!r} also stands for text in {document.name}; "
@@ -115,10 +121,11 @@ class DocumentTokenizer:
 def _by_size(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch: list[Document] = []
     size = 0
+    limit = THREAD_CHARACTERS * int(os.environ.get("RAYON_NUM_THREADS") or os.cpu_count() or 1)
     for document in documents:
         batch.append(document)
         size += len(document.content)
-        if size >= BATCH_CHARACTERS:
+        if size >= limit:
             yield batch
             batch, size = [], 0
     if batch:

@@ -97,7 +97,7 @@ def _inspect(options: argparse.Namespace) -> int:
             Console(),
             curriculum=recipe.curriculum,
             loader=recipe.loader,
-            model=_model_size(recipe.model, manifest.vocab_size),
+            model=model_size(recipe.model, manifest.vocab_size),
             steps=recipe.train.steps,
             seed=recipe.train.seed,
         )
@@ -119,7 +119,7 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
-def _model_size(model: ModelConfig, vocab_size: int) -> ModelSize:
+def model_size(model: ModelConfig, vocab_size: int) -> ModelSize:
     """What decides the FLOPs of a model."""
     from ..data.cost import ModelSize
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from longring.data.config import TokenizerConfig
 from longring.data.records import BadRecord, Document
-from longring.data.tokenize import BATCH_CHARACTERS, DocumentTokenizer, read_tokenizer, train_tokenizer
+from longring.data.tokenize import THREAD_CHARACTERS, DocumentTokenizer, read_tokenizer, train_tokenizer
 
 END = "<|endoftext|>"
 TEXTS = ["the ring turns, the ring returns", "Grüße, 世界 \U0001f44b\n\ttabs", "x = 1  # two spaces\r\n"]
@@ -53,7 +53,7 @@ def test_empty_text_is_two_boundaries(content: bytes):
 
 def test_many_batches_keep_order_and_equal_one_by_one(content: bytes):
     tokenizer = load(content)
-    long = "ring " * (BATCH_CHARACTERS // 10)
+    long = "ring " * (THREAD_CHARACTERS // 10)
     documents = [document(number, str(number), text) for number, text in enumerate(["a", long, long, "b", long, "c"])]
     found = list(tokenizer.streams(documents, reject))
     assert [one.number for one, _ in found] == list(range(6))
