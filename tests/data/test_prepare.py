@@ -85,6 +85,9 @@ def check_prepared(manifest: Manifest, config: DataConfig, texts: list[str], str
             dropped["remainder" if pairs else "short_document"] += num_pairs - len(pairs)
         elif config.method in ("decompose", "best_fit"):
             assert len(pairs) == num_pairs, "nothing is lost"
+    if config.method == "decompose" and config.rest == "drop":
+        whole = sum(bool(text) and not pairs for text, pairs in zip(texts, covered, strict=True))
+        assert sum(books.dropped_documents.total() for books in ledger.splits.values()) == whole
     for split, books in ledger.splits.items():
         assert books.tokens == come[split]
         assert books.filler_tokens == filler[split]
