@@ -26,6 +26,8 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
 
 import triton
+
+sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
 from package import load
 from rich import box
 from rich.console import Console

@@ -1,141 +1,396 @@
-"""The one command for a machine with a GPU: correctness of the kernels there, then their speed.
+"""The one command for a machine with a GPU: correctness of every kernel in full sizes, then speed beside torch's.
 
     python benchmarks/gpu_check.py --json benchmarks/results/attention_h200_2026-11-21.json
-    python benchmarks/gpu_check.py --quick          # about a minute; also runs on a CPU, in small sizes
+    python benchmarks/gpu_check.py --quick          # a minute or two; also runs on a CPU, in small sizes
 
-Needs torch, pytest and rich alone: neither an install of LongRing nor megatron-core or DeepSpeed. Causal attention,
-forward and backward, beside torch's own scaled_dot_product_attention in the same run; a row's ratio is torch's time
-over ours. FLOPs count the visible half of the scores: 2 products forward, 5 backward.
+Needs torch, triton, pytest and rich alone: neither an install of LongRing nor megatron-core or DeepSpeed. Three
+sections, each in a process of its own, so that a broken one leaves the others whole: the kernels' tests; attention in
+full sizes against fp64, among them a million tokens, whose addresses pass 32 bits; the table and bars of
+benchmarks/attention.py. The whole takes under 9 minutes: a section that outruns its time is cut off, what it found
+until then stays, and what was left out is said. --json is written after every section. The exit status is 1 when
+something is wrong or was cut off; slowness is no error.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import json
-import platform
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time
-from collections.abc import Callable
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import median
+from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
+import attention as speed
 import torch
-import torch.nn.functional as F
+from package import ROOT, load
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-COLUMNS = ("kernels", "parallel", "data", "model", "launch")
+# pytest loads this file as a plugin (see `run_tests`): with these, `longring` can be imported in its processes too.
+front_door, layout, masks = load("kernels.attention"), load("kernels.layout"), load("kernels.mask")
+merge = load("kernels.merge")
 
+Row = dict[str, Any]
+TOTAL_S = 520
+"""All sections together; starting and stopping processes takes the rest of 9 minutes."""
+SECTION_S = {"tests": 200, "sizes": 130}
+"""The most a section may take; the last has what is left."""
+CPU_SELECTION = "test_merge or running or strides or written or (head_dims and 32)"
+"""Tests of --quick on a CPU, where interpreted kernels are slow."""
+FACTOR = {torch.bfloat16: 3, torch.float16: 3, torch.float32: 64}
+"""Errors allowed, in units of what rounding the exact result to the dtype costs, the least anyone can err.
 
-def uninstalled_package(directory: Path) -> Path:
-    """A folder to put on the path, where `longring.kernels` is this checkout's `kernels/`, and so on."""
-    package = directory / "longring"
-    package.mkdir()
-    for column in COLUMNS:
-        (package / column).symlink_to(ROOT / column, target_is_directory=True)
-    return directory
-
-
-def median_ms(function: Callable[[], object], device: str, repeats: int) -> float:
-    """Median time of a call, after two calls to warm up."""
-    times = []
-    for number in range(repeats + 2):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if number >= 2:
-            times.append((time.perf_counter() - started) * 1e3)
-    return median(times)
+16 bit: probabilities and their gradients are rounded once more before the second product. fp32: sums over thousands
+of keys, and exp2 of scores around 10, whose own rounding is some ten units.
+"""
+NUM_QUICK = 4
+"""So many of the checks are for --quick; the million tokens come next."""
+MILLION_BYTES = 110 * 10**9
+"""Five tensors of 8.6 GB, three of 17.2, and the exact computation of a document."""
+SCORES_BYTES = 2**30
+"""Of the exact computation's fp64 scores at a time."""
 
 
-def attention_rows(device: str, lengths: list[int], repeats: int) -> list[dict[str, object]]:
-    """Times of one attention layer, 32 or fewer query heads of 128, at each length: MHA and 8:1 GQA."""
-    attention = importlib.import_module("longring.kernels.attention").attention
-    layouts = importlib.import_module("longring.kernels.layout").SeqLayout
-    heads, dim = (32, 128) if device == "cuda" else (8, 64)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+class Check(NamedTuple):
+    """One tile computed by the backend and exactly: batch 1."""
 
-    def torch_attention(q, k, v):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    name: str
+    document_tokens: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    causal: bool = True
+    window: int | None = None
+    softcap: float = 0.0
+    key_tiles: int = 1
+    """Keys come in so many tiles, each continuing the result of those before."""
 
-    rows = []
-    for tokens in lengths:
-        for kv_heads in (heads, heads // 8):
-            shapes = [(1, tokens, h, dim) for h in (heads, kv_heads, kv_heads)]
-            q, k, v = (torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes)
-            layout = layouts.contiguous(tokens)
-            dout = torch.randn_like(q)
-            members = {"ours": lambda *x, at=layout: attention(*x, at), "torch": torch_attention}
-            ms = {}
-            for name, member in members.items():
-                with torch.no_grad():
-                    ms[name, "forward"] = median_ms(lambda m=member, x=(q, k, v): m(*x), device, repeats)
-                out = member(q, k, v)
-                ms[name, "backward"] = median_ms(
-                    lambda o=out, x=(q, k, v), d=dout: torch.autograd.grad(o, x, d, retain_graph=True), device, repeats
-                )
-            for direction, products in (("forward", 2), ("backward", 5)):
-                flops = products * heads * dim * tokens * tokens  # 2 FLOPs a multiply-add, half the scores
-                ours, theirs = ms["ours", direction], ms["torch", direction]
-                rows.append(
-                    {
-                        "tokens": tokens,
-                        "heads": heads,
-                        "kv_heads": kv_heads,
-                        "head_dim": dim,
-                        "direction": direction,
-                        "ms": round(ours, 3),
-                        "torch_ms": round(theirs, 3),
-                        "tflops": round(flops / ours / 1e9, 2),
-                        "ratio": round(theirs / ours, 3),
-                    }
-                )
-    return rows
+
+def checks(device: str, quick: bool) -> list[Check]:
+    """Full sizes on a GPU; the same kinds of masks, few tokens and fp32 elsewhere."""
+    n = 16384 if device == "cuda" else 512
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    if device == "cpu":
+        bf16 = fp16 = fp32  # torch's operator for the CPU sums gradients of grouped heads in 16 bit
+    packed = speed.document_tokens(n)
+    found = [
+        Check("causal", (n,), 16, 2, 128, bf16),
+        Check("documents", packed, 16, 2, 128, bf16),
+        Check("keys in 4 tiles", packed, 16, 16, 128, bf16, key_tiles=4),
+        Check("window", (n,), 16, 2, 128, bf16, window=n // 8 - 3),
+        *(Check("causal", (n,), 16, 16, d, dtype) for d in (64, 256) for dtype in (bf16, fp16)),
+        Check("causal", (n,), 16, 16, 128, fp16),
+        *(Check("causal, fp32", (n // 4,), 8, 2, d, fp32) for d in (64, 128)),
+        Check("full", (n,), 16, 16, 64, bf16, causal=False),
+        Check("no block's multiple", (n - 37,), 16, 2, 80, bf16),
+        Check("softcap", (n,), 16, 2, 128, bf16, softcap=20.0),
+    ]
+    return found[:NUM_QUICK] if quick else found
+
+
+def exact(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, document: Tensor, causal: bool, window: int | None, softcap: float
+) -> dict[str, Tensor]:
+    """out, lse, dq, dk, dv in fp64 by definition, some queries at a time; batch 1, `document` `[s]` of each token."""
+    s, heads, d = q.shape[1:]
+    kv_heads = k.shape[2]
+    group, scale = heads // kv_heads, d**-0.5
+    double = {"dtype": torch.float64, "device": q.device}
+    found = {name: torch.zeros(x.shape, **double) for name, x in (("out", q), ("dq", q), ("dk", k), ("dv", v))}
+    found["lse"] = torch.zeros((1, heads, s), **double)
+    position = torch.arange(s, device=q.device)
+    step = max(1, SCORES_BYTES // (8 * group * s))
+    for kv_head in range(kv_heads):
+        keys, values = k[0, :, kv_head].double(), v[0, :, kv_head].double()
+        of_group = slice(kv_head * group, (kv_head + 1) * group)
+        for start in range(0, s, step):
+            rows = slice(start, start + step)
+            i = position[rows, None]
+            visible = document[rows, None] == document
+            visible &= (position <= i) if causal else True
+            visible &= (i - position < window) if window else True
+            queries, douts = (x[0, rows, of_group].double().transpose(0, 1) for x in (q, dout))
+            scores, slope = queries @ keys.T * scale, 1.0
+            if softcap:
+                capped = torch.tanh(scores / softcap)
+                scores, slope = softcap * capped, 1 - capped.square()
+            scores = scores.masked_fill(~visible, -torch.inf)
+            lse = scores.logsumexp(-1)
+            p = (scores - lse.unsqueeze(-1)).exp()  # every query sees itself: lse is finite
+            out = p @ values
+            delta = (douts * out).sum(-1, keepdim=True)
+            ds = p * (douts @ values.T - delta) * slope * scale
+            found["lse"][0, of_group, rows] = lse
+            found["out"][0, rows, of_group] = out.transpose(0, 1)
+            found["dq"][0, rows, of_group] = (ds @ keys).transpose(0, 1)
+            found["dk"][0, :, kv_head] += (ds.mT @ queries).sum(0)
+            found["dv"][0, :, kv_head] += (p.mT @ douts).sum(0)
+    return found
+
+
+def tile_results(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, whole: Any, backend: str, key_tiles: int, softcap: float, **kind: Any
+) -> dict[str, Tensor]:
+    """The same by a backend through the tile's functions; gradients in fp32."""
+    device, s = q.device, q.shape[1]
+    edges = [s * number // key_tiles for number in range(key_tiles + 1)]
+    tiles = []
+    for start, stop in pairwise(edges):
+        keys = layout.SeqLayout(((start, stop),), whole.document_starts)
+        tiles.append((slice(start, stop), masks.make_mask(whole, keys, device=device, **kind)))
+    running = None if key_tiles == 1 else front_door.no_result(q)
+    options = {"softcap": softcap, "backend": backend}
+    for part, mask in tiles:
+        out, lse = front_door.attention_forward(q, k[:, part], v[:, part], mask, running=running, **options)
+    delta = front_door.row_delta(dout, out.to(q.dtype))
+    dq, dk, dv = (front_door.zeros_fp32(x) for x in (q, k, v))
+    for part, mask in tiles:
+        into = (dq, dk[:, part], dv[:, part])
+        front_door.attention_backward(dout, q, k[:, part], v[:, part], lse, delta, mask, into=into, **options)
+    return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+
+
+def compared(name: str, got: dict[str, Tensor], truth: dict[str, Tensor], q: Tensor) -> Row:
+    """Errors of got as multiples of rounding's; lse by its largest error, in units of 1e-5 + its own size x 1e-5."""
+    row: Row = {
+        "check": name,
+        "dtype": str(q.dtype).removeprefix("torch."),
+        "tokens": q.shape[1],
+        "head_dim": q.shape[3],
+    }
+    limits = dict.fromkeys(("out", "dq", "dk", "dv"), FACTOR[q.dtype]) | {"lse": 1}
+    for key, limit in limits.items():
+        error = got[key].double() - truth[key]
+        if key == "lse":
+            row[key] = float((error.abs() / (1e-5 + 1e-5 * truth[key].abs())).max())
+        else:
+            rounding = truth[key].to(q.dtype).double() - truth[key]
+            row[key] = float(error.square().mean().sqrt() / rounding.square().mean().sqrt())
+        row[f"{key}_limit"] = limit
+    # Not "any above": nan is above nothing.
+    row["right"] = all(row[key] <= limit for key, limit in limits.items())
+    return row | {"note": ""}
+
+
+def size_rows(device: str, backend: str, quick: bool, deadline: float) -> Iterator[Row]:
+    """Every check; those after `deadline` say that they were left out."""
+    for number, check in enumerate(checks(device, quick)):
+        if number == NUM_QUICK and device == "cuda":
+            yield from million_rows(device, backend, deadline)
+        if time.time() > deadline:
+            yield {"check": check.name, "right": None, "note": "left out: the time was spent"}
+            continue
+        generator = torch.Generator(device).manual_seed(0)
+        tokens = sum(check.document_tokens)
+        q, k, v, dout = (
+            torch.randn((1, tokens, h, check.head_dim), generator=generator, device=device, dtype=check.dtype)
+            for h in (check.heads, check.kv_heads, check.kv_heads, check.heads)
+        )
+        whole = layout.SeqLayout.packed(check.document_tokens)
+        kind = {"causal": check.causal, "window": check.window}
+        got = tile_results(q, k, v, dout, whole, backend, check.key_tiles, check.softcap, **kind)
+        lengths = torch.tensor(check.document_tokens, device=device)
+        document = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
+        yield compared(check.name, got, exact(q, k, v, dout, document, softcap=check.softcap, **kind), q)
+        del q, k, v, dout, got
+
+
+def million_rows(device: str, backend: str, deadline: float) -> Iterator[Row]:
+    """The size the design is for, where there is memory for it."""
+    name = "1M tokens x 32 heads x 128"
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    if time.time() > deadline:
+        yield {"check": name, "right": None, "note": "left out: the time was spent"}
+    elif free < MILLION_BYTES:
+        note = f"left out: {MILLION_BYTES / 1e9:.0f} GB are needed, {free / 1e9:.0f} are free"
+        yield {"check": name, "right": None, "note": note}
+    else:
+        yield from far_rows(device, backend, tokens=2**20, heads=32, head_dim=128, document=4096)
+
+
+def far_rows(device: str, backend: str, tokens: int, heads: int, head_dim: int, document: int) -> Iterator[Row]:
+    """Packed documents in tensors whose offsets pass 2^31 elements: the first two and last two against fp64."""
+    shape = (1, tokens, heads, head_dim)
+    q, k, v, dout = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(4))
+    whole = layout.SeqLayout.packed((document,) * (tokens // document))
+    got = tile_results(q, k, v, dout, whole, backend, key_tiles=1, softcap=0.0)
+    ends = [slice(at, at + document) for at in (0, document, tokens - 2 * document, tokens - document)]
+    one = torch.zeros(document, dtype=torch.int32, device=device)
+    for part in ends:
+        alone = [x[:, part] for x in (q, k, v, dout)]
+        cut = {name: x[:, :, part] if name == "lse" else x[:, part] for name, x in got.items()}
+        truth = exact(*alone, one, causal=True, window=None, softcap=0.0)
+        yield compared(f"{tokens} x {heads} heads, {part.start} on", cut, truth, alone[0]) | {"tokens": tokens}
+    # The merge reads and writes the same offsets: a result merged with itself keeps out, and its lse grows by log 2.
+    del q, k, v, dout, got["dq"], got["dk"], got["dv"], alone, cut
+    out, lse = got["out"].float(), got["lse"].clone()
+    merge.merge_(out, lse, got["out"].unsqueeze(0), got["lse"].unsqueeze(0))
+    worst = 0.0
+    for part in ends:
+        worst = max(worst, float((out[:, part] - got["out"][:, part].float()).abs().max()))
+        worst = max(worst, float((lse[:, :, part] - got["lse"][:, :, part] - 0.6931472).abs().max()))
+    yield {"check": "merge at the same offsets", "tokens": tokens, "right": worst < 1e-5, "note": f"within {worst:.1g}"}
+
+
+def run_tests(device: str, quick: bool, seconds: float, console: Console) -> Row:
+    """pytest on the kernels' tests in a process of its own, cut off after `seconds`."""
+    files, notes = ["tests/kernels"], []
+    options = ["-q", "-p", "no:cacheprovider", "-p", Path(__file__).stem]
+    if importlib.util.find_spec("hypothesis") is None:
+        options += ["--ignore", "tests/kernels/test_mask.py"]
+        notes.append("test_mask.py left out: no hypothesis here")
+    if importlib.util.find_spec("liger_kernel") is None:
+        notes.append("test_fused.py left out: no liger-kernel here")
+    elif device == "cuda":
+        files.append("tests/model/test_fused.py")
+    if quick and device == "cpu":
+        options += ["-k", CPU_SELECTION]
+        notes.append(f"only -k {CPU_SELECTION!r}")
+    if device == "cuda" and importlib.util.find_spec("xdist") is not None:
+        options += ["-n", str(min(8, os.cpu_count() or 1))]  # a test's time is that of compiling its kernels
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TRITON_INTERPRET": "1"}
+    if device == "cuda":
+        del environment["TRITON_INTERPRET"]
+    for note in notes:
+        console.print(f"tests: {note}", markup=False)
+    # -P: the columns of the house must not be importable from the root under their bare names.
+    command = [sys.executable, "-P", "-m", "pytest", *options, *files]
+    started = time.monotonic()
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout
+    cut_off = threading.Event()
+    timer = threading.Timer(seconds, lambda: (cut_off.set(), os.killpg(process.pid, signal.SIGKILL)))
+    timer.start()
+    last_lines: list[str] = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        last_lines = [*last_lines[-19:], line.rstrip()]
+    status = process.wait()
+    timer.cancel()
+    failed = [line for line in last_lines if line.startswith(("FAILED", "ERROR"))]
+    return {
+        "section": "tests",
+        "status": f"cut off after {seconds:.0f} s" if cut_off.is_set() else "passed" if status == 0 else "failed",
+        "seconds": round(time.monotonic() - started, 1),
+        "note": "; ".join([*notes, *failed, *last_lines[-1:]]),
+    }
+
+
+def send_rows(sender: Connection, rows: Callable[..., Iterator[Row]], arguments: tuple[Any, ...]) -> None:
+    for row in rows(*arguments):
+        sender.send(row)
+    sender.send(None)
+
+
+def run_rows(
+    name: str, rows: Callable[..., Iterator[Row]], arguments: tuple[Any, ...], seconds: float, console: Console
+) -> tuple[list[Row], Row]:
+    """Rows that a generator yields in a process of its own, killed after `seconds`; and what became of it."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=send_rows, args=(sender, rows, arguments))
+    started = time.monotonic()
+    process.start()
+    sender.close()  # so that the end of the process ends the pipe
+    found: list[Row] = []
+    status = ""
+    with console.status(f"{name}: measuring"):
+        while True:
+            if not receiver.poll(max(0.0, started + seconds - time.monotonic())):
+                process.kill()
+                status = f"cut off after {seconds:.0f} s"
+                break
+            try:
+                row = receiver.recv()
+            except EOFError:
+                break
+            if row is None:
+                status = "done"
+                break
+            found.append(row)
+    process.join(10)
+    process.kill()
+    status = status or f"its process ended with {process.exitcode}"
+    left_out = sum("left out: the time" in row["note"] for row in found)
+    note = f"{left_out} left out for want of time" if left_out else ""
+    return found, {"section": name, "status": status, "seconds": round(time.monotonic() - started, 1), "note": note}
+
+
+def show_sizes(rows: list[Row], console: Console) -> None:
+    table = Table(
+        title="Errors as multiples of rounding the exact result; lse in 1e-5", title_justify="left", box=box.SIMPLE_HEAD
+    )
+    columns = ("check", "dtype", "tokens", "head_dim", "out", "dq", "dk", "dv", "lse", "right")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("check", "dtype") else "right")
+    for row in rows:
+        cells = [f"{x:.2f}" if isinstance(x := row.get(column), float) else str(x or "") for column in columns[:-1]]
+        right = {True: "yes", False: "NO", None: "left out"}[row["right"]]
+        table.add_row(*cells, right, style="red" if row["right"] is False else None)
+    console.print(table)
+    for row in rows:
+        if row["note"]:
+            console.print(f"{row['check']}: {row['note']}", markup=False, highlight=False)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes, about a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, with device and versions")
+    parser.add_argument("--quick", action="store_true", help="few cases, a minute or two")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what is known here after every section")
     options = parser.parse_args()
-    console = Console()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    about = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU {platform.machine()}",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    console.print(about)
-    with tempfile.TemporaryDirectory() as directory:
-        path = uninstalled_package(Path(directory))
-        sys.path.insert(0, str(path))
-        code = f"import sys; sys.path.insert(0, {str(path)!r}); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-        tests = [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "kernels")]
-        if status := subprocess.run(tests, cwd=ROOT).returncode:
-            console.print("[bold red]error:[/] a wrong kernel has no speed: the tests above failed")
-            return status
-        lengths = [1024, 2048] if options.quick or device == "cpu" else [2048, 8192, 16384, 32768, 65536, 131072]
-        rows = attention_rows(device, lengths, repeats=5 if options.quick else 10)
-    table = Table(title="Causal attention; ratio = torch's time / ours", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in rows[0]:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    console.print(table)
-    if options.json:
-        options.json.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
-    return 0
+    started = time.time()
+    console = Console(width=100)
+    cases, device, backend = speed.plan(options.quick)
+    if device == "cuda":
+        os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels would be tested instead of compiled ones
+    result: Row = {**speed.about(device), "sections": [], "sizes": [], "rows": [], "bars": []}
+    console.print({name: value for name, value in result.items() if not isinstance(value, list)})
+
+    def left_s() -> float:
+        return started + TOTAL_S - time.time()
+
+    def keep(section: Row) -> None:
+        result["sections"].append(section)
+        console.print(" ".join(str(x) for x in section.values()), markup=False, highlight=False)
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+    keep(run_tests(device, options.quick, SECTION_S["tests"], console))
+    seconds = SECTION_S["sizes"]
+    choice = "triton" if device == "cuda" else "auto"
+    arguments = (device, choice, options.quick, time.time() + seconds - 25)  # 25 s: a start, and the case under way
+    result["sizes"], section = run_rows("sizes", size_rows, arguments, seconds, console)
+    show_sizes(result["sizes"], console)
+    keep(section)
+    seconds = left_s()
+    arguments = (cases, device, backend, time.time() + seconds - 25)
+    result["rows"], section = run_rows("speed", speed.all_rows, arguments, seconds, console)
+    result["bars"] = speed.bars(result["rows"])
+    if result["rows"]:
+        speed.show(result["rows"], console)
+    keep(section)
+    right = all(section["status"] in ("passed", "done") for section in result["sections"])
+    right &= all(row["right"] is not False for row in result["sizes"])
+    console.print(
+        f"{time.time() - started:.0f} s in all; " + ("no errors" if right else "[bold red]errors, see above[/]")
+    )
+    return 0 if right else 1
 
 
 if __name__ == "__main__":

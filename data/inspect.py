@@ -1,41 +1,184 @@
-"""A look into a prepared directory: its books, its hashes and how its sequences read."""
+"""A look into prepared data: its books, its lengths, its hashes, how it reads, and how a curriculum goes through it."""
 
+import json
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.table import Table
 
-from .decompose import SPLITS
-from .manifest import Manifest, open_prepared
+from .config import CurriculumConfig, LoaderConfig
+from .cost import ModelSize, attention_share, speed_up
+from .curriculum import schedule
+from .ledger import Ledger
+from .manifest import INPUTS_FILE, Bucket, Manifest
+from .order import bucket_orders, bucket_tokens
 
 SAMPLE_TOKENS = 48
+SAMPLED_SEQUENCES = 256
+"""Of a bucket with document boundaries, looked at for its average context."""
+
+PARTS = 10
+"""Equal parts of a run in which the schedule is shown."""
 
 
-def inspect(directory: str | Path, console: Console) -> None:
-    """Print the prepared data's ledger and two beginnings of sequences, after checking every SHA-256.
+def inspect(
+    manifest: Manifest,
+    console: Console,
+    *,
+    curriculum: CurriculumConfig,
+    loader: LoaderConfig,
+    model: ModelSize,
+    steps: int,
+    seed: int,
+) -> Path:
+    """Print what the data holds, after checking every SHA-256, and draw it -> the picture's path.
 
-    Raises ValueError, as `open_prepared` and `Manifest.verify` do, for data that is not what its manifest says.
+    `steps` steps of `curriculum` are laid over it, and `model` says what they cost. Raises ValueError, as
+    `Manifest.verify` does, for data that is not what its manifest says.
     """
-    directory = Path(directory)
-    manifest = open_prepared(directory)
-    manifest.verify(directory)
-    shards = [shard for split in SPLITS for bucket in manifest.splits[split] for shard in bucket.shards]
-    size_bytes = sum(shard.size_bytes for shard in shards)
-    console.print(manifest.ledger.table())
-    train = manifest.splits["train"]
-    # A token at place i of its sequence sees i earlier ones (arXiv 2405.13226, appendix F).
-    seen = sum(bucket.sequences * bucket.length * (bucket.length - 1) / 2 for bucket in train)
-    console.print(f"a train token sees {seen / sum(bucket.tokens for bucket in train):,.0f} earlier tokens on average")
-    console.print(f"{len(shards):,} shards, {size_bytes / 1e6:,.1f} MB: every SHA-256 is the manifest's")
-    _print_samples(directory, manifest, console)
+    from .picture import draw  # matplotlib takes a second
+
+    _verify(manifest, console)
+    train = manifest.buckets("train")
+    print_ledger(manifest.ledger, console)
+    console.print(_document_table(manifest))
+    console.print(_bucket_table(manifest, train, model))
+    orders = bucket_orders(train, curriculum.weights, loader.window_tokens, seed)
+    chosen = schedule(bucket_tokens(manifest.lengths, orders), steps, curriculum, seed)
+    console.print(_schedule_table(manifest.lengths, chosen, curriculum))
+    _print_cost(manifest, model, chosen, console)
+    _print_samples(manifest, train, console)
+    name = manifest.store.name.rstrip("/").rpartition("/")[2] if "://" in manifest.store.name else manifest.store.name
+    picture = Path(f"{name}.png")
+    draw(manifest, chosen, picture)
+    console.print(f"\npicture: {picture}", soft_wrap=True)
+    return picture
 
 
-def _print_samples(directory: Path, manifest: Manifest, console: Console) -> None:
-    tokenizer = manifest.tokenizer(directory).tokenizer
-    filled = [bucket for bucket in manifest.splits["train"] if bucket.sequences]
+def print_ledger(ledger: Ledger, console: Console) -> None:
+    """Print the books."""
+    console.print(ledger.table())
+    for note in ledger.notes():
+        console.print(escape(note), highlight=False)
+    console.print()
+
+
+def _verify(manifest: Manifest, console: Console) -> None:
+    size_bytes = int(manifest.shards["size_bytes"].sum())
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=20), DownloadColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("checking every SHA-256", total=size_bytes)
+        for done in manifest.verify():
+            progress.update(task, completed=done)
+    written = sum(books.sequence_tokens() for books in manifest.ledger.splits.values())
+    console.print(
+        f"{len(manifest.shards):,} shards, {size_bytes / 1e6:,.1f} MB, {size_bytes / max(written, 1):.2f} bytes a "
+        "token: every SHA-256 is the manifest's"
+    )
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _document_table(manifest: Manifest) -> Table:
+    """Documents of both splits by powers of two of their tokens."""
+    table = _table("Documents by length", "tokens", "documents", "tokens in them", "share")
+    table.add_column("", no_wrap=True)
+    books = list(manifest.ledger.splits.values())
+    total = max(manifest.ledger.tokens, 1)
+    for power in sorted(set().union(*(split.document_lengths for split in books))):
+        documents = sum(split.document_lengths[power] for split in books)
+        tokens = sum(split.length_tokens[power] for split in books)
+        bar = "█" * round(30 * tokens / total)
+        table.add_row(f"{1 << power:,} on", f"{documents:,}", f"{tokens:,}", f"{tokens / total:.1%}", bar)
+    return table
+
+
+def _bucket_table(manifest: Manifest, train: tuple[Bucket, ...], model: ModelSize) -> Table:
+    table = _table("Train split", "bucket", "sequences", "tokens", "share", "sees", "attention")
+    total = sum(bucket.tokens for bucket in train)
+    for bucket in train:
+        sees = f"{average_context(manifest, bucket):,.0f}" if bucket.sequences else ""
+        share = attention_share(model, [1], [bucket.length])
+        numbers = (f"{bucket.sequences:,}", f"{bucket.tokens:,}", f"{bucket.tokens / total:.1%}", sees, f"{share:.1%}")
+        table.add_row(f"{bucket.length:,}", *numbers)
+    if len(train[0].parts) > 1:
+        table.add_section()
+        for index, part in enumerate(train[0].parts):
+            tokens = sum(bucket.length * bucket.parts[index].sequences for bucket in train)
+            sequences = sum(bucket.parts[index].sequences for bucket in train)
+            table.add_row(part.source, f"{sequences:,}", f"{tokens:,}", f"{tokens / total:.1%}", "", "")
+    average = sum(average_context(manifest, bucket) * bucket.tokens for bucket in train if bucket.sequences) / total
+    table.caption = (
+        f"A train token sees {average:,.0f} earlier tokens on average.\n"
+        f"attention: its share of the FLOPs in a model of {model.name}."
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def average_context(manifest: Manifest, bucket: Bucket) -> float:
+    """Return how many earlier tokens a token of the bucket sees on average (arXiv 2405.13226, appendix F).
+
+    Place i of a document's part sees i. With document boundaries it is that of some sequences, evenly spaced.
+    """
+    if not manifest.has_boundaries:
+        return (bucket.length - 1) / 2
+    numbers = np.unique(np.linspace(0, bucket.sequences - 1, SAMPLED_SEQUENCES).astype(np.int64))
+    parts = np.concatenate(
+        [np.diff([*starts, bucket.length]) for starts in manifest.reader(bucket).document_starts(numbers)]
+    )
+    return float((parts * (parts - 1) / 2).sum() / parts.sum())
+
+
+def _schedule_table(lengths: tuple[int, ...], chosen: NDArray[np.uint8], curriculum: CurriculumConfig) -> Table:
+    odds = curriculum.odds if isinstance(curriculum.odds, str) else ", ".join(f"{value:g}" for value in curriculum.odds)
+    title = f"{len(chosen):,} steps of {odds} in {curriculum.cycles} cycles: % of each tenth"
+    table = _table(title, "bucket", "steps", *(str(part + 1) for part in range(PARTS)))
+    for bucket, length in enumerate(lengths):
+        shares = [np.mean(part == bucket) if len(part) else 0 for part in np.array_split(chosen, PARTS)]
+        cells = (f"{share:.0%}".rstrip("%") if share else "·" for share in shares)
+        table.add_row(f"{length:,}", f"{np.count_nonzero(chosen == bucket):,}", *cells)
+    return table
+
+
+def _print_cost(manifest: Manifest, model: ModelSize, chosen: NDArray[np.uint8], console: Console) -> None:
+    steps = np.bincount(chosen, minlength=len(manifest.lengths)).tolist()
+    console.print(
+        f"Attention is {attention_share(model, steps, manifest.lengths):.1%} of these steps' FLOPs; as many tokens by "
+        f"concat-and-chunk at {max(manifest.lengths):,} take {speed_up(model, steps, manifest.lengths):.2f} times.",
+        highlight=False,
+    )
+
+
+def _print_samples(manifest: Manifest, train: tuple[Bucket, ...], console: Console) -> None:
+    tokenizer = manifest.tokenizer().tokenizer
+    filled = [bucket for bucket in train if bucket.sequences]
     for bucket in {filled[0].length: filled[0], filled[-1].length: filled[-1]}.values():
-        reader = manifest.reader(directory, bucket)
-        document, offset = reader.documents([0])[0]
+        reader = manifest.reader(bucket)
+        input_shard, record, offset, _ = reader.pieces([0])[0][0].tolist()
         text = tokenizer.decode(reader.read([0])[0, :SAMPLE_TOKENS].tolist(), skip_special_tokens=False)
-        console.print(f"\n[bold]{bucket.length:,} tokens of document {document}, from its token {offset}[/bold]")
+        origin = escape(_origin(manifest, input_shard, record))
+        console.print(f"\n[bold]{bucket.length:,} tokens, from token {offset:,} of {origin}[/bold]")
         console.print(escape(text), highlight=False)
+
+
+def _origin(manifest: Manifest, input_shard: int, record: int) -> str:
+    """Return the words for a record."""
+    with manifest.store.path(INPUTS_FILE, manifest.files[INPUTS_FILE]).open(encoding="utf-8") as lines:
+        shard = json.loads(next(islice(lines, input_shard, None)))
+    where = f"record {record} of source {shard['source']!r}, input shard {input_shard}"
+    # In these every file is one record.
+    if len(shard["files"]) == shard["records"]:
+        return f"{where}: {shard['files'][record]}"
+    return f"{where}: {shard['files'][0]}" if len(shard["files"]) == 1 else where

@@ -1,15 +1,19 @@
-"""Where every document and every token went: the books of one preparation."""
+"""Where every record and every token went: the books of a preparation, and of each of its input shards."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rich import box
 from rich.table import Table
 
-from .decompose import SPLITS, Piece, Split
+from .decompose import SPLITS, Split
+from .records import EXAMPLES, BadRecords
 
-Rule = Literal["empty", "shorter_than_min_bucket"]
+Rule = Literal["short_document", "remainder", "end_of_input_shard"]
+"""short_document: all of a document shorter than the smallest bucket. remainder: what a longer one has beyond its last
+piece. end_of_input_shard: what did not fill a last chunk."""
 
 
 @dataclass(kw_only=True)
@@ -22,20 +26,41 @@ class SplitLedger:
     tokens: int = 0
     """Tokens that came in."""
 
-    kept_documents: int = 0
-    """Documents of which at least one sequence was written."""
+    document_lengths: Counter[int] = field(default_factory=Counter)
+    """Documents by the floor of the binary logarithm of their tokens."""
+
+    length_tokens: Counter[int] = field(default_factory=Counter)
+    """Tokens of those documents."""
 
     sequences: Counter[int] = field(default_factory=Counter)
     """Sequences written, by bucket length."""
+
+    packed_sequences: int = 0
+    """Those of them that were packed of several documents or parts."""
+
+    filler_tokens: int = 0
+    """Boundary tokens written that came from no document: they fill the last packed sequence of an input shard."""
 
     dropped_documents: Counter[Rule] = field(default_factory=Counter)
     """Documents of which nothing was written, by rule."""
 
     dropped_tokens: Counter[Rule] = field(default_factory=Counter)
-    """Tokens not written, by rule; those of kept documents' tails among them."""
+    """Tokens not written, by rule."""
+
+    def enter(self, num_pairs: int) -> None:
+        """Enter a document that came in."""
+        self.documents += 1
+        self.tokens += num_pairs
+        self.document_lengths[num_pairs.bit_length() - 1] += 1
+        self.length_tokens[num_pairs.bit_length() - 1] += num_pairs
+
+    def drop(self, rule: Rule, num_pairs: int, *, whole: bool) -> None:
+        """Enter tokens that are not written; `whole` when they are all of their document."""
+        self.dropped_tokens[rule] += num_pairs
+        self.dropped_documents[rule] += whole
 
     def sequence_tokens(self) -> int:
-        """Return the tokens written, all buckets together."""
+        """Return the tokens written, all buckets together, filler included."""
         return sum(length * count for length, count in self.sequences.items())
 
 
@@ -47,61 +72,68 @@ def _new_splits() -> dict[Split, SplitLedger]:
 class Ledger:
     """The books of a preparation: what came in equals what was written plus what a named rule dropped."""
 
-    documents_in: int = 0
-    """Documents read from the source."""
+    records: int = 0
+    """Records read from the source."""
 
-    tokens_in: int = 0
-    """Tokens made of them."""
-
-    replaced_documents: int = 0
-    """Documents, all kept, that contain U+FFFD: the mark left where bytes were not valid UTF-8."""
+    bad: BadRecords = field(default_factory=BadRecords)
+    """Records that are no documents, by kind."""
 
     splits: dict[Split, SplitLedger] = field(default_factory=_new_splits)
     """The books of each split."""
 
-    def record(self, split: Split, num_pairs: int, pieces: list[Piece], *, replaced: bool) -> None:
-        """Enter one document: `num_pairs` is 0 for an empty one."""
-        self.documents_in += 1
-        self.tokens_in += num_pairs
-        self.replaced_documents += replaced
-        books = self.splits[split]
-        books.documents += 1
-        books.tokens += num_pairs
-        rule: Rule = "shorter_than_min_bucket" if num_pairs else "empty"
-        if pieces:
-            books.kept_documents += 1
-        else:
-            books.dropped_documents[rule] += 1
-        if rest := num_pairs - sum(piece.length for piece in pieces):
-            books.dropped_tokens[rule] += rest
-        books.sequences.update(piece.length for piece in pieces)
+    @property
+    def documents(self) -> int:
+        """Documents that came in."""
+        return sum(books.documents for books in self.splits.values())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that came in."""
+        return sum(books.tokens for books in self.splits.values())
 
     def check(self) -> None:
         """Raise AssertionError, for our own mistake, unless everything adds up."""
-        assert self.documents_in == sum(books.documents for books in self.splits.values()), self
-        assert self.tokens_in == sum(books.tokens for books in self.splits.values()), self
+        assert self.records == self.documents + self.bad.counts.total(), self
         for books in self.splits.values():
-            assert books.documents == books.kept_documents + books.dropped_documents.total(), books
-            assert books.tokens == books.sequence_tokens() + books.dropped_tokens.total(), books
+            assert books.tokens + books.filler_tokens == books.sequence_tokens() + books.dropped_tokens.total(), books
+            assert books.documents == books.document_lengths.total(), books
+            assert books.tokens == books.length_tokens.total(), books
+            assert books.dropped_documents.total() <= books.documents, books
+
+    def add(self, other: "Ledger") -> None:
+        """Add the books of another input shard."""
+        self.records += other.records
+        self.bad.counts.update(other.bad.counts)
+        for kind, names in other.bad.examples.items():
+            known = self.bad.examples.setdefault(kind, [])
+            known += names[: EXAMPLES - len(known)]
+        for split, books in other.splits.items():
+            mine = vars(self.splits[split])
+            for key, value in vars(books).items():
+                # Counter's own += would drop keys whose count is 0.
+                mine[key].update(value) if isinstance(value, Counter) else mine.__setitem__(key, mine[key] + value)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain dictionaries; JSON turns bucket lengths into strings."""
+        """Return plain dictionaries; JSON turns integer keys into strings."""
         # Not dataclasses.asdict: it rebuilds a Counter from its items, and so counts them.
-        return {**vars(self), "splits": {split: dict(vars(books)) for split, books in self.splits.items()}}
+        return {
+            "records": self.records,
+            "bad": {"counts": dict(self.bad.counts), "examples": self.bad.examples},
+            "splits": {split: dict(vars(books)) for split, books in self.splits.items()},
+        }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Ledger":
         """Return the ledger that `to_json` described."""
 
         def books(entry: dict[str, Any]) -> SplitLedger:
-            return SplitLedger(
-                **{key: entry[key] for key in ("documents", "tokens", "kept_documents")},
-                sequences=Counter({int(length): count for length, count in entry["sequences"].items()}),
-                dropped_documents=Counter(entry["dropped_documents"]),
-                dropped_tokens=Counter(entry["dropped_tokens"]),
-            )
+            by_number = ("sequences", "document_lengths", "length_tokens")
+            counters = {key: Counter({int(name): count for name, count in entry[key].items()}) for key in by_number}
+            counters |= {key: Counter(entry[key]) for key in ("dropped_documents", "dropped_tokens")}
+            return SplitLedger(**{**entry, **counters})
 
-        return cls(**{**value, "splits": {split: books(value["splits"][split]) for split in SPLITS}})
+        bad = BadRecords(counts=Counter(value["bad"]["counts"]), examples=value["bad"]["examples"])
+        return cls(records=value["records"], bad=bad, splits={split: books(value["splits"][split]) for split in SPLITS})
 
     def table(self) -> Table:
         """Return the books as a table whose parts sum to its first row."""
@@ -110,27 +142,29 @@ class Ledger:
         for column in ("documents", "sequences", "tokens", "share"):
             table.add_column(column, justify="right", no_wrap=True)
 
-        def row(name: str, documents: int | None, sequences: int | None, tokens: int) -> None:
-            counts = ("" if count is None else f"{count:,}" for count in (documents, sequences))
-            table.add_row(name, *counts, f"{tokens:,}", f"{tokens / max(self.tokens_in, 1):.2%}")
+        def row(name: str, documents: int | None, sequences: int | None, tokens: int | None) -> None:
+            counts = ("" if count is None else f"{count:,}" for count in (documents, sequences, tokens))
+            table.add_row(name, *counts, "" if tokens is None else f"{tokens / max(self.tokens, 1):.2%}")
 
-        row("read", self.documents_in, None, self.tokens_in)
+        row("records read", self.records, None, self.tokens)
+        for kind, count in sorted(self.bad.counts.items()):
+            row(f"  left out: {kind.replace('_', ' ')}", count, None, None)
         for split, books in self.splits.items():
             table.add_section()
-            row(
-                f"{split.replace('_', ' ')}, written",
-                books.kept_documents,
-                books.sequences.total(),
-                books.sequence_tokens(),
-            )
+            row(split.replace("_", " "), books.documents, None, books.tokens)
             for length, count in sorted(books.sequences.items()):
                 row(f"  bucket {length:,}", None, count, length * count)
-            for rule in sorted(books.dropped_documents.keys() | books.dropped_tokens.keys()):
-                dropped = rule.replace("_", " ")
-                row(f"  dropped: {dropped}", books.dropped_documents[rule], None, books.dropped_tokens[rule])
-        table.caption = (
-            "Dropped tokens include the tails of written documents.\n"
-            f"{self.replaced_documents:,} documents contain U+FFFD (invalid UTF-8 replaced) and are kept."
-        )
-        table.caption_justify = "left"
+            if books.filler_tokens:
+                row("  of it filler, no document's", None, None, -books.filler_tokens)
+            for rule in sorted(books.dropped_tokens):
+                documents = books.dropped_documents[rule] or None
+                row(f"  dropped: {rule.replace('_', ' ')}", documents, None, books.dropped_tokens[rule])
         return table
+
+    def notes(self) -> Iterator[str]:
+        """Yield what the table has no room for: a line each."""
+        packed = sum(books.packed_sequences for books in self.splits.values())
+        if packed:
+            yield f"{packed:,} sequences hold several documents, or parts of them."
+        for kind in sorted(self.bad.examples):
+            yield f"left out, {kind.replace('_', ' ')}, the first: {self.bad.examples[kind][0]}"

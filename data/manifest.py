@@ -1,34 +1,75 @@
-"""What a prepared directory holds: its manifest, read back with checks that name the file and both values."""
+"""What a prepared directory holds: its manifest, read back with checks that name the file and both values.
+
+`manifest.json` has the settings, the hashes of the files beside it and the ledger: some kB, whatever the corpus.
+`shards.npy` is a table of all shards, 113 bytes each; where each block lies in a shard, the shard itself says.
+"""
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import DataConfig
-from .decompose import SPLITS, Split
+from .config import DataConfig, LoaderConfig
+from .decompose import Split
 from .ledger import Ledger
-from .shards import Block, Bucket, SequenceReader, Shard, sha256_of
+from .reader import SequenceReader
+from .shards import SHARD_DTYPE, sha256_of, shard_name
+from .store import LocalStore, Store, differs, open_store
 from .tokenize import TOKENIZER_FILE, DocumentTokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
+SHARDS_FILE = "shards.npy"
+INPUTS_FILE = "inputs.jsonl"
 UNIGRAM_FILE = "unigram.npy"
 AGAIN = "run longring prepare again"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """One source's sequences in a bucket: adjacent shards of its table."""
+
+    source: str
+    first_shard: int
+    num_shards: int
+    sequences: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Bucket:
+    """All sequences of one length in one split."""
+
+    length: int
+    shards: NDArray[np.void]
+    """The bucket's part of the table, SHARD_DTYPE, ordered by input shard."""
+
+    parts: tuple[Part, ...]
+    """The sources in order; one without sequences is there too."""
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences."""
+        return sum(part.sequences for part in self.parts)
+
+    @property
+    def tokens(self) -> int:
+        """Trained tokens in the bucket: `length` for each sequence, though length + 1 are stored."""
+        return self.length * self.sequences
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Manifest:
-    """The content of `manifest.json`: about 30 bytes for each block of 2^17 tokens, and 2 kB besides."""
+    """The content of `manifest.json`, and the table of shards."""
 
     format_version: int = FORMAT_VERSION
 
-    tokenizer_sha256: str
-    """Of `tokenizer.json` beside the manifest."""
+    files: dict[str, str]
+    """SHA-256 of the files beside the manifest. `unigram.npy`: how often each token is a target in the train split,
+    int64 [vocab_size]. `inputs.jsonl`: what every input shard read and gave."""
 
     vocab_size: int
     """One past the highest token id."""
@@ -42,43 +83,95 @@ class Manifest:
     dtype: str
     """Of stored tokens, as numpy writes it: "<u2" or "<u4"."""
 
-    unigram_sha256: str
-    """Of `unigram.npy`: how often each token is a target in the train split, int64 [vocab_size]."""
-
     config: dict[str, Any]
     """The DataConfig that made it, without the directory: moving the data does not change it."""
 
-    splits: dict[Split, tuple[Bucket, ...]]
-    """The buckets of each split, shortest first; a bucket without sequences is there too."""
+    lengths: tuple[int, ...]
+    """Of the buckets, ascending."""
+
+    has_boundaries: bool
+    """Whether sequences may hold several documents that attention must keep apart."""
+
+    sources: dict[str, int]
+    """The sources in order, and how many input shards each has."""
 
     ledger: Ledger
     """Where every token went."""
 
-    def save(self, directory: Path) -> None:
-        """Write `manifest.json`."""
-        splits = {split: [asdict(bucket) for bucket in buckets] for split, buckets in self.splits.items()}
-        content = {**vars(self), "splits": splits, "ledger": self.ledger.to_json()}
-        (directory / MANIFEST_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
+    shards: NDArray[np.void] = field(repr=False)
+    """The table, SHARD_DTYPE."""
+
+    store: Store = field(repr=False)
+    """Where the data lies."""
+
+    def write(self, file: Path) -> None:
+        """Write `manifest.json` as `file`; `shards.npy` is there already, as its hash is in `files`."""
+        content = {**vars(self), "ledger": self.ledger.to_json()}
+        del content["shards"], content["store"]
+        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, directory: Path) -> "Manifest":
-        """Read `manifest.json`; ValueError when it is missing, unreadable or of another format version."""
-        file = directory / MANIFEST_FILE
+    def load(cls, store: Store) -> "Manifest":
+        """Read the manifest; ValueError when it is missing, unreadable or of another format version."""
+        where = f"{store.name}/{MANIFEST_FILE}"
+        file = store.path(MANIFEST_FILE)
         if not file.is_file():
-            raise ValueError(f"{file} does not exist, so {directory} is not prepared data; {AGAIN}")
+            raise ValueError(f"{where} does not exist, so {store.name} is not prepared data; {AGAIN}")
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             version = content["format_version"]
             if version == FORMAT_VERSION:
-                content["splits"] = {split: tuple(map(_bucket, content["splits"][split])) for split in SPLITS}
-                return cls(**{**content, "ledger": Ledger.from_json(content["ledger"])})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is damaged ({error!r}); {AGAIN}") from error
-        raise ValueError(f"{file} has format version {version}, this LongRing reads {FORMAT_VERSION}; {AGAIN}")
+                files = {name: _checked(store, name, sha256) for name, sha256 in content["files"].items()}
+                return cls(
+                    **{
+                        **content,
+                        "lengths": tuple(content["lengths"]),
+                        "ledger": Ledger.from_json(content["ledger"]),
+                        "shards": np.load(files[SHARDS_FILE]).astype(SHARD_DTYPE, copy=False),
+                        "store": store,
+                    }
+                )
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{where} is damaged ({error!r}); {AGAIN}") from error
+        raise ValueError(f"{where} has format version {version}, this LongRing reads {FORMAT_VERSION}; {AGAIN}")
+
+    def buckets(self, split: Split) -> tuple[Bucket, ...]:
+        """Return the split's buckets, shortest first; one without sequences is there too."""
+        ends = np.cumsum(list(self.sources.values()))
+        buckets = []
+        for length in self.lengths:
+            chosen = (self.shards["length"] == length) & (self.shards["held_out"] == (split == "held_out"))
+            shards = self.shards[chosen]
+            source = np.searchsorted(ends, shards["input_shard"], side="right")
+            bounds = np.searchsorted(source, np.arange(len(ends) + 1)).tolist()
+            parts = (
+                Part(
+                    source=name,
+                    first_shard=first,
+                    num_shards=last - first,
+                    sequences=int(shards["sequences"][first:last].sum()),
+                )
+                for name, first, last in zip(self.sources, bounds, bounds[1:], strict=False)
+            )
+            buckets.append(Bucket(length=length, shards=shards, parts=tuple(parts)))
+        return tuple(buckets)
+
+    def reader(self, bucket: Bucket) -> SequenceReader:
+        """Return random access to one bucket's sequences."""
+        return SequenceReader(self.store, bucket.length, bucket.shards, np.dtype(self.dtype))
+
+    def tokenizer(self) -> DocumentTokenizer:
+        """Return the tokenizer that made the tokens."""
+        content = self.store.path(TOKENIZER_FILE, self.files[TOKENIZER_FILE]).read_bytes()
+        return DocumentTokenizer(content, self.boundary)
+
+    def unigram(self) -> NDArray[np.int64]:
+        """Return how often each token is a target in the train split: [vocab_size]."""
+        return np.load(self.store.path(UNIGRAM_FILE, self.files[UNIGRAM_FILE]))
 
     def check_made_from(self, config: DataConfig) -> None:
         """Raise ValueError, naming the first setting that differs, unless `config` makes just this data."""
-        difference = next(_differences("data", self.config, settings_of(config)), None)
+        difference = next(differences("data", self.config, settings_of(config)), None)
         if difference is not None:
             key, before, now = difference
             raise ValueError(
@@ -86,46 +179,35 @@ class Manifest:
                 "name another directory, or delete this one to prepare it anew"
             )
 
-    def reader(self, directory: Path, bucket: Bucket) -> SequenceReader:
-        """Return random access to one bucket's sequences."""
-        return SequenceReader(directory, bucket, np.dtype(self.dtype))
+    def check_sizes(self) -> None:
+        """Raise ValueError when a shard is missing, or has another size; nothing is read unless one has."""
+        for entry in self.shards:
+            name, sha256 = shard_name(entry).path(), entry["sha256"].decode()
+            file = self.store.path(name, sha256)
+            if not file.is_file():
+                raise ValueError(f"{file} is missing, {entry['size_bytes']} bytes in the manifest; {AGAIN}")
+            if file.stat().st_size != entry["size_bytes"]:
+                raise ValueError(differs(file, file, sha256))
 
-    def tokenizer(self, directory: Path) -> DocumentTokenizer:
-        """Return the tokenizer that made the tokens."""
-        return DocumentTokenizer((directory / TOKENIZER_FILE).read_bytes(), self.boundary)
-
-    def unigram(self, directory: Path) -> NDArray[np.int64]:
-        """Return how often each token is a target in the train split: [vocab_size]."""
-        return np.load(directory / UNIGRAM_FILE)
-
-    def verify(self, directory: Path) -> None:
-        """Read every shard and `unigram.npy` and raise ValueError where a SHA-256 differs from the manifest's."""
-        hashes = {
-            shard.file: shard.sha256 for split in SPLITS for bucket in self.splits[split] for shard in bucket.shards
-        }
-        for name, expected in {UNIGRAM_FILE: self.unigram_sha256, **hashes}.items():
-            _expect_sha256(directory / name, expected)
+    def verify(self) -> Iterator[int]:
+        """Read every shard, yielding the bytes done so far; ValueError where a SHA-256 differs from the manifest's."""
+        done = 0
+        for entry in self.shards:
+            _checked(self.store, shard_name(entry).path(), entry["sha256"].decode())
+            done += int(entry["size_bytes"])
+            yield done
 
 
-def open_prepared(directory: str | Path) -> Manifest:
+def open_prepared(directory: str | Path, loader: LoaderConfig | None = None, *, check_shards: bool = True) -> Manifest:
     """Return the manifest of prepared data after the checks that cost no reading of shards.
 
-    Raises ValueError naming the file and both values when the format version or the tokenizer differs, or a shard is
-    missing or has another size. `Manifest.verify` also reads the shards.
+    Raises ValueError naming the file and both values when the format version or a hash differs, or, if asked to check
+    them, a shard of a local directory is missing or has another size. Shards from elsewhere are checked as they come;
+    `Manifest.verify` reads all.
     """
-    directory = Path(directory)
-    manifest = Manifest.load(directory)
-    for name in (TOKENIZER_FILE, UNIGRAM_FILE):
-        if not (directory / name).is_file():
-            raise ValueError(f"{directory / name} is missing; {AGAIN}")
-    _expect_sha256(directory / TOKENIZER_FILE, manifest.tokenizer_sha256)
-    for buckets in manifest.splits.values():
-        for shard in (shard for bucket in buckets for shard in bucket.shards):
-            file = directory / shard.file
-            if not file.is_file():
-                raise ValueError(f"{file} is missing, {shard.size_bytes} bytes in the manifest; {AGAIN}")
-            if (size := file.stat().st_size) != shard.size_bytes:
-                raise ValueError(f"{file} has {size} bytes, {shard.size_bytes} in the manifest; {AGAIN}")
+    manifest = Manifest.load(open_store(directory, loader))
+    if check_shards and isinstance(manifest.store, LocalStore):
+        manifest.check_sizes()
     return manifest
 
 
@@ -136,21 +218,24 @@ def settings_of(config: DataConfig) -> dict[str, Any]:
     return settings
 
 
-def _differences(path: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+def differences(path: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (dotted key, value before, value now) of every setting that differs."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in now | before:
-            yield from _differences(f"{path}.{key}", before.get(key), now.get(key))
+            yield from differences(f"{path}.{key}", before.get(key), now.get(key))
     elif before != now:
         yield path, before, now
 
 
-def _expect_sha256(file: Path, expected: str) -> None:
-    if (found := sha256_of(file)) != expected:
-        raise ValueError(f"{file} has SHA-256 {found}, {expected} in the manifest; {AGAIN}")
+def file_hashes(directory: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file that stands beside a manifest."""
+    return {name: sha256_of(directory / name) for name in (TOKENIZER_FILE, UNIGRAM_FILE, SHARDS_FILE, INPUTS_FILE)}
 
 
-def _bucket(entry: dict[str, Any]) -> Bucket:
-    shards = (
-        Shard(**{**shard, "blocks": tuple(Block(*block) for block in shard["blocks"])}) for shard in entry["shards"]
-    )
-    return Bucket(length=entry["length"], sequences=entry["sequences"], shards=tuple(shards))
+def _checked(store: Store, name: str, sha256: str) -> Path:
+    file = store.path(name, sha256)
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; {AGAIN}")
+    if sha256_of(file) != sha256:
+        raise ValueError(differs(f"{store.name}/{name}", file, sha256))
+    return file

@@ -1,178 +1,233 @@
-"""Documents to a prepared directory, in one or two passes over them; it appears whole or not at all."""
+"""Documents to a prepared directory, on this machine's processes or as Slurm jobs; it appears whole or not at all.
 
+The work is divided into input shards. datatrove's executors run them (Penedo et al., DataTrove, 2024); each is
+repeatable and done when its books are written, so a preparation that was killed goes on where it was. `merge` then
+writes the manifest.
+"""
+
+import hashlib
+import json
 import os
 import shutil
-import socket
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from itertools import chain
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from datatrove.executor import LocalPipelineExecutor
+from loguru import logger
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .config import DataConfig
-from .decompose import SPLITS, Split, bucket_lengths, decompose, split_of
-from .ledger import Ledger
-from .manifest import MANIFEST_FILE, UNIGRAM_FILE, Manifest, open_prepared, settings_of
-from .shards import Bucket, BucketWriter, sha256_of
-from .sources import Document, documents
+from .decompose import split_of
+from .input_shard import books_file, prepare_input_shard, progress_file, write_whole
+from .manifest import INPUTS_FILE, MANIFEST_FILE, Manifest, differences, open_prepared, settings_of
+from .merge import merge
+from .records import RecordReader
+from .sources import InputShard, input_shards
+from .store import LocalStore
 from .tokenize import TOKENIZER_FILE, DocumentTokenizer, read_tokenizer, train_tokenizer
 
-REPLACEMENT_CHARACTER = "\ufffd"
+# The engine would log over the progress bar; what goes wrong it raises.
+logger.disable("datatrove")
+
+OFFSETS_FILE = "offsets.bin"
+"""int64 [input shards + 1]: where each one's line begins in the plan's inputs.jsonl."""
+
+DELETE_OR_GO_BACK = "go back to that to finish it, or delete it"
 
 
-def prepare(config: DataConfig, console: Console) -> Manifest:
+@dataclass(frozen=True)
+class PrepareStep:
+    """The engine's pipeline: the input shard whose number is the task's rank."""
+
+    config: DataConfig
+    partial: Path
+    threads: int
+    """Of the tokenizer, in each process."""
+
+    def __call__(self, data: Any, rank: int, world_size: int) -> None:
+        """Prepare input shard `rank`."""
+        os.environ.setdefault("RAYON_NUM_THREADS", str(self.threads))
+        prepare_input_shard(self.config, self.partial, rank, planned_shard(self.partial, rank))
+
+
+def prepare(config: DataConfig, console: Console, workers: int = 0) -> Manifest:
     """Make `config.directory`, or take it as it is when it was made from the same settings; return its manifest.
 
-    Raises ValueError when the directory holds something else, when the source or the tokenizer cannot be read, and
-    when no sequence comes out. Whatever is raised, the directory is as it was before.
+    `workers` processes share the work, as many as there are CPUs for 0; what they make does not depend on it. Raises
+    ValueError when the directory holds something else, when a source or the tokenizer cannot be read, too many records
+    are bad, or no sequence comes out. The directory is then as it was before; input shards that were done stay beside
+    it in `<directory>.partial` for the next attempt.
     """
     directory = Path(config.directory)
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        manifest = _existing(directory, config)
+    if is_prepared(config):
         console.print(f"{directory} is already prepared from these settings; using it")
-        return manifest
+        return open_prepared(directory)
     progress = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[line]}"),
+        TimeElapsedColumn(),
+        console=console,
     )
-    with _partial_directory(directory) as partial:
+    partial = partial_directory(directory)
+    try:
         with progress:
-            content = _tokenizer_content(config, progress)
-            (partial / TOKENIZER_FILE).write_bytes(content)
-            tokenizer = DocumentTokenizer(content, config.tokenizer.boundary)
-            splits, ledger, unigram = _write_sequences(config, tokenizer, partial, progress)
-        np.save(partial / UNIGRAM_FILE, unigram)
-        manifest = Manifest(
-            tokenizer_sha256=tokenizer.sha256,
-            vocab_size=tokenizer.vocab_size,
-            boundary=tokenizer.boundary,
-            boundary_id=tokenizer.boundary_id,
-            dtype=tokenizer.dtype.str,
-            unigram_sha256=sha256_of(partial / UNIGRAM_FILE),
-            config=settings_of(config),
-            splits=splits,
-            ledger=ledger,
-        )
-        manifest.save(partial)
-    return manifest
+            count = begin(config, partial, progress)
+            if count:
+                cpus = len(os.sched_getaffinity(0))
+                processes = min(workers or cpus, count)
+                _run_here(PrepareStep(config, partial, max(1, cpus // processes)), processes, count, progress)
+        return merge(config, partial)
+    except BaseException:
+        # Before anything is done, or without a sequence to train on, there is nothing to go on from.
+        if not any((partial / "shards").glob("*/*.tar")):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
-def _tokenizer_content(config: DataConfig, progress: Progress) -> bytes:
+def is_prepared(config: DataConfig) -> bool:
+    """Whether `config.directory` is finished data made from `config`; ValueError when it holds anything else."""
+    directory = Path(config.directory)
+    if "://" in config.directory:
+        raise ValueError(f"data.directory = {config.directory} is remote; prepare here, then copy the directory there")
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return False
+    if not (directory / MANIFEST_FILE).is_file():
+        raise ValueError(f"data.directory = {directory} exists and is not prepared data; name another directory")
+    open_prepared(directory).check_made_from(config)
+    return True
+
+
+def partial_directory(directory: Path) -> Path:
+    """Return where a preparation of `directory` works."""
+    return directory.with_name(f"{directory.name}.partial")
+
+
+def begin(config: DataConfig, partial: Path, progress: Progress) -> int:
+    """Plan the work and make the tokenizer, or find both as an earlier attempt left them -> number of input shards.
+
+    Raises ValueError when that attempt had other settings or other files.
+    """
+    if (partial / MANIFEST_FILE).exists():
+        Manifest.load(LocalStore(partial)).check_made_from(config)
+        return 0
+    inputs = input_shards(config)
+    lines = [json.dumps(asdict(shard)).encode() + b"\n" for shard in inputs]
+    plan = {"data": settings_of(config), "inputs": hashlib.sha256(b"".join(lines)).hexdigest()}
+    plan_file, work = partial / "work" / "plan.json", partial / "work"
+    if plan_file.exists():
+        before = json.loads(plan_file.read_text())
+        for key, old, new in differences("data", before["data"], json.loads(json.dumps(plan["data"]))):
+            raise ValueError(f"{partial} is a preparation begun with {key} = {old!r}, not {new!r}; {DELETE_OR_GO_BACK}")
+        if before["inputs"] != plan["inputs"]:
+            raise ValueError(f"{partial} is a preparation begun with other files or file sizes; {DELETE_OR_GO_BACK}")
+    else:
+        write_whole(work / INPUTS_FILE, lambda path: path.write_bytes(b"".join(lines)))
+        offsets = np.cumsum([0, *map(len, lines)])
+        write_whole(work / OFFSETS_FILE, lambda path: path.write_bytes(offsets.astype("<i8").tobytes()))
+        write_whole(plan_file, lambda path: path.write_text(json.dumps(plan)))
+    if not (partial / TOKENIZER_FILE).exists():
+        tokenizer = _tokenizer_content(config, inputs, progress)
+        DocumentTokenizer(tokenizer, config.tokenizer.boundary)
+        write_whole(partial / TOKENIZER_FILE, lambda path: path.write_bytes(tokenizer))
+    return len(inputs)
+
+
+def planned_shard(partial: Path, number: int) -> InputShard:
+    """Return input shard `number` of the plan; reads no other's line, of which there may be many."""
+    with (partial / "work" / OFFSETS_FILE).open("rb") as offsets:
+        offsets.seek(8 * number)
+        first, last = np.frombuffer(offsets.read(16), dtype="<i8").tolist()
+    with (partial / "work" / INPUTS_FILE).open("rb") as lines:
+        lines.seek(first)
+        entry = json.loads(lines.read(last - first))
+    return InputShard(**{**entry, "files": tuple(entry["files"])})
+
+
+def _tokenizer_content(config: DataConfig, inputs: list[InputShard], progress: Progress) -> bytes:
     """Return the bytes of the existing tokenizer, or of one trained on the documents that are not held out."""
     if config.tokenizer.path:
         return read_tokenizer(config.tokenizer.path)
-    task = progress.add_task("training the tokenizer", total=None)
-    texts = (
-        document.text
-        for document in _shown(documents(config.source), progress, task)
-        if split_of(document.number, config.seed, config.held_out_fraction) == "train"
-    )
-    content = train_tokenizer(texts, config.tokenizer)
+    task = progress.add_task("training the tokenizer", total=None, line="")
+
+    def texts() -> Iterator[str]:
+        for source in config.named_sources:
+            left = config.tokenizer.training_characters
+            for shard in (shard for shard in inputs if shard.source == source):
+                reader = RecordReader(shard, config.named_sources[source], config.max_bad_fraction)
+                for document in reader.documents():
+                    progress.advance(task)
+                    if split_of(document.digest, config.seed, config.held_out_fraction) == "train":
+                        assert isinstance(document.content, str), "token ids come with their tokenizer"
+                        yield document.content
+                        left -= len(document.content)
+                    if left <= 0:
+                        break
+                if left <= 0:
+                    break
+
+    content = train_tokenizer(texts(), config.tokenizer)
     progress.update(task, total=progress.tasks[task].completed)
     return content
 
 
-def _write_sequences(
-    config: DataConfig, tokenizer: DocumentTokenizer, partial: Path, progress: Progress
-) -> tuple[dict[Split, tuple[Bucket, ...]], Ledger, NDArray[np.int64]]:
-    """Write every split's shards; return its buckets, the ledger and the train targets' counts [vocab_size].
-
-    Raises ValueError when there is nothing to train on.
-    """
-    lengths = bucket_lengths(config.min_bucket_tokens, config.max_bucket_tokens)
-    ledger = Ledger()
-    unigram = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    writers: dict[tuple[Split, int], BucketWriter] = {
-        (split, length): BucketWriter(partial, split, length, tokenizer.dtype, config.shard_tokens)
-        for split in SPLITS
-        for length in lengths
-    }
-    # A pass that trained the tokenizer has counted the documents.
-    total = progress.tasks[-1].total if progress.tasks else None
-    task = progress.add_task("tokenizing, cutting, writing", total=total)
-    with ExitStack() as stack:
-        for writer in writers.values():
-            stack.enter_context(writer)
-        for document, stream in tokenizer.streams(_shown(documents(config.source), progress, task)):
-            # An empty document is two boundaries: one pair that would teach nothing.
-            num_pairs = len(stream) - 1 if len(stream) > 2 else 0
-            split = split_of(document.number, config.seed, config.held_out_fraction)
-            pieces = decompose(num_pairs, lengths)
-            for offset, length in pieces:
-                tokens = stream[offset : offset + length + 1]
-                writers[split, length].append(tokens, document.number, offset)
-                if split == "train":
-                    np.add.at(unigram, tokens[1:], 1)
-            ledger.record(split, num_pairs, pieces, replaced=REPLACEMENT_CHARACTER in document.text)
-    ledger.check()
-    if not ledger.splits["train"].sequences:
-        raise ValueError(
-            f"data.source gave {ledger.documents_in} documents with {ledger.tokens_in} tokens and not one training "
-            f"sequence of at least data.min_bucket_tokens = {config.min_bucket_tokens}; add documents or lower it"
-        )
-    splits: dict[Split, tuple[Bucket, ...]] = {
-        split: tuple(writers[split, length].bucket() for length in lengths) for split in SPLITS
-    }
-    return splits, ledger, unigram
-
-
-def _shown(source: Iterable[Document], progress: Progress, task: TaskID) -> Iterator[Document]:
-    for document in source:
-        yield document
-        progress.advance(task)
-
-
-def _existing(directory: Path, config: DataConfig) -> Manifest:
-    """Return the manifest of finished data made from `config`; ValueError for anything else."""
-    if not (directory / MANIFEST_FILE).is_file():
-        raise ValueError(f"data.directory = {directory} exists and is not prepared data; name another directory")
-    manifest = open_prepared(directory)
-    manifest.check_made_from(config)
-    return manifest
+def _run_here(step: PrepareStep, processes: int, count: int, progress: Progress) -> None:
+    executor = LocalPipelineExecutor(
+        pipeline=[step],
+        tasks=count,
+        workers=processes,
+        logging_dir=str(step.partial / "work" / "executor"),
+        skip_completed=False,  # the books say what is done
+    )
+    with _shown(step.partial, count, processes, progress):
+        executor.run()
 
 
 @contextmanager
-def _partial_directory(directory: Path) -> Iterator[Path]:
-    """Give an empty directory beside `directory`; rename it to that at the end, or remove it on any exception.
+def _shown(partial: Path, count: int, processes: int, progress: Progress) -> Iterator[None]:
+    """Show how far the processes have come, by the files in which they say so."""
+    task = progress.add_task("tokenizing, cutting, writing", total=count, line="")
+    stop = threading.Event()
 
-    Its name carries host and process, for several may prepare on one file system; what a process of this host left
-    behind when it died is removed first.
-    """
-    host = socket.gethostname()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.parent.glob(f"{directory.name}.partial-{host}-*"):
-        if not _is_alive(int(leftover.name.rpartition("-")[2])):
-            shutil.rmtree(leftover, ignore_errors=True)
-    partial = directory.with_name(f"{directory.name}.partial-{host}-{os.getpid()}")
-    partial.mkdir()
+    def show() -> None:
+        pending, done = list(range(count)), np.zeros(2, dtype=np.int64)
+        finished, before, started = False, 0, time.monotonic()
+        while not finished:
+            finished = stop.wait(0.3)
+            running = np.zeros(2, dtype=np.int64)
+            # They are taken in order, so those at work are among the first.
+            for number in pending[: None if finished else 2 * processes]:
+                counts = _counts(progress_file(partial, number))
+                if books_file(partial, number).exists():
+                    pending.remove(number)
+                    done += counts
+                else:
+                    running += counts
+            documents, tokens = (done + running).tolist()
+            before = before or tokens
+            rate = (tokens - before) / (time.monotonic() - started)
+            line = f"{documents:,} documents  {tokens:,} tokens  {rate:,.0f}/s"
+            progress.update(task, completed=count - len(pending), line=line)
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
     try:
-        yield partial
-        for path in chain(partial.rglob("*"), [partial]):
-            _sync(path)
-        partial.rename(directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _sync(directory.parent)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _sync(path: Path) -> None:
-    """Ask the system to put a file's bytes, or a directory's entries, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
+        yield
     finally:
-        os.close(descriptor)
+        stop.set()
+        thread.join()
+
+
+def _counts(file: Path) -> NDArray[np.int64]:
+    """Return (documents, tokens) of an input shard; 0 while its process has said nothing, or is about to."""
+    words = file.read_text().split() if file.exists() else []
+    return np.array(words if len(words) == 2 else [0, 0], dtype=np.int64)

@@ -1,20 +1,17 @@
-"""Documents, one after another, through Hugging Face `datasets`: streamed, so memory stays flat and nothing is cached.
+"""Input shards: each source's files, or parts of its data set, in runs that one process prepares.
 
-The order is the source's own: files sorted by path, rows as they stand. A document's number is its place in it.
+The order is the source's own, files sorted by path. It and `input_shard_bytes` alone decide the runs, so any number of
+processes makes the same shards.
 """
 
-import glob
 import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import datasets
+from fsspec.core import url_to_fs
 
-from .config import SourceConfig
+from .config import DataConfig, SourceConfig
 
 SUFFIXES = {
     "text": ("",),
@@ -24,126 +21,89 @@ SUFFIXES = {
 """Endings of the files that a directory is searched for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One document: its number in the source's order, where it came from, its text."""
+@dataclass(frozen=True, kw_only=True)
+class InputShard:
+    """What one process prepares: a run of files, or part `part` of `parts` of a data set."""
 
-    number: int
-    name: str
-    text: str
+    source: str
+    """Name of the source."""
+
+    files: tuple[str, ...] = ()
+    """Paths or addresses, in order; none for a data set."""
+
+    size_bytes: int = 0
+    """Of the files together, as they are stored; 0 where unknown."""
+
+    part: int = 0
+    parts: int = 1
 
 
-def documents(config: SourceConfig) -> Iterator[Document]:
-    """Yield the source's documents.
+def input_shards(config: DataConfig) -> list[InputShard]:
+    """Return all sources' input shards, in order.
 
-    Raises ValueError, naming the file and the way out, for a path that matches nothing, an unreadable file, a missing
-    text column or a text that is not a string.
+    Raises ValueError for a path that matches nothing and a data set that cannot be opened.
     """
-    with _quiet_datasets():
-        match config.kind:
-            case "python_stdlib":
-                rows = _whole_files(_standard_library())
-            case "text":
-                rows = _whole_files(_matching_files(config))
-            case "json" | "parquet":
-                rows = (row for file in _matching_files(config) for row in _file_rows(config, file))
-            case "hub":
-                rows = _hub_rows(config)
-        for number, (name, text) in enumerate(islice(rows, config.limit_documents or None)):
-            yield Document(number, name, text)
+    shards = []
+    for name, source in config.named_sources.items():
+        if source.kind in ("hub", "disk"):
+            from .data_sets import num_parts  # a second's import that files do without
+
+            parts = 1 if source.limit_documents else num_parts(source, config.input_shard_bytes)
+            shards += [InputShard(source=name, part=part, parts=parts) for part in range(parts)]
+        else:
+            limit = float("inf") if source.limit_documents else config.input_shard_bytes
+            shards += list(_runs(name, _sized_files(source), limit))
+    return shards
 
 
-@contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """Keep the library's log and bars off the terminal: what it logs before raising, our error says again."""
-    level, bars_shown = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.disable_progress_bars()
+def _runs(name: str, files: list[tuple[str, int]], run_bytes: float) -> Iterator[InputShard]:
+    """Yield runs of adjacent files; a run ends where the next file would make it longer than `run_bytes`."""
+    run: list[str] = []
+    total = 0
+    for file, size in files:
+        if run and total + size > run_bytes:
+            yield InputShard(source=name, files=tuple(run), size_bytes=total)
+            run, total = [], 0
+        run.append(file)
+        total += size
+    yield InputShard(source=name, files=tuple(run), size_bytes=total)
+
+
+def _sized_files(source: SourceConfig) -> list[tuple[str, int]]:
+    """Return the sorted files, with their sizes, that a file's, a directory's or a glob's path means."""
+    if source.kind == "python_stdlib":
+        return [(str(file), file.stat().st_size) for file in _standard_library()]
     try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(level)
-        if bars_shown:
-            datasets.enable_progress_bars()
+        filesystem, path = url_to_fs(source.path)
+        if filesystem.isfile(path):
+            found = {path: filesystem.info(path)}
+        elif filesystem.isdir(path):
+            inside = filesystem.find(path, detail=True)
+            below = len(path.rstrip("/")) + 1
+            found = {
+                name: info
+                for name, info in inside.items()
+                if name.endswith(SUFFIXES[source.kind])
+                and not any(part.startswith(".") for part in name[below:].split("/"))
+            }
+        else:
+            found = {name: info for name, info in filesystem.glob(path, detail=True).items() if info["type"] == "file"}
+    except (OSError, ImportError, ValueError) as error:
+        raise ValueError(f"data.source.path = {source.path!r} cannot be listed: {error}") from error
+    if not found:
+        endings = " or ".join(ending for ending in SUFFIXES[source.kind] if ending)
+        raise ValueError(
+            f"data.source.path = {source.path!r} matches no file; name a file, a glob, or a directory with "
+            f"{endings or 'text'} files"
+        )
+    remote = "file" not in filesystem.protocol
+    return [
+        (str(filesystem.unstrip_protocol(name)) if remote else name, int(found[name]["size"] or 0))
+        for name in sorted(found)
+    ]
 
 
 def _standard_library() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
     installed = {"site-packages", "dist-packages"}
     return sorted(file for file in root.rglob("*.py") if installed.isdisjoint(file.relative_to(root).parts))
-
-
-def _matching_files(config: SourceConfig) -> list[Path]:
-    """Return the sorted files that a file's, a directory's or a glob's path means; hidden ones only if named."""
-    path = Path(config.path)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = [file for file in path.rglob("*") if file.name.endswith(SUFFIXES[config.kind])]
-        files = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-    else:
-        # Unlike Path.glob, this takes an absolute pattern.
-        files = [Path(name) for name in glob.glob(config.path, recursive=True)]  # noqa: PTH207
-    files = sorted(file for file in files if file.is_file())
-    if not files:
-        endings = " or ".join(ending for ending in SUFFIXES[config.kind] if ending)
-        raise ValueError(
-            f"data.source.path = {config.path!r} matches no file; name a file, a glob, or a directory with "
-            f"{endings or 'text'} files"
-        )
-    return files
-
-
-def _whole_files(files: list[Path]) -> Iterator[tuple[str, str]]:
-    """Yield each file's name and content; bytes that are not UTF-8 become U+FFFD, "\\r\\n" becomes "\\n"."""
-    options = {"sample_by": "document", "encoding_errors": "replace"}
-    for file, row in zip(files, _rows("the files", "text", data_files=_literal(files), **options), strict=True):
-        yield str(file), row["text"]
-
-
-def _file_rows(config: SourceConfig, file: Path) -> Iterator[tuple[str, str]]:
-    """Yield the rows of one JSON or parquet file; one data set a file, so that an error can name it."""
-    rows = _rows(str(file), config.kind, data_files=_literal([file]), column=config.text_field)
-    return _texts(rows, str(file), config.text_field)
-
-
-def _hub_rows(config: SourceConfig) -> Iterator[tuple[str, str]]:
-    where = f"data set {config.path!r}, split {config.split!r}"
-    rows = _rows(where, config.path, config.subset or None, split=config.split, column=config.text_field)
-    return _texts(rows, config.path, config.text_field)
-
-
-def _literal(files: list[Path]) -> list[str]:
-    # `datasets` takes names for patterns: unescaped, a file called "a[1].txt" would be left out without a word.
-    return [glob.escape(str(file)) for file in files]
-
-
-def _rows(
-    where: str, name: str, subset: str | None = None, *, split: str = "train", column: str = "", **options: Any
-) -> Iterator[dict[str, Any]]:
-    """Stream a data set's rows, with `column` alone if it is known to be there; whatever goes wrong names `where`."""
-    try:
-        stream = datasets.load_dataset(name, subset, split=split, streaming=True, **options)
-        if column in (stream.column_names or ()):
-            stream = stream.select_columns([column])
-        yield from stream
-    except StopIteration:  # the JSON reader's word for an empty file
-        return
-    except Exception as error:
-        raise ValueError(f"data.source: cannot read {where}: {error}; repair it or leave it out") from error
-
-
-def _texts(rows: Iterator[dict[str, Any]], name: str, field: str) -> Iterator[tuple[str, str]]:
-    """Yield (name and row number, text) of every row."""
-    for number, row in enumerate(rows, start=1):
-        if field not in row:
-            raise ValueError(
-                f"data.source: {name} has no field {field!r}; set data.source.text_field to one of "
-                f"{', '.join(map(repr, row))}"
-            )
-        if not isinstance(row[field], str):
-            raise ValueError(
-                f"data.source: {name}, row {number}: field {field!r} is {type(row[field]).__name__}, not str; "
-                "set data.source.text_field to a text column, or repair the row"
-            )
-        yield f"{name}:{number}", row[field]

@@ -90,6 +90,7 @@ def attention_backward(
     mask: Mask,
     *,
     into: tuple[Tensor, Tensor, Tensor],
+    out: Tensor | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
     backend: str = "auto",
@@ -97,11 +98,12 @@ def attention_backward(
     """Add one tile's gradients into the fp32 buffers `into` = (dq, dk, dv), shaped like q, k, v.
 
     lse and `delta` = rowsum(dout * out) belong to the *whole* row, over all keys, so each tile's share is exact and
-    the shares just add (FlashAttention-2, arXiv 2307.08691, algorithm 2).
+    the shares just add (FlashAttention-2, arXiv 2307.08691, algorithm 2). Where `out` itself is at hand, torch's
+    operators take it as it is.
     """
     _check(q, k, v, mask)
     work = BACKENDS[choose_backend(q, softcap, backend)]
-    work.backward(dout, q, k, v, lse, delta, mask, _scale(q, scale), softcap, into)
+    work.backward(dout, q, k, v, out, lse, delta, mask, _scale(q, scale), softcap, into)
 
 
 def no_result(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,7 +185,8 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     mask, into = Mask(rows, columns, host_rows), (zeros_fp32(q), zeros_fp32(k), zeros_fp32(v))
     delta = row_delta(dout, out)
-    attention_backward(dout, q, k, v, lse, delta, mask, into=into, scale=scale, softcap=softcap, backend=backend)
+    options = {"scale": scale, "softcap": softcap, "backend": backend}
+    attention_backward(dout, q, k, v, lse, delta, mask, into=into, out=out, **options)
     dq, dk, dv = into
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 

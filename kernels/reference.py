@@ -33,6 +33,7 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     delta: Tensor,
     mask: Mask,

@@ -63,6 +63,7 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     delta: Tensor,
     mask: Mask,
@@ -72,7 +73,7 @@ def backward(
 ) -> None:
     """See `attention.attention_backward`."""
     assert softcap == 0, "the table of backends sends softcap elsewhere"
-    out = _carry_delta(dout, delta)
+    out = _carry_delta(dout, delta) if out is None else out
     q, k, v, dout, out = (x.transpose(1, 2) for x in (q, k, v, dout, out))
     dq, dk, dv = (x.transpose(1, 2) for x in into)
     for piece in _pieces(operator, mask):

@@ -27,7 +27,7 @@ def forward(
     )
     _give_scratch_memory(q.device)
     at = blocks("forward", q)
-    forward_kernel[triton.cdiv(s_q, at.block_m), b * h](
+    forward_kernel[(triton.cdiv(s_q, at.block_m) * b * h,)](
         q, k, v, out, lse, mask.rows, *(x.stride() for x in (q, k, v, out, lse)),
         h, h // k.shape[2], s_q, k.shape[1], scale, softcap, HEAD_DIM=d, BLOCK_D=padded(d), BLOCK_M=at.block_m,
         BLOCK_N=at.block_n, CONTINUES=running is not None, SOFTCAP=softcap > 0, DESCRIPTORS=q.itemsize == 2,
@@ -41,6 +41,7 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     delta: Tensor,
     mask: Mask,
@@ -56,14 +57,14 @@ def backward(
     dq, dk, dv = into
     _give_scratch_memory(q.device)
     at = blocks("backward_dkdv", q)
-    backward_dkdv_kernel[triton.cdiv(s_k, at.block_n), b * h_kv](
+    backward_dkdv_kernel[(triton.cdiv(s_k, at.block_n) * b * h_kv,)](
         q, k, v, dout, lse, delta, dk, dv, mask.columns, *(x.stride() for x in (q, k, v, dout, lse, dk, dv)),
         h_kv, h // h_kv, s_q, s_k, scale, softcap, HEAD_DIM=d, BLOCK_D=padded(d), BLOCK_M=at.block_m,
         BLOCK_N=at.block_n, SOFTCAP=softcap > 0, DESCRIPTORS=q.itemsize == 2,
         num_warps=at.num_warps, num_stages=at.num_stages,
     )  # fmt: skip
     at = blocks("backward_dq", q)
-    backward_dq_kernel[triton.cdiv(s_q, at.block_m), b * h](
+    backward_dq_kernel[(triton.cdiv(s_q, at.block_m) * b * h,)](
         q, k, v, dout, lse, delta, dq, mask.rows, *(x.stride() for x in (q, k, v, dout, lse, dq)),
         h, h // h_kv, s_q, s_k, scale, softcap, HEAD_DIM=d, BLOCK_D=padded(d), BLOCK_M=at.block_m,
         BLOCK_N=at.block_n, SOFTCAP=softcap > 0, DESCRIPTORS=q.itemsize == 2,
@@ -75,7 +76,7 @@ def row_delta(dout: Tensor, out: Tensor) -> Tensor:
     """See `attention.row_delta`."""
     b, s_q, h, d = dout.shape
     delta = torch.empty((b, h, s_q), dtype=torch.float32, device=dout.device)
-    delta_kernel[triton.cdiv(s_q, rows_at_once(d)), b * h](
+    delta_kernel[(triton.cdiv(s_q, rows_at_once(d)) * b * h,)](
         dout, out, delta, dout.stride(), out.stride(), h, s_q, HEAD_DIM=d, BLOCK_D=padded(d), BLOCK_M=rows_at_once(d)
     )
     return delta
@@ -84,7 +85,7 @@ def row_delta(dout: Tensor, out: Tensor) -> Tensor:
 def merge_(out: Tensor, lse: Tensor, part_outs: Tensor, part_lses: Tensor) -> None:
     """See `merge.merge_`."""
     b, s_q, h, d = out.shape
-    merge_kernel[triton.cdiv(s_q, rows_at_once(d)), b * h](
+    merge_kernel[(triton.cdiv(s_q, rows_at_once(d)) * b * h,)](
         out, lse, part_outs, part_lses, *(x.stride() for x in (out, lse, part_outs, part_lses)),
         len(part_outs), h, s_q, HEAD_DIM=d, BLOCK_D=padded(d), BLOCK_M=rows_at_once(d),
     )  # fmt: skip

@@ -28,6 +28,14 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def _place(num_rows, num_heads, BLOCK: tl.constexpr):
+    """This program's block, batch and head; one axis of programs, since the others end at 65,535."""
+    num_blocks = tl.cdiv(num_rows, BLOCK)
+    sequence = tl.program_id(0) // num_blocks
+    return tl.program_id(0) % num_blocks, sequence // num_heads, sequence % num_heads
+
+
+@triton.jit
 def _stretches(start_ptr, stop_ptr, first, last, STEP: tl.constexpr):
     """Where the walk is masked and where not: (left, full, right, end), with left <= full <= right <= end.
 
@@ -155,10 +163,10 @@ def forward_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CONTINUES: tl.constexpr, SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Programs: (blocks of queries, batch x heads). With CONTINUES out (fp32) and lse hold a running result."""
+    """Programs: batch x heads x blocks of queries. With CONTINUES out (fp32) and lse hold a running result."""
     # Later queries see more keys: the longest programs start first.
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    batch, head = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    block, batch, head = _place(s_q, num_heads, BLOCK_M)
+    first = (tl.cdiv(s_q, BLOCK_M) - 1 - block) * BLOCK_M
     kv_head = head // group
     row = first + tl.arange(0, BLOCK_M)
     inside = row < s_q
@@ -255,9 +263,9 @@ def backward_dkdv_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Programs: (blocks of keys, batch x kv heads). Adds into dk, dv (fp32); lse and delta have equal strides."""
-    first = tl.program_id(0) * BLOCK_N
-    batch, kv_head = tl.program_id(1) // num_kv_heads, tl.program_id(1) % num_kv_heads
+    """Programs: batch x kv heads x blocks of keys. Adds into dk, dv (fp32); lse and delta have equal strides."""
+    block, batch, kv_head = _place(s_k, num_kv_heads, BLOCK_N)
+    first = block * BLOCK_N
     column = first + tl.arange(0, BLOCK_N)
     inside = column < s_k
     column_start = tl.load(columns + column, mask=inside, other=0)
@@ -332,9 +340,9 @@ def backward_dq_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Programs: (blocks of queries, batch x heads). Adds into dq (fp32)."""
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    batch, head = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    """Programs: batch x heads x blocks of queries. Adds into dq (fp32)."""
+    block, batch, head = _place(s_q, num_heads, BLOCK_M)
+    first = (tl.cdiv(s_q, BLOCK_M) - 1 - block) * BLOCK_M
     kv_head = head // group
     row = first + tl.arange(0, BLOCK_M)
     inside = row < s_q
@@ -380,14 +388,15 @@ def delta_kernel(
     dout, out, delta, dout_strides, out_strides, num_heads, s_q,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta[b, h, i] = sum over d of dout out, contiguous; programs: (blocks of queries, batch x heads)."""
-    batch, head = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """delta[b, h, i] = sum over d of dout out, contiguous; programs: batch x heads x blocks of queries."""
+    block, batch, head = _place(s_q, num_heads, BLOCK_M)
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     read = (row < s_q)[:, None] & (dims < HEAD_DIM)[None, :]
     dout_block = tl.load(_pointers(dout, dout_strides, batch, head, row, dims), mask=read, other=0.0).to(tl.float32)
     out_block = tl.load(_pointers(out, out_strides, batch, head, row, dims), mask=read, other=0.0).to(tl.float32)
-    tl.store(delta + tl.program_id(1).to(tl.int64) * s_q + row, tl.sum(dout_block * out_block, 1), mask=row < s_q)
+    delta_ptrs = delta + (batch.to(tl.int64) * num_heads + head) * s_q + row
+    tl.store(delta_ptrs, tl.sum(dout_block * out_block, 1), mask=row < s_q)
 
 
 @triton.jit
@@ -396,8 +405,8 @@ def merge_kernel(
     num_parts, num_heads, s_q, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Fold num_parts partial results into the running one; the parts' strides begin with that of their number."""
-    batch, head = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    block, batch, head = _place(s_q, num_heads, BLOCK_M)
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     inside = row < s_q
     stored = inside[:, None] & (dims < HEAD_DIM)[None, :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,7 +31,31 @@ class Place:
     num_replicas: int
     sequences_per_replica: int
     layout: SeqLayout
-    attention: AttentionFunction
+    """Of one sequence, as if it were one document."""
+    attention: Callable[[SeqLayout], AttentionFunction]
+
+    def model_inputs(
+        self, rows: NDArray[np.int64], document_starts: Sequence[tuple[int, ...]] | None, device: torch.device
+    ) -> tuple[Tensor, Tensor, SeqLayout, AttentionFunction]:
+        """Tokens, targets, layout and attention for this rank's share of sequences `[b, length + 1]`.
+
+        Where the rows have `document_starts`, one tuple a row, whole sequences are laid end to end as one of b = 1,
+        since a batch shares one mask; RoPE tells distances only, so positions that run on change nothing.
+        """
+        # Whole rows travel: they may lie in page-locked memory, and the copy is then not waited for.
+        whole = torch.from_numpy(rows).to(device, non_blocking=True)
+        positions = self.layout.positions(device)
+        tokens, targets = whole[:, positions], whole[:, positions + 1]
+        layout = self.layout
+        if document_starts is not None and self.context_parallel > 1:
+            [starts] = document_starts  # a ring holds one sequence at a time
+            layout = SeqLayout(layout.runs, starts)
+        elif document_starts is not None:
+            length = layout.num_tokens
+            starts = tuple(row * length + start for row, found in enumerate(document_starts) for start in found)
+            layout = SeqLayout(((0, len(rows) * length),), starts)
+            tokens, targets = tokens.reshape(1, -1), targets.reshape(1, -1)
+        return tokens, targets, layout, self.attention(layout)
 
 
 def place(sequence_tokens: int, recipe: Recipe, mesh: Mesh) -> Place:
@@ -38,27 +63,20 @@ def place(sequence_tokens: int, recipe: Recipe, mesh: Mesh) -> Place:
     parallel, backend = recipe.parallel, recipe.train.attention_backend
     degree = parallel.context_parallel(sequence_tokens)
     ring = mesh.rings[degree]
-    if degree == 1:
-        layout = SeqLayout.contiguous(sequence_tokens)
-        attend = partial(attention, mask=make_mask(layout, layout, device=mesh.device), backend=backend)
-    else:
-        layout = ring.layout(sequence_tokens)
-        attend = partial(token_ring_attention, layout=layout, ring=ring, backend=backend)
+
+    def attention_of(layout: SeqLayout) -> AttentionFunction:
+        if degree == 1:
+            return partial(attention, mask=make_mask(layout, layout, device=mesh.device), backend=backend)
+        return partial(token_ring_attention, layout=layout, ring=ring, backend=backend)
+
     return Place(
         context_parallel=degree,
         replica=mesh.data_rank // degree,
         num_replicas=mesh.data_size // degree,
         sequences_per_replica=parallel.sequences_per_replica(sequence_tokens),
-        layout=layout,
-        attention=attend,
+        layout=SeqLayout.contiguous(sequence_tokens) if degree == 1 else ring.layout(sequence_tokens),
+        attention=attention_of,
     )
-
-
-def inputs_and_targets(rows: NDArray[np.int64], layout: SeqLayout, device: torch.device) -> tuple[Tensor, Tensor]:
-    """This rank's share `[b, layout.num_tokens]` of sequences `[b, length + 1]`: tokens, and the token after each."""
-    positions = layout.positions()
-    whole = torch.from_numpy(rows)
-    return whole[:, positions].to(device), whole[:, positions + 1].to(device)
 
 
 def build_engine(recipe: Recipe, vocab_size: int, mesh: Mesh) -> DeepSpeedEngine:

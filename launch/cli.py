@@ -6,12 +6,17 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from .config import load_recipe
+from .config import apply_overrides, from_tree, load_recipe
 from .run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from ..data.cost import ModelSize
+    from ..model.config import ModelConfig
 
 # The stages import torch, DeepSpeed or datasets, which takes seconds: each does so when it is called, so that --help
 # and a mistyped recipe answer at once.
@@ -36,11 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _prepare(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.target, options.overrides)
+    console = Console()
+    if options.slurm:
+        from ..data.slurm import submit
+
+        submit(recipe.data, console, partition=options.slurm, workers=options.workers, time=options.time)
+        return 0
+    from ..data.inspect import print_ledger
     from ..data.prepare import prepare
 
-    console = Console()
-    manifest = prepare(recipe.data, console)
-    console.print(manifest.ledger.table())
+    print_ledger(prepare(recipe.data, console, workers=options.workers).ledger, console)
     return 0
 
 
@@ -69,16 +79,59 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from ..data.config import CurriculumConfig, LoaderConfig
+    from ..data.cost import PAPER_1B
     from ..data.inspect import inspect
-    from ..data.manifest import MANIFEST_FILE
+    from ..data.manifest import MANIFEST_FILE, open_prepared
 
     target = Path(options.target)
+    recipe = None
     if target.is_file():
-        target = Path(load_recipe(target, options.overrides).data.directory)
+        recipe = load_recipe(target, options.overrides)
     elif not (target / MANIFEST_FILE).exists() and (target / "recipe.json").exists():
-        target = Path(RunDirectory(target).recipe().data.directory)
-    inspect(target, Console())
+        recipe = RunDirectory(target).recipe()
+    if recipe is not None:
+        manifest = open_prepared(recipe.data.directory, recipe.loader)
+        inspect(
+            manifest,
+            Console(),
+            curriculum=recipe.curriculum,
+            loader=recipe.loader,
+            model=model_size(recipe.model, manifest.vocab_size),
+            steps=recipe.train.steps,
+            seed=recipe.train.seed,
+        )
+        return 0
+    tree: dict[str, Any] = {}
+    apply_overrides(tree, options.overrides)
+    if unknown := sorted(tree.keys() - {"curriculum", "loader"}):
+        raise ValueError(f"{unknown[0]}.*: of data alone only curriculum.* and loader.* can be set; name a recipe")
+    loader = from_tree(LoaderConfig, tree.get("loader", {}), prefix="loader.")
+    inspect(
+        open_prepared(options.target, loader),
+        Console(),
+        curriculum=from_tree(CurriculumConfig, tree.get("curriculum", {}), prefix="curriculum."),
+        loader=loader,
+        model=PAPER_1B,
+        steps=1_000,
+        seed=0,
+    )
     return 0
+
+
+def model_size(model: ModelConfig, vocab_size: int) -> ModelSize:
+    """What decides the FLOPs of a model."""
+    from ..data.cost import ModelSize
+
+    width = model.num_heads * model.head_dim
+    projections = 2 * width + 2 * model.num_kv_heads * model.head_dim
+    layer = model.hidden_size * (projections + 3 * model.ffn_hidden_size)
+    return ModelSize(
+        name=f"{model.num_layers} layers of {model.hidden_size:,}, vocabulary {vocab_size:,}",
+        parameters=model.num_layers * layer + model.hidden_size * vocab_size,
+        num_layers=model.num_layers,
+        attention_width=width,
+    )
 
 
 def _run_of(options: argparse.Namespace) -> RunDirectory:
@@ -103,13 +156,22 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
         return sub
 
     demo = "launch/recipes/demo.toml"
-    stage(
+    prepare = stage(
         "prepare",
         _prepare,
         "RECIPE",
         "documents to tokens, buckets and shards, every token accounted for",
         f"{demo} data.source.kind=json data.source.path='corpus/*.jsonl.gz'",
     )
+    prepare.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes at work at once (default: the CPUs; Slurm: no limit)",
+    )
+    prepare.add_argument("--slurm", metavar="PARTITION", help="submit an array job, an input shard a task, and a merge")
+    prepare.add_argument("--time", default="12:00:00", metavar="H:M:S", help="time limit of a task (default: 12 hours)")
     train = stage(
         "train",
         _train,
@@ -130,8 +192,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
         "inspect",
         _inspect,
         "DATA|RUN|RECIPE",
-        "what prepared data holds: ledger, buckets, samples; verifies every shard's hash",
-        "runs/demo-data",
+        "what prepared data holds: ledger, lengths, samples, a picture, a curriculum's schedule and cost; verifies "
+        "every shard's hash",
+        "runs/demo-data curriculum.odds=grow_p2 curriculum.cycles=8",
     )
     return parser, stages.choices
 

@@ -7,9 +7,10 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ..data.config import CurriculumConfig, DataConfig
+from ..data.config import CurriculumConfig, DataConfig, LoaderConfig
 from ..model.config import ModelConfig
 from ..parallel.config import ParallelConfig
 
@@ -85,6 +86,7 @@ class Recipe:
     """Where the run writes: resolved recipe, metrics, logs, checkpoints, report."""
     data: DataConfig
     curriculum: CurriculumConfig
+    loader: LoaderConfig
     model: ModelConfig
     parallel: ParallelConfig
     train: TrainConfig
@@ -171,6 +173,8 @@ def from_tree(kind: type[T], tree: Mapping[str, Any], *, prefix: str = "", sourc
             if not isinstance(table, Mapping):
                 raise ValueError(f"{source}: {path} = {table!r} must be a table")
             values[name] = from_tree(hint, table, prefix=f"{path}.", source=source)  # type: ignore[arg-type]
+        elif name in tree and get_origin(hint) is dict:
+            values[name] = _named(get_args(hint)[1], tree[name], path, source)
         elif name in tree:
             values[name] = _convert(hint, tree[name], f"{source}: {path}")
         elif field.default is MISSING and field.default_factory is MISSING:
@@ -178,8 +182,27 @@ def from_tree(kind: type[T], tree: Mapping[str, Any], *, prefix: str = "", sourc
     return kind(**values)
 
 
+def _named(hint: Any, table: Any, path: str, source: str) -> dict[str, Any]:
+    """The entries of a table whose keys the user chooses, each of one type."""
+    if not isinstance(table, Mapping):
+        raise ValueError(f"{source}: {path} = {table!r} must be a table")
+    if is_dataclass(hint):
+        return {name: from_tree(hint, value, prefix=f"{path}.{name}.", source=source) for name, value in table.items()}  # type: ignore[arg-type]
+    return {name: _convert(hint, value, f"{source}: {path}.{name}") for name, value in table.items()}
+
+
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    """The value, if it is of the type asked for; an int will do for a float, nothing else is converted."""
+    """The value, if it is of the type asked for; an int will do for a float, nothing else is converted.
+
+    Of a name or a list of numbers, TOML's list becomes the tuple.
+    """
+    if get_origin(hint) in (Union, UnionType):
+        name, numbers = get_args(hint)
+        if isinstance(value, list | tuple):
+            return tuple(_convert(get_args(numbers)[0], number, path) for number in value)
+        if isinstance(value, bool) or value not in get_args(name):
+            raise ValueError(f"{path} = {value!r} must be one of {', '.join(map(repr, get_args(name)))}, or numbers")
+        return value
     if get_origin(hint) is Literal:
         if value not in get_args(hint) or isinstance(value, bool):
             raise ValueError(f"{path} = {value!r} must be one of {', '.join(map(repr, get_args(hint)))}")

@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +20,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..data.shards import SequenceReader
+from ..data.reader import SequenceReader
 from ..parallel.mesh import Mesh, join
 from ..parallel.zero import DeepSpeedEngine
 from . import checkpoint
-from .build import Place, build_engine, inputs_and_targets, place
+from .build import Place, build_engine, place
 from .config import Recipe
 from .logs import open_log
 from .plan import plan
@@ -49,8 +48,8 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
     one) and nothing of the context.
     """
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    planned = plan(recipe, world_size)
-    manifest, run, directory = planned.manifest, planned.run, Path(recipe.data.directory)
+    planned = plan(recipe, world_size, check_shards=rank == 0)
+    manifest, run = planned.manifest, planned.run
     if planned.resume_from is None:
         raise ValueError(f"{run.path} has no checkpoint yet: train first")
     open_log(run.log_file(rank))
@@ -59,17 +58,17 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
     checkpoint.load(engine, planned.resume_from)
     engine.eval()
 
-    counts = torch.from_numpy(manifest.unigram(directory)).double() + 1
+    counts = torch.from_numpy(manifest.unigram()).double() + 1
     unigram_losses = (counts.sum().log() - counts.log()).to(mesh.device)
     edges = position_edges(recipe.data.min_bucket_tokens, recipe.data.max_bucket_tokens)
     buckets = []
-    for bucket in manifest.splits["held_out"]:
+    for bucket in manifest.buckets("held_out"):
         num_sequences = min(bucket.sequences, recipe.evaluate.max_tokens_per_bucket // bucket.length)
         if num_sequences == 0:
             continue
         here = place(bucket.length, recipe, mesh)
         sums = _sums_by_position(
-            engine, manifest.reader(directory, bucket), num_sequences, here, mesh, edges, unigram_losses
+            engine, manifest.reader(bucket), manifest.has_boundaries, num_sequences, here, mesh, edges, unigram_losses
         )
         loss, unigram, tokens = sums.sum(1).tolist()
         assert tokens == num_sequences * bucket.length, "every token counts once"
@@ -91,7 +90,7 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
         )
     if not buckets:
         raise ValueError(
-            f"{directory} holds no held-out sequence within evaluate.max_tokens_per_bucket = "
+            f"{recipe.data.directory} holds no held-out sequence within evaluate.max_tokens_per_bucket = "
             f"{recipe.evaluate.max_tokens_per_bucket}: raise it, or prepare with a larger data.held_out_fraction"
         )
     total = sum(entry["tokens"] for entry in buckets)
@@ -112,6 +111,7 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
 def _sums_by_position(
     engine: DeepSpeedEngine,
     reader: SequenceReader,
+    has_boundaries: bool,
     num_sequences: int,
     here: Place,
     mesh: Mesh,
@@ -126,11 +126,13 @@ def _sums_by_position(
     for first in range(0, num_sequences, at_once):
         mine = first + here.replica * here.sequences_per_replica + np.arange(here.sequences_per_replica)
         # The last micro-batch is filled up with sequence 0, which then does not count.
-        rows = reader.read(np.where(mine < num_sequences, mine, 0))
+        indices = np.where(mine < num_sequences, mine, 0)
+        document_starts = reader.document_starts(indices) if has_boundaries else None
         counted = torch.from_numpy(mine < num_sequences).to(mesh.device).double()[:, None]
-        tokens, targets = inputs_and_targets(rows, here.layout, mesh.device)
+        inputs = here.model_inputs(reader.read(indices), document_starts, mesh.device)
         with torch.no_grad():
-            losses = engine(tokens, targets, here.layout, here.attention).double()
+            losses = engine(*inputs).double().view(len(mine), -1)
+        targets = inputs[1].view(len(mine), -1)
         values = torch.stack([losses, unigram_losses[targets], torch.ones_like(losses)]) * counted
         sums.index_add_(1, ranges, values.sum(1))
     dist.all_reduce(sums, group=mesh.data_group)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.batches import Batches
-from ..data.curriculum import schedule
+from ..data.loader import training_order
 from ..data.manifest import MANIFEST_FILE, Manifest, open_prepared
+from ..data.order import BatchOrder
 from ..data.shards import sha256_of
 from . import checkpoint
 from .config import Recipe
@@ -19,7 +19,7 @@ class Plan:
     """What a run will do, known before any rank talks to another."""
 
     manifest: Manifest
-    batches: Batches
+    order: BatchOrder
     run: RunDirectory
     data_hash: str
     """SHA-256 of the prepared data's manifest."""
@@ -28,24 +28,25 @@ class Plan:
     """Steps that the checkpoint to resume from has."""
 
 
-def plan(recipe: Recipe, world_size: int) -> Plan:
+def plan(recipe: Recipe, world_size: int, *, check_shards: bool = True) -> Plan:
     """Check recipe, world, data, run directory and checkpoint against each other.
 
     Raises ValueError at the first thing that does not fit. `longring train` calls it before it starts any rank, and
-    every rank before it joins the others.
+    every rank before it joins the others; one rank asks for every shard's size, which on a shared file system is as
+    many requests as there are shards.
     """
     recipe.accumulation_steps(world_size)
-    manifest = open_prepared(recipe.data.directory)
+    manifest = open_prepared(recipe.data.directory, recipe.loader, check_shards=check_shards)
     manifest.check_made_from(recipe.data)
-    data_hash = sha256_of(Path(recipe.data.directory) / MANIFEST_FILE)
-    order = schedule(
-        [bucket.tokens for bucket in manifest.splits["train"]],
-        recipe.train.steps,
-        recipe.curriculum.odds,
-        recipe.curriculum.cycles,
-        recipe.train.seed,
+    data_hash = sha256_of(manifest.store.path(MANIFEST_FILE))
+    order = training_order(
+        manifest,
+        recipe.curriculum,
+        recipe.loader,
+        steps=recipe.train.steps,
+        global_batch_tokens=recipe.train.global_batch_tokens,
+        seed=recipe.train.seed,
     )
-    batches = Batches(recipe.data.directory, manifest, order, recipe.train.global_batch_tokens, recipe.train.seed)
     run = RunDirectory(recipe.run_directory)
     run.check(recipe)
     resume_from, done = checkpoint.latest(run.checkpoints), 0
@@ -53,4 +54,4 @@ def plan(recipe: Recipe, world_size: int) -> Plan:
         state = checkpoint.read_state(resume_from)
         checkpoint.check(state, resume_from, world_size=world_size, data=data_hash)
         done = state.step
-    return Plan(manifest, batches, run, data_hash, resume_from, done)
+    return Plan(manifest, order, run, data_hash, resume_from, done)

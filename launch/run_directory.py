@@ -17,7 +17,16 @@ from typing import Any
 from .config import Recipe, apply_overrides, from_tree
 
 # Run and data may be moved (a checkpoint knows its data by hash); every other key decides what the run computes.
-_FREE_KEYS = ("run_directory", "data.directory", "evaluate.", "train.ranks_per_node", "train.checkpoint_every_steps")
+_FREE_KEYS = (
+    "run_directory",
+    "data.directory",
+    "evaluate.",
+    "loader.workers",
+    "loader.prefetch_batches",
+    "loader.cache_",
+    "train.ranks_per_node",
+    "train.checkpoint_every_steps",
+)
 
 
 class RunDirectory:
@@ -55,7 +64,7 @@ class RunDirectory:
             if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / "logs").is_dir():
                 raise ValueError(f"run_directory = {self.path} holds other files; name a new directory")
             return
-        theirs, ours = _flat(json.loads(self.recipe_file.read_text())), _flat(asdict(recipe))
+        theirs, ours = _flat(json.loads(self.recipe_file.read_text())), _flat(json.loads(json.dumps(asdict(recipe))))
         for key in sorted(theirs.keys() | ours.keys()):
             if theirs.get(key) != ours.get(key) and not key.startswith(_FREE_KEYS):
                 raise ValueError(

@@ -19,10 +19,12 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from ..data.loader import Loader
+from ..data.order import Share
 from ..parallel.mesh import join
 from ..parallel.zero import gradient_norm, set_learning_rate
 from . import checkpoint
-from .build import build_engine, inputs_and_targets, place
+from .build import build_engine, place
 from .config import Recipe, TrainConfig, load_recipe
 from .logs import open_log
 from .metrics import MetricsWriter, StepMetrics, trained_table
@@ -46,8 +48,8 @@ def learning_rate(step: int, train: TrainConfig) -> float:
 def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> None:
     """Train until recipe.train.steps, or until `stop_after` steps are done and saved. Collective."""
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    planned = plan(recipe, world_size)
-    run, batches, done = planned.run, planned.batches, planned.done
+    planned = plan(recipe, world_size, check_shards=rank == 0)
+    run, order, done = planned.run, planned.order, planned.done
     last = min(recipe.train.steps, stop_after or recipe.train.steps)
     if done >= last:
         if rank == 0:
@@ -66,7 +68,13 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> No
             console.print(f"resumed from {planned.resume_from}")
 
     writer = MetricsWriter(run, done, recipe.train.steps, console) if rank == 0 else None
-    places = {length: place(length, recipe, mesh) for length in batches.order.lengths}
+    places = {length: place(length, recipe, mesh) for length in order.lengths}
+    shares = {
+        length: Share(here.replica, here.num_replicas, here.sequences_per_replica) for length, here in places.items()
+    }
+    pin_memory = mesh.device.type == "cuda"
+    loader = Loader(planned.manifest, order, recipe.loader, shares.__getitem__, pin_memory=pin_memory)
+    micro_batches = loader.batches(done, last)
     accumulation_steps = recipe.accumulation_steps(world_size)
     # The engine averages gradients over data ranks and accumulation steps; the loss of a step is the mean over the
     # tokens of the global batch, wherever they lie.
@@ -76,13 +84,12 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> No
             started = time.perf_counter()
             rate = learning_rate(step, recipe.train)
             set_learning_rate(engine, rate)
-            length = batches.order.lengths[batches.order.bucket(step - 1)]
+            length = order.lengths[order.bucket(step - 1)]
             here = places[length]
             loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
-            for micro_step in range(accumulation_steps):
-                rows = batches.read(step - 1, micro_step, here.replica, here.num_replicas, here.sequences_per_replica)
-                tokens, targets = inputs_and_targets(rows, here.layout, mesh.device)
-                losses = engine(tokens, targets, here.layout, here.attention)
+            for _ in range(accumulation_steps):
+                micro_batch = next(micro_batches)
+                losses = engine(*here.model_inputs(micro_batch.rows, micro_batch.document_starts, mesh.device))
                 engine.backward(losses.sum() * loss_scale)
                 engine.step()
                 loss_sum += losses.detach().sum(dtype=torch.float64)
@@ -113,12 +120,13 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> No
                 state = checkpoint.TrainState(step=step, world_size=world_size, data=planned.data_hash)
                 log.info("saved %s", checkpoint.save(engine, run.checkpoints, state, mesh))
     finally:
+        micro_batches.close()
         if writer is not None:
             writer.close()
     if rank == 0:
         console.print(f"saved {checkpoint.latest(run.checkpoints)}", soft_wrap=True)
         if last == recipe.train.steps:
-            console.print(trained_table(batches.order.trained(last)))
+            console.print(trained_table(order.trained(last)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

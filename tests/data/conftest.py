@@ -1,4 +1,5 @@
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,14 @@ from longring.data.tokenize import train_tokenizer
 from rich.console import Console
 
 WORDS = "the ring turns a token home while every rank keeps its own keys and values in place 0123456789 äöü"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_flushing():
+    """Hundreds of tiny shards each wait some milliseconds for the disk; no test here loses power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +58,8 @@ def make_config(tmp_path: Path, tokenizer_file: Path) -> Callable[..., DataConfi
             "min_bucket_tokens": 8,
             "max_bucket_tokens": 32,
             "held_out_fraction": 0.3,
-            "shard_tokens": 128,
+            "max_bad_fraction": 1.0,
+            "shard_tokens": 512,
         }
         return DataConfig(**{**defaults, **settings})
 

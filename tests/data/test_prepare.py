@@ -1,25 +1,24 @@
+import hashlib
 import json
 import os
-import resource
-import socket
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from longring.data import prepare as prepare_module
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
-from longring.data.decompose import split_of
+from longring.data.decompose import SPLITS, Split, split_of
 from longring.data.manifest import Manifest, open_prepared
+from longring.data.packing import NO_DOCUMENT
 from longring.data.prepare import prepare
+from longring.data.shards import shard_name
 from rich.console import Console
 from tokenizers import Tokenizer
 
@@ -35,6 +34,10 @@ def entries(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
+def digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
 def expected_streams(texts: list[str], tokenizer_file: Path) -> list[list[int]]:
     """B x1 ... xn B of every document, by the tokenizer's own one-at-a-time interface."""
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
@@ -42,37 +45,60 @@ def expected_streams(texts: list[str], tokenizer_file: Path) -> list[list[int]]:
     return [[0, *tokenizer.encode(text).ids, 0] for text in texts]
 
 
-def check_prepared(directory: Path, manifest: Manifest, config: DataConfig, streams: list[list[int]]) -> None:
-    """Rebuild every document from the shards: each pair once, in one split, the ledger saying the same."""
+def check_prepared(manifest: Manifest, config: DataConfig, texts: list[str], streams: list[list[int]]) -> None:
+    """Rebuild every document from the shards: each target once, in one split, the ledger saying the same."""
     covered: list[Counter[int]] = [Counter() for _ in streams]
     targets: Counter[int] = Counter()
-    for split, buckets in manifest.splits.items():
-        for bucket in buckets:
-            reader = manifest.reader(directory, bucket)
-            rows, origins = reader.read(range(bucket.sequences)), reader.documents(range(bucket.sequences))
+    filler: Counter[Split] = Counter()
+    for split in SPLITS:
+        for bucket in manifest.buckets(split):
+            reader = manifest.reader(bucket)
+            rows, origins = reader.read(range(bucket.sequences)), reader.pieces(range(bucket.sequences))
             assert rows.shape == (bucket.sequences, bucket.length + 1)
-            for row, (document, offset) in zip(rows.tolist(), origins.tolist(), strict=True):
-                assert row == streams[document][offset : offset + bucket.length + 1]
-                assert split_of(document, config.seed, config.held_out_fraction) == split
-                covered[document].update(range(offset, offset + bucket.length))
+            for row, pieces in zip(rows.tolist(), origins, strict=True):
+                ends = [*pieces[1:, 3].tolist(), bucket.length]
                 if split == "train":
                     targets.update(row[1:])
+                for (_, document, offset, start), end in zip(pieces.tolist(), ends, strict=True):
+                    if document == NO_DOCUMENT:
+                        assert set(row[start : end + 1]) == {0}
+                        filler[split] += end - start
+                        continue
+                    stream = streams[document]
+                    assert split_of(digest(texts[document]), config.seed, config.held_out_fraction) == split
+                    assert row[start + 1 : end + 1] == stream[offset + 1 : offset + end - start + 1]
+                    # The input before may be a boundary where a packed part begins inside its document.
+                    assert row[start] == stream[offset] or (config.has_boundaries and row[start] == 0)
+                    covered[document].update(range(offset, offset + end - start))
     ledger = manifest.ledger
-    assert ledger.documents_in == len(streams)
-    kept = {"train": 0, "held_out": 0}
-    dropped = {"empty": 0, "shorter_than_min_bucket": 0}
-    for document, (stream, pairs) in enumerate(zip(streams, covered, strict=True)):
-        num_pairs = 0 if len(stream) == 2 else len(stream) - 1
+    assert (ledger.records, ledger.documents) == (len(texts), sum(map(bool, texts)))
+    assert ledger.bad.counts["empty"] == sum(not text for text in texts)
+    come, kept, dropped = Counter[Split](), Counter[Split](), Counter[str]()
+    for text, stream, pairs in zip(texts, streams, covered, strict=True):
+        num_pairs = len(stream) - 1 if text else 0
         assert set(pairs.values()) <= {1}
-        assert sorted(pairs) == list(range(num_pairs - num_pairs % config.min_bucket_tokens))
-        kept[split_of(document, config.seed, config.held_out_fraction)] += len(pairs)
-        dropped["shorter_than_min_bucket"] += num_pairs - len(pairs)
-    assert {split: books.sequence_tokens() for split, books in ledger.splits.items()} == kept
-    assert sum((books.dropped_tokens for books in ledger.splits.values()), Counter()) == +Counter(dropped)
-    assert ledger.tokens_in == sum(kept.values()) + sum(dropped.values())
-    empty = sum(books.dropped_documents["empty"] for books in ledger.splits.values())
-    assert empty == sum(len(stream) == 2 for stream in streams)
-    assert [targets[token] for token in range(manifest.vocab_size)] == manifest.unigram(directory).tolist()
+        split = split_of(digest(text), config.seed, config.held_out_fraction)
+        kept[split] += len(pairs)
+        come[split] += num_pairs
+        if config.method == "decompose" and config.rest == "drop":
+            assert sorted(pairs) == list(range(num_pairs - num_pairs % config.min_bucket_tokens))
+            dropped["remainder" if pairs else "short_document"] += num_pairs - len(pairs)
+        elif config.method in ("decompose", "best_fit"):
+            assert len(pairs) == num_pairs, "nothing is lost"
+    if config.method == "decompose" and config.rest == "drop":
+        whole = sum(bool(text) and not pairs for text, pairs in zip(texts, covered, strict=True))
+        assert sum(books.dropped_documents.total() for books in ledger.splits.values()) == whole
+    for split, books in ledger.splits.items():
+        assert books.tokens == come[split]
+        assert books.filler_tokens == filler[split]
+        assert books.sequence_tokens() == kept[split] + filler[split]
+    lost = sum((books.dropped_tokens for books in ledger.splits.values()), Counter())
+    if config.method.startswith("concat"):
+        assert lost.total() == come.total() - kept.total()
+        assert lost.total() < 2 * config.max_bucket_tokens
+    else:
+        assert +lost == +dropped
+    assert [targets[token] for token in range(manifest.vocab_size)] == manifest.unigram().tolist()
 
 
 DOCUMENTS = st.lists(
@@ -88,11 +114,25 @@ DOCUMENTS = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
-@given(documents=DOCUMENTS, seed=st.integers(0, 100), shard_tokens=st.integers(32, 300))
-def test_every_token_is_where_the_ledger_says(documents: list[str], seed: int, shard_tokens: int, tokenizer_file: Path):
-    # The last document makes sure that there is something to train on, and is longer than the largest bucket.
-    texts = [*documents, *["the ring turns a token home " * 20] * 12]
+METHODS: list[dict[str, Any]] = [
+    {},
+    {"cut": "random"},
+    {"rest": "pack"},
+    {"method": "concat"},
+    {"method": "concat_masked"},
+    {"method": "best_fit"},
+]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    documents=DOCUMENTS, seed=st.integers(0, 100), shard_tokens=st.integers(32, 300), method=st.sampled_from(METHODS)
+)
+def test_every_token_is_where_the_ledger_says(
+    documents: list[str], seed: int, shard_tokens: int, method: dict[str, Any], tokenizer_file: Path
+):
+    # The last documents make sure that there is something to train on, and are longer than the largest bucket.
+    texts = [*documents, *[f"the ring turns a token home {number} " * 20 for number in range(12)]]
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary, "documents.jsonl")
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -103,37 +143,91 @@ def test_every_token_is_where_the_ledger_says(documents: list[str], seed: int, s
             min_bucket_tokens=8,
             max_bucket_tokens=32,
             held_out_fraction=0.3,
+            max_bad_fraction=1.0,
             shard_tokens=shard_tokens,
             seed=seed,
+            **method,
         )
-        made = prepare(config, Console(quiet=True))
+        prepare(config, Console(quiet=True))
         manifest = open_prepared(config.directory)
-        assert manifest == made
-        manifest.verify(Path(config.directory))
-        check_prepared(Path(config.directory), manifest, config, expected_streams(texts, tokenizer_file))
-        assert manifest.ledger.replaced_documents == sum("\ufffd" in text for text in texts)
-        assert all(
-            sum(block.rows for block in shard.blocks) * bucket.length <= shard_tokens
-            for buckets in manifest.splits.values()
-            for bucket in buckets
-            for shard in bucket.shards
+        list(manifest.verify())
+        check_prepared(manifest, config, texts, expected_streams(texts, tokenizer_file))
+        assert all(manifest.shards["sequences"] * manifest.shards["length"] <= shard_tokens)
+        assert manifest.has_boundaries == (
+            method.get("rest") == "pack" or method.get("method") in ("concat_masked", "best_fit")
         )
 
 
-def test_webdataset_reads_the_same_sequences(make_config: MakeConfig, words: Words, console: Console):
-    config = make_config([words(60 + 9 * number, number) for number in range(30)])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_processes_make_the_same_bytes(
+    make_config: MakeConfig, words: Words, console: Console, tmp_path: Path, workers: int
+):
+    """Two sources in many files, over 1 or 3 processes; every record is found by its input shard and number."""
+    texts = [words(30 + 3 * number, number) for number in range(60)]
+    for part in range(6):
+        for name, kept in (("a", texts[part * 6 : part * 6 + 6]), ("b", texts[36 + part * 4 : 40 + part * 4])):
+            (tmp_path / name).mkdir(exist_ok=True)
+            lines = "".join(json.dumps({"text": text}) + "\n" for text in kept)
+            (tmp_path / name / f"{part}.jsonl").write_text(lines)
+    sources = {name: SourceConfig(kind="json", path=str(tmp_path / name)) for name in "ab"}
+    config = replace(make_config([]), source=SourceConfig(), sources=sources, input_shard_bytes=8_000)
+    manifest = prepare(config, console, workers=workers)
+    assert all(1 < count < 6 for count in manifest.sources.values())
+    reference = replace(config, directory=str(tmp_path / "reference"))
+    prepare(reference, console, workers=2)
+    assert tree(Path(config.directory)) == tree(Path(reference.directory))
+    inputs = [json.loads(line) for line in Path(config.directory, "inputs.jsonl").read_text().splitlines()]
+    tokenizer = manifest.tokenizer().tokenizer
+    for bucket in manifest.buckets("train"):
+        first = 0
+        for part in bucket.parts:
+            rows = manifest.reader(bucket)
+            for number in range(first, first + part.sequences):
+                [[input_shard, record, _, _]] = rows.pieces([number])[0].tolist()
+                entry = inputs[input_shard]
+                assert entry["source"] == part.source
+                lines = [line for file in entry["files"] for line in Path(file).read_text().splitlines()]
+                text = tokenizer.decode([token for token in rows.read([number])[0].tolist() if token])
+                assert text.strip("\ufffd") in json.loads(lines[record])["text"]
+            first += part.sequences
+
+
+def test_documents_tokenized_already_become_the_same_sequences(
+    make_config: MakeConfig, words: Words, console: Console, tmp_path: Path, tokenizer_file: Path
+):
+    texts = [words(30 + number, number) for number in range(20)]
+    config = make_config(texts, held_out_fraction=0.0)
+    prepare(config, console)
+    streams = expected_streams(texts, tokenizer_file)
+    lines = "".join(json.dumps({"ids": stream[1:]}) + "\n" for stream in streams)
+    (tmp_path / "ids.jsonl").write_text(lines)
+    given = SourceConfig(kind="json", path=str(tmp_path / "ids.jsonl"), tokens_field="ids")
+    again = prepare(replace(config, source=given, directory=str(tmp_path / "given")), console)
+    shards = {name: content for name, content in tree(Path(config.directory)).items() if name.endswith(".tar")}
+    assert shards == {name: content for name, content in tree(tmp_path / "given").items() if name.endswith(".tar")}
+    assert again.ledger.tokens == sum(len(stream) - 1 for stream in streams)
+
+
+@pytest.mark.parametrize("rest", ["drop", "pack"])
+def test_webdataset_reads_the_same_sequences(make_config: MakeConfig, words: Words, console: Console, rest: str):
+    config = make_config([words(60 + 9 * number, number) for number in range(40)], rest=rest)
     manifest = prepare(config, console)
-    directory = Path(config.directory)
-    assert all(len(buckets[-1].shards) > 1 for buckets in manifest.splits.values())
-    for buckets in manifest.splits.values():
-        for bucket in buckets:
-            urls = [str(directory / shard.file) for shard in bucket.shards]
-            samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
-            reader = manifest.reader(directory, bucket)
+    for split in SPLITS:
+        assert len(manifest.buckets(split)[-1].shards) > 1
+        for bucket in manifest.buckets(split):
+            urls = [f"{config.directory}/{shard_name(shard).path()}" for shard in bucket.shards]
+            samples = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode())
+            reader = manifest.reader(bucket)
             everything = np.arange(bucket.sequences)
             assert np.array_equal(np.concatenate([s["tokens.npy"] for s in samples]), reader.read(everything))
-            assert np.array_equal(np.concatenate([s["documents.npy"] for s in samples]), reader.documents(everything))
             assert {s["tokens.npy"].dtype for s in samples} == {np.dtype("uint16")}
+            pieces = [
+                documents
+                for sample in samples
+                for documents in np.split(sample["documents.npy"], sample["rows.npy"][1:-1])
+            ]
+            expected = reader.pieces(everything)
+            assert [one.tolist() for one in pieces] == [one[:, 1:].tolist() for one in expected]
 
 
 def test_trained_tokenizer_and_bytes_are_reproducible(
@@ -145,18 +239,26 @@ def test_trained_tokenizer_and_bytes_are_reproducible(
     prepare(replace(config, directory=str(tmp_path / "again")), console)
     first = tree(Path(config.directory))
     assert first == tree(tmp_path / "again")
-    assert sum(name.endswith(".tar") for name in first) > 10
+    assert sum(name.endswith(".tar") for name in first) > 5
     assert open_prepared(config.directory).vocab_size == 290
 
 
 def test_tokenizer_never_sees_held_out_documents(make_config: MakeConfig, words: Words, console: Console):
-    texts = [words(50)] * 40
-    held_out = [number for number in range(40) if split_of(number, 0, 0.3) == "held_out"]
-    for number in held_out:
-        texts[number] = "zqzqzqzq " * 50
+    texts = [f"{words(50)} {number}" for number in range(40)]
+    for number, text in enumerate(texts):
+        if split_of(digest(strange := text + " zqzqzqzq" * 50), 0, 0.3) == "held_out":
+            texts[number] = strange
+    assert sum("zq" in text for text in texts) > 5
     config = make_config(texts, tokenizer=TokenizerConfig(vocab_size=400))
     manifest = prepare(config, console)
-    assert not any("zq" in token for token in manifest.tokenizer(Path(config.directory)).tokenizer.get_vocab())
+    assert not any("zq" in token for token in manifest.tokenizer().tokenizer.get_vocab())
+
+
+def test_a_tokenizer_is_trained_on_no_more_than_asked(make_config: MakeConfig, words: Words, console: Console):
+    texts = [words(50)] * 10 + ["zqzqzqzq " * 50] * 30
+    tokenizer = TokenizerConfig(vocab_size=400, training_characters=len(texts[0]) * 3)
+    manifest = prepare(make_config(texts, tokenizer=tokenizer, held_out_fraction=0.0), console)
+    assert not any("zq" in token for token in manifest.tokenizer().tokenizer.get_vocab())
 
 
 def test_identical_settings_are_reused_without_reading(make_config: MakeConfig, words: Words, tmp_path: Path):
@@ -165,7 +267,7 @@ def test_identical_settings_are_reused_without_reading(make_config: MakeConfig, 
     first = prepare(config, console)
     Path(config.source.path).unlink()
     before = tree(Path(config.directory))
-    assert prepare(config, console) == first
+    assert prepare(config, console).files == first.files
     assert tree(Path(config.directory)) == before
     assert "already prepared" in console.export_text()
 
@@ -187,7 +289,7 @@ def test_moved_data_is_still_the_same(make_config: MakeConfig, words: Words, con
     config = make_config([words(200)] * 9)
     first = prepare(config, console)
     Path(config.directory).rename(tmp_path / "moved")
-    assert prepare(replace(config, directory=str(tmp_path / "moved")), console) == first
+    assert prepare(replace(config, directory=str(tmp_path / "moved")), console).files == first.files
 
 
 def test_a_directory_with_other_things_is_left_alone(make_config: MakeConfig, words: Words, console: Console):
@@ -202,82 +304,26 @@ def test_a_directory_with_other_things_is_left_alone(make_config: MakeConfig, wo
 @pytest.mark.parametrize("texts", [[], ["", ""], ["short"] * 20])
 def test_nothing_to_train_on(make_config: MakeConfig, console: Console, tmp_path: Path, texts: list[str]):
     config = make_config(texts)
-    with pytest.raises(ValueError, match=rf"{len(texts)} documents .* data\.min_bucket_tokens = 8"):
+    documents = sum(map(bool, texts))
+    with pytest.raises(ValueError, match=rf"{documents} documents .* at least 8 tokens \(data\.min_bucket_tokens"):
         prepare(config, console)
     assert entries(tmp_path) == ["documents.jsonl"]
 
 
 def test_all_held_out_is_nothing_to_train_on(make_config: MakeConfig, words: Words, console: Console):
-    number = next(seed for seed in range(100) if split_of(0, seed, 0.3) == "held_out")
+    text = words(100)
+    number = next(seed for seed in range(100) if split_of(digest(text), seed, 0.3) == "held_out")
     with pytest.raises(ValueError, match="not one training"):
-        prepare(make_config([words(100)], seed=number), console)
+        prepare(make_config([text], seed=number), console)
 
 
-def test_a_document_that_breaks_midway_leaves_nothing(
-    make_config: MakeConfig, words: Words, console: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    # A million characters are encoded together: the first of them are in shards when the second file breaks.
-    texts = [words(300, number) for number in range(800)]
-    config = make_config(texts, max_bucket_tokens=512, shard_tokens=1_024)
-    (tmp_path / "e.jsonl").write_text('{"text": "fine"}\n{"text": 12}\n')
-    config = replace(config, source=replace(config.source, path=str(tmp_path / "*.jsonl")))
-    removed: list[int] = []
-
-    def remove(partial: Path, **options: bool) -> None:
-        removed.append(len(list(partial.rglob("*.tar"))))
-        rmtree(partial, **options)
-
-    rmtree = prepare_module.shutil.rmtree
-    monkeypatch.setattr(prepare_module.shutil, "rmtree", remove)
-    with pytest.raises(ValueError, match=r"e\.jsonl.*row 2"):
+def test_too_many_bad_records_leave_nothing(make_config: MakeConfig, words: Words, console: Console, tmp_path: Path):
+    config = make_config([words(200), "", ""], max_bad_fraction=0.5)
+    with pytest.raises(ValueError, match=r"2 of 3 records are bad \(2 empty\)"):
         prepare(config, console)
-    assert entries(tmp_path) == ["documents.jsonl", "e.jsonl"]
-    assert removed[0] > 100
-
-
-@pytest.fixture
-def full_disk():
-    """Let the system refuse to grow any file beyond 40,000 bytes, as a full disk would."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-def test_a_full_disk_leaves_old_data_good(
-    make_config: MakeConfig, words: Words, console: Console, tmp_path: Path, request: pytest.FixtureRequest
-):
-    config = make_config([words(300, number) for number in range(300)], shard_tokens=2**20)
-    small = replace(config, directory=str(tmp_path / "old"), source=replace(config.source, limit_documents=9))
-    prepare(small, console)
-    request.getfixturevalue("full_disk")
-    with pytest.raises(OSError, match="File too large"):
-        prepare(config, console)
-    assert entries(tmp_path) == ["documents.jsonl", "old"]
-    open_prepared(small.directory).verify(tmp_path / "old")
-
-
-def test_an_interrupt_before_the_rename_leaves_nothing(
-    make_config: MakeConfig, words: Words, console: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    def interrupt(path: Path) -> None:
-        assert ".partial-" in str(path)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(prepare_module, "_sync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(make_config([words(200)] * 9), console)
     assert entries(tmp_path) == ["documents.jsonl"]
 
 
-def test_what_dead_processes_left_is_removed(make_config: MakeConfig, words: Words, console: Console, tmp_path: Path):
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait()
-    host = socket.gethostname()
-    dead = f"prepared.partial-{host}-{child.pid}"
-    alive, elsewhere = f"prepared.partial-{host}-{os.getppid()}", f"prepared.partial-other-{child.pid}"
-    for name in (dead, alive, elsewhere):
-        (tmp_path / name / "train").mkdir(parents=True)
-    prepare(make_config([words(200)] * 9), console)
-    assert entries(tmp_path) == sorted(["documents.jsonl", "prepared", alive, elsewhere])
+def test_a_remote_directory_is_no_place_to_prepare(make_config: MakeConfig, console: Console):
+    with pytest.raises(ValueError, match=r"data\.directory = s3://bucket/data is remote; prepare here"):
+        prepare(make_config(["x"], directory="s3://bucket/data"), console)

@@ -1,99 +1,201 @@
 import gzip
 import json
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
+import fsspec
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from longring.data.config import SourceConfig
-from longring.data.sources import documents
+from longring.data.config import DataConfig, SourceConfig
+from longring.data.records import BadRecords, RecordReader
+from longring.data.sources import InputShard, input_shards
 
 
-def read(**settings) -> list[tuple[int, str, str]]:
-    return [(document.number, document.name, document.text) for document in documents(SourceConfig(**settings))]
+def shards_of(source: SourceConfig, shard_bytes: int = 2**28) -> list[InputShard]:
+    return input_shards(
+        DataConfig(directory="x", sources={"s": source}, input_shard_bytes=shard_bytes, tokenizer=TOKENIZER)
+    )
+
+
+TOKENIZER = DataConfig(directory="x").tokenizer.__class__(path="unused")
+
+
+def readers(source: SourceConfig, shard_bytes: int = 2**28, limit: float = 1.0) -> Iterator[RecordReader]:
+    return (RecordReader(shard, source, limit) for shard in shards_of(source, shard_bytes))
+
+
+def read(shard_bytes: int = 2**28, **settings: Any) -> list[tuple[str, Any]]:
+    """(name, content) of all documents."""
+    return [
+        (document.name, document.content)
+        for reader in readers(SourceConfig(**settings), shard_bytes)
+        for document in reader.documents()
+    ]
+
+
+def bad(**settings: Any) -> BadRecords:
+    [reader] = readers(SourceConfig(**settings))
+    list(reader.documents())
+    return reader.bad
 
 
 def test_standard_library_is_every_module_once_in_order():
     root = Path(sysconfig.get_paths()["stdlib"])
     found = read(kind="python_stdlib", limit_documents=40)
-    names = [name for _, name, _ in found]
+    names = [name for name, _ in found]
     assert names == sorted(names, key=Path)
-    assert [number for number, _, _ in found] == list(range(40))
-    for _, name, text in found:
+    for name, text in found:
         assert Path(name).is_relative_to(root)
         assert "site-packages" not in name
-        assert text == Path(name).read_text(encoding="utf-8", errors="replace")
+        assert text == Path(name).read_bytes().decode()
 
 
 def test_text_takes_whole_files_with_awkward_names(tmp_path: Path):
-    texts = {"a[1].txt": "bracket", "b*.txt": "star", "c d.txt": "", "e/f.md": "line one\nline two\n", "g?.txt": "?"}
+    texts = {"a[1].txt": "bracket", "b*.txt": "star", "c d.txt": "", "e/f.md": "line one\r\nline two\n", "g?.txt": "?"}
     for name, text in texts.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text.encode())
     (tmp_path / ".hidden").write_text("not read")
     assert {
-        Path(name).relative_to(tmp_path).as_posix(): text for _, name, text in read(kind="text", path=str(tmp_path))
-    } == texts
-    assert read(kind="text", path=str(tmp_path / "a[1].txt")) == [(0, str(tmp_path / "a[1].txt"), "bracket")]
-    assert [text for _, _, text in read(kind="text", path=str(tmp_path / "**" / "*.md"))] == ["line one\nline two\n"]
-
-
-def test_invalid_utf8_is_replaced_not_refused(tmp_path: Path):
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    assert read(kind="text", path=str(tmp_path))[0][2] == "caf\ufffd"
+        Path(name).relative_to(tmp_path).as_posix(): text for name, text in read(kind="text", path=str(tmp_path))
+    } == {name: text for name, text in texts.items() if text}
+    assert bad(kind="text", path=str(tmp_path)).examples == {"empty": [str(tmp_path / "c d.txt")]}
+    assert read(kind="text", path=str(tmp_path / "a[1].txt")) == [(str(tmp_path / "a[1].txt"), "bracket")]
+    assert [text for _, text in read(kind="text", path=str(tmp_path / "**" / "*.md"))] == ["line one\r\nline two\n"]
 
 
 def test_json_lines_arrays_and_compressed(tmp_path: Path):
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "", "id": 3}\n')
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "id": 3}\n')
     (tmp_path / "b.json").write_text('[{"text": "three"}, {"text": "four"}]')
-    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'{"text": "five"}\n'))
-    (tmp_path / "c2.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "six"}\n'))
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'{"text": "five"}'))
+    # Two frames: what several compressing threads, or appending, leave.
+    frames = [zstandard.compress(text) for text in (b'{"text": "six"}\n', b'{"text": "seven"}\n')]
+    (tmp_path / "c2.jsonl.zst").write_bytes(b"".join(frames))
     (tmp_path / "d.jsonl").write_text("")
     (tmp_path / "notes.txt").write_text("not JSON")
     found = read(kind="json", path=str(tmp_path))
-    assert [text for _, _, text in found] == ["one", "", "three", "four", "five", "six"]
-    assert [name for _, name, _ in found][:3] == [
-        f"{tmp_path}/a.jsonl:1",
-        f"{tmp_path}/a.jsonl:2",
-        f"{tmp_path}/b.json:1",
-    ]
-    assert [text for _, _, text in read(kind="json", path=str(tmp_path), limit_documents=3)] == ["one", "", "three"]
+    assert [text for _, text in found] == ["one", "two", "three", "four", "five", "six", "seven"]
+    assert [name for name, _ in found][:3] == [f"{tmp_path}/a.jsonl:1", f"{tmp_path}/a.jsonl:3", f"{tmp_path}/b.json:1"]
+    assert [text for _, text in read(kind="json", path=str(tmp_path), limit_documents=3)] == ["one", "two", "three"]
 
 
-def test_parquet_with_another_text_field(tmp_path: Path):
-    table = pyarrow.table({"body": ["one", "two"], "score": [1.0, 2.0]})
+def test_parquet_and_json_with_other_fields(tmp_path: Path):
+    table = pyarrow.table({"body": ["one", "two"], "score": [1.0, 2.0], "ids": [[5, 6], [7]]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    assert [text for *_, text in read(kind="parquet", path=str(tmp_path), text_field="body")] == ["one", "two"]
+    assert [text for _, text in read(kind="parquet", path=str(tmp_path), text_field="body")] == ["one", "two"]
+    found = read(kind="parquet", path=str(tmp_path), tokens_field="ids")
+    assert [ids.tolist() for _, ids in found] == [[5, 6], [7]]
+    assert found[0][1].dtype == np.int64
+
+
+def test_files_from_a_remote_store():
+    files = fsspec.filesystem("memory")
+    files.pipe("/corpus/a.jsonl", b'{"text": "one"}\n')
+    files.pipe("/corpus/sub/b.jsonl.gz", gzip.compress(b'{"text": "two"}\n'))
+    files.pipe("/corpus/c.parquet", b"")
+    assert [text for _, text in read(kind="json", path="memory://corpus")] == ["one", "two"]
+    assert [name for name, _ in read(kind="json", path="memory://corpus/*.jsonl")] == ["memory:///corpus/a.jsonl:1"]
+
+
+def test_a_data_set_on_disk_and_one_by_name(tmp_path: Path):
+    rows = [{"text": f"row {number}"} for number in range(50)]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "plain"))
+    datasets.DatasetDict({"a": datasets.Dataset.from_list(rows)}).save_to_disk(str(tmp_path / "splits"))
+    texts = [row["text"] for row in rows]
+    for settings in ({"path": "plain"}, {"path": "splits", "split": "a"}):
+        settings["path"] = str(tmp_path / settings["path"])
+        assert [text for _, text in read(kind="disk", **settings)] == texts
+        # In parts of 200 bytes each, in the same order.
+        assert len(shards_of(SourceConfig(kind="disk", **settings), 200)) > 2
+        assert [text for _, text in read(200, kind="disk", **settings)] == texts
+    # A folder of files is what the library calls a data set by name; three files are three parts.
+    for part in range(3):
+        (tmp_path / "named").mkdir(exist_ok=True)
+        lines = "".join(json.dumps(row) + "\n" for row in rows[part * 17 : part * 17 + 17])
+        (tmp_path / "named" / f"{part}.jsonl").write_text(lines)
+    named = SourceConfig(kind="hub", path=str(tmp_path / "named"))
+    assert len(shards_of(named)) == 3
+    assert [text for _, text in read(kind="hub", path=str(tmp_path / "named"))] == texts
+
+
+BAD_LINES = {
+    b'{"text": \n': ("broken_json", "line 2 column 1"),
+    b'{"body": "one", "id": 1}\n': ("missing_field", "no field 'text' among 'body', 'id'"),
+    b'{"text": 5}\n': ("wrong_type", "'text' is int"),
+    b'{"text": null}\n': ("wrong_type", "'text' is NoneType"),
+    b'"text"\n': ("wrong_type", "the record is str"),
+    b'{"text": "caf\xe9"}\n': ("invalid_utf8", "byte 13"),
+    b'{"text": "\\ud800"}\n': ("invalid_utf8", "lone surrogate at character 0"),
+    b'{"text": ""}\n': ("empty", ""),
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: line.decode(errors="replace").strip())
+def test_a_bad_record_is_named_by_kind_file_and_line(tmp_path: Path, line: bytes):
+    file = tmp_path / "documents.jsonl"
+    file.write_bytes(b'{"text": "one"}\n' + line + b'{"text": "two"}\n')
+    kind, detail = BAD_LINES[line]
+    assert [text for _, text in read(kind="json", path=str(file))] == ["one", "two"]
+    found = bad(kind="json", path=str(file))
+    assert found.counts == {kind: 1}
+    [example] = found.examples[kind]
+    assert example.startswith(f"{file}:2")
+    assert detail in example
+
+
+@pytest.mark.parametrize("ids", ["[1, 2.5]", '["a"]', "[[1], [2]]", "7", "[true]"])
+def test_token_ids_of_another_type(tmp_path: Path, ids: str):
+    (tmp_path / "a.jsonl").write_text(f'{{"ids": {ids}}}\n{{"ids": [1]}}\n')
+    assert bad(kind="json", path=str(tmp_path), tokens_field="ids").counts == {"wrong_type": 1}
+
+
+def test_a_missing_parquet_column_makes_every_row_bad(tmp_path: Path):
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["one", "two"]}), tmp_path / "a.parquet")
+    found = bad(kind="parquet", path=str(tmp_path))
+    assert found.counts == {"missing_field": 2}
+    assert "'body'" in found.examples["missing_field"][0]
+
+
+def test_too_many_bad_records_stop_the_run(tmp_path: Path):
+    good, broken = '{"text": "one"}\n', '{"text": 5}\n'
+    file = tmp_path / "documents.jsonl"
+    file.write_text(good * 19 + broken)
+    [reader] = readers(SourceConfig(kind="json", path=str(file)), limit=0.05)
+    assert len(list(reader.documents())) == 19
+    file.write_text(good * 18 + broken * 2)
+    [reader] = readers(SourceConfig(kind="json", path=str(file)), limit=0.05)
+    with pytest.raises(ValueError, match=r"2 of 20 records are bad \(2 wrong_type\)") as error:
+        list(reader.documents())
+    assert all(word in str(error.value) for word in ("data.max_bad_fraction = 0.05", f"{file}:19", "data.sources.s"))
+
+
+def test_a_hopeless_file_stops_early(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text("not JSON\n" * 50_000)
+    [reader] = readers(SourceConfig(kind="json", path=str(tmp_path)), limit=0.05)
+    with pytest.raises(ValueError, match="1000 of 1000 records are bad"):
+        list(reader.documents())
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("name", "content"),
     [
-        ('{"text": "one"}\n{"text": \n', ["cannot read", "documents.jsonl", "JSON"]),
-        (
-            '{"body": "one", "id": 1}\n',
-            ["documents.jsonl", "no field 'text'", "data.source.text_field", "'body', 'id'"],
-        ),
-        ('{"text": 5}\n', ["documents.jsonl", "row 1", "'text' is int"]),
-        ('{"text": "one"}\n{"text": null}\n', ["documents.jsonl", "row 2", "'text' is NoneType"]),
-        ('{"text": "one"}\n{"id": 4}\n', ["documents.jsonl", "row 2", "'text' is NoneType"]),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n' * 1_000)[:-20]),
+        ("a.jsonl.gz", b"no gzip"),
+        ("a.jsonl.zst", b"no zst"),
+        ("a.jsonl.zst", zstandard.compress(b'{"text": "one"}\n' * 1_000)[:-9]),
+        ("a.parquet", b"no parquet"),
     ],
 )
-def test_bad_json_names_file_and_way_out(tmp_path: Path, capfd: pytest.CaptureFixture, content: str, words: list[str]):
-    (tmp_path / "documents.jsonl").write_text(content)
-    with pytest.raises(ValueError, match=r"data\.source") as error:
-        read(kind="json", path=str(tmp_path))
-    assert all(word in str(error.value) for word in words), error.value
-    assert capfd.readouterr() == ("", "")
-
-
-def test_bad_parquet_names_the_file(tmp_path: Path):
-    (tmp_path / "bad.parquet").write_text("no parquet")
-    with pytest.raises(ValueError, match=r"cannot read .*bad\.parquet"):
-        read(kind="parquet", path=str(tmp_path))
+def test_a_file_that_cannot_be_read_to_its_end_is_named(tmp_path: Path, name: str, content: bytes):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"cannot read .*{name}: .*; repair it or leave it out"):
+        read(kind="parquet" if name.endswith("parquet") else "json", path=str(tmp_path))
 
 
 @pytest.mark.parametrize("path", ["missing.jsonl", "*.jsonl", "."])
@@ -102,6 +204,19 @@ def test_no_file_matches(tmp_path: Path, path: str):
         read(kind="json", path=str(tmp_path / path))
     assert str(tmp_path) in str(error.value)
     assert ".jsonl" in str(error.value)
+
+
+def test_an_unknown_store_is_named():
+    with pytest.raises(ValueError, match=r"data\.source\.path = 'nosuch://x'"):
+        read(kind="json", path="nosuch://x")
+
+
+def test_runs_of_files(tmp_path: Path):
+    for number, size in enumerate([40, 50, 20, 500, 10, 90]):
+        (tmp_path / f"{number}.txt").write_text("x" * size)
+    runs = shards_of(SourceConfig(kind="text", path=str(tmp_path)), 100)
+    assert [[Path(file).name[0] for file in run.files] for run in runs] == [["0", "1"], ["2"], ["3"], ["4", "5"]]
+    assert [run.size_bytes for run in runs] == [90, 20, 500, 100]
 
 
 def test_hub_failure_names_the_data_set(monkeypatch: pytest.MonkeyPatch):
@@ -114,7 +229,7 @@ def test_hub_failure_names_the_data_set(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_librarys_settings_are_given_back(tmp_path: Path):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one"}))
+    datasets.Dataset.from_list([{"text": "one"}]).save_to_disk(str(tmp_path / "a"))
     before = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    read(kind="json", path=str(tmp_path))
+    read(kind="disk", path=str(tmp_path / "a"))
     assert (datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()) == before

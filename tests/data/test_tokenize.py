@@ -4,11 +4,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from longring.data.config import TokenizerConfig
-from longring.data.sources import Document
-from longring.data.tokenize import BATCH_CHARACTERS, DocumentTokenizer, read_tokenizer, train_tokenizer
+from longring.data.records import BadRecord, Document
+from longring.data.tokenize import THREAD_CHARACTERS, DocumentTokenizer, read_tokenizer, train_tokenizer
 
 END = "<|endoftext|>"
 TEXTS = ["the ring turns, the ring returns", "Grüße, 世界 \U0001f44b\n\ttabs", "x = 1  # two spaces\r\n"]
+
+
+def document(number: int, name: str, content: str | np.ndarray) -> Document:
+    return Document(number, name, content, bytes(16))
+
+
+def reject(name: str, bad: BadRecord) -> None:
+    raise AssertionError(f"{name}: {bad}")
 
 
 def load(content: bytes, boundary: str = END) -> DocumentTokenizer:
@@ -16,7 +24,7 @@ def load(content: bytes, boundary: str = END) -> DocumentTokenizer:
 
 
 def stream(tokenizer: DocumentTokenizer, text: str) -> list[int]:
-    return next(tokenizer.streams([Document(0, "name", text)]))[1].tolist()
+    return next(tokenizer.streams([document(0, "name", text)], reject))[1].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +53,12 @@ def test_empty_text_is_two_boundaries(content: bytes):
 
 def test_many_batches_keep_order_and_equal_one_by_one(content: bytes):
     tokenizer = load(content)
-    long = "ring " * (BATCH_CHARACTERS // 10)
-    documents = [Document(number, str(number), text) for number, text in enumerate(["a", long, long, "b", long, "c"])]
-    found = list(tokenizer.streams(documents))
-    assert [document.number for document, _ in found] == list(range(6))
-    for document, tokens in found:
-        assert tokens.tolist() == stream(tokenizer, document.text)
+    long = "ring " * (THREAD_CHARACTERS // 10)
+    documents = [document(number, str(number), text) for number, text in enumerate(["a", long, long, "b", long, "c"])]
+    found = list(tokenizer.streams(documents, reject))
+    assert [one.number for one, _ in found] == list(range(6))
+    for one, tokens in found:
+        assert tokens.tolist() == stream(tokenizer, str(one.content))
 
 
 def test_a_tokenizer_file_that_truncates_and_pads_is_not_obeyed(content: bytes):
@@ -96,3 +104,18 @@ def test_large_vocabulary_takes_four_bytes(content: bytes):
     settings["model"]["vocab"]["<far>"] = 65_536
     assert load(json.dumps(settings).encode()).vocab_size == 65_537
     assert load(json.dumps(settings).encode()).dtype == np.uint32
+
+
+def test_given_token_ids_are_checked_and_enclosed(content: bytes):
+    tokenizer = load(content)
+    given = [[5, 6], [0, 5, 6, 0], [5, 6, 0], [0], [5, 0, 6], [5, 280], [5, -1], [7]]
+    rejected: dict[str, BadRecord] = {}
+    documents = [document(number, str(number), np.array(ids)) for number, ids in enumerate(given)]
+    found = list(tokenizer.streams(documents, rejected.__setitem__))
+    assert {one.number: tokens.tolist() for one, tokens in found} == {
+        0: [0, 5, 6, 0], 1: [0, 5, 6, 0], 2: [0, 5, 6, 0], 7: [0, 7, 0],
+    }  # fmt: skip
+    assert {name: bad.kind for name, bad in rejected.items()} == {
+        "3": "empty", "4": "bad_tokens", "5": "bad_tokens", "6": "bad_tokens",
+    }  # fmt: skip
+    assert "[5, 280], vocabulary 280" in rejected["5"].detail

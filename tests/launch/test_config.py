@@ -118,3 +118,37 @@ def test_recipe_is_frozen():
     with pytest.raises(AttributeError):
         load_recipe(DEMO).run_directory = "elsewhere"  # type: ignore[misc]
     assert isinstance(load_recipe(DEMO), Recipe)
+
+
+def test_tables_and_lists_that_a_recipe_names_itself(recipe_file):
+    recipe = load_recipe(
+        recipe_file,
+        [
+            "data.source={}",
+            'data.sources.web={kind="json", path="a"}',
+            'data.sources.books={kind="parquet", path="b"}',
+            "curriculum.weights={web=3, books=1.5}",
+            "curriculum.odds=[4, 2, 1, 0.5]",
+        ],
+    )
+    assert [(name, source.kind) for name, source in recipe.data.named_sources.items()] == [
+        ("web", "json"),
+        ("books", "parquet"),
+    ]
+    assert recipe.curriculum.weights == {"web": 3.0, "books": 1.5}
+    assert recipe.curriculum.odds == (4.0, 2.0, 1.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.sources.web={kynd=1}", r"unknown key data\.sources\.web\.kynd; did you mean data\.sources\.web\.kind"),
+        ("data.sources=3", r"data\.sources = 3 must be a table"),
+        ('curriculum.weights={web="a"}', r"curriculum\.weights\.web = 'a' must be of type float"),
+        ("curriculum.odds=grow", r"curriculum\.odds = 'grow' must be one of 'uniform', .*, or numbers"),
+        ('curriculum.odds=["a"]', r"curriculum\.odds = 'a' must be of type float"),
+    ],
+)
+def test_their_mistakes_are_named(recipe_file, override: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(recipe_file, [override])

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from longring.data.loader import Loader, MicroBatch
+from longring.data.order import Share
+from longring.data.prepare import prepare
 from longring.launch.build import build_engine
 from longring.launch.config import Recipe, load_recipe
 from longring.launch.plan import plan
@@ -31,29 +35,47 @@ DIVISIONS = {
 }
 
 
-def initial_weights_and_rows(recipe_file: Path) -> tuple[dict[str, Tensor], list[np.ndarray]]:
-    recipe = load_recipe(recipe_file)
+# Rests and short documents packed: a sequence of the smallest bucket holds several documents.
+PACKED = ["data.rest=pack", "data.max_bucket_tokens=128"]
+
+Batch = list[np.ndarray]
+"""What a step trains: int64 arrays, of which each token but the first is the target of those before it in its array."""
+
+
+def initial_weights_and_batches(recipe_file: Path, overrides: list[str]) -> tuple[dict[str, Tensor], list[Batch]]:
+    recipe = load_recipe(recipe_file, overrides)
     mesh = join(recipe.parallel, 1)
     planned = plan(recipe, 1)
     module = build_engine(recipe, planned.manifest.vocab_size, mesh).module
     weights = {name: p.detach().clone() for name, p in module.named_parameters()}
-    order = planned.batches.order
-    rows = [planned.batches.read(step, 0, 0, 1, order.batch_sequences(step)) for step in range(recipe.train.steps)]
-    return weights, rows
+    order = planned.order
+    loader = Loader(planned.manifest, order, recipe.loader, lambda length: Share(0, 1, 2048 // length))
+    return weights, [documents(batch) for batch in loader.batches(0, recipe.train.steps)]
+
+
+def documents(batch: MicroBatch) -> Batch:
+    """The documents of a batch, one by one: each is trained as if it stood alone, at position 0."""
+    if batch.document_starts is None:
+        return list(batch.rows)
+    edges = [(*starts, batch.length) for starts in batch.document_starts]
+    return [row[a : b + 1] for row, at in zip(batch.rows, edges, strict=True) for a, b in pairwise(at)]
 
 
 def run_steps(recipe_file: Path, overrides: list[str]) -> None:
     train(load_recipe(recipe_file, overrides), Console(quiet=True))
 
 
-def plain_run(weights: dict[str, Tensor], rows: list[np.ndarray], recipe: Recipe, dtype) -> dict[str, np.ndarray]:
+def plain_run(weights: dict[str, Tensor], batches: list[Batch], recipe: Recipe, dtype) -> dict[str, np.ndarray]:
     """Twenty steps of AdamW (Loshchilov and Hutter, algorithm 2) with clipping and a cosine, written out."""
     t = recipe.train
     w = {name: value.to(dtype, copy=True).requires_grad_() for name, value in weights.items()}
     first, second = ({name: torch.zeros_like(v) for name, v in w.items()} for _ in range(2))
     losses, norms = [], []
-    for step, batch in enumerate(rows, start=1):
-        loss = plain_losses(w, torch.from_numpy(batch), recipe.model).mean()
+    for step, batch in enumerate(batches, start=1):
+        # Equal lengths are computed together, for speed alone.
+        by_length = [np.stack([x for x in batch if len(x) == n]) for n in sorted({len(x) for x in batch})]
+        parts = [plain_losses(w, torch.from_numpy(rows), recipe.model).flatten() for rows in by_length]
+        loss = torch.cat(parts).mean()
         grads = dict(zip(w, torch.autograd.grad(loss, list(w.values())), strict=True))
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
         losses.append(loss.item())
@@ -74,14 +96,26 @@ def plain_run(weights: dict[str, Tensor], rows: list[np.ndarray], recipe: Recipe
 
 @pytest.fixture(scope="session")
 def oracle(recipe_file, on_ranks) -> dict[str, Any]:
-    [(weights, rows)] = on_ranks(1, initial_weights_and_rows, recipe_file)
-    recipe = load_recipe(recipe_file)
-    exact = plain_run(weights, rows, recipe, torch.float64)
+    return oracle_of(on_ranks, recipe_file, [])
+
+
+@pytest.fixture(scope="session")
+def packed_recipe_file(recipe_file) -> Path:
+    file = recipe_file.with_name("packed.toml")
+    file.write_text(recipe_file.read_text().replace(f"{recipe_file.parent}/data", f"{recipe_file.parent}/packed-data"))
+    prepare(load_recipe(file, PACKED).data, Console(quiet=True))
+    return file
+
+
+def oracle_of(on_ranks, recipe_file: Path, overrides: list[str]) -> dict[str, Any]:
+    [(weights, batches)] = on_ranks(1, initial_weights_and_batches, recipe_file, overrides)
+    recipe = load_recipe(recipe_file, overrides)
+    exact = plain_run(weights, batches, recipe, torch.float64)
     # Plain fp32, with the rows of each batch in three orders: the same sums, rounded differently.
-    plain = [plain_run(weights, [np.roll(r, i, axis=0) for r in rows], recipe, torch.float32) for i in range(3)]
+    plain = [plain_run(weights, [b[i:] + b[:i] for b in batches], recipe, torch.float32) for i in range(3)]
     rounding = {name: max(relative(run[name], exact[name]).max() for run in plain) for name in exact}
     assert max(rounding.values()) < 1e-3, "the yardstick is rounding, and no more"
-    return {"exact": exact, "rounding": rounding}
+    return {"exact": exact, "rounding": rounding, "batches": batches}
 
 
 def relative(got: np.ndarray, exact: np.ndarray) -> np.ndarray:
@@ -97,10 +131,26 @@ def test_twenty_steps_equal_plain_pytorch(on_ranks, recipe_file, oracle, divisio
         recipe_file,
         [*DIVISIONS[division], f"parallel.zero_stage={zero_stage}", f"run_directory={tmp_path}/run"],
     )
-    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [step["step"] for step in steps] == list(range(1, 21))
+    steps = check(tmp_path / "run", oracle)
     if division == "cp4":
         assert {step["cp"] for step in steps} >= {1, 4}, "the curriculum uses rings and whole sequences"
+
+
+@pytest.mark.parametrize("tokens_per_rank", [256, 32])
+def test_packed_documents_are_trained_as_if_alone(on_ranks, packed_recipe_file, tokens_per_rank, tmp_path):
+    """Whole sequences laid end to end on a rank; and all of them over rings, of 2 and 4 ranks."""
+    oracle = oracle_of(on_ranks, packed_recipe_file, PACKED)
+    assert any(len(document) < 64 for batch in oracle["batches"] for document in batch), "some documents are packed"
+    overrides = [*PACKED, f"parallel.tokens_per_rank={tokens_per_rank}", f"run_directory={tmp_path}/run"]
+    on_ranks(4, run_steps, packed_recipe_file, overrides)
+    check(tmp_path / "run", oracle)
+
+
+def check(run: Path, oracle: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every step's loss and gradient norm against the oracle's; returns the steps."""
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == list(range(1, 21))
     for name, exact in oracle["exact"].items():
         error, rounding = relative(np.array([step[name] for step in steps]), exact), oracle["rounding"][name]
         assert error.max() <= 4 * rounding, f"{name}: {error} against plain fp32's {rounding}"
+    return steps

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from longring.data.shards import sha256_of
 from longring.launch import cli
 from longring.launch import train as train_module
 from longring.launch.config import load_recipe
@@ -57,18 +58,18 @@ def test_missing_data(capsys, recipe_file, tmp_path):
 
 
 def test_missing_shard(capsys, recipe_file, data, tmp_path):
-    shard = next((data / "train").rglob("*.tar"))
+    shard = next(data.rglob("train*.tar"))
     shard.unlink()
     error = train_error(capsys, recipe_file, tmp_path, f"data.directory={data}")
     assert f"{shard} is missing" in error
 
 
 def test_truncated_shard(capsys, recipe_file, data, tmp_path):
-    shard = next((data / "train").rglob("*.tar"))
-    whole = shard.stat().st_size
+    shard = next(data.rglob("train*.tar"))
+    whole = sha256_of(shard)
     shard.write_bytes(shard.read_bytes()[:-512])
     error = train_error(capsys, recipe_file, tmp_path, f"data.directory={data}")
-    assert f"{shard} has {whole - 512} bytes, {whole} in the manifest" in error
+    assert f"{shard} has SHA-256 {sha256_of(shard)}, {whole} in the manifest" in error
 
 
 def test_tokenizer_that_does_not_match_the_manifest(capsys, recipe_file, data, tmp_path):
@@ -88,7 +89,7 @@ def test_empty_corpus(capsys, recipe_file, tmp_path):
     data = tmp_path / "new-data"
     arguments = (f"data.directory={data}", f"data.source.path={tmp_path}/empty.jsonl")
     error = error_of(capsys, "prepare", str(recipe_file), *arguments)
-    assert "gave 1 documents with 0 tokens" in error
+    assert "1 of 1 records are bad (1 empty), more than data.max_bad_fraction = 0.05" in error
     assert not list(tmp_path.glob("new-data*"))
 
 
@@ -138,3 +139,20 @@ def test_help_shows_an_example_for_every_stage(capsys):
         with pytest.raises(SystemExit):
             cli.main([stage, "--help"])
         assert f"example: longring {stage} " in " ".join(capsys.readouterr().out.split())
+
+
+def test_inspect_of_data_takes_a_curriculum_and_no_more(capsys, recipe_file, data):
+    arguments = ["inspect", str(data), "curriculum.odds=[8,4,2,1]", "curriculum.cycles=2", "loader.window_tokens=1000"]
+    assert cli.main(arguments) == 0
+    assert "1,000 steps of 8, 4, 2, 1 in 2 cycles" in capsys.readouterr().out
+    assert data.with_name("data.png").is_file()
+    assert "only curriculum.* and loader.* can be set" in error_of(capsys, "inspect", str(data), "train.steps=3")
+    error = error_of(capsys, "inspect", str(data), "curriculum.odds=[1,2]")
+    assert "curriculum.odds has 2 numbers, [1.0, 2.0], and the data 4 buckets" in error
+
+
+def test_slurm_without_slurm(capsys, recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    error = error_of(capsys, "prepare", str(recipe_file), f"data.directory={tmp_path}/new", "--slurm", "main")
+    assert "there is no sbatch on this machine" in error
+    assert not list(tmp_path.iterdir())

@@ -31,17 +31,16 @@ def test_equals_plain_pytorch_by_bucket_and_position(on_ranks, recipe_file, tmp_
     result = json.loads((tmp_path / "evaluation.json").read_text())
 
     recipe = load_recipe(recipe_file)
-    directory = Path(recipe.data.directory)
-    manifest = open_prepared(directory)
+    manifest = open_prepared(recipe.data.directory)
     saved = torch.load(tmp_path / "checkpoints/step-00000002/mp_rank_00_model_states.pt", weights_only=False)
     weights = {name: value.double() for name, value in saved["module"].items() if torch.is_tensor(value)}
-    counts = manifest.unigram(directory)
+    counts = manifest.unigram()
     chance = (counts + 1) / (counts + 1).sum()
     total = 0
-    held_out = [b for b in manifest.splits["held_out"] if min(b.sequences, cap // b.length)]
+    held_out = [b for b in manifest.buckets("held_out") if min(b.sequences, cap // b.length)]
     assert [entry["bucket"] for entry in result["buckets"]] == [bucket.length for bucket in held_out]
     for bucket, entry in zip(held_out, result["buckets"], strict=True):
-        rows = manifest.reader(directory, bucket).read(np.arange(min(bucket.sequences, cap // bucket.length)))
+        rows = manifest.reader(bucket).read(np.arange(min(bucket.sequences, cap // bucket.length)))
         losses = plain_losses(weights, torch.from_numpy(rows), recipe.model).numpy()
         assert entry["tokens"] == losses.size
         assert entry["loss"] == pytest.approx(losses.mean(), rel=1e-5)

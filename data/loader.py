@@ -1,0 +1,112 @@
+"""The train split of prepared data, read in a BatchOrder ahead of the model. Its state is the step."""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .config import CurriculumConfig, LoaderConfig
+from .curriculum import schedule
+from .manifest import Manifest
+from .order import BatchOrder, Share, bucket_orders, bucket_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """What one rank reads for one forward and backward."""
+
+    step: int
+    micro_step: int
+    length: int
+    """Tokens of each sequence."""
+
+    rows: NDArray[np.int64]
+    """[sequences, length + 1]: inputs are [:, :-1], targets [:, 1:]."""
+
+    document_starts: tuple[tuple[int, ...], ...] | None
+    """Where documents begin in each row, ascending and from 0; None for data without boundaries, one document a row
+    or several that attention does not tell apart."""
+
+
+def training_order(
+    manifest: Manifest,
+    curriculum: CurriculumConfig,
+    loader: LoaderConfig,
+    *,
+    steps: int,
+    global_batch_tokens: int,
+    seed: int,
+) -> BatchOrder:
+    """Return the order of a run of `steps`: a function of these arguments and of nothing else."""
+    orders = bucket_orders(manifest.buckets("train"), curriculum.weights, loader.window_tokens, seed)
+    chosen = schedule(bucket_tokens(manifest.lengths, orders), steps, curriculum, seed)
+    return BatchOrder(manifest.lengths, orders, chosen, global_batch_tokens)
+
+
+class Loader:
+    """Reads one rank's rows.
+
+    `share_of` says for each length which part of a micro-batch the rank takes. With `pin_memory` rows lie in
+    page-locked memory, from which a copy to the GPU needs not be waited for.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        order: BatchOrder,
+        config: LoaderConfig,
+        share_of: Callable[[int], Share],
+        *,
+        pin_memory: bool = False,
+    ):
+        self.order = order
+        self._boundaries = manifest.has_boundaries
+        self._config = config
+        self._share_of = share_of
+        self._pin_memory = pin_memory
+        self._readers = [manifest.reader(bucket) for bucket in manifest.buckets("train")]
+
+    def batches(self, first_step: int, last_step: int) -> Generator[MicroBatch, None, None]:
+        """Yield the micro-batches of steps [first_step, last_step), in order; what reading raises is raised here."""
+        work = self._work(first_step, last_step)
+        if not self._config.workers:
+            for read in work:
+                yield read()
+            return
+        pool = ThreadPoolExecutor(self._config.workers, "loader")
+        try:
+            # Submitted here, as what is to be read costs some 0.1 ms a step to work out: each batch taken starts the
+            # reading of one that many later.
+            ahead = deque(map(pool.submit, islice(work, self._config.prefetch_batches)))
+            while ahead:
+                batch = ahead.popleft().result()
+                ahead.extend(map(pool.submit, islice(work, 1)))
+                yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _work(self, first_step: int, last_step: int) -> Iterator[Callable[[], MicroBatch]]:
+        for step in range(first_step, last_step):
+            bucket = self.order.bucket(step)
+            indices = self.order.sequences(step, self._share_of(self.order.lengths[bucket]))
+            for micro_step, rows in enumerate(indices):
+                yield partial(self._read, step, micro_step, bucket, rows)
+
+    def _read(self, step: int, micro_step: int, bucket: int, indices: NDArray[np.int64]) -> MicroBatch:
+        reader = self._readers[bucket]
+        rows = None
+        if self._pin_memory:
+            rows = torch.empty(len(indices), reader.length + 1, dtype=torch.int64, pin_memory=True).numpy()
+        return MicroBatch(
+            step=step,
+            micro_step=micro_step,
+            length=reader.length,
+            rows=reader.read(indices, out=rows),
+            document_starts=tuple(reader.document_starts(indices)) if self._boundaries else None,
+        )

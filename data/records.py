@@ -1,0 +1,232 @@
+"""The records of an input shard: good ones become documents, bad ones are named by kind and left out."""
+
+import hashlib
+import io
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import IO, Any, Literal, NamedTuple
+
+import fsspec
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from numpy.typing import NDArray
+
+from .config import SourceConfig
+from .sources import InputShard
+
+BadKind = Literal["empty", "broken_json", "missing_field", "wrong_type", "invalid_utf8", "bad_tokens"]
+
+EXAMPLES = 3
+"""Bad records of a kind that are remembered by name."""
+
+FIRST_CHECK = 1_000
+"""Records after which the fraction of bad ones is watched; before that it says little."""
+
+
+class Document(NamedTuple):
+    """One good record: its number among the input shard's records, its name, its text or token ids, their digest."""
+
+    number: int
+    name: str
+    content: str | NDArray[np.int64]
+    digest: bytes
+
+
+class BadRecord(NamedTuple):
+    """Why a record is left out."""
+
+    kind: BadKind
+    detail: str
+
+
+@dataclass(kw_only=True)
+class BadRecords:
+    """Bad records by kind: how many, and the first few by name."""
+
+    counts: Counter[BadKind] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def enter(self, name: str, bad: BadRecord) -> None:
+        """Count one."""
+        self.counts[bad.kind] += 1
+        known = self.examples.setdefault(bad.kind, [])
+        if len(known) < EXAMPLES:
+            known.append(f"{name}: {bad.detail}" if bad.detail else name)
+
+    def check(self, records: int, source: str, max_bad_fraction: float) -> None:
+        """Raise ValueError when too many of `records` are bad."""
+        bad = self.counts.total()
+        if bad > max_bad_fraction * records:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.counts.items()))
+            first = "; ".join(example for kind in sorted(self.examples) for example in self.examples[kind][:1])
+            raise ValueError(
+                f"data.sources.{source}: {bad} of {records} records are bad ({kinds}), more than "
+                f"data.max_bad_fraction = {max_bad_fraction}. {first}. Repair them, or raise the fraction to leave "
+                "them out and counted"
+            )
+
+
+class RecordReader:
+    """The documents of one input shard; `bad` and `records` count as they are read.
+
+    Raises ValueError that names the file when it cannot be read or decompressed to its end, and when too many records
+    are bad.
+    """
+
+    def __init__(self, shard: InputShard, source: SourceConfig, max_bad_fraction: float):
+        self.bad = BadRecords()
+        self.records = 0
+        self._shard = shard
+        self._source = source
+        self._max_bad_fraction = max_bad_fraction
+
+    def documents(self) -> Iterator[Document]:
+        """Yield the good records, in order."""
+        make = _tokens if self._source.tokens_field else _text
+        for number, (name, record) in enumerate(islice(self._rows(), self._source.limit_documents or None)):
+            self.records = number + 1
+            content = record if isinstance(record, BadRecord) else make(record, self._source)
+            if isinstance(content, BadRecord):
+                self.reject(name, content)
+            else:
+                yield Document(number, name, *content)
+        self.bad.check(self.records, self._shard.source, self._max_bad_fraction)
+
+    def reject(self, name: str, bad: BadRecord) -> None:
+        """Count a bad record."""
+        self.bad.enter(name, bad)
+        if self.records >= FIRST_CHECK:
+            self.bad.check(self.records, self._shard.source, self._max_bad_fraction)
+
+    def _rows(self) -> Iterator[tuple[str, Any]]:
+        """Yield (name, record) of every record, the record a mapping, a text or a BadRecord."""
+        match self._source.kind:
+            case "hub" | "disk":
+                from .data_sets import data_set_rows  # a second's import that files do without
+
+                yield from data_set_rows(self._source, self._shard.part, self._shard.parts)
+            case kind:
+                read: dict[str, Callable[[str, SourceConfig], Iterator[tuple[str, Any]]]] = {
+                    "json": _json_rows,
+                    "parquet": _parquet_rows,
+                }
+                for file in self._shard.files:
+                    try:
+                        yield from read.get(kind, _whole_file)(file, self._source)
+                    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+                        raise ValueError(
+                            f"data.source: cannot read {file}: {error}; repair it or leave it out"
+                        ) from error
+
+
+def _text(record: Any, source: SourceConfig) -> tuple[str, bytes] | BadRecord:
+    text = _field(record, source.text_field)
+    if isinstance(text, BadRecord):
+        return text
+    if not isinstance(text, str):
+        return BadRecord("wrong_type", f"field {source.text_field!r} is {type(text).__name__}, not str")
+    try:
+        content = text.encode()
+    except UnicodeEncodeError as error:
+        return BadRecord("invalid_utf8", f"a lone surrogate at character {error.start}")
+    return (text, _digest(content)) if text else BadRecord("empty", "")
+
+
+def _tokens(record: Any, source: SourceConfig) -> tuple[NDArray[np.int64], bytes] | BadRecord:
+    tokens = _field(record, source.tokens_field)
+    if isinstance(tokens, BadRecord):
+        return tokens
+    # An array's own type answers for all of its elements.
+    numbers = np.array(tokens) if isinstance(tokens, list) and not any(map(np.iterable, tokens)) else np.array("")
+    if numbers.size and numbers.dtype.kind not in "iu":
+        return BadRecord("wrong_type", f"field {source.tokens_field!r} is no list of integers")
+    numbers = numbers.astype(np.int64)
+    return (numbers, _digest(numbers.tobytes())) if numbers.size else BadRecord("empty", "")
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _field(record: Any, name: str) -> Any:
+    if not isinstance(record, dict):
+        return BadRecord("wrong_type", f"the record is {type(record).__name__}, not an object")
+    if name not in record:
+        return BadRecord("missing_field", f"no field {name!r} among {', '.join(map(repr, record)) or 'none'}")
+    return record[name]
+
+
+@contextmanager
+def _open(file: str) -> Iterator[IO[bytes]]:
+    """Open a file that may be compressed; reading raises OSError or EOFError where the compressed stream is cut off."""
+    zst = file.endswith(".zst")
+    with fsspec.open(file, "rb", compression=None if zst else "infer") as stream:
+        # Of zst readers, Arrow's goes on after the first frame and notices a cut; zstandard's and fsspec's do neither.
+        yield io.BufferedReader(pyarrow.CompressedInputStream(stream, "zstd")) if zst else stream  # type: ignore[arg-type]
+
+
+def _whole_file(file: str, source: SourceConfig) -> Iterator[tuple[str, Any]]:
+    with _open(file) as stream:
+        text = _decoded(stream.read())
+    yield file, text if isinstance(text, BadRecord) else {source.text_field: text}
+
+
+def _decoded(content: bytes) -> str | BadRecord:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        return BadRecord("invalid_utf8", f"byte {error.start}")
+
+
+def _json_rows(file: str, _: SourceConfig) -> Iterator[tuple[str, Any]]:
+    """Yield JSON lines; a file that begins with "[" is one array, which is read whole."""
+    with _open(file) as stream:
+        first = stream.read(1)
+        if first == b"[":
+            yield from _array_rows(file, first + stream.read())
+            return
+        line = first + stream.readline()
+        number = 0
+        while line:
+            number += 1
+            if line.strip():
+                yield f"{file}:{number}", _parsed(line)
+            line = stream.readline()
+
+
+def _array_rows(file: str, content: bytes) -> Iterator[tuple[str, Any]]:
+    rows = _parsed(content)
+    if isinstance(rows, BadRecord):
+        yield file, rows
+    else:
+        yield from ((f"{file}:{number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _parsed(line: bytes) -> Any:
+    text = _decoded(line)
+    if isinstance(text, BadRecord):
+        return text
+    try:
+        record = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        return BadRecord("broken_json", str(error))
+    return record
+
+
+def _parquet_rows(file: str, source: SourceConfig) -> Iterator[tuple[str, Any]]:
+    field_name = source.tokens_field or source.text_field
+    with fsspec.open(file, "rb") as stream, pyarrow.parquet.ParquetFile(stream) as parquet:
+        names = parquet.schema_arrow.names
+        # Without the field every row is bad; the columns there are go into its message.
+        columns = [field_name] if field_name in names else names
+        number = 0
+        for batch in parquet.iter_batches(batch_size=1_000, columns=columns):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{file}:{number}", row

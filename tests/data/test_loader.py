@@ -1,0 +1,145 @@
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig
+from longring.data.loader import Loader, MicroBatch, training_order
+from longring.data.manifest import Manifest, open_prepared
+from longring.data.order import Share
+from longring.data.prepare import prepare
+from longring.data.reader import SequenceReader
+from rich.console import Console
+
+STEPS, BATCH_TOKENS, TOKENS_PER_RANK = 24, 256, 32
+
+
+@pytest.fixture(params=["decompose", "pack", "concat_masked"])
+def manifest(
+    make_config: Callable[..., DataConfig],
+    words: Callable[..., str],
+    console: Console,
+    request: pytest.FixtureRequest,
+) -> Manifest:
+    settings = {
+        "decompose": {},
+        "pack": {"rest": "pack", "min_bucket_tokens": 32},
+        "concat_masked": {"method": "concat_masked"},
+    }[request.param]
+    return prepare(make_config([words(20 + 9 * number, number) for number in range(40)], **settings), console)
+
+
+def loader(manifest: Manifest, config: LoaderConfig, replica: int = 0, num_replicas: int = 1) -> Loader:
+    order = training_order(
+        manifest, CurriculumConfig(cycles=2), config, steps=STEPS, global_batch_tokens=BATCH_TOKENS, seed=5
+    )
+    return Loader(manifest, order, config, lambda length: Share(replica, num_replicas, TOKENS_PER_RANK // length))
+
+
+def test_every_number_of_workers_and_ranks_reads_the_same(manifest: Manifest):
+    whole: dict[int, list] = {}
+    for workers in (0, 1, 4):
+        for world in (1, 2, 4, 8):
+            ranks = [
+                list(loader(manifest, LoaderConfig(workers=workers), rank, world).batches(0, STEPS))
+                for rank in range(world)
+            ]
+            assert all(
+                [(b.step, b.micro_step) for b in batches] == [(b.step, b.micro_step) for b in ranks[0]]
+                for batches in ranks
+            )
+            steps: dict[int, list] = {}
+            for together in zip(*ranks, strict=True):
+                for batch in together:
+                    starts = batch.document_starts or [None] * len(batch.rows)
+                    steps.setdefault(batch.step, []).extend(zip(batch.rows.tolist(), starts, strict=True))
+            whole = whole or steps
+            assert steps == whole
+    assert all(len(rows) * (len(rows[0][0]) - 1) == BATCH_TOKENS for rows in whole.values())
+
+
+def test_rows_are_the_orders_and_starts_begin_documents(manifest: Manifest):
+    found = loader(manifest, LoaderConfig(workers=2))
+    buckets = manifest.buckets("train")
+    several = 0
+    for batch in found.batches(0, STEPS):
+        bucket = buckets[found.order.bucket(batch.step)]
+        wanted = found.order.sequences(batch.step, Share(0, 1, TOKENS_PER_RANK // bucket.length))[batch.micro_step]
+        assert batch.length == bucket.length
+        assert np.array_equal(batch.rows, manifest.reader(bucket).read(wanted))
+        assert (batch.document_starts is not None) == manifest.has_boundaries
+        for row, starts in zip(batch.rows, batch.document_starts or [], strict=manifest.has_boundaries):
+            assert starts[0] == 0
+            assert list(starts) == sorted(set(starts))
+            assert all(row[start] == manifest.boundary_id for start in starts[1:])
+            several += len(starts) > 1
+    assert bool(several) == manifest.has_boundaries
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_a_restart_at_any_step_goes_on(manifest: Manifest, workers: int):
+    whole = [batch.rows.tolist() for batch in loader(manifest, LoaderConfig(workers=workers)).batches(0, STEPS)]
+    accumulation = BATCH_TOKENS // TOKENS_PER_RANK
+    for step in range(0, STEPS, 5):
+        again = loader(manifest, LoaderConfig(workers=workers)).batches(step, STEPS)
+        assert [batch.rows.tolist() for batch in again] == whole[step * accumulation :]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_an_error_in_reading_reaches_who_reads(manifest: Manifest, workers: int):
+    found = loader(manifest, LoaderConfig(workers=workers))
+    for shard in Path(manifest.store.name).rglob("train*.tar"):
+        shard.write_bytes(shard.read_bytes()[:-512])
+    with pytest.raises(ValueError, match="has SHA-256"):
+        list(found.batches(0, STEPS))
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_an_error_in_planning_reaches_who_reads(manifest: Manifest, workers: int):
+    order = loader(manifest, LoaderConfig()).order
+    found = Loader(manifest, order, LoaderConfig(workers=workers), lambda length: Share(0, 3, 1))
+    with pytest.raises(ValueError, match="3 replicas with 1 sequences each do not divide"):
+        list(found.batches(0, STEPS))
+
+
+def test_leaving_early_ends_every_thread(manifest: Manifest):
+    before = threading.active_count()
+    batches = loader(manifest, LoaderConfig(workers=4, prefetch_batches=2)).batches(0, STEPS)
+    next(batches)
+    assert threading.active_count() > before
+    batches.close()
+    assert threading.active_count() == before
+
+
+def test_reading_goes_on_while_the_model_works(manifest: Manifest, monkeypatch: pytest.MonkeyPatch):
+    """Reading takes 20 ms a batch, so does the step: with a reader ahead they overlap."""
+    read = SequenceReader.read
+
+    def slow(*arguments, **options):
+        time.sleep(0.02)
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(SequenceReader, "read", slow)
+
+    def waited(config: LoaderConfig) -> float:
+        batches, seconds = loader(manifest, config).batches(0, 5), 0.0
+        next(batches)
+        for _ in range(30):
+            time.sleep(0.03)
+            started = time.perf_counter()
+            next(batches)
+            seconds += time.perf_counter() - started
+        batches.close()
+        return seconds
+
+    assert waited(LoaderConfig(workers=0)) > 0.55
+    assert waited(LoaderConfig(workers=1)) < 0.2
+
+
+def test_a_micro_batch_is_plain_rows(manifest: Manifest):
+    batch: MicroBatch = next(loader(open_prepared(manifest.store.name), LoaderConfig()).batches(3, 4))
+    assert (batch.step, batch.micro_step) == (3, 0)
+    assert batch.rows.dtype == np.int64
+    assert batch.rows.shape == (TOKENS_PER_RANK // batch.length, batch.length + 1)

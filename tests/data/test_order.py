@@ -1,0 +1,193 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from longring.data.config import CurriculumConfig
+from longring.data.curriculum import schedule
+from longring.data.manifest import Bucket, Part
+from longring.data.order import BatchOrder, BucketOrder, Share, SourcePart, bucket_orders, bucket_tokens
+from longring.data.shards import SHARD_DTYPE
+
+LENGTHS, SEQUENCES, STEPS = (8, 16, 32), (10, 7, 5), 60
+
+
+def lone(sequences: int, seed: int, bucket: int, windows: int = 1) -> BucketOrder:
+    """One source, in shards of 3 sequences."""
+    shards = tuple([3] * (sequences // 3) + [sequences % 3] * (sequences % 3 > 0))
+    part = SourcePart(first_sequence=0, shard_sequences=shards, positions=sequences)
+    return BucketOrder([part], windows, (seed, bucket))
+
+
+def order(seed: int = 0, global_batch_tokens: int = 256, windows: int = 1) -> BatchOrder:
+    orders = [lone(count, seed, bucket, windows) for bucket, count in enumerate(SEQUENCES)]
+    chosen = schedule(bucket_tokens(LENGTHS, orders), STEPS, CurriculumConfig(cycles=2), seed)
+    return BatchOrder(LENGTHS, orders, chosen, global_batch_tokens)
+
+
+def whole_batch(batches: BatchOrder, step: int) -> list[int]:
+    [micro_batch] = batches.sequences(step, Share(0, 1, batches.batch_sequences(step))).tolist()
+    return micro_batch
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**64), st.sampled_from([32, 64, 96, 256]), st.integers(1, 6))
+def test_every_sequence_once_in_every_pass(seed: int, global_batch_tokens: int, windows: int):
+    batches = order(seed, global_batch_tokens, windows)
+    streams: list[list[int]] = [[], [], []]
+    for step in range(STEPS):
+        batch = whole_batch(batches, step)
+        assert len(batch) * LENGTHS[batches.bucket(step)] == global_batch_tokens
+        streams[batches.bucket(step)] += batch
+    for count, stream in zip(SEQUENCES, streams, strict=True):
+        passes = [stream[start : start + count] for start in range(0, len(stream), count)]
+        assert all(sorted(one) == list(range(count)) for one in passes[:-1])
+        assert len(set(passes[-1])) == len(passes[-1])
+
+
+def test_passes_and_seeds_have_their_own_orders():
+    assert [whole_batch(order(0), step) for step in range(STEPS)] != [
+        whole_batch(order(1), step) for step in range(STEPS)
+    ]
+    for windows in (1, 4):
+        batches = BatchOrder((8,), [lone(64, 0, 0, windows)], np.zeros(4, dtype=np.uint8), 8 * 64)
+        assert len({tuple(whole_batch(batches, step)) for step in range(4)}) == 4
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4]), st.integers(0, STEPS - 1), st.integers(0, 9),
+    st.integers(1, 4),
+)  # fmt: skip
+def test_any_world_and_any_restart_reads_the_same(
+    num_replicas: int, sequences: int, step: int, seed: int, windows: int
+):
+    """A step's batch comes from a new object, asked for nothing before; the replicas' shares make it up in order."""
+    expected = whole_batch(order(seed, windows=windows), step)
+    batches = order(seed, windows=windows)
+    size = batches.batch_sequences(step)
+    shares = [Share(replica, num_replicas, sequences) for replica in range(num_replicas)]
+    if size % (num_replicas * sequences):
+        with pytest.raises(ValueError, match=f"makes {size} sequences of step {step}; {num_replicas} replicas"):
+            batches.sequences(step, shares[0])
+        return
+    rows = np.stack([batches.sequences(step, share) for share in shares], axis=1)
+    assert rows.ravel().tolist() == expected
+
+
+@pytest.mark.parametrize("replica", [2, -1])
+def test_outside_the_replicas(replica: int):
+    with pytest.raises(IndexError, match=f"replica {replica} of 2"):
+        order().sequences(0, Share(replica, 2, 1))
+
+
+@pytest.mark.parametrize("global_batch_tokens", [0, 16, 48])
+def test_global_batch_must_be_a_multiple_of_the_largest_bucket(global_batch_tokens: int):
+    with pytest.raises(ValueError, match=rf"train\.global_batch_tokens is {global_batch_tokens} .* 32"):
+        order(global_batch_tokens=global_batch_tokens)
+
+
+def test_a_scheduled_bucket_must_have_sequences():
+    with pytest.raises(ValueError, match="bucket 16, which has no sequences"):
+        BatchOrder((8, 16), [lone(3, 0, 0), lone(0, 0, 1)], np.array([0, 1], dtype=np.uint8), 16)
+
+
+@pytest.mark.parametrize("windows", [1, 3])
+@pytest.mark.parametrize("step", [0, 1, 7, STEPS])
+def test_trained_counts_what_was_read(step: int, windows: int):
+    batches = order(global_batch_tokens=32, windows=windows)
+    seen: list[list[int]] = [[], [], []]
+    for earlier in range(step):
+        seen[batches.bucket(earlier)] += whole_batch(batches, earlier)
+    for entry, length, count, read in zip(batches.trained(step), LENGTHS, SEQUENCES, seen, strict=True):
+        assert (entry.length, entry.sequences, entry.tokens) == (length, len(read), len(read) * length)
+        assert entry.reached_tokens == len(set(read)) * length
+        assert entry.not_reached_tokens == (count - len(set(read))) * length
+        assert entry.repeated_tokens == (len(read) - len(set(read))) * length
+        assert entry.passes == len(read) / count
+
+
+def bucket(length: int, shards: dict[str, list[int]]) -> Bucket:
+    """A bucket whose sources have shards of so many sequences."""
+    table = np.zeros(sum(map(len, shards.values())), dtype=SHARD_DTYPE)
+    table["sequences"] = [count for counts in shards.values() for count in counts]
+    parts, first = [], 0
+    for name, counts in shards.items():
+        parts.append(Part(source=name, first_shard=first, num_shards=len(counts), sequences=sum(counts)))
+        first += len(counts)
+    return Bucket(length=length, shards=table, parts=tuple(parts))
+
+
+BUCKETS = (bucket(8, {"a": [5, 9], "b": [40], "c": []}), bucket(16, {"a": [3], "b": [6, 1], "c": [8]}))
+# Tokens: a 160, b 432, c 128; 720 in all.
+
+
+def stream(chosen: BucketOrder, positions: int) -> list[int]:
+    return chosen.at(np.arange(positions)).tolist()
+
+
+@pytest.mark.parametrize("window_tokens", [0, 50, 10_000])
+def test_sources_without_weights_come_once_each(window_tokens: int):
+    for chosen, entry in zip(bucket_orders(BUCKETS, {}, window_tokens, 3), BUCKETS, strict=True):
+        assert chosen.positions == entry.sequences
+        two = stream(chosen, 2 * entry.sequences)
+        assert sorted(two[: entry.sequences]) == sorted(two[entry.sequences :]) == list(range(entry.sequences))
+        assert two[: entry.sequences] != two[entry.sequences :]
+
+
+@pytest.mark.parametrize("window_tokens", [0, 50])
+def test_weights_are_shares_of_tokens(window_tokens: int):
+    weights = {"a": 1.0, "b": 2.0, "c": 1.0}
+    tokens: Counter[str] = Counter()
+    for chosen, entry in zip(bucket_orders(BUCKETS, weights, window_tokens, 3), BUCKETS, strict=True):
+        # Six passes: 27 or 3 times each of a source's sequences, as near as the parts allow.
+        seen = Counter(stream(chosen, 6 * chosen.positions))
+        assert chosen.reached(6 * chosen.positions) == len(seen)
+        first = 0
+        for part in entry.parts:
+            counts = [seen[number] for number in range(first, first + part.sequences)]
+            assert not counts or max(counts) - min(counts) <= 1
+            tokens[part.source] += sum(counts) * entry.length
+            first += part.sequences
+    assert tokens.total() == pytest.approx(6 * 720, rel=0.03)
+    for name, weight in weights.items():
+        assert tokens[name] / tokens.total() == pytest.approx(weight / 4, abs=0.02)
+
+
+def test_every_window_holds_its_share_of_every_source():
+    """In any run of positions a source is at most two windows away from its share."""
+    [chosen, _] = bucket_orders((bucket(8, {"a": [300], "b": [50] * 14}), BUCKETS[1]), {}, 400, 0)
+    is_a = np.array(stream(chosen, 1_000)) < 300
+    for start in range(0, 1_000, 50):
+        assert abs(is_a[start : start + 50].sum() - 15) <= 1
+
+
+def test_a_window_needs_few_shards_at_a_time():
+    parts = [SourcePart(first_sequence=0, shard_sequences=(10,) * 50, positions=500)]
+    numbers = np.array(stream(BucketOrder(parts, 25, (0, 0)), 500)) // 10
+    assert max(len(set(numbers[start : start + 20])) for start in range(0, 500, 20)) == 2
+    assert numbers[::10].tolist() != sorted(numbers[::10].tolist()), "shards come in an order of their own"
+    assert len(set(np.array(stream(BucketOrder(parts, 1, (0, 0)), 20)) // 10)) > 10
+
+
+def test_reached_where_a_source_is_repeated():
+    chosen, _ = bucket_orders(BUCKETS, {"a": 5.0, "b": 1.0, "c": 1.0}, 0, 0)
+    for positions in (0, 1, 10, 50, 100, 1_000):
+        assert chosen.reached(positions) == len(set(stream(chosen, positions)))
+
+
+@pytest.mark.parametrize("weights", [{"a": 1.0}, {"a": 1.0, "b": 1.0, "c": 1.0, "d": 1.0}])
+def test_weights_name_every_source(weights: dict[str, float]):
+    with pytest.raises(ValueError, match=rf"curriculum\.weights names {', '.join(weights)}, and .* are a, b, c"):
+        bucket_orders(BUCKETS, weights, 0, 0)
+
+
+def test_a_schedule_follows_the_weighted_tokens():
+    """c is in the long bucket alone: its weight gives that bucket more steps."""
+    even, weighted = (
+        bucket_tokens((8, 16), bucket_orders(BUCKETS, weights, 0, 0))
+        for weights in ({}, {"a": 1.0, "b": 1.0, "c": 8.0})
+    )
+    assert even == [432, 288]
+    assert weighted[1] > 500

@@ -1,0 +1,245 @@
+"""A preparation that ends before its end: killed, out of disk, given again with other settings."""
+
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from longring.data import input_shard, merge, shards
+from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
+from longring.data.manifest import open_prepared
+from longring.data.prepare import prepare
+from rich.console import Console
+
+MakeConfig = Callable[..., DataConfig]
+Words = Callable[..., str]
+
+# A process of its own that prepares what it reads from its first argument.
+CHILD = """
+import json, sys
+from rich.console import Console
+from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
+from longring.data.prepare import prepare
+tree = json.loads(sys.argv[1])
+tree["source"], tree["tokenizer"] = SourceConfig(**tree["source"]), TokenizerConfig(**tree["tokenizer"])
+if __name__ == "__main__":
+    prepare(DataConfig(**tree), Console(quiet=True), workers=2)
+"""
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+
+
+def entries(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.fixture
+def config(make_config: MakeConfig, words: Words, tmp_path: Path) -> DataConfig:
+    """Twelve input shards."""
+    base = make_config([])
+    Path(base.source.path).unlink()
+    (tmp_path / "corpus").mkdir()
+    for part in range(12):
+        lines = [json.dumps({"text": words(40 + 11 * number, 50 * part + number)}) + "\n" for number in range(30)]
+        (tmp_path / "corpus" / f"{part:02d}.jsonl").write_text("".join(lines))
+    source = SourceConfig(kind="json", path=str(tmp_path / "corpus"))
+    return replace(base, source=source, input_shard_bytes=1, rest="pack", shard_tokens=4_096)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_any_point_and_continued_gives_the_same_bytes(config: DataConfig, tmp_path: Path, seed: int):
+    reference = replace(config, directory=str(tmp_path / "reference"))
+    prepare(reference, Console(quiet=True), workers=1)
+    (tmp_path / "child.py").write_text(CHILD)
+    command = [sys.executable, "-P", str(tmp_path / "child.py"), json.dumps(asdict(config))]
+    books, choose = tmp_path / "prepared.partial" / "work" / "books", random.Random(seed)
+    # While it starts; then when so many of the twelve input shards are done, and a little later.
+    for target in [0, *sorted(choose.sample(range(1, 10), 3))]:
+        child = subprocess.Popen(command, start_new_session=True)
+        while len(list(books.glob("*.json"))) < target:
+            assert child.poll() is None
+            time.sleep(0.001)
+        time.sleep(choose.uniform(0, 0.02) if target else 0.3)
+        os.killpg(child.pid, signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
+        assert not Path(config.directory).exists()
+    subprocess.run(command, check=True)
+    assert tree(Path(config.directory)) == tree(tmp_path / "reference")
+    assert entries(tmp_path) == ["child.py", "corpus", "prepared", "reference"]
+
+
+class Died(BaseException):
+    """Stands for the end of a process; nothing catches it but the clean-up that a real end would not run."""
+
+
+@pytest.mark.parametrize("point", range(14))
+def test_stopped_before_any_rename_and_continued(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: int
+):
+    """Every step that others see is a rename or a removal: stop before one of them, without any clean-up, go on."""
+    config = replace(config, input_shard_bytes=2**28)
+    reference = replace(config, directory=str(tmp_path / "reference"))
+    prepare(reference, Console(quiet=True), workers=1)
+    left = point
+    rename, rmtree = Path.rename, shutil.rmtree
+
+    def counted(function: Callable) -> Callable:
+        def call(*arguments, **options):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Died
+            return function(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", counted(rename))
+        patch.setattr(shutil, "rmtree", counted(rmtree))
+        try:
+            prepare(config, Console(quiet=True), workers=1)
+        except Died:
+            assert not Path(config.directory).exists()
+    if not Path(config.directory).exists():
+        prepare(config, Console(quiet=True), workers=1)
+    assert tree(Path(config.directory)) == tree(tmp_path / "reference")
+
+
+def test_what_is_done_is_not_done_again(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    broken = tmp_path / "corpus" / "07.jsonl"
+    good = broken.read_text()
+    broken.write_text("x" * len(good))
+    config = replace(config, max_bad_fraction=0.0)
+    with pytest.raises(ValueError, match=r"1 of 1 records are bad \(1 broken_json\).*07\.jsonl:1"):
+        prepare(config, Console(quiet=True), workers=1)
+    assert not Path(config.directory).exists()
+    partial = tmp_path / "prepared.partial"
+    assert len(list((partial / "work" / "books").iterdir())) == 7
+    broken.write_text(good)
+    done: list[int] = []
+    run = input_shard._Writing.run
+    monkeypatch.setattr(input_shard._Writing, "run", lambda self, file: done.append(int(file.name)) or run(self, file))
+    prepare(config, Console(quiet=True), workers=1)
+    assert done == [7, 8, 9, 10, 11]
+    assert entries(tmp_path) == ["corpus", "prepared"]
+
+
+def test_begun_with_other_settings_or_files(config: DataConfig, tmp_path: Path):
+    (tmp_path / "corpus" / "07.jsonl").write_text("x")
+    config = replace(config, max_bad_fraction=0.0)
+    with pytest.raises(ValueError, match="records are bad"):
+        prepare(config, Console(quiet=True), workers=1)
+    with pytest.raises(
+        ValueError, match=r"prepared\.partial is a preparation begun with data\.seed = 0, not 1; go back"
+    ):
+        prepare(replace(config, seed=1), Console(quiet=True), workers=1)
+    (tmp_path / "corpus" / "07.jsonl").write_text('{"text": "mended"}\n')
+    with pytest.raises(ValueError, match=r"prepared\.partial is a preparation begun with other files or file sizes"):
+        prepare(config, Console(quiet=True), workers=1)
+
+
+def test_a_merge_names_what_is_missing(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_manifest(*_) -> None:
+        raise Died
+
+    monkeypatch.setattr(merge, "_write_manifest", no_manifest)
+    with pytest.raises(Died):
+        prepare(config, Console(quiet=True), workers=1)
+    monkeypatch.undo()
+    partial = tmp_path / "prepared.partial"
+    for number in (3, 9):
+        input_shard.books_file(partial, number).unlink()
+    with pytest.raises(ValueError, match=r"input shards 3, 9 of 12 are not prepared; prepare again to go on"):
+        merge.merge(config, partial)
+    prepare(config, Console(quiet=True), workers=1)
+    list(open_prepared(config.directory).verify())
+
+
+@pytest.fixture
+def old(config: DataConfig, tmp_path: Path) -> DataConfig:
+    """Finished data beside."""
+    old = replace(config, directory=str(tmp_path / "old"), source=replace(config.source, limit_documents=40))
+    prepare(old, Console(quiet=True))
+    return old
+
+
+@pytest.fixture
+def full_disk():
+    """Let the system refuse to grow any file beyond 40,000 bytes, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_leaves_old_data_good(
+    config: DataConfig, old: DataConfig, tmp_path: Path, request: pytest.FixtureRequest
+):
+    before = tree(tmp_path / "old")
+    request.getfixturevalue("full_disk")
+    with pytest.raises(OSError, match="File too large"):
+        prepare(replace(config, shard_tokens=2**20, input_shard_bytes=2**28), Console(quiet=True), workers=1)
+    assert entries(tmp_path) == ["corpus", "old"]
+    assert tree(tmp_path / "old") == before
+
+
+def test_a_disk_that_fills_up_later_keeps_what_is_done(
+    config: DataConfig, old: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    before, left, add = tree(tmp_path / "old"), 60, shards._add
+
+    def no_space(*arguments) -> int:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return add(*arguments)
+
+    monkeypatch.setattr(shards, "_add", no_space)
+    with pytest.raises(OSError, match="No space left on device"):
+        prepare(config, Console(quiet=True), workers=1)
+    monkeypatch.undo()
+    assert tree(tmp_path / "old") == before
+    partial = tmp_path / "prepared.partial"
+    done = len(list((partial / "work" / "books").iterdir()))
+    assert 0 < done < 12
+    assert len(list((partial / "shards").iterdir())) == done, "nothing half-written is left"
+    prepare(config, Console(quiet=True), workers=1)
+    list(open_prepared(config.directory).verify())
+
+
+def test_what_dead_processes_left_is_removed(config: DataConfig, tmp_path: Path):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    work, host = tmp_path / "prepared.partial" / "work", socket.gethostname()
+    dead, alive = work / f"000003.{host}.{child.pid}", work / f"000003.{host}.{os.getppid()}"
+    for folder in (dead, alive):
+        folder.mkdir(parents=True)
+    shard = input_shard.InputShard(source="documents", files=(str(tmp_path / "corpus" / "03.jsonl"),))
+    shutil.copy(config.tokenizer.path, tmp_path / "prepared.partial" / "tokenizer.json")
+    input_shard.prepare_input_shard(config, tmp_path / "prepared.partial", 3, shard)
+    assert not dead.exists()
+    assert alive.exists()
+
+
+def test_configuration_survives_the_trip_to_another_process(config: DataConfig):
+    settings = json.loads(json.dumps(asdict(config)))
+    settings["source"], settings["tokenizer"] = (
+        SourceConfig(**settings["source"]),
+        TokenizerConfig(**settings["tokenizer"]),
+    )
+    assert DataConfig(**settings) == config

@@ -1,0 +1,73 @@
+"""Slurm jobs as they are submitted: an sbatch that writes down what it was given, then what its jobs would run."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from longring.data.config import DataConfig, SourceConfig
+from longring.data.manifest import open_prepared
+from longring.data.prepare import prepare
+from longring.data.slurm import submit
+from rich.console import Console
+
+SBATCH = """#!/bin/bash
+number=$(ls "$LOG" | wc -l)
+echo "$@" > "$LOG/$number.args"
+cat "${@: -1}" > "$LOG/$number.script"
+echo "Submitted batch job $((100 + number / 2))"
+"""
+
+
+def test_submitted_jobs_make_what_processes_make(
+    make_config: Callable[..., DataConfig],
+    words: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    base = make_config([])
+    (tmp_path / "corpus").mkdir()
+    for part in range(3):
+        line = f'{{"text": "{words(200, part)}"}}\n'
+        (tmp_path / "corpus" / f"{part}.jsonl").write_text(line)
+    config = replace(base, source=SourceConfig(kind="json", path="corpus"), input_shard_bytes=1, held_out_fraction=0.0)
+    config = replace(config, directory="prepared")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "log").mkdir()
+    for name, content in (("sbatch", SBATCH), ("scontrol", "#!/bin/bash\necho node\n")):
+        (tmp_path / "bin" / name).write_text(content)
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("LOG", str(tmp_path / "log"))
+    monkeypatch.chdir(tmp_path)
+    console = Console(width=200, record=True, file=(tmp_path / "screen").open("w"))
+    submit(config, console, partition="main", workers=2, time="1:00:00")
+
+    scripts = {int(file.stem): file.read_text() for file in (tmp_path / "log").glob("*.script")}
+    [tasks] = [text for text in scripts.values() if "job-name=longring-prepare" in text and "launch_pickled" in text]
+    [merge] = [text for text in scripts.values() if "job-name=longring-merge" in text and "launch_pickled" in text]
+    for line in ("--array=0-2%2", "--partition=main", "--time=1:00:00", "--mem-per-cpu=4G", f"--chdir={tmp_path}"):
+        assert f"#SBATCH {line}\n" in tasks
+    arguments = [file.read_text() for file in (tmp_path / "log").glob("*.args")]
+    assert sum("--dependency=afterok:100" in text for text in arguments) == 1
+    assert "array job 100 with 3 tasks" in console.export_text()
+
+    pickled = {text: re.search(r"launch_pickled_pipeline (\S+)", text) for text in (tasks, merge)}
+    launcher = Path(sys.executable).with_name("launch_pickled_pipeline")
+    for text, count in ((tasks, 3), (merge, 1)):
+        found = pickled[text]
+        assert found
+        for task in range(count):
+            environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(task), "SLURM_NODELIST": "node"}
+            subprocess.run([launcher, found[1]], check=True, env=environment, capture_output=True, cwd=tmp_path)
+    reference = replace(config, directory="reference")
+    prepare(reference, Console(quiet=True), workers=1)
+    made = open_prepared("prepared")
+    assert made.files == open_prepared("reference").files
+    assert len(list(made.verify())) == len(made.shards)
+    submit(config, console, partition="main", workers=2, time="1:00:00")
+    assert "already prepared" in console.export_text()

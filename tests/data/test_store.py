@@ -1,0 +1,171 @@
+import functools
+import hashlib
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from longring.data import store as store_module
+from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig
+from longring.data.loader import Loader, training_order
+from longring.data.manifest import open_prepared
+from longring.data.order import Share
+from longring.data.prepare import prepare
+from longring.data.store import CachedStore
+from rich.console import Console
+
+
+@pytest.fixture
+def prepared(make_config: Callable[..., DataConfig], words: Callable[..., str]) -> Path:
+    config = make_config([words(150 + number, number) for number in range(30)])
+    prepare(config, Console(quiet=True))
+    return Path(config.directory)
+
+
+@pytest.fixture
+def in_memory(prepared: Path) -> str:
+    """The prepared directory's copy in fsspec's memory store."""
+    address = f"memory://{uuid.uuid4().hex}"
+    files = fsspec.filesystem("memory")
+    for file in prepared.rglob("*"):
+        if file.is_file():
+            files.pipe(f"{address}/{file.relative_to(prepared)}", file.read_bytes())
+    return address
+
+
+def cached(tmp_path: Path, **settings: int) -> LoaderConfig:
+    return LoaderConfig(cache_directory=str(tmp_path / "cache"), **settings)
+
+
+def rows(directory: str | Path, config: LoaderConfig) -> list[list]:
+    manifest = open_prepared(directory, config)
+    order = training_order(manifest, CurriculumConfig(), config, steps=20, global_batch_tokens=256, seed=0)
+    loader = Loader(manifest, order, config, lambda length: Share(0, 1, 64 // length))
+    return [batch.rows.tolist() for batch in loader.batches(0, 20)]
+
+
+def kept(tmp_path: Path) -> list[Path]:
+    return [file for file in (tmp_path / "cache").rglob("*.tar") if not file.name.startswith(".")]
+
+
+@pytest.mark.parametrize("workers", [0, 4])
+def test_a_remote_directory_reads_as_the_local_one(prepared: Path, in_memory: str, tmp_path: Path, workers: int):
+    config = cached(tmp_path, workers=workers)
+    assert rows(in_memory, config) == rows(prepared, LoaderConfig())
+    assert {file.read_bytes() for file in kept(tmp_path)} <= {file.read_bytes() for file in prepared.rglob("*.tar")}
+    fsspec.filesystem("memory").rm(f"{in_memory}/shards", recursive=True)
+    assert rows(in_memory, config) == rows(prepared, LoaderConfig()), "shards come from the cache"
+
+
+def test_over_http(prepared: Path, tmp_path: Path):
+    handler = functools.partial(_Quiet, directory=str(prepared))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            found = rows(f"http://127.0.0.1:{server.server_address[1]}", cached(tmp_path))
+        finally:
+            server.shutdown()
+            thread.join()
+    assert found == rows(prepared, LoaderConfig())
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_) -> None:
+        pass
+
+
+def test_the_cache_keeps_to_its_limit(prepared: Path, in_memory: str, tmp_path: Path):
+    sizes = [file.stat().st_size for file in prepared.rglob("train*.tar")]
+    limit = 3 * max(sizes)
+    assert rows(in_memory, cached(tmp_path, cache_bytes=limit)) == rows(prepared, LoaderConfig())
+    assert 0 < sum(file.stat().st_size for file in kept(tmp_path)) <= limit < sum(sizes)
+
+
+def test_the_least_recently_used_goes_first(tmp_path: Path):
+    address = f"memory://{uuid.uuid4().hex}"
+    files = fsspec.filesystem("memory")
+    content = {f"{name}.tar": name.encode() * 10 for name in "abcd"}
+    for name, value in content.items():
+        files.pipe(f"{address}/{name}", value)
+    store = CachedStore(address, tmp_path, 30)
+    for name in ("a.tar", "b.tar", "c.tar", "a.tar", "d.tar"):
+        assert store.path(name, hashlib.sha256(content[name]).hexdigest()).read_bytes() == content[name]
+    assert sorted(file.name for file in tmp_path.rglob("*.tar")) == ["a.tar", "c.tar", "d.tar"]
+
+
+def test_an_altered_remote_shard_is_named_with_both_hashes(prepared: Path, in_memory: str, tmp_path: Path):
+    shard = min(prepared.rglob("train*.tar"))
+    name = shard.relative_to(prepared).as_posix()
+    altered = shard.read_bytes()[:-600] + b"x" + shard.read_bytes()[-599:]
+    fsspec.filesystem("memory").pipe(f"{in_memory}/{name}", altered)
+    with pytest.raises(ValueError, match="SHA-256") as error:
+        list(open_prepared(in_memory, cached(tmp_path)).verify())
+    found, expected = hashlib.sha256(altered).hexdigest(), hashlib.sha256(shard.read_bytes()).hexdigest()
+    assert f"{in_memory}/{name} has SHA-256 {found}, {expected} in the manifest" in str(error.value)
+    assert name not in {file.relative_to(file.parents[2]).as_posix() for file in kept(tmp_path)}
+
+
+def test_a_shard_that_is_not_there(in_memory: str, tmp_path: Path):
+    fsspec.filesystem("memory").rm(f"{in_memory}/shards", recursive=True)
+    with pytest.raises(ValueError, match=rf"{in_memory}/shards/.*tar does not exist"):
+        rows(in_memory, cached(tmp_path))
+
+
+def test_a_store_that_fails_is_asked_again(in_memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    waits: list[float] = []
+    monkeypatch.setattr(store_module.time, "sleep", waits.append)
+    config = cached(tmp_path, workers=0)
+    before = rows(in_memory, cached(tmp_path / "other", workers=0))
+    files, failures = fsspec.filesystem("memory"), 3
+    whole = type(files).open
+
+    def failing(self, *arguments, **options):
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise ConnectionError("reset by peer")
+        return whole(self, *arguments, **options)
+
+    monkeypatch.setattr(type(files), "open", failing)
+    assert rows(in_memory, config) == before
+    assert waits == [1, 2, 4]
+    failures = 4
+    with pytest.raises(OSError, match=rf"{in_memory}/manifest\.json cannot be read after 4 attempts: reset by peer"):
+        rows(in_memory, config)
+
+
+def test_processes_of_a_machine_download_once(in_memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Eight stores, as eight ranks have them, want the same shard at once."""
+    downloads: list[str] = []
+    download = CachedStore._download
+    monkeypatch.setattr(
+        CachedStore, "_download", lambda self, name, file: downloads.append(name) or download(self, name, file)
+    )
+    manifest = open_prepared(in_memory, cached(tmp_path))
+    bucket = manifest.buckets("train")[-1]
+    stores: Iterator = (open_prepared(in_memory, cached(tmp_path)) for _ in range(8))
+    readers = [store.reader(bucket) for store in stores]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda reader: reader.read(np.arange(4)).tolist(), readers))
+    assert all(one == found[0] for one in found)
+    shards = [name for name in downloads if name.endswith(".tar")]
+    assert len(shards) == len(set(shards)) >= 1
+
+
+@pytest.mark.parametrize(
+    ("directory", "cache", "words"),
+    [
+        ("s3://bucket/data", "", ["data.directory = s3://bucket/data", "loader.cache_directory is empty"]),
+        ("nosuch://data", "x", ["data.directory = nosuch://data", "cannot be opened"]),
+    ],
+)
+def test_a_remote_directory_that_cannot_be_opened(tmp_path: Path, directory: str, cache: str, words: list[str]):
+    with pytest.raises(ValueError, match=r"data\.directory") as error:
+        open_prepared(directory, LoaderConfig(cache_directory=cache and str(tmp_path / cache)))
+    assert all(word in str(error.value) for word in words), error.value
