@@ -34,7 +34,7 @@ tokens_per_rank = 512
 [train]
 steps = 20
 global_batch_tokens = 2048
-learning_rate = 1e-2
+learning_rate = 3e-3
 min_learning_rate = 1e-3
 warmup_steps = 4
 clip_grad_norm = 0.5
