@@ -100,7 +100,7 @@ def test_run_directory_of_another_recipe(capsys, recipe_file, tmp_path):
     error = error_of(
         capsys, "train", str(recipe_file), f"run_directory={run.path}", "train.learning_rate=0.5", "--ranks", "4"
     )
-    assert "train.learning_rate was 0.01 there and is 0.5 now" in error
+    assert "train.learning_rate was 0.003 there and is 0.5 now" in error
     assert run.recipe_file.read_text() == before
 
 
