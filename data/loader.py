@@ -26,8 +26,8 @@ class MicroBatch:
     length: int
     """Tokens of each sequence."""
 
-    rows: NDArray[np.int64]
-    """[sequences, length + 1]: inputs are [:, :-1], targets [:, 1:]."""
+    rows: NDArray[np.unsignedinteger]
+    """[sequences, length + 1], in the dtype they are stored in: inputs are [:, :-1], targets [:, 1:]."""
 
     document_starts: tuple[tuple[int, ...], ...] | None
     """Where documents begin in each row, ascending and from 0; None for data without boundaries, one document a row
@@ -102,7 +102,8 @@ class Loader:
         reader = self._readers[bucket]
         rows = None
         if self._pin_memory:
-            rows = torch.empty(len(indices), reader.length + 1, dtype=torch.int64, pin_memory=True).numpy()
+            dtype = torch.from_numpy(np.empty(0, dtype=reader.dtype)).dtype
+            rows = torch.empty(len(indices), reader.length + 1, dtype=dtype, pin_memory=True).numpy()
         return MicroBatch(
             step=step,
             micro_step=micro_step,

@@ -36,19 +36,20 @@ class SequenceReader:
         self.sequences = int(self.first_sequence[-1])
         self._store = store
         self._shards = shards
-        self._dtype = dtype
+        self.dtype = dtype
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
 
-    def read(self, indices: ArrayLike, out: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-        """Return the tokens of sequences `indices` [n]: int64 [n, length + 1], inputs [:-1] and targets [1:].
+    def read(self, indices: ArrayLike, out: NDArray[np.unsignedinteger] | None = None) -> NDArray[np.unsignedinteger]:
+        """Return the tokens of sequences `indices` [n]: [n, length + 1], inputs [:-1] and targets [1:], as stored.
 
+        Stored tokens have 2 bytes (4 with a large vocabulary); whoever needs 8 converts them where memory is fast.
         `out` is filled and returned where given.
         """
         wanted = self._wanted(indices)
-        rows = np.empty((len(wanted), self.length + 1), dtype=np.int64) if out is None else out
+        rows = np.empty((len(wanted), self.length + 1), dtype=self.dtype) if out is None else out
         for shard, places, blocks, inside in self._places(wanted):
-            starts = shard.blocks["tokens_offset"][blocks] // self._dtype.itemsize + inside * (self.length + 1)
+            starts = shard.blocks["tokens_offset"][blocks] // self.dtype.itemsize + inside * (self.length + 1)
             rows[places] = shard.windows[starts]
         return rows
 
@@ -112,5 +113,5 @@ class SequenceReader:
         if len(content) != entry["size_bytes"]:
             raise ValueError(differs(path, path, sha256))
         index = np.frombuffer(content, INDEX_DTYPE, int(entry["blocks"]), int(entry["index_offset"]))
-        tokens = np.frombuffer(content, dtype=self._dtype)
+        tokens = np.frombuffer(content, dtype=self.dtype)
         return _OpenShard(content, index, np.lib.stride_tricks.sliding_window_view(tokens, self.length + 1))

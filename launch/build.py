@@ -35,15 +35,15 @@ class Place:
     attention: Callable[[SeqLayout], AttentionFunction]
 
     def model_inputs(
-        self, rows: NDArray[np.int64], document_starts: Sequence[tuple[int, ...]] | None, device: torch.device
+        self, rows: NDArray[np.unsignedinteger], document_starts: Sequence[tuple[int, ...]] | None, device: torch.device
     ) -> tuple[Tensor, Tensor, SeqLayout, AttentionFunction]:
         """Tokens, targets, layout and attention for this rank's share of sequences `[b, length + 1]`.
 
         Where the rows have `document_starts`, one tuple a row, whole sequences are laid end to end as one of b = 1,
         since a batch shares one mask; RoPE tells distances only, so positions that run on change nothing.
         """
-        # Whole rows travel: they may lie in page-locked memory, and the copy is then not waited for.
-        whole = torch.from_numpy(rows).to(device, non_blocking=True)
+        # Whole rows travel, as stored: they may lie in page-locked memory, and the copy is then not waited for.
+        whole = torch.from_numpy(rows).to(device, non_blocking=True).long()
         positions = self.layout.positions(device)
         tokens, targets = whole[:, positions], whole[:, positions + 1]
         layout = self.layout

@@ -56,9 +56,9 @@ def initial_weights_and_batches(recipe_file: Path, overrides: list[str]) -> tupl
 def documents(batch: MicroBatch) -> Batch:
     """The documents of a batch, one by one: each is trained as if it stood alone, at position 0."""
     if batch.document_starts is None:
-        return list(batch.rows)
+        return list(batch.rows.astype(np.int64))
     edges = [(*starts, batch.length) for starts in batch.document_starts]
-    return [row[a : b + 1] for row, at in zip(batch.rows, edges, strict=True) for a, b in pairwise(at)]
+    return [row[a : b + 1] for row, at in zip(batch.rows.astype(np.int64), edges, strict=True) for a, b in pairwise(at)]
 
 
 def run_steps(recipe_file: Path, overrides: list[str]) -> None:
