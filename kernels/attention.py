@@ -86,7 +86,7 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     lse: Tensor,
-    delta: Tensor,
+    delta: Tensor | None,
     mask: Mask,
     *,
     into: tuple[Tensor, Tensor, Tensor],
@@ -98,9 +98,10 @@ def attention_backward(
     """Add one tile's gradients into the fp32 buffers `into` = (dq, dk, dv), shaped like q, k, v.
 
     lse and `delta` = rowsum(dout * out) belong to the *whole* row, over all keys, so each tile's share is exact and
-    the shares just add (FlashAttention-2, arXiv 2307.08691, algorithm 2). Where `out` itself is at hand, torch's
+    the shares just add (FlashAttention-2, arXiv 2307.08691, algorithm 2). `out` may be given instead of delta; torch's
     operators take it as it is.
     """
+    assert delta is not None or out is not None, "one of them tells the row's sum"
     _check(q, k, v, mask)
     work = BACKENDS[choose_backend(q, softcap, backend)]
     work.backward(dout, q, k, v, out, lse, delta, mask, _scale(q, scale), softcap, into)
@@ -184,9 +185,8 @@ def _attention_backward(
     host_rows: Tensor, scale: float, softcap: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     mask, into = Mask(rows, columns, host_rows), (zeros_fp32(q), zeros_fp32(k), zeros_fp32(v))
-    delta = row_delta(dout, out)
     options = {"scale": scale, "softcap": softcap, "backend": backend}
-    attention_backward(dout, q, k, v, lse, delta, mask, into=into, out=out, **options)
+    attention_backward(dout, q, k, v, lse, None, mask, into=into, out=out, **options)
     dq, dk, dv = into
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 

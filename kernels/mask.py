@@ -8,11 +8,13 @@ kernels know one mask, two integers a row, and need neither positions nor kinds 
 
 from __future__ import annotations
 
+import bisect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -100,17 +102,16 @@ def pieces(host_rows: Tensor) -> list[Piece]:
     Between the rows where the pattern changes, both ends of the interval stand still (full), or the end advances by
     one a row (a triangle, beside what lies before it), or both move (a window: bands).
     """
-    start, stop = host_rows.numpy().astype(np.int64)
-    start_moves, stop_moves = np.diff(start), np.diff(stop)
-    kinds = np.where((start_moves == 0) & (stop_moves == 0), 0, np.where((start_moves == 0) & (stop_moves == 1), 1, 2))
-    found = []
-    row, num_rows = 0, len(start)
-    changes = np.flatnonzero(np.diff(kinds)) + 1  # kinds[i] is the move from row i to row i + 1
-    while row < num_rows:
-        kind = int(kinds[row]) if row < num_rows - 1 else 0
-        after = int(np.searchsorted(changes, row, side="right"))
-        last = int(changes[after]) if after < len(changes) else num_rows - 1
-        last = last if row < num_rows - 1 else row
+    start, stop = host_rows
+    start_moves, stop_moves = host_rows.diff().long()
+    # 0: both stand still; 1: the end advances by one; 2: anything else. kinds[i] is the move from row i to row i + 1.
+    kinds = torch.where(start_moves == 0, torch.where(stop_moves <= 1, stop_moves, 2), 2)
+    changes = [*((kinds.diff() != 0).nonzero().flatten() + 1).tolist(), len(start) - 1]
+    found: list[Piece] = []
+    row = 0
+    while row < len(start):
+        kind = int(kinds[row]) if row < len(kinds) else 0  # the last row, left alone, is a rectangle
+        last = max(row, changes[bisect.bisect_right(changes, row, hi=len(changes) - 1)])
         if kind == 2:
             last = min(last, row + BAND_ROWS - 1)
         rows = slice(row, last + 1)
@@ -131,14 +132,11 @@ def pieces(host_rows: Tensor) -> list[Piece]:
     return found
 
 
-def _bands(start: np.ndarray, stop: np.ndarray, rows: slice) -> list[Piece]:
-    seeing = np.flatnonzero(stop[rows] > start[rows])
-    if len(seeing) == 0:
-        return []
-    # Both ends ascend, so rows that see nothing may stand anywhere among those that do; cut there.
-    groups = np.split(seeing, np.flatnonzero(np.diff(seeing) > 1) + 1)
-    found = []
-    for group in groups:
-        first, last = rows.start + int(group[0]), rows.start + int(group[-1])
-        found.append(Piece(slice(first, last + 1), slice(int(start[first]), int(stop[last])), "band"))
-    return found
+def _bands(start: Tensor, stop: Tensor, rows: slice) -> Iterator[Piece]:
+    """The runs of rows that see some key; rows that see none may stand anywhere among them."""
+    see_some = (stop[rows] > start[rows]).tolist()
+    for sees, run in groupby(range(rows.start, rows.stop), key=lambda row: see_some[row - rows.start]):
+        if sees:
+            seeing = list(run)
+            first, last = seeing[0], seeing[-1]
+            yield Piece(slice(first, last + 1), slice(int(start[first]), int(stop[last])), "band")

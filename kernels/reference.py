@@ -35,7 +35,7 @@ def backward(
     v: Tensor,
     out: Tensor | None,
     lse: Tensor,
-    delta: Tensor,
+    delta: Tensor | None,
     mask: Mask,
     scale: float,
     softcap: float,
@@ -43,6 +43,9 @@ def backward(
 ) -> None:
     """See `attention.attention_backward`."""
     dout, q, k, v = (_wide(x) for x in (dout, q, k, v))
+    if delta is None:
+        assert out is not None
+        delta = (dout * _wide(out)).sum(-1).transpose(1, 2)
     scores, slope = _scores(q, k, mask, scale, softcap)
     p = (scores - lse.masked_fill(lse.isinf(), 0).unsqueeze(-1)).exp()
     dp = torch.einsum("bqhd,bkhd->bhqk", dout, _expand(v, q))

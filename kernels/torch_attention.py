@@ -65,7 +65,7 @@ def backward(
     v: Tensor,
     out: Tensor | None,
     lse: Tensor,
-    delta: Tensor,
+    delta: Tensor | None,
     mask: Mask,
     scale: float,
     softcap: float,
@@ -73,7 +73,9 @@ def backward(
 ) -> None:
     """See `attention.attention_backward`."""
     assert softcap == 0, "the table of backends sends softcap elsewhere"
-    out = _carry_delta(dout, delta) if out is None else out
+    if out is None:
+        assert delta is not None
+        out = _carry_delta(dout, delta)
     q, k, v, dout, out = (x.transpose(1, 2) for x in (q, k, v, dout, out))
     dq, dk, dv = (x.transpose(1, 2) for x in into)
     for piece in _pieces(operator, mask):

@@ -43,7 +43,7 @@ def backward(
     v: Tensor,
     out: Tensor | None,
     lse: Tensor,
-    delta: Tensor,
+    delta: Tensor | None,
     mask: Mask,
     scale: float,
     softcap: float,
@@ -51,6 +51,8 @@ def backward(
 ) -> None:
     """See `attention.attention_backward`."""
     q, k, v, dout = (_addressable(x) for x in (q, k, v, dout))
+    if delta is None:
+        delta = row_delta(dout, out)
     lse, delta = lse.contiguous(), delta.contiguous()  # the kernels take one set of strides for both
     b, s_q, h, d = q.shape
     s_k, h_kv = k.shape[1], k.shape[2]
