@@ -72,9 +72,8 @@ def prepare_input_shard(config: DataConfig, partial: Path, number: int, shard: I
         shutil.rmtree(final, ignore_errors=True)
         final.parent.mkdir(exist_ok=True)
         begun.rename(final)
-    except BaseException:
-        shutil.rmtree(begun, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(begun, ignore_errors=True)  # unless it has got its name
     counts = counts_file(partial, number)
     write_whole(counts, lambda path: np.save(path, writing.counts))
     shards = [[entry[name].item() for name in entry.dtype.names] for entry in writing.shards()]

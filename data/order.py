@@ -11,6 +11,7 @@ exactly once in each pass. With weights, M_s is in proportion to weight, and a s
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -67,9 +68,9 @@ class SourcePart:
     shard_sequences: tuple[int, ...]
     positions: int
 
-    @property
+    @cached_property
     def sequences(self) -> int:
-        """Number of sequences."""
+        """Number of sequences; there may be 10^5 shards to sum."""
         return sum(self.shard_sequences)
 
 

@@ -87,11 +87,11 @@ def prepare(config: DataConfig, console: Console, workers: int = 0) -> Manifest:
                 processes = min(workers or cpus, count)
                 _run_here(PrepareStep(config, partial, max(1, cpus // processes)), processes, count, progress)
         return merge(config, partial)
-    except BaseException:
-        # Before anything is done, or without a sequence to train on, there is nothing to go on from.
+    finally:
+        # A failure before anything is done, or without a sequence to train on, leaves nothing to go on from; after a
+        # success `partial` has got its name.
         if not any((partial / "shards").glob("*/*.tar")):
             shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def is_prepared(config: DataConfig) -> bool:

@@ -36,7 +36,7 @@ class Case(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """One way to compute attention. Signatures: those of `reference`, whose modules' docstrings point here."""
+    """One way to compute attention; the two functions have the signatures of those in `reference`."""
 
     unfit: Callable[[Case], str | None]
     """Why it cannot do this, or None."""
@@ -111,9 +111,8 @@ def no_result(q: Tensor) -> tuple[Tensor, Tensor]:
     """A running result for q's queries that has seen no key: lse -inf, and out unread until it is written."""
     b, s, h, _ = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
-    return torch.empty(q.shape, dtype=dtype, device=q.device), torch.full(
-        (b, h, s), -torch.inf, dtype=dtype, device=q.device
-    )
+    lse = torch.full((b, h, s), -torch.inf, dtype=dtype, device=q.device)
+    return torch.empty(q.shape, dtype=dtype, device=q.device), lse
 
 
 def row_delta(dout: Tensor, out: Tensor) -> Tensor:

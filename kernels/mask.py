@@ -113,7 +113,9 @@ def pieces(host_rows: Tensor) -> list[Piece]:
         kind = int(kinds[row]) if row < len(kinds) else 0  # the last row, left alone, is a rectangle
         last = max(row, changes[bisect.bisect_right(changes, row, hi=len(changes) - 1)])
         if kind == 2:
-            last = min(last, row + BAND_ROWS - 1)
+            # The last row of a band begins the next pattern, unless it is the mask's; a band of one row is a rectangle.
+            last = min(last if last == len(start) - 1 else last - 1, row + BAND_ROWS - 1)
+            kind = 2 if last > row else 0
         rows = slice(row, last + 1)
         row = last + 1
         first_start, first_stop, last_stop = int(start[rows.start]), int(stop[rows.start]), int(stop[last])

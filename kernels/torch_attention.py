@@ -92,7 +92,10 @@ def backward(
 def _pieces(operator: Operator, mask: Mask) -> list[Piece]:
     found = pieces(mask.host_rows)
     if not operator.takes_bands and any(piece.kind == "band" for piece in found):
-        raise ValueError("attention: torch's operators for CUDA take no sliding window; use backend = 'triton'")
+        raise ValueError(
+            "attention: torch's operators for CUDA take no mask of which both edges move from row to row (a sliding "
+            "window, documents of one token side by side); use backend = 'triton'"
+        )
     return found
 
 

@@ -25,6 +25,7 @@ def forward(
         torch.empty(q.shape, dtype=q.dtype, device=q.device),
         torch.empty((b, h, s_q), dtype=torch.float32, device=q.device),
     )
+    assert _addressable(out) is out, "running results are laid out as by no_result"
     _give_scratch_memory(q.device)
     at = blocks("forward", q)
     forward_kernel[(triton.cdiv(s_q, at.block_m) * b * h,)](
@@ -57,6 +58,7 @@ def backward(
     b, s_q, h, d = q.shape
     s_k, h_kv = k.shape[1], k.shape[2]
     dq, dk, dv = into
+    assert all(_addressable(x) is x for x in into), "gradients are laid out as by zeros_fp32"
     _give_scratch_memory(q.device)
     at = blocks("backward_dkdv", q)
     backward_dkdv_kernel[(triton.cdiv(s_k, at.block_n) * b * h_kv,)](
@@ -105,8 +107,7 @@ def rows_at_once(head_dim: int) -> int:
 
 def _addressable(x: Tensor) -> Tensor:
     """x, copied only if a descriptor cannot address it: last dim contiguous, all else in steps of 16 bytes."""
-    steps = [stride for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
-    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step * x.itemsize % 16 == 0 for step in steps):
+    if x.stride(-1) == 1 and all(n % 16 == 0 for n in (x.data_ptr(), *(x.itemsize * n for n in x.stride()[:3]))):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

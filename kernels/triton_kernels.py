@@ -50,6 +50,20 @@ def _stretches(start_ptr, stop_ptr, first, last, STEP: tl.constexpr):
 
 
 @triton.jit
+def _num_masked(left, full, right, end, STEP: tl.constexpr):
+    """Blocks of the two masked stretches."""
+    return tl.cdiv(full - left, STEP) + tl.cdiv(end - right, STEP)
+
+
+@triton.jit
+def _masked_block(i, left, full, right, end, STEP: tl.constexpr):
+    """Where block i of the masked stretches begins, left before right, and where its stretch ends."""
+    num_left = tl.cdiv(full - left, STEP)
+    is_left = i < num_left
+    return tl.where(is_left, left + i * STEP, right + (i - num_left) * STEP), tl.where(is_left, full, end)
+
+
+@triton.jit
 def _rows_of(
     ptr, strides, batch, head, num_rows,
     DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr = True,
@@ -199,13 +213,11 @@ def forward_kernel(
             acc, peak, total, q_block, k_rows, v_rows, at, end, row_start, row_stop, scale, softcap,
             False, SOFTCAP, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
         )  # fmt: skip
-    num_left = tl.cdiv(full - left, BLOCK_N)
-    for i in tl.range(0, num_left + tl.cdiv(end - right, BLOCK_N)):
-        is_left = i < num_left
-        at = tl.where(is_left, left + i * BLOCK_N, right + (i - num_left) * BLOCK_N)
+    for i in tl.range(0, _num_masked(left, full, right, end, BLOCK_N)):
+        at, stop = _masked_block(i, left, full, right, end, BLOCK_N)
         acc, peak, total = _forward_step(
-            acc, peak, total, q_block, k_rows, v_rows, at, tl.where(is_left, full, end), row_start, row_stop,
-            scale, softcap, True, SOFTCAP, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
+            acc, peak, total, q_block, k_rows, v_rows, at, stop, row_start, row_stop, scale, softcap,
+            True, SOFTCAP, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
         )  # fmt: skip
 
     seen = total > 0
@@ -288,15 +300,13 @@ def backward_dkdv_kernel(
     last = tl.minimum(first + BLOCK_N, s_k) - 1
     left, full, right, end = _stretches(columns, columns + s_k, first, last, BLOCK_M)
     # One loop over the blocks of all query heads of the group, so that the pipeline does not drain between heads.
-    num_left = tl.cdiv(full - left, BLOCK_M)
-    num_masked = num_left + tl.cdiv(end - right, BLOCK_M)
+    num_masked = _num_masked(left, full, right, end, BLOCK_M)
     for i in tl.range(0, group * num_masked):
-        head, i = kv_head * group + i // num_masked, i % num_masked
-        is_left = i < num_left
-        at = tl.where(is_left, left + i * BLOCK_M, right + (i - num_left) * BLOCK_M)
+        head = kv_head * group + i // num_masked
+        at, stop = _masked_block(i % num_masked, left, full, right, end, BLOCK_M)
         dk_block, dv_block = _dkdv_step(
             dk_block, dv_block, k_block, v_block, q_heads, dout_heads, lse, delta, lse_strides, batch, head, at,
-            tl.where(is_left, full, end), s_q, column_start, column_stop, scale, softcap,
+            stop, s_q, column_start, column_stop, scale, softcap,
             True, SOFTCAP, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS,
         )  # fmt: skip
     num_full = (right - full) // BLOCK_M
@@ -370,13 +380,11 @@ def backward_dq_kernel(
             dq_block, q_block, dout_block, lse_row, delta_row, k_rows, v_rows, at, end, row_start, row_stop,
             scale, softcap, False, SOFTCAP, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
         )  # fmt: skip
-    num_left = tl.cdiv(full - left, BLOCK_N)
-    for i in tl.range(0, num_left + tl.cdiv(end - right, BLOCK_N)):
-        is_left = i < num_left
-        at = tl.where(is_left, left + i * BLOCK_N, right + (i - num_left) * BLOCK_N)
+    for i in tl.range(0, _num_masked(left, full, right, end, BLOCK_N)):
+        at, stop = _masked_block(i, left, full, right, end, BLOCK_N)
         dq_block = _dq_step(
-            dq_block, q_block, dout_block, lse_row, delta_row, k_rows, v_rows, at, tl.where(is_left, full, end),
-            row_start, row_stop, scale, softcap, True, SOFTCAP, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
+            dq_block, q_block, dout_block, lse_row, delta_row, k_rows, v_rows, at, stop, row_start, row_stop,
+            scale, softcap, True, SOFTCAP, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
         )  # fmt: skip
 
     dq_rows = _rows_of(dq, dq_strides, batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D)

@@ -55,12 +55,13 @@ MASKS = {
 
 
 def fit(backend: str, dtype: torch.dtype, head_dim: int = 32, softcap: bool = False, bands: bool = False) -> None:
-    """Skip what the backend's own table says it cannot do here; another device lifts it."""
+    """Skip what the backend's own table says it cannot do here."""
     reason = BACKENDS[backend].unfit(Case(DEVICE, dtype, head_dim, softcap))
+    lifted = "a CUDA GPU lifts it" if reason == "runs on CUDA" else "nothing lifts it, the backend promises no more"
     if reason is None and bands and backend in ("flash", "cudnn"):
         reason = "no sliding window"
     if reason is not None:
-        pytest.skip(f"{backend}: {reason}")
+        pytest.skip(f"{backend}: {reason}; {lifted}")
 
 
 def inputs(dtype, num_queries, num_keys, *, heads=4, kv_heads=2, dim=32, batch=2) -> list[Tensor]:
@@ -98,7 +99,8 @@ def compare(backend: str, dtype: torch.dtype, mask_name: str, **options) -> None
     _, lse = attention_forward(q, k, v, mask, backend=backend, **options)
     exact_lse = exact_attention(q, k, v, visible, **options)[1]
     assert lse.dtype == torch.float32
-    # Ours sum probabilities in fp32; torch's operators round each to dtype before, which moves the sum's logarithm.
+    # Ours sum probabilities in fp32: an lse of up to 10 is rounded by 1e-6 at each of a handful of steps. torch's
+    # operators round each probability to dtype before, which moves the sum's logarithm.
     atol = 1e-5 if backend in ("triton", "reference") else torch.finfo(dtype).eps / 2
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=max(atol, 1e-5))
 
@@ -109,8 +111,8 @@ def compare(backend: str, dtype: torch.dtype, mask_name: str, **options) -> None
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_masks_and_heads(backend, mask_name, dtype, kv_heads):
     fit(backend, dtype, bands="window" in mask_name)
-    if kv_heads != 2 and dtype != torch.float32 and DEVICE == "cpu":
-        pytest.skip("interpreted kernels are slow: 16 bit with 2 kv heads only; a GPU runs all")
+    if backend == "triton" and kv_heads != 2 and dtype != torch.float32 and DEVICE == "cpu":
+        pytest.skip("interpreted kernels are slow: 16 bit with 2 kv heads only; a CUDA GPU lifts it")
     compare(backend, dtype, mask_name, kv_heads=kv_heads)
 
 
@@ -175,7 +177,7 @@ def test_strides_as_they_come(backend):
     for views in ([*fused.split(32, -1), dout], heads_first, shifted):
         got = results(lambda *x: attention(*x, mask, backend=backend), *views)
         for name in expected:
-            torch.testing.assert_close(got[name], expected[name], rtol=2e-3, atol=2e-3, msg=name)
+            assert torch.equal(got[name], expected[name]), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -208,7 +210,7 @@ def test_equal_runs_are_bit_equal(backend):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch_cpu", "flash", "cudnn"])
+@pytest.mark.parametrize("backend", ["triton", "torch_cpu"])
 def test_blocks_that_nobody_sees_are_not_visited(backend):
     """Keys outside every visited block may hold nan. The interpreter's blocks begin where a block's queries begin."""
     fit(backend, torch.float32)
