@@ -49,3 +49,22 @@ class SeqLayout:
     def positions(self, device: torch.device | str | None = None) -> torch.Tensor:
         """Positions in the context, int64 `[num_tokens]`."""
         return torch.cat([torch.arange(start, stop, device=device) for start, stop in self.runs])
+
+    def row_of(self, position: int) -> int:
+        """Index into the sequence dim of a position held here. Raises ValueError for one that is not."""
+        row = 0
+        for start, stop in self.runs:
+            if start <= position < stop:
+                return row + position - start
+            row += stop - start
+        raise ValueError(f"layout: position {position} is not in {self.runs}")
+
+    def part(self, start_row: int, stop_row: int) -> SeqLayout:
+        """The positions of a range of rows."""
+        runs, row = [], 0
+        for start, stop in self.runs:
+            first, last = max(start, start + start_row - row), min(stop, start + stop_row - row)
+            if first < last:
+                runs.append((first, last))
+            row += stop - start
+        return SeqLayout(tuple(runs), self.document_starts)

@@ -1,0 +1,123 @@
+"""A schedule as data: for each rank and step the tile it computes and the messages it sends, before anything moves.
+
+Words. A *place* is a point of the query x kv grid; `heads` ranks share it. A *block* is one place's rows of the queries
+(with what belongs to them) or of the keys (keys and values). A *row* of tiles is one owner's queries against all keys
+of the kv axis, a *column* one owner's keys. Place (i, j) is number j x query + i, and rank (place x heads + shard).
+
+A step, on every rank alike:
+
+    1. wait for the messages that are due, and merge the results among them, in the order listed;
+    2. post the step's sends and receives;
+    3. compute the step's tile, while they travel;
+    4. let go of the blocks that are not needed again.
+
+Both ends post a message at the same step and wait for it at the same step, and each channel has its messages in the
+same order at both: so no rank can wait for one that waits for it, and the memory of a message lives from its post to
+its wait. `schedules` makes plans, `execute` runs them, `cost` plays them; no torch is needed to think about one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from .visible import Rows
+
+Pass = Literal["forward", "backward"]
+Side = Literal["queries", "keys"]
+Flow = Literal["queries", "keys", "query_results", "key_results", "to_heads", "from_heads"]
+"""What a message carries.
+
+| flow | forward | backward |
+|---|---|---|
+| `queries` | Q | Q, dO, lse, delta |
+| `keys` | K, V | K, V |
+| `query_results` | partial out, lse | partial dQ |
+| `key_results` | | partial dK, dV |
+| `to_heads`: tokens for heads | Q, K, V | dO |
+| `from_heads`: heads for tokens | out | dQ, dK, dV |
+"""
+Channel = tuple[Flow, Literal["up", "down"]]
+"""One direction of a flow, to a higher or a lower rank: over one gloo connection, traffic both ways would halve."""
+
+
+class Message(NamedTuple):
+    """Rows of one owner's block, or results for them, from one rank to another."""
+
+    flow: Flow
+    owner: int
+    """Place whose rows they are; for the flows of heads, the rank."""
+    rows: Rows
+    source: int
+    target: int
+    posted: int
+    """Step at whose start both ends post it."""
+    due: int
+    """Step at whose start both ends wait for it: the target to have it, the source to have its memory back."""
+
+    @property
+    def channel(self) -> Channel:
+        """Where it travels."""
+        return self.flow, "up" if self.target > self.source else "down"
+
+
+class Tile(NamedTuple):
+    """Rows of one place's queries against rows of one place's keys."""
+
+    query_owner: int
+    query_rows: Rows
+    key_owner: int
+    key_rows: Rows
+
+
+class Block(NamedTuple):
+    """A block that travels to a rank, or what a rank computes for one that is not its own."""
+
+    side: Side
+    owner: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a rank does between one wait and the next."""
+
+    due: tuple[Message, ...]
+    gone: tuple[Message, ...]
+    """Sends of earlier steps that are due."""
+    sends: tuple[Message, ...]
+    receives: tuple[Message, ...]
+    tile: Tile | None
+    done: tuple[Block, ...]
+    """Blocks of others that are held no longer after this step."""
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """One rank's part of a pass."""
+
+    rank: int
+    place: int
+    steps: tuple[Step, ...]
+    results: dict[Block, Rows]
+    """Rows of others' blocks for which this rank computes partial results, and sends them on."""
+
+    def messages(self, flow: Flow) -> tuple[list[Message], list[Message]]:
+        """Those of one flow that it sends, and that it receives."""
+        sends = [message for step in self.steps for message in step.sends if message.flow == flow]
+        return sends, [message for step in self.steps for message in step.receives if message.flow == flow]
+
+    @property
+    def channels(self) -> set[Channel]:
+        """Those that this rank sends or receives on."""
+        return {message.channel for step in self.steps for message in (*step.sends, *step.receives)}
+
+    def peak_blocks(self, side: Side) -> int:
+        """Most blocks of others that this rank holds, or is receiving, at a time."""
+        held: set[Block] = set()
+        peak = 0
+        for step in self.steps:
+            held |= {Block(side, message.owner) for message in step.receives if message.flow == side}
+            peak = max(peak, len(held))
+            held -= set(step.done)
+        assert not held, f"rank {self.rank} never lets go of {held}"
+        return peak
