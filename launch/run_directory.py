@@ -16,7 +16,8 @@ from typing import Any
 
 from .config import Recipe, apply_overrides, from_tree
 
-# Run and data may be moved (a checkpoint knows its data by hash); every other key decides what the run computes.
+# Run and data may be moved (a checkpoint knows its data by hash), and attention divided in another way; every other key
+# decides what the run computes.
 _FREE_KEYS = (
     "run_directory",
     "data.directory",
@@ -24,6 +25,7 @@ _FREE_KEYS = (
     "loader.workers",
     "loader.prefetch_batches",
     "loader.cache_",
+    "parallel.cp.",
     "train.ranks_per_node",
     "train.checkpoint_every_steps",
 )

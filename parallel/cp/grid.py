@@ -126,25 +126,30 @@ NAMED = {
 """Members that a number of ranks alone determines."""
 
 
-def grids(size: int) -> Iterator[CpGrid]:
-    """Every division of `size` ranks with every route and order that differ in it."""
+def divisions(size: int) -> Iterator[CpGrid]:
+    """Every way to write `size` as heads x query x kv."""
     for heads in _divisors(size):
         for query in _divisors(size // heads):
-            base = CpGrid(heads, query, size // heads // query)
-            yield from _moves(base)
+            yield CpGrid(heads, query, size // heads // query)
 
 
-def _moves(base: CpGrid) -> Iterator[CpGrid]:
-    orders = get_args(Order) if base.query > 1 and base.kv > 1 else ("rows",)
+def moves(base: CpGrid) -> Iterator[CpGrid]:
+    """The division of `base` with every route, order and depth that differ in it."""
+    orders = get_args(Order) if base.query > 1 and base.kv > 1 else (base.order,)
     for query_route in _routes(base.query, base.query_route):
         for kv_route in _routes(base.kv, base.kv_route):
-            moved = replace(base, query_route=query_route, kv_route=kv_route)
             depths = {1}
             if "direct" in (query_route, kv_route) and base.places > 2:
-                depths = {1, 2, max(base.query, base.kv) - 1}
+                depths |= {2, max(base.query, base.kv) - 1}
             for order in orders:
-                for in_flight in sorted(depths):
-                    yield replace(moved, order=order, in_flight=in_flight)
+                for in_flight in sorted(depths - {0}):
+                    yield replace(base, query_route=query_route, kv_route=kv_route, order=order, in_flight=in_flight)
+
+
+def grids(size: int) -> Iterator[CpGrid]:
+    """The whole family over `size` ranks."""
+    for base in divisions(size):
+        yield from moves(base)
 
 
 def _routes(size: int, unused: Route) -> tuple[Route, ...]:

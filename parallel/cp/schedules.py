@@ -67,7 +67,8 @@ class Schedule:
     def __init__(self, grid: CpGrid, layouts: Sequence[SeqLayout], sight: Sight, direction: Pass) -> None:
         if len(layouts) != grid.size:
             raise ValueError(f"schedule: {grid} is for {grid.size} ranks, and there are {len(layouts)} layouts")
-        self.grid, self.direction = grid, direction
+        self.grid: CpGrid = grid
+        self.direction: Pass = direction
         self.rank_layouts = layouts
         self.layouts = [  # by place
             joined(layouts[place * grid.heads :][: grid.heads]) for place in range(grid.places)

@@ -1,0 +1,110 @@
+"""Which member of the family to take: those that fit are played on the topology, and the cheapest is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from .cost import Price, Speed, Work, play
+from .grid import CpGrid, divisions, moves
+from .layout import zigzag
+from .schedules import Schedule
+from .topology import Topology
+from .visible import Sight
+
+CLOSE = 1.01
+"""Prices within 1% are one: of such the member that holds the least memory is taken."""
+LARGE = 16
+"""Beyond so many ranks only the 6 divisions that move the fewest bytes are priced: a long ring has a million messages.
+Beyond 4 times as many, by their simplest moves alone."""
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A grid, and what one layer's attention costs on it."""
+
+    grid: CpGrid
+    forward: Price
+    backward: Price
+
+    @property
+    def seconds(self) -> float:
+        """Of a forward and a backward."""
+        return self.forward.seconds + self.backward.seconds
+
+    @property
+    def exposed_s(self) -> float:
+        """Communication that no computation hides, in both."""
+        return self.forward.exposed_s + self.backward.exposed_s
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most that a rank holds of others'."""
+        return max(self.forward.peak_bytes, self.backward.peak_bytes)
+
+
+def price(
+    grid: CpGrid, num_tokens: int, work: Work, topology: Topology, speed: Speed, sight: Sight | None = None
+) -> Priced:
+    """One layer over a sequence of `num_tokens` in zigzag layout, one document."""
+    sight = sight or Sight()
+    layouts = [zigzag(num_tokens, rank, grid.size) for rank in range(grid.size)]
+    forward = play(Schedule(grid, layouts, sight, "forward"), sight, topology, work, speed)
+    return Priced(grid, forward, play(Schedule(grid, layouts, sight, "backward"), sight, topology, work, speed))
+
+
+def choose(
+    size: int, num_tokens: int, work: Work, topology: Topology, speed: Speed, sight: Sight | None = None
+) -> list[Priced]:
+    """The best grid of every division of `size` ranks that fits the heads, best first.
+
+    First every division is priced with its simplest moves; then all moves and orders of the best three. Raises
+    ValueError for a topology that does not reach so far.
+    """
+    if not topology.fits(size):
+        raise ValueError(
+            f"topology {topology.name!r} has {topology.ranks_per_node} ranks and says nothing of more: context "
+            f"parallelism over {size} needs one that does"
+        )
+
+    def priced(candidates: Iterable[CpGrid]) -> Iterator[Priced]:
+        for grid in candidates:
+            yield price(grid, num_tokens, work, topology, speed, sight)
+
+    fit = [base for base in divisions(size) if base.unfit(work.num_heads, work.num_kv_heads) is None]
+    if size > LARGE:
+        fit = sorted(fit, key=lambda base: _moved(base, work))[:6]
+    simple = (
+        replace(base, query_route=routes[0], kv_route=routes[1])
+        for base in fit
+        for routes in {("direct", "direct"), ("round_and_home", "round"), ("both_ways", "both_ways")}
+    )
+    found = _best_of_each(priced(simple))
+    for first in found[:3] if size <= 4 * LARGE else ():
+        base = CpGrid(first.grid.heads, first.grid.query, first.grid.kv)
+        found = _best_of_each([*found, *priced(moves(base))])
+    return found
+
+
+def _best_of_each(candidates: Iterable[Priced]) -> list[Priced]:
+    """The best of each division, best first."""
+    by_division: dict[tuple[int, int, int], list[Priced]] = {}
+    for candidate in candidates:
+        grid = candidate.grid
+        by_division.setdefault((grid.heads, grid.query, grid.kv), []).append(candidate)
+    best = [_least_memory_of_close(found) for found in by_division.values()]
+    first = _least_memory_of_close(best)
+    return [first, *sorted((x for x in best if x is not first), key=lambda x: x.seconds)]
+
+
+def _least_memory_of_close(candidates: list[Priced]) -> Priced:
+    fastest = min(candidate.seconds for candidate in candidates)
+    close = [candidate for candidate in candidates if candidate.seconds <= CLOSE * fastest]
+    return min(close, key=lambda candidate: (candidate.peak_bytes, candidate.seconds, str(candidate.grid)))
+
+
+def _moved(grid: CpGrid, work: Work) -> float:
+    """Numbers that a rank moves in forward and backward for each of its tokens, in units of its queries."""
+    g = work.num_heads / work.num_kv_heads
+    of_heads = 2 * (2 + 2 / g) * (grid.heads - 1) / grid.heads
+    return of_heads + 5 * (grid.query - 1) + 8 / g * (grid.kv - 1)
