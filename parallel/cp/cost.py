@@ -71,6 +71,10 @@ class Speed:
         return self.tile_s + work.batch * pairs * flops * work.head_dim * (work.num_heads // grid.heads) / rate
 
 
+ASSUMED = Speed(forward_flops=500e12, backward_flops=350e12, tile_s=10e-6)
+"""Of an H100 in bf16 where nothing was measured: round numbers below those of FlashAttention-3 (arXiv 2407.08608)."""
+
+
 class Event(NamedTuple):
     """Something a rank does in a played plan, or did in a run."""
 
