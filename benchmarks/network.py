@@ -1,6 +1,6 @@
 """What gloo gets out of the network of benchmarks/namespaces.py, and whether its links keep to their rate.
 
-    python benchmarks/network.py --json rows.json       # about two minutes; needs root and iproute2
+    python benchmarks/network.py --json rows.json       # 2 to 3 minutes; needs root and iproute2
     python benchmarks/network.py --quick                # 4 hosts, one rate, half a minute
 
 Messages of 2 MB between neighbours and, in a ring, between opposite hosts; one way, two ways by one process group or by
@@ -207,7 +207,7 @@ def main() -> int:
     with console.status("measuring") as status:
         for row in measure(options.quick):
             rows.append(row)
-            table.add_row(*map(str, row.values()))
+            table.add_row(*(f"{x:.3f}" if name in ("share", "counted") else str(x) for name, x in row.items()))
             status.update(" ".join(map(str, row.values())))
     console.print(table)
     if options.json:
