@@ -7,7 +7,8 @@ Messages of 2 MB between neighbours and, in a ring, between opposite hosts; one 
 one for each direction, and on all links at once. A time is the median of repeats, each that of its slowest host;
 "share" is the rate of data over what a link's rate leaves to it beside headers; "counted" is what the links counted
 over what the messages are with their headers. Both are 1 where all is well. Last, rates are raised until all links at
-once no longer reach a share of 0.95.
+once no longer reach a share of 0.95: of a machine that others use, a lower bound. Two shared cores gave
+benchmarks/results/network_2_cores_2026-11-21.json.
 
 gloo sends a message when its receiver has said that it waits. Where sends are posted first, that word comes late: over
 one group it queues behind the data that goes the same way.
