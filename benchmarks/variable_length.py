@@ -70,7 +70,7 @@ def by_bucket(steps: list[dict]) -> dict[int, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer steps; about two minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="fewer steps; about a minute on two cores")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and figures here")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--max-tokens", type=int, default=4096)

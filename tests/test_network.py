@@ -93,8 +93,10 @@ def test_acknowledgements_go_first_and_data_does_not():
     with Network("mesh", 2, mbit_per_s=200) as network:
         send(network, 0, 1)
         forth, back = class_bytes(network, 0, 1), class_bytes(network, 1, 0)
+        sent = network.sent_bytes()
     assert forth["1:20"] > NUM_BYTES > 100 * forth["1:10"]
     assert back["1:10"] > back["1:20"] > 0  # besides, the handshake's
+    assert sent["0", "1"] >= forth["1:10"] + forth["1:20"] and sent["1", "0"] >= back["1:10"] + back["1:20"]
 
 
 @needs_root
@@ -159,7 +161,7 @@ def test_nothing_stays_behind(failure):
             work()
         assert namespaces_of(network.prefix) == []
         assert len(namespaces_of(other.prefix)) == 3
-        assert all(process.poll() is not None for process in network.processes)
+        assert all(process.returncode is not None for process in network.processes)
         assert len(orphans) == 1
         deadline = time.monotonic() + 10  # killed, but its new parent may take a moment to see it
         while Path(f"/proc/{orphans[0]}/ns/net").exists() and time.monotonic() < deadline:
