@@ -1,8 +1,8 @@
 """What a plan costs on a topology: all its ranks are played, step by step.
 
 A rank begins a step when its tile of the step before is computed and the messages due have come. A message begins when
-both its ends have posted it and its links have carried what was posted at earlier steps; messages of one step that
-share a link share it evenly. That is how gloo and NCCL behave when every channel is a stream of its own, as far as a
+both its ends have posted it and its links have carried what was posted before; messages posted together that share a
+link share it evenly. That is how gloo and NCCL behave when every channel is a stream of its own, as far as a
 model of a few lines can say it: `benchmarks/cp_network.py` sets it beside measured times.
 """
 
@@ -115,10 +115,14 @@ def play(schedule: Schedule, sight: Sight, topology: Topology, work: Work, speed
     events: list[Event] = []
     for number in range(max(len(plan.steps) for plan in plans)):
         steps = [(plan.rank, plan.steps[number]) for plan in plans if number < len(plan.steps)]
-        for rank, step in steps:
-            ready[rank] = max([ready[rank], *(arrival[message] for message in (*step.due, *step.gone))])
-        posted = {message: max(ready[message.source], ready[message.target]) for _, s in steps for message in s.sends}
-        arrival |= _carry(posted, path, partial(work.bytes_of, grid=grid, direction=direction), free, carried, events)
+        for half in (0, 1):
+            exchanges = [(rank, step.exchanges()[half]) for rank, step in steps]
+            for rank, exchange in exchanges:
+                ready[rank] = max([ready[rank], *(arrival[message] for message in (*exchange.due, *exchange.gone))])
+            posted = {m: max(ready[m.source], ready[m.target]) for _, exchange in exchanges for m in exchange.sends}
+            arrival |= _carry(
+                posted, path, partial(work.bytes_of, grid=grid, direction=direction), free, carried, events
+            )
         for rank, step in steps:
             if step.tile is None:
                 continue
