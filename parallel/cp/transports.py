@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+import logging
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Thread
 from typing import Protocol, TypeVar
 
 import torch.distributed as dist
@@ -13,6 +19,7 @@ from torch import Tensor
 from .grid import CpGrid
 from .plan import Channel, Flow, Message
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 Contents = Mapping[Message, list[Tensor]]
 
@@ -38,11 +45,53 @@ class CpGroup:
     channels: Mapping[Channel, dist.ProcessGroup]
     """One process group each: its own NCCL communicator and stream, or its own gloo connections."""
     timeout_s: float
+    watch: Watch | None = None
+    """On CUDA, where the device waits and the host does not."""
 
     @property
     def size(self) -> int:
         """Number of its members."""
         return len(self.global_ranks)
+
+    def explain(self, message: Message) -> str:
+        """What it means that a message of this rank is overdue."""
+        if message.source == self.rank:
+            peer, doing = message.target, "send {} to"
+        else:
+            peer, doing = message.source, "receive {} from"
+        return (
+            f"context parallelism: rank {self.rank} of {self.size} could not "
+            f"{doing.format(f'{message.flow} of place {message.owner}')} rank {peer} (posted at step {message.posted}, "
+            f"due at step {message.due}) within parallel.cp.timeout_s = {self.timeout_s:g}: rank {peer} is dead "
+            f"or late; in the whole run it is rank {self.global_ranks[peer]}, see its log"
+        )
+
+
+class Watch(Thread):
+    """Looks after messages that only the device waits for, and ends the process when one is overdue.
+
+    An exception would not do: the host may be waiting for the device, which waits for a dead rank.
+    """
+
+    def __init__(self, timeout_s: float, end: Callable[[int], None] = os._exit) -> None:
+        super().__init__(daemon=True, name="context-parallel watch")
+        self.timeout_s, self.end = timeout_s, end
+        self.expected: deque[tuple[float, Callable[[], bool], Callable[[], str]]] = deque()
+
+    def expect(self, is_done: Callable[[], bool], explain: Callable[[], str]) -> None:
+        """From now on `is_done` has timeout_s to become true."""
+        self.expected.append((time.monotonic() + self.timeout_s, is_done, explain))
+
+    def run(self) -> None:
+        """Look at the oldest now and then; what was posted after it cannot be more overdue."""
+        while True:
+            while self.expected and self.expected[0][1]():
+                self.expected.popleft()
+            if self.expected and time.monotonic() > self.expected[0][0]:
+                log.critical(self.expected[0][2]())
+                print(f"error: {self.expected[0][2]()}", file=sys.stderr, flush=True)
+                return self.end(2)
+            time.sleep(min(1.0, self.timeout_s / 10))
 
 
 def open_group(global_ranks: Sequence[int], grids: Iterable[CpGrid], *, timeout_s: float = 600.0) -> CpGroup:
@@ -57,11 +106,18 @@ def open_group(global_ranks: Sequence[int], grids: Iterable[CpGrid], *, timeout_
         for direction in ("up", "down"):
             # Only members take part in making a group: at 1,024 ranks each makes a few, not thousands.
             group = dist.new_group(
-                list(global_ranks), timeout=timedelta(seconds=timeout_s), use_local_synchronization=True
+                list(global_ranks),
+                timeout=timedelta(seconds=timeout_s + 60),  # ours ends first, and can name the message
+                use_local_synchronization=True,
+                group_desc=f"{flow} {direction}",
             )
             assert isinstance(group, dist.ProcessGroup)
             channels[flow, direction] = group
-    return CpGroup(list(global_ranks).index(dist.get_rank()), tuple(global_ranks), channels, timeout_s)
+    watch = None
+    if any(dist.get_backend(group) == "nccl" for group in channels.values()):
+        watch = Watch(timeout_s)
+        watch.start()
+    return CpGroup(list(global_ranks).index(dist.get_rank()), tuple(global_ranks), channels, timeout_s, watch)
 
 
 class Distributed:
@@ -100,23 +156,20 @@ class Distributed:
             return stop.value
 
     def _wait(self, message: Message) -> None:
+        works = self.works.pop(message)
+        if self.group.watch is not None:
+            # The device waits; a time limit here would make the host wait too.
+            for work in works:
+                work.wait()
+            self.group.watch.expect(
+                lambda: all(work.is_completed() for work in works), lambda: self.group.explain(message)
+            )
+            return
         try:
-            for work in self.works.pop(message):
+            for work in works:
                 work.wait(timedelta(seconds=self.group.timeout_s))
         except RuntimeError as error:
-            raise PeerError(self._explain(message)) from error
-
-    def _explain(self, message: Message) -> str:
-        if message.source == self.group.rank:
-            peer, doing = message.target, "send {} to"
-        else:
-            peer, doing = message.source, "receive {} from"
-        return (
-            f"context parallelism: rank {self.group.rank} of {self.group.size} could not "
-            f"{doing.format(f'{message.flow} of place {message.owner}')} rank {peer} (posted at step {message.posted}, "
-            f"due at step {message.due}) within parallel.cp.timeout_s = {self.group.timeout_s:g}: rank {peer} is dead "
-            f"or late; in the whole run it is rank {self.group.global_ranks[peer]}, see its log"
-        )
+            raise PeerError(self.group.explain(message)) from error
 
 
 class InProcess:
