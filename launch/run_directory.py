@@ -40,6 +40,7 @@ class RunDirectory:
         self.starts_file = self.path / "starts.jsonl"
         self.metrics_file = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.schedules_file = self.path / "schedules.json"
         self.checkpoints = self.path / "checkpoints"
         self.evaluation_file = self.path / "evaluation.json"
         self.picture_file = self.path / "loss.png"

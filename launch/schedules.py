@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -18,6 +20,7 @@ from ..parallel.cp.topology import PRESETS, Topology
 from ..parallel.cp.visible import Sight
 from ..parallel.mesh import Mesh
 from .config import Recipe
+from .run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 
@@ -94,31 +97,53 @@ def agree(recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: Console |
     """The grid of every kind of layers, the same on all ranks. Collective.
 
     Where the recipe leaves one to the cost model, rank 0 prices the family on the topology, measured or named, and
-    tells the others.
+    tells the others. The run's directory keeps what was taken: a run that goes on, on as many ranks, goes on alike.
     """
     wanted = kinds(recipe, lengths)
-    sizes = {kind: recipe.parallel.context_parallel(kind.sequence_tokens) for kind in wanted}
-    named = {kind: recipe.parallel.cp.named_grid(size) for kind, size in sizes.items()}
-    if all(grid is not None for grid in named.values()):
-        return {kind: grid for kind, grid in named.items() if grid is not None}
-    if recipe.parallel.cp.topology == "probe":
-        topology, speed = PRESETS["nvswitch"](mesh.world_size), ASSUMED
-    else:
-        topology, speed = PRESETS[recipe.parallel.cp.topology](mesh.world_size), ASSUMED
-    taken: list[dict[Kind, CpGrid] | None] = [None]
-    if mesh.rank == 0:
-        picks = pick(recipe, lengths, topology, speed)
-        taken = [{found.kind: found.grid for found in picks}]
-        for found in picks:
-            prices = "; ".join(
-                f"{x.grid}: {x.seconds * 1e3:.3g} ms, {x.exposed_s * 1e3:.3g} exposed" for x in found.priced
-            )
-            log.info("attention of %s over %d ranks: %s", found.kind, found.grid.size, prices)
-        if console is not None:
-            console.print(picks_table(picks, topology))
+    named = {
+        kind: recipe.parallel.cp.named_grid(recipe.parallel.context_parallel(kind.sequence_tokens)) for kind in wanted
+    }
+    left = [kind for kind, grid in named.items() if grid is None]
+    taken: list[dict[Kind, CpGrid]] = [{}]
+    file = RunDirectory(recipe.run_directory).schedules_file
+    if left and mesh.rank == 0:
+        taken = [_kept(file, mesh.world_size)]
     dist.broadcast_object_list(taken)
-    assert taken[0] is not None
-    return taken[0]
+    if any(kind not in taken[0] for kind in left):
+        if recipe.parallel.cp.topology == "probe":
+            topology, speed = PRESETS["nvswitch"](mesh.world_size), ASSUMED
+        else:
+            topology, speed = PRESETS[recipe.parallel.cp.topology](mesh.world_size), ASSUMED
+        if mesh.rank == 0:
+            picks = pick(recipe, lengths, topology, speed)
+            taken = [{found.kind: found.grid for found in picks} | taken[0]]
+            for found in picks:
+                prices = "; ".join(
+                    f"{x.grid}: {x.seconds * 1e3:.3g} ms, {x.exposed_s * 1e3:.3g} exposed" for x in found.priced
+                )
+                log.info("attention of %s over %d ranks: %s", found.kind, found.grid.size, prices)
+            if console is not None:
+                console.print(picks_table(picks, topology))
+            _keep(file, mesh.world_size, taken[0])
+        dist.broadcast_object_list(taken)
+    return {kind: grid or taken[0][kind] for kind, grid in named.items()}
+
+
+def _kept(file: Path, world_size: int) -> dict[Kind, CpGrid]:
+    """What an earlier start of the run on as many ranks has taken."""
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    return {
+        Kind(entry["sequence_tokens"], entry["window"]): CpGrid.parse(entry["grid"])
+        for entry in kept.get(str(world_size), [])
+    }
+
+
+def _keep(file: Path, world_size: int, grids: dict[Kind, CpGrid]) -> None:
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    kept[str(world_size)] = [{**kind._asdict(), "grid": str(grid)} for kind, grid in grids.items()]
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(kept, indent=2) + "\n")
+    partial.rename(file)
 
 
 def picks_table(picks: Sequence[Pick], topology: Topology) -> Table:
