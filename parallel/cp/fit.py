@@ -59,6 +59,7 @@ def patterns(size: int, width: int = 1) -> list[Pattern]:
         "half to half": [(place, place + half) for place in range(half)],
         "everybody": [(place, place + far) for place in range(size) for far in distances],
         "one pair": [(0, half)],
+        "two neighbours, both ways": [(0, 1), (1, 0)],
     }
     found: dict[tuple[tuple[int, int], ...], str] = {}
     for name, pairs in shifts.items():
