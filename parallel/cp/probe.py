@@ -9,11 +9,10 @@ ranks take hardly longer, as the number of patterns does not grow with them.
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from statistics import median
 
 import torch
@@ -125,9 +124,12 @@ class _Links:
 
     def __init__(self, members: Sequence[int], group: dist.ProcessGroup | None, device: torch.device) -> None:
         self.rank, self.size, self.group, self.device = dist.get_rank(group), len(members), group, device
-        self.ways = [dist.new_group(list(members), use_local_synchronization=True) for _ in ("up", "down")]
-        for way in self.ways:
-            dist.all_reduce(torch.zeros(1, device=device), group=way)  # makes NCCL's communicators
+        self.ways: list[dist.ProcessGroup] = []
+        for _ in ("up", "down"):
+            way = dist.new_group(list(members), use_local_synchronization=True)
+            assert isinstance(way, dist.ProcessGroup)
+            dist.all_reduce(torch.zeros(1, device=device), group=way)  # makes NCCL's communicator
+            self.ways.append(way)
 
     def close(self) -> None:
         """Give the process groups back."""

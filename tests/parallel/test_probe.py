@@ -6,6 +6,7 @@ import math
 import os
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def wires(fabric: Fabric, size: int, source: int, target: int) -> list[object]:
         ways = [[(source + way * hop) % size for hop in range(size)] for way in (1, -1)]
         ways = [way[: way.index(target) + 1] for way in ways]
         short = min(ways, key=len)
-        passed = list(zip(short, short[1:], strict=False))
+        passed = list(pairwise(short))
     else:
         ends = fabric.ends_per_port
         if source // ends == target // ends:
