@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -258,7 +259,7 @@ def test_a_price_is_no_less_than_compute_or_the_busiest_link(data, work, size, f
     found = price(grid, data.draw(st.integers(2 * size, 4000)), work, topology, SPEED)
     for one in (found.forward, found.backward):
         assert one.seconds >= one.compute_s > 0
-        rates = {link: topology.inside.bytes_per_s for link in one.bytes_by_link}
+        rates = dict.fromkeys(one.bytes_by_link, topology.inside.bytes_per_s)
         if topology.across is not None:
             rates |= {link: topology.across.bytes_per_s for link in rates if link[0] == "across"}
         for link, carried in one.bytes_by_link.items():
@@ -298,7 +299,7 @@ def test_the_best_fits_and_is_no_dearer_than_any_that_is_named(work, size, num_t
     shapes = [(x.grid.heads, x.grid.query, x.grid.kv) for x in found]
     wanted = [x for x in divisions(size) if x.unfit(work.num_heads, work.num_kv_heads) is None]
     assert sorted(shapes) == sorted((x.heads, x.query, x.kv) for x in wanted), "one of every division that fits"
-    assert all(a.seconds <= b.seconds for a, b in zip(found[1:], found[2:], strict=False))
+    assert all(a.seconds <= b.seconds for a, b in pairwise(found[1:]))
     named = [make(size) for make in NAMED.values()] + ([CpGrid.hybrid(2, size // 2)] if size % 2 == 0 else [])
     for grid in named:
         assert grid.size == size
