@@ -78,6 +78,18 @@ def _evaluate(options: argparse.Namespace) -> int:
     return start_ranks("longring.launch.evaluate", [str(run.path), *options.overrides], world_size)
 
 
+def _topology(options: argparse.Namespace) -> int:
+    configured = load_recipe(options.target, options.overrides).train.ranks_per_node if options.target else 0
+    from .ranks import local_ranks, start_ranks
+
+    count = options.ranks or local_ranks(configured)
+    if count < 2:
+        raise ValueError("one rank alone has no links to measure: longring topology --ranks 2, or more")
+    recipe = [options.target, *options.overrides] if options.target else []
+    file = ["--json", options.json] if options.json else []
+    return start_ranks("longring.launch.topology", [*recipe, *file], count)
+
+
 def _inspect(options: argparse.Namespace) -> int:
     from ..data.config import CurriculumConfig, LoaderConfig
     from ..data.cost import PAPER_1B
@@ -150,7 +162,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
 
     def stage(name, function, target, summary, example):
         sub = stages.add_parser(name, help=summary, description=summary, epilog=f"example: longring {name} {example}")
-        sub.add_argument("target", metavar=target)
+        optional = target.startswith("[")
+        sub.add_argument("target", metavar=target.strip("[]"), nargs="?" if optional else None)
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
         sub.set_defaults(stage=function)
         return sub
@@ -196,6 +209,16 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
         "every shard's hash",
         "runs/demo-data curriculum.odds=grow_p2 curriculum.cycles=8",
     )
+    topology = stage(
+        "topology",
+        _topology,
+        "[RECIPE]",
+        "what joins the ranks of this machine and how fast they compute attention, measured in seconds; of a cluster: "
+        "srun --ntasks-per-node 1 torchrun ... -m longring.launch.topology (slurm/README.md)",
+        f"{demo} --ranks 4",
+    )
+    topology.add_argument("--ranks", type=int, metavar="N", help="processes to start (default: train.ranks_per_node)")
+    topology.add_argument("--json", metavar="FILE", help="write what was found here")
     return parser, stages.choices
 
 

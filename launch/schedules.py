@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from rich import box
 from rich.console import Console
@@ -16,6 +17,7 @@ from rich.table import Table
 from ..parallel.cp.choose import Priced, Question, choose
 from ..parallel.cp.cost import ASSUMED, Speed, Work
 from ..parallel.cp.grid import CpGrid
+from ..parallel.cp.probe import probe
 from ..parallel.cp.topology import PRESETS, Topology
 from ..parallel.cp.visible import Sight
 from ..parallel.mesh import Mesh
@@ -110,10 +112,9 @@ def agree(recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: Console |
         taken = [_kept(file, mesh.world_size)]
     dist.broadcast_object_list(taken)
     if any(kind not in taken[0] for kind in left):
-        if recipe.parallel.cp.topology == "probe":
-            topology, speed = PRESETS["nvswitch"](mesh.world_size), ASSUMED
-        else:
-            topology, speed = PRESETS[recipe.parallel.cp.topology](mesh.world_size), ASSUMED
+        topology, speed = (
+            _measured(recipe, mesh) if recipe.parallel.cp.topology == "probe" else preset(recipe, mesh.world_size)
+        )
         if mesh.rank == 0:
             picks = pick(recipe, lengths, topology, speed)
             taken = [{found.kind: found.grid for found in picks} | taken[0]]
@@ -127,6 +128,26 @@ def agree(recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: Console |
             _keep(file, mesh.world_size, taken[0])
         dist.broadcast_object_list(taken)
     return {kind: grid or taken[0][kind] for kind, grid in named.items()}
+
+
+def preset(recipe: Recipe, world_size: int) -> tuple[Topology, Speed]:
+    """The topology that the recipe names, and a GPU's assumed speed."""
+    return PRESETS[recipe.parallel.cp.topology](world_size), ASSUMED
+
+
+def _measured(recipe: Recipe, mesh: Mesh) -> tuple[Topology, Speed]:
+    shape = work(recipe)
+    found = probe(
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
+        getattr(torch, recipe.train.dtype),
+        mesh.device,
+        group=mesh.data_group,
+        backend=recipe.train.attention_backend,
+    )
+    log.info("topology: %s", found.to_json())
+    return found.topology, found.speed
 
 
 def _kept(file: Path, world_size: int) -> dict[Kind, CpGrid]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from .cost import Price, Speed, Work, play
@@ -86,22 +85,23 @@ def choose(size: int, question: Question) -> list[Priced]:
         for base in fit
         for routes in {("direct", "direct"), ("round_and_home", "round"), ("both_ways", "both_ways")}
     )
-    found = _best_of_each(map(question.price, simple))
-    for first in found[:3] if size <= 4 * LARGE else ():
+    candidates = [question.price(grid) for grid in simple]
+    for first in _best_of_each(candidates)[:3] if size <= 4 * LARGE else ():
         base = CpGrid(first.grid.heads, first.grid.query, first.grid.kv)
-        found = _best_of_each([*found, *map(question.price, moves(base))])
-    return found
+        candidates += map(question.price, moves(base))
+    return _best_of_each(candidates)
 
 
-def _best_of_each(candidates: Iterable[Priced]) -> list[Priced]:
-    """The best of each division, best first."""
+def _best_of_each(candidates: list[Priced]) -> list[Priced]:
+    """The best of each division, best first: of all those close to the fastest of all, that with the least memory."""
     by_division: dict[tuple[int, int, int], list[Priced]] = {}
     for candidate in candidates:
         grid = candidate.grid
         by_division.setdefault((grid.heads, grid.query, grid.kv), []).append(candidate)
-    best = [_least_memory_of_close(found) for found in by_division.values()]
-    first = _least_memory_of_close(best)
-    return [first, *sorted((x for x in best if x is not first), key=lambda x: x.seconds)]
+    first = _least_memory_of_close(candidates)
+    del by_division[first.grid.heads, first.grid.query, first.grid.kv]
+    others = (_least_memory_of_close(found) for found in by_division.values())
+    return [first, *sorted(others, key=lambda x: x.seconds)]
 
 
 def _least_memory_of_close(candidates: list[Priced]) -> Priced:

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 from .grid import CpGrid
-from .plan import Message, Pass, RankPlan, Tile
+from .plan import Block, Message, Pass, RankPlan, Tile
 from .schedules import Schedule
 from .topology import Path, Topology
 from .visible import Sight, num_pairs
+
+BLOCKS = ("queries", "keys")
+RESULTS = ("query_results", "key_results")
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Price:
     """Of the rank that computes longest."""
     bytes_by_link: dict[Hashable, int]
     peak_bytes: int
-    """Most that a rank holds of others' blocks and results, in transit or waiting."""
+    """Most that a rank holds at a time of others' blocks, and of results that it sums up for them or that travel."""
     events: list[Event] = field(repr=False, default_factory=list)
 
     @property
@@ -169,29 +173,45 @@ def _carry(
 
 
 def _peak_bytes(plan: RankPlan, work: Work, grid: CpGrid, direction: Pass) -> int:
-    """A block is held from its post to its last use, a result from its post to its merge."""
+    """Of blocks from their post to their last use, or until those they are passed on to have them; of partial results
+    from their first tile, in fp32, to their post; and of results on their way from their post to their merge."""
     change = [0] * (len(plan.steps) + 1)
-    weight = {}
+    weight: dict[Block, int] = {}
+    begun: dict[Block, int] = {}
+    passed_on: dict[Block, int] = {}
     for number, step in enumerate(plan.steps):
+        for message in step.due:
+            if message.flow in RESULTS:
+                begun.setdefault(_block(message), number)
         for message in step.receives:
             size = work.bytes_of(message, grid, direction)
             change[number] += size
-            if message.flow in ("queries", "keys"):
-                weight[message.flow, message.owner] = size
+            if message.flow in BLOCKS:
+                weight[_block(message)] = size
             else:
                 change[message.due] -= size
         for message in step.sends:
-            if message.flow not in ("queries", "keys"):
-                size = work.bytes_of(message, grid, direction)
-                change[number] += size
-                change[message.due] -= size
+            if message.flow in BLOCKS:
+                passed_on[_block(message)] = message.due
+                continue
+            size = work.bytes_of(message, grid, direction)
+            change[number] += size
+            change[message.due] -= size
+            if message.flow in RESULTS:
+                size = replace(work, narrow_results=False).bytes_of(message, grid, direction)
+                change[begun[_block(message)]] += size
+                change[number] -= size
+        if step.tile is not None:
+            for block in (Block("queries", step.tile.query_owner), Block("keys", step.tile.key_owner)):
+                begun.setdefault(block, number)
         for block in step.done:
-            change[number + 1] -= weight[block]
-    held = peak = 0
-    for step in change:
-        held += step
-        peak = max(peak, held)
-    return peak
+            change[max(number + 1, passed_on.get(block, 0))] -= weight[block]
+    return max(accumulate(change))
+
+
+def _block(message: Message) -> Block:
+    """The block that a message carries, or carries results for."""
+    return Block("queries" if message.flow in ("queries", "query_results") else "keys", message.owner)
 
 
 def _remembered(path: Callable[[int, int], Path]) -> Callable[[int, int], Path]:

@@ -135,7 +135,7 @@ def test_ranks_of_an_impossible_world_speak_once_a_node(capsys, recipe_file, mon
 
 
 def test_help_shows_an_example_for_every_stage(capsys):
-    for stage in ("prepare", "train", "evaluate", "inspect"):
+    for stage in ("prepare", "topology", "train", "evaluate", "inspect"):
         with pytest.raises(SystemExit):
             cli.main([stage, "--help"])
         assert f"example: longring {stage} " in " ".join(capsys.readouterr().out.split())

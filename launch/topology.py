@@ -1,0 +1,111 @@
+"""What joins the ranks and how fast they compute, as a table.
+
+    srun --ntasks-per-node 1 torchrun --nnodes $SLURM_NNODES --nproc-per-node 8 --rdzv-backend c10d \\
+        --rdzv-endpoint HOST:PORT -m longring.launch.topology [RECIPE] [--json FILE]
+
+on a cluster, or `longring topology [RECIPE]`, which starts the ranks of this machine itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..model.config import ModelConfig
+from ..parallel.cp.fit import Fit
+from ..parallel.cp.probe import Probe, probe
+from ..parallel.cp.topology import Fabric
+from .config import load_recipe
+from .ranks import as_rank
+
+TIMEOUT = timedelta(minutes=5)
+
+
+def show_topology(recipe_file: str | None, overrides: Sequence[str], json_file: Path | None, console: Console) -> None:
+    """Probe all ranks; rank 0 prints, and writes `json_file`. Collective. Without a recipe: heads of Llama-3-8B."""
+    heads, head_dim, dtype, tensor, backend = (32, 8), 128, torch.bfloat16, 1, "auto"
+    if recipe_file is not None:
+        recipe = load_recipe(recipe_file, overrides)
+        tensor = recipe.parallel.tensor
+        heads, head_dim = heads_of(recipe.model, tensor), recipe.model.head_dim
+        dtype, backend = getattr(torch, recipe.train.dtype), recipe.train.attention_backend
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    found = probe(*heads, head_dim, dtype, device, backend=backend)
+    if dist.get_rank() == 0:
+        tile = f"{heads[0]} query and {heads[1]} kv heads of {head_dim}, {str(dtype).removeprefix('torch.')}"
+        for table in tables(found, tile, device.type):
+            console.print(table)
+        if json_file is not None:
+            json_file.write_text(found.to_json(), encoding="utf-8")
+
+
+def heads_of(model: ModelConfig, tensor: int) -> tuple[int, int]:
+    """Query and kv heads of one tensor-parallel rank."""
+    return model.num_heads // tensor, model.num_kv_heads // tensor
+
+
+def tables(found: Probe, tile: str, device: str) -> list[Table]:
+    """What was found, and how well each kind of fabric explained the times."""
+    topology, speed = found.topology, found.speed
+    plain = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False, "title_justify": "left"}
+    summary = Table(title="Topology", show_header=False, **plain)
+    summary.add_row("nodes", f"{found.num_nodes:,}")
+    summary.add_row("ranks a node", f"{topology.ranks_per_node:,} on {device}")
+    for side, fabric in (("inside a node", topology.inside), ("across nodes", topology.across)):
+        if fabric is not None and (side == "across nodes" or topology.ranks_per_node > 1):
+            summary.add_row(side, _name(fabric))
+            summary.add_row("  a link and direction", f"{fabric.bytes_per_s / 1e9:.3g} GB/s")
+            summary.add_row("  latency", f"{1e6 * fabric.latency_s:.0f} µs")
+    summary.add_row("attention forward", f"{speed.forward_flops / 1e9:,.1f} GFLOP/s a rank")
+    summary.add_row("attention backward", f"{speed.backward_flops / 1e9:,.1f} GFLOP/s a rank")
+    summary.add_row("  besides, a tile", f"{1e6 * speed.tile_s:.0f} µs")
+    summary.add_row("  tiles of", tile)
+    summary.add_row("the probe took", f"{found.seconds:.1f} s")
+    fits = Table(title="How far each kind of fabric is off the measured times", **plain)
+    for column in ("where", "fabric", "GB/s", "error"):
+        fits.add_column(column, justify="left" if column in ("where", "fabric") else "right")
+    for side, found_fits in (("inside", found.inside), ("across", found.across)):
+        for one in found_fits:
+            fits.add_row(side, *_row(one))
+    return [summary, fits]
+
+
+def _row(one: Fit) -> tuple[str, str, str]:
+    return _name(one.fabric), f"{one.fabric.bytes_per_s / 1e9:.3g}", f"{one.error:.0%}"
+
+
+def _name(fabric: Fabric) -> str:
+    ports = f", {fabric.ends_per_port} ranks a port" if fabric.ends_per_port > 1 else ""
+    return f"{fabric.kind}{ports}{'' if fabric.full_duplex else ', one direction at a time'}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """One rank of a probe, as torchrun starts it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m longring.launch.topology",
+        description="One rank of a probe; start it by torchrun, or use `longring topology`.",
+        epilog="example: torchrun --nproc-per-node 4 -m longring.launch.topology launch/recipes/demo.toml",
+    )
+    parser.add_argument("recipe", nargs="?", help="TOML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found here")
+    options = parser.parse_intermixed_args(arguments)
+    return as_rank(lambda: show_topology(options.recipe, options.overrides, options.json, Console()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""`longring topology`: what it starts, prints and writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from longring.launch import cli
+from longring.launch.topology import tables
+from longring.parallel.cp.cost import Speed
+from longring.parallel.cp.fit import Fit
+from longring.parallel.cp.probe import Probe, from_json
+from longring.parallel.cp.topology import Fabric, Topology
+from rich.console import Console
+
+DEMO = str(Path(__file__).parents[2] / "launch" / "recipes" / "demo.toml")
+
+
+def test_two_ranks_of_this_machine(tmp_path, capfd):
+    """Through torchrun, with a recipe's heads."""
+    file = tmp_path / "topology.json"
+    assert cli.main(["topology", DEMO, "--ranks", "2", "--json", str(file), "model.num_kv_heads=1"]) == 0
+    printed = capfd.readouterr().out
+    assert "4 query and 1 kv heads of 32, float32" in printed
+    assert max(map(len, printed.splitlines())) <= 80
+    found = from_json(file.read_text())
+    assert found.topology.ranks_per_node == 2
+    assert found.topology.fits(2)
+
+
+@pytest.mark.parametrize("arguments", [["--ranks", "1"], [DEMO, "train.ranks_per_node=1"]])
+def test_one_rank_has_no_links(arguments, capsys):
+    assert cli.main(["topology", *arguments]) == 2
+    assert "--ranks 2, or more" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_cluster_fits_a_terminal():
+    inside = Fabric("switch", 450e9, 1e-5)
+    across = Fabric("switch", 50e9, 3e-5, ends_per_port=8, full_duplex=False)
+    found = Probe(
+        Topology("probe", 8, inside, across),
+        Speed(5e14, 4e14, 2e-5),
+        128,
+        (Fit(inside, 0.01),),
+        (Fit(across, 0.4),),
+        9.0,
+    )
+    console = Console(width=80, record=True)
+    for table in tables(found, "32 query and 8 kv heads of 128, bfloat16", "cuda"):
+        console.print(table)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    for word in ("128", "450 GB/s", "50 GB/s", "500,000.0 GFLOP/s", "8 ranks a port, one direction at a time", "40%"):
+        assert word in text

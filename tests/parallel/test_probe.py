@@ -1,0 +1,186 @@
+"""The probe: fits of times that a simulator of its own makes up, and a real run over gloo."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from longring.parallel.cp.cost import Speed
+from longring.parallel.cp.fit import FEW, Fit, Timing, fabrics, fit, patterns
+from longring.parallel.cp.probe import Probe, from_json, probe
+from longring.parallel.cp.topology import Fabric, Topology
+
+LARGE, SMALL = 1_000_000, 8
+
+
+def wires(fabric: Fabric, size: int, source: int, target: int) -> list[object]:
+    """What a message passes, in the simulator's own words."""
+    if fabric.kind == "mesh":
+        passed = [(source, target)]
+    elif fabric.kind == "ring":
+        ways = [[(source + way * hop) % size for hop in range(size)] for way in (1, -1)]
+        ways = [way[: way.index(target) + 1] for way in ways]
+        short = min(ways, key=len)
+        passed = list(pairwise(short))
+    else:
+        ends = fabric.ends_per_port
+        if source // ends == target // ends:
+            passed = [(source, target)]
+        elif fabric.full_duplex:
+            return [f"from port {source // ends}", f"to port {target // ends}"]
+        else:
+            return [f"port {source // ends}", f"port {target // ends}"]
+    return passed if fabric.full_duplex else [frozenset(pair) for pair in passed]
+
+
+def simulated(fabric: Fabric, size: int, messages, num_bytes: int) -> float:
+    """Until the last message is there: rates are max-min fair (progressive filling), and change when one is through."""
+    routes = [wires(fabric, size, *message) for message in messages]
+    left = dict.fromkeys(range(len(routes)), float(num_bytes))
+    now = 0.0
+    while left:
+        rate: dict[int, float] = {}
+        capacity = {wire: fabric.bytes_per_s for route in routes for wire in route}
+        while len(rate) < len(left):
+            using = {w: [m for m in left if m not in rate and w in routes[m]] for w in capacity}
+            share, wire = min((capacity[w] / len(ms), str(w)) for w, ms in using.items() if ms)
+            [narrow] = [w for w in capacity if str(w) == wire]
+            for m in using[narrow]:
+                rate[m] = share
+                for w in routes[m]:
+                    capacity[w] -= share
+        step = min(left[m] / rate[m] for m in left)
+        now += step
+        left = {m: x - step * rate[m] for m, x in left.items() if x - step * rate[m] > 1e-6 * num_bytes}
+    hops = max(map(len, routes)) if fabric.kind == "ring" else 1
+    return now + hops * fabric.latency_s
+
+
+CASES = [
+    *((size, 1, kind) for size in (2, 3, 4, 6, 8) for kind in fabrics(size)),
+    *((size, width, kind) for size, width in ((2, 2), (2, 4), (4, 2), (4, 8), (3, 3)) for kind in fabrics(size, width)),
+]
+
+
+def name(case) -> str:
+    size, width, kind = case
+    return f"{size}x{width} {kind.kind}{kind.ends_per_port}{'' if kind.full_duplex else ' half'}"
+
+
+@pytest.mark.parametrize(("size", "width", "kind"), CASES, ids=map(name, CASES))
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**32), bytes_per_s=st.floats(1e6, 5e11))
+def test_a_fabric_is_known_by_its_times(size, width, kind, seed, bytes_per_s):
+    """Whatever its bandwidth, with 5% of noise on every time."""
+    true = replace(kind, bytes_per_s=bytes_per_s, latency_s=LARGE / bytes_per_s / 50)
+    noise = random.Random(seed)
+
+    def timed(messages, num_bytes: int) -> float:
+        return simulated(true, size * width, messages, num_bytes) * noise.uniform(0.95, 1.05)
+
+    timings = [Timing(p, timed(p.messages, SMALL), timed(p.messages, LARGE)) for p in patterns(size, width)]
+    fits = fit(timings, size * width, LARGE - SMALL, fabrics(size, width))
+    best = fits[0].fabric
+    assert (best.kind, best.ends_per_port, best.full_duplex) == (kind.kind, kind.ends_per_port, kind.full_duplex)
+    assert math.isclose(best.bytes_per_s, bytes_per_s, rel_tol=0.1)
+    assert math.isclose(best.latency_s, true.latency_s, rel_tol=0.1)
+    assert fits[0].error < 0.06
+    assert len(fits) == len(fabrics(size, width))
+
+
+def test_what_a_shared_bus_does_is_told_as_an_error():
+    """No kind is all ranks sharing one bandwidth: the best fit says how far it is off."""
+    timings = [Timing(p, 1e-6, len(p.messages) * 1e-3) for p in patterns(4)]
+    assert fit(timings, 4, LARGE, fabrics(4))[0].error > 0.1
+
+
+def test_noise_that_eats_the_difference_still_gives_numbers():
+    timings = [Timing(p, 2e-3, 1e-3) for p in patterns(4)]
+    best = fit(timings, 4, LARGE, fabrics(4))[0].fabric
+    assert 0 < best.bytes_per_s < math.inf
+    assert best.latency_s == 2e-3
+
+
+@given(size=st.integers(2, 40), width=st.integers(1, 8))
+def test_patterns_are_few_and_within_bounds(size, width):
+    found = patterns(size, width)
+    assert len({p.messages for p in found}) == len({p.name for p in found}) == len(found) <= 13
+    for pattern in found:
+        for source, target in pattern.messages:
+            assert 0 <= source < size * width
+            assert 0 <= target < size * width
+            assert source // width != target // width
+            assert source % width == target % width
+
+
+def test_patterns_of_1024_ranks_are_not_quadratic():
+    for size, width in ((128, 8), (1024, 1)):
+        assert max(len(p.messages) for p in patterns(size, width)) <= 10 * size * width
+    assert len(max(patterns(FEW), key=lambda p: len(p.messages)).messages) == FEW * (FEW - 1)
+
+
+def probed() -> Probe:
+    return probe(4, 2, 16, torch.float32, torch.device("cpu"))
+
+
+def two_nodes() -> Probe:
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    try:
+        return probed()
+    finally:
+        del os.environ["LOCAL_WORLD_SIZE"]
+
+
+def uneven(told: list[int]) -> str:
+    os.environ["LOCAL_WORLD_SIZE"] = str(told[int(os.environ["RANK"])])
+    try:
+        probed()
+    except ValueError as error:
+        return str(error)
+    finally:
+        del os.environ["LOCAL_WORLD_SIZE"]
+    return ""
+
+
+@pytest.mark.parametrize(("measure", "num_nodes"), [(probed, 1), (two_nodes, 2)])
+def test_four_processes_find_the_same(on_ranks, measure, num_nodes):
+    found = on_ranks(4, measure)
+    assert found == [found[0]] * 4
+    topology, speed = found[0].topology, found[0].speed
+    assert found[0].num_nodes == num_nodes
+    assert topology.ranks_per_node == 4 // num_nodes
+    assert topology.fits(4)
+    assert (topology.across is None) == (num_nodes == 1)
+    for fabric in filter(None, (topology.inside, topology.across)):
+        assert 0 < fabric.bytes_per_s < math.inf
+        assert 0 < fabric.latency_s < math.inf
+    assert 0 < speed.forward_flops < math.inf
+    assert 0 < speed.backward_flops < math.inf
+    assert 0 <= speed.tile_s < math.inf
+    assert [x.error for x in found[0].inside] == sorted(x.error for x in found[0].inside)
+
+
+def test_uneven_nodes_are_refused_by_all(on_ranks):
+    for message in on_ranks(4, uneven, [3, 3, 3, 1]):
+        assert "nodes have 1 to 3 ranks" in message
+    for message in on_ranks(4, uneven, [3, 3, 3, 3]):
+        assert "unevenly" in message
+
+
+def test_one_rank_alone_is_refused(on_ranks):
+    assert "one rank alone" in on_ranks(1, uneven, [1])[0]
+
+
+@pytest.mark.parametrize("across", [None, Fabric("switch", 2.5, 1e-5, ends_per_port=4, full_duplex=False)])
+def test_json(across):
+    inside = Fabric("ring", 1 / 3, 1e-6)
+    fits = (Fit(inside, 0.25), Fit(replace(inside, kind="mesh"), 0.5))
+    found = Probe(Topology("probe", 4, inside, across), Speed(1e9, 2e9, 1e-4), 2, fits, fits[:1] if across else (), 1.5)
+    assert from_json(found.to_json()) == found
