@@ -1,16 +1,13 @@
-
-Ranks are hosts of benchmarks/namespaces.py, joined as mesh, ring or switch by full-duplex links of 50 Mbit/s. Each
-holds its zigzag share of one causal sequence, in fp32. A time is the median of repeats, each that of the slowest rank,
 """The family of context parallelism on links that are scarce: measured beside simulated, with the bytes on the wire.
 
     python benchmarks/cp_network.py --json rows.json  # half an hour; needs root, iproute2 and two quiet cores
     python benchmarks/cp_network.py --quick           # 4 ranks, mesh and switch, MHA: about a minute
 
-
-
-turns over the schedules so that all see the same machine. Simulated times come from `parallel/cp/cost.py`, with the
-links' data rate, a latency and a speed of computation measured at the start. "x ring" is the time over that of Ring
-Attention one way round, in the same run.
+Ranks are hosts of benchmarks/namespaces.py, joined as mesh, ring or switch by full-duplex links of 50 Mbit/s. Each
+holds its zigzag share of one causal sequence, in fp32. A time is the median of repeats, each that of the slowest rank,
+in turns over the schedules so that all see the same machine. Simulated times come from `parallel/cp/cost.py`, with the
+links' data rate, an assumed latency, and a speed of computation measured at the start. "x ring" is the time over that
+of Ring Attention one way round, in the same run.
 """
 
 from __future__ import annotations
