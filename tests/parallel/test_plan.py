@@ -1,4 +1,4 @@
-"""Plans of all ranks, played on integers: a block is the positions of its rows, a result says pair by pair what it holds.
+"""Plans of all ranks, played on integers: a block is its rows' positions, a result says pair by pair what it holds.
 
 Nothing here asks the planner what is visible or needed: each pair of positions is looked at by itself, a message
 carries what its source has at that moment, and what comes of it is compared with the whole at the end.
