@@ -326,6 +326,22 @@ def test_blocks_held_at_a_time(size, direction):
             assert {plan.peak_blocks(side) for plan in plans} == {bound}, f"{grid}, {side}"
 
 
+@pytest.mark.parametrize("size", [3, 4, 6, 12])
+def test_results_on_their_way_at_a_time(size):
+    """As many as blocks come at a time: their buffers do not pile up until the end."""
+    at_a_time = {"round": 1, "round_and_home": 1, "both_ways": 2}
+    for grid in grids(size):
+        for plan in Schedule(grid, share(size, size, cut=contiguous), Sight(causal=False), "backward").plans():
+            for flow, places, route in (
+                ("query_results", grid.query, grid.query_route),
+                ("key_results", grid.kv, grid.kv_route),
+            ):
+                for messages in plan.messages(flow):
+                    under_way = Counter(at for m in messages for at in range(m.posted, m.due))
+                    bound = min(places - 1, at_a_time.get(route, grid.in_flight))
+                    assert max(under_way.values(), default=0) == bound, f"{grid}, {flow}"
+
+
 @pytest.mark.parametrize("name", ["ring", "token_ring"])
 def test_rings_of_any_size_hold_two_blocks(name):
     for size in (3, 8, 64):
