@@ -17,12 +17,14 @@ def relative_rms(got: Tensor, exact: Tensor) -> float:
     return float(error / scale) if scale > 0 else float(error)
 
 
-def assert_as_exact_as(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor], factor: float):
+def assert_as_exact_as(
+    got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor], factor: float, what: str = ""
+):
     """Each named tensor may err at most `factor` times as much as plain torch in the same dtype on the same input."""
     assert got.keys() == plain.keys() == exact.keys()
     for name in exact:
         error, yardstick = relative_rms(got[name], exact[name]), relative_rms(plain[name], exact[name])
-        assert error <= factor * yardstick, f"{name}: error {error:.3g} against {yardstick:.3g} of plain torch"
+        assert error <= factor * yardstick, f"{what} {name}: error {error:.3g} against {yardstick:.3g} of plain torch"
 
 
 def with_gradients(

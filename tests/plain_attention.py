@@ -60,3 +60,24 @@ def torch_attention(
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
     return out.transpose(1, 2) * sees[None, :, None, None]
+
+
+def torch_lse(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+    """lse `[b, h, s]` in fp32 of scores in the inputs' dtype."""
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() * q.shape[-1] ** -0.5
+    return scores.masked_fill(~visible, -torch.inf).logsumexp(-1)
+
+
+def answers(qkv: list[Tensor], dout: Tensor, visible: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """out, lse, dq, dk, dv as plain torch in the inputs' dtype has them, and exactly."""
+    found = []
+    for dtype, exact in ((qkv[0].dtype, False), (torch.float64, True)):
+        q, k, v = (x.detach().to(dtype).requires_grad_() for x in qkv)
+        if exact:
+            out, lse = exact_attention(q, k, v, visible)
+        else:
+            out, lse = torch_attention(q, k, v, visible), torch_lse(q, k, visible)
+        dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout.to(dtype))
+        found.append({"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv})
+    return found[0], found[1]

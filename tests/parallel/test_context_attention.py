@@ -1,0 +1,156 @@
+"""The public function on several processes joined by gloo: the whole matrix against fp64, and peers that fail."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from errors import assert_as_exact_as
+from longring.kernels.layout import SeqLayout
+from longring.parallel.cp.attention import context_attention
+from longring.parallel.cp.execute import Problem, forward
+from longring.parallel.cp.grid import CpGrid
+from longring.parallel.cp.layout import zigzag
+from longring.parallel.cp.transports import Distributed, PeerError, open_group
+from longring.parallel.cp.visible import Sight
+from plain_attention import answers, visible_pairs
+
+Results = dict[str, torch.Tensor]
+MASKS = {"one document": ((0,), Sight()), "packed": ((0, 5, 6, 19), Sight()), "window": ((0,), Sight(window=7))}
+SIZES = (1, 2, 3, 4, 6, 8)
+
+
+def members(size: int) -> set[CpGrid]:
+    """The named ones, hybrids, and what divides over two and three axes, in rows and in columns."""
+    found = {CpGrid(), CpGrid.ring(size), CpGrid.ring_both_ways(size), CpGrid.token_ring(size), CpGrid.ulysses(size)}
+    found |= {CpGrid.square(size), CpGrid(query=size, query_route="direct", in_flight=2)}
+    for a in (a for a in range(2, size) if size % a == 0):
+        found |= {CpGrid.hybrid(a, size // a), CpGrid(a, size // a), CpGrid(a, 1, size // a)}
+        found.add(CpGrid(query=a, kv=size // a, query_route="both_ways", kv_route="round_and_home", order="columns"))
+    if size == 8:
+        found |= {CpGrid(2, 2, 2), CpGrid(2, 2, 2, "direct", "direct", "columns_own_first")}
+    return {grid for grid in found if grid.size == size}
+
+
+def heads_for(grid: CpGrid) -> dict[str, tuple[int, int]]:
+    few = {1: 2, 2: 2, 3: 3}.get(grid.heads, grid.heads // 2)
+    return {"mha": (2 * grid.heads,) * 2, "gqa": (4 * few, few), "mqa": (2 * grid.heads, 1)}
+
+
+def inputs(num_tokens: int, num_heads: int, num_kv_heads: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(num_heads)
+    shapes = [(1, num_tokens, h, 16) for h in (num_heads, num_kv_heads, num_kv_heads, num_heads)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def on_one_rank(grid: CpGrid, num_tokens: int) -> dict[tuple[str, str, torch.dtype], Results]:
+    """On every rank: each case twice, to see them equal to the last bit; lse from what is saved."""
+    rank = dist.get_rank()
+    group = open_group(range(grid.size), [grid])
+    results = {}
+    for mask, (starts, sight) in MASKS.items():
+        layouts = tuple(SeqLayout(zigzag(num_tokens, r, grid.size).runs, starts) for r in range(grid.size))
+        problem = Problem(grid, layouts, sight)
+        for name, heads in heads_for(grid).items():
+            for dtype in (torch.float32, torch.bfloat16):
+                *qkv, dout = (x[:, layouts[rank].positions()] for x in inputs(num_tokens, *heads, dtype))
+                runs = []
+                for _ in range(2):
+                    leaves = [x.clone().requires_grad_() for x in qkv]
+                    out = context_attention(*leaves, problem, group)
+                    grads = torch.autograd.grad(out, leaves, dout)
+                    runs.append({"out": out.detach(), **dict(zip(("dq", "dk", "dv"), grads, strict=True))})
+                assert all(torch.equal(runs[0][x], runs[1][x]) for x in runs[0]), "two runs differ"
+                wires = Distributed(group)
+                with torch.no_grad():
+                    _, saved = wires.drive(forward(problem, rank, *qkv, wires))
+                results[mask, name, dtype] = runs[0] | {"lse": saved[4]}
+    return results
+
+
+@lru_cache
+def expected(num_tokens: int, mask: str, heads: tuple[int, int], dtype: torch.dtype) -> tuple[Results, Results]:
+    starts, sight = MASKS[mask]
+    whole = SeqLayout(((0, num_tokens),), starts)
+    *qkv, dout = inputs(num_tokens, *heads, dtype)
+    return answers(qkv, dout, visible_pairs(whole, whole, sight.causal, sight.window))
+
+
+@pytest.mark.parametrize(("size", "grid"), [(n, grid) for n in SIZES for grid in sorted(members(n), key=str)], ids=str)
+def test_equals_one_process_in_fp64(on_ranks, size, grid):
+    num_tokens = 8 * size + 13  # 2 x size divides it for no size but 1
+    shares = on_ranks(size, on_one_rank, grid, num_tokens)
+    places = [zigzag(num_tokens, place, grid.places).positions() for place in range(grid.places)]
+    order = torch.cat([zigzag(num_tokens, rank, size).positions() for rank in range(size)]).argsort()
+    for mask, name, dtype in shares[0]:
+        parts = [share[mask, name, dtype] for share in shares]
+        got = {x: torch.cat([part[x] for part in parts], dim=1)[:, order] for x in ("out", "dq", "dk", "dv")}
+        # A rank saves the lse of its heads over the tokens of its place.
+        lses = [torch.cat([p["lse"] for p in parts[at : at + grid.heads]], 1) for at in range(0, size, grid.heads)]
+        got["lse"] = torch.cat(lses, dim=2)[:, :, torch.cat(places).argsort()]
+        found = expected(num_tokens, mask, heads_for(grid)[name], dtype)
+        assert_as_exact_as(got, *found, factor=2, what=f"{grid}, {mask}, {name}, {dtype}:")
+
+
+def with_a_failing_peer(rank: int, store: str, failure: str) -> None:
+    """In a process of its own: rank 1 joins the group and then sleeps or ends; the others print what they are told."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=3, timeout=timedelta(seconds=60))
+    grid = CpGrid.token_ring(3)
+    group = open_group(range(3), [grid], timeout_s=2.0)
+    q = torch.ones(1, 8, 2, 16)
+    problem = Problem(grid, tuple(zigzag(24, r, 3) for r in range(3)), Sight())
+    context_attention(q, q, q, problem, group)
+    dist.barrier()
+    if rank == 1:
+        if failure == "ends":
+            os._exit(1)
+        time.sleep(120)
+    if failure == "ends":
+        time.sleep(1)  # it has ended before anything is posted
+    try:
+        context_attention(q, q, q, problem, group)
+        print("no error", flush=True)
+    except PeerError as error:
+        print(error, flush=True)
+    time.sleep(120)  # its own end must not be what another one notices
+
+
+@pytest.mark.parametrize("failure", ["sleeps", "ends"])
+def test_a_failing_peer_is_named(failure, tmp_path):
+    """Processes of this test's own: the pool of the others would not outlive it."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    processes = []
+    try:
+        for rank in range(3):
+            command = [sys.executable, __file__, str(rank), f"file://{tmp_path}/store", failure]
+            with (tmp_path / f"rank-{rank}.log").open("w") as log:
+                processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+        for rank in (0, 2):
+            wanted = (
+                rf"rank {rank} of 3 could not (send|receive) \w+ of place \d (to|from) rank 1 "
+                r"\(posted at step \d, due at step \d\) within parallel.cp.timeout_s = 2"
+            )
+            told, until = "", time.monotonic() + 60
+            while not re.search(wanted, told) and processes[rank].poll() is None and time.monotonic() < until:
+                time.sleep(0.1)
+                told = (tmp_path / f"rank-{rank}.log").read_text()
+                assert "no error" not in told
+            assert re.search(wanted, told), told
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+if __name__ == "__main__":
+    with_a_failing_peer(int(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -1,0 +1,193 @@
+"""The whole family in one process, against fp64: every grid, mask, head ratio and dtype by the same functions."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import pytest
+import torch
+from errors import assert_as_exact_as, relative_rms
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from longring.kernels.layout import SeqLayout
+from longring.parallel.cp.execute import Problem, backward, forward
+from longring.parallel.cp.grid import CpGrid, grids
+from longring.parallel.cp.layout import contiguous, zigzag
+from longring.parallel.cp.schedules import Schedule
+from longring.parallel.cp.transports import InProcess
+from longring.parallel.cp.visible import Sight
+from plain_attention import answers, visible_pairs
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+
+class Case(NamedTuple):
+    """One attention over a whole context, and what its inputs are."""
+
+    num_tokens: int
+    starts: tuple[int, ...] = (0,)
+    sight: Sight = Sight()
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    dim: int = 16
+    batch: int = 1
+    dtype: torch.dtype = torch.float32
+
+    def inputs(self) -> list[Tensor]:
+        """q, k, v, dout in the dtype: what is measured is the arithmetic, not the rounding of its inputs."""
+        generator = torch.Generator().manual_seed(self.num_tokens + self.num_heads)
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads, self.num_heads)
+        shapes = [(self.batch, self.num_tokens, h, self.dim) for h in heads]
+        return [torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype) for shape in shapes]
+
+
+@lru_cache(maxsize=32)
+def expected(case: Case) -> tuple[Tensors, Tensors]:
+    whole = SeqLayout(((0, case.num_tokens),), case.starts)
+    *qkv, dout = case.inputs()
+    return answers(qkv, dout, visible_pairs(whole, whole, case.sight.causal, case.sight.window))
+
+
+def named(out: Tensor, lse: Tensor, grads) -> Tensors:
+    return {"out": out.detach(), "lse": lse.detach(), **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
+
+
+def by_the_grid(case: Case, grid: CpGrid, cut=zigzag, **options) -> Tensors:
+    """What all ranks of a grid have of it, put together in the order of the context."""
+    layouts = tuple(SeqLayout(cut(case.num_tokens, rank, grid.size).runs, case.starts) for rank in range(grid.size))
+    problem = Problem(grid, layouts, case.sight, **options)
+    q, k, v, dout = ([x[:, layout.positions()] for layout in layouts] for x in case.inputs())
+    wires = InProcess()
+    works = [forward(problem, rank, *x, wires) for rank, x in enumerate(zip(q, k, v, strict=True))]
+    outs, saved = zip(*wires.drive(works), strict=True)
+    works = [backward(problem, r, dout[r], saved[r], case.num_kv_heads, wires) for r in range(grid.size)]
+    grads = zip(*wires.drive(works), strict=True)
+    order = torch.cat([layout.positions() for layout in layouts]).argsort()
+    whole = [torch.cat(parts, dim=1)[:, order] for parts in (outs, *grads)]
+    return named(whole[0], whole_lse(grid, layouts, saved), whole[1:])
+
+
+def whole_lse(grid: CpGrid, layouts, saved) -> Tensor:
+    """`[b, h, s]` of what the ranks of each place saved: its tokens, each its own heads."""
+    places = [torch.cat([s[4] for s in saved[at : at + grid.heads]], dim=1) for at in range(0, grid.size, grid.heads)]
+    schedule = Schedule(grid, layouts, Sight(), "forward")
+    order = torch.cat([layout.positions() for layout in schedule.layouts]).argsort()
+    return torch.cat(places, dim=2)[:, :, order]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These tensors are small: threads that wait for each other cost more than they save."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def check(case: Case, grid: CpGrid, cut=zigzag, **options) -> Tensors:
+    got = by_the_grid(case, grid, cut, **options)
+    assert_as_exact_as(got, *expected(case), factor=2, what=f"{grid}, {case}, {options}:")
+    return got
+
+
+MASKS = {
+    "one document": ((0,), Sight()),
+    # Documents that end inside a chunk, one of a single token, one that begins at the last token.
+    "packed": ((0, 5, 6, 31, 60), Sight()),
+    "window": ((0,), Sight(window=9)),
+    "packed, window": ((0, 17, 40), Sight(window=12)),
+    "full": ((0,), Sight(causal=False)),
+    "packed, full": ((0, 5, 6, 31), Sight(causal=False)),
+}
+
+
+def fitting(grid: CpGrid) -> dict[str, tuple[int, int]]:
+    """Heads that the grid can divide, the kv heads as few as its ranks, fewer, and one."""
+    few = {1: 2, 2: 2, 3: 3}.get(grid.heads, grid.heads // 2)
+    return {
+        "mha": (2 * grid.heads,) * 2,
+        "gqa": (4 * few, few) if grid.heads < 4 else (2 * grid.heads, few),
+        "mqa": (2 * grid.heads, 1),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8])
+def test_every_grid_equals_fp64(size, mask, dtype):
+    starts, sight = MASKS[mask]
+    for number, grid in enumerate(grids(size)):
+        heads = list(fitting(grid).values())
+        for num_heads, num_kv_heads in heads if size <= 4 else [heads[number % 3]]:
+            case = Case(61, starts, sight, num_heads, num_kv_heads, dtype=dtype)
+            check(case, grid)
+
+
+NARROWING = [
+    CpGrid(query=4),
+    CpGrid(query=4, query_route="both_ways"),
+    CpGrid(kv=4, kv_route="direct"),
+    CpGrid(2, 2, 2),
+]
+
+
+@pytest.mark.parametrize("narrow", [True, False], ids=["narrow", "wide"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("grid", NARROWING, ids=str)
+def test_narrow_and_wide_results_are_held_to_one_bound(grid, mask, narrow):
+    check(Case(61, *MASKS[mask], 4, 2, dtype=torch.bfloat16), grid, narrow_results=narrow)
+
+
+@pytest.mark.parametrize("dim", [16, 256])
+@pytest.mark.parametrize("cut", [zigzag, contiguous])
+@pytest.mark.parametrize("grid", [CpGrid(query=3), CpGrid(kv=3), CpGrid(heads=2), CpGrid(2, 2, 2)], ids=str)
+def test_head_dims_and_batches(grid, cut, dim):
+    check(Case(37, (0, 11, 30), Sight(), 4, 2, dim=dim, batch=3), grid, cut)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_any_grid_any_documents(data):
+    size = data.draw(st.integers(1, 12))
+    grid = data.draw(st.sampled_from(list(grids(size))))
+    num_tokens = 2 * size + data.draw(st.integers(0, 40))
+    starts = (0, *sorted(data.draw(st.sets(st.integers(1, num_tokens - 1), max_size=5))))
+    sight = data.draw(st.sampled_from([Sight(), Sight(causal=False), Sight(window=3), Sight(window=num_tokens)]))
+    heads = data.draw(st.sampled_from(list(fitting(grid).values())))
+    got = by_the_grid(Case(num_tokens, starts, sight, *heads), grid, data.draw(st.sampled_from([zigzag, contiguous])))
+    exact = expected(Case(num_tokens, starts, sight, *heads))[1]
+    # Of so few numbers plain torch may happen to get all right: here the bound is absolute.
+    assert all(relative_rms(got[name], exact[name]) < 2e-6 for name in got)
+
+
+@pytest.mark.parametrize("grid", [CpGrid(query=4), CpGrid(2, 2, 2), CpGrid(kv=4, kv_route="both_ways")], ids=str)
+def test_equal_runs_are_equal_to_the_last_bit(grid):
+    case = Case(61, (0, 20), Sight(), 4, 2, dtype=torch.bfloat16)
+    one, two = by_the_grid(case, grid), by_the_grid(case, grid)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_layout_for_each_rank():
+    problem = Problem(CpGrid(query=4), tuple(zigzag(24, rank, 3) for rank in range(3)), Sight())
+    with pytest.raises(ValueError, match="query=4 is for 4 ranks, and there are 3 layouts"):
+        problem.plan("forward", 0)
+
+
+@pytest.mark.parametrize(("heads", "num_heads", "num_kv_heads", "fits"), [
+    (4, 8, 8, True), (4, 8, 2, True), (4, 8, 1, True), (2, 12, 6, True), (4, 6, 2, False), (4, 12, 6, False),
+])  # fmt: skip
+def test_heads_that_cannot_be_divided(heads, num_heads, num_kv_heads, fits):
+    assert (CpGrid(heads=heads).unfit(num_heads, num_kv_heads) is None) == fits
+
+
+def test_every_rank_waiting_is_an_error():
+    """A rank that is missing: nobody else can go on."""
+    case, grid = Case(24), CpGrid(kv=3)
+    layouts = tuple(zigzag(24, rank, 3) for rank in range(3))
+    problem, wires = Problem(grid, layouts, Sight()), InProcess()
+    q, k, v, _ = case.inputs()
+    works = [forward(problem, rank, *(x[:, layouts[rank].positions()] for x in (q, k, v)), wires) for rank in (0, 1)]
+    with pytest.raises(AssertionError, match="every rank waits"):
+        wires.drive(works)

@@ -1,0 +1,64 @@
+"""Who sees whom between two shares, in closed form, against every pair looked at one by one."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from longring.kernels.layout import SeqLayout
+from longring.parallel.cp.layout import zigzag
+from longring.parallel.cp.visible import Sight, num_pairs, visible_rows
+from plain_attention import visible_pairs
+
+NUM_TOKENS = 40
+
+
+@st.composite
+def shares(draw) -> tuple[SeqLayout, SeqLayout]:
+    """Two shares of one context: arbitrary runs, which may overlap, and arbitrary documents."""
+    starts = (0, *sorted(draw(st.sets(st.integers(1, NUM_TOKENS - 1), max_size=6))))
+
+    def runs() -> tuple[tuple[int, int], ...]:
+        edges = sorted(draw(st.sets(st.integers(0, NUM_TOKENS), min_size=2, max_size=8)))
+        return tuple(zip(edges[::2], edges[1::2], strict=False))
+
+    return SeqLayout(runs(), starts), SeqLayout(runs(), starts)
+
+
+sights = st.one_of(
+    st.just(Sight()), st.just(Sight(causal=False)), st.builds(Sight, st.just(True), st.integers(1, NUM_TOKENS + 5))
+)
+
+
+@given(shares(), sights)
+def test_rows_are_the_smallest_ranges_that_take_part(share, sight):
+    exact = visible_pairs(*share, sight.causal, sight.window)
+    if not exact.any():
+        assert visible_rows(*share, sight) is None
+        return
+    queries, keys = exact.any(1).nonzero().flatten().tolist(), exact.any(0).nonzero().flatten().tolist()
+    assert visible_rows(*share, sight) == ((queries[0], queries[-1] + 1), (keys[0], keys[-1] + 1))
+
+
+@given(shares(), sights)
+def test_pairs_are_counted(share, sight):
+    assert num_pairs(*share, sight) == int(visible_pairs(*share, sight.causal, sight.window).sum())
+
+
+@pytest.mark.parametrize("sight", [Sight(), Sight(window=4096)], ids=["causal", "window"])
+def test_the_whole_is_counted_at_a_million_tokens(sight):
+    """Every rank's tiles together hold the pairs of the whole, documents or not, without a loop over tokens."""
+    num_tokens, size = 2**20, 16
+    starts = (0, 4096, 5000, 500_001, num_tokens - 1)
+    shares = [SeqLayout(zigzag(num_tokens, rank, size).runs, starts) for rank in range(size)]
+    pairs = sum(num_pairs(queries, keys, sight) for queries in shares for keys in shares)
+    width = sight.window or num_tokens
+    lengths = [b - a for a, b in zip(starts, (*starts[1:], num_tokens), strict=True)]
+    full = [min(length, width) for length in lengths]
+    assert pairs == sum(n * (n + 1) // 2 + (length - n) * width for n, length in zip(full, lengths, strict=True))
+
+
+@pytest.mark.parametrize(("causal", "window"), [(False, 4), (True, 0), (True, -1)])
+def test_a_window_is_causal_and_not_empty(causal, window):
+    with pytest.raises(ValueError, match=f"window = {window} with causal = {causal}"):
+        Sight(causal, window)
