@@ -83,6 +83,10 @@ class Speed:
         return self.tile_s + work.batch * pairs * flops * work.head_dim * (work.num_heads // grid.heads) / rate
 
 
+H100 = Speed(forward_flops=500e12, backward_flops=400e12, tile_s=20e-6)
+"""Assumed for plans on paper, not measured here: between FlashAttention-2 and 3 in bf16 with head dim 128."""
+
+
 class Event(NamedTuple):
     """Something a rank does in a played plan, or did in a run."""
 
@@ -115,7 +119,7 @@ def play(
 ) -> Price:
     """Play all ranks of a schedule; with `record` the price has the events, a message's at both of its ends."""
     grid, size = schedule.grid, schedule.grid.size
-    messages = schedule.messages()
+    messages = schedule.all_messages
     messages = messages.where(np.argsort(messages.posted, kind="stable"))
     by_due = np.argsort(messages.due, kind="stable")
     num_steps = int(max(schedule.end, messages.due.max(initial=0) + 1))
@@ -167,16 +171,17 @@ class Wires(NamedTuple):
 def wires_of(topology: Topology, size: int) -> Wires:
     """Of `size` ranks. Kept, since all plans on a topology share it and 1,024 ranks have a million pairs."""
     numbers: dict[Hashable, int] = {}
-    found, rates, latencies = [], np.ones(size**2), np.zeros(size**2)
+    found: list[list[int]] = []
+    rates, latencies = np.ones(size**2), np.zeros(size**2)
     for pair in range(size**2):
         source, target = divmod(pair, size)
-        links: tuple[Hashable, ...] = ()
+        found.append([])
         if source != target:
             links, rates[pair], latencies[pair] = topology.path(size, source, target)
-        found.append([numbers.setdefault(link, len(numbers)) for link in links])
+            found[pair] = [numbers.setdefault(link, len(numbers)) for link in links]
     wide = np.full((size**2, max(map(len, found))), len(numbers), np.int32)
-    for pair, links in enumerate(found):
-        wide[pair, : len(links)] = links
+    for pair, of_pair in enumerate(found):
+        wide[pair, : len(of_pair)] = of_pair
     return Wires(list(numbers), wide, rates, latencies)
 
 

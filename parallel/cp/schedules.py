@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -97,7 +98,9 @@ class Schedule:
     def plan(self, rank: int) -> RankPlan:
         """What `rank` does."""
         place = rank // self.grid.heads
-        found = self.messages(place)
+        # What travels along an axis to or from a place belongs to places of that line.
+        owners: dict[Side, Ints] = {side: self._line(side, np.array(place)) for side in self.legs}
+        found = self._messages(owners, np.array([place]))
         sends = found.where(found.source == rank).one_by_one()
         receives = found.where(found.target == rank).one_by_one()
         results = {
@@ -111,13 +114,15 @@ class Schedule:
         """What every rank does."""
         return [self.plan(rank) for rank in range(self.grid.size)]
 
-    def messages(self, place: int | None = None) -> Messages:
-        """All messages of the pass; of a place, at least all that its ranks send or receive."""
+    @cached_property
+    def all_messages(self) -> Messages:
+        """Of the whole pass."""
         places = np.arange(self.grid.places)
-        parts = []
-        for side in ("queries", "keys"):
-            # What travels along an axis to or from a place belongs to places of that line.
-            parts += self._along(side, places if place is None else self._line(side, np.array(place)))
+        return self._messages({"queries": places, "keys": places}, places)
+
+    def _messages(self, owners: dict[Side, Ints], traders: Ints) -> Messages:
+        """About blocks of these owners, by the axis along which they travel, and among the ranks of these places."""
+        parts = [message for side in ("queries", "keys") for message in self._along(side, owners[side])]
         heads = self.grid.heads
         if heads == 1:
             return Messages.joined(parts)
@@ -127,7 +132,7 @@ class Schedule:
             for part in parts
             for shard in range(heads)
         ]
-        return Messages.joined([*shards, *self._trades(places if place is None else np.array([place]))])
+        return Messages.joined([*shards, *self._trades(traders)])
 
     def tiles(self, step: Any, place: Any) -> tuple[Ints, Ints]:
         """Whose queries places meet whose keys at steps from `first` on, one with one as arrays are broadcast."""

@@ -56,7 +56,7 @@ class Shares:
             rows = accumulate((stop - start for start, stop in layout.runs), initial=0)
             for number, ((start, stop), row) in enumerate(zip(layout.runs, rows, strict=False)):
                 runs[:, rank, number] = start, stop, row
-        return cls(*runs, np.array(layouts[0].document_starts))
+        return cls(runs[0], runs[1], runs[2], np.array(layouts[0].document_starts))
 
     def __getitem__(self, ranks: Any) -> Shares:
         return Shares(self.start[ranks], self.stop[ranks], self.row[ranks], self.document_starts)
