@@ -116,15 +116,16 @@ def waits(manifest: Manifest, step_ms: float) -> tuple[float, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a third of the documents; about a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and figures here")
     options = parser.parse_args()
     console = Console()
     table = Table(title="Million tokens/s of one process", title_justify="left")
     for column in ("bucket", "ours", "webdataset", "rows", "ours / webdataset", "ours / rows"):
         table.add_column(column, justify="right")
-    figures: dict[str, object] = {"buckets": []}
+    rows: list[dict[str, float]] = []
+    figures: dict[str, object] = {"rows": rows}
     with tempfile.TemporaryDirectory() as temporary:
         manifest = prepared(Path(temporary), options.quick)
         tokens = 2 * 10**7 if options.quick else 10**8
@@ -134,8 +135,8 @@ def main() -> int:
                 rate(lambda bucket=bucket: plain(manifest, bucket, tokens, rows=False)),
                 rate(lambda bucket=bucket: plain(manifest, bucket, tokens, rows=True)),
             ]
-            entry = {"bucket": bucket.length, "ours": rates[0], "webdataset": rates[1], "webdataset_rows": rates[2]}
-            figures["buckets"].append(entry)
+            names = ("ours_tokens_per_s", "webdataset_tokens_per_s", "webdataset_rows_tokens_per_s")
+            rows.append({"bucket": bucket.length, **dict(zip(names, rates, strict=True))})
             shown = [f"{value / 1e6:,.0f}" for value in rates]
             ratios = (f"{rates[0] / rates[1]:.2f}", f"{rates[0] / rates[2]:.2f}")
             table.add_row(f"{bucket.length:,}", *shown, *ratios)

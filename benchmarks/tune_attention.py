@@ -27,7 +27,7 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels have no speed
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
-import attention as speed
+import cases
 import torch
 from package import ROOT, load
 from rich import box
@@ -91,7 +91,7 @@ def shared_bytes(kernel: str, bits: int, head_dim: int, at: tuple[int, ...]) -> 
 
 def case(tokens: int, bits: int, head_dim: int) -> Any:
     heads = max(8, 2048 // head_dim)
-    return speed.Case("causal", tokens, 1, heads, heads, head_dim, str(DTYPES[bits]).removeprefix("torch."))
+    return cases.Case("causal", tokens, 1, heads, heads, head_dim, str(DTYPES[bits]).removeprefix("torch."))
 
 
 class Problem:
@@ -100,8 +100,8 @@ class Problem:
     def __init__(self, tokens: int, bits: int, head_dim: int, device: str, backend: str = "triton") -> None:
         at = case(tokens, bits, head_dim)
         self.backend = backend
-        self.mask = speed.mask_of(at, device)
-        self.q, self.k, self.v, self.dout = (x.detach() for x in speed.inputs(at, device))
+        self.mask = cases.mask_of(at, device)
+        self.q, self.k, self.v, self.dout = (x.detach() for x in cases.inputs(at, device))
         self.out, self.lse = self.forward()
         self.delta = front_door.row_delta(self.dout, self.out)
         self.into = tuple(front_door.zeros_fp32(x) for x in (self.q, self.k, self.v))
@@ -146,8 +146,8 @@ def tuned_row(kernel: str, arch: str, bits: int, head_dim: int, fit: list[tuple[
 
     members = {str(at): [partial(run, at=at)] for at in dict.fromkeys((old, *fit))}
     for phases in members.values():
-        speed.warm_up(phases, device)
-    times = {name: ms[0] for name, ms in speed.interleaved_ms(members, device, budget_s=2.0).items()}
+        cases.warm_up(phases, device)
+    times = {name: ms[0] for name, ms in cases.interleaved_ms(members, device, budget_s=2.0).items()}
     best = min(dict.fromkeys((old, *fit)), key=lambda at: times[str(at)])
     if times[str(old)] < GAIN * times[str(best)]:
         best = old
@@ -227,7 +227,7 @@ def main() -> int:
     limit_bytes = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
     sizes = [(16, 128)] if options.quick else [(bits, head_dim) for bits in CANDIDATES for head_dim in HEAD_DIMS]
     jobs = [(kernel, *size) for size in sizes for kernel in KERNELS]
-    console.print({**speed.about("cuda"), "architecture": arch})
+    console.print({**cases.about("cuda"), "architecture": arch})
     rows = tune(jobs, arch, limit_bytes, "cuda", deadline)
     table = Table(title="queries, keys, warps, stages", title_justify="left", box=box.SIMPLE_HEAD)
     columns = ("kernel", "bits", "head_dim", "fit", "old", "old_ms", "new", "new_ms", "gain")
@@ -242,7 +242,7 @@ def main() -> int:
         console.print(f"left out, for want of time or for a broken process: {', '.join(left_out)}", highlight=False)
     if options.json:
         options.json.write_text(
-            json.dumps({**speed.about("cuda"), "architecture": arch, "rows": rows}, indent=1) + "\n"
+            json.dumps({**cases.about("cuda"), "architecture": arch, "rows": rows}, indent=1) + "\n"
         )
     if not options.dry and any(row["new"] != row["old"] for row in rows):
         TUNED.write_text(written(blocks.tuned_table()))

@@ -69,9 +69,9 @@ def by_bucket(steps: list[dict]) -> dict[int, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer steps; about two minutes on two cores")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer steps; about a minute on two cores")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and figures here")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--max-tokens", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=2)
@@ -105,8 +105,11 @@ def main() -> int:
     table = Table(title=f"Steps of {tokens:,} tokens", title_justify="left")
     for column in ("bucket", "steps", "ms", "concat is", "predicted"):
         table.add_column(column, justify="right")
+    rows = []
     for length, value in times.items():
         predicted = speed_up(model, [1, 0], [length, options.max_tokens])
+        rows.append({"bucket": length, "steps": counts[length], "step_ms": value})
+        rows[-1] |= {"concat_is": longest / value, "predicted": predicted}
         table.add_row(
             f"{length:,}", str(counts[length]), f"{value:,.0f}", f"{longest / value:.2f} x", f"{predicted:.2f} x"
         )
@@ -122,13 +125,7 @@ def main() -> int:
         highlight=False,
     )
     if options.json:
-        figures = {
-            "step_ms": times,
-            "steps": counts,
-            "concat_step_ms": longest,
-            "speed_up": measured,
-            "predicted": predicted,
-        }
+        figures = {"rows": rows, "concat_step_ms": longest, "speed_up": measured, "predicted": predicted}
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0
 

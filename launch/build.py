@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
 from torch import Tensor
 
 from ..kernels.attention import attention
@@ -16,10 +17,17 @@ from ..kernels.layout import SeqLayout
 from ..kernels.mask import make_mask
 from ..model.attention import AttentionFunction
 from ..model.transformer import Transformer
-from ..parallel.cp.token_ring import token_ring_attention
+from ..parallel.cp.attention import context_attention
+from ..parallel.cp.execute import Problem
+from ..parallel.cp.grid import CpGrid
+from ..parallel.cp.layout import zigzag
+from ..parallel.cp.transports import CpGroup, open_group
+from ..parallel.cp.visible import Sight
 from ..parallel.mesh import Mesh, megatron_config
 from ..parallel.zero import DeepSpeedEngine, zero_engine
 from .config import Recipe
+from .guards import check_attention
+from .schedules import agree
 
 
 @dataclass(frozen=True)
@@ -58,31 +66,90 @@ class Place:
         return tokens, targets, layout, self.attention(layout)
 
 
-def place(sequence_tokens: int, recipe: Recipe, mesh: Mesh) -> Place:
-    """Where sequences of this length go: whole ones side by side, or one spread over a ring."""
-    parallel, backend = recipe.parallel, recipe.train.attention_backend
-    degree = parallel.context_parallel(sequence_tokens)
-    ring = mesh.rings[degree]
+def places(recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: Console | None = None) -> dict[int, Place]:
+    """A place for sequences of each of these lengths, with the process groups that they need. Collective.
 
-    def attention_of(layout: SeqLayout) -> AttentionFunction:
-        if degree == 1:
-            return partial(attention, mask=make_mask(layout, layout, device=mesh.device), backend=backend)
-        return partial(token_ring_attention, layout=layout, ring=ring, backend=backend)
+    `console`, of one rank, is told which grids the cost model took. Raises ValueError when attention over several ranks
+    turns out not to be that of one.
+    """
+    grids = agree(recipe, mesh, lengths, console)
+    groups: dict[int, CpGroup] = {}
+    for degree in sorted({grid.size for grid in grids.values()}):
+        used = [grid for grid in grids.values() if grid.size == degree]
+        groups[degree] = open_group(mesh.neighbours[degree], used, timeout_s=recipe.parallel.cp.timeout_s)
+    whole = partial(attention_of_one, recipe.train.attention_backend, mesh.device)
+    found = {}
+    for length in lengths:
+        group = groups.get(recipe.parallel.context_parallel(length))
+        if group is None:
+            found[length] = _place(length, recipe, mesh, 1, SeqLayout.contiguous(length), whole)
+            continue
+        windows = {kind.window: grid for kind, grid in grids.items() if kind.sequence_tokens == length}
+        spread = partial(attention_of_many, recipe, group, windows)
+        if recipe.parallel.cp.guards:
+            check_attention(recipe, mesh, group, spread, whole)
+        found[length] = _place(length, recipe, mesh, group.size, zigzag(length, group.rank, group.size), spread(length))
+    return found
 
+
+def _place(
+    length: int,
+    recipe: Recipe,
+    mesh: Mesh,
+    degree: int,
+    layout: SeqLayout,
+    attention: Callable[[SeqLayout], AttentionFunction],
+) -> Place:
     return Place(
         context_parallel=degree,
         replica=mesh.data_rank // degree,
         num_replicas=mesh.data_size // degree,
-        sequences_per_replica=parallel.sequences_per_replica(sequence_tokens),
-        layout=SeqLayout.contiguous(sequence_tokens) if degree == 1 else ring.layout(sequence_tokens),
-        attention=attention_of,
+        sequences_per_replica=recipe.parallel.sequences_per_replica(length),
+        layout=layout,
+        attention=attention,
     )
+
+
+def attention_of_one(backend: str, device: torch.device, layout: SeqLayout) -> AttentionFunction:
+    """Of sequences that this rank holds whole."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        return attention(q, k, v, make_mask(layout, layout, window=window, device=device), backend=backend)
+
+    return attend
+
+
+def attention_of_many(
+    recipe: Recipe, group: CpGroup, windows: Mapping[int | None, CpGrid], num_tokens: int
+) -> Callable[[SeqLayout], AttentionFunction]:
+    """Of a sequence of `num_tokens` spread over a group, by the grid for each window."""
+
+    @lru_cache(maxsize=4)  # its plans serve all layers of a micro-batch, and all micro-batches without documents
+    def problem(document_starts: tuple[int, ...], window: int | None) -> Problem:
+        layouts = (zigzag(num_tokens, rank, group.size).runs for rank in range(group.size))
+        return Problem(
+            windows[window],
+            tuple(SeqLayout(runs, document_starts) for runs in layouts),
+            Sight(window=window),
+            recipe.train.attention_backend,
+            recipe.parallel.cp.narrow_results,
+        )
+
+    def attention_of(layout: SeqLayout) -> AttentionFunction:
+        def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+            return context_attention(q, k, v, problem(layout.document_starts, window), group)
+
+        return attend
+
+    return attention_of
 
 
 def build_engine(recipe: Recipe, vocab_size: int, mesh: Mesh) -> DeepSpeedEngine:
     """The model with its optimizer under DeepSpeed. Equal seeds give equal weights on any mesh. Collective."""
     torch.manual_seed(recipe.train.seed)
-    model = Transformer(recipe.model, vocab_size, megatron_config(recipe.parallel)).to(mesh.device)
+    model = Transformer(recipe.model, vocab_size, megatron_config(recipe.parallel), recipe.train.recompute).to(
+        mesh.device
+    )
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(

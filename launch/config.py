@@ -43,6 +43,9 @@ class TrainConfig:
     """Of weights and activations; bfloat16 keeps fp32 master weights in the optimizer."""
     attention_backend: Literal["auto", "torch_cpu", "triton", "cudnn", "flash", "reference"] = "auto"
     """What computes attention; auto takes the first fit for the device, dtype and head dim, and logs why."""
+    recompute: bool = False
+    """Compute activations again in the backward instead of keeping them; attention alone is kept, and sends nothing
+    twice."""
     seed: int = 0
     """Decides initial weights and the order of sequences."""
     checkpoint_every_steps: int = 1000

@@ -24,7 +24,7 @@ from ..data.reader import SequenceReader
 from ..parallel.mesh import Mesh, join
 from ..parallel.zero import DeepSpeedEngine
 from . import checkpoint
-from .build import Place, build_engine, place
+from .build import Place, build_engine, places
 from .config import Recipe
 from .logs import open_log
 from .plan import plan
@@ -61,12 +61,13 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
     counts = torch.from_numpy(manifest.unigram()).double() + 1
     unigram_losses = (counts.sum().log() - counts.log()).to(mesh.device)
     edges = position_edges(recipe.data.min_bucket_tokens, recipe.data.max_bucket_tokens)
+    limit = recipe.evaluate.max_tokens_per_bucket
+    held_out = [bucket for bucket in manifest.buckets("held_out") if min(bucket.sequences, limit // bucket.length)]
+    here_of = places(recipe, mesh, [bucket.length for bucket in held_out])
     buckets = []
-    for bucket in manifest.buckets("held_out"):
-        num_sequences = min(bucket.sequences, recipe.evaluate.max_tokens_per_bucket // bucket.length)
-        if num_sequences == 0:
-            continue
-        here = place(bucket.length, recipe, mesh)
+    for bucket in held_out:
+        num_sequences = min(bucket.sequences, limit // bucket.length)
+        here = here_of[bucket.length]
         sums = _sums_by_position(
             engine, manifest.reader(bucket), manifest.has_boundaries, num_sequences, here, mesh, edges, unigram_losses
         )

@@ -9,7 +9,7 @@ from ..data.loader import training_order
 from ..data.manifest import MANIFEST_FILE, Manifest, open_prepared
 from ..data.order import BatchOrder
 from ..data.shards import sha256_of
-from . import checkpoint
+from . import checkpoint, schedules
 from .config import Recipe
 from .run_directory import RunDirectory
 
@@ -36,6 +36,7 @@ def plan(recipe: Recipe, world_size: int, *, check_shards: bool = True) -> Plan:
     many requests as there are shards.
     """
     recipe.accumulation_steps(world_size)
+    schedules.check(recipe)
     manifest = open_prepared(recipe.data.directory, recipe.loader, check_shards=check_shards)
     manifest.check_made_from(recipe.data)
     data_hash = sha256_of(manifest.store.path(MANIFEST_FILE))

@@ -13,6 +13,8 @@ from rich.markup import escape
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
+from ..parallel.cp.transports import PeerError
+
 log = logging.getLogger(__name__)
 
 
@@ -37,15 +39,16 @@ def start_ranks(module: str, arguments: Sequence[str], count: int) -> int:
 def as_rank(work: Callable[[], object]) -> int:
     """Do a rank's work -> its exit status: 0, or 2 after an error of the user's, told in one line.
 
-    Every rank makes the same checks and fails alike, so one on each machine speaks; the rest is in the logs.
+    Every rank makes the same checks and fails alike, so one on each machine speaks; the rest is in the logs. Only what
+    a rank knows of a dead peer is its own, and every rank says it.
     """
     try:
         if "RANK" not in os.environ:
             raise ValueError("no RANK in the environment: start it by torchrun, or use the `longring` command")
         work()
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, ArithmeticError, PeerError) as error:
         log.exception("stopped")
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, PeerError):
             Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         # Without leaving the process group: other ranks may be inside a collective, and leaving could wait for them.
         return 2

@@ -24,7 +24,7 @@ from ..data.order import Share
 from ..parallel.mesh import join
 from ..parallel.zero import gradient_norm, set_learning_rate
 from . import checkpoint
-from .build import build_engine, place
+from .build import build_engine, places
 from .config import Recipe, TrainConfig, load_recipe
 from .logs import open_log
 from .metrics import MetricsWriter, StepMetrics, trained_table
@@ -68,9 +68,9 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> No
             console.print(f"resumed from {planned.resume_from}")
 
     writer = MetricsWriter(run, done, recipe.train.steps, console) if rank == 0 else None
-    places = {length: place(length, recipe, mesh) for length in order.lengths}
+    here_of = places(recipe, mesh, order.lengths, console if rank == 0 else None)
     shares = {
-        length: Share(here.replica, here.num_replicas, here.sequences_per_replica) for length, here in places.items()
+        length: Share(here.replica, here.num_replicas, here.sequences_per_replica) for length, here in here_of.items()
     }
     pin_memory = mesh.device.type == "cuda"
     loader = Loader(planned.manifest, order, recipe.loader, shares.__getitem__, pin_memory=pin_memory)
@@ -85,7 +85,7 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> No
             rate = learning_rate(step, recipe.train)
             set_learning_rate(engine, rate)
             length = order.lengths[order.bucket(step - 1)]
-            here = places[length]
+            here = here_of[length]
             loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
             for _ in range(accumulation_steps):
                 micro_batch = next(micro_batches)

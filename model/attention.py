@@ -13,12 +13,16 @@ from torch import Tensor, nn
 from .config import ModelConfig
 from .fused import fused_ops
 
-AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q `[b, s, h_q, d]`, k, v `[b, s, h_kv, d]`) -> out `[b, s, h_q, d]`; it knows the layout of s, and its mask."""
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
+"""(q `[b, s, h_q, d]`, k, v `[b, s, h_kv, d]`, window in tokens or None) -> out `[b, s, h_q, d]`; it knows the layout
+of s."""
 
 
 class SelfAttention(nn.Module):
-    """Project to heads, turn by RoPE, attend, project back. Heads are divided over the tensor-parallel ranks."""
+    """The projections to heads, turned by RoPE, and back. Heads are divided over the tensor-parallel ranks.
+
+    Attention itself stands between them, in `Block`: recomputation spares it.
+    """
 
     def __init__(self, config: ModelConfig, parallel: ModelParallelConfig) -> None:
         super().__init__()
@@ -45,13 +49,16 @@ class SelfAttention(nn.Module):
             skip_bias_add=True,
         )
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attention: AttentionFunction) -> Tensor:
-        """x `[s, b, hidden]` (under sequence parallelism this rank's part of s) -> the same shape."""
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x `[s, b, hidden]` (under sequence parallelism this rank's part of s) -> q, k, v `[b, s, heads here, d]`."""
         qkv, _ = self.qkv(x)
         # [s, b, kv heads here * (queries_per_kv + 2) * d] -> [b, s, kv heads here, queries_per_kv + 2, d]
         qkv = qkv.unflatten(-1, (-1, self.queries_per_kv + 2, self.head_dim)).transpose(0, 1)
         q = qkv[:, :, :, :-2].flatten(2, 3)
         k, v = qkv[:, :, :, -2], qkv[:, :, :, -1]
         q, k = fused_ops(q).rope(q, k, rope)
-        out = attention(q, k, v)
+        return q, k, v
+
+    def project_back(self, out: Tensor) -> Tensor:
+        """Attention's result `[b, s, heads here, d]` -> `[s, b, hidden]`, or this rank's part of s."""
         return self.out(out.flatten(2).transpose(0, 1).contiguous())[0]

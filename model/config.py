@@ -21,6 +21,10 @@ class ModelConfig:
     """Width of the SwiGLU's two inner projections."""
     rope_base: float = 100_000.0
     """Base of the rotary frequencies; grow it with the context (100k for 8k tokens, 5e6 for 128k)."""
+    window_tokens: int = 0
+    """Tokens that a window layer's queries see, themselves included; 0: every layer sees the whole context."""
+    full_attention_every: int = 1
+    """Every so many layers one sees the whole context; of 6, layers 6, 12, ... do and the others have the window."""
     norm_epsilon: float = 1e-5
     """Added to the mean square in RMSNorm."""
     init_std: float = 0.02
@@ -39,6 +43,21 @@ class ModelConfig:
             raise ValueError(
                 f"model.num_heads = {self.num_heads} is not a multiple of model.num_kv_heads = {self.num_kv_heads}"
             )
+
+        if self.window_tokens < 0 or self.full_attention_every < 1:
+            raise ValueError(
+                f"model.window_tokens = {self.window_tokens} must not be negative, and model.full_attention_every = "
+                f"{self.full_attention_every} must be at least 1"
+            )
+        if (self.window_tokens > 0) != (self.full_attention_every > 1):
+            raise ValueError(
+                f"model.window_tokens = {self.window_tokens} with model.full_attention_every = "
+                f"{self.full_attention_every}: a window takes both, the first above 0 and the second above 1"
+            )
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that the queries of a layer (from 0) see; None: all before them."""
+        return None if (layer + 1) % self.full_attention_every == 0 else self.window_tokens
 
     @property
     def head_dim(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from megatron.core import ModelParallelConfig
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..kernels.layout import SeqLayout
 from .attention import AttentionFunction, SelfAttention
@@ -19,10 +20,15 @@ from .rope import rope_table
 
 
 class Block(nn.Module):
-    """Pre-norm residual block."""
+    """Pre-norm residual block.
 
-    def __init__(self, config: ModelConfig, parallel: ModelParallelConfig) -> None:
+    With `recompute` the backward computes again all but attention, whose messages between ranks are then not sent
+    twice: of a block remain its input, q, k, v, and attention's result with its lse.
+    """
+
+    def __init__(self, config: ModelConfig, parallel: ModelParallelConfig, window: int | None, recompute: bool) -> None:
         super().__init__()
+        self.window, self.recompute = window, recompute
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon, parallel)
         self.attention = SelfAttention(config, parallel)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon, parallel)
@@ -30,7 +36,16 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attention: AttentionFunction) -> Tensor:
         """x `[s, b, hidden]` -> the same shape."""
-        x = x + self.attention(self.attention_norm(x), rope, attention)
+        if not self.recompute:
+            return self._after(x, attention(*self._before(x, rope), self.window))
+        q, k, v = checkpoint(self._before, x, rope, use_reentrant=False)
+        return checkpoint(self._after, x, attention(q, k, v, self.window), use_reentrant=False)
+
+    def _before(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attention.project(self.attention_norm(x), rope)
+
+    def _after(self, x: Tensor, out: Tensor) -> Tensor:
+        x = x + self.attention.project_back(out)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -41,7 +56,9 @@ class Transformer(nn.Module):
     parallelism. Initialise megatron-core's parallel state before.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, parallel: ModelParallelConfig) -> None:
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, parallel: ModelParallelConfig, recompute: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
         self.sequence_parallel = parallel.sequence_parallel
@@ -53,7 +70,9 @@ class Transformer(nn.Module):
             reduce_scatter_embeddings=parallel.sequence_parallel,
             config=parallel,
         )
-        self.blocks = nn.ModuleList(Block(config, parallel) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(
+            Block(config, parallel, config.window(layer), recompute) for layer in range(config.num_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, parallel)
         self.head = LossHead(config, vocab_rows, parallel)
 

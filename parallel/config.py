@@ -36,7 +36,7 @@ class CpConfig:
                     CpGrid.parse(name)
                 except ValueError as error:
                     raise ValueError(
-                        f"parallel.cp.{key} = {name!r} is neither auto nor one of {', '.join(NAMED)} nor a grid: {error}"
+                        f"parallel.cp.{key} = {name!r} is not auto, {', '.join(NAMED)}, and no grid: {error}"
                     ) from error
         for ranks in self.schedule_of:
             if not ranks.isdecimal():

@@ -1,10 +1,10 @@
-"""This process's place in the world: tensor-parallel slice, data-parallel rank, rings for each context degree.
+"""This process's place in the world: tensor-parallel slice, data-parallel rank, neighbours for each context degree.
 
 | axis | ranks along it | for |
 |---|---|---|
 | tensor | neighbours, `parallel.tensor` of them | each weight matrix cut by heads or columns (megatron-core) |
 | data | every `parallel.tensor`-th rank | gradients, optimizer state (DeepSpeed); all ranks that hold equal weights |
-| context | neighbours along data, 2, 4, ... of them | one sequence; each degree has its groups, the batch chooses |
+| context | neighbours along data, 2, 4, ... of them | one sequence; the batch decides how many |
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torch.distributed as dist
 from megatron.core import ModelParallelConfig, parallel_state
 
 from .config import ParallelConfig
-from .cp.token_ring import Ring
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class Mesh:
     data_rank: int
     data_size: int
     device: torch.device
-    rings: dict[int, Ring]
-    """By context-parallel degree: 1, 2, 4, ... as far as asked for."""
+    neighbours: dict[int, tuple[int, ...]]
+    """By context-parallel degree 1, 2, 4, ...: the ranks, of the world, that share a sequence with this one."""
 
     @property
     def tensor_group(self) -> dist.ProcessGroup:
@@ -77,16 +76,13 @@ def join(parallel: ParallelConfig, max_context_degree: int, timeout_minutes: flo
     )
 
     data_rank, tensor_rank = divmod(rank, parallel.tensor)
-    rings = {1: Ring(0, 1)}
-    degree = 2
+    neighbours = {}
+    degree = 1
     while degree <= max_context_degree:
         first = data_rank - data_rank % degree
-        members = [(first + i) * parallel.tensor + tensor_rank for i in range(degree)]
-        # Only members take part in making a group: of 1,024 ranks each makes 2 log2(degree), not thousands.
-        groups = [_member(dist.new_group(members, use_local_synchronization=True)) for _ in ("query", "home")]
-        rings[degree] = Ring(data_rank - first, degree, *groups)
+        neighbours[degree] = tuple((first + i) * parallel.tensor + tensor_rank for i in range(degree))
         degree *= 2
-    return Mesh(rank, world_size, tensor_rank, parallel.tensor, data_rank, data_size, device, rings)
+    return Mesh(rank, world_size, tensor_rank, parallel.tensor, data_rank, data_size, device, neighbours)
 
 
 def megatron_config(parallel: ParallelConfig) -> ModelParallelConfig:

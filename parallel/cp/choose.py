@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from .cost import Price, Speed, Work, play
 from .grid import CpGrid, divisions, moves
 from .layout import zigzag
+from .plan import Pass
 from .schedules import Schedule
 from .topology import Topology
 from .visible import Sight
@@ -24,52 +25,58 @@ class Priced:
     """A grid, and what one layer's attention costs on it."""
 
     grid: CpGrid
-    forward: Price
-    backward: Price
+    passes: dict[Pass, Price]
 
     @property
     def seconds(self) -> float:
-        """Of a forward and a backward."""
-        return self.forward.seconds + self.backward.seconds
+        """Of all passes."""
+        return sum(price.seconds for price in self.passes.values())
 
     @property
     def exposed_s(self) -> float:
-        """Communication that no computation hides, in both."""
-        return self.forward.exposed_s + self.backward.exposed_s
+        """Communication that no computation hides, in all passes."""
+        return sum(price.exposed_s for price in self.passes.values())
 
     @property
     def peak_bytes(self) -> int:
         """Most that a rank holds of others'."""
-        return max(self.forward.peak_bytes, self.backward.peak_bytes)
+        return max(price.peak_bytes for price in self.passes.values())
 
 
-def price(
-    grid: CpGrid, num_tokens: int, work: Work, topology: Topology, speed: Speed, sight: Sight | None = None
-) -> Priced:
-    """One layer over a sequence of `num_tokens` in zigzag layout, one document."""
-    sight = sight or Sight()
-    layouts = [zigzag(num_tokens, rank, grid.size) for rank in range(grid.size)]
-    forward = play(Schedule(grid, layouts, sight, "forward"), sight, topology, work, speed)
-    return Priced(grid, forward, play(Schedule(grid, layouts, sight, "backward"), sight, topology, work, speed))
+@dataclass(frozen=True)
+class Question:
+    """What is to be computed, and on what: one layer over a sequence in zigzag layout, as one document."""
+
+    num_tokens: int
+    work: Work
+    topology: Topology
+    speed: Speed
+    sight: Sight = field(default_factory=Sight)
+    passes: tuple[Pass, ...] = ("forward", "backward")
+
+    def price(self, grid: CpGrid) -> Priced:
+        """What it costs on a grid."""
+        layouts = [zigzag(self.num_tokens, rank, grid.size) for rank in range(grid.size)]
+
+        def played(direction: Pass) -> Price:
+            schedule = Schedule(grid, layouts, self.sight, direction)
+            return play(schedule, self.sight, self.topology, self.work, self.speed)
+
+        return Priced(grid, {direction: played(direction) for direction in self.passes})
 
 
-def choose(
-    size: int, num_tokens: int, work: Work, topology: Topology, speed: Speed, sight: Sight | None = None
-) -> list[Priced]:
+def choose(size: int, question: Question) -> list[Priced]:
     """The best grid of every division of `size` ranks that fits the heads, best first.
 
     First every division is priced with its simplest moves; then all moves and orders of the best three. Raises
     ValueError for a topology that does not reach so far.
     """
+    work, topology = question.work, question.topology
     if not topology.fits(size):
         raise ValueError(
             f"topology {topology.name!r} has {topology.ranks_per_node} ranks and says nothing of more: context "
             f"parallelism over {size} needs one that does"
         )
-
-    def priced(candidates: Iterable[CpGrid]) -> Iterator[Priced]:
-        for grid in candidates:
-            yield price(grid, num_tokens, work, topology, speed, sight)
 
     fit = [base for base in divisions(size) if base.unfit(work.num_heads, work.num_kv_heads) is None]
     if size > LARGE:
@@ -79,10 +86,10 @@ def choose(
         for base in fit
         for routes in {("direct", "direct"), ("round_and_home", "round"), ("both_ways", "both_ways")}
     )
-    found = _best_of_each(priced(simple))
+    found = _best_of_each(map(question.price, simple))
     for first in found[:3] if size <= 4 * LARGE else ():
         base = CpGrid(first.grid.heads, first.grid.query, first.grid.kv)
-        found = _best_of_each([*found, *priced(moves(base))])
+        found = _best_of_each([*found, *map(question.price, moves(base))])
     return found
 
 

@@ -83,8 +83,8 @@ class Speed:
         return self.tile_s + work.batch * pairs * flops * work.head_dim * (work.num_heads // grid.heads) / rate
 
 
-H100 = Speed(forward_flops=500e12, backward_flops=400e12, tile_s=20e-6)
-"""Assumed for plans on paper, not measured here: between FlashAttention-2 and 3 in bf16 with head dim 128."""
+ASSUMED = Speed(forward_flops=500e12, backward_flops=350e12, tile_s=10e-6)
+"""Of an H100 in bf16 where nothing was measured: round numbers below those of FlashAttention-3 (arXiv 2407.08608)."""
 
 
 class Event(NamedTuple):

@@ -1,0 +1,221 @@
+"""What gloo gets out of the network of benchmarks/namespaces.py, and whether its links keep to their rate.
+
+    python benchmarks/network.py --json rows.json       # 2 to 3 minutes; needs root and iproute2
+    python benchmarks/network.py --quick                # 4 hosts, one rate, half a minute
+
+Messages of 2 MB between neighbours and, in a ring, between opposite hosts; one way, two ways by one process group or by
+one for each direction, and on all links at once. A time is the median of repeats, each that of its slowest host;
+"share" is the rate of data over what a link's rate leaves to it beside headers; "counted" is what the links counted
+over what the messages are with their headers. Both are 1 where all is well. Last, rates are raised until all links at
+once no longer reach a share of 0.95: of a machine that others use, a lower bound. Two shared cores gave
+benchmarks/results/network_2_cores_2026-11-21.json.
+
+gloo sends a message when its receiver has said that it waits. Where sends are posted first, that word comes late: over
+one group it queues behind the data that goes the same way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any, get_args
+
+sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
+from namespaces import PAYLOAD_SHARE, Fabric, Network, from_hosts, unavailable
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+Row = dict[str, Any]
+Message = tuple[int, int, int]
+"""Source, target, and which of two process groups."""
+
+SENDS_FIRST = "sends first"
+MESSAGE_BYTES = 2_000_000
+ENOUGH = 0.95
+CLIMB_MBIT_PER_S = (100, 150, 200, 300, 400, 600, 800, 1200, 1600)
+
+
+def patterns(fabric: Fabric, n: int) -> dict[str, list[Message]]:
+    """Messages that travel at once; receives are posted before sends where the name does not say otherwise."""
+    found = {"one way": [(0, 1, 0)], "two ways, two groups": [(0, 1, 0), (1, 0, 1)]}
+    found |= {name: [(0, 1, 0), (1, 0, 0)] for name in ("two ways, one group", f"two ways, one group, {SENDS_FIRST}")}
+    if fabric == "ring":
+        found["opposite, one way"] = [(0, n // 2, 0)]
+        found["opposite, two groups"] = [(0, n // 2, 0), (n // 2, 0, 1)]
+    return found | {name: all_links(fabric, n) for name in (f"all links, {SENDS_FIRST}", "all links")}
+
+
+def all_links(fabric: Fabric, n: int) -> list[Message]:
+    """One message on every link and direction."""
+    if fabric == "mesh":
+        return [(i, j, int(i < j)) for i in range(n) for j in range(n) if i != j]
+    onwards = [(i, (i + 1) % n, 0) for i in range(n)]
+    return onwards + [(j, i, 1) for i, j, _ in onwards] if fabric == "ring" else onwards
+
+
+def serve() -> int:
+    """A host: joins the others, then does what each line of its input asks for, and answers with seconds a repeat."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    groups, rank = [dist.new_group() for _ in range(2)], dist.get_rank()
+    print(flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        seconds = []
+        mine = [[message for message in messages if rank in message[:2]] for messages in job["rounds"]]
+        for messages in mine:
+            messages.sort(key=lambda message: message[0] == rank, reverse=job["sends_first"])
+        buffers = [torch.zeros(job["bytes"], dtype=torch.uint8) for messages in mine for _ in messages]
+        dist.barrier()
+        for _ in range(job["repeats"]):
+            started, free = time.perf_counter(), iter(buffers)
+            for messages in mine:
+                pending = []
+                for source, target, group in messages:
+                    transfer, peer = (dist.isend, target) if source == rank else (dist.irecv, source)
+                    pending.append(transfer(next(free), peer, group=groups[group]))
+                for work in pending:
+                    work.wait()
+            seconds.append(time.perf_counter() - started)
+        dist.barrier()
+        print(json.dumps(seconds), flush=True)
+    return 0
+
+
+class Hosts:
+    """A network with `serve` running on every host."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        command = [sys.executable, "-P", __file__, "--serve"]
+        quiet = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # it warns that hosts have no names
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.processes = [network.popen(host, command, quiet, **pipes) for host in range(network.num_hosts)]
+        self._answers()
+
+    def _answers(self) -> list[str]:
+        lines = [process.stdout.readline() for process in self.processes]
+        if "" in lines:
+            raise RuntimeError(f"host {lines.index('')} ended, see its error above")
+        return lines
+
+    def seconds(self, rounds: list[list[Message]], num_bytes: int, repeats: int, *, sends_first: bool = False) -> float:
+        """Median of the repeats, each the time of the slowest host that takes part; rounds follow one another."""
+        job = json.dumps({"rounds": rounds, "bytes": num_bytes, "repeats": repeats, "sends_first": sends_first})
+        for process in self.processes:
+            process.stdin.write(job + "\n")
+            process.stdin.flush()
+        answers = [json.loads(line) for line in self._answers()]
+        return median(max(times) for times in zip(*answers, strict=True))
+
+    def row(self, pattern: str, messages: list[Message], repeats: int) -> Row:
+        """A pattern timed, and the links' count beside what they should have carried."""
+        network = self.network
+        before = network.sent_bytes()
+        seconds = self.seconds([messages], MESSAGE_BYTES, repeats, sends_first=pattern.endswith(SENDS_FIRST))
+        counted = from_hosts(network.sent_bytes() - before)
+        carried = repeats * MESSAGE_BYTES * sum(network.num_hops(source, target) for source, target, _ in messages)
+        mbit_per_s = 8e-6 * MESSAGE_BYTES / seconds
+        return {
+            "fabric": network.fabric,
+            "num_hosts": network.num_hosts,
+            "link_mbit_per_s": network.mbit_per_s,
+            "pattern": pattern,
+            "ms": round(1e3 * seconds, 2),
+            "mbit_per_s": round(mbit_per_s, 1),
+            "share": round(mbit_per_s / (network.mbit_per_s * PAYLOAD_SHARE), 3),
+            "counted": round(counted * PAYLOAD_SHARE / carried, 3),
+        }
+
+
+@contextmanager
+def hosts_of(fabric: Fabric, num_hosts: int) -> Iterator[Hosts]:
+    with Network(fabric, num_hosts, mbit_per_s=1000) as network:
+        hosts = Hosts(network)
+        hosts.seconds([all_links(fabric, num_hosts)], MESSAGE_BYTES, 2)  # connections are made, and their windows grow
+        yield hosts
+
+
+def round_trip_row(hosts: Hosts) -> Row:
+    """A message of 8 bytes from host 0 to host 1 and one back."""
+    network = hosts.network
+    ms = round(1e3 * hosts.seconds([[(0, 1, 0)], [(1, 0, 0)]], 8, 50), 3)
+    known = {"fabric": network.fabric, "num_hosts": network.num_hosts, "link_mbit_per_s": network.mbit_per_s}
+    return known | {"pattern": "round trip of 8 bytes", "ms": ms}
+
+
+def highest_rate(hosts: Hosts, rates: tuple[int, ...]) -> Row:
+    """The last of ascending rates that all links at once reached `ENOUGH` of, at the second try if need be."""
+    network, reached, last = hosts.network, 0, 0.0
+    for rate in rates:
+        network.set_rate(rate)
+        messages = all_links(network.fabric, network.num_hosts)
+        tries = (hosts.row("", messages, 6)["share"] for _ in range(2))
+        last = next((share for share in tries if share >= ENOUGH), 0.0)
+        if not last:
+            break
+        reached = rate
+    known = {"fabric": network.fabric, "num_hosts": network.num_hosts, "link_mbit_per_s": reached}
+    return known | {"pattern": "all links, highest rate"}
+
+
+def measure(quick: bool) -> Iterator[Row]:
+    """All rows, as they come."""
+    for fabric in get_args(Fabric):
+        with hosts_of(fabric, 4) as hosts:
+            for rate in (200,) if quick else (50, 200):
+                hosts.network.set_rate(rate)
+                for pattern, messages in patterns(fabric, 4).items():
+                    yield hosts.row(pattern, messages, 4 if quick else 8)
+                yield round_trip_row(hosts)
+            yield highest_rate(hosts, CLIMB_MBIT_PER_S)
+        if not quick:
+            with hosts_of(fabric, 8) as hosts:
+                yield highest_rate(hosts, CLIMB_MBIT_PER_S)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="4 hosts, one rate, half a minute")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        return serve()
+    if reason := unavailable():
+        Console(stderr=True).print(f"[bold red]error:[/] {reason}", highlight=False)
+        return 2
+    console = Console(width=100)
+    title = "Messages of 2 MB; rates of links and data in Mbit/s"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    columns = ("fabric", "hosts", "link", "pattern", "ms", "data", "share", "counted")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("fabric", "pattern") else "right", no_wrap=True)
+    rows = []
+    with console.status("measuring") as status:
+        for row in measure(options.quick):
+            rows.append(row)
+            table.add_row(*(f"{x:.3f}" if name in ("share", "counted") else str(x) for name, x in row.items()))
+            status.update(" ".join(map(str, row.values())))
+    console.print(table)
+    if options.json:
+        about = {"date": datetime.now(UTC).date().isoformat(), "cores": len(os.sched_getaffinity(0))}
+        options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Checks before the first step that attention over several ranks is the attention of one.
+
+They cost a few passes of a model of a few layers over a short sequence, and find what would otherwise be found after
+weeks: a rank whose positions are off by a chunk still trains, only worse.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..kernels.layout import SeqLayout
+from ..model.attention import AttentionFunction
+from ..model.transformer import Transformer
+from ..parallel.cp.layout import zigzag
+from ..parallel.cp.transports import CpGroup
+from ..parallel.mesh import Mesh, megatron_config
+from .config import Recipe
+
+CHUNK_TOKENS = 13
+"""Of the probe's sequence, for each of 2 cp chunks; odd, so that documents and blocks end anywhere."""
+VOCABULARY = 128
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Largest relative difference of loss and gradient: some ten times what summing in another order costs. A wrong layout
+costs ten times more."""
+
+
+def check_attention(
+    recipe: Recipe,
+    mesh: Mesh,
+    group: CpGroup,
+    spread: Callable[[int], Callable[[SeqLayout], AttentionFunction]],
+    whole: Callable[[SeqLayout], AttentionFunction],
+) -> None:
+    """Raise ValueError, on every rank of the group, unless a small model computes over the group what it does on one.
+
+    `spread(tokens)` and `whole` give attention for a layout, over the group and on this rank alone. Collective. Checked
+    are: all ranks mean the same layouts; no loss depends on a later token or on another document; loss and gradients
+    equal those of the sequence held whole.
+    """
+    num_tokens = 2 * group.size * CHUNK_TOKENS
+    second = num_tokens // 3
+    documents = (0, second)
+    layouts = [zigzag(num_tokens, rank, group.size).runs for rank in range(group.size)]
+    _agree(group, layouts)
+    mine = SeqLayout(layouts[group.rank], documents)
+    everything = SeqLayout(((0, num_tokens),), documents)
+    attention = spread(num_tokens)(mine)
+
+    dtype = getattr(torch, recipe.train.dtype)
+    torch.manual_seed(0)
+    config = replace(recipe.model, num_layers=min(recipe.model.num_layers, recipe.model.full_attention_every))
+    model = Transformer(config, VOCABULARY, megatron_config(recipe.parallel)).to(mesh.device, dtype)
+    tokens = torch.randint(VOCABULARY, (1, num_tokens + 1), generator=torch.Generator().manual_seed(1)).to(mesh.device)
+
+    def losses(tokens: Tensor, layout: SeqLayout, attention: AttentionFunction) -> Tensor:
+        at = layout.positions(mesh.device)
+        return model(tokens[:, at], tokens[:, at + 1], layout, attention)[0].float()
+
+    def gathered(share: Tensor) -> Tensor:
+        """Losses of all ranks in order of position."""
+        every = torch.zeros(num_tokens, device=mesh.device)
+        every[mine.positions(mesh.device)] = share.detach()
+        dist.all_reduce(every, group=_any_group(group))
+        return every
+
+    share = losses(tokens, mine, attention)
+    share.sum().backward()
+    before = gathered(share)
+    gradient = _gradient(model)
+    dist.all_reduce(gradient, group=_any_group(group))
+    model.zero_grad()
+    alone = losses(tokens, everything, whole(everything))
+    alone.sum().backward()
+    _compare("loss", before.sum(), alone.detach().sum(), dtype, group)
+    _compare("gradient", gradient, _gradient(model), dtype, group)
+
+    # A token late in each document: of the losses before it, none may move, and of those from it on, some must.
+    for changed, start in ((second - second // 4, 0), (num_tokens - second // 4, second)):
+        other = tokens.clone()
+        other[0, changed] = (other[0, changed] + 1) % VOCABULARY
+        with torch.no_grad():
+            moved = (gathered(losses(other, mine, attention)) != before).nonzero().flatten().tolist()
+        stop = second if start == 0 else num_tokens
+        # Position p predicts token p + 1: the loss at changed - 1 has another target.
+        leaked = [position for position in moved if not changed - 1 <= position < stop]
+        if leaked or changed not in moved:
+            raise ValueError(
+                f"context parallelism over {group.size} ranks leaks: token {changed} of document [{start}, {stop}) was "
+                f"changed and the losses at {moved[:8]} moved, not only those from {changed - 1} to {stop - 1}; "
+                "this is an error of LongRing's or of its attention backend: try another train.attention_backend or "
+                "parallel.cp.schedule, and report it"
+            )
+
+
+def _agree(group: CpGroup, layouts: list[tuple[tuple[int, int], ...]]) -> None:
+    """Every rank deals the sequence out alike."""
+    mine = hashlib.sha256(repr((group.global_ranks, layouts)).encode()).hexdigest()
+    theirs: list[str] = [""] * group.size
+    dist.all_gather_object(theirs, mine, group=_any_group(group))
+    for rank, digest in enumerate(theirs):
+        if digest != theirs[0]:
+            raise ValueError(
+                f"context parallelism: ranks {group.global_ranks[0]} and {group.global_ranks[rank]} disagree about who "
+                "holds which tokens: do all nodes run the same code with the same recipe?"
+            )
+
+
+def _compare(name: str, got: Tensor, expected: Tensor, dtype: torch.dtype, group: CpGroup) -> None:
+    difference = float((got - expected).norm() / expected.norm())
+    if not difference <= TOLERANCE[dtype]:
+        raise ValueError(
+            f"context parallelism over {group.size} ranks: the {name} of a small sequence differs from that of one "
+            f"rank by {difference:.2g} of it, more than {TOLERANCE[dtype]:g} in {dtype}; try another "
+            "train.attention_backend or parallel.cp.schedule, and report it"
+        )
+
+
+def _gradient(model: nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
+
+
+def _any_group(group: CpGroup) -> dist.ProcessGroup:
+    return next(iter(group.channels.values()))

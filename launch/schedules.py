@@ -1,0 +1,150 @@
+"""Which grid of ranks each bucket's attention is divided by: named by the recipe, or the cheapest on the topology."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch.distributed as dist
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..parallel.cp.choose import Priced, Question, choose
+from ..parallel.cp.cost import ASSUMED, Speed, Work
+from ..parallel.cp.grid import CpGrid
+from ..parallel.cp.topology import PRESETS, Topology
+from ..parallel.cp.visible import Sight
+from ..parallel.mesh import Mesh
+from .config import Recipe
+
+log = logging.getLogger(__name__)
+
+
+class Kind(NamedTuple):
+    """Layers whose attention costs the same: one bucket's, with a window or without."""
+
+    sequence_tokens: int
+    window: int | None
+
+
+class Pick(NamedTuple):
+    """A grid for a kind of layers, and what it was preferred to."""
+
+    kind: Kind
+    named: bool
+    """By the recipe; else the cheapest."""
+    priced: list[Priced]
+    """The grid taken, then the runners-up."""
+
+    @property
+    def grid(self) -> CpGrid:
+        """The grid taken."""
+        return self.priced[0].grid
+
+
+def kinds(recipe: Recipe, lengths: Sequence[int]) -> list[Kind]:
+    """The kinds of layers in the buckets, of these lengths, that are spread over ranks."""
+    windows = sorted({recipe.model.window(layer) for layer in range(recipe.model.num_layers)}, key=lambda w: w or 0)
+    spread = [length for length in lengths if recipe.parallel.context_parallel(length) > 1]
+    return [Kind(length, window) for length in spread for window in windows]
+
+
+def work(recipe: Recipe) -> Work:
+    """Attention of one layer on one rank of a tensor-parallel group."""
+    tensor = recipe.parallel.tensor
+    return Work(
+        num_heads=recipe.model.num_heads // tensor,
+        num_kv_heads=recipe.model.num_kv_heads // tensor,
+        head_dim=recipe.model.head_dim,
+        itemsize=4 if recipe.train.dtype == "float32" else 2,
+        narrow_results=recipe.parallel.cp.narrow_results,
+    )
+
+
+def check(recipe: Recipe) -> None:
+    """Raise ValueError when a grid that the recipe names does not fit its ranks or heads."""
+    shape = work(recipe)
+    size = 2
+    while size <= recipe.max_context_parallel:
+        grid = recipe.parallel.cp.named_grid(size)
+        unfit = grid and grid.unfit(shape.num_heads, shape.num_kv_heads)
+        if unfit:
+            raise ValueError(
+                f"parallel.cp: {grid} for the buckets over {size} ranks: {unfit} (model.num_heads and num_kv_heads "
+                f"over parallel.tensor = {recipe.parallel.tensor})"
+            )
+        size *= 2
+
+
+def pick(recipe: Recipe, lengths: Sequence[int], topology: Topology, speed: Speed) -> list[Pick]:
+    """A grid for every kind of layers. Buckets that take equally many ranks share it, so that they share its groups."""
+    picks = []
+    for kind in kinds(recipe, lengths):
+        size = recipe.parallel.context_parallel(kind.sequence_tokens)
+        question = Question(kind.sequence_tokens, work(recipe), topology, speed, Sight(window=kind.window))
+        named = recipe.parallel.cp.named_grid(size)
+        priced = choose(size, question) if named is None else [question.price(named)]
+        picks.append(Pick(kind, named is not None, priced))
+    return picks
+
+
+def agree(recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: Console | None) -> dict[Kind, CpGrid]:
+    """The grid of every kind of layers, the same on all ranks. Collective.
+
+    Where the recipe leaves one to the cost model, rank 0 prices the family on the topology, measured or named, and
+    tells the others.
+    """
+    wanted = kinds(recipe, lengths)
+    sizes = {kind: recipe.parallel.context_parallel(kind.sequence_tokens) for kind in wanted}
+    named = {kind: recipe.parallel.cp.named_grid(size) for kind, size in sizes.items()}
+    if all(grid is not None for grid in named.values()):
+        return {kind: grid for kind, grid in named.items() if grid is not None}
+    if recipe.parallel.cp.topology == "probe":
+        topology, speed = PRESETS["nvswitch"](mesh.world_size), ASSUMED
+    else:
+        topology, speed = PRESETS[recipe.parallel.cp.topology](mesh.world_size), ASSUMED
+    taken: list[dict[Kind, CpGrid] | None] = [None]
+    if mesh.rank == 0:
+        picks = pick(recipe, lengths, topology, speed)
+        taken = [{found.kind: found.grid for found in picks}]
+        for found in picks:
+            prices = "; ".join(
+                f"{x.grid}: {x.seconds * 1e3:.3g} ms, {x.exposed_s * 1e3:.3g} exposed" for x in found.priced
+            )
+            log.info("attention of %s over %d ranks: %s", found.kind, found.grid.size, prices)
+        if console is not None:
+            console.print(picks_table(picks, topology))
+    dist.broadcast_object_list(taken)
+    assert taken[0] is not None
+    return taken[0]
+
+
+def picks_table(picks: Sequence[Pick], topology: Topology) -> Table:
+    """A row for each kind of layers."""
+    table = Table(
+        title=f"Attention over several ranks, per layer and sequence, as priced on {topology.name}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for name in ("bucket", "window", "cp"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("taken")
+    for name in ("ms", "exposed"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("next best")
+    for found in picks:
+        best, *others = found.priced
+        runners_up = "; ".join(f"{other.grid} {other.seconds * 1e3:.3g} ms" for other in others[:2])
+        table.add_row(
+            f"{found.kind.sequence_tokens:,}",
+            f"{found.kind.window:,}" if found.kind.window else "",
+            str(best.grid.size),
+            str(best.grid),
+            f"{best.seconds * 1e3:.3g}",
+            f"{best.exposed_s * 1e3:.3g}",
+            "named by the recipe" if found.named else runners_up,
+        )
+    return table
