@@ -104,6 +104,8 @@ class Price:
     compute_s: float
     """Of the rank that computes longest."""
     bytes_by_link: dict[Hashable, int]
+    sent_bytes: int
+    """By all ranks; over several links a message counts once."""
     peak_bytes: int
     """Most that a rank holds of others' blocks and results, in transit or waiting."""
     events: list[Event] = field(repr=False, default_factory=list)
@@ -152,6 +154,7 @@ def play(
         float(ready.max()),
         float(compute_s.max()),
         {name: int(carried) for name, carried in zip(wires.names, on_link, strict=False) if carried},
+        int(weights.sum()),
         holds.peak_bytes(),
         _events(schedule, messages, begins, arrival, tiles) if record else [],
     )
