@@ -186,7 +186,7 @@ def table(rows: Rows, fabric: str) -> Table:
         cell = of(rows, fabric=fabric, model=model, gpus=num_gpus, tokens=num_tokens)
         times = {row["member"]: row["ms"] / (row["ms"] - row["exposed_ms"]) for row in cell}
         best = min(times[row["member"]] for row in named(cell))
-        texts = [f"{times[name]:.2f}" if name in times else "–" for name in (*MEMBERS, "auto")]
+        texts = [f"{times[name]:.2f}" if name in times else "-" for name in (*MEMBERS, "auto")]
         texts = [f"[bold]{text}[/]" if text == f"{best:.2f}" else text for text in texts]
         grid = CpGrid.parse(of(cell, member="auto")[0]["grid"])
         label = model.split()[0]
