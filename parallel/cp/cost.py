@@ -1,8 +1,8 @@
 """What a plan costs on a topology: all its ranks are played, step by step.
 
 A rank begins a step when its tile of the step before is computed and the messages due have come. A message begins when
-both its ends have posted it and its links have carried what was posted at earlier steps; messages of one step that
-share a link share it evenly. That is how gloo and NCCL behave when every channel is a stream of its own, as far as a
+both its ends have posted it and its links have carried what was posted before; messages posted together that share a
+link share it evenly. That is how gloo and NCCL behave when every channel is a stream of its own, as far as a
 model of a few lines can say it: `benchmarks/cp_network.py` sets it beside measured times.
 """
 
@@ -122,26 +122,27 @@ def play(
     """Play all ranks of a schedule; with `record` the price has the events, a message's at both of its ends."""
     grid, size = schedule.grid, schedule.grid.size
     messages = schedule.all_messages
-    messages = messages.where(np.argsort(messages.posted, kind="stable"))
-    by_due = np.argsort(messages.due, kind="stable")
     num_steps = int(max(schedule.end, messages.due.max(initial=0) + 1))
-    posted_at, due_at = (
-        np.searchsorted(column, np.arange(num_steps + 1)).tolist() for column in (messages.posted, messages.due[by_due])
-    )
+    # A step has two exchanges, of results and then of blocks: half 2 x step and the one after.
+    messages = messages.where(np.argsort(2 * messages.posted + ~messages.is_result, kind="stable"))
+    posted, due = (2 * at + ~messages.is_result for at in (messages.posted, messages.due))
+    by_due = np.argsort(due, kind="stable")
+    posted_at, due_at = (np.searchsorted(at, np.arange(2 * num_steps + 1)).tolist() for at in (posted, due[by_due]))
     weights = work.row_bytes(grid, schedule.direction)[messages.flow] * (messages.stop - messages.start) * work.batch
     wires, pair = wires_of(topology, size), messages.source * size + messages.target
     ready, compute_s, free = np.zeros(size), np.zeros(size), np.zeros(len(wires.names) + 1)
     begins, arrival = np.zeros((2, len(pair)))
     tiles: dict[int, tuple[Floats, Floats]] = {}  # by step: from when to when
     holds = _Holds(messages, weights, grid, num_steps)
-    for step in range(num_steps):
-        due = by_due[due_at[step] : due_at[step + 1]]
-        for end in (messages.source, messages.target):
-            np.maximum.at(ready, end[due], arrival[due])
-        now = slice(posted_at[step], posted_at[step + 1])
-        begins[now] = np.maximum(ready[messages.source[now]], ready[messages.target[now]])
-        begins[now], arrival[now] = _carry(begins[now], weights[now], pair[now], wires, free)
-        if 0 <= step - schedule.first < len(schedule.tile_numbers):
+    for half in range(2 * num_steps):
+        came = by_due[due_at[half] : due_at[half + 1]]
+        for end in (messages.source, messages.target) if len(came) else ():
+            np.maximum.at(ready, end[came], arrival[came])
+        now, step = slice(posted_at[half], posted_at[half + 1]), half // 2
+        if now.start < now.stop:
+            begins[now] = np.maximum(ready[messages.source[now]], ready[messages.target[now]])
+            begins[now], arrival[now] = _carry(begins[now], weights[now], pair[now], wires, free)
+        if half % 2 and 0 <= step - schedule.first < len(schedule.tile_numbers):
             query, key = schedule.tiles(step, np.arange(grid.places))
             pairs = num_pairs(schedule.shares[query], schedule.shares[key], sight)
             holds.use(step, query, key, pairs > 0)
@@ -227,7 +228,7 @@ class _Holds:
     def peak_bytes(self) -> int:
         """Of the rank that holds most."""
         flow, owner, _, _, source, target, posted, due = self.messages
-        block = flow < FLOWS.index("query_results")
+        block = (flow == FLOWS.index("queries")) | (flow == FLOWS.index("keys"))
         for end, step in ((target, due), (source, posted)):
             np.maximum.at(self.last, (flow[block], end[block] // self.heads, owner[block]), step[block])
         until = due.copy()

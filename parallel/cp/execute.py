@@ -127,16 +127,17 @@ class _Run(ABC):
     def steps(self) -> Iterator[Message]:
         """Yields what must be waited for, in order."""
         for step in self.plan.steps:
-            for message in filter(_of_the_grid, step.due):
-                yield message
-                self._take(message)
-            for message in filter(_of_the_grid, step.gone):
-                yield message
-                del self.travelling[message]
-            receives = {message: self._buffers(message) for message in filter(_of_the_grid, step.receives)}
-            sends = {message: self._contents(message) for message in filter(_of_the_grid, step.sends)}
-            self.travelling |= receives | sends
-            self.transport.post(sends, receives)
+            for exchange in step.exchanges():
+                for message in filter(_of_the_grid, exchange.due):
+                    yield message
+                    self._take(message)
+                for message in filter(_of_the_grid, exchange.gone):
+                    yield message
+                    del self.travelling[message]
+                receives = {message: self._buffers(message) for message in filter(_of_the_grid, exchange.receives)}
+                sends = {message: self._contents(message) for message in filter(_of_the_grid, exchange.sends)}
+                self.travelling |= receives | sends
+                self.transport.post(sends, receives)
             if step.tile is not None:
                 self._compute(step.tile)
             for block in step.done:
@@ -189,9 +190,8 @@ class _Run(ABC):
 
     def _buffers(self, message: Message) -> list[Tensor]:
         side = _block(message).side
-        results = message.flow.endswith("results")
-        like = self.home[side] if results else self.own[side]
-        dtypes = self._dtypes(message) if results else [x.dtype for x in like]
+        like = self.home[side] if message.is_result else self.own[side]
+        dtypes = self._dtypes(message) if message.is_result else [x.dtype for x in like]
         num_rows = message.rows[1] - message.rows[0]
         return [
             torch.empty((x.shape[0], num_rows, *x.shape[2:]), dtype=dtype, device=x.device)

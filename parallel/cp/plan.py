@@ -6,10 +6,12 @@ of the kv axis, a *column* one owner's keys. Place (i, j) is number j x query + 
 
 A step, on every rank alike:
 
-    1. wait for the messages that are due, and merge the results among them, in the order listed;
-    2. post the step's sends and receives;
-    3. compute the step's tile, while they travel;
+    1. wait for the results that are due, merge them in the order listed, and post those to be sent and received;
+    2. wait for the blocks that are due, and post those to be sent and received;
+    3. compute the step's tile, while all of these travel;
     4. let go of the blocks that are not needed again.
+
+Results come first, so that those of the tile before leave while its rank still waits for the next block.
 
 Both ends post a message at the same step and wait for it at the same step, and each channel has its messages in the
 same order at both: so no rank can wait for one that waits for it, and the memory of a message lives from its post to
@@ -23,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .visible import Ints, Rows
 
@@ -42,7 +45,7 @@ Flow = Literal["queries", "keys", "query_results", "key_results", "to_heads", "f
 """
 FLOWS: tuple[Flow, ...] = get_args(Flow)
 Channel = tuple[Flow, Literal["up", "down"]]
-"""One direction of a flow, to a higher or a lower rank: over one gloo connection, traffic both ways would halve."""
+"""One direction of a flow, to a higher or a lower rank: no message waits for one that goes another way."""
 
 
 class Message(NamedTuple):
@@ -58,6 +61,11 @@ class Message(NamedTuple):
     """Step at whose start both ends post it."""
     due: int
     """Step at whose start both ends wait for it: the target to have it, the source to have its memory back."""
+
+    @property
+    def is_result(self) -> bool:
+        """Whether it carries results for a block."""
+        return self.flow in ("query_results", "key_results")
 
     @property
     def channel(self) -> Channel:
@@ -91,6 +99,11 @@ class Messages(NamedTuple):
         none = cls(*np.zeros((len(cls._fields), 0), np.int64))
         return cls(*map(np.concatenate, zip(none, *parts, strict=True)))
 
+    @property
+    def is_result(self) -> NDArray[np.bool_]:
+        """Which of them carry results for a block."""
+        return np.isin(self.flow, [FLOWS.index("query_results"), FLOWS.index("key_results")])
+
     def where(self, chosen: Any) -> Messages:
         """Those at an index."""
         return Messages(*(column[chosen] for column in self))
@@ -119,6 +132,15 @@ class Block(NamedTuple):
     owner: int
 
 
+class Exchange(NamedTuple):
+    """The messages of one half of a step."""
+
+    due: tuple[Message, ...]
+    gone: tuple[Message, ...]
+    sends: tuple[Message, ...]
+    receives: tuple[Message, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """What a rank does between one wait and the next."""
@@ -131,6 +153,14 @@ class Step:
     tile: Tile | None
     done: tuple[Block, ...]
     """Blocks of others that are held no longer after this step."""
+
+    def exchanges(self) -> tuple[Exchange, Exchange]:
+        """Of results, then of everything else."""
+        lists = (self.due, self.gone, self.sends, self.receives)
+        return (
+            Exchange(*(tuple(m for m in found if m.is_result) for found in lists)),
+            Exchange(*(tuple(m for m in found if not m.is_result) for found in lists)),
+        )
 
 
 @dataclass(frozen=True)
