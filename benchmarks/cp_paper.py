@@ -194,12 +194,50 @@ def table(rows: Rows, fabric: str) -> Table:
     return found
 
 
+def bytes_table(num_gpus: int) -> Table:
+    """What plans send, per GPU and layer in blocks of Q, beside closed forms for all pairs and no half blocks."""
+    n, tokens = num_gpus, 1024 * num_gpus
+    found = Table(title=f"{n} GPUs: blocks of Q that a GPU sends", box=box.SIMPLE_HEAD)
+    for name in ("member", "query / kv heads", "pass", "closed form", "plan, all pairs", "plan, causal zigzag"):
+        found.add_column(name, justify="left" if name == "member" else "right")
+    for member, of_size in MEMBERS.items():
+        if member in ("hybrid", "square grid"):
+            continue
+        for group in (1, 4):
+            work = costs.Work(32, 32 // group, 128)
+            forms = {
+                "token_ring": {"forward": 2 * (n - 1), "backward": 3 * (n - 1)},
+                "ulysses": dict.fromkeys(("forward", "backward"), (2 + 2 / group) * (n - 1) / n),
+            }
+            # Both ways round, each dK, dV goes straight home in 16 bit; one way, it grows on its way in 32.
+            ring = {"forward": 2 * (n - 1) / group, "backward": (4 if "both" in member else 6) * (n - 1) / group}
+            for direction in ("forward", "backward"):
+                sent = [sent_blocks(of_size(n), tokens, work, direction, causal) for causal in (False, True)]
+                form = forms.get(member, ring)[direction]
+                heads = f"32 / {32 // group}"
+                found.add_row(member, heads, direction, f"{form:.2f}", *(f"{blocks:.2f}" for blocks in sent))
+    return found
+
+
+def sent_blocks(grid: Any, num_tokens: int, work: Any, direction: str, causal: bool) -> float:
+    """Mean over ranks of all messages' `Work.bytes_of`, in 16-bit blocks of a rank's Q."""
+    layouts = [zigzag(num_tokens, rank, grid.size) for rank in range(grid.size)]
+    schedule = schedules.Schedule(grid, layouts, visible.Sight(causal=causal), direction)
+    plans = schedule.plans()
+    sent = sum(work.bytes_of(m, grid, direction) for plan in plans for step in plan.steps for m in step.sends)
+    return sent / num_tokens / (work.num_heads * work.head_dim * 2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="up to 64 GPUs and 2M tokens: a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="write cp_winners.png and cp_exposed.png")
+    parser.add_argument("--bytes", type=int, metavar="GPUS", help="only what each member sends, beside closed forms")
     options = parser.parse_args()
+    if options.bytes:
+        Console().print(bytes_table(options.bytes))
+        return
     gpus = (8, 16, 32, 64) if options.quick else (8, 16, 32, 64, 128, 256, 1024)
     tokens = [2**exponent for exponent in ((17, 19, 21) if options.quick else (17, 19, 21, 23, 24))]
     console = Console()
