@@ -106,8 +106,8 @@ def plan(
         table.add_section()
     console.print(table)
     console.print(
-        "ms: a layer's forward + backward; GiB held of other ranks'; MB sent by a rank, both passes; best of the divisions "
-        "of cp into heads x query x kv that were priced",
+        "ms: a layer's forward + backward; GiB held of other ranks'; MB sent by a rank, both passes; best of so many "
+        "divisions of cp into heads x query x kv",
         highlight=False,
     )
     if timeline is not None:
