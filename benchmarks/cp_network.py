@@ -1,6 +1,6 @@
 """The family of context parallelism on links that are scarce: measured beside simulated, with the bytes on the wire.
 
-    python benchmarks/cp_network.py --json rows.json  # half an hour on 2 quiet cores; needs root and iproute2
+    python benchmarks/cp_network.py --json rows.json  # half an hour; needs root, iproute2 and two quiet cores
     python benchmarks/cp_network.py --quick           # 4 ranks, mesh and switch, MHA: about a minute
 
 Ranks are hosts of benchmarks/namespaces.py, joined as mesh, ring or switch by full-duplex links of 50 Mbit/s. Each holds

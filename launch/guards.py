@@ -25,9 +25,9 @@ from .config import Recipe
 CHUNK_TOKENS = 13
 """Of the probe's sequence, for each of 2 cp chunks; odd, so that documents and blocks end anywhere."""
 VOCABULARY = 128
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""Largest relative difference of loss and gradient: some ten times what summing in another order costs. A wrong layout
-costs ten times more."""
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.03}
+"""Largest relative difference of losses and gradient. Right attention came to 5e-7 and 9e-3, the faults that
+tests/launch/test_guards.py plants to 0.06 and more."""
 
 
 def check_attention(
@@ -54,7 +54,9 @@ def check_attention(
 
     dtype = getattr(torch, recipe.train.dtype)
     torch.manual_seed(0)
-    config = replace(recipe.model, num_layers=min(recipe.model.num_layers, recipe.model.full_attention_every))
+    # Weights so large that attention is far from uniform, whatever the width: else it hardly moves the loss.
+    num_layers = min(recipe.model.num_layers, recipe.model.full_attention_every)
+    config = replace(recipe.model, num_layers=num_layers, init_std=recipe.model.hidden_size**-0.5)
     model = Transformer(config, VOCABULARY, megatron_config(recipe.parallel)).to(mesh.device, dtype)
     tokens = torch.randint(VOCABULARY, (1, num_tokens + 1), generator=torch.Generator().manual_seed(1)).to(mesh.device)
 
@@ -69,17 +71,8 @@ def check_attention(
         dist.all_reduce(every, group=_any_group(group))
         return every
 
-    share = losses(tokens, mine, attention)
-    share.sum().backward()
-    before = gathered(share)
-    gradient = _gradient(model)
-    dist.all_reduce(gradient, group=_any_group(group))
-    model.zero_grad()
-    alone = losses(tokens, everything, whole(everything))
-    alone.sum().backward()
-    _compare("loss", before.sum(), alone.detach().sum(), dtype, group)
-    _compare("gradient", gradient, _gradient(model), dtype, group)
-
+    with torch.no_grad():
+        before = gathered(losses(tokens, mine, attention))
     # A token late in each document: of the losses before it, none may move, and of those from it on, some must.
     for changed, start in ((second - second // 4, 0), (num_tokens - second // 4, second)):
         other = tokens.clone()
@@ -96,6 +89,16 @@ def check_attention(
                 "this is an error of LongRing's or of its attention backend: try another train.attention_backend or "
                 "parallel.cp.schedule, and report it"
             )
+
+    share = losses(tokens, mine, attention)
+    share.sum().backward()
+    gradient = _gradient(model)
+    dist.all_reduce(gradient, group=_any_group(group))
+    model.zero_grad()
+    alone = losses(tokens, everything, whole(everything))
+    alone.sum().backward()
+    _compare("loss", gathered(share), alone.detach(), dtype, group)
+    _compare("gradient", gradient, _gradient(model), dtype, group)
 
 
 def _agree(group: CpGroup, layouts: list[tuple[tuple[int, int], ...]]) -> None:

@@ -23,15 +23,18 @@ def plain_losses(w: dict[str, Tensor], rows: Tensor, m: ModelConfig) -> Tensor:
         return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
     x = w["embedding.weight"][tokens]
-    hidden_future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    behind = torch.arange(length)[:, None] - torch.arange(length)
     for i in range(m.num_layers):
+        unseen = behind < 0
+        if m.window_tokens and (i + 1) % m.full_attention_every:
+            unseen = unseen | (behind >= m.window_tokens)
         p = {name.removeprefix(f"blocks.{i}."): value for name, value in w.items() if name.startswith(f"blocks.{i}.")}
         qkv = norm(x, p["attention_norm.weight"]) @ p["attention.qkv.weight"].T
         qkv = qkv.reshape(*qkv.shape[:2], m.num_kv_heads, g + 2, d)
         q = rope(qkv[:, :, :, :g].reshape(*qkv.shape[:2], m.num_heads, d))
         k, v = (x.repeat_interleave(g, 2) for x in (rope(qkv[:, :, :, g]), qkv[:, :, :, g + 1]))
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(d)
-        seen = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(hidden_future, -math.inf).softmax(-1), v)
+        seen = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(unseen, -math.inf).softmax(-1), v)
         x = x + seen.flatten(2) @ p["attention.out.weight"].T
         gate, up = (norm(x, p["mlp_norm.weight"]) @ p["mlp.gate_up.weight"].T).chunk(2, -1)
         x = x + (gate * torch.sigmoid(gate) * up) @ p["mlp.down.weight"].T

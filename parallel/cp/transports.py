@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Thread
 from typing import Protocol, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .cost import Event
 from .grid import CpGrid
-from .plan import Channel, Flow, Message, RankPlan, Tile
+from .plan import Channel, Flow, Message
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 Contents = Mapping[Message, list[Tensor]]
 
@@ -41,11 +45,53 @@ class CpGroup:
     channels: Mapping[Channel, dist.ProcessGroup]
     """One process group each: its own NCCL communicator and stream, or its own gloo connections."""
     timeout_s: float
+    watch: Watch | None = None
+    """On CUDA, where the device waits and the host does not."""
 
     @property
     def size(self) -> int:
         """Number of its members."""
         return len(self.global_ranks)
+
+    def explain(self, message: Message) -> str:
+        """What it means that a message of this rank is overdue."""
+        if message.source == self.rank:
+            peer, doing = message.target, "send {} to"
+        else:
+            peer, doing = message.source, "receive {} from"
+        return (
+            f"context parallelism: rank {self.rank} of {self.size} could not "
+            f"{doing.format(f'{message.flow} of place {message.owner}')} rank {peer} (posted at step {message.posted}, "
+            f"due at step {message.due}) within parallel.cp.timeout_s = {self.timeout_s:g}: rank {peer} is dead "
+            f"or late; in the whole run it is rank {self.global_ranks[peer]}, see its log"
+        )
+
+
+class Watch(Thread):
+    """Looks after messages that only the device waits for, and ends the process when one is overdue.
+
+    An exception would not do: the host may be waiting for the device, which waits for a dead rank.
+    """
+
+    def __init__(self, timeout_s: float, end: Callable[[int], None] = os._exit) -> None:
+        super().__init__(daemon=True, name="context-parallel watch")
+        self.timeout_s, self.end = timeout_s, end
+        self.expected: deque[tuple[float, Callable[[], bool], Callable[[], str]]] = deque()
+
+    def expect(self, is_done: Callable[[], bool], explain: Callable[[], str]) -> None:
+        """From now on `is_done` has timeout_s to become true."""
+        self.expected.append((time.monotonic() + self.timeout_s, is_done, explain))
+
+    def run(self) -> None:
+        """Look at the oldest now and then; what was posted after it cannot be more overdue."""
+        while True:
+            while self.expected and self.expected[0][1]():
+                self.expected.popleft()
+            if self.expected and time.monotonic() > self.expected[0][0]:
+                log.critical(self.expected[0][2]())
+                print(f"error: {self.expected[0][2]()}", file=sys.stderr, flush=True)
+                return self.end(2)
+            time.sleep(min(1.0, self.timeout_s / 10))
 
 
 def open_group(global_ranks: Sequence[int], grids: Iterable[CpGrid], *, timeout_s: float = 600.0) -> CpGroup:
@@ -60,11 +106,18 @@ def open_group(global_ranks: Sequence[int], grids: Iterable[CpGrid], *, timeout_
         for direction in ("up", "down"):
             # Only members take part in making a group: at 1,024 ranks each makes a few, not thousands.
             group = dist.new_group(
-                list(global_ranks), timeout=timedelta(seconds=timeout_s), use_local_synchronization=True
+                list(global_ranks),
+                timeout=timedelta(seconds=timeout_s + 60),  # ours ends first, and can name the message
+                use_local_synchronization=True,
+                group_desc=f"{flow} {direction}",
             )
             assert isinstance(group, dist.ProcessGroup)
             channels[flow, direction] = group
-    return CpGroup(list(global_ranks).index(dist.get_rank()), tuple(global_ranks), channels, timeout_s)
+    watch = None
+    if any(dist.get_backend(group) == "nccl" for group in channels.values()):
+        watch = Watch(timeout_s)
+        watch.start()
+    return CpGroup(list(global_ranks).index(dist.get_rank()), tuple(global_ranks), channels, timeout_s, watch)
 
 
 class Distributed:
@@ -103,74 +156,20 @@ class Distributed:
             return stop.value
 
     def _wait(self, message: Message) -> None:
+        works = self.works.pop(message)
+        if self.group.watch is not None:
+            # The device waits; a time limit here would make the host wait too.
+            for work in works:
+                work.wait()
+            self.group.watch.expect(
+                lambda: all(work.is_completed() for work in works), lambda: self.group.explain(message)
+            )
+            return
         try:
-            for work in self.works.pop(message):
+            for work in works:
                 work.wait(timedelta(seconds=self.group.timeout_s))
         except RuntimeError as error:
-            raise PeerError(self._explain(message)) from error
-
-    def _explain(self, message: Message) -> str:
-        if message.source == self.group.rank:
-            peer, doing = message.target, "send {} to"
-        else:
-            peer, doing = message.source, "receive {} from"
-        return (
-            f"context parallelism: rank {self.group.rank} of {self.group.size} could not "
-            f"{doing.format(f'{message.flow} of place {message.owner}')} rank {peer} (posted at step {message.posted}, "
-            f"due at step {message.due}) within parallel.cp.timeout_s = {self.group.timeout_s:g}: rank {peer} is dead "
-            f"or late; in the whole run it is rank {self.group.global_ranks[peer]}, see its log"
-        )
-
-
-class Recorded(Distributed):
-    """The same, and writes down when each message was under way and each tile computed, in seconds since `origin_s`.
-
-    A message is under way from its post until it has been waited for, which is longer than the links carry it. A tile
-    runs from the second post of its step to the next wait or post, or the end. On CUDA the compute stream is waited
-    for at each of these, so that a measured pass takes a little longer than others.
-    """
-
-    def __init__(self, group: CpGroup, plan: RankPlan, *, traded: bool, origin_s: float) -> None:
-        super().__init__(group)
-        self.events: list[Event] = []
-        self._origin_s = origin_s
-        # Posts come in order: of traded heads, two for each step, of traded heads.
-        self._tiles = [None] * traded + [tile for step in plan.steps for tile in (None, step.tile)] + [None] * traded
-        self._posts = 0
-        self._running: tuple[Tile, float] | None = None
-        self._posted_s: dict[Message, float] = {}
-
-    def post(self, sends: Contents, receives: Contents) -> None:
-        """See `Transport`."""
-        now = self._now()
-        self._posted_s |= dict.fromkeys((*sends, *receives), now)
-        super().post(sends, receives)
-        tile = self._tiles[self._posts]
-        self._posts += 1
-        if tile is not None:
-            self._running = (tile, self._now())
-
-    def drive(self, work: Generator[Message, None, T]) -> T:
-        """Run a pass to its end."""
-        result = super().drive(work)
-        self._now()
-        return result
-
-    def _wait(self, message: Message) -> None:
-        self._now()
-        super()._wait(message)
-        self.events.append(Event(self.group.rank, message, self._posted_s.pop(message), self._now()))
-
-    def _now(self) -> float:
-        """Whatever ran until now has ended."""
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
-        now = time.perf_counter() - self._origin_s
-        if self._running is not None:
-            tile, started_s = self._running
-            self.events.append(Event(self.group.rank, tile, started_s, now))
-            self._running = None
-        return now
+            raise PeerError(self.group.explain(message)) from error
 
 
 class InProcess:

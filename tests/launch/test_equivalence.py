@@ -37,6 +37,8 @@ DIVISIONS = {
 
 # Rests and short documents packed: a sequence of the smallest bucket holds several documents.
 PACKED = ["data.rest=pack", "data.max_bucket_tokens=128"]
+# Of two layers the first sees 40 tokens.
+WINDOWED = ["model.window_tokens=40", "model.full_attention_every=2"]
 
 Batch = list[np.ndarray]
 """What a step trains: int64 arrays, of which each token but the first is the target of those before it in its array."""
@@ -144,6 +146,32 @@ def test_packed_documents_are_trained_as_if_alone(on_ranks, packed_recipe_file, 
     overrides = [*PACKED, f"parallel.tokens_per_rank={tokens_per_rank}", f"run_directory={tmp_path}/run"]
     on_ranks(4, run_steps, packed_recipe_file, overrides)
     check(tmp_path / "run", oracle)
+
+
+@pytest.fixture(scope="session")
+def windowed_oracle(packed_recipe_file, on_ranks) -> dict[str, Any]:
+    return oracle_of(on_ranks, packed_recipe_file, [*PACKED, *WINDOWED])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "zero_stage"), [("token_ring", 3), ("ring", 1), ("ulysses", 1), ("grid", 2), ("auto", 0)]
+)
+def test_every_schedule_with_windows_and_recomputation(
+    on_ranks, packed_recipe_file, windowed_oracle, schedule, zero_stage, tmp_path
+):
+    """Packed documents over 2 and 4 ranks, one layer with a window and one without, activations computed again."""
+    overrides = [
+        *PACKED,
+        *WINDOWED,
+        "parallel.tokens_per_rank=32",
+        "train.recompute=true",
+        f"parallel.zero_stage={zero_stage}",
+        f"parallel.cp.schedule={schedule}",
+        "parallel.cp.topology=full_mesh",
+        f"run_directory={tmp_path}/run",
+    ]
+    on_ranks(4, run_steps, packed_recipe_file, overrides)
+    check(tmp_path / "run", windowed_oracle)
 
 
 def check(run: Path, oracle: dict[str, Any]) -> list[dict[str, Any]]:

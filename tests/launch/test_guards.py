@@ -1,0 +1,79 @@
+"""The guards before the first step let right attention pass, and find each kind of wrong one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from longring.kernels.layout import SeqLayout
+from longring.launch import build, guards
+from longring.launch.config import load_recipe
+from longring.parallel.cp.attention import context_attention
+from longring.parallel.cp.execute import Problem
+from longring.parallel.cp.grid import CpGrid
+from longring.parallel.cp.layout import contiguous, zigzag
+from longring.parallel.cp.transports import CpGroup, open_group
+from longring.parallel.cp.visible import Sight
+from longring.parallel.mesh import join
+
+SIZE = 4
+
+
+def wrong(fault: str, group: CpGroup) -> Callable:
+    """Attention over the group, with a fault."""
+
+    def spread(num_tokens: int):
+        def attention_of(layout: SeqLayout):
+            starts = (0,) if fault == "documents" else layout.document_starts
+            layouts = [SeqLayout(zigzag(num_tokens, rank, SIZE).runs, starts) for rank in range(SIZE)]
+            if fault == "order":  # two ranks taken for each other
+                layouts[1], layouts[2] = layouts[2], layouts[1]
+            problem = Problem(CpGrid.token_ring(SIZE), tuple(layouts), Sight(causal=fault != "future"))
+
+            def attend(q, k, v, window):
+                if fault == "scale":
+                    q = q * 1.5
+                if fault == "gradient":
+                    k = k.detach()
+                return context_attention(q, k, v, problem, group)
+
+            return attend
+
+        return attention_of
+
+    return spread
+
+
+def guarded(recipe_file, fault: str, dtype: str) -> str:
+    """What the guard says, on this rank."""
+    recipe = load_recipe(recipe_file, ["parallel.tokens_per_rank=128", f"train.dtype={dtype}"])
+    mesh = join(recipe.parallel, SIZE)
+    group = open_group(mesh.neighbours[SIZE], [CpGrid.token_ring(SIZE)])
+    guards.zigzag = contiguous if fault == "layout" and dist.get_rank() == 2 else zigzag
+    whole = lambda layout: build.attention_of_one("auto", torch.device("cpu"), layout)  # noqa: E731
+    try:
+        guards.check_attention(recipe, mesh, group, wrong(fault, group), whole)
+    except ValueError as error:
+        return str(error)
+    finally:
+        guards.zigzag = zigzag
+    return "passed"
+
+
+FOUND = {
+    "future": "leaks",
+    "documents": "leaks|differs",
+    "order": "leaks|differs",
+    "scale": "the loss of a small sequence differs|the gradient of a small sequence differs",
+    "gradient": "the gradient of a small sequence differs",
+    "layout": "disagree about who holds which tokens",
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fault", ["", *FOUND])
+def test_guards(on_ranks, recipe_file, fault, dtype):
+    for said in on_ranks(SIZE, guarded, recipe_file, fault, dtype):
+        assert any(words in said for words in FOUND.get(fault, "passed").split("|")), said
