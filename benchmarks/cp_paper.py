@@ -233,17 +233,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="up to 64 GPUs and 2M tokens: a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="write cp_winners.png and cp_exposed.png")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="of an earlier --json, instead of playing them again")
     parser.add_argument("--bytes", type=int, metavar="GPUS", help="only what each member sends, beside closed forms")
     options = parser.parse_args()
     if options.bytes:
         Console().print(bytes_table(options.bytes))
         return
     gpus = (8, 16, 32, 64) if options.quick else (8, 16, 32, 64, 128, 256, 1024)
-    tokens = [2**exponent for exponent in ((17, 19, 21) if options.quick else (17, 19, 21, 23, 24))]
+    tokens = [2**exponent for exponent in ((17, 19, 21) if options.quick else (17, 19, 21, 24))]
     console = Console()
     started = time.monotonic()
-    rows: Rows = []
-    for num_tokens, num_gpus in track(list(product(tokens, gpus)), "playing plans", console=console):
+    rows: Rows = json.loads(options.rows.read_text()) if options.rows else []
+    for num_tokens, num_gpus in () if rows else track(list(product(tokens, gpus)), "playing plans", console=console):
         rows += rows_of(num_gpus, num_tokens)
     for fabric in FABRICS:
         console.print(table(rows, fabric))

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Recorded(Distributed):
-    """`Distributed` that writes down when each message was under way and each tile computed, in seconds since `origin_s`.
+    """`Distributed`, and writes down when each message was under way and each tile ran, in seconds since `origin_s`.
 
     A message is under way from its post until it has been waited for, which is longer than the links carry it. A tile
     runs from the second post of its step to the next wait or post, or the end. On CUDA the compute stream is waited
