@@ -63,7 +63,9 @@ def played_by_hand(schedule: Schedule, sight: Sight, topology: Topology) -> tupl
             until: dict = defaultdict(float)
             for m, path in paths.items():
                 begin = max([ready[m.source], ready[m.target], *(free[link] for link in path.links)])
-                shares = [sum(min(weight(m), weight(o)) for o in sends if link in paths[o].links) for link in path.links]
+                shares = [
+                    sum(min(weight(m), weight(o)) for o in sends if link in paths[o].links) for link in path.links
+                ]
                 through = begin + max(shares) / path.bytes_per_s
                 arrival[m] = through + path.latency_s
                 for link in path.links:
