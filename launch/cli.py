@@ -54,6 +54,24 @@ def _prepare(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    recipe = load_recipe(options.target, options.overrides)
+    picture: Path | None = options.timeline
+    if picture is not None and not picture.absolute().parent.is_dir():
+        raise ValueError(f"--timeline {picture}: {picture.absolute().parent} is not a directory")
+    from .planner import measure_here, plan
+
+    if not options.measure:
+        plan(recipe, Console(), num_ranks=options.ranks, preset=options.topology, timeline=picture)
+        return 0
+    if picture is None:
+        raise ValueError("--measure draws what it measures: name the picture with --timeline OUT.png")
+    found = plan(recipe, Console(), num_ranks=options.ranks, preset=options.topology)
+    if found is None:
+        raise ValueError("--measure: no bucket is spread over ranks, so there is nothing to measure")
+    return measure_here(options.target, options.overrides, *found, picture)
+
+
 def _train(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.target, options.overrides)
     from .plan import plan
@@ -185,6 +203,18 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
     )
     prepare.add_argument("--slurm", metavar="PARTITION", help="submit an array job, an input shard a task, and a merge")
     prepare.add_argument("--time", default="12:00:00", metavar="H:M:S", help="time limit of a task (default: 12 hours)")
+    plan = stage(
+        "plan",
+        _plan,
+        "RECIPE",
+        "which grid of ranks each bucket's attention takes, why, and what it costs, without starting a rank; a picture "
+        "of it, simulated or measured",
+        f"{demo} --topology full_mesh --timeline plan.png --measure",
+    )
+    plan.add_argument("--ranks", type=int, metavar="N", help="ranks of the run (default: as few as the largest bucket)")
+    plan.add_argument("--topology", metavar="PRESET", help="what joins them, in place of parallel.cp.topology")
+    plan.add_argument("--timeline", type=Path, metavar="OUT.png", help="draw the largest bucket's passes")
+    plan.add_argument("--measure", action="store_true", help="run them on this machine, and draw both side by side")
     train = stage(
         "train",
         _train,

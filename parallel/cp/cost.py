@@ -8,21 +8,21 @@ model of a few lines can say it: `benchmarks/cp_network.py` sets it beside measu
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import accumulate
+from functools import lru_cache
 from typing import NamedTuple
 
-from .grid import CpGrid
-from .plan import Block, Message, Pass, RankPlan, Tile
-from .schedules import Schedule
-from .topology import Path, Topology
-from .visible import Sight, num_pairs
+import numpy as np
+from numpy.typing import NDArray
 
-BLOCKS = ("queries", "keys")
-RESULTS = ("query_results", "key_results")
+from .grid import CpGrid
+from .plan import FLOWS, Message, Messages, Pass, Tile
+from .schedules import Schedule
+from .topology import Topology
+from .visible import Ints, Sight, num_pairs
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,14 @@ class Work:
 
     def bytes_of(self, message: Message, grid: CpGrid, direction: Pass) -> int:
         """What a message weighs."""
+        return (
+            self.batch
+            * (message.rows[1] - message.rows[0])
+            * int(self.row_bytes(grid, direction)[FLOWS.index(message.flow)])
+        )
+
+    def row_bytes(self, grid: CpGrid, direction: Pass) -> Ints:
+        """What a row weighs in a message, by flow in the order of `FLOWS`."""
         heads = self.num_heads // grid.heads
         kv_heads = max(1, self.num_kv_heads // grid.heads)
         q, kv = heads * self.head_dim, 2 * kv_heads * self.head_dim
@@ -47,15 +55,15 @@ class Work:
         def partial_itemsize(route: str) -> int:
             return self.itemsize if self.narrow_results and route != "round" else wide
 
-        a_row = {
+        of_flow = {
             "queries": q * self.itemsize if direction == "forward" else 2 * q * self.itemsize + 2 * heads * wide,
             "keys": kv * self.itemsize,
             "query_results": q * partial_itemsize(grid.query_route) + (heads * wide if direction == "forward" else 0),
             "key_results": kv * partial_itemsize(grid.kv_route),
             "to_heads": (q + kv if direction == "forward" else q) * self.itemsize,
             "from_heads": (q if direction == "forward" else q + kv) * self.itemsize,
-        }[message.flow]
-        return self.batch * (message.rows[1] - message.rows[0]) * a_row
+        }
+        return np.array([of_flow[flow] for flow in FLOWS])
 
 
 @dataclass(frozen=True)
@@ -69,8 +77,8 @@ class Speed:
     tile_s: float = 0.0
     """What a tile takes besides."""
 
-    def seconds(self, pairs: int, work: Work, grid: CpGrid, direction: Pass) -> float:
-        """What a tile of so many visible pairs takes."""
+    def seconds(self, pairs: Ints, work: Work, grid: CpGrid, direction: Pass) -> Floats:
+        """What tiles of so many visible pairs take."""
         flops, rate = (4, self.forward_flops) if direction == "forward" else (10, self.backward_flops)
         return self.tile_s + work.batch * pairs * flops * work.head_dim * (work.num_heads // grid.heads) / rate
 
@@ -96,6 +104,8 @@ class Price:
     compute_s: float
     """Of the rank that computes longest."""
     bytes_by_link: dict[Hashable, int]
+    sent_bytes: int
+    """By all ranks; over several links a message counts once."""
     peak_bytes: int
     """Most that a rank holds at a time of others' blocks, and of results that it sums up for them or that travel."""
     events: list[Event] = field(repr=False, default_factory=list)
@@ -106,120 +116,154 @@ class Price:
         return self.seconds - self.compute_s
 
 
-def play(schedule: Schedule, sight: Sight, topology: Topology, work: Work, speed: Speed) -> Price:
-    """Play all ranks of a schedule."""
-    grid, direction = schedule.grid, schedule.direction
-    plans = schedule.plans()
-    path = _remembered(partial(topology.path, grid.size))
-    ready = [0.0] * grid.size
-    compute_s = [0.0] * grid.size
-    arrival: dict[Message, float] = {}
-    free: dict[Hashable, float] = defaultdict(float)
-    carried: dict[Hashable, int] = defaultdict(int)
-    events: list[Event] = []
-    for number in range(max(len(plan.steps) for plan in plans)):
-        steps = [(plan.rank, plan.steps[number]) for plan in plans if number < len(plan.steps)]
-        for half in (0, 1):
-            exchanges = [(rank, step.exchanges()[half]) for rank, step in steps]
-            for rank, exchange in exchanges:
-                ready[rank] = max([ready[rank], *(arrival[message] for message in (*exchange.due, *exchange.gone))])
-            posted = {m: max(ready[m.source], ready[m.target]) for _, exchange in exchanges for m in exchange.sends}
-            arrival |= _carry(
-                posted, path, partial(work.bytes_of, grid=grid, direction=direction), free, carried, events
-            )
-        for rank, step in steps:
-            if step.tile is None:
-                continue
-            queries, keys = schedule.layouts[step.tile.query_owner], schedule.layouts[step.tile.key_owner]
-            seconds = speed.seconds(num_pairs(queries, keys, sight), work, grid, direction)
-            events.append(Event(rank, step.tile, ready[rank], ready[rank] + seconds))
-            ready[rank] += seconds
-            compute_s[rank] += seconds
-    peak = max(_peak_bytes(plan, work, grid, direction) for plan in plans)
-    return Price(max(ready), max(compute_s), dict(carried), peak, events)
+def play(
+    schedule: Schedule, sight: Sight, topology: Topology, work: Work, speed: Speed, *, record: bool = False
+) -> Price:
+    """Play all ranks of a schedule; with `record` the price has the events, a message's at both of its ends."""
+    grid, size = schedule.grid, schedule.grid.size
+    messages = schedule.all_messages
+    num_steps = int(max(schedule.end, messages.due.max(initial=0) + 1))
+    # A step has two exchanges, of results and then of blocks: half 2 x step and the one after.
+    messages = messages.where(np.argsort(2 * messages.posted + ~messages.is_result, kind="stable"))
+    posted, due = (2 * at + ~messages.is_result for at in (messages.posted, messages.due))
+    by_due = np.argsort(due, kind="stable")
+    posted_at, due_at = (np.searchsorted(at, np.arange(2 * num_steps + 1)).tolist() for at in (posted, due[by_due]))
+    rows = (messages.stop - messages.start) * work.batch
+    weights = work.row_bytes(grid, schedule.direction)[messages.flow] * rows
+    wide = replace(work, narrow_results=False).row_bytes(grid, schedule.direction)[messages.flow] * rows
+    wires, pair = wires_of(topology, size), messages.source * size + messages.target
+    ready, compute_s, free = np.zeros(size), np.zeros(size), np.zeros(len(wires.names) + 1)
+    begins, arrival = np.zeros((2, len(pair)))
+    tiles: dict[int, tuple[Floats, Floats]] = {}  # by step: from when to when
+    holds = _Holds(messages, weights, wide, grid, num_steps)
+    for half in range(2 * num_steps):
+        came = by_due[due_at[half] : due_at[half + 1]]
+        for end in (messages.source, messages.target) if len(came) else ():
+            np.maximum.at(ready, end[came], arrival[came])
+        now, step = slice(posted_at[half], posted_at[half + 1]), half // 2
+        if now.start < now.stop:
+            begins[now] = np.maximum(ready[messages.source[now]], ready[messages.target[now]])
+            begins[now], arrival[now] = _carry(begins[now], weights[now], pair[now], wires, free)
+        if half % 2 and 0 <= step - schedule.first < len(schedule.tile_numbers):
+            query, key = schedule.tiles(step, np.arange(grid.places))
+            pairs = num_pairs(schedule.shares[query], schedule.shares[key], sight)
+            holds.use(step, query, key, pairs > 0)
+            seconds = np.where(pairs > 0, speed.seconds(pairs, work, grid, schedule.direction), 0).repeat(grid.heads)
+            compute_s += seconds
+            tiles[step] = ready, ready + seconds
+            ready = ready + seconds
+    on_link = np.bincount(wires.links[pair].ravel(), weights.repeat(wires.links.shape[1]), len(free))
+    return Price(
+        float(ready.max()),
+        float(compute_s.max()),
+        {name: int(carried) for name, carried in zip(wires.names, on_link, strict=False) if carried},
+        int(weights.sum()),
+        holds.peak_bytes(),
+        _events(schedule, messages, begins, arrival, tiles) if record else [],
+    )
+
+
+class Wires(NamedTuple):
+    """What messages between every two ranks occupy; a pair's place in the arrays is source x ranks + target."""
+
+    names: list[Hashable]
+    links: NDArray[np.int32]
+    """`[pairs, most links of any]`, places in `names`, or its length where there are fewer."""
+    bytes_per_s: Floats
+    latency_s: Floats
+
+
+@lru_cache(maxsize=8)
+def wires_of(topology: Topology, size: int) -> Wires:
+    """Of `size` ranks. Kept, since all plans on a topology share it and 1,024 ranks have a million pairs."""
+    numbers: dict[Hashable, int] = {}
+    found: list[list[int]] = []
+    rates, latencies = np.ones(size**2), np.zeros(size**2)
+    for pair in range(size**2):
+        source, target = divmod(pair, size)
+        found.append([])
+        if source != target:
+            links, rates[pair], latencies[pair] = topology.path(size, source, target)
+            found[pair] = [numbers.setdefault(link, len(numbers)) for link in links]
+    wide = np.full((size**2, max(map(len, found))), len(numbers), np.int32)
+    for pair, of_pair in enumerate(found):
+        wide[pair, : len(of_pair)] = of_pair
+    return Wires(list(numbers), wide, rates, latencies)
 
 
 def _carry(
-    posted: dict[Message, float],
-    path: Callable[[int, int], Path],
-    bytes_of: Callable[[Message], int],
-    free: dict[Hashable, float],
-    carried: dict[Hashable, int],
-    events: list[Event],
-) -> dict[Message, float]:
-    """When the messages of a step arrive; `free` tells when each link has carried all that was posted before."""
-    on_link: dict[Hashable, list[int]] = defaultdict(list)
-    weights = {message: bytes_of(message) for message in posted}
-    begins: dict[Message, float] = {}
-    for message, at in posted.items():
-        links = path(message.source, message.target).links
-        begins[message] = max([at, *(free[link] for link in links)])
-        for link in links:
-            on_link[link].append(weights[message])
-            carried[link] += weights[message]
-    arrival = {}
-    until: dict[Hashable, float] = defaultdict(float)
-    for message, begin in begins.items():
-        links, bytes_per_s, latency_s = path(message.source, message.target)
-        # Shared evenly, a message is through when each of the others has sent as much, or is through itself.
-        shared = max(sum(min(weights[message], other) for other in on_link[link]) for link in links)
-        stop = begin + shared / bytes_per_s
-        arrival[message] = stop + latency_s
-        for link in links:
-            until[link] = max(until[link], stop)
-        events.append(Event(message.source, message, begin, stop + latency_s))
-    free |= until
-    return arrival
+    posted: Floats, weights: NDArray[np.int64], pair: NDArray[np.int64], wires: Wires, free: Floats
+) -> tuple[Floats, Floats]:
+    """When the messages of a step begin and arrive; `free` tells when each link has carried all that was posted."""
+    links = wires.links[pair]
+    begins = np.maximum(posted, free[links].max(axis=1, initial=0))
+    # Shared evenly, a message is through when each of the others has sent as much, or is through itself: with the
+    # messages of a link in order of weight, after all lighter ones and as many times its weight as there are heavier.
+    flat, heavy = links.ravel(), weights.repeat(links.shape[1])
+    order = np.lexsort((heavy, flat))
+    first = np.searchsorted(flat[order], flat[order])
+    sums, total = np.cumsum(heavy[order]), np.bincount(flat, minlength=len(free))[flat[order]]
+    lighter = sums - heavy[order] - (sums - heavy[order])[first]
+    shared = np.empty(len(flat))
+    shared[order] = lighter + heavy[order] * (total - (np.arange(len(flat)) - first))
+    shared[flat == len(wires.names)] = 0
+    through = begins + shared.reshape(links.shape).max(axis=1, initial=0) / wires.bytes_per_s[pair]
+    np.maximum.at(free, flat, through.repeat(links.shape[1]))
+    free[-1] = 0
+    return begins, through + wires.latency_s[pair]
 
 
-def _peak_bytes(plan: RankPlan, work: Work, grid: CpGrid, direction: Pass) -> int:
-    """Of blocks from their post to their last use, or until those they are passed on to have them; of partial results
-    from their first tile, in fp32, to their post; and of results on their way from their post to their merge."""
-    change = [0] * (len(plan.steps) + 1)
-    weight: dict[Block, int] = {}
-    begun: dict[Block, int] = {}
-    passed_on: dict[Block, int] = {}
-    for number, step in enumerate(plan.steps):
-        for message in step.due:
-            if message.flow in RESULTS:
-                begun.setdefault(_block(message), number)
-        for message in step.receives:
-            size = work.bytes_of(message, grid, direction)
-            change[number] += size
-            if message.flow in BLOCKS:
-                weight[_block(message)] = size
-            else:
-                change[message.due] -= size
-        for message in step.sends:
-            if message.flow in BLOCKS:
-                passed_on[_block(message)] = message.due
-                continue
-            size = work.bytes_of(message, grid, direction)
-            change[number] += size
-            change[message.due] -= size
-            if message.flow in RESULTS:
-                size = replace(work, narrow_results=False).bytes_of(message, grid, direction)
-                change[begun[_block(message)]] += size
-                change[number] -= size
-        if step.tile is not None:
-            for block in (Block("queries", step.tile.query_owner), Block("keys", step.tile.key_owner)):
-                begun.setdefault(block, number)
-        for block in step.done:
-            change[max(number + 1, passed_on.get(block, 0))] -= weight[block]
-    return max(accumulate(change))
+class _Holds:
+    """What ranks hold of others: a block from its post to its last use, or until those it is passed on to have it; a
+    result from its post to its merge, and before that, in fp32, from its first tile.
+    """
+
+    def __init__(
+        self, messages: Messages, weights: NDArray[np.int64], wide: NDArray[np.int64], grid: CpGrid, num_steps: int
+    ) -> None:
+        self.messages, self.weights, self.wide, self.heads = messages, weights, wide, grid.heads
+        self.change = np.zeros((num_steps + 1, grid.size), np.int64)
+        self.last = np.zeros((2, grid.places, grid.places), np.int32)
+        """Step of a place's last use of an owner's block, by side."""
+        self.begun = np.full((2, grid.places, grid.places), num_steps, np.int32)
+        """Step at which a place begins to sum up results for an owner's block, by side."""
+
+    def use(self, step: int, query: Ints, key: Ints, used: NDArray[np.bool_]) -> None:
+        """Places compute tiles of these owners' blocks."""
+        places = np.arange(len(query))[used]
+        for side, owner in enumerate((query[used], key[used])):
+            self.last[side, places, owner] = step
+            np.minimum.at(self.begun[side], (places, owner), step)
+
+    def peak_bytes(self) -> int:
+        """Of the rank that holds most."""
+        flow, owner, _, _, source, target, posted, due = self.messages
+        block = (flow == FLOWS.index("queries")) | (flow == FLOWS.index("keys"))
+        for end, step in ((target, due), (source, due - 1)):
+            np.maximum.at(self.last, (flow[block], end[block] // self.heads, owner[block]), step[block])
+        until = due.copy()
+        until[block] = self.last[flow[block], target[block] // self.heads, owner[block]] + 1
+        for end, held in ((target, slice(None)), (source, ~block)):
+            np.add.at(self.change, (posted[held], end[held]), self.weights[held])
+            np.add.at(self.change, (until[held], end[held]), -self.weights[held])
+        result = self.messages.is_result
+        side, summing = flow[result] - FLOWS.index("query_results"), source[result]
+        np.minimum.at(self.begun, (side, target[result] // self.heads, owner[result]), due[result])
+        begun = self.begun[side, summing // self.heads, owner[result]]
+        np.add.at(self.change, (begun, summing), self.wide[result])
+        np.add.at(self.change, (posted[result], summing), -self.wide[result])
+        return int(self.change.cumsum(axis=0).max(initial=0))
 
 
-def _block(message: Message) -> Block:
-    """The block that a message carries, or carries results for."""
-    return Block("queries" if message.flow in ("queries", "query_results") else "keys", message.owner)
-
-
-def _remembered(path: Callable[[int, int], Path]) -> Callable[[int, int], Path]:
-    known: dict[tuple[int, int], Path] = {}
-
-    def find(source: int, target: int) -> Path:
-        if (source, target) not in known:
-            known[source, target] = path(source, target)
-        return known[source, target]
-
-    return find
+def _events(
+    schedule: Schedule, messages: Messages, begins: Floats, arrival: Floats, tiles: dict[int, tuple[Floats, Floats]]
+) -> list[Event]:
+    events = []
+    for message, start_s, stop_s in zip(messages.one_by_one(), begins.tolist(), arrival.tolist(), strict=True):
+        events += [Event(end, message, start_s, stop_s) for end in (message.source, message.target)]
+    for plan in schedule.plans():
+        for number, step in enumerate(plan.steps):
+            if step.tile is not None:
+                starts, stops = tiles[number]
+                events.append(Event(plan.rank, step.tile, float(starts[plan.rank]), float(stops[plan.rank])))
+    return events

@@ -20,10 +20,14 @@ its wait. `schedules` makes plans, `execute` runs them, `cost` plays them; no to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-from .visible import Rows
+import numpy as np
+from numpy.typing import NDArray
+
+from .visible import Ints, Rows
 
 Pass = Literal["forward", "backward"]
 Side = Literal["queries", "keys"]
@@ -39,6 +43,7 @@ Flow = Literal["queries", "keys", "query_results", "key_results", "to_heads", "f
 | `to_heads`: tokens for heads | Q, K, V | dO |
 | `from_heads`: heads for tokens | out | dQ, dK, dV |
 """
+FLOWS: tuple[Flow, ...] = get_args(Flow)
 Channel = tuple[Flow, Literal["up", "down"]]
 """One direction of a flow, to a higher or a lower rank: no message waits for one that goes another way."""
 
@@ -66,6 +71,49 @@ class Message(NamedTuple):
     def channel(self) -> Channel:
         """Where it travels."""
         return self.flow, "up" if self.target > self.source else "down"
+
+
+class Messages(NamedTuple):
+    """Many messages as columns, one array for each field: a ring of 1,024 ranks has a million."""
+
+    flow: Ints
+    """Index into `FLOWS`."""
+    owner: Ints
+    start: Ints
+    stop: Ints
+    source: Ints
+    target: Ints
+    posted: Ints
+    due: Ints
+
+    @classmethod
+    def of(cls, flow: Flow, owner: Any, rows: Ints, source: Any, target: Any, posted: Any, due: Any) -> Messages:
+        """Messages of one flow; fields that all share may be one number. Those without rows are none."""
+        columns = (FLOWS.index(flow), owner, rows[..., 0], rows[..., 1], source, target, posted, due)
+        there = rows[..., 0] < rows[..., 1]
+        return cls(*(np.broadcast_to(column, there.shape)[there] for column in columns))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Messages]) -> Messages:
+        """One after the other."""
+        none = cls(*np.zeros((len(cls._fields), 0), np.int64))
+        return cls(*map(np.concatenate, zip(none, *parts, strict=True)))
+
+    @property
+    def is_result(self) -> NDArray[np.bool_]:
+        """Which of them carry results for a block."""
+        return np.isin(self.flow, [FLOWS.index("query_results"), FLOWS.index("key_results")])
+
+    def where(self, chosen: Any) -> Messages:
+        """Those at an index."""
+        return Messages(*(column[chosen] for column in self))
+
+    def one_by_one(self) -> list[Message]:
+        """Each as a `Message`."""
+        return [
+            Message(FLOWS[flow], owner, (start, stop), *rest)
+            for flow, owner, start, stop, *rest in zip(*(column.tolist() for column in self), strict=True)
+        ]
 
 
 class Tile(NamedTuple):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cached_property
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from ...kernels.layout import SeqLayout
 from .grid import CpGrid, Order, Route
 from .layout import joined
-from .plan import Block, Flow, Message, Pass, RankPlan, Side, Step, Tile
-from .visible import Rows, Sight, hull, visible_rows
+from .plan import Block, Flow, Message, Messages, Pass, RankPlan, Side, Step, Tile
+from .visible import Ints, Shares, Sight, hull, visible_rows
 
 
 class Leg(NamedTuple):
@@ -25,8 +27,8 @@ class Leg(NamedTuple):
     """Number of the leg whose block is taken up when this one is posted; 0: the own block."""
     before: int | None
     """Number of the leg after whose last tile the results for this one must have come home; None: at the end."""
-    onward: tuple[int, ...]
-    """Where the owner stands at the places that the block goes on to."""
+    onward: int | None
+    """Number of the leg by which the block goes on from here; None: this is its last stop."""
 
 
 def legs(route: Route, size: int, in_flight: int) -> tuple[Leg, ...]:
@@ -41,10 +43,9 @@ def legs(route: Route, size: int, in_flight: int) -> tuple[Leg, ...]:
     for number, owner in enumerate(owners, 1):
         before = number + turn if number + turn < size else None
         if route == "direct":
-            found.append(Leg(owner, owner, max(0, number - turn), before, ()))
+            found.append(Leg(owner, owner, max(0, number - turn), before, None))
         else:
-            onward = tuple(owners[number - 1 + turn :: turn])
-            found.append(Leg(owner, 1 if owner > 0 else -1, max(0, number - turn), before, onward))
+            found.append(Leg(owner, 1 if owner > 0 else -1, max(0, number - turn), before, before))
     return tuple(found)
 
 
@@ -77,135 +78,139 @@ class Schedule:
             "queries": legs(grid.query_route, grid.query, grid.in_flight),
             "keys": legs(grid.kv_route, grid.kv, grid.in_flight),
         }
-        self.tiles = tile_order(grid.query, grid.kv, grid.order)
+        self.tile_numbers = tile_order(grid.query, grid.kv, grid.order)
         self.first = int(grid.heads > 1)  # the step of the first tile: heads are traded before
-        self.end = self.first + len(self.tiles) + int(grid.places > 1)  # the step by which all results are at home
+        self.end = (
+            self.first + len(self.tile_numbers) + int(grid.places > 1)
+        )  # the step by which all results are at home
         self.first_use: dict[Side, dict[int, int]] = {"queries": {}, "keys": {}}
         self.last_use: dict[Side, dict[int, int]] = {"queries": {}, "keys": {}}
-        for step, numbers in enumerate(self.tiles, self.first):
+        for step, numbers in enumerate(self.tile_numbers, self.first):
             for side, number in zip(("queries", "keys"), numbers, strict=True):
                 self.first_use[side].setdefault(number, step)
                 self.last_use[side][number] = step
-        self._visible = cache(lambda query, key: visible_rows(self.layouts[query], self.layouts[key], sight))
+        # By step from the first: how far ahead the owners of a tile's queries and of its keys are.
+        owners = [np.array([0, *(leg.owner for leg in self.legs[side])]) for side in ("queries", "keys")]
+        self._tile_owners = np.array([of[n] for of, n in zip(owners, np.array(self.tile_numbers).T, strict=True)])
+        self.shares = Shares.of(self.layouts)
+        self._sight = sight
 
     def plan(self, rank: int) -> RankPlan:
         """What `rank` does."""
-        heads = self.grid.heads
-        place, shard = divmod(rank, heads)
-        sends: list[Message] = []
-        receives: list[Message] = []
-        for side in ("queries", "keys"):
-            line = self._line(side, place)
-            receives += self._messages(side, line)
-            for at in range(1, len(line)):
-                sends += self._messages(side, line[at:] + line[:at], source=place)
+        place = rank // self.grid.heads
+        # What travels along an axis to or from a place belongs to places of that line.
+        owners: dict[Side, Ints] = {side: self._line(side, np.array(place)) for side in self.legs}
+        found = self._messages(owners, np.array([place]))
+        sends = found.where(found.source == rank).one_by_one()
+        receives = found.where(found.target == rank).one_by_one()
         results = {
             Block("queries" if m.flow == "query_results" else "keys", m.owner): m.rows
             for m in sends
             if m.flow.endswith("results")
         }
-        if heads > 1:
-            # Ranks of a place that hold the same shard of heads talk to each other.
-            sends, receives = (
-                [m._replace(source=m.source * heads + shard, target=m.target * heads + shard) for m in found]
-                for found in (sends, receives)
-            )
-            for other in range(place * heads, (place + 1) * heads):
-                if other != rank:
-                    sends += self._trade(rank, other)
-                    receives += self._trade(other, rank)
         return RankPlan(rank, place, self._steps(place, sends, receives), results)
 
     def plans(self) -> list[RankPlan]:
         """What every rank does."""
         return [self.plan(rank) for rank in range(self.grid.size)]
 
-    def _line(self, side: Side, place: int) -> list[int]:
-        """The places along an axis, in order, from this one round to the one before it."""
-        j, i = divmod(place, self.grid.query)
+    @cached_property
+    def all_messages(self) -> Messages:
+        """Of the whole pass."""
+        places = np.arange(self.grid.places)
+        return self._messages({"queries": places, "keys": places}, places)
+
+    def _messages(self, owners: dict[Side, Ints], traders: Ints) -> Messages:
+        """About blocks of these owners, by the axis along which they travel, and among the ranks of these places."""
+        parts = [message for side in ("queries", "keys") for message in self._along(side, owners[side])]
+        heads = self.grid.heads
+        if heads == 1:
+            return Messages.joined(parts)
+        # Ranks of a place that hold the same shard of heads talk to each other.
+        shards = [
+            part._replace(source=part.source * heads + shard, target=part.target * heads + shard)
+            for part in parts
+            for shard in range(heads)
+        ]
+        return Messages.joined([*shards, *self._trades(traders)])
+
+    def tiles(self, step: Any, place: Any) -> tuple[Ints, Ints]:
+        """Whose queries places meet whose keys at steps from `first` on, one with one as arrays are broadcast."""
+        rows, columns = self._tile_owners[:, np.asarray(step) - self.first]
+        return self._ahead("queries", place, rows), self._ahead("keys", place, columns)
+
+    def _ahead(self, side: Side, place: Any, by: Any) -> Ints:
+        """The place so far ahead along an axis."""
+        j, i = np.divmod(place, self.grid.query)
         if side == "queries":
-            return [j * self.grid.query + (i + ahead) % self.grid.query for ahead in range(self.grid.query)]
-        return [(j + ahead) % self.grid.kv * self.grid.query + i for ahead in range(self.grid.kv)]
+            return j * self.grid.query + (i + by) % self.grid.query
+        return (j + by) % self.grid.kv * self.grid.query + i
 
-    def _messages(self, side: Side, line: list[int], source: int | None = None) -> list[Message]:
-        """What travels along an axis to line[0], from all or one; the other places of `line` follow it round."""
-        messages = self._blocks(side, line, source)
-        if side == "queries" or self.direction == "backward":
-            messages += self._results(side, line, source)
-        return messages
+    def _line(self, side: Side, place: Ints) -> Ints:
+        """The places along an axis, in order, from each of these round to the one before it: `[..., axis]`."""
+        return self._ahead(side, place[..., None], np.arange(self.grid.query if side == "queries" else self.grid.kv))
 
-    def _blocks(self, side: Side, line: list[int], source: int | None) -> list[Message]:
-        messages = []
-        first_use = self.first_use[side]
-        for number, leg in enumerate(self.legs[side], 1):
-            owner, sender = line[leg.owner], line[leg.source]
-            if source in (None, sender):
-                # With what this place needs of it, and those that it passes it on to.
-                stops = [line[0], *(line[leg.owner - ahead] for ahead in leg.onward)]
-                rows = self._needed(side, owner, stops)
-                if rows is not None:
-                    messages.append(
-                        Message(side, owner, rows, sender, line[0], first_use[leg.after], first_use[number])
-                    )
-        return messages
-
-    def _results(self, side: Side, line: list[int], source: int | None) -> list[Message]:
+    def _along(self, side: Side, owners: Ints) -> list[Messages]:
+        """What travels along an axis of the blocks of these places, and of results for them."""
+        found, legs = [], self.legs[side]
+        first_use, last_use = self.first_use[side], self.last_use[side]
+        # By number, what each place where a block stops needs of it, and what that and all further stops need.
+        needed = {n: self._needed(side, owners, self._ahead(side, owners, -leg.owner)) for n, leg in enumerate(legs, 1)}
+        onward = dict(needed)
+        for number, leg in reversed(list(enumerate(legs, 1))):
+            if leg.onward is not None:
+                onward[number] = hull(np.stack([needed[number], onward[leg.onward]]), 0)
+        for number, leg in enumerate(legs, 1):
+            target = self._ahead(side, owners, -leg.owner)
+            source = self._ahead(side, target, leg.source)
+            posted, due = first_use[leg.after], first_use[number]
+            found.append(Messages.of(side, owners, onward[number], source, target, posted, due))
+        if side == "keys" and self.direction == "forward":
+            return found
         flow: Flow = "query_results" if side == "queries" else "key_results"
-        route = self.grid.query_route if side == "queries" else self.grid.kv_route
-        last_use, size = self.last_use[side], len(line)
-        messages = []
-        for number, leg in enumerate(self.legs[side], 1):
-            due = self.end
-            if route == "round":
-                # From the next place, which has added its own to what came to it; after all stops to the owner.
-                sender, owner = line[1], line[(number + 1) % size]
-                stops = [line[(number + 1 - stop) % size] for stop in range(1, number + 1)]
-                if number + 1 < size:
-                    due = last_use[number + 1] + 1
+        before = None
+        for number, leg in enumerate(legs, 1):
+            if (self.grid.query_route if side == "queries" else self.grid.kv_route) == "round":
+                # To the next place, with what came and what was added here; after all stops to the owner.
+                target, rows = self._ahead(side, owners, -number - 1), needed[number]
+                before = rows = rows if before is None else hull(np.stack([before, rows]), 0)
+                due = last_use[number + 1] + 1 if number < len(legs) else self.end
             else:
-                sender, owner = line[-leg.owner], line[0]
-                stops = [sender]
-                if leg.before is not None:
-                    due = last_use[leg.before] + 1
-            if source in (None, sender):
-                rows = self._needed(side, owner, stops)
-                if rows is not None:
-                    messages.append(Message(flow, owner, rows, sender, line[0], last_use[number] + 1, due))
-        return messages
+                target, rows = owners, needed[number]
+                due = self.end if leg.before is None else last_use[leg.before] + 1
+            source = self._ahead(side, owners, -leg.owner)
+            found.append(Messages.of(flow, owners, rows, source, target, last_use[number] + 1, due))
+        return found
 
-    def _needed(self, side: Side, owner: int, stops: list[int]) -> Rows | None:
-        """Rows of the owner's block that take part in the tiles of any of these places."""
-        found: list[Rows] = []
-        for stop in stops:
-            # Against all that the stop gathers along the other axis.
-            for other in self._line("keys" if side == "queries" else "queries", stop):
-                rows = self._visible(owner, other) if side == "queries" else self._visible(other, owner)
-                if rows is not None:
-                    found.append(rows[0 if side == "queries" else 1])
-        return hull(found) if found else None
+    def _needed(self, side: Side, owners: Ints, stops: Ints) -> Ints:
+        """Rows of each owner's block that take part in the tiles of a place, one place for each: `[owners, 2]`."""
+        # Against all that the stop gathers along the other axis.
+        blocks = self.shares[owners[:, None]]
+        if side == "queries":
+            return hull(visible_rows(blocks, self.shares[self._line("keys", stops)], self._sight), 1)[:, :2]
+        return hull(visible_rows(self.shares[self._line("queries", stops)], blocks, self._sight), 1)[:, 2:]
 
-    def _trade(self, source: int, target: int) -> list[Message]:
+    def _trades(self, places: Ints) -> list[Messages]:
         """Between ranks of a place: the source's tokens for the target's heads, and at the end back."""
-        there = Message("to_heads", source, (0, self.rank_layouts[source].num_tokens), source, target, 0, 1)
-        back = Message(
-            "from_heads", target, (0, self.rank_layouts[target].num_tokens), source, target, self.end, self.end + 1
-        )
-        return [there, back]
-
-    def _tile(self, place: int, step: int) -> Tile | None:
-        """What a place computes at a step."""
-        if not 0 <= step - self.first < len(self.tiles):
-            return None
-        row, column = self.tiles[step - self.first]
-        query = self._line("queries", place)[self.legs["queries"][row - 1].owner if row else 0]
-        key = self._line("keys", place)[self.legs["keys"][column - 1].owner if column else 0]
-        rows = self._visible(query, key)
-        return Tile(query, rows[0], key, rows[1]) if rows else None
+        heads = self.grid.heads
+        shards = np.array([pair for pair in np.ndindex(heads, heads) if pair[0] != pair[1]])
+        source, target = (places[:, None, None] * heads + shards).reshape(-1, 2).T
+        held = np.array([[0, layout.num_tokens] for layout in self.rank_layouts])
+        return [
+            Messages.of("to_heads", source, held[source], source, target, 0, 1),
+            Messages.of("from_heads", target, held[target], source, target, self.end, self.end + 1),
+        ]
 
     def _steps(self, place: int, sends: list[Message], receives: list[Message]) -> tuple[Step, ...]:
         num_steps = max([self.end, *(m.due + 1 for m in (*sends, *receives))])
         due, gone, out, into = ([[] for _ in range(num_steps)] for _ in range(4))
-        tiles = [self._tile(place, step) for step in range(num_steps)]
+        tiles: list[Tile | None] = [None] * num_steps
+        at = np.arange(self.first, self.first + len(self.tile_numbers))
+        pairs = self.tiles(at, place)
+        rows = visible_rows(self.shares[pairs[0]], self.shares[pairs[1]], self._sight)
+        for step, query, key, (*of_query, start, stop) in zip(*(x.tolist() for x in (at, *pairs, rows)), strict=True):
+            if start < stop:
+                tiles[step] = Tile(query, tuple(of_query), key, (start, stop))
         last_use: dict[Block, int] = {}
         for message in receives:
             due[message.due].append(message)

@@ -145,7 +145,7 @@ class Distributed:
                 works = dist.batch_isend_irecv([op for _, op in batch])
             except RuntimeError as error:
                 # gloo notices here that a peer has ended before, and does not say which of the batch's.
-                raise PeerError("; or ".join(dict.fromkeys(self._explain(m) for m, _ in batch))) from error
+                raise PeerError("; or ".join(dict.fromkeys(self.group.explain(m) for m, _ in batch))) from error
             for at, (message, _) in enumerate(batch):
                 # NCCL answers for a batch as a whole, gloo for each tensor.
                 work = works[at] if len(works) == len(batch) else works[0]

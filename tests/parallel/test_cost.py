@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,11 +18,11 @@ from longring.parallel.cp.choose import Priced, Question, _best_of_each, choose
 from longring.parallel.cp.cost import Price, Speed, Work, play
 from longring.parallel.cp.grid import NAMED, CpGrid, divisions, grids
 from longring.parallel.cp.layout import contiguous, zigzag
-from longring.parallel.cp.plan import Message, RankPlan, Step, Tile
+from longring.parallel.cp.plan import FLOWS, Message, Messages
 from longring.parallel.cp.schedules import Schedule
 from longring.parallel.cp.topology import PRESETS, Fabric, Topology
 from longring.parallel.cp.transports import InProcess
-from longring.parallel.cp.visible import Sight
+from longring.parallel.cp.visible import Shares, Sight
 
 EVERYBODY_SEES_ALL = Sight(causal=False)
 ONE = Work(num_heads=1, num_kv_heads=1, head_dim=1)
@@ -78,30 +79,29 @@ def keys(source: int, target: int, rows: int, posted: int = 0, due: int = 1) -> 
     return Message("keys", source, (0, rows), source, target, posted, due)
 
 
-def hand_made(size: int, messages: list[Message], tiles: dict[tuple[int, int], Tile] | None = None):
-    """A schedule of just these messages, and of tiles by (rank, step)."""
-    num_steps = 1 + max(message.due for message in messages)
+class HandMade(Schedule):
+    """A schedule of just these messages, and of tiles of 64 pairs, by (rank, step)."""
 
-    def step(rank: int, at: int) -> Step:
-        sends = [m for m in messages if m.source == rank]
-        receives = [m for m in messages if m.target == rank]
-        return Step(
-            tuple(m for m in receives if m.due == at),
-            tuple(m for m in sends if m.due == at),
-            tuple(m for m in sends if m.posted == at),
-            tuple(m for m in receives if m.posted == at),
-            (tiles or {}).get((rank, at)),
-            (),
-        )
+    def __init__(self, size: int, messages: list[Message], tiles: Sequence[tuple[int, int]]) -> None:
+        held = [SeqLayout(((0, 8),), (0, 8))] * size
+        super().__init__(CpGrid(kv=size), held, EVERYBODY_SEES_ALL, "forward")
+        columns = [(FLOWS.index(m.flow), m.owner, *m.rows, m.source, m.target, m.posted, m.due) for m in messages]
+        self.all_messages = Messages(*np.array(columns).T)
+        # One share more, of another document: whom it meets has no tile.
+        self.shares = Shares.of([*held, SeqLayout(((8, 16),), (0, 8))])
+        self.made = set(tiles)
 
-    plans = [RankPlan(rank, rank, tuple(step(rank, at) for at in range(num_steps)), {}) for rank in range(size)]
-    layouts = [SeqLayout.contiguous(8)] * size
-    return SimpleNamespace(grid=CpGrid(kv=size), direction="forward", layouts=layouts, plans=lambda: plans)
+    def tiles(self, step, place):
+        return place, np.array([rank if (rank, step) in self.made else len(place) for rank in place])
+
+    def plans(self):
+        return []
 
 
-def arrivals(topology: Topology, size: int, messages: list[Message], tiles=None) -> list[float]:
+def arrivals(topology: Topology, size: int, messages: list[Message], tiles=()) -> list[float]:
     """When each message is there; a row of keys takes a link of 4 bytes/s one second."""
-    found = play(hand_made(size, messages, tiles), EVERYBODY_SEES_ALL, topology, ONE, PAIR_A_SECOND)
+    made = HandMade(size, messages, tiles)
+    found = play(made, EVERYBODY_SEES_ALL, topology, ONE, PAIR_A_SECOND, record=True)
     stops = {event.what: event.stop_s for event in found.events}
     return [stops[message] for message in messages]
 
@@ -134,9 +134,8 @@ def test_a_link_carries_one_step_after_the_other():
 
 
 def test_a_message_begins_when_both_ends_have_posted():
-    tile = Tile(1, (0, 8), 1, (0, 8))  # 64 pairs
-    assert arrivals(switch(4.0), 2, [keys(0, 1, 2, 1, 2)], {(1, 0): tile}) == [64 + 2.5]
-    assert arrivals(switch(4.0), 2, [keys(0, 1, 2, 1, 2)], {(0, 0): tile}) == [64 + 2.5]
+    assert arrivals(switch(4.0), 2, [keys(0, 1, 2, 1, 2)], [(1, 0)]) == [64 + 2.5]
+    assert arrivals(switch(4.0), 2, [keys(0, 1, 2, 1, 2)], [(0, 0)]) == [64 + 2.5]
 
 
 class Counting(InProcess):
@@ -321,7 +320,7 @@ def test_close_is_close_to_the_fastest_of_all():
     """101 is close to 100 and 102 to 101, but 102 is not close to 100."""
 
     def priced(grid: CpGrid, seconds: float, peak_bytes: int) -> Priced:
-        half = Price(seconds / 2, seconds / 2, {}, peak_bytes)
+        half = Price(seconds / 2, seconds / 2, {}, 0, peak_bytes)
         return Priced(grid, {"forward": half, "backward": half})
 
     a = priced(CpGrid.ring(4), 100.0, 3)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from longring.kernels.layout import SeqLayout
 from longring.parallel.cp.layout import zigzag
-from longring.parallel.cp.visible import Sight, num_pairs, visible_rows
+from longring.parallel.cp.visible import Shares, Sight, num_pairs, visible_rows
 from plain_attention import visible_pairs
 
 NUM_TOKENS = 40
@@ -30,19 +30,30 @@ sights = st.one_of(
 )
 
 
+def rows_of(queries: SeqLayout, keys: SeqLayout, sight: Sight) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """`visible_rows` of one pair of shares."""
+    a, b, c, d = visible_rows(Shares.of([queries]), Shares.of([keys]), sight)[0].tolist()
+    return ((a, b), (c, d)) if a < b else None
+
+
+def pairs_of(queries: SeqLayout, keys: SeqLayout, sight: Sight) -> int:
+    """`num_pairs` of one pair of shares."""
+    return int(num_pairs(Shares.of([queries]), Shares.of([keys]), sight)[0])
+
+
 @given(shares(), sights)
 def test_rows_are_the_smallest_ranges_that_take_part(share, sight):
     exact = visible_pairs(*share, sight.causal, sight.window)
     if not exact.any():
-        assert visible_rows(*share, sight) is None
+        assert rows_of(*share, sight) is None
         return
     queries, keys = exact.any(1).nonzero().flatten().tolist(), exact.any(0).nonzero().flatten().tolist()
-    assert visible_rows(*share, sight) == ((queries[0], queries[-1] + 1), (keys[0], keys[-1] + 1))
+    assert rows_of(*share, sight) == ((queries[0], queries[-1] + 1), (keys[0], keys[-1] + 1))
 
 
 @given(shares(), sights)
 def test_pairs_are_counted(share, sight):
-    assert num_pairs(*share, sight) == int(visible_pairs(*share, sight.causal, sight.window).sum())
+    assert pairs_of(*share, sight) == int(visible_pairs(*share, sight.causal, sight.window).sum())
 
 
 @pytest.mark.parametrize("sight", [Sight(), Sight(window=4096)], ids=["causal", "window"])
@@ -51,7 +62,7 @@ def test_the_whole_is_counted_at_a_million_tokens(sight):
     num_tokens, size = 2**20, 16
     starts = (0, 4096, 5000, 500_001, num_tokens - 1)
     shares = [SeqLayout(zigzag(num_tokens, rank, size).runs, starts) for rank in range(size)]
-    pairs = sum(num_pairs(queries, keys, sight) for queries in shares for keys in shares)
+    pairs = sum(pairs_of(queries, keys, sight) for queries in shares for keys in shares)
     width = sight.window or num_tokens
     lengths = [b - a for a, b in zip(starts, (*starts[1:], num_tokens), strict=True)]
     full = [min(length, width) for length in lengths]

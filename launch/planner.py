@@ -1,0 +1,254 @@
+"""`longring plan`: which grid each bucket's attention takes and what it costs, drawn and, if asked for, measured.
+
+`launch/schedules.py` decides as it does for a run; here the decision is shown before any rank is started. To measure,
+`longring plan` starts this module as the ranks of one context-parallel group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..parallel.cp.choose import Priced, Question, choose
+from ..parallel.cp.cost import ASSUMED, Event, Speed, Work, play
+from ..parallel.cp.execute import Problem, backward, forward
+from ..parallel.cp.grid import CpGrid
+from ..parallel.cp.layout import zigzag
+from ..parallel.cp.plan import Pass, Tile
+from ..parallel.cp.record import Recorded
+from ..parallel.cp.schedules import Schedule
+from ..parallel.cp.timeline import Panel, draw
+from ..parallel.cp.topology import PRESETS, Topology
+from ..parallel.cp.transports import open_group
+from ..parallel.cp.visible import Sight, num_pairs
+from ..parallel.mesh import join
+from . import schedules
+from .config import Recipe, load_recipe
+from .ranks import as_rank, start_ranks
+from .schedules import Pick
+
+RANKS_OF_A_NODE = 8
+WARM_UP_PASSES = 2
+"""Before a pass is recorded: the first opens connections and compiles kernels."""
+
+
+def preset_of(recipe: Recipe, world_size: int, named: str | None) -> tuple[str, str]:
+    """The preset that stands for what joins the ranks, and where it is from. Raises ValueError for one unknown."""
+    if named is not None and named not in PRESETS:
+        raise ValueError(f"--topology {named!r} must be one of {', '.join(PRESETS)}")
+    if named is not None:
+        return named, "--topology"
+    if recipe.parallel.cp.topology != "probe":
+        return recipe.parallel.cp.topology, "parallel.cp.topology"
+    assumed = "nvswitch" if world_size <= RANKS_OF_A_NODE else "infiniband"
+    return assumed, "assumed, since a probe needs the ranks: a run may take other grids"
+
+
+def plan(
+    recipe: Recipe,
+    console: Console,
+    *,
+    num_ranks: int | None = None,
+    preset: str | None = None,
+    timeline: Path | None = None,
+) -> tuple[Pick, str] | None:
+    """Print a row for every kind of layers that is spread over ranks, and draw the last of the largest bucket.
+
+    That kind and the preset of the topology are returned; None: nothing is spread. Raises ValueError for what a run
+    would refuse (a number of ranks, a grid of the wrong size, heads that do not divide), and for a picture of nothing.
+    """
+    if num_ranks is not None:
+        recipe.accumulation_steps(num_ranks)
+    world_size = num_ranks or recipe.max_context_parallel * recipe.parallel.tensor
+    schedules.check(recipe)
+    preset, origin = preset_of(recipe, world_size, preset)
+    topology, work = PRESETS[preset](world_size), schedules.work(recipe)
+    console.print(
+        f"{world_size:,} ranks, {recipe.parallel.tokens_per_rank:,} tokens each; topology {topology.name} ({origin})\n"
+        f"one layer of a tensor-parallel rank (parallel.tensor = {recipe.parallel.tensor}): {work.num_heads} query "
+        f"heads and {work.num_kv_heads} kv heads of {work.head_dim}, {work.itemsize} bytes a number\n"
+        f"speed assumed: {ASSUMED.forward_flops / 1e12:.0f} TFLOP/s forward, {ASSUMED.backward_flops / 1e12:.0f} "
+        f"backward, {ASSUMED.tile_s * 1e6:.0f} us a tile",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if recipe.max_context_parallel == 1:
+        if timeline is not None:
+            raise ValueError(
+                f"--timeline {timeline}: nothing to draw: data.max_bucket_tokens = {recipe.data.max_bucket_tokens} "
+                f"fits a rank of parallel.tokens_per_rank = {recipe.parallel.tokens_per_rank}"
+            )
+        console.print("every bucket fits a rank: nothing is spread, nothing travels")
+        return None
+    with console.status("pricing grids"):
+        picks = schedules.pick(recipe, recipe.data.lengths, topology, ASSUMED)
+        considered = [_considered(found, topology, work) for found in picks]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("bucket", "cp", "layers", "ms", "exposed", "GiB held", "MB sent"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("grid")
+    for found, others in zip(picks, considered, strict=True):
+        layers = f"window {found.kind.window:,}" if found.kind.window else "full"
+        why = "named by the recipe" if found.named else f"best of {len(found.priced)}"
+        taken = [f"{found.kind.sequence_tokens:,}", str(found.grid.size), layers, *_figures(found.priced[0])]
+        table.add_row(*taken[:-1], f"{taken[-1]} ({why})")
+        for number, other in enumerate(others[:2]):
+            table.add_row("", "", "" if number else "next best", *_figures(other), style="dim")
+        table.add_section()
+    console.print(table)
+    console.print(
+        "ms: a layer's forward + backward; GiB held of other ranks'; MB sent by a rank, both passes; best of so many "
+        "divisions of cp into heads x query x kv",
+        highlight=False,
+    )
+    if timeline is not None:
+        last = picks[-1]
+        question = Question(last.kind.sequence_tokens, work, topology, ASSUMED, Sight(window=last.kind.window))
+        draw([[panel] for panel in simulated(question, last.grid)], timeline, ranks_per_node=topology.ranks_per_node)
+        console.print(f"drawn: {timeline}", soft_wrap=True)
+    return picks[-1], preset
+
+
+def measure_here(target: str, overrides: Sequence[str], found: Pick, preset: str, timeline: Path) -> int:
+    """Start the ranks of one context-parallel group here to measure and draw -> an exit status."""
+    arguments = [f"--grid={found.grid}", f"--tokens={found.kind.sequence_tokens}", f"--topology={preset}"]
+    window = [f"--window={found.kind.window}"] if found.kind.window else []
+    words = [target, *overrides, *arguments, *window, f"--timeline={timeline}"]
+    return start_ranks("longring.launch.planner", words, found.grid.size)
+
+
+def _considered(found: Pick, topology: Topology, work: Work) -> list[Priced]:
+    """The grids that were not taken, best first; of a grid that the recipe names, those that auto would look at."""
+    if not found.named:
+        return found.priced[1:]
+    question = Question(found.kind.sequence_tokens, work, topology, ASSUMED, Sight(window=found.kind.window))
+    return [other for other in choose(found.grid.size, question) if other.grid != found.grid]
+
+
+def _figures(priced: Priced) -> list[str]:
+    sent = sum(price.sent_bytes for price in priced.passes.values()) / priced.grid.size
+    return [
+        f"{priced.seconds * 1e3:.3g}",
+        f"{priced.exposed_s * 1e3:.3g}",
+        f"{priced.peak_bytes / 2**30:.3g}",
+        f"{sent / 1e6:.4g}",
+        str(priced.grid),
+    ]
+
+
+def simulated(question: Question, grid: CpGrid) -> list[Panel]:
+    """Each pass as played."""
+    layouts = [zigzag(question.num_tokens, rank, grid.size) for rank in range(grid.size)]
+    panels = []
+    for direction in question.passes:
+        schedule = Schedule(grid, layouts, question.sight, direction)
+        price = play(schedule, question.sight, question.topology, question.work, question.speed, record=True)
+        panels.append(Panel(grid, direction, f"simulated on {question.topology.name}", price.events))
+    return panels
+
+
+def measure(recipe: Recipe, grid: CpGrid, num_tokens: int, sight: Sight) -> list[Panel]:
+    """Each pass as this group of ranks does it, with random q, k, v -> the same on every rank. Collective."""
+    mesh = join(replace(recipe.parallel, tensor=1, sequence_parallel=False), grid.size)
+    group = open_group(range(grid.size), [grid], timeout_s=recipe.parallel.cp.timeout_s)
+    work, layout = schedules.work(recipe), zigzag(num_tokens, group.rank, grid.size)
+    layouts = tuple(zigzag(num_tokens, rank, grid.size) for rank in range(grid.size))
+    problem = Problem(grid, layouts, sight, recipe.train.attention_backend, work.narrow_results)
+    q, k, v, dout = (
+        torch.randn(
+            (work.batch, layout.num_tokens, heads, work.head_dim),
+            dtype=getattr(torch, recipe.train.dtype),
+            device=mesh.device,
+        )
+        for heads in (work.num_heads, work.num_kv_heads, work.num_kv_heads, work.num_heads)
+    )
+
+    def recorder(direction: Pass) -> Recorded:
+        dist.barrier()
+        return Recorded(
+            group, problem.plan(direction, group.rank)[1], traded=grid.heads > 1, origin_s=time.perf_counter()
+        )
+
+    events: dict[Pass, list[Event]] = {}
+    for _ in range(WARM_UP_PASSES + 1):
+        there = recorder("forward")
+        _, saved = there.drive(forward(problem, group.rank, q, k, v, there))
+        back = recorder("backward")
+        back.drive(backward(problem, group.rank, dout, saved, work.num_kv_heads, back))
+        events = {"forward": there.events, "backward": back.events}
+    panels = []
+    for direction, mine in events.items():
+        gathered: list[list[Event]] = [[]] * grid.size
+        dist.all_gather_object(gathered, mine)
+        panels.append(Panel(grid, direction, "measured", [event for of_rank in gathered for event in of_rank]))
+    return panels
+
+
+def measured_speed(panels: Sequence[Panel], work: Work, num_tokens: int, sight: Sight) -> Speed:
+    """How fast the tiles of measured passes were computed, to play the same passes with."""
+    rates: dict[Pass, float] = {}
+    for panel in panels:
+        grid = panel.grid
+        layouts = [zigzag(num_tokens, rank, grid.size) for rank in range(grid.size)]
+        shares = Schedule(grid, layouts, sight, panel.direction).shares
+        tiles = [event for event in panel.events if isinstance(event.what, Tile)]
+        owners = [(e.what.query_owner, e.what.key_owner) for e in tiles if isinstance(e.what, Tile)]
+        queries, keys = torch.tensor(owners).T.numpy()
+        at_one = Speed(1.0, 1.0).seconds(num_pairs(shares[queries], shares[keys], sight), work, grid, panel.direction)
+        rates[panel.direction] = float(at_one.sum()) / sum(event.stop_s - event.start_s for event in tiles)
+    return Speed(rates["forward"], rates["backward"])
+
+
+def draw_measured(recipe: Recipe, grid: CpGrid, num_tokens: int, sight: Sight, topology: Topology, file: Path) -> None:
+    """Measure, and draw what was measured beside what the simulator says with tiles of the speed measured."""
+    panels = measure(recipe, grid, num_tokens, sight)
+    if dist.get_rank():
+        return
+    work = schedules.work(recipe)
+    speed = measured_speed(panels, work, num_tokens, sight)
+    played = simulated(Question(num_tokens, work, topology, speed, sight), grid)
+    draw(list(zip(panels, played, strict=True)), file, ranks_per_node=topology.ranks_per_node)
+    for measured, other in zip(panels, played, strict=True):
+        Console().print(
+            f"{measured.direction}: measured {measured.total_s * 1e3:.4g} ms, {measured.exposed_s * 1e3:.3g} exposed; "
+            f"simulated on {topology.name} with tiles as fast: {other.total_s * 1e3:.4g} ms, "
+            f"{other.exposed_s * 1e3:.3g} exposed",
+            highlight=False,
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """One rank that measures, as `longring plan --measure` starts it."""
+    parser = argparse.ArgumentParser(prog="python -m longring.launch.planner")
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--grid", type=CpGrid.parse, required=True)
+    parser.add_argument("--tokens", type=int, required=True)
+    parser.add_argument("--window", type=int)
+    parser.add_argument("--topology", choices=PRESETS, required=True)
+    parser.add_argument("--timeline", type=Path, required=True)
+    options = parser.parse_intermixed_args(arguments)
+    return as_rank(
+        lambda: draw_measured(
+            load_recipe(options.recipe, options.overrides),
+            options.grid,
+            options.tokens,
+            Sight(window=options.window),
+            PRESETS[options.topology](options.grid.size),
+            options.timeline,
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

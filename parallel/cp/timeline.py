@@ -1,0 +1,120 @@
+"""A picture of a pass, played or measured: for each rank lanes of what it computes, sends and receives, over time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from .cost import Event
+from .grid import CpGrid
+from .plan import FLOWS, Flow, Message, Pass, Tile
+
+COLOURS: dict[Flow, str] = {
+    "queries": "#4c72b0",
+    "keys": "#55a868",
+    "query_results": "#c44e52",
+    "key_results": "#dd8452",
+    "to_heads": "#8172b2",
+    "from_heads": "#b39ddb",
+}
+TILE = "#9a9a9a"
+MOST_RANKS = 16
+"""Drawn whole; of more, the ranks of the first, the middle and the last node."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pass of a grid, and where its times are from."""
+
+    grid: CpGrid
+    direction: Pass
+    source: str
+    """Such as "simulated on infiniband"."""
+    events: Sequence[Event]
+
+    @property
+    def total_s(self) -> float:
+        """From the first start to the last end of any rank."""
+        return max((e.stop_s for e in self.events), default=0.0) - min((e.start_s for e in self.events), default=0.0)
+
+    @property
+    def exposed_s(self) -> float:
+        """What the rank that computes longest does not compute."""
+        busy = [0.0] * self.grid.size
+        for event in self.events:
+            if isinstance(event.what, Tile):
+                busy[event.rank] += event.stop_s - event.start_s
+        return self.total_s - max(busy)
+
+
+def shown_ranks(size: int, ranks_per_node: int) -> list[int]:
+    """All ranks of a picture that stays legible."""
+    if size <= MOST_RANKS:
+        return list(range(size))
+    per_node = min(ranks_per_node, MOST_RANKS // 2)
+    firsts = {0, size // 2 // per_node * per_node, (size - 1) // per_node * per_node}
+    return [rank for first in sorted(firsts) for rank in range(first, min(first + per_node, size))]
+
+
+def draw(rows: Sequence[Sequence[Panel]], file: Path, *, ranks_per_node: int) -> None:
+    """Write a picture of panels: each row a direction, side by side where its times come from. All are of one grid."""
+    ranks = shown_ranks(rows[0][0].grid.size, ranks_per_node)
+    height = 1.6 + len(rows) * (0.9 + 0.42 * len(ranks))
+    figure = Figure(figsize=(9 * len(rows[0]), height), layout="constrained")
+    all_axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+    for row, axes_of_row in zip(rows, all_axes, strict=True):
+        for panel, axes in zip(row, axes_of_row, strict=True):
+            _draw_panel(panel, ranks, axes)
+    flows = {e.what.flow for row in rows for panel in row for e in panel.events if isinstance(e.what, Message)}
+    patches = [Patch(color=TILE, label="tile")]
+    patches += [Patch(color=COLOURS[flow], label=flow.replace("_", " ")) for flow in FLOWS if flow in flows]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
+    figure.savefig(file, dpi=100)
+
+
+def _draw_panel(panel: Panel, ranks: list[int], axes: Axes) -> None:
+    """Each rank has a lane of tiles over one of sends over one of receives; messages of a flow share a line of it."""
+    flows = [f for f in FLOWS if any(isinstance(e.what, Message) and e.what.flow == f for e in panel.events)]
+    at = {rank: len(ranks) - 1 - number for number, rank in enumerate(ranks)}
+    line = 0.3 / max(1, len(flows))
+    origin = min((e.start_s for e in panel.events), default=0.0)
+    bars: dict[tuple[str, float, float], list[tuple[float, float]]] = {}
+    for event in panel.events:
+        if event.rank not in at:
+            continue
+        span = ((event.start_s - origin) * 1e3, (event.stop_s - event.start_s) * 1e3)
+        if isinstance(event.what, Tile):
+            bars.setdefault((TILE, at[event.rank] + 0.64, 0.28), []).append(span)
+        else:
+            lane = 0.33 if event.what.source == event.rank else 0.02
+            bottom = at[event.rank] + lane + flows.index(event.what.flow) * line
+            bars.setdefault((COLOURS[event.what.flow], bottom, 0.9 * line), []).append(span)
+    for (colour, bottom, tall), spans in bars.items():
+        axes.broken_barh(spans, (bottom, tall), facecolors=colour, edgecolors="white", linewidth=0.4)
+    for rank, bottom in at.items():  # a black line where ranks are left out
+        axes.axhline(bottom, color="#cccccc" if rank + 1 in at else "black", linewidth=0.6)
+        for text, height in (("tile", 0.78), ("send", 0.48), ("recv", 0.17)):
+            axes.text(
+                -0.006,
+                bottom + height,
+                text,
+                fontsize=5.5,
+                ha="right",
+                va="center",
+                transform=axes.get_yaxis_transform(),
+            )
+    axes.set_yticks([bottom + 0.5 for bottom in at.values()], [f"rank {rank}    " for rank in at], fontsize=8)
+    axes.tick_params(axis="y", length=0, pad=14)
+    axes.set_ylim(0, len(ranks))
+    axes.set_xlim(0, max(panel.total_s * 1e3, 1e-9))
+    axes.set_xlabel("ms")
+    axes.set_title(
+        f"{panel.direction}, {panel.grid}, {panel.source}\n"
+        f"total {panel.total_s * 1e3:.4g} ms, exposed {panel.exposed_s * 1e3:.3g} ms",
+        fontsize=9,
+    )

@@ -1,0 +1,119 @@
+"""`longring plan` says what a run will take, before any rank is started, and what is wrong in one line."""
+
+from __future__ import annotations
+
+import pytest
+from longring.launch import cli, planner, schedules
+from longring.launch.config import load_recipe
+from longring.parallel.cp.choose import Question, choose
+from longring.parallel.cp.cost import ASSUMED
+from longring.parallel.cp.topology import PRESETS
+from longring.parallel.cp.visible import Sight
+
+SPREAD = ("parallel.tokens_per_rank=128", "parallel.cp.topology=full_mesh")
+
+
+def planned(capsys, recipe_file, *arguments: str) -> str:
+    assert cli.main(["plan", str(recipe_file), *arguments]) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.fixture
+def no_ranks(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a rank was started")
+
+    monkeypatch.setattr(planner, "start_ranks", refuse)
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+def test_every_spread_bucket_has_the_grid_that_is_priced_best(capsys, recipe_file, no_ranks):
+    text = planned(capsys, recipe_file, *SPREAD)
+    recipe = load_recipe(recipe_file, SPREAD)
+    assert "4 ranks, 128 tokens each; topology full mesh (parallel.cp.topology)" in text
+    assert "4 query heads and 2 kv heads of 16, 4 bytes a number" in text
+    for bucket, size in ((256, 2), (512, 4)):
+        found = choose(size, Question(bucket, schedules.work(recipe), PRESETS["full_mesh"](4), ASSUMED))
+        best, second, third = found[:3]
+        sent = sum(price.sent_bytes for price in best.passes.values()) / size / 1e6
+        row = f"{bucket} {size} full {best.seconds * 1e3:.3g} {best.exposed_s * 1e3:.3g} {best.peak_bytes / 2**30:.3g} "
+        assert row + f"{sent:.4g} {best.grid} (best of {len(found)})" in text
+        for other in (second, third):
+            assert f"{other.seconds * 1e3:.3g} {other.exposed_s * 1e3:.3g}" in text
+            assert str(other.grid) in text
+    assert " 128 1 " not in text
+
+
+def test_window_layers_have_rows_of_their_own(capsys, recipe_file, no_ranks):
+    windowed = ("model.window_tokens=64", "model.full_attention_every=2")
+    text = planned(capsys, recipe_file, *SPREAD, *windowed)
+    assert "512 4 window 64" in text
+    assert "512 4 full" in text
+    recipe = load_recipe(recipe_file, (*SPREAD, *windowed))
+    question = Question(512, schedules.work(recipe), PRESETS["full_mesh"](4), ASSUMED, Sight(window=64))
+    assert f"512 4 window 64 {choose(4, question)[0].seconds * 1e3:.3g} " in text
+
+
+def test_a_named_grid_stands_beside_what_auto_would_take(capsys, recipe_file, no_ranks):
+    text = planned(capsys, recipe_file, *SPREAD, "parallel.cp.schedule=token_ring")
+    assert "query=4 (named by the recipe)" in text
+    assert "next best" in text
+
+
+def test_heads_are_those_of_a_tensor_parallel_rank(capsys, recipe_file, no_ranks):
+    text = planned(capsys, recipe_file, *SPREAD, "parallel.tensor=2")
+    assert "8 ranks, 128 tokens each" in text
+    assert "2 query heads and 1 kv heads" in text
+
+
+def test_the_topology_is_named_or_said_to_be_assumed(capsys, recipe_file, no_ranks):
+    probing = (SPREAD[0], "parallel.cp.topology=probe")
+    assert "topology nvswitch (assumed" in planned(capsys, recipe_file, *probing)
+    assert "topology infiniband (assumed" in planned(capsys, recipe_file, *probing, "--ranks", "16")
+    assert "topology ethernet (--topology)" in planned(capsys, recipe_file, *SPREAD, "--topology", "ethernet")
+
+
+def test_nothing_spread_is_said(capsys, recipe_file, no_ranks):
+    assert "every bucket fits a rank" in planned(capsys, recipe_file)
+
+
+def test_the_largest_bucket_is_drawn(capsys, recipe_file, no_ranks, tmp_path):
+    picture = tmp_path / "plan.png"
+    assert f"drawn: {picture}" in planned(capsys, recipe_file, *SPREAD, "--timeline", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["parallel.cp.schedule=query=2"], "is a grid of 2 ranks, and a bucket is spread over 4"),
+        (["model.num_heads=2", "parallel.cp.schedule=ulysses"], "heads = 4 does not divide 2 query heads"),
+        (["--topology", "token_ring"], "--topology 'token_ring' must be one of nvswitch"),
+        (["--ranks", "6"], "a world of 6 ranks cannot hold data.max_bucket_tokens = 512"),
+        (["--measure"], "name the picture with --timeline"),
+        (["--timeline", "nowhere/plan.png"], "nowhere is not a directory"),
+        (["parallel.tokens_per_rank=512", "--timeline", "plan.png"], "nothing to draw: data.max_bucket_tokens = 512"),
+        (["parallel.tokens_per_rank=512", "--timeline", "plan.png", "--measure"], "no bucket is spread over ranks"),
+    ],
+)
+def test_what_cannot_be_is_one_clear_line(capsys, recipe_file, no_ranks, arguments, words):
+    assert cli.main(["plan", str(recipe_file), *SPREAD, *arguments]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert error.count("error:") == 1
+    assert words in error
+
+
+def test_measured_beside_simulated(capfd, recipe_file, tmp_path):
+    """Two ranks of this machine do what the plan says, and the picture is of both."""
+    picture = tmp_path / "measured.png"
+    overrides = ["parallel.tokens_per_rank=256", "parallel.cp.topology=full_mesh"]
+    assert cli.main(["plan", str(recipe_file), *overrides, "--timeline", str(picture), "--measure"]) == 0
+    text = " ".join(capfd.readouterr().out.split())
+    assert "forward: measured" in text
+    assert "backward: measured" in text
+    assert "simulated on full mesh with tiles as fast" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")

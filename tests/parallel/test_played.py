@@ -1,0 +1,162 @@
+"""Many messages at once are the messages one by one, and a played pass is what one works out by hand."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from longring.kernels.layout import SeqLayout
+from longring.parallel.cp.cost import Event, Speed, Work, play, wires_of
+from longring.parallel.cp.grid import CpGrid, grids
+from longring.parallel.cp.layout import zigzag
+from longring.parallel.cp.plan import Message, Tile
+from longring.parallel.cp.schedules import Schedule
+from longring.parallel.cp.topology import Fabric, Topology, ethernet, full_mesh, infiniband
+from longring.parallel.cp.visible import Shares, Sight, num_pairs
+
+SIZES = (1, 2, 3, 4, 6)
+WORK = Work(12, 12, 64)
+SPEED = Speed(1e12, 8e11, 1e-5)
+HALF_DUPLEX = Topology(
+    "half duplex", 2, Fabric("mesh", 1e9, 1e-5, full_duplex=False), Fabric("ring", 1e8, 1e-5, full_duplex=False)
+)
+
+
+def layouts_of(size: int, num_tokens: int, starts: tuple[int, ...] = (0,)) -> list[SeqLayout]:
+    return [SeqLayout(zigzag(num_tokens, rank, size).runs, starts) for rank in range(size)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_messages_of_the_whole_pass_are_those_of_the_ranks(size, direction):
+    for number, grid in enumerate(grids(size)):
+        starts = (0,) if number % 2 else (0, 37, 40, 101)
+        sight = (Sight(), Sight(causal=False), Sight(window=33))[number % 3]
+        schedule = Schedule(grid, layouts_of(size, 17 * size + 90, starts), sight, direction)
+        sends = [message for plan in schedule.plans() for step in plan.steps for message in step.sends]
+        receives = [message for plan in schedule.plans() for step in plan.steps for message in step.receives]
+        assert sorted(sends) == sorted(receives) == sorted(schedule.all_messages.one_by_one())
+
+
+def played_by_hand(schedule: Schedule, sight: Sight, topology: Topology) -> tuple[float, dict]:
+    """Seconds and bytes by link of a pass, message by message and rank by rank."""
+    grid, plans = schedule.grid, schedule.plans()
+    ready = [0.0] * grid.size
+    arrival: dict[Message, float] = {}
+    free: dict = defaultdict(float)
+    carried: dict = defaultdict(int)
+
+    def weight(message: Message) -> int:
+        return WORK.bytes_of(message, grid, schedule.direction)
+
+    for number in range(max(len(plan.steps) for plan in plans)):
+        for half in (0, 1):
+            exchanges = [
+                (plan.rank, plan.steps[number].exchanges()[half]) for plan in plans if number < len(plan.steps)
+            ]
+            for rank, exchange in exchanges:
+                ready[rank] = max([ready[rank], *(arrival[m] for m in (*exchange.due, *exchange.gone))])
+            sends = [message for _, exchange in exchanges for message in exchange.sends]
+            paths = {m: topology.path(grid.size, m.source, m.target) for m in sends}
+            until: dict = defaultdict(float)
+            for m, path in paths.items():
+                begin = max([ready[m.source], ready[m.target], *(free[link] for link in path.links)])
+                shares = [
+                    sum(min(weight(m), weight(o)) for o in sends if link in paths[o].links) for link in path.links
+                ]
+                through = begin + max(shares) / path.bytes_per_s
+                arrival[m] = through + path.latency_s
+                for link in path.links:
+                    until[link] = max(until[link], through)
+                    carried[link] += weight(m)
+            free |= until
+        for plan in plans:
+            tile = plan.steps[number].tile if number < len(plan.steps) else None
+            if tile is not None:
+                shares = [Shares.of([schedule.layouts[owner]]) for owner in (tile.query_owner, tile.key_owner)]
+                pairs = num_pairs(*shares, sight)
+                ready[plan.rank] += float(SPEED.seconds(pairs, WORK, grid, schedule.direction)[0])
+    return max(ready), dict(carried)
+
+
+@pytest.mark.parametrize("topology", [full_mesh(12), infiniband(12, 2), ethernet(12, 4), HALF_DUPLEX], ids=str)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_all_ranks_at_once_are_played_as_one_by_one(topology, direction):
+    chosen = random.Random(0)
+    for size in SIZES:
+        found = list(grids(size))
+        for grid in chosen.sample(found, min(len(found), 12)):
+            starts = chosen.choice([(0,), (0, 61, 500)])
+            sight = chosen.choice([Sight(), Sight(causal=False), Sight(window=100)])
+            schedule = Schedule(grid, layouts_of(size, 128 * size + 3, starts), sight, direction)
+            seconds, carried = played_by_hand(schedule, sight, topology)
+            price = play(schedule, sight, topology, WORK, SPEED)
+            assert price.seconds == pytest.approx(seconds, rel=1e-12), grid
+            assert price.bytes_by_link == carried, grid
+            every = [m for plan in schedule.plans() for step in plan.steps for m in step.sends]
+            assert price.sent_bytes == sum(WORK.bytes_of(m, grid, direction) for m in every)
+
+
+def test_two_ranks_by_arithmetic():
+    """A ring of two in the forward: one message, under the tile of the own block, then the other tile."""
+    num_tokens, rate, latency = 4096, 64e9, 10e-6
+    schedule = Schedule(CpGrid.ring(2), layouts_of(2, num_tokens), Sight(), "forward")
+    price = play(schedule, Sight(), full_mesh(2), WORK, SPEED, record=True)
+    rows, own = num_tokens // 2, num_tokens // 4  # the later chunk of rank 0 meets all keys of rank 1's first
+    pairs_own = [own * (own + 1) // 2 * 2 + own * own] * 2
+    pairs_other = [own * own * 2] * 2
+    flops = 4 * 64 * 12 / 1e12
+    tiles = [1e-5 + pairs * flops for pairs in (*pairs_own, *pairs_other)]
+    keys = {"full": rows * 2 * 12 * 64 * 2, "half": rows * 12 * 64 * 2}  # rank 1 needs only the first chunk of rank 0
+    assert sorted(price.bytes_by_link.values()) == sorted(keys.values())
+    arrives = keys["full"] / rate + latency
+    assert price.seconds == pytest.approx(max(tiles[0], arrives) + tiles[2])
+    assert price.compute_s == pytest.approx(tiles[0] + tiles[2])
+    computed = [event for event in price.events if isinstance(event.what, Tile)]
+    assert sorted(event.rank for event in computed) == [0, 0, 1, 1]
+    for event in price.events:
+        if isinstance(event.what, Message):
+            ends = (event.what.source, event.what.target)
+            assert event.rank in ends and event.start_s == 0.0
+
+
+def test_events_are_recorded_at_both_ends_and_only_when_asked_for():
+    schedule = Schedule(CpGrid(heads=2, query=2, kv=2), layouts_of(8, 1024), Sight(), "backward")
+    assert play(schedule, Sight(), full_mesh(8), WORK, SPEED).events == []
+    events = play(schedule, Sight(), full_mesh(8), WORK, SPEED, record=True).events
+    messages = schedule.all_messages.one_by_one()
+    assert sorted(e.what for e in events if isinstance(e.what, Message)) == sorted(messages * 2)
+    by_message: dict[Message, list[Event]] = defaultdict(list)
+    for event in events:
+        if isinstance(event.what, Message):
+            by_message[event.what].append(event)
+    for message, (one, other) in by_message.items():
+        assert {one.rank, other.rank} == {message.source, message.target}
+        assert one[2:] == other[2:]
+        assert one.stop_s > one.start_s
+
+
+def test_wires_say_what_the_topology_says():
+    topology = Topology("t", 3, Fabric("mesh", 5e9, 1e-6), Fabric("ring", 1e9, 2e-6))
+    wires = wires_of(topology, 7)
+    for source in range(7):
+        for target in range(7):
+            links = [wires.names[link] for link in wires.links[source * 7 + target] if link < len(wires.names)]
+            if source == target:
+                assert not links
+                continue
+            path = topology.path(7, source, target)
+            assert tuple(links) == path.links
+            assert wires.bytes_per_s[source * 7 + target] == path.bytes_per_s
+            assert wires.latency_s[source * 7 + target] == path.latency_s
+
+
+def test_a_thousand_ranks_share_the_pairs_evenly():
+    """Zigzag: every rank of 1,024 computes as much, and all together half of a square."""
+    size, num_tokens = 1024, 2**20
+    shares = Shares.of(layouts_of(size, num_tokens))
+    pairs = sum(num_pairs(shares, shares[np.roll(np.arange(size), by)], Sight()) for by in range(size))
+    assert pairs.min() == pairs.max()
+    assert int(pairs.sum()) == num_tokens * (num_tokens + 1) // 2

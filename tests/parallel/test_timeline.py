@@ -1,0 +1,113 @@
+"""Pictures hold every event, and a recorded pass has every message and tile of its plan."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.distributed as dist
+from longring.parallel.cp.cost import Event, Speed, Work, play
+from longring.parallel.cp.execute import Problem, backward, forward
+from longring.parallel.cp.grid import CpGrid
+from longring.parallel.cp.layout import zigzag
+from longring.parallel.cp.plan import Message, Tile
+from longring.parallel.cp.record import Recorded
+from longring.parallel.cp.schedules import Schedule
+from longring.parallel.cp.timeline import Panel, _draw_panel, draw, shown_ranks
+from longring.parallel.cp.topology import full_mesh
+from longring.parallel.cp.transports import Distributed, open_group
+from longring.parallel.cp.visible import Sight
+from matplotlib.figure import Figure
+
+GRIDS = ["query=4", "kv=4, kv_route=both_ways", "heads=2, query=2, query_route=direct", "query=2, kv=2, order=columns"]
+NUM_TOKENS = 203
+
+
+def recorded(text: str) -> dict[str, tuple[list[Event], float]]:
+    """One rank: both passes recorded, and how far their results are from those of passes that are not."""
+    torch.manual_seed(0)
+    grid = CpGrid.parse(text)
+    group = open_group(range(4), [grid])
+    layouts = tuple(zigzag(NUM_TOKENS, rank, 4) for rank in range(4))
+    problem = Problem(grid, layouts, Sight())
+    q, k, v, dout = (torch.randn(1, layouts[group.rank].num_tokens, 4, 16) for _ in range(4))
+    plain = Distributed(group)
+    out, saved = plain.drive(forward(problem, group.rank, q, k, v, plain))
+    plain = Distributed(group)
+    grads = plain.drive(backward(problem, group.rank, dout, saved, 4, plain))
+    found = {}
+    for direction, results in (("forward", (out,)), ("backward", grads)):
+        plan = problem.plan(direction, group.rank)[1]
+        dist.barrier()
+        transport = Recorded(group, plan, traded=grid.heads > 1, origin_s=time.perf_counter())
+        if direction == "forward":
+            again = (transport.drive(forward(problem, group.rank, q, k, v, transport))[0],)
+        else:
+            again = transport.drive(backward(problem, group.rank, dout, saved, 4, transport))
+        apart = max(float((x - y).abs().max()) for x, y in zip(results, again, strict=True))
+        found[direction] = (transport.events, apart)
+    return found
+
+
+@pytest.mark.parametrize("text", GRIDS)
+def test_a_recorded_pass_has_all_of_its_plan_and_the_same_results(on_ranks, text):
+    schedules = {
+        direction: Schedule(CpGrid.parse(text), [zigzag(NUM_TOKENS, rank, 4) for rank in range(4)], Sight(), direction)
+        for direction in ("forward", "backward")
+    }
+    for rank, of_rank in enumerate(on_ranks(4, recorded, text)):
+        for direction, (events, apart) in of_rank.items():
+            assert apart == 0.0
+            steps = schedules[direction].plan(rank).steps
+            wanted = [m for step in steps for m in (*step.sends, *step.receives)]
+            assert Counter(e.what for e in events if isinstance(e.what, Message)) == Counter(wanted)
+            tiles = [event for event in events if isinstance(event.what, Tile)]
+            assert [event.what for event in tiles] == [step.tile for step in steps if step.tile is not None]
+            assert all(event.rank == rank and 0 <= event.start_s < event.stop_s for event in events)
+            for one, after in pairwise(tiles):
+                assert one.stop_s <= after.start_s
+            # What a tile needs has come before it begins.
+            came = {(m.flow, m.owner): e.stop_s for e in events if (m := e.what) in wanted and m.target == rank}
+            place = rank // schedules[direction].grid.heads
+            for event in tiles:
+                for flow, owner in (("queries", event.what.query_owner), ("keys", event.what.key_owner)):
+                    assert owner == place or came[flow, owner] <= event.start_s
+
+
+def panel_of(grid: CpGrid) -> Panel:
+    schedule = Schedule(grid, [zigzag(4096, rank, grid.size) for rank in range(grid.size)], Sight(), "backward")
+    price = play(schedule, Sight(), full_mesh(grid.size), Work(8, 8, 64), Speed(1e12, 1e12, 1e-5), record=True)
+    panel = Panel(grid, "backward", "simulated", price.events)
+    assert panel.total_s == pytest.approx(price.seconds)
+    assert panel.exposed_s == pytest.approx(price.exposed_s)
+    return panel
+
+
+@pytest.mark.parametrize("grid", [CpGrid.token_ring(4), CpGrid(heads=2, query=2, kv=4), CpGrid.ring(32)], ids=str)
+def test_every_event_of_a_shown_rank_is_drawn_once(grid):
+    panel, ranks = panel_of(grid), shown_ranks(grid.size, 8)
+    axes = Figure().subplots()
+    _draw_panel(panel, ranks, axes)
+    drawn = sum(len(bars.get_paths()) for bars in axes.collections)
+    assert drawn == sum(event.rank in ranks for event in panel.events)
+    last = max((event for event in panel.events if event.rank in ranks), key=lambda event: event.stop_s)
+    right = max(path.vertices[:, 0].max() for bars in axes.collections for path in bars.get_paths())
+    assert right == pytest.approx(last.stop_s * 1e3)
+    for word in (str(grid), "backward", "simulated", f"total {panel.total_s * 1e3:.4g} ms", "exposed"):
+        assert word in axes.get_title()
+
+
+def test_a_picture_of_many_ranks_shows_three_nodes():
+    assert shown_ranks(16, 8) == list(range(16))
+    assert shown_ranks(64, 8) == [*range(8), *range(32, 40), *range(56, 64)]
+    assert shown_ranks(20, 8) == [*range(16), *range(16, 20)]
+    assert len(shown_ranks(1024, 1024)) == 24
+
+
+def test_a_picture_is_written_with_panels_side_by_side(tmp_path):
+    panel = panel_of(CpGrid(query=2, kv=2))
+    draw([[panel, panel], [panel, panel]], tmp_path / "both.png", ranks_per_node=8)
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
