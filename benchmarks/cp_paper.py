@@ -1,6 +1,6 @@
 """The family of context parallelism on paper: what every member costs from 8 to 1,024 GPUs, by the simulator.
 
-    python benchmarks/cp_paper.py --json rows.json --pictures docs/pictures     # about ten minutes on one core
+    python benchmarks/cp_paper.py --json rows.json --pictures docs/pictures     # an estimated ten minutes of one core
     python benchmarks/cp_paper.py --quick                                       # up to 64 GPUs
 
 Nothing is measured: plans are played on presets of fabrics, tiles at `cost.ASSUMED` speed. A row is one layer's
