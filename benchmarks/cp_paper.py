@@ -1,6 +1,6 @@
 """The family of context parallelism on paper: what every member costs from 8 to 1,024 GPUs, by the simulator.
 
-    python benchmarks/cp_paper.py --json rows.json --pictures docs/pictures     # about ten minutes on one core
+    python benchmarks/cp_paper.py --json rows.json --pictures docs/pictures     # an estimated ten minutes of one core
     python benchmarks/cp_paper.py --quick                                       # up to 64 GPUs
 
 Nothing is measured: plans are played on presets of fabrics, tiles at `cost.ASSUMED` speed. A row is one layer's
@@ -152,7 +152,9 @@ def exposed_picture(rows: Rows, num_tokens: int, file: Path) -> None:
     figure, panels = plt.subplots(len(FABRICS), len(MODELS), figsize=(15, 10.5), sharex=True, sharey=True)
     for (fabric, model), panel in zip(product(FABRICS, MODELS), panels.flat, strict=True):
         for member in (*MEMBERS, "auto"):
-            line = of(rows, model=model, fabric=fabric, member=member, tokens=num_tokens)
+            line = sorted(
+                of(rows, model=model, fabric=fabric, member=member, tokens=num_tokens), key=lambda row: row["gpus"]
+            )
             shares = [row["exposed_ms"] / row["ms"] for row in line]
             style = {"color": "black", "linewidth": 2.5} if member == "auto" else {"color": COLOURS[member]}
             panel.plot([row["gpus"] for row in line], shares, marker="o", markersize=3, label=member, **style)
@@ -254,7 +256,7 @@ def main() -> None:
     if options.pictures:
         options.pictures.mkdir(parents=True, exist_ok=True)
         winners_picture(rows, options.pictures / "cp_winners.png")
-        exposed_picture(rows, 2**21, options.pictures / "cp_exposed.png")
+        exposed_picture(rows, tokens[0], options.pictures / "cp_exposed.png")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,20 @@ def test_every_event_of_a_shown_rank_is_drawn_once(grid):
     _draw_panel(panel, ranks, axes)
     drawn = sum(len(bars.get_paths()) for bars in axes.collections)
     assert drawn == sum(event.rank in ranks for event in panel.events)
+    lanes = Counter(
+        "receive"
+        if path.vertices[:, 1].min() % 1 < 0.32
+        else "send"
+        if path.vertices[:, 1].min() % 1 < 0.63
+        else "tile"
+        for bars in axes.collections
+        for path in bars.get_paths()
+    )
+    assert lanes == Counter(
+        "tile" if isinstance(e.what, Tile) else "send" if e.what.source == e.rank else "receive"
+        for e in panel.events
+        if e.rank in ranks
+    )
     last = max((event for event in panel.events if event.rank in ranks), key=lambda event: event.stop_s)
     right = max(path.vertices[:, 0].max() for bars in axes.collections for path in bars.get_paths())
     assert right == pytest.approx(last.stop_s * 1e3)

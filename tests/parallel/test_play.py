@@ -8,6 +8,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 from longring.kernels.layout import SeqLayout
+from longring.parallel.cp.choose import Question, choose
 from longring.parallel.cp.cost import Event, Speed, Work, play, wires_of
 from longring.parallel.cp.grid import CpGrid, grids
 from longring.parallel.cp.layout import zigzag
@@ -151,6 +152,12 @@ def test_wires_say_what_the_topology_says():
             assert tuple(links) == path.links
             assert wires.bytes_per_s[source * 7 + target] == path.bytes_per_s
             assert wires.latency_s[source * 7 + target] == path.latency_s
+
+
+def test_beyond_sixteen_ranks_the_ring_is_priced_too():
+    """Where a node shares one port, a ring crosses it once, whatever its bytes."""
+    found = choose(32, Question(2**15, WORK, ethernet(32), SPEED, passes=("forward",)))
+    assert CpGrid.ring(32).kv in {priced.grid.kv for priced in found}
 
 
 def test_a_thousand_ranks_share_the_pairs_evenly():
