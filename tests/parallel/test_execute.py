@@ -140,6 +140,13 @@ def test_narrow_and_wide_results_are_held_to_one_bound(grid, mask, narrow):
     check(Case(61, *MASKS[mask], 4, 2, dtype=torch.bfloat16), grid, narrow_results=narrow)
 
 
+@pytest.mark.parametrize("grid", [CpGrid(kv=4), CpGrid(query=4, query_route="round")], ids=str)
+def test_results_that_grow_on_their_way_are_never_rounded(grid):
+    case = Case(61, (0, 20), Sight(), 4, 2, dtype=torch.bfloat16)
+    narrow, wide = (by_the_grid(case, grid, narrow_results=narrow) for narrow in (True, False))
+    assert all(torch.equal(narrow[name], wide[name]) for name in narrow)
+
+
 @pytest.mark.parametrize("dim", [16, 256])
 @pytest.mark.parametrize("cut", [zigzag, contiguous])
 @pytest.mark.parametrize("grid", [CpGrid(query=3), CpGrid(kv=3), CpGrid(heads=2), CpGrid(2, 2, 2)], ids=str)
