@@ -3,12 +3,13 @@
     python benchmarks/cp_virtual.py --json rows.json
     python benchmarks/cp_virtual.py --quick             # a minute; also runs on a CPU, in small sizes
 
-Each member's out, lse, dq, dk and dv are compared with those of one kernel over the whole sequence, in fp32. Rounding
-the latter to the dtype is the unit, and `sizes.FACTOR` units are allowed, as there: a member may be as far from the one
-kernel as that from the exact result. The sequence is compared in 16 parts, and the worst counts, so that late tokens,
-whose gradients are small, are not lost among early ones. "tiles" is the time of the kernel calls of all ranks, on the
-slices the executor gives them and with its running results, over that of one kernel; members take turns in one run. It
-has no messages, and "in process" has them all, each a copy, once. Memory is the peak of that run beyond its inputs.
+Each member's out, lse, dq, dk and dv are compared with those of one kernel over the whole sequence before they are
+rounded: its fp32 sums, and for inputs in fp32 what it finds in fp64. Rounding these to the dtype is the unit, and
+`sizes.FACTOR` units are allowed, as there: a member may be as far from the one kernel as that from the exact result.
+The sequence is compared in 16 parts, and the worst counts, so that late tokens, whose gradients are small, are not lost
+among early ones. "tiles" is the time of the kernel calls of all ranks, on the slices the executor gives them and with
+its running results, over that of one kernel; members take turns in one run. It has no messages; the run in process has
+them all, each a copy, and was timed once. Memory is the peak of that run beyond its inputs.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ class Whole:
         return into
 
     def results(self) -> dict[str, Tensor]:
-        """In fp32, not rounded to the dtype."""
+        """In fp32 at least, not rounded to the dtype of inputs in 16 bit."""
         out, lse = self.forward(None, front_door.no_result(self.tensors[0]))
         return dict(zip(RESULTS, (out, lse, *self.backward((out, lse))), strict=True))
 
@@ -280,20 +281,23 @@ def question_rows(question: Question, device: str, backend: str, deadline: float
     tensors = tuple(x.detach() for x in inputs(question.case, device))
     whole = Whole(question, device, backend, tensors)
     started = time.time()
-    truth = whole.results()
+    wider = tuple(x.double() for x in tensors) if tensors[0].dtype == torch.float32 else tensors
+    truth = Whole(question, device, backend, wider).results()
     synchronize(device)
     fitting = [member for member in question.members if question.unfit(member) is None]
     # The one pass just made tells what the rest takes: one in process and two of tiles a member, and two of one kernel.
     if time.time() + (3 * len(fitting) + 2) * (time.time() - started) > deadline:
         return [left_out(question, member, "the time was spent") for member in question.members]
-    found = {member: in_process_row(question.problem(member, backend), truth, tensors, device) for member in fitting}
-    del truth
     phases: dict[str, list[Phase]] = {"one kernel": [whole.forward, whole.backward]}
+    found: dict[str, Row] = {}
+    pairs = whole.mask.num_pairs * question.case.heads
     for member in fitting:
-        tiles = Tiles(question.problem(member, backend), device, tensors)
+        problem = question.problem(member, backend)
+        tiles = Tiles(problem, device, tensors)  # first, since it makes the masks, which training makes once as well
         phases[member] = [tiles.forward, tiles.backward]
-        pairs = whole.mask.num_pairs * question.case.heads
+        found[member] = in_process_row(problem, truth, tensors, device)
         found[member]["right"] &= all(tiles.num_pairs(direction) == pairs for direction in tiles.calls)
+    del truth
     times = interleaved_ms(phases, device)
     one = times["one kernel"]
     rows = []
@@ -354,7 +358,7 @@ def bars(rows: list[Row]) -> list[Row]:
 def show(rows: list[Row], console: Console) -> None:
     """A line for each member: its worst error in parts of what is allowed, and times over one kernel's."""
     table = Table(
-        title="error: the worst over its limit; tiles, in process: time over that of one kernel, forward and backward",
+        title="error: the worst over its limit; fwd, bwd: all tiles over one kernel; run: with messages, over the same",
         title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
     )  # fmt: skip
     columns = (
@@ -364,16 +368,15 @@ def show(rows: list[Row], console: Console) -> None:
         "tokens",
         "heads",
         "error",
-        "worst",
-        "tiles fwd",
+        "fwd",
         "bwd",
-        "in process",
-        "bwd",
+        "run fwd",
+        "run bwd",
         "GiB",
         "right",
     )
-    for at, column in enumerate(columns):
-        table.add_column(column, justify="left" if at in (0, 1, 6) else "right")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("mask", "member") else "right", no_wrap=True)
     for row in rows:
         cells = [row["mask"], row["member"], row["ranks"], row["tokens"], f"{row['heads']}/{row['kv_heads']}"]
         if row["right"] is not None:
@@ -381,7 +384,7 @@ def show(rows: list[Row], console: Console) -> None:
             name = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
             ratios = [row[f"{kind}_{way}"] for kind in ("tiles", "in_process") for way in ("forward", "backward")]
             peak = row["peak_bytes"]
-            cells += [f"{errors[name]:.2f}", name, *(f"{x:.3f}" for x in ratios)]
+            cells += [f"{errors[name]:.2f} {name}", *(f"{x:.3f}" for x in ratios)]
             cells += ["" if peak is None else f"{peak / 2**30:.1f}", "yes" if row["right"] else "NO"]
         table.add_row(*map(str, cells), style="red" if row["right"] is False else None)
     console.print(table)
