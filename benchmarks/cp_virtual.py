@@ -25,7 +25,19 @@ from typing import Any, NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
-from cases import Case, Phase, Row, about, elapsed_ms, inputs, interleaved_ms, layout_of, moment, synchronize
+from cases import (
+    LEAST_ROUNDS,
+    Case,
+    Phase,
+    Row,
+    about,
+    elapsed_ms,
+    inputs,
+    interleaved_ms,
+    layout_of,
+    moment,
+    synchronize,
+)
 from package import load
 from rich import box
 from rich.console import Console
@@ -285,8 +297,9 @@ def question_rows(question: Question, device: str, backend: str, deadline: float
     truth = Whole(question, device, backend, wider).results()
     synchronize(device)
     fitting = [member for member in question.members if question.unfit(member) is None]
-    # The one pass just made tells what the rest takes: one in process and two of tiles a member, and two of one kernel.
-    if time.time() + (3 * len(fitting) + 2) * (time.time() - started) > deadline:
+    # The one pass just made tells what the rest takes: one in process a member, and rounds of tiles and of one kernel.
+    num_passes = len(fitting) + LEAST_ROUNDS[device] * (len(fitting) + 1)
+    if time.time() + num_passes * (time.time() - started) > deadline:
         return [left_out(question, member, "the time was spent") for member in question.members]
     phases: dict[str, list[Phase]] = {"one kernel": [whole.forward, whole.backward]}
     found: dict[str, Row] = {}
@@ -358,7 +371,7 @@ def bars(rows: list[Row]) -> list[Row]:
 def show(rows: list[Row], console: Console) -> None:
     """A line for each member: its worst error in parts of what is allowed, and times over one kernel's."""
     table = Table(
-        title="error: the worst over its limit; fwd, bwd: all tiles over one kernel; run: with messages, over the same",
+        title="error: the worst over its limit; fwd, bwd: all tiles over one kernel; run: with messages",
         title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
     )  # fmt: skip
     columns = (
