@@ -3,12 +3,13 @@
     python benchmarks/gpu_check.py --json benchmarks/results/attention_h200_2026-11-21.json
     python benchmarks/gpu_check.py --quick          # a minute or two; also runs on a CPU, in small sizes
 
-Needs torch, triton, pytest and rich alone: neither an install of LongRing nor megatron-core or DeepSpeed. Three
-sections, each in a process of its own, so that a broken one leaves the others whole: the kernels' tests; attention in
-full sizes against fp64, among them a million tokens, whose addresses pass 32 bits; the table and bars of
-benchmarks/attention.py. The whole takes under 9 minutes: a section that outruns its time is cut off, what it found
-until then stays, and what was left out is said. --json is written after every section. The exit status is 1 when
-something is wrong or was cut off; slowness is no error.
+Needs torch, triton, pytest and rich alone: neither an install of LongRing nor megatron-core or DeepSpeed. Four
+sections, each in a process of its own, so that a broken one leaves the others whole: the kernels' tests (160 s at
+most); attention in full sizes against fp64, among them a million tokens, whose addresses pass 32 bits (110 s); the
+family of context parallelism on virtual ranks, benchmarks/cp_virtual.py (130 s); the table and bars of
+benchmarks/attention.py (what is left, 120 s or more). The whole takes under 9 minutes: a section that outruns its time
+is cut off, what it found until then stays, and what was left out is said; a section's own command does all of it.
+--json is written after every section. The exit status is 1 when something is wrong or was cut off; slowness is none.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
 import attention
+import cp_virtual
 import sizes
 from cases import Row, about, plan
 from package import ROOT
@@ -37,7 +39,7 @@ from rich.console import Console
 
 TOTAL_S = 520
 """All sections together; starting and stopping processes takes the rest of 9 minutes."""
-SECTION_S = {"tests": 200, "sizes": 130}
+SECTION_S = {"tests": 160, "sizes": 110, "family": 130}
 """The most a section may take; the last has what is left."""
 CPU_SELECTION = "test_merge or running or strides or written or (head_dims and 32)"
 """Tests of --quick on a CPU, where interpreted kernels are slow."""
@@ -140,7 +142,7 @@ def main() -> int:
     cases, device, backend = plan(options.quick)
     if device == "cuda":
         os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels would be tested instead of compiled ones
-    result: Row = {**about(device), "sections": [], "sizes": [], "rows": [], "bars": []}
+    result: Row = {**about(device), "sections": [], "sizes": [], "family": [], "rows": [], "bars": []}
     console.print({name: value for name, value in result.items() if not isinstance(value, list)})
 
     def left_s() -> float:
@@ -159,15 +161,21 @@ def main() -> int:
     result["sizes"], section = run_rows("sizes", sizes.all_rows, arguments, seconds, console)
     sizes.show(result["sizes"], console)
     keep(section)
+    seconds = SECTION_S["family"]
+    arguments = (device, backend, options.quick, time.time() + seconds - 25)
+    result["family"], section = run_rows("family", cp_virtual.all_rows, arguments, seconds, console)
+    result["bars"] = cp_virtual.bars(result["family"])
+    cp_virtual.show(result["family"], console)
+    keep(section)
     seconds = left_s()
     arguments = (cases, device, backend, time.time() + seconds - 25)
     result["rows"], section = run_rows("speed", attention.all_rows, arguments, seconds, console)
-    result["bars"] = attention.bars(result["rows"])
+    result["bars"] += attention.bars(result["rows"])
     if result["rows"]:
         attention.show(result["rows"], console)
     keep(section)
     right = all(section["status"] in ("passed", "done") for section in result["sections"])
-    right &= all(row["right"] is not False for row in result["sizes"])
+    right &= all(row["right"] is not False for row in result["sizes"] + result["family"])
     console.print(
         f"{time.time() - started:.0f} s in all; " + ("no errors" if right else "[bold red]errors, see above[/]")
     )

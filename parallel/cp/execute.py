@@ -10,7 +10,7 @@ kernels hold as `[b, h, s]`, are seen through a transposed view.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -50,6 +50,13 @@ class Problem:
             schedule = Schedule(self.grid, self.layouts, self.sight, direction)
             self._made[direction, rank] = (schedule, schedule.plan(rank))
         return self._made[direction, rank]
+
+
+def mask_of(tile: Tile, layouts: Sequence[SeqLayout], sight: Sight, device: torch.device | str) -> Mask:
+    """The mask of a tile, `layouts` by place."""
+    queries = layouts[tile.query_owner].part(*tile.query_rows)
+    keys = layouts[tile.key_owner].part(*tile.key_rows)
+    return make_mask(queries, keys, causal=sight.causal, window=sight.window, device=device)
 
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -145,13 +152,7 @@ class _Run(ABC):
 
     def _compute(self, tile: Tile) -> None:
         queries, keys = Block("queries", tile.query_owner), Block("keys", tile.key_owner)
-        mask = make_mask(
-            self.layouts[tile.query_owner].part(*tile.query_rows),
-            self.layouts[tile.key_owner].part(*tile.key_rows),
-            causal=self.problem.sight.causal,
-            window=self.problem.sight.window,
-            device=self.own["queries"][0].device,
-        )
+        mask = mask_of(tile, self.layouts, self.problem.sight, self.own["queries"][0].device)
         self.compute(
             self._rows_of(queries, tile.query_rows),
             self._rows_of(keys, tile.key_rows),

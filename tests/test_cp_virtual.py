@@ -1,0 +1,86 @@
+"""benchmarks/cp_virtual.py: its tiles are all the work there is, and its comparison sees errors."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import cp_virtual
+from cases import Case, inputs
+
+
+def question(mask: str) -> cp_virtual.Question:
+    return cp_virtual.Question(Case(mask, 512, 1, 4, 2, 16, "float32"), 4, cp_virtual.ALL)
+
+
+def one_kernel(
+    asked: cp_virtual.Question,
+) -> tuple[cp_virtual.Whole, tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    tensors = tuple(x.detach() for x in inputs(asked.case, "cpu"))
+    exact = cp_virtual.Whole(asked, "cpu", "reference", tuple(x.double() for x in tensors)).results()
+    return cp_virtual.Whole(asked, "cpu", "torch_cpu", tensors), tensors, exact
+
+
+@pytest.mark.parametrize("mask", ["causal", "documents", "window"])
+@pytest.mark.parametrize("member", cp_virtual.ALL)
+def test_tiles_add_up_to_one_kernel(member, mask):
+    asked = question(mask)
+    whole, tensors, exact = one_kernel(asked)
+    problem = asked.problem(member, "torch_cpu")
+    tiles = cp_virtual.Tiles(problem, "cpu", tensors)
+    for direction in ("forward", "backward"):
+        assert tiles.num_pairs(direction) == whole.mask.num_pairs * asked.case.heads
+    found = tiles.forward(None)
+    grads = tiles.backward(found)
+    if problem.grid.heads > 1:  # a block is a shard of heads of all tokens; kv heads are in several
+        out = torch.cat([out for out, _ in found], dim=2)
+        torch.testing.assert_close(out.double(), exact["out"], rtol=1e-4, atol=1e-5)
+        return
+    for of, (out, lse), parts in zip(problem.layouts, found, grads, strict=True):
+        for name, part in zip(("out", "dq", "dk", "dv"), (out, *parts), strict=True):
+            wanted = cp_virtual.share_of(exact[name], of)
+            torch.testing.assert_close(part.double(), wanted, rtol=1e-4, atol=1e-5)
+        wanted = cp_virtual.share_of(exact["lse"].transpose(1, 2), of)
+        torch.testing.assert_close(lse.transpose(1, 2).double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("member", cp_virtual.ALL)
+def test_rows_say_what_is_right(member):
+    asked = question("documents")
+    _, tensors, exact = one_kernel(asked)
+    problem = asked.problem(member, "torch_cpu")
+    assert cp_virtual.in_process_row(problem, exact, tensors, "cpu")["right"] is True
+    for name in cp_virtual.RESULTS:
+        wrong = {**exact, name: exact[name].clone()}
+        last = (..., slice(-1, None)) if name == "lse" else (slice(None), slice(-1, None))
+        wrong[name][last] += 1e-3  # the last token alone
+        assert cp_virtual.in_process_row(problem, wrong, tensors, "cpu")["right"] is False
+        wrong[name][last] = torch.nan
+        assert cp_virtual.in_process_row(problem, wrong, tensors, "cpu")["right"] is False
+
+
+def test_what_the_deadline_leaves_out_is_said():
+    rows = cp_virtual.question_rows(question("causal"), "cpu", "torch_cpu", deadline=0.0)
+    assert [row["note"] for row in rows] == ["left out: the time was spent"] * len(cp_virtual.ALL)
+    assert {row["right"] for row in rows} == {None}
+    [row] = cp_virtual.question_rows(
+        cp_virtual.Question(Case("causal", 512, 1, 3, 3, 16, "float32"), 4, ("ulysses",)),
+        "cpu",
+        "torch_cpu",
+        float("inf"),
+    )
+    assert row["right"] is None and "does not divide 3 query heads" in row["note"]
+
+
+def test_a_bar_is_about_the_worst_row():
+    rows = [
+        {"mask": "causal", "tokens": 1, "member": "ring", "ranks": 2, "tiles_forward": x, "tiles_backward": 1.0}
+        for x in (1.01, 1.06, 1.02)
+    ]
+    forward, backward = cp_virtual.bars(rows)
+    assert (forward["value"], forward["met"], backward["met"]) == (1.06, "not met", "met")
+    assert [bar["met"] for bar in cp_virtual.bars([])] == ["no row"] * 2
