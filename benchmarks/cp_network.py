@@ -61,14 +61,14 @@ def serve() -> int:
 
     attention, execute, layout = (load(f"parallel.cp.{name}") for name in ("attention", "execute", "layout"))
     visible = load("parallel.cp.visible")
-    transports = load("parallel.cp.transports")
+    groups = load("parallel.cp.group")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
-    group = transports.open_group(range(size), [grid.CpGrid(2, 2, 2)])  # every channel
+    group = groups.open_group(range(size), [grid.CpGrid(2, 2, 2)])  # every channel
     print(flush=True)
 
-    alone = transports.CpGroup(0, (rank,), {}, 60.0)
+    alone = groups.CpGroup(0, (rank,), {}, 60.0)
     out = None
     for line in sys.stdin:
         job = json.loads(line)

@@ -20,8 +20,8 @@ from ..model.transformer import Transformer
 from ..parallel.cp.attention import context_attention
 from ..parallel.cp.execute import Problem
 from ..parallel.cp.grid import CpGrid
+from ..parallel.cp.group import CpGroup, open_group
 from ..parallel.cp.layout import zigzag
-from ..parallel.cp.transports import CpGroup, open_group
 from ..parallel.cp.visible import Sight
 from ..parallel.mesh import Mesh, megatron_config
 from ..parallel.zero import DeepSpeedEngine, zero_engine

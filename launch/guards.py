@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..kernels.layout import SeqLayout
 from ..model.attention import AttentionFunction
 from ..model.transformer import Transformer
+from ..parallel.cp.group import CpGroup
 from ..parallel.cp.layout import zigzag
-from ..parallel.cp.transports import CpGroup
 from ..parallel.mesh import Mesh, megatron_config
 from .config import Recipe
 

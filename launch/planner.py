@@ -23,13 +23,13 @@ from ..parallel.cp.choose import Priced, Question, choose
 from ..parallel.cp.cost import ASSUMED, Event, Speed, Work, play
 from ..parallel.cp.execute import Problem, backward, forward
 from ..parallel.cp.grid import CpGrid
+from ..parallel.cp.group import open_group
 from ..parallel.cp.layout import zigzag
 from ..parallel.cp.plan import Pass, Tile
 from ..parallel.cp.record import Recorded
 from ..parallel.cp.schedules import Schedule
 from ..parallel.cp.timeline import Panel, draw
 from ..parallel.cp.topology import PRESETS, Topology
-from ..parallel.cp.transports import open_group
 from ..parallel.cp.visible import Sight, num_pairs
 from ..parallel.mesh import join
 from . import schedules

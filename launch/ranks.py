@@ -13,7 +13,7 @@ from rich.markup import escape
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from ..parallel.cp.transports import PeerError
+from ..parallel.cp.group import PeerError
 
 log = logging.getLogger(__name__)
 

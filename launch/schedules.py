@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,7 +133,9 @@ def agree(recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: Console |
 
 def preset(recipe: Recipe, world_size: int) -> tuple[Topology, Speed]:
     """The topology that the recipe names, and a GPU's assumed speed."""
-    return PRESETS[recipe.parallel.cp.topology](world_size), ASSUMED
+    topology = PRESETS[recipe.parallel.cp.topology](world_size)
+    # The ranks that share a sequence are every `tensor`-th: so many fewer of them are in a node.
+    return replace(topology, ranks_per_node=max(1, topology.ranks_per_node // recipe.parallel.tensor)), ASSUMED
 
 
 def _measured(recipe: Recipe, mesh: Mesh) -> tuple[Topology, Speed]:

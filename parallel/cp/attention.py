@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .execute import Problem, backward, forward
-from .transports import CpGroup, Distributed
+from .group import CpGroup
+from .transports import Distributed
 
 
 def context_attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem, group: CpGroup) -> Tensor:

@@ -32,7 +32,7 @@ from .visible import Rows, Sight
 class Problem:
     """One attention over a sequence that several ranks hold: what all of them agree on.
 
-    Plans are made once for all layers and passes that share the problem, so keep it as long as its documents last.
+    Plans and masks are made once for all layers and passes that share the problem: keep it while its documents last.
     """
 
     grid: CpGrid
@@ -42,6 +42,8 @@ class Problem:
     backend: str = "auto"
     narrow_results: bool = True
     """Partial results that go straight home travel in the inputs' dtype; False: in fp32. They are summed in fp32."""
+    masks: dict[Tile, Mask] = field(default_factory=dict, repr=False)
+    """Of the tiles computed so far, on the device of their first tensors."""
     _made: dict[tuple[Pass, int], tuple[Schedule, RankPlan]] = field(default_factory=dict, repr=False)
 
     def plan(self, direction: Pass, rank: int) -> tuple[Schedule, RankPlan]:
@@ -149,15 +151,18 @@ class _Run(ABC):
                 self._compute(step.tile)
             for block in step.done:
                 del self.held[block]
+        assert not self.held and not self.partial and not self.travelling, "the plan lets go of everything"
 
     def _compute(self, tile: Tile) -> None:
         queries, keys = Block("queries", tile.query_owner), Block("keys", tile.key_owner)
-        mask = mask_of(tile, self.layouts, self.problem.sight, self.own["queries"][0].device)
+        masks = self.problem.masks
+        if tile not in masks:
+            masks[tile] = mask_of(tile, self.layouts, self.problem.sight, self.own["queries"][0].device)
         self.compute(
             self._rows_of(queries, tile.query_rows),
             self._rows_of(keys, tile.key_rows),
             (self._results_for(queries, tile.query_rows), self._results_for(keys, tile.key_rows)),
-            mask,
+            masks[tile],
         )
 
     def _rows_of(self, block: Block, rows: Rows) -> list[Tensor]:

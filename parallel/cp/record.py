@@ -9,8 +9,9 @@ from typing import TypeVar
 import torch
 
 from .cost import Event
+from .group import CpGroup
 from .plan import Message, RankPlan, Tile
-from .transports import Contents, CpGroup, Distributed
+from .transports import Contents, Distributed
 
 T = TypeVar("T")
 

@@ -13,8 +13,8 @@ from longring.launch.config import load_recipe
 from longring.parallel.cp.attention import context_attention
 from longring.parallel.cp.execute import Problem
 from longring.parallel.cp.grid import CpGrid
+from longring.parallel.cp.group import CpGroup, open_group
 from longring.parallel.cp.layout import contiguous, zigzag
-from longring.parallel.cp.transports import CpGroup, open_group
 from longring.parallel.cp.visible import Sight
 from longring.parallel.mesh import join
 

@@ -10,8 +10,9 @@ from longring.launch.build import attention_of_many
 from longring.launch.config import load_recipe
 from longring.model.transformer import Transformer
 from longring.parallel.cp.grid import CpGrid
+from longring.parallel.cp.group import open_group
 from longring.parallel.cp.layout import zigzag
-from longring.parallel.cp.transports import Distributed, open_group
+from longring.parallel.cp.transports import Distributed
 from longring.parallel.mesh import join, megatron_config
 from torch import nn
 

@@ -19,8 +19,9 @@ from longring.kernels.layout import SeqLayout
 from longring.parallel.cp.attention import context_attention
 from longring.parallel.cp.execute import Problem, forward
 from longring.parallel.cp.grid import CpGrid
+from longring.parallel.cp.group import PeerError, open_group
 from longring.parallel.cp.layout import zigzag
-from longring.parallel.cp.transports import Distributed, PeerError, open_group
+from longring.parallel.cp.transports import Distributed
 from longring.parallel.cp.visible import Sight
 from plain_attention import answers, visible_pairs
 

@@ -12,13 +12,14 @@ import torch.distributed as dist
 from longring.parallel.cp.cost import Event, Speed, Work, play
 from longring.parallel.cp.execute import Problem, backward, forward
 from longring.parallel.cp.grid import CpGrid
+from longring.parallel.cp.group import open_group
 from longring.parallel.cp.layout import zigzag
 from longring.parallel.cp.plan import Message, Tile
 from longring.parallel.cp.record import Recorded
 from longring.parallel.cp.schedules import Schedule
 from longring.parallel.cp.timeline import Panel, _draw_panel, draw, shown_ranks
 from longring.parallel.cp.topology import full_mesh
-from longring.parallel.cp.transports import Distributed, open_group
+from longring.parallel.cp.transports import Distributed
 from longring.parallel.cp.visible import Sight
 from matplotlib.figure import Figure
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from longring.parallel.cp.transports import Watch
+from longring.parallel.cp.group import Watch
 
 
 def test_an_overdue_message_ends_the_process_and_is_named(capfd):
