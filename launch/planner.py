@@ -72,7 +72,7 @@ def plan(
     world_size = num_ranks or recipe.max_context_parallel * recipe.parallel.tensor
     schedules.check(recipe)
     preset, origin = preset_of(recipe, world_size, preset)
-    topology, work = PRESETS[preset](world_size), schedules.work(recipe)
+    (topology, _), work = schedules.preset(preset, recipe, world_size), schedules.work(recipe)
     console.print(
         f"{world_size:,} ranks, {recipe.parallel.tokens_per_rank:,} tokens each; topology {topology.name} ({origin})\n"
         f"one layer of a tensor-parallel rank (parallel.tensor = {recipe.parallel.tensor}): {work.num_heads} query "

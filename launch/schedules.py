@@ -113,9 +113,8 @@ def agree(recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: Console |
         taken = [_kept(file, mesh.world_size)]
     dist.broadcast_object_list(taken)
     if any(kind not in taken[0] for kind in left):
-        topology, speed = (
-            _measured(recipe, mesh) if recipe.parallel.cp.topology == "probe" else preset(recipe, mesh.world_size)
-        )
+        name = recipe.parallel.cp.topology
+        topology, speed = _measured(recipe, mesh) if name == "probe" else preset(name, recipe, mesh.world_size)
         if mesh.rank == 0:
             picks = pick(recipe, lengths, topology, speed)
             taken = [{found.kind: found.grid for found in picks} | taken[0]]
@@ -131,9 +130,9 @@ def agree(recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: Console |
     return {kind: grid or taken[0][kind] for kind, grid in named.items()}
 
 
-def preset(recipe: Recipe, world_size: int) -> tuple[Topology, Speed]:
-    """The topology that the recipe names, and a GPU's assumed speed."""
-    topology = PRESETS[recipe.parallel.cp.topology](world_size)
+def preset(name: str, recipe: Recipe, world_size: int) -> tuple[Topology, Speed]:
+    """A named topology, as the ranks that share a sequence see it, and a GPU's assumed speed."""
+    topology = PRESETS[name](world_size)
     # The ranks that share a sequence are every `tensor`-th: so many fewer of them are in a node.
     return replace(topology, ranks_per_node=max(1, topology.ranks_per_node // recipe.parallel.tensor)), ASSUMED
 

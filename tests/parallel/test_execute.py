@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from longring.kernels.layout import SeqLayout
 from longring.parallel.cp.execute import Problem, backward, forward
 from longring.parallel.cp.grid import CpGrid, grids
+from longring.parallel.cp.heads import heads_for_tokens
 from longring.parallel.cp.layout import contiguous, zigzag
 from longring.parallel.cp.schedules import Schedule
 from longring.parallel.cp.transports import InProcess
@@ -198,3 +199,18 @@ def test_every_rank_waiting_is_an_error():
     works = [forward(problem, rank, *(x[:, layouts[rank].positions()] for x in (q, k, v)), wires) for rank in (0, 1)]
     with pytest.raises(AssertionError, match="every rank waits"):
         wires.drive(works)
+
+
+def test_gradients_of_a_kv_head_of_many_ranks_are_summed_in_fp32():
+    """256 and seven halves: in bfloat16, whose steps are 2 there, one after the other would leave 256."""
+    grid = CpGrid.ulysses(8)
+    layouts = tuple(zigzag(16, rank, 8) for rank in range(8))
+    problem, transport = Problem(grid, layouts, Sight()), InProcess()
+
+    def back(rank: int):
+        schedule, plan = problem.plan("backward", rank)
+        part = torch.full((1, 16, 1, 4), 256.0 if rank == 0 else 0.5, dtype=torch.bfloat16)
+        return heads_for_tokens([part], [1], plan, schedule, transport)
+
+    for (summed,) in transport.drive([back(rank) for rank in range(8)]):
+        assert torch.equal(summed, torch.full((1, 2, 1, 4), 260.0, dtype=torch.bfloat16))
