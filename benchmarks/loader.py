@@ -24,7 +24,7 @@ import webdataset
 from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig
 from longring.data.loader import Loader, training_order
 from longring.data.manifest import Bucket, Manifest, open_prepared
-from longring.data.order import BatchOrder, Share, bucket_orders
+from longring.data.batch_order import BatchOrder, Share, bucket_orders
 from longring.data.prepare import prepare
 from longring.data.shards import shard_name
 from rich.console import Console

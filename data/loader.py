@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .batch_order import BatchOrder, Share, bucket_orders, bucket_tokens
 from .config import CurriculumConfig, LoaderConfig
 from .curriculum import schedule
 from .manifest import Manifest
-from .order import BatchOrder, Share, bucket_orders, bucket_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

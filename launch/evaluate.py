@@ -90,7 +90,7 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
         )
     if not buckets:
         raise ValueError(
-            f"{recipe.data.directory} holds no held-out sequence within evaluate.max_tokens_per_bucket = "
+            f"{recipe.training_directory} holds no held-out sequence within evaluate.max_tokens_per_bucket = "
             f"{recipe.evaluate.max_tokens_per_bucket}: raise it, or prepare with a larger data.held_out_fraction"
         )
     total = sum(entry["tokens"] for entry in buckets)

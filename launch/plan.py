@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..data.loader import training_order
 from ..data.manifest import MANIFEST_FILE, Manifest, open_prepared
-from ..data.order import BatchOrder
+from ..data.batch_order import BatchOrder
 from ..data.shards import sha256_of
 from . import checkpoint
 from .config import Recipe
@@ -36,8 +36,8 @@ def plan(recipe: Recipe, world_size: int, *, check_shards: bool = True) -> Plan:
     many requests as there are shards.
     """
     recipe.accumulation_steps(world_size)
-    manifest = open_prepared(recipe.data.directory, recipe.loader, check_shards=check_shards)
-    manifest.check_made_from(recipe.data)
+    manifest = open_prepared(recipe.training_directory, recipe.loader, check_shards=check_shards)
+    manifest.check_made_from(recipe.data, recipe.order)
     data_hash = sha256_of(manifest.store.path(MANIFEST_FILE))
     order = training_order(
         manifest,

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from ..data.loader import Loader
-from ..data.order import Share
+from ..data.batch_order import Share
 from ..parallel.mesh import join
 from ..parallel.zero import gradient_norm, set_learning_rate
 from . import checkpoint
