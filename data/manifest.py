@@ -195,9 +195,9 @@ class Manifest:
 
     def check_made_from(self, config: DataConfig, order: OrderConfig | None = None) -> None:
         """Raise ValueError, naming the first setting that differs, unless `config` and `order` make just this data."""
-        arranged = order is not None and order.mode != "off"
-        directory = f"order.directory = {order.directory}" if arranged else f"data.directory = {config.directory}"
-        now = {"data": settings_of(config), "order": settings_of(order) if arranged else None}
+        now, directory = {"data": settings_of(config), "order": None}, f"data.directory = {config.directory}"
+        if order is not None and order.mode != "off":
+            now["order"], directory = settings_of(order), f"order.directory = {order.directory}"
         for table, before in (("data", self.config), ("order", self.order)):
             for key, then, asked in differences(table, before, now[table]):
                 raise ValueError(

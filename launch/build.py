@@ -57,6 +57,13 @@ class Place:
             tokens, targets = tokens.reshape(1, -1), targets.reshape(1, -1)
         return tokens, targets, layout, self.attention(layout)
 
+    def trained(self, trained: NDArray[np.bool_] | None, losses: Tensor) -> Tensor:
+        """Which `losses` count, 1 or 0 in their shape, of targets `[b, length]` of whole sequences; all for None."""
+        if trained is None:
+            return torch.ones_like(losses)
+        positions = self.layout.positions(losses.device)
+        return torch.from_numpy(trained).to(losses.device)[:, positions].to(losses.dtype).view_as(losses)
+
 
 def place(sequence_tokens: int, recipe: Recipe, mesh: Mesh) -> Place:
     """Where sequences of this length go: whole ones side by side, or one spread over a ring."""

@@ -198,7 +198,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
     )
     order.add_argument("--workers", type=int, default=0, metavar="N", help="processes at work at once (default: CPUs)")
     order.add_argument("--stage", dest="only", default="", metavar="NAME", help="do one stage; a wrong name lists them")
-    order.add_argument("--part", default="0/1", metavar="I/N", help="of its tasks every N-th, from I on, for job arrays")
+    order.add_argument(
+        "--part", default="0/1", metavar="I/N", help="of its tasks every N-th, from I on, for job arrays"
+    )
     train = stage(
         "train",
         _train,

@@ -73,6 +73,8 @@ class EvaluateConfig:
 
     max_tokens_per_bucket: int = 2**20
     """At most so many tokens of each bucket, from its start; the rest of a larger held-out set is not read."""
+    knots: bool = False
+    """Whether held-out sequences are tied as `knots` says, its share of them; the loss then leaves out the marks."""
 
     def __post_init__(self) -> None:
         if self.max_tokens_per_bucket < 1:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.batch_order import BatchOrder
 from ..data.loader import training_order
 from ..data.manifest import MANIFEST_FILE, Manifest, open_prepared
-from ..data.batch_order import BatchOrder
 from ..data.shards import sha256_of
 from . import checkpoint
 from .config import Recipe

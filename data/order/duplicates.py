@@ -2,7 +2,7 @@
 
 In-Context Pretraining leaves near-duplicates out before the path is walked, and is worse than random without (8.3
 against 7.3 perplexity); it does not say at which cosine. Here the corpus does: of the pairs in each range of cosines
-some are compared by their shingles, and from the lowest range on in which a tenth are near-duplicates, all are.
+some are compared by their shingles, and from the lowest range on in which a twentieth are near-duplicates, all are.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ BINS = 50
 SAMPLED_PAIRS = 64
 """Pairs of a bin that are compared."""
 
-WORTH_COMPARING = 0.1
+WORTH_COMPARING = 0.05
 """Share of near-duplicates in a bin from which all of its pairs are compared."""
 
 Tokens = Callable[[int], NDArray[np.unsignedinteger]]

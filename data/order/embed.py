@@ -70,8 +70,9 @@ def fit(documents: Documents, config: OrderConfig, file: Path) -> None:
         weighted = weighing.fit_transform(counts)
         dimensions = min(config.embedding_dimensions, *weighted.shape)
         reducing = TruncatedSVD(dimensions, n_iter=4, random_state=0).fit(weighted)
+    components = np.ascontiguousarray(reducing.components_, dtype=np.float32).T
     with file.open("wb") as out:
-        np.savez(out, idf=weighing.idf_.astype(np.float32), components=reducing.components_.T.astype(np.float32))
+        np.savez(out, idf=weighing.idf_.astype(np.float32), components=components)
 
 
 class ModelEncoder:
@@ -125,7 +126,7 @@ def make_encoder(config: OrderConfig, fitted: Path, device_number: int) -> Encod
 def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the vectors [n, d] at length 1; zero stays zero."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(lengths > 0, lengths, np.float32(1))
+    return (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
 
 
 def _averaged(windows: NDArray[np.float32], owners: NDArray[np.int64], count: int) -> NDArray[np.float32]:

@@ -95,10 +95,8 @@ def random_order(num_documents: int, dropped: NDArray[np.bool_], seed: int) -> N
     return shuffled[~dropped[shuffled]]
 
 
-def nearest_groups(
-    neighbors: NDArray[np.uint32], dropped: NDArray[np.bool_], seed: int
-) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
-    """Return (documents, whether each begins a group): in random order each document left, with its nearest left.
+def nearest_groups(neighbors: NDArray[np.uint32], dropped: NDArray[np.bool_], seed: int) -> NDArray[np.uint32]:
+    """Return the documents that are not dropped: in random order each one left, followed by its nearest that are left.
 
     The paper's kNN baseline, but no document comes twice.
     """
@@ -201,12 +199,11 @@ def _walk(
 
 @njit(cache=True)
 def _nearest_groups(neighbors, order, visited):  # pragma: no cover
-    documents, begins = np.empty(len(order), np.uint32), np.zeros(len(order), np.bool_)
+    documents = np.empty(len(order), np.uint32)
     count = 0
     for document in order:
         if visited[document]:
             continue
-        begins[count] = True
         documents[count] = document
         visited[document] = True
         count += 1
@@ -216,4 +213,4 @@ def _nearest_groups(neighbors, order, visited):  # pragma: no cover
                 documents[count] = other
                 visited[other] = True
                 count += 1
-    return documents, begins
+    return documents

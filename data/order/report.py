@@ -181,10 +181,12 @@ def duplicates_table(found: dict[str, Any]) -> Table:
 
 
 def _show_context(manifest: Manifest, console: Console) -> None:
-    """Print the documents of the middle sequence of the longest bucket that has any."""
+    """Print the documents of one sequence of the longest bucket that has any: of some, that with the most."""
     bucket = [bucket for bucket in manifest.buckets("train") if bucket.sequences][-1]
-    reader, number = manifest.reader(bucket), bucket.sequences // 2
-    [pieces], row = reader.pieces([number]), reader.read([number])[0]
+    reader = manifest.reader(bucket)
+    sample = np.unique(np.linspace(0, bucket.sequences - 1, 16).astype(np.int64))
+    number, pieces = max(zip(sample.tolist(), reader.pieces(sample), strict=True), key=lambda entry: len(entry[1]))
+    row = reader.read([number])[0]
     console.print(f"\n[bold]Sequence {number:,} of bucket {bucket.length:,}[/bold]", highlight=False)
     ends = [*pieces[1:, 3].tolist(), bucket.length]
     for (part, record, offset, place), end in zip(pieces.tolist(), ends, strict=True):

@@ -345,17 +345,17 @@ def _path(work: Work, _: int) -> None:
     dropped = np.zeros(count, dtype=np.bool_)
     dropped[work.left_out()[:, 0]] = True
     folder = work.folder("path")
-    steps = np.empty(count - np.count_nonzero(dropped), dtype=path.STEP_DTYPE)
+    steps = np.empty(count - int(np.count_nonzero(dropped)), dtype=path.STEP_DTYPE)
     if work.order.by == "random":
         steps["document"] = path.random_order(count, dropped, work.order.seed)
     else:
         ids = np.empty((count, work.order.neighbors), dtype=np.uint32)
         cosines = np.empty(ids.shape, dtype=np.float32)
-        for documents, *found in work.lists():
-            ids[documents], cosines[documents] = found
+        for documents, some_ids, some_cosines in work.lists():
+            ids[documents], cosines[documents] = some_ids, some_cosines
         path.leave_out(ids, dropped)
         if work.order.by == "knn":
-            steps["document"], _ = path.nearest_groups(ids, dropped, work.order.seed)
+            steps["document"] = path.nearest_groups(ids, dropped, work.order.seed)
         else:
             for _done in path.greedy_path(path.make_graph(ids, cosines), dropped, folder / "path.steps"):
                 pass
@@ -369,6 +369,7 @@ def _path(work: Work, _: int) -> None:
             here = vectors[some]
             steps["similarity"][start : start + len(some) - 1] = np.einsum("nd,nd->n", here[1:], here[:-1])
     _save(folder / "path.npy", steps)
+    (folder / "path.steps").unlink(missing_ok=True)
 
 
 def _lay(work: Work, _: int) -> None:
