@@ -118,7 +118,8 @@ def shared(one: NDArray[np.unsignedinteger], other: NDArray[np.unsignedinteger])
 def shingles(tokens: NDArray[np.unsignedinteger]) -> NDArray[np.uint64]:
     """Return the hashes of every 5 adjacent tokens, each once; of a shorter document that of all of it."""
     width = min(SHINGLE_TOKENS, len(tokens))
-    hashes = np.zeros(len(tokens) - width + 1, dtype=np.uint64)
+    # Not from 0, which mixing leaves as it is: shingles of another length would have the same hash.
+    hashes = np.full(len(tokens) - width + 1, 0x9E3779B97F4A7C15, dtype=np.uint64)
     for place in range(width):
         hashes = mix_bits(hashes + tokens[place : place + len(hashes)].astype(np.uint64))
     return np.unique(hashes)
