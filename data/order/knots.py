@@ -179,21 +179,23 @@ class Knots:
 
 
 def fitted(documents: list[Tied], length: int) -> list[Tied]:
-    """Leave out text at the end until the documents and their marks have `length` tokens.
+    """Leave out text at the end until the documents and their marks have `length` tokens, of at least as much text.
 
-    Where a last document would not keep a token for each of its chunks it is left whole; where no token, it goes.
+    A document that would not keep a token for each of its chunks stays whole, so that more text is left.
     """
-    kept = list(documents)
-    while True:
-        last = kept[-1]
-        left = length - sum(len(one.tokens) + one.num_marks for one in kept[:-1]) - last.num_marks
-        if left >= last.num_chunks:
-            kept[-1] = last._replace(tokens=last.tokens[:left], roles=last.roles[:left])
-            return kept
-        if last.labels:
-            kept[-1] = last._replace(labels=[], num_marks=0)
-        else:
-            kept.pop()
+    kept, starts = list(documents), np.cumsum([0, *(len(one.tokens) for one in documents)]).tolist()
+    room = length - sum(one.num_marks for one in documents)
+    for number in reversed(range(len(kept))):
+        if kept[number].labels:
+            if starts[number] + kept[number].num_chunks <= room:
+                break  # and so does every one before
+            room += kept[number].num_marks
+            kept[number] = kept[number]._replace(labels=[], num_marks=0)
+    return [
+        one._replace(tokens=one.tokens[: room - start], roles=one.roles[: room - start])
+        for one, start in zip(kept, starts, strict=False)
+        if start < room
+    ]
 
 
 def cut_points(size: int, count: int, generator: np.random.Generator) -> list[int]:

@@ -60,7 +60,9 @@ def test_cosines_are_the_same_from_either_side(tmp_path: Path):
     found = embeddings(clustered(200, 16), tmp_path, 2)
     numbers = np.arange(200)
     ids, cosines = neighbors.nearest(neighbors.exact_index(found, numbers), found, numbers, 8, exact=True)
-    pairs = {(one, int(other)): value for one in range(200) for other, value in zip(ids[one], cosines[one], strict=True)}
+    pairs = {
+        (one, int(other)): value for one in range(200) for other, value in zip(ids[one], cosines[one], strict=True)
+    }
     both = [pair for pair in pairs if pair[::-1] in pairs]
     assert len(both) > 500
     assert all(pairs[pair] == pairs[pair[::-1]] for pair in both)
@@ -100,7 +102,12 @@ def test_ivf_pq_on_disk_finds_nearly_all(tmp_path: Path, monkeypatch: pytest.Mon
     ids, cosines = neighbors.nearest(index, found, numbers, 4, exact=False)
     expected_ids, expected = all_nearest(vectors[numbers], 4)
     assert not np.any(ids == numbers[:, None])
-    hits = np.mean([len(set(one) & set(other)) / 4 for one, other in zip(ids.tolist(), numbers[expected_ids].tolist(), strict=True)])
+    hits = np.mean(
+        [
+            len(set(one) & set(other)) / 4
+            for one, other in zip(ids.tolist(), numbers[expected_ids].tolist(), strict=True)
+        ]
+    )
     assert hits > 0.9
     measured = neighbors.recall(found, numbers, lambda document: ids[document // 2], 4, block=97)
     assert measured == pytest.approx(hits, abs=0.05)
