@@ -30,7 +30,7 @@ class Streams:
         self.streams = [[BOUNDARY, *(1_000 * (d + 1) + i for i in range(n - 1)), BOUNDARY] for d, n in enumerate(pairs)]
 
     def tokens(self, number: int, offset: int, pairs: int) -> np.ndarray:
-        assert 0 <= offset
+        assert offset >= 0
         assert offset + pairs < len(self.streams[number])
         return np.array(self.streams[number][offset : offset + pairs + 1], dtype="<u4")
 
@@ -120,7 +120,8 @@ def test_the_thinnest_buckets_are_filled(own: list[int], joined: int):
     # Less than a context of each length is left over by rounding and goes to the shortest; but for that no bucket was
     # raised while another stayed lower.
     raised = [length for length in lengths if added[length] > (sum(lengths) if length == 8 else 0)]
-    assert all(filled[one] <= filled[other] + sum(lengths) for one in raised for other in lengths)
+    slack = {length: 2 * sum(lengths) if length == 8 else max(lengths) for length in lengths}
+    assert all(filled[one] <= filled[other] + slack[one] for one in raised for other in lengths)
 
 
 def test_worked_example_of_filling():
