@@ -115,7 +115,7 @@ def merge_index(trained: Path, parts: list[Path], file: Path) -> None:
 @lru_cache(maxsize=2)
 def merged_index(file: Path) -> Any:
     """Return the merged index, opened once a process; on the GPUs where there are any."""
-    index = faiss.read_index(str(file))  # its lists stay on disk, mapped
+    index: Any = faiss.read_index(str(file))  # its lists stay on disk, mapped
     index.nprobe = min(PROBES, index.nlist)
     return faiss.index_cpu_to_all_gpus(index) if faiss.get_num_gpus() else index
 

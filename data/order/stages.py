@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -164,18 +164,55 @@ def order(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[line]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console) as progress, _Processes(workers) as processes:
         for stage in STAGES:
             if only and stage.name != only:
                 _require(stage, work, only)
                 continue
-            _run(stage, work, workers, part, progress)
+            _run(stage, work, part, processes, progress)
             if only:
                 return None
     return open_prepared(directory)
+
+
+class _Processes:
+    """The processes that share the tasks of all stages: started when first needed, as each imports for seconds."""
+
+    def __init__(self, workers: int):
+        self._cpus = len(os.sched_getaffinity(0))
+        self._count = workers or self._cpus
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def run(self, stage: Stage, work: Work, numbers: list[int]) -> Iterator[int]:
+        """Do tasks, yielding each one's number when it is done; here where one process is enough."""
+        if min(self._count, len(numbers)) <= 1:
+            for number in numbers:
+                stage.do(work, number)
+                yield number
+            return
+        if self._pool is None:
+            threads = max(1, self._cpus // self._count)
+            context = get_context("forkserver")
+            self._pool = ProcessPoolExecutor(self._count, context, initializer=_limit_threads, initargs=(threads,))
+        # Named by its stage, as a function within one cannot travel to another process.
+        tasks = {self._pool.submit(do_task, stage.name, work, number): number for number in numbers}
+        try:
+            for done in as_completed(tasks):
+                done.result()
+                yield tasks[done]
+        except BrokenProcessPool as error:
+            raise OSError(
+                f"order: a process of stage {stage.name} was ended from outside (memory?); the same command goes on"
+            ) from error
 
 
 def _require(stage: Stage, work: Work, only: str) -> None:
@@ -185,33 +222,13 @@ def _require(stage: Stage, work: Work, only: str) -> None:
         raise ValueError(f"--stage {only}: {stage.name} comes before and lacks {missing} of {count} tasks; do it first")
 
 
-def _run(stage: Stage, work: Work, workers: int, part: tuple[int, int], progress: Progress) -> None:
+def _run(stage: Stage, work: Work, part: tuple[int, int], processes: _Processes, progress: Progress) -> None:
     count = stage.tasks(work)
     mine = range(part[0], count, part[1])
     left = [number for number in mine if not stage.file(work, number).exists()]
-    bar = progress.add_task(stage.summary, total=len(mine), completed=len(mine) - len(left), line="")
-    cpus = len(os.sched_getaffinity(0))
-    processes = min(workers or cpus, len(left))
-    if processes <= 1:
-        for number in left:
-            stage.do(work, number)
-            progress.advance(bar)
-        return
-    # Named by its stage, as a function within one cannot travel to another process.
-    context = get_context("forkserver")
-    threads = max(1, cpus // processes)
-    with ProcessPoolExecutor(processes, context, initializer=_limit_threads, initargs=(threads,)) as pool:
-        try:
-            for done in as_completed([pool.submit(do_task, stage.name, work, number) for number in left]):
-                done.result()
-                progress.advance(bar)
-        except BrokenProcessPool as error:
-            raise OSError(
-                f"order: a process of stage {stage.name} was ended from outside (memory?); the same command goes on"
-            ) from error
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    bar = progress.add_task(stage.summary, total=len(mine), completed=len(mine) - len(left))
+    for _ in processes.run(stage, work, left):
+        progress.advance(bar)
 
 
 def _limit_threads(threads: int) -> None:

@@ -1,6 +1,7 @@
 """Every pair of the path's documents lies in one sequence, in the path's order."""
 
 from collections import Counter
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -105,7 +106,7 @@ def test_long_buckets_keep_long_documents_and_take_the_rest(pairs: list[int], le
             ]
             assert all(row[place] == BOUNDARY for place, begins in tails if begins)
     begins = sorted((int(start), length) for length in lengths for start in layout.contexts[length])
-    assert all(start + length == following for (start, length), (following, _) in zip(begins, begins[1:], strict=False))
+    assert all(start + length == following for (start, length), (following, _) in pairwise(begins))
 
 
 @settings(max_examples=200, deadline=None)
