@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from longring.data.order.path import STEP_DTYPE, greedy_path, make_graph
 from longring.data.permutation import mix_bits
 from numba import njit
 from numpy.typing import NDArray
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -162,7 +164,8 @@ def main() -> int:
 
 
 def show(rows: list[dict]) -> None:
-    table = Table(title=f"A path over documents with {NEIGHBORS} neighbours each, one core; mean: similarity of steps", title_justify="left")
+    title = f"A path over documents with {NEIGHBORS} neighbours each, one core; mean: similarity of a step"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("documents", "method", "s", "x released", "peak MB", "jumps", "mean"):
         table.add_column(column, justify="right", no_wrap=True)
     by_key = {(row["documents"], row["method"]): row for row in rows}
@@ -180,7 +183,7 @@ def show(rows: list[dict]) -> None:
     Console().print(table)
     print("goals at 1,000,000: 10 s, 1,000 MB, 2 x released, fewer jumps and a higher mean")
     sizes = sorted({row["documents"] for row in rows})
-    for small, large in zip(sizes, sizes[1:], strict=False):
+    for small, large in pairwise(sizes):
         growth = by_key[large, "path"]["seconds"] / by_key[small, "path"]["seconds"]
         print(f"path: {large // small} times the documents take {growth:.1f} times as long")
 

@@ -156,7 +156,12 @@ def nearest(
 def recall(
     embeddings: Embeddings, numbers: NDArray[np.int64], found_of: Any, count: int, block: int = 1 << 16
 ) -> float:
-    """Return the part of the exact nearest of some of documents `numbers` that `found_of(document)` has too."""
+    """Return the part of the exact nearest of some of documents `numbers` that `found_of(document)` has.
+
+    1 where there are no documents.
+    """
+    if not len(numbers):
+        return 1.0
     sample = numbers[np.unique(np.linspace(0, len(numbers) - 1, RECALL_QUERIES).astype(np.int64))]
     queries = embeddings[sample]
     best = np.full((len(sample), count), -np.inf, dtype=np.float32)
