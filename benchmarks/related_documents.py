@@ -261,7 +261,7 @@ def show_training(rows: list[dict[str, Any]]) -> None:
     Console().print(table, positions)
     print(
         f"package seen: {rows[0]['seen_tokens']:,} tokens of documents whose package appeared earlier, in "
-        f"{rows[0]['seen_contexts']} contexts;\nother before: the same with other documents before; gain: the difference"
+        f"{rows[0]['seen_contexts']} contexts;\nother before: the same with other documents before; gain: difference"
     )
 
 
