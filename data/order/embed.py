@@ -111,8 +111,8 @@ class ModelEncoder:
         spans = self._model.tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
         )["offset_mapping"]
-        cuts = [text[spans[first][0] : spans[min(first + self._window, len(spans)) - 1][1]]
-                for first in range(0, len(spans), self._window)] or [text]  # fmt: skip
+        windows = [spans[first : first + self._window] for first in range(0, len(spans), self._window)]
+        cuts = [text[window[0][0] : window[-1][1]] for window in windows] or [text]
         return cuts[:1] if self._head else cuts
 
 

@@ -125,6 +125,13 @@ def test_the_thinnest_buckets_are_filled(own: list[int], joined: int):
     assert all(filled[one] <= filled[other] + slack[one] for one in raised for other in lengths)
 
 
+def test_contexts_of_all_lengths_lie_along_the_whole_path():
+    layout = lay_long_buckets(np.arange(400, dtype=np.uint32), np.full(400, 7), (8, 16, 32), (1,))
+    assert all(len(layout.contexts[length]) > 20 for length in (8, 16, 32))
+    middles = [np.mean(layout.contexts[length]) / layout.starts[-1] for length in (8, 16, 32)]
+    assert all(0.35 < middle < 0.65 for middle in middles)
+
+
 def test_worked_example_of_filling():
     assert contexts_to_fill({8: 80, 16: 0, 32: 32}, 120) == {8: 3, 16: 4, 32: 1}  # level 76: 0, 64 and 32; 24 are left
     assert contexts_to_fill({8: 80, 16: 0, 32: 32}, 0) == {8: 0, 16: 0, 32: 0}

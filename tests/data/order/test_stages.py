@@ -20,11 +20,12 @@ from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig, Sou
 from longring.data.cost import PAPER_1B
 from longring.data.decompose import SPLITS
 from longring.data.inspect import inspect
-from longring.data.loader import training_order
+from longring.data.loader import read_rows, training_order
 from longring.data.manifest import Manifest, open_prepared
 from longring.data.order import stages
-from longring.data.order.config import OrderConfig
+from longring.data.order.config import KnotsConfig, OrderConfig
 from longring.data.order.documents import Documents
+from longring.data.order.knots import Knots
 from longring.data.order.stages import STAGES, Work, order
 from longring.data.packing import NO_DOCUMENT
 from longring.data.prepare import prepare
@@ -401,6 +402,45 @@ def test_an_index_for_many_documents_goes_through_all_stages(tmp_path: Path, tok
     assert report["approximate"] == ["train"]
     assert report["recall"]["held_out"] == 1
     assert 0.8 < report["recall"]["train"] < 1
+
+
+def test_data_without_held_out_documents_is_ordered(prepared: DataConfig, tmp_path: Path):
+    data = replace(prepared, directory=str(tmp_path / "data"), held_out_fraction=0.0)
+    prepare(data, QUIET)
+    config = settings(tmp_path, mode="fill_long_buckets")
+    manifest = order(data, config, QUIET, workers=1)
+    assert manifest is not None
+    check_ordered(manifest, data, config)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_tied_rows_are_seen_whole_and_others_as_they_are(prepared: DataConfig, tmp_path: Path, masks: bool):
+    data = replace(
+        prepared,
+        directory=str(tmp_path / "data"),
+        tokenizer=replace(prepared.tokenizer, knot_chunks=3),  # added to the existing tokenizer
+    )
+    prepare(data, QUIET)
+    manifest = order(data, settings(tmp_path, document_masks=masks), QUIET, workers=1)
+    assert manifest is not None
+    knots = Knots(KnotsConfig(share=0.5, min_document_tokens=4, min_sequence_tokens=1), manifest.tokenizer(), 7)
+    [bucket] = manifest.buckets("train")
+    reader, numbers = manifest.reader(bucket), np.arange(bucket.sequences)[::-1]
+    rows, starts, trained = read_rows(reader, numbers, masks, knots)
+    assert trained is not None
+    plain, before, every = read_rows(reader, numbers, masks, None)
+    assert every is None
+    tied = np.any(rows != plain, axis=1)
+    assert 0.2 < tied.mean() < 0.8
+    assert np.array_equal(tied, ~trained.all(axis=1))
+    assert (starts is None) == (before is None) == (not masks)
+    for place, (after, same) in enumerate(zip(starts or (), before or (), strict=True)):
+        assert after == ((0,) if tied[place] else same)
+    # Each by its own number, whatever is read with it.
+    for place in range(0, len(numbers), 5):
+        [row], _, [mask] = read_rows(reader, numbers[place : place + 1], masks, knots)  # type: ignore[misc]
+        assert np.array_equal(row, rows[place])
+        assert np.array_equal(mask, trained[place])
 
 
 @pytest.fixture
