@@ -254,7 +254,7 @@ def show_training(rows: list[dict[str, Any]]) -> None:
         mine = [row for row in rows if row["arm"] == arm]
 
         def cell(values: list[float]) -> str:
-            return f"{np.mean(values):.4f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.4f}"
+            return f"{np.mean(values):.3f}±{np.std(values, ddof=1) if len(values) > 1 else 0:.3f}"
 
         table.add_row(arm, *(cell([row[key] for row in mine]) for key in keys.values()))
         positions.add_row(arm, *(f"{np.mean([row['by_position'][part] for row in mine]):.3f}" for part in ranges))
@@ -272,7 +272,7 @@ def main() -> int:
     parser.add_argument("--corpus", type=Path, metavar="FILE", help="a text in WikiText's form, beside the library")
     parser.add_argument("--only", choices=("orders", "training"), help="one of the two parts")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args()
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
