@@ -19,10 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..decompose import Split
-from ..input_shard import write_whole
 from ..packing import NO_DOCUMENT
 from ..permutation import permute
-from .documents import Documents
+from .documents import Documents, save
 
 OWN_DTYPE = np.dtype([("document", "<u4"), ("offset", "<i8")])
 """Pairs of one document from `offset` on."""
@@ -47,10 +46,10 @@ class Layout(NamedTuple):
     def save(self, folder: Path, split: Split) -> None:
         """Write the arrays, the members last."""
         for length in self.own:
-            _save(folder / f"{split}-own-{length}.npy", self.own[length])
-            _save(folder / f"{split}-contexts-{length}.npy", self.contexts[length])
-        _save(folder / f"{split}-starts.npy", self.starts)
-        _save(folder / f"{split}-members.npy", self.members)
+            save(folder / f"{split}-own-{length}.npy", self.own[length])
+            save(folder / f"{split}-contexts-{length}.npy", self.contexts[length])
+        save(folder / f"{split}-starts.npy", self.starts)
+        save(folder / f"{split}-members.npy", self.members)
 
     @classmethod
     def load(cls, folder: Path, split: Split, lengths: tuple[int, ...]) -> "Layout":
@@ -156,6 +155,8 @@ def read_sequence(
 
 def stored(layout: Layout, length: int, seed: int, split: Split, places: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return which sequences of a bucket are stored at `places`."""
+    if not len(places):
+        return places
     return permute(places, layout.sequences(length), key=(seed, "contexts", split, length))
 
 
@@ -170,7 +171,3 @@ def _pieces(documents: NDArray[np.uint32], offsets: NDArray[np.int64]) -> NDArra
     found = np.empty(len(documents), dtype=OWN_DTYPE)
     found["document"], found["offset"] = documents, offsets
     return found
-
-
-def _save(file: Path, array: NDArray) -> None:
-    write_whole(file, lambda path: np.save(path.open("wb"), array))

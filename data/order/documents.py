@@ -26,6 +26,11 @@ PART_DTYPE = np.dtype([("offset", "<i8"), ("sequence", "<i8"), ("length", "<i8")
 and where in it."""
 
 
+def save(file: Path, array: NDArray) -> None:
+    """Write an array as an npy file, whole or not at all."""
+    write_whole(file, lambda begun: np.save(begun, array))
+
+
 def write_tables(manifest: Manifest, folder: Path, number: int) -> None:
     """Write where the documents of input shard `number` lie; the table of documents, written last, says it is done.
 
@@ -73,8 +78,8 @@ def write_tables(manifest: Manifest, folder: Path, number: int) -> None:
     documents["record"], documents["held_out"] = origin[first_parts].T
     documents["first_part"] = first_parts
     documents["pairs"] = np.add.reduceat(parts["pairs"], first_parts, dtype=np.int64) if len(parts) else 0
-    write_whole(folder / f"{number:06d}.parts.npy", lambda path: np.save(path.open("wb"), parts))
-    write_whole(folder / f"{number:06d}.npy", lambda path: np.save(path.open("wb"), documents))
+    save(folder / f"{number:06d}.parts.npy", parts)
+    save(folder / f"{number:06d}.npy", documents)
 
 
 class Documents:

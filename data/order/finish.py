@@ -12,7 +12,6 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from ..store import LocalStore
 from ..tokenize import TOKENIZER_FILE
 from .config import OrderConfig
 from .contexts import Layout, lay_in_context, lay_long_buckets, read_sequence, stored
-from .documents import Documents
+from .documents import Documents, save
 from .neighbors import Embeddings
 from .report import REPORT_FILE, make_report
 
@@ -81,18 +80,12 @@ def make_part(data: DataConfig, order: OrderConfig, documents: Documents, partia
             first, last = (layout.sequences(length) * (number + side) // parts for side in (0, 1))
             name, dtype = ShardName(number, split, length, 0), np.dtype(manifest.dtype)
             writer = BucketWriter(begun, name, dtype, data.shard_tokens, counts if split == "train" else None)
-            with ExitStack() as stack:
-                stack.enter_context(writer)
-                places = np.arange(first, last)
-                for place, sequence in (
-                    zip(places, stored(layout, length, order.seed, split, places), strict=True) if len(places) else ()
-                ):
-                    tokens, pieces = read_sequence(documents, layout, length, int(sequence), manifest.boundary_id)
-                    placed += [
-                        (document, length, int(place))
-                        for document, offset, _ in pieces
-                        if not offset and document != NO_DOCUMENT
-                    ]
+            places = np.arange(first, last)
+            with writer:
+                for place, sequence in enumerate(stored(layout, length, order.seed, split, places).tolist(), first):
+                    tokens, pieces = read_sequence(documents, layout, length, sequence, manifest.boundary_id)
+                    begin = [document for document, offset, _ in pieces if not offset and document != NO_DOCUMENT]
+                    placed += [(document, length, place) for document in begin]
                     _enter(ledger.splits[split], length, pieces)
                     writer.append(tokens, [(_record(documents, piece[0]), *piece[1:]) for piece in pieces])
             tables.append(writer.shards())
@@ -102,8 +95,8 @@ def make_part(data: DataConfig, order: OrderConfig, documents: Documents, partia
     shutil.rmtree(final, ignore_errors=True)
     final.parent.mkdir(exist_ok=True)
     begun.rename(final)
-    _save(counts_file(partial, number), counts)
-    _save(partial / "work" / "placement" / f"{number:06d}.npy", np.array(placed, dtype=np.int64).reshape(-1, 3))
+    save(counts_file(partial, number), counts)
+    save(partial / "work" / "placement" / f"{number:06d}.npy", np.array(placed, dtype=np.int64).reshape(-1, 3))
     rows = [[entry[name].item() for name in entry.dtype.names] for entry in np.concatenate(tables)]
     books = {"ledger": ledger.to_json(), "shards": [[*row[:-1], row[-1].decode()] for row in rows]}
     write_whole(books_file(partial, number), lambda file: file.write_text(json.dumps(books) + "\n"))
@@ -207,7 +200,3 @@ def _sum_up(documents: Documents, partial: Path, left_out: NDArray[np.uint32]) -
     np.save(partial / SHARDS_FILE, table)
     np.save(partial / PLACEMENT_FILE, placement)
     return ledger, table
-
-
-def _save(file: Path, array: NDArray) -> None:
-    write_whole(file, lambda begun: np.save(begun.open("wb"), array))

@@ -39,7 +39,7 @@ from ..prepare import partial_directory
 from ..shards import sha256_of
 from . import duplicates, embed, neighbors, path
 from .config import OrderConfig
-from .documents import Documents, opened, write_tables
+from .documents import Documents, opened, save, write_tables
 from .finish import finish, lay, make_part, num_parts
 
 NEIGHBOR_FIELDS = ("ids", "cosines")
@@ -241,10 +241,6 @@ def do_task(stage: str, work: Work, number: int) -> None:
     next(known for known in STAGES if known.name == stage).do(work, number)
 
 
-def _save(file: Path, array: NDArray) -> None:
-    write_whole(file, lambda begun: np.save(begun.open("wb"), array))
-
-
 def _save_json(file: Path, content: Any) -> None:
     write_whole(file, lambda begun: begun.write_text(json.dumps(content) + "\n"))
 
@@ -263,7 +259,7 @@ def _embed(work: Work, number: int) -> None:
     vectors = list(encoder.encode(documents, documents.of_shard(number)))
     found = np.concatenate(vectors) if vectors else np.empty((0, work.order.embedding_dimensions), dtype=np.float32)
     # Half precision is enough for a cosine to three digits, and halves what the search reads.
-    _save(work.folder("embed") / f"{number:06d}.npy", found.astype(np.float16))
+    save(work.folder("embed") / f"{number:06d}.npy", found.astype(np.float16))
 
 
 def _index(work: Work, split: Split, name: str) -> Path:
@@ -309,7 +305,7 @@ def _search(work: Work, number: int) -> None:
             index = neighbors.merged_index(_index(work, split, "merged"))
         ids, cosines = neighbors.nearest(index, embeddings, numbers[here], count, exact=exact)
         found["ids"][here], found["cosines"][here] = ids, cosines
-    _save(work.folder("neighbors") / f"{number:06d}.npy", found)
+    save(work.folder("neighbors") / f"{number:06d}.npy", found)
 
 
 def _recall(work: Work, _: int) -> None:
@@ -347,7 +343,7 @@ def _duplicates(work: Work, number: int) -> None:
     folder = work.folder("duplicates")
     threshold = json.loads((folder / "histogram.json").read_text())["threshold"]
     lists, tokens = work.neighbor_list(number), _inside(work.documents())
-    _save(
+    save(
         folder / f"{number:06d}.npy",
         duplicates.confirmed_pairs(*lists, tokens, threshold, work.order.duplicate_overlap),
     )
@@ -385,7 +381,7 @@ def _path(work: Work, _: int) -> None:
             some = steps["document"][start - 1 : start + (1 << 16)].astype(np.int64)
             here = vectors[some]
             steps["similarity"][start : start + len(some) - 1] = np.einsum("nd,nd->n", here[1:], here[:-1])
-    _save(folder / "path.npy", steps)
+    save(folder / "path.npy", steps)
     (folder / "path.steps").unlink(missing_ok=True)
 
 
