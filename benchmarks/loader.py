@@ -21,10 +21,10 @@ from statistics import quantiles
 
 import numpy as np
 import webdataset
+from longring.data.batch_order import BatchOrder, Share, bucket_orders
 from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig
 from longring.data.loader import Loader, training_order
 from longring.data.manifest import Bucket, Manifest, open_prepared
-from longring.data.order import BatchOrder, Share, bucket_orders
 from longring.data.prepare import prepare
 from longring.data.shards import shard_name
 from rich.console import Console

@@ -78,16 +78,23 @@ class TokenizerConfig:
     boundary: str = "<|endoftext|>"
     """Name of the special token that opens and closes every document."""
 
+    knot_chunks: int = 0
+    """Most chunks into which Untie the Knots cuts a document (the table `knots`), for which the vocabulary gets special
+    tokens: 2 n + 3 for n. An existing tokenizer gets those it lacks. 0: none."""
+
     training_characters: int = 2**30
     """Most characters of each source that a tokenizer is trained on, from its start."""
 
     def __post_init__(self) -> None:
         if not self.boundary:
             raise ValueError('data.tokenizer.boundary is empty; name a special token, such as "<|endoftext|>"')
-        if not self.path and self.vocab_size < BYTES_AND_BOUNDARY:
+        if self.knot_chunks < 0 or self.knot_chunks == 1:
+            raise ValueError(f"data.tokenizer.knot_chunks is {self.knot_chunks}; it must be at least 2, or 0 for none")
+        least = BYTES_AND_BOUNDARY + (2 * self.knot_chunks + 3 if self.knot_chunks else 0)
+        if not self.path and self.vocab_size < least:
             raise ValueError(
-                f"data.tokenizer.vocab_size is {self.vocab_size}; 256 bytes and the boundary token need at least "
-                f"{BYTES_AND_BOUNDARY}"
+                f"data.tokenizer.vocab_size is {self.vocab_size}; 256 bytes, the boundary token and those of "
+                f"data.tokenizer.knot_chunks = {self.knot_chunks} need at least {least}"
             )
         if self.training_characters < 1:
             raise ValueError(f"data.tokenizer.training_characters is {self.training_characters}; it must be at least 1")

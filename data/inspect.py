@@ -1,7 +1,5 @@
 """A look into prepared data: its books, its lengths, its hashes, how it reads, and how a curriculum goes through it."""
 
-import json
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +10,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
+from .batch_order import bucket_orders, bucket_tokens
 from .config import CurriculumConfig, LoaderConfig
 from .cost import ModelSize, attention_share, speed_up
 from .curriculum import schedule
 from .ledger import Ledger
-from .manifest import INPUTS_FILE, Bucket, Manifest
-from .order import bucket_orders, bucket_tokens
+from .manifest import Bucket, Manifest
+from .order.report import show_order
 
 SAMPLE_TOKENS = 48
 SAMPLED_SEQUENCES = 256
@@ -54,6 +53,8 @@ def inspect(
     console.print(_schedule_table(manifest.lengths, chosen, curriculum))
     _print_cost(manifest, model, chosen, console)
     _print_samples(manifest, train, console)
+    if manifest.order is not None:
+        show_order(manifest, console)
     name = manifest.store.name.rstrip("/").rpartition("/")[2] if "://" in manifest.store.name else manifest.store.name
     picture = Path(f"{name}.png")
     draw(manifest, chosen, picture)
@@ -168,17 +169,6 @@ def _print_samples(manifest: Manifest, train: tuple[Bucket, ...], console: Conso
         reader = manifest.reader(bucket)
         input_shard, record, offset, _ = reader.pieces([0])[0][0].tolist()
         text = tokenizer.decode(reader.read([0])[0, :SAMPLE_TOKENS].tolist(), skip_special_tokens=False)
-        origin = escape(_origin(manifest, input_shard, record))
+        origin = escape(manifest.origin(input_shard, record))
         console.print(f"\n[bold]{bucket.length:,} tokens, from token {offset:,} of {origin}[/bold]")
         console.print(escape(text), highlight=False)
-
-
-def _origin(manifest: Manifest, input_shard: int, record: int) -> str:
-    """Return the words for a record."""
-    with manifest.store.path(INPUTS_FILE, manifest.files[INPUTS_FILE]).open(encoding="utf-8") as lines:
-        shard = json.loads(next(islice(lines, input_shard, None)))
-    where = f"record {record} of source {shard['source']!r}, input shard {input_shard}"
-    # In these every file is one record.
-    if len(shard["files"]) == shard["records"]:
-        return f"{where}: {shard['files'][record]}"
-    return f"{where}: {shard['files'][0]}" if len(shard["files"]) == 1 else where

@@ -11,9 +11,9 @@ from rich.table import Table
 from .decompose import SPLITS, Split
 from .records import EXAMPLES, BadRecords
 
-Rule = Literal["short_document", "remainder", "end_of_input_shard"]
+Rule = Literal["short_document", "remainder", "end_of_input_shard", "near_duplicate"]
 """short_document: all of a document shorter than the smallest bucket. remainder: what a longer one has beyond its last
-piece. end_of_input_shard: what did not fill a last chunk."""
+piece. end_of_input_shard: what did not fill a last chunk. near_duplicate: all of a document like another that stays."""
 
 
 @dataclass(kw_only=True)

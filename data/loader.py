@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .batch_order import BatchOrder, Share, bucket_orders, bucket_tokens
 from .config import CurriculumConfig, LoaderConfig
 from .curriculum import schedule
 from .manifest import Manifest
-from .order import BatchOrder, Share, bucket_orders, bucket_tokens
+from .order.knots import Knots
+from .reader import SequenceReader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,9 @@ class MicroBatch:
     document_starts: tuple[tuple[int, ...], ...] | None
     """Where documents begin in each row, ascending and from 0; None for data without boundaries, one document a row
     or several that attention does not tell apart."""
+
+    trained: NDArray[np.bool_] | None = None
+    """[sequences, length], which targets the loss counts; None for all."""
 
 
 def training_order(
@@ -64,9 +69,11 @@ class Loader:
         share_of: Callable[[int], Share],
         *,
         pin_memory: bool = False,
+        knots: Knots | None = None,
     ):
         self.order = order
         self._boundaries = manifest.has_boundaries
+        self._knots = knots
         self._config = config
         self._share_of = share_of
         self._pin_memory = pin_memory
@@ -104,10 +111,37 @@ class Loader:
         if self._pin_memory:
             dtype = torch.from_numpy(np.empty(0, dtype=reader.dtype)).dtype
             rows = torch.empty(len(indices), reader.length + 1, dtype=dtype, pin_memory=True).numpy()
+        rows, starts, trained = read_rows(reader, indices, self._boundaries, self._knots, out=rows)
         return MicroBatch(
             step=step,
             micro_step=micro_step,
             length=reader.length,
-            rows=reader.read(indices, out=rows),
-            document_starts=tuple(reader.document_starts(indices)) if self._boundaries else None,
+            rows=rows,
+            document_starts=starts,
+            trained=trained,
         )
+
+
+def read_rows(
+    reader: SequenceReader,
+    indices: NDArray[np.int64],
+    boundaries: bool,
+    knots: Knots | None,
+    out: NDArray[np.unsignedinteger] | None = None,
+) -> tuple[NDArray[np.unsignedinteger], tuple[tuple[int, ...], ...] | None, NDArray[np.bool_] | None]:
+    """Return sequences `indices` [n], tied where `knots` says so: rows, document starts and trained targets.
+
+    As MicroBatch has them. Attention sees all of a tied sequence, whose chunks belong to each other.
+    """
+    rows = reader.read(indices, out=out)
+    starts = reader.document_starts(indices) if boundaries else None
+    trained = None
+    if knots is not None:
+        trained = np.ones((len(rows), reader.length), dtype=np.bool_)
+        for place, number in enumerate(indices.tolist()):
+            tied = knots.tie(rows[place], number)
+            if tied is not None:
+                rows[place], trained[place] = tied
+                if starts is not None:
+                    starts[place] = (0,)
+    return rows, None if starts is None else tuple(starts), trained

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from .config import DataConfig, LoaderConfig
 from .decompose import Split
 from .ledger import Ledger
+from .order.config import OrderConfig
 from .reader import SequenceReader
 from .shards import SHARD_DTYPE, sha256_of, shard_name
 from .store import LocalStore, Store, differs, open_store
@@ -93,7 +94,11 @@ class Manifest:
     """Whether sequences may hold several documents that attention must keep apart."""
 
     sources: dict[str, int]
-    """The sources in order, and how many input shards each has."""
+    """The sources in order, and how many input shards each has; of ordered data one, as contexts mix them."""
+
+    order: dict[str, Any] | None = None
+    """The OrderConfig by which `longring order` arranged it, without the directories; None for data as prepared. The
+    documents of ordered data are numbered as records of all input shards together, in the order of inputs.jsonl."""
 
     ledger: Ledger
     """Where every token went."""
@@ -169,15 +174,36 @@ class Manifest:
         """Return how often each token is a target in the train split: [vocab_size]."""
         return np.load(self.store.path(UNIGRAM_FILE, self.files[UNIGRAM_FILE]))
 
-    def check_made_from(self, config: DataConfig) -> None:
-        """Raise ValueError, naming the first setting that differs, unless `config` makes just this data."""
-        difference = next(differences("data", self.config, settings_of(config)), None)
-        if difference is not None:
-            key, before, now = difference
-            raise ValueError(
-                f"data.directory = {config.directory} was prepared with {key} = {before!r}, not {now!r}; "
-                "name another directory, or delete this one to prepare it anew"
-            )
+    def inputs(self) -> list[dict[str, Any]]:
+        """Return what every input shard read and gave: inputs.jsonl."""
+        with self.store.path(INPUTS_FILE, self.files[INPUTS_FILE]).open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
+
+    def origin(self, input_shard: int, record: int) -> str:
+        """Return the words for a record, as `SequenceReader.pieces` tells it."""
+        inputs = self.inputs()
+        if self.order is not None:
+            first = np.cumsum([0, *(entry["records"] for entry in inputs)])
+            input_shard = int(np.searchsorted(first, record, side="right")) - 1
+            record -= int(first[input_shard])
+        shard = inputs[input_shard]
+        where = f"record {record} of source {shard['source']!r}, input shard {input_shard}"
+        # In these every file is one record.
+        if len(shard["files"]) == shard["records"]:
+            return f"{where}: {shard['files'][record]}"
+        return f"{where}: {shard['files'][0]}" if len(shard["files"]) == 1 else where
+
+    def check_made_from(self, config: DataConfig, order: OrderConfig | None = None) -> None:
+        """Raise ValueError, naming the first setting that differs, unless `config` and `order` make just this data."""
+        now, directory = {"data": settings_of(config), "order": None}, f"data.directory = {config.directory}"
+        if order is not None and order.mode != "off":
+            now["order"], directory = settings_of(order), f"order.directory = {order.directory}"
+        for table, before in (("data", self.config), ("order", self.order)):
+            for key, then, asked in differences(table, before, now[table]):
+                raise ValueError(
+                    f"{directory} was prepared with {key} = {then!r}, not {asked!r}; "
+                    "name another directory, or delete this one to prepare it anew"
+                )
 
     def check_sizes(self) -> None:
         """Raise ValueError when a shard is missing, or has another size; nothing is read unless one has."""
@@ -211,11 +237,9 @@ def open_prepared(directory: str | Path, loader: LoaderConfig | None = None, *, 
     return manifest
 
 
-def settings_of(config: DataConfig) -> dict[str, Any]:
-    """Return what decides the content of prepared data: all of the configuration but its place."""
-    settings = asdict(config)
-    del settings["directory"]
-    return settings
+def settings_of(config: DataConfig | OrderConfig) -> dict[str, Any]:
+    """Return what decides the content of prepared or ordered data: all of the configuration but its place."""
+    return {key: value for key, value in asdict(config).items() if key not in ("directory", "work_directory")}
 
 
 def differences(path: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -227,9 +251,10 @@ def differences(path: str, before: Any, now: Any) -> Iterator[tuple[str, Any, An
         yield path, before, now
 
 
-def file_hashes(directory: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file that stands beside a manifest."""
-    return {name: sha256_of(directory / name) for name in (TOKENIZER_FILE, UNIGRAM_FILE, SHARDS_FILE, INPUTS_FILE)}
+def file_hashes(directory: Path, *others: str) -> dict[str, str]:
+    """Return the SHA-256 of each file that stands beside a manifest, the `others` included."""
+    names = (TOKENIZER_FILE, UNIGRAM_FILE, SHARDS_FILE, INPUTS_FILE, *others)
+    return {name: sha256_of(directory / name) for name in names}
 
 
 def _checked(store: Store, name: str, sha256: str) -> Path:

@@ -35,7 +35,7 @@ def permute(indices: ArrayLike, size: int, key: tuple[int | str, ...]) -> NDArra
     round_keys = np.frombuffer(hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest(), dtype="<u8")
     if size <= SORTED_SIZE:
         # Scrambling 64 bits maps no two entries to one value, so their order is a permutation without ties.
-        return np.argsort(_mix(_mix(np.arange(size, dtype=np.uint64) + round_keys[0]) ^ round_keys[1]))[asked]
+        return np.argsort(mix_bits(mix_bits(np.arange(size, dtype=np.uint64) + round_keys[0]) ^ round_keys[1]))[asked]
 
     rows = isqrt(size - 1) + 1
     columns = -(-size // rows)
@@ -54,14 +54,14 @@ def _feistel(values: NDArray[np.uint64], rows: int, columns: int, round_keys: ND
     for number, round_key in enumerate(round_keys):
         side = sides[number % 2]
         # The upper 32 bits, scaled to [0, side): sides are at most 2^20, so the product fits.
-        added = ((_mix(right + round_key) >> np.uint64(32)) * side) >> np.uint64(32)
+        added = ((mix_bits(right + round_key) >> np.uint64(32)) * side) >> np.uint64(32)
         total = left + added
         # The other side's turn next: they change places.
         left, right = right, total - side * (total >= side)
     return left * np.uint64(columns) + right
 
 
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix_bits(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Scramble 64 bits: SplitMix64's finaliser (Steele, Lea and Flood, OOPSLA 2014), arithmetic modulo 2^64."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -32,7 +32,7 @@ from .merge import merge
 from .records import RecordReader
 from .sources import InputShard, input_shards
 from .store import LocalStore
-from .tokenize import TOKENIZER_FILE, DocumentTokenizer, read_tokenizer, train_tokenizer
+from .tokenize import TOKENIZER_FILE, DocumentTokenizer, read_tokenizer, train_tokenizer, with_knot_tokens
 
 # The engine would log over the progress bar; what goes wrong it raises.
 logger.disable("datatrove")
@@ -156,7 +156,7 @@ def planned_shard(partial: Path, number: int) -> InputShard:
 def _tokenizer_content(config: DataConfig, inputs: list[InputShard], progress: Progress) -> bytes:
     """Return the bytes of the existing tokenizer, or of one trained on the documents that are not held out."""
     if config.tokenizer.path:
-        return read_tokenizer(config.tokenizer.path)
+        return with_knot_tokens(read_tokenizer(config.tokenizer.path), config.tokenizer.knot_chunks)
     task = progress.add_task("training the tokenizer", total=None, line="")
 
     def texts() -> Iterator[str]:

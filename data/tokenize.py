@@ -29,7 +29,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
-        special_tokens=[config.boundary],
+        special_tokens=[config.boundary, *knot_tokens(config.knot_chunks)],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -46,6 +46,27 @@ def read_tokenizer(path: str) -> bytes:
             "or leave it empty to train one"
         )
     return file.read_bytes()
+
+
+def knot_tokens(max_chunks: int) -> list[str]:
+    """Return the names of the special tokens that documents of up to so many chunks need (order/knots.py).
+
+    Five marks of labels and of the backtrace, the ends of chunks 1, 2, ..., the beginnings of chunks 2, 3, ...
+    """
+    if max_chunks < 2:
+        return []
+    cuts = range(1, max_chunks)
+    marks = ["<|label|>", "<|/label|>", "<|trace|>", "<|then|>", "<|/trace|>"]
+    return [*marks, *(f"<|tail_{cut}|>" for cut in cuts), *(f"<|head_{cut + 1}|>" for cut in cuts)]
+
+
+def with_knot_tokens(content: bytes, max_chunks: int) -> bytes:
+    """Return the `tokenizer.json` with those special tokens that it lacks, behind its own."""
+    if max_chunks < 2:
+        return content
+    tokenizer = Tokenizer.from_buffer(content)
+    tokenizer.add_special_tokens([name for name in knot_tokens(max_chunks) if tokenizer.token_to_id(name) is None])
+    return tokenizer.to_str(pretty=True).encode()
 
 
 class DocumentTokenizer:

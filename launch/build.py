@@ -65,6 +65,13 @@ class Place:
             tokens, targets = tokens.reshape(1, -1), targets.reshape(1, -1)
         return tokens, targets, layout, self.attention(layout)
 
+    def trained(self, trained: NDArray[np.bool_] | None, losses: Tensor) -> Tensor:
+        """Which `losses` count, 1 or 0 in their shape, of targets `[b, length]` of whole sequences; all for None."""
+        if trained is None:
+            return torch.ones_like(losses)
+        positions = self.layout.positions(losses.device)
+        return torch.from_numpy(trained).to(losses.device)[:, positions].to(losses.dtype).view_as(losses)
+
 
 def places(recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: Console | None = None) -> dict[int, Place]:
     """A place for sequences of each of these lengths, with the process groups that they need. Collective.

@@ -72,6 +72,23 @@ def _plan(options: argparse.Namespace) -> int:
     return measure_here(options.target, options.overrides, *found, picture)
 
 
+def _order(options: argparse.Namespace) -> int:
+    recipe = load_recipe(options.target, options.overrides)
+    console = Console()
+    part, slash, parts = options.part.partition("/")
+    if not (slash and part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+        raise ValueError(f"--part {options.part}: say which of how many, from 0, such as 0/8")
+    from ..data.inspect import print_ledger
+    from ..data.order.stages import order
+
+    ordered = order(
+        recipe.data, recipe.order, console, workers=options.workers, only=options.only, part=(int(part), int(parts))
+    )
+    if ordered is not None:
+        print_ledger(ordered.ledger, console)
+    return 0
+
+
 def _train(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.target, options.overrides)
     from .plan import plan
@@ -121,7 +138,7 @@ def _inspect(options: argparse.Namespace) -> int:
     elif not (target / MANIFEST_FILE).exists() and (target / "recipe.json").exists():
         recipe = RunDirectory(target).recipe()
     if recipe is not None:
-        manifest = open_prepared(recipe.data.directory, recipe.loader)
+        manifest = open_prepared(recipe.training_directory, recipe.loader)
         inspect(
             manifest,
             Console(),
@@ -215,6 +232,18 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
     plan.add_argument("--topology", metavar="PRESET", help="what joins them, in place of parallel.cp.topology")
     plan.add_argument("--timeline", type=Path, metavar="OUT.png", help="draw the largest bucket's passes")
     plan.add_argument("--measure", action="store_true", help="run them on this machine, and draw both side by side")
+    order = stage(
+        "order",
+        _order,
+        "RECIPE",
+        "prepared documents to contexts of related ones: embed, neighbours, near-duplicates, path, contexts",
+        f"{demo} data.rest=pack order.mode=in_context order.directory=runs/demo-ordered",
+    )
+    order.add_argument("--workers", type=int, default=0, metavar="N", help="processes at work at once (default: CPUs)")
+    order.add_argument("--stage", dest="only", default="", metavar="NAME", help="do one stage; a wrong name lists them")
+    order.add_argument(
+        "--part", default="0/1", metavar="I/N", help="of its tasks every N-th, from I on, for job arrays"
+    )
     train = stage(
         "train",
         _train,

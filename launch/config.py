@@ -11,6 +11,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..data.config import CurriculumConfig, DataConfig, LoaderConfig
+from ..data.order.config import KnotsConfig, OrderConfig
 from ..model.config import ModelConfig
 from ..parallel.config import ParallelConfig
 
@@ -75,6 +76,8 @@ class EvaluateConfig:
 
     max_tokens_per_bucket: int = 2**20
     """At most so many tokens of each bucket, from its start; the rest of a larger held-out set is not read."""
+    knots: bool = False
+    """Whether held-out sequences are tied as `knots` says, its share of them; the loss then leaves out the marks."""
 
     def __post_init__(self) -> None:
         if self.max_tokens_per_bucket < 1:
@@ -88,6 +91,8 @@ class Recipe:
     run_directory: str
     """Where the run writes: resolved recipe, metrics, logs, checkpoints, report."""
     data: DataConfig
+    order: OrderConfig
+    knots: KnotsConfig
     curriculum: CurriculumConfig
     loader: LoaderConfig
     model: ModelConfig
@@ -96,6 +101,8 @@ class Recipe:
     evaluate: EvaluateConfig
 
     def __post_init__(self) -> None:
+        self.order.check(self.data)
+        self.knots.check(self.data)
         if self.train.global_batch_tokens % self.data.max_bucket_tokens:
             raise ValueError(
                 f"train.global_batch_tokens = {self.train.global_batch_tokens} is not a multiple of "
@@ -117,6 +124,11 @@ class Recipe:
                 f"data.min_bucket_tokens = {self.data.min_bucket_tokens} is not a multiple of parallel.tensor = "
                 f"{self.parallel.tensor}, by which sequence_parallel divides every sequence"
             )
+
+    @property
+    def training_directory(self) -> str:
+        """The prepared data that is trained on: as prepared, or as ordered."""
+        return self.order.directory or self.data.directory
 
     @property
     def max_context_parallel(self) -> int:
@@ -206,6 +218,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if isinstance(value, bool) or value not in get_args(name):
             raise ValueError(f"{path} = {value!r} must be one of {', '.join(map(repr, get_args(name)))}, or numbers")
         return value
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{path} = {value!r} must be a list of numbers")
+        return tuple(_convert(get_args(hint)[0], number, path) for number in value)
     if get_origin(hint) is Literal:
         if value not in get_args(hint) or isinstance(value, bool):
             raise ValueError(f"{path} = {value!r} must be one of {', '.join(map(repr, get_args(hint)))}")

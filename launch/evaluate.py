@@ -20,6 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ..data.loader import read_rows
+from ..data.manifest import Manifest
+from ..data.order.knots import Knots
 from ..data.reader import SequenceReader
 from ..parallel.mesh import Mesh, join
 from ..parallel.zero import DeepSpeedEngine
@@ -60,6 +63,8 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
 
     counts = torch.from_numpy(manifest.unigram()).double() + 1
     unigram_losses = (counts.sum().log() - counts.log()).to(mesh.device)
+    tied = recipe.evaluate.knots and recipe.knots.share
+    knots = Knots(recipe.knots, manifest.tokenizer(), recipe.train.seed) if tied else None
     edges = position_edges(recipe.data.min_bucket_tokens, recipe.data.max_bucket_tokens)
     limit = recipe.evaluate.max_tokens_per_bucket
     held_out = [bucket for bucket in manifest.buckets("held_out") if min(bucket.sequences, limit // bucket.length)]
@@ -69,17 +74,17 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
         num_sequences = min(bucket.sequences, limit // bucket.length)
         here = here_of[bucket.length]
         sums = _sums_by_position(
-            engine, manifest.reader(bucket), manifest.has_boundaries, num_sequences, here, mesh, edges, unigram_losses
+            engine, manifest, manifest.reader(bucket), knots, num_sequences, here, mesh, edges, unigram_losses
         )
         loss, unigram, tokens = sums.sum(1).tolist()
-        assert tokens == num_sequences * bucket.length, "every token counts once"
+        assert knots is not None or tokens == num_sequences * bucket.length, "every token counts once"
         parts = zip(edges, edges[1:], sums[0].tolist(), sums[2].tolist(), strict=False)
         buckets.append(
             {
                 "bucket": bucket.length,
                 "cp": here.context_parallel,
                 "sequences": num_sequences,
-                "tokens": num_sequences * bucket.length,
+                "tokens": int(tokens),
                 "loss": loss / tokens,
                 "unigram_loss": unigram / tokens,
                 "by_position": [
@@ -91,7 +96,7 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
         )
     if not buckets:
         raise ValueError(
-            f"{recipe.data.directory} holds no held-out sequence within evaluate.max_tokens_per_bucket = "
+            f"{recipe.training_directory} holds no held-out sequence within evaluate.max_tokens_per_bucket = "
             f"{recipe.evaluate.max_tokens_per_bucket}: raise it, or prepare with a larger data.held_out_fraction"
         )
     total = sum(entry["tokens"] for entry in buckets)
@@ -111,8 +116,9 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
 
 def _sums_by_position(
     engine: DeepSpeedEngine,
+    manifest: Manifest,
     reader: SequenceReader,
-    has_boundaries: bool,
+    knots: Knots | None,
     num_sequences: int,
     here: Place,
     mesh: Mesh,
@@ -128,11 +134,13 @@ def _sums_by_position(
         mine = first + here.replica * here.sequences_per_replica + np.arange(here.sequences_per_replica)
         # The last micro-batch is filled up with sequence 0, which then does not count.
         indices = np.where(mine < num_sequences, mine, 0)
-        document_starts = reader.document_starts(indices) if has_boundaries else None
+        rows, document_starts, trained = read_rows(reader, indices, manifest.has_boundaries, knots)
         counted = torch.from_numpy(mine < num_sequences).to(mesh.device).double()[:, None]
-        inputs = here.model_inputs(reader.read(indices), document_starts, mesh.device)
+        inputs = here.model_inputs(rows, document_starts, mesh.device)
         with torch.no_grad():
-            losses = engine(*inputs).double().view(len(mine), -1)
+            losses = engine(*inputs)
+        counted = counted * here.trained(trained, losses).double().view(len(mine), -1)
+        losses = losses.double().view(len(mine), -1)
         targets = inputs[1].view(len(mine), -1)
         values = torch.stack([losses, unigram_losses[targets], torch.ones_like(losses)]) * counted
         sums.index_add_(1, ranges, values.sum(1))

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from ..data.order import Trained
+from ..data.batch_order import Trained
 from .run_directory import RunDirectory
 
 
@@ -26,7 +26,9 @@ class StepMetrics:
     step: int
     """Counted from 1."""
     tokens: int
-    """Trained so far, this step included."""
+    """Read so far, this step included; trained, but for what knots leave out."""
+    targets: int
+    """Of this step's tokens those that the loss counts."""
     loss: float
     """Mean over the global batch, nats per token."""
     bucket: int

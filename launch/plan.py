@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.batch_order import BatchOrder
 from ..data.loader import training_order
 from ..data.manifest import MANIFEST_FILE, Manifest, open_prepared
-from ..data.order import BatchOrder
 from ..data.shards import sha256_of
 from . import checkpoint, schedules
 from .config import Recipe
@@ -37,8 +37,8 @@ def plan(recipe: Recipe, world_size: int, *, check_shards: bool = True) -> Plan:
     """
     recipe.accumulation_steps(world_size)
     schedules.check(recipe)
-    manifest = open_prepared(recipe.data.directory, recipe.loader, check_shards=check_shards)
-    manifest.check_made_from(recipe.data)
+    manifest = open_prepared(recipe.training_directory, recipe.loader, check_shards=check_shards)
+    manifest.check_made_from(recipe.data, recipe.order)
     data_hash = sha256_of(manifest.store.path(MANIFEST_FILE))
     order = training_order(
         manifest,

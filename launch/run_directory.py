@@ -21,6 +21,8 @@ from .config import Recipe, apply_overrides, from_tree
 _FREE_KEYS = (
     "run_directory",
     "data.directory",
+    "order.directory",
+    "order.work_directory",
     "evaluate.",
     "loader.workers",
     "loader.prefetch_batches",

@@ -14,14 +14,16 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from ..data.loader import Loader
-from ..data.order import Share
-from ..parallel.mesh import join
+from ..data.batch_order import Share
+from ..data.loader import Loader, MicroBatch
+from ..data.order.knots import Knots
+from ..parallel.mesh import Mesh, join
 from ..parallel.zero import gradient_norm, set_learning_rate
 from . import checkpoint
 from .build import build_engine, places
@@ -73,12 +75,10 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> No
         length: Share(here.replica, here.num_replicas, here.sequences_per_replica) for length, here in here_of.items()
     }
     pin_memory = mesh.device.type == "cuda"
-    loader = Loader(planned.manifest, order, recipe.loader, shares.__getitem__, pin_memory=pin_memory)
+    knots = Knots(recipe.knots, planned.manifest.tokenizer(), recipe.train.seed) if recipe.knots.share else None
+    loader = Loader(planned.manifest, order, recipe.loader, shares.__getitem__, pin_memory=pin_memory, knots=knots)
     micro_batches = loader.batches(done, last)
     accumulation_steps = recipe.accumulation_steps(world_size)
-    # The engine averages gradients over data ranks and accumulation steps; the loss of a step is the mean over the
-    # tokens of the global batch, wherever they lie.
-    loss_scale = mesh.data_size * accumulation_steps / recipe.train.global_batch_tokens
     try:
         for step in range(done + 1, last + 1):
             started = time.perf_counter()
@@ -86,15 +86,22 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> No
             set_learning_rate(engine, rate)
             length = order.lengths[order.bucket(step - 1)]
             here = here_of[length]
+            batches, targets = islice(micro_batches, accumulation_steps), recipe.train.global_batch_tokens
+            if knots is not None:
+                batches = list(batches)
+                targets = trained_targets(batches, here.context_parallel, mesh)
+            # The engine averages gradients over data ranks and accumulation steps; the loss of a step is the mean over
+            # the trained targets of the global batch, wherever they lie.
+            loss_scale = mesh.data_size * accumulation_steps / targets
             loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
-            for _ in range(accumulation_steps):
-                micro_batch = next(micro_batches)
+            for micro_batch in batches:
                 losses = engine(*here.model_inputs(micro_batch.rows, micro_batch.document_starts, mesh.device))
+                losses = losses * here.trained(micro_batch.trained, losses)
                 engine.backward(losses.sum() * loss_scale)
                 engine.step()
                 loss_sum += losses.detach().sum(dtype=torch.float64)
             dist.all_reduce(loss_sum, group=mesh.data_group)
-            loss = loss_sum.item() / recipe.train.global_batch_tokens
+            loss = loss_sum.item() / targets
             grad_norm = gradient_norm(engine)
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 raise ArithmeticError(
@@ -107,6 +114,7 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> No
                     StepMetrics(
                         step=step,
                         tokens=step * recipe.train.global_batch_tokens,
+                        targets=targets,
                         loss=loss,
                         bucket=length,
                         cp=here.context_parallel,
@@ -127,6 +135,14 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> No
         console.print(f"saved {checkpoint.latest(run.checkpoints)}", soft_wrap=True)
         if last == recipe.train.steps:
             console.print(trained_table(order.trained(last)))
+
+
+def trained_targets(batches: Sequence[MicroBatch], context_parallel: int, mesh: Mesh) -> int:
+    """How many targets of a step's global batch the loss counts. Collective."""
+    count = torch.tensor(sum(int(batch.trained.sum()) for batch in batches if batch.trained is not None))
+    count = count.to(mesh.device)
+    dist.all_reduce(count, group=mesh.data_group)
+    return int(count) // context_parallel  # each rank of a ring has counted the whole sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

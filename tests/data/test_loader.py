@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from longring.data.batch_order import Share
 from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig
 from longring.data.loader import Loader, MicroBatch, training_order
 from longring.data.manifest import Manifest, open_prepared
-from longring.data.order import Share
 from longring.data.prepare import prepare
 from longring.data.reader import SequenceReader
 from rich.console import Console

@@ -11,10 +11,10 @@ import fsspec
 import numpy as np
 import pytest
 from longring.data import store as store_module
+from longring.data.batch_order import Share
 from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig
 from longring.data.loader import Loader, training_order
 from longring.data.manifest import open_prepared
-from longring.data.order import Share
 from longring.data.prepare import prepare
 from longring.data.store import CachedStore
 from rich.console import Console

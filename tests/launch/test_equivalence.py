@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from longring.data.batch_order import Share
 from longring.data.loader import Loader, MicroBatch
-from longring.data.order import Share
 from longring.data.prepare import prepare
 from longring.launch.build import build_engine
 from longring.launch.config import Recipe, load_recipe

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from longring.data.batch_order import BatchOrder, BucketOrder, Share, SourcePart, bucket_orders, bucket_tokens
 from longring.data.config import CurriculumConfig
 from longring.data.curriculum import schedule
 from longring.data.manifest import Bucket, Part
-from longring.data.order import BatchOrder, BucketOrder, Share, SourcePart, bucket_orders, bucket_tokens
 from longring.data.shards import SHARD_DTYPE
 
 LENGTHS, SEQUENCES, STEPS = (8, 16, 32), (10, 7, 5), 60

@@ -1,0 +1,135 @@
+"""What each stage of `longring order` does in a second on one core: the rates that docs/ordering.md plans with.
+
+    .venv/bin/python benchmarks/order_rates.py [--quick] [--json FILE]
+
+- stages: Python's standard library, prepared, through every stage in one process; CPU seconds of each;
+- index: IVF-PQ over clustered unit vectors of 128 dimensions: filled, searched and compared with the exact search.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import faiss
+import numpy as np
+from longring.data.config import DataConfig, TokenizerConfig
+from longring.data.manifest import MANIFEST_FILE
+from longring.data.order import neighbors
+from longring.data.order.config import OrderConfig
+from longring.data.order.stages import STAGES, Work
+from longring.data.prepare import prepare
+from longring.data.shards import sha256_of
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+DIMENSIONS, COUNT = 128, 20
+
+
+def stage_rates(folder: Path) -> list[dict[str, Any]]:
+    data = DataConfig(
+        directory=str(folder / "data"),
+        tokenizer=TokenizerConfig(vocab_size=8192),
+        shard_tokens=1 << 25,
+        held_out_fraction=0.0,
+        rest="pack",
+    )
+    manifest = prepare(data, Console(quiet=True))
+    order = OrderConfig(mode="in_context", directory=str(folder / "ordered"))
+    work = Work(data, order, sha256_of(folder / "data" / MANIFEST_FILE))
+    rows = []
+    for stage in STAGES:
+        started, tasks = time.process_time(), stage.tasks(work)
+        for number in range(tasks):
+            stage.do(work, number)
+        seconds = time.process_time() - started
+        if tasks:
+            documents, tokens = manifest.ledger.documents, manifest.ledger.tokens
+            rows.append(
+                {
+                    "stage": stage.name,
+                    "seconds": seconds,
+                    "documents_per_s": documents / seconds,
+                    "tokens_per_s": tokens / seconds,
+                }
+            )
+    return rows
+
+
+def index_rates(folder: Path, count: int) -> dict[str, Any]:
+    generator = np.random.default_rng(0)
+    centres = generator.normal(size=(count // 20 + 1, DIMENSIONS)).astype(np.float32)
+    vectors = centres[generator.integers(0, len(centres), count)]
+    vectors += 0.5 * generator.normal(size=vectors.shape).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    np.save(folder / "000000.npy", vectors.astype(np.float16))
+    found = neighbors.Embeddings(folder, np.array([0, count]))
+    numbers = np.arange(count)
+    clock: dict[str, float] = {}
+
+    def timed(name: str, work: Any) -> Any:
+        started = time.process_time()
+        result = work()
+        clock[name] = time.process_time() - started
+        return result
+
+    trained, part, merged = (folder / f"{name}.faiss" for name in ("trained", "part", "merged"))
+    timed("train", lambda: neighbors.train_index(found, numbers, trained))
+    timed("fill", lambda: neighbors.fill_index(trained, found[numbers], numbers, part))
+    timed("merge", lambda: neighbors.merge_index(trained, [part], merged))
+    index = neighbors.merged_index(merged)
+    sample = np.linspace(0, count - 1, neighbors.RECALL_QUERIES).astype(np.int64)
+    queries = np.union1d(sample, numbers[:: max(1, count // 4_096)])
+    ids, _ = timed("search", lambda: neighbors.nearest(index, found, queries, COUNT, exact=False))
+    place = {int(query): row for row, query in enumerate(queries)}
+    return {
+        "vectors": count,
+        "lists": index.nlist,
+        "train_seconds": clock["train"],
+        "trained_on": min(count, max(neighbors.SAMPLES_PER_LIST * index.nlist, 39 * 256)),
+        "fill_per_s": count / clock["fill"],
+        "search_per_s": len(queries) / clock["search"],
+        "bytes_per_vector": (part.stat().st_size - trained.stat().st_size) / count,
+        "recall": neighbors.recall(found, numbers, lambda one: ids[place[one]], COUNT),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="an index of 20,000 vectors; about a minute")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
+    options = parser.parse_args()
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    faiss.omp_set_num_threads(1)
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
+        stages = stage_rates(Path(one))
+        index = index_rates(Path(two), 20_000 if options.quick else 200_000)
+    table = Table(
+        title="Stages over Python's standard library, one core",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for column in ("stage", "CPU s", "documents/s", "tokens/s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in stages:
+        table.add_row(
+            row["stage"], f"{row['seconds']:.2f}", f"{row['documents_per_s']:,.0f}", f"{row['tokens_per_s']:,.0f}"
+        )
+    Console().print(table)
+    for key, value in index.items():
+        print(f"index: {key.replace('_', ' ')} {value:,.2f}" if isinstance(value, float) else f"index: {key} {value:,}")
+    if options.json:
+        options.json.write_text(json.dumps({"stages": stages, "index": index}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""The documents of prepared data, whole again and in any order: where each one's parts lie, and its tokens.
+
+Preparation cuts documents and packs their parts, but an input shard's documents lie in that input shard's tar shards
+alone, and each part says where it came from. So nothing of the sources is read again, no text is stored twice, and a
+document costs a table entry of 21 bytes and 32 for each of its parts.
+"""
+
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..decompose import SPLITS
+from ..input_shard import write_whole
+from ..manifest import Manifest, open_prepared
+from ..packing import NO_DOCUMENT
+from ..reader import MAX_OPEN_SHARDS
+
+DOCUMENT_DTYPE = np.dtype([("record", "<u4"), ("held_out", "?"), ("pairs", "<i8"), ("first_part", "<i8")])
+"""One document: its number among the input shard's records, its split, its pairs, where its parts begin."""
+
+PART_DTYPE = np.dtype([("offset", "<i8"), ("sequence", "<i8"), ("length", "<i8"), ("place", "<u4"), ("pairs", "<u4")])
+"""Adjacent pairs of a document: the first one's place in it; the sequence of the split's bucket `length` that has them,
+and where in it."""
+
+
+def save(file: Path, array: NDArray) -> None:
+    """Write an array as an npy file, whole or not at all."""
+    write_whole(file, lambda begun: np.save(begun, array))
+
+
+def write_tables(manifest: Manifest, folder: Path, number: int) -> None:
+    """Write where the documents of input shard `number` lie; the table of documents, written last, says it is done.
+
+    Raises ValueError when parts are missing.
+    """
+    found, origins = [], []
+    for split in SPLITS:
+        for bucket in manifest.buckets(split):
+            first = np.cumsum([0, *bucket.shards["sequences"]])
+            # A bucket's shards are ordered by input shard.
+            begin, end = np.searchsorted(bucket.shards["input_shard"], [number, number + 1]).tolist()
+            if begin == end:
+                continue
+            sequences = np.arange(int(first[begin]), int(first[end]))
+            pieces = manifest.reader(bucket).pieces(sequences)
+            counts = [len(one) for one in pieces]
+            table = np.concatenate(pieces)
+            parts = np.empty(len(table), dtype=PART_DTYPE)
+            parts["offset"], parts["place"], parts["length"] = table[:, 2], table[:, 3], bucket.length
+            parts["sequence"] = np.repeat(sequences, counts)
+            # A part ends where the next of its sequence begins.
+            last = np.cumsum(counts) - 1
+            ends = np.append(table[1:, 3], 0)
+            ends[last] = bucket.length
+            parts["pairs"] = ends - table[:, 3]
+            found.append(parts)
+            origins.append(np.stack([table[:, 1], np.full(len(table), split == "held_out")], axis=1))
+    parts = np.concatenate(found) if found else np.empty(0, dtype=PART_DTYPE)
+    origin = np.concatenate(origins) if origins else np.empty((0, 2), dtype=np.int64)
+    real = origin[:, 0] != NO_DOCUMENT
+    parts, origin = parts[real], origin[real]
+    order = np.lexsort((parts["offset"], origin[:, 0]))
+    parts, origin = parts[order], origin[order]
+    first_parts = np.flatnonzero(np.diff(origin[:, 0], prepend=-1))
+    # Each part begins where the one before ends.
+    ends = parts["offset"] + parts["pairs"]
+    expected = np.append(0, ends[:-1])
+    expected[first_parts] = 0
+    if wrong := np.flatnonzero(parts["offset"] != expected).tolist():
+        raise ValueError(
+            f"{manifest.store.name}: record {origin[wrong[0], 0]} of input shard {number} has a part from pair "
+            f"{parts['offset'][wrong[0]]} on and none from {expected[wrong[0]]}; prepare again with nothing dropped"
+        )
+    documents = np.empty(len(first_parts), dtype=DOCUMENT_DTYPE)
+    documents["record"], documents["held_out"] = origin[first_parts].T
+    documents["first_part"] = first_parts
+    documents["pairs"] = np.add.reduceat(parts["pairs"], first_parts, dtype=np.int64) if len(parts) else 0
+    save(folder / f"{number:06d}.parts.npy", parts)
+    save(folder / f"{number:06d}.npy", documents)
+
+
+class Documents:
+    """All documents, numbered by input shard and record; reads any part of any of them."""
+
+    def __init__(self, prepared: str, folder: Path):
+        self.manifest = open_prepared(prepared, check_shards=False)
+        self._folder = folder
+        inputs = self.manifest.inputs()
+        self.first = np.cumsum([0, *(entry["documents"] for entry in inputs)], dtype=np.int64)
+        """int64 [input shards + 1], each one's first document."""
+        self.first_record = np.cumsum([0, *(entry["records"] for entry in inputs)], dtype=np.int64)
+        """int64 [input shards + 1], each one's first record."""
+        # A mapped file holds a descriptor, of which many systems allow a process 1,024.
+        self._opened = lru_cache(maxsize=MAX_OPEN_SHARDS)(self._open)
+        self._readers = {
+            (split == "held_out", bucket.length): self.manifest.reader(bucket)
+            for split in SPLITS
+            for bucket in self.manifest.buckets(split)
+        }
+        self._boundary_id = self.manifest.boundary_id
+
+    @property
+    def num_shards(self) -> int:
+        """Number of input shards."""
+        return sum(self.manifest.sources.values())
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def of_shard(self, number: int) -> range:
+        """Return the documents of an input shard."""
+        return range(int(self.first[number]), int(self.first[number + 1]))
+
+    def shard_column(self, number: int, name: str) -> NDArray:
+        """Return one field of the entries of an input shard's documents."""
+        return np.load(self._folder / f"{number:06d}.npy")[name]
+
+    def column(self, name: str) -> NDArray:
+        """Return one field of every document's entry."""
+        return np.concatenate([self.shard_column(number, name) for number in range(self.num_shards)])
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Return a document's input shard and its number there."""
+        shard = int(np.searchsorted(self.first, number, side="right")) - 1
+        return shard, number - int(self.first[shard])
+
+    def entry(self, number: int) -> NDArray:
+        """Return a document's entry, DOCUMENT_DTYPE."""
+        shard, inside = self.place(number)
+        return self._opened(shard)[0][inside]
+
+    def tokens(self, number: int, offset: int = 0, pairs: int | None = None) -> NDArray[np.unsignedinteger]:
+        """Return `pairs` pairs of a document from `offset` on, or all to its end: [pairs + 1].
+
+        That is the first one's input, then every one's target. The first input is the boundary at the document's
+        start and the token before elsewhere.
+        """
+        shard, inside = self.place(number)
+        table, parts = self._opened(shard)
+        document = table[inside]
+        last_part = int(table["first_part"][inside + 1]) if inside + 1 < len(table) else len(parts)
+        stop = int(document["pairs"]) if pairs is None else offset + pairs
+        start = max(offset - 1, 0)
+        found = [] if offset else [np.array([self._boundary_id], dtype=self.manifest.dtype)]
+        for part in parts[int(document["first_part"]) : last_part]:
+            begin, end = int(part["offset"]), int(part["offset"]) + int(part["pairs"])
+            if begin < stop and end > start:
+                reader = self._readers[bool(document["held_out"]), int(part["length"])]
+                targets = reader.read([int(part["sequence"])])[0, int(part["place"]) + 1 :]
+                found.append(targets[max(start - begin, 0) : min(stop, end) - begin])
+        return np.concatenate(found)
+
+    def texts(self, numbers: Iterable[int]) -> Iterator[str]:
+        """Yield the documents' texts."""
+        tokenizer = self.manifest.tokenizer().tokenizer
+        for number in numbers:
+            yield tokenizer.decode(self.tokens(number)[1:-1].tolist(), skip_special_tokens=False)
+
+    def _open(self, number: int) -> tuple[NDArray, NDArray]:
+        names = f"{number:06d}.npy", f"{number:06d}.parts.npy"
+        table, parts = (np.load(self._folder / name, mmap_mode="r") for name in names)
+        return table, parts
+
+
+@lru_cache(maxsize=2)
+def opened(prepared: str, folder: Path) -> Documents:
+    """Return the documents, opened once a process."""
+    return Documents(prepared, folder)

@@ -1,0 +1,182 @@
+"""Documents to unit vectors, whose inner product is their cosine.
+
+Either a sentence-transformers or Hugging Face encoder, or what needs no download: counts of hashed token n-grams,
+weighted by TF-IDF and reduced by a truncated SVD (latent semantic analysis), fitted on a sample of the documents.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfTransformer
+from threadpoolctl import threadpool_limits
+
+from .config import LongDocuments, OrderConfig
+from .documents import Documents
+
+FEATURES_BITS = 18
+"""Tokens and pairs of adjacent ones are counted under 2^18 hashed numbers."""
+
+FIT_DOCUMENTS = 20_000
+"""Train documents that the TF-IDF weights and the SVD are fitted on, evenly spaced."""
+
+BATCH_TOKENS = 1 << 20
+"""Documents are embedded together up to so many tokens."""
+
+BATCH_WINDOWS = 32
+"""Windows that a model encodes at once."""
+
+
+class Encoder(Protocol):
+    """Makes unit vectors of documents."""
+
+    def encode(self, documents: Documents, numbers: Iterable[int]) -> Iterator[NDArray[np.float32]]:
+        """Yield the documents' vectors in order, some at a time: [some, dimensions].
+
+        A document the encoder knows nothing of has the zero vector, similar to none.
+        """
+        ...
+
+
+class HashedEncoder:
+    """Hashed n-grams with TF-IDF and a truncated SVD."""
+
+    def __init__(self, file: Path, long_documents: LongDocuments, window_tokens: int):
+        with np.load(file) as fitted:
+            self._weights, self._components = fitted["idf"], fitted["components"]
+        self._windows = long_documents, window_tokens
+
+    def encode(self, documents: Documents, numbers: Iterable[int]) -> Iterator[NDArray[np.float32]]:
+        """See Encoder."""
+        for batch in _batches(documents, numbers):
+            counts, owners = _counts(batch, *self._windows)
+            counts.data = (1 + np.log(counts.data)) * self._weights[counts.indices]
+            yield _averaged(unit(counts @ self._components), owners, len(batch))
+
+
+def fit(documents: Documents, config: OrderConfig, file: Path) -> None:
+    """Fit the default encoder on a sample of the train documents and write it to `file`."""
+    train = np.flatnonzero(~documents.column("held_out"))
+    sample = train[np.unique(np.linspace(0, len(train) - 1, min(len(train), FIT_DOCUMENTS)).astype(np.int64))]
+    windows = config.long_documents, config.window_tokens
+    counts = sparse.vstack([_counts(batch, *windows)[0] for batch in _batches(documents, sample)], format="csr")
+    # One thread, so that the sums come out the same on any number of cores.
+    with threadpool_limits(1):
+        weighing = TfidfTransformer(sublinear_tf=True)
+        weighted = weighing.fit_transform(counts)
+        dimensions = min(config.embedding_dimensions, *weighted.shape)
+        reducing = TruncatedSVD(dimensions, n_iter=4, random_state=0).fit(weighted)
+    components = np.ascontiguousarray(reducing.components_, dtype=np.float32).T
+    with file.open("wb") as out:
+        np.savez(out, idf=weighing.idf_.astype(np.float32), components=components)
+
+
+class ModelEncoder:
+    """A sentence-transformers model, or any Hugging Face encoder with the mean of its last hidden states."""
+
+    def __init__(self, name: str, long_documents: LongDocuments, device_number: int):
+        import torch
+        from sentence_transformers import SentenceTransformer  # seconds, and only for this encoder
+
+        device = f"cuda:{device_number % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+        if device == "cpu":
+            torch.set_num_threads(1)  # the processes share the cores, and sums come out the same on any number
+        try:
+            self._model = SentenceTransformer(name, device=device)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"order.encoder = {name!r} cannot be loaded: {error}") from error
+        self._head = long_documents == "head"
+        tokenizer = self._model.tokenizer
+        limit = self._model.max_seq_length or tokenizer.model_max_length
+        self._window = limit - tokenizer.num_special_tokens_to_add()
+
+    def encode(self, documents: Documents, numbers: Iterable[int]) -> Iterator[NDArray[np.float32]]:
+        """See Encoder."""
+        for batch in _in_batches(documents, numbers):
+            windows, owners = [], []
+            for owner, text in enumerate(documents.texts(batch)):
+                for window in self._cut(text):
+                    windows.append(window)
+                    owners.append(owner)
+            vectors = self._model.encode(
+                windows, batch_size=BATCH_WINDOWS, normalize_embeddings=True, show_progress_bar=False
+            )
+            yield _averaged(np.asarray(vectors, dtype=np.float32), np.array(owners), len(batch))
+
+    def _cut(self, text: str) -> list[str]:
+        spans = self._model.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
+        )["offset_mapping"]
+        windows = [spans[first : first + self._window] for first in range(0, len(spans), self._window)]
+        cuts = [text[window[0][0] : window[-1][1]] for window in windows] or [text]
+        return cuts[:1] if self._head else cuts
+
+
+def make_encoder(config: OrderConfig, fitted: Path, device_number: int) -> Encoder:
+    """Return the encoder that `config` names. Raises ValueError for a model that cannot be loaded."""
+    if config.encoder:
+        return ModelEncoder(config.encoder, config.long_documents, device_number)
+    return HashedEncoder(fitted, config.long_documents, config.window_tokens)
+
+
+def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the vectors [n, d] at length 1; zero stays zero."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
+
+
+def _averaged(windows: NDArray[np.float32], owners: NDArray[np.int64], count: int) -> NDArray[np.float32]:
+    """Return the unit vector of each owner's mean of unit vectors [windows, d] -> [count, d]."""
+    sums = np.zeros((count, windows.shape[1]), dtype=np.float32)
+    np.add.at(sums, owners, windows)
+    return unit(sums)
+
+
+def _in_batches(documents: Documents, numbers: Iterable[int]) -> Iterator[list[int]]:
+    """Yield runs of documents of some BATCH_TOKENS."""
+    batch, size = [], 0
+    for number in numbers:
+        batch.append(int(number))
+        size += int(documents.entry(int(number))["pairs"])
+        if size >= BATCH_TOKENS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _batches(documents: Documents, numbers: Iterable[int]) -> Iterator[list[NDArray[np.unsignedinteger]]]:
+    for batch in _in_batches(documents, numbers):
+        yield [documents.tokens(number)[1:-1] for number in batch]
+
+
+def _counts(
+    batch: list[NDArray[np.unsignedinteger]], long_documents: LongDocuments, window_tokens: int
+) -> tuple[sparse.csr_array, NDArray[np.int64]]:
+    """Return each window's counts of hashed n-grams, [windows, 2^18] sparse, and whose window it is, [windows]."""
+    if long_documents == "head":
+        batch = [tokens[:window_tokens] for tokens in batch]
+    sizes = np.array([len(tokens) for tokens in batch], dtype=np.int64)
+    num_windows = np.maximum(-(-sizes // window_tokens), 1)
+    owners = np.repeat(np.arange(len(batch)), num_windows)
+    first_window = np.cumsum(num_windows) - num_windows
+    tokens = np.concatenate(batch).astype(np.uint64)
+    document = np.repeat(np.arange(len(batch)), sizes)
+    inside = np.arange(len(tokens)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    window = first_window[document] + inside // window_tokens
+    # Fibonacci hashing: the upper bits of a product with an odd number; a pair's second token gets another one.
+    shift = np.uint64(64 - FEATURES_BITS)
+    single = tokens * np.uint64(0x9E3779B97F4A7C15)
+    [together] = np.nonzero(window[1:] == window[:-1])
+    pairs = single[together] * np.uint64(0xD6E8FEB86659FD93) + tokens[together + 1] * np.uint64(0xBF58476D1CE4E5B9)
+    features = np.concatenate([single, pairs]) >> shift
+    rows = np.concatenate([window, window[together]]).astype(np.uint64)
+    keys, counts = np.unique(rows << np.uint64(FEATURES_BITS) | features, return_counts=True)
+    shape = len(owners), 1 << FEATURES_BITS
+    columns = (keys & np.uint64((1 << FEATURES_BITS) - 1)).astype(np.int32)
+    starts = np.searchsorted(keys >> np.uint64(FEATURES_BITS), np.arange(len(owners) + 1, dtype=np.uint64))
+    return sparse.csr_array((counts.astype(np.float32), columns, starts.astype(np.int32)), shape=shape), owners

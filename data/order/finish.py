@@ -1,0 +1,202 @@
+"""The end of an ordering: layout, shards, and a manifest like that of prepared data.
+
+<directory>.partial/
+  shards/000012/                 tar shards of part 12
+  work/layout/                   where every pair goes
+  work/parts.json                how many parts there are: the layout is done
+  work/books/000012.json         ledger and table of shards of part 12, written last: it is done
+  work/counts, work/placement    its train targets; where its documents begin
+"""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config import DataConfig
+from ..decompose import SPLITS, Split
+from ..input_shard import books_file, counts_file, write_whole
+from ..ledger import Ledger, SplitLedger
+from ..manifest import INPUTS_FILE, MANIFEST_FILE, SHARDS_FILE, UNIGRAM_FILE, Manifest, file_hashes, settings_of
+from ..packing import NO_DOCUMENT
+from ..shards import SHARD_DTYPE, BucketWriter, ShardName, sync
+from ..store import LocalStore
+from ..tokenize import TOKENIZER_FILE
+from .config import OrderConfig
+from .contexts import Layout, lay_in_context, lay_long_buckets, read_sequence, stored
+from .documents import Documents, save
+from .neighbors import Embeddings
+from .report import REPORT_FILE, make_report
+
+PLACEMENT_FILE = "placement.npy"
+PLACEMENT_DTYPE = np.dtype([("record", "<u4"), ("length", "<u4"), ("sequence", "<i8")])
+"""One document, in the order of records: the bucket and the number in it of the sequence where it begins. Where the
+length is 0 it was left out, and the number is the record of the near-duplicate that stays."""
+
+PART_SHARDS = 4
+"""A part has about so many full shards."""
+
+
+def lay(data: DataConfig, order: OrderConfig, documents: Documents, path: NDArray[np.uint32], partial: Path) -> None:
+    """Write the layout of both splits, and into how many parts the work is divided."""
+    if documents.first_record[-1] >= NO_DOCUMENT:
+        raise ValueError(f"{data.directory} has {documents.first_record[-1]} records; a context names at most 2^32 - 2")
+    pairs, held_out = documents.column("pairs"), documents.column("held_out")
+    lengths, tokens = order.lengths(data), 0
+    for split in SPLITS:
+        here = path[held_out[path] == (split == "held_out")]
+        if order.mode == "in_context":
+            layout = lay_in_context(here, pairs, lengths[0])
+        else:
+            layout = lay_long_buckets(here, pairs, lengths, (order.seed, split))
+        layout.save(partial / "work" / "layout", split)
+        tokens += sum(length * layout.sequences(length) for length in lengths)
+    parts = max(1, round(tokens / (PART_SHARDS * data.shard_tokens)))
+    write_whole(partial / "work" / "parts.json", lambda file: file.write_text(json.dumps(parts)))
+
+
+def num_parts(partial: Path) -> int:
+    """Return into how many parts the writing is divided."""
+    return json.loads((partial / "work" / "parts.json").read_text())
+
+
+def make_part(data: DataConfig, order: OrderConfig, documents: Documents, partial: Path, number: int) -> None:
+    """Write part `number` of every bucket of both splits."""
+    manifest, parts = documents.manifest, num_parts(partial)
+    begun = partial / "work" / f"part-{number:06d}"
+    shutil.rmtree(begun, ignore_errors=True)
+    begun.mkdir(parents=True)
+    ledger, counts = Ledger(), np.zeros(manifest.vocab_size, dtype=np.int64)
+    placed: list[tuple[int, int, int]] = []
+    tables = []
+    for split in SPLITS:
+        layout = Layout.load(partial / "work" / "layout", split, order.lengths(data))
+        for length in order.lengths(data):
+            first, last = (layout.sequences(length) * (number + side) // parts for side in (0, 1))
+            name, dtype = ShardName(number, split, length, 0), np.dtype(manifest.dtype)
+            writer = BucketWriter(begun, name, dtype, data.shard_tokens, counts if split == "train" else None)
+            places = np.arange(first, last)
+            with writer:
+                for place, sequence in enumerate(stored(layout, length, order.seed, split, places).tolist(), first):
+                    tokens, pieces = read_sequence(documents, layout, length, sequence, manifest.boundary_id)
+                    begin = [document for document, offset, _ in pieces if not offset and document != NO_DOCUMENT]
+                    placed += [(document, length, place) for document in begin]
+                    _enter(ledger.splits[split], length, pieces)
+                    writer.append(tokens, [(_record(documents, piece[0]), *piece[1:]) for piece in pieces])
+            tables.append(writer.shards())
+    sync(begun)
+    final = partial / "shards" / f"{number:06d}"
+    # Whole but without books: a process died between the two renames, and its bytes were the same.
+    shutil.rmtree(final, ignore_errors=True)
+    final.parent.mkdir(exist_ok=True)
+    begun.rename(final)
+    save(counts_file(partial, number), counts)
+    save(partial / "work" / "placement" / f"{number:06d}.npy", np.array(placed, dtype=np.int64).reshape(-1, 3))
+    rows = [[entry[name].item() for name in entry.dtype.names] for entry in np.concatenate(tables)]
+    books = {"ledger": ledger.to_json(), "shards": [[*row[:-1], row[-1].decode()] for row in rows]}
+    write_whole(books_file(partial, number), lambda file: file.write_text(json.dumps(books) + "\n"))
+
+
+def _enter(books: SplitLedger, length: int, pieces: list[tuple[int, int, int]]) -> None:
+    books.sequences[length] += 1
+    documents = [document for document, _, _ in pieces if document != NO_DOCUMENT]
+    books.packed_sequences += len(documents) > 1
+    if len(documents) < len(pieces):
+        books.filler_tokens += length - pieces[-1][2]
+
+
+def _record(documents: Documents, document: int) -> int:
+    """Return a document's number among all records."""
+    if document == NO_DOCUMENT:
+        return NO_DOCUMENT
+    shard, _ = documents.place(document)
+    return int(documents.first_record[shard]) + int(documents.entry(document)["record"])
+
+
+def finish(
+    data: DataConfig,
+    order: OrderConfig,
+    documents: Documents,
+    embeddings: Embeddings,
+    *,
+    partial: Path,
+    left_out: NDArray[np.uint32],
+    path: NDArray[np.void],
+    lists: Iterable[tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]],
+    measured: dict[str, Any],
+) -> None:
+    """Write the manifest and what stands beside it, and give the directory its name; no shard is read or moved.
+
+    It may be killed and repeated at any point. `left_out` is (near-duplicate, document kept) [n, 2], `measured` what
+    earlier stages have to say.
+    """
+    directory, prepared = Path(order.directory), documents.manifest
+    if not (partial / MANIFEST_FILE).exists():
+        for name in (TOKENIZER_FILE, INPUTS_FILE):
+            shutil.copyfile(Path(data.directory, name), partial / name)
+        ledger, table = _sum_up(documents, partial, left_out)
+        make_report(data, order, documents, embeddings, partial, path, lists, measured)
+        manifest = Manifest(
+            files=file_hashes(partial, PLACEMENT_FILE, REPORT_FILE),
+            vocab_size=prepared.vocab_size,
+            boundary=prepared.boundary,
+            boundary_id=prepared.boundary_id,
+            dtype=prepared.dtype,
+            config=prepared.config,
+            lengths=order.lengths(data),
+            has_boundaries=order.document_masks,
+            sources={"ordered": num_parts(partial)},
+            order=settings_of(order),
+            ledger=ledger,
+            shards=table,
+            store=LocalStore(partial),
+        )
+        for name in manifest.files:
+            sync(partial / name)
+        write_whole(partial / MANIFEST_FILE, manifest.write)
+    sync(partial)
+    shutil.rmtree(partial / "work", ignore_errors=True)
+    if directory.exists():
+        directory.rmdir()  # an empty one may be filled
+    partial.rename(directory)
+    sync(directory.parent)
+
+
+def _sum_up(documents: Documents, partial: Path, left_out: NDArray[np.uint32]) -> tuple[Ledger, NDArray[np.void]]:
+    """Write the tables of all parts -> the ledger, which adds up, and the table of shards."""
+    ledger = Ledger.from_json(documents.manifest.ledger.to_json())
+    for books in ledger.splits.values():
+        books.sequences, books.packed_sequences, books.filler_tokens = Counter(), 0, 0
+    unigram = np.zeros(documents.manifest.vocab_size, dtype=np.int64)
+    placement = np.zeros(len(documents), dtype=PLACEMENT_DTYPE)
+    first_records = np.repeat(documents.first_record[:-1], np.diff(documents.first))
+    placement["record"] = first_records + documents.column("record")
+    tables = []
+    for number in range(num_parts(partial)):
+        books = json.loads(books_file(partial, number).read_text())
+        ledger.add(Ledger.from_json(books["ledger"]))
+        tables.append(np.array([(*row[:-1], row[-1].encode()) for row in books["shards"]], dtype=SHARD_DTYPE))
+        unigram += np.load(counts_file(partial, number))
+        document, length, sequence = np.load(partial / "work" / "placement" / f"{number:06d}.npy").T
+        placement["length"][document], placement["sequence"][document] = length, sequence
+    gone, kept = left_out.T.astype(np.int64)
+    placement["sequence"][gone] = placement["record"][kept]
+    pairs, held_out = documents.column("pairs")[gone], documents.column("held_out")[gone]
+    for split in SPLITS:
+        here: Split = split
+        chosen = pairs[held_out == (here == "held_out")]
+        if len(chosen):
+            ledger.splits[here].dropped_documents["near_duplicate"] = len(chosen)
+            ledger.splits[here].dropped_tokens["near_duplicate"] = int(chosen.sum())
+    ledger.check()
+    assert np.count_nonzero(placement["length"]) == len(documents) - len(gone), "each document that stays is placed"
+    table = np.concatenate(tables)
+    np.save(partial / UNIGRAM_FILE, unigram)
+    np.save(partial / SHARDS_FILE, table)
+    np.save(partial / PLACEMENT_FILE, placement)
+    return ledger, table

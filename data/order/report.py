@@ -1,0 +1,204 @@
+"""What an ordering found, in `order.json`, and how `longring inspect` shows it."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..config import DataConfig
+from ..decompose import SPLITS
+from ..manifest import Manifest
+from ..packing import NO_DOCUMENT
+from .config import OrderConfig
+from .contexts import Layout, stored
+from .documents import Documents
+from .neighbors import Embeddings
+
+REPORT_FILE = "order.json"
+SAMPLED_CONTEXTS = 256
+SHOWN_DOCUMENTS = 6
+SHOWN_NEIGHBORS = 3
+FIRST_LINE_TOKENS = 32
+BAR = 30
+
+
+def make_report(
+    data: DataConfig,
+    order: OrderConfig,
+    documents: Documents,
+    embeddings: Embeddings,
+    partial: Path,
+    path: NDArray[np.void],
+    lists: Iterable[tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]],
+    measured: dict[str, Any],
+) -> None:
+    """Write `order.json`."""
+    similarity = path["similarity"]
+    steps = similarity[~np.isnan(similarity)]
+    counts, edges = np.histogram(np.clip(steps, -1, 1), bins=20, range=(0, 1))
+    counts[0] += int(np.count_nonzero(steps < 0))
+    report = {
+        **measured,
+        "path": {
+            "documents": len(path),
+            "jumps": int(np.count_nonzero(np.isnan(similarity))),
+            "mean_similarity": float(steps.mean(dtype=np.float64)) if len(steps) else 0.0,
+            "cosine_from": [round(float(edge), 2) for edge in edges[:-1]],
+            "steps": counts.tolist(),
+        },
+        "contexts": context_similarity(data, order, embeddings, partial),
+        "neighbors": _neighbor_pairs(documents, lists),
+    }
+    (partial / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def context_similarity(data: DataConfig, order: OrderConfig, embeddings: Embeddings, partial: Path) -> dict[str, float]:
+    """Return the mean cosine of two documents of one train context, and of two of neighbouring ones as stored.
+
+    Of joined contexts, evenly spaced, up to SAMPLED_CONTEXTS of each bucket.
+    """
+    layout = Layout.load(partial / "work" / "layout", "train", order.lengths(data))
+    inside, across, sizes = [], [], []
+    for length in order.lengths(data):
+        own, count = len(layout.own[length]), layout.sequences(length)
+        if not len(layout.contexts[length]):
+            continue
+        places = np.unique(np.linspace(0, count - 1, SAMPLED_CONTEXTS).astype(np.int64))
+        for place in places.tolist():
+            pair = stored(layout, length, order.seed, "train", np.arange(place, min(place + 2, count))) - own
+            vectors = [embeddings[_documents(layout, length, one)] for one in pair.tolist() if one >= 0]
+            if pair[0] < 0:
+                continue
+            first = vectors[0]
+            sizes.append(len(first))
+            if len(first) > 1:
+                cosines = first @ first.T
+                inside.append((cosines.sum() - np.trace(cosines)) / (len(first) * (len(first) - 1)))
+            if len(vectors) == 2:
+                across.append((first @ vectors[1].T).mean())
+    return {
+        "inside": float(np.mean(inside)) if inside else float("nan"),
+        "across": float(np.mean(across)) if across else float("nan"),
+        "documents": float(np.mean(sizes)) if sizes else 0.0,
+    }
+
+
+def _documents(layout: Layout, length: int, context: int) -> NDArray[np.int64]:
+    """Return the documents of a joined context."""
+    first = int(layout.contexts[length][context])
+    begin = int(np.searchsorted(layout.starts, first, side="right")) - 1
+    end = int(np.searchsorted(layout.starts, min(first + length, int(layout.starts[-1]))))
+    return np.unique(layout.members["document"][begin:end].astype(np.int64))
+
+
+def _neighbor_pairs(
+    documents: Documents, lists: Iterable[tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]]
+) -> list[dict[str, Any]]:
+    """Return some documents, evenly spaced, with their nearest neighbours."""
+    wanted = set(np.unique(np.linspace(0, len(documents) - 1, SHOWN_DOCUMENTS).astype(np.int64)).tolist())
+    found = []
+    for numbers, ids, cosines in lists:
+        for row in np.flatnonzero(np.isin(numbers, list(wanted))).tolist():
+            nearest = [
+                {"similarity": float(cosine), **describe(documents, int(other))}
+                for other, cosine in zip(ids[row, :SHOWN_NEIGHBORS], cosines[row], strict=False)
+                if other != NO_DOCUMENT
+            ]
+            found.append({**describe(documents, int(numbers[row])), "neighbors": nearest})
+    return found
+
+
+def describe(documents: Documents, number: int) -> dict[str, str]:
+    """Return a document's title (where it came from) and its first line."""
+    shard, _ = documents.place(number)
+    record = int(documents.entry(number)["record"])
+    pairs = int(documents.entry(number)["pairs"])
+    tokens = documents.tokens(number, 0, min(pairs, FIRST_LINE_TOKENS))[1:]
+    return {"title": documents.manifest.origin(shard, record), "first_line": first_line(documents.manifest, tokens)}
+
+
+def first_line(manifest: Manifest, tokens: NDArray[np.unsignedinteger]) -> str:
+    """Return the first line that has letters of a document's first tokens."""
+    text = manifest.tokenizer().tokenizer.decode([token for token in tokens.tolist() if token != manifest.boundary_id])
+    return next((line.strip() for line in text.splitlines() if any(map(str.isalnum, line))), text.strip())
+
+
+def show_order(manifest: Manifest, console: Console) -> None:
+    """Print what an ordering found: near-duplicates, neighbours, the path, a context's documents."""
+    report = json.loads(manifest.store.path(REPORT_FILE, manifest.files[REPORT_FILE]).read_text(encoding="utf-8"))
+    assert manifest.order is not None, "of ordered data"
+    console.print(f"\n[bold]Ordered by {manifest.order['by']}, mode {manifest.order['mode']}[/bold]")
+    how = "by IVF-PQ" if report["approximate"] else "exactly"
+    recall = ", ".join(f"{split.replace('_', ' ')} {report['recall'][split]:.1%}" for split in SPLITS)
+    console.print(f"Neighbours were searched {how}; recall of the exact ones: {recall}.", highlight=False)
+    console.print(duplicates_table(report["duplicates"]))
+    for entry in report["neighbors"]:
+        console.print(f"\n{_described(entry)}", highlight=False)
+        for other in entry["neighbors"]:
+            console.print(f"  {other['similarity']:.3f}  {_described(other)}", highlight=False)
+    path, contexts = report["path"], report["contexts"]
+    table = Table(title="Steps of the path by cosine", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("from", "steps"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for edge, count in zip(path["cosine_from"], path["steps"], strict=True):
+        if count:
+            table.add_row(f"{edge:.2f}", f"{count:,}", "█" * round(BAR * count / max(path["steps"])))
+    console.print(table)
+    console.print(
+        f"{path['documents']:,} documents, {path['jumps']:,} jumps, mean cosine of a step "
+        f"{path['mean_similarity']:.3f}.\nTwo documents of one context have cosine {contexts['inside']:.3f}, of "
+        f"contexts stored next to each other {contexts['across']:.3f}; a context has {contexts['documents']:.1f} "
+        "documents.",
+        highlight=False,
+    )
+    _show_context(manifest, console)
+
+
+def duplicates_table(found: dict[str, Any]) -> Table:
+    """Pairs of neighbours by cosine, and from where on near-duplicates are looked for."""
+    table = Table(
+        title="Pairs of neighbours by cosine", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for name in ("from", "pairs", "compared", "near-duplicates"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    rows = list(zip(found["cosine_from"], found["pairs"], found["sampled"], found["confirmed"], strict=True))
+    shown = [row for row in rows if row[1] and (row[3] or row[0] >= 0.8)]
+    for edge, pairs, sampled, confirmed in shown:
+        looked = "all compared" if edge >= found["threshold"] else ""
+        table.add_row(f"{edge:.2f}", f"{pairs:,}", f"{sampled}", f"{confirmed / sampled:.0%}", looked)
+    chosen = f"{found['threshold']:.2f}" if found["threshold"] <= 1 else "none: no pair was worth it"
+    table.caption, table.caption_justify = f"threshold: {chosen}", "left"
+    return table
+
+
+def _show_context(manifest: Manifest, console: Console) -> None:
+    """Print the documents of one sequence of the longest bucket that has any: of some, that with the most."""
+    bucket = [bucket for bucket in manifest.buckets("train") if bucket.sequences][-1]
+    reader = manifest.reader(bucket)
+    sample = np.unique(np.linspace(0, bucket.sequences - 1, 16).astype(np.int64))
+    number, pieces = max(zip(sample.tolist(), reader.pieces(sample), strict=True), key=lambda entry: len(entry[1]))
+    row = reader.read([number])[0]
+    console.print(f"\n[bold]Sequence {number:,} of bucket {bucket.length:,}[/bold]", highlight=False)
+    ends = [*pieces[1:, 3].tolist(), bucket.length]
+    for (part, record, offset, place), end in zip(pieces.tolist(), ends, strict=True):
+        if record == NO_DOCUMENT:
+            console.print(f"  {end - place:>7,} filler")
+            continue
+        line = first_line(manifest, row[place : min(end, place + FIRST_LINE_TOKENS)])
+        where = manifest.origin(part, record) + (f", from token {offset:,} on" if offset else "")
+        console.print(f"  {end - place:>7,} {_described({'title': where, 'first_line': line})}", highlight=False)
+
+
+def _described(entry: dict[str, Any]) -> str:
+    # The end of a title tells more than its beginning, which is the corpus'.
+    title = entry["title"] if len(entry["title"]) <= 60 else "…" + entry["title"][-59:]
+    return f"{escape(title)}  [dim]{escape(entry['first_line'][:60])}[/dim]"

@@ -1,0 +1,125 @@
+"""The path against a direct, quadratic transcription of the paper's algorithm."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from longring.data.order import path
+from longring.data.order.path import NO_DOCUMENT, greedy_path, leave_out, make_graph, nearest_groups, random_order
+
+
+@st.composite
+def lists(draw) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Neighbour lists [n, k] with symmetric cosines of few values, so that there are ties; and documents left out."""
+    n, k = draw(st.integers(1, 14)), draw(st.integers(1, 5))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
+    similarity = generator.integers(-2, 5, (n, n)).astype(np.float32) / 8
+    similarity = np.maximum(similarity, similarity.T)
+    ids = np.full((n, k), NO_DOCUMENT, dtype=np.uint32)
+    cosines = np.full((n, k), -np.inf, dtype=np.float32)
+    for document in range(n):
+        others = generator.permutation(np.delete(np.arange(n), document))
+        listed = others[: generator.integers(0, k + 1)]
+        # Holes may lie anywhere.
+        slots = generator.permutation(k)[: len(listed)]
+        ids[document, slots], cosines[document, slots] = listed, similarity[document, listed]
+    return ids, cosines, generator.random(n) < draw(st.sampled_from([0.0, 0.3]))
+
+
+def transcribed(ids: np.ndarray, cosines: np.ndarray, dropped: np.ndarray) -> tuple[list[int], list[float]]:
+    """Algorithm 1: an edge where either lists the other; start, and after a dead end, at minimum degree."""
+    documents = [document for document in range(len(ids)) if not dropped[document]]
+    edges: dict[int, dict[int, float]] = {document: {} for document in documents}
+    for one in documents:
+        for other, cosine in zip(ids[one].tolist(), cosines[one].tolist(), strict=True):
+            if other in edges:
+                edges[one][other] = edges[other][one] = cosine
+    left, found, steps = set(documents), [], []
+    while left:
+        document, step = min(left, key=lambda one: (len(edges[one]), one)), float("nan")
+        while True:
+            found.append(document)
+            steps.append(step)
+            left.remove(document)
+            neighbors = [other for other in edges[document] if other in left]
+            if not neighbors:
+                break
+            here = edges[document]
+            following = min(neighbors, key=lambda other: (-here[other], other))
+            document, step = following, here[following]
+    return found, steps
+
+
+def walked(ids: np.ndarray, cosines: np.ndarray, dropped: np.ndarray, file: Path) -> np.ndarray:
+    ids = ids.copy()
+    leave_out(ids, dropped)
+    for _ in greedy_path(make_graph(ids, cosines), dropped, file):
+        pass
+    return np.fromfile(file, dtype=path.STEP_DTYPE)
+
+
+@settings(max_examples=300, deadline=None)
+@given(found=lists())
+def test_is_the_papers_algorithm(found: tuple[np.ndarray, np.ndarray, np.ndarray]):
+    with tempfile.TemporaryDirectory() as temporary:
+        steps = walked(*found, Path(temporary, "path"))
+    documents, similarities = transcribed(*found)
+    assert steps["document"].tolist() == documents
+    assert sorted(documents) == np.flatnonzero(~found[2]).tolist()
+    np.testing.assert_array_equal(steps["similarity"], np.array(similarities, dtype=np.float32))
+
+
+@settings(max_examples=100, deadline=None)
+@given(found=lists())
+def test_degrees_and_edges_are_the_undirected_graphs(found: tuple[np.ndarray, np.ndarray, np.ndarray]):
+    ids, cosines, _ = found
+    graph = make_graph(ids, cosines)
+    pairs = {(one, int(other)) for one in range(len(ids)) for other in ids[one] if other != NO_DOCUMENT}
+    pairs |= {(other, one) for one, other in pairs}
+    for document in range(len(ids)):
+        mine = [int(other) for other in ids[document] if other != NO_DOCUMENT]
+        mine += graph.listed_by[graph.first[document] : graph.first[document + 1]].tolist()
+        assert sorted(mine) == sorted(other for one, other in pairs if one == document), "each edge once at either end"
+        assert graph.degrees[document] == len(mine)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 10, 13])
+def test_stopped_anywhere_and_continued_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int):
+    generator = np.random.default_rng(1)
+    ids = np.array([generator.permutation(np.delete(np.arange(40), one))[:3] for one in range(40)], dtype=np.uint32)
+    cosines, dropped = generator.random((40, 3)).astype(np.float32), np.zeros(40, dtype=np.bool_)
+    dropped[[3, 30]] = True
+    whole = walked(ids, cosines, dropped, tmp_path / "whole")
+    monkeypatch.setattr(path, "CHECKPOINT_STEPS", steps)
+    ids = ids.copy()
+    leave_out(ids, dropped)
+    for number, done in enumerate(greedy_path(make_graph(ids, cosines), dropped, tmp_path / "file"), start=1):
+        assert done == min(38, steps * number) == (tmp_path / "file").stat().st_size // 8
+        if number == 2:
+            break
+    with (tmp_path / "file").open("ab") as file:
+        file.write(b"\1\2\3")  # a step cut short
+    rest = list(greedy_path(make_graph(ids, cosines), dropped, tmp_path / "file"))
+    assert rest == ([*range(3 * steps, 38, steps), 38] if 2 * steps < 38 else [])
+    assert (tmp_path / "file").read_bytes() == whole.tobytes()
+    assert list(greedy_path(make_graph(ids, cosines), dropped, tmp_path / "file")) == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(found=lists(), seed=st.integers(0, 5))
+def test_baselines_are_permutations(found: tuple[np.ndarray, np.ndarray, np.ndarray], seed: int):
+    ids, _, dropped = found
+    leave_out(ids, dropped)
+    order = random_order(len(ids), dropped, seed)
+    groups = nearest_groups(ids, dropped, seed)
+    assert sorted(order.tolist()) == sorted(groups.tolist()) == np.flatnonzero(~dropped).tolist()
+    # Each document that is left, in random order, then those it lists that are left.
+    expected: list[int] = []
+    for document in order.tolist():
+        for other in [document, *ids[document].tolist()] if document not in expected else []:
+            if other != NO_DOCUMENT and other not in expected:
+                expected.append(other)
+    assert groups.tolist() == expected

@@ -1,0 +1,527 @@
+"""The whole of `longring order`: every token where the ledger says, whoever did it, however often it was killed."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig, SourceConfig, TokenizerConfig
+from longring.data.cost import PAPER_1B
+from longring.data.decompose import SPLITS
+from longring.data.inspect import inspect
+from longring.data.loader import read_rows, training_order
+from longring.data.manifest import Manifest, open_prepared
+from longring.data.order import stages
+from longring.data.order.config import KnotsConfig, OrderConfig
+from longring.data.order.documents import Documents
+from longring.data.order.knots import Knots
+from longring.data.order.stages import STAGES, Work, order
+from longring.data.packing import NO_DOCUMENT
+from longring.data.prepare import prepare
+from longring.data.shards import sha256_of
+from rich.console import Console
+
+QUIET = Console(quiet=True)
+TOPICS = ("ring token home turn", "bucket shard tar block", "knot label trace head tail", "path graph walk edge degree")
+
+CHILD = """
+import json, sys
+from rich.console import Console
+from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
+from longring.data.order.config import OrderConfig
+from longring.data.order.stages import order
+tree, settings = json.loads(sys.argv[1])
+tree["source"], tree["tokenizer"] = SourceConfig(**tree["source"]), TokenizerConfig(**tree["tokenizer"])
+if __name__ == "__main__":
+    order(DataConfig(**tree), OrderConfig(**settings), Console(quiet=True), workers=2)
+"""
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+
+
+def sentences(topic: int, seed: int, count: int) -> str:
+    generator = random.Random(f"{topic} {seed}")
+    words = TOPICS[topic].split()
+    return " ".join(generator.choice([*words, *words, f"w{generator.randint(0, 30)}"]) for _ in range(count))
+
+
+COPIED = {5: 8, 20: 24, 33: 36}
+"""Documents planted as near-duplicates: of which they are."""
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """Documents of four topics in turn, some long, some planted near-duplicates of the same topic, two bad ones."""
+    found = [sentences(number % 4, number, 10 + 7 * (number % 13) + 150 * (number % 11 == 0)) for number in range(90)]
+    for number, (source, copy) in enumerate(COPIED.items()):
+        found[source] = sentences(source % 4, 1_000 + number, 80)
+        found[copy] = found[source] + " and an end of its own"
+    return [*found[:40], "", *found[40:], ""]
+
+
+@pytest.fixture(scope="module")
+def prepared(texts: list[str], tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> DataConfig:
+    """Five input shards of two splits, nothing dropped."""
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "corpus").mkdir()
+    for part in range(5):
+        lines = [json.dumps({"text": text}) + "\n" for text in texts[part::5]]
+        (folder / "corpus" / f"{part}.jsonl").write_text("".join(lines))
+    config = DataConfig(
+        directory=str(folder / "data"),
+        source=SourceConfig(kind="json", path=str(folder / "corpus")),
+        tokenizer=TokenizerConfig(path=str(tokenizer_file)),
+        min_bucket_tokens=16,
+        max_bucket_tokens=128,
+        held_out_fraction=0.2,
+        max_bad_fraction=1.0,
+        input_shard_bytes=1,
+        shard_tokens=1024,
+        rest="pack",
+    )
+    prepare(config, QUIET)
+    return config
+
+
+def settings(folder: Path, **others: Any) -> OrderConfig:
+    defaults: dict[str, Any] = {
+        "mode": "in_context",
+        "directory": str(folder / "ordered"),
+        "work_directory": str(folder / "work"),
+        "embedding_dimensions": 16,
+        "neighbors": 6,
+        "seed": 3,
+    }
+    return OrderConfig(**{**defaults, **others})
+
+
+def streams(data: DataConfig) -> dict[int, list[int]]:
+    """Every document's tokens, by its number among all records; read from the sources, not from prepared data."""
+    manifest = open_prepared(data.directory)
+    tokenizer = manifest.tokenizer().tokenizer
+    found, first = {}, 0
+    for entry in manifest.inputs():
+        lines = [line for file in entry["files"] for line in Path(file).read_text().splitlines()]
+        for record, line in enumerate(lines):
+            if text := json.loads(line)["text"]:
+                found[first + record] = [0, *tokenizer.encode(text).ids, 0]
+        first += entry["records"]
+    return found
+
+
+def check_ordered(manifest: Manifest, data: DataConfig, config: OrderConfig) -> None:
+    """Each target of each document once, or its document left out and counted; shards, ledger and placement agree."""
+    prepared = open_prepared(data.directory)
+    documents = streams(data)
+    covered: dict[int, Counter[int]] = {record: Counter() for record in documents}
+    split_of, begins = {}, {}
+    filler: Counter[str] = Counter()
+    targets: Counter[int] = Counter()
+    several = 0
+    for split in SPLITS:
+        for bucket in manifest.buckets(split):
+            reader = manifest.reader(bucket)
+            rows, origins = reader.read(range(bucket.sequences)), reader.pieces(range(bucket.sequences))
+            for number, (row, pieces) in enumerate(zip(rows.tolist(), origins, strict=True)):
+                targets.update(row[1:] if split == "train" else ())
+                several += np.count_nonzero(pieces[:, 1] != NO_DOCUMENT) > 1
+                ends = [*pieces[1:, 3].tolist(), bucket.length]
+                for (_, record, offset, place), end in zip(pieces.tolist(), ends, strict=True):
+                    if record == NO_DOCUMENT:
+                        assert set(row[place : end + 1]) == {0}
+                        filler[split] += end - place
+                        continue
+                    assert row[place + 1 : end + 1] == documents[record][offset + 1 : offset + end - place + 1]
+                    covered[record].update(range(offset, offset + end - place))
+                    assert split_of.setdefault(record, split) == split
+                    if offset == 0:
+                        begins[record] = (bucket.length, number)
+    placement = np.load(Path(config.directory, "placement.npy"))
+    assert placement["record"].tolist() == sorted(documents)
+    gone: Counter[str] = Counter()
+    for record, length, sequence in placement.tolist():
+        if length:
+            assert sorted(covered[record].elements()) == list(range(len(documents[record]) - 1))
+            assert begins[record] == (length, sequence)
+        else:
+            assert not covered[record]
+            assert covered[sequence], "the near-duplicate stays"
+            gone[split_of[sequence]] += len(documents[record]) - 1
+    for split, books in manifest.ledger.splits.items():
+        before = prepared.ledger.splits[split]
+        assert (books.documents, books.tokens) == (before.documents, before.tokens)
+        assert books.filler_tokens == filler[split] < config.lengths(data)[0]
+        assert books.dropped_tokens["near_duplicate"] == gone[split] == books.dropped_tokens.total()
+        assert books.sequence_tokens() == before.tokens - gone[split] + filler[split]
+    assert sum(books.packed_sequences for books in manifest.ledger.splits.values()) == several
+    manifest.ledger.check()
+    assert [targets[token] for token in range(manifest.vocab_size)] == manifest.unigram().tolist()
+    assert manifest.lengths == config.lengths(data)
+    list(manifest.verify())
+
+
+CHOICES: list[dict[str, Any]] = [
+    {},
+    {"by": "random"},
+    {"by": "knn", "document_masks": True},
+    {"context_tokens": 64, "duplicate_overlap": 0.0, "long_documents": "head", "window_tokens": 20},
+    {"mode": "fill_long_buckets"},
+    {"mode": "fill_long_buckets", "long_tokens": 16, "document_masks": True, "by": "random"},
+    {"mode": "fill_long_buckets", "long_tokens": 128, "window_tokens": 20},
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_every_token_is_where_the_ledger_says(prepared: DataConfig, tmp_path: Path, choice: dict[str, Any]):
+    config = settings(tmp_path, **choice)
+    manifest = order(prepared, config, QUIET, workers=1)
+    assert manifest is not None
+    check_ordered(manifest, prepared, config)
+    assert manifest.has_boundaries == config.document_masks
+    assert len(manifest.shards) > 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ordered", "work"]
+    # Training reads it like any other.
+    found = training_order(manifest, CurriculumConfig(), LoaderConfig(), steps=3, global_batch_tokens=256, seed=0)
+    assert set(found.lengths) == set(config.lengths(prepared))
+
+
+@pytest.mark.parametrize("mode", ["in_context", "fill_long_buckets"])
+def test_any_number_of_workers_makes_the_same_bytes(prepared: DataConfig, tmp_path: Path, mode: str):
+    reference = settings(tmp_path / "one", mode=mode)
+    order(prepared, reference, QUIET, workers=1)
+    for workers in (2, 3):
+        config = settings(tmp_path / f"{workers}", mode=mode)
+        order(prepared, config, QUIET, workers=workers)
+        assert tree(Path(config.directory)) == tree(Path(reference.directory))
+        assert tree(Path(config.work_directory)).keys() == tree(Path(reference.work_directory)).keys()
+
+
+def test_stages_alone_and_in_parts_make_the_same_bytes(prepared: DataConfig, tmp_path: Path):
+    """As the jobs of an array would, in any order within a stage."""
+    reference, config = settings(tmp_path / "one"), settings(tmp_path / "parts")
+    order(prepared, reference, QUIET, workers=1)
+    with pytest.raises(ValueError, match=r"--stage search: documents comes before and lacks 5 of 5 tasks; do it first"):
+        order(prepared, config, QUIET, only="search")
+    for stage in STAGES:
+        for part in (2, 0, 1):
+            assert (
+                order(prepared, config, QUIET, workers=1, only=stage.name, part=(part, 3)) is None
+                or stage.name == "finish"
+            )
+    assert tree(Path(config.directory)) == tree(Path(reference.directory))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_any_point_and_continued_gives_the_same_bytes(prepared: DataConfig, tmp_path: Path, seed: int):
+    reference, config = settings(tmp_path / "one"), settings(tmp_path / "killed")
+    order(prepared, reference, QUIET, workers=1)
+    (tmp_path / "child.py").write_text(CHILD)
+    arguments = json.dumps([asdict(prepared), asdict(config)])
+    command = [sys.executable, "-P", str(tmp_path / "child.py"), arguments]
+    choose = random.Random(seed)
+    whole = len(tree(tmp_path / "one" / "work"))
+    # While it starts; then when so many files are there, and a little later.
+    for target in [0, *sorted(choose.sample(range(2, whole), 3))]:
+        child = subprocess.Popen(command, start_new_session=True)
+        while len(list((tmp_path / "killed").rglob("*.npy"))) < target and not Path(config.directory).exists():
+            assert child.poll() is None
+            time.sleep(0.001)
+        time.sleep(choose.uniform(0, 0.02) if target else 0.3)
+        os.killpg(child.pid, signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
+    subprocess.run(command, check=True)
+    assert tree(Path(config.directory)) == tree(Path(reference.directory))
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["ordered", "work"]
+
+
+class Died(BaseException):
+    """Stands for the end of a process; nothing catches it but the clean-up that a real end would not run."""
+
+
+def test_stopped_before_any_rename_and_continued(prepared: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every step that others see is a rename or a removal: stop before one of them, without clean-up, go on."""
+    reference, config = settings(tmp_path / "one"), settings(tmp_path / "stopped")
+    order(prepared, reference, QUIET, workers=1)
+    rename, rmtree = Path.rename, shutil.rmtree
+    stops, left = 0, 0
+
+    def counted(function: Callable) -> Callable:
+        def call(*arguments, **options):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Died
+            return function(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(Path, "rename", counted(rename))
+    monkeypatch.setattr(shutil, "rmtree", counted(rmtree))
+    while not Path(config.directory).exists():
+        left = stops % 10  # further each time, so that in the end every task is done
+        stops += 1
+        assert stops < 300
+        try:
+            order(prepared, config, QUIET, workers=1)
+        except Died:
+            continue
+    monkeypatch.undo()
+    assert stops > 20
+    assert tree(Path(config.directory)) == tree(Path(reference.directory))
+
+
+def test_planted_near_duplicates_are_left_out(prepared: DataConfig, texts: list[str], tmp_path: Path):
+    config = settings(tmp_path)
+    manifest = order(prepared, config, QUIET, workers=1)
+    assert manifest is not None
+    # Records are numbered file by file.
+    numbers = [number for part in range(5) for number in range(part, len(texts), 5)]
+    placement = np.load(Path(config.directory, "placement.npy"))
+    gone = {numbers[record]: numbers[kept] for record, length, kept in placement.tolist() if not length}
+    work = Work(prepared, config, sha256_of(Path(prepared.directory, "manifest.json")))
+    held_out = {
+        numbers[record]: bool(split)
+        for record, split in zip(
+            placement["record"].tolist(), work.documents().column("held_out").tolist(), strict=True
+        )
+    }
+    planted = {frozenset((a, b)) for a, b in COPIED.items() if held_out[a] == held_out[b]}
+    assert len(planted) >= 2, "some lie in one split"
+    assert {frozenset(pair) for pair in gone.items()} == planted
+    books = manifest.ledger.splits
+    assert sum(one.dropped_documents["near_duplicate"] for one in books.values()) == len(planted)
+    report = json.loads(Path(config.directory, "order.json").read_text())["duplicates"]
+    assert 0.8 < report["threshold"] < 1
+    kept = order(prepared, settings(tmp_path / "kept", duplicate_overlap=0.0), QUIET, workers=1)
+    assert kept is not None
+    assert not any(one.dropped_tokens for one in kept.ledger.splits.values())
+
+
+def test_documents_of_one_topic_come_together(prepared: DataConfig, texts: list[str], tmp_path: Path):
+    """Against random order and kNN groups, by topics that the method does not know."""
+    numbers = [number for part in range(5) for number in range(part, len(texts), 5)]
+    same: dict[str, float] = {}
+    reports: dict[str, Any] = {}
+    for by in ("path", "knn", "random"):
+        config = settings(tmp_path / by, by=by, work_directory=str(tmp_path / "work"))
+        manifest = order(prepared, config, QUIET, workers=1)
+        assert manifest is not None
+        pairs = [
+            (numbers[one], numbers[other])
+            for bucket in manifest.buckets("train")
+            for pieces in manifest.reader(bucket).pieces(range(bucket.sequences))
+            for one, other in zip(pieces[:-1, 1], pieces[1:, 1], strict=True)
+            if other != NO_DOCUMENT
+        ]
+        topics = [number - (number > 40) for number in range(len(texts))]
+        same[by] = float(np.mean([topics[one] % 4 == topics[other] % 4 for one, other in pairs]))
+        reports[by] = json.loads(Path(config.directory, "order.json").read_text())
+    assert same["path"] > 0.85
+    assert same["random"] < 0.5
+    assert reports["path"]["contexts"]["inside"] > reports["random"]["contexts"]["inside"] + 0.2
+    assert reports["path"]["contexts"]["inside"] > reports["path"]["contexts"]["across"] + 0.2
+    assert reports["path"]["path"]["mean_similarity"] >= reports["knn"]["path"]["mean_similarity"]
+    assert (
+        sum(reports["path"]["path"]["steps"]) + reports["path"]["path"]["jumps"] == reports["path"]["path"]["documents"]
+    )
+
+
+def test_other_contexts_find_the_path_as_it_was(prepared: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    order(prepared, settings(tmp_path), QUIET, workers=1)
+    done: list[str] = []
+    monkeypatch.setattr(
+        stages,
+        "STAGES",
+        [
+            replace(stage, do=lambda work, number, stage=stage: done.append(stage.name) or stage.do(work, number))
+            for stage in STAGES
+        ],
+    )
+    longer = settings(tmp_path, directory=str(tmp_path / "longer"), mode="fill_long_buckets", document_masks=True)
+    order(prepared, longer, QUIET, workers=1)
+    assert set(done) == {"lay", "contexts", "finish"}
+    done.clear()
+    order(prepared, settings(tmp_path, directory=str(tmp_path / "more"), neighbors=3), QUIET, workers=1)
+    assert set(done) == {"search", "recall", "threshold", "duplicates", "path", "lay", "contexts", "finish"}
+
+
+def test_identical_settings_are_reused_and_others_refused(prepared: DataConfig, tmp_path: Path):
+    config = settings(tmp_path)
+    order(prepared, config, QUIET, workers=1)
+    before = tree(Path(config.directory))
+    with Path(os.devnull).open("w") as nowhere:
+        console = Console(width=200, record=True, file=nowhere)
+        again = order(prepared, config, console)
+    assert again is not None
+    assert tree(Path(config.directory)) == before
+    assert "already ordered by these settings" in console.export_text()
+    with pytest.raises(ValueError, match=r"was prepared with order\.neighbors = 6, not 5; name another directory"):
+        order(prepared, replace(config, neighbors=5), QUIET)
+    with pytest.raises(ValueError, match=r"was prepared with order = None, not \{"):
+        open_prepared(prepared.directory).check_made_from(prepared, config)
+    with pytest.raises(ValueError, match=r"was prepared with order = \{.*not None"):
+        again.check_made_from(prepared)
+    Path(config.directory, "manifest.json").unlink()
+    with pytest.raises(ValueError, match="exists and is not ordered data"):
+        order(prepared, config, QUIET)
+
+
+def test_an_index_for_many_documents_goes_through_all_stages(tmp_path: Path, tokenizer_file: Path):
+    """More than are searched exactly, in one split: trained, filled, merged, searched, and its recall measured."""
+    texts = [sentences(number % 4, number, 12) for number in range(1_300)]
+    source = tmp_path / "documents.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = DataConfig(
+        directory=str(tmp_path / "data"),
+        source=SourceConfig(kind="json", path=str(source)),
+        tokenizer=TokenizerConfig(path=str(tokenizer_file)),
+        min_bucket_tokens=64,
+        max_bucket_tokens=128,
+        held_out_fraction=0.05,
+        rest="pack",
+    )
+    prepare(data, QUIET)
+    config = settings(tmp_path, exact_documents=1_024)
+    manifest = order(data, config, QUIET, workers=1)
+    assert manifest is not None
+    check_ordered(manifest, data, config)
+    report = json.loads(Path(config.directory, "order.json").read_text())
+    assert report["approximate"] == ["train"]
+    assert report["recall"]["held_out"] == 1
+    assert 0.8 < report["recall"]["train"] < 1
+
+
+def test_data_without_held_out_documents_is_ordered(prepared: DataConfig, tmp_path: Path):
+    data = replace(prepared, directory=str(tmp_path / "data"), held_out_fraction=0.0)
+    prepare(data, QUIET)
+    config = settings(tmp_path, mode="fill_long_buckets")
+    manifest = order(data, config, QUIET, workers=1)
+    assert manifest is not None
+    check_ordered(manifest, data, config)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_tied_rows_are_seen_whole_and_others_as_they_are(prepared: DataConfig, tmp_path: Path, masks: bool):
+    data = replace(
+        prepared,
+        directory=str(tmp_path / "data"),
+        tokenizer=replace(prepared.tokenizer, knot_chunks=3),  # added to the existing tokenizer
+    )
+    prepare(data, QUIET)
+    manifest = order(data, settings(tmp_path, document_masks=masks), QUIET, workers=1)
+    assert manifest is not None
+    knots = Knots(KnotsConfig(share=0.5, min_document_tokens=4, min_sequence_tokens=1), manifest.tokenizer(), 7)
+    [bucket] = manifest.buckets("train")
+    reader, numbers = manifest.reader(bucket), np.arange(bucket.sequences)[::-1]
+    rows, starts, trained = read_rows(reader, numbers, masks, knots)
+    assert trained is not None
+    plain, before, every = read_rows(reader, numbers, masks, None)
+    assert every is None
+    tied = np.any(rows != plain, axis=1)
+    assert 0.2 < tied.mean() < 0.8
+    assert np.array_equal(tied, ~trained.all(axis=1))
+    assert (starts is None) == (before is None) == (not masks)
+    for place, (after, same) in enumerate(zip(starts or (), before or (), strict=True)):
+        assert after == ((0,) if tied[place] else same)
+    # Each by its own number, whatever is read with it.
+    for place in range(0, len(numbers), 5):
+        [row], _, [mask] = read_rows(reader, numbers[place : place + 1], masks, knots)  # type: ignore[misc]
+        assert np.array_equal(row, rows[place])
+        assert np.array_equal(mask, trained[place])
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Iterator[Console]:
+    with (tmp_path / "out").open("w") as out:
+        yield Console(width=160, file=out)
+
+
+def test_inspect_shows_pairs_path_and_a_context(
+    prepared: DataConfig, tmp_path: Path, wide: Console, monkeypatch: pytest.MonkeyPatch
+):
+    manifest = order(prepared, settings(tmp_path), QUIET, workers=1)
+    assert manifest is not None
+    monkeypatch.chdir(tmp_path)
+    inspect(manifest, wide, curriculum=CurriculumConfig(), loader=LoaderConfig(), model=PAPER_1B, steps=5, seed=0)
+    wide.file.flush()
+    shown = (tmp_path / "out").read_text()
+    assert "Pairs of neighbours by cosine" in shown
+    assert "Steps of the path by cosine" in shown
+    report = json.loads(Path(tmp_path, "ordered", "order.json").read_text())
+    for entry in report["neighbors"]:
+        assert entry["first_line"][:40] in shown
+        assert all(f"{other['similarity']:.3f}" in shown for other in entry["neighbors"])
+    # The documents of a sequence, by where they come from and their first line.
+    part = shown[shown.index("of bucket 128") :]
+    bucket = manifest.buckets("train")[0]
+    number = int(shown[: shown.index("of bucket 128")].split("Sequence")[-1].strip().replace(",", ""))
+    pieces = manifest.reader(bucket).pieces([number])[0]
+    assert len(pieces) > 1
+    for _, record, offset, _ in pieces.tolist():
+        assert manifest.origin(0, record)[-40:] in part
+        if not offset:
+            text = manifest.tokenizer().tokenizer.decode(streams(prepared)[record])
+            assert text[:30].strip() in part
+
+
+def test_documents_are_read_whole_and_in_parts(prepared: DataConfig, tmp_path: Path):
+    config = settings(tmp_path)
+    order(prepared, config, QUIET, workers=1, only="documents")
+    found = Documents(
+        prepared.directory,
+        Work(prepared, config, sha256_of(Path(prepared.directory, "manifest.json"))).folder("documents"),
+    )
+    expected = list(streams(prepared).values())
+    assert len(found) == len(expected)
+    for number, stream in enumerate(expected):
+        assert found.tokens(number).tolist() == stream
+        pairs = len(stream) - 1
+        for offset in range(0, pairs, max(1, pairs // 5)):
+            for count in {1, (pairs - offset + 1) // 2, pairs - offset} - {0}:
+                assert found.tokens(number, offset, count).tolist() == stream[offset : offset + count + 1]
+
+
+def test_data_that_lacks_documents_is_refused(prepared: DataConfig, tmp_path: Path):
+    for changed, message in [
+        ({"rest": "drop"}, r"order\.mode = 'in_context' needs every document whole.*set data\.rest = 'pack'"),
+        ({"method": "concat", "rest": "drop"}, r"data\.method = 'concat' with data\.rest = 'drop' drops parts"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            order(replace(prepared, **changed), settings(tmp_path), QUIET)
+    with pytest.raises(ValueError, match=r"fills the buckets of data\.method = 'decompose', not 'best_fit'"):
+        order(replace(prepared, method="best_fit"), settings(tmp_path, mode="fill_long_buckets"), QUIET)
+    with pytest.raises(ValueError, match=r"order\.context_tokens is 48; .* from data\.min_bucket_tokens = 16 to"):
+        order(prepared, settings(tmp_path, context_tokens=48), QUIET)
+    with pytest.raises(ValueError, match=r"order\.mode is 'off'"):
+        order(prepared, OrderConfig(), QUIET)
+    with pytest.raises(ValueError, match="--stage walk: the stages are documents, fit, embed"):
+        order(prepared, settings(tmp_path), QUIET, only="walk")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"mode": "off"}, r"order\.mode is 'off' and order\.directory"),
+        ({"directory": ""}, r"order\.mode is 'in_context' and order\.directory ''"),
+        ({"directory": "s3://x/y"}, r"order\.directory = s3://x/y .* must be on this machine"),
+        ({"neighbors": 0}, r"order\.neighbors is 0; it must be at least 1"),
+        ({"exact_documents": 1_000}, r"order\.exact_documents is 1000; it must be at least 1024"),
+        ({"duplicate_overlap": 1.5}, r"order\.duplicate_overlap is 1\.5; it must be in \[0, 1\]"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path: Path, changed: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        settings(tmp_path, **changed)

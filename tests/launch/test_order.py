@@ -1,0 +1,189 @@
+"""A run on ordered data, tied in knots: prepare, order, train and evaluate, against plain PyTorch in fp64."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from longring.data.batch_order import Share
+from longring.data.loader import Loader
+from longring.data.manifest import open_prepared
+from longring.data.order.knots import Knots
+from longring.data.order.stages import order
+from longring.data.prepare import prepare
+from longring.launch import cli
+from longring.launch.build import build_engine, place
+from longring.launch.config import load_recipe
+from longring.launch.evaluate import evaluate
+from longring.launch.plan import plan
+from longring.launch.train import train
+from longring.parallel.mesh import join
+from plain_model import plain_losses
+from rich.console import Console
+
+SETTINGS = [
+    "data.rest=pack",
+    "data.tokenizer.knot_chunks=3",
+    "data.held_out_fraction=0.2",
+    "order.mode=in_context",
+    "order.neighbors=5",
+    "order.duplicate_overlap=0.95",
+    "knots.share=0.7",
+    "knots.min_sequence_tokens=64",
+    "knots.min_document_tokens=20",
+    "train.steps=5",
+    "train.warmup_steps=1",
+]
+DIVISIONS = {
+    "dp4": ["parallel.tokens_per_rank=512"],
+    "cp4": ["parallel.tokens_per_rank=128"],
+    "tp2-cp2": ["parallel.tokens_per_rank=256", "parallel.tensor=2"],
+    "dp1": ["parallel.tokens_per_rank=1024"],
+}
+
+
+@pytest.fixture(scope="session")
+def ordered(recipe_file) -> tuple[Path, list[str]]:
+    """The recipe, and the settings of a run on its documents, prepared and ordered."""
+    folder = recipe_file.parent
+    overrides = [*SETTINGS, f"data.directory={folder}/whole", f"order.directory={folder}/ordered"]
+    recipe = load_recipe(recipe_file, overrides)
+    prepare(recipe.data, Console(quiet=True))
+    order(recipe.data, recipe.order, Console(quiet=True), workers=1)
+    return recipe_file, overrides
+
+
+def run(recipe_file: Path, overrides: list[str]) -> None:
+    recipe = load_recipe(recipe_file, overrides)
+    train(recipe, Console(quiet=True))
+    evaluate(recipe, Console(quiet=True))
+
+
+def first_step(recipe_file: Path, overrides: list[str]) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Initial weights; the rows and trained targets of the first batch."""
+    recipe = load_recipe(recipe_file, overrides)
+    mesh = join(recipe.parallel, 1)
+    planned = plan(recipe, 1)
+    module = build_engine(recipe, planned.manifest.vocab_size, mesh).module
+    weights = {name: p.detach().double() for name, p in module.named_parameters()}
+    knots = Knots(recipe.knots, planned.manifest.tokenizer(), recipe.train.seed)
+    loader = Loader(
+        planned.manifest, planned.order, recipe.loader, lambda length: Share(0, 1, 2048 // length), knots=knots
+    )
+    [batch] = loader.batches(0, 1)
+    assert batch.document_starts is None
+    return weights, batch.rows.astype(np.int64), batch.trained
+
+
+@pytest.mark.parametrize("division", DIVISIONS)
+def test_the_loss_is_the_mean_of_trained_targets_on_any_division(on_ranks, ordered, division, tmp_path):
+    recipe_file, overrides = ordered
+    [(weights, rows, trained)] = on_ranks(1, first_step, recipe_file, overrides)
+    recipe = load_recipe(recipe_file, overrides)
+    assert 0.3 < trained.mean() < 0.98
+    w = {name: value.requires_grad_() for name, value in weights.items()}
+    losses = plain_losses(w, torch.from_numpy(rows), recipe.model)
+    loss = (losses * torch.from_numpy(trained)).sum() / trained.sum()
+    norm = math.sqrt(sum(float(g.square().sum()) for g in torch.autograd.grad(loss, list(w.values()))))
+
+    ranks = 1 if division == "dp1" else 4
+    overrides = [*overrides, *DIVISIONS[division], f"run_directory={tmp_path}/run", "evaluate.knots=true"]
+    on_ranks(ranks, run, recipe_file, overrides)
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps[0]["targets"] == trained.sum()
+    assert steps[0]["tokens"] == 2048
+    assert steps[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert steps[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert all(0 < step["targets"] < 2048 for step in steps)
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+
+    # Held-out sequences tied as the evaluation ties them, on the run's own weights.
+    saved = torch.load(tmp_path / "run/checkpoints/step-00000005/mp_rank_00_model_states.pt", weights_only=False)
+    if recipe.parallel.tensor == 1 and "tensor" not in str(DIVISIONS[division]):
+        weights = {name: value.double() for name, value in saved["module"].items() if torch.is_tensor(value)}
+        manifest = open_prepared(recipe.training_directory)
+        knots = Knots(recipe.knots, manifest.tokenizer(), recipe.train.seed)
+        [bucket] = manifest.buckets("held_out")
+        rows, masks = manifest.reader(bucket).read(range(bucket.sequences)), []
+        for number in range(bucket.sequences):
+            tied = knots.tie(rows[number], number)
+            rows[number], mask = tied or (rows[number], np.ones(bucket.length, dtype=np.bool_))
+            masks.append(mask)
+        losses = plain_losses(weights, torch.from_numpy(rows.astype(np.int64)), recipe.model).numpy()
+        mask = np.array(masks)
+        assert result["tokens"] == mask.sum() < mask.size
+        assert result["loss"] == pytest.approx(losses[mask].mean(), rel=1e-5)
+        for part in result["buckets"][0]["by_position"]:
+            here = (slice(None), slice(part["from"], part["to"]))
+            assert part["tokens"] == mask[here].sum()
+            assert part["loss"] == pytest.approx(losses[here][mask[here]].mean(), rel=1e-5)
+
+
+def masked_and_reset(recipe_file: Path, overrides: list[str]) -> tuple[np.ndarray, np.ndarray, int]:
+    """Losses of packed rows under document masks; of each document alone, at positions from 0; most documents a row."""
+    recipe = load_recipe(recipe_file, overrides)
+    mesh = join(recipe.parallel, 1)
+    manifest = open_prepared(recipe.training_directory)
+    engine = build_engine(recipe, manifest.vocab_size, mesh)
+    engine.eval()
+    [bucket] = manifest.buckets("train")
+    reader, numbers = manifest.reader(bucket), np.arange(2)
+    rows, starts = reader.read(numbers), reader.document_starts(numbers)
+    here = place(bucket.length, recipe, mesh)
+    with torch.no_grad():
+        together = engine(*here.model_inputs(rows, starts, mesh.device)).view(2, -1)
+        alone = []
+        for row, at in zip(rows, starts, strict=True):
+            for begin, end in zip(at, (*at[1:], bucket.length), strict=True):
+                one = place(end - begin, recipe, mesh).model_inputs(row[None, begin : end + 1], None, mesh.device)
+                alone.append(engine(*one).flatten())
+    return together.flatten().numpy(), torch.cat(alone).numpy(), max(map(len, starts))
+
+
+def test_masked_documents_are_trained_at_positions_of_their_own(on_ranks, ordered):
+    """With document_masks a context's documents stand as if each began at position 0: RoPE sees distances only."""
+    recipe_file, overrides = ordered
+    folder = recipe_file.parent
+    overrides = [
+        *overrides,
+        f"order.directory={folder}/masked",
+        "order.document_masks=true",
+        "parallel.tokens_per_rank=1024",
+    ]
+    recipe = load_recipe(recipe_file, overrides)
+    order(recipe.data, recipe.order, Console(quiet=True), workers=1)
+    [(together, alone, most)] = on_ranks(1, masked_and_reset, recipe_file, overrides)
+    assert most > 1
+    np.testing.assert_allclose(together, alone, atol=2e-5)
+
+
+def test_the_command_orders_and_inspects(ordered, tmp_path, monkeypatch, capsys):
+    recipe_file, overrides = ordered
+    monkeypatch.chdir(tmp_path)
+    settings = [*overrides, f"order.directory={tmp_path}/again"]
+    assert cli.main(["order", str(recipe_file), *settings, "--stage", "path", "--workers", "1"]) == 0
+    assert not (tmp_path / "again").exists()
+    assert cli.main(["order", str(recipe_file), *settings, "--workers", "1"]) == 0
+    assert "near duplicate" in capsys.readouterr().out or (tmp_path / "again" / "manifest.json").exists()
+    assert cli.main(["inspect", str(recipe_file), *settings]) == 0
+    assert "Ordered by path, mode in_context" in capsys.readouterr().out
+    assert cli.main(["inspect", str(tmp_path / "again")]) == 0
+    for wrong in (["--part", "3/3"], ["--part", "1"], ["--stage", "walk"]):
+        assert cli.main(["order", str(recipe_file), *settings, *wrong]) == 2
+        assert f"{wrong[0]} {wrong[1]}" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_data_of_another_order_is_refused(ordered):
+    recipe_file, overrides = ordered
+    for changed, message in [
+        ("order.neighbors=4", r"order\.directory = .* was prepared with order\.neighbors = 5, not 4"),
+        ("knots.chunk_odds=[0, 0, 0, 1]", r"knots\.chunk_odds allows 4 chunks and data\.tokenizer\.knot_chunks is 3"),
+        ("knots.chunk_odds=2", r"knots\.chunk_odds = 2 must be a list of numbers"),
+        ("data.rest=drop", r"needs every document whole"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            plan(load_recipe(recipe_file, [*overrides, changed, "parallel.tokens_per_rank=1024"]), 1)
