@@ -71,11 +71,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     run = _run_of(options)
     run.recipe(options.overrides)
-    saved = checkpoint.latest(run.checkpoints)
+    saved = checkpoint.last_good(run.checkpoints)
     if saved is None:
         raise ValueError(f"{run.path} has no checkpoint yet: train first")
-    world_size = checkpoint.read_state(saved).world_size
-    return start_ranks("longring.launch.evaluate", [str(run.path), *options.overrides], world_size)
+    return start_ranks("longring.launch.evaluate", [str(run.path), *options.overrides], saved[1].state.world_size)
 
 
 def _inspect(options: argparse.Namespace) -> int:

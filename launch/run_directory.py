@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -16,16 +17,23 @@ from typing import Any
 
 from .config import Recipe, apply_overrides, from_tree
 
-# Run and data may be moved (a checkpoint knows its data by hash); every other key decides what the run computes.
+log = logging.getLogger(__name__)
+
+# Run and data may be moved (a checkpoint knows its data by hash), and the work be divided otherwise: the same batches
+# and weights, losses equal to rounding. Every other key decides what the run computes.
 _FREE_KEYS = (
     "run_directory",
     "data.directory",
     "evaluate.",
+    "faults.",
+    "parallel.",
     "loader.workers",
     "loader.prefetch_batches",
     "loader.cache_",
     "train.ranks_per_node",
     "train.checkpoint_every_steps",
+    "train.keep_checkpoint",
+    "train.deterministic",
 )
 
 
@@ -36,6 +44,7 @@ class RunDirectory:
         self.path = Path(path)
         self.recipe_file = self.path / "recipe.json"
         self.starts_file = self.path / "starts.jsonl"
+        self.events_file = self.path / "events.jsonl"
         self.metrics_file = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
@@ -82,7 +91,7 @@ class RunDirectory:
     def record_start(self, world_size: int, from_step: int) -> None:
         """Append one line that says what started: when, where, with which code and versions."""
         start = {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "time": _now(),
             "from_step": from_step,
             "world_size": world_size,
             "host": platform.node(),
@@ -94,6 +103,19 @@ class RunDirectory:
         }
         with self.starts_file.open("a") as file:
             file.write(json.dumps(start) + "\n")
+
+    def record_event(self, event: str, step: int, message: str) -> None:
+        """Append one line of what went wrong or out of the ordinary; any rank may."""
+        line = {"time": _now(), "event": event, "step": step, "rank": int(os.environ["RANK"]), "message": message}
+        try:
+            with self.events_file.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # a full disk is one of the events: it must not hide what is being told
+            log.error("no record of %s: %s", line, error)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
