@@ -77,6 +77,21 @@ def _evaluate(options: argparse.Namespace) -> int:
     return start_ranks("longring.launch.evaluate", [str(run.path), *options.overrides], saved[1].state.world_size)
 
 
+def _checkpoints(options: argparse.Namespace) -> int:
+    from .checkpoint_table import list_checkpoints
+
+    run = _run_of(options)
+    recipe = run.recipe()
+    return list_checkpoints(
+        run.checkpoints,
+        Console(),
+        verify=options.verify,
+        prune=options.prune,
+        keep_last=options.keep_last or recipe.train.keep_checkpoints,
+        keep_every_steps=recipe.train.keep_checkpoint_every_steps if options.keep_every is None else options.keep_every,
+    )
+
+
 def _inspect(options: argparse.Namespace) -> int:
     from ..data.config import CurriculumConfig, LoaderConfig
     from ..data.cost import PAPER_1B
@@ -133,6 +148,13 @@ def model_size(model: ModelConfig, vocab_size: int) -> ModelSize:
     )
 
 
+def _positive(text: str) -> int:
+    """A command line's number, at least 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+    return value
+
+
 def _run_of(options: argparse.Namespace) -> RunDirectory:
     """The run directory named, or that of the recipe named."""
     if Path(options.target).is_file():
@@ -186,6 +208,21 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
         "RUN|RECIPE",
         "held-out loss of a run's last checkpoint, by bucket and by position in the context",
         "runs/demo evaluate.max_tokens_per_bucket=100000",
+    )
+    checkpoints = stage(
+        "checkpoints",
+        _checkpoints,
+        "RUN|RECIPE",
+        "a run's checkpoints: step, size, mesh, and whether they are whole; verify or prune them",
+        "runs/demo --verify",
+    )
+    checkpoints.add_argument("--verify", action="store_true", help="read every file and compare its SHA-256")
+    checkpoints.add_argument(
+        "--prune", action="store_true", help="delete what retention lets go, and those put aside as damaged"
+    )
+    checkpoints.add_argument("--keep-last", type=_positive, metavar="K", help="default: train.keep_checkpoints")
+    checkpoints.add_argument(
+        "--keep-every", type=_positive, metavar="N", help="default: train.keep_checkpoint_every_steps"
     )
     stage(
         "inspect",
