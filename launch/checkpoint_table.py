@@ -37,10 +37,8 @@ def list_checkpoints(
             wrong = checkpoint.problem(path, manifest, None if verify else ())
             state = manifest.state
             row[1] = f"{state.updates:,}"
-            row[3:] = (
-                _size(manifest.num_bytes),
-                f"{state.world_size:,} / tensor {state.tensor}, ZeRO {state.zero_stage}",
-            )
+            mesh = f"{state.world_size:,} / tensor {state.tensor}, ZeRO {state.zero_stage}"
+            row[3:] = _size(manifest.num_bytes), mesh
         except ValueError as error:
             wrong = str(error)
         if wrong is None:

@@ -130,6 +130,15 @@ def as_rank(work: Callable[[], int | None]) -> int:
         if isinstance(error, ConnectionError):
             return GO_ON_LATER
         return IO_ERROR if isinstance(error, OSError) else USER_ERROR
+    except torch.OutOfMemoryError as error:
+        log.exception("stopped")
+        Console(stderr=True).print(
+            f"[bold red]error:[/] rank {os.environ['RANK']} has not enough GPU memory: lower parallel.tokens_per_rank "
+            f"or raise parallel.zero_stage or parallel.tensor; the same command then goes on. {escape(str(error))}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return USER_ERROR
     if dist.is_initialized():
         dist.destroy_process_group()
     return status

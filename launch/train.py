@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
-from ..data.loader import Loader
+from ..data.loader import Loader, MicroBatch
 from ..data.order import Share
 from ..parallel.mesh import Mesh, join
 from ..parallel.zero import DeepSpeedEngine, gradient_norm, set_learning_rate
@@ -116,7 +116,7 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
                 loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
                 for number in range(accumulation_steps):
                     watchdog.at(step, f"reading micro-batch {number} of bucket {length}")
-                    micro_batch = next(micro_batches)
+                    micro_batch = read(micro_batches, step, rank)
                     if step in left_out:
                         continue
                     watchdog.at(step, f"forward and backward of micro-batch {number} of bucket {length}")
@@ -130,6 +130,7 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
                 edge = agree(loss_sum, signals.received is not None, saver.status, mesh)
                 if edge.num_stopped:
                     stopped_by = signals.received or "a signal to another rank"
+                saver.settle(edge.num_written, edge.num_failed)
                 loss, grad_norm, outcome = math.nan, math.nan, "left out"
                 if step not in left_out:
                     loss, grad_norm = edge.loss_sum / recipe.train.global_batch_tokens, gradient_norm(engine)
@@ -155,7 +156,6 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
                             outcome=outcome,
                         )
                     )
-                saver.settle(edge.num_written, edge.num_failed)
                 if outcome == "spike":
                     watchdog.at(step, "going back before a loss spike")
                     saver.finish()
@@ -178,6 +178,9 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
                     log.info("saving step %d: training waited %.0f ms", step, waited * 1e3)
             if not saver.finish():
                 raise OSError(f"step {step} could not be saved; the same command goes on from the checkpoint before")
+        except ArithmeticError:
+            saver.finish()  # all ranks are here
+            raise
         except RuntimeError as error:
             if not is_lost_peer(error):
                 raise
@@ -223,6 +226,14 @@ def agree(loss_sum: Tensor, stopped: bool, saving: Status, mesh: Mesh) -> Edge:
     dist.all_reduce(total)
     loss, *counts = total.tolist()
     return Edge(loss, *map(int, counts))
+
+
+def read(micro_batches: Iterator[MicroBatch], step: int, rank: int) -> MicroBatch:
+    """The next micro-batch. Raises OSError that names the rank: only one may be without its shard."""
+    try:
+        return next(micro_batches)
+    except (OSError, ValueError) as error:
+        raise OSError(f"rank {rank} cannot read its rows of step {step}: {error}") from error
 
 
 def resume(engine: DeepSpeedEngine, planned: Plan, recipe: Recipe, mesh: Mesh, console: Console) -> TrainState:
