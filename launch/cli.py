@@ -57,12 +57,40 @@ def _prepare(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.target, options.overrides)
     from .plan import plan
-    from .ranks import local_ranks, start_ranks
+    from .ranks import Rendezvous, local_ranks, start_ranks
 
     count = options.ranks or local_ranks(recipe.train.ranks_per_node)
-    plan(recipe, count)
+    if options.check_node:
+        from .submit import check_node
+
+        check_node(recipe, count)
+    plan(recipe, count * options.nodes, check_shards=options.node == 0)
+    meeting = None
+    if options.nodes > 1 or options.rendezvous:
+        if not (options.rendezvous and options.job and options.address):
+            raise ValueError("--nodes: several nodes need --rendezvous, --job and --address too, as slurm/train.sbatch")
+        meeting = Rendezvous(options.rendezvous, options.job, options.nodes, options.node, options.address)
     stop_after = ["--stop-after", str(options.stop_after)] if options.stop_after else []
-    return start_ranks("longring.launch.train", [options.target, *options.overrides, *stop_after], count)
+    return start_ranks("longring.launch.train", [options.target, *options.overrides, *stop_after], count, meeting)
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from .submit import job_script, submit
+
+    recipe = load_recipe(options.target, options.overrides)
+    if options.print:
+        print(job_script(recipe, options.nodes), end="")
+    else:
+        print(submit(recipe, [options.target, *options.overrides], options.nodes))
+    return 0
+
+
+def _requeue(options: argparse.Namespace) -> int:
+    from .submit import requeue
+
+    verdict = requeue(load_recipe(options.target, options.overrides))
+    print(verdict.why)
+    return 0 if verdict.again else 1
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -202,6 +230,29 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
     )
     train.add_argument("--ranks", type=int, metavar="N", help="processes to start (default: train.ranks_per_node)")
     train.add_argument("--stop-after", type=int, metavar="STEP", help="save and end after this step")
+    several = train.add_argument_group("several nodes", "each runs the same command; slurm/train.sbatch gives these")
+    several.add_argument("--nodes", type=_positive, default=1, metavar="N", help="nodes of this start")
+    several.add_argument("--node", type=int, default=0, metavar="I", help="this one, from 0")
+    several.add_argument("--rendezvous", metavar="HOST:PORT", help="on the first node, where the launchers meet")
+    several.add_argument("--job", metavar="NAME", help="the launchers' common name for this start")
+    several.add_argument("--address", metavar="NAME", help="under which the other nodes reach this one")
+    several.add_argument("--check-node", action="store_true", help="first see that devices, memory and disk are fit")
+    submit = stage(
+        "submit",
+        _submit,
+        "RECIPE",
+        "hand the recipe to Slurm as a job that saves before its limit and requeues itself until all steps are done",
+        f"{demo} --nodes 4 slurm.partition=main slurm.time=8:00:00",
+    )
+    submit.add_argument("--nodes", type=_positive, required=True, metavar="N", help="slurm.ranks_per_node ranks each")
+    submit.add_argument("--print", action="store_true", help="print the job's script instead")
+    stage(
+        "requeue",
+        _requeue,
+        "RECIPE",
+        "whether a job that has ended shall start again (status 0) or not (1): asked by slurm/train.sbatch",
+        demo,
+    )
     stage(
         "evaluate",
         _evaluate,

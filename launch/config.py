@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -117,6 +119,43 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SlurmConfig:
+    """What `longring submit` asks of Slurm."""
+
+    ranks_per_node: int = 8
+    """GPUs of a node, each with one rank."""
+    cpu: bool = False
+    """Ask for no GPUs: the ranks train on the CPUs, over gloo."""
+    time: str = "24:00:00"
+    """Limit of one start; a run takes as many as it needs."""
+    save_seconds: int = 300
+    """So long before the limit the ranks are told to save and leave."""
+    partition: str = ""
+    account: str = ""
+    job_name: str = ""
+    """Empty: the run directory's name."""
+    options: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Further options of sbatch by name, without dashes; an empty value takes the script's own away."""
+    max_fruitless_starts: int = 3
+    """A job that ends requeues itself, unless it has done so this many times since the last new checkpoint."""
+    min_free_memory_gb: float = 1.0
+    """Free on a node for each rank before it starts."""
+    min_free_disk_gb: float = 1.0
+    """Free in the run directory before a start; twice the last checkpoint's size where that is more."""
+
+    def __post_init__(self) -> None:
+        for name in ("ranks_per_node", "save_seconds", "max_fruitless_starts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"slurm.{name} = {getattr(self, name)}: must be at least 1")
+        if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", self.time):
+            raise ValueError(f"slurm.time = {self.time!r}: must look like 24:00:00 or 7-00:00:00")
+        texts = {"partition": self.partition, "account": self.account, "job_name": self.job_name, **self.options}
+        for name, value in texts.items():
+            if not re.fullmatch(r"[\w.,:@%+/=\[\]*&|()-]*", value) or not re.fullmatch(r"[a-z_-]+", name):
+                raise ValueError(f"slurm.{name} = {value!r}: no option of sbatch, which has no spaces or quotes")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A complete run."""
 
@@ -129,6 +168,7 @@ class Recipe:
     parallel: ParallelConfig
     train: TrainConfig
     faults: FaultsConfig
+    slurm: SlurmConfig
     evaluate: EvaluateConfig
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ _FREE_KEYS = (
     "evaluate.",
     "faults.",
     "parallel.",
+    "slurm.",
     "loader.workers",
     "loader.prefetch_batches",
     "loader.cache_",
@@ -44,6 +45,9 @@ class RunDirectory:
         self.path = Path(path)
         self.recipe_file = self.path / "recipe.json"
         self.starts_file = self.path / "starts.jsonl"
+        self.logs = self.path / "logs"
+        self.job_script = self.path / "job.sbatch"
+        self.requeues_file = self.path / "requeues.jsonl"
         self.events_file = self.path / "events.jsonl"
         self.metrics_file = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
@@ -53,7 +57,7 @@ class RunDirectory:
 
     def log_file(self, rank: int) -> Path:
         """Where `rank` logs."""
-        return self.path / "logs" / f"rank-{rank:05d}.log"
+        return self.logs / f"rank-{rank:05d}.log"
 
     def recipe(self, overrides: Sequence[str] = ()) -> Recipe:
         """The resolved recipe of the run, with other `evaluate` settings. ValueError when there is no run here."""
@@ -70,7 +74,7 @@ class RunDirectory:
     def check(self, recipe: Recipe) -> None:
         """Raise ValueError unless this directory is new or holds a run of the same recipe."""
         if not self.recipe_file.exists():
-            if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / "logs").is_dir():
+            if self.path.is_dir() and any(self.path.iterdir()) and not self.logs.is_dir():
                 raise ValueError(f"run_directory = {self.path} holds other files; name a new directory")
             return
         theirs, ours = _flat(json.loads(self.recipe_file.read_text())), _flat(json.loads(json.dumps(asdict(recipe))))

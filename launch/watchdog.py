@@ -74,7 +74,7 @@ class Watchdog:
         self._moved = time.monotonic()
 
     def _report_file(self, rank: int) -> Path:
-        return self._run.path / "logs" / f"rank-{rank:05d}.hang.json"
+        return self._run.logs / f"rank-{rank:05d}.hang.json"
 
     def _watch(self) -> None:
         while not self._ended.wait(min(5.0, self._limit_s / 4)):
@@ -110,7 +110,7 @@ class Watchdog:
             faulthandler.dump_traceback(file)
         if dist.is_initialized() and dist.get_backend() == "nccl":
             trace = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
-            (self._run.path / "logs" / f"collectives-{self._rank}").write_bytes(trace)
+            (self._run.logs / f"collectives-{self._rank}").write_bytes(trace)
 
 
 def diagnosis(found: Mapping[int, Position | None], limit_s: float) -> str:

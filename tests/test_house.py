@@ -65,7 +65,7 @@ def test_wheel_holds_every_module_and_recipe(tmp_path):
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for column in COLUMNS:
+    for column in (*COLUMNS, "slurm"):
         shutil.copytree(ROOT / column, source / column, ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, source],
@@ -76,7 +76,7 @@ def test_wheel_holds_every_module_and_recipe(tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     expected = (
         {str(module) for module in MODULES}
-        | {"kernels/tuned.json"}
+        | {"kernels/tuned.json", "slurm/train.sbatch", "slurm/prepare.sbatch"}
         | {str(path.relative_to(ROOT)) for path in (ROOT / "launch" / "recipes").glob("*.toml")}
     )
     site = tmp_path / "site" / "longring"
