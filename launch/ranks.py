@@ -89,20 +89,19 @@ def start_ranks(module: str, arguments: Sequence[str], count: int, rendezvous: R
 
 
 def _status_of(failures: Sequence[ProcessFailure], stopped: bool) -> int:
-    """The status that says most: a signal's, then an error's; a rank that lost the others comes last."""
-    worst = min(failures, key=lambda failure: failure.exitcode)
+    """The status that says most: a signal's, then an error's; a rank that lost the others comes last.
+
+    SIGTERM is what torchrun ends the others with when one has failed.
+    """
+    own = [failure for failure in failures if failure.exitcode != -signal.SIGTERM] or failures
+    worst = min(own, key=lambda failure: failure.exitcode)
     if worst.exitcode >= 0:
         return worst.exitcode
     if stopped:
         return GO_ON_LATER  # the signal came before the ranks could hear it, or they had no time left
     name = signal.Signals(-worst.exitcode).name
-    Console(stderr=True).print(
-        f"[bold red]error:[/] local rank {worst.local_rank} was ended by {name}"
-        f"{' (out of memory, or by hand)' if name == 'SIGKILL' else ''}; the same command goes on from the last "
-        "checkpoint",
-        highlight=False,
-        soft_wrap=True,
-    )
+    why = " (out of memory, or by hand)" if name == "SIGKILL" else ""
+    _say(f"local rank {worst.local_rank} was ended by {name}{why}; the same command goes on from the last checkpoint")
     return 128 - worst.exitcode
 
 
@@ -125,20 +124,26 @@ def as_rank(work: Callable[[], int | None]) -> int:
         log.exception("stopped")
         alone = isinstance(error, OSError) and not isinstance(error, ConnectionError)
         if alone or os.environ.get("LOCAL_RANK", "0") == "0":
-            Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            _say(str(error))
         # Without leaving the process group: other ranks may be inside a collective, and leaving could wait for them.
         if isinstance(error, ConnectionError):
             return GO_ON_LATER
         return IO_ERROR if isinstance(error, OSError) else USER_ERROR
+    except dist.DistError as error:  # while the ranks still meet; later the watchdog says where it was
+        log.exception("stopped")
+        _say(f"rank {os.environ['RANK']} cannot reach the others: {str(error).splitlines()[0]}")
+        return GO_ON_LATER
     except torch.OutOfMemoryError as error:
         log.exception("stopped")
-        Console(stderr=True).print(
-            f"[bold red]error:[/] rank {os.environ['RANK']} has not enough GPU memory: lower parallel.tokens_per_rank "
-            f"or raise parallel.zero_stage or parallel.tensor; the same command then goes on. {escape(str(error))}",
-            highlight=False,
-            soft_wrap=True,
+        _say(
+            f"rank {os.environ['RANK']} has not enough GPU memory: lower parallel.tokens_per_rank, or raise "
+            f"parallel.zero_stage or parallel.tensor; the same command then goes on. {error}"
         )
         return USER_ERROR
     if dist.is_initialized():
         dist.destroy_process_group()
     return status
+
+
+def _say(error: str) -> None:
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(error)}", highlight=False, soft_wrap=True)

@@ -36,7 +36,7 @@ from .faults import LossWatch
 from .logs import open_log
 from .metrics import MetricsWriter, StepMetrics, trained_table
 from .plan import Plan, plan
-from .ranks import as_rank, is_lost_peer
+from .ranks import as_rank
 from .signals import GO_ON_LATER, StopSignals
 from .watchdog import Watchdog
 
@@ -181,14 +181,6 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
         except ArithmeticError:
             saver.finish()  # all ranks are here
             raise
-        except RuntimeError as error:
-            if not is_lost_peer(error):
-                raise
-            last_saved = next((path.name for path in checkpoint.complete(run.checkpoints)), "none yet")
-            raise ConnectionError(
-                f"rank {rank} lost its connection to another rank at {watchdog.position}; what that rank said, or the "
-                f"signal that ended it, is the cause. The last checkpoint is {last_saved}"
-            ) from error
         finally:
             saver.close()
             micro_batches.close()

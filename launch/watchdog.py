@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from . import checkpoint
+from .ranks import is_lost_peer
 from .run_directory import RunDirectory
 from .signals import GO_ON_LATER
 
@@ -59,10 +61,17 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Raises ConnectionError, with where this rank was, for what a collective raises when another rank is gone."""
         self._ended.set()
         if self._limit_s:
             self._thread.join()
+        if isinstance(error, RuntimeError) and is_lost_peer(error):
+            saved = next((path.name for path in checkpoint.complete(self._run.checkpoints)), "none yet")
+            raise ConnectionError(
+                f"rank {self._rank} lost its connection to another rank at {self.position}; what that rank said, or "
+                f"the signal that ended it, is the cause. The last checkpoint is {saved}"
+            ) from error
 
     def at(self, step: int, operation: str) -> None:
         """Note that the loop has come to an operation."""
