@@ -67,7 +67,7 @@ class RunDirectory:
             if not override.startswith("evaluate."):
                 raise ValueError(f"override {override!r}: of a finished run only evaluate.* can be set")
         # The directory may have been moved since.
-        tree = json.loads(self.recipe_file.read_text()) | {"run_directory": str(self.path)}
+        tree = self._saved() | {"run_directory": str(self.path)}
         apply_overrides(tree, overrides)
         return from_tree(Recipe, tree, source=str(self.recipe_file))
 
@@ -77,13 +77,23 @@ class RunDirectory:
             if self.path.is_dir() and any(self.path.iterdir()) and not self.logs.is_dir():
                 raise ValueError(f"run_directory = {self.path} holds other files; name a new directory")
             return
-        theirs, ours = _flat(json.loads(self.recipe_file.read_text())), _flat(json.loads(json.dumps(asdict(recipe))))
+        theirs, ours = _flat(self._saved()), _flat(json.loads(json.dumps(asdict(recipe))))
         for key in sorted(theirs.keys() | ours.keys()):
             if theirs.get(key) != ours.get(key) and not key.startswith(_FREE_KEYS):
                 raise ValueError(
                     f"run directory {self.path} is of another recipe: {key} was {theirs.get(key)!r} there and is "
                     f"{ours.get(key)!r} now; name another run_directory, or go back to the old value to resume"
                 )
+
+    def _saved(self) -> dict[str, Any]:
+        """The resolved recipe as plain tables. Raises ValueError that names the file when that is damaged."""
+        try:
+            tree = json.loads(self.recipe_file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{self.recipe_file} is damaged: {error}") from error
+        if not isinstance(tree, dict):
+            raise ValueError(f"{self.recipe_file} is damaged: it holds no table")
+        return tree
 
     def create(self, recipe: Recipe) -> None:
         """Make the directory and write the resolved recipe, whole or not at all."""

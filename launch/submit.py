@@ -11,6 +11,7 @@ import subprocess
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from . import checkpoint
 from .config import Recipe
@@ -96,8 +97,8 @@ def requeue(recipe: Recipe) -> Verdict:
     run.path.mkdir(parents=True, exist_ok=True)
     with run.requeues_file.open("a") as file:
         file.write(json.dumps(entry) + "\n")
-    entries = [json.loads(line) for line in run.requeues_file.read_text().splitlines()]
-    job = [old["step"] for old in entries if old["job"] == entry["job"]]
+    entries = [_parsed(line) for line in run.requeues_file.read_text().splitlines()]
+    job = [old["step"] for old in entries if old.get("job") == entry["job"]]
     fruitless = next((number for number, old in enumerate(reversed(job)) if old != step), len(job))
     if fruitless > recipe.slurm.max_fruitless_starts:
         return Verdict(
@@ -106,6 +107,14 @@ def requeue(recipe: Recipe) -> Verdict:
             f"{recipe.slurm.max_fruitless_starts}): look at the output and at {run.events_file}, then submit again",
         )
     return Verdict(True, f"starting again from step {step}")
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    """The entry, or nothing of a line that a crash has cut short."""
+    try:
+        return dict(json.loads(line))
+    except ValueError:
+        return {}
 
 
 def check_node(recipe: Recipe, ranks: int) -> None:

@@ -224,8 +224,8 @@ def read(micro_batches: Iterator[MicroBatch], step: int, rank: int) -> MicroBatc
     """The next micro-batch. Raises OSError that names the rank: only one may be without its shard."""
     try:
         return next(micro_batches)
-    except (OSError, ValueError) as error:
-        raise OSError(f"rank {rank} cannot read its rows of step {step}: {error}") from error
+    except Exception as error:  # a damaged shard may raise anything
+        raise OSError(f"rank {rank} cannot read its rows of step {step}: {error!r}") from error
 
 
 def resume(engine: DeepSpeedEngine, planned: Plan, recipe: Recipe, mesh: Mesh, console: Console) -> TrainState:
