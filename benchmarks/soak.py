@@ -72,19 +72,20 @@ def soak(folder: Path, minutes: float, between_s: tuple[float, float], seed: int
     with Progress() as progress, (folder / "output.txt").open("w") as output:
         task = progress.add_task("soak", total=60 * minutes)
         while time.monotonic() < end:
-            before = done(run)
+            starts = starts_of(run)
             words = [*command, "train", str(RECIPE), *settings(folder), "--ranks", "2"]
             launcher = psutil.Popen(words, env=environment, stdout=output, stderr=output)
             started, ranks = time.monotonic(), []
             try:
-                while done(run) <= min(before, _from(run, before)) and launcher.poll() is None:
-                    time.sleep(0.1)
+                while launcher.poll() is None and (starts_of(run) == starts or done(run) <= _from(run)):
+                    time.sleep(0.2)
                 if fault_at is not None:
-                    resumed = _from(run, 0)
+                    resumed = _from(run)
                     events.append(
                         {"kind": kind, "lost_steps": step_then - resumed, "lost_s": time.monotonic() - fault_at}
                     )
                 ranks = launcher.children()
+                time.sleep(1)  # the records of steps that are done again are gone by now
                 early = [rank.memory_info().rss for rank in ranks]
                 length = chance.uniform(*between_s)
                 while time.monotonic() - started < length and time.monotonic() < end and launcher.poll() is None:
@@ -105,10 +106,15 @@ def soak(folder: Path, minutes: float, between_s: tuple[float, float], seed: int
     return events
 
 
-def _from(run: Path, default: int) -> int:
-    """The step from which the last start went on."""
+def starts_of(run: Path) -> int:
+    """How often the run has started."""
     file = run / "starts.jsonl"
-    return json.loads(file.read_text().splitlines()[-1])["from_step"] if file.exists() else default
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def _from(run: Path) -> int:
+    """The step from which the last start went on."""
+    return json.loads((run / "starts.jsonl").read_text().splitlines()[-1])["from_step"]
 
 
 def main() -> int:
