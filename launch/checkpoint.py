@@ -193,6 +193,13 @@ def remove(checkpoint: Path) -> None:
     shutil.rmtree(aside)
 
 
+def put_aside(checkpoint: Path) -> None:
+    """Keep a damaged checkpoint under a name that does not count; an earlier one of the same step goes."""
+    aside = checkpoint.with_name(checkpoint.name + DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+
+
 def clear(directory: Path) -> None:
     """Delete what interrupted saves and removals have left."""
     for leftover in [*directory.glob(f"step-*{PARTIAL}"), *directory.glob(f"step-*{REMOVED}")]:

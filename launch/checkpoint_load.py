@@ -31,17 +31,16 @@ log = logging.getLogger(__name__)
 
 
 def load_last_good(
-    engine: DeepSpeedEngine, directory: Path, mesh: Mesh, data: str, before_step: int | None = None
+    engine: DeepSpeedEngine, directory: Path, mesh: Mesh, data: str
 ) -> tuple[Path, TrainState, list[str]] | None:
     """Load the last checkpoint that matches its own checksums -> it, its state, and what was wrong with later ones.
 
     The ranks share the hashing. A damaged checkpoint is put aside as `step-N.damaged`. None when there is none at all;
-    ValueError when all are damaged. `before_step`: only those of fewer steps. Collective.
+    ValueError when all are damaged. Collective.
     """
     [found] = _from_rank_0(checkpoint.complete(directory) if mesh.rank == 0 else None)
-    candidates = [path for path in found if before_step is None or (checkpoint.step_of(path) or 0) < before_step]
     damaged: list[str] = []
-    for path in candidates:
+    for path in found:
         wrong = _problems(path, mesh)
         if not wrong:
             manifest = checkpoint.read_manifest(path)
@@ -51,7 +50,7 @@ def load_last_good(
         log.error("%s", wrong[0])
         damaged.append(wrong[0])
         if mesh.rank == 0:
-            path.rename(path.with_name(path.name + checkpoint.DAMAGED))
+            checkpoint.put_aside(path)
         dist.barrier()
     if damaged:
         raise ValueError(

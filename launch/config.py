@@ -288,6 +288,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, str) and re.search(r"://[^/\s]*:[^/\s]*@", value):
+        raise ValueError(
+            f"{path} is an address with a password in it, and recipes are recorded: put the password in the environment"
+        )
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(f"{path} = {value!r} must be of type {hint.__name__}")
     return value

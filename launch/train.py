@@ -159,7 +159,7 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
                 if outcome == "spike":
                     watchdog.at(step, "going back before a loss spike")
                     saver.finish()
-                    before = load_last_good(engine, run.checkpoints, mesh, planned.data_hash, before_step=step)
+                    before = load_last_good(engine, run.checkpoints, mesh, planned.data_hash)
                     losses.rewound(step, loss, before and before[1])
                     if before is not None:
                         left_out.update(range(step - faults.spike_skip_steps + 1, step + 1))

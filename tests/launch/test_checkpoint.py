@@ -145,6 +145,8 @@ def whole(path: Path) -> dict[str, np.ndarray]:
     """Every weight and moment of a checkpoint, whole, put together without LongRing's reader."""
     manifest = json.loads((path / "manifest.json").read_text())
     size = manifest["state"]["tensor"]
+    stored = sum(numel for entry in manifest["files"].values() for _, numel in entry["ranges"].values())
+    assert stored == sum(math.prod(entry["shape"]) for entry in manifest["parameters"].values()), "each element once"
     result = {}
     for name, parameter in manifest["parameters"].items():
         for kind in ("weight", "exp_avg", "exp_avg_sq"):

@@ -113,6 +113,7 @@ SETTINGS: dict[str, str] = {
     "no boundary token": "data.tokenizer.boundary=''",
     "a kind of source that is none": "data.source.kind=csv",
     "no directory for the data": "data.directory=''",
+    "a password in an address": "data.source.path=s3://me:secret@host/a",
     "no cycle": "curriculum.cycles=0",
     "odds that are none": "curriculum.odds=grow",
     "odds below zero": "curriculum.odds=[1,-2]",

@@ -304,6 +304,13 @@ def test_a_spike_is_told_by_the_window_before_it(losses, window, deviations):
         assert watch.recent == (before if outcome == "spike" else (*before[1:], loss))
 
 
+def test_only_non_finite_steps_in_a_row_count():
+    watch = LossWatch(FaultsConfig(max_nonfinite_steps=2))
+    for step in range(0, 10, 2):
+        assert watch.judge(step, math.nan, math.inf) == "non-finite"
+        assert watch.judge(step + 1, 2.0, 1.0) == "good"
+
+
 def test_a_loss_that_is_not_finite_with_a_gradient_that_is_ends_the_run():
     with pytest.raises(ArithmeticError, match="step 4: loss nan with a gradient norm of 1.0"):
         LossWatch(FaultsConfig()).judge(4, math.nan, 1.0)
