@@ -82,17 +82,19 @@ def soak(folder: Path, minutes: float, between_s: tuple[float, float], seed: int
                 if fault_at is not None:
                     resumed = _from(run)
                     events.append(
-                        {"kind": kind, "lost_steps": step_then - resumed, "lost_s": time.monotonic() - fault_at}
+                        {"kind": kind, "lost_steps": max(0, step_then - resumed), "lost_s": time.monotonic() - fault_at}
                     )
                 ranks = launcher.children()
                 time.sleep(1)  # the records of steps that are done again are gone by now
-                early = [rank.memory_info().rss for rank in ranks]
+                early: list[int] = []  # when two checkpoints are written: all buffers are there
                 length = chance.uniform(*between_s)
                 while time.monotonic() - started < length and time.monotonic() < end and launcher.poll() is None:
                     time.sleep(0.2)
+                    if not early and done(run) >= _from(run) + 2 * EVERY + 5:
+                        early = [rank.memory_info().rss for rank in ranks if rank.is_running()]
                     progress.update(task, completed=60 * minutes - (end - time.monotonic()))
                 late = [rank.memory_info().rss for rank in ranks if rank.is_running()]
-                if events and late:
+                if events and early and late:
                     events[-1]["grown_bytes"] = max(late) - max(early)
                     events[-1]["rss_bytes"] = max(late)
                 kind = chance.choice(list(FAULTS))

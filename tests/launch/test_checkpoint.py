@@ -26,7 +26,7 @@ from longring.parallel.fragments import updates
 from longring.parallel.mesh import join
 from rich.console import Console
 from safetensors.numpy import load_file
-from small_checkpoint import STATE, make
+from small_checkpoint import STATE, make, whole
 
 
 def test_a_manifest_says_what_was_written(tmp_path):
@@ -139,37 +139,6 @@ def test_the_library_reads_what_is_written(tmp_path):
     assert size == (tmp_path / "x.safetensors").stat().st_size
     assert read.keys() == tensors.keys()
     assert all(read[name].tobytes() == tensor.numpy().tobytes() for name, tensor in tensors.items())
-
-
-def whole(path: Path) -> dict[str, np.ndarray]:
-    """Every weight and moment of a checkpoint, whole, put together without LongRing's reader."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    size = manifest["state"]["tensor"]
-    stored = sum(numel for entry in manifest["files"].values() for _, numel in entry["ranges"].values())
-    assert stored == sum(math.prod(entry["shape"]) for entry in manifest["parameters"].values()), "each element once"
-    result = {}
-    for name, parameter in manifest["parameters"].items():
-        for kind in ("weight", "exp_avg", "exp_avg_sq"):
-            slices = []
-            for number in range(size if parameter["cut"] else 1):
-                parts = [
-                    (entry["ranges"][name][0], load_file(path / file)[f"{name}/{kind}"])
-                    for file, entry in manifest["files"].items()
-                    if entry["slice"] == number and name in entry["ranges"]
-                ]
-                flat = np.concatenate([part for _, part in sorted(parts, key=lambda part: part[0])])
-                slices.append(flat)
-            if not parameter["cut"]:
-                [flat] = slices
-                result[f"{name}/{kind}"] = flat.reshape(parameter["shape"])
-                continue
-            dim, stride = parameter["cut"]
-            shape = list(parameter["shape"])
-            shape[dim] //= size
-            chunks = [np.split(flat.reshape(shape), stride, axis=dim) for flat in slices]
-            ordered = [chunks[rank][at] for at in range(stride) for rank in range(size)]
-            result[f"{name}/{kind}"] = np.concatenate(ordered, axis=dim)
-    return result
 
 
 MESHES = {
