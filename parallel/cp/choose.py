@@ -15,8 +15,8 @@ from .visible import Sight
 CLOSE = 1.01
 """Prices within 1% are one: of such the member that holds the least memory is taken."""
 LARGE = 16
-"""Beyond so many ranks only the 6 divisions that move the fewest bytes are priced, and up to 16 times as many the ring.
-Beyond 4 times as many, by their simplest moves alone. (A second or so for 256 ranks, 3 for 1,024.)"""
+"""Beyond so many ranks are priced: the 6 divisions that move the fewest bytes, those that fill a node with heads and
+queries, and up to 16 times as many the ring. Beyond 4 times as many, by their simplest moves alone."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,16 @@ def choose(size: int, question: Question) -> list[Priced]:
     fit = [base for base in divisions(size) if base.unfit(work.num_heads, work.num_kv_heads) is None]
     if size > LARGE:
         by_bytes = sorted(fit, key=lambda base: _moved(base, work))
-        # Bytes do not say that a ring crosses to the next node by one rank alone, which wins where nodes share a port.
+        # Bytes alone do not say what crosses from node to node: with hybrids only keys and values, with a ring only
+        # those of one rank of a node, which wins where nodes share a port.
+        crossing = [base for base in by_bytes[6:] if base.heads * base.query == topology.ranks_per_node]
         ring = [base for base in by_bytes[6:] if base.kv == size and size <= 16 * LARGE]
-        fit = by_bytes[:6] + ring
+        fit = by_bytes[:6] + crossing + ring
     simple = (
-        replace(base, query_route=routes[0], kv_route=routes[1])
+        replace(base, query_route=routes[0], kv_route=routes[1], order=order)
         for base in fit
-        for routes in {("direct", "direct"), ("round_and_home", "round"), ("both_ways", "both_ways")}
+        for routes in (("direct", "direct"), ("round_and_home", "round"), ("both_ways", "both_ways"))
+        for order in (("rows", "columns_own_first") if base.query > 1 and base.kv > 1 else ("rows",))
     )
     candidates = [question.price(grid) for grid in simple]
     for first in _best_of_each(candidates)[:3] if size <= 4 * LARGE else ():

@@ -16,7 +16,7 @@ from longring.data.order.knots import Knots
 from longring.data.order.stages import order
 from longring.data.prepare import prepare
 from longring.launch import cli
-from longring.launch.build import build_engine, place
+from longring.launch.build import build_engine, places
 from longring.launch.config import load_recipe
 from longring.launch.evaluate import evaluate
 from longring.launch.plan import plan
@@ -133,13 +133,15 @@ def masked_and_reset(recipe_file: Path, overrides: list[str]) -> tuple[np.ndarra
     [bucket] = manifest.buckets("train")
     reader, numbers = manifest.reader(bucket), np.arange(2)
     rows, starts = reader.read(numbers), reader.document_starts(numbers)
-    here = place(bucket.length, recipe, mesh)
+    here = places(recipe, mesh, [bucket.length])[bucket.length]
     with torch.no_grad():
         together = engine(*here.model_inputs(rows, starts, mesh.device)).view(2, -1)
         alone = []
         for row, at in zip(rows, starts, strict=True):
             for begin, end in zip(at, (*at[1:], bucket.length), strict=True):
-                one = place(end - begin, recipe, mesh).model_inputs(row[None, begin : end + 1], None, mesh.device)
+                one = places(recipe, mesh, [end - begin])[end - begin].model_inputs(
+                    row[None, begin : end + 1], None, mesh.device
+                )
                 alone.append(engine(*one).flatten())
     return together.flatten().numpy(), torch.cat(alone).numpy(), max(map(len, starts))
 
