@@ -19,7 +19,7 @@ os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0
 import numpy as np
 import torch
 from longring.launch import checkpoint
-from longring.launch.build import build_engine, place
+from longring.launch.build import build_engine, places
 from longring.launch.checkpoint import TrainState
 from longring.launch.checkpoint_load import load_last_good
 from longring.launch.checkpoint_save import Saver
@@ -49,7 +49,7 @@ def measure(width: int, layers: int, folder: Path, saves: int) -> dict[str, floa
     torch.manual_seed(0)
     engine = build_engine(recipe, 8192, mesh)
     set_learning_rate(engine, 1e-4)
-    here = place(TOKENS, recipe, mesh)
+    here = places(recipe, mesh, [TOKENS])[TOKENS]
     rows = np.random.default_rng(0).integers(0, 8192, (1, TOKENS + 1)).astype(np.uint16)
 
     def step() -> None:

@@ -37,7 +37,7 @@ from longring.data.order.stages import order
 from longring.data.packing import NO_DOCUMENT
 from longring.data.prepare import prepare
 from longring.launch import checkpoint
-from longring.launch.build import build_engine, place
+from longring.launch.build import build_engine, places
 from longring.launch.config import Recipe, load_recipe
 from longring.launch.plan import plan
 from longring.launch.train import train
@@ -150,7 +150,7 @@ def losses_of(recipe: Recipe, mesh: Mesh, held_out: Manifest) -> Callable[[np.nd
     engine = build_engine(recipe, planned.manifest.vocab_size, mesh)
     checkpoint.load(engine, planned.resume_from)
     engine.eval()
-    here = place(held_out.lengths[-1], recipe, mesh)
+    here = places(recipe, mesh, [held_out.lengths[-1]])[held_out.lengths[-1]]
 
     def losses(rows: np.ndarray) -> np.ndarray:
         with torch.no_grad():

@@ -230,14 +230,18 @@ def agree(loss_sum: Tensor, stopped: bool, saving: Status, mesh: Mesh) -> Edge:
 def read_step(
     micro_batches: Iterator[MicroBatch], count: int, step: int, rank: int, watchdog: Watchdog
 ) -> Iterator[MicroBatch]:
-    """A step's micro-batches. Raises OSError that names the rank: only one may be without its shard."""
+    """A step's micro-batches, each read when it is asked for."""
     for number in range(count):
         watchdog.at(step, f"reading micro-batch {number}")
-        try:
-            micro_batch = next(micro_batches)
-        except Exception as error:  # a damaged shard may raise anything
-            raise OSError(f"rank {rank} cannot read its rows of step {step}: {error!r}") from error
-        yield micro_batch
+        yield read(micro_batches, step, rank)
+
+
+def read(micro_batches: Iterator[MicroBatch], step: int, rank: int) -> MicroBatch:
+    """The next micro-batch. Raises OSError that names the rank: only one may be without its shard."""
+    try:
+        return next(micro_batches)
+    except Exception as error:  # a damaged shard may raise anything
+        raise OSError(f"rank {rank} cannot read its rows of step {step}: {error!r}") from error
 
 
 def resume(engine: DeepSpeedEngine, planned: Plan, recipe: Recipe, mesh: Mesh, console: Console) -> TrainState:
