@@ -1,0 +1,348 @@
+"""Prices of plans worked by hand, bytes and memory against what `execute` really sends and holds, and the choice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from longring.kernels.layout import SeqLayout
+from longring.parallel.cp import choose as choosing
+from longring.parallel.cp import execute
+from longring.parallel.cp.choose import Priced, Question, _best_of_each, choose
+from longring.parallel.cp.cost import Price, Speed, Work, play
+from longring.parallel.cp.grid import NAMED, CpGrid, divisions, grids
+from longring.parallel.cp.layout import contiguous, zigzag
+from longring.parallel.cp.plan import FLOWS, Message, Messages
+from longring.parallel.cp.schedules import Schedule
+from longring.parallel.cp.topology import PRESETS, Fabric, Topology
+from longring.parallel.cp.transports import InProcess
+from longring.parallel.cp.visible import Shares, Sight
+
+EVERYBODY_SEES_ALL = Sight(causal=False)
+ONE = Work(num_heads=1, num_kv_heads=1, head_dim=1)
+"""A row of keys weighs 4 bytes, one of queries 2, one of results forward 2 + 4 for lse."""
+PAIR_A_SECOND = Speed(forward_flops=4.0, backward_flops=10.0)
+
+
+def switch(bytes_per_s: float, latency_s: float = 0.5, ends_per_port: int = 1) -> Topology:
+    return Topology("", 16, Fabric("switch", bytes_per_s, latency_s, ends_per_port))
+
+
+def played(grid: CpGrid, topology: Topology, direction="forward", speed=PAIR_A_SECOND) -> Price:
+    """Four tokens a rank, all of whose tiles have 16 pairs."""
+    layouts = [contiguous(4 * grid.size, rank, grid.size) for rank in range(grid.size)]
+    schedule = Schedule(grid, layouts, EVERYBODY_SEES_ALL, direction)
+    return play(schedule, EVERYBODY_SEES_ALL, topology, ONE, speed)
+
+
+def test_keys_travel_under_the_own_tile():
+    found = played(CpGrid.ring(2), switch(4.0))  # 16 bytes take 4.5 s, a tile 16
+    assert (found.seconds, found.compute_s, found.exposed_s) == (32.0, 32.0, 0.0)
+    assert set(found.bytes_by_link.values()) == {16}
+    assert len(found.bytes_by_link) == 4
+
+
+def test_keys_that_come_late_are_waited_for():
+    found = played(CpGrid.ring(2), switch(1.0))  # 16.5 s
+    assert (found.seconds, found.exposed_s) == (32.5, 0.5)
+
+
+def test_what_a_tile_takes_besides_and_backward():
+    speed = Speed(4.0, 10.0, tile_s=1.0)
+    assert played(CpGrid.ring(2), switch(4.0), speed=speed).seconds == 34.0
+    # dK, dV of the other's keys go home when they are done: 4 rows of 4 bytes.
+    assert played(CpGrid.ring(2), switch(16.0), "backward").seconds > 32.0
+
+
+def test_results_leave_after_their_tile():
+    """TokenRing of two: queries under the own tile, results of 24 bytes after the second, with nothing to hide them."""
+    found = played(CpGrid.token_ring(2), switch(4.0))
+    assert (found.seconds, found.exposed_s) == (32.0 + 24 / 4 + 0.5, 6.5)
+    assert set(found.bytes_by_link.values()) == {8 + 24}
+
+
+def test_ulysses_trades_before_and_after():
+    """Two heads, one each after the trade: 4 rows x (2 + 4) bytes there, 4 x 2 back, 64 pairs of one head between."""
+    layouts = [contiguous(8, rank, 2) for rank in range(2)]
+    schedule = Schedule(CpGrid.ulysses(2), layouts, EVERYBODY_SEES_ALL, "forward")
+    found = play(schedule, EVERYBODY_SEES_ALL, switch(4.0), Work(2, 2, 1), PAIR_A_SECOND)
+    assert found.seconds == (24 / 4 + 0.5) + 64 + (8 / 4 + 0.5)
+
+
+def keys(source: int, target: int, rows: int, posted: int = 0, due: int = 1) -> Message:
+    return Message("keys", source, (0, rows), source, target, posted, due)
+
+
+class HandMade(Schedule):
+    """A schedule of just these messages, and of tiles of 64 pairs, by (rank, step)."""
+
+    def __init__(self, size: int, messages: list[Message], tiles: Sequence[tuple[int, int]]) -> None:
+        held = [SeqLayout(((0, 8),), (0, 8))] * size
+        super().__init__(CpGrid(kv=size), held, EVERYBODY_SEES_ALL, "forward")
+        columns = [(FLOWS.index(m.flow), m.owner, *m.rows, m.source, m.target, m.posted, m.due) for m in messages]
+        self.all_messages = Messages(*np.array(columns).T)
+        # One share more, of another document: whom it meets has no tile.
+        self.shares = Shares.of([*held, SeqLayout(((8, 16),), (0, 8))])
+        self.made = set(tiles)
+
+    def tiles(self, step, place):
+        return place, np.array([rank if (rank, step) in self.made else len(place) for rank in place])
+
+    def plans(self):
+        return []
+
+
+def arrivals(topology: Topology, size: int, messages: list[Message], tiles=()) -> list[float]:
+    """When each message is there; a row of keys takes a link of 4 bytes/s one second."""
+    made = HandMade(size, messages, tiles)
+    found = play(made, EVERYBODY_SEES_ALL, topology, ONE, PAIR_A_SECOND, record=True)
+    stops = {event.what: event.stop_s for event in found.events}
+    return [stops[message] for message in messages]
+
+
+def test_a_shared_port_is_shared_evenly():
+    messages = [keys(0, 2, 2), keys(1, 4, 4)]
+    assert arrivals(switch(4.0, ends_per_port=1), 6, messages) == [2.5, 4.5]
+    # Out of one port: both at half the rate until the shorter is through, then the longer alone.
+    assert arrivals(switch(4.0, ends_per_port=2), 6, messages) == [4.5, 6.5]
+
+
+def test_a_shared_port_in():
+    assert arrivals(switch(4.0), 3, [keys(0, 2, 3), keys(1, 2, 3)]) == [6.5, 6.5]
+    both_ways = [keys(0, 1, 3), keys(1, 0, 3)]
+    assert arrivals(switch(4.0), 2, both_ways) == [3.5, 3.5]
+    half = Topology("", 2, Fabric("switch", 4.0, 0.5, full_duplex=False))
+    assert arrivals(half, 2, both_ways) == [6.5, 6.5]
+
+
+def test_a_chain_of_hops():
+    ring = Topology("", 6, Fabric("ring", 4.0, 0.5))
+    assert arrivals(ring, 6, [keys(0, 3, 2)]) == [2 + 3 * 0.5]
+    # The one over a hop has the last link of the one over three.
+    assert arrivals(ring, 6, [keys(0, 3, 2), keys(2, 3, 2), keys(4, 5, 2)]) == [4 + 1.5, 4.5, 2.5]
+
+
+def test_a_link_carries_one_step_after_the_other():
+    later = [keys(0, 1, 6, 0, 3), keys(0, 1, 2, 1, 3)]
+    assert arrivals(switch(4.0), 2, later) == [6.5, 8.5]
+
+
+def test_a_message_begins_when_both_ends_have_posted():
+    assert arrivals(switch(4.0), 2, [keys(0, 1, 2, 1, 2)], [(1, 0)]) == [64 + 2.5]
+    assert arrivals(switch(4.0), 2, [keys(0, 1, 2, 1, 2)], [(0, 0)]) == [64 + 2.5]
+
+
+class Counting(InProcess):
+    """Counts the bytes of each message, at both ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes_of: dict[tuple[bool, Message], int] = {}
+
+    def post(self, sends, receives) -> None:
+        for is_send, messages in ((True, sends), (False, receives)):
+            for message, tensors in messages.items():
+                assert all(x.is_contiguous() for x in tensors)
+                self.bytes_of[is_send, message] = sum(x.numel() * x.element_size() for x in tensors)
+        super().post(sends, receives)
+
+
+def executed(monkeypatch, problem, work: Work, dtype) -> dict[str, tuple[Counting, Counter[int]]]:
+    """Both passes of all ranks in this process -> per pass the transport, and the most that each rank held."""
+    size, generator = problem.grid.size, torch.Generator().manual_seed(0)
+    held: Counter[int] = Counter()
+
+    def look(run: execute._Run) -> None:
+        own = {x.untyped_storage().data_ptr() for side in (run.own, run.home) for xs in side.values() for x in xs}
+        alive = [x for tensors, _ in run.held.values() for x in tensors]
+        alive += [x for tensors in run.partial.values() for x in tensors]
+        for message, tensors in run.travelling.items():
+            mine = message.flow in ("queries", "keys") and message.owner == run.plan.place
+            alive += [] if mine else tensors
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in alive}
+        held[run.plan.rank] = max(held[run.plan.rank], sum(n for at, n in storages.items() if at not in own))
+
+    compute = execute._Run._compute
+
+    def looking_compute(self, tile):
+        look(self)
+        compute(self, tile)
+        look(self)
+
+    monkeypatch.setattr(execute._Run, "_compute", looking_compute)
+    shapes = [(work.batch, h) for h in (work.num_heads, work.num_kv_heads, work.num_kv_heads, work.num_heads)]
+    inputs = [
+        [torch.randn(b, layout.num_tokens, h, work.head_dim, generator=generator).to(dtype) for b, h in shapes]
+        for layout in problem.layouts
+    ]
+    transport = Counting()
+    results = transport.drive([execute.forward(problem, rank, *inputs[rank][:3], transport) for rank in range(size)])
+    found = {"forward": (transport, Counter(held))}
+    held.clear()
+    transport = Counting()
+    transport.drive(
+        [
+            execute.backward(problem, rank, inputs[rank][3], results[rank][1], work.num_kv_heads, transport)
+            for rank in range(size)
+        ]
+    )
+    monkeypatch.undo()
+    return found | {"backward": (transport, held)}
+
+
+HEADS = [(4, 4), (8, 2), (4, 1)]
+
+
+@pytest.mark.parametrize("narrow", [True, False], ids=["narrow", "wide"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("heads", HEADS, ids=["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("base", list(divisions(4)), ids=str)
+def test_messages_weigh_what_is_sent(monkeypatch, base, heads, dtype, narrow):
+    work = Work(*heads, head_dim=8, itemsize=dtype.itemsize, batch=2, narrow_results=narrow)
+    for grid in grids(4):
+        if (grid.heads, grid.query, grid.kv) != (base.heads, base.query, base.kv):
+            continue
+        layouts = tuple(zigzag(37, rank, 4) for rank in range(4))
+        problem = execute.Problem(grid, layouts, Sight(), narrow_results=narrow)
+        for direction, (transport, _) in executed(monkeypatch, problem, work, dtype).items():
+            assert transport.bytes_of
+            for (_, message), sent in transport.bytes_of.items():
+                assert work.bytes_of(message, grid, direction) == sent, f"{grid}, {direction}: {message}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("size", [3, 4, 6])
+def test_the_peak_is_what_was_alive(monkeypatch, size, dtype):
+    """Over query and kv alone: the trade of heads is no part of it."""
+    work = Work(4, 2, head_dim=8, itemsize=dtype.itemsize)
+    for grid in grids(size):
+        if grid.heads > 1:
+            continue
+        layouts = tuple(zigzag(12 * size, rank, size) for rank in range(size))
+        problem = execute.Problem(grid, layouts, Sight())
+        for direction, (_, held) in executed(monkeypatch, problem, work, dtype).items():
+            found = play(problem.plan(direction, 0)[0], Sight(), switch(1e9), work, PAIR_A_SECOND)
+            assert found.peak_bytes == max(held.values()), f"{grid}, {direction}"
+
+
+SPEED = Speed(forward_flops=1e12, backward_flops=2e12, tile_s=1e-6)
+FABRICS = {
+    "switch": Topology("", 8, Fabric("switch", 1e9, 1e-6)),
+    "half": Topology("", 8, Fabric("switch", 1e9, 1e-6, full_duplex=False)),
+    "pairs": Topology("", 8, Fabric("switch", 1e9, 1e-6, ends_per_port=2)),
+    "mesh": Topology("", 8, Fabric("mesh", 1e9, 1e-6)),
+    "ring": Topology("", 8, Fabric("ring", 1e9, 1e-6)),
+    "nodes": Topology("", 2, Fabric("switch", 1e10, 1e-6), Fabric("switch", 1e9, 1e-5, ends_per_port=2)),
+}
+"""One bandwidth for all links of each but `nodes`."""
+works = st.builds(
+    lambda kv, groups, dim, itemsize: Work(kv * groups, kv, dim, itemsize),
+    st.sampled_from([1, 2, 3, 4, 8]),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([16, 128]),
+    st.sampled_from([2, 4]),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), work=works, size=st.integers(1, 8), fabric=st.sampled_from(sorted(FABRICS)))
+def test_a_price_is_no_less_than_compute_or_the_busiest_link(data, work, size, fabric):
+    fit = [grid for grid in grids(size) if grid.unfit(work.num_heads, work.num_kv_heads) is None]
+    grid, topology = data.draw(st.sampled_from(fit)), FABRICS[fabric]
+    found = Question(data.draw(st.integers(2 * size, 4000)), work, topology, SPEED).price(grid)
+    for one in (found.passes["forward"], found.passes["backward"]):
+        assert one.seconds >= one.compute_s > 0
+        rates = dict.fromkeys(one.bytes_by_link, topology.inside.bytes_per_s)
+        if topology.across is not None:
+            rates |= {link: topology.across.bytes_per_s for link in rates if link[0] == "across"}
+        for link, carried in one.bytes_by_link.items():
+            assert one.seconds >= carried / rates[link] * (1 - 1e-9)
+        assert one.exposed_s >= 0
+        assert (one.peak_bytes == 0) == (size == 1)
+    assert found.seconds == found.passes["forward"].seconds + found.passes["backward"].seconds
+    assert found.peak_bytes == max(found.passes["forward"].peak_bytes, found.passes["backward"].peak_bytes)
+
+
+def test_all_bytes_are_on_links():
+    """On a mesh each message is on one link, on a switch on two: what links carried is what was sent."""
+    work, grid = Work(4, 2, 16), CpGrid.square(6)
+    layouts = [zigzag(600, rank, 6) for rank in range(6)]
+    for direction in ("forward", "backward"):
+        schedule = Schedule(grid, layouts, Sight(), direction)
+        sent = sum(work.bytes_of(m, grid, direction) for plan in schedule.plans() for s in plan.steps for m in s.sends)
+        for fabric, links in (("mesh", 1), ("switch", 2)):
+            found = play(schedule, Sight(), FABRICS[fabric], work, SPEED)
+            assert sum(found.bytes_by_link.values()) == links * sent
+
+
+def test_windows_and_documents_cost_less():
+    work = Work(4, 4, 16)
+    whole = Question(4096, work, FABRICS["switch"], SPEED).price(CpGrid.ring(4))
+    window = Question(4096, work, FABRICS["switch"], SPEED, Sight(window=64)).price(CpGrid.ring(4))
+    assert window.seconds < whole.seconds
+    assert window.passes["forward"].compute_s < whole.passes["forward"].compute_s / 4
+
+
+@settings(deadline=None, max_examples=40)
+@given(work=works, size=st.integers(1, 8), num_tokens=st.integers(16, 100_000), fabric=st.sampled_from(sorted(FABRICS)))
+def test_the_best_fits_and_is_no_dearer_than_any_that_is_named(work, size, num_tokens, fabric):
+    topology = FABRICS[fabric]
+    found = choose(size, Question(num_tokens, work, topology, SPEED))
+    assert [x.grid for x in found] == [x.grid for x in choose(size, Question(num_tokens, work, topology, SPEED))]
+    shapes = [(x.grid.heads, x.grid.query, x.grid.kv) for x in found]
+    wanted = [x for x in divisions(size) if x.unfit(work.num_heads, work.num_kv_heads) is None]
+    assert sorted(shapes) == sorted((x.heads, x.query, x.kv) for x in wanted), "one of every division that fits"
+    assert all(a.seconds <= b.seconds for a, b in pairwise(found[1:]))
+    named = [make(size) for make in NAMED.values()] + ([CpGrid.hybrid(2, size // 2)] if size % 2 == 0 else [])
+    for grid in named:
+        assert grid.size == size
+        if grid.unfit(work.num_heads, work.num_kv_heads) is None:
+            assert found[0].seconds <= 1.01 * Question(num_tokens, work, topology, SPEED).price(grid).seconds, grid
+
+
+def test_of_close_prices_the_least_memory_is_taken():
+    """Where links cost nothing all moves of a division take the same time."""
+    free = Topology("", 8, Fabric("switch", 1e30, 0.0))
+    found = choose(4, Question(4000, Work(1, 1, 16), free, SPEED))
+    every = [Question(4000, Work(1, 1, 16), free, SPEED).price(grid) for grid in grids(4) if grid.heads == 1]
+    fastest = min(x.seconds for x in every)
+    assert found[0].seconds <= 1.01 * fastest
+    assert found[0].peak_bytes == min(x.peak_bytes for x in every if x.seconds <= 1.01 * fastest)
+
+
+def test_close_is_close_to_the_fastest_of_all():
+    """101 is close to 100 and 102 to 101, but 102 is not close to 100."""
+
+    def priced(grid: CpGrid, seconds: float, peak_bytes: int) -> Priced:
+        half = Price(seconds / 2, seconds / 2, {}, 0, peak_bytes)
+        return Priced(grid, {"forward": half, "backward": half})
+
+    a = priced(CpGrid.ring(4), 100.0, 3)
+    b = priced(CpGrid.ring_both_ways(4), 101.0, 2)
+    c = priced(CpGrid.token_ring(4), 102.0, 1)
+    assert _best_of_each([a, b, c]) == [b, c]
+    assert _best_of_each([c, a]) == [a, c]
+
+
+def test_a_topology_that_does_not_reach_is_refused():
+    with pytest.raises(ValueError, match="'nvswitch' has 8 ranks"):
+        choose(16, Question(1000, Work(8, 8, 16), PRESETS["nvswitch"](8), SPEED))
+
+
+@pytest.mark.parametrize("size", [12, 24])
+def test_many_ranks_are_priced_by_the_few_divisions_that_move_least(monkeypatch, size):
+    """Many: more than 4 here, and beyond 16 by their simplest moves alone."""
+    monkeypatch.setattr(choosing, "LARGE", 4)
+    work, topology = Work(8, 8, 16), PRESETS["infiniband"](size)
+    found = choose(size, Question(64 * size, work, topology, SPEED))
+    assert len(found) == 6
+    ring = Question(64 * size, work, topology, SPEED).price(CpGrid.ring(size))
+    assert found[0].seconds <= 1.01 * ring.seconds
+    simple = {("direct", "direct"), ("round_and_home", "round"), ("both_ways", "both_ways")}
+    assert size == 12 or all((x.grid.query_route, x.grid.kv_route) in simple for x in found)
