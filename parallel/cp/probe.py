@@ -87,7 +87,6 @@ def probe(
     links = _Links(members, group, device)
     inside = links.measure(0, per_node) if per_node > 1 else []
     across = links.measure(per_node, num_nodes) if num_nodes > 1 else []
-    links.close()
     speed = _speed(num_heads, num_kv_heads, head_dim, dtype, device, group, backend)
     # Where every node has one rank, nothing is inside: what is across stands for both.
     fabric = (inside or across)[0].fabric
@@ -120,7 +119,11 @@ def _ranks_per_node(members: Sequence[int], group: dist.ProcessGroup | None) -> 
 
 
 class _Links:
-    """Times patterns of messages. Each direction has a process group of its own, as in `transports`."""
+    """Times patterns of messages. Each direction has a process group of its own, as in `transports`.
+
+    They are kept: torch would give a later group of the same ranks the same name, under which the store still has the
+    addresses of the old one.
+    """
 
     def __init__(self, members: Sequence[int], group: dist.ProcessGroup | None, device: torch.device) -> None:
         self.rank, self.size, self.group, self.device = dist.get_rank(group), len(members), group, device
@@ -130,11 +133,6 @@ class _Links:
             assert isinstance(way, dist.ProcessGroup)
             dist.all_reduce(torch.zeros(1, device=device), group=way)  # makes NCCL's communicator
             self.ways.append(way)
-
-    def close(self) -> None:
-        """Give the process groups back."""
-        for way in self.ways:
-            dist.destroy_process_group(way)
 
     def measure(self, stride: int, num_places: int) -> list[Fit]:
         """Fits of what joins the ranks of each node (stride 0), or nodes of `stride` ranks. Equal on all ranks."""

@@ -341,7 +341,9 @@ def test_many_ranks_are_priced_by_the_few_divisions_that_move_least(monkeypatch,
     monkeypatch.setattr(choosing, "LARGE", 4)
     work, topology = Work(8, 8, 16), PRESETS["infiniband"](size)
     found = choose(size, Question(64 * size, work, topology, SPEED))
-    assert len(found) == 6
+    divided = {(x.grid.heads, x.grid.query, x.grid.kv) for x in found}
+    assert 6 <= len(divided) == len(found) < len(list(divisions(size)))
+    assert all((h, 8 // h, size // 8) in divided for h in (1, 2, 4, 8) if size % 8 == 0), "those that fill a node"
     ring = Question(64 * size, work, topology, SPEED).price(CpGrid.ring(size))
     assert found[0].seconds <= 1.01 * ring.seconds
     simple = {("direct", "direct"), ("round_and_home", "round"), ("both_ways", "both_ways")}
