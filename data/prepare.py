@@ -90,7 +90,7 @@ def prepare(config: DataConfig, console: Console, workers: int = 0) -> Manifest:
     finally:
         # A failure before anything is done, or without a sequence to train on, leaves nothing to go on from; after a
         # success `partial` has got its name.
-        if not any((partial / "shards").glob("*/*.tar")):
+        if partial.is_dir() and not any((partial / "shards").glob("*/*.tar")):
             shutil.rmtree(partial, ignore_errors=True)
 
 
