@@ -58,7 +58,9 @@ def keys(content: Any) -> set[str]:
     ids=["zero0", "zero1", "zero2-bf16", "zero3", "zero1-tp2"],
 )
 def test_interrupted_equals_uninterrupted(on_ranks, recipe_file, tmp_path, overrides):
-    overrides = ["parallel.tokens_per_rank=128", "train.steps=12", "train.checkpoint_every_steps=5", *overrides]
+    # A named topology: of two runs that probe, each in its own directory, one might take another grid.
+    steps = ["train.steps=12", "train.checkpoint_every_steps=5", "parallel.cp.topology=full_mesh"]
+    overrides = ["parallel.tokens_per_rank=128", *steps, *overrides]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     on_ranks(4, run_until, recipe_file, [*overrides, f"run_directory={whole}"], None)
     on_ranks(4, run_until, recipe_file, [*overrides, f"run_directory={parts}"], 5)
