@@ -6,13 +6,16 @@ READY := $(VENV)/ready
 export PYTHONSAFEPATH := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-slow check format clean
 
 demo: $(READY)  ## documents in, a model trained over a token ring, stopped, resumed, evaluated: see README.md
 	$(VENV)/bin/python -m longring.launch.demo
 
 test: $(READY)  ## all tests, several processes on gloo, no GPU needed
 	$(VENV)/bin/python -m pytest
+
+test-slow: $(READY)  ## those that take minutes each: a run interrupted fifty times
+	$(VENV)/bin/python -m pytest -m slow
 
 check: $(READY)  ## lint, format and types
 	$(VENV)/bin/ruff check .

@@ -4,6 +4,7 @@
 `shards.npy` is a table of all shards, 113 bytes each; where each block lies in a shard, the shard itself says.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -113,6 +114,7 @@ class Manifest:
         """Write `manifest.json` as `file`; `shards.npy` is there already, as its hash is in `files`."""
         content = {**vars(self), "ledger": self.ledger.to_json()}
         del content["shards"], content["store"]
+        content["sha256"] = _hash_of(json.loads(json.dumps(content)))  # as it will be read: keys become text
         file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -126,6 +128,9 @@ class Manifest:
             content = json.loads(file.read_text(encoding="utf-8"))
             version = content["format_version"]
             if version == FORMAT_VERSION:
+                # Data prepared by earlier versions has none.
+                if (claimed := content.pop("sha256", None)) not in (None, (found := _hash_of(content))):
+                    raise TypeError(f"its content has SHA-256 {found}, {claimed} in itself")
                 files = {name: _checked(store, name, sha256) for name, sha256 in content["files"].items()}
                 return cls(
                     **{
@@ -255,6 +260,11 @@ def file_hashes(directory: Path, *others: str) -> dict[str, str]:
     """Return the SHA-256 of each file that stands beside a manifest, the `others` included."""
     names = (TOKENIZER_FILE, UNIGRAM_FILE, SHARDS_FILE, INPUTS_FILE, *others)
     return {name: sha256_of(directory / name) for name in names}
+
+
+def _hash_of(content: dict[str, Any]) -> str:
+    """SHA-256 of the manifest's content, however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _checked(store: Store, name: str, sha256: str) -> Path:

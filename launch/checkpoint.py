@@ -1,95 +1,232 @@
-"""Checkpoints: written aside, made visible by one rename when every rank is done."""
+"""What a checkpoint is on disk: a manifest of parameters and files, each file with its checksum.
+
+    checkpoints/step-00000100/
+        manifest.json             state of the run, every parameter's shape, every file's size, SHA-256 and ranges
+        rank-00000.safetensors    ranges of fp32 weights and moments, as the rank that wrote it held them
+
+A directory `step-N` is complete: it got this name by one rename after all was written and flushed. `step-N.partial` is
+being written or was left by a crash, `step-N.damaged` was found not to match its manifest, `step-N.removed` was pruned.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
+import re
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-import torch.distributed as dist
+from ..data.shards import sha256_of, sync
 
-if TYPE_CHECKING:  # importing DeepSpeed takes seconds, and a plan only reads what a checkpoint says of itself
-    from ..parallel.mesh import Mesh
-    from ..parallel.zero import DeepSpeedEngine
-
-_STATE_FILE = "longring.json"
-_PARTIAL = ".partial"
+MANIFEST_FILE = "manifest.json"
+PARTIAL, DAMAGED, REMOVED = ".partial", ".damaged", ".removed"
+FORMAT = 1
+_COMPLETE = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Everything beside weights and moments that a run needs to go on: the order of data follows from the step."""
+    """Everything beside weights and moments that a run needs to go on.
+
+    The order of data and the learning rate follow from the step, and nothing random is drawn after the first weights.
+    """
 
     step: int
-    """Steps done."""
-    world_size: int
-    """Ranks that wrote it."""
+    """Steps done, those skipped included."""
+    updates: int
+    """Steps that changed the weights."""
     data: str
     """SHA-256 of the prepared data's manifest."""
+    world_size: int
+    """Ranks that wrote it."""
+    tensor: int
+    """Their tensor-parallel degree."""
+    zero_stage: int
+    recent_losses: tuple[float, ...] = ()
+    """Of the last steps, oldest first: what a spike is told by."""
 
 
-def save(engine: DeepSpeedEngine, directory: Path, state: TrainState, mesh: Mesh) -> Path:
-    """Write a checkpoint and return its directory. Collective; a crash at any point leaves the earlier ones good."""
-    final = directory / f"step-{state.step:08d}"
-    partial = final.with_name(final.name + _PARTIAL)
-    if mesh.rank == 0 and partial.exists():
-        shutil.rmtree(partial)
-    dist.barrier()
-    engine.save_checkpoint(str(directory), tag=partial.name, save_latest=False)
-    dist.barrier()
-    if mesh.rank == 0:
-        (partial / _STATE_FILE).write_text(json.dumps(asdict(state)) + "\n")
-        _sync(partial)
-        partial.rename(final)
-    dist.barrier()
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """One rank's file."""
+
+    bytes: int
+    sha256: str
+    slice: int
+    """Which tensor-parallel slice its ranges are of."""
+    ranges: dict[str, tuple[int, int]]
+    """By parameter: first element, and how many, of the flattened slice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterEntry:
+    """A parameter's whole shape; how it was cut into slices, as (dim, stride), or None."""
+
+    shape: tuple[int, ...]
+    cut: tuple[int, int] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint says of itself."""
+
+    state: TrainState
+    parameters: dict[str, ParameterEntry] = field(default_factory=dict)
+    files: dict[str, FileEntry] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all files but the manifest."""
+        return sum(entry.bytes for entry in self.files.values())
+
+
+def name_of(step: int) -> str:
+    """Directory of the checkpoint after `step`."""
+    return f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step of a complete checkpoint's directory, or None of any other."""
+    found = _COMPLETE.fullmatch(checkpoint.name)
+    return int(found[1]) if found else None
+
+
+def complete(directory: Path) -> list[Path]:
+    """Complete checkpoints by step, the last first."""
+    found = [(step, path) for path in directory.glob("step-*") if (step := step_of(path)) is not None]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write and flush it, with a hash of itself."""
+    content = {"format": FORMAT, **asdict(manifest)}
+    flushed_write(directory / MANIFEST_FILE, json.dumps({**content, "sha256": _hash_of(content)}, indent=1))
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """What the checkpoint says of itself. Raises ValueError that names the file when that is damaged."""
+    file = checkpoint / MANIFEST_FILE
+    try:
+        content = json.loads(file.read_text())
+        claimed = content.pop("sha256")
+        if claimed != _hash_of(content):
+            raise ValueError(f"its SHA-256 is {_hash_of(content)[:16]}..., not {claimed[:16]}...")
+        if (version := content.pop("format")) != FORMAT:
+            raise ValueError(f"it has format {version}, and this LongRing reads format {FORMAT}")
+        state = TrainState(**{**content["state"], "recent_losses": tuple(content["state"]["recent_losses"])})
+        return Manifest(
+            state=state,
+            parameters={
+                name: ParameterEntry(shape=tuple(entry["shape"]), cut=entry["cut"] and tuple(entry["cut"]))
+                for name, entry in content["parameters"].items()
+            },
+            files={
+                name: FileEntry(**{**entry, "ranges": {k: tuple(v) for k, v in entry["ranges"].items()}})
+                for name, entry in content["files"].items()
+            },
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def problem(checkpoint: Path, manifest: Manifest, names: Iterable[str] | None = None) -> str | None:
+    """What is wrong with the files, or None: each is there with its size, and the named ones have their SHA-256.
+
+    `names` None: all of them; an empty one: none.
+    """
+    for name, entry in manifest.files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if (size := file.stat().st_size) != entry.bytes:
+            return f"{file} has {size:,} bytes, {entry.bytes:,} in the manifest"
+    for name in manifest.files if names is None else names:
+        try:
+            found = sha256_of(checkpoint / name)
+        except OSError as error:
+            return f"{checkpoint / name} cannot be read: {error}"
+        if found != (claimed := manifest.files[name].sha256):
+            return f"{checkpoint / name} has SHA-256 {found[:16]}..., {claimed[:16]}... in the manifest"
+    return None
+
+
+def last_good(directory: Path) -> tuple[Path, Manifest] | None:
+    """The last complete checkpoint whose manifest can be read and whose files have their sizes, or None."""
+    for checkpoint in complete(directory):
+        try:
+            manifest = read_manifest(checkpoint)
+        except ValueError:
+            continue  # named and put aside when a run resumes; `longring checkpoints` names it too
+        if problem(checkpoint, manifest, names=()) is None:
+            return checkpoint, manifest
+    return None
+
+
+def check_data(manifest: Manifest, checkpoint: Path, data: str) -> None:
+    """Raise ValueError unless the checkpoint was trained on this data."""
+    if manifest.state.data != data:
+        raise ValueError(
+            f"checkpoint {checkpoint} was trained on data whose manifest has SHA-256 {manifest.state.data[:16]}..., "
+            f"and the data now there has {data[:16]}...: bring back the old data, or name another run_directory"
+        )
+
+
+def publish(partial: Path) -> Path:
+    """Make a directory whose files are all flushed visible under its name, in the place of any that had it."""
+    final = partial.with_name(partial.name.removesuffix(PARTIAL))
+    sync(partial)
+    if final.exists():  # steps done again after a rewind
+        remove(final)
+    partial.rename(final)
+    sync(final.parent)
     return final
 
 
-def latest(directory: Path) -> Path | None:
-    """The complete checkpoint of the most steps, or None."""
-    complete = [path for path in directory.glob("step-*") if not path.name.endswith(_PARTIAL)]
-    return max(complete, default=None, key=lambda path: path.name)
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; it is out of sight before its first file goes."""
+    aside = checkpoint.with_name(checkpoint.name + REMOVED)
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    shutil.rmtree(aside)
 
 
-def read_state(checkpoint: Path) -> TrainState:
-    """What the checkpoint says of itself. Raises ValueError when it is damaged."""
-    try:
-        return TrainState(**json.loads((checkpoint / _STATE_FILE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"checkpoint {checkpoint} is damaged ({error}); remove it to go on from the one before"
-        ) from error
+def put_aside(checkpoint: Path) -> None:
+    """Keep a damaged checkpoint under a name that does not count; an earlier one of the same step goes."""
+    aside = checkpoint.with_name(checkpoint.name + DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
 
 
-def check(state: TrainState, checkpoint: Path, *, world_size: int, data: str) -> None:
-    """Raise ValueError unless this world may go on from the checkpoint."""
-    if state.world_size != world_size:
-        raise ValueError(
-            f"checkpoint {checkpoint} was written by {state.world_size} ranks and this world has {world_size}: "
-            f"start {state.world_size} ranks"
-        )
-    if state.data != data:
-        raise ValueError(
-            f"checkpoint {checkpoint} was trained on data whose manifest has SHA-256 {state.data[:16]}..., and the "
-            f"data now there has {data[:16]}...: bring back the old data, or name another run_directory"
-        )
+def clear(directory: Path) -> None:
+    """Delete what interrupted saves and removals have left."""
+    for leftover in [*directory.glob(f"step-*{PARTIAL}"), *directory.glob(f"step-*{REMOVED}")]:
+        shutil.rmtree(leftover)
 
 
-def load(engine: DeepSpeedEngine, checkpoint: Path) -> None:
-    """Read weights and optimizer state back into the engine. Collective."""
-    path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    if path is None:
-        raise ValueError(f"checkpoint {checkpoint} has no files that DeepSpeed can read; remove it to go on without")
+def superfluous(steps: Iterable[int], keep_last: int, keep_every_steps: int) -> list[int]:
+    """Which of the checkpoints at `steps` retention lets go: all but the last ones and every n-th step's (0: none)."""
+    ordered = sorted(steps)
+    older = ordered[: max(0, len(ordered) - keep_last)]
+    return [step for step in older if not keep_every_steps or step % keep_every_steps]
 
 
-def _sync(directory: Path) -> None:
-    """Flush the files and the directory to disk, so that the rename cannot become visible before them."""
-    for path in [*directory.iterdir(), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def prune(directory: Path, keep_last: int, keep_every_steps: int) -> list[Path]:
+    """Delete what retention lets go -> what went."""
+    by_step = {step_of(path): path for path in complete(directory)}
+    gone = [by_step[step] for step in superfluous(filter(None, by_step), keep_last, keep_every_steps)]
+    for checkpoint in gone:
+        remove(checkpoint)
+    return gone
+
+
+def flushed_write(file: Path, text: str) -> None:
+    """Write a small file whole, and flush it."""
+    file.write_text(text)
+    sync(file)
+
+
+def _hash_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -92,12 +92,40 @@ def _order(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.target, options.overrides)
     from .plan import plan
-    from .ranks import local_ranks, start_ranks
+    from .ranks import Rendezvous, local_ranks, start_ranks
 
     count = options.ranks or local_ranks(recipe.train.ranks_per_node)
-    plan(recipe, count)
+    if options.check_node:
+        from .submit import check_node
+
+        check_node(recipe, count)
+    plan(recipe, count * options.nodes, check_shards=options.node == 0)
+    meeting = None
+    if options.nodes > 1 or options.rendezvous:
+        if not (options.rendezvous and options.job and options.address):
+            raise ValueError("--nodes: several nodes need --rendezvous, --job and --address too, as slurm/train.sbatch")
+        meeting = Rendezvous(options.rendezvous, options.job, options.nodes, options.node, options.address)
     stop_after = ["--stop-after", str(options.stop_after)] if options.stop_after else []
-    return start_ranks("longring.launch.train", [options.target, *options.overrides, *stop_after], count)
+    return start_ranks("longring.launch.train", [options.target, *options.overrides, *stop_after], count, meeting)
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from .submit import job_script, submit
+
+    recipe = load_recipe(options.target, options.overrides)
+    if options.print:
+        print(job_script(recipe, options.nodes), end="")
+    else:
+        print(submit(recipe, [options.target, *options.overrides], options.nodes))
+    return 0
+
+
+def _requeue(options: argparse.Namespace) -> int:
+    from .submit import requeue
+
+    verdict = requeue(load_recipe(options.target, options.overrides))
+    print(verdict.why)
+    return 0 if verdict.again else 1
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -106,11 +134,25 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     run = _run_of(options)
     run.recipe(options.overrides)
-    saved = checkpoint.latest(run.checkpoints)
+    saved = checkpoint.last_good(run.checkpoints)
     if saved is None:
         raise ValueError(f"{run.path} has no checkpoint yet: train first")
-    world_size = checkpoint.read_state(saved).world_size
-    return start_ranks("longring.launch.evaluate", [str(run.path), *options.overrides], world_size)
+    return start_ranks("longring.launch.evaluate", [str(run.path), *options.overrides], saved[1].state.world_size)
+
+
+def _checkpoints(options: argparse.Namespace) -> int:
+    from .checkpoint_table import list_checkpoints
+
+    run = _run_of(options)
+    recipe = run.recipe()
+    return list_checkpoints(
+        run.checkpoints,
+        Console(),
+        verify=options.verify,
+        prune=options.prune,
+        keep_last=options.keep_last or recipe.train.keep_checkpoints,
+        keep_every_steps=recipe.train.keep_checkpoint_every_steps if options.keep_every is None else options.keep_every,
+    )
 
 
 def _topology(options: argparse.Namespace) -> int:
@@ -179,6 +221,13 @@ def model_size(model: ModelConfig, vocab_size: int) -> ModelSize:
         num_layers=model.num_layers,
         attention_width=width,
     )
+
+
+def _positive(text: str) -> int:
+    """A command line's number, at least 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+    return value
 
 
 def _run_of(options: argparse.Namespace) -> RunDirectory:
@@ -253,12 +302,50 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
     )
     train.add_argument("--ranks", type=int, metavar="N", help="processes to start (default: train.ranks_per_node)")
     train.add_argument("--stop-after", type=int, metavar="STEP", help="save and end after this step")
+    several = train.add_argument_group("several nodes", "each runs the same command; slurm/train.sbatch gives these")
+    several.add_argument("--nodes", type=_positive, default=1, metavar="N", help="nodes of this start")
+    several.add_argument("--node", type=int, default=0, metavar="I", help="this one, from 0")
+    several.add_argument("--rendezvous", metavar="HOST:PORT", help="on the first node, where the launchers meet")
+    several.add_argument("--job", metavar="NAME", help="the launchers' common name for this start")
+    several.add_argument("--address", metavar="NAME", help="under which the other nodes reach this one")
+    several.add_argument("--check-node", action="store_true", help="first see that devices, memory and disk are fit")
+    submit = stage(
+        "submit",
+        _submit,
+        "RECIPE",
+        "hand the recipe to Slurm as a job that saves before its limit and requeues itself until all steps are done",
+        f"{demo} --nodes 4 slurm.partition=main slurm.time=8:00:00",
+    )
+    submit.add_argument("--nodes", type=_positive, required=True, metavar="N", help="slurm.ranks_per_node ranks each")
+    submit.add_argument("--print", action="store_true", help="print the job's script instead")
+    stage(
+        "requeue",
+        _requeue,
+        "RECIPE",
+        "whether a job that has ended shall start again (status 0) or not (1): asked by slurm/train.sbatch",
+        demo,
+    )
     stage(
         "evaluate",
         _evaluate,
         "RUN|RECIPE",
         "held-out loss of a run's last checkpoint, by bucket and by position in the context",
         "runs/demo evaluate.max_tokens_per_bucket=100000",
+    )
+    checkpoints = stage(
+        "checkpoints",
+        _checkpoints,
+        "RUN|RECIPE",
+        "a run's checkpoints: step, size, mesh, and whether they are whole; verify or prune them",
+        "runs/demo --verify",
+    )
+    checkpoints.add_argument("--verify", action="store_true", help="read every file and compare its SHA-256")
+    checkpoints.add_argument(
+        "--prune", action="store_true", help="delete what retention lets go, and those put aside as damaged"
+    )
+    checkpoints.add_argument("--keep-last", type=_positive, metavar="K", help="default: train.keep_checkpoints")
+    checkpoints.add_argument(
+        "--keep-every", type=_positive, metavar="N", help="default: train.keep_checkpoint_every_steps"
     )
     stage(
         "inspect",

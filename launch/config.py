@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -50,12 +52,18 @@ class TrainConfig:
     seed: int = 0
     """Decides initial weights and the order of sequences."""
     checkpoint_every_steps: int = 1000
-    """Save after every so many steps; the last step is always saved."""
+    """Save after every so many steps; the last step is always saved, and the one at which a signal stops the run."""
+    keep_checkpoints: int = 3
+    """Of the checkpoints saved, the last so many stay."""
+    keep_checkpoint_every_steps: int = 0
+    """Of the older ones, those of steps that are multiples of this stay too. 0: none."""
+    deterministic: bool = False
+    """Use only operations that give the same bits each time on the same machines; see docs/faults.md for the cost."""
     ranks_per_node: int = 0
     """Processes that `longring train` starts here. 0: one for each GPU, or one on a machine without."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch_tokens", "checkpoint_every_steps"):
+        for name in ("steps", "global_batch_tokens", "checkpoint_every_steps", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} = {getattr(self, name)}: must be at least 1")
         if not 0 <= self.warmup_steps < self.steps:
@@ -65,9 +73,41 @@ class TrainConfig:
                 f"train.min_learning_rate = {self.min_learning_rate} must lie in "
                 f"[0, train.learning_rate = {self.learning_rate}], and that above 0"
             )
-        for name in ("clip_grad_norm", "weight_decay", "seed", "ranks_per_node"):
+        for name in ("clip_grad_norm", "weight_decay", "seed", "ranks_per_node", "keep_checkpoint_every_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} = {getattr(self, name)}: must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultsConfig:
+    """What a run does when something goes wrong."""
+
+    max_nonfinite_steps: int = 10
+    """A step whose gradients are not finite changes nothing, on any rank. So many in a row stop the run."""
+    spike_deviations: float = 0.0
+    """A loss this many standard deviations above the mean of the last spike_window_steps is a spike: the run goes back
+    to the last checkpoint before it and leaves its batches out. 0: never."""
+    spike_window_steps: int = 100
+    """Losses that a spike is told by."""
+    spike_skip_steps: int = 1
+    """Batches left out after a spike: the spike's, and those before it."""
+    max_rewinds: int = 3
+    """So many spikes in one start are answered; the next one stops the run."""
+    max_failed_saves: int = 3
+    """A save that fails, on a full disk for example, is tried again at the next checkpoint; so many in a row stop the
+    run."""
+    hang_minutes: float = 10.0
+    """Without progress for so long a rank says where it is and ends, and the run with it. 0: never."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_nonfinite_steps", "spike_skip_steps", "max_failed_saves"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"faults.{name} = {getattr(self, name)}: must be at least 1")
+        if self.spike_window_steps < 2:
+            raise ValueError(f"faults.spike_window_steps = {self.spike_window_steps}: must be at least 2")
+        for name in ("spike_deviations", "max_rewinds", "hang_minutes"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"faults.{name} = {getattr(self, name)}: must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +125,43 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SlurmConfig:
+    """What `longring submit` asks of Slurm."""
+
+    ranks_per_node: int = 8
+    """GPUs of a node, each with one rank."""
+    cpu: bool = False
+    """Ask for no GPUs: the ranks train on the CPUs, over gloo."""
+    time: str = "24:00:00"
+    """Limit of one start; a run takes as many as it needs."""
+    save_seconds: int = 300
+    """So long before the limit the ranks are told to save and leave."""
+    partition: str = ""
+    account: str = ""
+    job_name: str = ""
+    """Empty: the run directory's name."""
+    options: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Further options of sbatch by name, without dashes; an empty value takes the script's own away."""
+    max_fruitless_starts: int = 3
+    """A job that ends requeues itself, unless it has done so this many times since the last new checkpoint."""
+    min_free_memory_gb: float = 1.0
+    """Free on a node for each rank before it starts."""
+    min_free_disk_gb: float = 1.0
+    """Free in the run directory before a start; twice the last checkpoint's size where that is more."""
+
+    def __post_init__(self) -> None:
+        for name in ("ranks_per_node", "save_seconds", "max_fruitless_starts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"slurm.{name} = {getattr(self, name)}: must be at least 1")
+        if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", self.time):
+            raise ValueError(f"slurm.time = {self.time!r}: must look like 24:00:00 or 7-00:00:00")
+        texts = {"partition": self.partition, "account": self.account, "job_name": self.job_name, **self.options}
+        for name, value in texts.items():
+            if not re.fullmatch(r"[\w.,:@%+/=\[\]*&|()-]*", value) or not re.fullmatch(r"[a-z_-]+", name):
+                raise ValueError(f"slurm.{name} = {value!r}: no option of sbatch, which has no spaces or quotes")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A complete run."""
 
@@ -98,6 +175,8 @@ class Recipe:
     model: ModelConfig
     parallel: ParallelConfig
     train: TrainConfig
+    faults: FaultsConfig
+    slurm: SlurmConfig
     evaluate: EvaluateConfig
 
     def __post_init__(self) -> None:
@@ -228,6 +307,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, str) and re.search(r"://[^/\s]*:[^/\s]*@", value):
+        raise ValueError(
+            f"{path} is an address with a password in it, and recipes are recorded: put the password in the environment"
+        )
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(f"{path} = {value!r} must be of type {hint.__name__}")
     return value

@@ -26,8 +26,8 @@ from ..data.order.knots import Knots
 from ..data.reader import SequenceReader
 from ..parallel.mesh import Mesh, join
 from ..parallel.zero import DeepSpeedEngine
-from . import checkpoint
 from .build import Place, build_engine, places
+from .checkpoint_load import load_last_good
 from .config import Recipe
 from .logs import open_log
 from .plan import plan
@@ -58,7 +58,8 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
     open_log(run.log_file(rank))
     mesh = join(recipe.parallel, recipe.max_context_parallel)
     engine = build_engine(recipe, manifest.vocab_size, mesh)
-    checkpoint.load(engine, planned.resume_from)
+    loaded = load_last_good(engine, run.checkpoints, mesh, planned.data_hash)
+    assert loaded is not None, "there was one to plan with"
     engine.eval()
 
     counts = torch.from_numpy(manifest.unigram()).double() + 1
@@ -101,7 +102,7 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
         )
     total = sum(entry["tokens"] for entry in buckets)
     result = {
-        "step": planned.done,
+        "step": loaded[1].step,
         "tokens": total,
         "loss": sum(entry["loss"] * entry["tokens"] for entry in buckets) / total,
         "unigram_loss": sum(entry["unigram_loss"] * entry["tokens"] for entry in buckets) / total,
@@ -187,7 +188,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", help="run directory")
     parser.add_argument("overrides", nargs="*", metavar="evaluate.key=value", help="settings that replace the run's")
     options = parser.parse_args(arguments)
-    return as_rank(lambda: evaluate(RunDirectory(options.run).recipe(options.overrides), Console()))
+
+    def work() -> None:
+        evaluate(RunDirectory(options.run).recipe(options.overrides), Console())
+
+    return as_rank(work)
 
 
 if __name__ == "__main__":

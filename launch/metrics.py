@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -26,11 +27,11 @@ class StepMetrics:
     step: int
     """Counted from 1."""
     tokens: int
-    """Read so far, this step included; trained, but for what knots leave out."""
+    """Read so far for steps that changed weights, this one included; trained, but for what knots leave out."""
     targets: int
     """Of this step's tokens those that the loss counts."""
     loss: float
-    """Mean over the global batch, nats per token."""
+    """Mean over the global batch, nats per token; null where it is not finite, or the batch was left out."""
     bucket: int
     """Sequence length of the batch, tokens."""
     cp: int
@@ -41,14 +42,17 @@ class StepMetrics:
     step_ms: float
     tokens_per_s: float
     """Of all ranks together."""
+    outcome: str
+    """good, spike, non-finite (skipped by all ranks) or left out (after a spike)."""
 
 
 class MetricsWriter:
     """Appends steps to the run's records and shows them; `close` when done."""
 
     def __init__(self, run: RunDirectory, from_step: int, total_steps: int, console: Console) -> None:
-        keep_steps(run.metrics_file, from_step)
-        self._file = run.metrics_file.open("a")
+        self._file_name = run.metrics_file
+        keep_steps(self._file_name, from_step)
+        self._file = self._file_name.open("a")
         self._tensorboard = SummaryWriter(str(run.tensorboard), purge_step=from_step + 1)
         self._console = console
         self._total_steps = total_steps
@@ -71,13 +75,24 @@ class MetricsWriter:
         self._file.close()
         self._tensorboard.close()
 
+    def rewind(self, step: int) -> None:
+        """Drop what is recorded of later steps."""
+        self._file.close()
+        keep_steps(self._file_name, step)
+        self._file = self._file_name.open("a")
+        self._tensorboard.close()
+        self._tensorboard = SummaryWriter(self._tensorboard.log_dir, purge_step=step + 1)
+
     def write(self, metrics: StepMetrics) -> None:
         """Record one step."""
-        values = asdict(metrics)
+        values = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(metrics).items()
+        }
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
         for name, value in values.items():
-            if name != "step":
+            if isinstance(value, int | float) and name != "step":
                 self._tensorboard.add_scalar(f"train/{name}", value, metrics.step)
         self._seconds += metrics.step_ms / 1e3
         left = (self._total_steps - metrics.step) * self._seconds / (metrics.step - self._first_step + 1)

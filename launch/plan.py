@@ -24,8 +24,9 @@ class Plan:
     data_hash: str
     """SHA-256 of the prepared data's manifest."""
     resume_from: Path | None
+    """The last checkpoint that seems whole; whoever loads it checks its hashes."""
     done: int
-    """Steps that the checkpoint to resume from has."""
+    """Steps that it has."""
 
 
 def plan(recipe: Recipe, world_size: int, *, check_shards: bool = True) -> Plan:
@@ -50,9 +51,9 @@ def plan(recipe: Recipe, world_size: int, *, check_shards: bool = True) -> Plan:
     )
     run = RunDirectory(recipe.run_directory)
     run.check(recipe)
-    resume_from, done = checkpoint.latest(run.checkpoints), 0
-    if resume_from is not None:
-        state = checkpoint.read_state(resume_from)
-        checkpoint.check(state, resume_from, world_size=world_size, data=data_hash)
-        done = state.step
+    resume_from, done = None, 0
+    if (found := checkpoint.last_good(run.checkpoints)) is not None:
+        resume_from, saved = found
+        checkpoint.check_data(saved, resume_from, data_hash)
+        done = saved.state.step
     return Plan(manifest, order, run, data_hash, resume_from, done)

@@ -25,9 +25,10 @@ def draw(run: RunDirectory, evaluation: dict[str, Any] | None) -> None:
     """Write the run's picture."""
     steps = read_metrics(run.metrics_file)
     tokens, loss, bucket, degree = (
-        np.array([step[key] for step in steps]) for key in ("tokens", "loss", "bucket", "cp")
+        np.array([np.nan if step[key] is None else step[key] for step in steps])
+        for key in ("tokens", "loss", "bucket", "cp")
     )
-    tokens_per_step = tokens[0] / steps[0]["step"]
+    tokens_at = {step["step"]: step["tokens"] for step in steps}
     figure, (above, below) = plt.subplots(
         2, 1, sharex=True, figsize=(10, 6.5), height_ratios=(3, 1.4), layout="constrained"
     )
@@ -44,7 +45,7 @@ def draw(run: RunDirectory, evaluation: dict[str, Any] | None) -> None:
     for number, step in enumerate(resume_steps(run)):
         for axes in (above, below):
             label = "stopped and resumed" if axes is above and number == 0 else None
-            axes.axvline(step * tokens_per_step, color="black", linestyle=":", label=label)
+            axes.axvline(tokens_at[step], color="black", linestyle=":", label=label)
     above.set_ylabel("loss, nats per token")
     above.legend(loc="upper right", fontsize="small")
     above.set_title(str(run.path))

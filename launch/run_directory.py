@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -16,20 +17,26 @@ from typing import Any
 
 from .config import Recipe, apply_overrides, from_tree
 
-# Run and data may be moved (a checkpoint knows its data by hash), and attention divided in another way; every other key
-# decides what the run computes.
+log = logging.getLogger(__name__)
+
+# Run and data may be moved (a checkpoint knows its data by hash), and the work be divided otherwise: the same batches
+# and weights, losses equal to rounding. Every other key decides what the run computes.
 _FREE_KEYS = (
     "run_directory",
     "data.directory",
     "order.directory",
     "order.work_directory",
     "evaluate.",
+    "faults.",
+    "parallel.",
+    "slurm.",
     "loader.workers",
     "loader.prefetch_batches",
     "loader.cache_",
-    "parallel.cp.",
     "train.ranks_per_node",
     "train.checkpoint_every_steps",
+    "train.keep_checkpoint",
+    "train.deterministic",
 )
 
 
@@ -40,6 +47,10 @@ class RunDirectory:
         self.path = Path(path)
         self.recipe_file = self.path / "recipe.json"
         self.starts_file = self.path / "starts.jsonl"
+        self.logs = self.path / "logs"
+        self.job_script = self.path / "job.sbatch"
+        self.requeues_file = self.path / "requeues.jsonl"
+        self.events_file = self.path / "events.jsonl"
         self.metrics_file = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.schedules_file = self.path / "schedules.json"
@@ -49,7 +60,7 @@ class RunDirectory:
 
     def log_file(self, rank: int) -> Path:
         """Where `rank` logs."""
-        return self.path / "logs" / f"rank-{rank:05d}.log"
+        return self.logs / f"rank-{rank:05d}.log"
 
     def recipe(self, overrides: Sequence[str] = ()) -> Recipe:
         """The resolved recipe of the run, with other `evaluate` settings. ValueError when there is no run here."""
@@ -59,23 +70,33 @@ class RunDirectory:
             if not override.startswith("evaluate."):
                 raise ValueError(f"override {override!r}: of a finished run only evaluate.* can be set")
         # The directory may have been moved since.
-        tree = json.loads(self.recipe_file.read_text()) | {"run_directory": str(self.path)}
+        tree = self._saved() | {"run_directory": str(self.path)}
         apply_overrides(tree, overrides)
         return from_tree(Recipe, tree, source=str(self.recipe_file))
 
     def check(self, recipe: Recipe) -> None:
         """Raise ValueError unless this directory is new or holds a run of the same recipe."""
         if not self.recipe_file.exists():
-            if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / "logs").is_dir():
+            if self.path.is_dir() and any(self.path.iterdir()) and not self.logs.is_dir():
                 raise ValueError(f"run_directory = {self.path} holds other files; name a new directory")
             return
-        theirs, ours = _flat(json.loads(self.recipe_file.read_text())), _flat(json.loads(json.dumps(asdict(recipe))))
+        theirs, ours = _flat(self._saved()), _flat(json.loads(json.dumps(asdict(recipe))))
         for key in sorted(theirs.keys() | ours.keys()):
             if theirs.get(key) != ours.get(key) and not key.startswith(_FREE_KEYS):
                 raise ValueError(
                     f"run directory {self.path} is of another recipe: {key} was {theirs.get(key)!r} there and is "
                     f"{ours.get(key)!r} now; name another run_directory, or go back to the old value to resume"
                 )
+
+    def _saved(self) -> dict[str, Any]:
+        """The resolved recipe as plain tables. Raises ValueError that names the file when that is damaged."""
+        try:
+            tree = json.loads(self.recipe_file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{self.recipe_file} is damaged: {error}") from error
+        if not isinstance(tree, dict):
+            raise ValueError(f"{self.recipe_file} is damaged: it holds no table")
+        return tree
 
     def create(self, recipe: Recipe) -> None:
         """Make the directory and write the resolved recipe, whole or not at all."""
@@ -87,7 +108,7 @@ class RunDirectory:
     def record_start(self, world_size: int, from_step: int) -> None:
         """Append one line that says what started: when, where, with which code and versions."""
         start = {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "time": _now(),
             "from_step": from_step,
             "world_size": world_size,
             "host": platform.node(),
@@ -99,6 +120,19 @@ class RunDirectory:
         }
         with self.starts_file.open("a") as file:
             file.write(json.dumps(start) + "\n")
+
+    def record_event(self, event: str, step: int, message: str) -> None:
+        """Append one line of what went wrong or out of the ordinary; any rank may."""
+        line = {"time": _now(), "event": event, "step": step, "rank": int(os.environ["RANK"]), "message": message}
+        try:
+            with self.events_file.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # a full disk is one of the events: it must not hide what is being told
+            log.error("no record of %s: %s", line, error)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

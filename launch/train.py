@@ -13,25 +13,33 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from torch import Tensor
 
 from ..data.batch_order import Share
 from ..data.loader import Loader, MicroBatch
 from ..data.order.knots import Knots
 from ..parallel.mesh import Mesh, join
-from ..parallel.zero import gradient_norm, set_learning_rate
+from ..parallel.zero import DeepSpeedEngine, gradient_norm, set_learning_rate
 from . import checkpoint
 from .build import build_engine, places
+from .checkpoint import TrainState
+from .checkpoint_load import load_last_good
+from .checkpoint_save import Saver, Status
 from .config import Recipe, TrainConfig, load_recipe
+from .faults import LossWatch
 from .logs import open_log
 from .metrics import MetricsWriter, StepMetrics, trained_table
-from .plan import plan
+from .plan import Plan, plan
 from .ranks import as_rank
+from .signals import GO_ON_LATER, StopSignals
+from .watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -47,94 +55,228 @@ def learning_rate(step: int, train: TrainConfig) -> float:
     )
 
 
-def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> None:
-    """Train until recipe.train.steps, or until `stop_after` steps are done and saved. Collective."""
+def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> int:
+    """Train until recipe.train.steps, or until `stop_after` steps are done and saved. Collective.
+
+    Returns 0, or GO_ON_LATER after a signal: what is done is saved. However it ends, the same command goes on.
+    """
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     planned = plan(recipe, world_size, check_shards=rank == 0)
-    run, order, done = planned.run, planned.order, planned.done
+    run, order, faults = planned.run, planned.order, recipe.faults
     last = min(recipe.train.steps, stop_after or recipe.train.steps)
-    if done >= last:
+    if planned.done >= last:
         if rank == 0:
-            console.print(f"{run.path} has its {done} steps already; nothing to train")
-        return
+            console.print(f"{run.path} has its {planned.done} steps already; nothing to train")
+        return 0
 
     open_log(run.log_file(rank))
-    mesh = join(recipe.parallel, recipe.max_context_parallel)
+    use_deterministic_operations(recipe.train.deterministic)
+    # The watchdog knows more of a hang than the collectives' own timeout, so it shall be first.
+    mesh = join(recipe.parallel, recipe.max_context_parallel, timeout_minutes=max(10, 2 * faults.hang_minutes))
     if rank == 0:
         run.create(recipe)
-        run.record_start(world_size, from_step=done)
-    engine = build_engine(recipe, planned.manifest.vocab_size, mesh)
-    if planned.resume_from is not None:
-        checkpoint.load(engine, planned.resume_from)
-        if rank == 0:
-            console.print(f"resumed from {planned.resume_from}")
+        checkpoint.clear(run.checkpoints)
 
-    writer = MetricsWriter(run, done, recipe.train.steps, console) if rank == 0 else None
-    here_of = places(recipe, mesh, order.lengths, console if rank == 0 else None)
-    shares = {
-        length: Share(here.replica, here.num_replicas, here.sequences_per_replica) for length, here in here_of.items()
-    }
-    pin_memory = mesh.device.type == "cuda"
-    knots = Knots(recipe.knots, planned.manifest.tokenizer(), recipe.train.seed) if recipe.knots.share else None
-    loader = Loader(planned.manifest, order, recipe.loader, shares.__getitem__, pin_memory=pin_memory, knots=knots)
-    micro_batches = loader.batches(done, last)
-    accumulation_steps = recipe.accumulation_steps(world_size)
-    try:
-        for step in range(done + 1, last + 1):
-            started = time.perf_counter()
-            rate = learning_rate(step, recipe.train)
-            set_learning_rate(engine, rate)
-            length = order.lengths[order.bucket(step - 1)]
-            here = here_of[length]
-            batches, targets = islice(micro_batches, accumulation_steps), recipe.train.global_batch_tokens
-            if knots is not None:
-                batches = list(batches)
-                targets = trained_targets(batches, here.context_parallel, mesh)
-            # The engine averages gradients over data ranks and accumulation steps; the loss of a step is the mean over
-            # the trained targets of the global batch, wherever they lie.
-            loss_scale = mesh.data_size * accumulation_steps / targets
-            loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
-            for micro_batch in batches:
-                losses = engine(*here.model_inputs(micro_batch.rows, micro_batch.document_starts, mesh.device))
-                losses = losses * here.trained(micro_batch.trained, losses)
-                engine.backward(losses.sum() * loss_scale)
-                engine.step()
-                loss_sum += losses.detach().sum(dtype=torch.float64)
-            dist.all_reduce(loss_sum, group=mesh.data_group)
-            loss = loss_sum.item() / targets
-            grad_norm = gradient_norm(engine)
-            if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                raise ArithmeticError(
-                    f"step {step}: loss {loss}, gradient norm {grad_norm}, bucket {length}; the last good state is "
-                    f"{checkpoint.latest(run.checkpoints)}"
-                )
-            seconds = time.perf_counter() - started
-            if writer is not None:
-                writer.write(
-                    StepMetrics(
-                        step=step,
-                        tokens=step * recipe.train.global_batch_tokens,
-                        targets=targets,
-                        loss=loss,
-                        bucket=length,
-                        cp=here.context_parallel,
-                        learning_rate=rate,
-                        grad_norm=grad_norm,
-                        step_ms=seconds * 1e3,
-                        tokens_per_s=recipe.train.global_batch_tokens / seconds,
+    def tell(event: str, at_step: int, message: str) -> None:
+        log.warning("step %d, %s: %s", at_step, event, message)
+        if rank == 0:
+            run.record_event(event, at_step, message)
+            console.print(f"step {at_step}, {event}: {message}", highlight=False, soft_wrap=True)
+
+    with StopSignals() as signals, Watchdog(run, rank, world_size, 60 * faults.hang_minutes) as watchdog:
+        watchdog.at(planned.done, "building the model and loading the checkpoint")
+        engine = build_engine(recipe, planned.manifest.vocab_size, mesh)
+        state = resume(engine, planned, recipe, mesh, console)
+        step, updates, losses = state.step, state.updates, LossWatch(faults, state.recent_losses)
+        if rank == 0:
+            run.record_start(world_size, from_step=step)
+        writer = MetricsWriter(run, step, recipe.train.steps, console) if rank == 0 else None
+        saver = Saver(engine, run, mesh, recipe.train, faults.max_failed_saves, progress=watchdog.alive)
+        watchdog.at(step, "dividing attention among ranks")
+        here_of = places(recipe, mesh, order.lengths, console if rank == 0 else None)
+        shares = {
+            length: Share(here.replica, here.num_replicas, here.sequences_per_replica)
+            for length, here in here_of.items()
+        }
+        pin_memory = mesh.device.type == "cuda"
+        knots = Knots(recipe.knots, planned.manifest.tokenizer(), recipe.train.seed) if recipe.knots.share else None
+        loader = Loader(planned.manifest, order, recipe.loader, shares.__getitem__, pin_memory=pin_memory, knots=knots)
+        micro_batches = loader.batches(step, last)
+        accumulation_steps = recipe.accumulation_steps(world_size)
+        left_out: set[int] = set()
+        stopped_by = None
+        try:
+            while step < last and not stopped_by:
+                step += 1
+                started = time.perf_counter()
+                rate = learning_rate(step, recipe.train)
+                set_learning_rate(engine, rate)
+                length = order.lengths[order.bucket(step - 1)]
+                here = here_of[length]
+                batches = read_step(micro_batches, accumulation_steps, step, rank, watchdog)
+                targets = recipe.train.global_batch_tokens
+                if knots is not None:
+                    batches = list(batches)
+                    targets = trained_targets(batches, here.context_parallel, mesh)
+                # The engine averages gradients over data ranks and accumulation steps; the loss of a step is the mean
+                # over the trained targets of the global batch, wherever they lie.
+                loss_scale = mesh.data_size * accumulation_steps / targets
+                loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
+                for number, micro_batch in enumerate(batches):
+                    if step in left_out:
+                        continue
+                    watchdog.at(step, f"forward and backward of micro-batch {number} of bucket {length}")
+                    inputs = here.model_inputs(micro_batch.rows, micro_batch.document_starts, mesh.device)
+                    token_losses = engine(*inputs)
+                    token_losses = token_losses * here.trained(micro_batch.trained, token_losses)
+                    engine.backward(token_losses.sum() * loss_scale)
+                    engine.step()
+                    loss_sum += token_losses.detach().sum(dtype=torch.float64)
+                watchdog.at(step, "agreeing with the other ranks")
+                edge = agree(loss_sum, signals.received is not None, saver.status, mesh)
+                if edge.num_stopped:
+                    stopped_by = signals.received or "a signal to another rank"
+                saver.settle(edge.num_written, edge.num_failed)
+                loss, grad_norm, outcome = math.nan, math.nan, "left out"
+                if step not in left_out:
+                    loss, grad_norm = edge.loss_sum / targets, gradient_norm(engine)
+                    outcome = losses.judge(step, loss, grad_norm)
+                updates += outcome in ("good", "spike")
+                if outcome == "non-finite":
+                    sequences = order.sequences(step - 1, shares[length]).tolist()
+                    log.warning("step %d is not finite; sequences %s of bucket %d", step, sequences, length)
+                    tell("step skipped", step, f"gradients are not finite, bucket {length}; logs/ name its sequences")
+                seconds = time.perf_counter() - started
+                if writer is not None:
+                    writer.write(
+                        StepMetrics(
+                            step=step,
+                            tokens=updates * recipe.train.global_batch_tokens,
+                            targets=targets,
+                            loss=loss,
+                            bucket=length,
+                            cp=here.context_parallel,
+                            learning_rate=rate,
+                            grad_norm=grad_norm,
+                            step_ms=seconds * 1e3,
+                            tokens_per_s=recipe.train.global_batch_tokens / seconds,
+                            outcome=outcome,
+                        )
                     )
-                )
-            if step == last or step % recipe.train.checkpoint_every_steps == 0:
-                state = checkpoint.TrainState(step=step, world_size=world_size, data=planned.data_hash)
-                log.info("saved %s", checkpoint.save(engine, run.checkpoints, state, mesh))
-    finally:
-        micro_batches.close()
-        if writer is not None:
-            writer.close()
+                if outcome == "spike":
+                    watchdog.at(step, "going back before a loss spike")
+                    saver.finish()
+                    before = load_last_good(engine, run.checkpoints, mesh, planned.data_hash)
+                    losses.rewound(step, loss, before and before[1])
+                    if before is not None:
+                        left_out.update(range(step - faults.spike_skip_steps + 1, step + 1))
+                        back = f"back to step {before[1].step}, leaving out steps {sorted(left_out)}"
+                        tell("spike", step, f"loss {loss:.4g}: {back}")
+                        step, updates = before[1].step, before[1].updates
+                        micro_batches.close()
+                        micro_batches = loader.batches(step, last)
+                        if writer is not None:
+                            writer.rewind(step)
+                        continue
+                if step == last or stopped_by or step % recipe.train.checkpoint_every_steps == 0:
+                    watchdog.at(step, "saving")
+                    saver.finish()
+                    waited = saver.begin(replace(state, step=step, updates=updates, recent_losses=losses.recent))
+                    log.info("saving step %d: training waited %.0f ms", step, waited * 1e3)
+            if not saver.finish():
+                raise OSError(f"step {step} could not be saved; the same command goes on from the checkpoint before")
+        except ArithmeticError:
+            saver.finish()  # all ranks are here
+            raise
+        finally:
+            saver.close()
+            micro_batches.close()
+            if writer is not None:
+                writer.close()
     if rank == 0:
-        console.print(f"saved {checkpoint.latest(run.checkpoints)}", soft_wrap=True)
-        if last == recipe.train.steps:
+        console.print(f"saved {run.checkpoints / checkpoint.name_of(step)}", soft_wrap=True)
+        if last == recipe.train.steps == step:
             console.print(trained_table(order.trained(last)))
+            if updates < last:
+                console.print(f"{last - updates} of the {last} steps changed no weights: {run.events_file} says why")
+    if step < last:
+        tell("stopped", step, f"{stopped_by}: saved, and the same command goes on")
+        return GO_ON_LATER
+    return 0
+
+
+class Edge(NamedTuple):
+    """What all ranks know at the edge between two steps."""
+
+    loss_sum: float
+    num_stopped: int
+    """Ranks that have got a signal."""
+    num_written: int
+    num_failed: int
+    """Ranks that have written their part of the save in flight, or have failed to."""
+
+
+def agree(loss_sum: Tensor, stopped: bool, saving: Status, mesh: Mesh) -> Edge:
+    """One sum over the world, once a step: so that no rank stops, saves or gives up alone. Collective."""
+    votes = [stopped, saving == "written", saving == "failed"]
+    total = torch.tensor([0.0, *map(float, votes)], dtype=torch.float64, device=mesh.device)
+    if mesh.tensor_rank == 0:  # the ranks of a tensor-parallel group have the same losses
+        total[0] = loss_sum
+    dist.all_reduce(total)
+    loss, *counts = total.tolist()
+    return Edge(loss, *map(int, counts))
+
+
+def read_step(
+    micro_batches: Iterator[MicroBatch], count: int, step: int, rank: int, watchdog: Watchdog
+) -> Iterator[MicroBatch]:
+    """A step's micro-batches, each read when it is asked for."""
+    for number in range(count):
+        watchdog.at(step, f"reading micro-batch {number}")
+        yield read(micro_batches, step, rank)
+
+
+def read(micro_batches: Iterator[MicroBatch], step: int, rank: int) -> MicroBatch:
+    """The next micro-batch. Raises OSError that names the rank: only one may be without its shard."""
+    try:
+        return next(micro_batches)
+    except Exception as error:  # a damaged shard may raise anything
+        raise OSError(f"rank {rank} cannot read its rows of step {step}: {error!r}") from error
+
+
+def resume(engine: DeepSpeedEngine, planned: Plan, recipe: Recipe, mesh: Mesh, console: Console) -> TrainState:
+    """Load the last good checkpoint, on whatever mesh it was written -> the state to go on from. Collective."""
+    start = TrainState(
+        step=0,
+        updates=0,
+        data=planned.data_hash,
+        world_size=mesh.world_size,
+        tensor=mesh.tensor_size,
+        zero_stage=recipe.parallel.zero_stage,
+    )
+    loaded = load_last_good(engine, planned.run.checkpoints, mesh, planned.data_hash)
+    if loaded is None:
+        return start
+    path, saved, damaged = loaded
+    if mesh.rank == 0:
+        for problem in damaged:
+            planned.run.record_event("damaged checkpoint", saved.step, problem)
+            console.print(f"[bold red]damaged:[/] {problem}; going back to {path.name}", soft_wrap=True)
+        console.print(f"resumed from {path}", soft_wrap=True)
+        for name in ("world_size", "tensor", "zero_stage"):
+            if (then := getattr(saved, name)) != (now := getattr(start, name)):
+                console.print(f"  {name} was {then} there and is {now} now: losses are equal to rounding")
+    return replace(start, step=saved.step, updates=saved.updates, recent_losses=saved.recent_losses)
+
+
+def use_deterministic_operations(deterministic: bool) -> None:
+    """Choose, for this process, operations that give the same bits each time; or any."""
+    if deterministic:
+        # Read when cuBLAS and NCCL start, so before the first use of the GPU.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = False
 
 
 def trained_targets(batches: Sequence[MicroBatch], context_parallel: int, mesh: Mesh) -> int:

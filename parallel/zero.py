@@ -60,7 +60,8 @@ def zero_engine(
     """Wrap a model and its optimizer. The engine averages gradients over data ranks and accumulation steps.
 
     So the loss handed to `engine.backward` is this rank's sum times (data ranks x accumulation steps) / (trained
-    tokens of the global batch). clip_grad_norm 0: no clipping. bfloat16 keeps fp32 master weights.
+    tokens of the global batch). clip_grad_norm 0: no clipping. bfloat16 keeps fp32 master weights. A step whose
+    gradient norm is not finite changes neither weights nor moments, on all ranks alike.
     """
     # On a CPU, DeepSpeed would compile C++ at start-up for collectives that only its inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -70,7 +71,9 @@ def zero_engine(
         max_norm = clip_grad_norm or math.inf
 
         def clip_and_record(optimizer: Any, *_: object) -> None:
-            optimizer._global_grad_norm = clip_grad_norm_(model.parameters(), max_norm, mpu=mpu)
+            norm = optimizer._global_grad_norm = clip_grad_norm_(model.parameters(), max_norm, mpu=mpu)
+            if not math.isfinite(norm):
+                optimizer.zero_grad(set_to_none=True)  # AdamW passes over what has no gradient
 
         optimizer.register_step_pre_hook(clip_and_record)
         clip_grad_norm = 0.0
@@ -82,7 +85,13 @@ def zero_engine(
         "bf16": {"enabled": dtype == "bfloat16"},
         "steps_per_print": 2**62,
     }
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)
+    # With ZeRO 0 in bf16 DeepSpeed takes a step without gradients to make the moments: at rate 0 it leaves the weights,
+    # and here AdamW's count, from which it corrects the moments' bias, goes back to 0.
+    for state in optimizer.state.values():
+        state["step"].zero_()
     return engine
 
 
@@ -93,7 +102,7 @@ def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
 
 
 def gradient_norm(engine: DeepSpeedEngine) -> float:
-    """Global norm of the last step's gradients, over all parameters, before clipping."""
+    """Global norm of the last step's gradients, over all parameters, before clipping; not finite: no step was taken."""
     norm = engine.get_global_grad_norm()
     assert norm is not None, "every ZeRO stage records the norm of a step"
     return float(norm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,16 @@ def test_the_layer_check_sees_imports():
     assert imported_columns(Path("parallel/cp/execute.py")) == {"kernels"}
 
 
+def test_nothing_that_is_read_can_run_code():
+    """No pickle, no unpacking of archives, no evaluation of text, no shell."""
+    runs_code = re.compile(
+        r"\bpickle\b|torch\.load\(|allow_pickle=True|\.extract(all)?\(|(?<![.\w])(eval|exec)\(|shell=True|yaml\.load"
+    )
+    for module in MODULES:
+        for line in (ROOT / module).read_text().splitlines():
+            assert not runs_code.search(line), f"{module}: {line}"
+
+
 def test_kernels_import_torch_and_triton_only():
     for path in (ROOT / "kernels").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -65,7 +76,7 @@ def test_wheel_holds_every_module_and_recipe(tmp_path):
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for column in COLUMNS:
+    for column in (*COLUMNS, "slurm"):
         shutil.copytree(ROOT / column, source / column, ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, source],
@@ -76,7 +87,7 @@ def test_wheel_holds_every_module_and_recipe(tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     expected = (
         {str(module) for module in MODULES}
-        | {"kernels/tuned.json"}
+        | {"kernels/tuned.json", "slurm/train.sbatch", "slurm/prepare.sbatch"}
         | {str(path.relative_to(ROOT)) for path in (ROOT / "launch" / "recipes").glob("*.toml")}
     )
     site = tmp_path / "site" / "longring"

@@ -15,6 +15,7 @@ from longring.launch.evaluate import evaluate, position_edges
 from longring.launch.train import train
 from plain_model import plain_losses
 from rich.console import Console
+from small_checkpoint import whole
 
 
 def train_and_evaluate(recipe_file: Path, overrides: list[str]) -> None:
@@ -32,8 +33,12 @@ def test_equals_plain_pytorch_by_bucket_and_position(on_ranks, recipe_file, tmp_
 
     recipe = load_recipe(recipe_file)
     manifest = open_prepared(recipe.data.directory)
-    saved = torch.load(tmp_path / "checkpoints/step-00000002/mp_rank_00_model_states.pt", weights_only=False)
-    weights = {name: value.double() for name, value in saved["module"].items() if torch.is_tensor(value)}
+    saved = whole(tmp_path / "checkpoints" / "step-00000002")
+    weights = {
+        name.removesuffix("/weight"): torch.from_numpy(value).double()
+        for name, value in saved.items()
+        if name.endswith("/weight")
+    }
     counts = manifest.unigram()
     chance = (counts + 1) / (counts + 1).sum()
     total = 0

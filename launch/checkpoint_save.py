@@ -1,0 +1,222 @@
+"""Saving in the background: training waits for a copy in memory, a thread writes it while the next steps run.
+
+Every rank writes one safetensors file of what it owns, and beside it what the manifest will say of that file. At a
+step's edge all ranks learn from one sum, which the loss needs anyway, how many have written theirs; when all have, rank
+0's thread makes the manifest and renames the directory. No collective runs outside the train loop's own thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import struct
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..parallel.fragments import owned, parameters
+from ..parallel.mesh import Mesh
+from ..parallel.zero import DeepSpeedEngine
+from . import checkpoint
+from .checkpoint import FileEntry, Manifest, ParameterEntry, TrainState
+from .config import TrainConfig
+from .run_directory import RunDirectory
+
+log = logging.getLogger(__name__)
+
+Status = Literal["idle", "writing", "written", "failed"]
+_CHUNK_BYTES = 1 << 24
+
+
+class _Save(NamedTuple):
+    partial: Path
+    manifest: Manifest
+    """Complete but for the files."""
+    writing: Future[None]
+
+
+class Saver:
+    """Writes the checkpoints of one run. Its methods are called by all ranks at the same edges between steps."""
+
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        run: RunDirectory,
+        mesh: Mesh,
+        config: TrainConfig,
+        max_failed: int,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._engine = engine
+        self._run = run
+        self._mesh = mesh
+        self._config = config
+        self._max_failed = max_failed
+        self._num_failed = 0
+        """In a row."""
+        self._progress = progress
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._host: dict[str, Tensor] = {}
+        self._save: _Save | None = None
+        self._publishing: tuple[int, Future[None]] | None = None
+        """Rank 0: the step, and its manifest and rename."""
+
+    @property
+    def status(self) -> Status:
+        """How far this rank's own part of the save in flight is."""
+        if self._save is None:
+            return "idle"
+        if not self._save.writing.done():
+            return "writing"
+        return "failed" if self._save.writing.exception() else "written"
+
+    def begin(self, state: TrainState) -> float:
+        """Copy what this rank owns and start writing it -> seconds that training waited. No save may be in flight."""
+        assert self._save is None, "finish the save before first"
+        started = time.perf_counter()
+        fragments = owned(self._engine, self._mesh)
+        tensors = {f"{f.parameter.name}/{kind}": t for f in fragments for kind, t in f.tensors.items()}
+        copies = self._copied(tensors)
+        whole = {
+            p.name: ParameterEntry(shape=p.shape, cut=p.cut and (p.cut.dim, p.cut.stride))
+            for p in parameters(self._engine, self._mesh.tensor_size)
+        }
+        partial = self._run.checkpoints / (checkpoint.name_of(state.step) + checkpoint.PARTIAL)
+        ranges = {f.parameter.name: (f.start, f.numel) for f in fragments}
+        writing = self._thread.submit(self._write, partial, copies, ranges)
+        self._save = _Save(partial, Manifest(state=state, parameters=whole), writing)
+        return time.perf_counter() - started
+
+    def settle(self, num_written: int, num_failed: int) -> None:
+        """Act on how many ranks say that they have written their part, and that they have failed; all get these sums.
+
+        Raises OSError at the last failed save in a row that is borne.
+        """
+        if self._save is None or num_written + num_failed < self._mesh.world_size:
+            return
+        (partial, manifest, writing), self._save = self._save, None
+        if num_failed:
+            if (error := writing.exception()) is not None:
+                self._say(manifest.state.step, error)
+            if self._mesh.rank == 0:
+                self._thread.submit(shutil.rmtree, partial, ignore_errors=True)  # nobody writes there any more
+            self._count_failure(manifest.state.step)
+        elif self._mesh.rank == 0:
+            self._publishing = manifest.state.step, self._thread.submit(self._publish, partial, manifest)
+
+    def finish(self) -> bool:
+        """Wait for the save in flight -> whether it is now visible under its name (or there was none). Collective."""
+        failed_before = self._num_failed
+        if self._save is not None:
+            failed = self._save.writing.exception() is not None  # waits
+            votes = torch.tensor([int(not failed), int(failed)], device=self._mesh.device)
+            dist.all_reduce(votes)
+            self.settle(*votes.tolist())
+        votes = torch.zeros(2, dtype=torch.int64, device=self._mesh.device)  # published, failed to
+        step, publishing = self._publishing or (0, None)
+        if publishing is not None:
+            error = publishing.exception()  # waits
+            votes[int(error is not None)] = 1
+            if error is not None:
+                self._say(step, error)
+        self._publishing = None
+        dist.all_reduce(votes)
+        published, lost = votes.tolist()
+        if lost:
+            self._count_failure(step)
+        if published:
+            self._num_failed = 0
+        return bool(published) or self._num_failed == failed_before
+
+    def close(self) -> None:
+        """End the thread; a write under way is finished first."""
+        self._thread.shutdown()
+
+    def _say(self, step: int, error: BaseException) -> None:
+        """Tell of this rank's own failure."""
+        message = f"rank {self._mesh.rank} could not save step {step}: {error}"
+        log.error("%s", message)
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+        self._run.record_event("save failed", step, message)
+
+    def _count_failure(self, step: int) -> None:
+        self._num_failed += 1
+        if self._num_failed >= self._max_failed:
+            raise OSError(
+                f"step {step} could not be saved, nor the {self._num_failed - 1} before it (faults.max_failed_saves = "
+                f"{self._max_failed}); {self._run.events_file} has the reasons. Make room in {self._run.checkpoints}: "
+                "the same command goes on from the last checkpoint there"
+            )
+
+    def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies in host memory, in buffers that later saves use again; page-locked where there is a GPU."""
+        cuda = self._mesh.device.type == "cuda"
+        for name, tensor in tensors.items():
+            if name not in self._host:
+                self._host[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=cuda)
+            self._host[name].copy_(tensor, non_blocking=cuda)
+        if cuda:
+            torch.cuda.current_stream().synchronize()
+        return {name: self._host[name] for name in tensors}
+
+    def _write(self, partial: Path, tensors: Mapping[str, Tensor], ranges: dict[str, tuple[int, int]]) -> None:
+        partial.mkdir(parents=True, exist_ok=True)
+        file = partial / f"rank-{self._mesh.rank:05d}.safetensors"
+        num_bytes, sha256 = write_safetensors(file, tensors, self._progress)
+        entry = FileEntry(bytes=num_bytes, sha256=sha256, slice=self._mesh.tensor_rank, ranges=ranges)
+        checkpoint.flushed_write(file.with_suffix(".json"), json.dumps(asdict(entry)))
+
+    def _publish(self, partial: Path, manifest: Manifest) -> None:
+        for rank in range(self._mesh.world_size):
+            part = partial / f"rank-{rank:05d}.json"
+            manifest.files[f"rank-{rank:05d}.safetensors"] = FileEntry(**json.loads(part.read_text()))
+            part.unlink()
+            self._progress()
+        checkpoint.write_manifest(partial, manifest)
+        log.info("saved %s", checkpoint.publish(partial))
+        keep = self._config.keep_checkpoints, self._config.keep_checkpoint_every_steps
+        for gone in checkpoint.prune(self._run.checkpoints, *keep):
+            log.info("removed %s", gone)
+
+
+def write_safetensors(file: Path, tensors: Mapping[str, Tensor], progress: Callable[[], None]) -> tuple[int, str]:
+    """Write fp32 host tensors in the safetensors format and flush them -> bytes and SHA-256.
+
+    The library's own writer holds a second copy of all tensors, and the file would be read again for its hash.
+    """
+    header, offset = {}, 0
+    for name, tensor in tensors.items():
+        assert tensor.dtype == torch.float32 and tensor.is_contiguous()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.nbytes]}
+        offset += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest, num_bytes = hashlib.sha256(), 0
+    with file.open("wb") as stream:
+
+        def put(part: bytes | memoryview) -> None:
+            nonlocal num_bytes
+            stream.write(part)
+            digest.update(part)
+            num_bytes += len(part)
+            progress()
+
+        put(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            view = tensor.view(-1).numpy().data.cast("B")
+            for start in range(0, len(view), _CHUNK_BYTES):
+                put(view[start : start + _CHUNK_BYTES])
+        stream.flush()
+        os.fsync(stream.fileno())
+    return num_bytes, digest.hexdigest()

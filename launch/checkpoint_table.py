@@ -1,0 +1,75 @@
+"""`longring checkpoints`: what a run has saved, whether it is whole, and what may go."""
+
+from __future__ import annotations
+
+import shutil
+from datetime import datetime
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
+from . import checkpoint
+from .checkpoint import DAMAGED, PARTIAL, REMOVED
+
+
+def list_checkpoints(
+    directory: Path, console: Console, *, verify: bool, prune: bool, keep_last: int, keep_every_steps: int
+) -> int:
+    """Print a table of all checkpoints -> 0, or 1 when one that counts as complete is damaged.
+
+    `verify` hashes every file, `prune` deletes what retention lets go. A damaged checkpoint never counts among the last
+    to keep, so what is pruned with `verify` leaves so many that are whole.
+    """
+    table = Table(title=str(directory), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("step", "updates", "saved", "size", "mesh", "state"):
+        table.add_column(name, justify="left" if name in ("mesh", "state") else "right", no_wrap=True)
+    good, problems = [], []
+    found = sorted(checkpoint.complete(directory))
+    for path in track(found, "verifying", console=console, transient=True) if verify else found:
+        step, saved = checkpoint.step_of(path) or 0, datetime.fromtimestamp(path.stat().st_mtime)
+        row = [f"{step:,}", "", saved.isoformat(" ", timespec="minutes"), "", ""]
+        try:
+            manifest = checkpoint.read_manifest(path)
+            wrong = checkpoint.problem(path, manifest, None if verify else ())
+            state = manifest.state
+            row[1] = f"{state.updates:,}"
+            mesh = f"{state.world_size:,} / tensor {state.tensor}, ZeRO {state.zero_stage}"
+            row[3:] = _size(manifest.num_bytes), mesh
+        except ValueError as error:
+            wrong = str(error)
+        if wrong is None:
+            good.append((step, path))
+            table.add_row(*row, "verified" if verify else "whole")
+        else:
+            problems.append(wrong)
+            table.add_row(*row, "[red]damaged[/]")
+    leftovers = sorted(path for suffix in (PARTIAL, REMOVED, DAMAGED) for path in directory.glob(f"step-*{suffix}"))
+    for path in leftovers:
+        name, _, kind = path.name.partition(".")
+        table.add_row(f"{int(name.removeprefix('step-')):,}", *[""] * 4, f"[yellow]{kind}[/]")
+    console.print(table if found or leftovers else f"{directory} has no checkpoint yet")
+    for text in problems:
+        console.print(f"[red]damaged:[/] {escape(text)}", soft_wrap=True, highlight=False)
+    if prune:
+        gone = set(checkpoint.superfluous([step for step, _ in good], keep_last, keep_every_steps))
+        for path in [path for step, path in good if step in gone]:
+            checkpoint.remove(path)
+            console.print(f"removed {path.name}")
+        for path in leftovers:
+            if not path.name.endswith(PARTIAL):  # a run may be writing it; the next start clears what is left
+                shutil.rmtree(path)
+                console.print(f"removed {path.name}")
+    return 1 if problems else 0
+
+
+def _size(num_bytes: int) -> str:
+    """Three digits with a unit: 12.3 GB."""
+    size, units = float(num_bytes), ["B", "kB", "MB", "GB", "TB", "PB"]
+    while size >= 999.5 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{size:.3g} {units[0]}"

@@ -1,0 +1,157 @@
+"""`longring submit`: the recipe's job for Slurm; and whether a job that has ended shall start again."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint
+from .config import Recipe
+from .run_directory import RunDirectory
+
+SCRIPT = Path(__file__).parents[1] / "slurm" / "train.sbatch"
+
+
+def job_script(recipe: Recipe, nodes: int) -> str:
+    """slurm/train.sbatch with the recipe's resources in its #SBATCH lines.
+
+    Raises ValueError where the nodes cannot hold the recipe.
+    """
+    slurm = recipe.slurm
+    recipe.accumulation_steps(nodes * slurm.ranks_per_node)
+    resources = {
+        "job-name": slurm.job_name or Path(recipe.run_directory).name,
+        "nodes": str(nodes),
+        "gpus-per-node": None if slurm.cpu else str(slurm.ranks_per_node),
+        "time": slurm.time,
+        "signal": f"USR1@{slurm.save_seconds}",
+        "partition": slurm.partition or None,
+        "account": slurm.account or None,
+        **{name: value or None for name, value in slurm.options.items()},
+    }
+    lines, left = [], dict(resources)
+    for line in SCRIPT.read_text().splitlines():
+        name = line.removeprefix("#SBATCH --").partition("=")[0] if line.startswith("#SBATCH --") else None
+        if name in left:
+            value = left.pop(name)
+            lines += [f"#SBATCH --{name}={value}"] if value is not None else []
+            continue
+        if line.startswith("# --exclusive"):  # the block's end
+            lines += [f"#SBATCH --{name}={value}" for name, value in left.items() if value is not None]
+            if slurm.cpu:
+                lines += ["", f"export LONGRING_RANKS_PER_NODE={slurm.ranks_per_node}", ""]
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def submit(recipe: Recipe, arguments: list[str], nodes: int) -> str:
+    """Write the job's script into the run directory and hand it to sbatch -> what sbatch said.
+
+    Raises ValueError for what would fail on the nodes, and where there is no sbatch.
+    """
+    run = RunDirectory(recipe.run_directory)
+    run.check(recipe)
+    script = job_script(recipe, nodes)
+    if shutil.which("sbatch") is None:
+        raise ValueError("there is no sbatch on this machine: submit from one that has it, or see --print")
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.logs.mkdir(exist_ok=True)
+    run.job_script.write_text(script)
+    done = subprocess.run(["sbatch", str(run.job_script), *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"sbatch refused {shlex.join([str(run.job_script), *arguments])}: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether to start again, and why."""
+
+    again: bool
+    why: str
+
+
+def requeue(recipe: Recipe) -> Verdict:
+    """Whether the job that has just ended shall start again: while its checkpoints get on. Writes that down.
+
+    A job that ends at the same step slurm.max_fruitless_starts times in a row stays ended.
+    """
+    run = RunDirectory(recipe.run_directory)
+    found = checkpoint.last_good(run.checkpoints)
+    step = found[1].state.step if found else 0
+    if step >= recipe.train.steps:
+        return Verdict(False, f"{run.path} has all its {step} steps")
+    entry = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "step": step,
+    }
+    run.path.mkdir(parents=True, exist_ok=True)
+    with run.requeues_file.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+    entries = [_parsed(line) for line in run.requeues_file.read_text().splitlines()]
+    job = [old["step"] for old in entries if old.get("job") == entry["job"]]
+    fruitless = next((number for number, old in enumerate(reversed(job)) if old != step), len(job))
+    if fruitless > recipe.slurm.max_fruitless_starts:
+        return Verdict(
+            False,
+            f"{fruitless} starts have ended with step {step} as the last one saved (slurm.max_fruitless_starts = "
+            f"{recipe.slurm.max_fruitless_starts}): look at the output and at {run.events_file}, then submit again",
+        )
+    return Verdict(True, f"starting again from step {step}")
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    """The entry, or nothing of a line that a crash has cut short."""
+    try:
+        return dict(json.loads(line))
+    except ValueError:
+        return {}
+
+
+def check_node(recipe: Recipe, ranks: int) -> None:
+    """Raise ValueError with all that is wrong with this node: devices, memory, disk, links."""
+    import psutil
+    import torch
+
+    wrong = []
+    if not recipe.slurm.cpu:
+        if (seen := torch.cuda.device_count()) < ranks:
+            wrong.append(f"{seen} GPUs for {ranks} ranks")
+        for device in range(min(seen, ranks)):
+            try:
+                ones = torch.ones(256, 256, device=f"cuda:{device}")
+                if not math.isclose(float((ones @ ones).sum()), 256.0**3):
+                    wrong.append(f"GPU {device} multiplies wrongly")
+            except RuntimeError as error:
+                wrong.append(f"GPU {device} cannot be used: {str(error).splitlines()[0]}")
+    needed = ranks * recipe.slurm.min_free_memory_gb * 1e9
+    if (free := psutil.virtual_memory().available) < needed:
+        wrong.append(f"{free / 1e9:.1f} GB of memory free, {needed / 1e9:.1f} wanted (slurm.min_free_memory_gb a rank)")
+    run = RunDirectory(recipe.run_directory)
+    found = checkpoint.last_good(run.checkpoints)
+    disk = max(recipe.slurm.min_free_disk_gb * 1e9, 2 * found[1].num_bytes if found else 0)
+    try:
+        run.logs.mkdir(parents=True, exist_ok=True)
+        probe = run.logs / f".probe-{os.uname().nodename}-{os.getpid()}"
+        checkpoint.flushed_write(probe, "written")
+        probe.unlink()
+        if (free := shutil.disk_usage(run.path).free) < disk:
+            wrong.append(f"{free / 1e9:.1f} GB free in {run.path}, {disk / 1e9:.1f} wanted for two checkpoints")
+    except OSError as error:
+        wrong.append(f"run directory {run.path} cannot be written: {error}")
+    if not any(link.isup for name, link in psutil.net_if_stats().items() if name != "lo" or recipe.slurm.cpu):
+        wrong.append("no network interface is up")
+    if wrong:
+        raise ValueError(
+            f"node {os.environ.get('SLURMD_NODENAME', os.uname().nodename)} is not fit to train: {'; '.join(wrong)}. "
+            "Leave it out by sbatch --exclude, or put it right"
+        )

@@ -1,0 +1,170 @@
+"""What this rank holds of every parameter's fp32 weight and AdamW moments, at any ZeRO stage.
+
+DeepSpeed keeps them in flat buffers of its own, laid out by stage and world. Here they are views of those buffers, each
+with the parameter's name and the range it covers of the flattened slice that this rank's tensor-parallel group gives
+it. A checkpoint copies out of the views, and a resume copies into them and calls `refresh`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+
+from .mesh import Mesh
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+"""Of a parameter: its fp32 value, and AdamW's first and second moment."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How tensor parallelism divides a parameter's rows or columns.
+
+    The dim is cut into `stride` x ranks chunks; rank k holds chunks k, k + ranks, ... (stride 2: gate and up in one).
+    """
+
+    dim: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter as the model knows it, whole."""
+
+    name: str
+    shape: tuple[int, ...]
+    cut: Cut | None
+    """None: every tensor-parallel rank holds all of it."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A range of one parameter's flattened tensor-parallel slice."""
+
+    parameter: Parameter
+    start: int
+    tensors: dict[str, Tensor]
+    """By kind, fp32 `[numel]`: views of what the optimizer steps."""
+
+    @property
+    def numel(self) -> int:
+        """Elements of the range."""
+        return self.tensors["weight"].numel()
+
+    def narrowed(self, start: int, numel: int) -> Fragment:
+        """The part of it from `start`, counted from the fragment's own start."""
+        tensors = {kind: tensor[start : start + numel] for kind, tensor in self.tensors.items()}
+        return Fragment(self.parameter, self.start + start, tensors)
+
+
+def held(engine: DeepSpeedEngine, mesh: Mesh) -> list[Fragment]:
+    """Every fragment that this rank's optimizer steps. With ZeRO 0 that is all of each parameter, on every rank."""
+    inner = _inner(engine)
+    fragments = []
+    for param, flat, begin, start, numel in _ranges(engine, mesh):
+        whole = _parameter(engine.param_names[param], param, mesh.tensor_size)
+        views = {"weight": flat.data.view(-1)} | {kind: _state(inner, flat)[kind].view(-1) for kind in KINDS[1:]}
+        fragments.append(Fragment(whole, start, {kind: view[begin : begin + numel] for kind, view in views.items()}))
+    return fragments
+
+
+def owned(engine: DeepSpeedEngine, mesh: Mesh) -> list[Fragment]:
+    """The same, with every element on just one rank of all: what each rank writes of a checkpoint."""
+    fragments = [f for f in held(engine, mesh) if f.parameter.cut is not None or mesh.tensor_rank == 0]
+    if engine.zero_optimization_stage():
+        return fragments
+    rank, size = mesh.data_rank, mesh.data_size
+    shares = [(f, f.numel * rank // size, f.numel * (rank + 1) // size) for f in fragments]
+    return [f.narrowed(first, last - first) for f, first, last in shares if last > first]
+
+
+def parameters(engine: DeepSpeedEngine, tensor_size: int) -> list[Parameter]:
+    """Every parameter of the model, whether this rank holds some of it or not."""
+    return [_parameter(name, param, tensor_size) for param, name in engine.param_names.items()]
+
+
+def _parameter(name: str, param: nn.Parameter, tensor_size: int) -> Parameter:
+    """Name, whole shape and cut, from what megatron-core's layers note on a parameter."""
+    shape = list(getattr(param, "ds_shape", param.shape))  # ZeRO 3 leaves param itself empty
+    cut = None
+    if getattr(param, "tensor_model_parallel", False) and tensor_size > 1:
+        cut = Cut(param.partition_dim, param.partition_stride)  # type: ignore[attr-defined]
+        shape[cut.dim] *= tensor_size
+    return Parameter(name, tuple(shape), cut)
+
+
+def updates(engine: DeepSpeedEngine) -> int:
+    """Optimizer steps taken: what AdamW corrects its moments' bias by. A skipped step is none."""
+    steps = {int(state["step"]) for state in _inner(engine).state.values()}
+    assert len(steps) <= 1, f"parameters have taken different numbers of steps: {steps}"
+    return steps.pop() if steps else 0
+
+
+@torch.no_grad()
+def refresh(engine: DeepSpeedEngine, mesh: Mesh, num_updates: int) -> None:
+    """Make the model's own weights those of the views just written, and AdamW's count `num_updates`. Collective."""
+    inner, optimizer = _inner(engine), engine.optimizer
+    for _, flat, *_ in _ranges(engine, mesh):
+        _state(inner, flat)["step"].fill_(float(num_updates))
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        optimizer._partition_all_parameters()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.checkpoint_event_epilogue()
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        optimizer.update_lp_params()
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+        for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for low_param, high_param in zip(low, high, strict=True):
+                low_param.data.copy_(high_param.data)
+
+
+def _ranges(engine: DeepSpeedEngine, mesh: Mesh) -> Iterator[tuple[nn.Parameter, Tensor, int, int, int]]:
+    """Each parameter's place: (parameter, the flat fp32 tensor, where in it, where in the parameter, elements)."""
+    optimizer: Any = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        for group in optimizer.fp16_groups:
+            for param in group:
+                number, begin, numel = optimizer.grad_position[optimizer.get_param_id(param)]
+                start = mesh.data_rank * numel
+                inside = min(numel, param.ds_numel - start)  # the last ranks' parts are padded
+                if inside > 0:
+                    yield param, optimizer.fp32_partitioned_groups_flat[number], begin, start, inside
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        for params, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+            for param in params:
+                if (mapping := param._hp_mapping) is not None:
+                    here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+                    yield param, flat, here.start, there.start, here.numel
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+        for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for param, flat in zip(low, high, strict=True):
+                yield param, flat, 0, 0, flat.numel()
+    else:
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                yield param, param, 0, 0, param.numel()
+
+
+def _inner(engine: DeepSpeedEngine) -> torch.optim.AdamW:
+    """The plain optimizer that steps the flat tensors."""
+    optimizer: Any = engine.optimizer
+    return optimizer if isinstance(optimizer, torch.optim.AdamW) else optimizer.optimizer
+
+
+def _state(inner: torch.optim.AdamW, flat: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a tensor; before the first step the zeros that it would begin with."""
+    state = inner.state[flat]
+    if not state:
+        state["step"] = torch.tensor(0.0, dtype=torch.float32)
+        state["exp_avg"] = torch.zeros_like(flat, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(flat, memory_format=torch.preserve_format)
+    return state

@@ -1,0 +1,295 @@
+"""Checkpoints on disk: what is complete, what is damaged, what goes; and that any mesh reads what another wrote."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from longring.launch import checkpoint, cli
+from longring.launch.build import build_engine
+from longring.launch.checkpoint import TrainState
+from longring.launch.checkpoint_load import load_last_good
+from longring.launch.checkpoint_save import Saver, write_safetensors
+from longring.launch.config import load_recipe
+from longring.launch.metrics import read_metrics
+from longring.launch.run_directory import RunDirectory
+from longring.launch.train import train
+from longring.parallel.fragments import updates
+from longring.parallel.mesh import join
+from rich.console import Console
+from safetensors.numpy import load_file
+from small_checkpoint import STATE, make, whole
+
+
+def test_a_manifest_says_what_was_written(tmp_path):
+    path = make(tmp_path, 7)
+    manifest = checkpoint.read_manifest(path)
+    assert manifest.state == TrainState(**{**STATE.__dict__, "step": 7})
+    assert manifest.files["rank-00001.safetensors"].ranges == {"w": (4, 4)}
+    assert manifest.num_bytes == sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    assert checkpoint.problem(path, manifest) is None
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "truncated": (truncate, r"rank-00001.safetensors has [\d,]+ bytes, [\d,]+ in the manifest"),
+    "one bit": (flip, r"rank-00001.safetensors has SHA-256 \w{16}..., \w{16}... in the manifest"),
+    "gone": (Path.unlink, "rank-00001.safetensors is missing"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_to_a_file_is_named(tmp_path, kind):
+    path = make(tmp_path, 7)
+    damage, message = DAMAGE[kind]
+    damage(path / "rank-00001.safetensors")
+    found = checkpoint.problem(path, checkpoint.read_manifest(path))
+    assert re.search(message, found or "")
+
+
+@given(data=st.data())
+def test_any_change_to_a_manifest_is_noticed(tmp_path_factory, data):
+    path = make(tmp_path_factory.mktemp("manifest"), 7)
+    file = path / "manifest.json"
+    text = file.read_text()
+    content = bytearray(file.read_bytes())
+    at = data.draw(st.integers(0, len(content) - 1))
+    byte = data.draw(st.integers(0, 255).filter(lambda value: value != content[at]))
+    content[at] = byte
+    before = checkpoint.read_manifest(path)
+    file.write_bytes(content)
+    try:
+        same = json.loads(content) == json.loads(text)  # a space for a newline, say
+    except ValueError:
+        same = False
+    if same:
+        assert checkpoint.read_manifest(path) == before
+    else:
+        with pytest.raises(ValueError, match=re.escape(str(file))):
+            checkpoint.read_manifest(path)
+
+
+def test_only_complete_checkpoints_count_and_leftovers_are_cleared(tmp_path):
+    assert checkpoint.complete(tmp_path / "none") == []
+    assert checkpoint.last_good(tmp_path / "none") is None
+    for step in (10, 100):
+        make(tmp_path, step)
+    for name in ("step-00000090.partial", "step-00000200.removed", "step-00000300.damaged", "notes"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-00000100", "step-00000010"]
+    checkpoint.clear(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "notes",
+        "step-00000010",
+        "step-00000100",
+        "step-00000300.damaged",
+    ]
+    truncate(tmp_path / "step-00000100" / "rank-00000.safetensors")
+    found = checkpoint.last_good(tmp_path)
+    assert found is not None
+    assert found[0].name == "step-00000010"
+
+
+@given(
+    steps=st.sets(st.integers(1, 200), max_size=30),
+    keep_last=st.integers(1, 10),
+    keep_every=st.integers(0, 20),
+)
+def test_retention_keeps_the_last_and_every_nth(steps, keep_last, keep_every):
+    gone = set(checkpoint.superfluous(steps, keep_last, keep_every))
+    kept = steps - gone
+    assert gone <= steps
+    assert kept >= set(sorted(steps, reverse=True)[:keep_last])
+    for step in gone:
+        assert not keep_every or step % keep_every
+        assert sum(other > step for other in kept) >= keep_last
+    for step in kept:
+        assert sum(other > step for other in steps) < keep_last or (keep_every and step % keep_every == 0)
+
+
+def test_pruning_leaves_whole_checkpoints(tmp_path):
+    for step in range(10, 80, 10):
+        make(tmp_path, step)
+    gone = checkpoint.prune(tmp_path, keep_last=2, keep_every_steps=30)
+    assert [path.name[-2:] for path in gone] == ["10", "20", "40", "50"]
+    assert sorted(path.name[-2:] for path in tmp_path.iterdir()) == ["30", "60", "70"]
+
+
+def test_the_library_reads_what_is_written(tmp_path):
+    tensors = {"a/weight": torch.randn(7), "b/exp_avg": torch.tensor([math.pi, -0.0, 1e-40])}
+    size, _ = write_safetensors(tmp_path / "x.safetensors", tensors, lambda: None)
+    read = load_file(tmp_path / "x.safetensors")
+    assert size == (tmp_path / "x.safetensors").stat().st_size
+    assert read.keys() == tensors.keys()
+    assert all(read[name].tobytes() == tensor.numpy().tobytes() for name, tensor in tensors.items())
+
+
+MESHES = {
+    "1 rank": (1, ["parallel.zero_stage=0"]),
+    "2 ranks, ZeRO 2": (2, ["parallel.zero_stage=2"]),
+    "2 ranks, ZeRO 0": (2, ["parallel.zero_stage=0"]),
+    "2 ranks, ZeRO 3": (2, ["parallel.zero_stage=3"]),
+    "4 ranks, ZeRO 1": (4, ["parallel.zero_stage=1"]),
+    "4 ranks, tensor 2, ZeRO 1": (4, ["parallel.zero_stage=1", "parallel.tensor=2"]),
+    "2 ranks, tensor 2, ZeRO 3": (2, ["parallel.zero_stage=3", "parallel.tensor=2"]),
+    "4 ranks, ZeRO 3": (4, ["parallel.zero_stage=3"]),
+}
+
+
+def save_again(recipe_file: Path, overrides: list[str], source: Path, target: Path) -> int:
+    """Load the last checkpoint of `source` on this mesh, and save it as it is -> AdamW's count of updates."""
+    recipe = load_recipe(recipe_file, overrides)
+    mesh = join(recipe.parallel, 1)
+    engine = build_engine(recipe, 500, mesh)
+    manifest = checkpoint.last_good(source)
+    assert manifest is not None
+    loaded = load_last_good(engine, source, mesh, manifest[1].state.data)
+    assert loaded is not None
+    run = RunDirectory(target)
+    saver = Saver(engine, run, mesh, recipe.train, 1)
+    tensor = recipe.parallel.tensor
+    saver.begin(TrainState(**{**loaded[1].__dict__, "tensor": tensor, "world_size": mesh.world_size}))
+    assert saver.finish()
+    saver.close()
+    return updates(engine)
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def trained(request, on_ranks, recipe_file, tmp_path_factory) -> tuple[Path, list[str]]:
+    """A run of six steps on four ranks with tensor parallelism."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    overrides = ["parallel.tokens_per_rank=512", f"train.dtype={request.param}"]
+    world, mesh = MESHES["4 ranks, tensor 2, ZeRO 1"]
+    on_ranks(world, run_steps, recipe_file, [*overrides, *mesh, f"run_directory={run}"], 6)
+    return run, overrides
+
+
+def run_steps(recipe_file: Path, overrides: list[str], stop_after: int | None) -> None:
+    train(load_recipe(recipe_file, overrides), Console(quiet=True), stop_after)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_any_mesh_holds_the_same_weights_and_moments(on_ranks, recipe_file, trained, mesh, tmp_path):
+    """There and back again: from the mesh that trained to another, which saves, and to the first one."""
+    run, overrides = trained
+    exact = whole(run / "checkpoints" / "step-00000006")
+    source = run / "checkpoints"
+    for number, name in enumerate((mesh, "4 ranks, tensor 2, ZeRO 1")):
+        world, settings = MESHES[name]
+        target = tmp_path / str(number)
+        assert on_ranks(world, save_again, recipe_file, [*overrides, *settings], source, target) == [6] * world
+        source = target / "checkpoints"
+        found = whole(source / "step-00000006")
+        assert found.keys() == exact.keys()
+        assert all(np.array_equal(found[key], exact[key]) for key in exact)
+    assert any(np.abs(value).max() > 0 for key, value in exact.items() if key.endswith("exp_avg_sq"))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((4, ["parallel.tokens_per_rank=128"]), (2, ["parallel.tokens_per_rank=512", "parallel.zero_stage=3"])),
+        ((2, ["parallel.tokens_per_rank=512", "parallel.zero_stage=2"]), (4, ["parallel.tokens_per_rank=128"])),
+        ((4, ["parallel.tokens_per_rank=128"]), (4, ["parallel.tokens_per_rank=256", "parallel.tensor=2"])),
+    ],
+    ids=["rings of 4 to none", "none to rings of 4", "rings of 4 to tensor 2 and rings of 2"],
+)
+def test_a_run_goes_on_elsewhere(on_ranks, recipe_file, tmp_path, before, after):
+    """Twelve steps on one mesh, against six there and six on another: the same batches, losses equal to rounding."""
+    reference, moved = tmp_path / "whole", tmp_path / "moved"
+    steps = ["train.steps=12", "train.checkpoint_every_steps=6"]
+    on_ranks(before[0], run_steps, recipe_file, [*steps, *before[1], f"run_directory={reference}"], None)
+    on_ranks(before[0], run_steps, recipe_file, [*steps, *before[1], f"run_directory={moved}"], 6)
+    on_ranks(after[0], run_steps, recipe_file, [*steps, *after[1], f"run_directory={moved}"], None)
+    ours, theirs = (read_metrics(run / "metrics.jsonl") for run in (moved, reference))
+    assert [(step["step"], step["bucket"], step["tokens"]) for step in ours] == [
+        (step["step"], step["bucket"], step["tokens"]) for step in theirs
+    ]
+    for key in ("loss", "grad_norm"):
+        assert [step[key] for step in ours] == pytest.approx([step[key] for step in theirs], rel=2e-5)
+
+
+def load_there(recipe_file: Path, overrides: list[str], directory: Path, data: str) -> tuple[str, int, list[str]]:
+    recipe = load_recipe(recipe_file, overrides)
+    mesh = join(recipe.parallel, 1)
+    loaded = load_last_good(build_engine(recipe, 500, mesh), directory, mesh, data)
+    assert loaded is not None
+    return loaded[0].name, loaded[1].step, loaded[2]
+
+
+@pytest.fixture(scope="module")
+def two_saves(on_ranks, recipe_file, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("two") / "run"
+    overrides = ["train.checkpoint_every_steps=2", f"run_directory={run}"]
+    on_ranks(2, run_steps, recipe_file, overrides, 4)
+    return run
+
+
+@pytest.mark.parametrize("kind", [*DAMAGE, "manifest"])
+def test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_loaded(
+    on_ranks, recipe_file, two_saves, tmp_path, kind
+):
+    directory = Path(shutil.copytree(two_saves / "checkpoints", tmp_path / "checkpoints"))
+    last = directory / "step-00000004"
+    data = checkpoint.read_manifest(last).state.data
+    damage, message = DAMAGE.get(kind, (truncate, "manifest.json is damaged"))
+    damage(last / ("manifest.json" if kind == "manifest" else "rank-00001.safetensors"))
+    results = on_ranks(2, load_there, recipe_file, [], directory, data)
+    assert [result[:2] for result in results] == [("step-00000002", 2)] * 2
+    [named] = {tuple(result[2]) for result in results}
+    assert re.search(f"step-00000004.*{message}", named[0])
+    assert sorted(path.name for path in directory.iterdir()) == ["step-00000002", "step-00000004.damaged"]
+
+
+def test_when_all_are_damaged_nothing_starts_over_silently(on_ranks, recipe_file, two_saves, tmp_path):
+    directory = Path(shutil.copytree(two_saves / "checkpoints", tmp_path / "checkpoints"))
+    for step in (2, 4):
+        flip(directory / f"step-0000000{step}" / "rank-00000.safetensors")
+    with pytest.raises(AssertionError, match="every checkpoint in .* is damaged: .*step-00000004.*step-00000002"):
+        on_ranks(2, load_there, recipe_file, [], directory, "")
+
+
+def test_a_checkpoint_of_other_data_or_another_model_is_refused(on_ranks, recipe_file, two_saves):
+    directory = two_saves / "checkpoints"
+    with pytest.raises(AssertionError, match=r"trained on data whose manifest has SHA-256 .*there has bbbb"):
+        on_ranks(2, load_there, recipe_file, [], directory, "b" * 64)
+    data = checkpoint.read_manifest(directory / "step-00000004").state.data
+    with pytest.raises(AssertionError, match=r"of another model: blocks.*mlp.gate_up.weight has shape \[128, 64\]"):
+        on_ranks(2, load_there, recipe_file, ["model.ffn_hidden_size=64"], directory, data)
+
+
+def test_checkpoints_are_listed_verified_and_pruned(capsys, recipe_file, tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run.create(load_recipe(recipe_file))
+    for step in (10, 20, 30, 40):
+        make(run.checkpoints, step)
+    (run.checkpoints / "step-00000050.partial").mkdir()
+    assert cli.main(["checkpoints", str(run.path)]) == 0
+    listed = capsys.readouterr().out
+    assert listed.count("whole") == 4
+    assert "partial" in listed
+    flip(run.checkpoints / "step-00000040" / "rank-00000.safetensors")
+    assert cli.main(["checkpoints", str(run.path)]) == 0, "a flipped bit changes no size"
+    assert cli.main(["checkpoints", str(run.path), "--verify", "--prune", "--keep-last", "2", "--keep-every", "7"]) == 1
+    verified = capsys.readouterr().out
+    assert "step-00000040/rank-00000.safetensors has SHA-256" in verified
+    # 40 is damaged: not among the last two, and left for a look.
+    kept = ["step-00000020", "step-00000030", "step-00000040", "step-00000050.partial"]
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == kept

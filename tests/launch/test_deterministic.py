@@ -1,0 +1,44 @@
+"""The switch for equal bits, and that a run draws nothing at random once its weights are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from longring.launch import train as train_module
+from longring.launch.config import load_recipe
+from longring.launch.metrics import read_metrics
+from rich.console import Console
+
+EXACT = ("step", "tokens", "loss", "bucket", "grad_norm")
+
+
+def run_and_watch(recipe_file: Path, overrides: list[str]) -> tuple[bool, int]:
+    """Train -> whether torch was asked for deterministic operations, and how many random states the steps saw."""
+    states, agree = [], train_module.agree
+
+    def watched(*arguments):
+        states.append(torch.get_rng_state().numpy().tobytes())
+        return agree(*arguments)
+
+    train_module.agree = watched
+    try:
+        train_module.train(load_recipe(recipe_file, overrides), Console(quiet=True))
+    finally:
+        train_module.agree = agree
+        asked = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(False)
+    assert len(states) == 8
+    return asked, len(set(states))
+
+
+def test_deterministic_runs_are_equal_and_nothing_random_is_drawn(on_ranks, recipe_file, tmp_path):
+    settings = ["train.steps=8", "parallel.tokens_per_rank=256"]
+    metrics = []
+    for name, deterministic in (("a", True), ("b", True), ("c", False)):
+        run = tmp_path / name
+        words = [*settings, f"run_directory={run}", f"train.deterministic={str(deterministic).lower()}"]
+        assert on_ranks(2, run_and_watch, recipe_file, words) == [(deterministic, 1)] * 2
+        metrics.append([[step[key] for key in EXACT] for step in read_metrics(run / "metrics.jsonl")])
+    assert metrics[0] == metrics[1]
+    assert metrics[0] == metrics[2], "on a CPU the switch changes no result"

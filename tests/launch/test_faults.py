@@ -1,0 +1,319 @@
+"""Everything that goes wrong ends in a clear message, and the same command goes on from the last good state."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faulty import Fault, start
+from hypothesis import given
+from hypothesis import strategies as st
+from longring.launch import checkpoint
+from longring.launch.config import FaultsConfig
+from longring.launch.faults import LossWatch
+from longring.launch.metrics import read_metrics
+from longring.launch.signals import GO_ON_LATER
+from longring.launch.watchdog import Position, diagnosis
+from safetensors.torch import load_file
+
+SMALL = ["train.steps=12", "train.checkpoint_every_steps=3", "parallel.tokens_per_rank=256"]
+EXACT = ("step", "tokens", "loss", "bucket", "cp", "learning_rate", "grad_norm")
+
+
+class Run:
+    """A run of twelve steps on two ranks, started as often as need be."""
+
+    def __init__(self, recipe_file: Path, directory: Path, overrides: Sequence[str] = ()) -> None:
+        self.path = directory / "run"
+        self.output = directory / "output.txt"
+        self._recipe_file = recipe_file
+        self.overrides = [*SMALL, f"run_directory={self.path}", *overrides]
+
+    def start(self, *faults: Fault, overrides: Sequence[str] = ()) -> list[int]:
+        self.output.unlink(missing_ok=True)
+        return start(2, self._recipe_file, [*self.overrides, *overrides], self.output, faults).wait()
+
+    @property
+    def said(self) -> str:
+        return " ".join(self.output.read_text().split())
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.path / "events.jsonl").read_text().splitlines()]
+
+    @property
+    def metrics(self) -> list[list[Any]]:
+        return [[step[key] for key in EXACT] for step in read_metrics(self.path / "metrics.jsonl")]
+
+    @property
+    def outcomes(self) -> dict[int, str]:
+        steps = read_metrics(self.path / "metrics.jsonl")
+        assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
+        return {step["step"]: step["outcome"] for step in steps if step["outcome"] != "good"}
+
+    def last(self) -> dict[str, Any]:
+        """Every tensor of the last checkpoint, by file."""
+        path = checkpoint.complete(self.path / "checkpoints")[0]
+        return {
+            f"{file.name}/{key}": tensor
+            for file in path.glob("*.safetensors")
+            for key, tensor in load_file(file).items()
+        }
+
+
+@pytest.fixture(scope="module")
+def whole(recipe_file, tmp_path_factory) -> Run:
+    """The run to which nothing happens."""
+    run = Run(recipe_file, tmp_path_factory.mktemp("whole"))
+    assert run.start() == [0, 0]
+    return run
+
+
+@pytest.fixture
+def run(recipe_file, tmp_path) -> Run:
+    return Run(recipe_file, tmp_path)
+
+
+def assert_same(run: Run, whole: Run) -> None:
+    assert run.metrics == whole.metrics
+    ours, theirs = run.last(), whole.last()
+    assert ours.keys() == theirs.keys()
+    assert all(ours[key].equal(theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_one_rank_stops_all_at_the_same_edge(run, whole, name):
+    """The one rank gets it in the middle of a step; both save after that step, which is no multiple of three."""
+    assert run.start(Fault(1, name, step=5, operation="forward")) == [GO_ON_LATER] * 2
+    assert checkpoint.complete(run.path / "checkpoints")[0].name == "step-00000005"
+    assert "saved, and the same command goes on" in run.said
+    assert run.events[-1]["event"] == "stopped"
+    assert run.start() == [0, 0]
+    assert_same(run, whole)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(1, "SIGKILL", step=8, operation="forward"),
+        Fault(0, "SIGKILL", step=4, operation="agreeing"),
+        Fault(1, "SIGKILL", chunk=60),
+        Fault(0, "SIGKILL", chunk=40),
+    ],
+    ids=["in a step", "rank 0 in a collective", "while it writes", "rank 0 while it writes the second"],
+)
+def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(run, whole, fault):
+    statuses = run.start(fault)
+    assert statuses[fault.rank] == -9
+    assert statuses[1 - fault.rank] == GO_ON_LATER
+    assert "lost its connection to another rank at step" in run.said or fault.rank == 0
+    for path in checkpoint.complete(run.path / "checkpoints"):
+        assert checkpoint.problem(path, checkpoint.read_manifest(path)) is None
+    assert run.start() == [0, 0]
+    assert not list((run.path / "checkpoints").glob("*.partial"))
+    assert_same(run, whole)
+
+
+@pytest.mark.parametrize("action", ["hang", "SIGSTOP"])
+def test_a_hang_is_named_and_ended(run, whole, action):
+    fault = Fault(1, action, step=5, operation="reading micro-batch 1")
+    run_it = start(2, run._recipe_file, [*run.overrides, "faults.hang_minutes=0.05"], run.output, [fault])
+    run_it.processes[0].join(60)
+    assert run_it.processes[0].exitcode == GO_ON_LATER
+    run_it.end()
+    if action == "hang":
+        assert "rank 1 hangs at step 5, reading micro-batch 1 of bucket" in run.said
+    else:
+        assert "rank 1 gave no sign (stopped, or its machine is gone)" in run.said
+    assert "the others wait: rank 0 at step 5, " in run.said
+    assert run.events[-1]["event"] == "hang"
+    assert "launch/train.py" in (run.path / "logs" / "rank-00000.hang.stacks").read_text()
+    assert run.start() == [0, 0]
+    assert_same(run, whole)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [*([f"parallel.zero_stage={stage}"] for stage in range(4)), ["train.dtype=bfloat16", "parallel.zero_stage=0"]],
+    ids=["zero0", "zero1", "zero2", "zero3", "zero0-bf16"],
+)
+def test_a_step_without_finite_gradients_changes_nothing_on_any_rank(recipe_file, tmp_path, overrides):
+    run = Run(
+        recipe_file, tmp_path, [*overrides, "train.checkpoint_every_steps=1", "train.steps=4", "train.warmup_steps=0"]
+    )
+    assert run.start(Fault(1, "times nan", step=3)) == [0, 0]
+    assert run.outcomes == {3: "non-finite"}
+    saved = {path.name: path for path in checkpoint.complete(run.path / "checkpoints")}
+    manifests = {name: checkpoint.read_manifest(path) for name, path in saved.items()}
+    assert [m.state.updates for m in manifests.values()] == [3, 2, 2]
+    for name in manifests["step-00000003"].files:
+        before, after = (load_file(saved[f"step-0000000{step}"] / name) for step in (2, 3))
+        assert all(before[key].equal(after[key]) for key in before)
+    assert not all(before[key].equal(load_file(saved["step-00000004"] / name)[key]) for key in before)
+    steps = read_metrics(run.path / "metrics.jsonl")
+    assert [step["tokens"] // 2048 for step in steps] == [1, 2, 2, 3]
+    assert steps[2]["loss"] is None
+    assert "step 3, step skipped: gradients are not finite" in run.said
+    assert "1 of the 4 steps changed no weights" in run.said
+    for rank in (0, 1):
+        assert "step 3 is not finite; sequences [[" in (run.path / "logs" / f"rank-0000{rank}.log").read_text()
+
+
+def test_too_many_such_steps_stop_the_run_on_all_ranks(run, whole):
+    faults = [Fault(1, "times inf", step=step) for step in range(5, 12)]
+    assert run.start(*faults, overrides=["faults.max_nonfinite_steps=3"]) == [2, 2]
+    assert run.said.count("error:") == 1
+    assert "error: step 7: 3 steps in a row had no finite gradients (faults.max_nonfinite_steps = 3)" in run.said
+    # The checkpoint of step 6 counts two of them as done: what is skipped is not trained later.
+    assert run.start() == [0, 0]
+    assert run.outcomes == {5: "non-finite", 6: "non-finite"}
+
+
+def test_a_spike_is_undone_and_its_batches_left_out(run, whole):
+    """Step 8's loss is high whenever it is trained: back to step 6, and on without 7 and 8."""
+    spikes = ["faults.spike_deviations=4", "faults.spike_window_steps=4", "faults.spike_skip_steps=2"]
+    assert run.start(*(Fault(rank, "times 3", step=8) for rank in (0, 1)), overrides=spikes) == [0, 0]
+    assert run.outcomes == {7: "left out", 8: "left out"}
+    assert [event["event"] for event in run.events] == ["spike"]
+    assert "back to step 6, leaving out steps [7, 8]" in run.said
+    assert run.metrics[:6] == whole.metrics[:6]
+    assert [step["tokens"] // 2048 for step in read_metrics(run.path / "metrics.jsonl")] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        6,
+        6,
+        7,
+        8,
+        9,
+        10,
+    ]
+    assert run.metrics[8] != whole.metrics[8]
+    state = checkpoint.read_manifest(checkpoint.complete(run.path / "checkpoints")[0]).state
+    assert state.updates == 10
+    last = [step["loss"] for step in read_metrics(run.path / "metrics.jsonl")][-4:]
+    assert list(state.recent_losses) == last, "a start after this one tells a spike by the same losses"
+
+
+def test_a_spike_before_the_first_checkpoint_and_too_many_of_them(recipe_file, tmp_path):
+    settings = ["faults.spike_deviations=1", "faults.spike_window_steps=2", "faults.max_rewinds=1"]
+    run = Run(recipe_file, tmp_path, [*settings, "train.checkpoint_every_steps=20"])
+    faults = [Fault(rank, "times 3", step=step) for rank in (0, 1) for step in (3, 6)]
+    assert run.start(*faults) == [2, 2]
+    assert run.outcomes == {3: "spike", 6: "spike"}, "there was nothing to go back to"
+    assert "error: step 6: loss" in run.said
+    assert "(faults.max_rewinds)" in run.said
+
+
+def test_a_full_disk_is_told_and_tried_again(run, whole):
+    """The kernel's own error: rank 1's file of step 6 is /dev/full."""
+    partial = run.path / "checkpoints" / "step-00000006.partial"
+    started = start(2, run._recipe_file, run.overrides, run.output, (), stop_after=4)
+    assert started.wait() == [0, 0]
+    assert run.start(*lay_trap(partial, 5)) == [0, 0]
+    assert "warning: rank 1 could not save step 6: [Errno 28] No space left on device" in run.said
+    assert [event["event"] for event in run.events] == ["save failed"]
+    names = [path.name for path in checkpoint.complete(run.path / "checkpoints")]
+    assert names == ["step-00000012", "step-00000009", "step-00000004"]
+    assert not partial.exists()
+    assert_same(run, whole)
+
+
+def test_a_disk_that_stays_full_stops_the_run(run, whole):
+    partial = run.path / "checkpoints" / "step-00000006.partial"
+    statuses = run.start(*lay_trap(partial, 5), overrides=["faults.max_failed_saves=1"])
+    assert statuses == [74, 74]
+    assert "step 6 could not be saved, nor the 0 before it (faults.max_failed_saves = 1)" in run.said
+    assert run.start() == [0, 0]
+    assert_same(run, whole)
+
+
+def lay_trap(partial: Path, step: int) -> list[Fault]:
+    """Laid while the run goes, since a start clears what is there."""
+    return [Fault(1, f"full {partial}/rank-00001.safetensors", step=step, operation="agreeing")]
+
+
+def test_a_shard_that_goes_away_is_named_by_the_rank_that_needs_it(recipe_file, run, whole):
+    data = Path(shutil.copytree(recipe_file.parent / "data", run.path.parent / "data"))
+    settings = [f"data.directory={data}", "loader.workers=0"]
+    statuses = run.start(Fault(0, f"remove {data}/**/train*.tar", step=0, operation="building"), overrides=settings)
+    assert 74 in statuses
+    assert "cannot read its rows of step" in run.said
+    assert ".tar" in run.said
+    shutil.rmtree(data)
+    assert run.start() == [0, 0]
+    assert_same(run, whole)
+
+
+def test_a_clock_that_jumps_changes_nothing(run, whole):
+    settings = ["faults.hang_minutes=0.2"]
+    assert run.start(*(Fault(rank, "clock", step=3, operation="reading") for rank in (0, 1)), overrides=settings) == [
+        0,
+        0,
+    ]
+    assert_same(run, whole)
+
+
+def test_a_damaged_checkpoint_is_told_and_the_run_goes_on_from_the_one_before(run, whole):
+    assert start(2, run._recipe_file, run.overrides, run.output, (), stop_after=8).wait() == [0, 0]
+    file = run.path / "checkpoints" / "step-00000008" / "rank-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-8] + b"\0" * 8)
+    assert run.start() == [0, 0]
+    assert "damaged: " in run.said
+    assert "step-00000008/rank-00001.safetensors has SHA-256" in run.said
+    assert "going back to step-00000006" in run.said
+    assert [event["event"] for event in run.events] == ["damaged checkpoint"]
+    assert_same(run, whole)
+
+
+def test_the_watchdog_tells_who_is_behind():
+    at = {rank: Position(40, 7, "agreeing with the other ranks") for rank in range(12)}
+    assert "all ranks are at step 7, agreeing with the other ranks" in diagnosis(at, 600)
+    behind = {**at, 3: Position(38, 7, "reading micro-batch 0 of bucket 64")}
+    said = diagnosis(behind, 600)
+    assert said.startswith(
+        "no progress for 600 s: rank 3 hangs at step 7, reading micro-batch 0 of bucket 64; the others"
+    )
+    assert "ranks 0, 1, 2, 4, 5, 6, 7, 8 and 3 more at step 7, agreeing" in said
+    assert "rank 5 gave no sign" in diagnosis({**at, 5: None}, 600)
+
+
+@given(
+    losses=st.lists(st.floats(0.1, 20), min_size=1, max_size=40),
+    window=st.integers(2, 10),
+    deviations=st.floats(0.5, 10),
+)
+def test_a_spike_is_told_by_the_window_before_it(losses, window, deviations):
+    config = FaultsConfig(spike_deviations=deviations, spike_window_steps=window)
+    watch = LossWatch(config)
+    for number, loss in enumerate(losses):
+        before = watch.recent
+        outcome = watch.judge(number, loss, 1.0)
+        if len(before) < window:
+            assert outcome == "good"
+            continue
+        mean = math.fsum(before) / window
+        deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in before) / (window - 1))
+        if abs(loss - mean - deviations * deviation) > 1e-9 * loss:
+            assert (outcome == "spike") == (loss > mean + deviations * deviation)
+        assert watch.recent == (before if outcome == "spike" else (*before[1:], loss))
+
+
+def test_only_non_finite_steps_in_a_row_count():
+    watch = LossWatch(FaultsConfig(max_nonfinite_steps=2))
+    for step in range(0, 10, 2):
+        assert watch.judge(step, math.nan, math.inf) == "non-finite"
+        assert watch.judge(step + 1, 2.0, 1.0) == "good"
+
+
+def test_a_loss_that_is_not_finite_with_a_gradient_that_is_ends_the_run():
+    with pytest.raises(ArithmeticError, match="step 4: loss nan with a gradient norm of 1.0"):
+        LossWatch(FaultsConfig()).judge(4, math.nan, 1.0)

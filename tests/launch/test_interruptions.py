@@ -1,0 +1,72 @@
+"""One long run, ended at random places of random steps and saves: its weights are those of a run that never stopped."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+from faulty import Fault, start
+from longring.launch import checkpoint
+from longring.launch.metrics import read_metrics
+from safetensors.torch import load_file
+
+EXACT = ("step", "tokens", "loss", "bucket", "cp", "learning_rate", "grad_norm")
+STEPS = 60
+OPERATIONS = ("building", "reading micro-batch 0", "forward", "reading micro-batch 1", "agreeing", "saving")
+
+
+def settings(run: Path) -> list[str]:
+    """Rings of two ranks in some steps, whole sequences in others; a checkpoint every three steps."""
+    return [
+        f"train.steps={STEPS}",
+        "train.checkpoint_every_steps=3",
+        "parallel.tokens_per_rank=256",
+        f"run_directory={run}",
+    ]
+
+
+def random_fault(chance: random.Random, done: int) -> Fault:
+    """A signal to one rank, or its death, within the next steps or somewhere in the files of the next saves."""
+    rank, action = chance.randrange(2), chance.choice(["SIGKILL", "SIGKILL", "SIGTERM", "SIGUSR1"])
+    if chance.random() < 0.4:
+        return Fault(rank, action, chunk=chance.randrange(1, 80))
+    step = done + chance.randrange(0, 6)
+    return Fault(rank, action, step=step, operation="building" if step == done else chance.choice(OPERATIONS[1:]))
+
+
+@pytest.mark.parametrize("interruptions", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_run_interrupted_at_random_equals_one_that_never_stopped(recipe_file, tmp_path, interruptions):
+    seed = int(os.environ.get("LONGRING_SEED", "0")) or random.randrange(1, 2**32)
+    chance = random.Random(seed)
+    told = f"LONGRING_SEED={seed} repeats it"
+    whole, run, output = tmp_path / "whole", tmp_path / "run", tmp_path / "output.txt"
+    assert start(2, recipe_file, settings(whole), output).wait() == [0, 0], output.read_text()
+
+    interrupted = 0
+    while interrupted < interruptions:
+        found = checkpoint.last_good(run / "checkpoints")
+        done = found[1].state.step if found else 0
+        if done > STEPS - 8:  # fifty interruptions are too many for so few steps: do them all again
+            for path in checkpoint.complete(run / "checkpoints"):
+                checkpoint.remove(path)
+            continue
+        fault = random_fault(chance, done)
+        statuses = start(2, recipe_file, settings(run), output, [fault]).wait()
+        assert set(statuses) <= {-9, 0, 75}, f"{fault} -> {statuses}; {told}\n{output.read_text()[-3000:]}"
+        interrupted += any(statuses)
+        for path in checkpoint.complete(run / "checkpoints"):
+            wrong = checkpoint.problem(path, checkpoint.read_manifest(path))
+            assert wrong is None, f"{fault}: {wrong}; {told}"
+    assert start(2, recipe_file, settings(run), output).wait() == [0, 0], f"{told}\n{output.read_text()}"
+
+    ours, theirs = (
+        [[step[key] for key in EXACT] for step in read_metrics(path / "metrics.jsonl")] for path in (run, whole)
+    )
+    assert ours == theirs, told
+    name = checkpoint.name_of(STEPS)
+    for file in sorted((whole / "checkpoints" / name).glob("*.safetensors")):
+        exact, found_there = load_file(file), load_file(run / "checkpoints" / name / file.name)
+        assert exact.keys() == found_there.keys()
+        assert all(exact[key].equal(found_there[key]) for key in exact), told

@@ -1,0 +1,122 @@
+"""A real Slurm cluster of two nodes on this machine: a job is told to leave, comes back, loses a node, and finishes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from faulty import start
+from longring.launch import cli
+from longring.launch.metrics import read_metrics
+
+CLUSTER = Path(__file__).with_name("slurm_cluster.sh")
+MISSING = [name for name in ("slurmctld", "slurmd", "munged") if not shutil.which(name, path="/usr/sbin:/usr/bin")]
+pytestmark = pytest.mark.skipif(
+    bool(MISSING) or os.geteuid() != 0,
+    reason=f"a cluster needs root and Debian's packages slurm-wlm and munge (missing here: {MISSING or 'root'}): "
+    "as root, apt-get install slurm-wlm munge",
+)
+EXACT = ("step", "tokens", "loss", "bucket", "cp", "learning_rate", "grad_norm")
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch) -> Iterator[Callable[..., None]]:
+    """`cluster("fail", "n2")` and `cluster("mend", "n2")`; Slurm's own commands find it by SLURM_CONF."""
+    directory = tmp_path / "slurm"
+
+    def call(verb: str, *arguments: str) -> None:
+        subprocess.run([CLUSTER, verb, directory, *arguments], check=True)
+
+    monkeypatch.setenv("SLURM_CONF", str(directory / "slurm.conf"))
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    monkeypatch.setenv("LONGRING_PYTHON", sys.executable)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    try:
+        call("up")
+        yield call
+    finally:
+        subprocess.run(["scancel", "--full", "--user=root"], check=False)
+        call("down")
+
+
+def shell(*words: str) -> str:
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+
+def steps_of(run: Path) -> list[int]:
+    file = run / "metrics.jsonl"
+    return [step["step"] for step in read_metrics(file)] if file.exists() else []
+
+
+def until(what: str, reached: Callable[[], bool], output: Path, timeout_s: float = 150) -> None:
+    """Wait for it; a job held back for its begin time is let go."""
+    deadline = time.monotonic() + timeout_s
+    while not reached():
+        said = output.read_text() if output.exists() else "nothing"
+        assert time.monotonic() < deadline, (
+            f"not within {timeout_s:.0f} s: {what}\n{said[-3000:]}\n{shell('squeue', '-l')}"
+        )
+        for job in shell("squeue", "-h", "-t", "PD", "-o", "%i").split():
+            subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], check=False, capture_output=True)
+        time.sleep(0.5)
+
+
+def test_a_job_is_preempted_loses_a_node_and_ends_like_one_that_was_left_alone(
+    cluster, recipe_file, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    common = ["train.steps=150", "train.checkpoint_every_steps=10", "parallel.tokens_per_rank=256"]
+    resources = [
+        *("slurm.cpu=true", "slurm.ranks_per_node=1", "slurm.time=0:20:00", "slurm.job_name=longring"),
+        *("slurm.options.exclusive=''", "slurm.options.mem=''", "slurm.options.ntasks-per-node='1'"),
+    ]
+    run = tmp_path / "run"
+    command = ["submit", str(recipe_file), *common, *resources, f"run_directory={run}", "--nodes", "2"]
+    assert cli.main(command) == 0
+    job = capsys.readouterr().out.split()[-1]
+    output = tmp_path / f"longring-{job}.out"
+
+    until("20 steps", lambda: len(steps_of(run)) >= 20, output)
+    shell("scancel", "--signal=USR1", job)
+    until("the signal heard", lambda: "saved, and the same command goes on" in output.read_text(), output)
+    until("the requeue", lambda: "ended with status 75: requeued" in output.read_text(), output)
+    stopped = steps_of(run)[-1]
+    until("30 more steps", lambda: steps_of(run)[-1] >= stopped + 30, output)
+    cluster("fail", "n2")
+    failed = steps_of(run)[-1]
+    assert failed < 150, "the node failed while the job was at work"
+    until("the node's loss noticed", lambda: bool(shell("squeue", "-h", "-t", "PD").strip()), output)
+    cluster("mend", "n2")
+    until("the end", lambda: steps_of(run)[-1:] == [150] and not shell("squeue", "-h").strip(), output, 240)
+
+    starts = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
+    assert [start["slurm_job"] for start in starts] == [job] * 3
+    assert [start["world_size"] for start in starts] == [2] * 3
+    assert starts[1]["from_step"] == stopped, "what the signal saved"
+    assert 0 <= failed - starts[2]["from_step"] <= 12, "what the last checkpoint had"
+    whole = tmp_path / "whole"
+    said = tmp_path / "whole.txt"
+    assert start(2, recipe_file, [*common, f"run_directory={whole}"], said).wait() == [0, 0], said.read_text()
+    ours, theirs = ([[step[key] for key in EXACT] for step in read_metrics(r / "metrics.jsonl")] for r in (run, whole))
+    assert ours == theirs
+
+
+def test_a_job_with_a_wrong_recipe_ends_once_and_says_why(cluster, recipe_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LONGRING_RANKS_PER_NODE", "1")
+    script = Path(cli.__file__).parents[1] / "slurm" / "train.sbatch"
+    options = ["--gpus-per-node=0", "--mem=100", "--nodes=2", "--ntasks-per-node=1", "--parsable"]
+    job = shell("sbatch", *options, str(script), str(recipe_file), "slurm.cpu=true", "train.stepz=1").strip()
+    output = tmp_path / f"longring-train-{job}.out"
+    until("the end", lambda: output.exists() and "nothing is requeued" in output.read_text(), output)
+    said = " ".join(output.read_text().split())
+    assert "did you mean train.steps?" in said
+    until("the job gone", lambda: not shell("squeue", "-h").strip(), output)
+    assert "start 2" not in said

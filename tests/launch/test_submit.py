@@ -1,0 +1,165 @@
+"""Jobs for Slurm without a Slurm: the script, when it starts again, what a fit node is; and the launcher's signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from longring.launch import cli
+from longring.launch.checkpoint import name_of
+from longring.launch.config import SlurmConfig, load_recipe
+from longring.launch.metrics import read_metrics
+from longring.launch.run_directory import RunDirectory
+from longring.launch.submit import SCRIPT, check_node, job_script, requeue
+from small_checkpoint import make
+
+
+def sbatch_lines(script: str) -> dict[str, str]:
+    found = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH --")]
+    names = [line.partition("=")[0] for line in found]
+    assert len(set(names)) == len(names), "each option once"
+    return {line.partition("=")[0]: line.partition("=")[2] for line in found}
+
+
+def test_the_job_has_the_recipes_resources(recipe_file):
+    overrides = ["slurm.partition=gpu", "slurm.time=2-00:00:00", "slurm.options.nice='5'", "slurm.options.mem=''"]
+    script = job_script(load_recipe(recipe_file, [*overrides, "slurm.ranks_per_node=4"]), 1)
+    lines = sbatch_lines(script)
+    assert lines == {
+        "job-name": "run",
+        "nodes": "1",
+        "gpus-per-node": "4",
+        "exclusive": "",
+        "time": "2-00:00:00",
+        "signal": "USR1@300",
+        "output": "%x-%j.out",
+        "open-mode": "append",
+        "requeue": "",
+        "partition": "gpu",
+        "nice": "5",
+    }
+    body = [line for line in SCRIPT.read_text().splitlines() if not line.startswith("#SBATCH")]
+    assert [line for line in script.splitlines() if not line.startswith("#SBATCH")] == body
+    assert subprocess.run(["bash", "-n", "-c", script]).returncode == 0
+    cpu = job_script(load_recipe(recipe_file, ["slurm.cpu=true", "slurm.ranks_per_node=4"]), 1)
+    assert "gpus-per-node" not in sbatch_lines(cpu)
+    assert "\nexport LONGRING_RANKS_PER_NODE=4\n" in cpu
+
+
+def test_a_job_that_cannot_run_is_not_submitted(recipe_file):
+    recipe = load_recipe(recipe_file, ["parallel.tokens_per_rank=128", "slurm.ranks_per_node=3"])
+    with pytest.raises(ValueError, match="a world of 6 ranks cannot hold"):
+        job_script(recipe, 2)
+
+
+@given(value=st.text(min_size=1, max_size=20))
+def test_no_option_of_sbatch_leaves_its_line(value):
+    """What could end a line, or begin a command, is refused by its name."""
+    if set(value) & set(" \t\n\r;'\"`$\\#<>"):
+        with pytest.raises(ValueError, match=r"slurm\.partition"):
+            SlurmConfig(partition=value)
+    elif value.isascii() and value.isalnum():
+        assert SlurmConfig(partition=value).partition == value
+
+
+def test_sbatch_gets_the_script_and_the_recipe(recipe_file, tmp_path, monkeypatch, capsys):
+    (tmp_path / "bin").mkdir()
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/words\ncat "$1" > {tmp_path}/script\necho Submitted 7\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    run = tmp_path / "run"
+    settings = [f"run_directory={run}", "slurm.ranks_per_node=4"]
+    assert cli.main(["submit", str(recipe_file), *settings, "--nodes", "1"]) == 0
+    assert capsys.readouterr().out == "Submitted 7\n"
+    assert (tmp_path / "words").read_text().split() == [str(run / "job.sbatch"), str(recipe_file), *settings]
+    assert (tmp_path / "script").read_text() == job_script(load_recipe(recipe_file, settings), 1)
+    RunDirectory(run).check(load_recipe(recipe_file, settings))  # the run may still begin there
+    sbatch.write_text("#!/bin/bash\necho 'Requested node configuration is not available' >&2; exit 1\n")
+    assert cli.main(["submit", str(recipe_file), *settings, "--nodes", "1"]) == 2
+    assert "sbatch refused" in capsys.readouterr().err
+
+
+def test_a_job_starts_again_while_its_checkpoints_get_on(recipe_file, tmp_path, monkeypatch):
+    recipe = load_recipe(recipe_file, [f"run_directory={tmp_path}/run", "slurm.max_fruitless_starts=2"])
+    checkpoints = RunDirectory(recipe.run_directory).checkpoints
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert [requeue(recipe).again for _ in range(3)] == [True, True, False], "a first try and two more"
+    assert "step 0 as the last one saved (slurm.max_fruitless_starts = 2)" in requeue(recipe).why
+    make(checkpoints, 10)
+    assert [requeue(recipe).again for _ in range(2)] == [True, True]
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert requeue(recipe).again, "another job has its own tries"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert not requeue(recipe).again
+    make(checkpoints, 20)
+    verdict = requeue(recipe)
+    assert (verdict.again, verdict.why[-12:]) == (False, "its 20 steps")
+
+
+def test_what_is_wrong_with_a_node_is_said_at_once(recipe_file, tmp_path, monkeypatch):
+    fine = ["slurm.cpu=true", f"run_directory={tmp_path}/run"]
+    check_node(load_recipe(recipe_file, fine), 2)
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    (tmp_path / "file").write_text("")
+    wrong = [f"run_directory={tmp_path}/file", "slurm.min_free_memory_gb=1e6"]
+    with pytest.raises(ValueError, match="node n7 is not fit") as error:
+        check_node(load_recipe(recipe_file, wrong), 2)
+    for part in (r"0 GPUs for 2 ranks", "2000000.0 wanted (slurm.min_free_memory_gb", "file cannot be written"):
+        assert part in str(error.value) or (part.startswith("0 GPUs") and "GPU" in str(error.value))
+    with pytest.raises(ValueError, match="wanted for two checkpoints"):
+        check_node(load_recipe(recipe_file, [*fine, "slurm.min_free_disk_gb=1e9"]), 2)
+
+
+def launcher(recipe_file: Path, run: Path, output: Path) -> subprocess.Popen[str]:
+    settings = ["train.steps=400", "train.checkpoint_every_steps=20", "parallel.tokens_per_rank=256"]
+    words = [sys.executable, "-m", "longring.launch.cli", "train", str(recipe_file), *settings, "--ranks", "2"]
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    with output.open("w") as file:
+        return subprocess.Popen([*words, f"run_directory={run}"], stdout=file, stderr=file, env=environment, text=True)
+
+
+def rank_processes(process: subprocess.Popen[str]) -> list[int]:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+@pytest.mark.parametrize(
+    ("signal_name", "to_a_rank", "status", "said"),
+    [
+        ("SIGTERM", False, 75, "saved, and the same command goes on"),
+        ("SIGKILL", True, 137, "was ended by SIGKILL (out of memory, or by hand); the same command goes on"),
+    ],
+)
+def test_the_launcher_hands_signals_on_and_tells_of_deaths(recipe_file, tmp_path, signal_name, to_a_rank, status, said):
+    run, output = tmp_path / "run", tmp_path / "output.txt"
+    process = launcher(recipe_file, run, output)
+    try:
+        deadline = time.monotonic() + 120
+        metrics = run / "metrics.jsonl"
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 30:
+            assert process.poll() is None, output.read_text()
+            assert time.monotonic() < deadline, output.read_text()
+            time.sleep(0.1)
+        os.kill(rank_processes(process)[1] if to_a_rank else process.pid, getattr(signal, signal_name))
+        assert process.wait(60) == status
+    finally:
+        process.kill()
+    assert said in " ".join(output.read_text().split())
+    assert "Traceback" not in output.read_text()
+    last = max((run / "checkpoints").iterdir()).name
+    done = read_metrics(metrics)[-1]["step"]
+    assert last == (name_of(20) if to_a_rank and done < 40 else last)
+    assert to_a_rank or last == name_of(done)
+    starts = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
+    assert starts[0]["world_size"] == 2
+    shutil.rmtree(run)

@@ -1,0 +1,62 @@
+"""A small checkpoint written by hand, and a reader of any that shares nothing with LongRing's."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from longring.launch import checkpoint
+from longring.launch.checkpoint import FileEntry, Manifest, ParameterEntry, TrainState
+from longring.launch.checkpoint_save import write_safetensors
+from safetensors.numpy import load_file
+
+STATE = TrainState(step=5, updates=5, data="d" * 64, world_size=2, tensor=1, zero_stage=1, recent_losses=(1.5, 0.1))
+
+
+def make(directory: Path, step: int, *, ranks: int = 2) -> Path:
+    """A small complete checkpoint, written by hand."""
+    path = directory / checkpoint.name_of(step)
+    path.mkdir(parents=True)
+    files = {}
+    for rank in range(ranks):
+        file = path / f"rank-{rank:05d}.safetensors"
+        size, sha256 = write_safetensors(file, {"w/weight": torch.full((4,), float(rank))}, lambda: None)
+        files[file.name] = FileEntry(bytes=size, sha256=sha256, slice=0, ranges={"w": (4 * rank, 4)})
+    state = TrainState(**{**STATE.__dict__, "step": step})
+    parameters = {"w": ParameterEntry(shape=(4 * ranks,), cut=None)}
+    checkpoint.write_manifest(path, Manifest(state=state, parameters=parameters, files=files))
+    return path
+
+
+def whole(path: Path) -> dict[str, np.ndarray]:
+    """Every weight and moment of a checkpoint, whole, put together without LongRing's reader."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    size = manifest["state"]["tensor"]
+    stored = sum(numel for entry in manifest["files"].values() for _, numel in entry["ranges"].values())
+    assert stored == sum(math.prod(entry["shape"]) for entry in manifest["parameters"].values()), "each element once"
+    result = {}
+    for name, parameter in manifest["parameters"].items():
+        for kind in ("weight", "exp_avg", "exp_avg_sq"):
+            slices = []
+            for number in range(size if parameter["cut"] else 1):
+                parts = [
+                    (entry["ranges"][name][0], load_file(path / file)[f"{name}/{kind}"])
+                    for file, entry in manifest["files"].items()
+                    if entry["slice"] == number and name in entry["ranges"]
+                ]
+                flat = np.concatenate([part for _, part in sorted(parts, key=lambda part: part[0])])
+                slices.append(flat)
+            if not parameter["cut"]:
+                [flat] = slices
+                result[f"{name}/{kind}"] = flat.reshape(parameter["shape"])
+                continue
+            dim, stride = parameter["cut"]
+            shape = list(parameter["shape"])
+            shape[dim] //= size
+            chunks = [np.split(flat.reshape(shape), stride, axis=dim) for flat in slices]
+            ordered = [chunks[rank][at] for at in range(stride) for rank in range(size)]
+            result[f"{name}/{kind}"] = np.concatenate(ordered, axis=dim)
+    return result
