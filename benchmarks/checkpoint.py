@@ -68,7 +68,9 @@ def measure(width: int, layers: int, folder: Path, saves: int) -> dict[str, floa
     number = 0
 
     def state() -> TrainState:
-        return TrainState(step=number, updates=1, data=DATA, world_size=1, tensor=1, zero_stage=1)
+        return TrainState(
+            step=number, skipped=tuple(range(2, number + 1)), data=DATA, world_size=1, tensor=1, zero_stage=1
+        )
 
     for _ in range(saves):
         number += 1

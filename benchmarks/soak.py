@@ -1,9 +1,10 @@
-"""An hour of training with random kills: steps lost and seconds lost for each, and whether memory stays flat.
+"""An hour of training with random faults: steps and seconds lost for each, and whether memory stays flat.
 
-    .venv/bin/python benchmarks/soak.py [--minutes 60] [--quick] [--json FILE]
+    .venv/bin/python benchmarks/soak.py [--minutes 60] [--quick] [--json FILE] [--picture FILE.png]
 
 `longring train` on two ranks, the demo's recipe made smaller. At random times a rank is killed, a rank or the launcher
-gets SIGTERM, or a rank is stopped; then the same command runs again. Checkpoints every 20 steps.
+gets a signal, or a rank is stopped; then the same command runs again. Checkpoints every 20 steps. Half of the time
+between faults is short, half of it long, since only a long start shows memory that grows.
 """
 
 import argparse
@@ -18,7 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
+from longring.launch import checkpoint
 from longring.launch.metrics import read_metrics
 from rich.console import Console
 from rich.progress import Progress
@@ -26,6 +29,7 @@ from rich.table import Table
 
 RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "demo.toml"
 EVERY = 20
+SAMPLE_S = 2.0
 FAULTS = {
     "rank killed": lambda launcher, rank: rank.kill(),
     "SIGTERM to the launcher": lambda launcher, rank: launcher.send_signal(signal.SIGTERM),
@@ -52,51 +56,59 @@ def settings(folder: Path) -> list[str]:
 
 
 def done(run: Path) -> int:
-    file = run / "metrics.jsonl"
+    """The last step in the run's metrics."""
     try:
-        return read_metrics(file)[-1]["step"] if file.exists() else 0
-    except (ValueError, IndexError):  # a line that is just being written
+        with (run / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 1000))
+            return json.loads(file.read().splitlines()[-1])["step"]
+    except (OSError, ValueError, IndexError):  # not there yet, or a line that is just being written
         return 0
 
 
-def soak(folder: Path, minutes: float, between_s: tuple[float, float], seed: int) -> list[dict]:
+def starts_of(run: Path) -> list[dict]:
+    file = run / "starts.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def soak(folder: Path, minutes: float, between_s: tuple[float, float, float], seed: int) -> list[dict]:
+    """One row a start: what ended the start before, what that cost, and (seconds, step, bytes of each rank) samples."""
     chance = random.Random(seed)
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "longring.launch.cli"]
     subprocess.run(
         [*command, "prepare", str(RECIPE), *settings(folder)], check=True, env=environment, stdout=sys.stderr
     )
-    run, events = folder / "run", []
-    end = time.monotonic() + 60 * minutes
-    fault_at, step_then, kind = None, 0, ""
+    run, rows = folder / "run", []
+    began = time.monotonic()
+    end = began + 60 * minutes
+    kind, fault_at, step_then = "", 0.0, 0
     with Progress() as progress, (folder / "output.txt").open("w") as output:
         task = progress.add_task("soak", total=60 * minutes)
         while time.monotonic() < end:
-            starts = starts_of(run)
+            num_starts = len(starts_of(run))
             words = [*command, "train", str(RECIPE), *settings(folder), "--ranks", "2"]
             launcher = psutil.Popen(words, env=environment, stdout=output, stderr=output)
-            started, ranks = time.monotonic(), []
+            ranks: list[psutil.Process] = []
             try:
-                while launcher.poll() is None and (starts_of(run) == starts or done(run) <= _from(run)):
+                while launcher.poll() is None and (
+                    len(starts_of(run)) == num_starts or done(run) <= starts_of(run)[-1]["from_step"]
+                ):
                     time.sleep(0.2)
-                if fault_at is not None:
-                    resumed = _from(run)
-                    events.append(
-                        {"kind": kind, "lost_steps": max(0, step_then - resumed), "lost_s": time.monotonic() - fault_at}
-                    )
+                started, from_step = time.monotonic(), starts_of(run)[-1]["from_step"]
+                samples: list[tuple[float, int, list[int]]] = []
+                row = {"after": kind, "from_step": from_step, "samples": samples}
+                if kind:
+                    row |= {"lost_steps": max(0, step_then - from_step), "lost_s": started - fault_at}
+                rows.append(row)
                 ranks = launcher.children()
                 time.sleep(1)  # the records of steps that are done again are gone by now
-                early: list[int] = []  # when two checkpoints are written: all buffers are there
-                length = chance.uniform(*between_s)
-                while time.monotonic() - started < length and time.monotonic() < end and launcher.poll() is None:
-                    time.sleep(0.2)
-                    if not early and done(run) >= _from(run) + 2 * EVERY + 5:
-                        early = [rank.memory_info().rss for rank in ranks if rank.is_running()]
-                    progress.update(task, completed=60 * minutes - (end - time.monotonic()))
-                late = [rank.memory_info().rss for rank in ranks if rank.is_running()]
-                if events and early and late:
-                    events[-1]["grown_bytes"] = max(late) - max(early)
-                    events[-1]["rss_bytes"] = max(late)
+                shortest, middle, longest = between_s
+                length = chance.choice([chance.uniform(shortest, middle), chance.uniform(middle, longest)])
+                stop = min(end, started + length)
+                while (now := time.monotonic()) < stop and launcher.poll() is None:
+                    samples.append((now - began, done(run), [rank.memory_info().rss for rank in ranks]))
+                    progress.update(task, completed=now - began)
+                    time.sleep(min(SAMPLE_S, max(0.0, stop - now)))
                 kind = chance.choice(list(FAULTS))
                 step_then, fault_at = done(run), time.monotonic()
                 FAULTS[kind](launcher, chance.choice(ranks))
@@ -105,18 +117,77 @@ def soak(folder: Path, minutes: float, between_s: tuple[float, float], seed: int
                 for process in [*ranks, launcher]:
                     if process.is_running():
                         process.kill()
-    return events
+        progress.update(task, completed=60 * minutes)
+    return rows
 
 
-def starts_of(run: Path) -> int:
-    """How often the run has started."""
-    file = run / "starts.jsonl"
-    return len(file.read_text().splitlines()) if file.exists() else 0
+def growth(samples: list[tuple[float, int, list[int]]]) -> list[float]:
+    """Bytes a step by which each rank's memory grows, after two checkpoints have made all buffers; a line's slope."""
+    first = samples[0][1] if samples else 0
+    late = [sample for sample in samples if sample[1] > first + 2 * EVERY]
+    if len(late) < 20:
+        return []
+    steps = np.array([step for _, step, _ in late])
+    return [float(np.polyfit(steps, np.array(memory), 1)[0]) for memory in zip(*(m for *_, m in late), strict=True)]
 
 
-def _from(run: Path) -> int:
-    """The step from which the last start went on."""
-    return json.loads((run / "starts.jsonl").read_text().splitlines()[-1])["from_step"]
+def draw(rows: list[dict], picture: Path) -> None:
+    """Steps done and the ranks' memory over time, with a mark at each fault."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(9, 5), layout="constrained")
+    colours = dict(zip(FAULTS, ("C3", "C0", "C2", "C1"), strict=True))
+    for row in rows:
+        minutes = [seconds / 60 for seconds, *_ in row["samples"]]
+        above.plot(minutes, [step for _, step, _ in row["samples"]], color="0.3", lw=1)
+        for rank in (0, 1):
+            megabytes = [memory[rank] / 1e6 for *_, memory in row["samples"]]
+            below.plot(minutes, megabytes, color=("0.3", "0.6")[rank], lw=1)
+        if row["after"] and minutes:
+            for axes in (above, below):
+                axes.axvline(minutes[0], color=colours[row["after"]], lw=0.8)
+    for kind, colour in colours.items():
+        above.plot([], [], color=colour, lw=0.8, label=kind)
+    above.legend(fontsize="small", title="ended the start before", title_fontsize="small")
+    above.set_ylabel("steps done")
+    below.set_ylabel("memory of a rank, MB")
+    below.set_xlabel("minutes")
+    below.set_ylim(bottom=0)
+    figure.savefig(picture, dpi=110)
+
+
+def print_rows(rows: list[dict], steps: int) -> None:
+    """A line for each kind of fault, and one for memory."""
+    num_faults = sum(bool(row["after"]) for row in rows)
+    table = Table(title=f"{num_faults} faults in {steps:,} steps, a checkpoint every {EVERY}")
+    for name in ("fault", "times", "steps lost, mean", "most", "seconds to the next step, median", "most"):
+        table.add_column(name, justify="left" if name == "fault" else "right")
+    for kind in FAULTS:
+        if mine := [row for row in rows if row["after"] == kind]:
+            lost, seconds = [row["lost_steps"] for row in mine], [row["lost_s"] for row in mine]
+            table.add_row(
+                kind,
+                str(len(mine)),
+                f"{statistics.mean(lost):.1f}",
+                str(max(lost)),
+                f"{statistics.median(seconds):.1f}",
+                f"{max(seconds):.1f}",
+            )
+    console = Console(width=120)
+    console.print(table)
+    slopes = [(row["samples"][-1][1] - row["samples"][0][1], max(growth(row["samples"]), key=abs))
+              for row in rows if growth(row["samples"])]  # fmt: skip
+    if slopes:
+        num_steps, slope = max(slopes)
+        most = max(max(memory) for row in rows for *_, memory in row["samples"])
+        console.print(
+            f"memory of a rank: at most {most / 1e6:,.0f} MB; in the longest start, of {num_steps:,} steps, it grew by "
+            f"{1000 * slope / 1e6:+.2f} MB in 1,000 steps; over {len(slopes)} starts the median is "
+            f"{1000 * statistics.median(slope for _, slope in slopes) / 1e6:+.2f}"
+        )
 
 
 def main() -> int:
@@ -124,37 +195,22 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0, help="how long (default: an hour)")
     parser.add_argument("--quick", action="store_true", help="two minutes, a fault every few seconds")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every fault")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every start, with its samples")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw steps and memory over time")
     options = parser.parse_args()
-    between = (15.0, 25.0) if options.quick else (20.0, 90.0)
-    with tempfile.TemporaryDirectory() as folder:
-        events = soak(Path(folder), 2.0 if options.quick else options.minutes, between, options.seed)
-        steps = done(Path(folder) / "run")
-    table = Table(title=f"{len(events)} faults; {steps} steps at the end, a checkpoint every {EVERY}")
-    for name in (
-        "fault",
-        "times",
-        "steps lost, mean",
-        "most",
-        "seconds to the next step, median",
-        "memory grown, most",
-    ):
-        table.add_column(name, justify="left" if name == "fault" else "right")
-    for kind in FAULTS:
-        mine = [event for event in events if event["kind"] == kind]
-        if mine:
-            grown = [event["grown_bytes"] / 1e6 for event in mine if "grown_bytes" in event]
-            table.add_row(
-                kind,
-                str(len(mine)),
-                f"{statistics.mean(event['lost_steps'] for event in mine):.1f}",
-                str(max(event["lost_steps"] for event in mine)),
-                f"{statistics.median(event['lost_s'] for event in mine):.1f}",
-                f"{max(grown):.1f} MB" if grown else "",
-            )
-    Console(width=120).print(table)
+    between = (5.0, 15.0, 25.0) if options.quick else (15.0, 90.0, 480.0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = soak(folder, 2.0 if options.quick else options.minutes, between, options.seed)
+        steps = [step["step"] for step in read_metrics(folder / "run" / "metrics.jsonl")]
+        assert steps == list(range(1, len(steps) + 1)), "every step once, in order, whatever happened"
+        last = checkpoint.complete(folder / "run" / "checkpoints")[0]
+        assert checkpoint.problem(last, checkpoint.read_manifest(last)) is None
+    print_rows(rows, len(steps))
+    if options.picture:
+        draw(rows, options.picture)
     if options.json:
-        options.json.write_text(json.dumps(events, indent=1) + "\n")
+        options.json.write_text(json.dumps(rows) + "\n")
     return 0
 
 

@@ -36,8 +36,6 @@ class TrainState:
 
     step: int
     """Steps done, those skipped included."""
-    updates: int
-    """Steps that changed the weights."""
     data: str
     """SHA-256 of the prepared data's manifest."""
     world_size: int
@@ -45,8 +43,15 @@ class TrainState:
     tensor: int
     """Their tensor-parallel degree."""
     zero_stage: int
+    skipped: tuple[int, ...] = ()
+    """Which of the steps changed no weights: their gradients were not finite, or a spike's batches were left out."""
     recent_losses: tuple[float, ...] = ()
     """Of the last steps, oldest first: what a spike is told by."""
+
+    @property
+    def updates(self) -> int:
+        """Steps that changed the weights. With the order of data, they are the ledger of what was trained."""
+        return self.step - len(self.skipped)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +121,9 @@ def read_manifest(checkpoint: Path) -> Manifest:
             raise ValueError(f"its SHA-256 is {_hash_of(content)[:16]}..., not {claimed[:16]}...")
         if (version := content.pop("format")) != FORMAT:
             raise ValueError(f"it has format {version}, and this LongRing reads format {FORMAT}")
-        state = TrainState(**{**content["state"], "recent_losses": tuple(content["state"]["recent_losses"])})
+        told = content["state"]
+        lists = {name: tuple(told[name]) for name in ("skipped", "recent_losses")}
+        state = TrainState(**{**told, **lists})
         return Manifest(
             state=state,
             parameters={
@@ -132,24 +139,21 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise ValueError(f"{file} is damaged: {error}") from error
 
 
-def problem(checkpoint: Path, manifest: Manifest, names: Iterable[str] | None = None) -> str | None:
-    """What is wrong with the files, or None: each is there with its size, and the named ones have their SHA-256.
-
-    `names` None: all of them; an empty one: none.
-    """
-    for name, entry in manifest.files.items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if (size := file.stat().st_size) != entry.bytes:
-            return f"{file} has {size:,} bytes, {entry.bytes:,} in the manifest"
+def problem(
+    checkpoint: Path, manifest: Manifest, names: Iterable[str] | None = None, *, hashes: bool = True
+) -> str | None:
+    """What is wrong with the files of these names (None: all), or None: each is there with its size and its SHA-256."""
     for name in manifest.files if names is None else names:
+        file, entry = checkpoint / name, manifest.files[name]
         try:
-            found = sha256_of(checkpoint / name)
+            if (size := file.stat().st_size) != entry.bytes:
+                return f"{file} has {size:,} bytes, {entry.bytes:,} in the manifest"
+            if hashes and (found := sha256_of(file)) != entry.sha256:
+                return f"{file} has SHA-256 {found[:16]}..., {entry.sha256[:16]}... in the manifest"
+        except FileNotFoundError:
+            return f"{file} is missing"
         except OSError as error:
-            return f"{checkpoint / name} cannot be read: {error}"
-        if found != (claimed := manifest.files[name].sha256):
-            return f"{checkpoint / name} has SHA-256 {found[:16]}..., {claimed[:16]}... in the manifest"
+            return f"{file} cannot be read: {error}"
     return None
 
 
@@ -160,7 +164,7 @@ def last_good(directory: Path) -> tuple[Path, Manifest] | None:
             manifest = read_manifest(checkpoint)
         except ValueError:
             continue  # named and put aside when a run resumes; `longring checkpoints` names it too
-        if problem(checkpoint, manifest, names=()) is None:
+        if problem(checkpoint, manifest, hashes=False) is None:
             return checkpoint, manifest
     return None
 

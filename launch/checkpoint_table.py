@@ -34,7 +34,7 @@ def list_checkpoints(
         row = [f"{step:,}", "", saved.isoformat(" ", timespec="minutes"), "", ""]
         try:
             manifest = checkpoint.read_manifest(path)
-            wrong = checkpoint.problem(path, manifest, None if verify else ())
+            wrong = checkpoint.problem(path, manifest, hashes=verify)
             state = manifest.state
             row[1] = f"{state.updates:,}"
             mesh = f"{state.world_size:,} / tensor {state.tensor}, ZeRO {state.zero_stage}"

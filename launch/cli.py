@@ -96,7 +96,7 @@ def _train(options: argparse.Namespace) -> int:
 
     count = options.ranks or local_ranks(recipe.train.ranks_per_node)
     if options.check_node:
-        from .submit import check_node
+        from .node import check_node
 
         check_node(recipe, count)
     plan(recipe, count * options.nodes, check_shards=options.node == 0)

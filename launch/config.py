@@ -58,7 +58,8 @@ class TrainConfig:
     keep_checkpoint_every_steps: int = 0
     """Of the older ones, those of steps that are multiples of this stay too. 0: none."""
     deterministic: bool = False
-    """Use only operations that give the same bits each time on the same machines; see docs/faults.md for the cost."""
+    """Use only operations that give the same bits each time on the same machines, and choose grids without measuring;
+    see docs/faults.md for the cost."""
     ranks_per_node: int = 0
     """Processes that `longring train` starts here. 0: one for each GPU, or one on a machine without."""
 
@@ -148,11 +149,16 @@ class SlurmConfig:
     """Free on a node for each rank before it starts."""
     min_free_disk_gb: float = 1.0
     """Free in the run directory before a start; twice the last checkpoint's size where that is more."""
+    min_rdma_ports: int = 0
+    """InfiniBand or RoCE ports that must be active on a node. 0: one, where there are any."""
 
     def __post_init__(self) -> None:
         for name in ("ranks_per_node", "save_seconds", "max_fruitless_starts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"slurm.{name} = {getattr(self, name)}: must be at least 1")
+        for name in ("min_free_memory_gb", "min_free_disk_gb", "min_rdma_ports"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"slurm.{name} = {getattr(self, name)}: must not be negative")
         if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", self.time):
             raise ValueError(f"slurm.time = {self.time!r}: must look like 24:00:00 or 7-00:00:00")
         texts = {"partition": self.partition, "account": self.account, "job_name": self.job_name, **self.options}

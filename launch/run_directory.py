@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -19,6 +22,7 @@ from .config import Recipe, apply_overrides, from_tree
 
 log = logging.getLogger(__name__)
 
+_LOCK_WAIT_S = 30
 # Run and data may be moved (a checkpoint knows its data by hash), and the work be divided otherwise: the same batches
 # and weights, losses equal to rounding. Every other key decides what the run computes.
 _FREE_KEYS = (
@@ -46,6 +50,7 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.recipe_file = self.path / "recipe.json"
+        self.lock_file = self.path / "lock"
         self.starts_file = self.path / "starts.jsonl"
         self.logs = self.path / "logs"
         self.job_script = self.path / "job.sbatch"
@@ -105,8 +110,37 @@ class RunDirectory:
         partial.write_text(json.dumps(asdict(recipe), indent=2) + "\n")
         partial.rename(self.recipe_file)
 
-    def record_start(self, world_size: int, from_step: int) -> None:
-        """Append one line that says what started: when, where, with which code and versions."""
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from training here: two of them would overwrite each other's checkpoints.
+
+        The system gives the lock back when the process ends, however it does. Raises ValueError when another holds it,
+        for longer than one that has been told to end would.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self.lock_file.open("a+") as file:
+            for left_s in range(_LOCK_WAIT_S, -1, -1):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if not left_s:
+                        file.seek(0)
+                        raise ValueError(
+                            f"run directory {self.path} is being trained in by {file.read().strip() or 'another'}: "
+                            "end that first, or name another run_directory"
+                        ) from None
+                    time.sleep(1)
+                except OSError as error:  # a file system without locks
+                    log.warning("%s cannot be locked: %s", self.lock_file, error)
+                    break
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()} since {_now()}\n")
+            file.flush()
+            yield
+
+    def record_start(self, world_size: int, from_step: int, environment: dict[str, Any]) -> None:
+        """Append one line that says what started: when, where, with which code, versions and environment."""
         start = {
             "time": _now(),
             "from_step": from_step,
@@ -117,6 +151,7 @@ class RunDirectory:
             "versions": {name: version(name) for name in ("longring", "torch", "deepspeed", "megatron-core")},
             "git": _git_state(),
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "environment": environment,
         }
         with self.starts_file.open("a") as file:
             file.write(json.dumps(start) + "\n")

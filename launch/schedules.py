@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -100,7 +100,7 @@ def agree(recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: Console |
     """The grid of every kind of layers, the same on all ranks. Collective.
 
     Where the recipe leaves one to the cost model, rank 0 prices the family on the topology, measured or named, and
-    tells the others. The run's directory keeps what was taken: a run that goes on, on as many ranks, goes on alike.
+    tells the others. The run's directory keeps what was taken: a run that goes on, divided alike, goes on alike.
     """
     wanted = kinds(recipe, lengths)
     named = {
@@ -108,12 +108,12 @@ def agree(recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: Console |
     }
     left = [kind for kind, grid in named.items() if grid is None]
     taken: list[dict[Kind, CpGrid]] = [{}]
-    file = RunDirectory(recipe.run_directory).schedules_file
+    file, division = RunDirectory(recipe.run_directory).schedules_file, _division(recipe, mesh)
     if left and mesh.rank == 0:
-        taken = [_kept(file, mesh.world_size)]
+        taken = [_kept(file, division)]
     dist.broadcast_object_list(taken)
     if any(kind not in taken[0] for kind in left):
-        name = recipe.parallel.cp.topology
+        name = _topology(recipe)
         topology, speed = _measured(recipe, mesh) if name == "probe" else preset(name, recipe, mesh.world_size)
         if mesh.rank == 0:
             picks = pick(recipe, lengths, topology, speed)
@@ -125,7 +125,7 @@ def agree(recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: Console |
                 log.info("attention of %s over %d ranks: %s", found.kind, found.grid.size, prices)
             if console is not None:
                 console.print(picks_table(picks, topology))
-            _keep(file, mesh.world_size, taken[0])
+            _keep(file, division, taken[0])
         dist.broadcast_object_list(taken)
     return {kind: grid or taken[0][kind] for kind, grid in named.items()}
 
@@ -152,18 +152,39 @@ def _measured(recipe: Recipe, mesh: Mesh) -> tuple[Topology, Speed]:
     return found.topology, found.speed
 
 
-def _kept(file: Path, world_size: int) -> dict[Kind, CpGrid]:
-    """What an earlier start of the run on as many ranks has taken."""
-    kept = json.loads(file.read_text()) if file.exists() else {}
+def _topology(recipe: Recipe) -> str:
+    """What the recipe says, but no measurement in a run that shall be bit-equal to another."""
+    name = recipe.parallel.cp.topology
+    return "full_mesh" if name == "probe" and recipe.train.deterministic else name
+
+
+def _division(recipe: Recipe, mesh: Mesh) -> str:
+    """All that a run may change between two starts and that decides which grid is the best."""
+    parallel = recipe.parallel
+    return (
+        f"{mesh.world_size} ranks, tensor {parallel.tensor}, {parallel.tokens_per_rank} tokens a rank, "
+        f"{_topology(recipe)}, results {'narrow' if parallel.cp.narrow_results else 'in fp32'}"
+    )
+
+
+def _kept(file: Path, division: str) -> dict[Kind, CpGrid]:
+    """What an earlier start of the run, divided alike, has taken."""
     return {
         Kind(entry["sequence_tokens"], entry["window"]): CpGrid.parse(entry["grid"])
-        for entry in kept.get(str(world_size), [])
+        for entry in _all_kept(file).get(division, [])
     }
 
 
-def _keep(file: Path, world_size: int, grids: dict[Kind, CpGrid]) -> None:
-    kept = json.loads(file.read_text()) if file.exists() else {}
-    kept[str(world_size)] = [{**kind._asdict(), "grid": str(grid)} for kind, grid in grids.items()]
+def _all_kept(file: Path) -> dict[str, list[dict[str, Any]]]:
+    try:
+        return json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}; remove it, and the grids are chosen anew") from error
+
+
+def _keep(file: Path, division: str, grids: dict[Kind, CpGrid]) -> None:
+    kept = _all_kept(file)
+    kept[division] = [{**kind._asdict(), "grid": str(grid)} for kind, grid in grids.items()]
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(kept, indent=2) + "\n")
     partial.rename(file)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
 import shutil
@@ -115,43 +114,3 @@ def _parsed(line: str) -> dict[str, Any]:
         return dict(json.loads(line))
     except ValueError:
         return {}
-
-
-def check_node(recipe: Recipe, ranks: int) -> None:
-    """Raise ValueError with all that is wrong with this node: devices, memory, disk, links."""
-    import psutil
-    import torch
-
-    wrong = []
-    if not recipe.slurm.cpu:
-        if (seen := torch.cuda.device_count()) < ranks:
-            wrong.append(f"{seen} GPUs for {ranks} ranks")
-        for device in range(min(seen, ranks)):
-            try:
-                ones = torch.ones(256, 256, device=f"cuda:{device}")
-                if not math.isclose(float((ones @ ones).sum()), 256.0**3):
-                    wrong.append(f"GPU {device} multiplies wrongly")
-            except RuntimeError as error:
-                wrong.append(f"GPU {device} cannot be used: {str(error).splitlines()[0]}")
-    needed = ranks * recipe.slurm.min_free_memory_gb * 1e9
-    if (free := psutil.virtual_memory().available) < needed:
-        wrong.append(f"{free / 1e9:.1f} GB of memory free, {needed / 1e9:.1f} wanted (slurm.min_free_memory_gb a rank)")
-    run = RunDirectory(recipe.run_directory)
-    found = checkpoint.last_good(run.checkpoints)
-    disk = max(recipe.slurm.min_free_disk_gb * 1e9, 2 * found[1].num_bytes if found else 0)
-    try:
-        run.logs.mkdir(parents=True, exist_ok=True)
-        probe = run.logs / f".probe-{os.uname().nodename}-{os.getpid()}"
-        checkpoint.flushed_write(probe, "written")
-        probe.unlink()
-        if (free := shutil.disk_usage(run.path).free) < disk:
-            wrong.append(f"{free / 1e9:.1f} GB free in {run.path}, {disk / 1e9:.1f} wanted for two checkpoints")
-    except OSError as error:
-        wrong.append(f"run directory {run.path} cannot be written: {error}")
-    if not any(link.isup for name, link in psutil.net_if_stats().items() if name != "lo" or recipe.slurm.cpu):
-        wrong.append("no network interface is up")
-    if wrong:
-        raise ValueError(
-            f"node {os.environ.get('SLURMD_NODENAME', os.uname().nodename)} is not fit to train: {'; '.join(wrong)}. "
-            "Leave it out by sbatch --exclude, or put it right"
-        )

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ from .config import Recipe, TrainConfig, load_recipe
 from .faults import LossWatch
 from .logs import open_log
 from .metrics import MetricsWriter, StepMetrics, trained_table
+from .node import environment
 from .plan import Plan, plan
 from .ranks import as_rank
 from .signals import GO_ON_LATER, StopSignals
@@ -73,9 +75,6 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
     use_deterministic_operations(recipe.train.deterministic)
     # The watchdog knows more of a hang than the collectives' own timeout, so it shall be first.
     mesh = join(recipe.parallel, recipe.max_context_parallel, timeout_minutes=max(10, 2 * faults.hang_minutes))
-    if rank == 0:
-        run.create(recipe)
-        checkpoint.clear(run.checkpoints)
 
     def tell(event: str, at_step: int, message: str) -> None:
         log.warning("step %d, %s: %s", at_step, event, message)
@@ -83,13 +82,20 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
             run.record_event(event, at_step, message)
             console.print(f"step {at_step}, {event}: {message}", highlight=False, soft_wrap=True)
 
-    with StopSignals() as signals, Watchdog(run, rank, world_size, 60 * faults.hang_minutes) as watchdog:
+    with (
+        run.held() if rank == 0 else nullcontext(),
+        StopSignals() as signals,
+        Watchdog(run, rank, world_size, 60 * faults.hang_minutes) as watchdog,
+    ):
+        if rank == 0:
+            run.create(recipe)
+            checkpoint.clear(run.checkpoints)
         watchdog.at(planned.done, "building the model and loading the checkpoint")
         engine = build_engine(recipe, planned.manifest.vocab_size, mesh)
         state = resume(engine, planned, recipe, mesh, console)
-        step, updates, losses = state.step, state.updates, LossWatch(faults, state.recent_losses)
+        step, skipped, losses = state.step, [*state.skipped], LossWatch(faults, state.recent_losses)
         if rank == 0:
-            run.record_start(world_size, from_step=step)
+            run.record_start(world_size, from_step=step, environment=environment())
         writer = MetricsWriter(run, step, recipe.train.steps, console) if rank == 0 else None
         saver = Saver(engine, run, mesh, recipe.train, faults.max_failed_saves, progress=watchdog.alive)
         watchdog.at(step, "dividing attention among ranks")
@@ -141,7 +147,8 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
                 if step not in left_out:
                     loss, grad_norm = edge.loss_sum / targets, gradient_norm(engine)
                     outcome = losses.judge(step, loss, grad_norm)
-                updates += outcome in ("good", "spike")
+                if outcome in ("non-finite", "left out"):
+                    skipped.append(step)
                 if outcome == "non-finite":
                     sequences = order.sequences(step - 1, shares[length]).tolist()
                     log.warning("step %d is not finite; sequences %s of bucket %d", step, sequences, length)
@@ -151,7 +158,7 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
                     writer.write(
                         StepMetrics(
                             step=step,
-                            tokens=updates * recipe.train.global_batch_tokens,
+                            tokens=(step - len(skipped)) * recipe.train.global_batch_tokens,
                             targets=targets,
                             loss=loss,
                             bucket=length,
@@ -172,7 +179,7 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
                         left_out.update(range(step - faults.spike_skip_steps + 1, step + 1))
                         back = f"back to step {before[1].step}, leaving out steps {sorted(left_out)}"
                         tell("spike", step, f"loss {loss:.4g}: {back}")
-                        step, updates = before[1].step, before[1].updates
+                        step, skipped = before[1].step, [*before[1].skipped]
                         micro_batches.close()
                         micro_batches = loader.batches(step, last)
                         if writer is not None:
@@ -181,7 +188,7 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
                 if step == last or stopped_by or step % recipe.train.checkpoint_every_steps == 0:
                     watchdog.at(step, "saving")
                     saver.finish()
-                    waited = saver.begin(replace(state, step=step, updates=updates, recent_losses=losses.recent))
+                    waited = saver.begin(replace(state, step=step, skipped=tuple(skipped), recent_losses=losses.recent))
                     log.info("saving step %d: training waited %.0f ms", step, waited * 1e3)
             if not saver.finish():
                 raise OSError(f"step {step} could not be saved; the same command goes on from the checkpoint before")
@@ -197,8 +204,8 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
         console.print(f"saved {run.checkpoints / checkpoint.name_of(step)}", soft_wrap=True)
         if last == recipe.train.steps == step:
             console.print(trained_table(order.trained(last)))
-            if updates < last:
-                console.print(f"{last - updates} of the {last} steps changed no weights: {run.events_file} says why")
+            if skipped:
+                console.print(f"steps {skipped} changed no weights: {run.events_file} says why")
     if step < last:
         tell("stopped", step, f"{stopped_by}: saved, and the same command goes on")
         return GO_ON_LATER
@@ -248,7 +255,6 @@ def resume(engine: DeepSpeedEngine, planned: Plan, recipe: Recipe, mesh: Mesh, c
     """Load the last good checkpoint, on whatever mesh it was written -> the state to go on from. Collective."""
     start = TrainState(
         step=0,
-        updates=0,
         data=planned.data_hash,
         world_size=mesh.world_size,
         tensor=mesh.tensor_size,
@@ -266,7 +272,7 @@ def resume(engine: DeepSpeedEngine, planned: Plan, recipe: Recipe, mesh: Mesh, c
         for name in ("world_size", "tensor", "zero_stage"):
             if (then := getattr(saved, name)) != (now := getattr(start, name)):
                 console.print(f"  {name} was {then} there and is {now} now: losses are equal to rounding")
-    return replace(start, step=saved.step, updates=saved.updates, recent_losses=saved.recent_losses)
+    return replace(start, step=saved.step, skipped=saved.skipped, recent_losses=saved.recent_losses)
 
 
 def use_deterministic_operations(deterministic: bool) -> None:

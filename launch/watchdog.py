@@ -91,18 +91,23 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        mine = self._report_file(self._rank)
-        mine.write_text(json.dumps(asdict(self.position)))
-        self._leave_traces()
-        # The others moved last at about the same time: their reports come within a poll of this one.
-        if self._ended.wait(min(30.0, self._limit_s / 2) + 1):
-            return
-        found = {rank: self._read(rank) for rank in range(self._world_size)}
-        message = diagnosis(found, self._limit_s)
-        log.error("%s", message)
-        if self._rank == min(rank for rank, position in found.items() if position):
-            self._run.record_event("hang", self.position.step, message)
-            print(f"error: {message}", file=sys.stderr, flush=True)
+        log.error("no progress for %.0f s at %s", self._limit_s, self.position)
+        try:
+            mine = self._report_file(self._rank)
+            mine.write_text(json.dumps(asdict(self.position)))
+            self._leave_traces()
+            # The others moved last at about the same time: their reports come within a poll of this one.
+            if self._ended.wait(min(30.0, self._limit_s / 2) + 1):
+                return
+            found = {rank: self._read(rank) for rank in range(self._world_size)} | {self._rank: self.position}
+            message = diagnosis(found, self._limit_s)
+            log.error("%s", message)
+            if self._rank == min(rank for rank, position in found.items() if position):
+                self._run.record_event("hang", self.position.step, message)
+                print(f"error: {message}", file=sys.stderr, flush=True)
+        except Exception:  # a full disk, say: that must not keep a stuck process alive
+            log.exception("the hang could not be told in full")
+            print(f"error: no progress for {self._limit_s:.0f} s at {self.position}", file=sys.stderr, flush=True)
         # Nothing that waits, exit handlers least of all: the process is stuck.
         os._exit(GO_ON_LATER)
 
@@ -114,7 +119,6 @@ class Watchdog:
 
     def _leave_traces(self) -> None:
         """Every thread's stack, and on NCCL the collectives that this rank remembers, for `torchfrtrace`."""
-        log.error("no progress for %.0f s at %s; stacks follow", self._limit_s, self.position)
         with self._report_file(self._rank).with_suffix(".stacks").open("w") as file:
             faulthandler.dump_traceback(file)
         if dist.is_initialized() and dist.get_backend() == "nccl":

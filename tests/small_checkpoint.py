@@ -13,7 +13,7 @@ from longring.launch.checkpoint import FileEntry, Manifest, ParameterEntry, Trai
 from longring.launch.checkpoint_save import write_safetensors
 from safetensors.numpy import load_file
 
-STATE = TrainState(step=5, updates=5, data="d" * 64, world_size=2, tensor=1, zero_stage=1, recent_losses=(1.5, 0.1))
+STATE = TrainState(step=5, data="d" * 64, world_size=2, tensor=1, zero_stage=1, skipped=(3,), recent_losses=(1.5, 0.1))
 
 
 def make(directory: Path, step: int, *, ranks: int = 2) -> Path:

@@ -208,8 +208,17 @@ def test_any_mesh_holds_the_same_weights_and_moments(on_ranks, recipe_file, trai
         ((4, ["parallel.tokens_per_rank=128"]), (2, ["parallel.tokens_per_rank=512", "parallel.zero_stage=3"])),
         ((2, ["parallel.tokens_per_rank=512", "parallel.zero_stage=2"]), (4, ["parallel.tokens_per_rank=128"])),
         ((4, ["parallel.tokens_per_rank=128"]), (4, ["parallel.tokens_per_rank=256", "parallel.tensor=2"])),
+        (
+            (4, ["parallel.tokens_per_rank=128", "parallel.cp.schedule=token_ring"]),
+            (4, ["parallel.tokens_per_rank=128", "parallel.cp.schedule=ring", "parallel.zero_stage=0"]),
+        ),
     ],
-    ids=["rings of 4 to none", "none to rings of 4", "rings of 4 to tensor 2 and rings of 2"],
+    ids=[
+        "rings of 4 to none",
+        "none to rings of 4",
+        "rings of 4 to tensor 2 and rings of 2",
+        "TokenRing and ZeRO 1 to Ring and ZeRO 0",
+    ],
 )
 def test_a_run_goes_on_elsewhere(on_ranks, recipe_file, tmp_path, before, after):
     """Twelve steps on one mesh, against six there and six on another: the same batches, losses equal to rounding."""

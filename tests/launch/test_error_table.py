@@ -18,8 +18,9 @@ from longring.launch import checkpoint, cli
 from longring.launch import train as train_module
 from longring.launch.config import FaultsConfig, load_recipe
 from longring.launch.faults import LossWatch
+from longring.launch.node import check_node
 from longring.launch.run_directory import RunDirectory
-from longring.launch.submit import check_node, requeue
+from longring.launch.submit import requeue
 from longring.launch.watchdog import Position, diagnosis
 from small_checkpoint import make
 

@@ -21,7 +21,11 @@ from longring.launch.signals import GO_ON_LATER
 from longring.launch.watchdog import Position, diagnosis
 from safetensors.torch import load_file
 
-SMALL = ["train.steps=12", "train.checkpoint_every_steps=3", "parallel.tokens_per_rank=256"]
+# A named topology: of two runs that probe, each in its own directory, one might take another grid.
+SMALL = [
+    *("train.steps=12", "train.checkpoint_every_steps=3"),
+    *("parallel.tokens_per_rank=256", "parallel.cp.topology=full_mesh"),
+]
 EXACT = ("step", "tokens", "loss", "bucket", "cp", "learning_rate", "grad_norm")
 
 
@@ -127,7 +131,7 @@ def test_a_hang_is_named_and_ended(run, whole, action):
     assert run_it.processes[0].exitcode == GO_ON_LATER
     run_it.end()
     if action == "hang":
-        assert "rank 1 hangs at step 5, reading micro-batch 1 of bucket" in run.said
+        assert "rank 1 hangs at step 5, reading micro-batch 1;" in run.said
     else:
         assert "rank 1 gave no sign (stopped, or its machine is gone)" in run.said
     assert "the others wait: rank 0 at step 5, " in run.said
@@ -198,6 +202,7 @@ def test_a_spike_is_undone_and_its_batches_left_out(run, whole):
     ]
     assert run.metrics[8] != whole.metrics[8]
     state = checkpoint.read_manifest(checkpoint.complete(run.path / "checkpoints")[0]).state
+    assert state.skipped == (7, 8)
     assert state.updates == 10
     last = [step["loss"] for step in read_metrics(run.path / "metrics.jsonl")][-4:]
     assert list(state.recent_losses) == last, "a start after this one tells a spike by the same losses"

@@ -23,6 +23,7 @@ def settings(run: Path) -> list[str]:
         f"train.steps={STEPS}",
         "train.checkpoint_every_steps=3",
         "parallel.tokens_per_rank=256",
+        "parallel.cp.topology=full_mesh",  # two runs that probe might take different grids
         f"run_directory={run}",
     ]
 

@@ -73,6 +73,7 @@ def test_a_job_is_preempted_loses_a_node_and_ends_like_one_that_was_left_alone(
 ):
     monkeypatch.chdir(tmp_path)
     common = ["train.steps=150", "train.checkpoint_every_steps=10", "parallel.tokens_per_rank=256"]
+    common += ["parallel.cp.topology=full_mesh"]  # two runs that probe might take different grids
     resources = [
         *("slurm.cpu=true", "slurm.ranks_per_node=1", "slurm.time=0:20:00", "slurm.job_name=longring"),
         *("slurm.options.exclusive=''", "slurm.options.mem=''", "slurm.options.ntasks-per-node='1'"),

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from longring.launch import cli
+from longring.launch import cli, node
 from longring.launch.checkpoint import name_of
 from longring.launch.config import SlurmConfig, load_recipe
 from longring.launch.metrics import read_metrics
+from longring.launch.node import check_node, rdma_ports
 from longring.launch.run_directory import RunDirectory
-from longring.launch.submit import SCRIPT, check_node, job_script, requeue
+from longring.launch.submit import SCRIPT, job_script, requeue
 from small_checkpoint import make
 
 
@@ -118,6 +119,21 @@ def test_what_is_wrong_with_a_node_is_said_at_once(recipe_file, tmp_path, monkey
         assert part in str(error.value) or (part.startswith("0 GPUs") and "GPU" in str(error.value))
     with pytest.raises(ValueError, match="wanted for two checkpoints"):
         check_node(load_recipe(recipe_file, [*fine, "slurm.min_free_disk_gb=1e9"]), 2)
+
+
+def test_ports_that_are_down_are_counted(tmp_path, recipe_file, monkeypatch):
+    for number, state in enumerate(("4: ACTIVE", "1: DOWN", "4: ACTIVE")):
+        port = tmp_path / f"mlx5_{number}" / "ports" / "1"
+        port.mkdir(parents=True)
+        (port / "state").write_text(f"{state}\n")
+    assert rdma_ports(tmp_path) == (2, 3)
+    assert rdma_ports(tmp_path / "none") == (0, 0)
+    monkeypatch.setattr(node, "rdma_ports", lambda: (2, 3))
+    settings = ["slurm.cpu=true", "slurm.min_free_disk_gb=0", "slurm.min_free_memory_gb=0"]
+    settings += [f"run_directory={tmp_path}/run"]
+    check_node(load_recipe(recipe_file, settings), 1)
+    with pytest.raises(ValueError, match="2 of 3 InfiniBand or RoCE ports are active, 3 wanted"):
+        check_node(load_recipe(recipe_file, [*settings, "slurm.min_rdma_ports=3"]), 1)
 
 
 def launcher(recipe_file: Path, run: Path, output: Path) -> subprocess.Popen[str]:

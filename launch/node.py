@@ -1,0 +1,80 @@
+"""The machine that ranks run on: whether it is fit to, and what of it decides how they run."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from . import checkpoint
+from .config import Recipe
+from .run_directory import RunDirectory
+
+_VARIABLES = re.compile(
+    "(CUBLAS|CUDA|DS|GLOO|HF|LONGRING|MALLOC|MKL|NCCL|NVIDIA|OMP|PYTORCH|PYTHON|SLURM|TORCH|TRITON|UCX)_.*|LD_PRELOAD"
+)
+_SECRET = re.compile("KEY|PASS|SECRET|TOKEN|CREDENTIAL|JWT", re.IGNORECASE)
+
+
+def environment() -> dict[str, Any]:
+    """Variables that the libraries at work read, and the devices. No variable whose name speaks of a secret."""
+    variables = {name: os.environ[name] for name in sorted(os.environ) if _VARIABLES.fullmatch(name)}
+    devices = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    return {
+        "variables": {name: value for name, value in variables.items() if not _SECRET.search(name)},
+        "devices": [f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in devices],
+        "cuda": torch.version.cuda,
+        "cpus": len(os.sched_getaffinity(0)),
+    }
+
+
+def check_node(recipe: Recipe, ranks: int) -> None:
+    """Raise ValueError with all that is wrong with this node: devices, memory, disk, links."""
+    wrong = []
+    if not recipe.slurm.cpu:
+        if (seen := torch.cuda.device_count()) < ranks:
+            wrong.append(f"{seen} GPUs for {ranks} ranks")
+        for device in range(min(seen, ranks)):
+            try:
+                ones = torch.ones(256, 256, device=f"cuda:{device}")
+                if not math.isclose(float((ones @ ones).sum()), 256.0**3):
+                    wrong.append(f"GPU {device} multiplies wrongly")
+            except RuntimeError as error:
+                wrong.append(f"GPU {device} cannot be used: {str(error).splitlines()[0]}")
+    needed = ranks * recipe.slurm.min_free_memory_gb * 1e9
+    if (free := psutil.virtual_memory().available) < needed:
+        wrong.append(f"{free / 1e9:.1f} GB of memory free, {needed / 1e9:.1f} wanted (slurm.min_free_memory_gb a rank)")
+    run = RunDirectory(recipe.run_directory)
+    found = checkpoint.last_good(run.checkpoints)
+    disk = max(recipe.slurm.min_free_disk_gb * 1e9, 2 * found[1].num_bytes if found else 0)
+    try:
+        run.logs.mkdir(parents=True, exist_ok=True)
+        probe = run.logs / f".probe-{os.uname().nodename}-{os.getpid()}"
+        checkpoint.flushed_write(probe, "written")
+        probe.unlink()
+        if (free := shutil.disk_usage(run.path).free) < disk:
+            wrong.append(f"{free / 1e9:.1f} GB free in {run.path}, {disk / 1e9:.1f} wanted for two checkpoints")
+    except OSError as error:
+        wrong.append(f"run directory {run.path} cannot be written: {error}")
+    if not any(link.isup for name, link in psutil.net_if_stats().items() if name != "lo" or recipe.slurm.cpu):
+        wrong.append("no network interface is up")
+    active, ports = rdma_ports()
+    if active < (wanted := recipe.slurm.min_rdma_ports or min(1, ports)):
+        wrong.append(f"{active} of {ports} InfiniBand or RoCE ports are active, {wanted} wanted (slurm.min_rdma_ports)")
+    if wrong:
+        raise ValueError(
+            f"node {os.environ.get('SLURMD_NODENAME', os.uname().nodename)} is not fit to train: {'; '.join(wrong)}. "
+            "Leave it out by sbatch --exclude, or put it right"
+        )
+
+
+def rdma_ports(devices: Path = Path("/sys/class/infiniband")) -> tuple[int, int]:
+    """InfiniBand and RoCE ports of this machine that are active, and all of them."""
+    states = [file.read_text() for file in devices.glob("*/ports/*/state")]
+    return sum("ACTIVE" in state for state in states), len(states)
