@@ -40,6 +40,9 @@ logger.disable("datatrove")
 OFFSETS_FILE = "offsets.bin"
 """int64 [input shards + 1]: where each one's line begins in the plan's inputs.jsonl."""
 
+PLANNING_S = 3600
+"""How long the other parts wait for part 0 to plan the work and train the tokenizer."""
+
 DELETE_OR_GO_BACK = "go back to that to finish it, or delete it"
 
 
@@ -70,7 +73,47 @@ def prepare(config: DataConfig, console: Console, workers: int = 0) -> Manifest:
     if is_prepared(config):
         console.print(f"{directory} is already prepared from these settings; using it")
         return open_prepared(directory)
-    progress = Progress(
+    partial = partial_directory(directory)
+    try:
+        with _progress(console) as progress:
+            count = begin(config, partial, progress)
+            if count:
+                _run_here(config, partial, workers, range(count), progress)
+        return merge(config, partial)
+    finally:
+        # A failure before anything is done, or without a sequence to train on, leaves nothing to go on from; after a
+        # success `partial` has got its name.
+        if partial.is_dir() and not any((partial / "shards").glob("*/*.tar")):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def prepare_part(config: DataConfig, console: Console, part: int, num_parts: int, workers: int = 0) -> None:
+    """Prepare one of `num_parts` equal shares of the input shards, as a task of an array job does.
+
+    Part 0 plans the work and trains the tokenizer; the others wait for it. When all have ended, `prepare` finds nothing
+    left to do but to merge. Raises ValueError as `prepare` does.
+    """
+    if is_prepared(config):
+        console.print(f"{config.directory} is already prepared from these settings")
+        return
+    partial = partial_directory(Path(config.directory))
+    with _progress(console) as progress:
+        if part:
+            task = progress.add_task("waiting for part 0 to plan", total=None, line="")
+            deadline = time.monotonic() + PLANNING_S
+            while not (partial / TOKENIZER_FILE).exists():
+                if time.monotonic() > deadline:
+                    raise ValueError(f"part 0 of {num_parts} has not planned {partial} within {PLANNING_S} s: start it")
+                time.sleep(1)
+            progress.remove_task(task)
+        count = begin(config, partial, progress)
+        if mine := range(count * part // num_parts, count * (part + 1) // num_parts):
+            _run_here(config, partial, workers, mine, progress)
+    console.print(f"part {part} of {num_parts}: {len(mine)} of {count} input shards are done", highlight=False)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
@@ -78,20 +121,6 @@ def prepare(config: DataConfig, console: Console, workers: int = 0) -> Manifest:
         TimeElapsedColumn(),
         console=console,
     )
-    partial = partial_directory(directory)
-    try:
-        with progress:
-            count = begin(config, partial, progress)
-            if count:
-                cpus = len(os.sched_getaffinity(0))
-                processes = min(workers or cpus, count)
-                _run_here(PrepareStep(config, partial, max(1, cpus // processes)), processes, count, progress)
-        return merge(config, partial)
-    finally:
-        # A failure before anything is done, or without a sequence to train on, leaves nothing to go on from; after a
-        # success `partial` has got its name.
-        if partial.is_dir() and not any((partial / "shards").glob("*/*.tar")):
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def is_prepared(config: DataConfig) -> bool:
@@ -180,26 +209,31 @@ def _tokenizer_content(config: DataConfig, inputs: list[InputShard], progress: P
     return content
 
 
-def _run_here(step: PrepareStep, processes: int, count: int, progress: Progress) -> None:
+def _run_here(config: DataConfig, partial: Path, workers: int, shards: range, progress: Progress) -> None:
+    """Prepare these input shards on this machine's processes."""
+    cpus = len(os.sched_getaffinity(0))
+    processes = min(workers or cpus, len(shards))
     executor = LocalPipelineExecutor(
-        pipeline=[step],
-        tasks=count,
+        pipeline=[PrepareStep(config, partial, max(1, cpus // processes))],
+        tasks=shards.stop,
+        local_tasks=len(shards),
+        local_rank_offset=shards.start,
         workers=processes,
-        logging_dir=str(step.partial / "work" / "executor"),
+        logging_dir=str(partial / "work" / "executor"),
         skip_completed=False,  # the books say what is done
     )
-    with _shown(step.partial, count, processes, progress):
+    with _shown(partial, shards, processes, progress):
         executor.run()
 
 
 @contextmanager
-def _shown(partial: Path, count: int, processes: int, progress: Progress) -> Iterator[None]:
+def _shown(partial: Path, shards: range, processes: int, progress: Progress) -> Iterator[None]:
     """Show how far the processes have come, by the files in which they say so."""
-    task = progress.add_task("tokenizing, cutting, writing", total=count, line="")
+    task = progress.add_task("tokenizing, cutting, writing", total=len(shards), line="")
     stop = threading.Event()
 
     def show() -> None:
-        pending, done = list(range(count)), np.zeros(2, dtype=np.int64)
+        pending, done = list(shards), np.zeros(2, dtype=np.int64)
         finished, before, started = False, 0, time.monotonic()
         while not finished:
             finished = stop.wait(0.3)
@@ -216,7 +250,7 @@ def _shown(partial: Path, count: int, processes: int, progress: Progress) -> Ite
             before = before or tokens
             rate = (tokens - before) / (time.monotonic() - started)
             line = f"{documents:,} documents  {tokens:,} tokens  {rate:,.0f}/s"
-            progress.update(task, completed=count - len(pending), line=line)
+            progress.update(task, completed=len(shards) - len(pending), line=line)
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()

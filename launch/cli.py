@@ -48,8 +48,11 @@ def _prepare(options: argparse.Namespace) -> int:
         submit(recipe.data, console, partition=options.slurm, workers=options.workers, time=options.time)
         return 0
     from ..data.inspect import print_ledger
-    from ..data.prepare import prepare
+    from ..data.prepare import prepare, prepare_part
 
+    if options.part:
+        prepare_part(recipe.data, console, *_part(options.part), workers=options.workers)
+        return 0
     print_ledger(prepare(recipe.data, console, workers=options.workers).ledger, console)
     return 0
 
@@ -75,14 +78,11 @@ def _plan(options: argparse.Namespace) -> int:
 def _order(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.target, options.overrides)
     console = Console()
-    part, slash, parts = options.part.partition("/")
-    if not (slash and part.isdigit() and parts.isdigit() and int(part) < int(parts)):
-        raise ValueError(f"--part {options.part}: say which of how many, from 0, such as 0/8")
     from ..data.inspect import print_ledger
     from ..data.order.stages import order
 
     ordered = order(
-        recipe.data, recipe.order, console, workers=options.workers, only=options.only, part=(int(part), int(parts))
+        recipe.data, recipe.order, console, workers=options.workers, only=options.only, part=_part(options.part)
     )
     if ordered is not None:
         print_ledger(ordered.ledger, console)
@@ -223,6 +223,14 @@ def model_size(model: ModelConfig, vocab_size: int) -> ModelSize:
     )
 
 
+def _part(text: str) -> tuple[int, int]:
+    """Which part of how many. Raises ValueError."""
+    part, slash, parts = text.partition("/")
+    if not (slash and part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+        raise ValueError(f"--part {text}: say which of how many, from 0, such as 0/8")
+    return int(part), int(parts)
+
+
 def _positive(text: str) -> int:
     """A command line's number, at least 1."""
     if (value := int(text)) < 1:
@@ -268,6 +276,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
         help="processes at work at once (default: the CPUs; Slurm: no limit)",
     )
     prepare.add_argument("--slurm", metavar="PARTITION", help="submit an array job, an input shard a task, and a merge")
+    prepare.add_argument(
+        "--part",
+        metavar="I/N",
+        help="only the I-th of N shares, as slurm/prepare.sbatch in an array; then once without",
+    )
     prepare.add_argument("--time", default="12:00:00", metavar="H:M:S", help="time limit of a task (default: 12 hours)")
     plan = stage(
         "plan",

@@ -71,3 +71,39 @@ def test_submitted_jobs_make_what_processes_make(
     assert len(list(made.verify())) == len(made.shards)
     submit(config, console, partition="main", workers=2, time="1:00:00")
     assert "already prepared" in console.export_text()
+
+
+def test_an_array_of_the_script_and_a_merge_make_what_processes_make(words: Callable[..., str], tmp_path: Path):
+    """Three tasks at once, the first of them last; what the job after them says; and a part that is not there."""
+    (tmp_path / "corpus").mkdir()
+    for part in range(7):
+        (tmp_path / "corpus" / f"{part}.jsonl").write_text(f'{{"text": "{words(200, part)}"}}\n')
+    root = Path(__file__).parents[2]
+    words_of = [
+        *("data.source.kind=json", f"data.source.path={tmp_path}/corpus", "data.input_shard_bytes=1"),
+        *("data.tokenizer.vocab_size=300", "data.min_bucket_tokens=8", "data.held_out_fraction=0"),
+    ]
+
+    def start(directory: str, task: int | None = None) -> subprocess.Popen[str]:
+        environment = {**os.environ, "LONGRING_PYTHON": sys.executable, "SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "1"}
+        if task is not None:
+            array = {"ID": str(task), "COUNT": "3", "MIN": "4", "STEP": "2"}
+            environment |= {f"SLURM_ARRAY_TASK_{name}": value for name, value in array.items()}
+        script = [str(root / "slurm" / "prepare.sbatch"), str(root / "launch" / "recipes" / "demo.toml")]
+        command = ["bash", *script, *words_of, f"data.directory={tmp_path / directory}"]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    tasks = [start("prepared", task) for task in (8, 6, 4)]
+    said = [task.communicate()[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0, 0], said
+    done = [re.findall(r"part (\d) of 3: (\d) of 7", text) for text in said]
+    assert done == [[("2", "3")], [("1", "2")], [("0", "2")]]
+    assert not (tmp_path / "prepared").exists()
+    merge = start("prepared")
+    assert "train" in merge.communicate()[0]
+    assert merge.returncode == 0
+    assert start("reference").wait() == 0
+    made = open_prepared(tmp_path / "prepared")
+    assert made.files == open_prepared(tmp_path / "reference").files
+    again = start("prepared", 4)
+    assert "already prepared" in again.communicate()[0]

@@ -1,5 +1,6 @@
 #!/bin/bash
 # A Slurm cluster on this machine, with its own configuration, keys and ports: one controller and N nodes n1, n2, ...
+# Jobs of its partition `urgent` preempt those of `main`, which have a minute to leave.
 #
 #   slurm_cluster.sh up DIR [NODES]       start it; state and logs in DIR; then export SLURM_CONF=DIR/slurm.conf
 #   slurm_cluster.sh fail DIR NODE        end a node as if its machine had lost power: its slurmd and all that runs under it
@@ -56,11 +57,14 @@ KillWait=5
 SlurmdTimeout=10
 ReturnToService=2
 SchedulerParameters=sched_interval=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 EOF
     for i in $(seq "$nodes"); do
       echo "NodeName=n$i NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + i)) CPUs=$cpus RealMemory=$memory"
     done
-    echo "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP"
+    echo "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60"
+    echo "PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF"
   } >"$SLURM_CONF"
   # --force: /tmp and the like are writable by all, which munge warns of.
   munged --force --key-file="$dir/munge.key" --socket="$dir/munge.socket" --pid-file="$dir/munged.pid" \

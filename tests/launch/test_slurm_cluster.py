@@ -68,7 +68,7 @@ def until(what: str, reached: Callable[[], bool], output: Path, timeout_s: float
         time.sleep(0.5)
 
 
-def test_a_job_is_preempted_loses_a_node_and_ends_like_one_that_was_left_alone(
+def test_a_job_is_told_to_leave_is_preempted_loses_a_node_and_ends_like_one_that_was_left_alone(
     cluster, recipe_file, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -89,7 +89,11 @@ def test_a_job_is_preempted_loses_a_node_and_ends_like_one_that_was_left_alone(
     until("the signal heard", lambda: "saved, and the same command goes on" in output.read_text(), output)
     until("the requeue", lambda: "ended with status 75: requeued" in output.read_text(), output)
     stopped = steps_of(run)[-1]
-    until("30 more steps", lambda: steps_of(run)[-1] >= stopped + 30, output)
+    until("20 more steps", lambda: steps_of(run)[-1] >= stopped + 20, output)
+    shell("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    until("preemption heard", lambda: output.read_text().count("saved, and the same command goes on") == 2, output)
+    preempted = steps_of(run)[-1]
+    until("20 more steps", lambda: steps_of(run)[-1] >= preempted + 20, output)
     cluster("fail", "n2")
     failed = steps_of(run)[-1]
     assert failed < 150, "the node failed while the job was at work"
@@ -98,10 +102,11 @@ def test_a_job_is_preempted_loses_a_node_and_ends_like_one_that_was_left_alone(
     until("the end", lambda: steps_of(run)[-1:] == [150] and not shell("squeue", "-h").strip(), output, 240)
 
     starts = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
-    assert [start["slurm_job"] for start in starts] == [job] * 3
-    assert [start["world_size"] for start in starts] == [2] * 3
-    assert starts[1]["from_step"] == stopped, "what the signal saved"
-    assert 0 <= failed - starts[2]["from_step"] <= 12, "what the last checkpoint had"
+    assert [start["slurm_job"] for start in starts] == [job] * 4
+    assert [start["world_size"] for start in starts] == [2] * 4
+    assert [start["from_step"] for start in starts[:3]] == [0, stopped, preempted], "what the signals saved"
+    assert 0 <= failed - starts[3]["from_step"] <= 12, "what the last checkpoint had"
+    assert "DUE TO PREEMPTION" in output.read_text().upper(), output.read_text()
     whole = tmp_path / "whole"
     said = tmp_path / "whole.txt"
     assert start(2, recipe_file, [*common, f"run_directory={whole}"], said).wait() == [0, 0], said.read_text()
