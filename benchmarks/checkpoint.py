@@ -15,23 +15,17 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-import numpy as np
-import torch
+sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
 from longring.launch import checkpoint
-from longring.launch.build import build_engine, places
 from longring.launch.checkpoint import TrainState
 from longring.launch.checkpoint_load import load_last_good
 from longring.launch.checkpoint_save import Saver
-from longring.launch.config import load_recipe
 from longring.launch.run_directory import RunDirectory
-from longring.parallel.mesh import join
-from longring.parallel.zero import set_learning_rate
+from one_rank import one_rank
 from rich.console import Console
 from rich.table import Table
 
 SIZES = [(128, 3), (256, 6), (512, 8), (768, 12)]
-RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "demo.toml"
 TOKENS = 256
 DATA = "0" * 64
 
@@ -43,21 +37,7 @@ def seconds(work) -> float:
 
 
 def measure(width: int, layers: int, folder: Path, saves: int) -> dict[str, float]:
-    shape = [f"model.hidden_size={width}", f"model.num_layers={layers}", f"model.ffn_hidden_size={3 * width}"]
-    recipe = load_recipe(RECIPE, [*shape, "parallel.tokens_per_rank=2048", f"run_directory={folder}"])
-    mesh = join(recipe.parallel, 1)
-    torch.manual_seed(0)
-    engine = build_engine(recipe, 8192, mesh)
-    set_learning_rate(engine, 1e-4)
-    here = places(recipe, mesh, [TOKENS])[TOKENS]
-    rows = np.random.default_rng(0).integers(0, 8192, (1, TOKENS + 1)).astype(np.uint16)
-
-    def step() -> None:
-        for _ in range(engine.gradient_accumulation_steps()):
-            losses = engine(*here.model_inputs(rows, None, mesh.device))
-            engine.backward(losses.mean())
-            engine.step()
-
+    recipe, mesh, engine, step = one_rank(folder, width, layers, TOKENS)
     step()
     alone = statistics.median(seconds(step) for _ in range(5))
     run = RunDirectory(folder)
@@ -104,7 +84,6 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the two smallest models; under a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     options = parser.parse_args()
-    os.environ["MASTER_PORT"] = str(20_000 + os.getpid() % 10_000)
     rows = []
     for width, layers in SIZES[: 2 if options.quick else None]:
         with tempfile.TemporaryDirectory() as folder:
