@@ -205,7 +205,7 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
         if last == recipe.train.steps == step:
             console.print(trained_table(order.trained(last)))
             if skipped:
-                console.print(f"steps {skipped} changed no weights: {run.events_file} says why")
+                console.print(f"{len(skipped)} of the {last} steps changed no weights: {run.events_file} says why")
     if step < last:
         tell("stopped", step, f"{stopped_by}: saved, and the same command goes on")
         return GO_ON_LATER
