@@ -136,7 +136,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
             },
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+        wrong = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{file} is damaged: {wrong}") from error
 
 
 def problem(

@@ -219,16 +219,18 @@ def test_a_spike_before_the_first_checkpoint_and_too_many_of_them(recipe_file, t
 
 
 def test_a_full_disk_is_told_and_tried_again(run, whole):
-    """The kernel's own error: rank 1's file of step 6 is /dev/full."""
-    partial = run.path / "checkpoints" / "step-00000006.partial"
-    started = start(2, run._recipe_file, run.overrides, run.output, (), stop_after=4)
+    """The kernel's own error: rank 1's files of steps 3 and 9 are /dev/full. Two failures, but not in a row."""
+    partials = [run.path / "checkpoints" / f"step-0000000{step}.partial" for step in (3, 9)]
+    started = start(2, run._recipe_file, run.overrides, run.output, (), stop_after=1)
     assert started.wait() == [0, 0]
-    assert run.start(*lay_trap(partial, 5)) == [0, 0]
-    assert "warning: rank 1 could not save step 6: [Errno 28] No space left on device" in run.said
-    assert [event["event"] for event in run.events] == ["save failed"]
+    traps = [fault for partial, step in zip(partials, (2, 8), strict=True) for fault in lay_trap(partial, step)]
+    assert run.start(*traps, overrides=["faults.max_failed_saves=2"]) == [0, 0]
+    for step in (3, 9):
+        assert f"warning: rank 1 could not save step {step}: [Errno 28] No space left on device" in run.said
+    assert [event["event"] for event in run.events] == ["save failed"] * 2
     names = [path.name for path in checkpoint.complete(run.path / "checkpoints")]
-    assert names == ["step-00000012", "step-00000009", "step-00000004"]
-    assert not partial.exists()
+    assert names == ["step-00000012", "step-00000006", "step-00000001"]
+    assert not any(partial.exists() for partial in partials)
     assert_same(run, whole)
 
 
