@@ -31,12 +31,15 @@ from ..parallel.zero import DeepSpeedEngine
 from . import checkpoint
 from .checkpoint import FileEntry, Manifest, ParameterEntry, TrainState
 from .config import TrainConfig
+from .ranks import CommonError
 from .run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 
 Status = Literal["idle", "writing", "written", "failed"]
 _CHUNK_BYTES = 1 << 24
+_MOST_TOLD = 8
+"""When more ranks than this could not save, rank 0 alone speaks on the terminal; each has its line in the events."""
 
 
 class _Save(NamedTuple):
@@ -101,14 +104,14 @@ class Saver:
     def settle(self, num_written: int, num_failed: int) -> None:
         """Act on how many ranks say that they have written their part, and that they have failed; all get these sums.
 
-        Raises OSError at the last failed save in a row that is borne.
+        Raises CommonError at the last failed save in a row that is borne.
         """
         if self._save is None or num_written + num_failed < self._mesh.world_size:
             return
         (partial, manifest, writing), self._save = self._save, None
         if num_failed:
             if (error := writing.exception()) is not None:
-                self._say(manifest.state.step, error)
+                self._say(manifest.state.step, error, on_terminal=num_failed <= _MOST_TOLD or self._mesh.rank == 0)
             if self._mesh.rank == 0:
                 self._thread.submit(shutil.rmtree, partial, ignore_errors=True)  # nobody writes there any more
             self._count_failure(manifest.state.step)
@@ -129,7 +132,7 @@ class Saver:
             error = publishing.exception()  # waits
             votes[int(error is not None)] = 1
             if error is not None:
-                self._say(step, error)
+                self._say(step, error, on_terminal=True)
         self._publishing = None
         dist.all_reduce(votes)
         published, lost = votes.tolist()
@@ -143,17 +146,18 @@ class Saver:
         """End the thread; a write under way is finished first."""
         self._thread.shutdown()
 
-    def _say(self, step: int, error: BaseException) -> None:
+    def _say(self, step: int, error: BaseException, *, on_terminal: bool) -> None:
         """Tell of this rank's own failure."""
         message = f"rank {self._mesh.rank} could not save step {step}: {error}"
         log.error("%s", message)
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        if on_terminal:
+            print(f"warning: {message}", file=sys.stderr, flush=True)
         self._run.record_event("save failed", step, message)
 
     def _count_failure(self, step: int) -> None:
         self._num_failed += 1
         if self._num_failed >= self._max_failed:
-            raise OSError(
+            raise CommonError(
                 f"step {step} could not be saved, nor the {self._num_failed - 1} before it (faults.max_failed_saves = "
                 f"{self._max_failed}); {self._run.events_file} has the reasons. Make room in {self._run.checkpoints}: "
                 "the same command goes on from the last checkpoint there"

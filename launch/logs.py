@@ -23,6 +23,7 @@ def hold_warnings() -> None:
 
 def open_log(file: Path) -> None:
     """Send all logging of this process to `file`, held warnings first."""
+    logging.raiseExceptions = False  # a log on a full disk is not worth a traceback on the terminal
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(file)
     handler.setFormatter(logging.Formatter(FORMAT))

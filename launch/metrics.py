@@ -84,16 +84,22 @@ class MetricsWriter:
         self._tensorboard = SummaryWriter(self._tensorboard.log_dir, purge_step=step + 1)
 
     def write(self, metrics: StepMetrics) -> None:
-        """Record one step."""
+        """Record one step. Raises OSError that says where, when that is impossible."""
         values = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in asdict(metrics).items()
         }
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float) and name != "step":
-                self._tensorboard.add_scalar(f"train/{name}", value, metrics.step)
+        try:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._tensorboard.add_scalar(f"train/{name}", value, metrics.step)
+        except OSError as error:
+            raise OSError(
+                f"step {metrics.step} cannot be recorded in {self._file_name.parent}: {error}; the same command goes "
+                "on from the last checkpoint"
+            ) from error
         self._seconds += metrics.step_ms / 1e3
         left = (self._total_steps - metrics.step) * self._seconds / (metrics.step - self._first_step + 1)
         line = (

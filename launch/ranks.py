@@ -28,6 +28,10 @@ IO_ERROR = 74
 """Exit status (EX_IOERR) of a file that could not be read or written: the next try may find it better."""
 
 
+class CommonError(OSError):
+    """What all ranks have come to alike: one on each machine tells of it."""
+
+
 @dataclass(frozen=True)
 class Rendezvous:
     """Where the launchers of several nodes meet."""
@@ -123,7 +127,7 @@ def as_rank(work: Callable[[], int | None]) -> int:
         status = work() or 0
     except (ValueError, OSError, ArithmeticError) as error:
         log.exception("stopped")
-        alone = isinstance(error, OSError) and not isinstance(error, ConnectionError)
+        alone = isinstance(error, OSError) and not isinstance(error, ConnectionError | CommonError)
         if alone or os.environ.get("LOCAL_RANK", "0") == "0":
             _say(str(error))
         # Without leaving the process group: other ranks may be inside a collective, and leaving could wait for them.

@@ -39,7 +39,7 @@ from .logs import open_log
 from .metrics import MetricsWriter, StepMetrics, trained_table
 from .node import environment
 from .plan import Plan, plan
-from .ranks import as_rank
+from .ranks import CommonError, as_rank
 from .signals import GO_ON_LATER, StopSignals
 from .watchdog import Watchdog
 
@@ -191,7 +191,9 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
                     waited = saver.begin(replace(state, step=step, skipped=tuple(skipped), recent_losses=losses.recent))
                     log.info("saving step %d: training waited %.0f ms", step, waited * 1e3)
             if not saver.finish():
-                raise OSError(f"step {step} could not be saved; the same command goes on from the checkpoint before")
+                raise CommonError(
+                    f"step {step} could not be saved; the same command goes on from the checkpoint before"
+                )
         except ArithmeticError:
             saver.finish()  # all ranks are here
             raise

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from hypothesis import strategies as st
 from longring.launch import checkpoint
 from longring.launch.config import FaultsConfig
 from longring.launch.faults import LossWatch
-from longring.launch.metrics import read_metrics
+from longring.launch.metrics import MetricsWriter, StepMetrics, read_metrics
+from longring.launch.run_directory import RunDirectory
 from longring.launch.signals import GO_ON_LATER
 from longring.launch.watchdog import Position, diagnosis
+from rich.console import Console
 from safetensors.torch import load_file
 
 # A named topology: of two runs that probe, each in its own directory, one might take another grid.
@@ -239,8 +242,17 @@ def test_a_disk_that_stays_full_stops_the_run(run, whole):
     statuses = run.start(*lay_trap(partial, 5), overrides=["faults.max_failed_saves=1"])
     assert statuses == [74, 74]
     assert "step 6 could not be saved, nor the 0 before it (faults.max_failed_saves = 1)" in run.said
+    assert run.said.count("warning: ") == 1, "of the rank that could not"
     assert run.start() == [0, 0]
     assert_same(run, whole)
+
+
+def test_records_that_cannot_be_written_are_told_with_their_place(tmp_path):
+    writer = MetricsWriter(RunDirectory(tmp_path), 0, 10, Console(quiet=True))
+    writer._file = Path("/dev/full").open("w")
+    zeros = {field.name: 0 for field in fields(StepMetrics)} | {"step": 7, "outcome": "good"}
+    with pytest.raises(OSError, match=f"step 7 cannot be recorded in {tmp_path}: .*No space left on device"):
+        writer.write(StepMetrics(**zeros))
 
 
 def lay_trap(partial: Path, step: int) -> list[Fault]:
