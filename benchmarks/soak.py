@@ -122,10 +122,9 @@ def soak(folder: Path, minutes: float, between_s: tuple[float, float, float], se
 
 
 def growth(samples: list[tuple[float, int, list[int]]]) -> list[float]:
-    """Bytes a step by which each rank's memory grows, after two checkpoints have made all buffers; a line's slope."""
-    first = samples[0][1] if samples else 0
-    late = [sample for sample in samples if sample[1] > first + 2 * EVERY]
-    if len(late) < 20:
+    """Bytes a step by which each rank's memory grows in the second half of a long start; a line's slope."""
+    late = samples[len(samples) // 2 :]
+    if len(late) < 30:
         return []
     steps = np.array([step for _, step, _ in late])
     return [float(np.polyfit(steps, np.array(memory), 1)[0]) for memory in zip(*(m for *_, m in late), strict=True)]
@@ -178,16 +177,12 @@ def print_rows(rows: list[dict], steps: int) -> None:
             )
     console = Console(width=120)
     console.print(table)
-    slopes = [(row["samples"][-1][1] - row["samples"][0][1], max(growth(row["samples"]), key=abs))
-              for row in rows if growth(row["samples"])]  # fmt: skip
-    if slopes:
-        num_steps, slope = max(slopes)
-        most = max(max(memory) for row in rows for *_, memory in row["samples"])
-        console.print(
-            f"memory of a rank: at most {most / 1e6:,.0f} MB; in the longest start, of {num_steps:,} steps, it grew by "
-            f"{1000 * slope / 1e6:+.2f} MB in 1,000 steps; over {len(slopes)} starts the median is "
-            f"{1000 * statistics.median(slope for _, slope in slopes) / 1e6:+.2f}"
-        )
+    long = {row["samples"][-1][1] - row["samples"][0][1]: slopes for row in rows if (slopes := growth(row["samples"]))}
+    most = max(max(memory) for row in rows for *_, memory in row["samples"])
+    console.print(f"memory of a rank: at most {most / 1e6:,.0f} MB; change in the second half of the long starts:")
+    for num_steps, slopes in sorted(long.items()):
+        told = ", ".join(f"{1000 * slope / 1e6:+.1f}" for slope in slopes)
+        console.print(f"  of {num_steps:,} steps: {told} MB in 1,000 steps on ranks 0, 1")
 
 
 def main() -> int:
