@@ -7,6 +7,7 @@ weeks: a rank whose positions are off by a chunk still trains, only worse.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -22,8 +23,9 @@ from ..parallel.cp.layout import zigzag
 from ..parallel.mesh import Mesh, megatron_config
 from .config import Recipe
 
-CHUNK_TOKENS = 13
-"""Of the probe's sequence, for each of 2 cp chunks; odd, so that documents and blocks end anywhere."""
+TOKENS_PER_RANK = 26
+"""Of the probe's sequence: two chunks of an odd length, so that documents and blocks end anywhere; with sequence
+parallelism the next multiple of parallel.tensor."""
 VOCABULARY = 128
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.03}
 """Largest relative difference of losses and gradient. Right attention came to 5e-7 and 9e-3, the faults that
@@ -43,7 +45,8 @@ def check_attention(
     are: all ranks mean the same layouts; no loss depends on a later token or on another document; loss and gradients
     equal those of the sequence held whole.
     """
-    num_tokens = 2 * group.size * CHUNK_TOKENS
+    divisor = recipe.parallel.tensor if recipe.parallel.sequence_parallel else 1
+    num_tokens = group.size * math.ceil(TOKENS_PER_RANK / divisor) * divisor
     second = num_tokens // 3
     documents = (0, second)
     layouts = [zigzag(num_tokens, rank, group.size).runs for rank in range(group.size)]

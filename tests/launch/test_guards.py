@@ -77,3 +77,23 @@ FOUND = {
 def test_guards(on_ranks, recipe_file, fault, dtype):
     for said in on_ranks(SIZE, guarded, recipe_file, fault, dtype):
         assert any(words in said for words in FOUND.get(fault, "passed").split("|")), said
+
+
+def guarded_slices(recipe_file) -> str:
+    recipe = load_recipe(
+        recipe_file,
+        [
+            "model.num_kv_heads=4",
+            "parallel.tokens_per_rank=256",
+            "parallel.tensor=4",
+            "parallel.sequence_parallel=true",
+            "parallel.cp.schedule=token_ring",
+        ],
+    )
+    mesh = join(recipe.parallel, recipe.max_context_parallel)
+    found = build.places(recipe, mesh, recipe.data.lengths)
+    return f"{found[512].context_parallel} ranks passed"
+
+
+def test_tensor_parallel_ranks_divide_the_sequence_too(on_ranks, recipe_file):
+    assert on_ranks(8, guarded_slices, recipe_file) == ["2 ranks passed"] * 8
