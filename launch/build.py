@@ -26,8 +26,8 @@ from ..parallel.cp.visible import Sight
 from ..parallel.mesh import Mesh, megatron_config
 from ..parallel.zero import DeepSpeedEngine, zero_engine
 from .config import Recipe
-from .guards import check_attention
-from .schedules import agree
+from .guards import check_agreement, check_attention
+from .schedules import agree, named_grids
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,12 @@ class Place:
 def places(recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: Console | None = None) -> dict[int, Place]:
     """A place for sequences of each of these lengths, with the process groups that they need. Collective.
 
-    `console`, of one rank, is told which grids the cost model took. Raises ValueError when attention over several ranks
-    turns out not to be that of one.
+    `console`, of one rank, is told which grids the cost model took. Raises ValueError when ranks divide sequences
+    differently, and when attention over several ranks turns out not to be that of one.
     """
+    check_agreement(recipe, lengths, named_grids(recipe, lengths))  # `agree` may measure, which takes all ranks
     grids = agree(recipe, mesh, lengths, console)
+    check_agreement(recipe, lengths, grids)
     groups: dict[int, CpGroup] = {}
     for degree in sorted({grid.size for grid in grids.values()}):
         used = [grid for grid in grids.values() if grid.size == degree]

@@ -96,17 +96,22 @@ def pick(recipe: Recipe, lengths: Sequence[int], topology: Topology, speed: Spee
     return picks
 
 
+def named_grids(recipe: Recipe, lengths: Sequence[int]) -> dict[Kind, CpGrid | None]:
+    """The grid that the recipe names for every kind of layers; None: it leaves that to the cost model."""
+    return {
+        kind: recipe.parallel.cp.named_grid(recipe.parallel.context_parallel(kind.sequence_tokens))
+        for kind in kinds(recipe, lengths)
+    }
+
+
 def agree(recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: Console | None) -> dict[Kind, CpGrid]:
     """The grid of every kind of layers, the same on all ranks. Collective.
 
     Where the recipe leaves one to the cost model, rank 0 prices the family on the topology, measured or named, and
     tells the others. The run's directory keeps what was taken: a run that goes on, on as many ranks, goes on alike.
     """
-    wanted = kinds(recipe, lengths)
-    named = {
-        kind: recipe.parallel.cp.named_grid(recipe.parallel.context_parallel(kind.sequence_tokens)) for kind in wanted
-    }
-    left = [kind for kind, grid in named.items() if grid is None]
+    wanted = named_grids(recipe, lengths)
+    left = [kind for kind, grid in wanted.items() if grid is None]
     taken: list[dict[Kind, CpGrid]] = [{}]
     file = RunDirectory(recipe.run_directory).schedules_file
     if left and mesh.rank == 0:
@@ -127,7 +132,7 @@ def agree(recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: Console |
                 console.print(picks_table(picks, topology))
             _keep(file, mesh.world_size, taken[0])
         dist.broadcast_object_list(taken)
-    return {kind: grid or taken[0][kind] for kind, grid in named.items()}
+    return {kind: grid or taken[0][kind] for kind, grid in wanted.items()}
 
 
 def preset(name: str, recipe: Recipe, world_size: int) -> tuple[Topology, Speed]:
