@@ -83,21 +83,22 @@ def places(recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: Console 
     grids = agree(recipe, mesh, lengths, console)
     check_agreement(recipe, lengths, grids)
     groups: dict[int, CpGroup] = {}
-    for degree in sorted({grid.size for grid in grids.values()}):
-        used = [grid for grid in grids.values() if grid.size == degree]
-        groups[degree] = open_group(mesh.neighbours[degree], used, timeout_s=recipe.parallel.cp.timeout_s)
+    for size in sorted({grid.size for grid in grids.values()}):
+        used = [grid for grid in grids.values() if grid.size == size]
+        groups[size] = open_group(mesh.neighbours[size], used, timeout_s=recipe.parallel.cp.timeout_s)
     whole = partial(attention_of_one, recipe.train.attention_backend, mesh.device)
     found = {}
     for length in lengths:
-        group = groups.get(recipe.parallel.context_parallel(length))
-        if group is None:
+        degree = recipe.parallel.context_parallel(length)
+        if degree == 1:
             found[length] = _place(length, recipe, mesh, 1, SeqLayout.contiguous(length), whole)
             continue
+        group = groups[degree]
         windows = {kind.window: grid for kind, grid in grids.items() if kind.sequence_tokens == length}
         spread = partial(attention_of_many, recipe, group, windows)
         if recipe.parallel.cp.guards:
             check_attention(recipe, mesh, group, spread, whole)
-        found[length] = _place(length, recipe, mesh, group.size, zigzag(length, group.rank, group.size), spread(length))
+        found[length] = _place(length, recipe, mesh, degree, zigzag(length, group.rank, degree), spread(length))
     return found
 
 

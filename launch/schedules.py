@@ -85,7 +85,7 @@ def check(recipe: Recipe) -> None:
 
 
 def pick(recipe: Recipe, lengths: Sequence[int], topology: Topology, speed: Speed) -> list[Pick]:
-    """A grid for every kind of layers. Buckets that take equally many ranks share it, so that they share its groups."""
+    """A grid for every kind of layers: the one that the recipe names for its number of ranks, or the cheapest."""
     picks = []
     for kind in kinds(recipe, lengths):
         size = recipe.parallel.context_parallel(kind.sequence_tokens)
@@ -115,7 +115,7 @@ def agree(recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: Console |
     taken: list[dict[Kind, CpGrid]] = [{}]
     file = RunDirectory(recipe.run_directory).schedules_file
     if left and mesh.rank == 0:
-        taken = [_kept(file, mesh.world_size)]
+        taken = [_kept(file, mesh.world_size, recipe)]
     dist.broadcast_object_list(taken)
     if any(kind not in taken[0] for kind in left):
         name = recipe.parallel.cp.topology
@@ -157,12 +157,19 @@ def _measured(recipe: Recipe, mesh: Mesh) -> tuple[Topology, Speed]:
     return found.topology, found.speed
 
 
-def _kept(file: Path, world_size: int) -> dict[Kind, CpGrid]:
-    """What an earlier start of the run on as many ranks has taken."""
+def _kept(file: Path, world_size: int, recipe: Recipe) -> dict[Kind, CpGrid]:
+    """What an earlier start of the run on as many ranks has taken, where it still fits: `parallel` may have changed."""
     kept = json.loads(file.read_text()) if file.exists() else {}
-    return {
+    grids = {
         Kind(entry["sequence_tokens"], entry["window"]): CpGrid.parse(entry["grid"])
         for entry in kept.get(str(world_size), [])
+    }
+    shape = work(recipe)
+    return {
+        kind: grid
+        for kind, grid in grids.items()
+        if grid.size == recipe.parallel.context_parallel(kind.sequence_tokens)
+        and grid.unfit(shape.num_heads, shape.num_kv_heads) is None
     }
 
 

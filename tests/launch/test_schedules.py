@@ -1,0 +1,43 @@
+"""Which grid a run takes: for its ranks as they are now, not as they were at an earlier start."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from longring.launch import schedules
+from longring.launch.config import load_recipe
+from longring.launch.schedules import Kind
+from longring.parallel.cp.grid import CpGrid
+from longring.parallel.mesh import join
+
+SIZE = 4
+KEPT = "heads=2, in_flight=3"
+
+
+def taken(recipe_file, directory: str, settings: list[str]) -> str:
+    """For sequences of 512 tokens, on this rank."""
+    recipe = load_recipe(recipe_file, [f"run_directory={directory}", "parallel.cp.topology=nvswitch", *settings])
+    mesh = join(recipe.parallel, recipe.max_context_parallel)
+    return str(schedules.agree(recipe, mesh, recipe.data.lengths, None)[Kind(512, None)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [
+        (["parallel.tokens_per_rank=256"], None),
+        (["parallel.tokens_per_rank=128"], 4),
+        (["parallel.tokens_per_rank=256", "parallel.tensor=2", "model.num_heads=2"], 2),
+    ],
+    ids=["fits", "of other ranks", "of other heads"],
+)
+def test_what_an_earlier_start_took_is_taken_again_where_it_fits(on_ranks, recipe_file, tmp_path, settings, size):
+    kept = {str(SIZE): [{"sequence_tokens": 512, "window": None, "grid": KEPT}]}
+    (tmp_path / "schedules.json").write_text(json.dumps(kept))
+    found = on_ranks(SIZE, taken, recipe_file, str(tmp_path), settings)
+    assert set(found) == {found[0]}
+    if size is None:
+        assert found[0] == KEPT
+    else:
+        assert found[0] != KEPT
+        assert CpGrid.parse(found[0]).size == size
