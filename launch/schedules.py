@@ -19,7 +19,7 @@ from ..parallel.cp.choose import Priced, Question, choose
 from ..parallel.cp.cost import ASSUMED, Speed, Work
 from ..parallel.cp.grid import CpGrid
 from ..parallel.cp.probe import probe
-from ..parallel.cp.topology import PRESETS, Topology
+from ..parallel.cp.topology import PRESETS, Fabric, Topology
 from ..parallel.cp.visible import Sight
 from ..parallel.mesh import Mesh
 from .config import Recipe
@@ -137,9 +137,20 @@ def agree(recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: Console |
 
 def preset(name: str, recipe: Recipe, world_size: int) -> tuple[Topology, Speed]:
     """A named topology, as the ranks that share a sequence see it, and a GPU's assumed speed."""
-    topology = PRESETS[name](world_size)
-    # The ranks that share a sequence are every `tensor`-th: so many fewer of them are in a node.
-    return replace(topology, ranks_per_node=max(1, topology.ranks_per_node // recipe.parallel.tensor)), ASSUMED
+    topology, tensor = PRESETS[name](world_size), recipe.parallel.tensor
+    # The ranks that share a sequence are every `tensor`-th: so many fewer of them are in a node, or behind a port.
+    return replace(
+        topology,
+        ranks_per_node=max(1, topology.ranks_per_node // tensor),
+        inside=_every(tensor, topology.inside),
+        across=topology.across and _every(tensor, topology.across),
+    ), ASSUMED
+
+
+def _every(tensor: int, fabric: Fabric) -> Fabric:
+    """A fabric whose ends are every `tensor`-th; those between use it as much, so that a port they share is divided."""
+    ends = max(1, fabric.ends_per_port // tensor)
+    return replace(fabric, ends_per_port=ends, bytes_per_s=fabric.bytes_per_s * ends / fabric.ends_per_port)
 
 
 def _measured(recipe: Recipe, mesh: Mesh) -> tuple[Topology, Speed]:

@@ -9,6 +9,7 @@ from longring.launch import schedules
 from longring.launch.config import load_recipe
 from longring.launch.schedules import Kind
 from longring.parallel.cp.grid import CpGrid
+from longring.parallel.cp.topology import GB
 from longring.parallel.mesh import join
 
 SIZE = 4
@@ -41,3 +42,16 @@ def test_what_an_earlier_start_took_is_taken_again_where_it_fits(on_ranks, recip
     else:
         assert found[0] != KEPT
         assert CpGrid.parse(found[0]).size == size
+
+
+@pytest.mark.parametrize(("tensor", "ends", "gb_per_s"), [(1, 8, 50), (2, 4, 25), (8, 1, 50 / 8), (16, 1, 50 / 8)])
+def test_a_node_s_port_is_divided_among_its_tensor_parallel_slices(recipe_file, tensor, ends, gb_per_s):
+    """Of 8 ranks at a port, `ends` share a sequence; the others carry as much for theirs."""
+    recipe = load_recipe(recipe_file, [f"parallel.tensor={tensor}", "model.num_heads=16", "model.num_kv_heads=16"])
+    topology, _ = schedules.preset("ethernet", recipe, 64)
+    assert topology.ranks_per_node == ends
+    assert topology.across is not None
+    assert (topology.across.ends_per_port, topology.across.bytes_per_s) == (ends, gb_per_s * GB)
+    assert topology.inside.bytes_per_s == 450 * GB
+    pairs = [topology.path(8, source, source + ends) for source in (0, ends)] if ends < 8 else []
+    assert len({link for path in pairs for link in path.links}) == 2 * len(pairs), "neighbours by two other ports"
