@@ -208,10 +208,7 @@ def main() -> int:
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=tuple(HEADS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.serve:
-        return serve()
     if reason := unavailable():
         Console(stderr=True).print(f"[bold red]error:[/] {reason}", highlight=False)
         return 2
@@ -257,4 +254,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve() if sys.argv[1:] == ["--serve"] else main())
