@@ -55,3 +55,10 @@ def test_a_node_s_port_is_divided_among_its_tensor_parallel_slices(recipe_file, 
     assert topology.inside.bytes_per_s == 450 * GB
     pairs = [topology.path(8, source, source + ends) for source in (0, ends)] if ends < 8 else []
     assert len({link for path in pairs for link in path.links}) == 2 * len(pairs), "neighbours by two other ports"
+
+
+@pytest.mark.parametrize(("tensor", "ends", "gb_per_s"), [(1, 2, 32), (2, 1, 16), (4, 1, 16)])
+def test_a_port_inside_a_node_is_divided_too(recipe_file, tensor, ends, gb_per_s):
+    recipe = load_recipe(recipe_file, [f"parallel.tensor={tensor}", "model.num_kv_heads=4"])
+    inside = schedules.preset("pcie_pairs", recipe, 8)[0].inside
+    assert (inside.ends_per_port, inside.bytes_per_s) == (ends, gb_per_s * GB)
