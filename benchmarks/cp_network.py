@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from statistics import median
 from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
-from namespaces import PAYLOAD_SHARE, Fabric, Network, from_hosts, unavailable
+from namespaces import PAYLOAD_SHARE, Fabric, Network, Served, from_hosts, unavailable
 from package import load
 from rich import box
 from rich.console import Console
@@ -90,22 +89,8 @@ def serve() -> int:
     return 0
 
 
-class Ranks:
-    """A network with `serve` running on every host."""
-
-    def __init__(self, network: Network) -> None:
-        self.network = network
-        command = [sys.executable, "-P", __file__, "--serve"]
-        quiet = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # it warns that hosts have no names
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.processes = [network.popen(host, command, quiet, **pipes) for host in range(network.num_hosts)]
-        self._answers()
-
-    def _answers(self) -> list[str]:
-        lines = [process.stdout.readline() for process in self.processes]
-        if "" in lines:
-            raise RuntimeError(f"rank {lines.index('')} ended, see its error above")
-        return lines
+class Ranks(Served):
+    """`serve` on every host, and what it times."""
 
     def run(self, member: Any, heads: str, tokens: int = TOKENS) -> dict[str, tuple[float, int]]:
         """By pass: seconds of the slowest rank, and bytes on the wire. Without a member each rank computes alone."""
@@ -113,12 +98,7 @@ class Ranks:
         for direction in ("forward", "backward"):
             before = self.network.sent_bytes()
             job = {"pass": direction, "grid": member and str(member), "tokens": tokens}
-            for process in self.processes:
-                process.stdin.write(
-                    json.dumps(job | dict(zip(("heads", "kv_heads"), HEADS[heads], strict=True))) + "\n"
-                )
-                process.stdin.flush()
-            seconds = max(float(line) for line in self._answers())
+            seconds = max(self.answers(job | dict(zip(("heads", "kv_heads"), HEADS[heads], strict=True))))
             found[direction] = (seconds, from_hosts(self.network.sent_bytes() - before))
         return found
 
@@ -139,7 +119,7 @@ class Ranks:
 def rows_of(fabric: Fabric, size: int, heads_of: tuple[str, ...], repeats: int) -> Iterator[Row]:
     """Every member on one network, forward and forward + backward."""
     with Network(fabric, size, MBIT_PER_S) as network:
-        ranks = Ranks(network)
+        ranks = Ranks(network, __file__)
         link = topology.Fabric(fabric, MBIT_PER_S * 1e6 / 8 * PAYLOAD_SHARE, LATENCY_S)
         for heads in heads_of:
             yield from rows_of_heads(ranks, topology.Topology(fabric, size, link), heads, repeats)
@@ -228,10 +208,7 @@ def main() -> int:
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=tuple(HEADS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.serve:
-        return serve()
     if reason := unavailable():
         Console(stderr=True).print(f"[bold red]error:[/] {reason}", highlight=False)
         return 2
@@ -277,4 +254,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve() if sys.argv[1:] == ["--serve"] else main())

@@ -26,13 +26,13 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
 from cases import Case, Row, about, inputs
-from cp_virtual import Question, Whole, backward_in_process, forward_in_process, joined
 from package import load
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from sizes import exact
 from torch import Tensor
+from virtual_ranks import Question, Whole, backward_in_process, forward_in_process, joined
 
 cost = load("parallel.cp.cost")
 

@@ -20,71 +20,25 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
-from cases import (
-    LEAST_ROUNDS,
-    Case,
-    Phase,
-    Row,
-    about,
-    elapsed_ms,
-    inputs,
-    interleaved_ms,
-    layout_of,
-    moment,
-    synchronize,
-)
-from package import load
+from cases import LEAST_ROUNDS, Case, Phase, Row, about, elapsed_ms, inputs, interleaved_ms, moment, synchronize
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from sizes import compared
 from torch import Tensor
-
-front_door, layout, masks = load("kernels.attention"), load("kernels.layout"), load("kernels.mask")
-execute, grids, visible = load("parallel.cp.execute"), load("parallel.cp.grid"), load("parallel.cp.visible")
-cp_heads, cp_layout, transports = load("parallel.cp.heads"), load("parallel.cp.layout"), load("parallel.cp.transports")
+from virtual_ranks import RESULTS, Question, Tiles, Whole, backward_in_process, forward_in_process, grid_of, joined
 
 BAR = 1.05
 """All tiles of all ranks over one kernel over the whole sequence."""
 PARTS = 16
-RESULTS = ("out", "lse", "dq", "dk", "dv")
 WARM_TOKENS = 256
 """A rank's in the run that compiles kernels before the clock starts."""
 ALL = ("token_ring", "ring", "grid", "hybrid", "ulysses")
-
-
-class Question(NamedTuple):
-    """One attention, and the members that divide it among `size` ranks."""
-
-    case: Case
-    size: int
-    members: tuple[str, ...]
-
-    @property
-    def sight(self) -> Any:
-        """Who sees whom."""
-        return visible.Sight(window=self.case.tokens // 32 - 3 if self.case.mask == "window" else None)
-
-    def problem(self, member: str, backend: str, **options: Any) -> Any:
-        """A member's division of it, zigzag."""
-        whole = layout_of(self.case)
-        shares = [cp_layout.zigzag(self.case.tokens, rank, self.size).runs for rank in range(self.size)]
-        layouts = tuple(layout.SeqLayout(runs, whole.document_starts) for runs in shares)
-        return execute.Problem(grid_of(member, self.size), layouts, self.sight, backend, **options)
-
-    def unfit(self, member: str) -> str | None:
-        """Why a member cannot divide its heads."""
-        return grid_of(member, self.size).unfit(self.case.heads, self.case.kv_heads)
-
-
-def grid_of(member: str, size: int) -> Any:
-    """A named member; `hybrid` takes two nodes."""
-    return grids.CpGrid.hybrid(2, size // 2) if member == "hybrid" else grids.NAMED[member](size)
 
 
 def questions(device: str, quick: bool) -> list[Question]:
@@ -119,142 +73,6 @@ def questions(device: str, quick: bool) -> list[Question]:
         question("causal", 1024, 2, 2, 2, ("token_ring", "ulysses")),
         question("causal", 1024, 2, 2, 16, ("ring", "hybrid")),
     ]
-
-
-def share_of(x: Tensor, of: Any) -> Tensor:
-    """The tokens of a layout, of all the tokens."""
-    return torch.cat([x[:, start:stop] for start, stop in of.runs], dim=1)
-
-
-def put_share(whole: Tensor, part: Tensor, of: Any) -> None:
-    """The way back."""
-    at = 0
-    for start, stop in of.runs:
-        whole[:, start:stop] = part[:, at : at + stop - start]
-        at += stop - start
-
-
-def forward_in_process(problem: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Any]]:
-    """out of every rank, and what it saves."""
-    transport = transports.InProcess()
-    shares = [[share_of(x, of) for x in (q, k, v)] for of in problem.layouts]
-    found = transport.drive([execute.forward(problem, rank, *x, transport) for rank, x in enumerate(shares)])
-    return [out for out, _ in found], [saved for _, saved in found]
-
-
-def backward_in_process(problem: Any, dout: Tensor, saved: list[Any], kv_heads: int) -> list[tuple[Tensor, ...]]:
-    """dq, dk, dv of every rank."""
-    transport = transports.InProcess()
-    shares = [share_of(dout, of) for of in problem.layouts]
-    return transport.drive(
-        [execute.backward(problem, rank, x, saved[rank], kv_heads, transport) for rank, x in enumerate(shares)]
-    )
-
-
-def joined(
-    problem: Any, tensors: tuple[Tensor, ...], outs: list[Tensor], saved: list[Any], grads: list[Any]
-) -> dict[str, Tensor]:
-    """What the ranks found, in the order of the sequence."""
-    q, k, v = tensors
-    found = {name: torch.empty_like(x) for name, x in (("out", q), ("dq", q), ("dk", k), ("dv", v))}
-    for of, out, parts in zip(problem.layouts, outs, grads, strict=True):
-        for name, part in zip(("out", "dq", "dk", "dv"), (out, *parts), strict=True):
-            put_share(found[name], part, of)
-    lses = [x[4].transpose(1, 2) for x in saved]
-    lse = lses[0].new_empty((1, q.shape[1], q.shape[2]))
-    for rank, part in enumerate(lses):
-        schedule, plan = problem.plan("forward", rank)
-        mine = cp_heads.heads_of(q.shape[2], rank, problem.grid.heads)
-        put_share(lse[:, :, mine], part, schedule.layouts[plan.place])
-    return found | {"lse": lse.transpose(1, 2)}
-
-
-class Whole:
-    """One kernel over the whole sequence."""
-
-    def __init__(self, question: Question, device: str, backend: str, tensors: tuple[Tensor, ...]) -> None:
-        whole = layout_of(question.case)
-        self.mask = masks.make_mask(whole, whole, window=question.sight.window, device=device)
-        self.backend, self.tensors = backend, tensors
-
-    def forward(self, _: Any, running: Any = None) -> tuple[Tensor, Tensor]:
-        """out, lse."""
-        q, k, v, _ = self.tensors
-        return front_door.attention_forward(q, k, v, self.mask, running=running, backend=self.backend)
-
-    def backward(self, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv in fp32."""
-        q, k, v, dout = self.tensors
-        out, lse = found
-        into = tuple(front_door.zeros_fp32(x) for x in (q, k, v))
-        delta = front_door.row_delta(dout, out.to(q.dtype))
-        front_door.attention_backward(dout, q, k, v, lse, delta, self.mask, into=into, backend=self.backend)
-        return into
-
-    def results(self) -> dict[str, Tensor]:
-        """In fp32 at least, not rounded to the dtype of inputs in 16 bit."""
-        out, lse = self.forward(None, front_door.no_result(self.tensors[0]))
-        return dict(zip(RESULTS, (out, lse, *self.backward((out, lse))), strict=True))
-
-
-class Call(NamedTuple):
-    """One kernel call: which rows of which of the blocks."""
-
-    queries: int
-    query_rows: slice
-    keys: int
-    key_rows: slice
-    mask: Any
-
-
-class Tiles:
-    """The kernel calls of all ranks of a problem, on the slices that the executor makes, and no messages.
-
-    Blocks are those of each rank: its place's tokens, its heads. What ranks add to the results for one block is added
-    to one running result, so that no rank waits and the sum is the attention of the whole.
-    """
-
-    def __init__(self, problem: Any, device: str, tensors: tuple[Tensor, ...]) -> None:
-        self.backend, heads = problem.backend, problem.grid.heads
-        self.calls: dict[str, list[Call]] = {"forward": [], "backward": []}
-        self.blocks: list[list[Tensor]] = []
-        for rank in range(problem.grid.size):
-            for direction, calls in self.calls.items():
-                schedule, plan = problem.plan(direction, rank)
-                shard = rank - plan.place * heads
-                for tile in filter(None, (step.tile for step in plan.steps)):
-                    mask = execute.mask_of(tile, schedule.layouts, problem.sight, device)
-                    queries, keys = (owner * heads + shard for owner in (tile.query_owner, tile.key_owner))
-                    calls.append(Call(queries, slice(*tile.query_rows), keys, slice(*tile.key_rows), mask))
-            mine = [x[:, :, cp_heads.heads_of(x.shape[2], rank, heads)] for x in tensors]
-            self.blocks.append([share_of(x, schedule.layouts[plan.place]).contiguous() for x in mine])
-
-    def num_pairs(self, direction: str) -> int:
-        """Visible pairs, times the heads of a block."""
-        return sum(call.mask.num_pairs * self.blocks[0][0].shape[2] for call in self.calls[direction])
-
-    def forward(self, _: Any) -> list[tuple[Tensor, Tensor]]:
-        """out, lse of every block."""
-        results = [front_door.no_result(q) for q, *_ in self.blocks]
-        for at, rows, keys_at, keys, mask in self.calls["forward"]:
-            (q, *_), (_, k, v, _), (out, lse) = self.blocks[at], self.blocks[keys_at], results[at]
-            front_door.attention_forward(
-                q[:, rows], k[:, keys], v[:, keys], mask, running=(out[:, rows], lse[:, :, rows]), backend=self.backend
-            )
-        return [(out.to(q.dtype), lse) for (out, lse), (q, *_) in zip(results, self.blocks, strict=True)]
-
-    def backward(self, found: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """dq, dk, dv of every block in fp32."""
-        deltas = [front_door.row_delta(dout, out) for (*_, dout), (out, _) in zip(self.blocks, found, strict=True)]
-        grads = [tuple(front_door.zeros_fp32(x) for x in (q, k, v)) for q, k, v, _ in self.blocks]
-        for at, rows, keys_at, keys, mask in self.calls["backward"]:
-            (q, _, _, dout), (_, k, v, _) = self.blocks[at], self.blocks[keys_at]
-            (dq, _, _), (_, dk, dv) = grads[at], grads[keys_at]
-            front_door.attention_backward(
-                dout[:, rows], q[:, rows], k[:, keys], v[:, keys], found[at][1][:, :, rows], deltas[at][:, :, rows],
-                mask, into=(dq[:, rows], dk[:, keys], dv[:, keys]), backend=self.backend,
-            )  # fmt: skip
-        return grads
 
 
 def worst(got: dict[str, Tensor], truth: dict[str, Tensor], q: Tensor) -> Row:

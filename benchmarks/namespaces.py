@@ -20,6 +20,7 @@ import secrets
 import shutil
 import signal
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -217,6 +218,33 @@ class Network:
     def _remove(self, node: str) -> None:
         if (NAMESPACES / (self.prefix + node)).exists():  # not if its making was interrupted
             _run("ip", "netns", "del", self.prefix + node)
+
+
+class Served:
+    """`script --serve` on every host of a network: it joins the others and says a line; then it reads jobs, a line of
+    JSON each, and answers each with a line of JSON.
+    """
+
+    def __init__(self, network: Network, script: str) -> None:
+        self.network = network
+        command = [sys.executable, "-P", script, "--serve"]
+        quiet = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # it warns that hosts have no names
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.processes = [network.popen(host, command, quiet, **pipes) for host in range(network.num_hosts)]
+        self._lines()
+
+    def answers(self, job: Mapping[str, Any]) -> list[Any]:
+        """Every host's, to a job that all have got."""
+        for process in self.processes:
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.flush()
+        return [json.loads(line) for line in self._lines()]
+
+    def _lines(self) -> list[str]:
+        lines = [process.stdout.readline() for process in self.processes]
+        if "" in lines:
+            raise RuntimeError(f"host {lines.index('')} ended, see its error above")
+        return lines
 
 
 def _run(*command: str, text: str | None = None) -> str:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ from statistics import median
 from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
-from namespaces import PAYLOAD_SHARE, Fabric, Network, from_hosts, unavailable
+from namespaces import PAYLOAD_SHARE, Fabric, Network, Served, from_hosts, unavailable
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -95,31 +94,13 @@ def serve() -> int:
     return 0
 
 
-class Hosts:
-    """A network with `serve` running on every host."""
-
-    def __init__(self, network: Network) -> None:
-        self.network = network
-        command = [sys.executable, "-P", __file__, "--serve"]
-        quiet = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # it warns that hosts have no names
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.processes = [network.popen(host, command, quiet, **pipes) for host in range(network.num_hosts)]
-        self._answers()
-
-    def _answers(self) -> list[str]:
-        lines = [process.stdout.readline() for process in self.processes]
-        if "" in lines:
-            raise RuntimeError(f"host {lines.index('')} ended, see its error above")
-        return lines
+class Hosts(Served):
+    """`serve` on every host, and what it times."""
 
     def seconds(self, rounds: list[list[Message]], num_bytes: int, repeats: int, *, sends_first: bool = False) -> float:
         """Median of the repeats, each the time of the slowest host that takes part; rounds follow one another."""
-        job = json.dumps({"rounds": rounds, "bytes": num_bytes, "repeats": repeats, "sends_first": sends_first})
-        for process in self.processes:
-            process.stdin.write(job + "\n")
-            process.stdin.flush()
-        answers = [json.loads(line) for line in self._answers()]
-        return median(max(times) for times in zip(*answers, strict=True))
+        job = {"rounds": rounds, "bytes": num_bytes, "repeats": repeats, "sends_first": sends_first}
+        return median(max(times) for times in zip(*self.answers(job), strict=True))
 
     def row(self, pattern: str, messages: list[Message], repeats: int) -> Row:
         """A pattern timed, and the links' count beside what they should have carried."""
@@ -144,7 +125,7 @@ class Hosts:
 @contextmanager
 def hosts_of(fabric: Fabric, num_hosts: int) -> Iterator[Hosts]:
     with Network(fabric, num_hosts, mbit_per_s=1000) as network:
-        hosts = Hosts(network)
+        hosts = Hosts(network, __file__)
         hosts.seconds([all_links(fabric, num_hosts)], MESSAGE_BYTES, 2)  # connections are made, and their windows grow
         yield hosts
 
@@ -191,10 +172,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="4 hosts, one rate, half a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.serve:
-        return serve()
     if reason := unavailable():
         Console(stderr=True).print(f"[bold red]error:[/] {reason}", highlight=False)
         return 2
@@ -218,4 +196,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve() if sys.argv[1:] == ["--serve"] else main())

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from .config import DataConfig, LoaderConfig
 from .decompose import Split
+from .input_shard import write_whole
 from .ledger import Ledger
 from .order.config import OrderConfig
 from .reader import SequenceReader
-from .shards import SHARD_DTYPE, sha256_of, shard_name
+from .shards import SHARD_DTYPE, sha256_of, shard_name, sync
 from .store import LocalStore, Store, differs, open_store
 from .tokenize import TOKENIZER_FILE, DocumentTokenizer
 
@@ -110,12 +111,15 @@ class Manifest:
     store: Store = field(repr=False)
     """Where the data lies."""
 
-    def write(self, file: Path) -> None:
-        """Write `manifest.json` as `file`; `shards.npy` is there already, as its hash is in `files`."""
+    def write(self, directory: Path) -> None:
+        """Write `manifest.json` into the directory, whole, when the `files`, which are there, are on the disk."""
         content = {**vars(self), "ledger": self.ledger.to_json()}
         del content["shards"], content["store"]
         content["sha256"] = _hash_of(json.loads(json.dumps(content)))  # as it will be read: keys become text
-        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        for name in self.files:
+            sync(directory / name)
+        text = json.dumps(content, indent=1) + "\n"
+        write_whole(directory / MANIFEST_FILE, lambda file: file.write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, store: Store) -> "Manifest":

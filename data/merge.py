@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .config import DataConfig
-from .input_shard import books_file, counts_file, write_whole
+from .input_shard import books_file, counts_file
 from .ledger import Ledger
 from .manifest import (
     INPUTS_FILE,
@@ -34,14 +34,18 @@ def merge(config: DataConfig, partial: Path) -> Manifest:
     directory = Path(config.directory)
     if not (partial / MANIFEST_FILE).exists():
         _write_manifest(config, partial)
+    give_name(partial, directory)
+    return open_prepared(directory)
+
+
+def give_name(partial: Path, directory: Path) -> None:
+    """Let finished data appear; its manifest is there, so nothing of the work is needed again."""
     sync(partial)
-    # The manifest is there, so nothing of the work is needed again.
     shutil.rmtree(partial / "work", ignore_errors=True)
     if directory.exists():
         directory.rmdir()  # an empty one may be filled
     partial.rename(directory)
     sync(directory.parent)
-    return open_prepared(directory)
 
 
 def _write_manifest(config: DataConfig, partial: Path) -> None:
@@ -92,6 +96,4 @@ def _write_manifest(config: DataConfig, partial: Path) -> None:
         shards=table,
         store=LocalStore(partial),
     )
-    for name in manifest.files:
-        sync(partial / name)
-    write_whole(partial / MANIFEST_FILE, manifest.write)
+    manifest.write(partial)

@@ -26,8 +26,8 @@ from ..parallel.cp.visible import Sight
 from ..parallel.mesh import Mesh, megatron_config
 from ..parallel.zero import DeepSpeedEngine, zero_engine
 from .config import Recipe
-from .guards import check_attention
-from .schedules import agree
+from .guards import check_agreement, check_attention
+from .schedules import agree, named_grids
 
 
 @dataclass(frozen=True)
@@ -76,26 +76,29 @@ class Place:
 def places(recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: Console | None = None) -> dict[int, Place]:
     """A place for sequences of each of these lengths, with the process groups that they need. Collective.
 
-    `console`, of one rank, is told which grids the cost model took. Raises ValueError when attention over several ranks
-    turns out not to be that of one.
+    `console`, of one rank, is told which grids the cost model took. Raises ValueError when ranks divide sequences
+    differently, and when attention over several ranks turns out not to be that of one.
     """
+    check_agreement(recipe, lengths, named_grids(recipe, lengths))  # `agree` may measure, which takes all ranks
     grids = agree(recipe, mesh, lengths, console)
+    check_agreement(recipe, lengths, grids)
     groups: dict[int, CpGroup] = {}
-    for degree in sorted({grid.size for grid in grids.values()}):
-        used = [grid for grid in grids.values() if grid.size == degree]
-        groups[degree] = open_group(mesh.neighbours[degree], used, timeout_s=recipe.parallel.cp.timeout_s)
+    for size in sorted({grid.size for grid in grids.values()}):
+        used = [grid for grid in grids.values() if grid.size == size]
+        groups[size] = open_group(mesh.neighbours[size], used, timeout_s=recipe.parallel.cp.timeout_s)
     whole = partial(attention_of_one, recipe.train.attention_backend, mesh.device)
     found = {}
     for length in lengths:
-        group = groups.get(recipe.parallel.context_parallel(length))
-        if group is None:
+        degree = recipe.parallel.context_parallel(length)
+        if degree == 1:
             found[length] = _place(length, recipe, mesh, 1, SeqLayout.contiguous(length), whole)
             continue
+        group = groups[degree]
         windows = {kind.window: grid for kind, grid in grids.items() if kind.sequence_tokens == length}
         spread = partial(attention_of_many, recipe, group, windows)
         if recipe.parallel.cp.guards:
             check_attention(recipe, mesh, group, spread, whole)
-        found[length] = _place(length, recipe, mesh, group.size, zigzag(length, group.rank, group.size), spread(length))
+        found[length] = _place(length, recipe, mesh, degree, zigzag(length, group.rank, degree), spread(length))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Checks before the first step that attention over several ranks is the attention of one.
+"""Checks before the first step: all ranks divide sequences alike, and attention over several is that of one.
 
 They cost a few passes of a model of a few layers over a short sequence, and find what would otherwise be found after
 weeks: a rank whose positions are off by a chunk still trains, only worse.
@@ -7,8 +7,10 @@ weeks: a rank whose positions are off by a chunk still trains, only worse.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
@@ -17,17 +19,50 @@ from torch import Tensor, nn
 from ..kernels.layout import SeqLayout
 from ..model.attention import AttentionFunction
 from ..model.transformer import Transformer
+from ..parallel.cp.grid import CpGrid
 from ..parallel.cp.group import CpGroup
 from ..parallel.cp.layout import zigzag
 from ..parallel.mesh import Mesh, megatron_config
 from .config import Recipe
+from .schedules import Kind
 
-CHUNK_TOKENS = 13
-"""Of the probe's sequence, for each of 2 cp chunks; odd, so that documents and blocks end anywhere."""
+TOKENS_PER_RANK = 26
+"""Of the probe's sequence: two chunks of an odd length, so that documents and blocks end anywhere; with sequence
+parallelism the next multiple of parallel.tensor."""
 VOCABULARY = 128
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.03}
 """Largest relative difference of losses and gradient. Right attention came to 5e-7 and 9e-3, the faults that
 tests/launch/test_guards.py plants to 0.06 and more."""
+
+
+def check_agreement(recipe: Recipe, lengths: Sequence[int], grids: Mapping[Kind, CpGrid | None]) -> None:
+    """Raise ValueError, on every rank of the world, unless all divide the sequences of each length alike. Collective.
+
+    `grids` are those known so far. Ranks that disagree would wait for each other's messages, or misread them.
+    """
+    mine = []
+    for length in lengths:
+        degree = recipe.parallel.context_parallel(length)
+        if degree == 1:
+            mine.append(f"{length} tokens on one rank")
+            continue
+        layouts = repr([zigzag(length, rank, degree).runs for rank in range(degree)]).encode()
+        taken = {kind.window: str(grid or "auto") for kind, grid in grids.items() if kind.sequence_tokens == length}
+        mine.append(
+            f"{length} tokens over {degree} ranks, layouts {hashlib.sha256(layouts).hexdigest()[:16]}, grids by window "
+            f"{taken}, {recipe.train.dtype}, narrow_results = {recipe.parallel.cp.narrow_results}"
+        )
+    said: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(said, mine)
+    others = [rank for rank, theirs in enumerate(said) if theirs != said[0]]
+    if others:
+        pairs = zip_longest(said[0], said[others[0]], fillvalue="no such length")
+        first, other = next((a, b) for a, b in pairs if a != b)
+        raise ValueError(
+            f"context parallelism: {len(others)} of {len(said)} ranks, the first of them rank {others[0]}, disagree "
+            f"with rank 0 about who holds which tokens or how attention is divided: {first} on rank 0, {other} on "
+            f"rank {others[0]}; do all nodes run the same code with the same recipe?"
+        )
 
 
 def check_attention(
@@ -40,15 +75,14 @@ def check_attention(
     """Raise ValueError, on every rank of the group, unless a small model computes over the group what it does on one.
 
     `spread(tokens)` and `whole` give attention for a layout, over the group and on this rank alone. Collective. Checked
-    are: all ranks mean the same layouts; no loss depends on a later token or on another document; loss and gradients
-    equal those of the sequence held whole.
+    are: no loss depends on a later token or on another document; loss and gradients equal those of the sequence held
+    whole.
     """
-    num_tokens = 2 * group.size * CHUNK_TOKENS
+    divisor = recipe.parallel.tensor if recipe.parallel.sequence_parallel else 1
+    num_tokens = group.size * math.ceil(TOKENS_PER_RANK / divisor) * divisor
     second = num_tokens // 3
     documents = (0, second)
-    layouts = [zigzag(num_tokens, rank, group.size).runs for rank in range(group.size)]
-    _agree(group, layouts)
-    mine = SeqLayout(layouts[group.rank], documents)
+    mine = SeqLayout(zigzag(num_tokens, group.rank, group.size).runs, documents)
     everything = SeqLayout(((0, num_tokens),), documents)
     attention = spread(num_tokens)(mine)
 
@@ -99,19 +133,6 @@ def check_attention(
     alone.sum().backward()
     _compare("loss", gathered(share), alone.detach(), dtype, group)
     _compare("gradient", gradient, _gradient(model), dtype, group)
-
-
-def _agree(group: CpGroup, layouts: list[tuple[tuple[int, int], ...]]) -> None:
-    """Every rank deals the sequence out alike."""
-    mine = hashlib.sha256(repr((group.global_ranks, layouts)).encode()).hexdigest()
-    theirs: list[str] = [""] * group.size
-    dist.all_gather_object(theirs, mine, group=_any_group(group))
-    for rank, digest in enumerate(theirs):
-        if digest != theirs[0]:
-            raise ValueError(
-                f"context parallelism: ranks {group.global_ranks[0]} and {group.global_ranks[rank]} disagree about who "
-                "holds which tokens: do all nodes run the same code with the same recipe?"
-            )
 
 
 def _compare(name: str, got: Tensor, expected: Tensor, dtype: torch.dtype, group: CpGroup) -> None:

@@ -19,7 +19,7 @@ from ..parallel.cp.choose import Priced, Question, choose
 from ..parallel.cp.cost import ASSUMED, Speed, Work
 from ..parallel.cp.grid import CpGrid
 from ..parallel.cp.probe import probe
-from ..parallel.cp.topology import PRESETS, Topology
+from ..parallel.cp.topology import PRESETS, Fabric, Topology
 from ..parallel.cp.visible import Sight
 from ..parallel.mesh import Mesh
 from .config import Recipe
@@ -85,7 +85,7 @@ def check(recipe: Recipe) -> None:
 
 
 def pick(recipe: Recipe, lengths: Sequence[int], topology: Topology, speed: Speed) -> list[Pick]:
-    """A grid for every kind of layers. Buckets that take equally many ranks share it, so that they share its groups."""
+    """A grid for every kind of layers: the one that the recipe names for its number of ranks, or the cheapest."""
     picks = []
     for kind in kinds(recipe, lengths):
         size = recipe.parallel.context_parallel(kind.sequence_tokens)
@@ -96,17 +96,22 @@ def pick(recipe: Recipe, lengths: Sequence[int], topology: Topology, speed: Spee
     return picks
 
 
+def named_grids(recipe: Recipe, lengths: Sequence[int]) -> dict[Kind, CpGrid | None]:
+    """The grid that the recipe names for every kind of layers; None: it leaves that to the cost model."""
+    return {
+        kind: recipe.parallel.cp.named_grid(recipe.parallel.context_parallel(kind.sequence_tokens))
+        for kind in kinds(recipe, lengths)
+    }
+
+
 def agree(recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: Console | None) -> dict[Kind, CpGrid]:
     """The grid of every kind of layers, the same on all ranks. Collective.
 
     Where the recipe leaves one to the cost model, rank 0 prices the family on the topology, measured or named, and
     tells the others. The run's directory keeps what was taken: a run that goes on, divided alike, goes on alike.
     """
-    wanted = kinds(recipe, lengths)
-    named = {
-        kind: recipe.parallel.cp.named_grid(recipe.parallel.context_parallel(kind.sequence_tokens)) for kind in wanted
-    }
-    left = [kind for kind, grid in named.items() if grid is None]
+    wanted = named_grids(recipe, lengths)
+    left = [kind for kind, grid in wanted.items() if grid is None]
     taken: list[dict[Kind, CpGrid]] = [{}]
     file, division = RunDirectory(recipe.run_directory).schedules_file, _division(recipe, mesh)
     if left and mesh.rank == 0:
@@ -127,14 +132,25 @@ def agree(recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: Console |
                 console.print(picks_table(picks, topology))
             _keep(file, division, taken[0])
         dist.broadcast_object_list(taken)
-    return {kind: grid or taken[0][kind] for kind, grid in named.items()}
+    return {kind: grid or taken[0][kind] for kind, grid in wanted.items()}
 
 
 def preset(name: str, recipe: Recipe, world_size: int) -> tuple[Topology, Speed]:
     """A named topology, as the ranks that share a sequence see it, and a GPU's assumed speed."""
-    topology = PRESETS[name](world_size)
-    # The ranks that share a sequence are every `tensor`-th: so many fewer of them are in a node.
-    return replace(topology, ranks_per_node=max(1, topology.ranks_per_node // recipe.parallel.tensor)), ASSUMED
+    topology, tensor = PRESETS[name](world_size), recipe.parallel.tensor
+    # The ranks that share a sequence are every `tensor`-th: so many fewer of them are in a node, or behind a port.
+    return replace(
+        topology,
+        ranks_per_node=max(1, topology.ranks_per_node // tensor),
+        inside=_every(tensor, topology.inside),
+        across=topology.across and _every(tensor, topology.across),
+    ), ASSUMED
+
+
+def _every(tensor: int, fabric: Fabric) -> Fabric:
+    """A fabric whose ends are every `tensor`-th; those between use it as much, so that a port they share is divided."""
+    ends = max(1, fabric.ends_per_port // tensor)
+    return replace(fabric, ends_per_port=ends, bytes_per_s=fabric.bytes_per_s * ends / fabric.ends_per_port)
 
 
 def _measured(recipe: Recipe, mesh: Mesh) -> tuple[Topology, Speed]:

@@ -21,23 +21,23 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..model.config import ModelConfig
 from ..parallel.cp.fit import Fit
 from ..parallel.cp.probe import Probe, probe
 from ..parallel.cp.topology import Fabric
 from .config import load_recipe
 from .ranks import as_rank
+from .schedules import work
 
 TIMEOUT = timedelta(minutes=5)
 
 
 def show_topology(recipe_file: str | None, overrides: Sequence[str], json_file: Path | None, console: Console) -> None:
     """Probe all ranks; rank 0 prints, and writes `json_file`. Collective. Without a recipe: heads of Llama-3-8B."""
-    heads, head_dim, dtype, tensor, backend = (32, 8), 128, torch.bfloat16, 1, "auto"
+    heads, head_dim, dtype, backend = (32, 8), 128, torch.bfloat16, "auto"
     if recipe_file is not None:
         recipe = load_recipe(recipe_file, overrides)
-        tensor = recipe.parallel.tensor
-        heads, head_dim = heads_of(recipe.model, tensor), recipe.model.head_dim
+        shape = work(recipe)
+        heads, head_dim = (shape.num_heads, shape.num_kv_heads), shape.head_dim
         dtype, backend = getattr(torch, recipe.train.dtype), recipe.train.attention_backend
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -51,11 +51,6 @@ def show_topology(recipe_file: str | None, overrides: Sequence[str], json_file: 
             console.print(table)
         if json_file is not None:
             json_file.write_text(found.to_json(), encoding="utf-8")
-
-
-def heads_of(model: ModelConfig, tensor: int) -> tuple[int, int]:
-    """Query and kv heads of one tensor-parallel rank."""
-    return model.num_heads // tensor, model.num_kv_heads // tensor
 
 
 def tables(found: Probe, tile: str, device: str) -> list[Table]:

@@ -11,18 +11,19 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import cp_virtual
 from cases import Case, inputs
+from virtual_ranks import RESULTS, Question, Tiles, Whole, share_of
 
 
-def question(mask: str) -> cp_virtual.Question:
-    return cp_virtual.Question(Case(mask, 512, 1, 4, 2, 16, "float32"), 4, cp_virtual.ALL)
+def question(mask: str) -> Question:
+    return Question(Case(mask, 512, 1, 4, 2, 16, "float32"), 4, cp_virtual.ALL)
 
 
 def one_kernel(
-    asked: cp_virtual.Question,
-) -> tuple[cp_virtual.Whole, tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    asked: Question,
+) -> tuple[Whole, tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
     tensors = tuple(x.detach() for x in inputs(asked.case, "cpu"))
-    exact = cp_virtual.Whole(asked, "cpu", "reference", tuple(x.double() for x in tensors)).results()
-    return cp_virtual.Whole(asked, "cpu", "torch_cpu", tensors), tensors, exact
+    exact = Whole(asked, "cpu", "reference", tuple(x.double() for x in tensors)).results()
+    return Whole(asked, "cpu", "torch_cpu", tensors), tensors, exact
 
 
 @pytest.mark.parametrize("mask", ["causal", "documents", "window"])
@@ -31,7 +32,7 @@ def test_tiles_add_up_to_one_kernel(member, mask):
     asked = question(mask)
     whole, tensors, exact = one_kernel(asked)
     problem = asked.problem(member, "torch_cpu")
-    tiles = cp_virtual.Tiles(problem, "cpu", tensors)
+    tiles = Tiles(problem, "cpu", tensors)
     for direction in ("forward", "backward"):
         assert tiles.num_pairs(direction) == whole.mask.num_pairs * asked.case.heads
     found = tiles.forward(None)
@@ -42,9 +43,9 @@ def test_tiles_add_up_to_one_kernel(member, mask):
         return
     for of, (out, lse), parts in zip(problem.layouts, found, grads, strict=True):
         for name, part in zip(("out", "dq", "dk", "dv"), (out, *parts), strict=True):
-            wanted = cp_virtual.share_of(exact[name], of)
+            wanted = share_of(exact[name], of)
             torch.testing.assert_close(part.double(), wanted, rtol=1e-4, atol=1e-5)
-        wanted = cp_virtual.share_of(exact["lse"].transpose(1, 2), of)
+        wanted = share_of(exact["lse"].transpose(1, 2), of)
         torch.testing.assert_close(lse.transpose(1, 2).double(), wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -54,7 +55,7 @@ def test_rows_say_what_is_right(member):
     _, tensors, exact = one_kernel(asked)
     problem = asked.problem(member, "torch_cpu")
     assert cp_virtual.in_process_row(problem, exact, tensors, "cpu")["right"] is True
-    for name in cp_virtual.RESULTS:
+    for name in RESULTS:
         wrong = {**exact, name: exact[name].clone()}
         last = (..., slice(-1, None)) if name == "lse" else (slice(None), slice(-1, None))
         wrong[name][last] += 1e-3  # the last token alone
@@ -68,7 +69,7 @@ def test_what_the_deadline_leaves_out_is_said():
     assert [row["note"] for row in rows] == ["left out: the time was spent"] * len(cp_virtual.ALL)
     assert {row["right"] for row in rows} == {None}
     [row] = cp_virtual.question_rows(
-        cp_virtual.Question(Case("causal", 512, 1, 3, 3, 16, "float32"), 4, ("ulysses",)),
+        Question(Case("causal", 512, 1, 3, 3, 16, "float32"), 4, ("ulysses",)),
         "cpu",
         "torch_cpu",
         float("inf"),

@@ -23,6 +23,7 @@ from ..decompose import SPLITS, Split
 from ..input_shard import books_file, counts_file, write_whole
 from ..ledger import Ledger, SplitLedger
 from ..manifest import INPUTS_FILE, MANIFEST_FILE, SHARDS_FILE, UNIGRAM_FILE, Manifest, file_hashes, settings_of
+from ..merge import give_name
 from ..packing import NO_DOCUMENT
 from ..shards import SHARD_DTYPE, BucketWriter, ShardName, sync
 from ..store import LocalStore
@@ -135,7 +136,7 @@ def finish(
     It may be killed and repeated at any point. `left_out` is (near-duplicate, document kept) [n, 2], `measured` what
     earlier stages have to say.
     """
-    directory, prepared = Path(order.directory), documents.manifest
+    prepared = documents.manifest
     if not (partial / MANIFEST_FILE).exists():
         for name in (TOKENIZER_FILE, INPUTS_FILE):
             shutil.copyfile(Path(data.directory, name), partial / name)
@@ -156,15 +157,8 @@ def finish(
             shards=table,
             store=LocalStore(partial),
         )
-        for name in manifest.files:
-            sync(partial / name)
-        write_whole(partial / MANIFEST_FILE, manifest.write)
-    sync(partial)
-    shutil.rmtree(partial / "work", ignore_errors=True)
-    if directory.exists():
-        directory.rmdir()  # an empty one may be filled
-    partial.rename(directory)
-    sync(directory.parent)
+        manifest.write(partial)
+    give_name(partial, Path(order.directory))
 
 
 def _sum_up(documents: Documents, partial: Path, left_out: NDArray[np.uint32]) -> tuple[Ledger, NDArray[np.void]]:

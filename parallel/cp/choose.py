@@ -65,9 +65,9 @@ class Question:
 
 
 def choose(size: int, question: Question) -> list[Priced]:
-    """The best grid of every division of `size` ranks that fits the heads, best first.
+    """The best grid of every division of `size` ranks that fits the heads and is priced (see `LARGE`), best first.
 
-    First every division is priced with its simplest moves; then all moves and orders of the best three. Raises
+    First each is priced with its simplest moves; then, of few ranks, all moves and orders of the best three. Raises
     ValueError for a topology that does not reach so far.
     """
     work, topology = question.work, question.topology

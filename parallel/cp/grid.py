@@ -142,7 +142,7 @@ def moves(base: CpGrid) -> Iterator[CpGrid]:
             if "direct" in (query_route, kv_route) and base.places > 2:
                 depths |= {2, max(base.query, base.kv) - 1}
             for order in orders:
-                for in_flight in sorted(depths - {0}):
+                for in_flight in sorted(depths):
                     yield replace(base, query_route=query_route, kv_route=kv_route, order=order, in_flight=in_flight)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from threading import Thread
 
+import torch
 import torch.distributed as dist
 
 from .grid import CpGrid
@@ -91,6 +92,7 @@ def open_group(global_ranks: Sequence[int], grids: Iterable[CpGrid], *, timeout_
         flows |= {"queries", "query_results"} if grid.query > 1 else set()
         flows |= {"keys", "key_results"} if grid.kv > 1 else set()
     channels: dict[Channel, dist.ProcessGroup] = {}
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     for flow in sorted(flows):
         for direction in ("up", "down"):
             # Only members take part in making a group: at 1,024 ranks each makes a few, not thousands.
@@ -101,9 +103,12 @@ def open_group(global_ranks: Sequence[int], grids: Iterable[CpGrid], *, timeout_
                 group_desc=f"{flow} {direction}",
             )
             assert isinstance(group, dist.ProcessGroup)
+            # NCCL makes a communicator of all members at its first use, and few members may use a channel first: of a
+            # ring's, "down" is used by its last rank and its first alone, which would wait for the others forever.
+            dist.all_reduce(torch.zeros(1, device=device), group=group)
             channels[flow, direction] = group
     watch = None
-    if any(dist.get_backend(group) == "nccl" for group in channels.values()):
+    if device.type == "cuda":
         watch = Watch(timeout_s)
         watch.start()
     return CpGroup(list(global_ranks).index(dist.get_rank()), tuple(global_ranks), channels, timeout_s, watch)

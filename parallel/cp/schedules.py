@@ -71,18 +71,17 @@ class Schedule:
         self.grid: CpGrid = grid
         self.direction: Pass = direction
         self.rank_layouts = layouts
-        self.layouts = [  # by place
-            joined(layouts[place * grid.heads :][: grid.heads]) for place in range(grid.places)
-        ]
+        self.layouts = [joined(layouts[place * grid.heads :][: grid.heads]) for place in range(grid.places)]
+        """By place."""
         self.legs: dict[Side, tuple[Leg, ...]] = {
             "queries": legs(grid.query_route, grid.query, grid.in_flight),
             "keys": legs(grid.kv_route, grid.kv, grid.in_flight),
         }
         self.tile_numbers = tile_order(grid.query, grid.kv, grid.order)
-        self.first = int(grid.heads > 1)  # the step of the first tile: heads are traded before
-        self.end = (
-            self.first + len(self.tile_numbers) + int(grid.places > 1)
-        )  # the step by which all results are at home
+        self.first = int(grid.heads > 1)
+        """Step of the first tile: heads are traded before."""
+        self.end = self.first + len(self.tile_numbers) + int(grid.places > 1)
+        """Step by which all results are at home."""
         self.first_use: dict[Side, dict[int, int]] = {"queries": {}, "keys": {}}
         self.last_use: dict[Side, dict[int, int]] = {"queries": {}, "keys": {}}
         for step, numbers in enumerate(self.tile_numbers, self.first):

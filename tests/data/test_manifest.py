@@ -36,7 +36,7 @@ def refusal(directory: Path) -> str:
 def test_load_gives_what_was_written(prepared: Path):
     manifest = open_prepared(prepared)
     before = (prepared / "manifest.json").read_bytes()
-    manifest.write(prepared / "manifest.json")
+    manifest.write(prepared)
     assert (prepared / "manifest.json").read_bytes() == before
     assert list(manifest.verify())[-1] == sum(file.stat().st_size for file in prepared.rglob("*.tar"))
 

@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from died import Died, die_after
 from longring.data import input_shard, merge, shards
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
 from longring.data.manifest import open_prepared
@@ -81,10 +82,6 @@ def test_killed_at_any_point_and_continued_gives_the_same_bytes(config: DataConf
     assert entries(tmp_path) == ["child.py", "corpus", "prepared", "reference"]
 
 
-class Died(BaseException):
-    """Stands for the end of a process; nothing catches it but the clean-up that a real end would not run."""
-
-
 @pytest.mark.parametrize("point", range(14))
 def test_stopped_before_any_rename_and_continued(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: int
@@ -93,22 +90,8 @@ def test_stopped_before_any_rename_and_continued(
     config = replace(config, input_shard_bytes=2**28)
     reference = replace(config, directory=str(tmp_path / "reference"))
     prepare(reference, Console(quiet=True), workers=1)
-    left = point
-    rename, rmtree = Path.rename, shutil.rmtree
-
-    def counted(function: Callable) -> Callable:
-        def call(*arguments, **options):
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise Died
-            return function(*arguments, **options)
-
-        return call
-
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", counted(rename))
-        patch.setattr(shutil, "rmtree", counted(rmtree))
+        die_after(point, patch)
         try:
             prepare(config, Console(quiet=True), workers=1)
         except Died:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from longring.kernels.layout import SeqLayout
 from longring.launch import build, guards
 from longring.launch.config import load_recipe
+from longring.launch.schedules import agree
 from longring.parallel.cp.attention import context_attention
 from longring.parallel.cp.execute import Problem
 from longring.parallel.cp.grid import CpGrid
@@ -51,14 +52,11 @@ def guarded(recipe_file, fault: str, dtype: str) -> str:
     recipe = load_recipe(recipe_file, ["parallel.tokens_per_rank=128", f"train.dtype={dtype}"])
     mesh = join(recipe.parallel, SIZE)
     group = open_group(mesh.neighbours[SIZE], [CpGrid.token_ring(SIZE)])
-    guards.zigzag = contiguous if fault == "layout" and dist.get_rank() == 2 else zigzag
     whole = lambda layout: build.attention_of_one("auto", torch.device("cpu"), layout)  # noqa: E731
     try:
         guards.check_attention(recipe, mesh, group, wrong(fault, group), whole)
     except ValueError as error:
         return str(error)
-    finally:
-        guards.zigzag = zigzag
     return "passed"
 
 
@@ -68,7 +66,6 @@ FOUND = {
     "order": "leaks|differs",
     "scale": "the loss of a small sequence differs|the gradient of a small sequence differs",
     "gradient": "the gradient of a small sequence differs",
-    "layout": "disagree about who holds which tokens",
 }
 
 
@@ -77,3 +74,63 @@ FOUND = {
 def test_guards(on_ranks, recipe_file, fault, dtype):
     for said in on_ranks(SIZE, guarded, recipe_file, fault, dtype):
         assert any(words in said for words in FOUND.get(fault, "passed").split("|")), said
+
+
+OTHERS = {
+    "length": ("256 tokens over 2 ranks", "512 tokens over 4 ranks"),
+    "layout": ("256 tokens over 2 ranks", "256 tokens over 2 ranks"),
+    "taken": ("{None: 'query=2'}", "{None: 'kv=2'}"),
+    "parallel.cp.schedule=ring": ("{None: 'query=2'}", "{None: 'kv=2'}"),
+    "parallel.cp.schedule=auto": ("{None: 'query=2'}", "{None: 'auto'}"),
+    "parallel.cp.narrow_results=false": ("narrow_results = True", "narrow_results = False"),
+    "train.dtype=bfloat16": ("float32", "bfloat16"),
+}
+"""What rank 2 has otherwise; what is said of rank 0 and of rank 2."""
+
+
+def divided(recipe_file, other: str) -> str:
+    """What is said, on this rank, before any group is made."""
+    settings = ["parallel.tokens_per_rank=128", "parallel.cp.schedule=token_ring"]
+    lengths = [64, 256, 512]
+    mesh = join(load_recipe(recipe_file, settings).parallel, SIZE)
+    if dist.get_rank() == 2:
+        settings += [other] * ("=" in other)
+        lengths = [64, 512] if other == "length" else lengths
+        guards.zigzag = contiguous if other == "layout" else zigzag
+        if other == "taken":
+            build.agree = lambda *arguments: dict.fromkeys(agree(*arguments), CpGrid.ring(2))
+    try:
+        build.places(load_recipe(recipe_file, settings), mesh, lengths)
+    except ValueError as error:
+        return str(error)
+    finally:
+        guards.zigzag, build.agree = zigzag, agree
+    return "passed"
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_rank_that_divides_sequences_otherwise_is_named(on_ranks, recipe_file, other):
+    for said in on_ranks(SIZE, divided, recipe_file, other):
+        assert "1 of 4 ranks, the first of them rank 2, disagree with rank 0 about who holds which tokens" in said
+        first, _, second = said.partition(" on rank 0, ")
+        assert all(words in part for words, part in zip(OTHERS[other], (first, second), strict=True)), said
+
+
+def guarded_slices(recipe_file) -> str:
+    recipe = load_recipe(
+        recipe_file,
+        [
+            "model.num_kv_heads=4",
+            "parallel.tokens_per_rank=256",
+            "parallel.tensor=4",
+            "parallel.sequence_parallel=true",
+            "parallel.cp.schedule=token_ring",
+        ],
+    )
+    mesh = join(recipe.parallel, recipe.max_context_parallel)
+    found = build.places(recipe, mesh, recipe.data.lengths)
+    return f"{found[512].context_parallel} ranks passed"
+
+
+def test_tensor_parallel_ranks_divide_the_sequence_too(on_ranks, recipe_file):
+    assert on_ranks(8, guarded_slices, recipe_file) == ["2 ranks passed"] * 8

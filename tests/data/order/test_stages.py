@@ -3,19 +3,20 @@
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from died import Died, die_after
 from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig, SourceConfig, TokenizerConfig
 from longring.data.cost import PAPER_1B
 from longring.data.decompose import SPLITS
@@ -247,38 +248,17 @@ def test_killed_at_any_point_and_continued_gives_the_same_bytes(prepared: DataCo
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["ordered", "work"]
 
 
-class Died(BaseException):
-    """Stands for the end of a process; nothing catches it but the clean-up that a real end would not run."""
-
-
 def test_stopped_before_any_rename_and_continued(prepared: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every step that others see is a rename or a removal: stop before one of them, without clean-up, go on."""
     reference, config = settings(tmp_path / "one"), settings(tmp_path / "stopped")
     order(prepared, reference, QUIET, workers=1)
-    rename, rmtree = Path.rename, shutil.rmtree
-    stops, left = 0, 0
-
-    def counted(function: Callable) -> Callable:
-        def call(*arguments, **options):
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise Died
-            return function(*arguments, **options)
-
-        return call
-
-    monkeypatch.setattr(Path, "rename", counted(rename))
-    monkeypatch.setattr(shutil, "rmtree", counted(rmtree))
+    stops = 0
     while not Path(config.directory).exists():
-        left = stops % 10  # further each time, so that in the end every task is done
-        stops += 1
         assert stops < 300
-        try:
+        with monkeypatch.context() as patch, suppress(Died):
+            die_after(stops % 10, patch)  # further each time, so that in the end every task is done
             order(prepared, config, QUIET, workers=1)
-        except Died:
-            continue
-    monkeypatch.undo()
+        stops += 1
     assert stops > 20
     assert tree(Path(config.directory)) == tree(Path(reference.directory))
 

@@ -1,0 +1,60 @@
+"""Which grid a run takes: for its ranks as they are now, not as they were at an earlier start."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from longring.launch import schedules
+from longring.launch.config import load_recipe
+from longring.launch.schedules import Kind
+from longring.parallel.cp.grid import CpGrid
+from longring.parallel.cp.topology import GB
+from longring.parallel.mesh import join
+
+SIZE = 4
+KEPT = "heads=2, in_flight=3"
+
+
+def taken(recipe_file, directory: str, settings: list[str]) -> str:
+    """For sequences of 512 tokens, on this rank."""
+    recipe = load_recipe(recipe_file, [f"run_directory={directory}", "parallel.cp.topology=nvswitch", *settings])
+    mesh = join(recipe.parallel, recipe.max_context_parallel)
+    return str(schedules.agree(recipe, mesh, recipe.data.lengths, None)[Kind(512, None)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [
+        ([], None),
+        (["parallel.zero_stage=3"], None),
+        (["parallel.tokens_per_rank=128"], 4),
+        (["parallel.tensor=2"], 2),
+        (["parallel.cp.topology=full_mesh"], 2),
+        (["parallel.cp.narrow_results=false"], 2),
+    ],
+    ids=["alike", "another ZeRO stage", "other ranks", "other heads", "another topology", "wider results"],
+)
+def test_what_an_earlier_start_took_is_taken_again_by_one_divided_alike(
+    on_ranks, recipe_file, tmp_path, settings, size
+):
+    first = ["parallel.tokens_per_rank=256"]
+    assert KEPT not in on_ranks(SIZE, taken, recipe_file, str(tmp_path), first)
+    file = tmp_path / "schedules.json"
+    [(division, entries)] = json.loads(file.read_text()).items()
+    file.write_text(json.dumps({division: [{**entry, "grid": KEPT} for entry in entries]}))
+    found = on_ranks(SIZE, taken, recipe_file, str(tmp_path), [*first, *settings])
+    assert set(found) == {found[0]}
+    if size is None:
+        assert found[0] == KEPT
+    else:
+        assert found[0] != KEPT
+        assert CpGrid.parse(found[0]).size == size
+        assert len(json.loads(file.read_text())) == 2, "both are kept"
+
+
+def test_a_damaged_record_of_grids_is_named(tmp_path):
+    file = tmp_path / "schedules.json"
+    file.write_text("{")
+    with pytest.raises(ValueError, match=f"{file} is damaged: .*; remove it"):
+        schedules._kept(file, "4 ranks")
