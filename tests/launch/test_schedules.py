@@ -9,7 +9,6 @@ from longring.launch import schedules
 from longring.launch.config import load_recipe
 from longring.launch.schedules import Kind
 from longring.parallel.cp.grid import CpGrid
-from longring.parallel.cp.topology import GB
 from longring.parallel.mesh import join
 
 SIZE = 4
