@@ -25,7 +25,7 @@ from one_rank import one_rank
 from rich.console import Console
 from rich.table import Table
 
-SIZES = [(128, 3), (256, 6), (512, 8), (768, 12)]
+SIZES = [(128, 3), (256, 6), (512, 8), (768, 12), (1024, 24)]
 TOKENS = 256
 DATA = "0" * 64
 
