@@ -23,7 +23,8 @@ from longring.data.config import DataConfig, TokenizerConfig
 from longring.data.manifest import MANIFEST_FILE
 from longring.data.order import neighbors
 from longring.data.order.config import OrderConfig
-from longring.data.order.stages import STAGES, Work
+from longring.data.order.stages import STAGES
+from longring.data.order.work import Work
 from longring.data.prepare import prepare
 from longring.data.shards import sha256_of
 from rich import box
@@ -48,7 +49,7 @@ def stage_rates(folder: Path) -> list[dict[str, Any]]:
     for stage in STAGES:
         started, tasks = time.process_time(), stage.tasks(work)
         for number in range(tasks):
-            stage.do(work, number)
+            stage.do(work, number, lambda _: None)
         seconds = time.process_time() - started
         if tasks:
             documents, tokens = manifest.ledger.documents, manifest.ledger.tokens
@@ -83,7 +84,7 @@ def index_rates(folder: Path, count: int) -> dict[str, Any]:
     trained, part, merged = (folder / f"{name}.faiss" for name in ("trained", "part", "merged"))
     timed("train", lambda: neighbors.train_index(found, numbers, trained))
     timed("fill", lambda: neighbors.fill_index(trained, found[numbers], numbers, part))
-    timed("merge", lambda: neighbors.merge_index(trained, [part], merged))
+    timed("merge", lambda: neighbors.merge_index(trained, [part], folder / "merged.lists", merged))
     index = neighbors.merged_index(merged)
     sample = np.linspace(0, count - 1, neighbors.RECALL_QUERIES).astype(np.int64)
     queries = np.union1d(sample, numbers[:: max(1, count // 4_096)])

@@ -16,7 +16,7 @@ from sklearn.feature_extraction.text import TfidfTransformer
 from threadpoolctl import threadpool_limits
 
 from .config import LongDocuments, OrderConfig
-from .documents import Documents
+from .documents import Documents, load
 
 FEATURES_BITS = 18
 """Tokens and pairs of adjacent ones are counted under 2^18 hashed numbers."""
@@ -46,7 +46,7 @@ class HashedEncoder:
     """Hashed n-grams with TF-IDF and a truncated SVD."""
 
     def __init__(self, file: Path, long_documents: LongDocuments, window_tokens: int):
-        with np.load(file) as fitted:
+        with load(file) as fitted:
             self._weights, self._components = fitted["idf"], fitted["components"]
         self._windows = long_documents, window_tokens
 
@@ -58,9 +58,8 @@ class HashedEncoder:
             yield _averaged(unit(counts @ self._components), owners, len(batch))
 
 
-def fit(documents: Documents, config: OrderConfig, file: Path) -> None:
-    """Fit the default encoder on a sample of the train documents and write it to `file`."""
-    train = np.flatnonzero(~documents.column("held_out"))
+def fit(documents: Documents, train: NDArray[np.integer], config: OrderConfig, file: Path) -> None:
+    """Fit the default encoder on a sample of the documents `train` and write it to `file`."""
     sample = train[np.unique(np.linspace(0, len(train) - 1, min(len(train), FIT_DOCUMENTS)).astype(np.int64))]
     windows = config.long_documents, config.window_tokens
     counts = sparse.vstack([_counts(batch, *windows)[0] for batch in _batches(documents, sample)], format="csr")

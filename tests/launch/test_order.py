@@ -24,6 +24,7 @@ from longring.launch.train import train
 from longring.parallel.mesh import join
 from plain_model import plain_losses
 from rich.console import Console
+from small_checkpoint import whole
 
 SETTINGS = [
     "data.rest=pack",
@@ -102,25 +103,24 @@ def test_the_loss_is_the_mean_of_trained_targets_on_any_division(on_ranks, order
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
 
     # Held-out sequences tied as the evaluation ties them, on the run's own weights.
-    saved = torch.load(tmp_path / "run/checkpoints/step-00000005/mp_rank_00_model_states.pt", weights_only=False)
-    if recipe.parallel.tensor == 1 and "tensor" not in str(DIVISIONS[division]):
-        weights = {name: value.double() for name, value in saved["module"].items() if torch.is_tensor(value)}
-        manifest = open_prepared(recipe.training_directory)
-        knots = Knots(recipe.knots, manifest.tokenizer(), recipe.train.seed)
-        [bucket] = manifest.buckets("held_out")
-        rows, masks = manifest.reader(bucket).read(range(bucket.sequences)), []
-        for number in range(bucket.sequences):
-            tied = knots.tie(rows[number], number)
-            rows[number], mask = tied or (rows[number], np.ones(bucket.length, dtype=np.bool_))
-            masks.append(mask)
-        losses = plain_losses(weights, torch.from_numpy(rows.astype(np.int64)), recipe.model).numpy()
-        mask = np.array(masks)
-        assert result["tokens"] == mask.sum() < mask.size
-        assert result["loss"] == pytest.approx(losses[mask].mean(), rel=1e-5)
-        for part in result["buckets"][0]["by_position"]:
-            here = (slice(None), slice(part["from"], part["to"]))
-            assert part["tokens"] == mask[here].sum()
-            assert part["loss"] == pytest.approx(losses[here][mask[here]].mean(), rel=1e-5)
+    saved = whole(tmp_path / "run/checkpoints/step-00000005")
+    weights = {name: torch.from_numpy(saved[f"{name}/weight"]).double() for name in weights}
+    manifest = open_prepared(recipe.training_directory)
+    knots = Knots(recipe.knots, manifest.tokenizer(), recipe.train.seed)
+    [bucket] = manifest.buckets("held_out")
+    rows, masks = manifest.reader(bucket).read(range(bucket.sequences)), []
+    for number in range(bucket.sequences):
+        tied = knots.tie(rows[number], number)
+        rows[number], mask = tied or (rows[number], np.ones(bucket.length, dtype=np.bool_))
+        masks.append(mask)
+    losses = plain_losses(weights, torch.from_numpy(rows.astype(np.int64)), recipe.model).numpy()
+    mask = np.array(masks)
+    assert result["tokens"] == mask.sum() < mask.size
+    assert result["loss"] == pytest.approx(losses[mask].mean(), rel=1e-5)
+    for part in result["buckets"][0]["by_position"]:
+        here = (slice(None), slice(part["from"], part["to"]))
+        assert part["tokens"] == mask[here].sum()
+        assert part["loss"] == pytest.approx(losses[here][mask[here]].mean(), rel=1e-5)
 
 
 def masked_and_reset(recipe_file: Path, overrides: list[str]) -> tuple[np.ndarray, np.ndarray, int]:

@@ -45,7 +45,7 @@ def test_default_is_tf_idf_and_svd_of_token_n_grams(
     there are documents, so that the SVD keeps everything; here hashing makes no difference."""
     monkeypatch.setattr(embed, "BATCH_TOKENS", 300)
     config = OrderConfig(embedding_dimensions=200, window_tokens=window, long_documents=long_documents)  # type: ignore[arg-type]
-    embed.fit(documents, config, tmp_path / "encoder.npz")
+    embed.fit(documents, np.flatnonzero(~documents.column("held_out")), config, tmp_path / "encoder.npz")
     found = encoded(embed.make_encoder(config, tmp_path / "encoder.npz", 0), documents)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
     windows, owners = [], []

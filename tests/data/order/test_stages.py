@@ -26,7 +26,8 @@ from longring.data.order import stages
 from longring.data.order.config import KnotsConfig, OrderConfig
 from longring.data.order.documents import Documents
 from longring.data.order.knots import Knots
-from longring.data.order.stages import STAGES, Work, order
+from longring.data.order.stages import STAGES, order
+from longring.data.order.work import Work
 from longring.data.packing import NO_DOCUMENT
 from longring.data.prepare import prepare
 from longring.data.shards import sha256_of
@@ -345,10 +346,7 @@ def test_other_contexts_find_the_path_as_it_was(prepared: DataConfig, tmp_path: 
     monkeypatch.setattr(
         stages,
         "STAGES",
-        [
-            replace(stage, do=lambda work, number, stage=stage: done.append(stage.name) or stage.do(work, number))
-            for stage in STAGES
-        ],
+        [replace(stage, do=lambda *task, stage=stage: done.append(stage.name) or stage.do(*task)) for stage in STAGES],
     )
     longer = settings(tmp_path, directory=str(tmp_path / "longer"), mode="fill_long_buckets", document_masks=True)
     order(prepared, longer, QUIET, workers=1)
@@ -507,7 +505,7 @@ def test_data_that_lacks_documents_is_refused(prepared: DataConfig, tmp_path: Pa
         order(prepared, settings(tmp_path, context_tokens=48), QUIET)
     with pytest.raises(ValueError, match=r"order\.mode is 'off'"):
         order(prepared, OrderConfig(), QUIET)
-    with pytest.raises(ValueError, match="--stage walk: the stages are documents, fit, embed"):
+    with pytest.raises(ValueError, match="--stage walk: the stages are documents, split, fit, embed"):
         order(prepared, settings(tmp_path), QUIET, only="walk")
 
 
