@@ -110,6 +110,11 @@ class Manifest:
     store: Store = field(repr=False)
     """Where the data lies."""
 
+    @property
+    def needs_starts(self) -> bool:
+        """Whether who trains has to know where documents begin: for masks, or for positions."""
+        return self.has_boundaries or bool(self.order and self.order["position_resets"])
+
     def write(self, file: Path) -> None:
         """Write `manifest.json` as `file`; `shards.npy` is there already, as its hash is in `files`."""
         content = {**vars(self), "ledger": self.ledger.to_json()}

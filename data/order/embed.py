@@ -87,7 +87,10 @@ class ModelEncoder:
         try:
             self._model = SentenceTransformer(name, device=device)
         except (OSError, ValueError) as error:
-            raise ValueError(f"order.encoder = {name!r} cannot be loaded: {error}") from error
+            raise ValueError(
+                f"order.encoder = {name!r} cannot be loaded: {error}\nName a model that this machine reaches or a "
+                "directory that has one, or none for the default encoder"
+            ) from error
         self._head = long_documents == "head"
         tokenizer = self._model.tokenizer
         limit = self._model.max_seq_length or tokenizer.model_max_length

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ..decompose import SPLITS
 from ..manifest import Manifest
@@ -17,7 +18,7 @@ from .report import FIRST_LINE_TOKENS, REPORT_FILE, first_line
 
 BAR = 30
 TITLE = 44
-"""Characters of a title that are shown: its last, as its first are the corpus'."""
+"""Characters of a title that are shown: the record's number and the end of its file's name."""
 
 
 def show_order(manifest: Manifest, console: Console) -> None:
@@ -111,12 +112,17 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _documents_table(title: str, *numbers: str) -> Table:
-    table = _table(title, *numbers)
-    table.add_column("document", no_wrap=True, min_width=TITLE)
-    table.add_column("first line", no_wrap=True, overflow="ellipsis", style="dim")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number in numbers:
+        table.add_column(number, justify="right", no_wrap=True)
+    table.add_column("document", no_wrap=True)
+    table.add_column("first line", style="dim")  # the one that gives way to the console's width
     return table
 
 
-def _described(entry: dict[str, str]) -> tuple[str, str]:
-    title = entry["title"] if len(entry["title"]) <= TITLE else "…" + entry["title"][1 - TITLE :]
-    return escape(title), escape(entry["first_line"])
+def _described(entry: dict[str, str]) -> tuple[str, Text]:
+    title = entry["title"]
+    if len(title) > TITLE:
+        record = title.partition(" of ")[0]
+        title = f"{record} …{title[len(record) + 2 - TITLE :]}"
+    return escape(title), Text(entry["first_line"], no_wrap=True, overflow="ellipsis")

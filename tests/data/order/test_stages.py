@@ -469,7 +469,7 @@ def test_inspect_shows_pairs_path_and_a_context(
     pieces = manifest.reader(bucket).pieces([number])[0]
     assert len(pieces) > 1
     for _, record, offset, _ in pieces.tolist():
-        assert manifest.origin(0, record)[-40:] in part
+        assert manifest.origin(0, record)[-30:] in part
         if not offset:
             text = manifest.tokenizer().tokenizer.decode(streams(prepared)[record])
             assert text[:30].strip() in part
