@@ -191,11 +191,12 @@ def recall(
     ids = np.full((len(sample), count), -1, dtype=np.int64)
     for start in range(0, len(numbers), block):
         some = numbers[start : start + block].astype(np.int64)
-        similarity = queries @ embeddings[some].T
-        similarity[sample[:, None] == some] = -np.inf
-        together = np.concatenate([best, similarity], axis=1)
-        chosen = np.argpartition(-together, min(count, together.shape[1] - 1), axis=1)[:, :count]
-        names = np.concatenate([ids, np.broadcast_to(some, similarity.shape)], axis=1)
+        asked = min(count + 1, len(some))
+        similarity, places = faiss.knn(queries, embeddings[some], asked, metric=faiss.METRIC_INNER_PRODUCT)
+        names = some[places]
+        similarity[names == sample[:, None]] = -np.inf
+        together, names = np.concatenate([best, similarity], axis=1), np.concatenate([ids, names], axis=1)
+        chosen = np.argsort(-together, axis=1, kind="stable")[:, :count]
         best, ids = np.take_along_axis(together, chosen, axis=1), np.take_along_axis(names, chosen, axis=1)
         tell(min(1, (start + block) / len(numbers)))
     ids[np.isneginf(best)] = -1
