@@ -55,7 +55,7 @@ class HashedEncoder:
         for batch in _batches(documents, numbers):
             counts, owners = _counts(batch, *self._windows)
             counts.data = (1 + np.log(counts.data)) * self._weights[counts.indices]
-            yield _averaged(unit(counts @ self._components), owners, len(batch))
+            yield _averaged(counts @ self._components, owners, len(batch))
 
 
 def fit(documents: Documents, train: NDArray[np.integer], config: OrderConfig, file: Path) -> None:
@@ -104,9 +104,7 @@ class ModelEncoder:
                 for window in self._cut(text):
                     windows.append(window)
                     owners.append(owner)
-            vectors = self._model.encode(
-                windows, batch_size=BATCH_WINDOWS, normalize_embeddings=True, show_progress_bar=False
-            )
+            vectors = self._model.encode(windows, batch_size=BATCH_WINDOWS, show_progress_bar=False)
             yield _averaged(np.asarray(vectors, dtype=np.float32), np.array(owners), len(batch))
 
     def _cut(self, text: str) -> list[str]:
@@ -132,9 +130,9 @@ def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _averaged(windows: NDArray[np.float32], owners: NDArray[np.int64], count: int) -> NDArray[np.float32]:
-    """Return the unit vector of each owner's mean of unit vectors [windows, d] -> [count, d]."""
+    """Return for each owner the unit vector of the mean of its windows' directions: [windows, d] -> [count, d]."""
     sums = np.zeros((count, windows.shape[1]), dtype=np.float32)
-    np.add.at(sums, owners, windows)
+    np.add.at(sums, owners, unit(windows))
     return unit(sums)
 
 
