@@ -3,7 +3,10 @@
     .venv/bin/python benchmarks/order_rates.py [--quick] [--json FILE]
 
 - stages: Python's standard library, prepared, through every stage in one process; CPU seconds of each;
-- index: IVF-PQ over clustered unit vectors of 128 dimensions: filled, searched and compared with the exact search.
+- index: IVF-PQ over clustered unit vectors of 128 dimensions: filled, searched and compared with the exact search, and
+  the histogram of the neighbours' cosines;
+- open: a document read when nothing is open: its tables and its tar shard are mapped, as for a document of a context
+  that comes from another input shard than all before.
 """
 
 import argparse
@@ -20,10 +23,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import faiss
 import numpy as np
 from longring.data.config import DataConfig, TokenizerConfig
-from longring.data.manifest import MANIFEST_FILE
-from longring.data.order import neighbors
+from longring.data.manifest import MANIFEST_FILE, open_prepared
+from longring.data.order import duplicates, neighbors
 from longring.data.order.config import OrderConfig
-from longring.data.order.stages import STAGES, Work
+from longring.data.order.stages import STAGES
+from longring.data.order.work import Work
 from longring.data.prepare import prepare
 from longring.data.shards import sha256_of
 from rich import box
@@ -48,7 +52,7 @@ def stage_rates(folder: Path) -> list[dict[str, Any]]:
     for stage in STAGES:
         started, tasks = time.process_time(), stage.tasks(work)
         for number in range(tasks):
-            stage.do(work, number)
+            stage.do(work, number, lambda _: None)
         seconds = time.process_time() - started
         if tasks:
             documents, tokens = manifest.ledger.documents, manifest.ledger.tokens
@@ -61,6 +65,21 @@ def stage_rates(folder: Path) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def open_milliseconds(folder: Path) -> float:
+    """Elapsed time, not CPU: much of it is the file system's."""
+    manifest = open_prepared(folder / "data")
+    [tables] = (folder / "data.order").glob("documents-*")
+    buckets = [bucket for bucket in manifest.buckets("train") if bucket.sequences]
+    started, count = time.perf_counter(), 0
+    for bucket in buckets:
+        for number in range(min(bucket.sequences, 64)):
+            for name in ("000000.npy", "000000.parts.npy"):
+                np.load(tables / name, mmap_mode="r")
+            manifest.reader(bucket).read([number])
+            count += 1
+    return (time.perf_counter() - started) / count * 1e3
 
 
 def index_rates(folder: Path, count: int) -> dict[str, Any]:
@@ -83,12 +102,18 @@ def index_rates(folder: Path, count: int) -> dict[str, Any]:
     trained, part, merged = (folder / f"{name}.faiss" for name in ("trained", "part", "merged"))
     timed("train", lambda: neighbors.train_index(found, numbers, trained))
     timed("fill", lambda: neighbors.fill_index(trained, found[numbers], numbers, part))
-    timed("merge", lambda: neighbors.merge_index(trained, [part], merged))
+    timed("merge", lambda: neighbors.merge_index(trained, [part], folder / "merged.lists", merged))
     index = neighbors.merged_index(merged)
     sample = np.linspace(0, count - 1, neighbors.RECALL_QUERIES).astype(np.int64)
     queries = np.union1d(sample, numbers[:: max(1, count // 4_096)])
     ids, _ = timed("search", lambda: neighbors.nearest(index, found, queries, COUNT, exact=False))
     place = {int(query): row for row, query in enumerate(queries)}
+    cosines = generator.random(ids.shape, dtype=np.float32)
+    tokens = np.arange(64)
+    duplicates.histogram(iter([(queries, ids, cosines)]), lambda _: tokens, 0.7)  # its samples are there
+    again = [(queries, ids, cosines)] * 20
+    timed("histogram", lambda: duplicates.histogram(iter(again), lambda _: tokens, 0.7))
+    recall = timed("recall", lambda: neighbors.recall(found, numbers, lambda one: ids[place[one]], COUNT))
     return {
         "vectors": count,
         "lists": index.nlist,
@@ -97,7 +122,9 @@ def index_rates(folder: Path, count: int) -> dict[str, Any]:
         "fill_per_s": count / clock["fill"],
         "search_per_s": len(queries) / clock["search"],
         "bytes_per_vector": (part.stat().st_size - trained.stat().st_size) / count,
-        "recall": neighbors.recall(found, numbers, lambda one: ids[place[one]], COUNT),
+        "recall": recall,
+        "recall_vectors_per_s": count / clock["recall"],
+        "histogram_pairs_per_s": ids.size * len(again) / clock["histogram"],
     }
 
 
@@ -110,6 +137,7 @@ def main() -> int:
     faiss.omp_set_num_threads(1)
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
         stages = stage_rates(Path(one))
+        milliseconds = open_milliseconds(Path(one))
         index = index_rates(Path(two), 20_000 if options.quick else 200_000)
     table = Table(
         title="Stages over Python's standard library, one core",
@@ -126,8 +154,10 @@ def main() -> int:
     Console().print(table)
     for key, value in index.items():
         print(f"index: {key.replace('_', ' ')} {value:,.2f}" if isinstance(value, float) else f"index: {key} {value:,}")
+    print(f"open: {milliseconds:.2f} ms a document")
     if options.json:
-        options.json.write_text(json.dumps({"stages": stages, "index": index}, indent=1) + "\n")
+        found = {"stages": stages, "index": index, "open_milliseconds": milliseconds}
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 

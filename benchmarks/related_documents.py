@@ -1,11 +1,12 @@
 """What lies in one context, and what a small model makes of it.
 
     .venv/bin/python benchmarks/related_documents.py [--quick] [--json FILE] [--corpus FILE] [--only PART]
+        [--encoder NAME --long-documents head]
 
 1. Python's standard library, whose packages are a truth that the method does not know, and a text in WikiText's form
    (`--corpus`, articles that begin with " = Title = "): contexts by the path, by kNN groups and at random, of the same
    documents. Share of neighbouring documents of one context that are of one package (of those in any); mean cosine of
-   two documents of a context, and of two of neighbouring contexts.
+   two documents of a context, and of two of neighbouring contexts. `--encoder`: vectors by that model.
 2. launch/recipes/related.toml on random contexts, ordered ones, and filled long buckets, for the same tokens, seeds
    0, 1, ...: loss on held-out contexts (along the path, the same for all) by position; and for documents whose package
    appeared earlier in their context: with what stands before them, and with the same number of tokens of another
@@ -73,8 +74,10 @@ def packages_of(manifest: Manifest) -> list[str]:
     ]
 
 
-def compare_orders(folder: Path, source: SourceConfig, max_tokens: int) -> list[dict[str, Any]]:
-    """Rows of the table of orders for one corpus."""
+def compare_orders(
+    folder: Path, source: SourceConfig, max_tokens: int, vectors: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Rows of the table of orders for one corpus, whose `vectors` are made by these settings."""
     data = DataConfig(
         directory=str(folder / "data"),
         source=source,
@@ -87,7 +90,7 @@ def compare_orders(folder: Path, source: SourceConfig, max_tokens: int) -> list[
     prepare(data, QUIET)
     rows = []
     for by in ("path", "knn", "random"):
-        config = OrderConfig(mode="in_context", by=by, directory=str(folder / by), neighbors=20)
+        config = OrderConfig(mode="in_context", by=by, directory=str(folder / by), neighbors=20, **vectors)
         manifest = order(data, config, QUIET, workers=1)
         assert manifest is not None
         packages = packages_of(manifest)
@@ -271,20 +274,23 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows of the tables")
     parser.add_argument("--corpus", type=Path, metavar="FILE", help="a text in WikiText's form, beside the library")
     parser.add_argument("--only", choices=("orders", "training"), help="one of the two parts")
+    parser.add_argument("--encoder", default="", metavar="NAME", help="as order.encoder, for the comparison of orders")
+    parser.add_argument("--long-documents", choices=("windows", "head"), default="windows")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args()
     result: dict[str, Any] = {}
+    vectors = {"encoder": options.encoder, "long_documents": options.long_documents}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if options.only != "training":
             (folder / "stdlib").mkdir()
-            result["stdlib"] = compare_orders(folder / "stdlib", SourceConfig(), 32_768)
+            result["stdlib"] = compare_orders(folder / "stdlib", SourceConfig(), 32_768, vectors)
             show_orders("Python's standard library", result["stdlib"])
             if options.corpus:
                 (folder / "corpus").mkdir()
                 source = wiki_articles(options.corpus, folder / "corpus")
-                result["corpus"] = compare_orders(folder / "corpus", source, 16_384)
+                result["corpus"] = compare_orders(folder / "corpus", source, 16_384, vectors)
                 show_orders(options.corpus.name, result["corpus"])
         if options.only != "orders":
             seeds, steps = (1, 10) if options.quick else (options.seeds, options.steps)

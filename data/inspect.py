@@ -16,7 +16,7 @@ from .cost import ModelSize, attention_share, speed_up
 from .curriculum import schedule
 from .ledger import Ledger
 from .manifest import Bucket, Manifest
-from .order.report import show_order
+from .order.show import show_order
 
 SAMPLE_TOKENS = 48
 SAMPLED_SEQUENCES = 256

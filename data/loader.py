@@ -32,8 +32,8 @@ class MicroBatch:
     """[sequences, length + 1], in the dtype they are stored in: inputs are [:, :-1], targets [:, 1:]."""
 
     document_starts: tuple[tuple[int, ...], ...] | None
-    """Where documents begin in each row, ascending and from 0; None for data without boundaries, one document a row
-    or several that attention does not tell apart."""
+    """Where documents begin in each row, ascending and from 0; None where neither attention nor positions tell
+    documents apart."""
 
     trained: NDArray[np.bool_] | None = None
     """[sequences, length], which targets the loss counts; None for all."""
@@ -72,7 +72,7 @@ class Loader:
         knots: Knots | None = None,
     ):
         self.order = order
-        self._boundaries = manifest.has_boundaries
+        self._needs_starts = manifest.needs_starts
         self._knots = knots
         self._config = config
         self._share_of = share_of
@@ -111,7 +111,7 @@ class Loader:
         if self._pin_memory:
             dtype = torch.from_numpy(np.empty(0, dtype=reader.dtype)).dtype
             rows = torch.empty(len(indices), reader.length + 1, dtype=dtype, pin_memory=True).numpy()
-        rows, starts, trained = read_rows(reader, indices, self._boundaries, self._knots, out=rows)
+        rows, starts, trained = read_rows(reader, indices, self._needs_starts, self._knots, out=rows)
         return MicroBatch(
             step=step,
             micro_step=micro_step,
@@ -125,7 +125,7 @@ class Loader:
 def read_rows(
     reader: SequenceReader,
     indices: NDArray[np.int64],
-    boundaries: bool,
+    needs_starts: bool,
     knots: Knots | None,
     out: NDArray[np.unsignedinteger] | None = None,
 ) -> tuple[NDArray[np.unsignedinteger], tuple[tuple[int, ...], ...] | None, NDArray[np.bool_] | None]:
@@ -134,7 +134,7 @@ def read_rows(
     As MicroBatch has them. Attention sees all of a tied sequence, whose chunks belong to each other.
     """
     rows = reader.read(indices, out=out)
-    starts = reader.document_starts(indices) if boundaries else None
+    starts = reader.document_starts(indices) if needs_starts else None
     trained = None
     if knots is not None:
         trained = np.ones((len(rows), reader.length), dtype=np.bool_)

@@ -111,6 +111,11 @@ class Manifest:
     store: Store = field(repr=False)
     """Where the data lies."""
 
+    @property
+    def needs_starts(self) -> bool:
+        """Whether who trains has to know where documents begin: for masks, or for positions."""
+        return self.has_boundaries or bool(self.order and self.order["position_resets"])
+
     def write(self, directory: Path) -> None:
         """Write `manifest.json` into the directory, whole, when the `files`, which are there, are on the disk."""
         content = {**vars(self), "ledger": self.ledger.to_json()}

@@ -20,15 +20,19 @@ class SeqLayout:
     document_starts: tuple[int, ...] = (0,)
     """Positions of the whole context, ascending from 0, at which a document begins; not only those held here."""
 
+    position_starts: tuple[int, ...] = (0,)
+    """Positions from which RoPE counts from 0 again; the causal mask goes by the context's own positions."""
+
     def __post_init__(self) -> None:
         previous_stop = 0
         for start, stop in self.runs:
             if not previous_stop <= start < stop:
                 raise ValueError(f"layout: runs must ascend and be non-empty, got {self.runs}")
             previous_stop = stop
-        starts = self.document_starts
-        if not starts or starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
-            raise ValueError(f"layout: document starts must ascend from 0, got {starts[:8]}{'...' * (len(starts) > 8)}")
+        for kind, starts in (("document", self.document_starts), ("position", self.position_starts)):
+            if not starts or starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
+                shown = f"{starts[:8]}{'...' * (len(starts) > 8)}"
+                raise ValueError(f"layout: {kind} starts must ascend from 0, got {shown}")
 
     @classmethod
     def contiguous(cls, num_tokens: int) -> SeqLayout:
@@ -50,6 +54,14 @@ class SeqLayout:
         """Positions in the context, int64 `[num_tokens]`."""
         return torch.cat([torch.arange(start, stop, device=device) for start, stop in self.runs])
 
+    def rotary_positions(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """Positions that RoPE turns by, int64 `[num_tokens]`: those since the last of `position_starts`."""
+        positions = self.positions(device)
+        if self.position_starts == (0,):
+            return positions
+        starts = torch.tensor(self.position_starts, device=device)
+        return positions - starts[torch.searchsorted(starts, positions, right=True) - 1]
+
     def row_of(self, position: int) -> int:
         """Index into the sequence dim of a position held here. Raises ValueError for one that is not."""
         row = 0
@@ -67,4 +79,4 @@ class SeqLayout:
             if first < last:
                 runs.append((first, last))
             row += stop - start
-        return SeqLayout(tuple(runs), self.document_starts)
+        return SeqLayout(tuple(runs), self.document_starts, self.position_starts)

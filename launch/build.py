@@ -40,6 +40,10 @@ class Place:
     sequences_per_replica: int
     layout: SeqLayout
     """Of one sequence, as if it were one document."""
+    document_masks: bool
+    """Whether attention keeps the documents apart that a sequence is known to have."""
+    position_resets: bool
+    """Whether RoPE counts from the start of each of them."""
     attention: Callable[[SeqLayout], AttentionFunction]
 
     def model_inputs(
@@ -48,21 +52,27 @@ class Place:
         """Tokens, targets, layout and attention for this rank's share of sequences `[b, length + 1]`.
 
         Where the rows have `document_starts`, one tuple a row, whole sequences are laid end to end as one of b = 1,
-        since a batch shares one mask; RoPE tells distances only, so positions that run on change nothing.
+        since a batch shares one mask. Positions run on from row to row: RoPE tells distances only.
         """
         # Whole rows travel, as stored: they may lie in page-locked memory, and the copy is then not waited for.
         whole = torch.from_numpy(rows).to(device, non_blocking=True).long()
         positions = self.layout.positions(device)
         tokens, targets = whole[:, positions], whole[:, positions + 1]
         layout = self.layout
-        if document_starts is not None and self.context_parallel > 1:
-            [starts] = document_starts  # a ring holds one sequence at a time
-            layout = SeqLayout(layout.runs, starts)
-        elif document_starts is not None:
-            length = layout.num_tokens
-            starts = tuple(row * length + start for row, found in enumerate(document_starts) for start in found)
-            layout = SeqLayout(((0, len(rows) * length),), starts)
-            tokens, targets = tokens.reshape(1, -1), targets.reshape(1, -1)
+        if document_starts is not None:
+            runs, whole_rows = layout.runs, (0,)
+            if self.context_parallel > 1:
+                [starts] = document_starts  # a ring holds one sequence at a time
+            else:
+                length = layout.num_tokens
+                runs, whole_rows = ((0, len(rows) * length),), tuple(range(0, len(rows) * length, length))
+                starts = tuple(
+                    row + start for row, found in zip(whole_rows, document_starts, strict=True) for start in found
+                )
+                tokens, targets = tokens.reshape(1, -1), targets.reshape(1, -1)
+            layout = SeqLayout(
+                runs, starts if self.document_masks else whole_rows, starts if self.position_resets else (0,)
+            )
         return tokens, targets, layout, self.attention(layout)
 
     def trained(self, trained: NDArray[np.bool_] | None, losses: Tensor) -> Tensor:
@@ -116,6 +126,8 @@ def _place(
         num_replicas=mesh.data_size // degree,
         sequences_per_replica=recipe.parallel.sequences_per_replica(length),
         layout=layout,
+        document_masks=recipe.order.mode == "off" or recipe.order.document_masks,
+        position_resets=recipe.order.position_resets,
         attention=attention,
     )
 

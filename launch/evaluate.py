@@ -135,7 +135,7 @@ def _sums_by_position(
         mine = first + here.replica * here.sequences_per_replica + np.arange(here.sequences_per_replica)
         # The last micro-batch is filled up with sequence 0, which then does not count.
         indices = np.where(mine < num_sequences, mine, 0)
-        rows, document_starts, trained = read_rows(reader, indices, manifest.has_boundaries, knots)
+        rows, document_starts, trained = read_rows(reader, indices, manifest.needs_starts, knots)
         counted = torch.from_numpy(mine < num_sequences).to(mesh.device).double()[:, None]
         inputs = here.model_inputs(rows, document_starts, mesh.device)
         with torch.no_grad():

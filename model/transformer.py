@@ -85,7 +85,7 @@ class Transformer(nn.Module):
         x = self.embedding(tokens)
         if not self.sequence_parallel:
             x = x.transpose(0, 1).contiguous()  # with it, the embedding gives [s / tp, b, hidden] already
-        rope = rope_table(layout.positions(tokens.device), self.config.head_dim, self.config.rope_base)
+        rope = rope_table(layout.rotary_positions(tokens.device), self.config.head_dim, self.config.rope_base)
         for block in self.blocks:
             x = block(x, rope, attention)
         return self.head(self.norm(x), targets)

@@ -10,13 +10,17 @@ from longring.model.config import ModelConfig
 from torch import Tensor
 
 
-def plain_losses(w: dict[str, Tensor], rows: Tensor, m: ModelConfig) -> Tensor:
-    """Loss of every token [b, L] of whole sequences [b, L + 1], in the dtype of the weights."""
+def plain_losses(w: dict[str, Tensor], rows: Tensor, m: ModelConfig, positions: Tensor | None = None) -> Tensor:
+    """Loss of every token [b, L] of whole sequences [b, L + 1], in the dtype of the weights.
+
+    RoPE turns by `positions` [b, L], or by 0 ... L - 1.
+    """
     tokens, targets = rows[:, :-1], rows[:, 1:]
     g, d, length = m.num_heads // m.num_kv_heads, m.head_dim, tokens.shape[1]
     norm = lambda x, weight: x * (x.square().mean(-1, keepdim=True) + m.norm_epsilon).rsqrt() * weight  # noqa: E731
-    angle = torch.arange(length).double()[:, None] * m.rope_base ** -(torch.arange(0, d, 2).double() / d)
-    cos, sin = (t.to(w["norm.weight"].dtype)[None, :, None] for t in (angle.cos(), angle.sin()))
+    positions = torch.arange(length)[None] if positions is None else positions
+    angle = positions.double()[..., None] * m.rope_base ** -(torch.arange(0, d, 2).double() / d)
+    cos, sin = (t.to(w["norm.weight"].dtype)[:, :, None] for t in (angle.cos(), angle.sin()))
 
     def rope(x: Tensor) -> Tensor:
         a, b = x[..., : d // 2], x[..., d // 2 :]

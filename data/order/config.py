@@ -40,8 +40,11 @@ class OrderConfig:
     data.max_bucket_tokens."""
 
     document_masks: bool = False
-    """Whether attention keeps the documents of a context apart; positions then count from each one's start, as RoPE
-    sees only distances. The paper does not."""
+    """Whether attention keeps the documents of a context apart. The paper does not."""
+
+    position_resets: bool = False
+    """Whether RoPE counts positions from each document's start. The paper does not. With document_masks it makes no
+    difference, as RoPE sees distances only."""
 
     encoder: str = ""
     """A sentence-transformers or Hugging Face model, by name or directory (the paper's: facebook/contriever-msmarco).

@@ -5,9 +5,11 @@ alone, and each part says where it came from. So nothing of the sources is read 
 document costs a table entry of 21 bytes and 32 for each of its parts.
 """
 
+import zipfile
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +31,19 @@ and where in it."""
 def save(file: Path, array: NDArray) -> None:
     """Write an array as an npy file, whole or not at all."""
     write_whole(file, lambda begun: np.save(begun, array))
+
+
+def load(file: Path, *, mapped: bool = False) -> Any:
+    """Read what a stage wrote as npy or npz, or map it. Raises ValueError when it is damaged."""
+    try:
+        return np.load(file, mmap_mode="r" if mapped else None)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise damaged(file, error) from error
+
+
+def damaged(file: Path, error: Exception) -> ValueError:
+    """Return what to raise for a stage's file that cannot be read."""
+    return ValueError(f"{file} is damaged ({error}); delete it, and the same command makes it anew")
 
 
 def write_tables(manifest: Manifest, folder: Path, number: int) -> None:
@@ -116,7 +131,7 @@ class Documents:
 
     def shard_column(self, number: int, name: str) -> NDArray:
         """Return one field of the entries of an input shard's documents."""
-        return np.load(self._folder / f"{number:06d}.npy")[name]
+        return load(self._folder / f"{number:06d}.npy")[name]
 
     def column(self, name: str) -> NDArray:
         """Return one field of every document's entry."""
@@ -161,7 +176,7 @@ class Documents:
 
     def _open(self, number: int) -> tuple[NDArray, NDArray]:
         names = f"{number:06d}.npy", f"{number:06d}.parts.npy"
-        table, parts = (np.load(self._folder / name, mmap_mode="r") for name in names)
+        table, parts = (load(self._folder / name, mapped=True) for name in names)
         return table, parts
 
 

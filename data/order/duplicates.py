@@ -57,6 +57,7 @@ def histogram(
     counts = np.zeros(BINS, dtype=np.int64)
     # Of each bin the pairs with the smallest keys: a sample that does not depend on how the lists come.
     samples = [np.empty((0, 3), dtype=np.uint64) for _ in range(BINS)]
+    limits = np.full(BINS, np.iinfo(np.uint64).max)
     for documents, ids, cosines in lists:
         bins = np.minimum(((cosines - FIRST_COSINE) * 100).astype(np.float64), BINS - 1)
         rows, slots = np.nonzero((ids != NO_DOCUMENT) & (bins >= 0))
@@ -64,10 +65,15 @@ def histogram(
         counts += np.bincount(numbers, minlength=BINS)
         pairs = np.stack([documents[rows].astype(np.uint64), ids[rows, slots].astype(np.uint64)], axis=1)
         keys = mix_bits(mix_bits(pairs[:, 0]) ^ pairs[:, 1])
+        # Once a bin has its sample few keys are smaller than its largest.
+        [smaller] = np.nonzero(keys < limits[numbers])
+        numbers, pairs, keys = numbers[smaller], pairs[smaller], keys[smaller]
         for number in np.unique(numbers).tolist():
             here = numbers == number
             known = np.concatenate([samples[number], np.column_stack([keys[here], pairs[here]])])
-            samples[number] = known[np.argsort(known[:, 0], kind="stable")[:SAMPLED_PAIRS]]
+            samples[number] = known = known[np.argsort(known[:, 0], kind="stable")[:SAMPLED_PAIRS]]
+            if len(known) == SAMPLED_PAIRS:
+                limits[number] = known[-1, 0]
     compared = [[shared(tokens(int(a)), tokens(int(b))) >= overlap for _, a, b in sample] for sample in samples]
     return Histogram(counts, np.array([len(one) for one in compared]), np.array([sum(one) for one in compared]))
 

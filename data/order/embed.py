@@ -16,7 +16,7 @@ from sklearn.feature_extraction.text import TfidfTransformer
 from threadpoolctl import threadpool_limits
 
 from .config import LongDocuments, OrderConfig
-from .documents import Documents
+from .documents import Documents, load
 
 FEATURES_BITS = 18
 """Tokens and pairs of adjacent ones are counted under 2^18 hashed numbers."""
@@ -46,7 +46,7 @@ class HashedEncoder:
     """Hashed n-grams with TF-IDF and a truncated SVD."""
 
     def __init__(self, file: Path, long_documents: LongDocuments, window_tokens: int):
-        with np.load(file) as fitted:
+        with load(file) as fitted:
             self._weights, self._components = fitted["idf"], fitted["components"]
         self._windows = long_documents, window_tokens
 
@@ -55,12 +55,11 @@ class HashedEncoder:
         for batch in _batches(documents, numbers):
             counts, owners = _counts(batch, *self._windows)
             counts.data = (1 + np.log(counts.data)) * self._weights[counts.indices]
-            yield _averaged(unit(counts @ self._components), owners, len(batch))
+            yield _averaged(counts @ self._components, owners, len(batch))
 
 
-def fit(documents: Documents, config: OrderConfig, file: Path) -> None:
-    """Fit the default encoder on a sample of the train documents and write it to `file`."""
-    train = np.flatnonzero(~documents.column("held_out"))
+def fit(documents: Documents, train: NDArray[np.integer], config: OrderConfig, file: Path) -> None:
+    """Fit the default encoder on a sample of the documents `train` and write it to `file`."""
     sample = train[np.unique(np.linspace(0, len(train) - 1, min(len(train), FIT_DOCUMENTS)).astype(np.int64))]
     windows = config.long_documents, config.window_tokens
     counts = sparse.vstack([_counts(batch, *windows)[0] for batch in _batches(documents, sample)], format="csr")
@@ -88,7 +87,10 @@ class ModelEncoder:
         try:
             self._model = SentenceTransformer(name, device=device)
         except (OSError, ValueError) as error:
-            raise ValueError(f"order.encoder = {name!r} cannot be loaded: {error}") from error
+            raise ValueError(
+                f"order.encoder = {name!r} cannot be loaded: {error}\nName a model that this machine reaches or a "
+                "directory that has one, or none for the default encoder"
+            ) from error
         self._head = long_documents == "head"
         tokenizer = self._model.tokenizer
         limit = self._model.max_seq_length or tokenizer.model_max_length
@@ -102,9 +104,7 @@ class ModelEncoder:
                 for window in self._cut(text):
                     windows.append(window)
                     owners.append(owner)
-            vectors = self._model.encode(
-                windows, batch_size=BATCH_WINDOWS, normalize_embeddings=True, show_progress_bar=False
-            )
+            vectors = self._model.encode(windows, batch_size=BATCH_WINDOWS, show_progress_bar=False)
             yield _averaged(np.asarray(vectors, dtype=np.float32), np.array(owners), len(batch))
 
     def _cut(self, text: str) -> list[str]:
@@ -130,9 +130,9 @@ def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _averaged(windows: NDArray[np.float32], owners: NDArray[np.int64], count: int) -> NDArray[np.float32]:
-    """Return the unit vector of each owner's mean of unit vectors [windows, d] -> [count, d]."""
+    """Return for each owner the unit vector of the mean of its windows' directions: [windows, d] -> [count, d]."""
     sums = np.zeros((count, windows.shape[1]), dtype=np.float32)
-    np.add.at(sums, owners, windows)
+    np.add.at(sums, owners, unit(windows))
     return unit(sums)
 
 

@@ -11,7 +11,7 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,12 @@ length is 0 it was left out, and the number is the record of the near-duplicate 
 PART_SHARDS = 4
 """A part has about so many full shards."""
 
+TOLD_SEQUENCES = 256
+"""Sequences between two words on how far a part is."""
+
 
 def lay(data: DataConfig, order: OrderConfig, documents: Documents, path: NDArray[np.uint32], partial: Path) -> None:
     """Write the layout of both splits, and into how many parts the work is divided."""
-    if documents.first_record[-1] >= NO_DOCUMENT:
-        raise ValueError(f"{data.directory} has {documents.first_record[-1]} records; a context names at most 2^32 - 2")
     pairs, held_out = documents.column("pairs"), documents.column("held_out")
     lengths, tokens = order.lengths(data), 0
     for split in SPLITS:
@@ -66,8 +67,15 @@ def num_parts(partial: Path) -> int:
     return json.loads((partial / "work" / "parts.json").read_text())
 
 
-def make_part(data: DataConfig, order: OrderConfig, documents: Documents, partial: Path, number: int) -> None:
-    """Write part `number` of every bucket of both splits."""
+def make_part(
+    data: DataConfig,
+    order: OrderConfig,
+    documents: Documents,
+    partial: Path,
+    number: int,
+    tell: Callable[[float], None],
+) -> None:
+    """Write part `number` of every bucket of both splits, telling which part of it is done."""
     manifest, parts = documents.manifest, num_parts(partial)
     begun = partial / "work" / f"part-{number:06d}"
     shutil.rmtree(begun, ignore_errors=True)
@@ -75,6 +83,7 @@ def make_part(data: DataConfig, order: OrderConfig, documents: Documents, partia
     ledger, counts = Ledger(), np.zeros(manifest.vocab_size, dtype=np.int64)
     placed: list[tuple[int, int, int]] = []
     tables = []
+    buckets = len(SPLITS) * len(order.lengths(data))
     for split in SPLITS:
         layout = Layout.load(partial / "work" / "layout", split, order.lengths(data))
         for length in order.lengths(data):
@@ -84,6 +93,8 @@ def make_part(data: DataConfig, order: OrderConfig, documents: Documents, partia
             places = np.arange(first, last)
             with writer:
                 for place, sequence in enumerate(stored(layout, length, order.seed, split, places).tolist(), first):
+                    if not place % TOLD_SEQUENCES:
+                        tell((len(tables) + (place - first) / (last - first)) / buckets)
                     tokens, pieces = read_sequence(documents, layout, length, sequence, manifest.boundary_id)
                     begin = [document for document, offset, _ in pieces if not offset and document != NO_DOCUMENT]
                     placed += [(document, length, place) for document in begin]
@@ -141,7 +152,8 @@ def finish(
         for name in (TOKENIZER_FILE, INPUTS_FILE):
             shutil.copyfile(Path(data.directory, name), partial / name)
         ledger, table = _sum_up(documents, partial, left_out)
-        make_report(data, order, documents, embeddings, partial, path, lists, measured)
+        by_source = {"sources": _by_source(documents, left_out)}
+        make_report(data, order, documents, embeddings, partial, path, lists, {**measured, **by_source})
         manifest = Manifest(
             files=file_hashes(partial, PLACEMENT_FILE, REPORT_FILE),
             vocab_size=prepared.vocab_size,
@@ -159,6 +171,23 @@ def finish(
         )
         manifest.write(partial)
     give_name(partial, Path(order.directory))
+
+
+def _by_source(documents: Documents, left_out: NDArray[np.uint32]) -> dict[str, dict[str, int]]:
+    """Return of each source its documents and tokens, and of them the near-duplicates left out."""
+    pairs, gone = documents.column("pairs"), np.sort(left_out[:, 0])
+    found, shard = {}, 0
+    for name, num_shards in documents.manifest.sources.items():
+        begin, end = documents.first[[shard, shard + num_shards]].tolist()
+        mine = gone[slice(*np.searchsorted(gone, [begin, end]).tolist())]
+        found[name] = {
+            "documents": end - begin,
+            "tokens": int(pairs[begin:end].sum()),
+            "near_duplicate_documents": len(mine),
+            "near_duplicate_tokens": int(pairs[mine].sum()),
+        }
+        shard += num_shards
+    return found
 
 
 def _sum_up(documents: Documents, partial: Path, left_out: NDArray[np.uint32]) -> tuple[Ledger, NDArray[np.void]]:

@@ -6,6 +6,7 @@ faiss sees any. The cosines of what it finds are then computed from the vectors 
 either side, and a threshold on them means what it says.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from faiss.contrib.ondisk import merge_ondisk
 from numpy.typing import NDArray
 
 from ..reader import MAX_OPEN_SHARDS
+from ..shards import sync
+from .documents import damaged, load
 from .path import NO_DOCUMENT
 
 PROBES = 64
@@ -26,6 +29,9 @@ SAMPLES_PER_LIST = 48
 
 DIMENSIONS_PER_CODE = 3
 """One byte for so many dimensions: the paper's 256 bytes for 768."""
+
+GPU_CODE_BYTES = frozenset((1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96))
+"""Sizes of PQ codes that faiss' own GPU kernels search. An index of others, as the paper's 256, stays on the CPU."""
 
 OVERSAMPLED = 2
 """IVF-PQ is asked for so many times the neighbours; the nearest by their exact cosines stay."""
@@ -50,13 +56,15 @@ class Embeddings:
         """Return the vectors of documents `numbers` [n]: [n, dimensions]."""
         found = np.empty((len(numbers), self.dimensions), dtype=np.float32)
         shards = np.searchsorted(self._first, numbers, side="right") - 1
-        for shard in np.unique(shards).tolist():
-            here = shards == shard
+        # Sorted, not looked for shard by shard: of 10^4 shards a block of neighbours has some of each.
+        order = np.argsort(shards, kind="stable")
+        for here in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(order) else ():
+            shard = int(shards[here[0]])
             found[here] = self._block(shard)[numbers[here] - self._first[shard]]
         return found
 
     def _open(self, number: int) -> NDArray[np.float16]:
-        return np.load(self._folder / f"{number:06d}.npy", mmap_mode="r")
+        return load(self._folder / f"{number:06d}.npy", mapped=True)
 
 
 @lru_cache(maxsize=1)
@@ -76,48 +84,57 @@ def code_bytes(dimensions: int) -> int:
     return next(size for size in range(most, 0, -1) if dimensions % size == 0)
 
 
-def train_index(embeddings: Embeddings, numbers: NDArray[np.int64], file: Path) -> None:
+def train_index(embeddings: Embeddings, numbers: NDArray[np.integer], file: Path) -> None:
     """Write an empty IVF-PQ index for documents `numbers`, trained on a sample of them."""
     lists, dimensions = num_lists(len(numbers)), embeddings.dimensions
     # The clustering asks for at least 39 vectors for each of a code's 256 values.
     size = min(len(numbers), max(SAMPLES_PER_LIST * lists, 39 * 256))
-    sample = embeddings[numbers[np.linspace(0, len(numbers) - 1, size).astype(np.int64)]]
+    sample = embeddings[numbers[np.linspace(0, len(numbers) - 1, size).astype(np.int64)].astype(np.int64)]
     index = faiss.IndexIVFPQ(
         faiss.IndexFlatIP(dimensions), dimensions, lists, code_bytes(dimensions), 8, faiss.METRIC_INNER_PRODUCT
     )
     index.cp.min_points_per_centroid = 1  # a warning less: the sample is what there is
     index.pq.cp.min_points_per_centroid = 1
     if faiss.get_num_gpus():
-        on_gpus: Any = faiss.index_cpu_to_all_gpus(index)
-        on_gpus.train(sample)
-        index = faiss.index_gpu_to_cpu(on_gpus)
-    else:
-        index.train(sample)
+        # The lists' centres are what takes long, and codes of any size can be trained on the CPU.
+        clustering: Any = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(dimensions))
+        index.clustering_index = clustering
+    index.train(sample)
     faiss.write_index(index, str(file))
 
 
 def fill_index(trained: Path, vectors: NDArray[np.float32], numbers: NDArray[np.int64], file: Path) -> None:
     """Write the trained index with one input shard's vectors."""
-    index = faiss.read_index(str(trained))
+    index = _read(trained)
     index.add_with_ids(vectors, numbers)
     faiss.write_index(index, str(file))
 
 
-def merge_index(trained: Path, parts: list[Path], file: Path) -> None:
-    """Write the parts as one index that stays on disk, its lists beside it."""
-    index = faiss.read_index(str(trained))
-    merge_ondisk(index, [str(part) for part in parts], str(file.with_suffix(".lists")))
-    begun = file.with_name(f".{file.name}")
-    faiss.write_index(index, str(begun))
-    begun.rename(file)
+def merge_index(trained: Path, parts: list[Path], lists: Path, file: Path) -> None:
+    """Write the parts as one index that stays on disk: `file`, and its `lists`, which it names."""
+    index = _read(trained)
+    merge_ondisk(index, [str(part) for part in parts], str(lists))
+    sync(lists)
+    faiss.write_index(index, str(file))
 
 
 @lru_cache(maxsize=2)
 def merged_index(file: Path) -> Any:
     """Return the merged index, opened once a process; on the GPUs where there are any."""
-    index: Any = faiss.read_index(str(file))  # its lists stay on disk, mapped
+    index = _read(file)  # its lists stay on disk, mapped
     index.nprobe = min(PROBES, index.nlist)
-    return faiss.index_cpu_to_all_gpus(index) if faiss.get_num_gpus() else index
+    if not (faiss.get_num_gpus() and index.code_size in GPU_CODE_BYTES):
+        return index
+    options: Any = faiss.GpuMultipleClonerOptions()
+    options.useFloat16 = True  # tables of codes from 56 bytes on do not fit into shared memory otherwise
+    return faiss.index_cpu_to_all_gpus(index, co=options)
+
+
+def _read(file: Path) -> Any:
+    try:
+        return faiss.read_index(str(file))
+    except RuntimeError as error:
+        raise damaged(file, error) from error
 
 
 def exact_index(embeddings: Embeddings, numbers: NDArray[np.int64]) -> Any:
@@ -154,26 +171,34 @@ def nearest(
 
 
 def recall(
-    embeddings: Embeddings, numbers: NDArray[np.int64], found_of: Any, count: int, block: int = 1 << 16
+    embeddings: Embeddings,
+    numbers: NDArray[np.integer],
+    found_of: Callable[[int], NDArray[np.uint32]],
+    count: int,
+    *,
+    block: int = 1 << 16,
+    tell: Callable[[float], None] = lambda _: None,
 ) -> float:
     """Return the part of the exact nearest of some of documents `numbers` that `found_of(document)` has.
 
-    1 where there are no documents.
+    1 where there are no documents. `tell` learns which part of them has been compared.
     """
     if not len(numbers):
         return 1.0
-    sample = numbers[np.unique(np.linspace(0, len(numbers) - 1, RECALL_QUERIES).astype(np.int64))]
+    sample = numbers[np.unique(np.linspace(0, len(numbers) - 1, RECALL_QUERIES).astype(np.int64))].astype(np.int64)
     queries = embeddings[sample]
     best = np.full((len(sample), count), -np.inf, dtype=np.float32)
     ids = np.full((len(sample), count), -1, dtype=np.int64)
     for start in range(0, len(numbers), block):
-        some = numbers[start : start + block]
-        similarity = queries @ embeddings[some].T
-        similarity[sample[:, None] == some] = -np.inf
-        together = np.concatenate([best, similarity], axis=1)
-        chosen = np.argpartition(-together, min(count, together.shape[1] - 1), axis=1)[:, :count]
-        names = np.concatenate([ids, np.broadcast_to(some, similarity.shape)], axis=1)
+        some = numbers[start : start + block].astype(np.int64)
+        asked = min(count + 1, len(some))
+        similarity, places = faiss.knn(queries, embeddings[some], asked, metric=faiss.METRIC_INNER_PRODUCT)
+        names = some[places]
+        similarity[names == sample[:, None]] = -np.inf
+        together, names = np.concatenate([best, similarity], axis=1), np.concatenate([ids, names], axis=1)
+        chosen = np.argsort(-together, axis=1, kind="stable")[:, :count]
         best, ids = np.take_along_axis(together, chosen, axis=1), np.take_along_axis(names, chosen, axis=1)
+        tell(min(1, (start + block) / len(numbers)))
     ids[np.isneginf(best)] = -1
     hits = sum(
         len(set(exact[exact >= 0]) & set(found_of(int(query)).tolist()))

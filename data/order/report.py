@@ -1,4 +1,4 @@
-"""What an ordering found, in `order.json`, and how `longring inspect` shows it."""
+"""What an ordering found, in `order.json`. How `longring inspect` shows it: show.py."""
 
 import json
 from collections.abc import Iterable
@@ -7,13 +7,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from ..config import DataConfig
-from ..decompose import SPLITS
 from ..manifest import Manifest
 from ..packing import NO_DOCUMENT
 from .config import OrderConfig
@@ -26,7 +21,6 @@ SAMPLED_CONTEXTS = 256
 SHOWN_DOCUMENTS = 6
 SHOWN_NEIGHBORS = 3
 FIRST_LINE_TOKENS = 32
-BAR = 30
 
 
 def make_report(
@@ -128,77 +122,3 @@ def first_line(manifest: Manifest, tokens: NDArray[np.unsignedinteger]) -> str:
     """Return the first line that has letters of a document's first tokens."""
     text = manifest.tokenizer().tokenizer.decode([token for token in tokens.tolist() if token != manifest.boundary_id])
     return next((line.strip() for line in text.splitlines() if any(map(str.isalnum, line))), text.strip())
-
-
-def show_order(manifest: Manifest, console: Console) -> None:
-    """Print what an ordering found: near-duplicates, neighbours, the path, a context's documents."""
-    report = json.loads(manifest.store.path(REPORT_FILE, manifest.files[REPORT_FILE]).read_text(encoding="utf-8"))
-    assert manifest.order is not None, "of ordered data"
-    console.print(f"\n[bold]Ordered by {manifest.order['by']}, mode {manifest.order['mode']}[/bold]")
-    how = "by IVF-PQ" if report["approximate"] else "exactly"
-    recall = ", ".join(f"{split.replace('_', ' ')} {report['recall'][split]:.1%}" for split in SPLITS)
-    console.print(f"Neighbours were searched {how}; recall of the exact ones: {recall}.", highlight=False)
-    console.print(duplicates_table(report["duplicates"]))
-    for entry in report["neighbors"]:
-        console.print(f"\n{_described(entry)}", highlight=False)
-        for other in entry["neighbors"]:
-            console.print(f"  {other['similarity']:.3f}  {_described(other)}", highlight=False)
-    path, contexts = report["path"], report["contexts"]
-    table = Table(title="Steps of the path by cosine", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("from", "steps"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for edge, count in zip(path["cosine_from"], path["steps"], strict=True):
-        if count:
-            table.add_row(f"{edge:.2f}", f"{count:,}", "█" * round(BAR * count / max(path["steps"])))
-    console.print(table)
-    console.print(
-        f"{path['documents']:,} documents, {path['jumps']:,} jumps, mean cosine of a step "
-        f"{path['mean_similarity']:.3f}.\nTwo documents of one context have cosine {contexts['inside']:.3f}, of "
-        f"contexts stored next to each other {contexts['across']:.3f}; a context has {contexts['documents']:.1f} "
-        "documents.",
-        highlight=False,
-    )
-    _show_context(manifest, console)
-
-
-def duplicates_table(found: dict[str, Any]) -> Table:
-    """Pairs of neighbours by cosine, and from where on near-duplicates are looked for."""
-    table = Table(
-        title="Pairs of neighbours by cosine", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    for name in ("from", "pairs", "compared", "near-duplicates"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    rows = list(zip(found["cosine_from"], found["pairs"], found["sampled"], found["confirmed"], strict=True))
-    shown = [row for row in rows if row[1] and (row[3] or row[0] >= 0.8)]
-    for edge, pairs, sampled, confirmed in shown:
-        looked = "all compared" if edge >= found["threshold"] else ""
-        table.add_row(f"{edge:.2f}", f"{pairs:,}", f"{sampled}", f"{confirmed / sampled:.0%}", looked)
-    chosen = f"{found['threshold']:.2f}" if found["threshold"] <= 1 else "none: no pair was worth it"
-    table.caption, table.caption_justify = f"threshold: {chosen}", "left"
-    return table
-
-
-def _show_context(manifest: Manifest, console: Console) -> None:
-    """Print the documents of one sequence of the longest bucket that has any: of some, that with the most."""
-    bucket = [bucket for bucket in manifest.buckets("train") if bucket.sequences][-1]
-    reader = manifest.reader(bucket)
-    sample = np.unique(np.linspace(0, bucket.sequences - 1, 16).astype(np.int64))
-    number, pieces = max(zip(sample.tolist(), reader.pieces(sample), strict=True), key=lambda entry: len(entry[1]))
-    row = reader.read([number])[0]
-    console.print(f"\n[bold]Sequence {number:,} of bucket {bucket.length:,}[/bold]", highlight=False)
-    ends = [*pieces[1:, 3].tolist(), bucket.length]
-    for (part, record, offset, place), end in zip(pieces.tolist(), ends, strict=True):
-        if record == NO_DOCUMENT:
-            console.print(f"  {end - place:>7,} filler")
-            continue
-        line = first_line(manifest, row[place : min(end, place + FIRST_LINE_TOKENS)])
-        where = manifest.origin(part, record) + (f", from token {offset:,} on" if offset else "")
-        console.print(f"  {end - place:>7,} {_described({'title': where, 'first_line': line})}", highlight=False)
-
-
-def _described(entry: dict[str, Any]) -> str:
-    # The end of a title tells more than its beginning, which is the corpus'.
-    title = entry["title"] if len(entry["title"]) <= 60 else "…" + entry["title"][-59:]
-    return f"{escape(title)}  [dim]{escape(entry['first_line'][:60])}[/dim]"

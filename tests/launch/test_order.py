@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from longring.data.batch_order import Share
-from longring.data.loader import Loader
+from longring.data.loader import Loader, read_rows
 from longring.data.manifest import open_prepared
 from longring.data.order.knots import Knots
 from longring.data.order.stages import order
@@ -103,25 +104,24 @@ def test_the_loss_is_the_mean_of_trained_targets_on_any_division(on_ranks, order
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
 
     # Held-out sequences tied as the evaluation ties them, on the run's own weights.
-    saved = whole(tmp_path / "run" / "checkpoints" / "step-00000005")
-    if recipe.parallel.tensor == 1 and "tensor" not in str(DIVISIONS[division]):
-        weights = {name: torch.from_numpy(saved[f"{name}/weight"]).double() for name in weights}
-        manifest = open_prepared(recipe.training_directory)
-        knots = Knots(recipe.knots, manifest.tokenizer(), recipe.train.seed)
-        [bucket] = manifest.buckets("held_out")
-        rows, masks = manifest.reader(bucket).read(range(bucket.sequences)), []
-        for number in range(bucket.sequences):
-            tied = knots.tie(rows[number], number)
-            rows[number], mask = tied or (rows[number], np.ones(bucket.length, dtype=np.bool_))
-            masks.append(mask)
-        losses = plain_losses(weights, torch.from_numpy(rows.astype(np.int64)), recipe.model).numpy()
-        mask = np.array(masks)
-        assert result["tokens"] == mask.sum() < mask.size
-        assert result["loss"] == pytest.approx(losses[mask].mean(), rel=1e-5)
-        for part in result["buckets"][0]["by_position"]:
-            here = (slice(None), slice(part["from"], part["to"]))
-            assert part["tokens"] == mask[here].sum()
-            assert part["loss"] == pytest.approx(losses[here][mask[here]].mean(), rel=1e-5)
+    saved = whole(tmp_path / "run/checkpoints/step-00000005")
+    weights = {name: torch.from_numpy(saved[f"{name}/weight"]).double() for name in weights}
+    manifest = open_prepared(recipe.training_directory)
+    knots = Knots(recipe.knots, manifest.tokenizer(), recipe.train.seed)
+    [bucket] = manifest.buckets("held_out")
+    rows, masks = manifest.reader(bucket).read(range(bucket.sequences)), []
+    for number in range(bucket.sequences):
+        tied = knots.tie(rows[number], number)
+        rows[number], mask = tied or (rows[number], np.ones(bucket.length, dtype=np.bool_))
+        masks.append(mask)
+    losses = plain_losses(weights, torch.from_numpy(rows.astype(np.int64)), recipe.model).numpy()
+    mask = np.array(masks)
+    assert result["tokens"] == mask.sum() < mask.size
+    assert result["loss"] == pytest.approx(losses[mask].mean(), rel=1e-5)
+    for part in result["buckets"][0]["by_position"]:
+        here = (slice(None), slice(part["from"], part["to"]))
+        assert part["tokens"] == mask[here].sum()
+        assert part["loss"] == pytest.approx(losses[here][mask[here]].mean(), rel=1e-5)
 
 
 def masked_and_reset(recipe_file: Path, overrides: list[str]) -> tuple[np.ndarray, np.ndarray, int]:
@@ -162,6 +162,46 @@ def test_masked_documents_are_trained_at_positions_of_their_own(on_ranks, ordere
     [(together, alone, most)] = on_ranks(1, masked_and_reset, recipe_file, overrides)
     assert most > 1
     np.testing.assert_allclose(together, alone, atol=2e-5)
+
+
+def with_resets(recipe_file: Path, overrides: list[str]) -> dict[str, Any]:
+    """What this rank computes of a row with several documents, by a model whose losses depend on positions."""
+    recipe = load_recipe(recipe_file, overrides)
+    manifest = open_prepared(recipe.training_directory)
+    [bucket] = manifest.buckets("train")
+    mesh = join(recipe.parallel, recipe.parallel.context_parallel(bucket.length))
+    engine = build_engine(recipe, manifest.vocab_size, mesh)
+    engine.eval()
+    reader = manifest.reader(bucket)
+    numbers = np.array([number for number in range(bucket.sequences) if len(reader.pieces([number])[0]) > 2])
+    here = places(recipe, mesh, [bucket.length])[bucket.length]
+    numbers = numbers[: 2 if here.context_parallel == 1 else 1]
+    rows, starts, _ = read_rows(reader, numbers, manifest.needs_starts, None)
+    with torch.no_grad():
+        for name, parameter in engine.module.named_parameters():
+            parameter.mul_(12 if "qkv" in name else 4)
+        losses = engine(*here.model_inputs(rows, starts, mesh.device)).view(len(rows), -1)
+    weights = {name: parameter.detach().double() for name, parameter in engine.module.named_parameters()}
+    positions = here.layout.positions().numpy()
+    return {"weights": weights, "rows": rows, "starts": starts, "at": positions, "losses": losses.numpy()}
+
+
+@pytest.mark.parametrize("division", ["dp1", "cp4"])
+def test_positions_count_from_each_document(on_ranks, ordered, division, tmp_path):
+    """Without masks: attention sees the whole context, RoPE turns by the place in the document."""
+    recipe_file, overrides = ordered
+    resets = ["order.position_resets=true", f"order.directory={recipe_file.parent}/resets"]
+    overrides = [*overrides, *resets, f"run_directory={tmp_path}"]
+    recipe = load_recipe(recipe_file, overrides)
+    order(recipe.data, recipe.order, Console(quiet=True), workers=1)
+    found = on_ranks(1 if division == "dp1" else 4, with_resets, recipe_file, [*overrides, *DIVISIONS[division]])
+    weights, rows, starts = (found[0][key] for key in ("weights", "rows", "starts"))
+    places_ = [[place - max(start for start in at if start <= place) for place in range(512)] for at in starts]
+    whole_rows = torch.from_numpy(rows.astype(np.int64))
+    expected = plain_losses(weights, whole_rows, recipe.model, torch.tensor(places_)).numpy()
+    assert np.abs(plain_losses(weights, whole_rows, recipe.model).numpy() - expected).max() > 0.1, "they matter"
+    for rank in found:
+        np.testing.assert_allclose(rank["losses"], expected[:, rank["at"]], atol=1e-3)
 
 
 def test_the_command_orders_and_inspects(ordered, tmp_path, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from longring.data.order.duplicates import (
     shared,
 )
 from longring.data.order.path import NO_DOCUMENT
+from longring.data.permutation import mix_bits
 
 
 @settings(max_examples=200, deadline=None)
@@ -86,3 +87,31 @@ def test_pairs_are_confirmed_above_the_threshold_only():
     cosines = np.array([[0.99, 0.99, 0.9, np.inf], [0.89, 0.9, 0.95, 0.2]], dtype=np.float32)
     found = confirmed_pairs(documents, ids, cosines, texts.__getitem__, 0.9, 0.7)
     assert found.tolist() == [[4, 1], [5, 4], [6, 5], [7, 4]]
+
+
+@pytest.mark.parametrize("parts", [1, 3, 40])
+def test_sampled_pairs_do_not_depend_on_how_the_lists_come(parts: int):
+    """Of each bin those 64 that a reader of all pairs at once would take, by their keys."""
+    generator = np.random.default_rng(0)
+    documents, ids = np.arange(200), generator.integers(200, 9_000, (200, 5)).astype(np.uint32)
+    cosines = generator.choice(np.float32([0.515, 0.525, 0.915]), (200, 5))
+    compared: list[tuple[int, int]] = []
+    asked: list[int] = []
+
+    def tokens(number: int) -> np.ndarray:
+        asked.append(number)
+        if len(asked) == 2:
+            compared.append((asked[0], asked[1]))
+            asked.clear()
+        return np.arange(5)
+
+    rows = np.array_split(documents, parts)
+    found = histogram(((documents[some], ids[some], cosines[some]) for some in rows), tokens, 0.7)
+    keys = mix_bits(mix_bits(np.repeat(documents, 5).astype(np.uint64)) ^ ids.ravel().astype(np.uint64))
+    expected: set[tuple[int, int]] = set()
+    for cosine in np.unique(cosines):
+        here = np.flatnonzero(cosines.ravel() == cosine)
+        chosen = here[np.argsort(keys[here])[:SAMPLED_PAIRS]]
+        expected |= {(int(place) // 5, int(ids.ravel()[place])) for place in chosen}
+    assert set(compared) == expected
+    assert found.sampled.sum() == len(compared) == 3 * SAMPLED_PAIRS

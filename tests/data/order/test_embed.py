@@ -45,7 +45,7 @@ def test_default_is_tf_idf_and_svd_of_token_n_grams(
     there are documents, so that the SVD keeps everything; here hashing makes no difference."""
     monkeypatch.setattr(embed, "BATCH_TOKENS", 300)
     config = OrderConfig(embedding_dimensions=200, window_tokens=window, long_documents=long_documents)  # type: ignore[arg-type]
-    embed.fit(documents, config, tmp_path / "encoder.npz")
+    embed.fit(documents, np.flatnonzero(~documents.column("held_out")), config, tmp_path / "encoder.npz")
     found = encoded(embed.make_encoder(config, tmp_path / "encoder.npz", 0), documents)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
     windows, owners = [], []
@@ -66,6 +66,25 @@ def test_default_is_tf_idf_and_svd_of_token_n_grams(
     np.add.at(sums, owners, embed.unit(reducing.transform(weights)))
     expected = embed.unit(sums)
     assert np.abs(found @ found.T - expected @ expected.T).max() < 0.05
+
+
+def test_every_window_weighs_the_same():
+    windows = np.array([[3, 0], [0, 1], [0, 5], [1, 0]], dtype=np.float32)
+    found = embed._averaged(windows, np.array([0, 0, 1, 2]), 4)
+    np.testing.assert_allclose(found, [[0.5**0.5, 0.5**0.5], [0, 1], [1, 0], [0, 0]], atol=1e-6)
+
+
+@pytest.mark.parametrize("long_documents", ["windows", "head"])
+def test_vectors_of_a_model_do_not_depend_on_batches(
+    documents: Documents, bert: Path, monkeypatch: pytest.MonkeyPatch, long_documents: str
+):
+    config = OrderConfig(encoder=str(bert), long_documents=long_documents)  # type: ignore[arg-type]
+    found = encoded(embed.make_encoder(config, Path("unused"), 0), documents)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    monkeypatch.setattr(embed, "BATCH_TOKENS", 100)
+    monkeypatch.setattr(embed, "BATCH_WINDOWS", 1)
+    alone = encoded(embed.make_encoder(config, Path("unused"), 0), documents)
+    np.testing.assert_allclose(found, alone, atol=1e-5)
 
 
 def test_unknown_documents_have_the_zero_vector():

@@ -23,11 +23,12 @@ from longring.data.decompose import SPLITS
 from longring.data.inspect import inspect
 from longring.data.loader import read_rows, training_order
 from longring.data.manifest import Manifest, open_prepared
-from longring.data.order import stages
+from longring.data.order import path, stages
 from longring.data.order.config import KnotsConfig, OrderConfig
 from longring.data.order.documents import Documents
 from longring.data.order.knots import Knots
-from longring.data.order.stages import STAGES, Work, order
+from longring.data.order.stages import STAGES, order
+from longring.data.order.work import Work
 from longring.data.packing import NO_DOCUMENT
 from longring.data.prepare import prepare
 from longring.data.shards import sha256_of
@@ -325,10 +326,7 @@ def test_other_contexts_find_the_path_as_it_was(prepared: DataConfig, tmp_path: 
     monkeypatch.setattr(
         stages,
         "STAGES",
-        [
-            replace(stage, do=lambda work, number, stage=stage: done.append(stage.name) or stage.do(work, number))
-            for stage in STAGES
-        ],
+        [replace(stage, do=lambda *task, stage=stage: done.append(stage.name) or stage.do(*task)) for stage in STAGES],
     )
     longer = settings(tmp_path, directory=str(tmp_path / "longer"), mode="fill_long_buckets", document_masks=True)
     order(prepared, longer, QUIET, workers=1)
@@ -451,10 +449,79 @@ def test_inspect_shows_pairs_path_and_a_context(
     pieces = manifest.reader(bucket).pieces([number])[0]
     assert len(pieces) > 1
     for _, record, offset, _ in pieces.tolist():
-        assert manifest.origin(0, record)[-40:] in part
+        assert manifest.origin(0, record)[-30:] in part
         if not offset:
             text = manifest.tokenizer().tokenizer.decode(streams(prepared)[record])
             assert text[:30].strip() in part
+
+
+def test_each_source_finds_its_documents_again(prepared: DataConfig, tmp_path: Path):
+    """Two sources, one of them with planted near-duplicates: their books, by records counted here."""
+    kept = [{"text": sentences(number % 4, number, 30)} for number in range(40)]
+    copies = [*kept[:6], *({"text": sentences(number % 4, number + 500, 30)} for number in range(12))]
+    for name, records in (("first", kept), ("second", copies)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    data = replace(
+        prepared,
+        directory=str(tmp_path / "data"),
+        source=SourceConfig(),
+        sources={name: SourceConfig(kind="json", path=str(tmp_path / f"{name}.jsonl")) for name in ("first", "second")},
+        held_out_fraction=0.0,
+    )
+    prepare(data, QUIET)
+    config = settings(tmp_path)
+    manifest = order(data, config, QUIET, workers=1)
+    assert manifest is not None
+    sources = json.loads(Path(config.directory, "order.json").read_text())["sources"]
+    documents = streams(data)
+    placement = np.load(Path(config.directory, "placement.npy"))
+    gone = set(placement["record"][placement["length"] == 0].tolist())
+    assert gone == set(range(40, 46))
+    for name, records in (("first", range(40)), ("second", range(40, 58))):
+        assert sources[name] == {
+            "documents": len(records),
+            "tokens": sum(len(documents[record]) - 1 for record in records),
+            "near_duplicate_documents": len(gone & set(records)),
+            "near_duplicate_tokens": sum(len(documents[record]) - 1 for record in gone & set(records)),
+        }
+    books = manifest.ledger.splits["train"]
+    assert sum(one["tokens"] for one in sources.values()) == books.tokens
+    assert sum(one["near_duplicate_tokens"] for one in sources.values()) == books.dropped_tokens["near_duplicate"]
+    assert "source 'second'" in manifest.origin(0, 45)
+    assert "source 'first'" in manifest.origin(0, 39)
+
+
+@pytest.mark.parametrize("stage", ["documents", "embed", "neighbors", "duplicates", "path"])
+def test_a_damaged_file_is_named_and_made_anew(prepared: DataConfig, tmp_path: Path, stage: str):
+    reference, config = settings(tmp_path / "one"), settings(tmp_path / "two")
+    order(prepared, reference, QUIET, workers=1)
+    until = {"documents": "split", "neighbors": "search"}.get(stage, stage)
+    for one in STAGES[: 1 + [one.name for one in STAGES].index(until)]:
+        order(prepared, config, QUIET, workers=1, only=one.name)
+    [folder] = Path(config.work_directory).glob(f"{stage}-*")
+    file = folder / ("path.npy" if stage == "path" else "000002.npy")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"{file} is damaged \(.*\); delete it, and the same command makes it anew"):
+        order(prepared, config, QUIET, workers=1)
+    file.unlink()
+    order(prepared, config, QUIET, workers=1)
+    assert tree(Path(config.directory)) == tree(Path(reference.directory))
+
+
+def test_bars_move_inside_the_long_tasks(prepared: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = settings(tmp_path)
+    work = Work(prepared, config, sha256_of(Path(prepared.directory, "manifest.json")))
+    monkeypatch.setattr(path, "CHECKPOINT_STEPS", 10)
+    for stage in STAGES:
+        for number in range(stage.tasks(work)):
+            told: list[float] = []
+            stage.do(work, number, told.append)
+            assert told == sorted(told)
+            assert all(0 <= part <= 1 for part in told)
+            if stage.name in ("embed", "search", "recall", "threshold", "path", "finish"):
+                assert told[-1] == 1
+            if stage.name == "path":
+                assert len(told) == -(-len(np.load(stage.file(work, 0))) // 10)
 
 
 def test_documents_are_read_whole_and_in_parts(prepared: DataConfig, tmp_path: Path):
@@ -487,7 +554,7 @@ def test_data_that_lacks_documents_is_refused(prepared: DataConfig, tmp_path: Pa
         order(prepared, settings(tmp_path, context_tokens=48), QUIET)
     with pytest.raises(ValueError, match=r"order\.mode is 'off'"):
         order(prepared, OrderConfig(), QUIET)
-    with pytest.raises(ValueError, match="--stage walk: the stages are documents, fit, embed"):
+    with pytest.raises(ValueError, match="--stage walk: the stages are documents, split, fit, embed"):
         order(prepared, settings(tmp_path), QUIET, only="walk")
 
 
