@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from longring.launch import checkpoint, cli
+from longring.launch import checkpoint, cli, run_directory
 from longring.launch import train as train_module
 from longring.launch.config import FaultsConfig, load_recipe
 from longring.launch.faults import LossWatch
@@ -66,6 +66,10 @@ class Bench:
     def train(self, *overrides: str, ranks: int = 4) -> str:
         run = f"run_directory={self.run.path}"
         return self.main("train", str(self.recipe), run, *overrides, "--ranks", str(ranks))
+
+    def order(self, *words: str, mode: str = "in_context") -> str:
+        settings = [f"order.mode={mode}", f"order.directory={self.directory}/ordered"]
+        return self.main("order", str(self.recipe), *settings, *words)
 
     def begun(self) -> None:
         self.run.create(load_recipe(self.recipe, [f"run_directory={self.run.path}"]))
@@ -203,6 +207,14 @@ def other_files_in_the_run(bench: Bench) -> str:
     bench.run.path.mkdir()
     (bench.run.path / "chapter.tex").write_text("...")
     return bench.train()
+
+
+def second_run(bench: Bench) -> str:
+    with pytest.MonkeyPatch.context() as patch, bench.run.held():
+        patch.setattr(run_directory, "_LOCK_WAIT_S", 0)
+        with pytest.raises(ValueError, match="is being trained in") as error:
+            bench.run.held().__enter__()
+    return re.sub(r"process \d+ on \S+ since \S+:", "process … on … since …:", str(error.value))
 
 
 def no_run(bench: Bench) -> str:
@@ -345,9 +357,24 @@ CASES: dict[str, dict[str, Case]] = {
             "prepare", str(bench.recipe), f"data.directory={bench.directory}/new", "data.tokenizer.path=/nowhere"
         ),
     },
+    "Ordering": {
+        "an order of data that lost its rests": lambda bench: bench.order(),
+        "nothing to order by": lambda bench: bench.order("data.rest=pack", mode="off"),
+        "data that is not prepared": lambda bench: bench.order(
+            "data.rest=pack", f"data.directory={bench.directory}/none"
+        ),
+        "data prepared with other rests": lambda bench: bench.order("data.rest=pack"),
+        "contexts longer than the largest bucket": lambda bench: bench.order(
+            "data.rest=pack", "order.context_tokens=4096"
+        ),
+        "a stage that is none": lambda bench: bench.order("data.rest=pack", "--stage", "nowhere"),
+        "a part that is none": lambda bench: bench.order("data.rest=pack", "--part", "3/3"),
+        "an order that is none": lambda bench: bench.order("data.rest=pack", mode="alphabetical"),
+    },
     "Runs and checkpoints": {
         "the run of another recipe": another_recipe,
         "a run directory with other files": other_files_in_the_run,
+        "a second run in the directory of one that goes on": second_run,
         "no run": no_run,
         "no checkpoint yet": no_checkpoint,
         "a setting of a finished run": setting_of_a_finished_run,
