@@ -134,6 +134,8 @@ _now = _Now()
 def _act(fault: Fault) -> None:
     if fault.action == "hang":
         time.sleep(3600)
+    elif fault.action == "pause":
+        time.sleep(1)
     elif fault.action.startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, fault.action))
     elif fault.action.startswith("remove "):

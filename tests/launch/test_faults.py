@@ -63,9 +63,9 @@ class Run:
         assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
         return {step["step"]: step["outcome"] for step in steps if step["outcome"] != "good"}
 
-    def last(self) -> dict[str, Any]:
-        """Every tensor of the last checkpoint, by file."""
-        path = checkpoint.complete(self.path / "checkpoints")[0]
+    def saved(self, number: int = 0) -> dict[str, Any]:
+        """Every tensor of the last checkpoint, or of the `number`-th before it, by file."""
+        path = checkpoint.complete(self.path / "checkpoints")[number]
         return {
             f"{file.name}/{key}": tensor
             for file in path.glob("*.safetensors")
@@ -88,7 +88,10 @@ def run(recipe_file, tmp_path) -> Run:
 
 def assert_same(run: Run, whole: Run) -> None:
     assert run.metrics == whole.metrics
-    ours, theirs = run.last(), whole.last()
+    assert_equal(run.saved(), whole.saved())
+
+
+def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     assert ours.keys() == theirs.keys()
     assert all(ours[key].equal(theirs[key]) for key in ours)
 
@@ -219,6 +222,16 @@ def test_a_spike_before_the_first_checkpoint_and_too_many_of_them(recipe_file, t
     assert run.outcomes == {3: "spike", 6: "spike"}, "there was nothing to go back to"
     assert "error: step 6: loss" in run.said
     assert "(faults.max_rewinds)" in run.said
+
+
+def test_what_is_saved_while_training_goes_on_is_the_steps_own(run, whole):
+    """Rank 1's disk now and then takes a second, in which training goes on and rank 0 has long written its part."""
+    pauses = [Fault(1, "pause", chunk=chunk) for chunk in range(5, 400, 40)]
+    assert run.start(*pauses) == [0, 0]
+    assert not (run.path / "events.jsonl").exists()
+    assert_same(run, whole)
+    for number in (1, 2):
+        assert_equal(run.saved(number), whole.saved(number))
 
 
 def test_a_full_disk_is_told_and_tried_again(run, whole):
