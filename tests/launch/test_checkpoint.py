@@ -202,6 +202,19 @@ def test_any_mesh_holds_the_same_weights_and_moments(on_ranks, recipe_file, trai
     assert any(np.abs(value).max() > 0 for key, value in exact.items() if key.endswith("exp_avg_sq"))
 
 
+def test_padding_of_uneven_parts_is_not_saved(on_ranks, recipe_file, tmp_path):
+    """36 elements over 8 ranks of ZeRO 3 are padded to 40; a checkpoint holds 36, as one rank reads and writes them."""
+    shape = ["model.hidden_size=36", "model.num_heads=2", "model.num_kv_heads=2"]
+    overrides = [*shape, "parallel.tokens_per_rank=256", "parallel.zero_stage=3", f"run_directory={tmp_path}/run"]
+    on_ranks(8, run_steps, recipe_file, overrides, 2)
+    source = tmp_path / "run" / "checkpoints"
+    assert on_ranks(1, save_again, recipe_file, [*shape, "parallel.tokens_per_rank=512"], source, tmp_path) == [2]
+    exact, found = whole(source / "step-00000002"), whole(tmp_path / "checkpoints" / "step-00000002")
+    assert any(value.size == 36 for value in exact.values())
+    assert found.keys() == exact.keys()
+    assert all(np.array_equal(found[key], exact[key]) for key in exact)
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [

@@ -184,10 +184,29 @@ def test_too_many_such_steps_stop_the_run_on_all_ranks(run, whole):
     assert run.outcomes == {5: "non-finite", 6: "non-finite"}
 
 
-def test_a_spike_is_undone_and_its_batches_left_out(run, whole):
+SPIKES = ["faults.spike_deviations=4", "faults.spike_window_steps=4", "faults.spike_skip_steps=2"]
+SPIKE_AT_8 = [Fault(rank, "times 3", step=8) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def rewound(recipe_file, tmp_path_factory) -> Run:
     """Step 8's loss is high whenever it is trained: back to step 6, and on without 7 and 8."""
-    spikes = ["faults.spike_deviations=4", "faults.spike_window_steps=4", "faults.spike_skip_steps=2"]
-    assert run.start(*(Fault(rank, "times 3", step=8) for rank in (0, 1)), overrides=spikes) == [0, 0]
+    run = Run(recipe_file, tmp_path_factory.mktemp("rewound"), SPIKES)
+    assert run.start(*SPIKE_AT_8) == [0, 0]
+    return run
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_going_back_brings_back_all_weights(recipe_file, tmp_path, rewound, stage):
+    """In the middle of a run, where ZeRO 3 has small weights gathered: the losses of ZeRO 1, to rounding."""
+    run = Run(recipe_file, tmp_path, [*SPIKES, f"parallel.zero_stage={stage}"])
+    assert run.start(*SPIKE_AT_8) == [0, 0]
+    ours, theirs = ([step["loss"] for step in read_metrics(r.path / "metrics.jsonl")] for r in (run, rewound))
+    assert ours[:6] + ours[8:] == pytest.approx(theirs[:6] + theirs[8:], rel=1e-5)
+
+
+def test_a_spike_is_undone_and_its_batches_left_out(rewound, whole):
+    run = rewound
     assert run.outcomes == {7: "left out", 8: "left out"}
     assert [event["event"] for event in run.events] == ["spike"]
     assert "back to step 6, leaving out steps [7, 8]" in run.said
