@@ -180,11 +180,9 @@ def check_data(manifest: Manifest, checkpoint: Path, data: str) -> None:
 
 
 def publish(partial: Path) -> Path:
-    """Make a directory whose files are all flushed visible under its name, in the place of any that had it."""
+    """Make a directory whose files are all flushed visible under its name."""
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
     sync(partial)
-    if final.exists():  # steps done again after a rewind
-        remove(final)
     partial.rename(final)
     sync(final.parent)
     return final
