@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from longring.launch.signals import GO_ON_LATER
 from longring.launch.watchdog import Position, diagnosis
 from rich.console import Console
 from safetensors.torch import load_file
+from small_checkpoint import STATE
 
 # A named topology: of two runs that probe, each in its own directory, one might take another grid.
 SMALL = [
@@ -356,6 +357,14 @@ def test_a_spike_is_told_by_the_window_before_it(losses, window, deviations):
         if abs(loss - mean - deviations * deviation) > 1e-9 * loss:
             assert (outcome == "spike") == (loss > mean + deviations * deviation)
         assert watch.recent == (before if outcome == "spike" else (*before[1:], loss))
+
+
+def test_after_going_back_a_spike_is_told_by_the_losses_before_it():
+    watch = LossWatch(FaultsConfig(spike_window_steps=2), (9.0, 8.0))
+    watch.rewound(7, 99.0, replace(STATE, recent_losses=(3.0, 2.5)))
+    assert watch.recent == (3.0, 2.5)
+    watch.rewound(7, 99.0, None)
+    assert watch.recent == ()
 
 
 def test_only_non_finite_steps_in_a_row_count():
