@@ -4,7 +4,7 @@
 #
 #   slurm_cluster.sh up DIR [NODES]       start it; state and logs in DIR; then export SLURM_CONF=DIR/slurm.conf
 #   slurm_cluster.sh fail DIR NODE        end a node as if its machine had lost power: its slurmd and all that runs under it
-#   slurm_cluster.sh mend DIR NODE        start its slurmd again
+#   slurm_cluster.sh mend DIR NODE        start its slurmd again, and wait until it is idle
 #   slurm_cluster.sh down DIR             stop all of it
 #
 # Needs root and Debian's packages slurm-wlm and munge. Nothing of the machine's own Slurm is used or changed.
@@ -91,7 +91,15 @@ fail)
     fi
   done
   ;;
-mend) slurmd -f "$SLURM_CONF" -N "$3" ;;
+mend)
+  slurmd -f "$SLURM_CONF" -N "$3"
+  for _ in $(seq 60); do
+    if [[ $(sinfo -h -n "$3" -p main -o %t) == idle ]]; then exit 0; fi
+    sleep 0.5
+  done
+  sinfo
+  exit 1
+  ;;
 down)
   end "$dir"/slurmd.*.pid "$dir/slurmctld.pid"
   sleep 1

@@ -39,6 +39,7 @@ def cluster(tmp_path, monkeypatch) -> Iterator[Callable[..., None]]:
     monkeypatch.setenv("PYTHONSAFEPATH", "1")
     monkeypatch.setenv("LONGRING_PYTHON", sys.executable)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("LONGRING_STEP_WAIT_S", "30")
     try:
         call("up")
         yield call
