@@ -202,8 +202,8 @@ class Manifest:
             record -= int(first[input_shard])
         shard = inputs[input_shard]
         where = f"record {record} of source {shard['source']!r}, input shard {input_shard}"
-        # In these every file is one record.
-        if len(shard["files"]) == shard["records"]:
+        source = (self.config["sources"] or {"documents": self.config["source"]})[shard["source"]]
+        if source["kind"] in ("python_stdlib", "text"):  # a document a file
             return f"{where}: {shard['files'][record]}"
         return f"{where}: {shard['files'][0]}" if len(shard["files"]) == 1 else where
 

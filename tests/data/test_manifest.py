@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig
+from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig, SourceConfig
 from longring.data.cost import PAPER_1B, ModelSize, attention_share, speed_up
 from longring.data.inspect import average_context, inspect
 from longring.data.ledger import Ledger
@@ -202,3 +202,15 @@ def test_cost_is_counted_by_hand():
     assert speed_up(model, [5, 5], [3, 3]) == 1
     short, long = model.token_flops(3)[0], model.token_flops(9)[0]
     assert speed_up(model, [30, 10], [3, 9]) == pytest.approx(40 * long / (30 * short + 10 * long))
+
+
+def test_a_record_is_named_by_its_file_where_a_file_is_a_document(
+    make_config: Callable[..., DataConfig], words: Callable[..., str], tmp_path: Path
+):
+    """Also where only the first of the files are read."""
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(words(100, ord(name)))
+    source = SourceConfig(kind="text", path=f"{tmp_path}/*.txt", limit_documents=2)
+    manifest = prepare(make_config([], source=source, held_out_fraction=0.0), Console(quiet=True), workers=1)
+    assert manifest.ledger.records == 2
+    assert manifest.origin(0, 1) == f"record 1 of source 'documents', input shard 0: {tmp_path}/b.txt"
