@@ -101,7 +101,11 @@ mend)
   exit 1
   ;;
 down)
-  end "$dir"/slurmd.*.pid "$dir/slurmctld.pid"
+  end "$dir/slurmctld.pid"
+  for file in "$dir"/slurmd.*.pid; do
+    node=${file##*/slurmd.} # a slurmd that is asked to end waits for its jobs
+    if [[ -s $file ]]; then "$0" fail "$dir" "${node%.pid}"; fi
+  done
   sleep 1
   end "$dir/munged.pid"
   ;;

@@ -58,14 +58,16 @@ def steps_of(run: Path) -> list[int]:
 
 
 def until(what: str, reached: Callable[[], bool], output: Path, timeout_s: float = 150) -> None:
-    """Wait for it; a job held back for its begin time is let go."""
-    deadline = time.monotonic() + timeout_s
+    """Wait for it. A job held back for its begin time is let go after 5 s: at once, its nodes might still refuse it."""
+    deadline, held = time.monotonic() + timeout_s, dict[str, float]()
     while not reached():
         said = output.read_text() if output.exists() else "nothing"
         assert time.monotonic() < deadline, (
             f"not within {timeout_s:.0f} s: {what}\n{said[-3000:]}\n{shell('squeue', '-l')}"
         )
         for job in shell("squeue", "-h", "-t", "PD", "-o", "%i").split():
+            if time.monotonic() < held.setdefault(job, time.monotonic()) + 5:
+                continue
             subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], check=False, capture_output=True)
         time.sleep(0.5)
 
