@@ -284,7 +284,7 @@ def use_deterministic_operations(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_ALGO", "Ring")
     torch.use_deterministic_algorithms(deterministic)
-    # Nothing reads memory that nothing has written; filling it first made a step take eight times as long.
+    # Nothing reads memory that nothing has written; filling it first costs far more than the operations do.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
