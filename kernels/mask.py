@@ -83,7 +83,7 @@ def _num_before(layout: SeqLayout, positions: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Piece:
+class MaskRect:
     """A rectangle of a mask that an operator without intervals can do."""
 
     rows: slice
@@ -96,7 +96,7 @@ BAND_ROWS = 128
 """A band is done in blocks of so many rows, so that a window of w keys costs w + 128 a row, not the square."""
 
 
-def pieces(host_rows: Tensor) -> list[Piece]:
+def mask_rects(host_rows: Tensor) -> list[MaskRect]:
     """Cut a mask into rectangles that cover its visible pairs exactly once (a band's outside is masked by hand).
 
     Between the rows where the pattern changes, both ends of the interval stand still (full), or the end advances by
@@ -107,7 +107,7 @@ def pieces(host_rows: Tensor) -> list[Piece]:
     # 0: both stand still; 1: the end advances by one; 2: anything else. kinds[i] is the move from row i to row i + 1.
     kinds = torch.where(start_moves == 0, torch.where(stop_moves <= 1, stop_moves, 2), 2)
     changes = [*((kinds.diff() != 0).nonzero().flatten() + 1).tolist(), len(start) - 1]
-    found: list[Piece] = []
+    found: list[MaskRect] = []
     row = 0
     while row < len(start):
         kind = int(kinds[row]) if row < len(kinds) else 0  # the last row, left alone, is a rectangle
@@ -124,21 +124,21 @@ def pieces(host_rows: Tensor) -> list[Piece]:
             corner = max(first_stop - 1, first_start)
             if corner == first_stop:  # it sees none: the triangle starts one row later
                 rows = slice(rows.start + 1, rows.stop)
-            found.append(Piece(rows, slice(corner, last_stop), "causal"))
+            found.append(MaskRect(rows, slice(corner, last_stop), "causal"))
             if corner > first_start:
-                found.append(Piece(rows, slice(first_start, corner), "full"))
+                found.append(MaskRect(rows, slice(first_start, corner), "full"))
         elif kind == 0 and first_stop > first_start:
-            found.append(Piece(rows, slice(first_start, first_stop), "full"))
+            found.append(MaskRect(rows, slice(first_start, first_stop), "full"))
         elif kind == 2:
             found.extend(_bands(start, stop, rows))
     return found
 
 
-def _bands(start: Tensor, stop: Tensor, rows: slice) -> Iterator[Piece]:
+def _bands(start: Tensor, stop: Tensor, rows: slice) -> Iterator[MaskRect]:
     """The runs of rows that see some key; rows that see none may stand anywhere among them."""
     see_some = (stop[rows] > start[rows]).tolist()
     for sees, run in groupby(range(rows.start, rows.stop), key=lambda row: see_some[row - rows.start]):
         if sees:
             seeing = list(run)
             first, last = seeing[0], seeing[-1]
-            yield Piece(slice(first, last + 1), slice(int(start[first]), int(stop[last])), "band")
+            yield MaskRect(slice(first, last + 1), slice(int(start[first]), int(stop[last])), "band")

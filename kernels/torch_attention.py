@@ -1,7 +1,7 @@
 """torch's own fused attention operators, on the rectangles a mask is made of.
 
 `torch_cpu` is torch's flash operator for the CPU, `flash` and `cudnn` are those for CUDA. They know two masks, none and
-the lower triangle of a square; `mask.pieces` cuts any other into such, and the results merge by their lse.
+the lower triangle of a square; `mask.mask_rects` cuts any other into such, and the results merge by their lse.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .mask import Mask, Piece, pieces
+from .mask import Mask, MaskRect, mask_rects
 from .merge import merge_
 
 aten = torch.ops.aten
@@ -40,19 +40,19 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See `attention.attention_forward`."""
     assert softcap == 0, "the table of backends sends softcap elsewhere"
-    parts = _pieces(operator, mask)
+    parts = _rects(operator, mask)
     if running is None and len(parts) == 1 and parts[0].rows == slice(0, q.shape[1]):
-        return _forward_piece(operator, q, k, v, mask, scale, parts[0])
+        return _forward_rect(operator, q, k, v, mask, scale, parts[0])
     if running is None:
-        # Rows in no piece see no key: out 0, lse -inf.
+        # Rows in no rectangle see no key: out 0, lse -inf.
         b, s, h, _ = q.shape
         wide = {"dtype": torch.promote_types(q.dtype, torch.float32), "device": q.device}
         out, lse = torch.zeros(q.shape, **wide), torch.full((b, h, s), -torch.inf, **wide)
     else:
         out, lse = running
-    for piece in parts:
-        part_out, part_lse = _forward_piece(operator, q, k, v, mask, scale, piece)
-        rows = piece.rows
+    for rect in parts:
+        part_out, part_lse = _forward_rect(operator, q, k, v, mask, scale, rect)
+        rows = rect.rows
         merge_(out[:, rows], lse[:, :, rows], part_out.unsqueeze(0), part_lse.unsqueeze(0))
     return (out, lse) if running else (out.to(q.dtype), lse)
 
@@ -78,20 +78,20 @@ def backward(
         out = _carry_delta(dout, delta)
     q, k, v, dout, out = (x.transpose(1, 2) for x in (q, k, v, dout, out))
     dq, dk, dv = (x.transpose(1, 2) for x in into)
-    for piece in _pieces(operator, mask):
-        r, c = piece.rows, piece.keys
-        bias = _bias(mask, piece, q.dtype) if piece.kind == "band" else None
+    for rect in _rects(operator, mask):
+        r, c = rect.rows, rect.keys
+        bias = _bias(mask, rect, q.dtype) if rect.kind == "band" else None
         grads = operator.backward(
             dout[:, :, r], q[:, :, r], k[:, :, c], v[:, :, c], out[:, :, r], lse[:, :, r].contiguous(),
-            piece.kind == "causal", bias, scale,
+            rect.kind == "causal", bias, scale,
         )  # fmt: skip
         for total, grad in zip((dq[:, :, r], dk[:, :, c], dv[:, :, c]), grads, strict=True):
             total.add_(grad)
 
 
-def _pieces(operator: Operator, mask: Mask) -> list[Piece]:
-    found = pieces(mask.host_rows)
-    if not operator.takes_bands and any(piece.kind == "band" for piece in found):
+def _rects(operator: Operator, mask: Mask) -> list[MaskRect]:
+    found = mask_rects(mask.host_rows)
+    if not operator.takes_bands and any(rect.kind == "band" for rect in found):
         raise ValueError(
             "attention: torch's operators for CUDA take no mask of which both edges move from row to row (a sliding "
             "window, documents of one token side by side); use backend = 'triton'"
@@ -99,18 +99,18 @@ def _pieces(operator: Operator, mask: Mask) -> list[Piece]:
     return found
 
 
-def _forward_piece(
-    operator: Operator, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, piece: Piece
+def _forward_rect(
+    operator: Operator, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, rect: MaskRect
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = (x.transpose(1, 2) for x in (q[:, piece.rows], k[:, piece.keys], v[:, piece.keys]))
-    bias = _bias(mask, piece, q.dtype) if piece.kind == "band" else None
-    out, lse = operator.forward(q, k, v, piece.kind == "causal", bias, scale)
+    q, k, v = (x.transpose(1, 2) for x in (q[:, rect.rows], k[:, rect.keys], v[:, rect.keys]))
+    bias = _bias(mask, rect, q.dtype) if rect.kind == "band" else None
+    out, lse = operator.forward(q, k, v, rect.kind == "causal", bias, scale)
     return out.transpose(1, 2), lse
 
 
-def _bias(mask: Mask, piece: Piece, dtype: torch.dtype) -> Tensor:
-    keys = torch.arange(piece.keys.start, piece.keys.stop, device=mask.rows.device)
-    start, stop = mask.rows[:, piece.rows].unsqueeze(-1)
+def _bias(mask: Mask, rect: MaskRect, dtype: torch.dtype) -> Tensor:
+    keys = torch.arange(rect.keys.start, rect.keys.stop, device=mask.rows.device)
+    start, stop = mask.rows[:, rect.rows].unsqueeze(-1)
     hidden = (keys < start) | (keys >= stop)
     return torch.zeros(hidden.shape, dtype=dtype, device=keys.device).masked_fill_(hidden, -torch.inf)
 

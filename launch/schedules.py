@@ -52,7 +52,9 @@ class Pick(NamedTuple):
 
 def kinds(recipe: Recipe, lengths: Sequence[int]) -> list[Kind]:
     """The kinds of layers in the buckets, of these lengths, that are spread over ranks."""
-    windows = sorted({recipe.model.window(layer) for layer in range(recipe.model.num_layers)}, key=lambda w: w or 0)
+    windows = sorted(
+        {recipe.model.attention_window(layer) for layer in range(recipe.model.num_layers)}, key=lambda w: w or 0
+    )
     spread = [length for length in lengths if recipe.parallel.context_parallel(length) > 1]
     return [Kind(length, window) for length in spread for window in windows]
 

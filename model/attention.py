@@ -21,7 +21,7 @@ of s."""
 class SelfAttention(nn.Module):
     """The projections to heads, turned by RoPE, and back. Heads are divided over the tensor-parallel ranks.
 
-    Attention itself stands between them, in `Block`: recomputation spares it.
+    Attention itself stands between them, in `TransformerLayer`: recomputation spares it.
     """
 
     def __init__(self, config: ModelConfig, parallel: ModelParallelConfig) -> None:

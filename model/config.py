@@ -55,7 +55,7 @@ class ModelConfig:
                 f"{self.full_attention_every}: a window takes both, the first above 0 and the second above 1"
             )
 
-    def window(self, layer: int) -> int | None:
+    def attention_window(self, layer: int) -> int | None:
         """Tokens that the queries of a layer (from 0) see; None: all before them."""
         return None if (layer + 1) % self.full_attention_every == 0 else self.window_tokens
 

@@ -19,7 +19,7 @@ from .norm import RMSNorm
 from .rope import rope_table
 
 
-class Block(nn.Module):
+class TransformerLayer(nn.Module):
     """Pre-norm residual block.
 
     With `recompute` the backward computes again all but attention, whose messages between ranks are then not sent
@@ -71,7 +71,8 @@ class Transformer(nn.Module):
             config=parallel,
         )
         self.blocks = nn.ModuleList(
-            Block(config, parallel, config.window(layer), recompute) for layer in range(config.num_layers)
+            TransformerLayer(config, parallel, config.attention_window(layer), recompute)
+            for layer in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, parallel)
         self.head = LossHead(config, vocab_rows, parallel)

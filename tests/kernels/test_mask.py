@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from longring.kernels.layout import SeqLayout
-from longring.kernels.mask import BAND_ROWS, make_mask, pieces
+from longring.kernels.mask import BAND_ROWS, make_mask, mask_rects
 from plain_attention import visible_pairs
 
 
@@ -44,30 +44,30 @@ def test_rows_and_columns_hold_the_visible_pairs(tile, kind):
 
 
 @given(layouts(), masks)
-def test_pieces_cover_each_visible_pair_once(tile, kind):
+def test_mask_rects_cover_each_visible_pair_once(tile, kind):
     exact = visible_pairs(*tile, **kind).numpy()
     count = np.zeros(exact.shape, int)
-    for piece in pieces(make_mask(*tile, **kind).host_rows):
-        part = count[piece.rows, piece.keys]
-        if piece.kind == "full":
+    for rect in mask_rects(make_mask(*tile, **kind).host_rows):
+        part = count[rect.rows, rect.keys]
+        if rect.kind == "full":
             part += 1
-        elif piece.kind == "causal":
+        elif rect.kind == "causal":
             assert part.shape[0] == part.shape[1]
             part += np.tri(part.shape[0], dtype=int)
         else:
-            assert exact[piece.rows, piece.keys].any(1).all(), "a row of a band sees some key"
-            part += exact[piece.rows, piece.keys]
+            assert exact[rect.rows, rect.keys].any(1).all(), "a row of a band sees some key"
+            part += exact[rect.rows, rect.keys]
     np.testing.assert_array_equal(count, exact)
 
 
-def test_common_masks_are_few_pieces():
+def test_common_masks_are_few_mask_rects():
     whole = SeqLayout.contiguous(4096)
-    assert [p.kind for p in pieces(make_mask(whole, whole).host_rows)] == ["causal"]
-    assert [p.kind for p in pieces(make_mask(whole, whole, causal=False).host_rows)] == ["full"]
+    assert [p.kind for p in mask_rects(make_mask(whole, whole).host_rows)] == ["causal"]
+    assert [p.kind for p in mask_rects(make_mask(whole, whole, causal=False).host_rows)] == ["full"]
     packed = SeqLayout.packed((1000, 96, 3000))
-    assert [p.kind for p in pieces(make_mask(packed, packed).host_rows)] == ["causal"] * 3
+    assert [p.kind for p in mask_rects(make_mask(packed, packed).host_rows)] == ["causal"] * 3
     # A window costs its width and a block of rows, not the square.
-    windowed = pieces(make_mask(whole, whole, window=256).host_rows)
+    windowed = mask_rects(make_mask(whole, whole, window=256).host_rows)
     area = sum((p.rows.stop - p.rows.start) * (p.keys.stop - p.keys.start) for p in windowed)
     assert area <= 4096 * (256 + BAND_ROWS)
 

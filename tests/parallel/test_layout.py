@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from longring.kernels.layout import SeqLayout
-from longring.kernels.mask import make_mask, pieces
+from longring.kernels.mask import make_mask, mask_rects
 from longring.parallel.cp.layout import contiguous, joined, zigzag
 
 sizes = st.integers(1, 40)
@@ -65,7 +65,7 @@ def test_neighbours_hold_together_what_one_rank_of_fewer_would(places, heads, sp
 def test_zigzag_of_one_rank_is_a_plain_causal_sequence():
     layout = zigzag(9, 0, 1)
     assert held(layout) == list(range(9))
-    assert [piece.kind for piece in pieces(make_mask(layout, layout).host_rows)] == ["causal"]
+    assert [rect.kind for rect in mask_rects(make_mask(layout, layout).host_rows)] == ["causal"]
 
 
 @given(sizes, spare_tokens)
