@@ -21,12 +21,12 @@ from statistics import quantiles
 
 import numpy as np
 import webdataset
-from longring.data.batch_order import BatchOrder, Share, bucket_orders
 from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig
-from longring.data.loader import Loader, training_order
-from longring.data.manifest import Bucket, Manifest, open_prepared
-from longring.data.prepare import prepare
-from longring.data.shards import shard_name
+from longring.data.format.manifest import Bucket, Manifest, open_prepared
+from longring.data.format.shards import shard_name
+from longring.data.prepare.prepare import prepare
+from longring.data.read.batch_order import BatchOrder, Share, bucket_orders
+from longring.data.read.loader import Loader, training_order
 from rich.console import Console
 from rich.table import Table
 

@@ -23,13 +23,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import faiss
 import numpy as np
 from longring.data.config import DataConfig, TokenizerConfig
-from longring.data.manifest import MANIFEST_FILE, open_prepared
+from longring.data.files import sha256_of
+from longring.data.format.manifest import MANIFEST_FILE, open_prepared
 from longring.data.order import duplicates, neighbors
-from longring.data.order.config import OrderConfig
 from longring.data.order.stages import STAGES
 from longring.data.order.work import Work
-from longring.data.prepare import prepare
-from longring.data.shards import sha256_of
+from longring.data.order_config import OrderConfig
+from longring.data.prepare.prepare import prepare
 from rich import box
 from rich.console import Console
 from rich.table import Table

@@ -30,9 +30,9 @@ from typing import Any
 os.environ["RAYON_NUM_THREADS"] = "1"  # before the tokenizer's threads start
 
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
-from longring.data.input_shard import prepare_input_shard
-from longring.data.sources import input_shards
-from longring.data.tokenize import DocumentTokenizer, train_tokenizer
+from longring.data.format.tokenizer import DocumentTokenizer, train_tokenizer
+from longring.data.prepare.input_shard import prepare_input_shard
+from longring.data.prepare.sources import input_shards
 from rich.console import Console
 from rich.table import Table
 

@@ -32,11 +32,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
-from longring.data.manifest import Manifest, open_prepared
-from longring.data.order.config import OrderConfig
+from longring.data.format.document import NO_DOCUMENT
+from longring.data.format.manifest import Manifest, open_prepared
 from longring.data.order.stages import order
-from longring.data.packing import NO_DOCUMENT
-from longring.data.prepare import prepare
+from longring.data.order_config import OrderConfig
+from longring.data.prepare.prepare import prepare
 from longring.launch import checkpoint
 from longring.launch.build import build_engine, places
 from longring.launch.config import Recipe, load_recipe

@@ -4,8 +4,8 @@
 
 One model, one rank, the same steps of the same number of tokens, by `longring train`: first decomposed data under
 grow-p2, cut as the paper's code cuts so that every length has its share, then concat-and-chunk at the longest length.
-The speed-up stands beside the one predicted from FLOPs (data/cost.py). Text: Python's own standard library; on GPUs set
-`--ranks`, `--max-tokens`, `--layers` and `--hidden` to their size.
+The speed-up stands beside the one predicted from FLOPs (data/inspect/cost.py). Text: Python's own standard library; on
+GPUs set `--ranks`, `--max-tokens`, `--layers` and `--hidden` to their size.
 """
 
 import argparse
@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from longring.data.cost import speed_up
-from longring.data.manifest import open_prepared
+from longring.data.format.manifest import open_prepared
+from longring.data.inspect.cost import speed_up
 from longring.launch.cli import model_size
 from longring.launch.config import load_recipe
 from rich.console import Console

@@ -15,7 +15,7 @@ from .config import apply_overrides, from_tree, load_recipe
 from .run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from ..data.cost import ModelSize
+    from ..data.inspect.cost import ModelSize
     from ..model.config import ModelConfig
 
 # The stages import torch, DeepSpeed or datasets, which takes seconds: each does so when it is called, so that --help
@@ -43,12 +43,12 @@ def _prepare(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.target, options.overrides)
     console = Console()
     if options.slurm:
-        from ..data.slurm import submit
+        from ..data.prepare.slurm import submit
 
         submit(recipe.data, console, partition=options.slurm, workers=options.workers, time=options.time)
         return 0
-    from ..data.inspect import print_ledger
-    from ..data.prepare import prepare, prepare_part
+    from ..data.inspect.ledger import print_ledger
+    from ..data.prepare.prepare import prepare, prepare_part
 
     if options.part:
         prepare_part(recipe.data, console, *_part(options.part), workers=options.workers)
@@ -78,7 +78,7 @@ def _plan(options: argparse.Namespace) -> int:
 def _order(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.target, options.overrides)
     console = Console()
-    from ..data.inspect import print_ledger
+    from ..data.inspect.ledger import print_ledger
     from ..data.order.stages import order
 
     ordered = order(
@@ -169,9 +169,9 @@ def _topology(options: argparse.Namespace) -> int:
 
 def _inspect(options: argparse.Namespace) -> int:
     from ..data.config import CurriculumConfig, LoaderConfig
-    from ..data.cost import PAPER_1B
-    from ..data.inspect import inspect
-    from ..data.manifest import MANIFEST_FILE, open_prepared
+    from ..data.format.manifest import MANIFEST_FILE, open_prepared
+    from ..data.inspect.cost import PAPER_1B
+    from ..data.inspect.inspect import inspect
 
     target = Path(options.target)
     recipe = None
@@ -210,7 +210,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def model_size(model: ModelConfig, vocab_size: int) -> ModelSize:
     """What decides the FLOPs of a model."""
-    from ..data.cost import ModelSize
+    from ..data.inspect.cost import ModelSize
 
     width = model.num_heads * model.head_dim
     projections = 2 * width + 2 * model.num_kv_heads * model.head_dim

@@ -13,7 +13,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..data.config import CurriculumConfig, DataConfig, LoaderConfig
-from ..data.order.config import KnotsConfig, OrderConfig
+from ..data.order_config import KnotsConfig, OrderConfig
 from ..model.config import ModelConfig
 from ..parallel.config import ParallelConfig
 

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..data.loader import read_rows
-from ..data.manifest import Manifest
-from ..data.order.knots import Knots
-from ..data.reader import SequenceReader
+from ..data.format.manifest import Manifest
+from ..data.format.reader import SequenceReader
+from ..data.read.knots import Knots
+from ..data.read.loader import read_rows
 from ..parallel.mesh import Mesh, join
 from ..parallel.zero import DeepSpeedEngine
 from .build import Place, build_engine, places

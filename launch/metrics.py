@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from ..data.batch_order import Trained
+from ..data.read.batch_order import Trained
 from .run_directory import RunDirectory
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.batch_order import BatchOrder
-from ..data.loader import training_order
-from ..data.manifest import MANIFEST_FILE, Manifest, open_prepared
-from ..data.shards import sha256_of
+from ..data.files import sha256_of
+from ..data.format.manifest import MANIFEST_FILE, Manifest, open_prepared
+from ..data.read.batch_order import BatchOrder
+from ..data.read.loader import training_order
 from . import checkpoint, schedules
 from .config import Recipe
 from .run_directory import RunDirectory

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
-from ..data.batch_order import Share
-from ..data.loader import Loader, MicroBatch
-from ..data.order.knots import Knots
+from ..data.read.batch_order import Share
+from ..data.read.knots import Knots
+from ..data.read.loader import Loader, MicroBatch
 from ..parallel.mesh import Mesh, join
 from ..parallel.zero import DeepSpeedEngine, gradient_norm, set_learning_rate
 from . import checkpoint

@@ -18,8 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..decompose import Split
-from ..packing import NO_DOCUMENT
+from ..format.document import NO_DOCUMENT, Split
 from ..permutation import permute
 from .documents import Documents, save
 

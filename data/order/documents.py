@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..decompose import SPLITS
-from ..input_shard import write_whole
-from ..manifest import Manifest, open_prepared
-from ..packing import NO_DOCUMENT
-from ..reader import MAX_OPEN_SHARDS
+from ..files import write_whole
+from ..format.document import NO_DOCUMENT, SPLITS
+from ..format.manifest import Manifest, open_prepared
+from ..format.reader import MAX_OPEN_SHARDS
 
 DOCUMENT_DTYPE = np.dtype([("record", "<u4"), ("held_out", "?"), ("pairs", "<i8"), ("first_part", "<i8")])
 """One document: its number among the input shard's records, its split, its pairs, where its parts begin."""

@@ -13,7 +13,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from ..permutation import mix_bits
-from .path import NO_DOCUMENT
+from .path import NO_NEIGHBOR
 
 SHINGLE_TOKENS = 5
 FIRST_COSINE = 0.5
@@ -60,7 +60,7 @@ def histogram(
     limits = np.full(BINS, np.iinfo(np.uint64).max)
     for documents, ids, cosines in lists:
         bins = np.minimum(((cosines - FIRST_COSINE) * 100).astype(np.float64), BINS - 1)
-        rows, slots = np.nonzero((ids != NO_DOCUMENT) & (bins >= 0))
+        rows, slots = np.nonzero((ids != NO_NEIGHBOR) & (bins >= 0))
         numbers = bins[rows, slots].astype(np.int64)
         counts += np.bincount(numbers, minlength=BINS)
         pairs = np.stack([documents[rows].astype(np.uint64), ids[rows, slots].astype(np.uint64)], axis=1)
@@ -88,7 +88,7 @@ def confirmed_pairs(
 ) -> NDArray[np.uint32]:
     """Return the near-duplicates (later document, earlier one) [pairs, 2] among neighbours of at least `threshold`."""
     found = []
-    for row, slot in np.argwhere((ids != NO_DOCUMENT) & (cosines >= threshold)).tolist():
+    for row, slot in np.argwhere((ids != NO_NEIGHBOR) & (cosines >= threshold)).tolist():
         one, other = int(documents[row]), int(ids[row, slot])
         if shared(tokens(one), tokens(other)) >= overlap:
             found.append((max(one, other), min(one, other)))

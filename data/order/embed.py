@@ -15,7 +15,7 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfTransformer
 from threadpoolctl import threadpool_limits
 
-from .config import LongDocuments, OrderConfig
+from ..order_config import LongDocuments, OrderConfig
 from .documents import Documents, load
 
 FEATURES_BITS = 18

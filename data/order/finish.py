@@ -19,16 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import DataConfig
-from ..decompose import SPLITS, Split
-from ..input_shard import books_file, counts_file, write_whole
-from ..ledger import Ledger, SplitLedger
-from ..manifest import INPUTS_FILE, MANIFEST_FILE, SHARDS_FILE, UNIGRAM_FILE, Manifest, file_hashes, settings_of
-from ..merge import give_name
-from ..packing import NO_DOCUMENT
-from ..shards import SHARD_DTYPE, BucketWriter, ShardName, sync
-from ..store import LocalStore
-from ..tokenize import TOKENIZER_FILE
-from .config import OrderConfig
+from ..files import sync, write_whole
+from ..format.document import NO_DOCUMENT, SPLITS, Split
+from ..format.ledger import Ledger, SplitLedger
+from ..format.manifest import INPUTS_FILE, MANIFEST_FILE, SHARDS_FILE, UNIGRAM_FILE, Manifest, file_hashes, settings_of
+from ..format.shards import SHARD_DTYPE, BucketWriter, ShardName
+from ..format.store import LocalStore
+from ..format.tokenizer import TOKENIZER_FILE
+from ..order_config import OrderConfig
+from ..prepare.input_shard import books_file, counts_file
+from ..prepare.merge import give_name
 from .contexts import Layout, lay_in_context, lay_long_buckets, read_sequence, stored
 from .documents import Documents, save
 from .neighbors import Embeddings

@@ -16,10 +16,10 @@ import numpy as np
 from faiss.contrib.ondisk import merge_ondisk
 from numpy.typing import NDArray
 
-from ..reader import MAX_OPEN_SHARDS
-from ..shards import sync
+from ..files import sync
+from ..format.reader import MAX_OPEN_SHARDS
 from .documents import damaged, load
-from .path import NO_DOCUMENT
+from .path import NO_NEIGHBOR
 
 PROBES = 64
 """Lists looked through for a query, as the paper's."""
@@ -149,10 +149,10 @@ def nearest(
 ) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
     """Return the nearest others of documents `numbers` [n] and their cosines: [n, count], best first.
 
-    Equals are ordered by number. Where fewer are found, NO_DOCUMENT and -inf fill up.
+    Equals are ordered by number. Where fewer are found, NO_NEIGHBOR and -inf fill up.
     """
     asked = (count + 1) * (1 if exact else OVERSAMPLED)
-    ids = np.full((len(numbers), count), NO_DOCUMENT, dtype=np.uint32)
+    ids = np.full((len(numbers), count), NO_NEIGHBOR, dtype=np.uint32)
     cosines = np.full((len(numbers), count), -np.inf, dtype=np.float32)
     for start in range(0, len(numbers), BLOCK):
         own = numbers[start : start + BLOCK]
@@ -165,7 +165,7 @@ def nearest(
         similarity[found < 0] = -np.inf
         best = np.lexsort((found, -similarity), axis=-1)[:, :count]
         found, similarity = (np.take_along_axis(table, best, axis=1) for table in (found, similarity))
-        ids[start : start + BLOCK, : found.shape[1]] = np.where(found < 0, NO_DOCUMENT, found)
+        ids[start : start + BLOCK, : found.shape[1]] = np.where(found < 0, NO_NEIGHBOR, found)
         cosines[start : start + BLOCK, : found.shape[1]] = similarity
     return ids, cosines
 

@@ -18,11 +18,11 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from ..files import sync
 from ..permutation import permute
-from ..shards import sync
 
-NO_DOCUMENT = 2**32 - 1
-"""Stands in a list of neighbours for a place that none fills."""
+NO_NEIGHBOR = 2**32 - 1
+"""Fills a list of neighbours that has fewer than its width."""
 
 STEP_DTYPE = np.dtype([("document", "<u4"), ("similarity", "<f4")])
 """A step of the path, and the cosine with the step before; NaN where it jumped there."""
@@ -35,7 +35,7 @@ class Graph(NamedTuple):
     """Undirected, n documents. Edges of d: those it lists, and those of documents that list d and are not listed."""
 
     neighbors: NDArray[np.uint32]
-    """[n, k], what each document lists: others only, each once, and NO_DOCUMENT."""
+    """[n, k], what each document lists: others only, each once, and NO_NEIGHBOR."""
     similarities: NDArray[np.float32]
     """[n, k], their cosines."""
     first: NDArray[np.int64]
@@ -57,9 +57,9 @@ def make_graph(neighbors: NDArray[np.uint32], similarities: NDArray[np.float32])
 
 def leave_out(neighbors: NDArray[np.uint32], dropped: NDArray[np.bool_]) -> None:
     """Take the dropped documents [n] out of the lists [n, k], in place."""
-    neighbors[dropped] = NO_DOCUMENT
+    neighbors[dropped] = NO_NEIGHBOR
     for row in np.array_split(neighbors, max(1, len(neighbors) // (1 << 20))):
-        row[(row != NO_DOCUMENT) & dropped[np.minimum(row, len(dropped) - 1)]] = NO_DOCUMENT
+        row[(row != NO_NEIGHBOR) & dropped[np.minimum(row, len(dropped) - 1)]] = NO_NEIGHBOR
 
 
 def greedy_path(graph: Graph, dropped: NDArray[np.bool_], file: Path) -> Iterator[int]:
@@ -112,7 +112,7 @@ def _one_way(neighbors):  # pragma: no cover  (compiled)
     for document in range(n):
         for slot in range(k):
             other = neighbors[document, slot]
-            if other == NO_DOCUMENT:
+            if other == NO_NEIGHBOR:
                 continue
             degrees[document] += 1
             mutual = False
@@ -177,7 +177,7 @@ def _walk(
         if current >= 0:
             for slot in range(k):
                 other = np.int64(neighbors[current, slot])
-                if other != NO_DOCUMENT and not visited[other]:
+                if other != NO_NEIGHBOR and not visited[other]:
                     similarity = similarities[current, slot]
                     if similarity > best_similarity or (similarity == best_similarity and other < best):
                         best, best_similarity = other, similarity
@@ -209,7 +209,7 @@ def _nearest_groups(neighbors, order, visited):  # pragma: no cover
         count += 1
         for slot in range(neighbors.shape[1]):
             other = neighbors[document, slot]
-            if other != NO_DOCUMENT and not visited[other]:
+            if other != NO_NEIGHBOR and not visited[other]:
                 documents[count] = other
                 visited[other] = True
                 count += 1

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import DataConfig
-from ..manifest import Manifest
-from ..packing import NO_DOCUMENT
-from .config import OrderConfig
+from ..format.manifest import Manifest
+from ..order_config import OrderConfig
 from .contexts import Layout, stored
 from .documents import Documents
 from .neighbors import Embeddings
+from .path import NO_NEIGHBOR
 
 REPORT_FILE = "order.json"
 SAMPLED_CONTEXTS = 256
@@ -103,7 +103,7 @@ def _neighbor_pairs(
             nearest = [
                 {"similarity": float(cosine), **describe(documents, int(other))}
                 for other, cosine in zip(ids[row, :SHOWN_NEIGHBORS], cosines[row], strict=False)
-                if other != NO_DOCUMENT
+                if other != NO_NEIGHBOR
             ]
             found.append({**describe(documents, int(numbers[row])), "neighbors": nearest})
     return found

@@ -18,13 +18,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..config import DataConfig
-from ..decompose import SPLITS
-from ..manifest import MANIFEST_FILE, Manifest, open_prepared
-from ..shards import sha256_of
+from ..files import sha256_of
+from ..format.document import NO_DOCUMENT, SPLITS
+from ..format.manifest import MANIFEST_FILE, Manifest, open_prepared
+from ..order_config import OrderConfig
 from . import neighbors, tasks
-from .config import OrderConfig
 from .finish import num_parts
-from .path import NO_DOCUMENT
 from .tasks import Tell
 from .work import Work
 

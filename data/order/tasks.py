@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..decompose import SPLITS, Split
-from ..input_shard import write_whole
-from ..manifest import open_prepared
+from ..files import write_whole
+from ..format.document import SPLITS, Split
+from ..format.manifest import open_prepared
 from . import duplicates, embed, neighbors, path
 from .documents import Documents, load, save, write_tables
 from .finish import finish, lay, make_part

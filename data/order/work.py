@@ -23,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import DataConfig
-from ..decompose import SPLITS, Split
-from ..manifest import open_prepared
-from ..prepare import partial_directory
+from ..format.document import SPLITS, Split
+from ..format.manifest import open_prepared
+from ..order_config import OrderConfig
+from ..prepare.prepare import partial_directory
 from . import duplicates, neighbors
-from .config import OrderConfig
 from .documents import Documents, load, opened
 
 NEIGHBOR_FIELDS = ("ids", "cosines")

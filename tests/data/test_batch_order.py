@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from longring.data.batch_order import BatchOrder, BucketOrder, Share, SourcePart, bucket_orders, bucket_tokens
 from longring.data.config import CurriculumConfig
-from longring.data.curriculum import schedule
-from longring.data.manifest import Bucket, Part
-from longring.data.shards import SHARD_DTYPE
+from longring.data.format.manifest import Bucket, Part
+from longring.data.format.shards import SHARD_DTYPE
+from longring.data.read.batch_order import BatchOrder, BucketOrder, Share, SourcePart, bucket_orders, bucket_tokens
+from longring.data.read.curriculum import schedule
 
 LENGTHS, SEQUENCES, STEPS = (8, 16, 32), (10, 7, 5), 60
 

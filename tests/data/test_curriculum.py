@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longring.data.config import CurriculumConfig
-from longring.data.curriculum import bucket_odds, exact_log, schedule
+from longring.data.read.curriculum import bucket_odds, exact_log, schedule
 
 ODDS: list = ["uniform", "natural", "grow_linear", "grow_p2", "grow_p100", "shrink_p100", (5.0, 1.0, 2.5)]
 DRAWS = ["odds_times_left", "odds_times_batches", "odds"]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longring.data.config import DataConfig
-from longring.data.decompose import decompose, split_of
+from longring.data.prepare.decompose import decompose, split_of
 
 
 def bucket_lengths(low: int, high: int) -> tuple[int, ...]:

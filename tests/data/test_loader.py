@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from longring.data.batch_order import Share
 from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig
-from longring.data.loader import Loader, MicroBatch, training_order
-from longring.data.manifest import Manifest, open_prepared
-from longring.data.prepare import prepare
-from longring.data.reader import SequenceReader
+from longring.data.format.manifest import Manifest, open_prepared
+from longring.data.format.reader import SequenceReader
+from longring.data.prepare.prepare import prepare
+from longring.data.read.batch_order import Share
+from longring.data.read.loader import Loader, MicroBatch, training_order
 from rich.console import Console
 
 STEPS, BATCH_TOKENS, TOKENS_PER_RANK = 24, 256, 32

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig, SourceConfig
-from longring.data.cost import PAPER_1B, ModelSize, attention_share, speed_up
-from longring.data.inspect import average_context, inspect
-from longring.data.ledger import Ledger
-from longring.data.manifest import open_prepared
-from longring.data.prepare import prepare
-from longring.data.records import BadRecord, BadRecords
-from longring.data.shards import sha256_of, shard_name
+from longring.data.files import sha256_of
+from longring.data.format.document import BadRecord, BadRecords
+from longring.data.format.ledger import Ledger
+from longring.data.format.manifest import open_prepared
+from longring.data.format.shards import shard_name
+from longring.data.inspect.cost import PAPER_1B, ModelSize, attention_share, speed_up
+from longring.data.inspect.inspect import average_context, inspect
+from longring.data.prepare.prepare import prepare
 from rich.console import Console
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from longring.data import packing
-from longring.data.packing import NO_DOCUMENT, BestFitPacker, Concatenator, Row, Segment, best_fit
+from longring.data.format.document import NO_DOCUMENT
+from longring.data.prepare import packing
+from longring.data.prepare.packing import BestFitPacker, Concatenator, Row, Segment, best_fit
 
 B = 0
 

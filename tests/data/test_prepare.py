@@ -14,11 +14,11 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
-from longring.data.decompose import SPLITS, Split, split_of
-from longring.data.manifest import Manifest, open_prepared
-from longring.data.packing import NO_DOCUMENT
-from longring.data.prepare import prepare
-from longring.data.shards import shard_name
+from longring.data.format.document import NO_DOCUMENT, SPLITS, Split
+from longring.data.format.manifest import Manifest, open_prepared
+from longring.data.format.shards import shard_name
+from longring.data.prepare.decompose import split_of
+from longring.data.prepare.prepare import prepare
 from rich.console import Console
 from tokenizers import Tokenizer
 

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import pytest
 from died import Died, die_after
-from longring.data import input_shard, merge, shards
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
-from longring.data.manifest import open_prepared
-from longring.data.prepare import prepare
+from longring.data.format import shards
+from longring.data.format.manifest import open_prepared
+from longring.data.prepare import input_shard, merge
+from longring.data.prepare.prepare import prepare
 from rich.console import Console
 
 MakeConfig = Callable[..., DataConfig]
@@ -31,7 +32,7 @@ CHILD = """
 import json, sys
 from rich.console import Console
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
-from longring.data.prepare import prepare
+from longring.data.prepare.prepare import prepare
 tree = json.loads(sys.argv[1])
 tree["source"], tree["tokenizer"] = SourceConfig(**tree["source"]), TokenizerConfig(**tree["tokenizer"])
 if __name__ == "__main__":

@@ -2,11 +2,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from longring.data import reader as reader_module
-from longring.data import shards
-from longring.data.reader import SequenceReader
-from longring.data.shards import BucketWriter, ShardName, shard_name
-from longring.data.store import LocalStore
+from longring.data.format import reader as reader_module
+from longring.data.format import shards
+from longring.data.format.reader import SequenceReader
+from longring.data.format.shards import BucketWriter, ShardName, shard_name
+from longring.data.format.store import LocalStore
 
 
 def write(root: Path, sequences: np.ndarray, shard_tokens: int, dtype: str = "<u2") -> SequenceReader:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from longring.data.config import DataConfig, SourceConfig
-from longring.data.input_shard import books_file
-from longring.data.manifest import open_prepared
-from longring.data.prepare import prepare
-from longring.data.slurm import submit
+from longring.data.format.manifest import open_prepared
+from longring.data.prepare.input_shard import books_file
+from longring.data.prepare.prepare import prepare
+from longring.data.prepare.slurm import submit
 from rich.console import Console
 
 SBATCH = """#!/bin/bash

@@ -13,8 +13,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 from longring.data.config import DataConfig, SourceConfig
-from longring.data.records import BadRecords, RecordReader
-from longring.data.sources import InputShard, input_shards
+from longring.data.format.document import BadRecords
+from longring.data.prepare.records import RecordReader
+from longring.data.prepare.sources import InputShard, input_shards
 
 
 def shards_of(source: SourceConfig, shard_bytes: int = 2**28) -> list[InputShard]:

@@ -10,13 +10,13 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from longring.data import store as store_module
-from longring.data.batch_order import Share
 from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig
-from longring.data.loader import Loader, training_order
-from longring.data.manifest import open_prepared
-from longring.data.prepare import prepare
-from longring.data.store import CachedStore
+from longring.data.format import store as store_module
+from longring.data.format.manifest import open_prepared
+from longring.data.format.store import CachedStore
+from longring.data.prepare.prepare import prepare
+from longring.data.read.batch_order import Share
+from longring.data.read.loader import Loader, training_order
 from rich.console import Console
 
 

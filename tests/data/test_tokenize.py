@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from longring.data.config import TokenizerConfig
-from longring.data.records import BadRecord, Document
-from longring.data.tokenize import THREAD_CHARACTERS, DocumentTokenizer, read_tokenizer, train_tokenizer
+from longring.data.format.document import BadRecord, Document
+from longring.data.format.tokenizer import THREAD_CHARACTERS, DocumentTokenizer, read_tokenizer, train_tokenizer
 
 END = "<|endoftext|>"
 TEXTS = ["the ring turns, the ring returns", "Grüße, 世界 \U0001f44b\n\ttabs", "x = 1  # two spaces\r\n"]

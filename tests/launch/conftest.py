@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from longring.data.prepare import prepare
+from longring.data.prepare.prepare import prepare
 from longring.launch.config import load_recipe
 from rich.console import Console
 

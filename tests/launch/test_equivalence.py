@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from longring.data.batch_order import Share
-from longring.data.loader import Loader, MicroBatch
-from longring.data.prepare import prepare
+from longring.data.prepare.prepare import prepare
+from longring.data.read.batch_order import Share
+from longring.data.read.loader import Loader, MicroBatch
 from longring.launch.build import build_engine
 from longring.launch.config import Recipe, load_recipe
 from longring.launch.plan import plan

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from longring.data.shards import sha256_of
+from longring.data.files import sha256_of
 from longring.launch import cli
 from longring.launch import train as train_module
 from longring.launch.config import load_recipe

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from longring.data.manifest import open_prepared
+from longring.data.format.manifest import open_prepared
 from longring.launch.config import load_recipe
 from longring.launch.evaluate import evaluate, position_edges
 from longring.launch.train import train

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from longring.data.batch_order import Share
 from longring.data.config import LoaderConfig
-from longring.data.loader import Loader
-from longring.data.manifest import open_prepared
+from longring.data.format.manifest import open_prepared
+from longring.data.read.batch_order import Share
+from longring.data.read.loader import Loader
 from longring.launch.config import load_recipe
 from longring.launch.plan import plan
 from longring.launch.run_directory import RunDirectory

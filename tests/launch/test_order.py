@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from longring.data.batch_order import Share
-from longring.data.loader import Loader, read_rows
-from longring.data.manifest import open_prepared
-from longring.data.order.knots import Knots
+from longring.data.format.manifest import open_prepared
 from longring.data.order.stages import order
-from longring.data.prepare import prepare
+from longring.data.prepare.prepare import prepare
+from longring.data.read.batch_order import Share
+from longring.data.read.knots import Knots
+from longring.data.read.loader import Loader, read_rows
 from longring.launch import cli
 from longring.launch.build import build_engine, places
 from longring.launch.config import load_recipe

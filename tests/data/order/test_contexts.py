@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from longring.data.decompose import decompose
+from longring.data.format.document import NO_DOCUMENT
 from longring.data.order.contexts import (
     Layout,
     contexts_to_fill,
@@ -18,7 +18,7 @@ from longring.data.order.contexts import (
     read_sequence,
     stored,
 )
-from longring.data.packing import NO_DOCUMENT
+from longring.data.prepare.decompose import decompose
 
 BOUNDARY = 0
 

@@ -14,7 +14,7 @@ from longring.data.order.duplicates import (
     left_out,
     shared,
 )
-from longring.data.order.path import NO_DOCUMENT
+from longring.data.order.path import NO_NEIGHBOR
 from longring.data.permutation import mix_bits
 
 
@@ -50,7 +50,7 @@ def lists(cosines: list[list[float]]) -> tuple[np.ndarray, np.ndarray, np.ndarra
 def test_histogram_counts_pairs_and_samples_them():
     rows = [[0.985, 0.62], [0.985, 0.3], [0.625, -0.5], [1.0, 0.999]] * 40
     documents, ids, cosines = lists(rows)
-    ids[0, 0] = NO_DOCUMENT
+    ids[0, 0] = NO_NEIGHBOR
     like = np.arange(50)
     unlike = {number: np.arange(50) + 1000 * number for number in [*range(160), 1001]}
 
@@ -83,7 +83,7 @@ def test_the_threshold_is_where_a_twentieth_is_near_duplicate(confirmed: list[in
 def test_pairs_are_confirmed_above_the_threshold_only():
     texts = {number: np.arange(60) + 7 for number in range(8)} | {3: np.arange(60) * 2}
     documents = np.array([4, 5])
-    ids = np.array([[1, 3, 7, NO_DOCUMENT], [2, 4, 6, 7]], dtype=np.uint32)
+    ids = np.array([[1, 3, 7, NO_NEIGHBOR], [2, 4, 6, 7]], dtype=np.uint32)
     cosines = np.array([[0.99, 0.99, 0.9, np.inf], [0.89, 0.9, 0.95, 0.2]], dtype=np.float32)
     found = confirmed_pairs(documents, ids, cosines, texts.__getitem__, 0.9, 0.7)
     assert found.tolist() == [[4, 1], [5, 4], [6, 5], [7, 4]]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from longring.data.config import DataConfig
 from longring.data.order import embed
-from longring.data.order.config import OrderConfig
 from longring.data.order.documents import Documents, write_tables
 from longring.data.order.stages import order
-from longring.data.prepare import prepare
+from longring.data.order_config import OrderConfig
+from longring.data.prepare.prepare import prepare
 from rich.console import Console
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer

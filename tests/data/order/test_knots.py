@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
-from longring.data.order.config import KnotsConfig
-from longring.data.order.knots import LABEL_CHARACTERS, Knots, Tied, cut_points, fitted
-from longring.data.tokenize import DocumentTokenizer, knot_tokens, train_tokenizer, with_knot_tokens
+from longring.data.format.tokenizer import DocumentTokenizer, knot_tokens, train_tokenizer, with_knot_tokens
+from longring.data.order_config import KnotsConfig
+from longring.data.read.knots import LABEL_CHARACTERS, Knots, Tied, cut_points, fitted
 
 CHUNKS = 4
 B = 0

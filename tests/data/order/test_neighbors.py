@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from longring.data.order import neighbors
 from longring.data.order.neighbors import Embeddings
-from longring.data.order.path import NO_DOCUMENT
+from longring.data.order.path import NO_NEIGHBOR
 
 
 def clustered(count: int, dimensions: int, seed: int = 0) -> np.ndarray:
@@ -73,11 +73,11 @@ def test_fewer_documents_than_neighbours_leave_places_empty(tmp_path: Path):
     found = embeddings(clustered(9, 4), tmp_path, 2)
     numbers = np.array([2, 4, 7])
     ids, cosines = neighbors.nearest(neighbors.exact_index(found, numbers), found, numbers, 5, exact=True)
-    assert [set(row) for row in ids.tolist()] == [{4, 7, NO_DOCUMENT}, {2, 7, NO_DOCUMENT}, {2, 4, NO_DOCUMENT}]
-    assert np.array_equal(ids == NO_DOCUMENT, np.isneginf(cosines))
+    assert [set(row) for row in ids.tolist()] == [{4, 7, NO_NEIGHBOR}, {2, 7, NO_NEIGHBOR}, {2, 4, NO_NEIGHBOR}]
+    assert np.array_equal(ids == NO_NEIGHBOR, np.isneginf(cosines))
     alone = np.array([4])
     ids, _ = neighbors.nearest(neighbors.exact_index(found, alone), found, alone, 5, exact=True)
-    assert ids.tolist() == [[NO_DOCUMENT] * 5]
+    assert ids.tolist() == [[NO_NEIGHBOR] * 5]
 
 
 @pytest.mark.parametrize(("gpus", "dimensions", "moves"), [(0, 24, 0), (1, 24, 2), (1, 21, 1)])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longring.data.order import path
-from longring.data.order.path import NO_DOCUMENT, greedy_path, leave_out, make_graph, nearest_groups, random_order
+from longring.data.order.path import NO_NEIGHBOR, greedy_path, leave_out, make_graph, nearest_groups, random_order
 
 
 @st.composite
@@ -18,7 +18,7 @@ def lists(draw) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     generator = np.random.default_rng(draw(st.integers(0, 2**32)))
     similarity = generator.integers(-2, 5, (n, n)).astype(np.float32) / 8
     similarity = np.maximum(similarity, similarity.T)
-    ids = np.full((n, k), NO_DOCUMENT, dtype=np.uint32)
+    ids = np.full((n, k), NO_NEIGHBOR, dtype=np.uint32)
     cosines = np.full((n, k), -np.inf, dtype=np.float32)
     for document in range(n):
         others = generator.permutation(np.delete(np.arange(n), document))
@@ -77,10 +77,10 @@ def test_is_the_papers_algorithm(found: tuple[np.ndarray, np.ndarray, np.ndarray
 def test_degrees_and_edges_are_the_undirected_graphs(found: tuple[np.ndarray, np.ndarray, np.ndarray]):
     ids, cosines, _ = found
     graph = make_graph(ids, cosines)
-    pairs = {(one, int(other)) for one in range(len(ids)) for other in ids[one] if other != NO_DOCUMENT}
+    pairs = {(one, int(other)) for one in range(len(ids)) for other in ids[one] if other != NO_NEIGHBOR}
     pairs |= {(other, one) for one, other in pairs}
     for document in range(len(ids)):
-        mine = [int(other) for other in ids[document] if other != NO_DOCUMENT]
+        mine = [int(other) for other in ids[document] if other != NO_NEIGHBOR]
         mine += graph.listed_by[graph.first[document] : graph.first[document + 1]].tolist()
         assert sorted(mine) == sorted(other for one, other in pairs if one == document), "each edge once at either end"
         assert graph.degrees[document] == len(mine)
@@ -120,6 +120,6 @@ def test_baselines_are_permutations(found: tuple[np.ndarray, np.ndarray, np.ndar
     expected: list[int] = []
     for document in order.tolist():
         for other in [document, *ids[document].tolist()] if document not in expected else []:
-            if other != NO_DOCUMENT and other not in expected:
+            if other != NO_NEIGHBOR and other not in expected:
                 expected.append(other)
     assert groups.tolist() == expected

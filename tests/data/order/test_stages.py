@@ -18,20 +18,19 @@ import numpy as np
 import pytest
 from died import Died, die_after
 from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig, SourceConfig, TokenizerConfig
-from longring.data.cost import PAPER_1B
-from longring.data.decompose import SPLITS
-from longring.data.inspect import inspect
-from longring.data.loader import read_rows, training_order
-from longring.data.manifest import Manifest, open_prepared
+from longring.data.files import sha256_of
+from longring.data.format.document import NO_DOCUMENT, SPLITS
+from longring.data.format.manifest import Manifest, open_prepared
+from longring.data.inspect.cost import PAPER_1B
+from longring.data.inspect.inspect import inspect
 from longring.data.order import path, stages
-from longring.data.order.config import KnotsConfig, OrderConfig
 from longring.data.order.documents import Documents
-from longring.data.order.knots import Knots
 from longring.data.order.stages import STAGES, order
 from longring.data.order.work import Work
-from longring.data.packing import NO_DOCUMENT
-from longring.data.prepare import prepare
-from longring.data.shards import sha256_of
+from longring.data.order_config import KnotsConfig, OrderConfig
+from longring.data.prepare.prepare import prepare
+from longring.data.read.knots import Knots
+from longring.data.read.loader import read_rows, training_order
 from rich.console import Console
 
 QUIET = Console(quiet=True)
@@ -41,7 +40,7 @@ CHILD = """
 import json, sys
 from rich.console import Console
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
-from longring.data.order.config import OrderConfig
+from longring.data.order_config import OrderConfig
 from longring.data.order.stages import order
 tree, settings = json.loads(sys.argv[1])
 tree["source"], tree["tokenizer"] = SourceConfig(**tree["source"]), TokenizerConfig(**tree["tokenizer"])

@@ -14,7 +14,7 @@ from datatrove.executor import SlurmPipelineExecutor
 from rich.console import Console
 from rich.progress import Progress
 
-from .config import DataConfig
+from ..config import DataConfig
 from .merge import merge
 from .prepare import PrepareStep, begin, is_prepared, partial_directory
 

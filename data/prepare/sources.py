@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fsspec.core import url_to_fs
 
-from .config import DataConfig, SourceConfig
+from ..config import DataConfig, SourceConfig
 
 SUFFIXES = {
     "text": ("",),

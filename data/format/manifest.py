@@ -4,7 +4,6 @@
 `shards.npy` is a table of all shards, 113 bytes each; where each block lies in a shard, the shard itself says.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -14,15 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import DataConfig, LoaderConfig
-from .decompose import Split
-from .input_shard import write_whole
+from ..config import DataConfig, LoaderConfig
+from ..files import sha256_of, sha256_of_json, sync, write_text
+from ..order_config import OrderConfig
+from .document import Split
 from .ledger import Ledger
-from .order.config import OrderConfig
 from .reader import SequenceReader
-from .shards import SHARD_DTYPE, sha256_of, shard_name, sync
+from .shards import SHARD_DTYPE, shard_name
 from .store import LocalStore, Store, differs, open_store
-from .tokenize import TOKENIZER_FILE, DocumentTokenizer
+from .tokenizer import TOKENIZER_FILE, DocumentTokenizer
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
@@ -120,11 +119,11 @@ class Manifest:
         """Write `manifest.json` into the directory, whole, when the `files`, which are there, are on the disk."""
         content = {**vars(self), "ledger": self.ledger.to_json()}
         del content["shards"], content["store"]
-        content["sha256"] = _hash_of(json.loads(json.dumps(content)))  # as it will be read: keys become text
+        content["sha256"] = sha256_of_json(json.loads(json.dumps(content)))  # as it will be read: keys become text
         for name in self.files:
             sync(directory / name)
         text = json.dumps(content, indent=1) + "\n"
-        write_whole(directory / MANIFEST_FILE, lambda file: file.write_text(text, encoding="utf-8"))
+        write_text(directory / MANIFEST_FILE, text)
 
     @classmethod
     def load(cls, store: Store) -> "Manifest":
@@ -138,7 +137,7 @@ class Manifest:
             version = content["format_version"]
             if version == FORMAT_VERSION:
                 # Data prepared by earlier versions has none.
-                if (claimed := content.pop("sha256", None)) not in (None, (found := _hash_of(content))):
+                if (claimed := content.pop("sha256", None)) not in (None, (found := sha256_of_json(content))):
                     raise TypeError(f"its content has SHA-256 {found}, {claimed} in itself")
                 files = {name: _checked(store, name, sha256) for name, sha256 in content["files"].items()}
                 return cls(
@@ -269,11 +268,6 @@ def file_hashes(directory: Path, *others: str) -> dict[str, str]:
     """Return the SHA-256 of each file that stands beside a manifest, the `others` included."""
     names = (TOKENIZER_FILE, UNIGRAM_FILE, SHARDS_FILE, INPUTS_FILE, *others)
     return {name: sha256_of(directory / name) for name in names}
-
-
-def _hash_of(content: dict[str, Any]) -> str:
-    """SHA-256 of the manifest's content, however it is laid out."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _checked(store: Store, name: str, sha256: str) -> Path:

@@ -8,7 +8,7 @@ import datasets
 import datasets.exceptions
 import pyarrow
 
-from .config import SourceConfig
+from ..config import SourceConfig
 
 # What the library raises for a data set that is not there, not readable or not as declared.
 _ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, datasets.exceptions.DatasetsError)

@@ -4,12 +4,10 @@ import hashlib
 import io
 import json
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import islice
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any
 
 import fsspec
 import numpy as np
@@ -17,59 +15,12 @@ import pyarrow
 import pyarrow.parquet
 from numpy.typing import NDArray
 
-from .config import SourceConfig
+from ..config import SourceConfig
+from ..format.document import BadRecord, BadRecords, Document
 from .sources import InputShard
-
-BadKind = Literal["empty", "broken_json", "missing_field", "wrong_type", "invalid_utf8", "bad_tokens"]
-
-EXAMPLES = 3
-"""Bad records of a kind that are remembered by name."""
 
 FIRST_CHECK = 1_000
 """Records after which the fraction of bad ones is watched; before that it says little."""
-
-
-class Document(NamedTuple):
-    """One good record: its number among the input shard's records, its name, its text or token ids, their digest."""
-
-    number: int
-    name: str
-    content: str | NDArray[np.int64]
-    digest: bytes
-
-
-class BadRecord(NamedTuple):
-    """Why a record is left out."""
-
-    kind: BadKind
-    detail: str
-
-
-@dataclass(kw_only=True)
-class BadRecords:
-    """Bad records by kind: how many, and the first few by name."""
-
-    counts: Counter[BadKind] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-
-    def enter(self, name: str, bad: BadRecord) -> None:
-        """Count one."""
-        self.counts[bad.kind] += 1
-        known = self.examples.setdefault(bad.kind, [])
-        if len(known) < EXAMPLES:
-            known.append(f"{name}: {bad.detail}" if bad.detail else name)
-
-    def check(self, records: int, source: str, max_bad_fraction: float) -> None:
-        """Raise ValueError when too many of `records` are bad."""
-        bad = self.counts.total()
-        if bad > max_bad_fraction * records:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.counts.items()))
-            first = "; ".join(example for kind in sorted(self.examples) for example in self.examples[kind][:1])
-            raise ValueError(
-                f"data.sources.{source}: {bad} of {records} records are bad ({kinds}), more than "
-                f"data.max_bad_fraction = {max_bad_fraction}. {first}. Repair them, or raise the fraction to leave "
-                "them out and counted"
-            )
 
 
 class RecordReader:

@@ -14,16 +14,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..format.document import NO_DOCUMENT
+
 POOL_SEQUENCES = 4_096
 """Sequences' worth of segments that are packed together. Best fit leaves few gaps in so many, and 4,096 sequences of
 256 tokens are 2 MB."""
 
 POOL_TOKENS = 1 << 22
 """Most tokens of a pool, unless one sequence is longer."""
-
-
-NO_DOCUMENT = 2**32 - 1
-"""Stands for the document of a segment that came from none."""
 
 
 class Segment(NamedTuple):

@@ -1,15 +1,10 @@
 """Where every record and every token went: the books of a preparation, and of each of its input shards."""
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rich import box
-from rich.table import Table
-
-from .decompose import SPLITS, Split
-from .records import EXAMPLES, BadRecords
+from .document import EXAMPLES, SPLITS, BadRecords, Split
 
 Rule = Literal["short_document", "remainder", "end_of_input_shard", "near_duplicate"]
 """short_document: all of a document shorter than the smallest bucket. remainder: what a longer one has beyond its last
@@ -134,37 +129,3 @@ class Ledger:
 
         bad = BadRecords(counts=Counter(value["bad"]["counts"]), examples=value["bad"]["examples"])
         return cls(records=value["records"], bad=bad, splits={split: books(value["splits"][split]) for split in SPLITS})
-
-    def table(self) -> Table:
-        """Return the books as a table whose parts sum to its first row."""
-        table = Table(title="Ledger", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column(no_wrap=True)
-        for column in ("documents", "sequences", "tokens", "share"):
-            table.add_column(column, justify="right", no_wrap=True)
-
-        def row(name: str, documents: int | None, sequences: int | None, tokens: int | None) -> None:
-            counts = ("" if count is None else f"{count:,}" for count in (documents, sequences, tokens))
-            table.add_row(name, *counts, "" if tokens is None else f"{tokens / max(self.tokens, 1):.2%}")
-
-        row("records read", self.records, None, self.tokens)
-        for kind, count in sorted(self.bad.counts.items()):
-            row(f"  left out: {kind.replace('_', ' ')}", count, None, None)
-        for split, books in self.splits.items():
-            table.add_section()
-            row(split.replace("_", " "), books.documents, None, books.tokens)
-            for length, count in sorted(books.sequences.items()):
-                row(f"  bucket {length:,}", None, count, length * count)
-            if books.filler_tokens:
-                row("  of it filler, no document's", None, None, -books.filler_tokens)
-            for rule in sorted(books.dropped_tokens):
-                documents = books.dropped_documents[rule] or None
-                row(f"  dropped: {rule.replace('_', ' ')}", documents, None, books.dropped_tokens[rule])
-        return table
-
-    def notes(self) -> Iterator[str]:
-        """Yield what the table has no room for: a line each."""
-        packed = sum(books.packed_sequences for books in self.splits.values())
-        if packed:
-            yield f"{packed:,} sequences hold several documents, or parts of them."
-        for kind in sorted(self.bad.examples):
-            yield f"left out, {kind.replace('_', ' ')}, the first: {self.bad.examples[kind][0]}"

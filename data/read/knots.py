@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..tokenize import DocumentTokenizer, knot_tokens
-from .config import KnotsConfig
+from ..format.tokenizer import DocumentTokenizer, knot_tokens
+from ..order_config import KnotsConfig
 
 LABEL_CHARACTERS = string.ascii_letters + string.digits
 LABEL_LENGTH = 6

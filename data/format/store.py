@@ -15,10 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from fsspec.core import url_to_fs
-
-from .config import LoaderConfig
-from .shards import sha256_of
+from ..config import LoaderConfig
+from ..files import sha256_of
 
 CHUNK_BYTES = 1 << 22
 ATTEMPTS = 4
@@ -53,6 +51,8 @@ class CachedStore:
 
     def __init__(self, address: str, cache: Path, limit_bytes: int):
         self.name = address.rstrip("/")
+        from fsspec.core import url_to_fs  # takes a second that local data does without
+
         try:
             self._filesystem, self._root = url_to_fs(self.name)
         except (ImportError, ValueError) as error:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import DataConfig
-from .input_shard import books_file, counts_file
-from .ledger import Ledger
-from .manifest import (
+from ..config import DataConfig
+from ..files import sync
+from ..format.ledger import Ledger
+from ..format.manifest import (
     INPUTS_FILE,
     MANIFEST_FILE,
     SHARDS_FILE,
@@ -20,9 +20,10 @@ from .manifest import (
     open_prepared,
     settings_of,
 )
-from .shards import SHARD_DTYPE, sync
-from .store import LocalStore
-from .tokenize import TOKENIZER_FILE, DocumentTokenizer
+from ..format.shards import SHARD_DTYPE
+from ..format.store import LocalStore
+from ..format.tokenizer import TOKENIZER_FILE, DocumentTokenizer
+from .input_shard import books_file, counts_file
 
 
 def merge(config: DataConfig, partial: Path) -> Manifest:

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..config import CurriculumConfig, LoaderConfig
+from ..format.manifest import Manifest
+from ..format.reader import SequenceReader
 from .batch_order import BatchOrder, Share, bucket_orders, bucket_tokens
-from .config import CurriculumConfig, LoaderConfig
 from .curriculum import schedule
-from .manifest import Manifest
-from .order.knots import Knots
-from .reader import SequenceReader
+from .knots import Knots
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,15 +24,16 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .config import DataConfig
+from ..config import DataConfig
+from ..files import write_text, write_whole
+from ..format.manifest import INPUTS_FILE, MANIFEST_FILE, Manifest, differences, open_prepared, settings_of
+from ..format.store import LocalStore
+from ..format.tokenizer import TOKENIZER_FILE, DocumentTokenizer, read_tokenizer, train_tokenizer, with_knot_tokens
 from .decompose import split_of
-from .input_shard import books_file, prepare_input_shard, progress_file, write_whole
-from .manifest import INPUTS_FILE, MANIFEST_FILE, Manifest, differences, open_prepared, settings_of
+from .input_shard import books_file, prepare_input_shard, progress_file
 from .merge import merge
 from .records import RecordReader
 from .sources import InputShard, input_shards
-from .store import LocalStore
-from .tokenize import TOKENIZER_FILE, DocumentTokenizer, read_tokenizer, train_tokenizer, with_knot_tokens
 
 # The engine would log over the progress bar; what goes wrong it raises.
 logger.disable("datatrove")
@@ -163,7 +164,7 @@ def begin(config: DataConfig, partial: Path, progress: Progress) -> int:
         write_whole(work / INPUTS_FILE, lambda path: path.write_bytes(b"".join(lines)))
         offsets = np.cumsum([0, *map(len, lines)])
         write_whole(work / OFFSETS_FILE, lambda path: path.write_bytes(offsets.astype("<i8").tobytes()))
-        write_whole(plan_file, lambda path: path.write_text(json.dumps(plan)))
+        write_text(plan_file, json.dumps(plan))
     if not (partial / TOKENIZER_FILE).exists():
         tokenizer = _tokenizer_content(config, inputs, progress)
         DocumentTokenizer(tokenizer, config.tokenizer.boundary)

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from .config import TokenizerConfig
-from .records import BadRecord, Document
+from ..config import TokenizerConfig
+from .document import BadRecord, Document
 
 TOKENIZER_FILE = "tokenizer.json"
 THREAD_CHARACTERS = 1 << 18

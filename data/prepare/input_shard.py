@@ -16,20 +16,22 @@ import random
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
-from .config import DataConfig
-from .decompose import SPLITS, Piece, Split, decompose, split_of
-from .ledger import Ledger
+from ..config import DataConfig
+from ..files import sync, write_text, write_whole
+from ..format.document import SPLITS, Document, Split
+from ..format.ledger import Ledger
+from ..format.shards import BucketWriter, ShardName
+from ..format.tokenizer import TOKENIZER_FILE, DocumentTokenizer
+from .decompose import Piece, decompose, split_of
 from .packing import BestFitPacker, Concatenator, Row, Segment
-from .records import Document, RecordReader
-from .shards import BucketWriter, ShardName, sync
+from .records import RecordReader
 from .sources import InputShard
-from .tokenize import TOKENIZER_FILE, DocumentTokenizer
 
 PROGRESS_SECONDS = 0.5
 
@@ -78,17 +80,7 @@ def prepare_input_shard(config: DataConfig, partial: Path, number: int, shard: I
     write_whole(counts, lambda path: np.save(path, writing.counts))
     shards = [[entry[name].item() for name in entry.dtype.names] for entry in writing.shards()]
     books = {"ledger": writing.ledger.to_json(), "shards": [[*row[:-1], row[-1].decode()] for row in shards]}
-    write_whole(books_file(partial, number), lambda path: path.write_text(json.dumps(books) + "\n"))
-
-
-def write_whole(file: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file under another name, flush it and rename it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    begun = file.with_name(f".{os.getpid()}.{file.name}")
-    write(begun)
-    sync(begun)
-    begun.rename(file)
-    sync(file.parent)
+    write_text(books_file(partial, number), json.dumps(books) + "\n")
 
 
 class _Writing:

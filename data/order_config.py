@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ..config import DataConfig
+from .config import DataConfig
 
 Mode = Literal["off", "in_context", "fill_long_buckets"]
 By = Literal["path", "random", "knn"]

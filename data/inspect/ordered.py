@@ -11,10 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ..decompose import SPLITS
-from ..manifest import Manifest
-from ..packing import NO_DOCUMENT
-from .report import FIRST_LINE_TOKENS, REPORT_FILE, first_line
+from ..format.document import NO_DOCUMENT, SPLITS
+from ..format.manifest import Manifest
+from ..order.report import FIRST_LINE_TOKENS, REPORT_FILE, first_line
 
 BAR = 30
 TITLE = 44

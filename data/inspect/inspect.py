@@ -10,13 +10,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
-from .batch_order import bucket_orders, bucket_tokens
-from .config import CurriculumConfig, LoaderConfig
+from ..config import CurriculumConfig, LoaderConfig
+from ..format.manifest import Bucket, Manifest
+from ..read.batch_order import bucket_orders, bucket_tokens
+from ..read.curriculum import schedule
 from .cost import ModelSize, attention_share, speed_up
-from .curriculum import schedule
-from .ledger import Ledger
-from .manifest import Bucket, Manifest
-from .order.show import show_order
+from .ledger import print_ledger
+from .ordered import show_order
 
 SAMPLE_TOKENS = 48
 SAMPLED_SEQUENCES = 256
@@ -60,14 +60,6 @@ def inspect(
     draw(manifest, chosen, picture)
     console.print(f"\npicture: {picture}", soft_wrap=True)
     return picture
-
-
-def print_ledger(ledger: Ledger, console: Console) -> None:
-    """Print the books."""
-    console.print(ledger.table())
-    for note in ledger.notes():
-        console.print(escape(note), highlight=False)
-    console.print()
 
 
 def _verify(manifest: Manifest, console: Console) -> None:

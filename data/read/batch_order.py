@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .manifest import Bucket
-from .permutation import permute
+from ..format.manifest import Bucket
+from ..permutation import permute
 
 BLOCK_POSITIONS = 1 << 12
 """The order is worked out for so many positions of the stream at a time: numpy's overhead of some 0.2 ms then serves

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import CurriculumConfig
+from ..config import CurriculumConfig
 
 
 def bucket_odds(config: CurriculumConfig, num_buckets: int) -> tuple[float, ...]:

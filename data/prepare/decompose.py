@@ -8,10 +8,9 @@ two, largest first, so that a sequence holds one document and nothing is packed,
 
 import random
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-Split = Literal["train", "held_out"]
-SPLITS: tuple[Split, ...] = ("train", "held_out")
+from ..format.document import Split
 
 
 class Piece(NamedTuple):

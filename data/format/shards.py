@@ -7,9 +7,7 @@ them; `<block>.tokens.npy`, [rows, length + 1]. A last member `__index__`, which
 go straight to a row. Equal input gives equal bytes.
 """
 
-import hashlib
 import io
-import os
 import tarfile
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +17,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from .decompose import Split
+from ..files import sha256_of, sync
+from .document import Split
 
 BLOCK_TOKENS = 1 << 17
 """Tokens in a block: its 3.5 kB of tar and npy headers are then about 1% of a 16-bit block."""
@@ -181,18 +180,3 @@ def _add(tar: tarfile.TarFile, name: str, array: NDArray) -> int:
     tar.addfile(member, buffer)
     padded = -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     return tar.offset - padded + member.size - array.nbytes
-
-
-def sha256_of(path: Path) -> str:
-    """Return the file's SHA-256, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Ask the system to put a file's bytes, or a directory's entries, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from .manifest import Manifest
+from ..format.manifest import Manifest
 
 SCHEDULE_BINS = 100
 

@@ -1,0 +1,1 @@
+"""A look at prepared data: ledger, lengths, cost, schedule, samples and pictures."""

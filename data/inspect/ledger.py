@@ -1,0 +1,54 @@
+"""The ledger of prepared data as a table."""
+
+from collections.abc import Iterator
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..format.ledger import Ledger
+
+
+def print_ledger(ledger: Ledger, console: Console) -> None:
+    """Print the books."""
+    console.print(ledger_table(ledger))
+    for note in _notes(ledger):
+        console.print(escape(note), highlight=False)
+    console.print()
+
+
+def ledger_table(ledger: Ledger) -> Table:
+    """Return the books as a table whose parts sum to its first row."""
+    table = Table(title="Ledger", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(no_wrap=True)
+    for column in ("documents", "sequences", "tokens", "share"):
+        table.add_column(column, justify="right", no_wrap=True)
+
+    def row(name: str, documents: int | None, sequences: int | None, tokens: int | None) -> None:
+        counts = ("" if count is None else f"{count:,}" for count in (documents, sequences, tokens))
+        table.add_row(name, *counts, "" if tokens is None else f"{tokens / max(ledger.tokens, 1):.2%}")
+
+    row("records read", ledger.records, None, ledger.tokens)
+    for kind, count in sorted(ledger.bad.counts.items()):
+        row(f"  left out: {kind.replace('_', ' ')}", count, None, None)
+    for split, books in ledger.splits.items():
+        table.add_section()
+        row(split.replace("_", " "), books.documents, None, books.tokens)
+        for length, count in sorted(books.sequences.items()):
+            row(f"  bucket {length:,}", None, count, length * count)
+        if books.filler_tokens:
+            row("  of it filler, no document's", None, None, -books.filler_tokens)
+        for rule in sorted(books.dropped_tokens):
+            documents = books.dropped_documents[rule] or None
+            row(f"  dropped: {rule.replace('_', ' ')}", documents, None, books.dropped_tokens[rule])
+    return table
+
+
+def _notes(ledger: Ledger) -> Iterator[str]:
+    """Yield what the table has no room for: a line each."""
+    packed = sum(books.packed_sequences for books in ledger.splits.values())
+    if packed:
+        yield f"{packed:,} sequences hold several documents, or parts of them."
+    for kind in sorted(ledger.bad.examples):
+        yield f"left out, {kind.replace('_', ' ')}, the first: {ledger.bad.examples[kind][0]}"

@@ -1,0 +1,1 @@
+"""Prepared data to batches: curriculum, batch order, knots, and the loader that a training rank runs."""
