@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
-from longring.launch import checkpoint
-from longring.launch.checkpoint import TrainState
-from longring.launch.checkpoint_load import load_last_good
-from longring.launch.checkpoint_save import Saver
+from longring.launch.checkpoint import format as checkpoint
+from longring.launch.checkpoint.format import TrainState
+from longring.launch.checkpoint.load import load_last_good
+from longring.launch.checkpoint.save import Saver
 from longring.launch.run_directory import RunDirectory
 from one_rank import one_rank
 from rich.console import Console

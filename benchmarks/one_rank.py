@@ -9,8 +9,9 @@ os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0
 os.environ["MASTER_PORT"] = str(20_000 + os.getpid() % 10_000)
 import numpy as np
 import torch
-from longring.launch.build import build_engine, places
+from longring.launch.build import bucket_layouts, build_engine
 from longring.launch.config import Recipe, load_recipe
+from longring.launch.grids.decide import decide_grids
 from longring.parallel.mesh import Mesh, join
 from longring.parallel.zero import DeepSpeedEngine, set_learning_rate
 
@@ -35,12 +36,12 @@ def one_rank(run_directory: Path, width: int, layers: int, tokens: int) -> OneRa
     mesh = join(recipe.parallel, 1)
     engine = build_engine(recipe, VOCABULARY, mesh)
     set_learning_rate(engine, 1e-4)
-    here = places(recipe, mesh, [tokens])[tokens]
+    layout = bucket_layouts(recipe, mesh, [tokens], decide_grids(recipe, mesh, [tokens]))[tokens]
     rows = np.random.default_rng(0).integers(0, VOCABULARY, (1, tokens + 1)).astype(np.uint16)
 
     def step() -> None:
         for _ in range(engine.gradient_accumulation_steps()):
-            losses = engine(*here.model_inputs(rows, None, mesh.device))
+            losses = engine(*layout.model_inputs(rows, None, mesh.device))
             engine.backward(losses.mean())
             engine.step()
         if mesh.device.type == "cuda":

@@ -37,10 +37,11 @@ from longring.data.format.manifest import Manifest, open_prepared
 from longring.data.order.stages import order
 from longring.data.order_config import OrderConfig
 from longring.data.prepare.prepare import prepare
-from longring.launch import checkpoint
-from longring.launch.build import build_engine, places
+from longring.launch.build import bucket_layouts, build_engine
+from longring.launch.checkpoint import format as checkpoint
 from longring.launch.config import Recipe, load_recipe
-from longring.launch.plan import plan
+from longring.launch.grids.decide import decide_grids
+from longring.launch.preflight import plan
 from longring.launch.train import train
 from longring.parallel.mesh import Mesh, join
 from rich import box
@@ -153,11 +154,14 @@ def losses_of(recipe: Recipe, mesh: Mesh, held_out: Manifest) -> Callable[[np.nd
     engine = build_engine(recipe, planned.manifest.vocab_size, mesh)
     checkpoint.load(engine, planned.resume_from)
     engine.eval()
-    here = places(recipe, mesh, [held_out.lengths[-1]])[held_out.lengths[-1]]
+    longest = [held_out.lengths[-1]]
+    layout = bucket_layouts(recipe, mesh, longest, decide_grids(recipe, mesh, longest))[held_out.lengths[-1]]
 
     def losses(rows: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            parts = [engine(*here.model_inputs(rows[at : at + 2], None, mesh.device)) for at in range(0, len(rows), 2)]
+            parts = [
+                engine(*layout.model_inputs(rows[at : at + 2], None, mesh.device)) for at in range(0, len(rows), 2)
+            ]
         return torch.cat(parts).numpy()
 
     return losses

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from longring.launch import checkpoint
+from longring.launch.checkpoint import format as checkpoint
 from longring.launch.metrics import read_metrics
 from rich.console import Console
 from rich.progress import Progress

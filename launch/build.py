@@ -9,7 +9,6 @@ from functools import lru_cache, partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from torch import Tensor
 
 from ..kernels.attention import attention
@@ -26,19 +25,19 @@ from ..parallel.cp.visible import Sight
 from ..parallel.mesh import Mesh, megatron_config
 from ..parallel.zero import DeepSpeedEngine, zero_engine
 from .config import Recipe
-from .guards import check_agreement, check_attention
-from .schedules import agree, named_grids
+from .grids.choice import LayerKind
+from .guards import check_attention
 
 
 @dataclass(frozen=True)
-class Place:
-    """How the sequences of one length lie on this rank's replica (the ranks of one ring)."""
+class BucketLayout:
+    """How the sequences of one bucket are divided among ranks, and this rank's share of them."""
 
     context_parallel: int
     replica: int
     num_replicas: int
     sequences_per_replica: int
-    layout: SeqLayout
+    sequence: SeqLayout
     """Of one sequence, as if it were one document."""
     document_masks: bool
     """Whether attention keeps the documents apart that a sequence is known to have."""
@@ -56,9 +55,9 @@ class Place:
         """
         # Whole rows travel, as stored: they may lie in page-locked memory, and the copy is then not waited for.
         whole = torch.from_numpy(rows).to(device, non_blocking=True).long()
-        positions = self.layout.positions(device)
+        positions = self.sequence.positions(device)
         tokens, targets = whole[:, positions], whole[:, positions + 1]
-        layout = self.layout
+        layout = self.sequence
         if document_starts is not None:
             runs, whole_rows = layout.runs, (0,)
             if self.context_parallel > 1:
@@ -79,60 +78,49 @@ class Place:
         """Which `losses` count, 1 or 0 in their shape, of targets `[b, length]` of whole sequences; all for None."""
         if trained is None:
             return torch.ones_like(losses)
-        positions = self.layout.positions(losses.device)
+        positions = self.sequence.positions(losses.device)
         return torch.from_numpy(trained).to(losses.device)[:, positions].to(losses.dtype).view_as(losses)
 
 
-def places(recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: Console | None = None) -> dict[int, Place]:
-    """A place for sequences of each of these lengths, with the process groups that they need. Collective.
+def bucket_layouts(
+    recipe: Recipe, mesh: Mesh, lengths: Sequence[int], grids: Mapping[LayerKind, CpGrid]
+) -> dict[int, BucketLayout]:
+    """Return the layout of the buckets of these lengths, and open the process groups that they need. Collective.
 
-    `console`, of one rank, is told which grids the cost model took. Raises ValueError when ranks divide sequences
-    differently, and when attention over several ranks turns out not to be that of one.
+    `grids` has the grid of every layer kind that is spread over ranks. Raises ValueError if attention over several
+    ranks differs from attention on one.
     """
-    check_agreement(recipe, lengths, named_grids(recipe, lengths))  # `agree` may measure, which takes all ranks
-    grids = agree(recipe, mesh, lengths, console)
-    check_agreement(recipe, lengths, grids)
     groups: dict[int, CpGroup] = {}
     for size in sorted({grid.size for grid in grids.values()}):
         used = [grid for grid in grids.values() if grid.size == size]
         groups[size] = open_group(mesh.neighbours[size], used, timeout_s=recipe.parallel.cp.timeout_s)
-    whole = partial(attention_of_one, recipe.train.attention_backend, mesh.device)
-    found = {}
+    whole = partial(attention_on_one_rank, recipe.train.attention_backend, mesh.device)
+    layouts = {}
     for length in lengths:
         degree = recipe.parallel.context_parallel(length)
         if degree == 1:
-            found[length] = _place(length, recipe, mesh, 1, SeqLayout.contiguous(length), whole)
-            continue
-        group = groups[degree]
-        windows = {kind.window: grid for kind, grid in grids.items() if kind.sequence_tokens == length}
-        spread = partial(attention_of_many, recipe, group, windows)
-        if recipe.parallel.cp.guards:
-            check_attention(recipe, mesh, group, spread, whole)
-        found[length] = _place(length, recipe, mesh, degree, zigzag(length, group.rank, degree), spread(length))
-    return found
+            sequence, attention = SeqLayout.contiguous(length), whole
+        else:
+            group = groups[degree]
+            windows = {kind.window: grid for kind, grid in grids.items() if kind.sequence_tokens == length}
+            spread = partial(attention_over_ranks, recipe, group, windows)
+            if recipe.parallel.cp.guards:
+                check_attention(recipe, mesh, group, spread, whole)
+            sequence, attention = zigzag(length, group.rank, degree), spread(length)
+        layouts[length] = BucketLayout(
+            context_parallel=degree,
+            replica=mesh.data_rank // degree,
+            num_replicas=mesh.data_size // degree,
+            sequences_per_replica=recipe.parallel.sequences_per_replica(length),
+            sequence=sequence,
+            document_masks=recipe.order.mode == "off" or recipe.order.document_masks,
+            position_resets=recipe.order.position_resets,
+            attention=attention,
+        )
+    return layouts
 
 
-def _place(
-    length: int,
-    recipe: Recipe,
-    mesh: Mesh,
-    degree: int,
-    layout: SeqLayout,
-    attention: Callable[[SeqLayout], AttentionFunction],
-) -> Place:
-    return Place(
-        context_parallel=degree,
-        replica=mesh.data_rank // degree,
-        num_replicas=mesh.data_size // degree,
-        sequences_per_replica=recipe.parallel.sequences_per_replica(length),
-        layout=layout,
-        document_masks=recipe.order.mode == "off" or recipe.order.document_masks,
-        position_resets=recipe.order.position_resets,
-        attention=attention,
-    )
-
-
-def attention_of_one(backend: str, device: torch.device, layout: SeqLayout) -> AttentionFunction:
+def attention_on_one_rank(backend: str, device: torch.device, layout: SeqLayout) -> AttentionFunction:
     """Of sequences that this rank holds whole."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -141,7 +129,7 @@ def attention_of_one(backend: str, device: torch.device, layout: SeqLayout) -> A
     return attend
 
 
-def attention_of_many(
+def attention_over_ranks(
     recipe: Recipe, group: CpGroup, windows: Mapping[int | None, CpGrid], num_tokens: int
 ) -> Callable[[SeqLayout], AttentionFunction]:
     """Of a sequence of `num_tokens` spread over a group, by the grid for each window."""

@@ -6,17 +6,12 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from .config import apply_overrides, from_tree, load_recipe
+from .config import load_recipe
 from .run_directory import RunDirectory
-
-if TYPE_CHECKING:
-    from ..data.inspect.cost import ModelSize
-    from ..model.config import ModelConfig
 
 # The stages import torch, DeepSpeed or datasets, which takes seconds: each does so when it is called, so that --help
 # and a mistyped recipe answer at once.
@@ -62,7 +57,7 @@ def _plan(options: argparse.Namespace) -> int:
     picture: Path | None = options.timeline
     if picture is not None and not picture.absolute().parent.is_dir():
         raise ValueError(f"--timeline {picture}: {picture.absolute().parent} is not a directory")
-    from .planner import measure_here, plan
+    from .commands.plan import measure_here, plan
 
     if not options.measure:
         plan(recipe, Console(), num_ranks=options.ranks, preset=options.topology, timeline=picture)
@@ -91,12 +86,12 @@ def _order(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.target, options.overrides)
-    from .plan import plan
-    from .ranks import Rendezvous, local_ranks, start_ranks
+    from .preflight import plan
+    from .ranks.start import Rendezvous, local_ranks, start_ranks
 
     count = options.ranks or local_ranks(recipe.train.ranks_per_node)
     if options.check_node:
-        from .node import check_node
+        from .ranks.node import check_node
 
         check_node(recipe, count)
     plan(recipe, count * options.nodes, check_shards=options.node == 0)
@@ -110,7 +105,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from .submit import job_script, submit
+    from .commands.submit import job_script, submit
 
     recipe = load_recipe(options.target, options.overrides)
     if options.print:
@@ -121,7 +116,7 @@ def _submit(options: argparse.Namespace) -> int:
 
 
 def _requeue(options: argparse.Namespace) -> int:
-    from .submit import requeue
+    from .commands.submit import requeue
 
     verdict = requeue(load_recipe(options.target, options.overrides))
     print(verdict.why)
@@ -129,8 +124,8 @@ def _requeue(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from . import checkpoint
-    from .ranks import start_ranks
+    from .checkpoint import format as checkpoint
+    from .ranks.start import start_ranks
 
     run = _run_of(options)
     run.recipe(options.overrides)
@@ -141,7 +136,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _checkpoints(options: argparse.Namespace) -> int:
-    from .checkpoint_table import list_checkpoints
+    from .commands.checkpoints import list_checkpoints
 
     run = _run_of(options)
     recipe = run.recipe()
@@ -157,70 +152,21 @@ def _checkpoints(options: argparse.Namespace) -> int:
 
 def _topology(options: argparse.Namespace) -> int:
     configured = load_recipe(options.target, options.overrides).train.ranks_per_node if options.target else 0
-    from .ranks import local_ranks, start_ranks
+    from .ranks.start import local_ranks, start_ranks
 
     count = options.ranks or local_ranks(configured)
     if count < 2:
         raise ValueError("one rank alone has no links to measure: longring topology --ranks 2, or more")
     recipe = [options.target, *options.overrides] if options.target else []
     file = ["--json", options.json] if options.json else []
-    return start_ranks("longring.launch.topology", [*recipe, *file], count)
+    return start_ranks("longring.launch.commands.topology", [*recipe, *file], count)
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from ..data.config import CurriculumConfig, LoaderConfig
-    from ..data.format.manifest import MANIFEST_FILE, open_prepared
-    from ..data.inspect.cost import PAPER_1B
-    from ..data.inspect.inspect import inspect
+    from .commands.inspect import inspect_target
 
-    target = Path(options.target)
-    recipe = None
-    if target.is_file():
-        recipe = load_recipe(target, options.overrides)
-    elif not (target / MANIFEST_FILE).exists() and (target / "recipe.json").exists():
-        recipe = RunDirectory(target).recipe()
-    if recipe is not None:
-        manifest = open_prepared(recipe.training_directory, recipe.loader)
-        inspect(
-            manifest,
-            Console(),
-            curriculum=recipe.curriculum,
-            loader=recipe.loader,
-            model=model_size(recipe.model, manifest.vocab_size),
-            steps=recipe.train.steps,
-            seed=recipe.train.seed,
-        )
-        return 0
-    tree: dict[str, Any] = {}
-    apply_overrides(tree, options.overrides)
-    if unknown := sorted(tree.keys() - {"curriculum", "loader"}):
-        raise ValueError(f"{unknown[0]}.*: of data alone only curriculum.* and loader.* can be set; name a recipe")
-    loader = from_tree(LoaderConfig, tree.get("loader", {}), prefix="loader.")
-    inspect(
-        open_prepared(options.target, loader),
-        Console(),
-        curriculum=from_tree(CurriculumConfig, tree.get("curriculum", {}), prefix="curriculum."),
-        loader=loader,
-        model=PAPER_1B,
-        steps=1_000,
-        seed=0,
-    )
+    inspect_target(Path(options.target), options.overrides, Console())
     return 0
-
-
-def model_size(model: ModelConfig, vocab_size: int) -> ModelSize:
-    """What decides the FLOPs of a model."""
-    from ..data.inspect.cost import ModelSize
-
-    width = model.num_heads * model.head_dim
-    projections = 2 * width + 2 * model.num_kv_heads * model.head_dim
-    layer = model.hidden_size * (projections + 3 * model.ffn_hidden_size)
-    return ModelSize(
-        name=f"{model.num_layers} layers of {model.hidden_size:,}, vocabulary {vocab_size:,}",
-        parameters=model.num_layers * layer + model.hidden_size * vocab_size,
-        num_layers=model.num_layers,
-        attention_width=width,
-    )
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -373,7 +319,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
         _topology,
         "[RECIPE]",
         "what joins the ranks of this machine and how fast they compute attention, measured in seconds; of a cluster: "
-        "srun --ntasks-per-node 1 torchrun ... -m longring.launch.topology (slurm/README.md)",
+        "srun --ntasks-per-node 1 torchrun ... -m longring.launch.commands.topology (slurm/README.md)",
         f"{demo} --ranks 4",
     )
     topology.add_argument("--ranks", type=int, metavar="N", help="processes to start (default: train.ranks_per_node)")

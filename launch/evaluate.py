@@ -20,18 +20,20 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ..data.files import write_text
 from ..data.format.manifest import Manifest
 from ..data.format.reader import SequenceReader
 from ..data.read.knots import Knots
 from ..data.read.loader import read_rows
 from ..parallel.mesh import Mesh, join
 from ..parallel.zero import DeepSpeedEngine
-from .build import Place, build_engine, places
-from .checkpoint_load import load_last_good
+from .build import BucketLayout, bucket_layouts, build_engine
+from .checkpoint.load import load_last_good
 from .config import Recipe
-from .logs import open_log
-from .plan import plan
-from .ranks import as_rank
+from .grids.decide import decide_grids
+from .preflight import plan
+from .ranks.logs import open_log
+from .ranks.rank import as_rank
 from .run_directory import RunDirectory
 
 
@@ -69,13 +71,14 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
     edges = position_edges(recipe.data.min_bucket_tokens, recipe.data.max_bucket_tokens)
     limit = recipe.evaluate.max_tokens_per_bucket
     held_out = [bucket for bucket in manifest.buckets("held_out") if min(bucket.sequences, limit // bucket.length)]
-    here_of = places(recipe, mesh, [bucket.length for bucket in held_out])
+    lengths = [bucket.length for bucket in held_out]
+    layouts = bucket_layouts(recipe, mesh, lengths, decide_grids(recipe, mesh, lengths))
     buckets = []
     for bucket in held_out:
         num_sequences = min(bucket.sequences, limit // bucket.length)
-        here = here_of[bucket.length]
+        layout = layouts[bucket.length]
         sums = _sums_by_position(
-            engine, manifest, manifest.reader(bucket), knots, num_sequences, here, mesh, edges, unigram_losses
+            engine, manifest, manifest.reader(bucket), knots, num_sequences, layout, mesh, edges, unigram_losses
         )
         loss, unigram, tokens = sums.sum(1).tolist()
         assert knots is not None or tokens == num_sequences * bucket.length, "every token counts once"
@@ -83,7 +86,7 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
         buckets.append(
             {
                 "bucket": bucket.length,
-                "cp": here.context_parallel,
+                "cp": layout.context_parallel,
                 "sequences": num_sequences,
                 "tokens": int(tokens),
                 "loss": loss / tokens,
@@ -110,7 +113,7 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
     }
     if rank != 0:
         return None
-    run.evaluation_file.write_text(json.dumps(result, indent=2) + "\n")
+    write_text(run.evaluation_file, json.dumps(result, indent=2) + "\n")
     console.print(evaluation_table(result))
     return result
 
@@ -121,26 +124,26 @@ def _sums_by_position(
     reader: SequenceReader,
     knots: Knots | None,
     num_sequences: int,
-    here: Place,
+    layout: BucketLayout,
     mesh: Mesh,
     edges: list[int],
     unigram_losses: Tensor,
 ) -> Tensor:
     """Sums over the bucket's first sequences, by position range: loss, unigram loss, tokens; fp64 `[3, ranges]`."""
-    at_once = here.num_replicas * here.sequences_per_replica
-    positions = here.layout.positions(mesh.device)
+    at_once = layout.num_replicas * layout.sequences_per_replica
+    positions = layout.sequence.positions(mesh.device)
     ranges = torch.bucketize(positions, torch.tensor(edges[1:], device=mesh.device), right=True)
     sums = torch.zeros(3, len(edges) - 1, dtype=torch.float64, device=mesh.device)
     for first in range(0, num_sequences, at_once):
-        mine = first + here.replica * here.sequences_per_replica + np.arange(here.sequences_per_replica)
+        mine = first + layout.replica * layout.sequences_per_replica + np.arange(layout.sequences_per_replica)
         # The last micro-batch is filled up with sequence 0, which then does not count.
         indices = np.where(mine < num_sequences, mine, 0)
         rows, document_starts, trained = read_rows(reader, indices, manifest.needs_starts, knots)
         counted = torch.from_numpy(mine < num_sequences).to(mesh.device).double()[:, None]
-        inputs = here.model_inputs(rows, document_starts, mesh.device)
+        inputs = layout.model_inputs(rows, document_starts, mesh.device)
         with torch.no_grad():
             losses = engine(*inputs)
-        counted = counted * here.trained(trained, losses).double().view(len(mine), -1)
+        counted = counted * layout.trained(trained, losses).double().view(len(mine), -1)
         losses = losses.double().view(len(mine), -1)
         targets = inputs[1].view(len(mine), -1)
         values = torch.stack([losses, unigram_losses[targets], torch.ones_like(losses)]) * counted

@@ -1,4 +1,4 @@
-"""Checks before the first step: all ranks divide sequences alike, and attention over several is that of one.
+"""A check before the first step: attention over several ranks equals attention on one.
 
 They cost a few passes of a model of a few layers over a short sequence, and find what would otherwise be found after
 weeks: a rank whose positions are off by a chunk still trains, only worse.
@@ -6,11 +6,9 @@ weeks: a rank whose positions are off by a chunk still trains, only worse.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
@@ -19,12 +17,10 @@ from torch import Tensor, nn
 from ..kernels.layout import SeqLayout
 from ..model.attention import AttentionFunction
 from ..model.transformer import Transformer
-from ..parallel.cp.grid import CpGrid
 from ..parallel.cp.group import CpGroup
 from ..parallel.cp.layout import zigzag
 from ..parallel.mesh import Mesh, megatron_config
 from .config import Recipe
-from .schedules import Kind
 
 TOKENS_PER_RANK = 26
 """Of the probe's sequence: two chunks of an odd length, so that documents and blocks end anywhere; with sequence
@@ -33,36 +29,6 @@ VOCABULARY = 128
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.03}
 """Largest relative difference of losses and gradient. Right attention came to 5e-7 and 9e-3, the faults that
 tests/launch/test_guards.py plants to 0.06 and more."""
-
-
-def check_agreement(recipe: Recipe, lengths: Sequence[int], grids: Mapping[Kind, CpGrid | None]) -> None:
-    """Raise ValueError, on every rank of the world, unless all divide the sequences of each length alike. Collective.
-
-    `grids` are those known so far. Ranks that disagree would wait for each other's messages, or misread them.
-    """
-    mine = []
-    for length in lengths:
-        degree = recipe.parallel.context_parallel(length)
-        if degree == 1:
-            mine.append(f"{length} tokens on one rank")
-            continue
-        layouts = repr([zigzag(length, rank, degree).runs for rank in range(degree)]).encode()
-        taken = {kind.window: str(grid or "auto") for kind, grid in grids.items() if kind.sequence_tokens == length}
-        mine.append(
-            f"{length} tokens over {degree} ranks, layouts {hashlib.sha256(layouts).hexdigest()[:16]}, grids by window "
-            f"{taken}, {recipe.train.dtype}, narrow_results = {recipe.parallel.cp.narrow_results}"
-        )
-    said: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(said, mine)
-    others = [rank for rank, theirs in enumerate(said) if theirs != said[0]]
-    if others:
-        pairs = zip_longest(said[0], said[others[0]], fillvalue="no such length")
-        first, other = next((a, b) for a, b in pairs if a != b)
-        raise ValueError(
-            f"context parallelism: {len(others)} of {len(said)} ranks, the first of them rank {others[0]}, disagree "
-            f"with rank 0 about who holds which tokens or how attention is divided: {first} on rank 0, {other} on "
-            f"rank {others[0]}; do all nodes run the same code with the same recipe?"
-        )
 
 
 def check_attention(

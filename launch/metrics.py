@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
+from ..data.files import write_text
 from ..data.read.batch_order import Trained
 from .run_directory import RunDirectory
 
@@ -141,9 +142,7 @@ def keep_steps(file: Path, last_step: int) -> None:
     if not file.exists():
         return
     lines = [line for line in file.read_text().splitlines() if _step(line) <= last_step]
-    partial = file.with_suffix(".partial")
-    partial.write_text("".join(f"{line}\n" for line in lines))
-    partial.rename(file)
+    write_text(file, "".join(f"{line}\n" for line in lines))
 
 
 def _step(line: str) -> float:

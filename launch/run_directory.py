@@ -18,7 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .config import Recipe, apply_overrides, from_tree
+from ..data.files import write_text
+from .config import Recipe
+from .settings import apply_overrides, from_tree
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ class RunDirectory:
         self.events_file = self.path / "events.jsonl"
         self.metrics_file = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
-        self.schedules_file = self.path / "schedules.json"
+        self.grids_file = self.path / "grids.json"
         self.checkpoints = self.path / "checkpoints"
         self.evaluation_file = self.path / "evaluation.json"
         self.picture_file = self.path / "loss.png"
@@ -106,9 +108,7 @@ class RunDirectory:
     def create(self, recipe: Recipe) -> None:
         """Make the directory and write the resolved recipe, whole or not at all."""
         self.path.mkdir(parents=True, exist_ok=True)
-        partial = self.recipe_file.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(recipe), indent=2) + "\n")
-        partial.rename(self.recipe_file)
+        write_text(self.recipe_file, json.dumps(asdict(recipe), indent=2) + "\n")
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -28,20 +28,22 @@ from ..data.read.knots import Knots
 from ..data.read.loader import Loader, MicroBatch
 from ..parallel.mesh import Mesh, join
 from ..parallel.zero import DeepSpeedEngine, gradient_norm, set_learning_rate
-from . import checkpoint
-from .build import build_engine, places
-from .checkpoint import TrainState
-from .checkpoint_load import load_last_good
-from .checkpoint_save import Saver, Status
+from .build import bucket_layouts, build_engine
+from .checkpoint import format as checkpoint
+from .checkpoint.format import TrainState
+from .checkpoint.load import load_last_good
+from .checkpoint.save import Saver, Status
 from .config import Recipe, TrainConfig, load_recipe
-from .faults import LossWatch
-from .logs import open_log
+from .errors import GO_ON_LATER, CommonError
+from .grids.decide import decide_grids
+from .loss_watch import LossWatch
 from .metrics import MetricsWriter, StepMetrics, trained_table
-from .node import environment
-from .plan import Plan, plan
-from .ranks import CommonError, as_rank
-from .signals import GO_ON_LATER, StopSignals
-from .watchdog import Watchdog
+from .preflight import Plan, plan
+from .ranks.logs import open_log
+from .ranks.node import environment
+from .ranks.rank import as_rank
+from .ranks.signals import StopSignals
+from .ranks.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +101,8 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
         writer = MetricsWriter(run, step, recipe.train.steps, console) if rank == 0 else None
         saver = Saver(engine, run, mesh, recipe.train, faults.max_failed_saves, progress=watchdog.alive)
         watchdog.at(step, "dividing attention among ranks")
-        here_of = places(recipe, mesh, order.lengths, console if rank == 0 else None)
+        grids = decide_grids(recipe, mesh, order.lengths, console if rank == 0 else None)
+        here_of = bucket_layouts(recipe, mesh, order.lengths, grids)
         shares = {
             length: Share(here.replica, here.num_replicas, here.sequences_per_replica)
             for length, here in here_of.items()

@@ -102,7 +102,7 @@ def _rank(place: dict[str, str], arguments: list[str], faults: tuple[Fault, ...]
 
 
 def _watchdog_with(faults: Sequence[Fault]) -> type:
-    from longring.launch.watchdog import Watchdog
+    from longring.launch.ranks.watchdog import Watchdog
 
     class FaultyWatchdog(Watchdog):
         chunks = 0

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from longring.launch import checkpoint
-from longring.launch.checkpoint import FileEntry, Manifest, ParameterEntry, TrainState
-from longring.launch.checkpoint_save import write_safetensors
+from longring.launch.checkpoint import format as checkpoint
+from longring.launch.checkpoint.format import FileEntry, Manifest, ParameterEntry, TrainState
+from longring.launch.checkpoint.save import write_safetensors
 from safetensors.numpy import load_file
 
 STATE = TrainState(step=5, data="d" * 64, world_size=2, tensor=1, zero_stage=1, skipped=(3,), recent_losses=(1.5, 0.1))

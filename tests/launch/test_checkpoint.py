@@ -13,11 +13,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from longring.launch import checkpoint, cli
+from longring.launch import cli
 from longring.launch.build import build_engine
-from longring.launch.checkpoint import TrainState
-from longring.launch.checkpoint_load import load_last_good
-from longring.launch.checkpoint_save import Saver, write_safetensors
+from longring.launch.checkpoint import format as checkpoint
+from longring.launch.checkpoint.format import TrainState
+from longring.launch.checkpoint.load import load_last_good
+from longring.launch.checkpoint.save import Saver, write_safetensors
 from longring.launch.config import load_recipe
 from longring.launch.metrics import read_metrics
 from longring.launch.run_directory import RunDirectory

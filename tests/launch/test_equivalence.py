@@ -19,7 +19,7 @@ from longring.data.read.batch_order import Share
 from longring.data.read.loader import Loader, MicroBatch
 from longring.launch.build import build_engine
 from longring.launch.config import Recipe, load_recipe
-from longring.launch.plan import plan
+from longring.launch.preflight import plan
 from longring.launch.train import train
 from longring.parallel.mesh import join
 from plain_model import plain_losses

@@ -14,14 +14,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from longring.launch import checkpoint, cli, run_directory
+from longring.launch import cli, run_directory
 from longring.launch import train as train_module
+from longring.launch.checkpoint import format as checkpoint
+from longring.launch.commands.submit import requeue
 from longring.launch.config import FaultsConfig, load_recipe
-from longring.launch.faults import LossWatch
-from longring.launch.node import check_node
+from longring.launch.loss_watch import LossWatch
+from longring.launch.ranks.node import check_node
+from longring.launch.ranks.watchdog import Position, diagnosis
 from longring.launch.run_directory import RunDirectory
-from longring.launch.submit import requeue
-from longring.launch.watchdog import Position, diagnosis
 from small_checkpoint import make
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "errors.md"

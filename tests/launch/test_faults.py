@@ -14,13 +14,13 @@ import pytest
 from faulty import Fault, start
 from hypothesis import given
 from hypothesis import strategies as st
-from longring.launch import checkpoint
+from longring.launch.checkpoint import format as checkpoint
 from longring.launch.config import FaultsConfig
-from longring.launch.faults import LossWatch
+from longring.launch.errors import GO_ON_LATER
+from longring.launch.loss_watch import LossWatch
 from longring.launch.metrics import MetricsWriter, StepMetrics, read_metrics
+from longring.launch.ranks.watchdog import Position, diagnosis
 from longring.launch.run_directory import RunDirectory
-from longring.launch.signals import GO_ON_LATER
-from longring.launch.watchdog import Position, diagnosis
 from rich.console import Console
 from safetensors.torch import load_file
 from small_checkpoint import STATE

@@ -17,7 +17,7 @@ from longring.data.format.manifest import open_prepared
 from longring.data.read.batch_order import Share
 from longring.data.read.loader import Loader
 from longring.launch.config import load_recipe
-from longring.launch.plan import plan
+from longring.launch.preflight import plan
 from longring.launch.run_directory import RunDirectory
 from longring.launch.train import read
 

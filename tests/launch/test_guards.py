@@ -10,7 +10,9 @@ import torch.distributed as dist
 from longring.kernels.layout import SeqLayout
 from longring.launch import build, guards
 from longring.launch.config import load_recipe
-from longring.launch.schedules import agree
+from longring.launch.grids import decide
+from longring.launch.grids.choice import named_grids
+from longring.launch.grids.decide import decide_grids
 from longring.parallel.cp.attention import context_attention
 from longring.parallel.cp.execute import Problem
 from longring.parallel.cp.grid import CpGrid
@@ -52,7 +54,7 @@ def guarded(recipe_file, fault: str, dtype: str) -> str:
     recipe = load_recipe(recipe_file, ["parallel.tokens_per_rank=128", f"train.dtype={dtype}"])
     mesh = join(recipe.parallel, SIZE)
     group = open_group(mesh.neighbours[SIZE], [CpGrid.token_ring(SIZE)])
-    whole = lambda layout: build.attention_of_one("auto", torch.device("cpu"), layout)  # noqa: E731
+    whole = lambda layout: build.attention_on_one_rank("auto", torch.device("cpu"), layout)  # noqa: E731
     try:
         guards.check_attention(recipe, mesh, group, wrong(fault, group), whole)
     except ValueError as error:
@@ -96,15 +98,15 @@ def divided(recipe_file, other: str) -> str:
     if dist.get_rank() == 2:
         settings += [other] * ("=" in other)
         lengths = [64, 512] if other == "length" else lengths
-        guards.zigzag = contiguous if other == "layout" else zigzag
+        decide.zigzag = contiguous if other == "layout" else zigzag
         if other == "taken":
-            build.agree = lambda *arguments: dict.fromkeys(agree(*arguments), CpGrid.ring(2))
+            decide.named_grids = lambda *arguments: dict.fromkeys(named_grids(*arguments), CpGrid.ring(2))
     try:
-        build.places(load_recipe(recipe_file, settings), mesh, lengths)
+        decide_grids(load_recipe(recipe_file, settings), mesh, lengths)
     except ValueError as error:
         return str(error)
     finally:
-        guards.zigzag, build.agree = zigzag, agree
+        decide.zigzag, decide.named_grids = zigzag, named_grids
     return "passed"
 
 
@@ -128,7 +130,8 @@ def guarded_slices(recipe_file) -> str:
         ],
     )
     mesh = join(recipe.parallel, recipe.max_context_parallel)
-    found = build.places(recipe, mesh, recipe.data.lengths)
+    lengths = recipe.data.lengths
+    found = build.bucket_layouts(recipe, mesh, lengths, decide_grids(recipe, mesh, lengths))
     return f"{found[512].context_parallel} ranks passed"
 
 

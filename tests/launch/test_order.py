@@ -17,10 +17,11 @@ from longring.data.read.batch_order import Share
 from longring.data.read.knots import Knots
 from longring.data.read.loader import Loader, read_rows
 from longring.launch import cli
-from longring.launch.build import build_engine, places
+from longring.launch.build import BucketLayout, bucket_layouts, build_engine
 from longring.launch.config import load_recipe
 from longring.launch.evaluate import evaluate
-from longring.launch.plan import plan
+from longring.launch.grids.decide import decide_grids
+from longring.launch.preflight import plan
 from longring.launch.train import train
 from longring.parallel.mesh import join
 from plain_model import plain_losses
@@ -57,6 +58,11 @@ def ordered(recipe_file) -> tuple[Path, list[str]]:
     prepare(recipe.data, Console(quiet=True))
     order(recipe.data, recipe.order, Console(quiet=True), workers=1)
     return recipe_file, overrides
+
+
+def layout_of(recipe, mesh, length: int) -> BucketLayout:
+    """Return the layout of one bucket. Collective."""
+    return bucket_layouts(recipe, mesh, [length], decide_grids(recipe, mesh, [length]))[length]
 
 
 def run(recipe_file: Path, overrides: list[str]) -> None:
@@ -134,15 +140,13 @@ def masked_and_reset(recipe_file: Path, overrides: list[str]) -> tuple[np.ndarra
     [bucket] = manifest.buckets("train")
     reader, numbers = manifest.reader(bucket), np.arange(2)
     rows, starts = reader.read(numbers), reader.document_starts(numbers)
-    here = places(recipe, mesh, [bucket.length])[bucket.length]
+    layout = layout_of(recipe, mesh, bucket.length)
     with torch.no_grad():
-        together = engine(*here.model_inputs(rows, starts, mesh.device)).view(2, -1)
+        together = engine(*layout.model_inputs(rows, starts, mesh.device)).view(2, -1)
         alone = []
         for row, at in zip(rows, starts, strict=True):
             for begin, end in zip(at, (*at[1:], bucket.length), strict=True):
-                one = places(recipe, mesh, [end - begin])[end - begin].model_inputs(
-                    row[None, begin : end + 1], None, mesh.device
-                )
+                one = layout_of(recipe, mesh, end - begin).model_inputs(row[None, begin : end + 1], None, mesh.device)
                 alone.append(engine(*one).flatten())
     return together.flatten().numpy(), torch.cat(alone).numpy(), max(map(len, starts))
 
@@ -174,15 +178,15 @@ def with_resets(recipe_file: Path, overrides: list[str]) -> dict[str, Any]:
     engine.eval()
     reader = manifest.reader(bucket)
     numbers = np.array([number for number in range(bucket.sequences) if len(reader.pieces([number])[0]) > 2])
-    here = places(recipe, mesh, [bucket.length])[bucket.length]
-    numbers = numbers[: 2 if here.context_parallel == 1 else 1]
+    layout = layout_of(recipe, mesh, bucket.length)
+    numbers = numbers[: 2 if layout.context_parallel == 1 else 1]
     rows, starts, _ = read_rows(reader, numbers, manifest.needs_starts, None)
     with torch.no_grad():
         for name, parameter in engine.module.named_parameters():
             parameter.mul_(12 if "qkv" in name else 4)
-        losses = engine(*here.model_inputs(rows, starts, mesh.device)).view(len(rows), -1)
+        losses = engine(*layout.model_inputs(rows, starts, mesh.device)).view(len(rows), -1)
     weights = {name: parameter.detach().double() for name, parameter in engine.module.named_parameters()}
-    positions = here.layout.positions().numpy()
+    positions = layout.sequence.positions().numpy()
     return {"weights": weights, "rows": rows, "starts": starts, "at": positions, "losses": losses.numpy()}
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from longring.kernels.layout import SeqLayout
-from longring.launch.build import attention_of_many
+from longring.launch.build import attention_over_ranks
 from longring.launch.config import load_recipe
 from longring.model.transformer import Transformer
 from longring.parallel.cp.grid import CpGrid
@@ -25,7 +25,7 @@ def gradients(recipe_file, recompute: bool, grid: CpGrid) -> tuple[list[torch.Te
     mesh = join(recipe.parallel, 1)
     group = open_group(range(dist.get_world_size()), [grid])
     layout = SeqLayout(zigzag(TOKENS, group.rank, group.size).runs, (0, 21))
-    attention = attention_of_many(recipe, group, {None: grid}, TOKENS)(layout)
+    attention = attention_over_ranks(recipe, group, {None: grid}, TOKENS)(layout)
     torch.manual_seed(0)
     model = Transformer(recipe.model, 100, megatron_config(recipe.parallel), recompute).to(mesh.device)
     tokens = torch.randint(100, (1, TOKENS + 1))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from longring.launch.checkpoint import read_manifest
+from longring.launch.checkpoint.format import read_manifest
 from longring.launch.config import load_recipe
 from longring.launch.metrics import keep_steps, read_metrics
 from longring.launch.train import train

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from longring.launch import run_directory
-from longring.launch.node import environment
+from longring.launch.ranks.node import environment
 from longring.launch.run_directory import RunDirectory
 
 HOLD = """

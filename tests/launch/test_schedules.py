@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from longring.launch import schedules
 from longring.launch.config import load_recipe
-from longring.launch.schedules import Kind
+from longring.launch.grids.choice import LayerKind
+from longring.launch.grids.decide import decide_grids
+from longring.launch.grids.remembered import recall
 from longring.parallel.cp.grid import CpGrid
 from longring.parallel.mesh import join
 
@@ -19,7 +20,7 @@ def taken(recipe_file, directory: str, settings: list[str]) -> str:
     """For sequences of 512 tokens, on this rank."""
     recipe = load_recipe(recipe_file, [f"run_directory={directory}", "parallel.cp.topology=nvswitch", *settings])
     mesh = join(recipe.parallel, recipe.max_context_parallel)
-    return str(schedules.agree(recipe, mesh, recipe.data.lengths, None)[Kind(512, None)])
+    return str(decide_grids(recipe, mesh, recipe.data.lengths)[LayerKind(512, None)])
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,7 @@ def test_what_an_earlier_start_took_is_taken_again_by_one_divided_alike(
 ):
     first = ["parallel.tokens_per_rank=256"]
     assert KEPT not in on_ranks(SIZE, taken, recipe_file, str(tmp_path), first)
-    file = tmp_path / "schedules.json"
+    file = tmp_path / "grids.json"
     [(division, entries)] = json.loads(file.read_text()).items()
     file.write_text(json.dumps({division: [{**entry, "grid": KEPT} for entry in entries]}))
     found = on_ranks(SIZE, taken, recipe_file, str(tmp_path), [*first, *settings])
@@ -53,7 +54,7 @@ def test_what_an_earlier_start_took_is_taken_again_by_one_divided_alike(
 
 
 def test_a_damaged_record_of_grids_is_named(tmp_path):
-    file = tmp_path / "schedules.json"
+    file = tmp_path / "grids.json"
     file.write_text("{")
     with pytest.raises(ValueError, match=f"{file} is damaged: .*; remove it"):
-        schedules._kept(file, "4 ranks")
+        recall(file, "4 ranks")

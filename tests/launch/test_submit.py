@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from longring.launch import cli, node
-from longring.launch.checkpoint import name_of
+from longring.launch import cli
+from longring.launch.checkpoint.format import name_of
+from longring.launch.commands.submit import SCRIPT, job_script, requeue
 from longring.launch.config import SlurmConfig, load_recipe
 from longring.launch.metrics import read_metrics
-from longring.launch.node import check_node, rdma_ports
+from longring.launch.ranks import node
+from longring.launch.ranks.node import check_node, rdma_ports
 from longring.launch.run_directory import RunDirectory
-from longring.launch.submit import SCRIPT, job_script, requeue
 from small_checkpoint import make
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from longring.launch import cli
-from longring.launch.topology import tables
+from longring.launch.commands.topology import tables
 from longring.parallel.cp.cost import Speed
 from longring.parallel.cp.fit import Fit
 from longring.parallel.cp.probe import Probe, from_json

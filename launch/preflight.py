@@ -9,8 +9,9 @@ from ..data.files import sha256_of
 from ..data.format.manifest import MANIFEST_FILE, Manifest, open_prepared
 from ..data.read.batch_order import BatchOrder
 from ..data.read.loader import training_order
-from . import checkpoint, schedules
+from .checkpoint import format as checkpoint
 from .config import Recipe
+from .grids.choice import check_named_grids
 from .run_directory import RunDirectory
 
 
@@ -37,7 +38,7 @@ def plan(recipe: Recipe, world_size: int, *, check_shards: bool = True) -> Plan:
     many requests as there are shards.
     """
     recipe.accumulation_steps(world_size)
-    schedules.check(recipe)
+    check_named_grids(recipe)
     manifest = open_prepared(recipe.training_directory, recipe.loader, check_shards=check_shards)
     manifest.check_made_from(recipe.data, recipe.order)
     data_hash = sha256_of(manifest.store.path(MANIFEST_FILE))

@@ -6,9 +6,6 @@ import signal
 from types import FrameType
 from typing import Any
 
-GO_ON_LATER = 75
-"""Exit status (EX_TEMPFAIL) of a run that has left whole and that the same command takes up again."""
-
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 

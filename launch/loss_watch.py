@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Literal
 
-from .checkpoint import TrainState
+from .checkpoint.format import TrainState
 from .config import FaultsConfig
 
 

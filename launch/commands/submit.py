@@ -12,11 +12,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint
-from .config import Recipe
-from .run_directory import RunDirectory
+from ...data.files import write_text
+from ..checkpoint import format as checkpoint
+from ..config import Recipe
+from ..run_directory import RunDirectory
 
-SCRIPT = Path(__file__).parents[1] / "slurm" / "train.sbatch"
+SCRIPT = Path(__file__).parents[2] / "slurm" / "train.sbatch"
 
 
 def job_script(recipe: Recipe, nodes: int) -> str:
@@ -63,7 +64,7 @@ def submit(recipe: Recipe, arguments: list[str], nodes: int) -> str:
         raise ValueError("there is no sbatch on this machine: submit from one that has it, or see --print")
     run.path.mkdir(parents=True, exist_ok=True)
     run.logs.mkdir(exist_ok=True)
-    run.job_script.write_text(script)
+    write_text(run.job_script, script)
     done = subprocess.run(["sbatch", str(run.job_script), *arguments], capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"sbatch refused {shlex.join([str(run.job_script), *arguments])}: {done.stderr.strip()}")

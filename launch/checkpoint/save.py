@@ -25,14 +25,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..parallel.fragments import owned, parameters
-from ..parallel.mesh import Mesh
-from ..parallel.zero import DeepSpeedEngine
-from . import checkpoint
-from .checkpoint import FileEntry, Manifest, ParameterEntry, TrainState
-from .config import TrainConfig
-from .ranks import CommonError
-from .run_directory import RunDirectory
+from ...data.files import write_text
+from ...parallel.fragments import owned, parameters
+from ...parallel.mesh import Mesh
+from ...parallel.zero import DeepSpeedEngine
+from ..config import TrainConfig
+from ..errors import CommonError
+from ..run_directory import RunDirectory
+from . import format as checkpoint
+from .format import FileEntry, Manifest, ParameterEntry, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +180,7 @@ class Saver:
         file = partial / f"rank-{self._mesh.rank:05d}.safetensors"
         num_bytes, sha256 = write_safetensors(file, tensors, self._progress)
         entry = FileEntry(bytes=num_bytes, sha256=sha256, slice=self._mesh.tensor_rank, ranges=ranges)
-        checkpoint.flushed_write(file.with_suffix(".json"), json.dumps(asdict(entry)))
+        write_text(file.with_suffix(".json"), json.dumps(asdict(entry)))
 
     def _publish(self, partial: Path, manifest: Manifest) -> None:
         for rank in range(self._mesh.world_size):

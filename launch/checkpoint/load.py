@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..parallel.fragments import Cut, Fragment, held, refresh
-from ..parallel.mesh import Mesh
-from ..parallel.zero import DeepSpeedEngine
-from . import checkpoint
-from .checkpoint import Manifest, TrainState
+from ...parallel.fragments import Cut, Fragment, held, refresh
+from ...parallel.mesh import Mesh
+from ...parallel.zero import DeepSpeedEngine
+from . import format as checkpoint
+from .format import Manifest, TrainState
 
 log = logging.getLogger(__name__)
 

@@ -1,35 +1,22 @@
-"""Start the ranks of one machine, and be one of them."""
+"""Start the ranks of one machine, and wait for them."""
 
 from __future__ import annotations
 
 import logging
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 
 import psutil
 import torch
-import torch.distributed as dist
-from rich.console import Console
-from rich.markup import escape
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import parse_args, run
 
-from ..parallel.cp.group import PeerError
-from .signals import GO_ON_LATER, STOP_SIGNALS
-
-log = logging.getLogger(__name__)
-
-USER_ERROR = 2
-"""Exit status of what only a person can put right."""
-IO_ERROR = 74
-"""Exit status (EX_IOERR) of a file that could not be read or written: the next try may find it better."""
-
-
-class CommonError(OSError):
-    """What all ranks have come to alike: one on each machine tells of it."""
+from ..errors import GO_ON_LATER
+from .rank import print_error
+from .signals import STOP_SIGNALS
 
 
 @dataclass(frozen=True)
@@ -106,53 +93,7 @@ def _status_of(failures: Sequence[ProcessFailure], stopped: bool) -> int:
         return GO_ON_LATER  # the signal came before the ranks could hear it, or they had no time left
     name = signal.Signals(-worst.exitcode).name
     why = " (out of memory, or by hand)" if name == "SIGKILL" else ""
-    _say(f"local rank {worst.local_rank} was ended by {name}{why}; the same command goes on from the last checkpoint")
+    print_error(
+        f"local rank {worst.local_rank} was ended by {name}{why}; the same command goes on from the last checkpoint"
+    )
     return 128 - worst.exitcode
-
-
-def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
-
-
-def as_rank(work: Callable[[], int | None]) -> int:
-    """Do a rank's work -> its exit status: what work says, or that of an error, told in one line.
-
-    Every rank makes the same checks and fails alike, so one on each machine speaks; of a file that it could not read or
-    write each rank speaks itself. The rest is in the logs.
-    """
-    try:
-        if "RANK" not in os.environ:
-            raise ValueError("no RANK in the environment: start it by torchrun, or use the `longring` command")
-        status = work() or 0
-    except (ValueError, OSError, ArithmeticError) as error:
-        log.exception("stopped")
-        alone = isinstance(error, OSError) and not isinstance(error, ConnectionError | CommonError)
-        if alone or os.environ.get("LOCAL_RANK", "0") == "0":
-            _say(str(error))
-        # Without leaving the process group: other ranks may be inside a collective, and leaving could wait for them.
-        if isinstance(error, ConnectionError):
-            return GO_ON_LATER
-        return IO_ERROR if isinstance(error, OSError) else USER_ERROR
-    except dist.DistError as error:  # while the ranks still meet; later the watchdog says where it was
-        log.exception("stopped")
-        _say(f"rank {os.environ['RANK']} cannot reach the others: {str(error).splitlines()[0]}")
-        return GO_ON_LATER
-    except PeerError as error:
-        log.exception("stopped")
-        _say(str(error))
-        return GO_ON_LATER
-    except torch.OutOfMemoryError as error:
-        log.exception("stopped")
-        _say(
-            f"rank {os.environ['RANK']} has not enough GPU memory: lower parallel.tokens_per_rank, or raise "
-            f"parallel.zero_stage or parallel.tensor; the same command then goes on. {error}"
-        )
-        return USER_ERROR
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return status
-
-
-def _say(error: str) -> None:
-    Console(stderr=True).print(f"[bold red]error:[/] {escape(error)}", highlight=False, soft_wrap=True)

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import checkpoint
-from .ranks import is_lost_peer
-from .run_directory import RunDirectory
-from .signals import GO_ON_LATER
+from ..checkpoint import format as checkpoint
+from ..errors import GO_ON_LATER
+from ..run_directory import RunDirectory
+from .rank import is_lost_peer
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,10 @@ from typing import Any
 import psutil
 import torch
 
-from . import checkpoint
-from .config import Recipe
-from .run_directory import RunDirectory
+from ...data.files import write_text
+from ..checkpoint import format as checkpoint
+from ..config import Recipe
+from ..run_directory import RunDirectory
 
 _VARIABLES = re.compile(
     "(CUBLAS|CUDA|DS|GLOO|HF|LONGRING|MALLOC|MKL|NCCL|NVIDIA|OMP|PYTORCH|PYTHON|SLURM|TORCH|TRITON|UCX)_.*|LD_PRELOAD"
@@ -56,7 +57,7 @@ def check_node(recipe: Recipe, ranks: int) -> None:
     try:
         run.logs.mkdir(parents=True, exist_ok=True)
         probe = run.logs / f".probe-{os.uname().nodename}-{os.getpid()}"
-        checkpoint.flushed_write(probe, "written")
+        write_text(probe, "written")
         probe.unlink()
         if (free := shutil.disk_usage(run.path).free) < disk:
             wrong.append(f"{free / 1e9:.1f} GB free in {run.path}, {disk / 1e9:.1f} wanted for two checkpoints")

@@ -1,7 +1,7 @@
 """What joins the ranks and how fast they compute, as a table.
 
     srun --ntasks-per-node 1 torchrun --nnodes $SLURM_NNODES --nproc-per-node 8 --rdzv-backend c10d \\
-        --rdzv-endpoint HOST:PORT -m longring.launch.topology [RECIPE] [--json FILE]
+        --rdzv-endpoint HOST:PORT -m longring.launch.commands.topology [RECIPE] [--json FILE]
 
 on a cluster, or `longring topology [RECIPE]`, which starts the ranks of this machine itself.
 """
@@ -21,12 +21,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..parallel.cp.fit import Fit
-from ..parallel.cp.probe import Probe, probe
-from ..parallel.cp.topology import Fabric
-from .config import load_recipe
-from .ranks import as_rank
-from .schedules import work
+from ...parallel.cp.fit import Fit
+from ...parallel.cp.probe import Probe, probe
+from ...parallel.cp.topology import Fabric
+from ..config import load_recipe
+from ..grids.choice import attention_work
+from ..ranks.rank import as_rank
 
 TIMEOUT = timedelta(minutes=5)
 
@@ -36,7 +36,7 @@ def show_topology(recipe_file: str | None, overrides: Sequence[str], json_file: 
     heads, head_dim, dtype, backend = (32, 8), 128, torch.bfloat16, "auto"
     if recipe_file is not None:
         recipe = load_recipe(recipe_file, overrides)
-        shape = work(recipe)
+        shape = attention_work(recipe)
         heads, head_dim = (shape.num_heads, shape.num_kv_heads), shape.head_dim
         dtype, backend = getattr(torch, recipe.train.dtype), recipe.train.attention_backend
     device = torch.device("cpu")
@@ -91,9 +91,9 @@ def _name(fabric: Fabric) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """One rank of a probe, as torchrun starts it."""
     parser = argparse.ArgumentParser(
-        prog="python -m longring.launch.topology",
+        prog="python -m longring.launch.commands.topology",
         description="One rank of a probe; start it by torchrun, or use `longring topology`.",
-        epilog="example: torchrun --nproc-per-node 4 -m longring.launch.topology launch/recipes/demo.toml",
+        epilog="example: torchrun --nproc-per-node 4 -m longring.launch.commands.topology launch/recipes/demo.toml",
     )
     parser.add_argument("recipe", nargs="?", help="TOML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")

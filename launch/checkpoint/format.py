@@ -10,16 +10,14 @@ being written or was left by a crash, `step-N.damaged` was found not to match it
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ..data.files import sha256_of, sync
+from ...data.files import sha256_of, sha256_of_json, sync, write_text
 
 MANIFEST_FILE = "manifest.json"
 PARTIAL, DAMAGED, REMOVED = ".partial", ".damaged", ".removed"
@@ -108,7 +106,7 @@ def complete(directory: Path) -> list[Path]:
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write and flush it, with a hash of itself."""
     content = {"format": FORMAT, **asdict(manifest)}
-    flushed_write(directory / MANIFEST_FILE, json.dumps({**content, "sha256": _hash_of(content)}, indent=1))
+    write_text(directory / MANIFEST_FILE, json.dumps({**content, "sha256": sha256_of_json(content)}, indent=1))
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -117,8 +115,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
     try:
         content = json.loads(file.read_text())
         claimed = content.pop("sha256")
-        if claimed != _hash_of(content):
-            raise ValueError(f"its SHA-256 is {_hash_of(content)[:16]}..., not {claimed[:16]}...")
+        if claimed != sha256_of_json(content):
+            raise ValueError(f"its SHA-256 is {sha256_of_json(content)[:16]}..., not {claimed[:16]}...")
         if (version := content.pop("format")) != FORMAT:
             raise ValueError(f"it has format {version}, and this LongRing reads format {FORMAT}")
         told = content["state"]
@@ -223,13 +221,3 @@ def prune(directory: Path, keep_last: int, keep_every_steps: int) -> list[Path]:
     for checkpoint in gone:
         remove(checkpoint)
     return gone
-
-
-def flushed_write(file: Path, text: str) -> None:
-    """Write a small file whole, and flush it."""
-    file.write_text(text)
-    sync(file)
-
-
-def _hash_of(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,6 @@
 """`longring plan`: which grid each bucket's attention takes and what it costs, drawn and, if asked for, measured.
 
-`launch/schedules.py` decides as it does for a run; here the decision is shown before any rank is started. To measure,
+`launch/grids/` decides as it does for a run; here the decision is shown before any rank is started. To measure,
 `longring plan` starts this module as the ranks of one context-parallel group.
 """
 
@@ -15,27 +15,27 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from ..parallel.cp.choose import Priced, Question, choose
-from ..parallel.cp.cost import ASSUMED, Event, Speed, Work, play
-from ..parallel.cp.execute import Problem, backward, forward
-from ..parallel.cp.grid import CpGrid
-from ..parallel.cp.group import open_group
-from ..parallel.cp.layout import zigzag
-from ..parallel.cp.plan import Pass, Tile
-from ..parallel.cp.record import Recorded
-from ..parallel.cp.schedules import Schedule
-from ..parallel.cp.timeline import Panel, draw
-from ..parallel.cp.topology import PRESETS, Topology
-from ..parallel.cp.visible import Sight, num_pairs
-from ..parallel.mesh import join
-from . import schedules
-from .config import Recipe, load_recipe
-from .ranks import as_rank, start_ranks
-from .schedules import Pick
+from ...parallel.cp.choose import Priced, Question, choose
+from ...parallel.cp.cost import ASSUMED, Event, Speed, Work, play
+from ...parallel.cp.execute import Problem, backward, forward
+from ...parallel.cp.grid import CpGrid
+from ...parallel.cp.group import open_group
+from ...parallel.cp.layout import zigzag
+from ...parallel.cp.plan import Pass, Tile
+from ...parallel.cp.record import Recorded
+from ...parallel.cp.schedules import Schedule
+from ...parallel.cp.timeline import Panel, draw
+from ...parallel.cp.topology import PRESETS, Topology
+from ...parallel.cp.visible import Sight, num_pairs
+from ...parallel.mesh import join
+from ..config import Recipe, load_recipe
+from ..grids.choice import GridChoice, attention_work, check_named_grids, choose_grids, question
+from ..grids.measure import named_topology
+from ..grids.table import grids_table
+from ..ranks.rank import as_rank
+from ..ranks.start import start_ranks
 
 RANKS_OF_A_NODE = 8
 WARM_UP_PASSES = 2
@@ -61,7 +61,7 @@ def plan(
     num_ranks: int | None = None,
     preset: str | None = None,
     timeline: Path | None = None,
-) -> tuple[Pick, str] | None:
+) -> tuple[GridChoice, str] | None:
     """Print a row for every kind of layers that is spread over ranks, and draw the last of the largest bucket.
 
     That kind and the preset of the topology are returned; None: nothing is spread. Raises ValueError for what a run
@@ -70,9 +70,9 @@ def plan(
     if num_ranks is not None:
         recipe.accumulation_steps(num_ranks)
     world_size = num_ranks or recipe.max_context_parallel * recipe.parallel.tensor
-    schedules.check(recipe)
+    check_named_grids(recipe)
     preset, origin = preset_of(recipe, world_size, preset)
-    (topology, _), work = schedules.preset(preset, recipe, world_size), schedules.work(recipe)
+    (topology, _), work = named_topology(preset, recipe, world_size), attention_work(recipe)
     console.print(
         f"{world_size:,} ranks, {recipe.parallel.tokens_per_rank:,} tokens each; topology {topology.name} ({origin})\n"
         f"one layer of a tensor-parallel rank (parallel.tensor = {recipe.parallel.tensor}): {work.num_heads} query "
@@ -91,59 +91,32 @@ def plan(
         console.print("every bucket fits a rank: nothing is spread, nothing travels")
         return None
     with console.status("pricing grids"):
-        picks = schedules.pick(recipe, recipe.data.lengths, topology, ASSUMED)
-        considered = [_considered(found, topology, work) for found in picks]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("bucket", "cp", "layers", "ms", "exposed", "GiB held", "MB sent"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("grid")
-    for found, others in zip(picks, considered, strict=True):
-        layers = f"window {found.kind.window:,}" if found.kind.window else "full"
-        why = "named by the recipe" if found.named else f"best of {len(found.priced)}"
-        taken = [f"{found.kind.sequence_tokens:,}", str(found.grid.size), layers, *_figures(found.priced[0])]
-        table.add_row(*taken[:-1], f"{taken[-1]} ({why})")
-        for number, other in enumerate(others[:2]):
-            table.add_row("", "", "" if number else "next best", *_figures(other), style="dim")
-        table.add_section()
-    console.print(table)
-    console.print(
-        "ms: a layer's forward + backward; GiB held of other ranks'; MB sent by a rank, both passes; best of so many "
-        "divisions of cp into heads x query x kv",
-        highlight=False,
-    )
+        choices = choose_grids(recipe, recipe.data.lengths, topology, ASSUMED)
+        # A grid that the recipe names is shown beside the ones that "auto" would take.
+        choices = [choice._replace(others=_alternatives(recipe, choice, topology)) for choice in choices]
+    console.print(grids_table(choices))
     if timeline is not None:
-        last = picks[-1]
-        question = Question(last.kind.sequence_tokens, work, topology, ASSUMED, Sight(window=last.kind.window))
-        draw([[panel] for panel in simulated(question, last.grid)], timeline, ranks_per_node=topology.ranks_per_node)
+        last = choices[-1]
+        asked = question(recipe, last.kind, topology, ASSUMED)
+        draw([[panel] for panel in simulated(asked, last.grid)], timeline, ranks_per_node=topology.ranks_per_node)
         console.print(f"drawn: {timeline}", soft_wrap=True)
-    return picks[-1], preset
+    return choices[-1], preset
 
 
-def measure_here(target: str, overrides: Sequence[str], found: Pick, preset: str, timeline: Path) -> int:
+def measure_here(target: str, overrides: Sequence[str], found: GridChoice, preset: str, timeline: Path) -> int:
     """Start the ranks of one context-parallel group here to measure and draw -> an exit status."""
     arguments = [f"--grid={found.grid}", f"--tokens={found.kind.sequence_tokens}", f"--topology={preset}"]
     window = [f"--window={found.kind.window}"] if found.kind.window else []
     words = [target, *overrides, *arguments, *window, f"--timeline={timeline}"]
-    return start_ranks("longring.launch.planner", words, found.grid.size)
+    return start_ranks("longring.launch.commands.plan", words, found.grid.size)
 
 
-def _considered(found: Pick, topology: Topology, work: Work) -> list[Priced]:
-    """The grids that were not taken, best first; of a grid that the recipe names, those that auto would look at."""
-    if not found.named:
-        return found.priced[1:]
-    question = Question(found.kind.sequence_tokens, work, topology, ASSUMED, Sight(window=found.kind.window))
-    return [other for other in choose(found.grid.size, question) if other.grid != found.grid]
-
-
-def _figures(priced: Priced) -> list[str]:
-    sent = sum(price.sent_bytes for price in priced.passes.values()) / priced.grid.size
-    return [
-        f"{priced.seconds * 1e3:.3g}",
-        f"{priced.exposed_s * 1e3:.3g}",
-        f"{priced.peak_bytes / 2**30:.3g}",
-        f"{sent / 1e6:.4g}",
-        str(priced.grid),
-    ]
+def _alternatives(recipe: Recipe, choice: GridChoice, topology: Topology) -> list[Priced]:
+    """Return the grids that were not taken, cheapest first."""
+    if not choice.named:
+        return choice.others
+    asked = question(recipe, choice.kind, topology, ASSUMED)
+    return [other for other in choose(choice.grid.size, asked) if other.grid != choice.grid]
 
 
 def simulated(question: Question, grid: CpGrid) -> list[Panel]:
@@ -161,7 +134,7 @@ def measure(recipe: Recipe, grid: CpGrid, num_tokens: int, sight: Sight) -> list
     """Each pass as this group of ranks does it, with random q, k, v -> the same on every rank. Collective."""
     mesh = join(replace(recipe.parallel, tensor=1, sequence_parallel=False), grid.size)
     group = open_group(range(grid.size), [grid], timeout_s=recipe.parallel.cp.timeout_s)
-    work, layout = schedules.work(recipe), zigzag(num_tokens, group.rank, grid.size)
+    work, layout = attention_work(recipe), zigzag(num_tokens, group.rank, grid.size)
     layouts = tuple(zigzag(num_tokens, rank, grid.size) for rank in range(grid.size))
     problem = Problem(grid, layouts, sight, recipe.train.attention_backend, work.narrow_results)
     q, k, v, dout = (
@@ -214,7 +187,7 @@ def draw_measured(recipe: Recipe, grid: CpGrid, num_tokens: int, sight: Sight, t
     panels = measure(recipe, grid, num_tokens, sight)
     if dist.get_rank():
         return
-    work = schedules.work(recipe)
+    work = attention_work(recipe)
     speed = measured_speed(panels, work, num_tokens, sight)
     played = simulated(Question(num_tokens, work, topology, speed, sight), grid)
     draw(list(zip(panels, played, strict=True)), file, ranks_per_node=topology.ranks_per_node)
@@ -229,7 +202,7 @@ def draw_measured(recipe: Recipe, grid: CpGrid, num_tokens: int, sight: Sight, t
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """One rank that measures, as `longring plan --measure` starts it."""
-    parser = argparse.ArgumentParser(prog="python -m longring.launch.planner")
+    parser = argparse.ArgumentParser(prog="python -m longring.launch.commands.plan")
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--grid", type=CpGrid.parse, required=True)

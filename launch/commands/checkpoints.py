@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from . import checkpoint
-from .checkpoint import DAMAGED, PARTIAL, REMOVED
+from ..checkpoint import format as checkpoint
+from ..checkpoint.format import DAMAGED, PARTIAL, REMOVED
 
 
 def list_checkpoints(

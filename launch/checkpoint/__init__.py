@@ -1,0 +1,1 @@
+"""Checkpoints: their format, saving in the background, loading on any mesh."""

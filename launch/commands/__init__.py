@@ -1,0 +1,1 @@
+"""The sub-commands of `longring` that show, plan, measure or submit, one file each."""

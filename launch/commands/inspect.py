@@ -1,0 +1,69 @@
+"""`longring inspect`: what prepared data holds, under the recipe of a run or on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ...data.config import CurriculumConfig, LoaderConfig
+from ...data.format.manifest import MANIFEST_FILE, open_prepared
+from ...data.inspect.cost import PAPER_1B, ModelSize
+from ...data.inspect.inspect import inspect
+from ...model.config import ModelConfig
+from ..config import load_recipe
+from ..run_directory import RunDirectory
+from ..settings import apply_overrides, from_tree
+
+
+def inspect_target(target: Path, overrides: Sequence[str], console: Console) -> None:
+    """Inspect prepared data, a run's data or a recipe's data.
+
+    Raises ValueError if the target is none of these, if its data is damaged, or for an override that does not apply.
+    """
+    recipe = None
+    if target.is_file():
+        recipe = load_recipe(target, overrides)
+    elif not (target / MANIFEST_FILE).exists() and (target / "recipe.json").exists():
+        recipe = RunDirectory(target).recipe()
+    if recipe is not None:
+        manifest = open_prepared(recipe.training_directory, recipe.loader)
+        inspect(
+            manifest,
+            console,
+            curriculum=recipe.curriculum,
+            loader=recipe.loader,
+            model=model_size(recipe.model, manifest.vocab_size),
+            steps=recipe.train.steps,
+            seed=recipe.train.seed,
+        )
+        return
+    tree: dict[str, Any] = {}
+    apply_overrides(tree, overrides)
+    if unknown := sorted(tree.keys() - {"curriculum", "loader"}):
+        raise ValueError(f"{unknown[0]}.*: of data alone only curriculum.* and loader.* can be set; name a recipe")
+    loader = from_tree(LoaderConfig, tree.get("loader", {}), prefix="loader.")
+    inspect(
+        open_prepared(target, loader),
+        console,
+        curriculum=from_tree(CurriculumConfig, tree.get("curriculum", {}), prefix="curriculum."),
+        loader=loader,
+        model=PAPER_1B,
+        steps=1_000,
+        seed=0,
+    )
+
+
+def model_size(model: ModelConfig, vocab_size: int) -> ModelSize:
+    """What decides the FLOPs of a model."""
+    width = model.num_heads * model.head_dim
+    projections = 2 * width + 2 * model.num_kv_heads * model.head_dim
+    layer = model.hidden_size * (projections + 3 * model.ffn_hidden_size)
+    return ModelSize(
+        name=f"{model.num_layers} layers of {model.hidden_size:,}, vocabulary {vocab_size:,}",
+        parameters=model.num_layers * layer + model.hidden_size * vocab_size,
+        num_layers=model.num_layers,
+        attention_width=width,
+    )

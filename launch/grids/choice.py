@@ -1,0 +1,99 @@
+"""The grid of every kind of layers: named by the recipe, or the cheapest on a topology."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ...parallel.cp.choose import Priced, Question, choose
+from ...parallel.cp.cost import Speed, Work
+from ...parallel.cp.grid import CpGrid
+from ...parallel.cp.topology import Topology
+from ...parallel.cp.visible import Sight
+from ..config import Recipe
+
+
+class LayerKind(NamedTuple):
+    """Layers whose attention costs the same: one bucket, one attention window."""
+
+    sequence_tokens: int
+    window: int | None
+    """Attention window in tokens; None for full attention."""
+
+
+class GridChoice(NamedTuple):
+    """The grid taken for one kind of layers, and the grids it was preferred to."""
+
+    kind: LayerKind
+    named: bool
+    """Whether the recipe names the grid; otherwise it is the cheapest."""
+    taken: Priced
+    others: list[Priced]
+    """The other grids that were priced, cheapest first."""
+
+    @property
+    def grid(self) -> CpGrid:
+        """The grid taken."""
+        return self.taken.grid
+
+
+def layer_kinds(recipe: Recipe, lengths: Sequence[int]) -> list[LayerKind]:
+    """Return the layer kinds of those buckets, given by length, whose sequences are spread over ranks."""
+    windows = sorted(
+        {recipe.model.attention_window(layer) for layer in range(recipe.model.num_layers)}, key=lambda w: w or 0
+    )
+    spread = [length for length in lengths if recipe.parallel.context_parallel(length) > 1]
+    return [LayerKind(length, window) for length in spread for window in windows]
+
+
+def attention_work(recipe: Recipe) -> Work:
+    """Return the attention of one layer on one rank of a tensor-parallel group."""
+    tensor = recipe.parallel.tensor
+    return Work(
+        num_heads=recipe.model.num_heads // tensor,
+        num_kv_heads=recipe.model.num_kv_heads // tensor,
+        head_dim=recipe.model.head_dim,
+        itemsize=4 if recipe.train.dtype == "float32" else 2,
+        narrow_results=recipe.parallel.cp.narrow_results,
+    )
+
+
+def question(recipe: Recipe, kind: LayerKind, topology: Topology, speed: Speed) -> Question:
+    """Return what the cost model needs to price grids for one kind of layers."""
+    return Question(kind.sequence_tokens, attention_work(recipe), topology, speed, Sight(window=kind.window))
+
+
+def check_named_grids(recipe: Recipe) -> None:
+    """Raise ValueError if a grid that the recipe names does not fit its ranks or heads."""
+    work = attention_work(recipe)
+    size = 2
+    while size <= recipe.max_context_parallel:
+        grid = recipe.parallel.cp.named_grid(size)
+        unfit = grid and grid.unfit(work.num_heads, work.num_kv_heads)
+        if unfit:
+            raise ValueError(
+                f"parallel.cp: {grid} for the buckets over {size} ranks: {unfit} (model.num_heads and num_kv_heads "
+                f"over parallel.tensor = {recipe.parallel.tensor})"
+            )
+        size *= 2
+
+
+def named_grids(recipe: Recipe, lengths: Sequence[int]) -> dict[LayerKind, CpGrid | None]:
+    """Return the grid that the recipe names for every layer kind; None leaves the choice to the cost model."""
+    return {
+        kind: recipe.parallel.cp.named_grid(recipe.parallel.context_parallel(kind.sequence_tokens))
+        for kind in layer_kinds(recipe, lengths)
+    }
+
+
+def choose_grids(recipe: Recipe, lengths: Sequence[int], topology: Topology, speed: Speed) -> list[GridChoice]:
+    """Choose a grid for every layer kind: the one that the recipe names, or the cheapest."""
+    choices = []
+    for kind, named in named_grids(recipe, lengths).items():
+        asked = question(recipe, kind, topology, speed)
+        if named is not None:
+            choices.append(GridChoice(kind, True, asked.price(named), []))
+        else:
+            cheapest, *others = choose(recipe.parallel.context_parallel(kind.sequence_tokens), asked)
+            choices.append(GridChoice(kind, False, cheapest, others))
+    return choices

@@ -1,0 +1,97 @@
+"""The grids of a run, the same on all ranks: remembered from an earlier start, named by the recipe, or priced."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+
+import torch.distributed as dist
+from rich.console import Console
+
+from ...parallel.cp.grid import CpGrid
+from ...parallel.cp.layout import zigzag
+from ...parallel.mesh import Mesh
+from ..config import Recipe
+from ..run_directory import RunDirectory
+from .choice import LayerKind, choose_grids, named_grids
+from .measure import measured_topology, named_topology, topology_name
+from .remembered import division, recall, remember
+from .table import grids_table
+
+log = logging.getLogger(__name__)
+
+
+def decide_grids(
+    recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: Console | None = None
+) -> dict[LayerKind, CpGrid]:
+    """Return the grid of every layer kind of the buckets of these lengths. Collective.
+
+    Where the recipe leaves a grid to the cost model, rank 0 takes the one of an earlier start, or prices the family on
+    the topology and prints the result to `console`. Raises ValueError, on every rank, if ranks would divide sequences
+    differently.
+    """
+    wanted = named_grids(recipe, lengths)
+    open_kinds = [kind for kind, grid in wanted.items() if grid is None]
+    file, key = RunDirectory(recipe.run_directory).grids_file, division(recipe, mesh)
+    # Rank 0 alone decides whether to measure and where, as a probe takes all ranks.
+    shared: list[tuple[dict[LayerKind, CpGrid], str | None]] = [({}, None)]
+    if mesh.rank == 0 and open_kinds:
+        known = recall(file, key)
+        shared = [(known, None if all(kind in known for kind in open_kinds) else topology_name(recipe))]
+    dist.broadcast_object_list(shared)
+    taken, priced_on = shared[0]
+    if priced_on is not None:
+        if priced_on == "probe":
+            topology, speed = measured_topology(recipe, mesh)
+        else:
+            topology, speed = named_topology(priced_on, recipe, mesh.world_size)
+        if mesh.rank == 0:
+            choices = choose_grids(recipe, lengths, topology, speed)
+            taken = {choice.kind: choice.grid for choice in choices} | taken
+            for choice in choices:
+                prices = "; ".join(
+                    f"{x.grid}: {x.seconds * 1e3:.3g} ms, {x.exposed_s * 1e3:.3g} exposed"
+                    for x in (choice.taken, *choice.others)
+                )
+                log.info("attention of %s over %d ranks: %s", choice.kind, choice.grid.size, prices)
+            if console is not None:
+                console.print(grids_table(choices, f"Attention over several ranks, priced on {topology.name}"))
+            remember(file, key, taken)
+        shared = [(taken, None)]
+        dist.broadcast_object_list(shared)
+        taken, _ = shared[0]
+    grids = {kind: grid or taken.get(kind) for kind, grid in wanted.items()}
+    check_agreement(recipe, lengths, grids)
+    return {kind: grid for kind, grid in grids.items() if grid is not None}
+
+
+def check_agreement(recipe: Recipe, lengths: Sequence[int], grids: Mapping[LayerKind, CpGrid | None]) -> None:
+    """Raise ValueError, on every rank of the world, unless all divide the sequences of each length alike. Collective.
+
+    Ranks that disagree would wait for messages that nobody sends, or misread the ones they get.
+    """
+    mine = []
+    for length in lengths:
+        degree = recipe.parallel.context_parallel(length)
+        if degree == 1:
+            mine.append(f"{length} tokens on one rank")
+            continue
+        layouts = repr([zigzag(length, rank, degree).runs for rank in range(degree)]).encode()
+        taken = {kind.window: str(grid or "auto") for kind, grid in grids.items() if kind.sequence_tokens == length}
+        mine.append(
+            f"{length} tokens over {degree} ranks, layouts {hashlib.sha256(layouts).hexdigest()[:16]}, grids by window "
+            f"{taken}, {recipe.train.dtype}, narrow_results = {recipe.parallel.cp.narrow_results}"
+        )
+    said: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(said, mine)
+    others = [rank for rank, theirs in enumerate(said) if theirs != said[0]]
+    if others:
+        pairs = zip_longest(said[0], said[others[0]], fillvalue="no such length")
+        first, other = next((a, b) for a, b in pairs if a != b)
+        raise ValueError(
+            f"context parallelism: {len(others)} of {len(said)} ranks, the first of them rank {others[0]}, disagree "
+            f"with rank 0 about who holds which tokens or how attention is divided: {first} on rank 0, {other} on "
+            f"rank {others[0]}; start the same code with the same recipe on all nodes"
+        )

@@ -1,0 +1,63 @@
+"""The topology and the speed that grids are priced with: named by the recipe, or measured by a probe."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+
+from ...parallel.cp.cost import ASSUMED, Speed
+from ...parallel.cp.probe import probe
+from ...parallel.cp.topology import PRESETS, Fabric, Topology
+from ...parallel.mesh import Mesh
+from ..config import Recipe
+from .choice import attention_work
+
+log = logging.getLogger(__name__)
+
+
+def topology_name(recipe: Recipe) -> str:
+    """Return the name of the topology to price on, or "probe".
+
+    A deterministic run does not measure: two probes may differ, and so would the grids.
+    """
+    name = recipe.parallel.cp.topology
+    return "full_mesh" if name == "probe" and recipe.train.deterministic else name
+
+
+def named_topology(name: str, recipe: Recipe, world_size: int) -> tuple[Topology, Speed]:
+    """Return a preset topology as the ranks that share a sequence see it, and a GPU's assumed speed.
+
+    These ranks are every `parallel.tensor`-th of the world: correspondingly fewer of them are in a node or behind a
+    port.
+    """
+    topology, tensor = PRESETS[name](world_size), recipe.parallel.tensor
+    return replace(
+        topology,
+        ranks_per_node=max(1, topology.ranks_per_node // tensor),
+        inside=_every(tensor, topology.inside),
+        across=topology.across and _every(tensor, topology.across),
+    ), ASSUMED
+
+
+def _every(tensor: int, fabric: Fabric) -> Fabric:
+    """Return a fabric of every `tensor`-th end; the ends between use it as much, so a shared port is divided."""
+    ends = max(1, fabric.ends_per_port // tensor)
+    return replace(fabric, ends_per_port=ends, bytes_per_s=fabric.bytes_per_s * ends / fabric.ends_per_port)
+
+
+def measured_topology(recipe: Recipe, mesh: Mesh) -> tuple[Topology, Speed]:
+    """Probe the links between the ranks and their speed of attention. Collective."""
+    work = attention_work(recipe)
+    found = probe(
+        work.num_heads,
+        work.num_kv_heads,
+        work.head_dim,
+        getattr(torch, recipe.train.dtype),
+        mesh.device,
+        group=mesh.data_group,
+        backend=recipe.train.attention_backend,
+    )
+    log.info("topology: %s", found.to_json())
+    return found.topology, found.speed

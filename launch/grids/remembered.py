@@ -1,0 +1,49 @@
+"""The grids that a run took, kept in its directory: a start divided like an earlier one takes the same grids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...data.files import write_text
+from ...parallel.cp.grid import CpGrid
+from ...parallel.mesh import Mesh
+from ..config import Recipe
+from .choice import LayerKind
+from .measure import topology_name
+
+
+def division(recipe: Recipe, mesh: Mesh) -> str:
+    """Return, in words, every setting that may change between two starts and that decides which grid is cheapest."""
+    parallel = recipe.parallel
+    return (
+        f"{mesh.world_size} ranks, tensor {parallel.tensor}, {parallel.tokens_per_rank} tokens a rank, "
+        f"{topology_name(recipe)}, results {'narrow' if parallel.cp.narrow_results else 'in fp32'}"
+    )
+
+
+def recall(file: Path, division: str) -> dict[LayerKind, CpGrid]:
+    """Return the grids that an earlier start with the same division took.
+
+    Raises ValueError if the file is damaged.
+    """
+    return {
+        LayerKind(entry["sequence_tokens"], entry["window"]): CpGrid.parse(entry["grid"])
+        for entry in _all_divisions(file).get(division, [])
+    }
+
+
+def remember(file: Path, division: str, grids: Mapping[LayerKind, CpGrid]) -> None:
+    """Record the grids of one division beside those of other divisions."""
+    kept = _all_divisions(file)
+    kept[division] = [{**kind._asdict(), "grid": str(grid)} for kind, grid in grids.items()]
+    write_text(file, json.dumps(kept, indent=2) + "\n")
+
+
+def _all_divisions(file: Path) -> dict[str, list[dict[str, Any]]]:
+    try:
+        return json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}; remove it, and the grids are chosen anew") from error
