@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
+from helpers.ranks import Ranks
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined, so before any test module

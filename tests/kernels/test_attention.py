@@ -6,7 +6,8 @@ import logging
 
 import pytest
 import torch
-from errors import assert_as_exact_as
+from helpers.errors import assert_as_exact_as
+from helpers.plain_attention import exact_attention, torch_attention, visible_pairs
 from longring.kernels import attention as front_door
 from longring.kernels import triton_attention
 from longring.kernels.attention import (
@@ -22,7 +23,6 @@ from longring.kernels.attention import (
 )
 from longring.kernels.layout import SeqLayout
 from longring.kernels.mask import make_mask
-from plain_attention import exact_attention, torch_attention, visible_pairs
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers.plain_attention import visible_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 from longring.kernels.layout import SeqLayout
 from longring.kernels.mask import BAND_ROWS, make_mask, mask_rects
-from plain_attention import visible_pairs
 
 
 @st.composite

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.plain_model import plain_losses
 from longring.data.prepare.prepare import prepare
 from longring.data.read.batch_order import Share
 from longring.data.read.loader import Loader, MicroBatch
@@ -22,7 +23,6 @@ from longring.launch.config import Recipe, load_recipe
 from longring.launch.preflight import plan
 from longring.launch.train import train
 from longring.parallel.mesh import join
-from plain_model import plain_losses
 from rich.console import Console
 from torch import Tensor
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers.small_checkpoint import make
 from longring.launch import cli, run_directory
 from longring.launch import train as train_module
 from longring.launch.checkpoint import format as checkpoint
@@ -23,7 +24,6 @@ from longring.launch.loss_watch import LossWatch
 from longring.launch.ranks.node import check_node
 from longring.launch.ranks.watchdog import Position, diagnosis
 from longring.launch.run_directory import RunDirectory
-from small_checkpoint import make
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "errors.md"
 BAR = "\\|"

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.plain_model import plain_losses
+from helpers.small_checkpoint import whole
 from longring.data.format.manifest import open_prepared
 from longring.launch.config import load_recipe
 from longring.launch.evaluate import evaluate, position_edges
 from longring.launch.train import train
-from plain_model import plain_losses
 from rich.console import Console
-from small_checkpoint import whole
 
 
 def train_and_evaluate(recipe_file: Path, overrides: list[str]) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty import Fault, start
+from helpers.faulty import Fault, start
+from helpers.small_checkpoint import STATE
 from hypothesis import given
 from hypothesis import strategies as st
 from longring.launch.checkpoint import format as checkpoint
@@ -23,7 +24,6 @@ from longring.launch.ranks.watchdog import Position, diagnosis
 from longring.launch.run_directory import RunDirectory
 from rich.console import Console
 from safetensors.torch import load_file
-from small_checkpoint import STATE
 
 # A named topology: of two runs that probe, each in its own directory, one might take another grid.
 SMALL = [

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
-from faulty import Fault, start
+from helpers.faulty import Fault, start
 from longring.launch.checkpoint import format as checkpoint
 from longring.launch.metrics import read_metrics
 from safetensors.torch import load_file

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.plain_model import plain_losses
+from helpers.small_checkpoint import whole
 from longring.data.format.manifest import open_prepared
 from longring.data.order.stages import order
 from longring.data.prepare.prepare import prepare
@@ -24,9 +26,7 @@ from longring.launch.grids.decide import decide_grids
 from longring.launch.preflight import plan
 from longring.launch.train import train
 from longring.parallel.mesh import join
-from plain_model import plain_losses
 from rich.console import Console
-from small_checkpoint import whole
 
 SETTINGS = [
     "data.rest=pack",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from faulty import start
+from helpers.faulty import start
 from longring.launch import cli
 from longring.launch.metrics import read_metrics
 

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from errors import assert_as_exact_as
+from helpers.errors import assert_as_exact_as
 from longring.model.fused import LIGER, TORCH, FusedOps, fused_ops
 from torch import Tensor
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_grad
-from errors import assert_as_exact_as
+from helpers.errors import assert_as_exact_as
 from longring.model import loss
 from longring.model.config import ModelConfig
 from longring.model.loss import LossHead

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from died import Died, die_after
+from helpers.died import Died, die_after
 from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig, SourceConfig, TokenizerConfig
 from longring.data.files import sha256_of
 from longring.data.format.document import NO_DOCUMENT, SPLITS

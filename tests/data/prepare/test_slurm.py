@@ -79,7 +79,7 @@ def test_an_array_of_the_script_and_a_merge_make_what_processes_make(words: Call
     (tmp_path / "corpus").mkdir()
     for part in range(7):
         (tmp_path / "corpus" / f"{part}.jsonl").write_text(f'{{"text": "{words(200, part)}"}}\n')
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     words_of = [
         *("data.source.kind=json", f"data.source.path={tmp_path}/corpus", "data.input_shard_bytes=1"),
         *("data.tokenizer.vocab_size=300", "data.min_bucket_tokens=8", "data.held_out_fraction=0"),

@@ -64,7 +64,7 @@ def start(
 ) -> Started:
     """Start all ranks of a run; what they print goes to the file `output`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["longring.launch.train", "faulty"])
+    context.set_forkserver_preload(["longring.launch.train", "helpers.faulty"])
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]

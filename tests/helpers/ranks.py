@@ -79,7 +79,7 @@ class Ranks:
 
 def _serve(rank: int, world_size: int, pipe: Connection) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, str(Path(__file__).parents[1]))
     import torch
     import torch.distributed as dist
 

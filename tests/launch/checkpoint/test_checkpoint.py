@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.small_checkpoint import STATE, make, whole
 from hypothesis import given
 from hypothesis import strategies as st
 from longring.launch import cli
@@ -27,7 +28,6 @@ from longring.parallel.fragments import updates
 from longring.parallel.mesh import join
 from rich.console import Console
 from safetensors.numpy import load_file
-from small_checkpoint import STATE, make, whole
 
 
 def test_a_manifest_says_what_was_written(tmp_path):

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from errors import assert_as_exact_as
+from helpers.errors import assert_as_exact_as
+from helpers.plain_attention import answers, visible_pairs
 from longring.kernels.layout import SeqLayout
 from longring.parallel.cp.attention import context_attention
 from longring.parallel.cp.execute import Problem, forward
@@ -23,7 +24,6 @@ from longring.parallel.cp.group import PeerError, open_group
 from longring.parallel.cp.layout import zigzag
 from longring.parallel.cp.transports import Distributed
 from longring.parallel.cp.visible import Sight
-from plain_attention import answers, visible_pairs
 
 Results = dict[str, torch.Tensor]
 MASKS = {"one document": ((0,), Sight()), "packed": ((0, 5, 6, 19), Sight()), "window": ((0,), Sight(window=7))}
@@ -129,7 +129,7 @@ def with_a_failing_peer(rank: int, store: str, failure: str) -> None:
 @pytest.mark.parametrize("failure", ["sleeps", "ends"])
 def test_a_failing_peer_is_named(failure, tmp_path):
     """Processes of this test's own: the pool of the others would not outlive it."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     processes = []
     try:
         for rank in range(3):

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from errors import assert_as_exact_as, relative_rms
+from helpers.errors import assert_as_exact_as, relative_rms
+from helpers.plain_attention import answers, visible_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longring.kernels.layout import SeqLayout
@@ -18,7 +19,6 @@ from longring.parallel.cp.layout import contiguous, zigzag
 from longring.parallel.cp.schedules import Schedule
 from longring.parallel.cp.transports import InProcess
 from longring.parallel.cp.visible import Sight
-from plain_attention import answers, visible_pairs
 from torch import Tensor
 
 Tensors = dict[str, Tensor]

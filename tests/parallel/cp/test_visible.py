@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from helpers.plain_attention import visible_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 from longring.kernels.layout import SeqLayout
 from longring.parallel.cp.layout import zigzag
 from longring.parallel.cp.visible import Shares, Sight, num_pairs, visible_rows
-from plain_attention import visible_pairs
 
 NUM_TOKENS = 40
 

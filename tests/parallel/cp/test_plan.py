@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from helpers.plain_attention import visible_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 from longring.kernels.layout import SeqLayout
@@ -21,7 +22,6 @@ from longring.parallel.cp.layout import contiguous, zigzag
 from longring.parallel.cp.plan import Block, Channel, Message, Pass, RankPlan, Side
 from longring.parallel.cp.schedules import Schedule, tile_order
 from longring.parallel.cp.visible import Sight
-from plain_attention import visible_pairs
 
 Layouts = list[SeqLayout]
 PASSES: tuple[Pass, ...] = ("forward", "backward")

@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from died import Died, die_after
+from helpers.died import Died, die_after
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
 from longring.data.format import shards
 from longring.data.format.manifest import open_prepared

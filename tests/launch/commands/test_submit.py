@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.small_checkpoint import make
 from hypothesis import given
 from hypothesis import strategies as st
 from longring.launch import cli
@@ -22,7 +23,6 @@ from longring.launch.metrics import read_metrics
 from longring.launch.ranks import node
 from longring.launch.ranks.node import check_node, rdma_ports
 from longring.launch.run_directory import RunDirectory
-from small_checkpoint import make
 
 
 def sbatch_lines(script: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from longring.parallel.cp.probe import Probe, from_json
 from longring.parallel.cp.topology import Fabric, Topology
 from rich.console import Console
 
-DEMO = str(Path(__file__).parents[2] / "launch" / "recipes" / "demo.toml")
+DEMO = str(Path(__file__).parents[3] / "launch" / "recipes" / "demo.toml")
 
 
 def test_two_ranks_of_this_machine(tmp_path, capfd):

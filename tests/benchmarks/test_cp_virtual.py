@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import cp_virtual
 from cases import Case, inputs
 from virtual_ranks import RESULTS, Question, Tiles, Whole, share_of

@@ -1,0 +1,1 @@
+"""What several tests share: rank processes, error bounds, plain models, faults and small checkpoints."""
