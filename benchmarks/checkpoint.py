@@ -16,8 +16,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
-from longring.launch.checkpoint import format as checkpoint
-from longring.launch.checkpoint.format import TrainState
+from longring.launch.checkpoint.format import TrainState, last_good_checkpoint
 from longring.launch.checkpoint.load import load_last_good
 from longring.launch.checkpoint.save import Saver
 from longring.launch.run_directory import RunDirectory
@@ -68,7 +67,7 @@ def measure(width: int, layers: int, folder: Path, saves: int) -> dict[str, floa
         times["deepspeed"].append(seconds(lambda path=theirs: (engine.save_checkpoint(str(path), tag="x"), os.sync())))
         times["load"].append(seconds(lambda: load_last_good(engine, run.checkpoints, mesh, DATA)))
     saver.close()
-    found = checkpoint.last_good(run.checkpoints)
+    found = last_good_checkpoint(run.checkpoints)
     assert found is not None
     result = {name: min(values) for name, values in times.items()}
     result["slower"] = statistics.median(times["slower"])

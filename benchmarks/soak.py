@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from longring.launch.checkpoint import format as checkpoint
+from longring.launch.checkpoint.format import complete_checkpoints, find_damage, read_checkpoint_manifest
 from longring.launch.metrics import read_metrics
 from rich.console import Console
 from rich.progress import Progress
@@ -199,8 +199,8 @@ def main() -> int:
         rows = soak(folder, 2.0 if options.quick else options.minutes, between, options.seed)
         steps = [step["step"] for step in read_metrics(folder / "run" / "metrics.jsonl")]
         assert steps == list(range(1, len(steps) + 1)), "every step once, in order, whatever happened"
-        last = checkpoint.complete(folder / "run" / "checkpoints")[0]
-        assert checkpoint.problem(last, checkpoint.read_manifest(last)) is None
+        last = complete_checkpoints(folder / "run" / "checkpoints")[0]
+        assert find_damage(last, read_checkpoint_manifest(last)) is None
     print_rows(rows, len(steps))
     if options.picture:
         draw(rows, options.picture)

@@ -124,12 +124,12 @@ def _requeue(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from .checkpoint import format as checkpoint
+    from .checkpoint.format import last_good_checkpoint
     from .ranks.start import start_ranks
 
     run = _run_of(options)
     run.recipe(options.overrides)
-    saved = checkpoint.last_good(run.checkpoints)
+    saved = last_good_checkpoint(run.checkpoints)
     if saved is None:
         raise ValueError(f"{run.path} has no checkpoint yet: train first")
     return start_ranks("longring.launch.evaluate", [str(run.path), *options.overrides], saved[1].state.world_size)

@@ -9,7 +9,7 @@ from ..data.files import sha256_of
 from ..data.format.manifest import MANIFEST_FILE, Manifest, open_prepared
 from ..data.read.batch_order import BatchOrder
 from ..data.read.loader import training_order
-from .checkpoint import format as checkpoint
+from .checkpoint.format import check_trained_on, last_good_checkpoint
 from .config import Recipe
 from .grids.choice import check_named_grids
 from .run_directory import RunDirectory
@@ -53,8 +53,8 @@ def plan(recipe: Recipe, world_size: int, *, check_shards: bool = True) -> Plan:
     run = RunDirectory(recipe.run_directory)
     run.check(recipe)
     resume_from, done = None, 0
-    if (found := checkpoint.last_good(run.checkpoints)) is not None:
+    if (found := last_good_checkpoint(run.checkpoints)) is not None:
         resume_from, saved = found
-        checkpoint.check_data(saved, resume_from, data_hash)
+        check_trained_on(saved, resume_from, data_hash)
         done = saved.state.step
     return Plan(manifest, order, run, data_hash, resume_from, done)

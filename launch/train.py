@@ -29,8 +29,7 @@ from ..data.read.loader import Loader, MicroBatch
 from ..parallel.mesh import Mesh, join
 from ..parallel.zero import DeepSpeedEngine, gradient_norm, set_learning_rate
 from .build import bucket_layouts, build_engine
-from .checkpoint import format as checkpoint
-from .checkpoint.format import TrainState
+from .checkpoint.format import TrainState, checkpoint_name, clear_leftovers
 from .checkpoint.load import load_last_good
 from .checkpoint.save import Saver, Status
 from .config import Recipe, TrainConfig, load_recipe
@@ -91,7 +90,7 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
     ):
         if rank == 0:
             run.create(recipe)
-            checkpoint.clear(run.checkpoints)
+            clear_leftovers(run.checkpoints)
         watchdog.at(planned.done, "building the model and loading the checkpoint")
         engine = build_engine(recipe, planned.manifest.vocab_size, mesh)
         state = resume(engine, planned, recipe, mesh, console)
@@ -206,7 +205,7 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
             if writer is not None:
                 writer.close()
     if rank == 0:
-        console.print(f"saved {run.checkpoints / checkpoint.name_of(step)}", soft_wrap=True)
+        console.print(f"saved {run.checkpoints / checkpoint_name(step)}", soft_wrap=True)
         if last == recipe.train.steps == step:
             console.print(trained_table(order.trained(last)))
             if skipped:

@@ -73,7 +73,7 @@ class ParameterEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
+class CheckpointManifest:
     """What a checkpoint says of itself."""
 
     state: TrainState
@@ -86,30 +86,30 @@ class Manifest:
         return sum(entry.bytes for entry in self.files.values())
 
 
-def name_of(step: int) -> str:
+def checkpoint_name(step: int) -> str:
     """Directory of the checkpoint after `step`."""
     return f"step-{step:08d}"
 
 
-def step_of(checkpoint: Path) -> int | None:
+def checkpoint_step(checkpoint: Path) -> int | None:
     """The step of a complete checkpoint's directory, or None of any other."""
     found = _COMPLETE.fullmatch(checkpoint.name)
     return int(found[1]) if found else None
 
 
-def complete(directory: Path) -> list[Path]:
+def complete_checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints by step, the last first."""
-    found = [(step, path) for path in directory.glob("step-*") if (step := step_of(path)) is not None]
+    found = [(step, path) for path in directory.glob("step-*") if (step := checkpoint_step(path)) is not None]
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
+def write_checkpoint_manifest(directory: Path, manifest: CheckpointManifest) -> None:
     """Write and flush it, with a hash of itself."""
     content = {"format": FORMAT, **asdict(manifest)}
     write_text(directory / MANIFEST_FILE, json.dumps({**content, "sha256": sha256_of_json(content)}, indent=1))
 
 
-def read_manifest(checkpoint: Path) -> Manifest:
+def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
     """What the checkpoint says of itself. Raises ValueError that names the file when that is damaged."""
     file = checkpoint / MANIFEST_FILE
     try:
@@ -122,7 +122,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
         told = content["state"]
         lists = {name: tuple(told[name]) for name in ("skipped", "recent_losses")}
         state = TrainState(**{**told, **lists})
-        return Manifest(
+        return CheckpointManifest(
             state=state,
             parameters={
                 name: ParameterEntry(shape=tuple(entry["shape"]), cut=entry["cut"] and tuple(entry["cut"]))
@@ -138,8 +138,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise ValueError(f"{file} is damaged: {wrong}") from error
 
 
-def problem(
-    checkpoint: Path, manifest: Manifest, names: Iterable[str] | None = None, *, hashes: bool = True
+def find_damage(
+    checkpoint: Path, manifest: CheckpointManifest, names: Iterable[str] | None = None, *, hashes: bool = True
 ) -> str | None:
     """What is wrong with the files of these names (None: all), or None: each is there with its size and its SHA-256."""
     for name in manifest.files if names is None else names:
@@ -156,19 +156,19 @@ def problem(
     return None
 
 
-def last_good(directory: Path) -> tuple[Path, Manifest] | None:
+def last_good_checkpoint(directory: Path) -> tuple[Path, CheckpointManifest] | None:
     """The last complete checkpoint whose manifest can be read and whose files have their sizes, or None."""
-    for checkpoint in complete(directory):
+    for checkpoint in complete_checkpoints(directory):
         try:
-            manifest = read_manifest(checkpoint)
+            manifest = read_checkpoint_manifest(checkpoint)
         except ValueError:
             continue  # named and put aside when a run resumes; `longring checkpoints` names it too
-        if problem(checkpoint, manifest, hashes=False) is None:
+        if find_damage(checkpoint, manifest, hashes=False) is None:
             return checkpoint, manifest
     return None
 
 
-def check_data(manifest: Manifest, checkpoint: Path, data: str) -> None:
+def check_trained_on(manifest: CheckpointManifest, checkpoint: Path, data: str) -> None:
     """Raise ValueError unless the checkpoint was trained on this data."""
     if manifest.state.data != data:
         raise ValueError(
@@ -177,7 +177,7 @@ def check_data(manifest: Manifest, checkpoint: Path, data: str) -> None:
         )
 
 
-def publish(partial: Path) -> Path:
+def publish_checkpoint(partial: Path) -> Path:
     """Make a directory whose files are all flushed visible under its name."""
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
     sync(partial)
@@ -186,7 +186,7 @@ def publish(partial: Path) -> Path:
     return final
 
 
-def remove(checkpoint: Path) -> None:
+def remove_checkpoint(checkpoint: Path) -> None:
     """Delete a checkpoint; it is out of sight before its first file goes."""
     aside = checkpoint.with_name(checkpoint.name + REMOVED)
     shutil.rmtree(aside, ignore_errors=True)
@@ -194,30 +194,30 @@ def remove(checkpoint: Path) -> None:
     shutil.rmtree(aside)
 
 
-def put_aside(checkpoint: Path) -> None:
+def put_checkpoint_aside(checkpoint: Path) -> None:
     """Keep a damaged checkpoint under a name that does not count; an earlier one of the same step goes."""
     aside = checkpoint.with_name(checkpoint.name + DAMAGED)
     shutil.rmtree(aside, ignore_errors=True)
     checkpoint.rename(aside)
 
 
-def clear(directory: Path) -> None:
+def clear_leftovers(directory: Path) -> None:
     """Delete what interrupted saves and removals have left."""
     for leftover in [*directory.glob(f"step-*{PARTIAL}"), *directory.glob(f"step-*{REMOVED}")]:
         shutil.rmtree(leftover)
 
 
-def superfluous(steps: Iterable[int], keep_last: int, keep_every_steps: int) -> list[int]:
+def steps_to_prune(steps: Iterable[int], keep_last: int, keep_every_steps: int) -> list[int]:
     """Which of the checkpoints at `steps` retention lets go: all but the last ones and every n-th step's (0: none)."""
     ordered = sorted(steps)
     older = ordered[: max(0, len(ordered) - keep_last)]
     return [step for step in older if not keep_every_steps or step % keep_every_steps]
 
 
-def prune(directory: Path, keep_last: int, keep_every_steps: int) -> list[Path]:
+def prune_checkpoints(directory: Path, keep_last: int, keep_every_steps: int) -> list[Path]:
     """Delete what retention lets go -> what went."""
-    by_step = {step_of(path): path for path in complete(directory)}
-    gone = [by_step[step] for step in superfluous(filter(None, by_step), keep_last, keep_every_steps)]
+    by_step = {checkpoint_step(path): path for path in complete_checkpoints(directory)}
+    gone = [by_step[step] for step in steps_to_prune(filter(None, by_step), keep_last, keep_every_steps)]
     for checkpoint in gone:
-        remove(checkpoint)
+        remove_checkpoint(checkpoint)
     return gone

@@ -24,8 +24,15 @@ from torch import Tensor
 from ...parallel.fragments import Cut, Fragment, held, refresh
 from ...parallel.mesh import Mesh
 from ...parallel.zero import DeepSpeedEngine
-from . import format as checkpoint
-from .format import Manifest, TrainState
+from .format import (
+    CheckpointManifest,
+    TrainState,
+    check_trained_on,
+    complete_checkpoints,
+    find_damage,
+    put_checkpoint_aside,
+    read_checkpoint_manifest,
+)
 
 log = logging.getLogger(__name__)
 
@@ -38,19 +45,19 @@ def load_last_good(
     The ranks share the hashing. A damaged checkpoint is put aside as `step-N.damaged`. None when there is none at all;
     ValueError when all are damaged. Collective.
     """
-    [found] = _from_rank_0(checkpoint.complete(directory) if mesh.rank == 0 else None)
+    [found] = _from_rank_0(complete_checkpoints(directory) if mesh.rank == 0 else None)
     damaged: list[str] = []
     for path in found:
         wrong = _problems(path, mesh)
         if not wrong:
-            manifest = checkpoint.read_manifest(path)
-            checkpoint.check_data(manifest, path, data)
-            load(engine, path, manifest, mesh)
+            manifest = read_checkpoint_manifest(path)
+            check_trained_on(manifest, path, data)
+            load_checkpoint(engine, path, manifest, mesh)
             return path, manifest.state, damaged
         log.error("%s", wrong[0])
         damaged.append(wrong[0])
         if mesh.rank == 0:
-            checkpoint.put_aside(path)
+            put_checkpoint_aside(path)
         dist.barrier()
     if damaged:
         raise ValueError(
@@ -63,8 +70,8 @@ def load_last_good(
 def _problems(path: Path, mesh: Mesh) -> list[str]:
     """What any rank finds wrong with a checkpoint, each having hashed its share of the files. Collective."""
     try:
-        manifest = checkpoint.read_manifest(path)
-        mine = checkpoint.problem(path, manifest, sorted(manifest.files)[mesh.rank :: mesh.world_size])
+        manifest = read_checkpoint_manifest(path)
+        mine = find_damage(path, manifest, sorted(manifest.files)[mesh.rank :: mesh.world_size])
     except ValueError as error:
         mine = str(error)
     every: list[str | None] = [None] * mesh.world_size
@@ -79,7 +86,7 @@ def _from_rank_0(value: Any) -> list[Any]:
     return values
 
 
-def load(engine: DeepSpeedEngine, path: Path, manifest: Manifest, mesh: Mesh) -> None:
+def load_checkpoint(engine: DeepSpeedEngine, path: Path, manifest: CheckpointManifest, mesh: Mesh) -> None:
     """Read weights and moments into the engine, whatever mesh and ZeRO stage wrote them. Collective.
 
     Raises ValueError when the checkpoint is of another model, or lacks part of a parameter.
@@ -94,7 +101,7 @@ def load(engine: DeepSpeedEngine, path: Path, manifest: Manifest, mesh: Mesh) ->
 class _Reader:
     """Reads ranges of parameters out of one checkpoint's files."""
 
-    def __init__(self, path: Path, manifest: Manifest, files: ExitStack) -> None:
+    def __init__(self, path: Path, manifest: CheckpointManifest, files: ExitStack) -> None:
         self._path = path
         self._manifest = manifest
         self._files = files

@@ -32,8 +32,17 @@ from ...parallel.zero import DeepSpeedEngine
 from ..config import TrainConfig
 from ..errors import CommonError
 from ..run_directory import RunDirectory
-from . import format as checkpoint
-from .format import FileEntry, Manifest, ParameterEntry, TrainState
+from .format import (
+    PARTIAL,
+    CheckpointManifest,
+    FileEntry,
+    ParameterEntry,
+    TrainState,
+    checkpoint_name,
+    prune_checkpoints,
+    publish_checkpoint,
+    write_checkpoint_manifest,
+)
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +54,7 @@ _MOST_TOLD = 8
 
 class _Save(NamedTuple):
     partial: Path
-    manifest: Manifest
+    manifest: CheckpointManifest
     """Complete but for the files."""
     writing: Future[None]
 
@@ -96,10 +105,10 @@ class Saver:
             p.name: ParameterEntry(shape=p.shape, cut=p.cut and (p.cut.dim, p.cut.stride))
             for p in parameters(self._engine, self._mesh.tensor_size)
         }
-        partial = self._run.checkpoints / (checkpoint.name_of(state.step) + checkpoint.PARTIAL)
+        partial = self._run.checkpoints / (checkpoint_name(state.step) + PARTIAL)
         ranges = {f.parameter.name: (f.start, f.numel) for f in fragments}
         writing = self._thread.submit(self._write, partial, copies, ranges)
-        self._save = _Save(partial, Manifest(state=state, parameters=whole), writing)
+        self._save = _Save(partial, CheckpointManifest(state=state, parameters=whole), writing)
         return time.perf_counter() - started
 
     def settle(self, num_written: int, num_failed: int) -> None:
@@ -182,16 +191,16 @@ class Saver:
         entry = FileEntry(bytes=num_bytes, sha256=sha256, slice=self._mesh.tensor_rank, ranges=ranges)
         write_text(file.with_suffix(".json"), json.dumps(asdict(entry)))
 
-    def _publish(self, partial: Path, manifest: Manifest) -> None:
+    def _publish(self, partial: Path, manifest: CheckpointManifest) -> None:
         for rank in range(self._mesh.world_size):
             part = partial / f"rank-{rank:05d}.json"
             manifest.files[f"rank-{rank:05d}.safetensors"] = FileEntry(**json.loads(part.read_text()))
             part.unlink()
             self._progress()
-        checkpoint.write_manifest(partial, manifest)
-        log.info("saved %s", checkpoint.publish(partial))
+        write_checkpoint_manifest(partial, manifest)
+        log.info("saved %s", publish_checkpoint(partial))
         keep = self._config.keep_checkpoints, self._config.keep_checkpoint_every_steps
-        for gone in checkpoint.prune(self._run.checkpoints, *keep):
+        for gone in prune_checkpoints(self._run.checkpoints, *keep):
             log.info("removed %s", gone)
 
 

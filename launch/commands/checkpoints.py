@@ -12,8 +12,17 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from ..checkpoint import format as checkpoint
-from ..checkpoint.format import DAMAGED, PARTIAL, REMOVED
+from ..checkpoint.format import (
+    DAMAGED,
+    PARTIAL,
+    REMOVED,
+    checkpoint_step,
+    complete_checkpoints,
+    find_damage,
+    read_checkpoint_manifest,
+    remove_checkpoint,
+    steps_to_prune,
+)
 
 
 def list_checkpoints(
@@ -28,13 +37,13 @@ def list_checkpoints(
     for name in ("step", "updates", "saved", "size", "mesh", "state"):
         table.add_column(name, justify="left" if name in ("mesh", "state") else "right", no_wrap=True)
     good, problems = [], []
-    found = sorted(checkpoint.complete(directory))
+    found = sorted(complete_checkpoints(directory))
     for path in track(found, "verifying", console=console, transient=True) if verify else found:
-        step, saved = checkpoint.step_of(path) or 0, datetime.fromtimestamp(path.stat().st_mtime)
+        step, saved = checkpoint_step(path) or 0, datetime.fromtimestamp(path.stat().st_mtime)
         row = [f"{step:,}", "", saved.isoformat(" ", timespec="minutes"), "", ""]
         try:
-            manifest = checkpoint.read_manifest(path)
-            wrong = checkpoint.problem(path, manifest, hashes=verify)
+            manifest = read_checkpoint_manifest(path)
+            wrong = find_damage(path, manifest, hashes=verify)
             state = manifest.state
             row[1] = f"{state.updates:,}"
             mesh = f"{state.world_size:,} / tensor {state.tensor}, ZeRO {state.zero_stage}"
@@ -55,9 +64,9 @@ def list_checkpoints(
     for text in problems:
         console.print(f"[red]damaged:[/] {escape(text)}", soft_wrap=True, highlight=False)
     if prune:
-        gone = set(checkpoint.superfluous([step for step, _ in good], keep_last, keep_every_steps))
+        gone = set(steps_to_prune([step for step, _ in good], keep_last, keep_every_steps))
         for path in [path for step, path in good if step in gone]:
-            checkpoint.remove(path)
+            remove_checkpoint(path)
             console.print(f"removed {path.name}")
         for path in leftovers:
             if not path.name.endswith(PARTIAL):  # a run may be writing it; the next start clears what is left

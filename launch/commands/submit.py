@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.files import write_text
-from ..checkpoint import format as checkpoint
+from ..checkpoint.format import last_good_checkpoint
 from ..config import Recipe
 from ..run_directory import RunDirectory
 
@@ -85,7 +85,7 @@ def requeue(recipe: Recipe) -> Verdict:
     A job that ends at the same step slurm.max_fruitless_starts times in a row stays ended.
     """
     run = RunDirectory(recipe.run_directory)
-    found = checkpoint.last_good(run.checkpoints)
+    found = last_good_checkpoint(run.checkpoints)
     step = found[1].state.step if found else 0
     if step >= recipe.train.steps:
         return Verdict(False, f"{run.path} has all its {step} steps")

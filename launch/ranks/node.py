@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from ...data.files import write_text
-from ..checkpoint import format as checkpoint
+from ..checkpoint.format import last_good_checkpoint
 from ..config import Recipe
 from ..run_directory import RunDirectory
 
@@ -52,7 +52,7 @@ def check_node(recipe: Recipe, ranks: int) -> None:
     if (free := psutil.virtual_memory().available) < needed:
         wrong.append(f"{free / 1e9:.1f} GB of memory free, {needed / 1e9:.1f} wanted (slurm.min_free_memory_gb a rank)")
     run = RunDirectory(recipe.run_directory)
-    found = checkpoint.last_good(run.checkpoints)
+    found = last_good_checkpoint(run.checkpoints)
     disk = max(recipe.slurm.min_free_disk_gb * 1e9, 2 * found[1].num_bytes if found else 0)
     try:
         run.logs.mkdir(parents=True, exist_ok=True)

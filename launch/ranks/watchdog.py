@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..checkpoint import format as checkpoint
+from ..checkpoint.format import complete_checkpoints
 from ..errors import GO_ON_LATER
 from ..run_directory import RunDirectory
 from .rank import is_lost_peer
@@ -67,7 +67,7 @@ class Watchdog:
         if self._limit_s:
             self._thread.join()
         if isinstance(error, RuntimeError) and is_lost_peer(error):
-            saved = next((path.name for path in checkpoint.complete(self._run.checkpoints)), "none yet")
+            saved = next((path.name for path in complete_checkpoints(self._run.checkpoints)), "none yet")
             raise ConnectionError(
                 f"rank {self._rank} lost its connection to another rank at {self.position}; what that rank said, or "
                 f"the signal that ended it, is the cause. The last checkpoint is {saved}"

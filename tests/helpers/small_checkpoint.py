@@ -8,8 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from longring.launch.checkpoint import format as checkpoint
-from longring.launch.checkpoint.format import FileEntry, Manifest, ParameterEntry, TrainState
+from longring.launch.checkpoint.format import (
+    CheckpointManifest,
+    FileEntry,
+    ParameterEntry,
+    TrainState,
+    checkpoint_name,
+    write_checkpoint_manifest,
+)
 from longring.launch.checkpoint.save import write_safetensors
 from safetensors.numpy import load_file
 
@@ -18,7 +24,7 @@ STATE = TrainState(step=5, data="d" * 64, world_size=2, tensor=1, zero_stage=1, 
 
 def make(directory: Path, step: int, *, ranks: int = 2) -> Path:
     """A small complete checkpoint, written by hand."""
-    path = directory / checkpoint.name_of(step)
+    path = directory / checkpoint_name(step)
     path.mkdir(parents=True)
     files = {}
     for rank in range(ranks):
@@ -27,7 +33,7 @@ def make(directory: Path, step: int, *, ranks: int = 2) -> Path:
         files[file.name] = FileEntry(bytes=size, sha256=sha256, slice=0, ranges={"w": (4 * rank, 4)})
     state = TrainState(**{**STATE.__dict__, "step": step})
     parameters = {"w": ParameterEntry(shape=(4 * ranks,), cut=None)}
-    checkpoint.write_manifest(path, Manifest(state=state, parameters=parameters, files=files))
+    write_checkpoint_manifest(path, CheckpointManifest(state=state, parameters=parameters, files=files))
     return path
 
 

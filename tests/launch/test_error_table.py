@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 from helpers.small_checkpoint import make
+from longring.data.files import sha256_of_json
 from longring.launch import cli, run_directory
 from longring.launch import train as train_module
-from longring.launch.checkpoint import format as checkpoint
 from longring.launch.commands.submit import requeue
 from longring.launch.config import FaultsConfig, load_recipe
 from longring.launch.loss_watch import LossWatch
@@ -257,7 +257,7 @@ def checkpoint_of_the_future(file: Path) -> None:
     content = json.loads(file.read_text())
     content.pop("sha256")
     content["format"] = 99
-    file.write_text(json.dumps({**content, "sha256": checkpoint._hash_of(content)}))
+    file.write_text(json.dumps({**content, "sha256": sha256_of_json(content)}))
 
 
 def no_torchrun(bench: Bench) -> str:

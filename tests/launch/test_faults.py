@@ -15,7 +15,7 @@ from helpers.faulty import Fault, start
 from helpers.small_checkpoint import STATE
 from hypothesis import given
 from hypothesis import strategies as st
-from longring.launch.checkpoint import format as checkpoint
+from longring.launch.checkpoint.format import complete_checkpoints, find_damage, read_checkpoint_manifest
 from longring.launch.config import FaultsConfig
 from longring.launch.errors import GO_ON_LATER
 from longring.launch.loss_watch import LossWatch
@@ -66,7 +66,7 @@ class Run:
 
     def saved(self, number: int = 0) -> dict[str, Any]:
         """Every tensor of the last checkpoint, or of the `number`-th before it, by file."""
-        path = checkpoint.complete(self.path / "checkpoints")[number]
+        path = complete_checkpoints(self.path / "checkpoints")[number]
         return {
             f"{file.name}/{key}": tensor
             for file in path.glob("*.safetensors")
@@ -101,7 +101,7 @@ def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 def test_a_signal_to_one_rank_stops_all_at_the_same_edge(run, whole, name):
     """The one rank gets it in the middle of a step; both save after that step, which is no multiple of three."""
     assert run.start(Fault(1, name, step=5, operation="forward")) == [GO_ON_LATER] * 2
-    assert checkpoint.complete(run.path / "checkpoints")[0].name == "step-00000005"
+    assert complete_checkpoints(run.path / "checkpoints")[0].name == "step-00000005"
     assert "saved, and the same command goes on" in run.said
     assert run.events[-1]["event"] == "stopped"
     assert run.start() == [0, 0]
@@ -123,8 +123,8 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(run, whole, fau
     assert statuses[fault.rank] == -9
     assert statuses[1 - fault.rank] == GO_ON_LATER
     assert "lost its connection to another rank at step" in run.said or fault.rank == 0
-    for path in checkpoint.complete(run.path / "checkpoints"):
-        assert checkpoint.problem(path, checkpoint.read_manifest(path)) is None
+    for path in complete_checkpoints(run.path / "checkpoints"):
+        assert find_damage(path, read_checkpoint_manifest(path)) is None
     assert run.start() == [0, 0]
     assert not list((run.path / "checkpoints").glob("*.partial"))
     assert_same(run, whole)
@@ -159,8 +159,8 @@ def test_a_step_without_finite_gradients_changes_nothing_on_any_rank(recipe_file
     )
     assert run.start(Fault(1, "times nan", step=3)) == [0, 0]
     assert run.outcomes == {3: "non-finite"}
-    saved = {path.name: path for path in checkpoint.complete(run.path / "checkpoints")}
-    manifests = {name: checkpoint.read_manifest(path) for name, path in saved.items()}
+    saved = {path.name: path for path in complete_checkpoints(run.path / "checkpoints")}
+    manifests = {name: read_checkpoint_manifest(path) for name, path in saved.items()}
     assert [m.state.updates for m in manifests.values()] == [3, 2, 2]
     for name in manifests["step-00000003"].files:
         before, after = (load_file(saved[f"step-0000000{step}"] / name) for step in (2, 3))
@@ -227,7 +227,7 @@ def test_a_spike_is_undone_and_its_batches_left_out(rewound, whole):
         10,
     ]
     assert run.metrics[8] != whole.metrics[8]
-    state = checkpoint.read_manifest(checkpoint.complete(run.path / "checkpoints")[0]).state
+    state = read_checkpoint_manifest(complete_checkpoints(run.path / "checkpoints")[0]).state
     assert state.skipped == (7, 8)
     assert state.updates == 10
     last = [step["loss"] for step in read_metrics(run.path / "metrics.jsonl")][-4:]
@@ -264,7 +264,7 @@ def test_a_full_disk_is_told_and_tried_again(run, whole):
     for step in (3, 9):
         assert f"warning: rank 1 could not save step {step}: [Errno 28] No space left on device" in run.said
     assert [event["event"] for event in run.events] == ["save failed"] * 2
-    names = [path.name for path in checkpoint.complete(run.path / "checkpoints")]
+    names = [path.name for path in complete_checkpoints(run.path / "checkpoints")]
     assert names == ["step-00000012", "step-00000006", "step-00000001"]
     assert not any(partial.exists() for partial in partials)
     assert_same(run, whole)

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 from helpers.faulty import Fault, start
-from longring.launch.checkpoint import format as checkpoint
+from longring.launch.checkpoint.format import (
+    checkpoint_name,
+    complete_checkpoints,
+    find_damage,
+    last_good_checkpoint,
+    read_checkpoint_manifest,
+    remove_checkpoint,
+)
 from longring.launch.metrics import read_metrics
 from safetensors.torch import load_file
 
@@ -47,18 +54,18 @@ def test_a_run_interrupted_at_random_equals_one_that_never_stopped(recipe_file, 
 
     interrupted = 0
     while interrupted < interruptions:
-        found = checkpoint.last_good(run / "checkpoints")
+        found = last_good_checkpoint(run / "checkpoints")
         done = found[1].state.step if found else 0
         if done > STEPS - 8:  # fifty interruptions are too many for so few steps: do them all again
-            for path in checkpoint.complete(run / "checkpoints"):
-                checkpoint.remove(path)
+            for path in complete_checkpoints(run / "checkpoints"):
+                remove_checkpoint(path)
             continue
         fault = random_fault(chance, done)
         statuses = start(2, recipe_file, settings(run), output, [fault]).wait()
         assert set(statuses) <= {-9, 0, 75}, f"{fault} -> {statuses}; {told}\n{output.read_text()[-3000:]}"
         interrupted += any(statuses)
-        for path in checkpoint.complete(run / "checkpoints"):
-            wrong = checkpoint.problem(path, checkpoint.read_manifest(path))
+        for path in complete_checkpoints(run / "checkpoints"):
+            wrong = find_damage(path, read_checkpoint_manifest(path))
             assert wrong is None, f"{fault}: {wrong}; {told}"
     assert start(2, recipe_file, settings(run), output).wait() == [0, 0], f"{told}\n{output.read_text()}"
 
@@ -66,7 +73,7 @@ def test_a_run_interrupted_at_random_equals_one_that_never_stopped(recipe_file, 
         [[step[key] for key in EXACT] for step in read_metrics(path / "metrics.jsonl")] for path in (run, whole)
     )
     assert ours == theirs, told
-    name = checkpoint.name_of(STEPS)
+    name = checkpoint_name(STEPS)
     for file in sorted((whole / "checkpoints" / name).glob("*.safetensors")):
         exact, found_there = load_file(file), load_file(run / "checkpoints" / name / file.name)
         assert exact.keys() == found_there.keys()

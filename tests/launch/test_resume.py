@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from longring.launch.checkpoint.format import read_manifest
+from longring.launch.checkpoint.format import read_checkpoint_manifest
 from longring.launch.config import load_recipe
 from longring.launch.metrics import keep_steps, read_metrics
 from longring.launch.train import train
@@ -24,7 +24,7 @@ def run_until(recipe_file: Path, overrides: list[str], stop_after: int | None) -
 
 def contents(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, flat and whole where its mesh had no tensor parallelism."""
-    manifest = read_manifest(checkpoint)
+    manifest = read_checkpoint_manifest(checkpoint)
     parts = {}
     for file, entry in sorted(manifest.files.items()):
         for key, tensor in load_file(checkpoint / file).items():

@@ -16,8 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from longring.launch import cli
 from longring.launch.build import build_engine
-from longring.launch.checkpoint import format as checkpoint
-from longring.launch.checkpoint.format import TrainState
+from longring.launch.checkpoint.format import (
+    TrainState,
+    clear_leftovers,
+    complete_checkpoints,
+    find_damage,
+    last_good_checkpoint,
+    prune_checkpoints,
+    read_checkpoint_manifest,
+    steps_to_prune,
+)
 from longring.launch.checkpoint.load import load_last_good
 from longring.launch.checkpoint.save import Saver, write_safetensors
 from longring.launch.config import load_recipe
@@ -32,11 +40,11 @@ from safetensors.numpy import load_file
 
 def test_a_manifest_says_what_was_written(tmp_path):
     path = make(tmp_path, 7)
-    manifest = checkpoint.read_manifest(path)
+    manifest = read_checkpoint_manifest(path)
     assert manifest.state == TrainState(**{**STATE.__dict__, "step": 7})
     assert manifest.files["rank-00001.safetensors"].ranges == {"w": (4, 4)}
     assert manifest.num_bytes == sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    assert checkpoint.problem(path, manifest) is None
+    assert find_damage(path, manifest) is None
 
 
 def truncate(file: Path) -> None:
@@ -61,7 +69,7 @@ def test_damage_to_a_file_is_named(tmp_path, kind):
     path = make(tmp_path, 7)
     damage, message = DAMAGE[kind]
     damage(path / "rank-00001.safetensors")
-    found = checkpoint.problem(path, checkpoint.read_manifest(path))
+    found = find_damage(path, read_checkpoint_manifest(path))
     assert re.search(message, found or "")
 
 
@@ -74,28 +82,28 @@ def test_any_change_to_a_manifest_is_noticed(tmp_path_factory, data):
     at = data.draw(st.integers(0, len(content) - 1))
     byte = data.draw(st.integers(0, 255).filter(lambda value: value != content[at]))
     content[at] = byte
-    before = checkpoint.read_manifest(path)
+    before = read_checkpoint_manifest(path)
     file.write_bytes(content)
     try:
         same = json.loads(content) == json.loads(text)  # a space for a newline, say
     except ValueError:
         same = False
     if same:
-        assert checkpoint.read_manifest(path) == before
+        assert read_checkpoint_manifest(path) == before
     else:
         with pytest.raises(ValueError, match=re.escape(str(file))):
-            checkpoint.read_manifest(path)
+            read_checkpoint_manifest(path)
 
 
 def test_only_complete_checkpoints_count_and_leftovers_are_cleared(tmp_path):
-    assert checkpoint.complete(tmp_path / "none") == []
-    assert checkpoint.last_good(tmp_path / "none") is None
+    assert complete_checkpoints(tmp_path / "none") == []
+    assert last_good_checkpoint(tmp_path / "none") is None
     for step in (10, 100):
         make(tmp_path, step)
     for name in ("step-00000090.partial", "step-00000200.removed", "step-00000300.damaged", "notes"):
         (tmp_path / name).mkdir()
-    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-00000100", "step-00000010"]
-    checkpoint.clear(tmp_path)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000100", "step-00000010"]
+    clear_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "notes",
         "step-00000010",
@@ -103,7 +111,7 @@ def test_only_complete_checkpoints_count_and_leftovers_are_cleared(tmp_path):
         "step-00000300.damaged",
     ]
     truncate(tmp_path / "step-00000100" / "rank-00000.safetensors")
-    found = checkpoint.last_good(tmp_path)
+    found = last_good_checkpoint(tmp_path)
     assert found is not None
     assert found[0].name == "step-00000010"
 
@@ -114,7 +122,7 @@ def test_only_complete_checkpoints_count_and_leftovers_are_cleared(tmp_path):
     keep_every=st.integers(0, 20),
 )
 def test_retention_keeps_the_last_and_every_nth(steps, keep_last, keep_every):
-    gone = set(checkpoint.superfluous(steps, keep_last, keep_every))
+    gone = set(steps_to_prune(steps, keep_last, keep_every))
     kept = steps - gone
     assert gone <= steps
     assert kept >= set(sorted(steps, reverse=True)[:keep_last])
@@ -128,7 +136,7 @@ def test_retention_keeps_the_last_and_every_nth(steps, keep_last, keep_every):
 def test_pruning_leaves_whole_checkpoints(tmp_path):
     for step in range(10, 80, 10):
         make(tmp_path, step)
-    gone = checkpoint.prune(tmp_path, keep_last=2, keep_every_steps=30)
+    gone = prune_checkpoints(tmp_path, keep_last=2, keep_every_steps=30)
     assert [path.name[-2:] for path in gone] == ["10", "20", "40", "50"]
     assert sorted(path.name[-2:] for path in tmp_path.iterdir()) == ["30", "60", "70"]
 
@@ -159,7 +167,7 @@ def save_again(recipe_file: Path, overrides: list[str], source: Path, target: Pa
     recipe = load_recipe(recipe_file, overrides)
     mesh = join(recipe.parallel, 1)
     engine = build_engine(recipe, 500, mesh)
-    manifest = checkpoint.last_good(source)
+    manifest = last_good_checkpoint(source)
     assert manifest is not None
     loaded = load_last_good(engine, source, mesh, manifest[1].state.data)
     assert loaded is not None
@@ -271,7 +279,7 @@ def test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_loaded(
 ):
     directory = Path(shutil.copytree(two_saves / "checkpoints", tmp_path / "checkpoints"))
     last = directory / "step-00000004"
-    data = checkpoint.read_manifest(last).state.data
+    data = read_checkpoint_manifest(last).state.data
     damage, message = DAMAGE.get(kind, (truncate, "manifest.json is damaged"))
     damage(last / ("manifest.json" if kind == "manifest" else "rank-00001.safetensors"))
     results = on_ranks(2, load_there, recipe_file, [], directory, data)
@@ -293,7 +301,7 @@ def test_a_checkpoint_of_other_data_or_another_model_is_refused(on_ranks, recipe
     directory = two_saves / "checkpoints"
     with pytest.raises(AssertionError, match=r"trained on data whose manifest has SHA-256 .*there has bbbb"):
         on_ranks(2, load_there, recipe_file, [], directory, "b" * 64)
-    data = checkpoint.read_manifest(directory / "step-00000004").state.data
+    data = read_checkpoint_manifest(directory / "step-00000004").state.data
     with pytest.raises(AssertionError, match=r"of another model: blocks.*mlp.gate_up.weight has shape \[128, 64\]"):
         on_ranks(2, load_there, recipe_file, ["model.ffn_hidden_size=64"], directory, data)
 

@@ -16,7 +16,7 @@ from helpers.small_checkpoint import make
 from hypothesis import given
 from hypothesis import strategies as st
 from longring.launch import cli
-from longring.launch.checkpoint.format import name_of
+from longring.launch.checkpoint.format import checkpoint_name
 from longring.launch.commands.submit import SCRIPT, job_script, requeue
 from longring.launch.config import SlurmConfig, load_recipe
 from longring.launch.metrics import read_metrics
@@ -175,8 +175,8 @@ def test_the_launcher_hands_signals_on_and_tells_of_deaths(recipe_file, tmp_path
     assert "Traceback" not in output.read_text()
     last = max((run / "checkpoints").iterdir()).name
     done = read_metrics(metrics)[-1]["step"]
-    assert last == (name_of(20) if to_a_rank and done < 40 else last)
-    assert to_a_rank or last == name_of(done)
+    assert last == (checkpoint_name(20) if to_a_rank and done < 40 else last)
+    assert to_a_rank or last == checkpoint_name(done)
     starts = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
     assert starts[0]["world_size"] == 2
     shutil.rmtree(run)
