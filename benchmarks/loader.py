@@ -87,7 +87,7 @@ def resume_seconds(directory: Path) -> float:
     order = training_order(
         manifest, CurriculumConfig(cycles=8), config, steps=2 * LATE_STEP, global_batch_tokens=8 * RANK_TOKENS, seed=0
     )
-    batches = Loader(manifest, order, config, share).batches(LATE_STEP, LATE_STEP + 1)
+    batches = Loader(manifest, order, config, share).batches(LATE_STEP - 1, LATE_STEP)
     next(batches)
     took = time.perf_counter() - started
     batches.close()

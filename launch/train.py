@@ -119,7 +119,7 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
                 started = time.perf_counter()
                 rate = learning_rate(step, recipe.train)
                 set_learning_rate(engine, rate)
-                length = order.lengths[order.bucket(step - 1)]
+                length = order.lengths[order.bucket(step)]
                 here = here_of[length]
                 batches = read_step(micro_batches, accumulation_steps, step, rank, watchdog)
                 targets = recipe.train.global_batch_tokens
@@ -152,7 +152,7 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
                 if outcome in ("non-finite", "left out"):
                     skipped.append(step)
                 if outcome == "non-finite":
-                    sequences = order.sequences(step - 1, shares[length]).tolist()
+                    sequences = order.sequences(step, shares[length]).tolist()
                     log.warning("step %d is not finite; sequences %s of bucket %d", step, sequences, length)
                     tell("step skipped", step, f"gradients are not finite, bucket {length}; logs/ name its sequences")
                 seconds = time.perf_counter() - started

@@ -13,7 +13,7 @@ from rich.table import Table
 from ..config import CurriculumConfig, LoaderConfig
 from ..format.manifest import Bucket, Manifest
 from ..read.batch_order import bucket_orders, bucket_tokens
-from ..read.curriculum import schedule
+from ..read.curriculum import step_buckets
 from .cost import ModelSize, attention_share, speed_up
 from .ledger import print_ledger
 from .ordered import show_order
@@ -49,7 +49,7 @@ def inspect(
     console.print(_document_table(manifest))
     console.print(_bucket_table(manifest, train, model))
     orders = bucket_orders(train, curriculum.weights, loader.window_tokens, seed)
-    chosen = schedule(bucket_tokens(manifest.lengths, orders), steps, curriculum, seed)
+    chosen = step_buckets(bucket_tokens(manifest.lengths, orders), steps, curriculum, seed)
     console.print(_schedule_table(manifest.lengths, chosen, curriculum))
     _print_cost(manifest, model, chosen, console)
     _print_samples(manifest, train, console)

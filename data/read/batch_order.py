@@ -231,17 +231,17 @@ def bucket_orders(
 
 
 class BatchOrder:
-    """Which sequences make each step's global batch.
+    """The sequences of each step's global batch; steps count from 1.
 
-    `lengths` are the buckets' in tokens, `schedule` the bucket of every step (see curriculum.schedule). Every global
-    batch has `global_batch_tokens` tokens of one length.
+    `lengths` are the buckets' in tokens, `step_buckets` [steps] the bucket of every step (see
+    `curriculum.step_buckets`). Every global batch has `global_batch_tokens` tokens of one length.
     """
 
     def __init__(
         self,
         lengths: Sequence[int],
         orders: Sequence[BucketOrder],
-        schedule: NDArray[np.uint8],
+        step_buckets: NDArray[np.uint8],
         global_batch_tokens: int,
     ):
         if global_batch_tokens < 1 or global_batch_tokens % max(lengths):
@@ -249,32 +249,37 @@ class BatchOrder:
                 f"train.global_batch_tokens is {global_batch_tokens} and data.max_bucket_tokens is {max(lengths)}; "
                 "the first must be a multiple of the second"
             )
-        for bucket in np.unique(schedule):
+        for bucket in np.unique(step_buckets):
             if not orders[bucket].positions:
-                raise ValueError(f"the schedule asks for bucket {lengths[bucket]}, which has no sequences")
+                raise ValueError(f"the curriculum asks for bucket {lengths[bucket]}, which has no sequences")
         self.lengths = tuple(lengths)
-        self.schedule = schedule
+        self.step_buckets = step_buckets
         self._orders = tuple(orders)
         self._global_batch_tokens = global_batch_tokens
-        # How many earlier steps chose the same bucket.
-        self._earlier = np.empty(len(schedule), dtype=np.int64)
+        # [steps]: number of earlier steps that train on the same bucket.
+        self._earlier = np.empty(len(step_buckets), dtype=np.int64)
         for bucket in range(len(lengths)):
-            chosen = np.flatnonzero(schedule == bucket)
+            chosen = np.flatnonzero(step_buckets == bucket)
             self._earlier[chosen] = np.arange(len(chosen))
 
     def bucket(self, step: int) -> int:
-        """Return the number of the bucket that `step` trains on; its length is `lengths[bucket]`."""
-        return int(self.schedule[step])
+        """Return the index of the bucket that `step` trains on; its length is `lengths[bucket]`.
+
+        Raises IndexError unless `step` is in 1, ..., steps.
+        """
+        if not 1 <= step <= len(self.step_buckets):
+            raise IndexError(f"step = {step}: must be in 1, ..., {len(self.step_buckets)}")
+        return int(self.step_buckets[step - 1])
 
     def batch_sequences(self, step: int) -> int:
-        """Return how many sequences the step's global batch has."""
+        """Return the number of sequences in the global batch of `step`, counted from 1."""
         return self._global_batch_tokens // self.lengths[self.bucket(step)]
 
     def sequences(self, step: int, share: Share) -> NDArray[np.int64]:
-        """Return the bucket's sequences that one replica reads in a step: [micro-steps, share.sequences].
+        """Return the bucket's sequences that one replica reads in `step`, int64 [micro-steps, share.sequences].
 
         Micro-steps, replicas and rows, in this order of significance, run through the global batch, whatever their
-        numbers. Raises ValueError unless they divide it, IndexError for a replica outside them.
+        numbers. Raises ValueError unless they divide it, IndexError for a step or replica outside the run.
         """
         batch = self.batch_sequences(step)
         per_micro_step = share.num_replicas * share.sequences
@@ -287,12 +292,12 @@ class BatchOrder:
             raise IndexError(f"replica {share.replica} of {share.num_replicas}")
         micro_steps = np.arange(batch // per_micro_step)[:, None] * per_micro_step
         places = micro_steps + share.replica * share.sequences + np.arange(share.sequences)
-        positions = int(self._earlier[step]) * batch + places
+        positions = int(self._earlier[step - 1]) * batch + places
         return self._orders[self.bucket(step)].at(positions.ravel()).reshape(places.shape)
 
-    def trained(self, step: int) -> tuple[Trained, ...]:
-        """Return, for each bucket, what the steps before `step` have trained on."""
-        taken = np.bincount(self.schedule[:step], minlength=len(self.lengths)).tolist()
+    def trained(self, steps_done: int) -> tuple[Trained, ...]:
+        """Return, for each bucket, what the first `steps_done` steps have trained on."""
+        taken = np.bincount(self.step_buckets[:steps_done], minlength=len(self.lengths)).tolist()
         entries = []
         for length, order, steps in zip(self.lengths, self._orders, taken, strict=True):
             sequences = steps * (self._global_batch_tokens // length)
@@ -312,5 +317,5 @@ class BatchOrder:
 
 
 def bucket_tokens(lengths: Sequence[int], orders: Sequence[BucketOrder]) -> list[int]:
-    """Return the tokens of a pass over each bucket, by which the schedule divides a run's steps."""
+    """Return the tokens of a pass over each bucket, by which the curriculum divides a run's steps."""
     return [length * order.positions for length, order in zip(lengths, orders, strict=True)]

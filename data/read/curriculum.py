@@ -38,8 +38,10 @@ def bucket_odds(config: CurriculumConfig, num_buckets: int) -> tuple[float, ...]
             return odds
 
 
-def schedule(tokens_per_bucket: Sequence[int], steps: int, config: CurriculumConfig, seed: int) -> NDArray[np.uint8]:
-    """Return the bucket of every step, uint8 [steps]; buckets are numbered as given, shortest first.
+def step_buckets(
+    tokens_per_bucket: Sequence[int], steps: int, config: CurriculumConfig, seed: int
+) -> NDArray[np.uint8]:
+    """Return the bucket of every step, uint8 [steps]: element 0 is that of step 1; buckets are numbered as given.
 
     The steps are divided among the buckets in proportion to their tokens, and each bucket's share into
     `config.cycles` near-equal parts. Within a cycle a bucket is drawn, without replacement, with the chance that
@@ -48,7 +50,7 @@ def schedule(tokens_per_bucket: Sequence[int], steps: int, config: CurriculumCon
     Raises ValueError when there are no tokens or fewer than one step.
     """
     if sum(tokens_per_bucket) < 1 or steps < 1:
-        raise ValueError(f"cannot schedule {steps} steps over {sum(tokens_per_bucket)} tokens; each must be positive")
+        raise ValueError(f"cannot divide {steps} steps among {sum(tokens_per_bucket)} tokens; each must be positive")
     odds = bucket_odds(config, len(tokens_per_bucket))
     shares = largest_remainder(tokens_per_bucket, steps)
     cycles = []

@@ -15,7 +15,7 @@ from ..config import CurriculumConfig, LoaderConfig
 from ..format.manifest import Manifest
 from ..format.reader import SequenceReader
 from .batch_order import BatchOrder, Share, bucket_orders, bucket_tokens
-from .curriculum import schedule
+from .curriculum import step_buckets
 from .knots import Knots
 
 
@@ -24,7 +24,9 @@ class MicroBatch:
     """What one rank reads for one forward and backward."""
 
     step: int
+    """Counted from 1."""
     micro_step: int
+    """Counted from 0 within the step."""
     length: int
     """Tokens of each sequence."""
 
@@ -50,7 +52,7 @@ def training_order(
 ) -> BatchOrder:
     """Return the order of a run of `steps`: a function of these arguments and of nothing else."""
     orders = bucket_orders(manifest.buckets("train"), curriculum.weights, loader.window_tokens, seed)
-    chosen = schedule(bucket_tokens(manifest.lengths, orders), steps, curriculum, seed)
+    chosen = step_buckets(bucket_tokens(manifest.lengths, orders), steps, curriculum, seed)
     return BatchOrder(manifest.lengths, orders, chosen, global_batch_tokens)
 
 
@@ -79,9 +81,9 @@ class Loader:
         self._pin_memory = pin_memory
         self._readers = [manifest.reader(bucket) for bucket in manifest.buckets("train")]
 
-    def batches(self, first_step: int, last_step: int) -> Generator[MicroBatch, None, None]:
-        """Yield the micro-batches of steps [first_step, last_step), in order; what reading raises is raised here."""
-        work = self._work(first_step, last_step)
+    def batches(self, after: int, last: int) -> Generator[MicroBatch, None, None]:
+        """Yield the micro-batches of steps after + 1, ..., last, in order; what reading raises is raised here."""
+        work = self._work(after, last)
         if not self._config.workers:
             for read in work:
                 yield read()
@@ -98,8 +100,8 @@ class Loader:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _work(self, first_step: int, last_step: int) -> Iterator[Callable[[], MicroBatch]]:
-        for step in range(first_step, last_step):
+    def _work(self, after: int, last: int) -> Iterator[Callable[[], MicroBatch]]:
+        for step in range(after + 1, last + 1):
             bucket = self.order.bucket(step)
             indices = self.order.sequences(step, self._share_of(self.order.lengths[bucket]))
             for micro_step, rows in enumerate(indices):

@@ -8,7 +8,7 @@ from longring.data.config import CurriculumConfig
 from longring.data.format.manifest import Bucket, Part
 from longring.data.format.shards import SHARD_DTYPE
 from longring.data.read.batch_order import BatchOrder, BucketOrder, Share, SourcePart, bucket_orders, bucket_tokens
-from longring.data.read.curriculum import schedule
+from longring.data.read.curriculum import step_buckets
 
 LENGTHS, SEQUENCES, STEPS = (8, 16, 32), (10, 7, 5), 60
 
@@ -22,7 +22,7 @@ def lone(sequences: int, seed: int, bucket: int, windows: int = 1) -> BucketOrde
 
 def order(seed: int = 0, global_batch_tokens: int = 256, windows: int = 1) -> BatchOrder:
     orders = [lone(count, seed, bucket, windows) for bucket, count in enumerate(SEQUENCES)]
-    chosen = schedule(bucket_tokens(LENGTHS, orders), STEPS, CurriculumConfig(cycles=2), seed)
+    chosen = step_buckets(bucket_tokens(LENGTHS, orders), STEPS, CurriculumConfig(cycles=2), seed)
     return BatchOrder(LENGTHS, orders, chosen, global_batch_tokens)
 
 
@@ -36,7 +36,7 @@ def whole_batch(batches: BatchOrder, step: int) -> list[int]:
 def test_every_sequence_once_in_every_pass(seed: int, global_batch_tokens: int, windows: int):
     batches = order(seed, global_batch_tokens, windows)
     streams: list[list[int]] = [[], [], []]
-    for step in range(STEPS):
+    for step in range(1, STEPS + 1):
         batch = whole_batch(batches, step)
         assert len(batch) * LENGTHS[batches.bucket(step)] == global_batch_tokens
         streams[batches.bucket(step)] += batch
@@ -47,17 +47,46 @@ def test_every_sequence_once_in_every_pass(seed: int, global_batch_tokens: int, 
 
 
 def test_passes_and_seeds_have_their_own_orders():
-    assert [whole_batch(order(0), step) for step in range(STEPS)] != [
-        whole_batch(order(1), step) for step in range(STEPS)
-    ]
+    zero, one = ([whole_batch(order(seed), step) for step in range(1, STEPS + 1)] for seed in (0, 1))
+    assert zero != one
     for windows in (1, 4):
         batches = BatchOrder((8,), [lone(64, 0, 0, windows)], np.zeros(4, dtype=np.uint8), 8 * 64)
-        assert len({tuple(whole_batch(batches, step)) for step in range(4)}) == 4
+        assert len({tuple(whole_batch(batches, step)) for step in range(1, 5)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("windows", "expected"),
+    [
+        (1, {1: [2, 0], 2: [3], 3: [1], 4: [1], 5: [3, 0], 30: [8, 2, 2, 3], 59: [3], 60: [4]}),
+        (3, {1: [0, 1], 2: [4], 3: [1], 4: [0], 5: [5, 0], 30: [8, 7, 2, 4], 59: [2], 60: [4]}),
+    ],
+)
+def test_known_answer(windows: int, expected: dict[int, list[int]]):
+    """The order is part of the format of a run: replica 1 of 2 reads these sequences at these steps, for ever."""
+    batches = order(0, 64, windows)
+    assert {step: batches.sequences(step, Share(1, 2, 1)).ravel().tolist() for step in expected} == expected
+
+
+def test_known_answer_of_weighted_sources():
+    weights = {"a": 1.0, "b": 2.0, "c": 1.0}
+    windowed, _ = bucket_orders(BUCKETS, weights, 50, 3)
+    whole, _ = bucket_orders(BUCKETS, weights, 0, 3)
+    assert stream(windowed, 12) == [16, 14, 1, 17, 15, 0, 18, 22, 19, 21, 3, 2]
+    assert windowed.at(np.arange(10_000, 10_012)).tolist() == [7, 29, 9, 33, 32, 10, 30, 34, 31, 36, 11, 37]
+    assert stream(whole, 12) == [30, 53, 2, 5, 28, 25, 34, 7, 16, 15, 51, 24]
+
+
+@pytest.mark.parametrize("step", [0, -1, STEPS + 1])
+def test_steps_count_from_1(step: int):
+    batches = order()
+    for ask in (batches.bucket, batches.batch_sequences, lambda step: batches.sequences(step, Share(0, 1, 1))):
+        with pytest.raises(IndexError, match=rf"step = {step}: must be in 1, \.\.\., {STEPS}"):
+            ask(step)
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4]), st.integers(0, STEPS - 1), st.integers(0, 9),
+    st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4]), st.integers(1, STEPS), st.integers(0, 9),
     st.integers(1, 4),
 )  # fmt: skip
 def test_any_world_and_any_restart_reads_the_same(
@@ -79,7 +108,7 @@ def test_any_world_and_any_restart_reads_the_same(
 @pytest.mark.parametrize("replica", [2, -1])
 def test_outside_the_replicas(replica: int):
     with pytest.raises(IndexError, match=f"replica {replica} of 2"):
-        order().sequences(0, Share(replica, 2, 1))
+        order().sequences(1, Share(replica, 2, 1))
 
 
 @pytest.mark.parametrize("global_batch_tokens", [0, 16, 48])
@@ -88,7 +117,7 @@ def test_global_batch_must_be_a_multiple_of_the_largest_bucket(global_batch_toke
         order(global_batch_tokens=global_batch_tokens)
 
 
-def test_a_scheduled_bucket_must_have_sequences():
+def test_a_bucket_of_the_curriculum_must_have_sequences():
     with pytest.raises(ValueError, match="bucket 16, which has no sequences"):
         BatchOrder((8, 16), [lone(3, 0, 0), lone(0, 0, 1)], np.array([0, 1], dtype=np.uint8), 16)
 
@@ -98,7 +127,7 @@ def test_a_scheduled_bucket_must_have_sequences():
 def test_trained_counts_what_was_read(step: int, windows: int):
     batches = order(global_batch_tokens=32, windows=windows)
     seen: list[list[int]] = [[], [], []]
-    for earlier in range(step):
+    for earlier in range(1, step + 1):
         seen[batches.bucket(earlier)] += whole_batch(batches, earlier)
     for entry, length, count, read in zip(batches.trained(step), LENGTHS, SEQUENCES, seen, strict=True):
         assert (entry.length, entry.sequences, entry.tokens) == (length, len(read), len(read) * length)
@@ -183,7 +212,7 @@ def test_weights_name_every_source(weights: dict[str, float]):
         bucket_orders(BUCKETS, weights, 0, 0)
 
 
-def test_a_schedule_follows_the_weighted_tokens():
+def test_the_curriculum_follows_the_weighted_tokens():
     """c is in the long bucket alone: its weight gives that bucket more steps."""
     even, weighted = (
         bucket_tokens((8, 16), bucket_orders(BUCKETS, weights, 0, 0))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longring.data.config import CurriculumConfig
-from longring.data.read.curriculum import bucket_odds, exact_log, schedule
+from longring.data.read.curriculum import bucket_odds, exact_log, step_buckets
 
 ODDS: list = ["uniform", "natural", "grow_linear", "grow_p2", "grow_p100", "shrink_p100", (5.0, 1.0, 2.5)]
 DRAWS = ["odds_times_left", "odds_times_batches", "odds"]
@@ -39,7 +39,7 @@ def curriculum(odds="grow_p2", cycles: int = 1, draw="odds_times_left") -> Curri
 def test_each_bucket_gets_its_share_of_the_steps(
     tokens: list[int], steps: int, odds: str, draw: str, cycles: int, seed: int
 ):
-    chosen = schedule(tokens, steps, curriculum(odds, cycles, draw), seed)
+    chosen = step_buckets(tokens, steps, curriculum(odds, cycles, draw), seed)
     assert chosen.shape == (steps,)
     counts = np.bincount(chosen, minlength=len(tokens)).tolist()
     exact = [Fraction(steps * entry, sum(tokens)) for entry in tokens]
@@ -54,7 +54,7 @@ def test_each_bucket_gets_its_share_of_the_steps(
 @pytest.mark.parametrize("draw", DRAWS)
 def test_every_cycle_has_a_near_equal_part_of_every_bucket(odds, draw: str):
     tokens, steps, cycles = [300, 500, 200], 1_000, 8
-    chosen = schedule(tokens, steps, curriculum(odds, cycles, draw), seed=1)
+    chosen = step_buckets(tokens, steps, curriculum(odds, cycles, draw), seed=1)
     parts = [[300 * (j + 1) // 8 - 300 * j // 8, 500 * (j + 1) // 8 - 500 * j // 8, 25] for j in range(cycles)]
     start = 0
     for part in parts:
@@ -72,7 +72,7 @@ def test_odds_of_another_number_of_buckets():
     with pytest.raises(
         ValueError, match=r"curriculum\.odds has 3 numbers, \[5\.0, 1\.0, 2\.5\], and the data 2 buckets"
     ):
-        schedule([1, 1], 10, curriculum((5.0, 1.0, 2.5)), 0)
+        step_buckets([1, 1], 10, curriculum((5.0, 1.0, 2.5)), 0)
 
 
 def sequence_probability(order: tuple[int, ...], part: list[int], odds, draw: str) -> float:
@@ -93,7 +93,7 @@ def sequence_probability(order: tuple[int, ...], part: list[int], odds, draw: st
 @pytest.mark.parametrize("draw", DRAWS)
 def test_whole_orders_appear_as_often_as_the_formula_says(odds, draw: str):
     part, runs = [2, 1, 1], 3_000
-    seen = Counter(tuple(schedule(part, 4, curriculum(odds, 1, draw), seed).tolist()) for seed in range(runs))
+    seen = Counter(tuple(step_buckets(part, 4, curriculum(odds, 1, draw), seed).tolist()) for seed in range(runs))
     expected = {
         order: sequence_probability(order, part, odds, draw) for order in set(itertools.permutations([0, 0, 1, 2]))
     }
@@ -107,7 +107,7 @@ def test_buckets_of_unequal_size_end_together_when_left_counts():
     last = {}
     for draw in DRAWS:
         ends = [
-            np.flatnonzero(schedule([50, 950], 1_000, curriculum("uniform", 1, draw), seed) == 0)[-1]
+            np.flatnonzero(step_buckets([50, 950], 1_000, curriculum("uniform", 1, draw), seed) == 0)[-1]
             for seed in range(20)
         ]
         last[draw] = np.mean(ends)
@@ -119,7 +119,7 @@ def test_buckets_of_unequal_size_end_together_when_left_counts():
 
 @pytest.mark.parametrize("odds", ["grow_linear", "grow_p2", "grow_p100"])
 def test_lengths_grow_within_every_cycle(odds: str):
-    lengths = 128 << schedule([1, 1, 1, 1, 1], 2_000, curriculum(odds, 4), seed=0).astype(np.int64)
+    lengths = 128 << step_buckets([1, 1, 1, 1, 1], 2_000, curriculum(odds, 4), seed=0).astype(np.int64)
     for cycle in range(4):
         quarters = np.split(lengths[cycle * 500 : (cycle + 1) * 500], 4)
         assert quarters[0].mean() < quarters[-1].mean() / 1.5
@@ -127,28 +127,28 @@ def test_lengths_grow_within_every_cycle(odds: str):
 
 
 def test_shrink_p100_is_grow_p100_backwards():
-    lengths = schedule([1, 1, 1], 300, curriculum("shrink_p100"), seed=0)
+    lengths = step_buckets([1, 1, 1], 300, curriculum("shrink_p100"), seed=0)
     assert [np.median(part) for part in np.split(lengths, 3)] == [2, 1, 0]
-    lengths = schedule([1, 1, 1], 300, curriculum("grow_p100"), seed=0)
+    lengths = step_buckets([1, 1, 1], 300, curriculum("grow_p100"), seed=0)
     assert [np.median(part) for part in np.split(lengths, 3)] == [0, 1, 2]
 
 
-def test_same_seed_same_schedule_and_cycles_are_not_copies():
-    first = schedule([5, 5, 5], 300, curriculum(cycles=2), seed=3)
-    assert first.tolist() == schedule([5, 5, 5], 300, curriculum(cycles=2), seed=3).tolist()
-    assert first.tolist() != schedule([5, 5, 5], 300, curriculum(cycles=2), seed=4).tolist()
+def test_the_same_seed_gives_the_same_buckets_and_cycles_are_not_copies():
+    first = step_buckets([5, 5, 5], 300, curriculum(cycles=2), seed=3)
+    assert first.tolist() == step_buckets([5, 5, 5], 300, curriculum(cycles=2), seed=3).tolist()
+    assert first.tolist() != step_buckets([5, 5, 5], 300, curriculum(cycles=2), seed=4).tolist()
     assert first[:150].tolist() != first[150:].tolist()
 
 
 def test_a_cycle_draws_the_same_whatever_the_others_drew():
     """Two cycles against four of the same size: the first two agree."""
-    two, four = (schedule([1, 1], steps, curriculum(cycles=steps // 50), 0).tolist() for steps in (100, 200))
+    two, four = (step_buckets([1, 1], steps, curriculum(cycles=steps // 50), 0).tolist() for steps in (100, 200))
     assert two == four[:100]
 
 
 def test_known_answer():
     """The order is part of the format of a run: numpy or we may not change it unnoticed."""
-    assert schedule([1, 2, 3], 12, curriculum(cycles=2), 0).tolist() == [2, 2, 1, 0, 1, 2, 2, 2, 1, 1, 0, 2]
+    assert step_buckets([1, 2, 3], 12, curriculum(cycles=2), 0).tolist() == [2, 2, 1, 0, 1, 2, 2, 2, 1, 1, 0, 2]
 
 
 @given(st.floats(2.0**-53, 1.0))
@@ -158,6 +158,6 @@ def test_the_logarithm_is_the_logarithm(value: float):
 
 
 @pytest.mark.parametrize(("tokens", "steps"), [([0, 0], 5), ([1], 0)])
-def test_nothing_to_schedule(tokens: list[int], steps: int):
-    with pytest.raises(ValueError, match=f"{steps} steps over {sum(tokens)} tokens"):
-        schedule(tokens, steps, curriculum(), 0)
+def test_steps_or_tokens_that_are_missing(tokens: list[int], steps: int):
+    with pytest.raises(ValueError, match=f"{steps} steps among {sum(tokens)} tokens"):
+        step_buckets(tokens, steps, curriculum(), 0)

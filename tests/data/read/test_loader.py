@@ -139,7 +139,7 @@ def test_reading_goes_on_while_the_model_works(manifest: Manifest, monkeypatch: 
 
 
 def test_a_micro_batch_is_plain_rows(manifest: Manifest):
-    batch: MicroBatch = next(loader(open_prepared(manifest.store.name), LoaderConfig()).batches(3, 4))
+    batch: MicroBatch = next(loader(open_prepared(manifest.store.name), LoaderConfig()).batches(2, 3))
     assert (batch.step, batch.micro_step) == (3, 0)
     assert batch.rows.dtype == np.uint16
     assert batch.rows.shape == (TOKENS_PER_RANK // batch.length, batch.length + 1)
