@@ -1,1 +1,1 @@
-"""Foundation: attention and its layout. Imports torch (and triton) only."""
+"""Attention kernels, masks and sequence layouts: the foundation. Imports torch and triton only."""

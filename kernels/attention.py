@@ -1,12 +1,13 @@
-"""Attention of one tile (queries, keys): the front door.
+"""Attention of one tile (queries x keys): the entry point, which dispatches to a backend.
 
 Shapes: q, out `[b, s_q, h_q, d]`; k, v `[b, s_k, h_kv, d]` with h_q a multiple of h_kv (grouped-query attention);
-lse, delta `[b, h_q, s_q]` fp32. lse is the natural logarithm of the sum of exp(scores); with it, results over parts of
-the keys can be merged exactly, and a backward can rebuild the probabilities of any tile. Scores are q k `scale` (None:
-d^-1/2), and with a `softcap` c above 0 they become c tanh(score / c). A row that sees no key has out 0 and lse -inf.
+lse, delta `[b, h_q, s_q]` fp32. lse is the natural logarithm of the sum of exp(scores): with it, results over
+disjoint sets of keys merge exactly, and a backward rebuilds the probabilities of any tile. Scores are q k `scale`
+(None: d^-1/2); a `softcap` c above 0 replaces each score by c tanh(score / c). A row that sees no key has out 0 and
+lse -inf.
 
-The work is done by one of several backends; all do the same and pass the same tests. `choose_backend` takes the first
-that is fit, in the order of `BACKENDS`, and logs once why those before it are not.
+All backends compute the same function and pass the same tests. `choose_backend` takes the first of `BACKENDS` that
+supports the inputs, and logs once why it passed over the ones before it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Case(NamedTuple):
-    """What a backend is chosen by."""
+    """The properties of the inputs that decide which backends can compute them."""
 
     device: str
     dtype: torch.dtype
@@ -36,10 +37,10 @@ class Case(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """One way to compute attention; the two functions have the signatures of those in `reference`."""
+    """One implementation of attention; both functions have the signatures of their namesakes in `reference`."""
 
     unfit: Callable[[Case], str | None]
-    """Why it cannot do this, or None."""
+    """Return the reason why the backend cannot compute a case, or None if it can."""
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., None]
 
@@ -54,7 +55,11 @@ def attention(
     softcap: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention of a whole tile -> out `[b, s_q, h_q, d]`; differentiable, and opaque to torch.compile."""
+    """Return the attention `[b, s_q, h_q, d]` of q `[b, s_q, h_q, d]` over k, v `[b, s_k, h_kv, d]`, in q's dtype.
+
+    Differentiable; torch.compile sees one opaque operator. Raises ValueError if the shapes do not fit each other or the
+    mask, or if `backend` is unknown or cannot compute these inputs.
+    """
     out, _ = _attention(q, k, v, mask.rows, mask.columns, mask.host_rows, _scale(q, scale), softcap, backend)
     return out
 
@@ -70,14 +75,15 @@ def attention_forward(
     running: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """out in q's dtype and lse of one tile; or, where a result is `running`, that result with this tile's keys added.
+    """Return (out `[b, s_q, h_q, d]` in q's dtype, lse `[b, h_q, s_q]`) of one tile, or extend a `running` result.
 
-    `running` = (out fp32, lse) of the same queries over other keys is updated in place and returned; `no_result` gives
-    one to start from.
+    q is `[b, s_q, h_q, d]`, k and v are `[b, s_k, h_kv, d]`. `running` = (out fp32, lse) holds the same queries over
+    other keys; this tile's keys are added to it in place, and it is returned. `no_result` makes an empty one. Raises
+    ValueError as `attention` does.
     """
     _check(q, k, v, mask)
-    work = BACKENDS[choose_backend(q, softcap, backend)]
-    return work.forward(q, k, v, mask, _scale(q, scale), softcap, running)
+    chosen = BACKENDS[choose_backend(q, softcap, backend)]
+    return chosen.forward(q, k, v, mask, _scale(q, scale), softcap, running)
 
 
 def attention_backward(
@@ -95,20 +101,25 @@ def attention_backward(
     softcap: float = 0.0,
     backend: str = "auto",
 ) -> None:
-    """Add one tile's gradients into the fp32 buffers `into` = (dq, dk, dv), shaped like q, k, v.
+    """Add one tile's gradients to the fp32 buffers `into` = (dq, dk, dv), which have the shapes of q, k, v.
 
-    lse and `delta` = rowsum(dout * out) belong to the *whole* row, over all keys, so each tile's share is exact and
-    the shares just add (FlashAttention-2, arXiv 2307.08691, algorithm 2). `out` may be given instead of delta; torch's
-    operators take it as it is.
+    dout, q and out are `[b, s_q, h_q, d]`, k and v `[b, s_k, h_kv, d]`, lse and delta `[b, h_q, s_q]`. lse and
+    `delta` = rowsum(dout * out) cover all keys of a row, not only this tile's; each tile's gradient is then exact, and
+    the sum over tiles is the whole gradient (FlashAttention-2, arXiv 2307.08691, algorithm 2). Either delta or `out`
+    must be given: torch's operators read out, the other backends compute delta from it. Raises ValueError as
+    `attention` does.
     """
-    assert delta is not None or out is not None, "one of them tells the row's sum"
+    assert delta is not None or out is not None, "attention_backward needs delta or out"
     _check(q, k, v, mask)
-    work = BACKENDS[choose_backend(q, softcap, backend)]
-    work.backward(dout, q, k, v, out, lse, delta, mask, _scale(q, scale), softcap, into)
+    chosen = BACKENDS[choose_backend(q, softcap, backend)]
+    chosen.backward(dout, q, k, v, out, lse, delta, mask, _scale(q, scale), softcap, into)
 
 
 def no_result(q: Tensor) -> tuple[Tensor, Tensor]:
-    """A running result for q's queries that has seen no key: lse -inf, and out unread until it is written."""
+    """Return an empty running result (out `[b, s_q, h_q, d]`, lse `[b, h_q, s_q]`) for q `[b, s_q, h_q, d]`.
+
+    Both are fp32 (fp64 for fp64 inputs). lse is -inf, and out is uninitialized: no backend reads it where lse is -inf.
+    """
     b, s, h, _ = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
     lse = torch.full((b, h, s), -torch.inf, dtype=dtype, device=q.device)
@@ -116,24 +127,27 @@ def no_result(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def row_delta(dout: Tensor, out: Tensor) -> Tensor:
-    """rowsum(dout * out) -> `[b, h, s]`, fp32 (fp64 stays fp64): what the softmax's backward takes off each row."""
+    """Return delta = rowsum(dout * out) `[b, h, s]` of dout, out `[b, s, h, d]`, in fp32 (fp64 stays fp64).
+
+    The backward of the softmax subtracts delta from every dp of its row.
+    """
     if dout.device.type == "cuda" and dout.dtype != torch.float64:
         from . import triton_attention
 
         return triton_attention.row_delta(dout, out)
     wide = torch.promote_types(dout.dtype, torch.float32)
-    return (dout.to(wide) * out.to(wide)).sum(-1).transpose(1, 2).contiguous()
+    return (dout.to(wide) * out.to(wide)).sum(-1).transpose(1, 2).contiguous()  # [b, s, h] -> [b, h, s]
 
 
 def zeros_fp32(like: Tensor) -> Tensor:
-    """An accumulator in fp32 of the given shape (fp64 stays fp64, for tests)."""
+    """Return a zeroed fp32 accumulator with the shape and device of `like` (fp64 stays fp64, for tests)."""
     return torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
 def choose_backend(q: Tensor, softcap: float, backend: str = "auto") -> str:
-    """The name of the backend for q: the one asked for, or the first that is fit.
+    """Return the name of the backend for q `[b, s, h, d]`: `backend` itself, or with "auto" the first that fits.
 
-    Raises ValueError for a name that is none, or one asked for that cannot do it, with the reason.
+    Raises ValueError if `backend` is unknown, or if it cannot compute these inputs.
     """
     return _choose(Case(q.device.type, q.dtype, q.shape[-1], softcap > 0), backend)
 
@@ -143,10 +157,14 @@ def _choose(case: Case, backend: str) -> str:
     reasons = {name: candidate.unfit(case) for name, candidate in BACKENDS.items()}
     if backend != "auto":
         if backend not in BACKENDS:
-            raise ValueError(f"attention backend {backend!r} is not one of auto, {', '.join(BACKENDS)}")
+            raise ValueError(f"attention backend = {backend!r}: must be one of auto, {', '.join(BACKENDS)}")
         if reasons[backend] is not None:
-            raise ValueError(f"attention backend {backend!r} cannot do {_describe(case)}: {reasons[backend]}")
+            raise ValueError(
+                f"attention backend = {backend!r}: cannot compute {_describe(case)} ({reasons[backend]}); "
+                'set train.attention_backend = "auto"'
+            )
         return backend
+    # `reference` supports every case, so there is always a first one; all before it have a reason.
     chosen = next(name for name, reason in reasons.items() if reason is None)
     before = list(BACKENDS)[: list(BACKENDS).index(chosen)]
     passed_over = "; ".join(f"{name}: {reasons[name]}" for name in before)
@@ -159,7 +177,8 @@ def _describe(case: Case) -> str:
     return f"{str(case.dtype).removeprefix('torch.')} on {case.device}, head dim {case.head_dim}{softcap}"
 
 
-# The operators take tensors alone, so that torch.compile sees one node and guards on nothing but shapes.
+# The operators take the mask as plain tensors: torch.compile then sees one node and guards on shapes only, so other
+# documents of the same length need no new graph.
 
 
 @torch.library.custom_op("longring::attention", mutates_args=())
@@ -196,7 +215,7 @@ def _(dout, q, k, v, out, lse, rows, columns, host_rows, scale, softcap, backend
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, rows, columns, host_rows, *ctx.options = inputs
+    q, k, v, rows, columns, host_rows, *ctx.options = inputs  # options: scale, softcap, backend
     ctx.save_for_backward(q, k, v, *output, rows, columns, host_rows)
     ctx.set_materialize_grads(False)
 
@@ -204,7 +223,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, dout: Tensor, _):
     q, k, v, out, lse, rows, columns, host_rows = ctx.saved_tensors
     grads = _attention_backward(dout, q, k, v, out, lse, rows, columns, host_rows, *ctx.options)
-    return *grads, None, None, None, None, None, None
+    return *grads, None, None, None, None, None, None  # none for the mask's three tensors and the three options
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
@@ -217,11 +236,14 @@ def _scale(q: Tensor, scale: float | None) -> float:
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
     if q.shape[1] != mask.rows.shape[1] or k.shape[1] != mask.columns.shape[1] or k.shape != v.shape:
         raise ValueError(
-            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit a mask of "
-            f"{mask.rows.shape[1]} queries and {mask.columns.shape[1]} keys"
+            f"attention: q, k, v of shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}: must fit the mask of "
+            f"{mask.rows.shape[1]} queries and {mask.columns.shape[1]} keys; make the mask from the layouts of q and k"
         )
     if q.shape[2] % k.shape[2]:
-        raise ValueError(f"attention: {q.shape[2]} query heads are not a multiple of {k.shape[2]} kv heads")
+        raise ValueError(
+            f"attention: {q.shape[2]} query heads over {k.shape[2]} kv heads: the number of query heads must be a "
+            "multiple of the number of kv heads"
+        )
 
 
 def _unfit_cpu(case: Case) -> str | None:
@@ -253,7 +275,7 @@ def _unfit_torch_cuda(case: Case, largest_head_dim: int) -> str | None:
 
 
 def _triton_forward(*arguments) -> tuple[Tensor, Tensor]:
-    from . import triton_attention  # CPU machines need not load triton
+    from . import triton_attention  # imported late: a machine without a GPU need not load triton
 
     return triton_attention.forward(*arguments)
 
@@ -264,16 +286,16 @@ def _triton_backward(*arguments) -> None:
     triton_attention.backward(*arguments)
 
 
-def _of_torch(unfit: Callable[[Case], str | None], operator: torch_attention.Operator) -> Backend:
+def _torch_backend(unfit: Callable[[Case], str | None], operator: torch_attention.Operator) -> Backend:
     return Backend(unfit, partial(torch_attention.forward, operator), partial(torch_attention.backward, operator))
 
 
 BACKENDS = {
-    "torch_cpu": _of_torch(_unfit_cpu, torch_attention.CPU),
+    "torch_cpu": _torch_backend(_unfit_cpu, torch_attention.CPU),
     "triton": Backend(_unfit_triton, _triton_forward, _triton_backward),
-    "cudnn": _of_torch(partial(_unfit_torch_cuda, largest_head_dim=128), torch_attention.CUDNN),
-    "flash": _of_torch(partial(_unfit_torch_cuda, largest_head_dim=256), torch_attention.FLASH),
+    "cudnn": _torch_backend(partial(_unfit_torch_cuda, largest_head_dim=128), torch_attention.CUDNN),
+    "flash": _torch_backend(partial(_unfit_torch_cuda, largest_head_dim=256), torch_attention.FLASH),
     "reference": Backend(lambda case: None, reference.forward, reference.backward),
 }
-"""In order of preference. Only `triton` continues a running result in one pass and knows windows and softcap on CUDA,
-so on CUDA the two after it run where they are asked for."""
+"""The backends in order of preference. On CUDA only `triton` extends a running result in one pass and supports
+attention windows and softcap; `cudnn` and `flash` follow it and run only when they are named."""

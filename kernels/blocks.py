@@ -1,4 +1,4 @@
-"""Block sizes of the Triton kernels, by device: `tuned.json`, which `benchmarks/tune_attention.py` writes."""
+"""Block sizes of the Triton kernels by device, from `tuned.json`, which `benchmarks/tune_attention.py` writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Blocks(NamedTuple):
-    """How a kernel is cut: rows of queries and of keys in a block, warps of a program, depth of its pipeline."""
+    """The launch configuration of a kernel: query and key rows per block, warps per program, pipeline stages."""
 
     block_m: int
     block_n: int
@@ -21,12 +21,12 @@ class Blocks(NamedTuple):
 
 
 def blocks(kernel: str, q: Tensor) -> Blocks:
-    """What `kernel` runs with on q's device, for q's element size and head dim."""
+    """Return the configuration of `kernel` for the device, element size and head dim of q `[b, s, h, d]`."""
     return tuned(kernel, architecture(q.device), q.itemsize, q.shape[-1])
 
 
 def architecture(device: torch.device) -> str:
-    """The name of a device's entry in `tuned.json`; "interpreter" for a CPU."""
+    """Return the name under which `tuned.json` lists a device, for example "sm_90"; "interpreter" for a CPU."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip:
@@ -37,17 +37,19 @@ def architecture(device: torch.device) -> str:
 
 @cache
 def tuned(kernel: str, arch: str, element_bytes: int, head_dim: int) -> Blocks:
-    """The same by name of the architecture."""
+    """Return the configuration of `kernel` on an architecture that `architecture` names, or on "interpreter"."""
     if arch == "interpreter":
-        return Blocks(32, 16, 1, 1)  # small, so that small shapes have several; unequal, so that none is mistaken
+        # Small, so that small test shapes span several blocks; unequal, so that swapped block dims show in tests.
+        return Blocks(32, 16, 1, 1)
     table = tuned_table()
-    # An unknown device takes what suits the smallest shared memory of NVIDIA's.
+    # A device without an entry takes that of sm_80, whose blocks fit into the smallest shared memory listed.
     entries = table.get(arch, table["sm_80"])[kernel][f"{8 * element_bytes} bit"]
-    widest = min(width for width in map(int, entries) if head_dim <= width)
-    return Blocks(*entries[str(widest)])
+    # Entries are keyed by the largest head dim they serve: take the smallest that holds this one.
+    width = min(width for width in map(int, entries) if head_dim <= width)
+    return Blocks(*entries[str(width)])
 
 
 @cache
 def tuned_table() -> dict[str, dict[str, dict[str, dict[str, list[int]]]]]:
-    """architecture -> kernel -> "16 bit" or "32 bit" -> largest head dim -> Blocks."""
+    """Return `tuned.json`: architecture -> kernel -> "16 bit" or "32 bit" -> largest head dim -> fields of `Blocks`."""
     return json.loads(Path(__file__).with_name("tuned.json").read_text())

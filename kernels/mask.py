@@ -1,9 +1,9 @@
-"""Which keys each query sees: one interval of key indices a query, whatever the mask.
+"""The mask of a tile: one interval of key indices for every query.
 
-Causal order, documents, a sliding window, a tile anywhere in the context and any mixture of these have one thing in
-common: sorted by position, each query sees one run of keys, and both ends of it ascend from query to query. So the
-kernels know one mask, two integers a row, and need neither positions nor kinds of mask. (FlashMask, arXiv
-2410.01359, stores a mask by columns in a like way.)
+Causal order, documents, an attention window, a tile anywhere in the context and any combination of these share one
+property: sorted by position, each query sees one run of keys, and both ends of the run ascend from query to query. So
+two integers per row describe every mask, and the kernels need neither positions nor kinds of mask. (FlashMask, arXiv
+2410.01359, stores masks by columns in a similar way.)
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from .layout import SeqLayout
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Visible (query, key) pairs of a tile, by index into its sequence dims, int32. Made by `make_mask`."""
+    """The visible (query, key) pairs of a tile, as int32 indices into its sequence dims. `make_mask` makes it."""
 
     rows: Tensor
-    """`[2, s_q]` on the device: query i sees the keys rows[0, i] <= j < rows[1, i]; both ends ascend with i."""
+    """`[2, s_q]` on the device: query i sees key j if rows[0, i] <= j < rows[1, i]; both ends ascend with i."""
     columns: Tensor
-    """`[2, s_k]` on the device: key j is seen by the queries columns[0, j] <= i < columns[1, j]."""
+    """`[2, s_k]` on the device: query i sees key j if columns[0, j] <= i < columns[1, j]; both ends ascend with j."""
     host_rows: Tensor
-    """`rows` on the CPU, for decisions that must not wait for the device."""
+    """`rows` `[2, s_q]` on the CPU, for decisions that must not wait for the device."""
 
     @property
     def num_pairs(self) -> int:
-        """Visible (query, key) pairs: what the work is proportional to."""
+        """The number of visible (query, key) pairs; FLOPs are proportional to it."""
         start, stop = self.host_rows.long()
         return int((stop - start).sum())
 
@@ -48,29 +48,33 @@ def make_mask(
     window: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Mask:
-    """The mask of a tile: same document, and with `causal` no key after its query.
+    """Return the mask of a tile: a query sees the keys of its document and, if `causal`, none after itself.
 
-    A `window` of w tokens lets a query see itself and the w - 1 positions before it. Raises ValueError for layouts
-    with different documents, and for a window without causal order.
+    With an attention `window` of w tokens a query sees itself and the w - 1 positions before it. The layouts of the
+    s_q queries and s_k keys give `Mask.rows` `[2, s_q]` and `Mask.columns` `[2, s_k]`. Raises ValueError if the
+    layouts' documents differ, if window is below 1, or if a window is given without causal order.
     """
     if queries.document_starts != keys.document_starts:
         raise ValueError(
-            f"mask: queries lie in a context of {len(queries.document_starts)} documents and keys in one of "
-            f"{len(keys.document_starts)}, or their boundaries differ: a tile belongs to one context"
+            f"mask: queries in a context of {len(queries.document_starts)} documents, keys in one of "
+            f"{len(keys.document_starts)}: document_starts must be equal; take both layouts from one context"
         )
-    if window is not None and not (causal and window >= 1):
-        raise ValueError(f"mask: window = {window} with causal = {causal}; a window is causal and at least 1 token")
+    if window is not None and window < 1:
+        raise ValueError(f"mask: window = {window}: must be at least 1; give None for no window")
+    if window is not None and not causal:
+        raise ValueError(f"mask: window = {window} with causal = False: a window needs causal order; set causal = True")
+    # Per query, [s_q]: the first visible position `first` and the one after the last, `stop`.
     q = queries.positions()
     starts = torch.tensor(queries.document_starts)
     document = torch.searchsorted(starts, q, right=True) - 1
     first = starts[document]
     if window is not None:
         first = torch.maximum(first, q - (window - 1))
-    # Positions end at 2^62 for the last document: no context is that long.
+    # The last document has no next start: 2^62 stands for it, beyond any context.
     stop = q + 1 if causal else torch.cat([starts[1:], torch.tensor([2**62])])[document]
-    rows = torch.stack([_num_before(keys, first), _num_before(keys, stop)])
-    # Key j is seen from the first query whose keys end beyond it to the last one whose keys begin at or before it: from
-    # as many as end at or before j, to as many as begin there.
+    rows = torch.stack([_num_before(keys, first), _num_before(keys, stop)])  # [2, s_q], key positions -> key indices
+    # Both ends ascend, so queries [a, b) see key j: a = number of intervals that end at or before j, b = number that
+    # begin at or before j. Each is a cumulative histogram of one end, [s_k].
     num_keys = keys.num_tokens
     columns = torch.stack([end.bincount(minlength=num_keys + 1).cumsum(0)[:num_keys] for end in (rows[1], rows[0])])
     host_rows = rows.int()
@@ -78,67 +82,87 @@ def make_mask(
 
 
 def _num_before(layout: SeqLayout, positions: Tensor) -> Tensor:
-    """How many tokens of the layout lie before each position."""
+    """Return the number of the layout's tokens before each of `positions` `[n]`, int64 `[n]`."""
     return sum(((positions - start).clamp(0, stop - start) for start, stop in layout.runs), torch.zeros_like(positions))
 
 
 @dataclass(frozen=True)
 class MaskRect:
-    """A rectangle of a mask that an operator without intervals can do."""
+    """A rectangle of a mask that an attention operator without interval masks can compute."""
 
     rows: slice
+    """The queries."""
     keys: slice
+    """The keys."""
     kind: Literal["full", "causal", "band"]
-    """Every pair; the lower triangle of a square; or what `Mask.rows` says, in rows that all see some key."""
+    """The visible pairs: all of them, the lower triangle of a square, or in a "band" those that `Mask.rows` gives."""
 
 
 BAND_ROWS = 128
-"""A band is done in blocks of so many rows, so that a window of w keys costs w + 128 a row, not the square."""
+"""The largest number of rows of a band, so that an attention window of w keys costs w + 128 per row, not s_k."""
+
+_STILL, _GROWING, _MOVING = 0, 1, 2
+"""The patterns by which the interval changes from row to row: not at all; the end advances by one; any other way."""
 
 
 def mask_rects(host_rows: Tensor) -> list[MaskRect]:
-    """Cut a mask into rectangles that cover its visible pairs exactly once (a band's outside is masked by hand).
+    """Cut the mask `host_rows` `[2, s_q]` into rectangles that cover each visible pair exactly once.
 
-    Between the rows where the pattern changes, both ends of the interval stand still (full), or the end advances by
-    one a row (a triangle, beside what lies before it), or both move (a window: bands).
+    Rows whose interval stands still form one "full" rectangle. Rows whose interval grows by one key each form a
+    "causal" triangle beside a "full" rectangle of the keys before it. All other rows, such as those of an attention
+    window, form "band" rectangles, which also contain pairs that are not visible.
     """
     start, stop = host_rows
-    start_moves, stop_moves = host_rows.diff().long()
-    # 0: both stand still; 1: the end advances by one; 2: anything else. kinds[i] is the move from row i to row i + 1.
-    kinds = torch.where(start_moves == 0, torch.where(stop_moves <= 1, stop_moves, 2), 2)
-    changes = [*((kinds.diff() != 0).nonzero().flatten() + 1).tolist(), len(start) - 1]
-    found: list[MaskRect] = []
+    rects: list[MaskRect] = []
+    for pattern, rows in _patterns(start, stop):
+        first, end = int(start[rows.start]), int(stop[rows.start])  # the first row sees the keys [first, end)
+        if pattern == _GROWING:
+            rects.extend(_triangle(rows, first, end))
+        elif pattern == _MOVING:
+            rects.extend(_bands(start, stop, rows))
+        elif end > first:
+            rects.append(MaskRect(rows, slice(first, end), "full"))
+    return rects
+
+
+def _patterns(start: Tensor, stop: Tensor) -> Iterator[tuple[int, slice]]:
+    """Divide the rows into adjacent slices of one pattern each, in order; start and stop are `[s_q]`."""
+    num_rows = len(start)
+    start_moves, stop_moves = start.diff(), stop.diff()
+    # moves[i] is the pattern from row i to row i + 1; a slice of n rows has n - 1 moves.
+    moves = torch.where((start_moves == 0) & (stop_moves <= 1), stop_moves, _MOVING)
+    # The rows at which a pattern may end: those before and after which the moves differ, and the last row.
+    ends = [*((moves.diff() != 0).nonzero().flatten() + 1).tolist(), num_rows - 1]
     row = 0
-    while row < len(start):
-        kind = int(kinds[row]) if row < len(kinds) else 0  # the last row, left alone, is a rectangle
-        last = max(row, changes[bisect.bisect_right(changes, row, hi=len(changes) - 1)])
-        if kind == 2:
-            # The last row of a band begins the next pattern, unless it is the mask's; a band of one row is a rectangle.
-            last = min(last if last == len(start) - 1 else last - 1, row + BAND_ROWS - 1)
-            kind = 2 if last > row else 0
-        rows = slice(row, last + 1)
+    while row < num_rows:
+        # Invariant: the rows before `row` are done, and none of them shares a slice with it.
+        pattern = int(moves[row]) if row < num_rows - 1 else _STILL
+        last = ends[bisect.bisect_right(ends, row, hi=len(ends) - 1)]
+        if pattern == _MOVING:
+            # A band leaves its last row to the next pattern, which may be a triangle that begins there.
+            last = min(last if last == num_rows - 1 else last - 1, row + BAND_ROWS - 1)
+            pattern = _MOVING if last > row else _STILL
+        yield pattern, slice(row, last + 1)
         row = last + 1
-        first_start, first_stop, last_stop = int(start[rows.start]), int(stop[rows.start]), int(stop[last])
-        if kind == 1:
-            # The first row sees key first_stop - 1 as the triangle's corner, if it sees any.
-            corner = max(first_stop - 1, first_start)
-            if corner == first_stop:  # it sees none: the triangle starts one row later
-                rows = slice(rows.start + 1, rows.stop)
-            found.append(MaskRect(rows, slice(corner, last_stop), "causal"))
-            if corner > first_start:
-                found.append(MaskRect(rows, slice(first_start, corner), "full"))
-        elif kind == 0 and first_stop > first_start:
-            found.append(MaskRect(rows, slice(first_start, first_stop), "full"))
-        elif kind == 2:
-            found.extend(_bands(start, stop, rows))
-    return found
+
+
+def _triangle(rows: slice, first: int, end: int) -> Iterator[MaskRect]:
+    """Cut rows that see the keys [first, end), [first, end + 1), ... into a triangle and the rectangle before it."""
+    last_end = end + rows.stop - rows.start - 1
+    if end == first:  # the first row sees no key: the triangle begins with the second
+        yield MaskRect(slice(rows.start + 1, rows.stop), slice(first, last_end), "causal")
+        return
+    # The last key of the first row is the corner of the triangle.
+    yield MaskRect(rows, slice(end - 1, last_end), "causal")
+    if end - 1 > first:
+        yield MaskRect(rows, slice(first, end - 1), "full")
 
 
 def _bands(start: Tensor, stop: Tensor, rows: slice) -> Iterator[MaskRect]:
-    """The runs of rows that see some key; rows that see none may stand anywhere among them."""
-    see_some = (stop[rows] > start[rows]).tolist()
-    for sees, run in groupby(range(rows.start, rows.stop), key=lambda row: see_some[row - rows.start]):
-        if sees:
-            seeing = list(run)
-            first, last = seeing[0], seeing[-1]
+    """Cut `rows` into bands: runs of rows that see some key. Rows that see none may stand anywhere among them."""
+    sees = (stop[rows] > start[rows]).tolist()
+    for seeing, run in groupby(range(rows.start, rows.stop), key=lambda row: sees[row - rows.start]):
+        if seeing:
+            band = list(run)
+            first, last = band[0], band[-1]
             yield MaskRect(slice(first, last + 1), slice(int(start[first]), int(stop[last])), "band")

@@ -1,7 +1,8 @@
-"""torch's own fused attention operators, on the rectangles a mask is made of.
+"""Attention by torch's own fused operators, on the rectangles into which a mask is cut.
 
-`torch_cpu` is torch's flash operator for the CPU, `flash` and `cudnn` are those for CUDA. They know two masks, none and
-the lower triangle of a square; `mask.mask_rects` cuts any other into such, and the results merge by their lse.
+`torch_cpu` is torch's flash operator for the CPU; `flash` and `cudnn` are its operators for CUDA. They support no mask
+and the causal mask of a square; `mask.mask_rects` cuts any other mask into such rectangles, and the results are merged
+by their lse.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ aten = torch.ops.aten
 
 
 class Operator(NamedTuple):
-    """One of torch's operators; tensors are `[b, h, s, d]`, a bias `[s_q, s_k]` is added to the scores."""
+    """One of torch's attention operators. Tensors are `[b, h, s, d]`; a bias `[s_q, s_k]` is added to the scores."""
 
+    name: str
+    """The name of its backend in `attention.BACKENDS`."""
     forward: Callable[[Tensor, Tensor, Tensor, bool, Tensor | None, float], tuple[Tensor, Tensor]]
     """(q, k, v, is_causal, bias, scale) -> out, lse `[b, h, s_q]` fp32."""
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     """(dout, q, k, v, out, lse, is_causal, bias, scale) -> dq, dk, dv."""
     takes_bands: bool
+    """Whether it accepts a bias, which a "band" of `mask.mask_rects` needs."""
 
 
 def forward(
@@ -38,22 +42,26 @@ def forward(
     softcap: float,
     running: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `attention.attention_forward`."""
-    assert softcap == 0, "the table of backends sends softcap elsewhere"
-    parts = _rects(operator, mask)
-    if running is None and len(parts) == 1 and parts[0].rows == slice(0, q.shape[1]):
-        return _forward_rect(operator, q, k, v, mask, scale, parts[0])
+    """Return out `[b, s_q, h_q, d]` and lse `[b, h_q, s_q]` as `attention.attention_forward` does.
+
+    q is `[b, s_q, h_q, d]`, k and v are `[b, s_k, h_kv, d]`. Raises ValueError if the mask has a band (an attention
+    window, for example) and the operator takes none.
+    """
+    assert softcap == 0, "choose_backend gives softcap to other backends"
+    rects = _rects(operator, mask)
+    if running is None and len(rects) == 1 and rects[0].rows == slice(0, q.shape[1]):
+        return _forward_rect(operator, q, k, v, mask, scale, rects[0])  # the common case: nothing to merge
     if running is None:
-        # Rows in no rectangle see no key: out 0, lse -inf.
+        # Rows in no rectangle see no key and keep out 0, lse -inf.
         b, s, h, _ = q.shape
         wide = {"dtype": torch.promote_types(q.dtype, torch.float32), "device": q.device}
         out, lse = torch.zeros(q.shape, **wide), torch.full((b, h, s), -torch.inf, **wide)
     else:
         out, lse = running
-    for rect in parts:
+    for rect in rects:
         part_out, part_lse = _forward_rect(operator, q, k, v, mask, scale, rect)
         rows = rect.rows
-        merge_(out[:, rows], lse[:, :, rows], part_out.unsqueeze(0), part_lse.unsqueeze(0))
+        merge_(out[:, rows], lse[:, :, rows], part_out.unsqueeze(0), part_lse.unsqueeze(0))  # views: merged in place
     return (out, lse) if running else (out.to(q.dtype), lse)
 
 
@@ -71,11 +79,16 @@ def backward(
     softcap: float,
     into: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """See `attention.attention_backward`."""
-    assert softcap == 0, "the table of backends sends softcap elsewhere"
+    """Add dq, dk, dv to the buffers `into`, shaped like q, k, v, as `attention.attention_backward` does.
+
+    dout, q, out are `[b, s_q, h_q, d]`, k, v `[b, s_k, h_kv, d]`, lse, delta `[b, h_q, s_q]`. Raises ValueError as
+    `forward` does.
+    """
+    assert softcap == 0, "choose_backend gives softcap to other backends"
     if out is None:
         assert delta is not None
         out = _carry_delta(dout, delta)
+    # [b, s, h, d] -> [b, h, s, d], as views: what is added to dq, dk, dv lands in `into`.
     q, k, v, dout, out = (x.transpose(1, 2) for x in (q, k, v, dout, out))
     dq, dk, dv = (x.transpose(1, 2) for x in into)
     for rect in _rects(operator, mask):
@@ -90,25 +103,27 @@ def backward(
 
 
 def _rects(operator: Operator, mask: Mask) -> list[MaskRect]:
-    found = mask_rects(mask.host_rows)
-    if not operator.takes_bands and any(rect.kind == "band" for rect in found):
+    rects = mask_rects(mask.host_rows)
+    if not operator.takes_bands and any(rect.kind == "band" for rect in rects):
         raise ValueError(
-            "attention: torch's operators for CUDA take no mask of which both edges move from row to row (a sliding "
-            "window, documents of one token side by side); use backend = 'triton'"
+            f"attention backend = {operator.name!r}: cannot compute sliding windows or adjacent documents of one "
+            'token; set train.attention_backend = "triton"'
         )
-    return found
+    return rects
 
 
 def _forward_rect(
     operator: Operator, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, rect: MaskRect
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = (x.transpose(1, 2) for x in (q[:, rect.rows], k[:, rect.keys], v[:, rect.keys]))
+    """Return out `[b, rows, h_q, d]` and lse `[b, h_q, rows]` of one rectangle."""
+    q, k, v = (x.transpose(1, 2) for x in (q[:, rect.rows], k[:, rect.keys], v[:, rect.keys]))  # [b, h, s, d]
     bias = _bias(mask, rect, q.dtype) if rect.kind == "band" else None
     out, lse = operator.forward(q, k, v, rect.kind == "causal", bias, scale)
     return out.transpose(1, 2), lse
 
 
 def _bias(mask: Mask, rect: MaskRect, dtype: torch.dtype) -> Tensor:
+    """Return what to add to the scores of a band, `[rows, keys]`: 0 for visible pairs, -inf for the others."""
     keys = torch.arange(rect.keys.start, rect.keys.stop, device=mask.rows.device)
     start, stop = mask.rows[:, rect.rows].unsqueeze(-1)
     hidden = (keys < start) | (keys >= stop)
@@ -116,15 +131,16 @@ def _bias(mask: Mask, rect: MaskRect, dtype: torch.dtype) -> Tensor:
 
 
 def _carry_delta(dout: Tensor, delta: Tensor) -> Tensor:
-    """An `out` `[b, s, h, d]` with rowsum(dout * out) = delta: all of it in the place of dout's largest element.
+    """Return an `out` `[b, s, h, d]` with rowsum(dout * out) = delta `[b, h, s]`, for dout `[b, s, h, d]`.
 
-    torch's operators take out and sum it up themselves; a rank that holds another's queries was sent delta alone,
-    one number for d. The quotient is at most d * max|out|, so it neither overflows nor loses more than one rounding.
+    torch's operators compute delta from out, but a rank that holds another rank's queries received delta alone, one
+    number in place of d. Each row of the result is 0 except at the largest element of dout. The quotient there is at
+    most d * max|out|, so it neither overflows nor loses more than one rounding.
     """
-    place = dout.abs().argmax(-1, keepdim=True)
-    largest = dout.gather(-1, place)
+    index = dout.abs().argmax(-1, keepdim=True)  # [b, s, h, 1]
+    largest = dout.gather(-1, index)
     quotient = torch.where(largest == 0, 0, delta.transpose(1, 2).unsqueeze(-1) / largest)
-    return torch.zeros_like(dout).scatter_(-1, place, quotient.to(dout.dtype))
+    return torch.zeros_like(dout).scatter_(-1, index, quotient.to(dout.dtype))
 
 
 def _cpu_forward(q, k, v, is_causal, bias, scale):
@@ -143,7 +159,7 @@ def _flash_forward(q, k, v, is_causal, bias, scale):
 
 
 def _flash_backward(dout, q, k, v, out, lse, is_causal, bias, scale):
-    # Without dropout the random state is not read; shapes with no cumulative lengths say "not packed".
+    # Without dropout the random state is not read; None for the cumulative lengths means a dense batch.
     state = torch.empty(2, dtype=torch.uint64, device=q.device)
     return aten._scaled_dot_product_flash_attention_backward(
         dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, is_causal, state, state[:0], scale=scale
@@ -152,7 +168,7 @@ def _flash_backward(dout, q, k, v, out, lse, is_causal, bias, scale):
 
 def _cudnn_forward(q, k, v, is_causal, bias, scale):
     out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, is_causal, scale=scale)
-    return out, lse.reshape(q.shape[:3])
+    return out, lse.reshape(q.shape[:3])  # [b, h, s, 1] -> [b, h, s]
 
 
 def _cudnn_backward(dout, q, k, v, out, lse, is_causal, bias, scale):
@@ -163,6 +179,6 @@ def _cudnn_backward(dout, q, k, v, out, lse, is_causal, bias, scale):
     )  # fmt: skip
 
 
-CPU = Operator(_cpu_forward, _cpu_backward, takes_bands=True)
-FLASH = Operator(_flash_forward, _flash_backward, takes_bands=False)
-CUDNN = Operator(_cudnn_forward, _cudnn_backward, takes_bands=False)
+CPU = Operator("torch_cpu", _cpu_forward, _cpu_backward, takes_bands=True)
+FLASH = Operator("flash", _flash_forward, _flash_backward, takes_bands=False)
+CUDNN = Operator("cudnn", _cudnn_forward, _cudnn_backward, takes_bands=False)

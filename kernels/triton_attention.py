@@ -1,7 +1,7 @@
-"""Attention in Triton: launches the kernels of `triton_kernels.py`."""
+"""Attention in Triton: the functions that launch the kernels of `triton_kernels.py`."""
 
 # pyright: reportCallIssue=false, reportArgumentType=false
-# (pyright reads a kernel as a plain function: it knows neither launch options nor numbers passed as constexpr.)
+# pyright reads a kernel as a plain function: it knows neither launch options nor numbers passed as constexpr.
 
 from __future__ import annotations
 
@@ -17,22 +17,26 @@ from .triton_kernels import backward_dkdv_kernel, backward_dq_kernel, delta_kern
 def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float, running: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """See `attention.attention_forward`."""
+    """Return out `[b, s_q, h_q, d]` and lse `[b, h_q, s_q]` as `attention.attention_forward` does.
+
+    q is `[b, s_q, h_q, d]`, k and v are `[b, s_k, h_kv, d]`.
+    """
     q, k, v = (_addressable(x) for x in (q, k, v))
     b, s_q, h, d = q.shape
-    # The kernel writes every element of both, whatever they hold.
+    # The kernel writes every element of both, so they may start uninitialized.
     out, lse = running or (
         torch.empty(q.shape, dtype=q.dtype, device=q.device),
         torch.empty((b, h, s_q), dtype=torch.float32, device=q.device),
     )
-    assert _addressable(out) is out, "running results are laid out as by no_result"
+    assert _addressable(out) is out, "running results must be laid out as no_result makes them"
     _give_scratch_memory(q.device)
-    at = blocks("forward", q)
-    forward_kernel[(triton.cdiv(s_q, at.block_m) * b * h,)](
+    sizes = blocks("forward", q)
+    # One axis of programs: CUDA limits the others to 65,535.
+    forward_kernel[(triton.cdiv(s_q, sizes.block_m) * b * h,)](
         q, k, v, out, lse, mask.rows, *(x.stride() for x in (q, k, v, out, lse)),
-        h, h // k.shape[2], s_q, k.shape[1], scale, softcap, HEAD_DIM=d, BLOCK_D=padded(d), BLOCK_M=at.block_m,
-        BLOCK_N=at.block_n, CONTINUES=running is not None, SOFTCAP=softcap > 0, DESCRIPTORS=q.itemsize == 2,
-        num_warps=at.num_warps, num_stages=at.num_stages,
+        h, h // k.shape[2], s_q, k.shape[1], scale, softcap, HEAD_DIM=d, BLOCK_D=padded(d), BLOCK_M=sizes.block_m,
+        BLOCK_N=sizes.block_n, CONTINUES=running is not None, SOFTCAP=softcap > 0, DESCRIPTORS=q.itemsize == 2,
+        num_warps=sizes.num_warps, num_stages=sizes.num_stages,
     )  # fmt: skip
     return out, lse
 
@@ -50,7 +54,10 @@ def backward(
     softcap: float,
     into: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """See `attention.attention_backward`."""
+    """Add dq, dk, dv to the buffers `into`, shaped like q, k, v, as `attention.attention_backward` does.
+
+    dout, q, out are `[b, s_q, h_q, d]`, k, v `[b, s_k, h_kv, d]`, lse, delta `[b, h_q, s_q]`.
+    """
     q, k, v, dout = (_addressable(x) for x in (q, k, v, dout))
     if delta is None:
         delta = row_delta(dout, out)
@@ -58,26 +65,28 @@ def backward(
     b, s_q, h, d = q.shape
     s_k, h_kv = k.shape[1], k.shape[2]
     dq, dk, dv = into
-    assert all(_addressable(x) is x for x in into), "gradients are laid out as by zeros_fp32"
+    assert all(_addressable(x) is x for x in into), "gradient buffers must be laid out as zeros_fp32 makes them"
     _give_scratch_memory(q.device)
-    at = blocks("backward_dkdv", q)
-    backward_dkdv_kernel[(triton.cdiv(s_k, at.block_n) * b * h_kv,)](
+    # dk and dv: a program per block of keys, which sums over the query heads of its group.
+    sizes = blocks("backward_dkdv", q)
+    backward_dkdv_kernel[(triton.cdiv(s_k, sizes.block_n) * b * h_kv,)](
         q, k, v, dout, lse, delta, dk, dv, mask.columns, *(x.stride() for x in (q, k, v, dout, lse, dk, dv)),
-        h_kv, h // h_kv, s_q, s_k, scale, softcap, HEAD_DIM=d, BLOCK_D=padded(d), BLOCK_M=at.block_m,
-        BLOCK_N=at.block_n, SOFTCAP=softcap > 0, DESCRIPTORS=q.itemsize == 2,
-        num_warps=at.num_warps, num_stages=at.num_stages,
+        h_kv, h // h_kv, s_q, s_k, scale, softcap, HEAD_DIM=d, BLOCK_D=padded(d), BLOCK_M=sizes.block_m,
+        BLOCK_N=sizes.block_n, SOFTCAP=softcap > 0, DESCRIPTORS=q.itemsize == 2,
+        num_warps=sizes.num_warps, num_stages=sizes.num_stages,
     )  # fmt: skip
-    at = blocks("backward_dq", q)
-    backward_dq_kernel[(triton.cdiv(s_q, at.block_m) * b * h,)](
+    # dq: a program per block of queries.
+    sizes = blocks("backward_dq", q)
+    backward_dq_kernel[(triton.cdiv(s_q, sizes.block_m) * b * h,)](
         q, k, v, dout, lse, delta, dq, mask.rows, *(x.stride() for x in (q, k, v, dout, lse, dq)),
-        h, h // h_kv, s_q, s_k, scale, softcap, HEAD_DIM=d, BLOCK_D=padded(d), BLOCK_M=at.block_m,
-        BLOCK_N=at.block_n, SOFTCAP=softcap > 0, DESCRIPTORS=q.itemsize == 2,
-        num_warps=at.num_warps, num_stages=at.num_stages,
+        h, h // h_kv, s_q, s_k, scale, softcap, HEAD_DIM=d, BLOCK_D=padded(d), BLOCK_M=sizes.block_m,
+        BLOCK_N=sizes.block_n, SOFTCAP=softcap > 0, DESCRIPTORS=q.itemsize == 2,
+        num_warps=sizes.num_warps, num_stages=sizes.num_stages,
     )  # fmt: skip
 
 
 def row_delta(dout: Tensor, out: Tensor) -> Tensor:
-    """See `attention.row_delta`."""
+    """Return rowsum(dout * out) `[b, h, s]` fp32 of dout, out `[b, s, h, d]`."""
     b, s_q, h, d = dout.shape
     delta = torch.empty((b, h, s_q), dtype=torch.float32, device=dout.device)
     delta_kernel[(triton.cdiv(s_q, rows_at_once(d)) * b * h,)](
@@ -87,7 +96,10 @@ def row_delta(dout: Tensor, out: Tensor) -> Tensor:
 
 
 def merge_(out: Tensor, lse: Tensor, part_outs: Tensor, part_lses: Tensor) -> None:
-    """See `merge.merge_`."""
+    """Merge part_outs `[n, b, s, h, d]`, part_lses `[n, b, h, s]` into out `[b, s, h, d]`, lse `[b, h, s]`, in place.
+
+    The result is that of `merge.merge_`.
+    """
     b, s_q, h, d = out.shape
     merge_kernel[(triton.cdiv(s_q, rows_at_once(d)) * b * h,)](
         out, lse, part_outs, part_lses, *(x.stride() for x in (out, lse, part_outs, part_lses)),
@@ -96,25 +108,28 @@ def merge_(out: Tensor, lse: Tensor, part_outs: Tensor, part_lses: Tensor) -> No
 
 
 def padded(head_dim: int) -> int:
-    """Width of a block: tensor cores and `tl.arange` ask for a power of two; what lies beyond head_dim reads as 0."""
+    """Return the width of a block: the next power of two, which `tl.arange` needs; the padding reads as 0."""
     return 1 << (head_dim - 1).bit_length()
 
 
 def rows_at_once(head_dim: int) -> int:
-    """Rows of a program of the two kernels that only read and write: 2,048 elements, 16 a thread."""
+    """Return the rows per program of the delta and merge kernels: 2,048 elements, 16 per thread of 4 warps."""
     return 2048 // padded(head_dim)
 
 
 def _addressable(x: Tensor) -> Tensor:
-    """x, copied only if a descriptor cannot address it: last dim contiguous, all else in steps of 16 bytes."""
+    """Return x `[b, s, h, d]`, copied if a TMA descriptor cannot address it.
+
+    A descriptor needs a contiguous last dim, and a base address and other strides that are multiples of 16 bytes.
+    """
     if x.stride(-1) == 1 and all(n % 16 == 0 for n in (x.data_ptr(), *(x.itemsize * n for n in x.stride()[:3]))):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
 def _give_scratch_memory(device: torch.device) -> None:
-    """Descriptors made by programs lie in global memory, which Triton asks its host for.
+    """Set the allocator of the global memory that holds the descriptors which programs make.
 
-    The answer is a context variable, and autograd's threads do not inherit it: it is set before every launch.
+    Triton keeps it in a context variable, which autograd's threads do not inherit, so every launch sets it anew.
     """
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))

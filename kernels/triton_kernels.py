@@ -1,21 +1,22 @@
 """The Triton kernels, which `triton_attention.py` launches.
 
-Attention, forward and backward, is FlashAttention-2 (arXiv 2307.08691) on interval masks. Each program of the forward
-owns a block of queries and walks over the keys they see. `mask.Mask` makes of that walk three stretches, known from
-four integers before it starts:
+Forward and backward are FlashAttention-2 (arXiv 2307.08691) on interval masks. Each program of the forward owns a block
+of queries, rows first..last, and loops over the keys that they see. Four integers of the mask divide the loop into
+three parts before it starts:
 
-    k_start[first] .. k_start[last]   seen by some rows of the block: masked
-    k_start[last]  .. k_stop[first]   seen by all of them: not masked, whole blocks
-    ... the rest   .. k_stop[last]    seen by some: masked
+    k_start[first] .. k_start[last]   some rows of the block see these keys: masked
+    k_start[last]  .. k_stop[first]   all rows see these keys: not masked, whole blocks of keys only
+    ... the rest   .. k_stop[last]    some rows see these keys: masked
 
-Keys outside are not visited. The backward has two kernels, so that nothing is summed atomically and equal runs are
-bit-equal: one like the forward for dQ, and one that owns a block of keys, walks over the queries that see them (the
-same three stretches of the mask's columns), sums over the query heads of its group and adds dK and dV once.
+Other keys are not visited. The backward has two kernels, so that no sum is atomic and equal runs are bit-equal. The dQ
+kernel owns a block of queries, like the forward. The dK, dV kernel owns a block of keys, loops over the queries that
+see them (the same three parts, from the mask's columns), sums over the query heads of its group and adds dK and dV
+once.
 
 16-bit inputs are read through tensor descriptors (DESCRIPTORS): TMA on Hopper and later, plain loads elsewhere.
-Products of fp32 inputs do not run on tensor cores; read from shared memory in TMA's order they would need more
-registers than there are, so those inputs are read by address. Offsets have 64 bits either way. Everything is summed in
-fp32; probabilities enter the second product in the inputs' dtype.
+Products of fp32 inputs do not run on tensor cores; read from shared memory in TMA's order they would spill registers,
+so fp32 inputs are read by address. Offsets have 64 bits in both cases. All sums are fp32; probabilities enter the
+second product in the inputs' dtype.
 """
 
 from __future__ import annotations
@@ -28,47 +29,48 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _place(num_rows, num_heads, BLOCK: tl.constexpr):
-    """This program's block, batch and head; one axis of programs, since the others end at 65,535."""
+def _program_index(num_rows, num_heads, BLOCK: tl.constexpr):
+    """Return the block, batch and head of this program. There is one axis of programs: CUDA limits others to 65,535."""
     num_blocks = tl.cdiv(num_rows, BLOCK)
     sequence = tl.program_id(0) // num_blocks
     return tl.program_id(0) % num_blocks, sequence // num_heads, sequence % num_heads
 
 
 @triton.jit
-def _stretches(start_ptr, stop_ptr, first, last, STEP: tl.constexpr):
-    """Where the walk is masked and where not: (left, full, right, end), with left <= full <= right <= end.
+def _loop_bounds(start_ptr, stop_ptr, first, last, STEP: tl.constexpr):
+    """Return the bounds (left, full, right, end) of a program's loop, with left <= full <= right <= end.
 
-    [left, full) and [right, end) are seen by some of the rows first..last, [full, right) by all of them and a multiple
-    of STEP long.
+    All rows first..last see [full, right), whose length is a multiple of STEP; some of them see [left, full) and
+    [right, end), which are masked.
     """
     left = tl.load(start_ptr + first)
     full = tl.load(start_ptr + last)
     end = tl.load(stop_ptr + last)
+    # Where the last row begins beyond the end of the first, no column is seen by all: right = full.
     right = full + tl.maximum(tl.load(stop_ptr + first) - full, 0) // STEP * STEP
     return left, full, right, end
 
 
 @triton.jit
 def _num_masked(left, full, right, end, STEP: tl.constexpr):
-    """Blocks of the two masked stretches."""
+    """Return the number of blocks in the two masked parts."""
     return tl.cdiv(full - left, STEP) + tl.cdiv(end - right, STEP)
 
 
 @triton.jit
 def _masked_block(i, left, full, right, end, STEP: tl.constexpr):
-    """Where block i of the masked stretches begins, left before right, and where its stretch ends."""
+    """Return the start of masked block i, counted over the left part and then the right, and the end of its part."""
     num_left = tl.cdiv(full - left, STEP)
     is_left = i < num_left
     return tl.where(is_left, left + i * STEP, right + (i - num_left) * STEP), tl.where(is_left, full, end)
 
 
 @triton.jit
-def _rows_of(
+def _head_rows(
     ptr, strides, batch, head, num_rows,
     DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr = True,
 ):  # fmt: skip
-    """One head of a `[b, s, h, d]` tensor, for `_read`; in two dims, see `_heads_of`."""
+    """Return one head of a `[b, s, h, d]` tensor as a two-dim view for `_load`."""
     if DESCRIPTORS:
         base = ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[2]
         return tl.make_tensor_descriptor(base, [num_rows, DIM], [strides[1], 1], [ROWS, WIDTH])
@@ -77,8 +79,8 @@ def _rows_of(
 
 
 @triton.jit
-def _read(rows, at, DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr):
-    """The block `[ROWS, WIDTH]` from row `at` on; zeros beyond the edges."""
+def _load(rows, at, DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """Return the block `[ROWS, WIDTH]` that starts at row `at`; elements beyond the edges are 0."""
     if DESCRIPTORS:
         return rows.load([at, 0])
     else:
@@ -88,14 +90,14 @@ def _read(rows, at, DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, 
 
 
 @triton.jit
-def _heads_of(
+def _all_heads(
     ptr, strides, batch, num_heads, num_rows,
     DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """All heads of a `[b, s, h, d]` tensor, for `_read_head`.
+    """Return all heads of a `[b, s, h, d]` tensor as a three-dim view for `_load_head`.
 
-    Its blocks have a third dim and must be reshaped. As a product's second factor they stay in shared memory even so;
-    as its first factor Triton would pass them through registers, which are scarce: those are read by `_rows_of`.
+    Blocks of this view must be reshaped. As the second factor of a product a reshaped block stays in shared memory; as
+    the first factor Triton would pass it through registers, which are scarce, so `_head_rows` reads first factors.
     """
     if DESCRIPTORS:
         base = ptr + batch.to(tl.int64) * strides[0]
@@ -107,30 +109,30 @@ def _heads_of(
 
 
 @triton.jit
-def _read_head(
+def _load_head(
     heads, head, at, DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr
 ):  # fmt: skip
-    """The block `[ROWS, WIDTH]` of one head, from row `at` on."""
+    """Return the block `[ROWS, WIDTH]` of one head that starts at row `at`."""
     if DESCRIPTORS:
-        return heads.load([head, at, 0]).reshape(ROWS, WIDTH)
+        return heads.load([head, at, 0]).reshape(ROWS, WIDTH)  # [1, ROWS, WIDTH] -> [ROWS, WIDTH]
     else:
         rows = (heads[0], heads[1], heads[2], head, heads[3])
-        return _read(rows, at, DIM, ROWS, WIDTH, False)
+        return _load(rows, at, DIM, ROWS, WIDTH, False)
 
 
 @triton.jit
 def _pointers(ptr, strides, batch, head, row, dims):
-    """Addresses `[rows, dims]` of rows of one head of a `[b, s, h, d]` tensor, in 64 bits."""
+    """Return the 64-bit addresses `[rows, dims]` of rows of one head of a `[b, s, h, d]` tensor."""
     base = ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[2]
     return base + row.to(tl.int64)[:, None] * strides[1] + dims[None, :]
 
 
 @triton.jit
 def _capped(scores, softcap):
-    """c tanh(s / c), and its derivative by s.
+    """Return c tanh(s / c) and its derivative with respect to s, for scores s and softcap c.
 
-    Up to |x| = 2 by the continued fraction of tanh, cut after seven terms (within 2e-8); beyond by exp, which saturates
-    and does not overflow, but would lose digits where tanh is small.
+    Up to |s / c| = 2 tanh is its continued fraction, cut after seven terms (error below 2e-8). Beyond, it is computed
+    by exp2, which saturates without overflow but would lose digits where tanh is small.
     """
     x = scores / softcap
     y = x * x
@@ -145,8 +147,8 @@ def _forward_step(
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys into the running result; peak is in units of log2."""
-    k = _read(k_rows, at, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    """Add one block of keys to the running result (acc, peak, total) of a block of queries; peak is in units of log2."""
+    k = _load(k_rows, at, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
     scores = tl.dot(q, k.T, input_precision="ieee")
     if SOFTCAP:
         scores = _capped(scores * scale, softcap)[0] * LOG2E
@@ -158,14 +160,14 @@ def _forward_step(
         scores = tl.where(visible, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1))
     if MASKED:
-        # A row that has seen no key yet has peak -inf, and -inf - -inf is nan.
+        # A row that has seen no key yet has peak -inf: base 0 avoids the nan of -inf - -inf.
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     else:
         base = new_peak
     p = tl.exp2(scores - base[:, None])
     shrink = tl.exp2(peak - base)
     total = total * shrink + tl.sum(p, 1)
-    v = _read(v_rows, at, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    v = _load(v_rows, at, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, new_peak, total
 
@@ -179,7 +181,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Programs: batch x heads x blocks of queries. With CONTINUES out (fp32) and lse hold a running result."""
     # Later queries see more keys: the longest programs start first.
-    block, batch, head = _place(s_q, num_heads, BLOCK_M)
+    block, batch, head = _program_index(s_q, num_heads, BLOCK_M)
     first = (tl.cdiv(s_q, BLOCK_M) - 1 - block) * BLOCK_M
     kv_head = head // group
     row = first + tl.arange(0, BLOCK_M)
@@ -187,7 +189,7 @@ def forward_kernel(
     row_start = tl.load(rows + row, mask=inside, other=0)
     row_stop = tl.load(rows + s_q + row, mask=inside, other=0)
     lse_ptrs = lse + batch.to(tl.int64) * lse_strides[0] + head.to(tl.int64) * lse_strides[1] + row
-    out_rows = _rows_of(out, out_strides, batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D)
+    out_rows = _head_rows(out, out_strides, batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D)
 
     if CONTINUES:
         peak = tl.load(lse_ptrs, mask=inside, other=float("-inf")) * LOG2E
@@ -200,14 +202,14 @@ def forward_kernel(
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    q_block = _read(
-        _rows_of(q, q_strides, batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS), first,
+    q_block = _load(
+        _head_rows(q, q_strides, batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS), first,
         HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS,
     )  # fmt: skip
-    k_rows = _rows_of(k, k_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
-    v_rows = _rows_of(v, v_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    k_rows = _head_rows(k, k_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    v_rows = _head_rows(v, v_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
     last = tl.minimum(first + BLOCK_M, s_q) - 1
-    left, full, right, end = _stretches(rows, rows + s_q, first, last, BLOCK_N)
+    left, full, right, end = _loop_bounds(rows, rows + s_q, first, last, BLOCK_N)
     for at in tl.range(full, right, BLOCK_N):
         acc, peak, total = _forward_step(
             acc, peak, total, q_block, k_rows, v_rows, at, end, row_start, row_stop, scale, softcap,
@@ -253,8 +255,8 @@ def _dkdv_step(
     offset = batch.to(tl.int64) * lse_strides[0] + head.to(tl.int64) * lse_strides[1]
     lse = tl.load(lse_ptr + offset + row, mask=row < s_q, other=float("inf"))
     delta = tl.load(delta_ptr + offset + row, mask=row < s_q, other=0.0)
-    q = _read_head(q_heads, head, at, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
-    dout = _read_head(dout_heads, head, at, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
+    q = _load_head(q_heads, head, at, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
+    dout = _load_head(dout_heads, head, at, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
     visible = (row[None, :] >= column_start[:, None]) & (row[None, :] < tl.minimum(column_stop, end)[:, None])
     products = tl.dot(k, q.T, input_precision="ieee")
     p, slope = _probabilities(products, lse[None, :], visible, scale, softcap, MASKED, SOFTCAP)
@@ -276,29 +278,29 @@ def backward_dkdv_kernel(
     SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Programs: batch x kv heads x blocks of keys. Adds into dk, dv (fp32); lse and delta have equal strides."""
-    block, batch, kv_head = _place(s_k, num_kv_heads, BLOCK_N)
+    block, batch, kv_head = _program_index(s_k, num_kv_heads, BLOCK_N)
     first = block * BLOCK_N
     column = first + tl.arange(0, BLOCK_N)
     inside = column < s_k
     column_start = tl.load(columns + column, mask=inside, other=0)
     column_stop = tl.load(columns + s_k + column, mask=inside, other=0)
-    k_block = _read(
-        _rows_of(k, k_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS), first,
+    k_block = _load(
+        _head_rows(k, k_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS), first,
         HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
     )  # fmt: skip
-    v_block = _read(
-        _rows_of(v, v_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS), first,
+    v_block = _load(
+        _head_rows(v, v_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS), first,
         HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
     )  # fmt: skip
-    q_heads = _heads_of(q, q_strides, batch, num_kv_heads * group, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
-    dout_heads = _heads_of(
+    q_heads = _all_heads(q, q_strides, batch, num_kv_heads * group, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
+    dout_heads = _all_heads(
         dout, dout_strides, batch, num_kv_heads * group, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS
     )
     dk_block = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_block = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
     last = tl.minimum(first + BLOCK_N, s_k) - 1
-    left, full, right, end = _stretches(columns, columns + s_k, first, last, BLOCK_M)
+    left, full, right, end = _loop_bounds(columns, columns + s_k, first, last, BLOCK_M)
     # One loop over the blocks of all query heads of the group, so that the pipeline does not drain between heads.
     num_masked = _num_masked(left, full, right, end, BLOCK_M)
     for i in tl.range(0, group * num_masked):
@@ -318,9 +320,9 @@ def backward_dkdv_kernel(
             False, SOFTCAP, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS,
         )  # fmt: skip
 
-    dk_rows = _rows_of(dk, dk_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D)
+    dk_rows = _head_rows(dk, dk_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D)
     dk_rows.store([first, 0], dk_rows.load([first, 0]) + dk_block * scale)
-    dv_rows = _rows_of(dv, dv_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D)
+    dv_rows = _head_rows(dv, dv_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D)
     dv_rows.store([first, 0], dv_rows.load([first, 0]) + dv_block)
 
 
@@ -331,8 +333,8 @@ def _dq_step(
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into dq of a block of queries."""
-    k = _read(k_rows, at, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
-    v = _read(v_rows, at, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    k = _load(k_rows, at, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    v = _load(v_rows, at, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
     keys = at + tl.arange(0, BLOCK_N)
     visible = (keys[None, :] >= row_start[:, None]) & (keys[None, :] < tl.minimum(row_stop, end)[:, None])
     products = tl.dot(q, k.T, input_precision="ieee")
@@ -351,7 +353,7 @@ def backward_dq_kernel(
     SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Programs: batch x heads x blocks of queries. Adds into dq (fp32)."""
-    block, batch, head = _place(s_q, num_heads, BLOCK_M)
+    block, batch, head = _program_index(s_q, num_heads, BLOCK_M)
     first = (tl.cdiv(s_q, BLOCK_M) - 1 - block) * BLOCK_M
     kv_head = head // group
     row = first + tl.arange(0, BLOCK_M)
@@ -361,20 +363,20 @@ def backward_dq_kernel(
     offset = batch.to(tl.int64) * lse_strides[0] + head.to(tl.int64) * lse_strides[1]
     lse_row = tl.load(lse + offset + row, mask=inside, other=float("inf"))
     delta_row = tl.load(delta + offset + row, mask=inside, other=0.0)
-    q_block = _read(
-        _rows_of(q, q_strides, batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS), first,
+    q_block = _load(
+        _head_rows(q, q_strides, batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS), first,
         HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS,
     )  # fmt: skip
-    dout_block = _read(
-        _rows_of(dout, dout_strides, batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS), first,
+    dout_block = _load(
+        _head_rows(dout, dout_strides, batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS), first,
         HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS,
     )  # fmt: skip
-    k_rows = _rows_of(k, k_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
-    v_rows = _rows_of(v, v_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    k_rows = _head_rows(k, k_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    v_rows = _head_rows(v, v_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
     dq_block = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     last = tl.minimum(first + BLOCK_M, s_q) - 1
-    left, full, right, end = _stretches(rows, rows + s_q, first, last, BLOCK_N)
+    left, full, right, end = _loop_bounds(rows, rows + s_q, first, last, BLOCK_N)
     for at in tl.range(full, right, BLOCK_N):
         dq_block = _dq_step(
             dq_block, q_block, dout_block, lse_row, delta_row, k_rows, v_rows, at, end, row_start, row_stop,
@@ -387,7 +389,7 @@ def backward_dq_kernel(
             scale, softcap, True, SOFTCAP, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
         )  # fmt: skip
 
-    dq_rows = _rows_of(dq, dq_strides, batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D)
+    dq_rows = _head_rows(dq, dq_strides, batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D)
     dq_rows.store([first, 0], dq_rows.load([first, 0]) + dq_block * scale)
 
 
@@ -397,7 +399,7 @@ def delta_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """delta[b, h, i] = sum over d of dout out, contiguous; programs: batch x heads x blocks of queries."""
-    block, batch, head = _place(s_q, num_heads, BLOCK_M)
+    block, batch, head = _program_index(s_q, num_heads, BLOCK_M)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     read = (row < s_q)[:, None] & (dims < HEAD_DIM)[None, :]
@@ -413,7 +415,7 @@ def merge_kernel(
     num_parts, num_heads, s_q, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Fold num_parts partial results into the running one; the parts' strides begin with that of their number."""
-    block, batch, head = _place(s_q, num_heads, BLOCK_M)
+    block, batch, head = _program_index(s_q, num_heads, BLOCK_M)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     inside = row < s_q
