@@ -46,7 +46,7 @@ def _loop_bounds(start_ptr, stop_ptr, first, last, STEP: tl.constexpr):
     left = tl.load(start_ptr + first)
     full = tl.load(start_ptr + last)
     end = tl.load(stop_ptr + last)
-    # Where the last row begins beyond the end of the first, no column is seen by all: right = full.
+    # If the last row begins beyond the end of the first, no key is seen by all rows: right = full.
     right = full + tl.maximum(tl.load(stop_ptr + first) - full, 0) // STEP * STEP
     return left, full, right, end
 
@@ -79,12 +79,12 @@ def _head_rows(
 
 
 @triton.jit
-def _load(rows, at, DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr):
-    """Return the block `[ROWS, WIDTH]` that starts at row `at`; elements beyond the edges are 0."""
+def _load(rows, start, DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """Return the block `[ROWS, WIDTH]` from row `start` on; elements beyond the edges are 0."""
     if DESCRIPTORS:
-        return rows.load([at, 0])
+        return rows.load([start, 0])
     else:
-        row, dims = at + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+        row, dims = start + tl.arange(0, ROWS), tl.arange(0, WIDTH)
         inside = (row < rows[4])[:, None] & (dims < DIM)[None, :]
         return tl.load(_pointers(rows[0], rows[1], rows[2], rows[3], row, dims), mask=inside, other=0.0)
 
@@ -110,14 +110,14 @@ def _all_heads(
 
 @triton.jit
 def _load_head(
-    heads, head, at, DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr
+    heads, head, start, DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr
 ):  # fmt: skip
-    """Return the block `[ROWS, WIDTH]` of one head that starts at row `at`."""
+    """Return the block `[ROWS, WIDTH]` of one head, from row `start` on."""
     if DESCRIPTORS:
-        return heads.load([head, at, 0]).reshape(ROWS, WIDTH)  # [1, ROWS, WIDTH] -> [ROWS, WIDTH]
+        return heads.load([head, start, 0]).reshape(ROWS, WIDTH)  # [1, ROWS, WIDTH] -> [ROWS, WIDTH]
     else:
         rows = (heads[0], heads[1], heads[2], head, heads[3])
-        return _load(rows, at, DIM, ROWS, WIDTH, False)
+        return _load(rows, start, DIM, ROWS, WIDTH, False)
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def _capped(scores, softcap):
     by exp2, which saturates without overflow but would lose digits where tanh is small.
     """
     x = scores / softcap
-    y = x * x
+    y = x * x  # the fraction is x times a ratio of polynomials in x^2
     fraction = (135135 + y * (17325 + y * (378 + y))) / (135135 + y * (62370 + y * (3150 + y * 28)))
     t = tl.where(y < 4, x * fraction, 1 - 2 / (1 + tl.exp2(x * (2 * LOG2E))))
     return softcap * t, 1 - t * t
@@ -143,19 +143,19 @@ def _capped(scores, softcap):
 
 @triton.jit
 def _forward_step(
-    acc, peak, total, q, k_rows, v_rows, at, end, row_start, row_stop, scale, softcap,
+    acc, peak, total, q, k_rows, v_rows, start, end, row_start, row_stop, scale, softcap,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Add one block of keys to the running result (acc, peak, total) of a block of queries; peak is in units of log2."""
-    k = _load(k_rows, at, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
-    scores = tl.dot(q, k.T, input_precision="ieee")
+    """Add one block of keys to (acc, peak, total), the running result of a block of queries; peak is a log2."""
+    k = _load(k_rows, start, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    scores = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     if SOFTCAP:
         scores = _capped(scores * scale, softcap)[0] * LOG2E
     else:
         scores = scores * (scale * LOG2E)
     if MASKED:
-        keys = at + tl.arange(0, BLOCK_N)
+        keys = start + tl.arange(0, BLOCK_N)
         visible = (keys[None, :] >= row_start[:, None]) & (keys[None, :] < tl.minimum(row_stop, end)[:, None])
         scores = tl.where(visible, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1))
@@ -164,10 +164,11 @@ def _forward_step(
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     else:
         base = new_peak
+    # Invariant: acc = sum of exp2(score - peak) v and total = sum of exp2(score - peak), over the keys so far.
     p = tl.exp2(scores - base[:, None])
     shrink = tl.exp2(peak - base)
     total = total * shrink + tl.sum(p, 1)
-    v = _load(v_rows, at, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    v = _load(v_rows, start, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, new_peak, total
 
@@ -179,8 +180,11 @@ def forward_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CONTINUES: tl.constexpr, SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Programs: batch x heads x blocks of queries. With CONTINUES out (fp32) and lse hold a running result."""
-    # Later queries see more keys: the longest programs start first.
+    """Write out and lse of a block of queries; programs are batch x heads x blocks of queries.
+
+    With CONTINUES, out (fp32) and lse hold a running result, which the program extends.
+    """
+    # Later queries see more keys: blocks are taken from the last one, so that the longest programs start first.
     block, batch, head = _program_index(s_q, num_heads, BLOCK_M)
     first = (tl.cdiv(s_q, BLOCK_M) - 1 - block) * BLOCK_M
     kv_head = head // group
@@ -192,16 +196,18 @@ def forward_kernel(
     out_rows = _head_rows(out, out_strides, batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D)
 
     if CONTINUES:
+        # A running result is one key of score lse and value out: peak = lse, total = 1, acc = out.
         peak = tl.load(lse_ptrs, mask=inside, other=float("-inf")) * LOG2E
         seen = peak > float("-inf")
         total = tl.where(seen, 1.0, 0.0)
-        # A row that has seen no key may hold anything.
+        # The out of a row that has seen no key is uninitialized, perhaps nan.
         acc = tl.where(seen[:, None], out_rows.load([first, 0]), 0.0)
     else:
         peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
+    # [BLOCK_M, BLOCK_D], held for the whole loop
     q_block = _load(
         _head_rows(q, q_strides, batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS), first,
         HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS,
@@ -210,15 +216,15 @@ def forward_kernel(
     v_rows = _head_rows(v, v_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
     last = tl.minimum(first + BLOCK_M, s_q) - 1
     left, full, right, end = _loop_bounds(rows, rows + s_q, first, last, BLOCK_N)
-    for at in tl.range(full, right, BLOCK_N):
+    for start in tl.range(full, right, BLOCK_N):
         acc, peak, total = _forward_step(
-            acc, peak, total, q_block, k_rows, v_rows, at, end, row_start, row_stop, scale, softcap,
+            acc, peak, total, q_block, k_rows, v_rows, start, end, row_start, row_stop, scale, softcap,
             False, SOFTCAP, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
         )  # fmt: skip
     for i in tl.range(0, _num_masked(left, full, right, end, BLOCK_N)):
-        at, stop = _masked_block(i, left, full, right, end, BLOCK_N)
+        start, stop = _masked_block(i, left, full, right, end, BLOCK_N)
         acc, peak, total = _forward_step(
-            acc, peak, total, q_block, k_rows, v_rows, at, stop, row_start, row_stop, scale, softcap,
+            acc, peak, total, q_block, k_rows, v_rows, start, stop, row_start, row_stop, scale, softcap,
             True, SOFTCAP, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
         )  # fmt: skip
 
@@ -230,7 +236,7 @@ def forward_kernel(
 
 @triton.jit
 def _probabilities(products, lse, visible, scale, softcap, MASKED: tl.constexpr, SOFTCAP: tl.constexpr):
-    """p of q k products, and the softcap's slope; lse is `[rows, 1]` or `[1, rows]`, as queries lie in products."""
+    """Return p and the softcap's slope for products q k; lse is `[rows, 1]` or `[1, rows]`, as queries lie in them."""
     slope = 1.0
     if SOFTCAP:
         scores, slope = _capped(products * scale, softcap)
@@ -244,23 +250,23 @@ def _probabilities(products, lse, visible, scale, softcap, MASKED: tl.constexpr,
 
 @triton.jit
 def _dkdv_step(
-    dk, dv, k, v, q_heads, dout_heads, lse_ptr, delta_ptr, lse_strides, batch, head, at, end, s_q,
+    dk, dv, k, v, q_heads, dout_heads, lse_ptr, delta_ptr, lse_strides, batch, head, start, end, s_q,
     column_start, column_stop, scale, softcap,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries into dk and dv of a block of keys."""
-    row = at + tl.arange(0, BLOCK_M)
-    # A row beyond the edge has lse inf: probability 0.
+    """Add the gradients from one block of queries to dk and dv of a block of keys."""
+    row = start + tl.arange(0, BLOCK_M)
+    # A row beyond the edge reads lse inf, which makes its probabilities 0.
     offset = batch.to(tl.int64) * lse_strides[0] + head.to(tl.int64) * lse_strides[1]
     lse = tl.load(lse_ptr + offset + row, mask=row < s_q, other=float("inf"))
     delta = tl.load(delta_ptr + offset + row, mask=row < s_q, other=0.0)
-    q = _load_head(q_heads, head, at, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
-    dout = _load_head(dout_heads, head, at, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
+    q = _load_head(q_heads, head, start, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
+    dout = _load_head(dout_heads, head, start, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
     visible = (row[None, :] >= column_start[:, None]) & (row[None, :] < tl.minimum(column_stop, end)[:, None])
-    products = tl.dot(k, q.T, input_precision="ieee")
+    products = tl.dot(k, q.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M], transposed: a row per key
     p, slope = _probabilities(products, lse[None, :], visible, scale, softcap, MASKED, SOFTCAP)
-    # dv first: then p's registers are narrowed to 16 bit before dp asks for its own.
+    # dv before dp, so that p is narrowed to 16 bit before dp needs registers.
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
     ds = p * (tl.dot(v, dout.T, input_precision="ieee") - delta[None, :])
     if SOFTCAP:
@@ -277,13 +283,17 @@ def backward_dkdv_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Programs: batch x kv heads x blocks of keys. Adds into dk, dv (fp32); lse and delta have equal strides."""
+    """Add to dk and dv (fp32) of a block of keys; programs are batch x kv heads x blocks of keys.
+
+    lse and delta must have equal strides.
+    """
     block, batch, kv_head = _program_index(s_k, num_kv_heads, BLOCK_N)
     first = block * BLOCK_N
     column = first + tl.arange(0, BLOCK_N)
     inside = column < s_k
     column_start = tl.load(columns + column, mask=inside, other=0)
     column_stop = tl.load(columns + s_k + column, mask=inside, other=0)
+    # Both [BLOCK_N, BLOCK_D], held for the whole loop
     k_block = _load(
         _head_rows(k, k_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS), first,
         HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
@@ -301,25 +311,27 @@ def backward_dkdv_kernel(
 
     last = tl.minimum(first + BLOCK_N, s_k) - 1
     left, full, right, end = _loop_bounds(columns, columns + s_k, first, last, BLOCK_M)
-    # One loop over the blocks of all query heads of the group, so that the pipeline does not drain between heads.
+    # One loop over the blocks of all query heads of the group (head major), so that the pipeline does not drain
+    # between heads. First the masked blocks, then the others: each loop is compiled for one kind.
     num_masked = _num_masked(left, full, right, end, BLOCK_M)
     for i in tl.range(0, group * num_masked):
         head = kv_head * group + i // num_masked
-        at, stop = _masked_block(i % num_masked, left, full, right, end, BLOCK_M)
+        start, stop = _masked_block(i % num_masked, left, full, right, end, BLOCK_M)
         dk_block, dv_block = _dkdv_step(
-            dk_block, dv_block, k_block, v_block, q_heads, dout_heads, lse, delta, lse_strides, batch, head, at,
+            dk_block, dv_block, k_block, v_block, q_heads, dout_heads, lse, delta, lse_strides, batch, head, start,
             stop, s_q, column_start, column_stop, scale, softcap,
             True, SOFTCAP, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS,
         )  # fmt: skip
     num_full = (right - full) // BLOCK_M
     for i in tl.range(0, group * num_full):
-        head, at = kv_head * group + i // num_full, full + i % num_full * BLOCK_M
+        head, start = kv_head * group + i // num_full, full + i % num_full * BLOCK_M
         dk_block, dv_block = _dkdv_step(
-            dk_block, dv_block, k_block, v_block, q_heads, dout_heads, lse, delta, lse_strides, batch, head, at,
+            dk_block, dv_block, k_block, v_block, q_heads, dout_heads, lse, delta, lse_strides, batch, head, start,
             end, s_q, column_start, column_stop, scale, softcap,
             False, SOFTCAP, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS,
         )  # fmt: skip
 
+    # A single program owns these rows, so it adds to them without atomics.
     dk_rows = _head_rows(dk, dk_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D)
     dk_rows.store([first, 0], dk_rows.load([first, 0]) + dk_block * scale)
     dv_rows = _head_rows(dv, dv_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D)
@@ -328,16 +340,16 @@ def backward_dkdv_kernel(
 
 @triton.jit
 def _dq_step(
-    dq, q, dout, lse, delta, k_rows, v_rows, at, end, row_start, row_stop, scale, softcap,
+    dq, q, dout, lse, delta, k_rows, v_rows, start, end, row_start, row_stop, scale, softcap,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys into dq of a block of queries."""
-    k = _load(k_rows, at, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
-    v = _load(v_rows, at, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
-    keys = at + tl.arange(0, BLOCK_N)
+    """Return dq of a block of queries with the gradients from one block of keys added."""
+    k = _load(k_rows, start, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    v = _load(v_rows, start, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    keys = start + tl.arange(0, BLOCK_N)
     visible = (keys[None, :] >= row_start[:, None]) & (keys[None, :] < tl.minimum(row_stop, end)[:, None])
-    products = tl.dot(q, k.T, input_precision="ieee")
+    products = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     p, slope = _probabilities(products, lse[:, None], visible, scale, softcap, MASKED, SOFTCAP)
     ds = p * (tl.dot(dout, v.T, input_precision="ieee") - delta[:, None])
     if SOFTCAP:
@@ -352,7 +364,8 @@ def backward_dq_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Programs: batch x heads x blocks of queries. Adds into dq (fp32)."""
+    """Add to dq (fp32) of a block of queries; programs are batch x heads x blocks of queries."""
+    # From the last block, as in the forward: the longest programs start first.
     block, batch, head = _program_index(s_q, num_heads, BLOCK_M)
     first = (tl.cdiv(s_q, BLOCK_M) - 1 - block) * BLOCK_M
     kv_head = head // group
@@ -377,15 +390,15 @@ def backward_dq_kernel(
 
     last = tl.minimum(first + BLOCK_M, s_q) - 1
     left, full, right, end = _loop_bounds(rows, rows + s_q, first, last, BLOCK_N)
-    for at in tl.range(full, right, BLOCK_N):
+    for start in tl.range(full, right, BLOCK_N):
         dq_block = _dq_step(
-            dq_block, q_block, dout_block, lse_row, delta_row, k_rows, v_rows, at, end, row_start, row_stop,
+            dq_block, q_block, dout_block, lse_row, delta_row, k_rows, v_rows, start, end, row_start, row_stop,
             scale, softcap, False, SOFTCAP, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
         )  # fmt: skip
     for i in tl.range(0, _num_masked(left, full, right, end, BLOCK_N)):
-        at, stop = _masked_block(i, left, full, right, end, BLOCK_N)
+        start, stop = _masked_block(i, left, full, right, end, BLOCK_N)
         dq_block = _dq_step(
-            dq_block, q_block, dout_block, lse_row, delta_row, k_rows, v_rows, at, stop, row_start, row_stop,
+            dq_block, q_block, dout_block, lse_row, delta_row, k_rows, v_rows, start, stop, row_start, row_stop,
             scale, softcap, True, SOFTCAP, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
         )  # fmt: skip
 
@@ -398,7 +411,7 @@ def delta_kernel(
     dout, out, delta, dout_strides, out_strides, num_heads, s_q,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta[b, h, i] = sum over d of dout out, contiguous; programs: batch x heads x blocks of queries."""
+    """Write delta[b, h, i] = sum over d of dout out, contiguous; programs are batch x heads x blocks of queries."""
     block, batch, head = _program_index(s_q, num_heads, BLOCK_M)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
@@ -414,7 +427,10 @@ def merge_kernel(
     out, lse, part_outs, part_lses, out_strides, lse_strides, part_out_strides, part_lse_strides,
     num_parts, num_heads, s_q, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Fold num_parts partial results into the running one; the parts' strides begin with that of their number."""
+    """Merge num_parts partial results into the running one; programs are batch x heads x blocks of queries.
+
+    The first stride of part_outs and part_lses is that between parts.
+    """
     block, batch, head = _program_index(s_q, num_heads, BLOCK_M)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
@@ -428,11 +444,13 @@ def merge_kernel(
     seen = peak > float("-inf")
     total = tl.where(seen, 1.0, 0.0)
     acc = tl.load(out_ptrs, mask=stored & seen[:, None], other=0.0)
+    # Invariant: acc = sum of exp(lse - peak) out and total = sum of exp(lse - peak), over the results so far.
     for _ in range(num_parts):
         part_lse = tl.load(part_lse_ptrs, mask=inside, other=float("-inf"))
         new_peak = tl.maximum(peak, part_lse)
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weight, shrink = tl.exp2((part_lse - base) * LOG2E), tl.exp2((peak - base) * LOG2E)
+        # A part that has seen no key has weight 0, and its out is not read.
         part = tl.load(part_ptrs, mask=stored & (weight > 0)[:, None], other=0.0).to(tl.float32)
         acc = acc * shrink[:, None] + part * weight[:, None]
         total = total * shrink + weight

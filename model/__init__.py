@@ -1,1 +1,1 @@
-"""The mathematics of one model replica, on megatron-core's tensor-parallel layers."""
+"""The layers of the model, built on megatron-core's tensor-parallel layers."""

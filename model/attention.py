@@ -1,4 +1,4 @@
-"""Grouped-query self-attention; how tokens see each other is an argument."""
+"""The projections of grouped-query self-attention; the attention function itself is an argument of the model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from .config import ModelConfig
 from .fused import fused_ops
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
-"""(q `[b, s, h_q, d]`, k, v `[b, s, h_kv, d]`, window in tokens or None) -> out `[b, s, h_q, d]`; it knows the layout
-of s."""
+"""A function (q `[b, s, h_q, d]`, k, v `[b, s, h_kv, d]`, attention window in tokens or None) -> out `[b, s, h_q, d]`.
+
+It is made for one `SeqLayout` of s, and under context parallelism it communicates with the other ranks of the sequence.
+"""
 
 
 class SelfAttention(nn.Module):
-    """The projections to heads, turned by RoPE, and back. Heads are divided over the tensor-parallel ranks.
+    """The projections to q, k, v with RoPE, and the output projection; tensor-parallel ranks divide the heads.
 
-    Attention itself stands between them, in `TransformerLayer`: recomputation spares it.
+    `TransformerLayer` calls attention between the two, so that recomputation leaves it out.
     """
 
     def __init__(self, config: ModelConfig, parallel: ModelParallelConfig) -> None:
@@ -30,8 +32,8 @@ class SelfAttention(nn.Module):
         self.queries_per_kv = config.num_heads // config.num_kv_heads
         init = partial(torch.nn.init.normal_, std=config.init_std)
         init_out = partial(torch.nn.init.normal_, std=config.init_std / (2 * config.num_layers) ** 0.5)
-        # One projection for q, k, v: rows go by kv head (its queries, then its key, then its value), so that a cut
-        # across tensor-parallel ranks falls between kv heads.
+        # One projection for q, k, v, with rows ordered by kv head (its queries, then its key, then its value), so that
+        # tensor parallelism cuts between kv heads.
         self.qkv = ColumnParallelLinear(
             config.hidden_size,
             (config.num_heads + 2 * config.num_kv_heads) * config.head_dim,
@@ -50,9 +52,13 @@ class SelfAttention(nn.Module):
         )
 
     def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """x `[s, b, hidden]` (under sequence parallelism this rank's part of s) -> q, k, v `[b, s, heads here, d]`."""
+        """Return q `[b, s, h_q / tp, d]` and k, v `[b, s, h_kv / tp, d]` of x, with RoPE applied to q and k.
+
+        x is `[s, b, hidden]`, or under sequence parallelism this rank's `[s / tp, b, hidden]`; `rope` is the cos and
+        sin of `rope_table`, each `[s, d / 2]`.
+        """
         qkv, _ = self.qkv(x)
-        # [s, b, kv heads here * (queries_per_kv + 2) * d] -> [b, s, kv heads here, queries_per_kv + 2, d]
+        # [s, b, h_kv / tp * (queries_per_kv + 2) * d] -> [b, s, h_kv / tp, queries_per_kv + 2, d]
         qkv = qkv.unflatten(-1, (-1, self.queries_per_kv + 2, self.head_dim)).transpose(0, 1)
         q = qkv[:, :, :, :-2].flatten(2, 3)
         k, v = qkv[:, :, :, -2], qkv[:, :, :, -1]
@@ -60,5 +66,9 @@ class SelfAttention(nn.Module):
         return q, k, v
 
     def project_back(self, out: Tensor) -> Tensor:
-        """Attention's result `[b, s, heads here, d]` -> `[s, b, hidden]`, or this rank's part of s."""
+        """Return the output projection `[s, b, hidden]` of attention's result `[b, s, h_q / tp, d]`.
+
+        Under sequence parallelism the result is this rank's `[s / tp, b, hidden]`.
+        """
+        # [b, s, h_q / tp, d] -> [s, b, h_q / tp * d]
         return self.out(out.flatten(2).transpose(0, 1).contiguous())[0]

@@ -1,6 +1,6 @@
 """RMSNorm, SwiGLU and RoPE: liger-kernel's Triton kernels for CUDA tensors, plain torch for others.
 
-They agree within the rounding of the input's dtype.
+Both give equal results within the rounding of the input's dtype.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class FusedOps:
-    """One implementation of each; all are differentiable. Tensors are of one floating dtype but for RoPE's table."""
+    """One implementation of the three operators, all differentiable. All tensors but RoPE's table have one dtype."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     """(x `[..., n]`, weight `[n]`, epsilon) -> x / sqrt(mean(x^2) + epsilon) * weight (arXiv 1910.07467)."""
     swiglu: Callable[[Tensor], Tensor]
-    """Gate, then up, `[..., 2 n]` -> silu(gate) * up `[..., n]` (arXiv 2002.05202)."""
+    """(gate and up, concatenated `[..., 2 n]`) -> silu(gate) * up `[..., n]` (arXiv 2002.05202)."""
     rope: Callable[[Tensor, Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
-    """(q `[b, s, h_q, d]`, k `[b, s, h_kv, d]`, cos and sin `[s, d / 2]` fp32) -> q and k with each pair of dims
-    (i, i + d/2) turned by its position's angle (arXiv 2104.09864). May write into q and k, and into the gradients it is
-    given: nothing else may read them."""
+    """(q `[b, s, h_q, d]`, k `[b, s, h_kv, d]`, cos and sin `[s, d / 2]` fp32) -> q and k, same shapes, with each pair
+    of dims (i, i + d/2) rotated by the angle of its position (arXiv 2104.09864). It may overwrite q, k and the
+    gradients that its backward receives, so nothing else may read them."""
 
 
 def fused_ops(x: Tensor) -> FusedOps:
-    """The implementation for tensors on x's device."""
+    """Return the implementation for tensors on the device of x (any shape)."""
     return LIGER if x.is_cuda else TORCH
 
 
@@ -42,40 +42,40 @@ def _torch_swiglu(gate_up: Tensor) -> Tensor:
 
 
 def _torch_rope(q: Tensor, k: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    cos, sin = (t[:, None, :] for t in table)
+    cos, sin = (t[:, None, :] for t in table)  # [s, 1, d / 2], against x [b, s, h, d / 2]
 
-    def turn(x: Tensor) -> Tensor:
+    def rotate(x: Tensor) -> Tensor:
         first, second = x.float().chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
-    return turn(q), turn(k)
+    return rotate(q), rotate(k)
 
 
-# liger is imported where it is called: a machine without CUDA need not have it. Its submodules name one implementation;
-# the package liger_kernel.ops may swap another in.
+# liger is imported late: a machine without CUDA need not have it. The submodules are imported by name, since the
+# package liger_kernel.ops may substitute other implementations.
 
 
 def _liger_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-    # "gemma" with offset 0: the weight multiplies in fp32 before the only rounding, as in torch. in_place would write
-    # dx over the gradient that autograd handed in.
+    # "gemma" with offset 0 multiplies by the weight in fp32 and rounds once, as torch does. in_place = False: otherwise
+    # dx would overwrite the gradient that autograd passes in.
     return LigerRMSNormFunction.apply(x, weight, epsilon, 0.0, "gemma", False)
 
 
 def _liger_swiglu(gate_up: Tensor) -> Tensor:
     from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
 
-    # Takes both halves as they lie; LigerSiLUMulFunction would copy each, and overwrite what it saved. Flattened, for
-    # its gradient comes back as [rows, 2 n] whatever the input's shape.
+    # This function reads both halves in place; LigerSiLUMulFunction would copy each and overwrite its saved tensors.
+    # The input is flattened because the gradient has the shape [rows, 2 n] whatever the input's shape.
     return LigerFusedGateUpSiLUMulFunction.apply(gate_up.flatten(0, -2)).unflatten(0, gate_up.shape[:-1])
 
 
 def _liger_rope(q: Tensor, k: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     from liger_kernel.ops.rope import LigerRopeFunction
 
-    # It wants views [b, h, s, d] of tensors [b, s, h, d], and computes in the table's dtype, fp32. Without the number
-    # of dims to turn it would take the table's width, which is half of them here.
+    # The function takes views [b, h, s, d] of tensors [b, s, h, d] and computes in the table's dtype, fp32. The number
+    # of dims to rotate is given because its default is the table's width, which is half of them here.
     q, k = LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), *table, None, 1, q.shape[-1])
     return q.transpose(1, 2), k.transpose(1, 2)
 

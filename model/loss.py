@@ -1,4 +1,4 @@
-"""The head and its cross entropy, a chunk of tokens at a time: the logits of all tokens never exist at once."""
+"""The output head and its cross entropy, computed in slices of tokens, so that the logits never exist as a whole."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from torch.autograd.function import once_differentiable
 from .config import ModelConfig
 
 LOGIT_BYTES = 512 * 2**20
-"""Most bytes of a chunk's logits in fp32 on one rank; beside them lies a copy in bf16, where that is the dtype.
+"""The largest number of bytes of one slice's fp32 logits on a rank; a bf16 model also holds a bf16 copy of them.
 
-Small beside the weight's fp32 gradient at sizes that matter (2 GiB for 131,072 rows of 4,096), yet not too small, for
-each chunk reads and writes that gradient once: of those rows a chunk is 1,024 tokens, and its three products take 500
-operations for each byte so moved, where a GPU balances at 200 to 300.
+It is small beside the weight's fp32 gradient at sizes that matter (2 GiB for 131,072 rows of 4,096). It is not smaller,
+since every slice reads and writes that gradient once: with these rows a slice is 1,024 tokens, and its three products
+take 500 FLOPs per byte moved, where a GPU balances at 200 to 300.
 """
 
 
 class LossHead(ColumnParallelLinear):
-    """The output projection and softmax cross entropy; vocabulary rows are divided over the tensor-parallel ranks.
+    """The output projection and softmax cross entropy; tensor-parallel ranks divide the vocabulary rows.
 
-    One module does both, so that ZeRO-3's hooks gather the weight around its forward and again around its backward.
+    Both are one module, so that ZeRO-3's hooks gather the weight around its forward and again around its backward.
     """
 
     def __init__(self, config: ModelConfig, vocab_rows: int, parallel: ModelParallelConfig) -> None:
@@ -44,51 +44,54 @@ class LossHead(ColumnParallelLinear):
         )
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
-        """Loss of every token, nats, fp32 `[b, s]`.
+        """Return the loss of every token in nats, fp32 `[b, s]`. Collective over the tensor-parallel group.
 
-        x `[s, b, hidden]` (under sequence parallelism this rank's part of s), targets int64 `[b, s]`, equal on all
-        tensor-parallel ranks.
+        x is `[s, b, hidden]`, or under sequence parallelism this rank's `[s / tp, b, hidden]`; targets are int64
+        `[b, s]`, equal on all tensor-parallel ranks.
         """
-        # Each rank's gradient of x comes from its vocabulary rows: summed over ranks by these functions' backward.
+        # Each rank computes the gradient of x from its own vocabulary rows; the backward of these functions sums them.
         if self.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, group=self.tp_group)
         else:
             x = copy_to_tensor_model_parallel_region(x, group=self.tp_group)
+        # x [s, b, hidden] -> [s * b, hidden]; targets [b, s] -> [s * b]; losses [s * b] -> [b, s]
         losses = _LinearCrossEntropy.apply(x.flatten(0, 1), self.weight, targets.t().flatten(), self.tp_group)
         return losses.view(x.shape[:2]).t()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """x `[n, hidden]`, this rank's rows of the weight `[v, hidden]`, targets `[n]` -> loss of each token `[n]` fp32.
+    """The loss of each token `[n]` fp32 from x `[n, hidden]`, this rank's weight rows `[v, hidden]` and targets `[n]`.
 
-    Logits are formed in the model's dtype, statistics in fp32. The backward forms each chunk's logits again. Its
-    gradient of x is this rank's summand.
+    Logits are computed in the model's dtype and reduced in fp32. The backward computes each slice's logits again; its
+    gradient of x is this rank's term of the sum over ranks.
 
-    Why not liger's or torch's own: they have no tensor parallelism (liger's per-token loss also saves a detached
-    weight, which ZeRO-3 cannot free), or sum the weight's gradient over chunks in bf16 (liger's tensor-parallel one).
+    liger's and torch's own losses do not serve: they have no tensor parallelism (and liger's per-token loss saves a
+    detached weight, which ZeRO-3 cannot free), or they sum the weight's gradient over slices in bf16 (liger's
+    tensor-parallel loss).
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, group: dist.ProcessGroup) -> Tensor:
+        # Targets as rows of this rank's weight; `here` marks those that it holds.
         rows = targets - group.rank() * len(weight)
         here = (rows >= 0) & (rows < len(weight))
         rows = rows.where(here, 0)
         largest, sums, target_logits = torch.empty(3, len(x), dtype=torch.float32, device=x.device)
-        for chunk in _chunks(len(x), len(weight)):
-            logits = (x[chunk] @ weight.t()).float()
-            largest[chunk] = logits.amax(-1)
-            logits.sub_(largest[chunk, None])
-            target_logits[chunk] = logits.gather(1, rows[chunk, None])[:, 0]
-            sums[chunk] = logits.exp_().sum(-1)
-            del logits  # before the next chunk's are made
-        # Ranks meet once, after the last chunk: from each its sum of exponentials, shifted to the largest logit of all.
+        for part in _token_slices(len(x), len(weight)):
+            logits = (x[part] @ weight.t()).float()  # [slice, v]
+            largest[part] = logits.amax(-1)
+            logits.sub_(largest[part, None])
+            target_logits[part] = logits.gather(1, rows[part, None])[:, 0]
+            sums[part] = logits.exp_().sum(-1)
+            del logits  # freed before the next slice's logits are allocated
+        # Ranks reduce once, after the last slice: each shifts its sum of exponentials to the largest logit of all.
         overall = largest.clone()
         dist.all_reduce(overall, dist.ReduceOp.MAX, group)
         shift = largest - overall
         totals = torch.stack([sums * shift.exp(), (target_logits + shift).where(here, 0)])
         dist.all_reduce(totals, dist.ReduceOp.SUM, group)
         total, target_logit = totals
-        # The parameter itself is saved, not a view of it: ZeRO-3 fills it again before the backward.
+        # The parameter itself is saved, not a view of it: ZeRO-3 gathers it again before the backward.
         ctx.save_for_backward(x, weight, overall, total, rows, here)
         return total.log() - target_logit
 
@@ -96,21 +99,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         x, weight, overall, total, rows, here = ctx.saved_tensors
+        # dlogits = dloss * (softmax - onehot), where softmax = exp(logits - overall) / total.
         onehot, softmax = dloss * here, dloss / total
         dx = torch.empty_like(x)
         dweight = torch.zeros_like(weight, dtype=torch.float32)
-        for chunk in _chunks(len(x), len(weight)):
-            dlogits = (x[chunk] @ weight.t()).float()
-            dlogits.sub_(overall[chunk, None]).exp_().mul_(softmax[chunk, None])
-            dlogits[torch.arange(len(dlogits), device=x.device), rows[chunk]] -= onehot[chunk]
+        for part in _token_slices(len(x), len(weight)):
+            dlogits = (x[part] @ weight.t()).float()  # [slice, v], the logits; the next two lines work in place
+            dlogits.sub_(overall[part, None]).exp_().mul_(softmax[part, None])
+            dlogits[torch.arange(len(dlogits), device=x.device), rows[part]] -= onehot[part]
             dlogits = dlogits.to(x.dtype)
-            dx[chunk] = dlogits @ weight
-            dweight += dlogits.t() @ x[chunk]
+            dx[part] = dlogits @ weight
+            dweight += dlogits.t() @ x[part]
             del dlogits
         return dx, dweight.to(weight.dtype), None, None
 
 
-def _chunks(num_tokens: int, vocab_rows: int) -> Iterator[slice]:
-    """Slices of tokens whose fp32 logits fit into LOGIT_BYTES; a power of two each, the last may be shorter."""
+def _token_slices(num_tokens: int, vocab_rows: int) -> Iterator[slice]:
+    """Yield slices of tokens whose fp32 logits fit into LOGIT_BYTES: equal powers of two, with a shorter last one."""
     size = 1 << max(0, (LOGIT_BYTES // (4 * vocab_rows)).bit_length() - 1)
     return (slice(first, first + size) for first in range(0, num_tokens, size))

@@ -1,4 +1,4 @@
-"""The feed-forward half of a block."""
+"""The feed-forward network of a transformer layer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .fused import fused_ops
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+    """The feed-forward network down(silu(gate(x)) * up(x)) (arXiv 2002.05202), divided over tensor-parallel ranks."""
 
     def __init__(self, config: ModelConfig, parallel: ModelParallelConfig) -> None:
         super().__init__()
-        # stride=2: each tensor-parallel rank holds its part of gate, then its part of up.
+        # stride=2: a tensor-parallel rank holds its rows of gate, then its rows of up.
         self.gate_up = ColumnParallelLinear(
             config.hidden_size,
             2 * config.ffn_hidden_size,
@@ -38,6 +38,6 @@ class SwiGLU(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `[s, b, hidden]` (under sequence parallelism this rank's part of s) -> the same shape."""
-        gate_up, _ = self.gate_up(x)
+        """Return the network's result for x `[s, b, hidden]`, or this rank's part of s, in the same shape."""
+        gate_up, _ = self.gate_up(x)  # [s, b, 2 * ffn_hidden / tp]
         return self.down(fused_ops(gate_up).swiglu(gate_up))[0]

@@ -1,4 +1,4 @@
-"""RMSNorm with a weight that every tensor-parallel rank holds."""
+"""RMSNorm with a weight that is replicated on all tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .fused import fused_ops
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dim (arXiv 1910.07467)."""
+    """The normalization x / rms(x) * weight over the last dim (arXiv 1910.07467)."""
 
     def __init__(self, size: int, epsilon: float, parallel: ModelParallelConfig) -> None:
         super().__init__()
@@ -20,10 +20,10 @@ class RMSNorm(nn.Module):
         self.sequence_parallel = parallel.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `[..., size]` -> the same shape and dtype."""
+        """Return the normalized x `[..., size]`, in the same shape and dtype."""
         weight = self.weight
         if self.sequence_parallel:
-            # Each tensor-parallel rank sees its own tokens here, so the weight's gradient is the sum over them; this
-            # is the identity forward and that sum backward. Without it the ranks' weights drift apart silently.
+            # Each tensor-parallel rank normalizes its own tokens, so the weight's gradient is a sum over ranks. This
+            # function is the identity forward and that sum backward; without it the ranks' weights would diverge.
             weight = copy_to_tensor_model_parallel_region(weight)
         return fused_ops(x).rms_norm(x, weight, self.epsilon)

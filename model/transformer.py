@@ -1,4 +1,4 @@
-"""The decoder: tokens and targets in, the loss of every token out."""
+"""The decoder, from tokens and targets to the loss of every token."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .rope import rope_table
 
 
 class TransformerLayer(nn.Module):
-    """Pre-norm residual block.
+    """A pre-norm residual layer: attention, then SwiGLU.
 
-    With `recompute` the backward computes again all but attention, whose messages between ranks are then not sent
-    twice: of a block remain its input, q, k, v, and attention's result with its lse.
+    With `recompute` the backward computes everything but attention again, so that attention's messages between ranks
+    are sent once per pass. The layer then keeps its input, q, k, v, and attention's out and lse.
     """
 
     def __init__(self, config: ModelConfig, parallel: ModelParallelConfig, window: int | None, recompute: bool) -> None:
@@ -35,25 +35,31 @@ class TransformerLayer(nn.Module):
         self.mlp = SwiGLU(config, parallel)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attention: AttentionFunction) -> Tensor:
-        """x `[s, b, hidden]` -> the same shape."""
-        if not self.recompute:
-            return self._after(x, attention(*self._before(x, rope), self.window))
-        q, k, v = checkpoint(self._before, x, rope, use_reentrant=False)
-        return checkpoint(self._after, x, attention(q, k, v, self.window), use_reentrant=False)
+        """Return the layer's result for x `[s, b, hidden]`, or this rank's part of s, in the same shape.
 
-    def _before(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        `rope` is the cos and sin of `rope_table`, each `[s, d / 2]`.
+        """
+        # q, k, v [b, s, heads / tp, d] hold all of s: attention needs the whole of this rank's positions.
+        if not self.recompute:
+            return self._after_attention(x, attention(*self._before_attention(x, rope), self.window))
+        q, k, v = checkpoint(self._before_attention, x, rope, use_reentrant=False)
+        return checkpoint(self._after_attention, x, attention(q, k, v, self.window), use_reentrant=False)
+
+    def _before_attention(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k, v as `SelfAttention.project` does."""
         return self.attention.project(self.attention_norm(x), rope)
 
-    def _after(self, x: Tensor, out: Tensor) -> Tensor:
+    def _after_attention(self, x: Tensor, out: Tensor) -> Tensor:
+        """Return the layer's result from its input x and attention's out `[b, s, h_q / tp, d]`."""
         x = x + self.attention.project_back(out)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class Transformer(nn.Module):
-    """A causal language model of one replica, its weights divided over the tensor-parallel group.
+    """A causal language model whose weights are divided over the tensor-parallel group.
 
-    Weights are made on the CPU, whole, and then cut, so the same seed gives the same model at every degree of tensor
-    parallelism. Initialise megatron-core's parallel state before.
+    Every weight is initialised whole on the CPU and then cut, so a seed gives the same model at every degree of tensor
+    parallelism. megatron-core's parallel state must be initialised before.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class Transformer(nn.Module):
             reduce_scatter_embeddings=parallel.sequence_parallel,
             config=parallel,
         )
+        # Checkpoints name parameters by these attributes ("blocks.0.mlp.down.weight"): renaming one changes the format.
         self.blocks = nn.ModuleList(
             TransformerLayer(config, parallel, config.attention_window(layer), recompute)
             for layer in range(config.num_layers)
@@ -78,15 +85,16 @@ class Transformer(nn.Module):
         self.head = LossHead(config, vocab_rows, parallel)
 
     def forward(self, tokens: Tensor, targets: Tensor, layout: SeqLayout, attention: AttentionFunction) -> Tensor:
-        """Loss of every token, nats, fp32 `[b, s]`.
+        """Return the loss of every token in nats, fp32 `[b, s]`.
 
-        tokens, targets int64 `[b, s]`; `layout` gives the positions of s in the context, and `attention` must be one
-        of the same layout, which knows who holds the rest of it.
+        tokens and targets are int64 `[b, s]`. `layout` gives the positions of s in the context; `attention` must be
+        made for the same layout.
         """
         x = self.embedding(tokens)
         if not self.sequence_parallel:
-            x = x.transpose(0, 1).contiguous()  # with it, the embedding gives [s / tp, b, hidden] already
+            # [b, s, hidden] -> [s, b, hidden]; under sequence parallelism the embedding returns [s / tp, b, hidden].
+            x = x.transpose(0, 1).contiguous()
         rope = rope_table(layout.rotary_positions(tokens.device), self.config.head_dim, self.config.rope_base)
-        for block in self.blocks:
-            x = block(x, rope, attention)
+        for layer in self.blocks:
+            x = layer(x, rope, attention)
         return self.head(self.norm(x), targets)

@@ -287,16 +287,19 @@ def test_the_choice_says_why(caplog):
         "triton: bfloat16, float16 and float32 only; cudnn: runs on CUDA; flash: runs on CUDA)",
     ]
     assert choose_backend(q, 0.0, "reference") == "reference"
-    with pytest.raises(ValueError, match="'flash' cannot do float32 on cpu, head dim 32: runs on CUDA"):
+    with pytest.raises(
+        ValueError,
+        match="'flash': cannot compute float32 on cpu, head dim 32 .runs on CUDA.; set train.attention_backend = \"auto\"",
+    ):
         choose_backend(q, 0.0, "flash")
-    with pytest.raises(ValueError, match="'tritn' is not one of auto, torch_cpu, triton, cudnn, flash, reference"):
+    with pytest.raises(ValueError, match="'tritn': must be one of auto, torch_cpu, triton, cudnn, flash, reference"):
         choose_backend(q, 0.0, "tritn")
 
 
 def test_bad_shapes_are_named():
     q, k, v, _ = inputs(torch.float32, S, S, heads=4, kv_heads=3)
-    with pytest.raises(ValueError, match="4 query heads are not a multiple of 3 kv heads"):
+    with pytest.raises(ValueError, match="4 query heads over 3 kv heads: the number of query heads must be a multiple"):
         attention(q, k, v, make_mask(PACKED, PACKED, device=DEVICE))
     short = SeqLayout.contiguous(S - 1)
-    with pytest.raises(ValueError, match="do not fit a mask of 69 queries and 69 keys"):
+    with pytest.raises(ValueError, match="must fit the mask of 69 queries and 69 keys"):
         attention(q, k, v, make_mask(short, short, device=DEVICE))

@@ -81,7 +81,7 @@ def test_a_mask_of_a_million_tokens_is_arithmetic():
 
 def test_bad_masks_are_named():
     packed, whole = SeqLayout.packed((3, 5)), SeqLayout.contiguous(8)
-    with pytest.raises(ValueError, match="belongs to one context"):
+    with pytest.raises(ValueError, match="take both layouts from one context"):
         make_mask(packed, whole)
     with pytest.raises(ValueError, match="window = 0"):
         make_mask(whole, whole, window=0)
@@ -91,10 +91,10 @@ def test_bad_masks_are_named():
 
 @pytest.mark.parametrize("starts", [(), (1,), (0, 5, 5), (0, 7, 3)])
 def test_bad_documents_are_named(starts):
-    with pytest.raises(ValueError, match="document starts must ascend from 0"):
+    with pytest.raises(ValueError, match="document_starts = .*: must ascend strictly from 0"):
         SeqLayout(((0, 8),), starts)
 
 
 def test_bad_runs_are_named():
-    with pytest.raises(ValueError, match="runs must ascend"):
+    with pytest.raises(ValueError, match="layout.runs = .*: must be non-empty intervals in ascending order"):
         SeqLayout(((4, 8), (0, 4)))

@@ -134,7 +134,7 @@ def test_the_logits_of_all_tokens_never_exist(on_ranks):
 
 @pytest.mark.parametrize("vocab_rows", [128, 32_000, 50_304, 131_072, 2**28])
 def test_chunks_fill_the_budget_and_cover_the_tokens(vocab_rows):
-    chunks = list(loss._chunks(100_000 if vocab_rows < 2**20 else 3, vocab_rows))
+    chunks = list(loss._token_slices(100_000 if vocab_rows < 2**20 else 3, vocab_rows))
     sizes = [len(range(*chunk.indices(2**62))) for chunk in chunks]
     assert all(before.stop == after.start for before, after in pairwise(chunks))
     size = sizes[0]

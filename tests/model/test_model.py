@@ -48,7 +48,7 @@ def test_rope_scores_depend_on_distance_only(shift):
     [
         ({"num_heads": 5}, "model.hidden_size = 32 over model.num_heads = 5"),
         ({"num_heads": 32, "num_kv_heads": 32}, "must be an even integer"),
-        ({"num_kv_heads": 3}, "model.num_heads = 4 is not a multiple of model.num_kv_heads = 3"),
+        ({"num_kv_heads": 3}, "model.num_kv_heads = 3: must divide model.num_heads = 4"),
         ({"num_layers": 0}, "model.num_layers = 0"),
     ],
 )
