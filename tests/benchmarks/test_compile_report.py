@@ -1,4 +1,4 @@
-"""Every kernel compiles for GPUs that are not here, and what ships for Hopper spills no register."""
+"""Every kernel compiles for GPUs that this machine lacks, and those for Hopper spill no registers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every backend, every mask: out, lse and gradients of a tile against attention by its definition in fp64."""
+"""Out, lse and gradients of a tile, for every backend and mask, against attention by its definition in fp64."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from longring.kernels.attention import (
 )
 from longring.kernels.layout import SeqLayout
 from longring.kernels.mask import make_mask
+from longring.kernels.torch_attention import CUDNN, FLASH, forward
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-S = 70  # not a multiple of any block; the interpreter's blocks are 32 queries and 16 keys
-ALIGNED = 64
+S = 70  # not a multiple of any block size; the interpreter's blocks have 32 queries and 16 keys
+ALIGNED = 64  # a multiple of both
 PACKED = SeqLayout.packed((20, 1, 30, 19))
 
 
@@ -47,7 +48,7 @@ MASKS = {
     "one query": tile(((69, 70),), ((0, 70),)),
     "earlier keys": tile(((100, 170),), ((0, 70),)),
     "offset": tile(((33, 103),), ((0, 70),)),
-    # Zigzag: a rank's early and late chunk against another's, cut through by documents; some queries see nothing.
+    # Zigzag: an early and a late chunk of one rank against those of another, cut by documents; some queries see no key.
     "zigzag": tile(((0, 20), (60, 80)), ((20, 60),)),
     "zigzag, documents": tile(((10, 30), (60, 90)), ((0, 10), (30, 60), (90, 110)), (0, 5, 40, 70, 100)),
     "nothing": tile(((0, 20),), ((40, 60),)),
@@ -55,24 +56,24 @@ MASKS = {
 
 
 def fit(backend: str, dtype: torch.dtype, head_dim: int = 32, softcap: bool = False, bands: bool = False) -> None:
-    """Skip what the backend's own table says it cannot do here."""
+    """Skip the test if the backend's own table says that it cannot compute the case here."""
     reason = BACKENDS[backend].unfit(Case(DEVICE, dtype, head_dim, softcap))
-    lifted = "a CUDA GPU lifts it" if reason == "runs on CUDA" else "nothing lifts it, the backend promises no more"
+    remedy = "needs a CUDA GPU" if reason == "runs on CUDA" else "the backend does not support it on any device"
     if reason is None and bands and backend in ("flash", "cudnn"):
         reason = "no sliding window"
     if reason is not None:
-        pytest.skip(f"{backend}: {reason}; {lifted}")
+        pytest.skip(f"{backend}: {reason}; {remedy}")
 
 
 def inputs(dtype, num_queries, num_keys, *, heads=4, kv_heads=2, dim=32, batch=2) -> list[Tensor]:
-    """q, k, v, dout, rounded to dtype."""
+    """Return q, k, v, dout: q, dout `[batch, num_queries, heads, dim]`, k, v `[batch, num_keys, kv_heads, dim]`."""
     generator = torch.Generator().manual_seed(num_queries * heads + kv_heads + dim)
     shapes = [(batch, n, h, dim) for n, h in [(num_queries, heads), *[(num_keys, kv_heads)] * 2, (num_queries, heads)]]
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype) for shape in shapes]
 
 
 def results(function, q, k, v, dout, **options) -> dict[str, Tensor]:
-    """out and the three gradients."""
+    """Return out and the gradients dq, dk, dv of an attention function."""
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     out = function(q, k, v, **options)
     out.backward(dout)
@@ -80,7 +81,7 @@ def results(function, q, k, v, dout, **options) -> dict[str, Tensor]:
 
 
 def compare(backend: str, dtype: torch.dtype, mask_name: str, **options) -> None:
-    """Twice the error of torch's own attention in the same dtype is allowed, and no more."""
+    """Assert that out and gradients err at most twice as much as torch's own attention in the same dtype."""
     shape = {name: options.pop(name) for name in ("heads", "kv_heads", "dim") if name in options}
     queries, keys, kind = MASKS[mask_name]
     q, k, v, dout = inputs(dtype, queries.num_tokens, keys.num_tokens, **shape)
@@ -91,7 +92,8 @@ def compare(backend: str, dtype: torch.dtype, mask_name: str, **options) -> None
     plain = results(lambda *x, **o: torch_attention(*x, visible, **o), q, k, v, dout, **options)
     got = results(lambda *x, **o: attention(*x, mask, backend=backend, **o), q, k, v, dout, **options)
     for name, gradient in exact.items():
-        if gradient.abs().max() < 1e-12:  # one visible key: dq and dk are zero but for rounding, of dout v's size
+        # With one visible key dq and dk are exactly 0; their rounding errors scale with dout v.
+        if gradient.abs().max() < 1e-12:
             assert got[name].abs().max() <= 8 * torch.finfo(dtype).eps * dout.shape[-1]
             plain[name] = got[name] = exact[name]
     assert_as_exact_as(got, plain, exact, factor=2)
@@ -99,8 +101,8 @@ def compare(backend: str, dtype: torch.dtype, mask_name: str, **options) -> None
     _, lse = attention_forward(q, k, v, mask, backend=backend, **options)
     exact_lse = exact_attention(q, k, v, visible, **options)[1]
     assert lse.dtype == torch.float32
-    # Ours sum probabilities in fp32: an lse of up to 10 is rounded by 1e-6 at each of a handful of steps. torch's
-    # operators round each probability to dtype before, which moves the sum's logarithm.
+    # LongRing's backends sum probabilities in fp32: an lse of up to 10 is rounded by 1e-6 at each of a few steps.
+    # torch's operators round each probability to dtype first, which changes the logarithm of the sum.
     atol = 1e-5 if backend in ("triton", "reference") else torch.finfo(dtype).eps / 2
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=max(atol, 1e-5))
 
@@ -112,7 +114,7 @@ def compare(backend: str, dtype: torch.dtype, mask_name: str, **options) -> None
 def test_masks_and_heads(backend, mask_name, dtype, kv_heads):
     fit(backend, dtype, bands="window" in mask_name)
     if backend == "triton" and kv_heads != 2 and dtype != torch.float32 and DEVICE == "cpu":
-        pytest.skip("interpreted kernels are slow: 16 bit with 2 kv heads only; a CUDA GPU lifts it")
+        pytest.skip("interpreted kernels are slow: 16 bit runs with 2 kv heads only; needs a CUDA GPU")
     compare(backend, dtype, mask_name, kv_heads=kv_heads)
 
 
@@ -134,8 +136,8 @@ def test_scale_and_softcap(backend, mask_name, options):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_running_result_is_continued(backend, dtype):
-    """Keys in four tiles, in any order, from buffers full of nan: the whole row's out and lse, and all gradients."""
+def test_running_result_is_extended(backend, dtype):
+    """Four tiles of keys, in any order and into buffers of nan, give out, lse and gradients of the whole row."""
     fit(backend, dtype)
     q, k, v, dout = inputs(dtype, S, S)
     whole = PACKED
@@ -152,7 +154,7 @@ def test_a_running_result_is_continued(backend, dtype):
     atol = 1e-5 if backend in ("triton", "reference") else torch.finfo(dtype).eps / 2
     torch.testing.assert_close(lse.double(), exact_attention(q, k, v, visible)[1], rtol=1e-5, atol=max(atol, 1e-5))
 
-    # Gradients add into buffers that already hold something, from rows whose out and lse are those of all keys.
+    # Gradients are added to buffers that are not zero, with the out and lse of all keys.
     dq, dk, dv = (torch.ones_like(zeros_fp32(x)) for x in (q, k, v))
     delta = row_delta(dout, out.to(dtype))
     for start, stop, mask in tiles:
@@ -165,8 +167,8 @@ def test_a_running_result_is_continued(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_strides_as_they_come(backend):
-    """Views of one fused projection, heads before tokens, and a base off the 16 bytes that TMA wants."""
+def test_any_strides(backend):
+    """Views of a fused projection, tensors stored heads first, and base addresses not aligned to TMA's 16 bytes."""
     fit(backend, torch.float16)
     mask = make_mask(PACKED, PACKED, device=DEVICE)
     q, k, v, dout = inputs(torch.float16, S, S, kv_heads=4)
@@ -182,7 +184,7 @@ def test_strides_as_they_come(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_element_is_written(backend):
-    """With fresh memory full of nan, as torch can make it, nothing of it is left."""
+    """No nan remains in the results when torch fills fresh memory with nan."""
     fit(backend, torch.bfloat16)
     queries, keys, kind = MASKS["zigzag, documents"]
     mask = make_mask(queries, keys, device=DEVICE, **kind)
@@ -211,14 +213,14 @@ def test_equal_runs_are_bit_equal(backend):
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch_cpu"])
-def test_blocks_that_nobody_sees_are_not_visited(backend):
-    """Keys outside every visited block may hold nan. The interpreter's blocks begin where a block's queries begin."""
+def test_invisible_blocks_are_not_visited(backend):
+    """Keys outside all visited blocks may hold nan; a loop begins at its first visible key, not at a block boundary."""
     fit(backend, torch.float32)
     queries, keys = SeqLayout(((200, 264),), (0, 200)), SeqLayout(((0, 400),), (0, 200))
     mask = make_mask(queries, keys, device=DEVICE)
     q, k, v, dout = inputs(torch.float32, 64, 400)
     for x in (k, v):
-        # A block of keys that is partly seen is read whole; 128 is as long as any.
+        # A partly visible block of keys is read whole; no block has more than 128 keys.
         x[:, :72] = torch.nan
         x[:, 392:] = torch.nan
     got = results(lambda *x: attention(*x, mask, backend=backend), q, k, v, dout)
@@ -226,7 +228,7 @@ def test_blocks_that_nobody_sees_are_not_visited(backend):
     assert not got["dk"][:, :200].any() and not got["dv"][:, 264:].any()
 
 
-def test_rows_without_gradient_get_none():
+def test_rows_with_zero_dout_have_zero_dq():
     q, k, v, dout = inputs(torch.float32, S, S)
     dout[:, 5] = 0
     got = results(lambda *x: attention(*x, make_mask(PACKED, PACKED, device=DEVICE)), q, k, v, dout)
@@ -234,7 +236,7 @@ def test_rows_without_gradient_get_none():
     assert got["dq"].isfinite().all()
 
 
-def test_the_reference_is_exact_in_fp64():
+def test_reference_is_exact_in_fp64():
     queries, keys, kind = MASKS["zigzag, documents"]
     q, k, v, dout = inputs(torch.float64, queries.num_tokens, keys.num_tokens)
     visible, mask = visible_pairs(queries, keys, **kind).to(DEVICE), make_mask(queries, keys, device=DEVICE, **kind)
@@ -245,37 +247,39 @@ def test_the_reference_is_exact_in_fp64():
 
 
 def far(x: Tensor, dim: int) -> Tensor:
-    """x with 2^30 elements from one index of `dim` to the next, in memory that is addressed but never touched."""
+    """Return x with a stride of 2^30 elements in `dim`, in memory that is reserved but not touched between them."""
     strides = list(x.contiguous().stride())
     strides[dim] = 2**30
     storage = torch.empty(2**30 * (x.shape[dim] - 1) + x.numel(), dtype=x.dtype)
     return storage.as_strided(x.shape, strides).copy_(x)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU touches all memory it addresses; benchmarks/gpu_check.py has it")
+@pytest.mark.skipif(
+    DEVICE == "cuda", reason="CUDA allocates all memory that is addressed; benchmarks/gpu_check.py tests it there"
+)
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "rows", "heads"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_offsets_beyond_32_bits(dim, dtype):
-    """The third index of a dim lies 2^31 elements on: inputs, running results and buffers for gradients alike."""
+    """Inputs, running results and gradient buffers may span 2^31 elements and more in any dim."""
     mask = make_mask(SeqLayout.contiguous(3), SeqLayout.contiguous(3))
     q, k, v, dout = inputs(dtype, 3, 3, heads=3, kv_heads=3, dim=16, batch=3)
 
-    def run(place) -> list[Tensor]:
+    def run(move) -> list[Tensor]:
         out, lse = no_result(q)
-        running = (place(out), lse)
-        qkv = [place(x) for x in (q, k, v)]
+        running = (move(out), lse)
+        qkv = [move(x) for x in (q, k, v)]
         out, lse = attention_forward(*qkv, mask, running=running, backend="triton")
-        into = [place(zeros_fp32(x)) for x in (q, k, v)]
-        delta = triton_attention.row_delta(place(dout), out)
-        attention_backward(place(dout), *qkv, lse, delta, mask, into=into, backend="triton")
-        triton_attention.merge_(out, lse.clone(), place(dout).unsqueeze(0), lse.unsqueeze(0))
+        into = [move(zeros_fp32(x)) for x in (q, k, v)]
+        delta = triton_attention.row_delta(move(dout), out)
+        attention_backward(move(dout), *qkv, lse, delta, mask, into=into, backend="triton")
+        triton_attention.merge_(out, lse.clone(), move(dout).unsqueeze(0), lse.unsqueeze(0))
         return [out, lse, delta, *into]
 
     for got, expected in zip(run(lambda x: far(x, dim)), run(lambda x: x), strict=True):
         assert torch.equal(got, expected)
 
 
-def test_the_choice_says_why(caplog):
+def test_backend_choice_is_logged_once_with_reasons(caplog):
     front_door._choose.cache_clear()
     q = torch.zeros(1, 4, 2, 32)
     with caplog.at_level(logging.INFO, logger=front_door.__name__):
@@ -287,19 +291,27 @@ def test_the_choice_says_why(caplog):
         "triton: bfloat16, float16 and float32 only; cudnn: runs on CUDA; flash: runs on CUDA)",
     ]
     assert choose_backend(q, 0.0, "reference") == "reference"
-    with pytest.raises(
-        ValueError,
-        match="'flash': cannot compute float32 on cpu, head dim 32 .runs on CUDA.; set train.attention_backend = \"auto\"",
-    ):
+    with pytest.raises(ValueError, match=r"'flash': cannot compute float32 on cpu, head dim 32 \(runs on CUDA\)"):
         choose_backend(q, 0.0, "flash")
     with pytest.raises(ValueError, match="'tritn': must be one of auto, torch_cpu, triton, cudnn, flash, reference"):
         choose_backend(q, 0.0, "tritn")
 
 
-def test_bad_shapes_are_named():
+def test_bad_shapes_raise():
     q, k, v, _ = inputs(torch.float32, S, S, heads=4, kv_heads=3)
     with pytest.raises(ValueError, match="4 query heads over 3 kv heads: the number of query heads must be a multiple"):
         attention(q, k, v, make_mask(PACKED, PACKED, device=DEVICE))
     short = SeqLayout.contiguous(S - 1)
     with pytest.raises(ValueError, match="must fit the mask of 69 queries and 69 keys"):
         attention(q, k, v, make_mask(short, short, device=DEVICE))
+
+
+@pytest.mark.parametrize("operator", [FLASH, CUDNN], ids=["flash", "cudnn"])
+def test_window_error_names_a_backend_that_computes_it(operator):
+    """The error is raised before the operator runs, so it needs no GPU; `triton` then computes the same tile."""
+    queries, keys, kind = MASKS["window"]
+    mask = make_mask(queries, keys, device=DEVICE, **kind)
+    q, k, v, _ = inputs(torch.float32, S, S)
+    with pytest.raises(ValueError, match=f'{operator.name}.*: cannot .*; set train.attention_backend = "triton"'):
+        forward(operator, q, k, v, mask, 1.0, 0.0, None)
+    assert attention(q, k, v, mask, backend="triton").isfinite().all()

@@ -1,4 +1,4 @@
-"""torch.compile around the kernels: one node in one graph, equal results, no new graph for new documents."""
+"""torch.compile around attention: one graph, results equal to eager ones, no new graph for new documents."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-class Block(torch.nn.Module):
-    """A little of a model on both sides of attention; the attention is an argument, as in ours."""
+class SmallLayer(torch.nn.Module):
+    """A projection, attention and an output projection; attention is an argument, as in `TransformerLayer`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Block(torch.nn.Module):
         return torch.nn.functional.silu(self.out(attend(q, k, v).flatten(2)))
 
 
-def bound(document_tokens: tuple[int, ...], backend: str):
+def bound_attention(document_tokens: tuple[int, ...], backend: str):
     layout = SeqLayout.packed(document_tokens)
     return partial(attention, mask=make_mask(layout, layout, device=DEVICE), backend=backend)
 
@@ -45,9 +45,9 @@ def loss_and_gradients(model, x: Tensor, attend) -> list[Tensor]:
 def test_compiled_equals_eager(backend, compiler):
     torch.manual_seed(0)
     torch.compiler.reset()
-    model, x = Block().to(DEVICE), torch.randn(2, 40, 32, device=DEVICE)
+    model, x = SmallLayer().to(DEVICE), torch.randn(2, 40, 32, device=DEVICE)
     compiled = torch.compile(model, fullgraph=True, backend=compiler)
-    attend = bound((10, 30), backend)
+    attend = bound_attention((10, 30), backend)
     for got, expected in zip(
         loss_and_gradients(compiled, x, attend), loss_and_gradients(model, x, attend), strict=True
     ):
@@ -63,15 +63,15 @@ def test_new_documents_need_no_new_graph():
         graphs.append(graph)
         return graph
 
-    model, x = Block().to(DEVICE), torch.randn(2, 40, 32, device=DEVICE)
+    model, x = SmallLayer().to(DEVICE), torch.randn(2, 40, 32, device=DEVICE)
     compiled = torch.compile(model, fullgraph=True, backend=count)
     for documents in [(40,), (10, 30), (1, 20, 19), (5,) * 8]:
-        attend = bound(documents, "auto")
+        attend = bound_attention(documents, "auto")
         torch.testing.assert_close(compiled(x, attend), model(x, attend))
     assert len(graphs) == 1
 
 
-def test_the_operator_is_registered_as_torch_asks():
+def test_operator_passes_torch_opcheck():
     layout = SeqLayout.contiguous(12)
     mask = make_mask(layout, layout, device=DEVICE)
     q, k, v = (torch.randn(1, 12, h, 16, device=DEVICE, requires_grad=True) for h in (4, 2, 2))

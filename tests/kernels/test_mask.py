@@ -1,4 +1,4 @@
-"""Masks as intervals, against every pair looked at one by one."""
+"""Masks as intervals, against a check of every (query, key) pair."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from longring.kernels.mask import BAND_ROWS, make_mask, mask_rects
 
 @st.composite
 def layouts(draw, num_tokens: int = 40) -> tuple[SeqLayout, SeqLayout]:
-    """Any two tiles of one context: arbitrary runs, arbitrary documents."""
+    """Draw the layouts of queries and keys in one context, with arbitrary runs and documents."""
     starts = (0, *sorted(draw(st.sets(st.integers(1, num_tokens - 1), max_size=6))))
 
     def runs() -> tuple[tuple[int, int], ...]:
@@ -44,7 +44,7 @@ def test_rows_and_columns_hold_the_visible_pairs(tile, kind):
 
 
 @given(layouts(), masks)
-def test_mask_rects_cover_each_visible_pair_once(tile, kind):
+def test_rectangles_cover_each_visible_pair_once(tile, kind):
     exact = visible_pairs(*tile, **kind).numpy()
     count = np.zeros(exact.shape, int)
     for rect in mask_rects(make_mask(*tile, **kind).host_rows):
@@ -55,31 +55,31 @@ def test_mask_rects_cover_each_visible_pair_once(tile, kind):
             assert part.shape[0] == part.shape[1]
             part += np.tri(part.shape[0], dtype=int)
         else:
-            assert exact[rect.rows, rect.keys].any(1).all(), "a row of a band sees some key"
+            assert exact[rect.rows, rect.keys].any(1).all(), "every row of a band must see a key"
             part += exact[rect.rows, rect.keys]
     np.testing.assert_array_equal(count, exact)
 
 
-def test_common_masks_are_few_mask_rects():
+def test_common_masks_need_few_rectangles():
     whole = SeqLayout.contiguous(4096)
     assert [p.kind for p in mask_rects(make_mask(whole, whole).host_rows)] == ["causal"]
     assert [p.kind for p in mask_rects(make_mask(whole, whole, causal=False).host_rows)] == ["full"]
     packed = SeqLayout.packed((1000, 96, 3000))
     assert [p.kind for p in mask_rects(make_mask(packed, packed).host_rows)] == ["causal"] * 3
-    # A window costs its width and a block of rows, not the square.
+    # An attention window of w keys costs at most w + BAND_ROWS per row, not the whole square.
     windowed = mask_rects(make_mask(whole, whole, window=256).host_rows)
     area = sum((p.rows.stop - p.rows.start) * (p.keys.stop - p.keys.start) for p in windowed)
     assert area <= 4096 * (256 + BAND_ROWS)
 
 
-def test_a_mask_of_a_million_tokens_is_arithmetic():
+def test_mask_of_a_million_tokens():
     packed = SeqLayout.packed((4096,) * 256)
     mask = make_mask(packed, packed)
     assert mask.rows.dtype == torch.int32
     assert mask.num_pairs == 256 * 4096 * 4097 // 2
 
 
-def test_bad_masks_are_named():
+def test_bad_masks_raise():
     packed, whole = SeqLayout.packed((3, 5)), SeqLayout.contiguous(8)
     with pytest.raises(ValueError, match="take both layouts from one context"):
         make_mask(packed, whole)
@@ -90,11 +90,11 @@ def test_bad_masks_are_named():
 
 
 @pytest.mark.parametrize("starts", [(), (1,), (0, 5, 5), (0, 7, 3)])
-def test_bad_documents_are_named(starts):
+def test_bad_document_starts_raise(starts):
     with pytest.raises(ValueError, match="document_starts = .*: must ascend strictly from 0"):
         SeqLayout(((0, 8),), starts)
 
 
-def test_bad_runs_are_named():
+def test_bad_runs_raise():
     with pytest.raises(ValueError, match="layout.runs = .*: must be non-empty intervals in ascending order"):
         SeqLayout(((4, 8), (0, 4)))

@@ -1,4 +1,4 @@
-"""Merging partial results: any number, in place, rows that have seen nothing included."""
+"""Merging of partial results in place: any number of parts, with rows that have seen no key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from longring.kernels.attention import row_delta
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MERGES = {"torch": merge.merge_, "triton": triton_attention.merge_}
 if DEVICE == "cuda":
-    del MERGES["torch"]  # there the front door is the kernel
+    del MERGES["torch"]  # on CUDA `merge.merge_` launches the Triton kernel
 
 
 def exact_merge(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,15 +25,15 @@ def exact_merge(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> tuple[tor
 @pytest.mark.parametrize("name", MERGES)
 @pytest.mark.parametrize("num_parts", [1, 2, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_parts_merge_as_their_softmax_says(name, num_parts, dtype):
+def test_merge_equals_softmax_over_parts(name, num_parts, dtype):
     generator = torch.Generator().manual_seed(num_parts)
     out = torch.randn((2, 37, 3, 80), generator=generator).to(DEVICE)
     lse = (4 * torch.randn((2, 3, 37), generator=generator)).to(DEVICE)
     parts = torch.randn((num_parts, 2, 37, 3, 80), generator=generator).to(DEVICE, dtype)
     part_lses = (4 * torch.randn((num_parts, 2, 3, 37), generator=generator)).to(DEVICE)
-    lse[:, :, :5] = -torch.inf  # these have seen no key yet: their out may be anything
+    lse[:, :, :5] = -torch.inf  # these rows have seen no key yet, so their out is arbitrary
     out[:, :5] = torch.nan
-    part_lses[0, :, :, 3:9] = -torch.inf  # these see none in the first part, whose out is 0 there
+    part_lses[0, :, :, 3:9] = -torch.inf  # these rows see no key in the first part, whose out is 0 there
     parts[0, :, 3:9] = 0
     exact, exact_lse = exact_merge([out, *parts], [lse, *part_lses])
     MERGES[name](out, lse, parts, part_lses)
@@ -42,8 +42,8 @@ def test_parts_merge_as_their_softmax_says(name, num_parts, dtype):
 
 
 @pytest.mark.parametrize("name", MERGES)
-def test_extreme_parts_decide_alone(name):
-    """A part whose weight is nothing (or everything) leaves the running result alone (or replaces it)."""
+def test_extreme_weights_do_not_overflow(name):
+    """A part of weight 0 leaves the running result unchanged, and a part of weight 1 replaces it."""
     out, part = torch.ones((1, 3, 1, 16), device=DEVICE), torch.full((1, 1, 3, 1, 16), 5.0, device=DEVICE)
     lse = torch.tensor([[[0.0, 1e4, -1e4]]], device=DEVICE)
     MERGES[name](out, lse, part, torch.tensor([[[[0.0, -1e4, 1e4]]]], device=DEVICE))
@@ -52,7 +52,7 @@ def test_extreme_parts_decide_alone(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_delta_is_the_row_sum(dtype):
+def test_row_delta_is_the_row_sum(dtype):
     dout, out = (torch.randn(2, 37, 3, 80, device=DEVICE).to(dtype) for _ in range(2))
     exact = (dout.double() * out.double()).sum(-1).transpose(1, 2)
     for delta in (row_delta(dout, out), triton_attention.row_delta(dout, out)):

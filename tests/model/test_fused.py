@@ -1,7 +1,7 @@
-"""RMSNorm, SwiGLU and RoPE of both implementations against the formulas written out in fp64, gradients included.
+"""RMSNorm, SwiGLU and RoPE of both implementations against their formulas in fp64, gradients included.
 
-Without a GPU, liger's kernels run in Triton's interpreter, which must be asked for before they are imported: in a
-process of their own, this file run as a script.
+Without a GPU, liger's kernels run in Triton's interpreter. It must be enabled before they are imported, so a separate
+process runs this file as a script.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 EPSILON = 1e-5
 OPERATORS = ("rms_norm", "swiglu", "rope")
 DTYPES = (torch.float32, torch.bfloat16)
-INTERPRETED_DTYPES = (torch.float32, torch.float16)  # the interpreter multiplies bf16 as integers, and cuts to it
+INTERPRETED_DTYPES = (torch.float32, torch.float16)  # the interpreter multiplies bf16 as integers and truncates to it
 FACTOR = 3
 
 
 def inputs(operator: str) -> list[Tensor]:
-    """The differentiable arguments: odd sizes, values that bf16 holds."""
+    """Return the differentiable arguments, with odd sizes and values that bf16 represents exactly."""
     generator = torch.Generator().manual_seed(0)
     randn = lambda *shape: torch.randn(*shape, generator=generator).bfloat16().float()  # noqa: E731
     if operator == "rms_norm":
@@ -40,7 +40,7 @@ def table() -> tuple[Tensor, Tensor]:
 
 
 def written_out(operator: str, *args: Tensor) -> list[Tensor]:
-    """The formulas, in the dtype of the arguments."""
+    """Return the results of the formula, computed in the dtype of the arguments."""
     if operator == "rms_norm":
         x, weight = args
         return [x / (x.square().mean(-1, keepdim=True) + EPSILON).sqrt() * weight]
@@ -57,7 +57,7 @@ def implemented(ops: FusedOps, operator: str, *args: Tensor) -> list[Tensor]:
         return [ops.rms_norm(*args, EPSILON)]
     if operator == "swiglu":
         return [ops.swiglu(*args)]
-    # Multiplied: RoPE may write into what it is given.
+    # RoPE may overwrite its arguments, so it gets copies.
     return list(ops.rope(*(x * 1 for x in args), tuple(t.to(args[0].device) for t in table())))
 
 
@@ -69,18 +69,20 @@ def with_gradients(function, operator: str, dtype: torch.dtype, device: str = "c
     kept = [dout.clone() for dout in douts]
     grads = torch.autograd.grad(outs, args, douts)
     if operator != "rope":
-        assert all(torch.equal(*pair) for pair in zip(douts, kept, strict=True)), "wrote into its gradient"
+        assert all(torch.equal(*pair) for pair in zip(douts, kept, strict=True)), (
+            "the backward overwrote the gradient that it received"
+        )
     assert all(x.dtype == dtype for x in (*outs, *grads))
     results = {f"out{i}": out for i, out in enumerate(outs)} | {f"d{i}": grad for i, grad in enumerate(grads)}
     return {name: result.detach().cpu() for name, result in results.items()}
 
 
-def of(ops: FusedOps):
+def operators_of(ops: FusedOps):
     return lambda operator, *args: implemented(ops, operator, *args)
 
 
 def check(got: dict[str, Tensor], operator: str, dtype: torch.dtype) -> None:
-    """The yardstick rounds once: the formula in fp32, then the dtype."""
+    """Assert that the results err at most FACTOR times as much as the formula in fp32, rounded once to dtype."""
     exact = with_gradients(written_out, operator, torch.float64)
     plain = {name: x.to(dtype) for name, x in with_gradients(written_out, operator, torch.float32).items()}
     assert_as_exact_as(got, plain, exact, FACTOR)
@@ -97,7 +99,7 @@ def interpreted(tmp_path_factory) -> dict[tuple[str, torch.dtype], dict[str, Ten
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_torch_equals_the_formula(operator, dtype):
-    check(with_gradients(of(TORCH), operator, dtype), operator, dtype)
+    check(with_gradients(operators_of(TORCH), operator, dtype), operator, dtype)
 
 
 @pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
@@ -112,17 +114,17 @@ def test_liger_interpreted_equals_the_formula(interpreted, operator, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_liger_equals_the_formula(operator, dtype):
-    check(with_gradients(of(LIGER), operator, dtype, "cuda"), operator, dtype)
+    check(with_gradients(operators_of(LIGER), operator, dtype, "cuda"), operator, dtype)
 
 
-def test_the_device_chooses():
+def test_device_selects_the_implementation():
     assert fused_ops(torch.empty(1)) is TORCH
     if torch.cuda.is_available():
         assert fused_ops(torch.empty(1, device="cuda")) is LIGER
 
 
 def interpret_liger(path: str) -> None:
-    """Run all cases and save the results. Two things that the interpreter of Triton 3.7 lacks are put in."""
+    """Run all cases and save the results, with two additions that the interpreter of Triton 3.7 lacks."""
     import liger_kernel.ops.rms_norm
     import triton.language as tl
     from triton.runtime import interpreter
@@ -130,14 +132,14 @@ def interpret_liger(path: str) -> None:
     plain_cvt = interpreter._implicit_cvt
 
     def scalar(arg):
-        """A float argument is an fp32 scalar with tensor methods, as in compiled kernels."""
+        """Convert a float argument to an fp32 scalar with tensor methods, as compiled kernels do."""
         if isinstance(arg, float):
             return tl.tensor(interpreter.TensorHandle(torch.tensor([arg]).numpy(), tl.float32), tl.float32)
         return plain_cvt(arg)
 
     interpreter._implicit_cvt = scalar
-    liger_kernel.ops.rms_norm.rsqrt = lambda x: tl.rsqrt(x)  # libdevice's has no body
-    torch.save({(o, d): with_gradients(of(LIGER), o, d) for o in OPERATORS for d in INTERPRETED_DTYPES}, path)
+    liger_kernel.ops.rms_norm.rsqrt = lambda x: tl.rsqrt(x)  # libdevice's rsqrt has no body to interpret
+    torch.save({(o, d): with_gradients(operators_of(LIGER), o, d) for o in OPERATORS for d in INTERPRETED_DTYPES}, path)
 
 
 if __name__ == "__main__":

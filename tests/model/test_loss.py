@@ -1,4 +1,4 @@
-"""The chunked loss against cross entropy written out in fp64, with a gradient of its own for each token's loss."""
+"""The sliced loss against cross entropy in fp64, with a different gradient for each token's loss."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VOCAB_ROWS, SEQUENCES, LENGTH = 256, 3, 14  # 42 tokens: not a multiple of 4, 8 
 
 
 def inputs(dtype: torch.dtype, scale: float = 0.2) -> tuple[Tensor, Tensor, Tensor]:
-    """x `[s, b, hidden]`, targets `[b, s]`, gradient of each loss `[b, s]`."""
+    """Return x `[s, b, hidden]`, targets `[b, s]` and the gradient of each loss `[b, s]`."""
     generator = torch.Generator().manual_seed(5)
     x = scale * torch.randn(LENGTH, SEQUENCES, CONFIG.hidden_size, generator=generator)
     targets = torch.randint(VOCAB_ROWS, (SEQUENCES, LENGTH), generator=generator)
@@ -33,7 +33,7 @@ def inputs(dtype: torch.dtype, scale: float = 0.2) -> tuple[Tensor, Tensor, Tens
 
 
 def plain_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Written out, in the dtype of x (statistics in fp32 at least)."""
+    """Return the loss of every token from the whole logits, in the dtype of x (softmax in at least fp32)."""
     logits = (x @ weight.t()).transpose(0, 1)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
@@ -52,15 +52,15 @@ def new_head(tensor: int, sequence_parallel: bool, dtype: torch.dtype) -> LossHe
 
 
 def head_results(
-    tensor: int, sequence_parallel: bool, dtype: torch.dtype, scale: float, chunk_tokens: int
+    tensor: int, sequence_parallel: bool, dtype: torch.dtype, scale: float, slice_tokens: int
 ) -> dict[str, Tensor]:
-    """This rank's: losses of all tokens, dx of its part of s, weight and dweight of its rows of the vocabulary."""
+    """Return this rank's losses of all tokens, dx of its part of s, and weight and dweight of its vocabulary rows."""
     head = new_head(tensor, sequence_parallel, dtype)
     x, targets, dlosses = inputs(dtype, scale)
     if sequence_parallel:
         x = x.chunk(tensor)[torch.distributed.get_rank()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss, "LOGIT_BYTES", chunk_tokens * 4 * VOCAB_ROWS // tensor)
+        patch.setattr(loss, "LOGIT_BYTES", slice_tokens * 4 * VOCAB_ROWS // tensor)
         x = x.requires_grad_()
         losses = head(x, targets)
         assert losses.dtype == torch.float32
@@ -68,7 +68,7 @@ def head_results(
 
 
 def all_ranks(parts: list[dict[str, Tensor]], sequence_parallel: bool) -> dict[str, Tensor]:
-    """What one rank alone would have."""
+    """Assemble the parts of all ranks into the results that one rank alone would have."""
     for part in parts[1:]:
         assert torch.equal(part["losses"], parts[0]["losses"])
         assert sequence_parallel or torch.equal(part["dx"], parts[0]["dx"])
@@ -76,12 +76,12 @@ def all_ranks(parts: list[dict[str, Tensor]], sequence_parallel: bool) -> dict[s
     return {**whole, "losses": parts[0]["losses"]} | ({} if sequence_parallel else {"dx": parts[0]["dx"]})
 
 
-# At scale 40 logits are several hundred: their exponentials overflow fp32.
-@pytest.mark.parametrize(("scale", "chunk_tokens"), [(0.2, 1), (0.2, 4), (0.2, 64), (40.0, 16)])
+# At scale 40 the logits reach several hundred, and their exponentials overflow fp32.
+@pytest.mark.parametrize(("scale", "slice_tokens"), [(0.2, 1), (0.2, 4), (0.2, 64), (40.0, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("tensor", "sequence_parallel"), [(1, False), (2, False), (2, True)])
-def test_loss_equals_cross_entropy_written_out(on_ranks, tensor, sequence_parallel, dtype, scale, chunk_tokens):
-    parts = on_ranks(tensor, head_results, tensor, sequence_parallel, dtype, scale, chunk_tokens)
+def test_loss_equals_plain_cross_entropy(on_ranks, tensor, sequence_parallel, dtype, scale, slice_tokens):
+    parts = on_ranks(tensor, head_results, tensor, sequence_parallel, dtype, scale, slice_tokens)
     got = all_ranks(parts, sequence_parallel)
     weight = got.pop("weight")
     runs = []
@@ -95,7 +95,7 @@ def test_loss_equals_cross_entropy_written_out(on_ranks, tensor, sequence_parall
 
 
 class Largest(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that any operator puts out, those of a backward too."""
+    """A mode that records the element count of the largest tensor that any operator returns, also in a backward."""
 
     elements = 0
 
@@ -107,14 +107,14 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def largest_tensors(chunk_tokens: int) -> tuple[int, int]:
-    """Elements of the largest tensor made in forward and in backward."""
+def largest_tensors(slice_tokens: int) -> tuple[int, int]:
+    """Return the element counts of the largest tensors made in forward and in backward."""
     head = new_head(1, False, torch.bfloat16)
     x, targets, dlosses = (
         t.repeat_interleave(32, dim) for t, dim in zip(inputs(torch.bfloat16), (0, 1, 1), strict=True)
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss, "LOGIT_BYTES", chunk_tokens * 4 * VOCAB_ROWS)
+        patch.setattr(loss, "LOGIT_BYTES", slice_tokens * 4 * VOCAB_ROWS)
         with Largest() as forward:
             losses = head(x.requires_grad_(), targets)
         with Largest() as backward:
@@ -125,7 +125,9 @@ def largest_tensors(chunk_tokens: int) -> tuple[int, int]:
 def test_the_logits_of_all_tokens_never_exist(on_ranks):
     tokens = 32 * SEQUENCES * LENGTH
     x_elements = tokens * CONFIG.hidden_size
-    assert on_ranks(1, largest_tensors, 2 * tokens) == [(tokens * VOCAB_ROWS, tokens * VOCAB_ROWS)], "it sees them"
+    assert on_ranks(1, largest_tensors, 2 * tokens) == [(tokens * VOCAB_ROWS, tokens * VOCAB_ROWS)], (
+        "with one slice the mode must see the whole logits"
+    )
     [(forward, backward)] = on_ranks(1, largest_tensors, 16)
     assert forward <= x_elements
     assert backward <= x_elements
@@ -133,23 +135,23 @@ def test_the_logits_of_all_tokens_never_exist(on_ranks):
 
 
 @pytest.mark.parametrize("vocab_rows", [128, 32_000, 50_304, 131_072, 2**28])
-def test_chunks_fill_the_budget_and_cover_the_tokens(vocab_rows):
-    chunks = list(loss._token_slices(100_000 if vocab_rows < 2**20 else 3, vocab_rows))
-    sizes = [len(range(*chunk.indices(2**62))) for chunk in chunks]
-    assert all(before.stop == after.start for before, after in pairwise(chunks))
+def test_slices_fill_the_budget_and_cover_the_tokens(vocab_rows):
+    slices = list(loss._token_slices(100_000 if vocab_rows < 2**20 else 3, vocab_rows))
+    sizes = [len(range(*part.indices(2**62))) for part in slices]
+    assert all(before.stop == after.start for before, after in pairwise(slices))
     size = sizes[0]
-    assert chunks[0].start == 0
+    assert slices[0].start == 0
     assert set(sizes) == {size}
     assert size & (size - 1) == 0
     assert size == 1 or size * vocab_rows * 4 <= loss.LOGIT_BYTES < 2 * size * vocab_rows * 4
 
 
 def under_zero3() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Results of a head too large for DeepSpeed to keep whole, under ZeRO-3; and those of plain torch."""
+    """Return the results under ZeRO-3 of a head large enough for DeepSpeed to partition, and those of plain torch."""
     parallel = ParallelConfig(tokens_per_rank=64, zero_stage=3)
     mesh = join(parallel, 1)
     torch.manual_seed(0)
-    vocab_rows = 2**13  # times hidden_size: above DeepSpeed's stage3_param_persistence_threshold, 10^5 elements
+    vocab_rows = 2**13  # times hidden_size: above DeepSpeed's stage3_param_persistence_threshold of 10^5 elements
     head = LossHead(CONFIG, vocab_rows, megatron_config(parallel))
     weight = head.weight.detach().clone().requires_grad_()
     optimizer = torch.optim.AdamW(head.parameters())
@@ -160,7 +162,7 @@ def under_zero3() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     node = losses.grad_fn
     while not node.name().startswith("_LinearCrossEntropy"):
         node = node.next_functions[0][0]
-    assert max(tensor.numel() for tensor in node.saved_tensors) < weight.numel(), "the graph keeps the gathered weight"
+    assert max(tensor.numel() for tensor in node.saved_tensors) < weight.numel(), "the graph saves the gathered weight"
     engine.backward((losses * dlosses).sum())
     got = {"losses": losses.detach(), "dx": x.grad, "dweight": safe_get_full_grad(head.weight)}
     return got, results(plain_loss(x, weight, targets), x, weight, dlosses)

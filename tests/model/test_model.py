@@ -1,4 +1,4 @@
-"""The parts of the decoder; the whole of it is checked against plain PyTorch in tests/launch/test_equivalence.py."""
+"""Parts of the decoder; tests/launch/test_equivalence.py compares the whole decoder to plain PyTorch."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ SIZES = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, 
 
 
 @pytest.mark.parametrize("start", [0, 1000, 2**20])
-def test_rope_turns_pairs_like_complex_numbers(start):
-    """Also at position 10^6, where angles formed in fp32 would be off in the second digit."""
+def test_rope_rotates_pairs_as_complex_numbers(start):
+    """RoPE is exact also at position 10^6, where angles computed in fp32 would be wrong in the second digit."""
     positions, base, dim = torch.arange(start, start + 7), 5e6, 16
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 7, 3, dim, generator=generator)
@@ -50,9 +50,15 @@ def test_rope_scores_depend_on_distance_only(shift):
         ({"num_heads": 32, "num_kv_heads": 32}, "must be an even integer"),
         ({"num_kv_heads": 3}, "model.num_kv_heads = 3: must divide model.num_heads = 4"),
         ({"num_layers": 0}, "model.num_layers = 0"),
+        ({"window_tokens": -1}, "model.window_tokens = -1: must be at least 0"),
+        ({"full_attention_every": 0}, "model.full_attention_every = 0: must be at least 1"),
+        (
+            {"window_tokens": 8},
+            "model.window_tokens = 8 with model.full_attention_every = 1: windowed layers need both",
+        ),
     ],
 )
-def test_sizes_that_cannot_be_are_named(change, message):
+def test_impossible_sizes_raise(change, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig(**{**SIZES, **change})
 
@@ -62,7 +68,7 @@ def test_vocabulary_is_padded_to_128():
 
 
 def compiled_and_eager() -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Losses and gradients of the model with its blocks compiled, each beside those of the same model as it is."""
+    """Return pairs of losses and gradients, from the model with compiled layers and from the same model uncompiled."""
     parallel = ParallelConfig(tokens_per_rank=32)
     join(parallel, 1)
     torch.manual_seed(0)
@@ -78,18 +84,18 @@ def compiled_and_eager() -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [losses.detach(), *(p.grad.clone() for p in model.parameters())]
 
     eager = results()
-    for block in model.blocks:
-        block.compile(backend="aot_eager")  # megatron-core's layers break the graph; attention does not
+    for layer in model.blocks:
+        layer.compile(backend="aot_eager")  # megatron-core's layers break the graph; attention does not
     return list(zip(results(), eager, strict=True))
 
 
-def test_compiled_blocks_equal_eager_ones(on_ranks):
+def test_compiled_layers_equal_eager_ones(on_ranks):
     for got, expected in on_ranks(1, compiled_and_eager)[0]:
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def losses_of_two_sequences() -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of every token, for a sequence and for one that differs from token 20 on."""
+    """Return the losses of two sequences, each `[s]`, that differ from token 20 on."""
     parallel = ParallelConfig(tokens_per_rank=32)
     join(parallel, 1)
     torch.manual_seed(0)
@@ -105,25 +111,26 @@ def losses_of_two_sequences() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_no_token_sees_a_later_one(on_ranks):
     [(first, second)] = on_ranks(1, losses_of_two_sequences)
-    # Position 18 predicts token 19, the last that both share; position 19 has another target.
+    # Position 18 predicts token 19, the last that both sequences share; position 19 has different targets.
     assert torch.equal(first[:19], second[:19])
     assert not torch.equal(first[20:], second[20:])
 
 
-def same_weights(tensor: int) -> list[float]:
+def weight_checksums(tensor: int) -> list[float]:
+    """Return a checksum of this rank's part of the divided weights, and one of the replicated weights."""
     parallel = ParallelConfig(tokens_per_rank=32, tensor=tensor)
     mesh = join(parallel, 1)
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**SIZES), 100, megatron_config(parallel))
     optimizer = torch.optim.AdamW(model.parameters())
     zero_engine(model, optimizer, parallel, mesh, accumulation_steps=1, clip_grad_norm=1.0, dtype="float32")
-    # Sums over a rank's cut, added up by the caller; norm weights are whole on every rank.
+    # The sum over this rank's part, which the caller adds up; norm weights are whole on every rank.
     cut = sum(float(p.detach().double().square().sum()) for p in model.parameters() if p.dim() > 1)
     return [cut, sum(float(p.detach().sum()) for p in model.parameters() if p.dim() == 1)]
 
 
 def test_weights_do_not_depend_on_tensor_parallelism(on_ranks):
-    [(whole, norms)] = on_ranks(1, same_weights, 1)
-    parts = on_ranks(2, same_weights, 2)
+    [(whole, norms)] = on_ranks(1, weight_checksums, 1)
+    parts = on_ranks(2, weight_checksums, 2)
     assert sum(cut for cut, _ in parts) == pytest.approx(whole, rel=1e-12)
     assert [n for _, n in parts] == [norms, norms]
