@@ -202,6 +202,7 @@ def _attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: Tensor, columns: Tensor,
     host_rows: Tensor, scale: float, softcap: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    # The buffers are fp32 because tiles of context parallelism add to them; here there is one tile, rounded at the end.
     mask, into = Mask(rows, columns, host_rows), (zeros_fp32(q), zeros_fp32(k), zeros_fp32(v))
     options = {"scale": scale, "softcap": softcap, "backend": backend}
     attention_backward(dout, q, k, v, lse, None, mask, into=into, out=out, **options)

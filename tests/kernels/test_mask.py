@@ -35,7 +35,7 @@ masks = st.one_of(
 def test_rows_and_columns_hold_the_visible_pairs(tile, kind):
     exact = visible_pairs(*tile, **kind).numpy()
     mask = make_mask(*tile, **kind)
-    rows, columns = mask.rows.numpy(), mask.columns.numpy()
+    rows, columns = mask.rows.numpy(), mask.columns.numpy()  # [2, s_q], [2, s_k]
     j, i = np.arange(exact.shape[1]), np.arange(exact.shape[0])
     np.testing.assert_array_equal((rows[0][:, None] <= j) & (j < rows[1][:, None]), exact)
     np.testing.assert_array_equal(((columns[0][:, None] <= i) & (i < columns[1][:, None])).T, exact)
@@ -47,6 +47,7 @@ def test_rows_and_columns_hold_the_visible_pairs(tile, kind):
 def test_rectangles_cover_each_visible_pair_once(tile, kind):
     exact = visible_pairs(*tile, **kind).numpy()
     count = np.zeros(exact.shape, int)
+    # count [s_q, s_k] sums the rectangles; each pair's total must be 1 if it is visible, and 0 otherwise.
     for rect in mask_rects(make_mask(*tile, **kind).host_rows):
         part = count[rect.rows, rect.keys]
         if rect.kind == "full":
@@ -83,10 +84,12 @@ def test_bad_masks_raise():
     packed, whole = SeqLayout.packed((3, 5)), SeqLayout.contiguous(8)
     with pytest.raises(ValueError, match="take both layouts from one context"):
         make_mask(packed, whole)
-    with pytest.raises(ValueError, match="window = 0"):
+    with pytest.raises(ValueError, match="window = 0: must be at least 1; give None for no window"):
         make_mask(whole, whole, window=0)
-    with pytest.raises(ValueError, match="causal = False"):
+    assert make_mask(whole, whole, window=None).num_pairs == 36
+    with pytest.raises(ValueError, match="window = 4 with causal = False: .*; set causal = True"):
         make_mask(whole, whole, causal=False, window=4)
+    assert make_mask(whole, whole, causal=True, window=4).num_pairs == 26
 
 
 @pytest.mark.parametrize("starts", [(), (1,), (0, 5, 5), (0, 7, 3)])
@@ -98,3 +101,10 @@ def test_bad_document_starts_raise(starts):
 def test_bad_runs_raise():
     with pytest.raises(ValueError, match="layout.runs = .*: must be non-empty intervals in ascending order"):
         SeqLayout(((4, 8), (0, 4)))
+
+
+def test_position_that_is_not_held_raises():
+    layout = SeqLayout(((0, 4), (8, 12)))
+    assert layout.row_of(8) == 4
+    with pytest.raises(ValueError, match="position = 5: must lie in the layout's runs"):
+        layout.row_of(5)
