@@ -101,10 +101,3 @@ def test_bad_document_starts_raise(starts):
 def test_bad_runs_raise():
     with pytest.raises(ValueError, match="layout.runs = .*: must be non-empty intervals in ascending order"):
         SeqLayout(((4, 8), (0, 4)))
-
-
-def test_position_that_is_not_held_raises():
-    layout = SeqLayout(((0, 4), (8, 12)))
-    assert layout.row_of(8) == 4
-    with pytest.raises(ValueError, match="position = 5: must lie in the layout's runs"):
-        layout.row_of(5)

@@ -110,7 +110,7 @@ def test_row_of_is_the_place_among_the_positions_held(layout):
         if position in positions:
             assert layout.row_of(position) == positions.index(position)
         else:
-            with pytest.raises(ValueError, match=f"position {position} is not in"):
+            with pytest.raises(ValueError, match=f"position = {position}: must lie in the layout's runs"):
                 layout.row_of(position)
 
 
