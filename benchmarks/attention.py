@@ -27,16 +27,15 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
-from cases import Case, Phase, Row, about, inputs, interleaved_ms, layout_of, mask_of, plan, warm_up
-from package import load
+from lib.cases import Case, Phase, Row, about, inputs, interleaved_ms, layout_of, mask_of, plan, warm_up
+from longring.kernels import attention as front_door
+from longring.kernels import merge
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-front_door, merge = load("kernels.attention"), load("kernels.merge")
 
 PRODUCTS = {"forward": 2, "backward": 5, "both": 7}
 

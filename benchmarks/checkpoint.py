@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
+from lib.one_rank import one_rank
 from longring.launch.checkpoint.format import TrainState, last_good_checkpoint
 from longring.launch.checkpoint.load import load_last_good
 from longring.launch.checkpoint.save import Saver
 from longring.launch.run_directory import RunDirectory
-from one_rank import one_rank
 from rich.console import Console
 from rich.table import Table
 

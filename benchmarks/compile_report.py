@@ -28,7 +28,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 import triton
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
-from package import load
+from longring.kernels import blocks, triton_attention, triton_kernels
 from rich import box
 from rich.console import Console
 from rich.progress import track
@@ -36,9 +36,6 @@ from rich.table import Table
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-triton_attention, triton_kernels = load("kernels.triton_attention"), load("kernels.triton_kernels")
-blocks = load("kernels.blocks")
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

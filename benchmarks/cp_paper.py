@@ -23,7 +23,12 @@ from typing import Any
 import matplotlib
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
-from package import load
+from longring.parallel.cp import choose as choosing
+from longring.parallel.cp import cost as costs
+from longring.parallel.cp import schedules, visible
+from longring.parallel.cp import topology as topologies
+from longring.parallel.cp.grid import CpGrid
+from longring.parallel.cp.layout import zigzag
 from rich import box
 from rich.console import Console
 from rich.progress import track
@@ -32,10 +37,6 @@ from rich.table import Table
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap
-
-choosing, costs, topologies = load("parallel.cp.choose"), load("parallel.cp.cost"), load("parallel.cp.topology")
-schedules, visible = load("parallel.cp.schedules"), load("parallel.cp.visible")
-CpGrid, zigzag = load("parallel.cp.grid").CpGrid, load("parallel.cp.layout").zigzag
 
 Row = dict[str, Any]
 Rows = list[Row]

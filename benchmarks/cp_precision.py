@@ -25,16 +25,14 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
-from cases import Case, Row, about, inputs
-from package import load
+from full_sizes import exact
+from lib.cases import Case, Row, about, inputs
+from lib.virtual_ranks import Question, Whole, backward_in_process, forward_in_process, joined
+from longring.parallel.cp import cost
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from sizes import exact
 from torch import Tensor
-from virtual_ranks import Question, Whole, backward_in_process, forward_in_process, joined
-
-cost = load("parallel.cp.cost")
 
 MEMBERS = ("token_ring", "grid", "ring")
 RESULTS = ("out", "dq", "dk", "dv")

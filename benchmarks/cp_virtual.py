@@ -5,7 +5,7 @@
 
 Each member's out, lse, dq, dk and dv are compared with those of one kernel over the whole sequence before they are
 rounded: its fp32 sums, and for inputs in fp32 what it finds in fp64. Rounding these to the dtype is the unit, and
-`sizes.FACTOR` units are allowed, as there: a member may be as far from the one kernel as that from the exact result.
+`full_sizes.FACTOR` units are allowed: a member may be as far from the one kernel as that from the exact result.
 The sequence is compared in 16 parts, and the worst counts, so that late tokens, whose gradients are small, are not lost
 among early ones. "tiles" is the time of the kernel calls of all ranks, on the slices the executor gives them and with
 its running results, over that of one kernel; members take turns in one run. It has no messages; the run in process has
@@ -25,13 +25,13 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
-from cases import LEAST_ROUNDS, Case, Phase, Row, about, elapsed_ms, inputs, interleaved_ms, moment, synchronize
+from full_sizes import compared
+from lib.cases import LEAST_ROUNDS, Case, Phase, Row, about, elapsed_ms, inputs, interleaved_ms, moment, synchronize
+from lib.virtual_ranks import RESULTS, Question, Tiles, Whole, backward_in_process, forward_in_process, grid_of, joined
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from sizes import compared
 from torch import Tensor
-from virtual_ranks import RESULTS, Question, Tiles, Whole, backward_in_process, forward_in_process, grid_of, joined
 
 BAR = 1.05
 """All tiles of all ranks over one kernel over the whole sequence."""
@@ -76,7 +76,7 @@ def questions(device: str, quick: bool) -> list[Question]:
 
 
 def worst(got: dict[str, Tensor], truth: dict[str, Tensor], q: Tensor) -> Row:
-    """Errors of the worst of `PARTS` parts of the sequence, see `sizes.compared`."""
+    """Errors of the worst of `PARTS` parts of the sequence, see `full_sizes.compared`."""
     found = []
     for start in range(0, q.shape[1], q.shape[1] // PARTS):
         part = slice(start, start + q.shape[1] // PARTS)

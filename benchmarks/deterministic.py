@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
 import torch
+from lib.one_rank import one_rank
 from longring.launch.train import use_deterministic_operations
-from one_rank import one_rank
 from rich.console import Console
 from rich.table import Table
 

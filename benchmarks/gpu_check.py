@@ -32,9 +32,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
 import attention
 import cp_virtual
-import sizes
-from cases import Row, about, plan
-from package import ROOT
+import full_sizes
+from lib import ROOT
+from lib.cases import Row, about, plan
 from rich.console import Console
 
 TOTAL_S = 520
@@ -48,8 +48,8 @@ CPU_SELECTION = "test_merge or running or strides or written or (head_dims and 3
 def run_tests(device: str, quick: bool, seconds: float, console: Console) -> Row:
     """pytest on the kernels' tests in a process of its own, cut off after `seconds`."""
     files, notes = ["tests/kernels"], []
-    # benchmarks/cases.py as a plugin: where LongRing is not installed, it lets pytest's processes import it.
-    options = ["-q", "-p", "no:cacheprovider", "-p", "cases"]
+    # benchmarks/lib as a plugin: where LongRing is not installed, it lets pytest's processes import it.
+    options = ["-q", "-p", "no:cacheprovider", "-p", "lib"]
     if importlib.util.find_spec("hypothesis") is None:
         options += ["--ignore", "tests/kernels/test_mask.py"]
         notes.append("test_mask.py left out: no hypothesis here")
@@ -158,8 +158,8 @@ def main() -> int:
     seconds = SECTION_S["sizes"]
     choice = "triton" if device == "cuda" else "auto"
     arguments = (device, choice, options.quick, time.time() + seconds - 25)  # 25 s: a start, and the case under way
-    result["sizes"], section = run_rows("sizes", sizes.all_rows, arguments, seconds, console)
-    sizes.show(result["sizes"], console)
+    result["sizes"], section = run_rows("sizes", full_sizes.all_rows, arguments, seconds, console)
+    full_sizes.show(result["sizes"], console)
     keep(section)
     seconds = SECTION_S["family"]
     arguments = (device, backend, options.quick, time.time() + seconds - 25)

@@ -38,7 +38,7 @@ from longring.data.order.stages import order
 from longring.data.order_config import OrderConfig
 from longring.data.prepare.prepare import prepare
 from longring.launch.build import bucket_layouts, build_engine
-from longring.launch.checkpoint import format as checkpoint
+from longring.launch.checkpoint.load import load_last_good
 from longring.launch.config import Recipe, load_recipe
 from longring.launch.grids.decide import decide_grids
 from longring.launch.preflight import plan
@@ -150,9 +150,9 @@ def again(manifest: Manifest) -> list[tuple[int, int, int]]:
 def losses_of(recipe: Recipe, mesh: Mesh, held_out: Manifest) -> Callable[[np.ndarray], np.ndarray]:
     """The trained model's losses [b, length] of rows [b, length + 1]."""
     planned = plan(recipe, 1)
-    assert planned.resume_from is not None
     engine = build_engine(recipe, planned.manifest.vocab_size, mesh)
-    checkpoint.load(engine, planned.resume_from)
+    loaded = load_last_good(engine, planned.run.checkpoints, mesh, planned.data_hash)
+    assert loaded is not None, "training left a checkpoint"
     engine.eval()
     longest = [held_out.lengths[-1]]
     layout = bucket_layouts(recipe, mesh, longest, decide_grids(recipe, mesh, longest))[held_out.lengths[-1]]

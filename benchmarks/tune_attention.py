@@ -27,16 +27,15 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels have no speed
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
-import cases
 import torch
-from package import ROOT, load
+from lib import ROOT, cases
+from longring.kernels import attention as front_door
+from longring.kernels import blocks
 from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-
-blocks, front_door = load("kernels.blocks"), load("kernels.attention")
 
 TUNED = ROOT / "kernels" / "tuned.json"
 KERNELS = ("forward", "backward_dkdv", "backward_dq")

@@ -18,7 +18,7 @@ from statistics import median
 
 from longring.data.format.manifest import open_prepared
 from longring.data.inspect.cost import speed_up
-from longring.launch.cli import model_size
+from longring.launch.commands.inspect import model_size
 from longring.launch.config import load_recipe
 from rich.console import Console
 from rich.table import Table

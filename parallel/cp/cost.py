@@ -3,7 +3,7 @@
 A rank begins a step when its tile of the step before is computed and the messages due have come. A message begins when
 both its ends have posted it and its links have carried what was posted before; messages posted together that share a
 link share it evenly. That is how gloo and NCCL behave when every channel is a stream of its own, as far as a
-model of a few lines can say it: `benchmarks/cp_network.py` sets it beside measured times.
+model of a few lines can say it: `benchmarks/cp_lab_network.py` sets it beside measured times.
 """
 
 from __future__ import annotations

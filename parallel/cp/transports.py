@@ -34,7 +34,7 @@ class Distributed:
         """See `Transport`. Messages of a channel start together, as one batch.
 
         Receives go first: gloo sends a message when its target has said that it waits, and that word queues behind data
-        posted before it (benchmarks/network.py: traffic both ways takes twice the time).
+        posted before it (benchmarks/gloo_links.py: traffic both ways takes twice the time).
         """
         batches: dict[Channel, list[tuple[Message, dist.P2POp]]] = {}
         for operation, messages in ((dist.irecv, receives), (dist.isend, sends)):

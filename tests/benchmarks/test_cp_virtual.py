@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import cp_virtual
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-import cp_virtual
-from cases import Case, inputs
-from virtual_ranks import RESULTS, Question, Tiles, Whole, share_of
+from lib.cases import Case, inputs
+from lib.virtual_ranks import RESULTS, Question, Tiles, Whole, share_of
 
 
 def question(mask: str) -> Question:

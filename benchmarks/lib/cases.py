@@ -10,10 +10,9 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from package import load
+from longring.kernels import layout
+from longring.kernels import mask as masks
 from torch import Tensor
-
-layout, masks = load("kernels.layout"), load("kernels.mask")
 
 Row = dict[str, Any]
 Phase = Callable[[Any], Any]

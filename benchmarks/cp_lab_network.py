@@ -1,9 +1,9 @@
 """The family of context parallelism on links that are scarce: measured beside simulated, with the bytes on the wire.
 
-    python benchmarks/cp_network.py --json rows.json  # half an hour; needs root, iproute2 and two quiet cores
-    python benchmarks/cp_network.py --quick           # 4 ranks, mesh and switch, MHA: about a minute
+    python benchmarks/cp_lab_network.py --json rows.json  # half an hour; needs root, iproute2 and two quiet cores
+    python benchmarks/cp_lab_network.py --quick           # 4 ranks, mesh and switch, MHA: about a minute
 
-Ranks are hosts of benchmarks/namespaces.py, joined as mesh, ring or switch by full-duplex links of 50 Mbit/s. Each
+Ranks are hosts of benchmarks/lib/lab_network.py, joined as mesh, ring or switch by full-duplex links of 50 Mbit/s. Each
 holds its zigzag share of one causal sequence, in fp32. A time is the median of repeats, each that of the slowest rank,
 in turns over the schedules so that all see the same machine. Simulated times come from `parallel/cp/cost.py`, with the
 links' data rate, an assumed latency, and a speed of computation measured at the start. "x ring" is the time over that
@@ -24,16 +24,11 @@ from statistics import median
 from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
-from namespaces import PAYLOAD_SHARE, Fabric, Network, Served, from_hosts, unavailable
-from package import load
+from lib.lab_network import PAYLOAD_SHARE, Fabric, Network, Served, from_hosts, unavailable
+from longring.parallel.cp import choose, cost, grid, topology
 from rich import box
 from rich.console import Console
 from rich.table import Table
-
-choose = load("parallel.cp.choose")
-cost = load("parallel.cp.cost")
-grid = load("parallel.cp.grid")
-topology = load("parallel.cp.topology")
 
 Row = dict[str, Any]
 MBIT_PER_S = 50
@@ -57,10 +52,9 @@ def serve() -> int:
     """A rank: does what each line of its input asks for, and answers with seconds a repeat."""
     import torch
     import torch.distributed as dist
+    from longring.parallel.cp import attention, execute, layout, visible
+    from longring.parallel.cp import group as groups
 
-    attention, execute, layout = (load(f"parallel.cp.{name}") for name in ("attention", "execute", "layout"))
-    visible = load("parallel.cp.visible")
-    groups = load("parallel.cp.group")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()

@@ -9,13 +9,16 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from cases import Case, layout_of
-from package import load
+from longring.kernels import attention as front_door
+from longring.kernels import layout
+from longring.kernels import mask as masks
+from longring.parallel.cp import execute, transports, visible
+from longring.parallel.cp import grid as grids
+from longring.parallel.cp import heads as cp_heads
+from longring.parallel.cp import layout as cp_layout
 from torch import Tensor
 
-front_door, layout, masks = load("kernels.attention"), load("kernels.layout"), load("kernels.mask")
-execute, grids, visible = load("parallel.cp.execute"), load("parallel.cp.grid"), load("parallel.cp.visible")
-cp_heads, cp_layout, transports = load("parallel.cp.heads"), load("parallel.cp.layout"), load("parallel.cp.transports")
+from .cases import Case, layout_of
 
 RESULTS = ("out", "lse", "dq", "dk", "dv")
 

@@ -1,14 +1,14 @@
-"""What gloo gets out of the network of benchmarks/namespaces.py, and whether its links keep to their rate.
+"""What gloo gets out of the network of benchmarks/lib/lab_network.py, and whether its links keep to their rate.
 
-    python benchmarks/network.py --json rows.json       # 2 to 3 minutes; needs root and iproute2
-    python benchmarks/network.py --quick                # 4 hosts, one rate, half a minute
+    python benchmarks/gloo_links.py --json rows.json       # 2 to 3 minutes; needs root and iproute2
+    python benchmarks/gloo_links.py --quick                # 4 hosts, one rate, half a minute
 
 Messages of 2 MB between neighbours and, in a ring, between opposite hosts; one way, two ways by one process group or by
 one for each direction, and on all links at once. A time is the median of repeats, each that of its slowest host;
 "share" is the rate of data over what a link's rate leaves to it beside headers; "counted" is what the links counted
 over what the messages are with their headers. Both are 1 where all is well. Last, rates are raised until all links at
 once no longer reach a share of 0.95: of a machine that others use, a lower bound. Two shared cores gave
-benchmarks/results/network_2_cores_2026-11-21.json.
+benchmarks/results/gloo_links_2_cores_2026-11-21.json.
 
 gloo sends a message when its receiver has said that it waits. Where sends are posted first, that word comes late: over
 one group it queues behind the data that goes the same way.
@@ -29,7 +29,7 @@ from statistics import median
 from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
-from namespaces import PAYLOAD_SHARE, Fabric, Network, Served, from_hosts, unavailable
+from lib.lab_network import PAYLOAD_SHARE, Fabric, Network, Served, from_hosts, unavailable
 from rich import box
 from rich.console import Console
 from rich.table import Table

@@ -9,7 +9,7 @@
 A host is a network namespace; rank.py calls torch.distributed.init_process_group("gloo"). Fabrics: mesh, a link for
 every pair; ring, links to the two neighbours, which forward other traffic the shorter way; switch, one port a host,
 limited in each direction. Needs root and iproute2. What gloo gets out of it, and the rate up to which a machine keeps
-all links full, says `python benchmarks/network.py`.
+all links full, says `python benchmarks/gloo_links.py`.
 """
 
 from __future__ import annotations

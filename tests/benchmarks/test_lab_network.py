@@ -11,12 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from lib import lab_network
+from lib.lab_network import PAYLOAD_SHARE, Network, address, from_hosts
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-import namespaces
-from namespaces import PAYLOAD_SHARE, Network, address, from_hosts
-
-needs_root = pytest.mark.skipif(namespaces.unavailable() is not None, reason=str(namespaces.unavailable()))
+needs_root = pytest.mark.skipif(lab_network.unavailable() is not None, reason=str(lab_network.unavailable()))
 NUM_BYTES = 600_000
 RECEIVE = """
 import socket
@@ -174,7 +172,7 @@ def test_nothing_stays_behind(failure):
 
 @needs_root
 def test_a_build_that_fails_leaves_nothing(monkeypatch):
-    monkeypatch.setattr(namespaces, "BURST", "nonsense")
+    monkeypatch.setattr(lab_network, "BURST", "nonsense")
     network = Network("mesh", 3, mbit_per_s=200)
     with pytest.raises(RuntimeError, match="burst"):
         network.__enter__()
@@ -188,8 +186,8 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
 
 
 def test_missing_rights_are_said(monkeypatch):
-    monkeypatch.setattr(namespaces, "CAPABILITIES", namespaces.CAPABILITIES | 1 << 62)
-    monkeypatch.setattr(namespaces.shutil, "which", lambda tool: tool)
+    monkeypatch.setattr(lab_network, "CAPABILITIES", lab_network.CAPABILITIES | 1 << 62)
+    monkeypatch.setattr(lab_network.shutil, "which", lambda tool: tool)
     with pytest.raises(RuntimeError, match="need root"), Network("ring", 3, 100):
         pass
 

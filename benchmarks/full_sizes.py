@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from cases import Row, document_tokens
-from package import load
+
+sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
+from lib.cases import Row, document_tokens
+from longring.kernels import attention as front_door
+from longring.kernels import layout, merge
+from longring.kernels import mask as masks
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-
-front_door, layout, masks = load("kernels.attention"), load("kernels.layout"), load("kernels.mask")
-merge = load("kernels.merge")
 
 FACTOR = {torch.bfloat16: 3, torch.float16: 3, torch.float32: 64}
 """Errors allowed, in units of what rounding the exact result to the dtype costs, the least anyone can err.
