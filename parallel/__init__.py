@@ -1,1 +1,1 @@
-"""How work is divided over ranks: the mesh, ZeRO, context parallelism."""
+"""Parallelism: the mesh of ranks, DeepSpeed's ZeRO engine, context parallelism."""

@@ -1,8 +1,8 @@
-"""What this rank holds of every parameter's fp32 weight and AdamW moments, at any ZeRO stage.
+"""Fragments: this rank's part of every parameter's fp32 weight and AdamW moments, at any ZeRO stage.
 
-DeepSpeed keeps them in flat buffers of its own, laid out by stage and world. Here they are views of those buffers, each
-with the parameter's name and the range it covers of the flattened slice that this rank's tensor-parallel group gives
-it. A checkpoint copies out of the views, and a resume copies into them and calls `refresh`.
+DeepSpeed keeps them in flat buffers whose layout depends on stage and world size. A `Fragment` is a set of views of
+those buffers, with the parameter's name and the range of the flattened tensor-parallel slice that they cover. A
+checkpoint copies out of the views; a resume copies into them and calls `refresh`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from torch import Tensor, nn
 from .mesh import Mesh
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
-"""Of a parameter: its fp32 value, and AdamW's first and second moment."""
+"""Tensors of a fragment: the fp32 value of the parameter, AdamW's first moment, AdamW's second moment."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How tensor parallelism divides a parameter's rows or columns.
+    """Division of a parameter's rows or columns by tensor parallelism.
 
-    The dim is cut into `stride` x ranks chunks; rank k holds chunks k, k + ranks, ... (stride 2: gate and up in one).
+    `dim` is cut into stride x ranks parts; rank k holds parts k, k + ranks, ... Stride 2 is a matrix that holds gate
+    and up one after the other.
     """
 
     dim: int
@@ -37,36 +38,36 @@ class Cut:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter as the model knows it, whole."""
+    """A whole parameter of the model, before any division."""
 
     name: str
     shape: tuple[int, ...]
     cut: Cut | None
-    """None: every tensor-parallel rank holds all of it."""
+    """None if every tensor-parallel rank holds the whole parameter."""
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """A range of one parameter's flattened tensor-parallel slice."""
+    """One range of a parameter's flattened tensor-parallel slice: elements [start, start + numel)."""
 
     parameter: Parameter
     start: int
     tensors: dict[str, Tensor]
-    """By kind, fp32 `[numel]`: views of what the optimizer steps."""
+    """Views of the optimizer's fp32 buffers by kind (`KINDS`), each `[numel]`."""
 
     @property
     def numel(self) -> int:
-        """Elements of the range."""
+        """Number of elements of the range."""
         return self.tensors["weight"].numel()
 
     def narrowed(self, start: int, numel: int) -> Fragment:
-        """The part of it from `start`, counted from the fragment's own start."""
+        """Return the sub-range of `numel` elements from `start`, counted from the start of this fragment."""
         tensors = {kind: tensor[start : start + numel] for kind, tensor in self.tensors.items()}
         return Fragment(self.parameter, self.start + start, tensors)
 
 
 def held(engine: DeepSpeedEngine, mesh: Mesh) -> list[Fragment]:
-    """Every fragment that this rank's optimizer steps. With ZeRO 0 that is all of each parameter, on every rank."""
+    """Return the fragments that this rank's optimizer steps. With ZeRO 0 every rank holds every parameter in full."""
     inner = _inner(engine)
     fragments = []
     for param, flat, begin, start, numel in _ranges(engine, mesh):
@@ -77,22 +78,23 @@ def held(engine: DeepSpeedEngine, mesh: Mesh) -> list[Fragment]:
 
 
 def owned(engine: DeepSpeedEngine, mesh: Mesh) -> list[Fragment]:
-    """The same, with every element on just one rank of all: what each rank writes of a checkpoint."""
+    """Return the fragments that this rank writes to a checkpoint: every element is owned by exactly one rank."""
     fragments = [f for f in held(engine, mesh) if f.parameter.cut is not None or mesh.tensor_rank == 0]
     if engine.zero_optimization_stage():
         return fragments
+    # With ZeRO 0 all data ranks hold the same: each owns an equal range of every fragment.
     rank, size = mesh.data_rank, mesh.data_size
     shares = [(f, f.numel * rank // size, f.numel * (rank + 1) // size) for f in fragments]
     return [f.narrowed(first, last - first) for f, first, last in shares if last > first]
 
 
 def parameters(engine: DeepSpeedEngine, tensor_size: int) -> list[Parameter]:
-    """Every parameter of the model, whether this rank holds some of it or not."""
+    """Return all parameters of the model, including those of which this rank holds nothing."""
     return [_parameter(name, param, tensor_size) for param, name in engine.param_names.items()]
 
 
 def _parameter(name: str, param: nn.Parameter, tensor_size: int) -> Parameter:
-    """Name, whole shape and cut, from what megatron-core's layers note on a parameter."""
+    """Return name, whole shape and cut, read from the attributes that megatron-core's layers set on a parameter."""
     shape = list(getattr(param, "ds_shape", param.shape))  # ZeRO 3 leaves param itself empty
     cut = None
     if getattr(param, "tensor_model_parallel", False) and tensor_size > 1:
@@ -102,7 +104,7 @@ def _parameter(name: str, param: nn.Parameter, tensor_size: int) -> Parameter:
 
 
 def updates(engine: DeepSpeedEngine) -> int:
-    """Optimizer steps taken: what AdamW corrects its moments' bias by. A skipped step is none."""
+    """Return AdamW's count of steps, by which it corrects the moments' bias. Skipped steps do not count."""
     steps = {int(state["step"]) for state in _inner(engine).state.values()}
     assert len(steps) <= 1, f"parameters have taken different numbers of steps: {steps}"
     return steps.pop() if steps else 0
@@ -110,7 +112,7 @@ def updates(engine: DeepSpeedEngine) -> int:
 
 @torch.no_grad()
 def refresh(engine: DeepSpeedEngine, mesh: Mesh, num_updates: int) -> None:
-    """Make the model's own weights those of the views just written, and AdamW's count `num_updates`. Collective."""
+    """Copy the fp32 weights, just written through the views, to the model, and set AdamW's step count. Collective."""
     inner, optimizer = _inner(engine), engine.optimizer
     for _, flat, *_ in _ranges(engine, mesh):
         _state(inner, flat)["step"].fill_(float(num_updates))
@@ -128,14 +130,14 @@ def refresh(engine: DeepSpeedEngine, mesh: Mesh, num_updates: int) -> None:
 
 
 def _ranges(engine: DeepSpeedEngine, mesh: Mesh) -> Iterator[tuple[nn.Parameter, Tensor, int, int, int]]:
-    """Each parameter's place: (parameter, the flat fp32 tensor, where in it, where in the parameter, elements)."""
+    """Yield (parameter, flat fp32 buffer, start in the buffer, start in the parameter, number of elements)."""
     optimizer: Any = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         for group in optimizer.fp16_groups:
             for param in group:
                 number, begin, numel = optimizer.grad_position[optimizer.get_param_id(param)]
                 start = mesh.data_rank * numel
-                inside = min(numel, param.ds_numel - start)  # the last ranks' parts are padded
+                inside = min(numel, param.ds_numel - start)  # the last ranks' partitions are padded
                 if inside > 0:
                     yield param, optimizer.fp32_partitioned_groups_flat[number], begin, start, inside
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
@@ -155,13 +157,13 @@ def _ranges(engine: DeepSpeedEngine, mesh: Mesh) -> Iterator[tuple[nn.Parameter,
 
 
 def _inner(engine: DeepSpeedEngine) -> torch.optim.AdamW:
-    """The plain optimizer that steps the flat tensors."""
+    """Return the plain torch optimizer that steps the flat buffers."""
     optimizer: Any = engine.optimizer
     return optimizer if isinstance(optimizer, torch.optim.AdamW) else optimizer.optimizer
 
 
 def _state(inner: torch.optim.AdamW, flat: Tensor) -> dict[str, Tensor]:
-    """AdamW's state of a tensor; before the first step the zeros that it would begin with."""
+    """Return AdamW's state of a flat buffer; before the first step, make it as the zeros AdamW begins with."""
     state = inner.state[flat]
     if not state:
         state["step"] = torch.tensor(0.0, dtype=torch.float32)

@@ -1,10 +1,10 @@
-"""This process's place in the world: tensor-parallel slice, data-parallel rank, neighbours for each context degree.
+"""The mesh: this rank's tensor-parallel and data-parallel coordinates, and its neighbours for each cp degree.
 
-| axis | ranks along it | for |
+| axis | its ranks | what they divide |
 |---|---|---|
-| tensor | neighbours, `parallel.tensor` of them | each weight matrix cut by heads or columns (megatron-core) |
-| data | every `parallel.tensor`-th rank | gradients, optimizer state (DeepSpeed); all ranks that hold equal weights |
-| context | neighbours along data, 2, 4, ... of them | one sequence; the batch decides how many |
+| tensor | `parallel.tensor` adjacent ranks | each weight matrix, by heads, rows or columns (megatron-core) |
+| data | every `parallel.tensor`-th rank, with equal weights | batches, gradients, optimizer state (DeepSpeed) |
+| context | 2, 4, ... adjacent ranks of the data axis | one sequence; its length decides how many ranks |
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .config import ParallelConfig
 
 @dataclass(frozen=True)
 class Mesh:
-    """Coordinates and groups of this rank. Made by `join`."""
+    """Coordinates and process groups of this rank, as returned by `join`."""
 
     rank: int
     world_size: int
@@ -34,24 +34,25 @@ class Mesh:
     data_size: int
     device: torch.device
     neighbours: dict[int, tuple[int, ...]]
-    """By context-parallel degree 1, 2, 4, ...: the ranks, of the world, that share a sequence with this one."""
+    """Global ranks that share a sequence with this rank, itself included, by context-parallel degree 1, 2, 4, ..."""
 
     @property
     def tensor_group(self) -> dist.ProcessGroup:
-        """The ranks that share each weight matrix."""
+        """Process group of the ranks that share each weight matrix."""
         return _member(parallel_state.get_tensor_model_parallel_group())
 
     @property
     def data_group(self) -> dist.ProcessGroup:
-        """The ranks that hold equal weights."""
+        """Process group of the ranks that hold equal weights."""
         return _member(parallel_state.get_data_parallel_group())
 
 
 def join(parallel: ParallelConfig, max_context_degree: int, timeout_minutes: float = 10) -> Mesh:
-    """Join the process group that torchrun's environment describes and lay the mesh over it. Collective.
+    """Join the process group that torchrun's environment describes and return this rank's mesh. Collective.
 
-    Uses this process's GPU and NCCL where there is CUDA, else the CPU and gloo. The caller has checked that the world
-    can be divided so (`Recipe.accumulation_steps`), before any rank waits for another.
+    CUDA processes use GPU LOCAL_RANK and NCCL, others the CPU and gloo. The caller has checked, before any rank waits
+    for another, that the world divides by tensor x `max_context_degree` (`Recipe.accumulation_steps`). Raises
+    ValueError if parallel.tensor does not divide the world.
     """
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     data_size = parallel.data_size(world_size)
@@ -59,13 +60,13 @@ def join(parallel: ParallelConfig, max_context_degree: int, timeout_minutes: flo
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        # Compiled kernels on this node's own disk, a directory for each rank: homes on a network file system are slow,
-        # and ranks that compile the same kernel at once need not meet in one file.
+        # Triton's cache goes to a local disk, one directory a rank: home directories on a network file system are slow,
+        # and ranks that compile the same kernel at once would write the same file.
         cache = Path(tempfile.gettempdir(), f"triton-{os.getuid()}", f"rank-{device.index}")
         os.environ.setdefault("TRITON_CACHE_DIR", str(cache))
     else:
         device = torch.device("cpu")
-        # megatron-core allocates on torch.cuda.current_device(); where there is none, the answer is the CPU.
+        # megatron-core allocates on torch.cuda.current_device(); without CUDA that must be the CPU.
         torch.cuda.current_device = lambda: device
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
@@ -75,6 +76,7 @@ def join(parallel: ParallelConfig, max_context_degree: int, timeout_minutes: flo
         tensor_model_parallel_size=parallel.tensor, create_gloo_process_groups=False
     )
 
+    # Tensor-parallel ranks are adjacent; a context-parallel group is an aligned run of the data axis.
     data_rank, tensor_rank = divmod(rank, parallel.tensor)
     neighbours = {}
     degree = 1
@@ -86,7 +88,7 @@ def join(parallel: ParallelConfig, max_context_degree: int, timeout_minutes: flo
 
 
 def megatron_config(parallel: ParallelConfig) -> ModelParallelConfig:
-    """What megatron-core's layers need to know. Weights are fp32 here; DeepSpeed converts them."""
+    """Return the configuration of megatron-core's layers. Weights are made in fp32; DeepSpeed converts them."""
     return ModelParallelConfig(
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence_parallel,
@@ -97,6 +99,6 @@ def megatron_config(parallel: ParallelConfig) -> ModelParallelConfig:
 
 
 def _member(group: dist.ProcessGroup | int | None) -> dist.ProcessGroup:
-    """The group, of which this rank is a member; torch answers a rank that is none with a number."""
+    """Return `group`; torch gives a number in its place to a rank that is not a member."""
     assert isinstance(group, dist.ProcessGroup)
     return group

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: ZeRO, gradient accumulation and clipping, mixed precision, checkpoint files."""
+"""The DeepSpeed engine: ZeRO, gradient accumulation and clipping, mixed precision."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-# Said before the import: left to itself, DeepSpeed warns on every rank that it found no accelerator but the CPU.
+# Set before the import: otherwise DeepSpeed warns on every rank that it found no accelerator but the CPU.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
@@ -23,7 +23,7 @@ from .mesh import Mesh
 
 
 class _Mpu:
-    """What DeepSpeed asks of a "model parallelism unit". Data-parallel ranks include those of a ring."""
+    """DeepSpeed's "model parallelism unit". Its data-parallel ranks include those of a context-parallel group."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
@@ -57,23 +57,24 @@ def zero_engine(
     clip_grad_norm: float,
     dtype: Literal["float32", "bfloat16"],
 ) -> DeepSpeedEngine:
-    """Wrap a model and its optimizer. The engine averages gradients over data ranks and accumulation steps.
+    """Wrap a model and its AdamW optimizer in a DeepSpeed engine. Collective.
 
-    So the loss handed to `engine.backward` is this rank's sum times (data ranks x accumulation steps) / (trained
-    tokens of the global batch). clip_grad_norm 0: no clipping. bfloat16 keeps fp32 master weights. A step whose
-    gradient norm is not finite changes neither weights nor moments, on all ranks alike.
+    The engine averages gradients over data ranks and accumulation steps, so the loss given to `engine.backward` must
+    be this rank's sum times (data ranks x accumulation steps) / (trained tokens of the global batch). clip_grad_norm =
+    0 switches clipping off. bfloat16 keeps fp32 master weights. A step whose gradient norm is not finite changes
+    neither weights nor moments, on every rank alike. Learning rates are 0 until `set_learning_rate`.
     """
-    # On a CPU, DeepSpeed would compile C++ at start-up for collectives that only its inference uses.
+    # Otherwise DeepSpeed compiles C++ on a CPU at start-up, for collectives that only its inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     mpu = _Mpu(mesh)
     if parallel.zero_stage == 0 and dtype == "float32":
-        # Here alone DeepSpeed steps the plain optimizer and keeps no gradient norm; elsewhere it clips and records.
+        # In this case alone DeepSpeed steps the plain optimizer: it neither clips nor records a gradient norm.
         max_norm = clip_grad_norm or math.inf
 
         def clip_and_record(optimizer: Any, *_: object) -> None:
             norm = optimizer._global_grad_norm = clip_grad_norm_(model.parameters(), max_norm, mpu=mpu)
             if not math.isfinite(norm):
-                optimizer.zero_grad(set_to_none=True)  # AdamW passes over what has no gradient
+                optimizer.zero_grad(set_to_none=True)  # AdamW skips parameters without a gradient
 
         optimizer.register_step_pre_hook(clip_and_record)
         clip_grad_norm = 0.0
@@ -88,21 +89,21 @@ def zero_engine(
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)
-    # With ZeRO 0 in bf16 DeepSpeed takes a step without gradients to make the moments: at rate 0 it leaves the weights,
-    # and here AdamW's count, from which it corrects the moments' bias, goes back to 0.
+    # With ZeRO 0 in bf16 DeepSpeed takes one step without gradients to allocate the moments. Rate 0 keeps the weights;
+    # AdamW's step count, which corrects the moments' bias, must return to 0.
     for state in optimizer.state.values():
         state["step"].zero_()
     return engine
 
 
 def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
-    """Set the rate of the next step for all parameters."""
+    """Set the learning rate of all parameters, used from the next step on."""
     for group in engine.optimizer.param_groups:  # type: ignore[union-attr]
         group["lr"] = rate
 
 
 def gradient_norm(engine: DeepSpeedEngine) -> float:
-    """Global norm of the last step's gradients, over all parameters, before clipping; not finite: no step was taken."""
+    """Return the global gradient norm of the last step, before clipping; if it is not finite, no step was taken."""
     norm = engine.get_global_grad_norm()
     assert norm is not None, "every ZeRO stage records the norm of a step"
     return float(norm)

@@ -96,7 +96,7 @@ def joined(
     for rank, part in enumerate(lses):
         schedule, plan = problem.plan("forward", rank)
         mine = cp_heads.heads_of(q.shape[2], rank, problem.grid.heads)
-        put_share(lse[:, :, mine], part, schedule.layouts[plan.place])
+        put_share(lse[:, :, mine], part, schedule.layouts[plan.position])
     return found | {"lse": lse.transpose(1, 2)}
 
 
@@ -152,13 +152,13 @@ class Tiles:
         for rank in range(problem.grid.size):
             for direction, calls in self.calls.items():
                 schedule, plan = problem.plan(direction, rank)
-                shard = rank - plan.place * heads
+                shard = rank - plan.position * heads
                 for tile in filter(None, (step.tile for step in plan.steps)):
                     mask = execute.mask_of(tile, schedule.layouts, problem.sight, device)
                     queries, keys = (owner * heads + shard for owner in (tile.query_owner, tile.key_owner))
                     calls.append(Call(queries, slice(*tile.query_rows), keys, slice(*tile.key_rows), mask))
             mine = [x[:, :, cp_heads.heads_of(x.shape[2], rank, heads)] for x in tensors]
-            self.blocks.append([share_of(x, schedule.layouts[plan.place]).contiguous() for x in mine])
+            self.blocks.append([share_of(x, schedule.layouts[plan.position]).contiguous() for x in mine])
 
     def num_pairs(self, direction: str) -> int:
         """Visible pairs, times the heads of a block."""

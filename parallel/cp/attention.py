@@ -1,4 +1,4 @@
-"""Attention over a sequence that several ranks hold, as the model sees it."""
+"""Context-parallel attention as a differentiable function, for the model."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from .transports import Distributed
 
 
 def context_attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem, group: CpGroup) -> Tensor:
-    """Self-attention over the sequence that the group's ranks hold together -> out like q; differentiable.
+    """Compute self-attention over the sequence that the ranks of `group` hold together. Collective.
 
-    q `[b, s, h_q, d]` and k, v `[b, s, h_kv, d]` are this rank's share, in the order of `problem.layouts[group.rank]`.
-    Collective: every rank of the group calls it, with shapes alike but for s. Raises ValueError for heads that the
-    grid cannot divide and for a share that is not the layout's, and PeerError when another rank is dead or late.
+    q `[b, s, h_q, d]` and k, v `[b, s, h_kv, d]` are this rank's tokens, in the order of `problem.layouts[group.rank]`;
+    returns out, like q. Differentiable in q, k and v. All ranks pass the same b, h_q, h_kv and d. Raises ValueError if
+    the grid cannot divide the heads or s is not the layout's, and PeerError if another rank is dead or late.
     """
     layout = problem.layouts[group.rank]
     if q.shape[1] != layout.num_tokens:
         raise ValueError(
-            f"context parallelism: rank {group.rank} of {group.size} holds {q.shape[1]} tokens, its layout "
-            f"{layout.num_tokens}"
+            f"context_attention: q of rank {group.rank} has {q.shape[1]} tokens, and its layout has {layout.num_tokens}"
         )
     unfit = problem.grid.unfit(q.shape[2], k.shape[2])
     if unfit is not None:
-        raise ValueError(f"context parallelism: {problem.grid}: {unfit}")
-    # Its messages are no graph: torch.compile breaks here and goes on after.
+        raise ValueError(f"context_attention: grid {problem.grid}: {unfit}")
+    # Messages cannot be traced: torch.compile breaks its graph here.
     return torch.compiler.disable(_ContextAttention.apply)(q, k, v, problem, group)  # type: ignore[return-value]
 
 
@@ -42,5 +41,5 @@ class _ContextAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout: Tensor):  # type: ignore[override]
         transport = Distributed(ctx.group)
-        work = backward(ctx.problem, ctx.group.rank, dout, ctx.saved_tensors, ctx.num_kv_heads, transport)
-        return *transport.drive(work), None, None
+        running = backward(ctx.problem, ctx.group.rank, dout, ctx.saved_tensors, ctx.num_kv_heads, transport)
+        return *transport.drive(running), None, None

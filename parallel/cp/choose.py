@@ -1,11 +1,11 @@
-"""Which member of the family to take: those that fit are played on the topology, and the cheapest is taken."""
+"""Choice of a grid: those that fit the heads are simulated on the topology, and the cheapest is chosen."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
 from .cost import Price, Speed, Work, play
-from .grid import CpGrid, divisions, moves
+from .grid import CpGrid, divisions, variants
 from .layout import zigzag
 from .plan import Pass
 from .schedules import Schedule
@@ -13,40 +13,44 @@ from .topology import Topology
 from .visible import Sight
 
 CLOSE = 1.01
-"""Prices within 1% are one: of such the member that holds the least memory is taken."""
+"""Prices within 1% count as equal: of these the grid with the least memory is chosen."""
 LARGE = 16
-"""Beyond so many ranks are priced: the 6 divisions that move the fewest bytes, those that fill a node with heads and
-queries, and up to 16 times as many the ring. Beyond 4 times as many, by their simplest moves alone."""
+"""Number of ranks up to which every division is priced.
+
+With more ranks the divisions are the 6 that move the fewest bytes, those whose heads x query fills a node, and, up to
+16 x LARGE ranks, the ring. With more than 4 x LARGE ranks only their simplest routes and orders are priced."""
 
 
 @dataclass(frozen=True)
 class Priced:
-    """A grid, and what one layer's attention costs on it."""
+    """A grid with the simulated cost of one layer's attention on it."""
 
     grid: CpGrid
     passes: dict[Pass, Price]
+    """Price of each pass."""
 
     @property
     def seconds(self) -> float:
-        """Of all passes."""
+        """Time of all passes."""
         return sum(price.seconds for price in self.passes.values())
 
     @property
     def exposed_s(self) -> float:
-        """Communication that no computation hides, in all passes."""
+        """Exposed communication of all passes."""
         return sum(price.exposed_s for price in self.passes.values())
 
     @property
     def peak_bytes(self) -> int:
-        """Most that a rank holds of others'."""
+        """Largest number of bytes that a rank holds for others at one time, in any pass."""
         return max(price.peak_bytes for price in self.passes.values())
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be computed, and on what: one layer over a sequence in zigzag layout, as one document."""
+    """Prices grids for one layer's attention over one document of `num_tokens` in zigzag layout."""
 
     num_tokens: int
+    """Tokens of the sequence."""
     work: Work
     topology: Topology
     speed: Speed
@@ -54,7 +58,10 @@ class Question:
     passes: tuple[Pass, ...] = ("forward", "backward")
 
     def price(self, grid: CpGrid) -> Priced:
-        """What it costs on a grid."""
+        """Return the grid with its price.
+
+        Raises ValueError if the sequence has fewer than 2 tokens a rank.
+        """
         layouts = [zigzag(self.num_tokens, rank, grid.size) for rank in range(grid.size)]
 
         def played(direction: Pass) -> Price:
@@ -65,23 +72,23 @@ class Question:
 
 
 def choose(size: int, question: Question) -> list[Priced]:
-    """The best grid of every division of `size` ranks that fits the heads and is priced (see `LARGE`), best first.
+    """Return the best grid of every division of `size` ranks that fits the heads and is priced (`LARGE`), best first.
 
-    First each is priced with its simplest moves; then, of few ranks, all moves and orders of the best three. Raises
-    ValueError for a topology that does not reach so far.
+    Each division is priced with its simplest routes and orders, then, up to 4 x LARGE ranks, the best three with all
+    routes and orders. Raises ValueError if the topology has fewer ranks.
     """
     work, topology = question.work, question.topology
-    if not topology.fits(size):
+    if not topology.covers(size):
         raise ValueError(
-            f"topology {topology.name!r} has {topology.ranks_per_node} ranks and says nothing of more: context "
-            f"parallelism over {size} needs one that does"
+            f"topology {topology.name!r}: has {topology.ranks_per_node} ranks, and context parallelism is over {size}; "
+            "use parallel.cp.topology = 'probe' or a topology of several nodes"
         )
 
     fit = [base for base in divisions(size) if base.unfit(work.num_heads, work.num_kv_heads) is None]
     if size > LARGE:
         by_bytes = sorted(fit, key=lambda base: _moved(base, work))
-        # Bytes alone do not say what crosses from node to node: with hybrids only keys and values, with a ring only
-        # those of one rank of a node, which wins where nodes share a port.
+        # Bytes alone do not show what crosses between nodes: keys and values alone with a division that fills a node,
+        # keys and values of one rank a node with a ring, which wins where the ranks of a node share a port.
         crossing = [base for base in by_bytes[6:] if base.heads * base.query == topology.ranks_per_node]
         ring = [base for base in by_bytes[6:] if base.kv == size and size <= 16 * LARGE]
         fit = by_bytes[:6] + crossing + ring
@@ -94,12 +101,12 @@ def choose(size: int, question: Question) -> list[Priced]:
     candidates = [question.price(grid) for grid in simple]
     for first in _best_of_each(candidates)[:3] if size <= 4 * LARGE else ():
         base = CpGrid(first.grid.heads, first.grid.query, first.grid.kv)
-        candidates += map(question.price, moves(base))
+        candidates += map(question.price, variants(base))
     return _best_of_each(candidates)
 
 
 def _best_of_each(candidates: list[Priced]) -> list[Priced]:
-    """The best of each division, best first: of all those close to the fastest of all, that with the least memory."""
+    """Return the best grid of each division, the best of all first, the others by time."""
     by_division: dict[tuple[int, int, int], list[Priced]] = {}
     for candidate in candidates:
         grid = candidate.grid
@@ -111,13 +118,14 @@ def _best_of_each(candidates: list[Priced]) -> list[Priced]:
 
 
 def _least_memory_of_close(candidates: list[Priced]) -> Priced:
+    """Return the grid with the least memory of those whose time is close to the fastest."""
     fastest = min(candidate.seconds for candidate in candidates)
     close = [candidate for candidate in candidates if candidate.seconds <= CLOSE * fastest]
     return min(close, key=lambda candidate: (candidate.peak_bytes, candidate.seconds, str(candidate.grid)))
 
 
 def _moved(grid: CpGrid, work: Work) -> float:
-    """Numbers that a rank moves in forward and backward for each of its tokens, in units of its queries."""
+    """Return the elements that a rank sends in both passes, in units of its queries, without a causal mask."""
     g = work.num_heads / work.num_kv_heads
     of_heads = 2 * (2 + 2 / g) * (grid.heads - 1) / grid.heads
     return of_heads + 5 * (grid.query - 1) + 8 / g * (grid.kv - 1)

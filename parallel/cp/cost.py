@@ -1,9 +1,9 @@
-"""What a plan costs on a topology: all its ranks are played, step by step.
+"""Cost model: simulates all ranks of a schedule on a topology, step by step.
 
-A rank begins a step when its tile of the step before is computed and the messages due have come. A message begins when
-both its ends have posted it and its links have carried what was posted before; messages posted together that share a
-link share it evenly. That is how gloo and NCCL behave when every channel is a stream of its own, as far as a
-model of a few lines can say it: `benchmarks/cp_lab_network.py` sets it beside measured times.
+A rank starts a step when its last tile is computed and the messages that are due have arrived. A message starts when
+both ends have posted it and its links have carried all that was posted in earlier steps; messages that are posted in
+the same step and use the same link share its bandwidth evenly. This approximates gloo and NCCL with one stream a
+channel; `benchmarks/cp_lab_network.py` compares it with measured times.
 """
 
 from __future__ import annotations
@@ -27,18 +27,20 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Work:
-    """One layer's attention: sizes of what a rank holds and sends. Heads are those of one tensor-parallel rank."""
+    """Shape of one layer's attention on one tensor-parallel rank: what determines FLOPs and bytes, but for tokens."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     itemsize: int = 2
-    """Bytes of a number of q, k, v."""
+    """Bytes per element of q, k and v."""
     batch: int = 1
+    """Sequences per micro-batch."""
     narrow_results: bool = True
+    """Whether partial results travel in the dtype of q, k, v (see `CpConfig.narrow_results`)."""
 
     def bytes_of(self, message: Message, grid: CpGrid, direction: Pass) -> int:
-        """What a message weighs."""
+        """Return the size of a message in bytes."""
         return (
             self.batch
             * (message.rows[1] - message.rows[0])
@@ -46,11 +48,11 @@ class Work:
         )
 
     def row_bytes(self, grid: CpGrid, direction: Pass) -> Ints:
-        """What a row weighs in a message, by flow in the order of `FLOWS`."""
+        """Return the bytes per row of a message, `[flows]` in the order of `FLOWS`."""
         heads = self.num_heads // grid.heads
         kv_heads = max(1, self.num_kv_heads // grid.heads)
         q, kv = heads * self.head_dim, 2 * kv_heads * self.head_dim
-        wide = max(self.itemsize, 4)
+        wide = max(self.itemsize, 4)  # lse, delta and sums are fp32 at least
 
         def partial_itemsize(route: str) -> int:
             return self.itemsize if self.narrow_results and route != "round" else wide
@@ -68,27 +70,27 @@ class Work:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a rank computes tiles."""
+    """Speed at which a rank computes tiles."""
 
     forward_flops: float
-    """Floating-point operations a second: 4 x head_dim for each head and visible pair."""
+    """FLOP/s of the forward, which takes 4 x head_dim FLOPs for each head and visible pair."""
     backward_flops: float
-    """The same of the backward: 10 x head_dim for each head and visible pair."""
+    """FLOP/s of the backward, which takes 10 x head_dim FLOPs for each head and visible pair."""
     tile_s: float = 0.0
-    """What a tile takes besides."""
+    """Fixed time of a tile, in seconds."""
 
     def seconds(self, pairs: Ints, work: Work, grid: CpGrid, direction: Pass) -> Floats:
-        """What tiles of so many visible pairs take."""
+        """Return the seconds that tiles with these numbers of visible pairs take, like `pairs`."""
         flops, rate = (4, self.forward_flops) if direction == "forward" else (10, self.backward_flops)
         return self.tile_s + work.batch * pairs * flops * work.head_dim * (work.num_heads // grid.heads) / rate
 
 
 ASSUMED = Speed(forward_flops=500e12, backward_flops=350e12, tile_s=10e-6)
-"""Of an H100 in bf16 where nothing was measured: round numbers below those of FlashAttention-3 (arXiv 2407.08608)."""
+"""Assumed speed of an H100 in bf16, used where nothing was measured: below FlashAttention-3's (arXiv 2407.08608)."""
 
 
 class Event(NamedTuple):
-    """Something a rank does in a played plan, or did in a run."""
+    """A tile or message of one rank with its time, simulated or measured."""
 
     rank: int
     what: Tile | Message
@@ -98,33 +100,37 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Price:
-    """What playing a pass says."""
+    """Simulated cost of one pass."""
 
     seconds: float
+    """Time until the last rank is done."""
     compute_s: float
-    """Of the rank that computes longest."""
+    """Compute time of the busiest rank."""
     bytes_by_link: dict[Hashable, int]
+    """Bytes that each link carries; links are named as in `Topology.path`."""
     sent_bytes: int
-    """By all ranks; over several links a message counts once."""
+    """Bytes that all ranks send; a message counts once, however many links it takes."""
     peak_bytes: int
-    """Most that a rank holds at a time of others' blocks, and of results that it sums up for them or that travel."""
+    """Largest number of bytes that a rank holds at one time of foreign shares, of results for them, and of results on
+    their way."""
     events: list[Event] = field(repr=False, default_factory=list)
 
     @property
     def exposed_s(self) -> float:
-        """Time in which no rank that computes longest computes: communication that nothing hides."""
+        """Exposed communication: total time minus the compute time of the busiest rank."""
         return self.seconds - self.compute_s
 
 
 def play(
     schedule: Schedule, sight: Sight, topology: Topology, work: Work, speed: Speed, *, record: bool = False
 ) -> Price:
-    """Play all ranks of a schedule; with `record` the price has the events, a message's at both of its ends."""
+    """Simulate all ranks of a schedule; with `record` the price has all events, and a message's event at both ends."""
     grid, size = schedule.grid, schedule.grid.size
     messages = schedule.all_messages
     num_steps = int(max(schedule.end, messages.due.max(initial=0) + 1))
-    # A step has two exchanges, of results and then of blocks: half 2 x step and the one after.
-    messages = messages.where(np.argsort(2 * messages.posted + ~messages.is_result, kind="stable"))
+    # A step has two exchanges, of results and then of shares: halves 2 x step and 2 x step + 1 of the simulation.
+    # Messages are sorted by the half of their post; posted_at[h]:posted_at[h + 1] are those of half h, due_at likewise.
+    messages = messages.select(np.argsort(2 * messages.posted + ~messages.is_result, kind="stable"))
     posted, due = (2 * at + ~messages.is_result for at in (messages.posted, messages.due))
     by_due = np.argsort(due, kind="stable")
     posted_at, due_at = (np.searchsorted(at, np.arange(2 * num_steps + 1)).tolist() for at in (posted, due[by_due]))
@@ -132,22 +138,26 @@ def play(
     weights = work.row_bytes(grid, schedule.direction)[messages.flow] * rows
     wide = replace(work, narrow_results=False).row_bytes(grid, schedule.direction)[messages.flow] * rows
     wires, pair = wires_of(topology, size), messages.source * size + messages.target
+    # [ranks]: time at which a rank can go on, and its compute so far; [links + 1]: time at which a link is free.
     ready, compute_s, free = np.zeros(size), np.zeros(size), np.zeros(len(wires.names) + 1)
-    begins, arrival = np.zeros((2, len(pair)))
-    tiles: dict[int, tuple[Floats, Floats]] = {}  # by step: from when to when
+    begins, arrival = np.zeros((2, len(pair)))  # seconds, by message
+    tiles: dict[int, tuple[Floats, Floats]] = {}  # by step: start and stop, each [ranks]
     holds = _Holds(messages, weights, wide, grid, num_steps)
     for half in range(2 * num_steps):
+        # The order of a step: wait for what is due, post, and in the second half compute the tile.
         came = by_due[due_at[half] : due_at[half + 1]]
         for end in (messages.source, messages.target) if len(came) else ():
             np.maximum.at(ready, end[came], arrival[came])
         now, step = slice(posted_at[half], posted_at[half + 1]), half // 2
         if now.start < now.stop:
+            # Both ends must have posted.
             begins[now] = np.maximum(ready[messages.source[now]], ready[messages.target[now]])
             begins[now], arrival[now] = _carry(begins[now], weights[now], pair[now], wires, free)
         if half % 2 and 0 <= step - schedule.first < len(schedule.tile_numbers):
-            query, key = schedule.tiles(step, np.arange(grid.places))
+            query, key = schedule.tiles(step, np.arange(grid.num_positions))  # owners, [positions]
             pairs = num_pairs(schedule.shares[query], schedule.shares[key], sight)
             holds.use(step, query, key, pairs > 0)
+            # [positions] -> [ranks]: the ranks of a position compute the same tile, each with its heads.
             seconds = np.where(pairs > 0, speed.seconds(pairs, work, grid, schedule.direction), 0).repeat(grid.heads)
             compute_s += seconds
             tiles[step] = ready, ready + seconds
@@ -164,18 +174,19 @@ def play(
 
 
 class Wires(NamedTuple):
-    """What messages between every two ranks occupy; a pair's place in the arrays is source x ranks + target."""
+    """Paths between every two ranks as arrays; a pair has index source x ranks + target."""
 
     names: list[Hashable]
+    """Name of each link."""
     links: NDArray[np.int32]
-    """`[pairs, most links of any]`, places in `names`, or its length where there are fewer."""
+    """Links of each pair, `[pairs, most links of a pair]`, as indices into `names`; padded with len(names)."""
     bytes_per_s: Floats
     latency_s: Floats
 
 
 @lru_cache(maxsize=8)
 def wires_of(topology: Topology, size: int) -> Wires:
-    """Of `size` ranks. Kept, since all plans on a topology share it and 1,024 ranks have a million pairs."""
+    """Return the paths between `size` ranks. Cached: all plans on a topology share them, and 1,024 ranks have 2^20."""
     numbers: dict[Hashable, int] = {}
     found: list[list[int]] = []
     rates, latencies = np.ones(size**2), np.zeros(size**2)
@@ -194,58 +205,65 @@ def wires_of(topology: Topology, size: int) -> Wires:
 def _carry(
     posted: Floats, weights: NDArray[np.int64], pair: NDArray[np.int64], wires: Wires, free: Floats
 ) -> tuple[Floats, Floats]:
-    """When the messages of a step begin and arrive; `free` tells when each link has carried all that was posted."""
-    links = wires.links[pair]
+    """Return when the messages of one exchange start and arrive, each `[messages]`, and update `free` (`[links + 1]`).
+
+    `free` is the time at which each link has carried all that was posted so far; its last element stands for no link.
+    """
+    links = wires.links[pair]  # [messages, links of a message]
     begins = np.maximum(posted, free[links].max(axis=1, initial=0))
-    # Shared evenly, a message is through when each of the others has sent as much, or is through itself: with the
-    # messages of a link in order of weight, after all lighter ones and as many times its weight as there are heavier.
+    # A link that is shared evenly has carried a message of weight w when it has carried min(w, weight) of every message
+    # on it: with the messages in order of weight, the sum of the lighter ones + w x (number of the others).
     flat, heavy = links.ravel(), weights.repeat(links.shape[1])
     order = np.lexsort((heavy, flat))
-    first = np.searchsorted(flat[order], flat[order])
+    first = np.searchsorted(flat[order], flat[order])  # of each sorted entry, the first entry of its link
     sums, total = np.cumsum(heavy[order]), np.bincount(flat, minlength=len(free))[flat[order]]
     lighter = sums - heavy[order] - (sums - heavy[order])[first]
     shared = np.empty(len(flat))
     shared[order] = lighter + heavy[order] * (total - (np.arange(len(flat)) - first))
-    shared[flat == len(wires.names)] = 0
+    shared[flat == len(wires.names)] = 0  # padding
     through = begins + shared.reshape(links.shape).max(axis=1, initial=0) / wires.bytes_per_s[pair]
     np.maximum.at(free, flat, through.repeat(links.shape[1]))
-    free[-1] = 0
+    free[-1] = 0  # padding must not hold up later messages
     return begins, through + wires.latency_s[pair]
 
 
 class _Holds:
-    """What ranks hold of others: a block from its post to its last use, or until those it is passed on to have it; a
-    result from its post to its merge, and before that, in fp32, from its first tile.
+    """Memory that ranks hold for others, by step.
+
+    A foreign share is held from its post to its last use, or until the rank to which it is passed on has it. A result
+    is held from its post to its merge, and before its post, in fp32, from the first tile that adds to it.
     """
 
     def __init__(
         self, messages: Messages, weights: NDArray[np.int64], wide: NDArray[np.int64], grid: CpGrid, num_steps: int
     ) -> None:
         self.messages, self.weights, self.wide, self.heads = messages, weights, wide, grid.heads
-        self.change = np.zeros((num_steps + 1, grid.size), np.int64)
-        self.last = np.zeros((2, grid.places, grid.places), np.int32)
-        """Step of a place's last use of an owner's block, by side."""
-        self.begun = np.full((2, grid.places, grid.places), num_steps, np.int32)
-        """Step at which a place begins to sum up results for an owner's block, by side."""
+        self.change = np.zeros((num_steps + 1, grid.size), np.int64)  # bytes taken less bytes freed, [step, rank]
+        self.last = np.zeros((2, grid.num_positions, grid.num_positions), np.int32)
+        """Step at which a position last uses an owner's share, `[side, position, owner]`."""
+        self.begun = np.full((2, grid.num_positions, grid.num_positions), num_steps, np.int32)
+        """Step at which a position begins to sum results for an owner's share, `[side, position, owner]`."""
 
     def use(self, step: int, query: Ints, key: Ints, used: NDArray[np.bool_]) -> None:
-        """Places compute tiles of these owners' blocks."""
-        places = np.arange(len(query))[used]
+        """Places compute tiles of these owners' shares."""
+        positions = np.arange(len(query))[used]
         for side, owner in enumerate((query[used], key[used])):
-            self.last[side, places, owner] = step
-            np.minimum.at(self.begun[side], (places, owner), step)
+            self.last[side, positions, owner] = step
+            np.minimum.at(self.begun[side], (positions, owner), step)
 
     def peak_bytes(self) -> int:
-        """Of the rank that holds most."""
+        """Return the largest number of bytes that a rank holds at one step."""
         flow, owner, _, _, source, target, posted, due = self.messages
-        block = (flow == FLOWS.index("queries")) | (flow == FLOWS.index("keys"))
+        share = (flow == FLOWS.index("queries")) | (flow == FLOWS.index("keys"))
         for end, step in ((target, due), (source, due - 1)):
-            np.maximum.at(self.last, (flow[block], end[block] // self.heads, owner[block]), step[block])
+            np.maximum.at(self.last, (flow[share], end[share] // self.heads, owner[share]), step[share])
+        # Messages in their buffers: shares at the target until their last use, results at both ends until they are due.
         until = due.copy()
-        until[block] = self.last[flow[block], target[block] // self.heads, owner[block]] + 1
-        for end, held in ((target, slice(None)), (source, ~block)):
+        until[share] = self.last[flow[share], target[share] // self.heads, owner[share]] + 1
+        for end, held in ((target, slice(None)), (source, ~share)):
             np.add.at(self.change, (posted[held], end[held]), self.weights[held])
             np.add.at(self.change, (until[held], end[held]), -self.weights[held])
+        # Sums of results, at the source of their message: from the first tile, or the first result to be passed on.
         result = self.messages.is_result
         side, summing = flow[result] - FLOWS.index("query_results"), source[result]
         np.minimum.at(self.begun, (side, target[result] // self.heads, owner[result]), due[result])
@@ -258,6 +276,7 @@ class _Holds:
 def _events(
     schedule: Schedule, messages: Messages, begins: Floats, arrival: Floats, tiles: dict[int, tuple[Floats, Floats]]
 ) -> list[Event]:
+    """Return the events of all ranks: each message at both ends, each tile."""
     events = []
     for message, start_s, stop_s in zip(messages.one_by_one(), begins.tolist(), arrival.tolist(), strict=True):
         events += [Event(end, message, start_s, stop_s) for end in (message.source, message.target)]

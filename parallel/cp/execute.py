@@ -1,10 +1,10 @@
-"""Runs a rank's part of a plan, forward and backward, over any transport.
+"""Executor: runs a rank's plan, forward and backward, over any transport.
 
-A pass is a generator: it yields each message at the moment it must wait for it, and who drives it does the waiting
-(`transports`). So one process can run all ranks of a plan in turn, by the same code as a cluster.
+A pass is a generator that yields each message when it must wait for it; the transport that drives the generator does
+the waiting. So one process can run all ranks of a plan in turn, with the code that runs on a cluster.
 
-Tensors that travel, and those that sum up what has travelled, have their sequence on dim 1; lse and delta, which the
-kernels hold as `[b, h, s]`, are seen through a transposed view.
+Tensors that travel, and tensors that sum up results, have the sequence on dim 1: `[b, s, h, d]`, and `[b, s, h]` for
+lse and delta, which are transposed views of the kernels' `[b, h, s]`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ...kernels.mask import Mask, make_mask
 from ...kernels.merge import merge_
 from .grid import CpGrid
 from .heads import heads_for_tokens, tokens_for_heads
-from .plan import Block, Flow, Message, Pass, RankPlan, Side, Tile
+from .plan import Flow, Message, Pass, RankPlan, Share, Side, Tile
 from .schedules import Schedule
 from .transports import Transport
 from .visible import Rows, Sight
@@ -30,24 +30,26 @@ from .visible import Rows, Sight
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One attention over a sequence that several ranks hold: what all of them agree on.
+    """Attention over a sequence that several ranks hold: the values that all of these ranks have in common.
 
-    Plans and masks are made once for all layers and passes that share the problem: keep it while its documents last.
+    Plans and masks are made once and kept here, for all layers and passes: keep the object as long as the documents of
+    the sequence stay the same.
     """
 
     grid: CpGrid
     layouts: tuple[SeqLayout, ...]
-    """By rank."""
+    """Layout of each rank."""
     sight: Sight
     backend: str = "auto"
+    """Attention kernels, as in `kernels.attention`."""
     narrow_results: bool = True
-    """Partial results that go straight home travel in the inputs' dtype; False: in fp32. They are summed in fp32."""
+    """Send partial results in the dtype of the inputs; False: in fp32. Sums are fp32 in either case."""
     masks: dict[Tile, Mask] = field(default_factory=dict, repr=False)
-    """Of the tiles computed so far, on the device of their first tensors."""
+    """Masks of the tiles computed so far, on the device of the first inputs."""
     _made: dict[tuple[Pass, int], tuple[Schedule, RankPlan]] = field(default_factory=dict, repr=False)
 
     def plan(self, direction: Pass, rank: int) -> tuple[Schedule, RankPlan]:
-        """The schedule of a pass, and a rank's part of it."""
+        """Return the schedule of a pass and the plan of one rank; made once, then kept."""
         if (direction, rank) not in self._made:
             schedule = Schedule(self.grid, self.layouts, self.sight, direction)
             self._made[direction, rank] = (schedule, schedule.plan(rank))
@@ -55,20 +57,24 @@ class Problem:
 
 
 def mask_of(tile: Tile, layouts: Sequence[SeqLayout], sight: Sight, device: torch.device | str) -> Mask:
-    """The mask of a tile, `layouts` by place."""
+    """Return the mask of a tile; `layouts` has one layout for each grid position."""
     queries = layouts[tile.query_owner].part(*tile.query_rows)
     keys = layouts[tile.key_owner].part(*tile.key_rows)
     return make_mask(queries, keys, causal=sight.causal, window=sight.window, device=device)
 
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""q, k, v, out, lse of a rank's share of heads, over the tokens of its place: all that the backward needs."""
+"""Tensors that the backward needs: q, k, v, out `[b, s, h, d]` and lse `[b, h, s]`, with all tokens of the rank's grid
+position and the heads of the rank."""
 
 
 def forward(
     problem: Problem, rank: int, q: Tensor, k: Tensor, v: Tensor, transport: Transport
 ) -> Generator[Message, None, tuple[Tensor, Saved]]:
-    """out like q, for this rank's tokens, and what to save. q, k, v: see `attention.context_attention`."""
+    """Run the forward of one rank: q `[b, s, h_q, d]`, k, v `[b, s, h_kv, d]` -> out like q, and the tensors to save.
+
+    Collective: every rank of the grid runs its own generator. Yields each message that must be waited for.
+    """
     schedule, plan = problem.plan("forward", rank)
     if problem.grid.heads > 1:
         q, k, v = yield from tokens_for_heads([q, k, v], plan, schedule, transport)
@@ -84,7 +90,10 @@ def forward(
 def backward(
     problem: Problem, rank: int, dout: Tensor, saved: Saved, num_kv_heads: int, transport: Transport
 ) -> Generator[Message, None, tuple[Tensor, Tensor, Tensor]]:
-    """dq, dk, dv for this rank's tokens, all heads."""
+    """Run the backward of one rank: dout `[b, s, h_q, d]` -> dq like dout, dk and dv `[b, s, h_kv, d]`, with all heads.
+
+    Collective: every rank of the grid runs its own generator. Yields each message that must be waited for.
+    """
     schedule, plan = problem.plan("backward", rank)
     q, k, v, out, lse = saved
     if problem.grid.heads > 1:
@@ -100,14 +109,14 @@ def backward(
 
 
 class _Run(ABC):
-    """One pass of one rank over the query x kv grid."""
+    """One pass of one rank over the query x kv grid, after its tokens have been traded for heads."""
 
     own: dict[Side, list[Tensor]]
-    """This place's blocks."""
+    """Tensors of the position's own queries and keys, `[b, s, ...]`."""
     home: dict[Side, list[Tensor]]
-    """Where the results for them are summed, in fp32."""
+    """Sums of the results for the own shares, fp32 `[b, s, ...]`; a side without results has none."""
     narrow: torch.dtype
-    """Of results that go straight home."""
+    """Dtype in which partial results travel, unless they are summed on their way."""
 
     def __init__(self, problem: Problem, plan: RankPlan, schedule: Schedule, transport: Transport) -> None:
         self.problem, self.plan, self.layouts, self.transport = problem, plan, schedule.layouts, transport
@@ -115,46 +124,48 @@ class _Run(ABC):
             "query_results": problem.grid.query_route,
             "key_results": problem.grid.kv_route,
         }
-        self.held: dict[Block, tuple[list[Tensor], Rows]] = {}
-        self.partial: dict[Block, list[Tensor]] = {}
-        self.travelling: dict[Message, list[Tensor]] = {}
+        self.held: dict[Share, tuple[list[Tensor], Rows]] = {}  # foreign shares, with the rows that were sent of them
+        self.partial: dict[Share, list[Tensor]] = {}  # sums of results for foreign shares
+        self.travelling: dict[Message, list[Tensor]] = {}  # buffers, from post to wait
 
     @abstractmethod
     def compute(
         self, queries: list[Tensor], keys: list[Tensor], into: tuple[list[Tensor], list[Tensor]], mask: Mask
     ) -> None:
-        """One tile, added into the results for its queries and its keys."""
+        """Compute one tile and add it into the results for its queries and for its keys."""
 
     @abstractmethod
     def merge(self, into: list[Tensor], part: list[Tensor]) -> None:
-        """Add a partial result for the same rows."""
+        """Merge a partial result into `into`, which holds the same rows."""
 
     @abstractmethod
     def nothing(self, like: list[Tensor]) -> list[Tensor]:
-        """A partial result that is the neutral element of `merge`."""
+        """Return the neutral element of `merge`, with shapes and dtypes of `like`."""
 
     def steps(self) -> Iterator[Message]:
-        """Yields what must be waited for, in order."""
+        """Run all steps; yields each message that must be waited for, in the order of the plan."""
         for step in self.plan.steps:
             for exchange in step.exchanges():
                 for message in filter(_of_the_grid, exchange.due):
                     yield message
                     self._take(message)
-                for message in filter(_of_the_grid, exchange.gone):
+                for message in filter(_of_the_grid, exchange.sent):
                     yield message
                     del self.travelling[message]
+                # After the merges above: a partial result that is sent now holds all that has come for it.
                 receives = {message: self._buffers(message) for message in filter(_of_the_grid, exchange.receives)}
                 sends = {message: self._contents(message) for message in filter(_of_the_grid, exchange.sends)}
                 self.travelling |= receives | sends
                 self.transport.post(sends, receives)
             if step.tile is not None:
                 self._compute(step.tile)
-            for block in step.done:
-                del self.held[block]
-        assert not self.held and not self.partial and not self.travelling, "the plan lets go of everything"
+            for share in step.done:
+                del self.held[share]
+        assert not self.held and not self.partial and not self.travelling, "the plan frees everything"
 
     def _compute(self, tile: Tile) -> None:
-        queries, keys = Block("queries", tile.query_owner), Block("keys", tile.key_owner)
+        """Compute a tile from views of the shares into views of the results."""
+        queries, keys = Share("queries", tile.query_owner), Share("keys", tile.key_owner)
         masks = self.problem.masks
         if tile not in masks:
             masks[tile] = mask_of(tile, self.layouts, self.problem.sight, self.own["queries"][0].device)
@@ -165,37 +176,42 @@ class _Run(ABC):
             masks[tile],
         )
 
-    def _rows_of(self, block: Block, rows: Rows) -> list[Tensor]:
-        tensors, held = (self.own[block.side], (0, 0)) if block.owner == self.plan.place else self.held[block]
+    def _rows_of(self, share: Share, rows: Rows) -> list[Tensor]:
+        """Return views of rows of a share, own or foreign."""
+        tensors, held = (self.own[share.side], (0, 0)) if share.owner == self.plan.position else self.held[share]
         return _cut(tensors, rows, held[0])
 
-    def _results_for(self, block: Block, rows: Rows) -> list[Tensor]:
-        """Views of the rows of what this place sums up for a block, its own or another's."""
-        home = self.home[block.side]
-        if block.owner == self.plan.place:
+    def _results_for(self, share: Share, rows: Rows) -> list[Tensor]:
+        """Return views of rows of the results for a share, own or foreign; foreign ones are made at their first use."""
+        home = self.home[share.side]
+        if share.owner == self.plan.position:
             return _cut(home, rows, 0)
         if not home:
             return []
-        start, stop = self.plan.results[block]
-        if block not in self.partial:
-            self.partial[block] = self.nothing([x[:, :1].expand(-1, stop - start, *x.shape[2:]) for x in home])
-        return _cut(self.partial[block], rows, start)
+        start, stop = self.plan.results[share]
+        if share not in self.partial:
+            # [b, 1, ...] -> [b, rows, ...] without memory: `nothing` reads shape and dtype only.
+            self.partial[share] = self.nothing([x[:, :1].expand(-1, stop - start, *x.shape[2:]) for x in home])
+        return _cut(self.partial[share], rows, start)
 
     def _take(self, message: Message) -> None:
+        """Keep a share that has arrived, or merge a result that has arrived."""
         tensors = self.travelling.pop(message)
         if message.flow in ("queries", "keys"):
-            self.held[Block(message.flow, message.owner)] = (tensors, message.rows)
+            self.held[Share(message.flow, message.owner)] = (tensors, message.rows)
         else:
-            self.merge(self._results_for(_block(message), message.rows), tensors)
+            self.merge(self._results_for(_share_of(message), message.rows), tensors)
 
     def _contents(self, message: Message) -> list[Tensor]:
+        """Return the tensors to send, contiguous `[b, rows, ...]`."""
         if message.flow in ("queries", "keys"):
-            return [x.contiguous() for x in self._rows_of(_block(message), message.rows)]
-        tensors = self.partial.pop(_block(message))
+            return [x.contiguous() for x in self._rows_of(_share_of(message), message.rows)]
+        tensors = self.partial.pop(_share_of(message))
         return [x.to(y).contiguous() for x, y in zip(tensors, self._dtypes(message), strict=True)]
 
     def _buffers(self, message: Message) -> list[Tensor]:
-        side = _block(message).side
+        """Return empty tensors to receive into, `[b, rows, ...]`."""
+        side = _share_of(message).side
         like = self.home[side] if message.is_result else self.own[side]
         dtypes = self._dtypes(message) if message.is_result else [x.dtype for x in like]
         num_rows = message.rows[1] - message.rows[0]
@@ -205,10 +221,10 @@ class _Run(ABC):
         ]
 
     def _dtypes(self, message: Message) -> list[torch.dtype]:
-        """Of a message of results: those that grow on their way must not be rounded at each stop, and lse never."""
-        home = self.home[_block(message).side]
+        """Return the dtypes of a message of results: sums that grow on their way are not rounded, and lse never is."""
+        home = self.home[_share_of(message).side]
         wide = self.routes[message.flow] == "round" or not self.problem.narrow_results
-        return [x.dtype if wide or x.dim() == 3 else self.narrow for x in home]
+        return [x.dtype if wide or x.dim() == 3 else self.narrow for x in home]  # lse alone is [b, s, h]
 
 
 class _Forward(_Run):
@@ -272,15 +288,15 @@ class _Backward(_Run):
 
 
 def _of_the_grid(message: Message) -> bool:
-    """Heads are traded before and after, by `heads`."""
+    """Return whether a message belongs to the query x kv grid; `heads` handles the others."""
     return message.flow not in ("to_heads", "from_heads")
 
 
-def _block(message: Message) -> Block:
-    """The block that a message carries, or carries results for."""
-    return Block("queries" if message.flow in ("queries", "query_results") else "keys", message.owner)
+def _share_of(message: Message) -> Share:
+    """Return the share that a message carries, or for which it carries results."""
+    return Share("queries" if message.flow in ("queries", "query_results") else "keys", message.owner)
 
 
 def _cut(tensors: list[Tensor], rows: Rows, first: int) -> list[Tensor]:
-    """Views of rows [start, stop) of a block of which the tensors hold those from `first` on."""
+    """Return views of rows [start, stop) of a share, from tensors `[b, s, ...]` whose row 0 is row `first` of it."""
     return [x[:, rows[0] - first : rows[1] - first] for x in tensors]

@@ -1,7 +1,10 @@
-"""From times of a few patterns of messages to the fabric that explains them best.
+"""Fit of a fabric to the measured times of a few patterns of messages.
 
-All messages of a pattern weigh the same and begin at once, so a fabric says how long they take in two numbers: how
-many of them share the busiest link, and how many latencies the longest way has. `cost` plays plans by the same rule.
+All messages of a pattern have the same size and start at once. So a fabric predicts the time of a pattern from two
+numbers: how many messages share the busiest link, and how many latencies the longest path has. `cost` uses the same
+rule.
+
+A *site* is a rank, inside a node, or a node with its ranks, across nodes; its ranks are its *ends*.
 """
 
 from __future__ import annotations
@@ -16,20 +19,20 @@ from typing import NamedTuple
 from .topology import Fabric
 
 FEW = 16
-"""Among more ends, everybody does not talk to everybody at once: at distances of 1, 2, 4, ... alone."""
+"""Number of sites up to which the pattern "everybody" has all pairs; with more, it has distances 1, 2, 4, ... only."""
 UNKNOWN = 1.0
-"""Bandwidth and latency of a fabric before it is fitted."""
+"""Placeholder for bandwidth and latency of a fabric that is not fitted yet."""
 
 
 class Pattern(NamedTuple):
-    """Messages that travel at once, as (source, target) among the ends of a fabric."""
+    """Messages that are sent at once, as (source, target) among the ends of a fabric."""
 
     name: str
     messages: tuple[tuple[int, int], ...]
 
 
 class Timing(NamedTuple):
-    """What a pattern took, with small messages and with large ones."""
+    """Measured seconds of a pattern, with small messages and with large ones."""
 
     pattern: Pattern
     small_s: float
@@ -38,43 +41,47 @@ class Timing(NamedTuple):
 
 @dataclass(frozen=True)
 class Fit:
-    """A fabric with the bandwidth and latency that suit it best."""
+    """A fabric with fitted bandwidth and latency."""
 
     fabric: Fabric
     error: float
-    """How far it is off the measured times of large messages: 0.05 is 5%, as a root mean square over patterns."""
+    """Relative error of the predicted times of large messages, root mean square over patterns: 0.05 is 5%."""
 
 
 def patterns(size: int, width: int = 1) -> list[Pattern]:
-    """What to time among `size` places of `width` neighbouring ends each; end i of a place talks to end i of another.
+    """Return the patterns to time among `size` sites of `width` adjacent ends each, without duplicates.
 
-    With several ends a place (the ranks of a node), first the first end of each place alone, then all ends.
+    End i of a site sends to end i of another. With several ends a site there are two versions of a pattern: the first
+    end of each site alone, and all ends at once.
     """
     half = size // 2
     distances = range(1, size) if size <= FEW else [1 << power for power in range((size - 1).bit_length())]
     shifts = {
-        "next": [(place, place + 1) for place in range(size)],
-        "opposite": [(place, place + half) for place in range(size)],
-        "both neighbours": [(place, place + way) for place in range(size) for way in (1, -1)],
-        "half to half": [(place, place + half) for place in range(half)],
-        "everybody": [(place, place + far) for place in range(size) for far in distances],
+        "next": [(site, site + 1) for site in range(size)],
+        "opposite": [(site, site + half) for site in range(size)],
+        "both neighbours": [(site, site + way) for site in range(size) for way in (1, -1)],
+        "half to half": [(site, site + half) for site in range(half)],
+        "everybody": [(site, site + far) for site in range(size) for far in distances],
         "one pair": [(0, half)],
         "two neighbours, both ways": [(0, 1), (1, 0)],
     }
     found: dict[tuple[tuple[int, int], ...], str] = {}
     for name, pairs in shifts.items():
         pairs = sorted({(source, target % size) for source, target in pairs})
-        ends_of = {"one end a place": 1, "all ends": width} if width > 1 else {"": 1}
+        ends_of = {"one end a site": 1, "all ends": width} if width > 1 else {"": 1}
         if name == "everybody" and width > 1:
-            ends_of = {"one end a place": 1}  # all ends would need size x width^2 connections
-        for who, ends in ends_of.items():
+            ends_of = {"one end a site": 1}  # all ends would need size x width^2 connections
+        for which, ends in ends_of.items():
             messages = tuple((a * width + end, b * width + end) for a, b in pairs for end in range(ends))
-            found.setdefault(messages, f"{name}, {who}" if who else name)  # of few places, some patterns are one
+            found.setdefault(messages, f"{name}, {which}" if which else name)  # with few sites some patterns are equal
     return [Pattern(name, messages) for messages, name in found.items()]
 
 
 def fabrics(size: int, width: int = 1) -> list[Fabric]:
-    """What may join `size` places of `width` ends, the commonest first; of those that no pattern tells apart, one."""
+    """Return the fabrics that may join `size` sites of `width` ends, commonest first, bandwidth and latency unknown.
+
+    Of fabrics that no pattern can tell apart there is one: three or fewer sites on a ring are a mesh.
+    """
     if width > 1:
         ports = [1, width] if width == 2 or width % 2 else [1, 2, width]
     else:
@@ -88,17 +95,17 @@ def fabrics(size: int, width: int = 1) -> list[Fabric]:
 
 
 def fit(timings: Sequence[Timing], num_ends: int, extra_bytes: int, kinds: Sequence[Fabric]) -> list[Fit]:
-    """Each kind with its best bandwidth and latency, that with the least error first; of equals the earlier.
+    """Fit bandwidth and latency of each fabric in `kinds`; return the fits by error, equal ones in the given order.
 
-    A large message has `extra_bytes` more than a small one. Times are compared by their logarithms, so that a pattern
-    that takes long counts no more than a short one, and bandwidth is the mean of what each pattern says.
+    A large message has `extra_bytes` more than a small one. Errors are differences of logarithms, so that slow and fast
+    patterns have equal weight: the fitted bandwidth is the geometric mean over patterns, the latency the median.
     """
     fits = []
     for kind in kinds:
         logs, latencies = [], []
         for pattern, small_s, large_s in timings:
             sharing, latency = _shape(pattern, num_ends, kind)
-            # Where noise ate the difference, a hundredth of the time is left: a bandwidth that is too high.
+            # Noise can make the difference small or negative: at least a hundredth of the time is taken for transfer.
             logs.append(math.log(sharing * extra_bytes / max(large_s - small_s, 0.01 * large_s)))
             latencies.append(small_s / latency)
         mean = fmean(logs)
@@ -109,7 +116,7 @@ def fit(timings: Sequence[Timing], num_ends: int, extra_bytes: int, kinds: Seque
 
 
 def _shape(pattern: Pattern, num_ends: int, kind: Fabric) -> tuple[int, float]:
-    """Messages on the busiest link, and latencies on the longest way."""
+    """Return the number of messages on the busiest link, and the number of latencies of the longest path."""
     paths = [kind.path(num_ends, source, target) for source, target in pattern.messages]
     on_link = Counter(link for path in paths for link in path.links)
     return max(on_link.values()), max(path.latency_s for path in paths) / kind.latency_s

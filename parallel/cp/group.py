@@ -1,4 +1,4 @@
-"""The ranks that share a sequence, their channels, and what is said when one of them is dead or late."""
+"""Context-parallel groups: the ranks that share a sequence, their channels, and errors that name a dead rank."""
 
 from __future__ import annotations
 
@@ -27,40 +27,42 @@ class PeerError(RuntimeError):
 
 @dataclass(frozen=True)
 class CpGroup:
-    """This rank among the ranks that share a sequence; `rank` and all ranks of plans count within the group."""
+    """The ranks that share a sequence with this rank. `rank`, and all ranks in plans, count within the group."""
 
     rank: int
     global_ranks: tuple[int, ...]
-    """Of its members, in order."""
+    """Global rank of each member, in order."""
     channels: Mapping[Channel, dist.ProcessGroup]
-    """One process group each: its own NCCL communicator and stream, or its own gloo connections."""
+    """A process group for each channel, which has its own NCCL communicator and stream, or its own gloo connections."""
     timeout_s: float
+    """Longest wait for a message, in seconds."""
     watch: Watch | None = None
-    """On CUDA, where the device waits and the host does not."""
+    """Thread that ends the process when a message is overdue; used on CUDA, where the device waits and the host does
+    not."""
 
     @property
     def size(self) -> int:
-        """Number of its members."""
+        """Number of members."""
         return len(self.global_ranks)
 
     def explain(self, message: Message) -> str:
-        """What it means that a message of this rank is overdue."""
+        """Return the error text for an overdue message of this rank: rank, flow, steps and peer."""
         if message.source == self.rank:
-            peer, doing = message.target, "send {} to"
+            peer, action, way = message.target, "send", "to"
         else:
-            peer, doing = message.source, "receive {} from"
+            peer, action, way = message.source, "receive", "from"
         return (
-            f"context parallelism: rank {self.rank} of {self.size} could not "
-            f"{doing.format(f'{message.flow} of place {message.owner}')} rank {peer} (posted at step {message.posted}, "
-            f"due at step {message.due}) within parallel.cp.timeout_s = {self.timeout_s:g}: rank {peer} is dead "
-            f"or late; in the whole run it is rank {self.global_ranks[peer]}, see its log"
+            f"context parallelism: rank {self.rank} of {self.size} could not {action} {message.flow} of grid position "
+            f"{message.owner} {way} rank {peer} (posted at step {message.posted}, due at step {message.due}) within "
+            f"parallel.cp.timeout_s = {self.timeout_s:g}: rank {peer} of the group is dead or late; see the log of "
+            f"global rank {self.global_ranks[peer]}"
         )
 
 
 class Watch(Thread):
-    """Looks after messages that only the device waits for, and ends the process when one is overdue.
+    """Thread that ends the process when a message for which only the device waits is overdue.
 
-    An exception would not do: the host may be waiting for the device, which waits for a dead rank.
+    An exception would not help: the host may be waiting for the device, which waits for the dead rank.
     """
 
     def __init__(self, timeout_s: float, end: Callable[[int], None] = os._exit) -> None:
@@ -69,11 +71,11 @@ class Watch(Thread):
         self.expected: deque[tuple[float, Callable[[], bool], Callable[[], str]]] = deque()
 
     def expect(self, is_done: Callable[[], bool], explain: Callable[[], str]) -> None:
-        """From now on `is_done` has timeout_s to become true."""
+        """Watch a message: `is_done()` must become true within timeout_s from now, else `explain()` is printed."""
         self.expected.append((time.monotonic() + self.timeout_s, is_done, explain))
 
     def run(self) -> None:
-        """Look at the oldest now and then; what was posted after it cannot be more overdue."""
+        """Check the oldest message until one is overdue; messages that came later are due later."""
         while True:
             while self.expected and self.expected[0][1]():
                 self.expected.popleft()
@@ -85,7 +87,7 @@ class Watch(Thread):
 
 
 def open_group(global_ranks: Sequence[int], grids: Iterable[CpGrid], *, timeout_s: float = 600.0) -> CpGroup:
-    """The group of these ranks, with the channels that these grids need. Collective among them."""
+    """Return the group of `global_ranks`, with all channels that `grids` need. Collective among these ranks."""
     flows: set[Flow] = set()
     for grid in grids:
         flows |= {"to_heads", "from_heads"} if grid.heads > 1 else set()
@@ -95,16 +97,16 @@ def open_group(global_ranks: Sequence[int], grids: Iterable[CpGrid], *, timeout_
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     for flow in sorted(flows):
         for direction in ("up", "down"):
-            # Only members take part in making a group: at 1,024 ranks each makes a few, not thousands.
+            # Only members take part: with 1,024 ranks each makes the groups of its own sequence, not thousands.
             group = dist.new_group(
                 list(global_ranks),
-                timeout=timedelta(seconds=timeout_s + 60),  # ours ends first, and can name the message
+                timeout=timedelta(seconds=timeout_s + 60),  # our own limit comes first and names the message
                 use_local_synchronization=True,
                 group_desc=f"{flow} {direction}",
             )
             assert isinstance(group, dist.ProcessGroup)
-            # NCCL makes a communicator of all members at its first use, and few members may use a channel first: of a
-            # ring's, "down" is used by its last rank and its first alone, which would wait for the others forever.
+            # NCCL makes the communicator at the first use and waits for all members, but not every member uses every
+            # channel: the "down" channel of a ring is used by its last and its first rank only.
             dist.all_reduce(torch.zeros(1, device=device), group=group)
             channels[flow, direction] = group
     watch = None

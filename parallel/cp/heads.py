@@ -1,7 +1,7 @@
-"""The heads axis (Ulysses, arXiv 2309.14509): the ranks of a place trade tokens for heads, and back.
+"""The heads axis (Ulysses, arXiv 2309.14509): the ranks of a grid position trade tokens for heads, and back.
 
-In between, rank s of h holds query heads [s H / h, (s + 1) H / h) of all the place's tokens. Where there are fewer kv
-heads than ranks, each kv head goes to all ranks whose query heads it serves, and their gradients for it are summed.
+In between, the i-th of n ranks holds query heads [i H / n, (i + 1) H / n) of all tokens of the position. With fewer kv
+heads than ranks, each kv head goes to every rank whose query heads use it, and their gradients for it are summed.
 """
 
 from __future__ import annotations
@@ -18,19 +18,23 @@ from .transports import Transport
 
 
 def heads_of(num_heads: int, rank: int, heads: int) -> slice:
-    """Which of `num_heads` heads go to a rank, `heads` ranks sharing each place."""
-    shard = rank % heads
-    first = shard * num_heads // heads
-    return slice(first, max(first + 1, (shard + 1) * num_heads // heads))
+    """Return the range of `num_heads` heads that `rank` computes, where `heads` ranks hold each grid position."""
+    index = rank % heads
+    first = index * num_heads // heads
+    return slice(first, max(first + 1, (index + 1) * num_heads // heads))  # at least one: kv heads may be fewer
 
 
 def tokens_for_heads(
     tensors: list[Tensor], plan: RankPlan, schedule: Schedule, transport: Transport
 ) -> Generator[Message, None, list[Tensor]]:
-    """`[b, s, h, d]` of this rank's tokens and all heads -> of all tokens of its place, in order, and its own heads."""
-    heads, layout = schedule.grid.heads, schedule.layouts[plan.place]
+    """Trade this rank's tokens with all heads for all tokens of its grid position with the rank's heads.
+
+    Each tensor `[b, s, h, d]` -> `[b, s of the position, h / heads, d]`, tokens in order. Collective among the ranks of
+    a position; yields each message that must be waited for.
+    """
+    heads, layout = schedule.grid.heads, schedule.layouts[plan.position]
     sends, receives = plan.messages("to_heads")
-    mine = [x[:, :, heads_of(x.shape[2], plan.rank, heads)] for x in tensors]
+    mine = [x[:, :, heads_of(x.shape[2], plan.rank, heads)] for x in tensors]  # [b, s, h / heads, d]
     whole = [x.new_empty((x.shape[0], layout.num_tokens, *x.shape[2:])) for x in mine]
     arriving = {m: [_like(x, m) for x in mine] for m in receives}
     leaving = {m: [x[:, :, heads_of(x.shape[2], m.target, heads)].contiguous() for x in tensors] for m in sends}
@@ -47,11 +51,16 @@ def tokens_for_heads(
 def heads_for_tokens(
     tensors: list[Tensor], num_heads: list[int], plan: RankPlan, schedule: Schedule, transport: Transport
 ) -> Generator[Message, None, list[Tensor]]:
-    """The way back, to `num_heads` heads of each tensor; what several ranks hold for one head is summed in fp32."""
-    heads, layout = schedule.grid.heads, schedule.layouts[plan.place]
+    """Trade back: all tokens of the position with the rank's heads for the rank's tokens with `num_heads` heads.
+
+    Each tensor `[b, s of the position, h / heads, d]` -> `[b, s, num_heads, d]`, for each its number of heads. Partial
+    sums of several ranks for one kv head are added in fp32, in order of rank. Collective among the ranks of a position;
+    yields each message that must be waited for.
+    """
+    heads, layout = schedule.grid.heads, schedule.layouts[plan.position]
     sends, receives = plan.messages("from_heads")
     leaving = {m: [_tokens(x, layout, schedule.rank_layouts[m.target]) for x in tensors] for m in sends}
-    mine = [_tokens(x, layout, schedule.rank_layouts[plan.rank]) for x in tensors]
+    mine = [_tokens(x, layout, schedule.rank_layouts[plan.rank]) for x in tensors]  # [b, s, h / heads, d]
     arriving = {m: [torch.empty_like(x) for x in mine] for m in receives}
     transport.post(leaving, arriving)
     whole = [
@@ -66,6 +75,7 @@ def heads_for_tokens(
         parts_of[message.source] = parts
     for message in leaving:
         yield message
+    # In order of rank, whatever the order of arrival: equal runs are equal to the last bit.
     for rank in sorted(parts_of):
         for total, part in zip(whole, parts_of[rank], strict=True):
             total[:, :, heads_of(total.shape[2], rank, heads)] += part
@@ -73,12 +83,13 @@ def heads_for_tokens(
 
 
 def _like(x: Tensor, message: Message) -> Tensor:
+    """Return an empty tensor for the rows of a message, `[b, rows, h, d]`."""
     start, stop = message.rows
     return x.new_empty((x.shape[0], stop - start, *x.shape[2:]))
 
 
 def _put_tokens(whole: list[Tensor], layout: SeqLayout, parts: list[Tensor], of: SeqLayout) -> None:
-    """Copy a rank's tokens to where they lie among those of the place."""
+    """Copy a rank's tokens (layout `of`) to their rows among the tokens of the position (`layout`)."""
     at = 0
     for start, stop in of.runs:
         first = layout.row_of(start)
@@ -88,6 +99,6 @@ def _put_tokens(whole: list[Tensor], layout: SeqLayout, parts: list[Tensor], of:
 
 
 def _tokens(x: Tensor, layout: SeqLayout, of: SeqLayout) -> Tensor:
-    """A rank's tokens among those of the place."""
+    """Return a rank's tokens (layout `of`) out of the tokens of the position (`layout`): `[b, s, h, d]`."""
     firsts = [(layout.row_of(start), stop - start) for start, stop in of.runs]
     return torch.cat([x[:, first : first + length] for first, length in firsts], dim=1)

@@ -1,21 +1,23 @@
-"""A schedule as data: for each rank and step the tile it computes and the messages it sends, before anything moves.
+"""Plans: one rank's part of a pass as data, the tile that it computes and the messages that it sends in each step.
 
-Words. A *place* is a point of the query x kv grid; `heads` ranks share it. A *block* is one place's rows of the queries
-(with what belongs to them) or of the keys (keys and values). A *row* of tiles is one owner's queries against all keys
-of the kv axis, a *column* one owner's keys. Place (i, j) is number j x query + i, and rank (place x heads + shard).
+- A *grid position* (i, j) is a point of the query x kv grid, number j x query + i; `heads` adjacent ranks hold it
+  together, and rank = position x heads + index.
+- A *share* is the rows of one grid position: its queries (with all that belongs to them) or its keys (with the values).
+  The position is the *owner* of the share.
+- A *row* of tiles is one owner's queries against all keys of the kv axis; a *column* is one owner's keys.
 
-A step, on every rank alike:
+Every rank goes through a step in the same order:
 
-    1. wait for the results that are due, merge them in the order listed, and post those to be sent and received;
-    2. wait for the blocks that are due, and post those to be sent and received;
-    3. compute the step's tile, while all of these travel;
-    4. let go of the blocks that are not needed again.
+    1. wait for the results that are due, merge them in the order listed, post the results to send and to receive;
+    2. wait for the shares that are due, post the shares to send and to receive;
+    3. compute the tile of the step, while the posted messages travel;
+    4. free the shares that are not needed again.
 
-Results come first, so that those of the tile before leave while its rank still waits for the next block.
+Results come before shares, so that the results of the last tile leave while the rank still waits for the next share.
 
-Both ends post a message at the same step and wait for it at the same step, and each channel has its messages in the
-same order at both: so no rank can wait for one that waits for it, and the memory of a message lives from its post to
-its wait. `schedules` makes plans, `execute` runs them, `cost` plays them; no torch is needed to think about one.
+Both ends post a message at the same step and wait for it at the same step, and both ends of a channel have its messages
+in the same order. So no two ranks can wait for each other, and the buffers of a message live from its post to its wait.
+`schedules` makes plans, `execute` runs them, `cost` prices them; this module does not need torch.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from .visible import Ints, Rows
 Pass = Literal["forward", "backward"]
 Side = Literal["queries", "keys"]
 Flow = Literal["queries", "keys", "query_results", "key_results", "to_heads", "from_heads"]
-"""What a message carries.
+"""Content of a message.
 
 | flow | forward | backward |
 |---|---|---|
@@ -40,41 +42,41 @@ Flow = Literal["queries", "keys", "query_results", "key_results", "to_heads", "f
 | `keys` | K, V | K, V |
 | `query_results` | partial out, lse | partial dQ |
 | `key_results` | | partial dK, dV |
-| `to_heads`: tokens for heads | Q, K, V | dO |
-| `from_heads`: heads for tokens | out | dQ, dK, dV |
+| `to_heads`: own tokens, the target's heads | Q, K, V | dO |
+| `from_heads`: the target's tokens, own heads | out | dQ, dK, dV |
 """
 FLOWS: tuple[Flow, ...] = get_args(Flow)
 Channel = tuple[Flow, Literal["up", "down"]]
-"""One direction of a flow, to a higher or a lower rank: no message waits for one that goes another way."""
+"""One direction of a flow: up to a higher rank, or down. Messages of different channels never wait for each other."""
 
 
 class Message(NamedTuple):
-    """Rows of one owner's block, or results for them, from one rank to another."""
+    """Rows of one owner's share, or results for these rows, on their way from one rank to another."""
 
     flow: Flow
     owner: int
-    """Place whose rows they are; for the flows of heads, the rank."""
+    """Grid position that owns the rows; for `to_heads` and `from_heads`, the rank that owns them."""
     rows: Rows
     source: int
     target: int
     posted: int
-    """Step at whose start both ends post it."""
+    """Step at the start of which both ends post the message."""
     due: int
-    """Step at whose start both ends wait for it: the target to have it, the source to have its memory back."""
+    """Step at the start of which both ends wait: the target for the content, the source to free its buffer."""
 
     @property
     def is_result(self) -> bool:
-        """Whether it carries results for a block."""
+        """Whether the message carries results for a share."""
         return self.flow in ("query_results", "key_results")
 
     @property
     def channel(self) -> Channel:
-        """Where it travels."""
+        """Channel on which the message travels."""
         return self.flow, "up" if self.target > self.source else "down"
 
 
 class Messages(NamedTuple):
-    """Many messages as columns, one array for each field: a ring of 1,024 ranks has a million."""
+    """Many messages as columns, each `[n]`, one for each field of `Message`: a ring of 1,024 ranks has a million."""
 
     flow: Ints
     """Index into `FLOWS`."""
@@ -88,28 +90,28 @@ class Messages(NamedTuple):
 
     @classmethod
     def of(cls, flow: Flow, owner: Any, rows: Ints, source: Any, target: Any, posted: Any, due: Any) -> Messages:
-        """Messages of one flow; fields that all share may be one number. Those without rows are none."""
+        """Return the messages of one flow that have rows. `rows` is `[..., 2]`; other fields broadcast to `[...]`."""
         columns = (FLOWS.index(flow), owner, rows[..., 0], rows[..., 1], source, target, posted, due)
-        there = rows[..., 0] < rows[..., 1]
-        return cls(*(np.broadcast_to(column, there.shape)[there] for column in columns))
+        not_empty = rows[..., 0] < rows[..., 1]
+        return cls(*(np.broadcast_to(column, not_empty.shape)[not_empty] for column in columns))
 
     @classmethod
     def joined(cls, parts: Sequence[Messages]) -> Messages:
-        """One after the other."""
+        """Return the concatenation of `parts`, in order."""
         none = cls(*np.zeros((len(cls._fields), 0), np.int64))
         return cls(*map(np.concatenate, zip(none, *parts, strict=True)))
 
     @property
     def is_result(self) -> NDArray[np.bool_]:
-        """Which of them carry results for a block."""
+        """Which messages carry results for a share, `[n]`."""
         return np.isin(self.flow, [FLOWS.index("query_results"), FLOWS.index("key_results")])
 
-    def where(self, chosen: Any) -> Messages:
-        """Those at an index."""
-        return Messages(*(column[chosen] for column in self))
+    def select(self, index: Any) -> Messages:
+        """Return the messages at a numpy index (a slice, a mask or numbers)."""
+        return Messages(*(column[index] for column in self))
 
     def one_by_one(self) -> list[Message]:
-        """Each as a `Message`."""
+        """Return each message as a `Message`."""
         return [
             Message(FLOWS[flow], owner, (start, stop), *rest)
             for flow, owner, start, stop, *rest in zip(*(column.tolist() for column in self), strict=True)
@@ -117,7 +119,7 @@ class Messages(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Rows of one place's queries against rows of one place's keys."""
+    """One kernel call: rows of one owner's queries against rows of one owner's keys."""
 
     query_owner: int
     query_rows: Rows
@@ -125,38 +127,42 @@ class Tile(NamedTuple):
     key_rows: Rows
 
 
-class Block(NamedTuple):
-    """A block that travels to a rank, or what a rank computes for one that is not its own."""
+class Share(NamedTuple):
+    """Name of a share: the queries, or the keys and values, of one grid position."""
 
     side: Side
     owner: int
+    """Grid position."""
 
 
 class Exchange(NamedTuple):
-    """The messages of one half of a step."""
+    """Messages of one half of a step: of its results, or of its shares and heads."""
 
     due: tuple[Message, ...]
-    gone: tuple[Message, ...]
+    """Received messages to wait for, in the order in which they are merged."""
+    sent: tuple[Message, ...]
+    """Messages sent in earlier steps to wait for, whose buffers are then free."""
     sends: tuple[Message, ...]
     receives: tuple[Message, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a rank does between one wait and the next."""
+    """One step of a rank; the module docstring has the order."""
 
     due: tuple[Message, ...]
-    gone: tuple[Message, ...]
-    """Sends of earlier steps that are due."""
+    """Received messages to wait for."""
+    sent: tuple[Message, ...]
+    """Messages sent in earlier steps to wait for."""
     sends: tuple[Message, ...]
     receives: tuple[Message, ...]
     tile: Tile | None
-    done: tuple[Block, ...]
-    """Blocks of others that are held no longer after this step."""
+    done: tuple[Share, ...]
+    """Shares of other grid positions that are freed after this step."""
 
     def exchanges(self) -> tuple[Exchange, Exchange]:
-        """Of results, then of everything else."""
-        lists = (self.due, self.gone, self.sends, self.receives)
+        """Return the two halves of the step: messages of results, then all others."""
+        lists = (self.due, self.sent, self.sends, self.receives)
         return (
             Exchange(*(tuple(m for m in found if m.is_result) for found in lists)),
             Exchange(*(tuple(m for m in found if not m.is_result) for found in lists)),
@@ -165,31 +171,32 @@ class Step:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """One rank's part of a pass."""
+    """One rank's part of a pass: its steps, on which all other ranks rely."""
 
     rank: int
-    place: int
+    position: int
+    """Grid position of the rank."""
     steps: tuple[Step, ...]
-    results: dict[Block, Rows]
-    """Rows of others' blocks for which this rank computes partial results, and sends them on."""
+    results: dict[Share, Rows]
+    """Rows of each foreign share for which this rank sums partial results and sends them."""
 
     def messages(self, flow: Flow) -> tuple[list[Message], list[Message]]:
-        """Those of one flow that it sends, and that it receives."""
+        """Return the messages of one flow: (sent by this rank, received by it), in order of their posts."""
         sends = [message for step in self.steps for message in step.sends if message.flow == flow]
         return sends, [message for step in self.steps for message in step.receives if message.flow == flow]
 
     @property
     def channels(self) -> set[Channel]:
-        """Those that this rank sends or receives on."""
+        """Channels on which this rank sends or receives."""
         return {message.channel for step in self.steps for message in (*step.sends, *step.receives)}
 
-    def peak_blocks(self, side: Side) -> int:
-        """Most blocks of others that this rank holds, or is receiving, at a time."""
-        held: set[Block] = set()
+    def peak_shares(self, side: Side) -> int:
+        """Return the largest number of foreign shares that this rank holds or receives at one time."""
+        held: set[Share] = set()
         peak = 0
         for step in self.steps:
-            held |= {Block(side, message.owner) for message in step.receives if message.flow == side}
+            held |= {Share(side, message.owner) for message in step.receives if message.flow == side}
             peak = max(peak, len(held))
             held -= set(step.done)
-        assert not held, f"rank {self.rank} never lets go of {held}"
+        assert not held, f"rank {self.rank} never frees {held}"
         return peak

@@ -1,9 +1,9 @@
-"""Measures what joins the ranks of a process group, and how fast each computes.
+"""Probe: measures the links between the ranks of a process group, and the speed of attention on a rank.
 
-A few patterns of messages are timed, small ones for latency and large ones for bandwidth, and `fit` finds the fabric
-that explains them: inside nodes, all nodes at once; across, rank i of a node to rank i of another. Then every rank
-computes tiles of attention, all at the same time, since ranks may share cores. On two cores 8 ranks take seconds; more
-ranks take hardly longer, as the number of patterns does not grow with them.
+A few patterns of messages are timed, small messages for latency and large ones for bandwidth, and `fit` finds the
+fabric that explains the times: inside nodes, on all nodes at once, and across nodes, rank i of a node with rank i of
+another. Then all ranks compute tiles of attention at the same time, since ranks may share cores. 8 ranks on two cores
+take seconds; the number of patterns does not grow with the ranks.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ from .topology import Fabric, Topology
 
 SMALL_BYTES = 8
 LARGE_BYTES = (1 << 18, 1 << 26)
-"""Least and most of a large message. Shaped links let some 100 kB pass unshaped; a GPU's memory holds many of 64 MB."""
+"""Smallest and largest size of a large message. Shaped links let some 100 kB pass unshaped; many messages of 64 MB fit
+into the memory of a GPU."""
 MESSAGE_S = 0.01
-"""Messages are made so large that one takes so long."""
+"""Time in seconds that a large message should take; its size is doubled until it does."""
 SAMPLE_S = 0.02
-"""A sample repeats a pattern for so long, and a pattern has `SAMPLES` of them, of which the fastest
-counts: whatever else a machine does makes it slower."""
+"""Time in seconds for which a sample repeats a pattern."""
 SAMPLES = 3
+"""Samples of a pattern. The fastest counts, since all other load makes a sample slower."""
 TILE_S = 0.02
-"""A tile's forward takes so long at least."""
+"""Time in seconds that the forward of the large tile takes at least."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured. The fits stand best first; those of a fabric that is not there are empty."""
+    """Result of a probe. Fits are ordered by error; a fabric that does not exist (inside or across) has none."""
 
     topology: Topology
     speed: Speed
@@ -48,15 +49,15 @@ class Probe:
     inside: tuple[Fit, ...]
     across: tuple[Fit, ...]
     seconds: float
-    """That the probe took."""
+    """Duration of the probe."""
 
     def to_json(self) -> str:
-        """As `from_json` reads it."""
+        """Return the probe as JSON, which `from_json` reads."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
 def from_json(text: str) -> Probe:
-    """What `Probe.to_json` wrote."""
+    """Return the probe that `Probe.to_json` wrote."""
     tree = json.loads(text)
     shape, speed = tree["topology"], Speed(**tree["speed"])
     across = Fabric(**shape["across"]) if shape["across"] else None
@@ -75,10 +76,10 @@ def probe(
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Probe:
-    """Measure the links between the ranks of `group` (None: all) and their speed at attention with these heads.
+    """Measure the links between the ranks of `group` (None: all) and their speed of attention. Collective.
 
-    Collective; every rank returns what rank 0 found. Raises ValueError for one rank alone, and for nodes that do not
-    have equally many ranks of the group, one node after the other.
+    Every rank returns the result of rank 0. Raises ValueError on all ranks if there is only one, or if nodes do not
+    have equally many ranks of the group, in order.
     """
     started = time.perf_counter()
     members = dist.get_process_group_ranks(group or dist.group.WORLD)
@@ -88,7 +89,7 @@ def probe(
     inside = links.measure(0, per_node) if per_node > 1 else []
     across = links.measure(per_node, num_nodes) if num_nodes > 1 else []
     speed = _speed(num_heads, num_kv_heads, head_dim, dtype, device, group, backend)
-    # Where every node has one rank, nothing is inside: what is across stands for both.
+    # With one rank a node there is no fabric inside; the one across stands for both.
     fabric = (inside or across)[0].fabric
     topology = Topology("probe", per_node, fabric, across[0].fabric if across else None)
     found = [Probe(topology, speed, num_nodes, tuple(inside), tuple(across), time.perf_counter() - started)]
@@ -97,32 +98,35 @@ def probe(
 
 
 def _ranks_per_node(members: Sequence[int], group: dist.ProcessGroup | None) -> int:
-    """Ranks of the group on each node, from torchrun's LOCAL_WORLD_SIZE; without torchrun there is one node."""
+    """Return the ranks of the group on each node, from torchrun's LOCAL_WORLD_SIZE; without torchrun there is one node.
+
+    Collective. Raises ValueError on all ranks as `probe` does.
+    """
     told = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     all_told: list[int] = [0] * len(members)
     dist.all_gather_object(all_told, told, group=group)
     if len(members) < 2:
-        raise ValueError("topology: one rank alone has no links to measure: start 2 or more, with --ranks")
+        raise ValueError("topology: one rank alone has no links to measure; start 2 ranks or more")
     if len(set(all_told)) > 1:
         raise ValueError(
-            f"topology: nodes have {min(all_told)} to {max(all_told)} ranks (LOCAL_WORLD_SIZE): start equally many on "
+            f"topology: nodes have {min(all_told)} to {max(all_told)} ranks (LOCAL_WORLD_SIZE); start equally many on "
             "each node"
         )
     nodes = [rank // told for rank in members]
     per_node = nodes.count(nodes[0])
     if nodes != [nodes[at - at % per_node] for at in range(len(nodes))] or len(set(nodes)) * per_node != len(nodes):
         raise ValueError(
-            f"topology: the group's ranks {members} lie unevenly on nodes of {told} ranks: each node must hold equally "
-            "many of them, in order"
+            f"topology: the ranks {members} of the group lie unevenly on nodes of {told} ranks; use equally many of "
+            "each node, in order"
         )
     return per_node
 
 
 class _Links:
-    """Times patterns of messages. Each direction has a process group of its own, as in `transports`.
+    """Timer of patterns of messages. Each direction has a process group of its own, as in `transports`.
 
-    They are kept: torch would give a later group of the same ranks the same name, under which the store still has the
-    addresses of the old one.
+    The groups are never destroyed: torch would give a later group of the same ranks the same name, under which the
+    store still has the addresses of the old one.
     """
 
     def __init__(self, members: Sequence[int], group: dist.ProcessGroup | None, device: torch.device) -> None:
@@ -134,20 +138,24 @@ class _Links:
             dist.all_reduce(torch.zeros(1, device=device), group=way)  # makes NCCL's communicator
             self.ways.append(way)
 
-    def measure(self, stride: int, num_places: int) -> list[Fit]:
-        """Fits of what joins the ranks of each node (stride 0), or nodes of `stride` ranks. Equal on all ranks."""
+    def measure(self, stride: int, num_sites: int) -> list[Fit]:
+        """Return the fits for `num_sites` ranks of each node (stride 0), or nodes of `stride` ranks. Collective.
+
+        The result is the same on all ranks.
+        """
         width = max(1, stride)
-        first = 0 if stride else self.rank - self.rank % num_places  # all nodes measure at once
-        ends = num_places * width
-        plans = patterns(num_places, width)
+        first = 0 if stride else self.rank - self.rank % num_sites  # all nodes measure at once
+        ends = num_sites * width
+        plans = patterns(num_sites, width)
         large_bytes = self._large_bytes(plans[0], first)
         timings = [
             Timing(pattern, self._seconds(pattern, first, SMALL_BYTES), self._seconds(pattern, first, large_bytes))
             for pattern in plans
         ]
-        return fit(timings, ends, large_bytes - SMALL_BYTES, fabrics(num_places, width))
+        return fit(timings, ends, large_bytes - SMALL_BYTES, fabrics(num_sites, width))
 
     def _large_bytes(self, pattern: Pattern, first: int) -> int:
+        """Return the size of a large message: it takes `MESSAGE_S`, and ten times as long as a small one."""
         num_bytes, most = LARGE_BYTES if self.device.type == "cuda" else (LARGE_BYTES[0], LARGE_BYTES[1] >> 3)
         enough = max(MESSAGE_S, 10 * self._seconds(pattern, first, SMALL_BYTES))
         while num_bytes < most and self._seconds(pattern, first, num_bytes) < enough:
@@ -155,20 +163,20 @@ class _Links:
         return num_bytes
 
     def _seconds(self, pattern: Pattern, first: int, num_bytes: int) -> float:
-        """Of one round of the pattern, on the slowest rank."""
+        """Return the seconds of one round of the pattern on the slowest rank, the fastest of `SAMPLES` samples."""
         [warm] = _slowest(self._samples(pattern, first, num_bytes, 2, 1), self.device, self.group)
         rounds = min(50, max(1, round(SAMPLE_S / warm)))
         return min(_slowest(self._samples(pattern, first, num_bytes, rounds, SAMPLES), self.device, self.group))
 
     def _samples(self, pattern: Pattern, first: int, num_bytes: int, rounds: int, num_samples: int) -> list[float]:
-        """Seconds a round on this rank, `rounds` of them one after the other in each sample."""
+        """Return this rank's seconds a round for each sample; a sample is `rounds` rounds one after the other."""
         mine: list[tuple[dist.ProcessGroup, bool, int]] = []
         for source, target in pattern.messages:
             source, target = source + first, target + first
             if self.rank in (source, target):
                 is_send = source == self.rank
                 mine.append((self.ways[int(target < source)], is_send, target if is_send else source))
-        mine.sort(key=lambda message: message[1])  # gloo sends when its receiver has said that it waits
+        mine.sort(key=lambda message: message[1])  # receives first: gloo sends after the receiver has said it is ready
         buffers = [torch.zeros(num_bytes, dtype=torch.uint8, device=self.device) for _ in mine]
         samples = []
         for _ in range(num_samples):
@@ -199,7 +207,7 @@ def _speed(
     group: dist.ProcessGroup | None,
     backend: str,
 ) -> Speed:
-    """From a tile that takes `TILE_S`, and one of a sixteenth of its pairs."""
+    """Return the speed of attention, from a tile that takes `TILE_S` and one with a sixteenth of its pairs."""
 
     def flops(num_tokens: int) -> float:
         return 4.0 * head_dim * num_heads * (num_tokens * (num_tokens + 1) // 2)
@@ -218,7 +226,7 @@ def _speed(
             attention_backward(out, q, k, v, lse, None, mask, into=into, out=out, backend=backend)
 
         backward()  # compiles
-        times = [[_timed(work, device, group) for _ in range(num_samples)] for work in (forward, backward)]
+        times = [[_timed(run, device, group) for _ in range(num_samples)] for run in (forward, backward)]
         return median(_slowest(times[0], device, group)), median(_slowest(times[1], device, group))
 
     large = 128
@@ -227,33 +235,35 @@ def _speed(
     small = large // 4
     (forward, backward), (small_forward, small_backward) = seconds(large, SAMPLES), seconds(small, SAMPLES)
     share = flops(small) / flops(large)
-    # t = tile_s + flops / rate at both sizes; one tile_s for both passes.
+    # Solve t = tile_s + flops / rate for both sizes; tile_s is the mean of both passes, at most half of a large tile.
     overheads = [(x - share * y) / (1 - share) for x, y in ((small_forward, forward), (small_backward, backward))]
     tile_s = min(max(0.0, sum(overheads) / 2), 0.5 * min(forward, backward))
     return Speed(flops(large) / (forward - tile_s), 2.5 * flops(large) / (backward - tile_s), tile_s)
 
 
-def _timed(work: Callable[[], None], device: torch.device, group: dist.ProcessGroup | None) -> float:
+def _timed(run: Callable[[], None], device: torch.device, group: dist.ProcessGroup | None) -> float:
+    """Return the seconds of `run` on this rank; all ranks start together."""
     _meet(device, group)
     started = time.perf_counter()
-    work()
+    run()
     _finish(device)
     return time.perf_counter() - started
 
 
 def _meet(device: torch.device, group: dist.ProcessGroup | None) -> None:
-    """All ranks go on together."""
+    """Wait for all ranks. Collective."""
     dist.all_reduce(torch.zeros(1, device=device), group=group)
     _finish(device)
 
 
 def _finish(device: torch.device) -> None:
+    """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _slowest(seconds: Sequence[float], device: torch.device, group: dist.ProcessGroup | None) -> list[float]:
-    """The largest of each over all ranks, so that all decide alike."""
+    """Return the largest of each time over all ranks, so that all ranks decide alike. Collective."""
     times = torch.tensor(seconds, dtype=torch.float64, device=device)
     dist.all_reduce(times, dist.ReduceOp.MAX, group=group)
     return times.tolist()

@@ -1,4 +1,4 @@
-"""What a rank really did in a pass, in the words in which `cost` tells what it should do."""
+"""Recording of a measured pass as the same events that `cost` simulates."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ T = TypeVar("T")
 
 
 class Recorded(Distributed):
-    """`Distributed`, and writes down when each message was under way and each tile ran, in seconds since `origin_s`.
+    """`Distributed` that records the time of each message and each tile in `events`, in seconds since `origin_s`.
 
-    A message is under way from its post until it has been waited for, which is longer than the links carry it. A tile
-    runs from the second post of its step to the next wait or post, or the end. On CUDA the compute stream is waited
-    for at each of these, so that a measured pass takes a little longer than others.
+    A message counts from its post until it has been waited for, which is longer than the links carry it. A tile counts
+    from the second post of its step to the next wait or post, or to the end of the pass. On CUDA the host synchronizes
+    with the compute stream at each of these, so a recorded pass takes a little longer.
     """
 
     def __init__(self, group: CpGroup, plan: RankPlan, *, traded: bool, origin_s: float) -> None:
         super().__init__(group)
         self.events: list[Event] = []
         self._origin_s = origin_s
-        # Posts come in order: of traded heads, two for each step, of traded heads.
+        # Tile that follows each post: posts are one to trade heads, two for each step, one to trade heads back.
         self._tiles = [None] * traded + [tile for step in plan.steps for tile in (None, step.tile)] + [None] * traded
         self._posts = 0
         self._running: tuple[Tile, float] | None = None
         self._posted_s: dict[Message, float] = {}
 
     def post(self, sends: Contents, receives: Contents) -> None:
-        """See `Transport`."""
+        """Start messages (see `Transport`) and note the time."""
         now = self._now()
         self._posted_s |= dict.fromkeys((*sends, *receives), now)
         super().post(sends, receives)
@@ -44,10 +44,10 @@ class Recorded(Distributed):
         if tile is not None:
             self._running = (tile, self._now())
 
-    def drive(self, work: Generator[Message, None, T]) -> T:
-        """Run a pass to its end."""
-        result = super().drive(work)
-        self._now()
+    def drive(self, running: Generator[Message, None, T]) -> T:
+        """Run a pass to its end and return its result. Raises PeerError if a rank is dead or late."""
+        result = super().drive(running)
+        self._now()  # the last tile ends here
         return result
 
     def _wait(self, message: Message) -> None:
@@ -56,7 +56,7 @@ class Recorded(Distributed):
         self.events.append(Event(self.group.rank, message, self._posted_s.pop(message), self._now()))
 
     def _now(self) -> float:
-        """Whatever ran until now has ended."""
+        """Return the time in seconds since `origin_s`; a tile that was running has ended."""
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
         now = time.perf_counter() - self._origin_s

@@ -1,4 +1,7 @@
-"""From a grid to the plans of its ranks: which tile when, and from that which message when."""
+"""Schedules: the order of a grid's tiles, the messages that this order requires, and the plans of all ranks.
+
+Both ends of a message derive it from the same arithmetic, so no rank ever asks another for its plan.
+"""
 
 from __future__ import annotations
 
@@ -12,30 +15,33 @@ import numpy as np
 from ...kernels.layout import SeqLayout
 from .grid import CpGrid, Order, Route
 from .layout import joined
-from .plan import Block, Flow, Message, Messages, Pass, RankPlan, Side, Step, Tile
+from .plan import Flow, Message, Messages, Pass, RankPlan, Share, Side, Step, Tile
 from .visible import Ints, Shares, Sight, hull, visible_rows
 
 
 class Leg(NamedTuple):
-    """How the block of row (or column) number 1, 2, ... of a place's tiles comes to it, in places along the axis."""
+    """Journey of one share to one position; leg n brings the share of the position's n-th row (or column) of tiles.
+
+    `owner` and `source` are offsets along the axis, counted from the position that receives the share.
+    """
 
     owner: int
-    """The block is that of the place so far ahead."""
+    """Offset of the position that owns the share."""
     source: int
-    """It comes from the place so far ahead."""
+    """Offset of the position that sends it here: the owner, or a neighbour that passes it on."""
     after: int
-    """Number of the leg whose block is taken up when this one is posted; 0: the own block."""
+    """Number of the leg whose share is first used at the step at which this one is posted; 0 is the own share."""
     before: int | None
-    """Number of the leg after whose last tile the results for this one must have come home; None: at the end."""
+    """Number of the leg after whose last tile the results of this leg are due; None: at the end of the pass."""
     onward: int | None
-    """Number of the leg by which the block goes on from here; None: this is its last stop."""
+    """Number of the leg on which the share is passed on from here; None: this is its last stop."""
 
 
 def legs(route: Route, size: int, in_flight: int) -> tuple[Leg, ...]:
-    """The legs of an axis of `size` places, by number from 1."""
+    """Return legs 1, 2, ..., size - 1 of an axis of `size` positions."""
     if route == "both_ways":
-        owners = [(number + 1) // 2 * (1 if number % 2 else -1) for number in range(1, size)]
-        turn = 2
+        owners = [(number + 1) // 2 * (1 if number % 2 else -1) for number in range(1, size)]  # 1, -1, 2, -2, ...
+        turn = 2  # shares of the two directions alternate
     else:
         owners = list(range(1, size))
         turn = in_flight if route == "direct" else 1
@@ -50,110 +56,123 @@ def legs(route: Route, size: int, in_flight: int) -> tuple[Leg, ...]:
 
 
 def tile_order(query: int, kv: int, order: Order) -> list[tuple[int, int]]:
-    """(row number, column number) of a place's tiles, the own one first."""
+    """Return (row number, column number) of a position's tiles in the order of computation; (0, 0) is first.
+
+    Number 0 is the position's own row or column, number n that of leg n.
+    """
     by_rows = order.startswith("rows")
     lines, tiles_of_a_line = (query, kv) if by_rows else (kv, query)
     walk = list(product(range(lines), range(tiles_of_a_line)))
+    # The own tile needs no message; the rest of the own line is moved to the end, where results are on their way.
     if not order.endswith("own_first"):
         walk = walk[:1] + walk[tiles_of_a_line:] + walk[1:tiles_of_a_line]
     return walk if by_rows else [(u, t) for t, u in walk]
 
 
 class Schedule:
-    """One pass of a grid over given layouts, one layout a rank; `plan(rank)` is the part of a rank.
+    """One pass of a grid over the layouts of its ranks; `plan(rank)` is the part of one rank.
 
-    Every rank works out its own part, and never needs another's: both ends of a message come to the same conclusion.
+    Raises ValueError if there is not one layout for each rank.
     """
 
     def __init__(self, grid: CpGrid, layouts: Sequence[SeqLayout], sight: Sight, direction: Pass) -> None:
         if len(layouts) != grid.size:
-            raise ValueError(f"schedule: {grid} is for {grid.size} ranks, and there are {len(layouts)} layouts")
+            raise ValueError(
+                f"schedule: {grid} is for {grid.size} ranks, and there are {len(layouts)} layouts; give one a rank"
+            )
         self.grid: CpGrid = grid
         self.direction: Pass = direction
         self.rank_layouts = layouts
-        self.layouts = [joined(layouts[place * grid.heads :][: grid.heads]) for place in range(grid.places)]
-        """By place."""
+        self.layouts = [joined(layouts[first : first + grid.heads]) for first in range(0, grid.size, grid.heads)]
+        """Layout of each grid position: the tokens of its ranks together, in order."""
         self.legs: dict[Side, tuple[Leg, ...]] = {
             "queries": legs(grid.query_route, grid.query, grid.in_flight),
             "keys": legs(grid.kv_route, grid.kv, grid.in_flight),
         }
         self.tile_numbers = tile_order(grid.query, grid.kv, grid.order)
         self.first = int(grid.heads > 1)
-        """Step of the first tile: heads are traded before."""
-        self.end = self.first + len(self.tile_numbers) + int(grid.places > 1)
-        """Step by which all results are at home."""
+        """Step of the first tile: 1 if heads are traded first, else 0."""
+        self.end = self.first + len(self.tile_numbers) + int(grid.num_positions > 1)
+        """Step at which all results have reached their owners."""
         self.first_use: dict[Side, dict[int, int]] = {"queries": {}, "keys": {}}
         self.last_use: dict[Side, dict[int, int]] = {"queries": {}, "keys": {}}
         for step, numbers in enumerate(self.tile_numbers, self.first):
             for side, number in zip(("queries", "keys"), numbers, strict=True):
                 self.first_use[side].setdefault(number, step)
                 self.last_use[side][number] = step
-        # By step from the first: how far ahead the owners of a tile's queries and of its keys are.
+        # [side, tile]: offsets of the owners of a tile's queries and of its keys, in the order of the tiles.
         owners = [np.array([0, *(leg.owner for leg in self.legs[side])]) for side in ("queries", "keys")]
         self._tile_owners = np.array([of[n] for of, n in zip(owners, np.array(self.tile_numbers).T, strict=True)])
         self.shares = Shares.of(self.layouts)
         self._sight = sight
 
     def plan(self, rank: int) -> RankPlan:
-        """What `rank` does."""
-        place = rank // self.grid.heads
-        # What travels along an axis to or from a place belongs to places of that line.
-        owners: dict[Side, Ints] = {side: self._line(side, np.array(place)) for side in self.legs}
-        found = self._messages(owners, np.array([place]))
-        sends = found.where(found.source == rank).one_by_one()
-        receives = found.where(found.target == rank).one_by_one()
+        """Return the plan of `rank`."""
+        position = rank // self.grid.heads
+        # Shares that travel along an axis through a position are owned by positions of the same line of the grid.
+        owners: dict[Side, Ints] = {side: self._line(side, np.array(position)) for side in self.legs}
+        found = self._messages(owners, np.array([position]))
+        sends = found.select(found.source == rank).one_by_one()
+        receives = found.select(found.target == rank).one_by_one()
         results = {
-            Block("queries" if m.flow == "query_results" else "keys", m.owner): m.rows
+            Share("queries" if m.flow == "query_results" else "keys", m.owner): m.rows
             for m in sends
             if m.flow.endswith("results")
         }
-        return RankPlan(rank, place, self._steps(place, sends, receives), results)
+        return RankPlan(rank, position, self._steps(position, sends, receives), results)
 
     def plans(self) -> list[RankPlan]:
-        """What every rank does."""
+        """Return the plans of all ranks."""
         return [self.plan(rank) for rank in range(self.grid.size)]
 
     @cached_property
     def all_messages(self) -> Messages:
-        """Of the whole pass."""
-        places = np.arange(self.grid.places)
-        return self._messages({"queries": places, "keys": places}, places)
+        """Messages of all ranks in the whole pass."""
+        positions = np.arange(self.grid.num_positions)
+        return self._messages({"queries": positions, "keys": positions}, positions)
 
     def _messages(self, owners: dict[Side, Ints], traders: Ints) -> Messages:
-        """About blocks of these owners, by the axis along which they travel, and among the ranks of these places."""
+        """Return the messages for shares of `owners`, and the trades of heads at the positions `traders`.
+
+        `owners` has arrays of grid positions of any shape, by the axis on which their shares travel.
+        """
         parts = [message for side in ("queries", "keys") for message in self._along(side, owners[side])]
         heads = self.grid.heads
         if heads == 1:
             return Messages.joined(parts)
-        # Ranks of a place that hold the same shard of heads talk to each other.
-        shards = [
-            part._replace(source=part.source * heads + shard, target=part.target * heads + shard)
+        # A message between positions is one message for each part of the heads, between ranks of the same index.
+        of_ranks = [
+            part._replace(source=part.source * heads + index, target=part.target * heads + index)
             for part in parts
-            for shard in range(heads)
+            for index in range(heads)
         ]
-        return Messages.joined([*shards, *self._trades(traders)])
+        return Messages.joined([*of_ranks, *self._trades(traders)])
 
-    def tiles(self, step: Any, place: Any) -> tuple[Ints, Ints]:
-        """Whose queries places meet whose keys at steps from `first` on, one with one as arrays are broadcast."""
+    def tiles(self, step: Any, position: Any) -> tuple[Ints, Ints]:
+        """Return the owners of the queries and of the keys that each position multiplies at each step.
+
+        Steps count from 0 and must have a tile (`first` is the first); the arguments broadcast.
+        """
         rows, columns = self._tile_owners[:, np.asarray(step) - self.first]
-        return self._ahead("queries", place, rows), self._ahead("keys", place, columns)
+        return self._ahead("queries", position, rows), self._ahead("keys", position, columns)
 
-    def _ahead(self, side: Side, place: Any, by: Any) -> Ints:
-        """The place so far ahead along an axis."""
-        j, i = np.divmod(place, self.grid.query)
+    def _ahead(self, side: Side, position: Any, by: Any) -> Ints:
+        """Return the positions at offset `by` along an axis, cyclically; the arguments broadcast."""
+        j, i = np.divmod(position, self.grid.query)
         if side == "queries":
             return j * self.grid.query + (i + by) % self.grid.query
         return (j + by) % self.grid.kv * self.grid.query + i
 
-    def _line(self, side: Side, place: Ints) -> Ints:
-        """The places along an axis, in order, from each of these round to the one before it: `[..., axis]`."""
-        return self._ahead(side, place[..., None], np.arange(self.grid.query if side == "queries" else self.grid.kv))
+    def _line(self, side: Side, position: Ints) -> Ints:
+        """Return all positions along the axis through each position, starting with it: `[...]` -> `[..., axis]`."""
+        return self._ahead(side, position[..., None], np.arange(self.grid.query if side == "queries" else self.grid.kv))
 
     def _along(self, side: Side, owners: Ints) -> list[Messages]:
-        """What travels along an axis of the blocks of these places, and of results for them."""
+        """Return the messages along an axis: shares of `owners` first, leg by leg, then the results for them."""
         found, legs = [], self.legs[side]
         first_use, last_use = self.first_use[side], self.last_use[side]
-        # By number, what each place where a block stops needs of it, and what that and all further stops need.
+        # By leg, [owners, 2]: `needed` are the rows that the stop of the leg computes with, `onward` the hull of those
+        # and of the rows that all later stops need, which must pass through this stop.
         needed = {n: self._needed(side, owners, self._ahead(side, owners, -leg.owner)) for n, leg in enumerate(legs, 1)}
         onward = dict(needed)
         for number, leg in reversed(list(enumerate(legs, 1))):
@@ -170,7 +189,7 @@ class Schedule:
         before = None
         for number, leg in enumerate(legs, 1):
             if (self.grid.query_route if side == "queries" else self.grid.kv_route) == "round":
-                # To the next place, with what came and what was added here; after all stops to the owner.
+                # To the next position, with the sum so far; from the last stop to the owner.
                 target, rows = self._ahead(side, owners, -number - 1), needed[number]
                 before = rows = rows if before is None else hull(np.stack([before, rows]), 0)
                 due = last_use[number + 1] + 1 if number < len(legs) else self.end
@@ -182,54 +201,57 @@ class Schedule:
         return found
 
     def _needed(self, side: Side, owners: Ints, stops: Ints) -> Ints:
-        """Rows of each owner's block that take part in the tiles of a place, one place for each: `[owners, 2]`."""
-        # Against all that the stop gathers along the other axis.
-        blocks = self.shares[owners[:, None]]
+        """Return the rows of each owner's share that the tiles of its stop use: `[owners]` -> `[owners, 2]`."""
+        # [owners, 1] against all shares that the stop gathers along the other axis, [owners, axis].
+        shares = self.shares[owners[:, None]]
         if side == "queries":
-            return hull(visible_rows(blocks, self.shares[self._line("keys", stops)], self._sight), 1)[:, :2]
-        return hull(visible_rows(self.shares[self._line("queries", stops)], blocks, self._sight), 1)[:, 2:]
+            return hull(visible_rows(shares, self.shares[self._line("keys", stops)], self._sight), 1)[:, :2]
+        return hull(visible_rows(self.shares[self._line("queries", stops)], shares, self._sight), 1)[:, 2:]
 
-    def _trades(self, places: Ints) -> list[Messages]:
-        """Between ranks of a place: the source's tokens for the target's heads, and at the end back."""
+    def _trades(self, positions: Ints) -> list[Messages]:
+        """Return the messages that trade tokens for heads before the first tile, and back after the last."""
         heads = self.grid.heads
-        shards = np.array([pair for pair in np.ndindex(heads, heads) if pair[0] != pair[1]])
-        source, target = (places[:, None, None] * heads + shards).reshape(-1, 2).T
+        pairs = np.array([pair for pair in np.ndindex(heads, heads) if pair[0] != pair[1]])
+        # [positions, pairs, (source, target)] -> two arrays of ranks [positions x pairs]
+        source, target = (positions[:, None, None] * heads + pairs).reshape(-1, 2).T
         held = np.array([[0, layout.num_tokens] for layout in self.rank_layouts])
         return [
             Messages.of("to_heads", source, held[source], source, target, 0, 1),
             Messages.of("from_heads", target, held[target], source, target, self.end, self.end + 1),
         ]
 
-    def _steps(self, place: int, sends: list[Message], receives: list[Message]) -> tuple[Step, ...]:
+    def _steps(self, position: int, sends: list[Message], receives: list[Message]) -> tuple[Step, ...]:
+        """Return the steps of one rank with these messages, in the order in which the rank posts and waits."""
         num_steps = max([self.end, *(m.due + 1 for m in (*sends, *receives))])
-        due, gone, out, into = ([[] for _ in range(num_steps)] for _ in range(4))
+        due, waited, out, into = ([[] for _ in range(num_steps)] for _ in range(4))
         tiles: list[Tile | None] = [None] * num_steps
         at = np.arange(self.first, self.first + len(self.tile_numbers))
-        pairs = self.tiles(at, place)
+        pairs = self.tiles(at, position)
         rows = visible_rows(self.shares[pairs[0]], self.shares[pairs[1]], self._sight)
         for step, query, key, (*of_query, start, stop) in zip(*(x.tolist() for x in (at, *pairs, rows)), strict=True):
             if start < stop:
                 tiles[step] = Tile(query, tuple(of_query), key, (start, stop))
-        last_use: dict[Block, int] = {}
+        # A foreign share is freed after its last use: its arrival, the last tile, or the last time it is passed on.
+        last_use: dict[Share, int] = {}
         for message in receives:
             due[message.due].append(message)
             into[message.posted].append(message)
             if message.flow in ("queries", "keys"):
-                last_use[Block(message.flow, message.owner)] = message.due
+                last_use[Share(message.flow, message.owner)] = message.due
         for message in sends:
             out[message.posted].append(message)
-            gone[message.due].append(message)
-            if message.flow in ("queries", "keys") and message.owner != place:
-                block = Block(message.flow, message.owner)
-                last_use[block] = max(last_use[block], message.posted)
+            waited[message.due].append(message)
+            if message.flow in ("queries", "keys") and message.owner != position:
+                share = Share(message.flow, message.owner)
+                last_use[share] = max(last_use[share], message.posted)
         for step, tile in enumerate(tiles):
-            for block in (Block("queries", tile.query_owner), Block("keys", tile.key_owner)) if tile else ():
-                if block in last_use:
-                    last_use[block] = max(last_use[block], step)
+            for share in (Share("queries", tile.query_owner), Share("keys", tile.key_owner)) if tile else ():
+                if share in last_use:
+                    last_use[share] = max(last_use[share], step)
         done = [[] for _ in range(num_steps)]
-        for block, step in last_use.items():
-            done[step].append(block)
+        for share, step in last_use.items():
+            done[step].append(share)
         return tuple(
-            Step(tuple(due[at]), tuple(gone[at]), tuple(out[at]), tuple(into[at]), tile, tuple(done[at]))
+            Step(tuple(due[at]), tuple(waited[at]), tuple(out[at]), tuple(into[at]), tile, tuple(done[at]))
             for at, tile in enumerate(tiles)
         )

@@ -1,4 +1,4 @@
-"""A picture of a pass, played or measured: for each rank lanes of what it computes, sends and receives, over time."""
+"""Timelines: a picture of a pass, simulated or measured, with the tiles, sends and receives of each rank over time."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ COLOURS: dict[Flow, str] = {
 }
 TILE = "#9a9a9a"
 MOST_RANKS = 16
-"""Drawn whole; of more, the ranks of the first, the middle and the last node."""
+"""Number of ranks up to which all are drawn; beyond it, the ranks of the first, the middle and the last node."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One pass of a grid, and where its times are from."""
+    """One pass of a grid with its events."""
 
     grid: CpGrid
     direction: Pass
     source: str
-    """Such as "simulated on infiniband"."""
+    """Origin of the times, for the title: "simulated on infiniband"."""
     events: Sequence[Event]
 
     @property
     def total_s(self) -> float:
-        """From the first start to the last end of any rank."""
+        """Time from the first start to the last stop of all ranks."""
         return max((e.stop_s for e in self.events), default=0.0) - min((e.start_s for e in self.events), default=0.0)
 
     @property
     def exposed_s(self) -> float:
-        """What the rank that computes longest does not compute."""
+        """Exposed communication: total time minus the compute time of the busiest rank."""
         busy = [0.0] * self.grid.size
         for event in self.events:
             if isinstance(event.what, Tile):
@@ -53,7 +53,7 @@ class Panel:
 
 
 def shown_ranks(size: int, ranks_per_node: int) -> list[int]:
-    """All ranks of a picture that stays legible."""
+    """Return the ranks to draw, so that the picture stays legible."""
     if size <= MOST_RANKS:
         return list(range(size))
     per_node = min(ranks_per_node, MOST_RANKS // 2)
@@ -62,7 +62,7 @@ def shown_ranks(size: int, ranks_per_node: int) -> list[int]:
 
 
 def draw(rows: Sequence[Sequence[Panel]], file: Path, *, ranks_per_node: int) -> None:
-    """Write a picture of panels: each row a direction, side by side where its times come from. All are of one grid."""
+    """Write a picture of the panels of one grid: a row for each direction, a column for each origin of times."""
     ranks = shown_ranks(rows[0][0].grid.size, ranks_per_node)
     height = 1.6 + len(rows) * (0.9 + 0.42 * len(ranks))
     figure = Figure(figsize=(9 * len(rows[0]), height), layout="constrained")
@@ -78,11 +78,12 @@ def draw(rows: Sequence[Sequence[Panel]], file: Path, *, ranks_per_node: int) ->
 
 
 def _draw_panel(panel: Panel, ranks: list[int], axes: Axes) -> None:
-    """Each rank has a lane of tiles over one of sends over one of receives; messages of a flow share a line of it."""
+    """Draw a panel: each rank has three lanes, tiles, sends and receives; in a lane each flow has a line of its own."""
     flows = [f for f in FLOWS if any(isinstance(e.what, Message) and e.what.flow == f for e in panel.events)]
     at = {rank: len(ranks) - 1 - number for number, rank in enumerate(ranks)}
     line = 0.3 / max(1, len(flows))
     origin = min((e.start_s for e in panel.events), default=0.0)
+    # One collection of bars for each (colour, bottom, height), in units of ranks: thousands of single bars are slow.
     bars: dict[tuple[str, float, float], list[tuple[float, float]]] = {}
     for event in panel.events:
         if event.rank not in at:

@@ -1,4 +1,4 @@
-"""What ranks are joined by: which links a message occupies, how fast they are, and how soon it begins to arrive."""
+"""Topologies: the links that a message between two ranks takes, with their bandwidth and latency."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ GB = 1e9
 
 
 class Path(NamedTuple):
-    """What a message from one rank to another occupies."""
+    """Links that a message takes from one rank to another."""
 
     links: tuple[Hashable, ...]
-    """Every one is occupied for as long as the message takes."""
+    """Names of the links; the message occupies all of them for its whole time."""
     bytes_per_s: float
-    """Of each of these links."""
+    """Bandwidth of each of these links."""
     latency_s: float
+    """Latency of the whole path."""
 
 
 @dataclass(frozen=True)
 class Fabric:
-    """Ends joined alike. Links carry `bytes_per_s` in each direction, at the same time if `full_duplex`.
+    """Links of one kind between ends. A link carries `bytes_per_s` in each direction, in both at once if `full_duplex`.
 
     | kind | links |
     |---|---|
-    | `switch` | one port for each end, or for `ends_per_port` neighbours together; any port reaches any other |
+    | `switch` | one port for each end, or one for `ends_per_port` adjacent ends; any port reaches any other |
     | `mesh` | one link between every two ends |
-    | `ring` | one link to each neighbour; messages to others pass through those between, the shorter way |
+    | `ring` | one link to each neighbour; other messages take the links between, the shorter way round |
     """
 
     kind: Literal["switch", "mesh", "ring"]
@@ -37,10 +38,10 @@ class Fabric:
     full_duplex: bool = True
 
     def path(self, size: int, source: int, target: int, name: Hashable = None) -> Path:
-        """From one of `size` ends to another; `name` tells the links of this fabric from those of another."""
+        """Return the path from one of `size` ends to another; `name` distinguishes the links of two fabrics."""
         if self.kind == "switch":
             port, other = source // self.ends_per_port, target // self.ends_per_port
-            # Behind one port they reach each other without it.
+            # Ends of the same port reach each other without it.
             links = [("out", port), ("in", other)] if port != other else [("pair", source, target)]
         elif self.kind == "mesh":
             links = [("link", source, target)]
@@ -56,7 +57,7 @@ class Fabric:
 
 @dataclass(frozen=True)
 class Topology:
-    """Nodes of `ranks_per_node` ranks, joined inside by one fabric and across by another, whose ends are the ranks."""
+    """Nodes of `ranks_per_node` ranks, with one fabric inside each node and one across; the ends of both are ranks."""
 
     name: str
     ranks_per_node: int
@@ -64,40 +65,40 @@ class Topology:
     across: Fabric | None = None
 
     def path(self, size: int, source: int, target: int) -> Path:
-        """What a message between two of `size` ranks occupies; ranks fill one node after the other."""
+        """Return the path between two of `size` ranks, which fill one node after the other."""
         node, per_node = source // self.ranks_per_node, self.ranks_per_node
         if self.across is None or node == target // per_node:
             return self.inside.path(min(size, per_node), source % per_node, target % per_node, node)
         return self.across.path(size, source, target, "across")
 
-    def fits(self, size: int) -> bool:
-        """Whether it says how `size` ranks are joined."""
+    def covers(self, size: int) -> bool:
+        """Return whether the topology describes `size` ranks: one node, or a fabric across nodes."""
         return self.across is not None or size <= self.ranks_per_node
 
 
 def nvswitch(num_ranks: int = 8) -> Topology:
-    """One node of H100s on NVSwitch: 450 GB/s for each GPU and direction (NVIDIA's H100 data sheet: 900 both)."""
+    """Return one node of H100s on NVSwitch: 450 GB/s a GPU and direction (NVIDIA's H100 data sheet: 900 both)."""
     return Topology("nvswitch", num_ranks, Fabric("switch", 450 * GB, 10e-6))
 
 
 def full_mesh(num_ranks: int = 8) -> Topology:
-    """One node with a link between every two GPUs: 64 GB/s each way (AMD's MI300X data sheet: 128 both)."""
+    """Return one node with a link between every two GPUs: 64 GB/s a direction (AMD's MI300X data sheet: 128 both)."""
     return Topology("full mesh", num_ranks, Fabric("mesh", 64 * GB, 10e-6))
 
 
 def pcie_pairs(num_ranks: int = 8) -> Topology:
-    """One node where two GPUs share each PCIe 4.0 x16 port: 32 GB/s each way by its specification."""
+    """Return one node where two GPUs share each PCIe 4.0 x16 port: 32 GB/s a direction, as specified."""
     return Topology("pcie pairs", num_ranks, Fabric("switch", 32 * GB, 20e-6, ends_per_port=2))
 
 
 def infiniband(num_ranks: int, ranks_per_node: int = 8) -> Topology:
-    """NVSwitch nodes with a 400 Gbit/s InfiniBand port for each GPU (NDR)."""
+    """Return NVSwitch nodes with a 400 Gbit/s InfiniBand port (NDR) for each GPU."""
     inside = Fabric("switch", 450 * GB, 10e-6)
     return Topology("infiniband", min(num_ranks, ranks_per_node), inside, Fabric("switch", 50 * GB, 20e-6))
 
 
 def ethernet(num_ranks: int, ranks_per_node: int = 8) -> Topology:
-    """NVSwitch nodes with one 400 Gbit/s port for each node, which its GPUs share."""
+    """Return NVSwitch nodes with one 400 Gbit/s port for each node, which its GPUs share."""
     inside, per_node = Fabric("switch", 450 * GB, 10e-6), min(num_ranks, ranks_per_node)
     return Topology("ethernet", per_node, inside, Fabric("switch", 50 * GB, 30e-6, ends_per_port=per_node))
 
@@ -109,3 +110,4 @@ PRESETS = {
     "infiniband": infiniband,
     "ethernet": ethernet,
 }
+"""Topologies by name, each made from a number of ranks."""

@@ -1,4 +1,4 @@
-"""What carries messages: process groups between ranks, or copies between ranks that are all in this process."""
+"""Transports: messages over process groups, or by copies between ranks that all run in this process."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ Contents = Mapping[Message, list[Tensor]]
 
 
 class Transport(Protocol):
-    """Moves the tensors of messages from their sources to their targets."""
+    """Carrier of the tensors of messages from their sources to their targets."""
 
     def post(self, sends: Contents, receives: Contents) -> None:
-        """Start these. The tensors are contiguous, and left alone until their message has been waited for."""
+        """Start messages. Their tensors are contiguous and must not change until the message has been waited for."""
 
 
 class Distributed:
-    """Between processes, for one pass of one rank."""
+    """Transport between processes, for one pass of one rank."""
 
     def __init__(self, group: CpGroup) -> None:
         self.group = group
         self.works: dict[Message, list[dist.Work]] = {}
 
     def post(self, sends: Contents, receives: Contents) -> None:
-        """See `Transport`. Messages of a channel start together, as one batch.
+        """Start messages (see `Transport`), those of one channel together as one batch.
 
-        Receives go first: gloo sends a message when its target has said that it waits, and that word queues behind data
-        posted before it (benchmarks/gloo_links.py: traffic both ways takes twice the time).
+        Receives go first: gloo sends a message after its target has said that it is ready, and this notice queues
+        behind data posted before it (benchmarks/gloo_links.py: traffic in both directions then takes twice the time).
+        Raises PeerError if a peer has ended.
         """
         batches: dict[Channel, list[tuple[Message, dist.P2POp]]] = {}
         for operation, messages in ((dist.irecv, receives), (dist.isend, sends)):
@@ -47,25 +48,25 @@ class Distributed:
             try:
                 works = dist.batch_isend_irecv([op for _, op in batch])
             except RuntimeError as error:
-                # gloo notices here that a peer has ended before, and does not say which of the batch's.
+                # gloo notices here that a peer has ended, and does not say which peer of the batch.
                 raise PeerError("; or ".join(dict.fromkeys(self.group.explain(m) for m, _ in batch))) from error
             for at, (message, _) in enumerate(batch):
-                # NCCL answers for a batch as a whole, gloo for each tensor.
+                # NCCL returns one work for the batch, gloo one for each tensor.
                 work = works[at] if len(works) == len(batch) else works[0]
                 self.works.setdefault(message, []).append(work)
 
-    def drive(self, work: Generator[Message, None, T]) -> T:
-        """Run a pass to its end."""
+    def drive(self, running: Generator[Message, None, T]) -> T:
+        """Run a pass to its end and return its result. Raises PeerError if a rank is dead or late."""
         try:
             while True:
-                self._wait(next(work))
+                self._wait(next(running))
         except StopIteration as stop:
             return stop.value
 
     def _wait(self, message: Message) -> None:
         works = self.works.pop(message)
         if self.group.watch is not None:
-            # The device waits; a time limit here would make the host wait too.
+            # Without a time limit only the device waits; with one the host would wait too.
             for work in works:
                 work.wait()
             self.group.watch.expect(
@@ -80,32 +81,35 @@ class Distributed:
 
 
 class InProcess:
-    """Between ranks that are all in this process and on one device: a message is a copy."""
+    """Transport between ranks that all run in this process, on one device: a message is a copy."""
 
     def __init__(self) -> None:
         self.waiting: dict[Message, tuple[bool, list[Tensor]]] = {}
         self.delivered: dict[Message, int] = {}
 
     def post(self, sends: Contents, receives: Contents) -> None:
-        """See `Transport`. The copy is made when both ends have posted."""
+        """Start messages (see `Transport`); each is copied when both ends have posted it."""
         for is_send, messages in ((True, sends), (False, receives)):
             for message, tensors in messages.items():
                 other = self.waiting.pop(message, None)
                 if other is None:
                     self.waiting[message] = (is_send, tensors)
                     continue
-                assert other[0] != is_send, f"both ends of {message} are the same"
+                assert other[0] != is_send, f"the same end posted {message} twice"
                 source, target = (tensors, other[1]) if is_send else (other[1], tensors)
                 for x, y in zip(source, target, strict=True):
                     assert x.shape == y.shape, f"{message}: {tuple(x.shape)} sent, {tuple(y.shape)} expected"
                     y.copy_(x)
-                self.delivered[message] = 2  # both ends will ask
+                self.delivered[message] = 2  # both ends will wait for it
 
-    def drive(self, works: Sequence[Generator[Message, None, T]]) -> list[T]:
-        """Run the passes of all ranks to their ends, each as far as it gets before the next has its turn."""
+    def drive(self, passes: Sequence[Generator[Message, None, T]]) -> list[T]:
+        """Run the passes of all ranks to their ends and return their results by rank.
+
+        Each pass runs until it waits for a message that has not been delivered; then the next has its turn.
+        """
         results: dict[int, T] = {}
-        wanted: dict[int, Message | None] = dict.fromkeys(range(len(works)))
-        while len(results) < len(works):
+        wanted: dict[int, Message | None] = dict.fromkeys(range(len(passes)))
+        while len(results) < len(passes):
             moved = False
             for rank in [rank for rank in wanted if rank not in results]:
                 try:
@@ -118,10 +122,10 @@ class InProcess:
                             if not self.delivered[message]:
                                 del self.delivered[message]
                         moved = True
-                        wanted[rank] = next(works[rank])
+                        wanted[rank] = next(passes[rank])
                 except StopIteration as stop:
                     results[rank] = stop.value
             assert moved, f"every rank waits: {wanted}"
         assert not self.waiting
         assert not self.delivered
-        return [results[rank] for rank in range(len(works))]
+        return [results[rank] for rank in range(len(passes))]

@@ -71,7 +71,7 @@ def test_missing_and_broken_files(tmp_path):
     ("world_size", "overrides", "message"),
     [
         (3, [], "a world of 3 ranks cannot hold data.max_bucket_tokens = 2048 .* start a multiple of 4 ranks"),
-        (3, ["parallel.tensor=2"], "a world of 3 ranks cannot be divided by parallel.tensor = 2"),
+        (3, ["parallel.tensor=2"], "parallel.tensor = 2: does not divide a world of 3 ranks"),
         (4, ["parallel.tensor=2"], "start a multiple of 8 ranks"),
         (8, [], "train.global_batch_tokens = 2048 is not a multiple of the 4096 tokens that 8 ranks take at once"),
     ],

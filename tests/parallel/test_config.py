@@ -31,13 +31,16 @@ def test_every_grid_can_be_written_down(size):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"schedule": "tokenring"}, "parallel.cp.schedule = 'tokenring' is not auto, ring, .* and no grid"),
-        ({"schedule": "query=0"}, "query = 0 must be at least 1"),
-        ({"schedule": "query=two"}, "query = 'two' must be a number"),
-        ({"schedule": "query=2, query_route=straight"}, "query_route = 'straight' must be round, round_and_home"),
+        ({"schedule": "tokenring"}, "parallel.cp.schedule = 'tokenring': neither auto, ring, .* nor a grid"),
+        ({"schedule": "query=0"}, "query = 0: must be at least 1"),
+        ({"schedule": "query=two"}, "query = 'two': must be a number"),
+        (
+            {"schedule": "query=2, query_route=straight"},
+            "query_route = 'straight': must be one of round, ",
+        ),
         ({"schedule_of": {"4": "ringg"}}, "parallel.cp.schedule_of.4 = 'ringg'"),
-        ({"schedule_of": {"four": "ring"}}, "schedule_of.four: the key must be a number of ranks"),
-        ({"topology": "dragonfly"}, "parallel.cp.topology = 'dragonfly' must be probe, nvswitch"),
+        ({"schedule_of": {"four": "ring"}}, "schedule_of.four = 'ring': the key must be a number of ranks"),
+        ({"topology": "dragonfly"}, "parallel.cp.topology = 'dragonfly': must be one of probe, nvswitch"),
         ({"timeout_s": 0.0}, "parallel.cp.timeout_s = 0.0: must be above 0"),
     ],
 )

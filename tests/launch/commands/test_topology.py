@@ -25,7 +25,7 @@ def test_two_ranks_of_this_machine(tmp_path, capfd):
     assert max(map(len, printed.splitlines())) <= 80
     found = from_json(file.read_text())
     assert found.topology.ranks_per_node == 2
-    assert found.topology.fits(2)
+    assert found.topology.covers(2)
 
 
 @pytest.mark.parametrize("arguments", [["--ranks", "1"], [DEMO, "train.ranks_per_node=1"]])

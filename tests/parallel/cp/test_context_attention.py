@@ -90,14 +90,14 @@ def expected(num_tokens: int, mask: str, heads: tuple[int, int], dtype: torch.dt
 def test_equals_one_process_in_fp64(on_ranks, size, grid):
     num_tokens = 8 * size + 13  # 2 x size divides it for no size but 1
     shares = on_ranks(size, on_one_rank, grid, num_tokens)
-    places = [zigzag(num_tokens, place, grid.places).positions() for place in range(grid.places)]
+    positions = [zigzag(num_tokens, position, grid.num_positions).positions() for position in range(grid.num_positions)]
     order = torch.cat([zigzag(num_tokens, rank, size).positions() for rank in range(size)]).argsort()
     for mask, name, dtype in shares[0]:
         parts = [share[mask, name, dtype] for share in shares]
         got = {x: torch.cat([part[x] for part in parts], dim=1)[:, order] for x in ("out", "dq", "dk", "dv")}
-        # A rank saves the lse of its heads over the tokens of its place.
+        # A rank saves the lse of its heads over the tokens of its position.
         lses = [torch.cat([p["lse"] for p in parts[at : at + grid.heads]], 1) for at in range(0, size, grid.heads)]
-        got["lse"] = torch.cat(lses, dim=2)[:, :, torch.cat(places).argsort()]
+        got["lse"] = torch.cat(lses, dim=2)[:, :, torch.cat(positions).argsort()]
         found = expected(num_tokens, mask, heads_for(grid)[name], dtype)
         assert_as_exact_as(got, *found, factor=2, what=f"{grid}, {mask}, {name}, {dtype}:")
 
@@ -138,7 +138,7 @@ def test_a_failing_peer_is_named(failure, tmp_path):
                 processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
         for rank in (0, 2):
             wanted = (
-                rf"rank {rank} of 3 could not (send|receive) \w+ of place \d (to|from) rank 1 "
+                rf"rank {rank} of 3 could not (send|receive) \w+ of grid position \d (to|from) rank 1 "
                 r"\(posted at step \d, due at step \d\) within parallel.cp.timeout_s = 2"
             )
             told, until = "", time.monotonic() + 60

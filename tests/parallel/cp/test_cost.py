@@ -91,8 +91,8 @@ class HandMade(Schedule):
         self.shares = Shares.of([*held, SeqLayout(((8, 16),), (0, 8))])
         self.made = set(tiles)
 
-    def tiles(self, step, place):
-        return place, np.array([rank if (rank, step) in self.made else len(place) for rank in place])
+    def tiles(self, step, position):
+        return position, np.array([rank if (rank, step) in self.made else len(position) for rank in position])
 
     def plans(self):
         return []
@@ -163,7 +163,7 @@ def executed(monkeypatch, problem, work: Work, dtype) -> dict[str, tuple[Countin
         alive = [x for tensors, _ in run.held.values() for x in tensors]
         alive += [x for tensors in run.partial.values() for x in tensors]
         for message, tensors in run.travelling.items():
-            mine = message.flow in ("queries", "keys") and message.owner == run.plan.place
+            mine = message.flow in ("queries", "keys") and message.owner == run.plan.position
             alive += [] if mine else tensors
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in alive}
         held[run.plan.rank] = max(held[run.plan.rank], sum(n for at, n in storages.items() if at not in own))

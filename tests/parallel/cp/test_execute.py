@@ -71,11 +71,13 @@ def by_the_grid(case: Case, grid: CpGrid, cut=zigzag, **options) -> Tensors:
 
 
 def whole_lse(grid: CpGrid, layouts, saved) -> Tensor:
-    """`[b, h, s]` of what the ranks of each place saved: its tokens, each its own heads."""
-    places = [torch.cat([s[4] for s in saved[at : at + grid.heads]], dim=1) for at in range(0, grid.size, grid.heads)]
+    """`[b, h, s]` of what the ranks of each position saved: its tokens, each its own heads."""
+    positions = [
+        torch.cat([s[4] for s in saved[at : at + grid.heads]], dim=1) for at in range(0, grid.size, grid.heads)
+    ]
     schedule = Schedule(grid, layouts, Sight(), "forward")
     order = torch.cat([layout.positions() for layout in schedule.layouts]).argsort()
-    return torch.cat(places, dim=2)[:, :, order]
+    return torch.cat(positions, dim=2)[:, :, order]
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Plans of all ranks, played on integers: a block is its rows' positions, a result says pair by pair what it holds.
+"""Plans of all ranks, played on integers: a share is its rows' positions, a result says pair by pair what it holds.
 
 Nothing here asks the planner what is visible or needed: each pair of positions is looked at by itself, a message
 carries what its source has at that moment, and what comes of it is compared with the whole at the end.
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from longring.kernels.layout import SeqLayout
 from longring.parallel.cp.grid import NAMED, CpGrid, grids
 from longring.parallel.cp.layout import contiguous, zigzag
-from longring.parallel.cp.plan import Block, Channel, Message, Pass, RankPlan, Side
+from longring.parallel.cp.plan import Channel, Message, Pass, RankPlan, Share, Side
 from longring.parallel.cp.schedules import Schedule, tile_order
 from longring.parallel.cp.visible import Sight
 
@@ -27,7 +27,7 @@ Layouts = list[SeqLayout]
 PASSES: tuple[Pass, ...] = ("forward", "backward")
 
 
-def share(
+def layouts_of(
     num_tokens: int, size: int, starts: tuple[int, ...] = (0,), cut: Callable[..., SeqLayout] = zigzag
 ) -> Layouts:
     return [SeqLayout(cut(num_tokens, rank, size).runs, starts) for rank in range(size)]
@@ -45,31 +45,31 @@ def positions(layout: SeqLayout) -> list[int]:
 
 
 class Player:
-    """One rank. Its results are counts, int `[rows of a block, positions of the context]`: a pair's is to become 1."""
+    """One rank. Its results are counts, int `[rows of a share, positions of the context]`: a pair's is to become 1."""
 
     def __init__(self, plan: RankPlan, grid: CpGrid, layouts: Layouts, visible: np.ndarray, direction: Pass) -> None:
         self.plan, self.visible = plan, visible
         self.mine = np.array(positions(layouts[plan.rank]))
         self.of_rank = [np.array(positions(layout)) for layout in layouts]
-        self.of_place = [
-            np.sort(np.concatenate(self.of_rank[place * grid.heads : (place + 1) * grid.heads]))
-            for place in range(grid.places)
+        self.of_position = [
+            np.sort(np.concatenate(self.of_rank[position * grid.heads : (position + 1) * grid.heads]))
+            for position in range(grid.num_positions)
         ]
-        self.tokens = {plan.rank: self.mine}  # whose tokens of the place are here
-        own = self.of_place[plan.place]
-        self.held: dict[Block, tuple[np.ndarray, int]] = {Block("queries", plan.place): (own, 0)}
-        self.held[Block("keys", plan.place)] = (own, 0)
+        self.tokens = {plan.rank: self.mine}  # whose tokens of the position are here
+        own = self.of_position[plan.position]
+        self.held: dict[Share, tuple[np.ndarray, int]] = {Share("queries", plan.position): (own, 0)}
+        self.held[Share("keys", plan.position)] = (own, 0)
         self.sides: tuple[Side, ...] = ("queries",) if direction == "forward" else ("queries", "keys")
         self.home = {side: np.zeros((len(own), len(visible)), int) for side in self.sides}
-        self.partial: dict[Block, np.ndarray] = {}
-        self.sent: set[Block] = set()
-        self.used: dict[tuple[Block, str], list[tuple[int, int]]] = defaultdict(list)
+        self.partial: dict[Share, np.ndarray] = {}
+        self.sent: set[Share] = set()
+        self.used: dict[tuple[Share, str], list[tuple[int, int]]] = defaultdict(list)
         self.peak: dict[Side, int] = {"queries": 0, "keys": 0}
         self.tiles = 0
 
     def run(self, post: Callable[..., None]) -> Generator[Message, np.ndarray, dict[int, dict[Side, np.ndarray]]]:
         """Yields each message that it waits for, is sent what arrived -> its tokens' results, by source."""
-        place, rank, posted = self.plan.place, self.plan.rank, set()
+        position, rank, posted = self.plan.position, self.plan.rank, set()
         final = {rank: {side: self._rows_of_mine(side) for side in self.sides}}
         arriving: Counter[Side] = Counter()
         for at, step in enumerate(self.plan.steps):
@@ -78,7 +78,7 @@ class Player:
                 self._take(message, (yield message), final)
                 if message.flow in ("queries", "keys"):
                     arriving[message.flow] -= 1
-            for message in step.gone:
+            for message in step.sent:
                 assert message.source == rank and message.due == at and message in posted
                 yield message
             for message in (*step.sends, *step.receives):
@@ -92,22 +92,22 @@ class Player:
                 self.peak[side] = max(self.peak[side], sum(b.side == side for b in self.held) - 1 + arriving[side])
             if step.tile is not None:
                 self._compute(step.tile)
-            for block in step.done:
-                rows = self.held.pop(block)
+            for share in step.done:
+                rows = self.held.pop(share)
                 first, last = rows[1], rows[1] + len(rows[0])
-                assert hull(self.used.pop((block, "block"))) == (first, last), "rows that nobody needs were sent"
-        assert set(self.held) == {Block("queries", place), Block("keys", place)}, "blocks are held for ever"
+                assert hull(self.used.pop((share, "share"))) == (first, last), "rows that nobody needs were sent"
+        assert set(self.held) == {Share("queries", position), Share("keys", position)}, "shares are held for ever"
         assert not self.partial and not self.used, "results never left"
         final[rank] = {side: self._rows_of_mine(side) for side in self.sides}
         return final
 
     def _rows_of_mine(self, side: Side, rank: int | None = None) -> np.ndarray:
-        at = np.searchsorted(self.of_place[self.plan.place], self.mine if rank is None else self.of_rank[rank])
+        at = np.searchsorted(self.of_position[self.plan.position], self.mine if rank is None else self.of_rank[rank])
         return self.home[side][at]
 
     def _all_tokens_are_here(self) -> None:
         here = np.sort(np.concatenate(list(self.tokens.values())))
-        assert np.array_equal(here, self.of_place[self.plan.place]), "tokens of the place are missing"
+        assert np.array_equal(here, self.of_position[self.plan.position]), "tokens of the position are missing"
 
     def _contents(self, message: Message) -> object:
         if message.flow == "to_heads":
@@ -119,18 +119,18 @@ class Player:
         start, stop = message.rows
         assert start < stop
         if message.flow in ("queries", "keys"):
-            block = Block(message.flow, message.owner)
+            share = Share(message.flow, message.owner)
             self._all_tokens_are_here()
-            tokens, first = self.held[block]
+            tokens, first = self.held[share]
             assert first <= start and stop <= first + len(tokens), "rows that are not held cannot be sent"
-            if block.owner != self.plan.place:
-                self.used[block, "block"].append(message.rows)
+            if share.owner != self.plan.position:
+                self.used[share, "share"].append(message.rows)
             return tokens[start - first : stop - first]
-        block = Block("queries" if message.flow == "query_results" else "keys", message.owner)
-        assert block not in self.sent, "a result leaves once"
-        assert message.rows == self.plan.results[block] == hull(self.used.pop((block, "results")))
-        self.sent.add(block)
-        return self.partial.pop(block)
+        share = Share("queries" if message.flow == "query_results" else "keys", message.owner)
+        assert share not in self.sent, "a result leaves once"
+        assert message.rows == self.plan.results[share] == hull(self.used.pop((share, "results")))
+        self.sent.add(share)
+        return self.partial.pop(share)
 
     def _take(self, message: Message, payload, final: dict[int, dict[Side, np.ndarray]]) -> None:
         start, stop = message.rows
@@ -140,39 +140,39 @@ class Player:
             assert message.source not in final
             final[message.source] = payload
         elif message.flow in ("queries", "keys"):
-            block = Block(message.flow, message.owner)
-            assert block not in self.held
-            assert np.array_equal(payload, self.of_place[message.owner][start:stop])
-            self.held[block] = (payload, start)
+            share = Share(message.flow, message.owner)
+            assert share not in self.held
+            assert np.array_equal(payload, self.of_position[message.owner][start:stop])
+            self.held[share] = (payload, start)
         else:
-            self._add(Block("queries" if message.flow == "query_results" else "keys", message.owner), start, payload)
+            self._add(Share("queries" if message.flow == "query_results" else "keys", message.owner), start, payload)
 
-    def _add(self, block: Block, start: int, counts: np.ndarray) -> None:
-        """Into what is summed here of a block's results, from row `start` on."""
+    def _add(self, share: Share, start: int, counts: np.ndarray) -> None:
+        """Into what is summed here of a share's results, from row `start` on."""
         rows = (start, start + len(counts))
-        if block.owner == self.plan.place:
-            self.home[block.side][slice(*rows)] += counts
+        if share.owner == self.plan.position:
+            self.home[share.side][slice(*rows)] += counts
             return
-        assert block not in self.sent, "a result was sent before it was complete"
-        first, last = self.plan.results[block]
+        assert share not in self.sent, "a result was sent before it was complete"
+        first, last = self.plan.results[share]
         assert first <= rows[0] and rows[1] <= last
-        into = self.partial.setdefault(block, np.zeros((last - first, len(self.visible)), int))
+        into = self.partial.setdefault(share, np.zeros((last - first, len(self.visible)), int))
         into[rows[0] - first : rows[1] - first] += counts
-        self.used[block, "results"].append(rows)
+        self.used[share, "results"].append(rows)
 
     def _compute(self, tile) -> None:
         self._all_tokens_are_here()
         self.tiles += 1
         ends = []
-        for block, rows in (
-            (Block("queries", tile.query_owner), tile.query_rows),
-            (Block("keys", tile.key_owner), tile.key_rows),
+        for share, rows in (
+            (Share("queries", tile.query_owner), tile.query_rows),
+            (Share("keys", tile.key_owner), tile.key_rows),
         ):
-            tokens, first = self.held[block]
+            tokens, first = self.held[share]
             assert first <= rows[0] < rows[1] <= first + len(tokens), "rows that are not held cannot be computed"
-            if block.owner != self.plan.place:
-                self.used[block, "block"].append(rows)
-            ends.append((block, rows[0], tokens[rows[0] - first : rows[1] - first]))
+            if share.owner != self.plan.position:
+                self.used[share, "share"].append(rows)
+            ends.append((share, rows[0], tokens[rows[0] - first : rows[1] - first]))
         (query, query_row, queries), (key, key_row, keys) = ends
         seen = self.visible[np.ix_(queries, keys)]
         assert seen[[0, -1]].any(1).all() and seen[:, [0, -1]].any(0).all(), "rows at a tile's edge take part"
@@ -250,14 +250,14 @@ def play(grid: CpGrid, layouts: Layouts, sight: Sight, direction: Pass) -> list[
         other = wires.order[channel, source, target, "received" if end == "sent" else "sent"]
         assert wires.order[channel, source, target, end] == other, "a channel's ends disagree about the order"
     for rank, player in enumerate(players):
-        place = range(rank // grid.heads * grid.heads, (rank // grid.heads + 1) * grid.heads)
-        assert set(final[rank]) == set(place), "each rank of a place has the results of its own heads"
+        position = range(rank // grid.heads * grid.heads, (rank // grid.heads + 1) * grid.heads)
+        assert set(final[rank]) == set(position), "each rank of a position has the results of its own heads"
         for results in final[rank].values():
             assert np.array_equal(results["queries"], visible[player.mine]), "each pair once, and at home"
             if direction == "backward":
                 assert np.array_equal(results["keys"], visible.T[player.mine]), "each pair once, and at home"
         for side in ("queries", "keys"):
-            assert player.peak[side] == player.plan.peak_blocks(side)
+            assert player.peak[side] == player.plan.peak_shares(side)
     return players
 
 
@@ -281,7 +281,7 @@ def test_every_grid_keeps_its_promises(size):
         starts = (0, 3, 4, num_tokens // 2) if packed else (0,)
         # The many grids of many ranks take one pass in turn, to be done in seconds.
         for direction in PASSES if size <= 12 else [PASSES[number // len(PROBLEMS) % 2]]:
-            play(grid, share(num_tokens, size, starts, cut), sight, direction)
+            play(grid, layouts_of(num_tokens, size, starts, cut), sight, direction)
 
 
 @st.composite
@@ -292,7 +292,7 @@ def problems(draw) -> tuple[CpGrid, Layouts, Sight]:
     starts = (0, *sorted(draw(st.sets(st.integers(1, num_tokens - 1), max_size=6))))
     windows = st.builds(Sight, st.just(True), st.integers(1, num_tokens))
     sight = draw(st.one_of(st.just(Sight()), st.just(Sight(causal=False)), windows))
-    return grid, share(num_tokens, size, starts, draw(st.sampled_from([zigzag, contiguous]))), sight
+    return grid, layouts_of(num_tokens, size, starts, draw(st.sampled_from([zigzag, contiguous]))), sight
 
 
 @given(problems(), st.sampled_from(PASSES))
@@ -311,42 +311,42 @@ def num_rows(messages: list[Message]) -> int:
 @pytest.mark.parametrize("direction", PASSES)
 @pytest.mark.parametrize("size", [2, 3, 4, 6, 12])
 def test_blocks_held_at_a_time(size, direction):
-    """Where all tiles are needed: along the axis that changes last, the block in use and those that come under it;
+    """Where all tiles are needed: along the axis that changes last, the share in use and those that come under it;
     along the other, which is gone through for each of them, all."""
     coming = {"round": 1, "round_and_home": 1, "both_ways": 2}
     for grid in grids(size):
-        plans = Schedule(grid, share(size, size, cut=contiguous), Sight(causal=False), direction).plans()
-        for side, places, others, route, first_letter in (
+        plans = Schedule(grid, layouts_of(size, size, cut=contiguous), Sight(causal=False), direction).plans()
+        for side, positions, others, route, first_letter in (
             ("queries", grid.query, grid.kv, grid.query_route, "r"),
             ("keys", grid.kv, grid.query, grid.kv_route, "c"),
         ):
-            bound = places - 1
+            bound = positions - 1
             if others == 1 or grid.order[0] == first_letter:
                 bound = min(bound, 1 + coming.get(route, grid.in_flight))
-            assert {plan.peak_blocks(side) for plan in plans} == {bound}, f"{grid}, {side}"
+            assert {plan.peak_shares(side) for plan in plans} == {bound}, f"{grid}, {side}"
 
 
 @pytest.mark.parametrize("size", [3, 4, 6, 12])
 def test_results_on_their_way_at_a_time(size):
-    """As many as blocks come at a time: their buffers do not pile up until the end."""
+    """As many as shares come at a time: their buffers do not pile up until the end."""
     at_a_time = {"round": 1, "round_and_home": 1, "both_ways": 2}
     for grid in grids(size):
-        for plan in Schedule(grid, share(size, size, cut=contiguous), Sight(causal=False), "backward").plans():
-            for flow, places, route in (
+        for plan in Schedule(grid, layouts_of(size, size, cut=contiguous), Sight(causal=False), "backward").plans():
+            for flow, positions, route in (
                 ("query_results", grid.query, grid.query_route),
                 ("key_results", grid.kv, grid.kv_route),
             ):
                 for messages in plan.messages(flow):
                     under_way = Counter(at for m in messages for at in range(m.posted, m.due))
-                    bound = min(places - 1, at_a_time.get(route, grid.in_flight))
+                    bound = min(positions - 1, at_a_time.get(route, grid.in_flight))
                     assert max(under_way.values(), default=0) == bound, f"{grid}, {flow}"
 
 
 @pytest.mark.parametrize("name", ["ring", "token_ring"])
 def test_rings_of_any_size_hold_two_blocks(name):
     for size in (3, 8, 64):
-        plans = Schedule(NAMED[name](size), share(2 * size, size), Sight(), "backward").plans()
-        assert {(plan.peak_blocks("queries"), plan.peak_blocks("keys")) for plan in plans} == {
+        plans = Schedule(NAMED[name](size), layouts_of(2 * size, size), Sight(), "backward").plans()
+        assert {(plan.peak_shares("queries"), plan.peak_shares("keys")) for plan in plans} == {
             (0, 2) if name == "ring" else (2, 0)
         }
 
@@ -355,9 +355,9 @@ def test_rings_of_any_size_hold_two_blocks(name):
 @pytest.mark.parametrize("size", [2, 3, 4, 8, 16])
 @pytest.mark.parametrize(("name", "flow"), [("ring", "keys"), ("token_ring", "queries")])
 def test_zigzag_saves_a_quarter(name, flow, size, direction):
-    """A ring sends 0.75 (n - 1) blocks a rank: half a block where no more is needed there and beyond."""
+    """A ring sends 0.75 (n - 1) shares a rank: half a share where no more is needed there and beyond."""
     tokens = 8
-    plans = Schedule(NAMED[name](size), share(tokens * size, size), Sight(), direction).plans()
+    plans = Schedule(NAMED[name](size), layouts_of(tokens * size, size), Sight(), direction).plans()
     assert num_rows(sent(plans, flow)) == 0.75 * (size - 1) * tokens * size
     # Results go straight home and are of the same rows, but for those that grow on their way: what any stop has added
     # goes on, whole but on the last hop of the early ranks.
@@ -374,23 +374,23 @@ def test_zigzag_saves_a_quarter(name, flow, size, direction):
 def test_every_place_owes_the_same_at_every_step(size):
     """Zigzag under a causal mask: two of a tile's four quarters, and on the diagonal two and a half."""
     chunk = 4
-    layouts = share(2 * size * chunk, size)
+    layouts = layouts_of(2 * size * chunk, size)
     visible = whole(2 * size * chunk, (0,), Sight())
     for grid in grids(size):
         schedule = Schedule(grid, layouts, Sight(), "forward")
-        of_place = [positions(layout) for layout in schedule.layouts]
+        of_position = [positions(layout) for layout in schedule.layouts]
         steps: dict[int, set[int]] = defaultdict(set)
         for plan in schedule.plans():
             for at, step in enumerate(plan.steps):
                 if step.tile is not None:
-                    pairs = np.ix_(of_place[step.tile.query_owner], of_place[step.tile.key_owner])
+                    pairs = np.ix_(of_position[step.tile.query_owner], of_position[step.tile.key_owner])
                     steps[at].add(int(visible[pairs].sum()))
                 else:
                     steps[at].add(0)
         half = 2 * (grid.heads * chunk) ** 2
         assert [pairs for pairs in steps.values() if pairs != {0}] == [
             {half + grid.heads * chunk},
-            *[{half}] * (grid.places - 1),
+            *[{half}] * (grid.num_positions - 1),
         ], grid
 
 
@@ -413,7 +413,7 @@ def test_tile_order(query, kv, order):
 @pytest.mark.parametrize("size", [4, 8, 12])
 def test_documents_that_share_nothing_send_nothing(size, direction):
     """A document a rank: each computes its own tile and is left in peace."""
-    layouts = share(4 * size, size, tuple(range(0, 4 * size, 4)), contiguous)
+    layouts = layouts_of(4 * size, size, tuple(range(0, 4 * size, 4)), contiguous)
     for grid in grids(size):
         if grid.heads == 1:
             for player in play(grid, layouts, Sight(), direction):
@@ -424,7 +424,7 @@ def test_documents_that_share_nothing_send_nothing(size, direction):
 def test_a_document_of_two_ranks_moves_between_them_alone(direction):
     for route in ("both_ways", "direct"):
         grid = CpGrid(kv=8, kv_route=route)
-        players = play(grid, share(32, 8, (0, 8, 16, 24), contiguous), Sight(), direction)
+        players = play(grid, layouts_of(32, 8, (0, 8, 16, 24), contiguous), Sight(), direction)
         pairs = {(m.source, m.target) for m in sent([player.plan for player in players], "keys")}
         assert pairs == {(rank, rank + 1) for rank in range(0, 8, 2)}, "later ones see the earlier"
         assert [player.tiles for player in players] == [1, 2] * 4
@@ -439,7 +439,9 @@ def test_a_window_moves_a_halo(window, direction):
         for route in ("both_ways", "direct"):
             grid = CpGrid(**{axis: size, f"{axis}_route": route})
             for cut, tokens in ((contiguous, 8), (zigzag, 16)):
-                plans = Schedule(grid, share(tokens * size, size, cut=cut), Sight(window=window), direction).plans()
+                plans = Schedule(
+                    grid, layouts_of(tokens * size, size, cut=cut), Sight(window=window), direction
+                ).plans()
                 edges = size - 1 if cut is contiguous else 2 * size - 2  # the middle one lies within the last rank
                 stops = Counter({message: message.rows[1] - message.rows[0] for message in sent(plans, flow)})
                 assert set(stops.values()) <= {window - 1}
@@ -448,4 +450,4 @@ def test_a_window_moves_a_halo(window, direction):
 
 def test_a_layout_for_each_rank():
     with pytest.raises(ValueError, match="query=4 is for 4 ranks, and there are 3 layouts"):
-        Schedule(CpGrid(query=4), share(12, 3), Sight(), "forward")
+        Schedule(CpGrid(query=4), layouts_of(12, 3), Sight(), "forward")

@@ -58,7 +58,7 @@ def played_by_hand(schedule: Schedule, sight: Sight, topology: Topology) -> tupl
                 (plan.rank, plan.steps[number].exchanges()[half]) for plan in plans if number < len(plan.steps)
             ]
             for rank, exchange in exchanges:
-                ready[rank] = max([ready[rank], *(arrival[m] for m in (*exchange.due, *exchange.gone))])
+                ready[rank] = max([ready[rank], *(arrival[m] for m in (*exchange.due, *exchange.sent))])
             sends = [message for _, exchange in exchanges for message in exchange.sends]
             paths = {m: topology.path(grid.size, m.source, m.target) for m in sends}
             until: dict = defaultdict(float)

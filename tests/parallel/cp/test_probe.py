@@ -156,7 +156,7 @@ def test_four_processes_find_the_same(on_ranks, measure, num_nodes):
     topology, speed = found[0].topology, found[0].speed
     assert found[0].num_nodes == num_nodes
     assert topology.ranks_per_node == 4 // num_nodes
-    assert topology.fits(4)
+    assert topology.covers(4)
     assert (topology.across is None) == (num_nodes == 1)
     for fabric in filter(None, (topology.inside, topology.across)):
         assert 0 < fabric.bytes_per_s < math.inf

@@ -72,10 +72,10 @@ def test_a_recorded_pass_has_all_of_its_plan_and_the_same_results(on_ranks, text
                 assert one.stop_s <= after.start_s
             # What a tile needs has come before it begins.
             came = {(m.flow, m.owner): e.stop_s for e in events if (m := e.what) in wanted and m.target == rank}
-            place = rank // schedules[direction].grid.heads
+            position = rank // schedules[direction].grid.heads
             for event in tiles:
                 for flow, owner in (("queries", event.what.query_owner), ("keys", event.what.key_owner)):
-                    assert owner == place or came[flow, owner] <= event.start_s
+                    assert owner == position or came[flow, owner] <= event.start_s
 
 
 def panel_of(grid: CpGrid) -> Panel:

@@ -79,9 +79,9 @@ def test_presets():
     assert ethernet(16).path(16, 0, 8).links[0] == ethernet(16).path(16, 1, 9).links[0]
     assert ethernet(16).path(16, 0, 8).bytes_per_s == 50 * GB
     for make in PRESETS.values():
-        assert make(8).fits(8)
-    assert infiniband(1024).fits(1024)
-    assert not pcie_pairs().fits(9)
+        assert make(8).covers(8)
+    assert infiniband(1024).covers(1024)
+    assert not pcie_pairs().covers(9)
 
 
 @st.composite

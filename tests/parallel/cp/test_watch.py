@@ -12,11 +12,11 @@ def test_an_overdue_message_ends_the_process_and_is_named(capfd):
     ended = threading.Event()
     watch = Watch(0.2, end=lambda status: ended.set())
     watch.expect(lambda: True, lambda: "one that has come")
-    watch.expect(lambda: False, lambda: "keys of place 3")
+    watch.expect(lambda: False, lambda: "keys of position 3")
     watch.start()
     assert ended.wait(10)
     error = capfd.readouterr().err
-    assert "keys of place 3" in error
+    assert "keys of position 3" in error
     assert "one that has come" not in error
 
 
