@@ -1,4 +1,4 @@
-"""Context parallelism as a recipe names it."""
+"""Settings under [parallel.cp]."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from longring.parallel.cp.grid import NAMED, CpGrid, grids
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_named_grids_have_as_many_ranks_as_asked(name):
+def test_named_grids_have_the_number_of_ranks_asked_for(name):
     for size in (1, 2, 3, 4, 6, 8, 16):
         grid = CpConfig(schedule=name).named_grid(size)
         assert grid is not None
         assert grid.size == size
 
 
-def test_a_number_of_ranks_may_have_its_own():
+def test_a_number_of_ranks_may_have_its_own_grid():
     config = CpConfig(schedule="ring", schedule_of={"4": "query=2, kv=2", "8": "auto"})
     assert config.named_grid(2) == CpGrid.ring(2)
     assert config.named_grid(4) == CpGrid(query=2, kv=2)
@@ -44,11 +44,11 @@ def test_every_grid_can_be_written_down(size):
         ({"timeout_s": 0.0}, "parallel.cp.timeout_s = 0.0: must be above 0"),
     ],
 )
-def test_what_it_refuses(change, said):
+def test_wrong_settings_are_refused(change, said):
     with pytest.raises(ValueError, match=said):
         CpConfig(**change)
 
 
-def test_a_grid_of_another_size_is_refused_with_the_way_out():
+def test_a_grid_of_another_size_is_refused_with_advice():
     with pytest.raises(ValueError, match=r"a grid of 4 ranks, and a bucket is spread over 8.*schedule_of\.8"):
         CpConfig(schedule="query=4").named_grid(8)

@@ -1,4 +1,4 @@
-"""The public function on several processes joined by gloo: the whole matrix against fp64, and peers that fail."""
+"""The public function on several gloo processes: the whole matrix compared with fp64, and peers that fail."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SIZES = (1, 2, 3, 4, 6, 8)
 
 
 def members(size: int) -> set[CpGrid]:
-    """The named ones, hybrids, and what divides over two and three axes, in rows and in columns."""
+    """Return the named grids, hybrids, and grids over two and three axes, by rows and by columns."""
     found = {CpGrid(), CpGrid.ring(size), CpGrid.ring_both_ways(size), CpGrid.token_ring(size), CpGrid.ulysses(size)}
     found |= {CpGrid.square(size), CpGrid(query=size, query_route="direct", in_flight=2)}
     for a in (a for a in range(2, size) if size % a == 0):
@@ -54,7 +54,7 @@ def inputs(num_tokens: int, num_heads: int, num_kv_heads: int, dtype: torch.dtyp
 
 
 def on_one_rank(grid: CpGrid, num_tokens: int) -> dict[tuple[str, str, torch.dtype], Results]:
-    """On every rank: each case twice, to see them equal to the last bit; lse from what is saved."""
+    """Run each case twice on this rank and compare the runs to the last bit; lse is taken from the saved tensors."""
     rank = dist.get_rank()
     group = open_group(range(grid.size), [grid])
     results = {}
@@ -88,14 +88,14 @@ def expected(num_tokens: int, mask: str, heads: tuple[int, int], dtype: torch.dt
 
 @pytest.mark.parametrize(("size", "grid"), [(n, grid) for n in SIZES for grid in sorted(members(n), key=str)], ids=str)
 def test_equals_one_process_in_fp64(on_ranks, size, grid):
-    num_tokens = 8 * size + 13  # 2 x size divides it for no size but 1
+    num_tokens = 8 * size + 13  # not a multiple of 2 x size, except for size 1
     shares = on_ranks(size, on_one_rank, grid, num_tokens)
     positions = [zigzag(num_tokens, position, grid.num_positions).positions() for position in range(grid.num_positions)]
     order = torch.cat([zigzag(num_tokens, rank, size).positions() for rank in range(size)]).argsort()
     for mask, name, dtype in shares[0]:
         parts = [share[mask, name, dtype] for share in shares]
         got = {x: torch.cat([part[x] for part in parts], dim=1)[:, order] for x in ("out", "dq", "dk", "dv")}
-        # A rank saves the lse of its heads over the tokens of its position.
+        # A rank saves the lse of its heads over the tokens of its grid position.
         lses = [torch.cat([p["lse"] for p in parts[at : at + grid.heads]], 1) for at in range(0, size, grid.heads)]
         got["lse"] = torch.cat(lses, dim=2)[:, :, torch.cat(positions).argsort()]
         found = expected(num_tokens, mask, heads_for(grid)[name], dtype)
@@ -103,7 +103,7 @@ def test_equals_one_process_in_fp64(on_ranks, size, grid):
 
 
 def with_a_failing_peer(rank: int, store: str, failure: str) -> None:
-    """In a process of its own: rank 1 joins the group and then sleeps or ends; the others print what they are told."""
+    """Run one rank in its own process: rank 1 joins the group and then sleeps or ends; the others print the error."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=3, timeout=timedelta(seconds=60))
     grid = CpGrid.token_ring(3)
@@ -117,18 +117,18 @@ def with_a_failing_peer(rank: int, store: str, failure: str) -> None:
             os._exit(1)
         time.sleep(120)
     if failure == "ends":
-        time.sleep(1)  # it has ended before anything is posted
+        time.sleep(1)  # rank 1 ends before anything is posted
     try:
         context_attention(q, q, q, problem, group)
         print("no error", flush=True)
     except PeerError as error:
         print(error, flush=True)
-    time.sleep(120)  # its own end must not be what another one notices
+    time.sleep(120)  # otherwise another rank could notice the end of this one
 
 
 @pytest.mark.parametrize("failure", ["sleeps", "ends"])
 def test_a_failing_peer_is_named(failure, tmp_path):
-    """Processes of this test's own: the pool of the others would not outlive it."""
+    """The error names the peer. The processes belong to this test: the shared pool would not survive it."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     processes = []
     try:

@@ -1,4 +1,4 @@
-"""Prices of plans worked by hand, bytes and memory against what `execute` really sends and holds, and the choice."""
+"""Prices worked by hand, bytes and memory compared with what `execute` sends and holds, and the choice of a grid."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from longring.parallel.cp.visible import Shares, Sight
 
 EVERYBODY_SEES_ALL = Sight(causal=False)
 ONE = Work(num_heads=1, num_kv_heads=1, head_dim=1)
-"""A row of keys weighs 4 bytes, one of queries 2, one of results forward 2 + 4 for lse."""
+"""Rows have 4 bytes of keys and values, 2 of queries, and 2 + 4 (lse) of results in the forward."""
 PAIR_A_SECOND = Speed(forward_flops=4.0, backward_flops=10.0)
 
 
@@ -35,7 +35,7 @@ def switch(bytes_per_s: float, latency_s: float = 0.5, ends_per_port: int = 1) -
 
 
 def played(grid: CpGrid, topology: Topology, direction="forward", speed=PAIR_A_SECOND) -> Price:
-    """Four tokens a rank, all of whose tiles have 16 pairs."""
+    """Return the price with four tokens a rank: every tile has 16 pairs."""
     layouts = [contiguous(4 * grid.size, rank, grid.size) for rank in range(grid.size)]
     schedule = Schedule(grid, layouts, EVERYBODY_SEES_ALL, direction)
     return play(schedule, EVERYBODY_SEES_ALL, topology, ONE, speed)
@@ -53,22 +53,22 @@ def test_keys_that_come_late_are_waited_for():
     assert (found.seconds, found.exposed_s) == (32.5, 0.5)
 
 
-def test_what_a_tile_takes_besides_and_backward():
+def test_fixed_time_of_a_tile_and_backward():
     speed = Speed(4.0, 10.0, tile_s=1.0)
     assert played(CpGrid.ring(2), switch(4.0), speed=speed).seconds == 34.0
-    # dK, dV of the other's keys go home when they are done: 4 rows of 4 bytes.
+    # dK and dV for the other rank's keys are sent when they are complete: 4 rows of 4 bytes.
     assert played(CpGrid.ring(2), switch(16.0), "backward").seconds > 32.0
 
 
 def test_results_leave_after_their_tile():
-    """TokenRing of two: queries under the own tile, results of 24 bytes after the second, with nothing to hide them."""
+    """TokenRing of two: queries are hidden under the own tile; 24 bytes of results follow the second, exposed."""
     found = played(CpGrid.token_ring(2), switch(4.0))
     assert (found.seconds, found.exposed_s) == (32.0 + 24 / 4 + 0.5, 6.5)
     assert set(found.bytes_by_link.values()) == {8 + 24}
 
 
 def test_ulysses_trades_before_and_after():
-    """Two heads, one each after the trade: 4 rows x (2 + 4) bytes there, 4 x 2 back, 64 pairs of one head between."""
+    """Two heads, one a rank: 4 rows x (2 + 4) bytes to trade, 64 pairs of one head, 4 rows x 2 bytes to trade back."""
     layouts = [contiguous(8, rank, 2) for rank in range(2)]
     schedule = Schedule(CpGrid.ulysses(2), layouts, EVERYBODY_SEES_ALL, "forward")
     found = play(schedule, EVERYBODY_SEES_ALL, switch(4.0), Work(2, 2, 1), PAIR_A_SECOND)
@@ -80,14 +80,14 @@ def keys(source: int, target: int, rows: int, posted: int = 0, due: int = 1) -> 
 
 
 class HandMade(Schedule):
-    """A schedule of just these messages, and of tiles of 64 pairs, by (rank, step)."""
+    """A schedule of the given messages, and of tiles of 64 pairs at the given (rank, step)."""
 
     def __init__(self, size: int, messages: list[Message], tiles: Sequence[tuple[int, int]]) -> None:
         held = [SeqLayout(((0, 8),), (0, 8))] * size
         super().__init__(CpGrid(kv=size), held, EVERYBODY_SEES_ALL, "forward")
         columns = [(FLOWS.index(m.flow), m.owner, *m.rows, m.source, m.target, m.posted, m.due) for m in messages]
         self.all_messages = Messages(*np.array(columns).T)
-        # One share more, of another document: whom it meets has no tile.
+        # One more share, of another document: a rank that is paired with it has no tile.
         self.shares = Shares.of([*held, SeqLayout(((8, 16),), (0, 8))])
         self.made = set(tiles)
 
@@ -99,7 +99,7 @@ class HandMade(Schedule):
 
 
 def arrivals(topology: Topology, size: int, messages: list[Message], tiles=()) -> list[float]:
-    """When each message is there; a row of keys takes a link of 4 bytes/s one second."""
+    """Return the arrival time of each message; a row of keys takes one second on a link of 4 bytes/s."""
     made = HandMade(size, messages, tiles)
     found = play(made, EVERYBODY_SEES_ALL, topology, ONE, PAIR_A_SECOND, record=True)
     stops = {event.what: event.stop_s for event in found.events}
@@ -109,7 +109,7 @@ def arrivals(topology: Topology, size: int, messages: list[Message], tiles=()) -
 def test_a_shared_port_is_shared_evenly():
     messages = [keys(0, 2, 2), keys(1, 4, 4)]
     assert arrivals(switch(4.0, ends_per_port=1), 6, messages) == [2.5, 4.5]
-    # Out of one port: both at half the rate until the shorter is through, then the longer alone.
+    # Out of one port: both at half the rate until the shorter one has been carried, then the longer one alone.
     assert arrivals(switch(4.0, ends_per_port=2), 6, messages) == [4.5, 6.5]
 
 
@@ -124,7 +124,7 @@ def test_a_shared_port_in():
 def test_a_chain_of_hops():
     ring = Topology("", 6, Fabric("ring", 4.0, 0.5))
     assert arrivals(ring, 6, [keys(0, 3, 2)]) == [2 + 3 * 0.5]
-    # The one over a hop has the last link of the one over three.
+    # The message over one hop shares the last link of the message over three.
     assert arrivals(ring, 6, [keys(0, 3, 2), keys(2, 3, 2), keys(4, 5, 2)]) == [4 + 1.5, 4.5, 2.5]
 
 
@@ -139,7 +139,7 @@ def test_a_message_begins_when_both_ends_have_posted():
 
 
 class Counting(InProcess):
-    """Counts the bytes of each message, at both ends."""
+    """Transport that counts the bytes of each message at both ends."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class Counting(InProcess):
 
 
 def executed(monkeypatch, problem, work: Work, dtype) -> dict[str, tuple[Counting, Counter[int]]]:
-    """Both passes of all ranks in this process -> per pass the transport, and the most that each rank held."""
+    """Run both passes of all ranks in this process; return for each its transport and the peak bytes of each rank."""
     size, generator = problem.grid.size, torch.Generator().manual_seed(0)
     held: Counter[int] = Counter()
 
@@ -219,7 +219,7 @@ def test_messages_weigh_what_is_sent(monkeypatch, base, heads, dtype, narrow):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("size", [3, 4, 6])
 def test_the_peak_is_what_was_alive(monkeypatch, size, dtype):
-    """Over query and kv alone: the trade of heads is no part of it."""
+    """The peak counts the query x kv grid; the trade of heads is no part of it."""
     work = Work(4, 2, head_dim=8, itemsize=dtype.itemsize)
     for grid in grids(size):
         if grid.heads > 1:
@@ -240,7 +240,7 @@ FABRICS = {
     "ring": Topology("", 8, Fabric("ring", 1e9, 1e-6)),
     "nodes": Topology("", 2, Fabric("switch", 1e10, 1e-6), Fabric("switch", 1e9, 1e-5, ends_per_port=2)),
 }
-"""One bandwidth for all links of each but `nodes`."""
+"""Every fabric but `nodes` has one bandwidth for all links."""
 works = st.builds(
     lambda kv, groups, dim, itemsize: Work(kv * groups, kv, dim, itemsize),
     st.sampled_from([1, 2, 3, 4, 8]),
@@ -270,7 +270,7 @@ def test_a_price_is_no_less_than_compute_or_the_busiest_link(data, work, size, f
 
 
 def test_all_bytes_are_on_links():
-    """On a mesh each message is on one link, on a switch on two: what links carried is what was sent."""
+    """A message takes one link on a mesh and two on a switch: the links carry exactly the bytes that are sent."""
     work, grid = Work(4, 2, 16), CpGrid.square(6)
     layouts = [zigzag(600, rank, 6) for rank in range(6)]
     for direction in ("forward", "backward"):
@@ -307,7 +307,7 @@ def test_the_best_fits_and_is_no_dearer_than_any_that_is_named(work, size, num_t
 
 
 def test_of_close_prices_the_least_memory_is_taken():
-    """Where links cost nothing all moves of a division take the same time."""
+    """With free links all variants of a division take the same time."""
     free = Topology("", 8, Fabric("switch", 1e30, 0.0))
     found = choose(4, Question(4000, Work(1, 1, 16), free, SPEED))
     every = [Question(4000, Work(1, 1, 16), free, SPEED).price(grid) for grid in grids(4) if grid.heads == 1]
@@ -317,7 +317,7 @@ def test_of_close_prices_the_least_memory_is_taken():
 
 
 def test_close_is_close_to_the_fastest_of_all():
-    """101 is close to 100 and 102 to 101, but 102 is not close to 100."""
+    """Close means within 1% of the fastest: 101 is close to 100, and 102 is close to 101 but not to 100."""
 
     def priced(grid: CpGrid, seconds: float, peak_bytes: int) -> Priced:
         half = Price(seconds / 2, seconds / 2, {}, 0, peak_bytes)
@@ -337,13 +337,13 @@ def test_a_topology_that_does_not_reach_is_refused():
 
 @pytest.mark.parametrize("size", [12, 24])
 def test_many_ranks_are_priced_by_the_few_divisions_that_move_least(monkeypatch, size):
-    """Many: more than 4 here, and beyond 16 by their simplest moves alone."""
+    """More than LARGE = 4 ranks are many here; beyond 4 x LARGE only the simplest routes are priced."""
     monkeypatch.setattr(choosing, "LARGE", 4)
     work, topology = Work(8, 8, 16), PRESETS["infiniband"](size)
     found = choose(size, Question(64 * size, work, topology, SPEED))
     divided = {(x.grid.heads, x.grid.query, x.grid.kv) for x in found}
     assert 6 <= len(divided) == len(found) < len(list(divisions(size)))
-    assert all((h, 8 // h, size // 8) in divided for h in (1, 2, 4, 8) if size % 8 == 0), "those that fill a node"
+    assert all((h, 8 // h, size // 8) in divided for h in (1, 2, 4, 8) if size % 8 == 0), "divisions that fill a node"
     ring = Question(64 * size, work, topology, SPEED).price(CpGrid.ring(size))
     assert found[0].seconds <= 1.01 * ring.seconds
     simple = {("direct", "direct"), ("round_and_home", "round"), ("both_ways", "both_ways")}

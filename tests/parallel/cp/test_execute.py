@@ -1,4 +1,4 @@
-"""The whole family in one process, against fp64: every grid, mask, head ratio and dtype by the same functions."""
+"""The whole family in one process, compared with fp64: every grid, mask, head ratio and dtype."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Tensors = dict[str, Tensor]
 
 
 class Case(NamedTuple):
-    """One attention over a whole context, and what its inputs are."""
+    """Attention over a whole context, with its inputs."""
 
     num_tokens: int
     starts: tuple[int, ...] = (0,)
@@ -37,7 +37,7 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float32
 
     def inputs(self) -> list[Tensor]:
-        """q, k, v, dout in the dtype: what is measured is the arithmetic, not the rounding of its inputs."""
+        """Return q, k, v, dout in the dtype of the case, so that rounding of the inputs is no part of the error."""
         generator = torch.Generator().manual_seed(self.num_tokens + self.num_heads)
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads, self.num_heads)
         shapes = [(self.batch, self.num_tokens, h, self.dim) for h in heads]
@@ -56,7 +56,7 @@ def named(out: Tensor, lse: Tensor, grads) -> Tensors:
 
 
 def by_the_grid(case: Case, grid: CpGrid, cut=zigzag, **options) -> Tensors:
-    """What all ranks of a grid have of it, put together in the order of the context."""
+    """Run all ranks of a grid and join their results in the order of the context."""
     layouts = tuple(SeqLayout(cut(case.num_tokens, rank, grid.size).runs, case.starts) for rank in range(grid.size))
     problem = Problem(grid, layouts, case.sight, **options)
     q, k, v, dout = ([x[:, layout.positions()] for layout in layouts] for x in case.inputs())
@@ -71,7 +71,7 @@ def by_the_grid(case: Case, grid: CpGrid, cut=zigzag, **options) -> Tensors:
 
 
 def whole_lse(grid: CpGrid, layouts, saved) -> Tensor:
-    """`[b, h, s]` of what the ranks of each position saved: its tokens, each its own heads."""
+    """Join the lse that the ranks saved, each for its heads and the tokens of its grid position: `[b, h, s]`."""
     positions = [
         torch.cat([s[4] for s in saved[at : at + grid.heads]], dim=1) for at in range(0, grid.size, grid.heads)
     ]
@@ -82,7 +82,7 @@ def whole_lse(grid: CpGrid, layouts, saved) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """These tensors are small: threads that wait for each other cost more than they save."""
+    """Use one thread: these tensors are so small that threads cost more than they save."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -107,7 +107,7 @@ MASKS = {
 
 
 def fitting(grid: CpGrid) -> dict[str, tuple[int, int]]:
-    """Heads that the grid can divide, the kv heads as few as its ranks, fewer, and one."""
+    """Return head counts that the grid can divide: as many kv heads as query heads, fewer, and one."""
     few = {1: 2, 2: 2, 3: 3}.get(grid.heads, grid.heads // 2)
     return {
         "mha": (2 * grid.heads,) * 2,
@@ -168,7 +168,7 @@ def test_any_grid_any_documents(data):
     heads = data.draw(st.sampled_from(list(fitting(grid).values())))
     got = by_the_grid(Case(num_tokens, starts, sight, *heads), grid, data.draw(st.sampled_from([zigzag, contiguous])))
     exact = expected(Case(num_tokens, starts, sight, *heads))[1]
-    # Of so few numbers plain torch may happen to get all right: here the bound is absolute.
+    # With so few numbers plain torch may be exact by chance: the bound is absolute here.
     assert all(relative_rms(got[name], exact[name]) < 2e-6 for name in got)
 
 
@@ -193,7 +193,7 @@ def test_heads_that_cannot_be_divided(heads, num_heads, num_kv_heads, fits):
 
 
 def test_every_rank_waiting_is_an_error():
-    """A rank that is missing: nobody else can go on."""
+    """If one rank is missing, no other can go on."""
     case, grid = Case(24), CpGrid(kv=3)
     layouts = tuple(zigzag(24, rank, 3) for rank in range(3))
     problem, wires = Problem(grid, layouts, Sight()), InProcess()
@@ -204,7 +204,7 @@ def test_every_rank_waiting_is_an_error():
 
 
 def test_gradients_of_a_kv_head_of_many_ranks_are_summed_in_fp32():
-    """256 and seven halves: in bfloat16, whose steps are 2 there, one after the other would leave 256."""
+    """256 and seven halves: bfloat16 has steps of 2 at 256, so adding one after the other would leave 256."""
     grid = CpGrid.ulysses(8)
     layouts = tuple(zigzag(16, rank, 8) for rank in range(8))
     problem, transport = Problem(grid, layouts, Sight()), InProcess()

@@ -1,4 +1,4 @@
-"""The groups of ranks that share a sequence, and their channels."""
+"""Context-parallel groups and their channels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIZE = 4
 
 
 def met_on(grid: CpGrid) -> tuple[set, set]:
-    """The channels on which this rank took part in a collective when they were made, and those its plans use."""
+    """Return the channels on which this rank joined a collective when they were made, and those that its plans use."""
     met, all_reduce = [], dist.all_reduce
 
     def counted(tensor, op=dist.ReduceOp.SUM, group=None):
@@ -33,7 +33,7 @@ def met_on(grid: CpGrid) -> tuple[set, set]:
 
 @pytest.mark.parametrize("grid", [CpGrid.token_ring(SIZE), CpGrid.ring(SIZE)], ids=str)
 def test_all_ranks_meet_on_a_channel_that_few_of_them_use(on_ranks, grid):
-    """NCCL makes a communicator at the first use, of all its ranks at once."""
+    """NCCL makes a communicator at the first use, which needs all its ranks at once."""
     found = on_ranks(SIZE, met_on, grid)
     needed = set.union(*(used for _, used in found))
     assert any(used != needed for _, used in found), "some channel is not used by some rank"

@@ -1,4 +1,4 @@
-"""Shares of a sequence: who holds which positions, and that nothing is held twice or by nobody."""
+"""Layouts of a sequence over ranks: every position is held exactly once, and the work is balanced."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def test_zigzag_shares_are_disjoint_and_complete(size, spare):
     chunks = [stop - start for share in shares for start, stop in share.runs]
     assert len(chunks) == 2 * size
     assert max(chunks) - min(chunks) <= 1
-    # The two chunks of a rank are mirror images: counted in chunks, as many lie before the one as after the other.
+    # The two chunks of a rank are mirror images: as many chunks lie before the first as after the second.
     edges = sorted(run for share in shares for run in share.runs)
     assert [share.runs for share in shares] == [(edges[rank], edges[-1 - rank]) for rank in range(size)]
 
 
 @given(sizes, spare_tokens)
 def test_zigzag_balances_visible_pairs(size, spare):
-    """A rank's queries see its share of all pairs; what an uneven cut adds is less than a token's row at each edge."""
+    """Every rank has an equal share of all visible pairs, up to one row at each edge of an uneven cut."""
     num_tokens = 2 * size + spare
     for rank in range(size):
         pairs = sum(position + 1 for position in held(zigzag(num_tokens, rank, size)))
@@ -53,8 +53,8 @@ def test_zigzag_balances_visible_pairs(size, spare):
 
 
 @given(st.integers(1, 8), st.integers(1, 8), spare_tokens)
-def test_neighbours_hold_together_what_one_rank_of_fewer_would(positions, heads, spare):
-    """The heads axis relies on it: the tokens that the ranks of a position share are those of a coarser zigzag."""
+def test_adjacent_ranks_together_hold_a_coarser_zigzag(positions, heads, spare):
+    """The ranks of a grid position together hold the tokens of a coarser zigzag; the heads axis relies on it."""
     num_tokens = 2 * positions * heads + spare
     shares = [zigzag(num_tokens, rank, positions * heads) for rank in range(positions * heads)]
     for position in range(positions):
@@ -108,7 +108,7 @@ def layouts(draw) -> SeqLayout:
 
 
 @given(layouts())
-def test_row_of_is_the_place_among_the_positions_held(layout):
+def test_row_of_is_the_index_among_the_positions_held(layout):
     positions = held(layout)
     for position in range(42):
         if position in positions:

@@ -1,7 +1,7 @@
-"""Plans of all ranks, played on integers: a share is its rows' positions, a result says pair by pair what it holds.
+"""Plans of all ranks, run on integers: a share is the positions of its rows, a result counts (query, key) pairs.
 
-Nothing here asks the planner what is visible or needed: each pair of positions is looked at by itself, a message
-carries what its source has at that moment, and what comes of it is compared with the whole at the end.
+The tests do not ask the planner what is visible or needed: every pair of positions is checked by itself, a message
+carries what its source holds at that moment, and the results are compared with the whole mask at the end.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def layouts_of(
 
 @lru_cache(maxsize=64)
 def whole(num_tokens: int, starts: tuple[int, ...], sight: Sight) -> np.ndarray:
-    """bool `[query position, key position]` of the context."""
+    """Return the mask of the context, bool `[query position, key position]`."""
     layout = SeqLayout(((0, num_tokens),), starts)
     return visible_pairs(layout, layout, sight.causal, sight.window).numpy()
 
@@ -45,7 +45,7 @@ def positions(layout: SeqLayout) -> list[int]:
 
 
 class Player:
-    """One rank. Its results are counts, int `[rows of a share, positions of the context]`: a pair's is to become 1."""
+    """One rank. Its results count pairs, int `[rows of a share, positions of the context]`; each must end at 1."""
 
     def __init__(self, plan: RankPlan, grid: CpGrid, layouts: Layouts, visible: np.ndarray, direction: Pass) -> None:
         self.plan, self.visible = plan, visible
@@ -55,7 +55,7 @@ class Player:
             np.sort(np.concatenate(self.of_rank[position * grid.heads : (position + 1) * grid.heads]))
             for position in range(grid.num_positions)
         ]
-        self.tokens = {plan.rank: self.mine}  # whose tokens of the position are here
+        self.tokens = {plan.rank: self.mine}  # tokens of the grid position that are here, by rank
         own = self.of_position[plan.position]
         self.held: dict[Share, tuple[np.ndarray, int]] = {Share("queries", plan.position): (own, 0)}
         self.held[Share("keys", plan.position)] = (own, 0)
@@ -68,7 +68,7 @@ class Player:
         self.tiles = 0
 
     def run(self, post: Callable[..., None]) -> Generator[Message, np.ndarray, dict[int, dict[Side, np.ndarray]]]:
-        """Yields each message that it waits for, is sent what arrived -> its tokens' results, by source."""
+        """Yield each message to wait for, receive its content; return the results of its tokens, by source."""
         position, rank, posted = self.plan.position, self.plan.rank, set()
         final = {rank: {side: self._rows_of_mine(side) for side in self.sides}}
         arriving: Counter[Side] = Counter()
@@ -96,7 +96,7 @@ class Player:
                 rows = self.held.pop(share)
                 first, last = rows[1], rows[1] + len(rows[0])
                 assert hull(self.used.pop((share, "share"))) == (first, last), "rows that nobody needs were sent"
-        assert set(self.held) == {Share("queries", position), Share("keys", position)}, "shares are held for ever"
+        assert set(self.held) == {Share("queries", position), Share("keys", position)}, "shares are never freed"
         assert not self.partial and not self.used, "results never left"
         final[rank] = {side: self._rows_of_mine(side) for side in self.sides}
         return final
@@ -148,7 +148,7 @@ class Player:
             self._add(Share("queries" if message.flow == "query_results" else "keys", message.owner), start, payload)
 
     def _add(self, share: Share, start: int, counts: np.ndarray) -> None:
-        """Into what is summed here of a share's results, from row `start` on."""
+        """Add counts to the results for a share, from row `start` on."""
         rows = (start, start + len(counts))
         if share.owner == self.plan.position:
             self.home[share.side][slice(*rows)] += counts
@@ -186,7 +186,7 @@ class Player:
 
 
 class Wires:
-    """Messages between players; as on one NCCL stream a channel, a batch starts when the one before has been done."""
+    """Transport between players. As on one NCCL stream a channel, a batch starts when the last one is done."""
 
     def __init__(self) -> None:
         self.batches: dict[tuple[int, Channel], deque[set[Message]]] = defaultdict(deque)
@@ -207,7 +207,7 @@ class Wires:
             self.batches[rank, channel].append(batch)
 
     def deliver(self) -> bool:
-        """What both ends have come to; whether that was any."""
+        """Deliver the messages that both ends have reached; return whether there was one."""
         found = False
         for (rank, channel), queue in self.batches.items():
             for message in [m for m in (queue[0] if queue else ()) if m.source == rank]:
@@ -223,7 +223,7 @@ class Wires:
 
 
 def play(grid: CpGrid, layouts: Layouts, sight: Sight, direction: Pass) -> list[Player]:
-    """All ranks of a plan, to the end; asserts whatever a plan promises."""
+    """Run all ranks of a plan to the end and assert everything that a plan promises."""
     num_tokens = sum(layout.num_tokens for layout in layouts)
     visible = whole(num_tokens, layouts[0].document_starts, sight)
     schedule = Schedule(grid, layouts, sight, direction)
@@ -245,7 +245,7 @@ def play(grid: CpGrid, layouts: Layouts, sight: Sight, direction: Pass) -> list[
                 final[rank] = stop.value
                 del works[rank]
         assert moved, f"deadlock: {wanted}"
-    assert not any(wires.batches.values()), "messages that one end knows alone"
+    assert not any(wires.batches.values()), "messages that only one end posted"
     for channel, source, target, end in list(wires.order):
         other = wires.order[channel, source, target, "received" if end == "sent" else "sent"]
         assert wires.order[channel, source, target, end] == other, "a channel's ends disagree about the order"
@@ -279,7 +279,7 @@ def test_every_grid_keeps_its_promises(size):
         cut, sight, packed = PROBLEMS[number % len(PROBLEMS)]
         num_tokens = 2 * size + 5
         starts = (0, 3, 4, num_tokens // 2) if packed else (0,)
-        # The many grids of many ranks take one pass in turn, to be done in seconds.
+        # With many ranks there are many grids: they take forward and backward in turn, to stay within seconds.
         for direction in PASSES if size <= 12 else [PASSES[number // len(PROBLEMS) % 2]]:
             play(grid, layouts_of(num_tokens, size, starts, cut), sight, direction)
 
@@ -311,8 +311,8 @@ def num_rows(messages: list[Message]) -> int:
 @pytest.mark.parametrize("direction", PASSES)
 @pytest.mark.parametrize("size", [2, 3, 4, 6, 12])
 def test_blocks_held_at_a_time(size, direction):
-    """Where all tiles are needed: along the axis that changes last, the share in use and those that come under it;
-    along the other, which is gone through for each of them, all."""
+    """With all tiles visible, a rank holds the share in use and those on their way along the axis that changes last,
+    and all shares along the other axis, which is repeated for each of them."""
     coming = {"round": 1, "round_and_home": 1, "both_ways": 2}
     for grid in grids(size):
         plans = Schedule(grid, layouts_of(size, size, cut=contiguous), Sight(causal=False), direction).plans()
@@ -328,7 +328,7 @@ def test_blocks_held_at_a_time(size, direction):
 
 @pytest.mark.parametrize("size", [3, 4, 6, 12])
 def test_results_on_their_way_at_a_time(size):
-    """As many as shares come at a time: their buffers do not pile up until the end."""
+    """No more results than shares are on their way at one time: buffers do not pile up until the end."""
     at_a_time = {"round": 1, "round_and_home": 1, "both_ways": 2}
     for grid in grids(size):
         for plan in Schedule(grid, layouts_of(size, size, cut=contiguous), Sight(causal=False), "backward").plans():
@@ -355,12 +355,12 @@ def test_rings_of_any_size_hold_two_blocks(name):
 @pytest.mark.parametrize("size", [2, 3, 4, 8, 16])
 @pytest.mark.parametrize(("name", "flow"), [("ring", "keys"), ("token_ring", "queries")])
 def test_zigzag_saves_a_quarter(name, flow, size, direction):
-    """A ring sends 0.75 (n - 1) shares a rank: half a share where no more is needed there and beyond."""
+    """A ring sends 0.75 (n - 1) shares a rank: half a share to positions after which only half is needed."""
     tokens = 8
     plans = Schedule(NAMED[name](size), layouts_of(tokens * size, size), Sight(), direction).plans()
     assert num_rows(sent(plans, flow)) == 0.75 * (size - 1) * tokens * size
-    # Results go straight home and are of the same rows, but for those that grow on their way: what any stop has added
-    # goes on, whole but on the last hop of the early ranks.
+    # Direct results have the same rows as the shares. Results that are summed on their way have the rows of all stops
+    # so far: the whole share except on the last hop of the early ranks.
     results = num_rows(sent(plans, flow.replace("queries", "query").replace("keys", "key") + "_results"))
     if name == "token_ring":
         assert results == 0.75 * (size - 1) * tokens * size
@@ -371,8 +371,8 @@ def test_zigzag_saves_a_quarter(name, flow, size, direction):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8, 12])
-def test_every_place_owes_the_same_at_every_step(size):
-    """Zigzag under a causal mask: two of a tile's four quarters, and on the diagonal two and a half."""
+def test_every_position_computes_the_same_at_every_step(size):
+    """Under a causal mask, zigzag tiles are half visible; diagonal ones have one chunk of pairs more."""
     chunk = 4
     layouts = layouts_of(2 * size * chunk, size)
     visible = whole(2 * size * chunk, (0,), Sight())
@@ -400,7 +400,7 @@ def test_every_place_owes_the_same_at_every_step(size):
 def test_tile_order(query, kv, order):
     tiles = tile_order(query, kv, order)
     assert sorted(tiles) == [(row, column) for row in range(query) for column in range(kv)]
-    assert tiles[0] == (0, 0), "the own tile needs nobody"
+    assert tiles[0] == (0, 0), "the own tile needs no message"
     lines = [tile["rc".index(order[0])] for tile in tiles[1:]]
     others = [line for line in lines if line]
     own = [line for line in lines if not line]
@@ -412,7 +412,7 @@ def test_tile_order(query, kv, order):
 @pytest.mark.parametrize("direction", PASSES)
 @pytest.mark.parametrize("size", [4, 8, 12])
 def test_documents_that_share_nothing_send_nothing(size, direction):
-    """A document a rank: each computes its own tile and is left in peace."""
+    """With one document a rank, each rank computes its own tile and exchanges no message."""
     layouts = layouts_of(4 * size, size, tuple(range(0, 4 * size, 4)), contiguous)
     for grid in grids(size):
         if grid.heads == 1:
@@ -426,14 +426,14 @@ def test_a_document_of_two_ranks_moves_between_them_alone(direction):
         grid = CpGrid(kv=8, kv_route=route)
         players = play(grid, layouts_of(32, 8, (0, 8, 16, 24), contiguous), Sight(), direction)
         pairs = {(m.source, m.target) for m in sent([player.plan for player in players], "keys")}
-        assert pairs == {(rank, rank + 1) for rank in range(0, 8, 2)}, "later ones see the earlier"
+        assert pairs == {(rank, rank + 1) for rank in range(0, 8, 2)}, "later ranks see the earlier ones"
         assert [player.tiles for player in players] == [1, 2] * 4
 
 
 @pytest.mark.parametrize("direction", PASSES)
 @pytest.mark.parametrize("window", [1, 2, 5, 8])
 def test_a_window_moves_a_halo(window, direction):
-    """Of a rank's 8 tokens (chunks of 8 each in zigzag), no more than the window reaches beyond an edge."""
+    """A rank with chunks of 8 tokens sends only the rows that an attention window reaches beyond an edge."""
     size = 6
     for axis, flow in (("query", "queries"), ("kv", "keys")):
         for route in ("both_ways", "direct"):

@@ -1,4 +1,4 @@
-"""Many messages at once are the messages one by one, and a played pass is what one works out by hand."""
+"""Messages computed at once equal those of the ranks one by one, and a simulated pass equals one worked by hand."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_messages_of_the_whole_pass_are_those_of_the_ranks(size, direction):
 
 
 def played_by_hand(schedule: Schedule, sight: Sight, topology: Topology) -> tuple[float, dict]:
-    """Seconds and bytes by link of a pass, message by message and rank by rank."""
+    """Simulate a pass message by message and rank by rank: seconds, and bytes by link."""
     grid, plans = schedule.grid, schedule.plans()
     ready = [0.0] * grid.size
     arrival: dict[Message, float] = {}
@@ -101,7 +101,7 @@ def test_all_ranks_at_once_are_played_as_one_by_one(topology, direction):
 
 
 def test_two_ranks_by_arithmetic():
-    """A ring of two in the forward: one message, under the tile of the own block, then the other tile."""
+    """A ring of two in the forward: one message, hidden under the own tile, then the other tile."""
     num_tokens, rate, latency = 4096, 64e9, 10e-6
     schedule = Schedule(CpGrid.ring(2), layouts_of(2, num_tokens), Sight(), "forward")
     price = play(schedule, Sight(), full_mesh(2), WORK, SPEED, record=True)
@@ -155,13 +155,13 @@ def test_wires_say_what_the_topology_says():
 
 
 def test_beyond_sixteen_ranks_the_ring_is_priced_too():
-    """Where a node shares one port, a ring crosses it once, whatever its bytes."""
+    """The ring is priced although it moves many bytes: where a node has one port, it crosses it with one rank only."""
     found = choose(32, Question(2**15, WORK, ethernet(32), SPEED, passes=("forward",)))
     assert CpGrid.ring(32).kv in {priced.grid.kv for priced in found}
 
 
 def test_a_thousand_ranks_share_the_pairs_evenly():
-    """Zigzag: every rank of 1,024 computes as much, and all together half of a square."""
+    """Zigzag gives each of 1,024 ranks the same number of pairs, together those of the causal mask."""
     size, num_tokens = 1024, 2**20
     shares = Shares.of(layouts_of(size, num_tokens))
     pairs = sum(num_pairs(shares, shares[np.roll(np.arange(size), by)], Sight()) for by in range(size))

@@ -1,4 +1,4 @@
-"""The probe: fits of times that a simulator of its own makes up, and a real run over gloo."""
+"""The probe: fits of times from a simulator written for this test, and a real run over gloo."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LARGE, SMALL = 1_000_000, 8
 
 
 def wires(fabric: Fabric, size: int, source: int, target: int) -> list[object]:
-    """What a message passes, in the simulator's own words."""
+    """Return the wires that a message takes, computed independently of `topology`."""
     if fabric.kind == "mesh":
         passed = [(source, target)]
     elif fabric.kind == "ring":
@@ -41,7 +41,7 @@ def wires(fabric: Fabric, size: int, source: int, target: int) -> list[object]:
 
 
 def simulated(fabric: Fabric, size: int, messages, num_bytes: int) -> float:
-    """Until the last message is there: rates are max-min fair (progressive filling), and change when one is through."""
+    """Return the time until the last message arrives; rates are max-min fair (progressive filling) at every moment."""
     routes = [wires(fabric, size, *message) for message in messages]
     left = dict.fromkeys(range(len(routes)), float(num_bytes))
     now = 0.0
@@ -77,8 +77,8 @@ def name(case) -> str:
 @pytest.mark.parametrize(("size", "width", "kind"), CASES, ids=map(name, CASES))
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**32), bytes_per_s=st.floats(1e6, 5e11))
-def test_a_fabric_is_known_by_its_times(size, width, kind, seed, bytes_per_s):
-    """Whatever its bandwidth, with 5% of noise on every time."""
+def test_a_fabric_is_identified_by_its_times(size, width, kind, seed, bytes_per_s):
+    """The fit is right for any bandwidth, with 5% of noise on every time."""
     true = replace(kind, bytes_per_s=bytes_per_s, latency_s=LARGE / bytes_per_s / 50)
     noise = random.Random(seed)
 
@@ -95,13 +95,13 @@ def test_a_fabric_is_known_by_its_times(size, width, kind, seed, bytes_per_s):
     assert len(fits) == len(fabrics(size, width))
 
 
-def test_what_a_shared_bus_does_is_told_as_an_error():
-    """No kind is all ranks sharing one bandwidth: the best fit says how far it is off."""
+def test_a_shared_bus_shows_as_a_large_error():
+    """No fabric describes ranks that all share one bandwidth: the best fit has a large error."""
     timings = [Timing(p, 1e-6, len(p.messages) * 1e-3) for p in patterns(4)]
     assert fit(timings, 4, LARGE, fabrics(4))[0].error > 0.1
 
 
-def test_noise_that_eats_the_difference_still_gives_numbers():
+def test_noise_larger_than_the_difference_still_gives_numbers():
     timings = [Timing(p, 2e-3, 1e-3) for p in patterns(4)]
     best = fit(timings, 4, LARGE, fabrics(4))[0].fabric
     assert 0 < best.bytes_per_s < math.inf

@@ -1,4 +1,4 @@
-"""Pictures hold every event, and a recorded pass has every message and tile of its plan."""
+"""Pictures show every event, and a recorded pass has every message and tile of its plan."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NUM_TOKENS = 203
 
 
 def recorded(text: str) -> dict[str, tuple[list[Event], float]]:
-    """One rank: both passes recorded, and how far their results are from those of passes that are not."""
+    """Record both passes of this rank; return the events and the largest difference from passes without recording."""
     torch.manual_seed(0)
     grid = CpGrid.parse(text)
     group = open_group(range(4), [grid])
@@ -70,7 +70,7 @@ def test_a_recorded_pass_has_all_of_its_plan_and_the_same_results(on_ranks, text
             assert all(event.rank == rank and 0 <= event.start_s < event.stop_s for event in events)
             for one, after in pairwise(tiles):
                 assert one.stop_s <= after.start_s
-            # What a tile needs has come before it begins.
+            # The shares of a tile have arrived before it starts.
             came = {(m.flow, m.owner): e.stop_s for e in events if (m := e.what) in wanted and m.target == rank}
             position = rank // schedules[direction].grid.heads
             for event in tiles:

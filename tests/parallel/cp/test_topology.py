@@ -1,4 +1,4 @@
-"""Which links a message occupies, by hand for every kind of fabric, and as properties."""
+"""Links that a message takes: by hand for every kind of fabric, and as properties."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_switch_two_ends_a_port():
     pairs = replace(SWITCH, ends_per_port=2)
     assert links(pairs, 8, 1, 6) == [("out", 0), ("in", 3)]
     assert links(pairs, 8, 0, 7) == [("out", 0), ("in", 3)]
-    assert links(pairs, 8, 2, 3) == [("pair", 2, 3)], "behind one port they reach each other without it"
+    assert links(pairs, 8, 2, 3) == [("pair", 2, 3)], "ends of one port reach each other without it"
     assert links(pairs, 8, 3, 2) == [("pair", 3, 2)]
 
 
@@ -49,7 +49,7 @@ def test_ring_goes_the_shorter_way():
 
 
 def test_one_direction_at_a_time():
-    """Both directions are one link; a switch's port is in and out at once."""
+    """Without full duplex both directions are one link, and a port of a switch is one for in and out."""
     switch, mesh, ring = (replace(fabric, full_duplex=False) for fabric in (SWITCH, MESH, RING))
     assert links(switch, 4, 1, 3) == [("both ways", 1), ("both ways", 3)]
     assert links(mesh, 4, 3, 1) == links(mesh, 4, 1, 3) == [("both ways", 1, 3)]

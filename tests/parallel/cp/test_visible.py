@@ -1,4 +1,4 @@
-"""Who sees whom between two shares, in closed form, against every pair looked at one by one."""
+"""Visibility between two shares in closed form, compared with every pair of positions checked by itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NUM_TOKENS = 40
 
 @st.composite
 def shares(draw) -> tuple[SeqLayout, SeqLayout]:
-    """Two shares of one context: arbitrary runs, which may overlap, and arbitrary documents."""
+    """Draw two shares of one context, with arbitrary runs, which may overlap, and arbitrary documents."""
     starts = (0, *sorted(draw(st.sets(st.integers(1, NUM_TOKENS - 1), max_size=6))))
 
     def runs() -> tuple[tuple[int, int], ...]:
@@ -31,13 +31,13 @@ sights = st.one_of(
 
 
 def rows_of(queries: SeqLayout, keys: SeqLayout, sight: Sight) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """`visible_rows` of one pair of shares."""
+    """Return `visible_rows` of one pair of shares."""
     a, b, c, d = visible_rows(Shares.of([queries]), Shares.of([keys]), sight)[0].tolist()
     return ((a, b), (c, d)) if a < b else None
 
 
 def pairs_of(queries: SeqLayout, keys: SeqLayout, sight: Sight) -> int:
-    """`num_pairs` of one pair of shares."""
+    """Return `num_pairs` of one pair of shares."""
     return int(num_pairs(Shares.of([queries]), Shares.of([keys]), sight)[0])
 
 
@@ -58,7 +58,7 @@ def test_pairs_are_counted(share, sight):
 
 @pytest.mark.parametrize("sight", [Sight(), Sight(window=4096)], ids=["causal", "window"])
 def test_the_whole_is_counted_at_a_million_tokens(sight):
-    """Every rank's tiles together hold the pairs of the whole, documents or not, without a loop over tokens."""
+    """The tiles of all ranks together have all visible pairs; a million tokens need no loop over tokens."""
     num_tokens, size = 2**20, 16
     starts = (0, 4096, 5000, 500_001, num_tokens - 1)
     shares = [SeqLayout(zigzag(num_tokens, rank, size).runs, starts) for rank in range(size)]

@@ -1,4 +1,4 @@
-"""What looks after messages that only a GPU waits for."""
+"""The watch over messages for which only a GPU waits."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from longring.parallel.cp.group import Watch
 def test_an_overdue_message_ends_the_process_and_is_named(capfd):
     ended = threading.Event()
     watch = Watch(0.2, end=lambda status: ended.set())
-    watch.expect(lambda: True, lambda: "one that has come")
-    watch.expect(lambda: False, lambda: "keys of position 3")
+    watch.expect(lambda: True, lambda: "a message that has arrived")
+    watch.expect(lambda: False, lambda: "keys of grid position 3")
     watch.start()
     assert ended.wait(10)
     error = capfd.readouterr().err
-    assert "keys of position 3" in error
-    assert "one that has come" not in error
+    assert "keys of grid position 3" in error
+    assert "a message that has arrived" not in error
 
 
 def test_messages_that_come_in_time_are_forgotten():
