@@ -69,14 +69,16 @@ def serve() -> int:
             tokens, shapes = job["tokens"], (job["heads"], job["kv_heads"], job["kv_heads"])
             q, k, v = (torch.randn(1, tokens, heads, HEAD_DIM, requires_grad=True) for heads in shapes)
             if job["grid"] is None:  # each rank by itself, all at once: they share cores in every schedule
-                problem = execute.Problem(grid.CpGrid(), (layout.zigzag(tokens, 0, 1),), visible.Sight(causal=False))
+                spec = execute.AttentionSpec(
+                    grid.CpGrid(), (layout.zigzag(tokens, 0, 1),), visible.Visibility(causal=False)
+                )
             else:
                 layouts = tuple(layout.zigzag(tokens * size, other, size) for other in range(size))
-                problem = execute.Problem(grid.CpGrid.parse(job["grid"]), layouts, visible.Sight())
+                spec = execute.AttentionSpec(grid.CpGrid.parse(job["grid"]), layouts, visible.Visibility())
         dist.barrier()
         started = time.perf_counter()
         if job["pass"] == "forward":
-            out = attention.context_attention(q, k, v, problem, alone if job["grid"] is None else group)
+            out = attention.context_attention(q, k, v, spec, alone if job["grid"] is None else group)
         else:
             out.backward(torch.ones_like(out))
         print(time.perf_counter() - started, flush=True)
@@ -121,14 +123,14 @@ def rows_of(fabric: Fabric, size: int, heads_of: tuple[str, ...], repeats: int) 
 
 def rows_of_heads(ranks: Ranks, joined: Any, heads: str, repeats: int) -> Iterator[Row]:
     """Every member that fits these heads; auto stands for two, since the forward alone may want another."""
-    size, work = joined.ranks_per_node, cost.Work(*HEADS[heads], HEAD_DIM, itemsize=4)
+    size, shape = joined.ranks_per_node, cost.AttentionShape(*HEADS[heads], HEAD_DIM, itemsize=4)
     speed = ranks.speed(heads)
     questions = {
-        passes: choose.Question(size * TOKENS, work, joined, speed, passes=passes)
+        passes: choose.Pricer(size * TOKENS, shape, joined, speed, passes=passes)
         for passes in (("forward",), ("forward", "backward"))
     }
     named = {name: member for name, member in members(size).items() if member.unfit(*HEADS[heads]) is None}
-    autos = {passes: choose.choose(size, question)[0].grid for passes, question in questions.items()}
+    autos = {passes: choose.choose(size, pricer)[0].grid for passes, pricer in questions.items()}
     grids = set(named.values()) | set(autos.values())
     measured: dict[Any, list[dict[str, tuple[float, int]]]] = {member: [] for member in sorted(grids, key=str)}
     for _ in range(repeats):
@@ -138,9 +140,9 @@ def rows_of_heads(ranks: Ranks, joined: Any, heads: str, repeats: int) -> Iterat
     def seconds(member: Any, passes: tuple[str, ...]) -> float:
         return median(sum(repeat[name][0] for name in passes) for repeat in measured[member])
 
-    for passes, question in questions.items():
+    for passes, pricer in questions.items():
         for name, member in (named | {"auto": autos[passes]}).items():
-            priced = question.price(member)
+            priced = pricer.price(member)
             yield {
                 "fabric": joined.name,
                 "ranks": size,

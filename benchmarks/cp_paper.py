@@ -43,9 +43,9 @@ Rows = list[Row]
 
 PER_NODE = 8
 MODELS = {
-    "8B (32/8 heads)": costs.Work(32, 8, 128),
-    "70B (64/8 heads)": costs.Work(64, 8, 128),
-    "MHA (32/32 heads)": costs.Work(32, 32, 128),
+    "8B (32/8 heads)": costs.AttentionShape(32, 8, 128),
+    "70B (64/8 heads)": costs.AttentionShape(64, 8, 128),
+    "MHA (32/32 heads)": costs.AttentionShape(32, 32, 128),
 }
 MESH_NODE = topologies.full_mesh().inside
 FABRICS = {
@@ -70,21 +70,21 @@ def rows_of(num_gpus: int, num_tokens: int) -> Iterator[Row]:
     """All models, fabrics and members. A plan is made once and played on all."""
     layouts = [zigzag(num_tokens, rank, num_gpus) for rank in range(num_gpus)]
     cells = list(product(MODELS.items(), [(name, fabric(num_gpus)) for name, fabric in FABRICS.items()]))
-    sight = visible.Sight()
+    visibility = visible.Visibility()
     for member, of_size in MEMBERS.items():
         grid = of_size(num_gpus)
         fit = [cell for cell in cells if grid.unfit(cell[0][1].num_heads, cell[0][1].num_kv_heads) is None]
         prices: dict[tuple[str, str], dict[str, Any]] = {}
         for direction in ("forward", "backward") if fit else ():
-            schedule = schedules.Schedule(grid, layouts, sight, direction)
-            for (model, work), (name, topology) in fit:
-                price = costs.play(schedule, sight, topology, work, costs.ASSUMED)
+            schedule = schedules.Schedule(grid, layouts, visibility, direction)
+            for (model, shape), (name, topology) in fit:
+                price = costs.play(schedule, visibility, topology, shape, costs.ASSUMED)
                 prices.setdefault((model, name), {})[direction] = price
         for (model, name), passes in prices.items():
-            yield row_of(num_gpus, num_tokens, model, name, member, choosing.Priced(grid, passes))
-    for (model, work), (name, topology) in cells:
-        question = choosing.Question(num_tokens, work, topology, costs.ASSUMED)
-        yield row_of(num_gpus, num_tokens, model, name, "auto", choosing.choose(num_gpus, question)[0])
+            yield row_of(num_gpus, num_tokens, model, name, member, choosing.PricedGrid(grid, passes))
+    for (model, shape), (name, topology) in cells:
+        pricer = choosing.Pricer(num_tokens, shape, topology, costs.ASSUMED)
+        yield row_of(num_gpus, num_tokens, model, name, "auto", choosing.choose(num_gpus, pricer)[0])
 
 
 def row_of(num_gpus: int, num_tokens: int, model: str, fabric: str, member: str, priced: Any) -> Row:
@@ -207,7 +207,7 @@ def bytes_table(num_gpus: int) -> Table:
         if member in ("hybrid", "square grid"):
             continue
         for group in (1, 4):
-            work = costs.Work(32, 32 // group, 128)
+            shape = costs.AttentionShape(32, 32 // group, 128)
             forms = {
                 "token_ring": {"forward": 2 * (n - 1), "backward": 3 * (n - 1)},
                 "ulysses": dict.fromkeys(("forward", "backward"), (2 + 2 / group) * (n - 1) / n),
@@ -215,20 +215,20 @@ def bytes_table(num_gpus: int) -> Table:
             # Both ways round, each dK, dV goes straight home in 16 bit; one way, it grows on its way in 32.
             ring = {"forward": 2 * (n - 1) / group, "backward": (4 if "both" in member else 6) * (n - 1) / group}
             for direction in ("forward", "backward"):
-                sent = [sent_blocks(of_size(n), tokens, work, direction, causal) for causal in (False, True)]
+                sent = [sent_blocks(of_size(n), tokens, shape, direction, causal) for causal in (False, True)]
                 form = forms.get(member, ring)[direction]
                 heads = f"32 / {32 // group}"
                 found.add_row(member, heads, direction, f"{form:.2f}", *(f"{blocks:.2f}" for blocks in sent))
     return found
 
 
-def sent_blocks(grid: Any, num_tokens: int, work: Any, direction: str, causal: bool) -> float:
-    """Mean over ranks of all messages' `Work.bytes_of`, in 16-bit blocks of a rank's Q."""
+def sent_blocks(grid: Any, num_tokens: int, shape: Any, direction: str, causal: bool) -> float:
+    """Mean over ranks of all messages' `AttentionShape.bytes_of`, in 16-bit blocks of a rank's Q."""
     layouts = [zigzag(num_tokens, rank, grid.size) for rank in range(grid.size)]
-    schedule = schedules.Schedule(grid, layouts, visible.Sight(causal=causal), direction)
+    schedule = schedules.Schedule(grid, layouts, visible.Visibility(causal=causal), direction)
     plans = schedule.plans()
-    sent = sum(work.bytes_of(m, grid, direction) for plan in plans for step in plan.steps for m in step.sends)
-    return sent / num_tokens / (work.num_heads * work.head_dim * 2)
+    sent = sum(shape.bytes_of(m, grid, direction) for plan in plans for step in plan.steps for m in step.sends)
+    return sent / num_tokens / (shape.num_heads * shape.head_dim * 2)
 
 
 def main() -> None:

@@ -44,15 +44,15 @@ def error_row(member: str, size: int, results: str, got: Found, truth: Found) ->
     return {"member": member, "ranks": size, "results": results, **errors}
 
 
-def sent_bytes(problem: Any, case: Case) -> Row:
+def sent_bytes(spec: Any, case: Case) -> Row:
     """That one rank sends, the mean of all ranks, by pass."""
-    work = cost.Work(case.heads, case.kv_heads, case.head_dim, narrow_results=problem.narrow_results)
+    shape = cost.AttentionShape(case.heads, case.kv_heads, case.head_dim, narrow_results=spec.narrow_results)
     found: Row = {}
     for direction in ("forward", "backward"):
-        plans = [problem.plan(direction, rank)[1] for rank in range(problem.grid.size)]
+        plans = [spec.plan(direction, rank)[1] for rank in range(spec.grid.size)]
         sends = [message for plan in plans for step in plan.steps for message in step.sends]
-        num_bytes = sum(work.bytes_of(message, problem.grid, direction) for message in sends)
-        found[f"{direction}_bytes"] = num_bytes // problem.grid.size
+        num_bytes = sum(shape.bytes_of(message, spec.grid, direction) for message in sends)
+        found[f"{direction}_bytes"] = num_bytes // spec.grid.size
     return found
 
 
@@ -84,12 +84,12 @@ def all_rows(tokens: int, sizes: list[int], device: str, backend: str) -> Iterat
         question = Question(case, size, MEMBERS)
         for member in MEMBERS:
             for narrow in (True,) if member == "ring" else (True, False):
-                problem = question.problem(member, backend, narrow_results=narrow)
-                outs, saved = forward_in_process(problem, q, k, v)
-                grads = backward_in_process(problem, dout, saved, case.kv_heads)
-                got = joined(problem, (q, k, v), outs, saved, grads)
+                spec = question.spec(member, backend, narrow_results=narrow)
+                outs, saved = forward_in_process(spec, q, k, v)
+                grads = backward_in_process(spec, dout, saved, case.kv_heads)
+                got = joined(spec, (q, k, v), outs, saved, grads)
                 results = "fp32" if member == "ring" or not narrow else "bf16"
-                yield error_row(member, size, results, got, truth) | sent_bytes(problem, case)
+                yield error_row(member, size, results, got, truth) | sent_bytes(spec, case)
 
 
 def show(rows: list[Row], console: Console, title: str) -> None:

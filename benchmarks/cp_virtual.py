@@ -87,23 +87,23 @@ def worst(got: dict[str, Tensor], truth: dict[str, Tensor], q: Tensor) -> Row:
     return errors | limits | {"right": all(row["right"] for row in found)}
 
 
-def in_process_row(problem: Any, truth: dict[str, Tensor], tensors: tuple[Tensor, ...], device: str) -> Row:
+def in_process_row(spec: Any, truth: dict[str, Tensor], tensors: tuple[Tensor, ...], device: str) -> Row:
     """Forward and backward of all ranks once, with their messages."""
     q, k, v, dout = tensors
     before = torch.cuda.memory_allocated() if device == "cuda" else 0
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     marks = [moment(device)]
-    outs, saved = forward_in_process(problem, q, k, v)
+    outs, saved = forward_in_process(spec, q, k, v)
     marks.append(moment(device))
-    grads = backward_in_process(problem, dout, saved, k.shape[2])
+    grads = backward_in_process(spec, dout, saved, k.shape[2])
     marks.append(moment(device))
     synchronize(device)
     peak = torch.cuda.max_memory_allocated() - before if device == "cuda" else None
     times = {
         f"in_process_{name}_ms": elapsed_ms(*marks[at : at + 2]) for at, name in enumerate(("forward", "backward"))
     }
-    return worst(joined(problem, (q, k, v), outs, saved, grads), truth, q) | times | {"peak_bytes": peak}
+    return worst(joined(spec, (q, k, v), outs, saved, grads), truth, q) | times | {"peak_bytes": peak}
 
 
 def question_rows(question: Question, device: str, backend: str, deadline: float) -> list[Row]:
@@ -123,10 +123,10 @@ def question_rows(question: Question, device: str, backend: str, deadline: float
     found: dict[str, Row] = {}
     pairs = whole.mask.num_pairs * question.case.heads
     for member in fitting:
-        problem = question.problem(member, backend)
-        tiles = Tiles(problem, device, tensors)  # first, since it makes the masks, which training makes once as well
+        spec = question.spec(member, backend)
+        tiles = Tiles(spec, device, tensors)  # first, since it makes the masks, which training makes once as well
         phases[member] = [tiles.forward, tiles.backward]
-        found[member] = in_process_row(problem, truth, tensors, device)
+        found[member] = in_process_row(spec, truth, tensors, device)
         found[member]["right"] &= all(tiles.num_pairs(direction) == pairs for direction in tiles.calls)
     del truth
     times = interleaved_ms(phases, device)

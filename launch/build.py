@@ -17,11 +17,11 @@ from ..kernels.mask import make_mask
 from ..model.attention import AttentionFunction
 from ..model.transformer import Transformer
 from ..parallel.cp.attention import context_attention
-from ..parallel.cp.execute import Problem
+from ..parallel.cp.execute import AttentionSpec
 from ..parallel.cp.grid import CpGrid
 from ..parallel.cp.group import CpGroup, open_group
 from ..parallel.cp.layout import zigzag
-from ..parallel.cp.visible import Sight
+from ..parallel.cp.visible import Visibility
 from ..parallel.mesh import Mesh, megatron_config
 from ..parallel.zero import DeepSpeedEngine, zero_engine
 from .config import Recipe
@@ -135,19 +135,19 @@ def attention_over_ranks(
     """Of a sequence of `num_tokens` spread over a group, by the grid for each window."""
 
     @lru_cache(maxsize=4)  # its plans serve all layers of a micro-batch, and all micro-batches without documents
-    def problem(document_starts: tuple[int, ...], window: int | None) -> Problem:
+    def spec(document_starts: tuple[int, ...], window: int | None) -> AttentionSpec:
         layouts = (zigzag(num_tokens, rank, group.size).runs for rank in range(group.size))
-        return Problem(
+        return AttentionSpec(
             windows[window],
             tuple(SeqLayout(runs, document_starts) for runs in layouts),
-            Sight(window=window),
+            Visibility(window=window),
             recipe.train.attention_backend,
             recipe.parallel.cp.narrow_results,
         )
 
     def attention_of(layout: SeqLayout) -> AttentionFunction:
         def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-            return context_attention(q, k, v, problem(layout.document_starts, window), group)
+            return context_attention(q, k, v, spec(layout.document_starts, window), group)
 
         return attend
 

@@ -31,16 +31,16 @@ class Question(NamedTuple):
     members: tuple[str, ...]
 
     @property
-    def sight(self) -> Any:
+    def visibility(self) -> Any:
         """Who sees whom."""
-        return visible.Sight(window=self.case.tokens // 32 - 3 if self.case.mask == "window" else None)
+        return visible.Visibility(window=self.case.tokens // 32 - 3 if self.case.mask == "window" else None)
 
-    def problem(self, member: str, backend: str, **options: Any) -> Any:
+    def spec(self, member: str, backend: str, **options: Any) -> Any:
         """A member's division of it, zigzag."""
         whole = layout_of(self.case)
         shares = [cp_layout.zigzag(self.case.tokens, rank, self.size).runs for rank in range(self.size)]
         layouts = tuple(layout.SeqLayout(runs, whole.document_starts) for runs in shares)
-        return execute.Problem(grid_of(member, self.size), layouts, self.sight, backend, **options)
+        return execute.AttentionSpec(grid_of(member, self.size), layouts, self.visibility, backend, **options)
 
     def unfit(self, member: str) -> str | None:
         """Why a member cannot divide its heads."""
@@ -65,37 +65,37 @@ def put_share(whole: Tensor, part: Tensor, of: Any) -> None:
         at += stop - start
 
 
-def forward_in_process(problem: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Any]]:
+def forward_in_process(spec: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Any]]:
     """out of every rank, and what it saves."""
     transport = transports.InProcess()
-    shares = [[share_of(x, of) for x in (q, k, v)] for of in problem.layouts]
-    found = transport.drive([execute.forward(problem, rank, *x, transport) for rank, x in enumerate(shares)])
+    shares = [[share_of(x, of) for x in (q, k, v)] for of in spec.layouts]
+    found = transport.drive([execute.forward(spec, rank, *x, transport) for rank, x in enumerate(shares)])
     return [out for out, _ in found], [saved for _, saved in found]
 
 
-def backward_in_process(problem: Any, dout: Tensor, saved: list[Any], kv_heads: int) -> list[tuple[Tensor, ...]]:
+def backward_in_process(spec: Any, dout: Tensor, saved: list[Any], kv_heads: int) -> list[tuple[Tensor, ...]]:
     """dq, dk, dv of every rank."""
     transport = transports.InProcess()
-    shares = [share_of(dout, of) for of in problem.layouts]
+    shares = [share_of(dout, of) for of in spec.layouts]
     return transport.drive(
-        [execute.backward(problem, rank, x, saved[rank], kv_heads, transport) for rank, x in enumerate(shares)]
+        [execute.backward(spec, rank, x, saved[rank], kv_heads, transport) for rank, x in enumerate(shares)]
     )
 
 
 def joined(
-    problem: Any, tensors: tuple[Tensor, ...], outs: list[Tensor], saved: list[Any], grads: list[Any]
+    spec: Any, tensors: tuple[Tensor, ...], outs: list[Tensor], saved: list[Any], grads: list[Any]
 ) -> dict[str, Tensor]:
     """What the ranks found, in the order of the sequence."""
     q, k, v = tensors
     found = {name: torch.empty_like(x) for name, x in (("out", q), ("dq", q), ("dk", k), ("dv", v))}
-    for of, out, parts in zip(problem.layouts, outs, grads, strict=True):
+    for of, out, parts in zip(spec.layouts, outs, grads, strict=True):
         for name, part in zip(("out", "dq", "dk", "dv"), (out, *parts), strict=True):
             put_share(found[name], part, of)
     lses = [x[4].transpose(1, 2) for x in saved]
     lse = lses[0].new_empty((1, q.shape[1], q.shape[2]))
     for rank, part in enumerate(lses):
-        schedule, plan = problem.plan("forward", rank)
-        mine = cp_heads.heads_of(q.shape[2], rank, problem.grid.heads)
+        schedule, plan = spec.plan("forward", rank)
+        mine = cp_heads.heads_of(q.shape[2], rank, spec.grid.heads)
         put_share(lse[:, :, mine], part, schedule.layouts[plan.position])
     return found | {"lse": lse.transpose(1, 2)}
 
@@ -105,7 +105,7 @@ class Whole:
 
     def __init__(self, question: Question, device: str, backend: str, tensors: tuple[Tensor, ...]) -> None:
         whole = layout_of(question.case)
-        self.mask = masks.make_mask(whole, whole, window=question.sight.window, device=device)
+        self.mask = masks.make_mask(whole, whole, window=question.visibility.window, device=device)
         self.backend, self.tensors = backend, tensors
 
     def forward(self, _: Any, running: Any = None) -> tuple[Tensor, Tensor]:
@@ -139,22 +139,22 @@ class Call(NamedTuple):
 
 
 class Tiles:
-    """The kernel calls of all ranks of a problem, on the slices that the executor makes, and no messages.
+    """The kernel calls of all ranks of a spec, on the slices that the executor makes, and no messages.
 
     Blocks are those of each rank: its place's tokens, its heads. What ranks add to the results for one block is added
     to one running result, so that no rank waits and the sum is the attention of the whole.
     """
 
-    def __init__(self, problem: Any, device: str, tensors: tuple[Tensor, ...]) -> None:
-        self.backend, heads = problem.backend, problem.grid.heads
+    def __init__(self, spec: Any, device: str, tensors: tuple[Tensor, ...]) -> None:
+        self.backend, heads = spec.backend, spec.grid.heads
         self.calls: dict[str, list[Call]] = {"forward": [], "backward": []}
         self.blocks: list[list[Tensor]] = []
-        for rank in range(problem.grid.size):
+        for rank in range(spec.grid.size):
             for direction, calls in self.calls.items():
-                schedule, plan = problem.plan(direction, rank)
+                schedule, plan = spec.plan(direction, rank)
                 shard = rank - plan.position * heads
                 for tile in filter(None, (step.tile for step in plan.steps)):
-                    mask = execute.mask_of(tile, schedule.layouts, problem.sight, device)
+                    mask = execute.mask_of(tile, schedule.layouts, spec.visibility, device)
                     queries, keys = (owner * heads + shard for owner in (tile.query_owner, tile.key_owner))
                     calls.append(Call(queries, slice(*tile.query_rows), keys, slice(*tile.key_rows), mask))
             mine = [x[:, :, cp_heads.heads_of(x.shape[2], rank, heads)] for x in tensors]

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from ...parallel.cp.choose import Priced, Question, choose
-from ...parallel.cp.cost import ASSUMED, Event, Speed, Work, play
-from ...parallel.cp.execute import Problem, backward, forward
+from ...parallel.cp.choose import PricedGrid, Pricer, choose
+from ...parallel.cp.cost import ASSUMED, AttentionShape, Event, Speed, play
+from ...parallel.cp.execute import AttentionSpec, backward, forward
 from ...parallel.cp.grid import CpGrid
 from ...parallel.cp.group import open_group
 from ...parallel.cp.layout import zigzag
@@ -28,10 +28,10 @@ from ...parallel.cp.record import Recorded
 from ...parallel.cp.schedules import Schedule
 from ...parallel.cp.timeline import Panel, draw
 from ...parallel.cp.topology import PRESETS, Topology
-from ...parallel.cp.visible import Sight, num_pairs
+from ...parallel.cp.visible import Visibility, num_pairs
 from ...parallel.mesh import join
 from ..config import Recipe, load_recipe
-from ..grids.choice import GridChoice, attention_work, check_named_grids, choose_grids, question
+from ..grids.choice import GridChoice, attention_work, check_named_grids, choose_grids, pricer
 from ..grids.measure import named_topology
 from ..grids.table import grids_table
 from ..ranks.rank import as_rank
@@ -72,11 +72,11 @@ def plan(
     world_size = num_ranks or recipe.max_context_parallel * recipe.parallel.tensor
     check_named_grids(recipe)
     preset, origin = preset_of(recipe, world_size, preset)
-    (topology, _), work = named_topology(preset, recipe, world_size), attention_work(recipe)
+    (topology, _), shape = named_topology(preset, recipe, world_size), attention_work(recipe)
     console.print(
         f"{world_size:,} ranks, {recipe.parallel.tokens_per_rank:,} tokens each; topology {topology.name} ({origin})\n"
-        f"one layer of a tensor-parallel rank (parallel.tensor = {recipe.parallel.tensor}): {work.num_heads} query "
-        f"heads and {work.num_kv_heads} kv heads of {work.head_dim}, {work.itemsize} bytes a number\n"
+        f"one layer of a tensor-parallel rank (parallel.tensor = {recipe.parallel.tensor}): {shape.num_heads} query "
+        f"heads and {shape.num_kv_heads} kv heads of {shape.head_dim}, {shape.itemsize} bytes a number\n"
         f"speed assumed: {ASSUMED.forward_flops / 1e12:.0f} TFLOP/s forward, {ASSUMED.backward_flops / 1e12:.0f} "
         f"backward, {ASSUMED.tile_s * 1e6:.0f} us a tile",
         highlight=False,
@@ -97,7 +97,7 @@ def plan(
     console.print(grids_table(choices))
     if timeline is not None:
         last = choices[-1]
-        asked = question(recipe, last.kind, topology, ASSUMED)
+        asked = pricer(recipe, last.kind, topology, ASSUMED)
         draw([[panel] for panel in simulated(asked, last.grid)], timeline, ranks_per_node=topology.ranks_per_node)
         console.print(f"drawn: {timeline}", soft_wrap=True)
     return choices[-1], preset
@@ -111,53 +111,51 @@ def measure_here(target: str, overrides: Sequence[str], found: GridChoice, prese
     return start_ranks("longring.launch.commands.plan", words, found.grid.size)
 
 
-def _alternatives(recipe: Recipe, choice: GridChoice, topology: Topology) -> list[Priced]:
+def _alternatives(recipe: Recipe, choice: GridChoice, topology: Topology) -> list[PricedGrid]:
     """Return the grids that were not taken, cheapest first."""
     if not choice.named:
         return choice.others
-    asked = question(recipe, choice.kind, topology, ASSUMED)
+    asked = pricer(recipe, choice.kind, topology, ASSUMED)
     return [other for other in choose(choice.grid.size, asked) if other.grid != choice.grid]
 
 
-def simulated(question: Question, grid: CpGrid) -> list[Panel]:
+def simulated(pricer: Pricer, grid: CpGrid) -> list[Panel]:
     """Each pass as played."""
-    layouts = [zigzag(question.num_tokens, rank, grid.size) for rank in range(grid.size)]
+    layouts = [zigzag(pricer.num_tokens, rank, grid.size) for rank in range(grid.size)]
     panels = []
-    for direction in question.passes:
-        schedule = Schedule(grid, layouts, question.sight, direction)
-        price = play(schedule, question.sight, question.topology, question.work, question.speed, record=True)
-        panels.append(Panel(grid, direction, f"simulated on {question.topology.name}", price.events))
+    for direction in pricer.passes:
+        schedule = Schedule(grid, layouts, pricer.visibility, direction)
+        price = play(schedule, pricer.visibility, pricer.topology, pricer.shape, pricer.speed, record=True)
+        panels.append(Panel(grid, direction, f"simulated on {pricer.topology.name}", price.events))
     return panels
 
 
-def measure(recipe: Recipe, grid: CpGrid, num_tokens: int, sight: Sight) -> list[Panel]:
+def measure(recipe: Recipe, grid: CpGrid, num_tokens: int, visibility: Visibility) -> list[Panel]:
     """Each pass as this group of ranks does it, with random q, k, v -> the same on every rank. Collective."""
     mesh = join(replace(recipe.parallel, tensor=1, sequence_parallel=False), grid.size)
     group = open_group(range(grid.size), [grid], timeout_s=recipe.parallel.cp.timeout_s)
-    work, layout = attention_work(recipe), zigzag(num_tokens, group.rank, grid.size)
+    shape, layout = attention_work(recipe), zigzag(num_tokens, group.rank, grid.size)
     layouts = tuple(zigzag(num_tokens, rank, grid.size) for rank in range(grid.size))
-    problem = Problem(grid, layouts, sight, recipe.train.attention_backend, work.narrow_results)
+    spec = AttentionSpec(grid, layouts, visibility, recipe.train.attention_backend, shape.narrow_results)
     q, k, v, dout = (
         torch.randn(
-            (work.batch, layout.num_tokens, heads, work.head_dim),
+            (shape.batch, layout.num_tokens, heads, shape.head_dim),
             dtype=getattr(torch, recipe.train.dtype),
             device=mesh.device,
         )
-        for heads in (work.num_heads, work.num_kv_heads, work.num_kv_heads, work.num_heads)
+        for heads in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads, shape.num_heads)
     )
 
     def recorder(direction: Pass) -> Recorded:
         dist.barrier()
-        return Recorded(
-            group, problem.plan(direction, group.rank)[1], traded=grid.heads > 1, origin_s=time.perf_counter()
-        )
+        return Recorded(group, spec.plan(direction, group.rank)[1], traded=grid.heads > 1, origin_s=time.perf_counter())
 
     events: dict[Pass, list[Event]] = {}
     for _ in range(WARM_UP_PASSES + 1):
         there = recorder("forward")
-        _, saved = there.drive(forward(problem, group.rank, q, k, v, there))
+        _, saved = there.drive(forward(spec, group.rank, q, k, v, there))
         back = recorder("backward")
-        back.drive(backward(problem, group.rank, dout, saved, work.num_kv_heads, back))
+        back.drive(backward(spec, group.rank, dout, saved, shape.num_kv_heads, back))
         events = {"forward": there.events, "backward": back.events}
     panels = []
     for direction, mine in events.items():
@@ -167,29 +165,33 @@ def measure(recipe: Recipe, grid: CpGrid, num_tokens: int, sight: Sight) -> list
     return panels
 
 
-def measured_speed(panels: Sequence[Panel], work: Work, num_tokens: int, sight: Sight) -> Speed:
+def measured_speed(panels: Sequence[Panel], shape: AttentionShape, num_tokens: int, visibility: Visibility) -> Speed:
     """How fast the tiles of measured passes were computed, to play the same passes with."""
     rates: dict[Pass, float] = {}
     for panel in panels:
         grid = panel.grid
         layouts = [zigzag(num_tokens, rank, grid.size) for rank in range(grid.size)]
-        shares = Schedule(grid, layouts, sight, panel.direction).shares
+        shares = Schedule(grid, layouts, visibility, panel.direction).shares
         tiles = [event for event in panel.events if isinstance(event.what, Tile)]
         owners = [(e.what.query_owner, e.what.key_owner) for e in tiles if isinstance(e.what, Tile)]
         queries, keys = torch.tensor(owners).T.numpy()
-        at_one = Speed(1.0, 1.0).seconds(num_pairs(shares[queries], shares[keys], sight), work, grid, panel.direction)
+        at_one = Speed(1.0, 1.0).seconds(
+            num_pairs(shares[queries], shares[keys], visibility), shape, grid, panel.direction
+        )
         rates[panel.direction] = float(at_one.sum()) / sum(event.stop_s - event.start_s for event in tiles)
     return Speed(rates["forward"], rates["backward"])
 
 
-def draw_measured(recipe: Recipe, grid: CpGrid, num_tokens: int, sight: Sight, topology: Topology, file: Path) -> None:
+def draw_measured(
+    recipe: Recipe, grid: CpGrid, num_tokens: int, visibility: Visibility, topology: Topology, file: Path
+) -> None:
     """Measure, and draw what was measured beside what the simulator says with tiles of the speed measured."""
-    panels = measure(recipe, grid, num_tokens, sight)
+    panels = measure(recipe, grid, num_tokens, visibility)
     if dist.get_rank():
         return
-    work = attention_work(recipe)
-    speed = measured_speed(panels, work, num_tokens, sight)
-    played = simulated(Question(num_tokens, work, topology, speed, sight), grid)
+    shape = attention_work(recipe)
+    speed = measured_speed(panels, shape, num_tokens, visibility)
+    played = simulated(Pricer(num_tokens, shape, topology, speed, visibility), grid)
     draw(list(zip(panels, played, strict=True)), file, ranks_per_node=topology.ranks_per_node)
     for measured, other in zip(panels, played, strict=True):
         Console().print(
@@ -216,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             load_recipe(options.recipe, options.overrides),
             options.grid,
             options.tokens,
-            Sight(window=options.window),
+            Visibility(window=options.window),
             PRESETS[options.topology](options.grid.size),
             options.timeline,
         )

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ...parallel.cp.choose import Priced, Question, choose
-from ...parallel.cp.cost import Speed, Work
+from ...parallel.cp.choose import PricedGrid, Pricer, choose
+from ...parallel.cp.cost import AttentionShape, Speed
 from ...parallel.cp.grid import CpGrid
 from ...parallel.cp.topology import Topology
-from ...parallel.cp.visible import Sight
+from ...parallel.cp.visible import Visibility
 from ..config import Recipe
 
 
@@ -27,8 +27,8 @@ class GridChoice(NamedTuple):
     kind: LayerKind
     named: bool
     """Whether the recipe names the grid; otherwise it is the cheapest."""
-    taken: Priced
-    others: list[Priced]
+    taken: PricedGrid
+    others: list[PricedGrid]
     """The other grids that were priced, cheapest first."""
 
     @property
@@ -46,10 +46,10 @@ def layer_kinds(recipe: Recipe, lengths: Sequence[int]) -> list[LayerKind]:
     return [LayerKind(length, window) for length in spread for window in windows]
 
 
-def attention_work(recipe: Recipe) -> Work:
+def attention_work(recipe: Recipe) -> AttentionShape:
     """Return the attention of one layer on one rank of a tensor-parallel group."""
     tensor = recipe.parallel.tensor
-    return Work(
+    return AttentionShape(
         num_heads=recipe.model.num_heads // tensor,
         num_kv_heads=recipe.model.num_kv_heads // tensor,
         head_dim=recipe.model.head_dim,
@@ -58,18 +58,18 @@ def attention_work(recipe: Recipe) -> Work:
     )
 
 
-def question(recipe: Recipe, kind: LayerKind, topology: Topology, speed: Speed) -> Question:
+def pricer(recipe: Recipe, kind: LayerKind, topology: Topology, speed: Speed) -> Pricer:
     """Return what the cost model needs to price grids for one kind of layers."""
-    return Question(kind.sequence_tokens, attention_work(recipe), topology, speed, Sight(window=kind.window))
+    return Pricer(kind.sequence_tokens, attention_work(recipe), topology, speed, Visibility(window=kind.window))
 
 
 def check_named_grids(recipe: Recipe) -> None:
     """Raise ValueError if a grid that the recipe names does not fit its ranks or heads."""
-    work = attention_work(recipe)
+    shape = attention_work(recipe)
     size = 2
     while size <= recipe.max_context_parallel:
         grid = recipe.parallel.cp.named_grid(size)
-        unfit = grid and grid.unfit(work.num_heads, work.num_kv_heads)
+        unfit = grid and grid.unfit(shape.num_heads, shape.num_kv_heads)
         if unfit:
             raise ValueError(
                 f"parallel.cp: {grid} for the buckets over {size} ranks: {unfit} (model.num_heads and num_kv_heads "
@@ -90,7 +90,7 @@ def choose_grids(recipe: Recipe, lengths: Sequence[int], topology: Topology, spe
     """Choose a grid for every layer kind: the one that the recipe names, or the cheapest."""
     choices = []
     for kind, named in named_grids(recipe, lengths).items():
-        asked = question(recipe, kind, topology, speed)
+        asked = pricer(recipe, kind, topology, speed)
         if named is not None:
             choices.append(GridChoice(kind, True, asked.price(named), []))
         else:

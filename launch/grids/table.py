@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
-from ...parallel.cp.choose import Priced
+from ...parallel.cp.choose import PricedGrid
 from .choice import GridChoice
 
 SHOWN_OTHERS = 2
@@ -43,7 +43,7 @@ def grids_table(choices: Sequence[GridChoice], title: str | None = None) -> Tabl
     return table
 
 
-def _figures(priced: Priced) -> list[str]:
+def _figures(priced: PricedGrid) -> list[str]:
     sent = sum(price.sent_bytes for price in priced.passes.values()) / priced.grid.size
     return [
         f"{priced.seconds * 1e3:.3g}",

@@ -5,41 +5,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .execute import Problem, backward, forward
+from .execute import AttentionSpec, backward, forward
 from .group import CpGroup
 from .transports import Distributed
 
 
-def context_attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem, group: CpGroup) -> Tensor:
+def context_attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, group: CpGroup) -> Tensor:
     """Compute self-attention over the sequence that the ranks of `group` hold together. Collective.
 
-    q `[b, s, h_q, d]` and k, v `[b, s, h_kv, d]` are this rank's tokens, in the order of `problem.layouts[group.rank]`;
+    q `[b, s, h_q, d]` and k, v `[b, s, h_kv, d]` are this rank's tokens, in the order of `spec.layouts[group.rank]`;
     returns out, like q. Differentiable in q, k and v. All ranks pass the same b, h_q, h_kv and d. Raises ValueError if
     the grid cannot divide the heads or s is not the layout's, and PeerError if another rank is dead or late.
     """
-    layout = problem.layouts[group.rank]
+    layout = spec.layouts[group.rank]
     if q.shape[1] != layout.num_tokens:
         raise ValueError(
             f"context_attention: q of rank {group.rank} has {q.shape[1]} tokens, and its layout has {layout.num_tokens}"
         )
-    unfit = problem.grid.unfit(q.shape[2], k.shape[2])
+    unfit = spec.grid.unfit(q.shape[2], k.shape[2])
     if unfit is not None:
-        raise ValueError(f"context_attention: grid {problem.grid}: {unfit}")
+        raise ValueError(f"context_attention: grid {spec.grid}: {unfit}")
     # Messages cannot be traced: torch.compile breaks its graph here.
-    return torch.compiler.disable(_ContextAttention.apply)(q, k, v, problem, group)  # type: ignore[return-value]
+    return torch.compiler.disable(_ContextAttention.apply)(q, k, v, spec, group)  # type: ignore[return-value]
 
 
 class _ContextAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, problem: Problem, group: CpGroup) -> Tensor:  # type: ignore[override]
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, group: CpGroup) -> Tensor:  # type: ignore[override]
         transport = Distributed(group)
-        out, saved = transport.drive(forward(problem, group.rank, q, k, v, transport))
+        out, saved = transport.drive(forward(spec, group.rank, q, k, v, transport))
         ctx.save_for_backward(*saved)
-        ctx.problem, ctx.group, ctx.num_kv_heads = problem, group, k.shape[2]
+        ctx.spec, ctx.group, ctx.num_kv_heads = spec, group, k.shape[2]
         return out
 
     @staticmethod
     def backward(ctx, dout: Tensor):  # type: ignore[override]
         transport = Distributed(ctx.group)
-        running = backward(ctx.problem, ctx.group.rank, dout, ctx.saved_tensors, ctx.num_kv_heads, transport)
+        running = backward(ctx.spec, ctx.group.rank, dout, ctx.saved_tensors, ctx.num_kv_heads, transport)
         return *transport.drive(running), None, None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from .cost import Price, Speed, Work, play
+from .cost import AttentionShape, Price, Speed, play
 from .grid import CpGrid, divisions, variants
 from .layout import zigzag
 from .plan import Pass
 from .schedules import Schedule
 from .topology import Topology
-from .visible import Sight
+from .visible import Visibility
 
 CLOSE = 1.01
 """Prices within 1% count as equal: of these the grid with the least memory is chosen."""
@@ -22,7 +22,7 @@ With more ranks the divisions are the 6 that move the fewest bytes, those whose 
 
 
 @dataclass(frozen=True)
-class Priced:
+class PricedGrid:
     """A grid with the simulated cost of one layer's attention on it."""
 
     grid: CpGrid
@@ -46,18 +46,18 @@ class Priced:
 
 
 @dataclass(frozen=True)
-class Question:
+class Pricer:
     """Prices grids for one layer's attention over one document of `num_tokens` in zigzag layout."""
 
     num_tokens: int
     """Tokens of the sequence."""
-    work: Work
+    shape: AttentionShape
     topology: Topology
     speed: Speed
-    sight: Sight = field(default_factory=Sight)
+    visibility: Visibility = field(default_factory=Visibility)
     passes: tuple[Pass, ...] = ("forward", "backward")
 
-    def price(self, grid: CpGrid) -> Priced:
+    def price(self, grid: CpGrid) -> PricedGrid:
         """Return the grid with its price.
 
         Raises ValueError if the sequence has fewer than 2 tokens a rank.
@@ -65,28 +65,28 @@ class Question:
         layouts = [zigzag(self.num_tokens, rank, grid.size) for rank in range(grid.size)]
 
         def played(direction: Pass) -> Price:
-            schedule = Schedule(grid, layouts, self.sight, direction)
-            return play(schedule, self.sight, self.topology, self.work, self.speed)
+            schedule = Schedule(grid, layouts, self.visibility, direction)
+            return play(schedule, self.visibility, self.topology, self.shape, self.speed)
 
-        return Priced(grid, {direction: played(direction) for direction in self.passes})
+        return PricedGrid(grid, {direction: played(direction) for direction in self.passes})
 
 
-def choose(size: int, question: Question) -> list[Priced]:
+def choose(size: int, pricer: Pricer) -> list[PricedGrid]:
     """Return the best grid of every division of `size` ranks that fits the heads and is priced (`LARGE`), best first.
 
     Each division is priced with its simplest routes and orders, then, up to 4 x LARGE ranks, the best three with all
     routes and orders. Raises ValueError if the topology has fewer ranks.
     """
-    work, topology = question.work, question.topology
+    shape, topology = pricer.shape, pricer.topology
     if not topology.covers(size):
         raise ValueError(
             f"topology {topology.name!r}: has {topology.ranks_per_node} ranks, and context parallelism is over {size}; "
             "use parallel.cp.topology = 'probe' or a topology of several nodes"
         )
 
-    fit = [base for base in divisions(size) if base.unfit(work.num_heads, work.num_kv_heads) is None]
+    fit = [base for base in divisions(size) if base.unfit(shape.num_heads, shape.num_kv_heads) is None]
     if size > LARGE:
-        by_bytes = sorted(fit, key=lambda base: _moved(base, work))
+        by_bytes = sorted(fit, key=lambda base: _moved(base, shape))
         # Bytes alone do not show what crosses between nodes: keys and values alone with a division that fills a node,
         # keys and values of one rank a node with a ring, which wins where the ranks of a node share a port.
         crossing = [base for base in by_bytes[6:] if base.heads * base.query == topology.ranks_per_node]
@@ -98,16 +98,16 @@ def choose(size: int, question: Question) -> list[Priced]:
         for routes in (("direct", "direct"), ("round_and_home", "round"), ("both_ways", "both_ways"))
         for order in (("rows", "columns_own_first") if base.query > 1 and base.kv > 1 else ("rows",))
     )
-    candidates = [question.price(grid) for grid in simple]
+    candidates = [pricer.price(grid) for grid in simple]
     for first in _best_of_each(candidates)[:3] if size <= 4 * LARGE else ():
         base = CpGrid(first.grid.heads, first.grid.query, first.grid.kv)
-        candidates += map(question.price, variants(base))
+        candidates += map(pricer.price, variants(base))
     return _best_of_each(candidates)
 
 
-def _best_of_each(candidates: list[Priced]) -> list[Priced]:
+def _best_of_each(candidates: list[PricedGrid]) -> list[PricedGrid]:
     """Return the best grid of each division, the best of all first, the others by time."""
-    by_division: dict[tuple[int, int, int], list[Priced]] = {}
+    by_division: dict[tuple[int, int, int], list[PricedGrid]] = {}
     for candidate in candidates:
         grid = candidate.grid
         by_division.setdefault((grid.heads, grid.query, grid.kv), []).append(candidate)
@@ -117,15 +117,15 @@ def _best_of_each(candidates: list[Priced]) -> list[Priced]:
     return [first, *sorted(others, key=lambda x: x.seconds)]
 
 
-def _least_memory_of_close(candidates: list[Priced]) -> Priced:
+def _least_memory_of_close(candidates: list[PricedGrid]) -> PricedGrid:
     """Return the grid with the least memory of those whose time is close to the fastest."""
     fastest = min(candidate.seconds for candidate in candidates)
     close = [candidate for candidate in candidates if candidate.seconds <= CLOSE * fastest]
     return min(close, key=lambda candidate: (candidate.peak_bytes, candidate.seconds, str(candidate.grid)))
 
 
-def _moved(grid: CpGrid, work: Work) -> float:
+def _moved(grid: CpGrid, shape: AttentionShape) -> float:
     """Return the elements that a rank sends in both passes, in units of its queries, without a causal mask."""
-    g = work.num_heads / work.num_kv_heads
+    g = shape.num_heads / shape.num_kv_heads
     of_heads = 2 * (2 + 2 / g) * (grid.heads - 1) / grid.heads
     return of_heads + 5 * (grid.query - 1) + 8 / g * (grid.kv - 1)

@@ -20,13 +20,13 @@ from .grid import CpGrid
 from .plan import FLOWS, Message, Messages, Pass, Tile
 from .schedules import Schedule
 from .topology import Topology
-from .visible import Ints, Sight, num_pairs
+from .visible import Ints, Visibility, num_pairs
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Work:
+class AttentionShape:
     """Shape of one layer's attention on one tensor-parallel rank: what determines FLOPs and bytes, but for tokens."""
 
     num_heads: int
@@ -79,10 +79,10 @@ class Speed:
     tile_s: float = 0.0
     """Fixed time of a tile, in seconds."""
 
-    def seconds(self, pairs: Ints, work: Work, grid: CpGrid, direction: Pass) -> Floats:
+    def seconds(self, pairs: Ints, shape: AttentionShape, grid: CpGrid, direction: Pass) -> Floats:
         """Return the seconds that tiles with these numbers of visible pairs take, like `pairs`."""
         flops, rate = (4, self.forward_flops) if direction == "forward" else (10, self.backward_flops)
-        return self.tile_s + work.batch * pairs * flops * work.head_dim * (work.num_heads // grid.heads) / rate
+        return self.tile_s + shape.batch * pairs * flops * shape.head_dim * (shape.num_heads // grid.heads) / rate
 
 
 ASSUMED = Speed(forward_flops=500e12, backward_flops=350e12, tile_s=10e-6)
@@ -122,7 +122,13 @@ class Price:
 
 
 def play(
-    schedule: Schedule, sight: Sight, topology: Topology, work: Work, speed: Speed, *, record: bool = False
+    schedule: Schedule,
+    visibility: Visibility,
+    topology: Topology,
+    shape: AttentionShape,
+    speed: Speed,
+    *,
+    record: bool = False,
 ) -> Price:
     """Simulate all ranks of a schedule; with `record` the price has all events, and a message's event at both ends."""
     grid, size = schedule.grid, schedule.grid.size
@@ -134,9 +140,9 @@ def play(
     posted, due = (2 * at + ~messages.is_result for at in (messages.posted, messages.due))
     by_due = np.argsort(due, kind="stable")
     posted_at, due_at = (np.searchsorted(at, np.arange(2 * num_steps + 1)).tolist() for at in (posted, due[by_due]))
-    rows = (messages.stop - messages.start) * work.batch
-    weights = work.row_bytes(grid, schedule.direction)[messages.flow] * rows
-    wide = replace(work, narrow_results=False).row_bytes(grid, schedule.direction)[messages.flow] * rows
+    rows = (messages.stop - messages.start) * shape.batch
+    weights = shape.row_bytes(grid, schedule.direction)[messages.flow] * rows
+    wide = replace(shape, narrow_results=False).row_bytes(grid, schedule.direction)[messages.flow] * rows
     wires, pair = wires_of(topology, size), messages.source * size + messages.target
     # [ranks]: time at which a rank can go on, and its compute so far; [links + 1]: time at which a link is free.
     ready, compute_s, free = np.zeros(size), np.zeros(size), np.zeros(len(wires.names) + 1)
@@ -155,10 +161,10 @@ def play(
             begins[now], arrival[now] = _carry(begins[now], weights[now], pair[now], wires, free)
         if half % 2 and 0 <= step - schedule.first < len(schedule.tile_numbers):
             query, key = schedule.tiles(step, np.arange(grid.num_positions))  # owners, [positions]
-            pairs = num_pairs(schedule.shares[query], schedule.shares[key], sight)
+            pairs = num_pairs(schedule.shares[query], schedule.shares[key], visibility)
             holds.use(step, query, key, pairs > 0)
             # [positions] -> [ranks]: the ranks of a position compute the same tile, each with its heads.
-            seconds = np.where(pairs > 0, speed.seconds(pairs, work, grid, schedule.direction), 0).repeat(grid.heads)
+            seconds = np.where(pairs > 0, speed.seconds(pairs, shape, grid, schedule.direction), 0).repeat(grid.heads)
             compute_s += seconds
             tiles[step] = ready, ready + seconds
             ready = ready + seconds

@@ -25,11 +25,11 @@ from .heads import heads_for_tokens, tokens_for_heads
 from .plan import Flow, Message, Pass, RankPlan, Share, Side, Tile
 from .schedules import Schedule
 from .transports import Transport
-from .visible import Rows, Sight
+from .visible import Rows, Visibility
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
+class AttentionSpec:
     """Attention over a sequence that several ranks hold: the values that all of these ranks have in common.
 
     Plans and masks are made once and kept here, for all layers and passes: keep the object as long as the documents of
@@ -39,7 +39,7 @@ class Problem:
     grid: CpGrid
     layouts: tuple[SeqLayout, ...]
     """Layout of each rank."""
-    sight: Sight
+    visibility: Visibility
     backend: str = "auto"
     """Attention kernels, as in `kernels.attention`."""
     narrow_results: bool = True
@@ -51,16 +51,16 @@ class Problem:
     def plan(self, direction: Pass, rank: int) -> tuple[Schedule, RankPlan]:
         """Return the schedule of a pass and the plan of one rank; made once, then kept."""
         if (direction, rank) not in self._made:
-            schedule = Schedule(self.grid, self.layouts, self.sight, direction)
+            schedule = Schedule(self.grid, self.layouts, self.visibility, direction)
             self._made[direction, rank] = (schedule, schedule.plan(rank))
         return self._made[direction, rank]
 
 
-def mask_of(tile: Tile, layouts: Sequence[SeqLayout], sight: Sight, device: torch.device | str) -> Mask:
+def mask_of(tile: Tile, layouts: Sequence[SeqLayout], visibility: Visibility, device: torch.device | str) -> Mask:
     """Return the mask of a tile; `layouts` has one layout for each grid position."""
     queries = layouts[tile.query_owner].part(*tile.query_rows)
     keys = layouts[tile.key_owner].part(*tile.key_rows)
-    return make_mask(queries, keys, causal=sight.causal, window=sight.window, device=device)
+    return make_mask(queries, keys, causal=visibility.causal, window=visibility.window, device=device)
 
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -69,40 +69,40 @@ position and the heads of the rank."""
 
 
 def forward(
-    problem: Problem, rank: int, q: Tensor, k: Tensor, v: Tensor, transport: Transport
+    spec: AttentionSpec, rank: int, q: Tensor, k: Tensor, v: Tensor, transport: Transport
 ) -> Generator[Message, None, tuple[Tensor, Saved]]:
     """Run the forward of one rank: q `[b, s, h_q, d]`, k, v `[b, s, h_kv, d]` -> out like q, and the tensors to save.
 
     Collective: every rank of the grid runs its own generator. Yields each message that must be waited for.
     """
-    schedule, plan = problem.plan("forward", rank)
-    if problem.grid.heads > 1:
+    schedule, plan = spec.plan("forward", rank)
+    if spec.grid.heads > 1:
         q, k, v = yield from tokens_for_heads([q, k, v], plan, schedule, transport)
-    run = _Forward(problem, plan, schedule, transport, q, k, v)
+    run = _Forward(spec, plan, schedule, transport, q, k, v)
     yield from run.steps()
     out, lse = run.out.to(q.dtype), run.lse
     saved = (q, k, v, out, lse)
-    if problem.grid.heads > 1:
-        (out,) = yield from heads_for_tokens([out], [q.shape[2] * problem.grid.heads], plan, schedule, transport)
+    if spec.grid.heads > 1:
+        (out,) = yield from heads_for_tokens([out], [q.shape[2] * spec.grid.heads], plan, schedule, transport)
     return out, saved
 
 
 def backward(
-    problem: Problem, rank: int, dout: Tensor, saved: Saved, num_kv_heads: int, transport: Transport
+    spec: AttentionSpec, rank: int, dout: Tensor, saved: Saved, num_kv_heads: int, transport: Transport
 ) -> Generator[Message, None, tuple[Tensor, Tensor, Tensor]]:
     """Run the backward of one rank: dout `[b, s, h_q, d]` -> dq like dout, dk and dv `[b, s, h_kv, d]`, with all heads.
 
     Collective: every rank of the grid runs its own generator. Yields each message that must be waited for.
     """
-    schedule, plan = problem.plan("backward", rank)
+    schedule, plan = spec.plan("backward", rank)
     q, k, v, out, lse = saved
-    if problem.grid.heads > 1:
+    if spec.grid.heads > 1:
         (dout,) = yield from tokens_for_heads([dout], plan, schedule, transport)
-    run = _Backward(problem, plan, schedule, transport, q, k, v, out, lse, dout)
+    run = _Backward(spec, plan, schedule, transport, q, k, v, out, lse, dout)
     yield from run.steps()
     grads = [grad.to(q.dtype) for grad in (run.dq, run.dk, run.dv)]
-    if problem.grid.heads > 1:
-        num_heads = [q.shape[2] * problem.grid.heads, num_kv_heads, num_kv_heads]
+    if spec.grid.heads > 1:
+        num_heads = [q.shape[2] * spec.grid.heads, num_kv_heads, num_kv_heads]
         grads = yield from heads_for_tokens(grads, num_heads, plan, schedule, transport)
     dq, dk, dv = grads
     return dq, dk, dv
@@ -118,11 +118,11 @@ class _Run(ABC):
     narrow: torch.dtype
     """Dtype in which partial results travel, unless they are summed on their way."""
 
-    def __init__(self, problem: Problem, plan: RankPlan, schedule: Schedule, transport: Transport) -> None:
-        self.problem, self.plan, self.layouts, self.transport = problem, plan, schedule.layouts, transport
+    def __init__(self, spec: AttentionSpec, plan: RankPlan, schedule: Schedule, transport: Transport) -> None:
+        self.spec, self.plan, self.layouts, self.transport = spec, plan, schedule.layouts, transport
         self.routes: dict[Flow, str] = {
-            "query_results": problem.grid.query_route,
-            "key_results": problem.grid.kv_route,
+            "query_results": spec.grid.query_route,
+            "key_results": spec.grid.kv_route,
         }
         self.held: dict[Share, tuple[list[Tensor], Rows]] = {}  # foreign shares, with the rows that were sent of them
         self.partial: dict[Share, list[Tensor]] = {}  # sums of results for foreign shares
@@ -166,9 +166,9 @@ class _Run(ABC):
     def _compute(self, tile: Tile) -> None:
         """Compute a tile from views of the shares into views of the results."""
         queries, keys = Share("queries", tile.query_owner), Share("keys", tile.key_owner)
-        masks = self.problem.masks
+        masks = self.spec.masks
         if tile not in masks:
-            masks[tile] = mask_of(tile, self.layouts, self.problem.sight, self.own["queries"][0].device)
+            masks[tile] = mask_of(tile, self.layouts, self.spec.visibility, self.own["queries"][0].device)
         self.compute(
             self._rows_of(queries, tile.query_rows),
             self._rows_of(keys, tile.key_rows),
@@ -223,14 +223,14 @@ class _Run(ABC):
     def _dtypes(self, message: Message) -> list[torch.dtype]:
         """Return the dtypes of a message of results: sums that grow on their way are not rounded, and lse never is."""
         home = self.home[_share_of(message).side]
-        wide = self.routes[message.flow] == "round" or not self.problem.narrow_results
+        wide = self.routes[message.flow] == "round" or not self.spec.narrow_results
         return [x.dtype if wide or x.dim() == 3 else self.narrow for x in home]  # lse alone is [b, s, h]
 
 
 class _Forward(_Run):
     def __init__(
         self,
-        problem: Problem,
+        spec: AttentionSpec,
         plan: RankPlan,
         schedule: Schedule,
         transport: Transport,
@@ -238,7 +238,7 @@ class _Forward(_Run):
         k: Tensor,
         v: Tensor,
     ) -> None:
-        super().__init__(problem, plan, schedule, transport)
+        super().__init__(spec, plan, schedule, transport)
         b, s, h, _ = q.shape
         self.out = zeros_fp32(q)
         self.lse = torch.full((b, h, s), -torch.inf, dtype=self.out.dtype, device=q.device)
@@ -248,7 +248,7 @@ class _Forward(_Run):
 
     def compute(self, queries, keys, into, mask):
         (q,), (k, v), ((out, lse), _) = queries, keys, into
-        attention_forward(q, k, v, mask, running=(out, lse.transpose(1, 2)), backend=self.problem.backend)
+        attention_forward(q, k, v, mask, running=(out, lse.transpose(1, 2)), backend=self.spec.backend)
 
     def merge(self, into, part):
         (out, lse), (part_out, part_lse) = into, part
@@ -262,10 +262,10 @@ class _Forward(_Run):
 
 class _Backward(_Run):
     def __init__(
-        self, problem: Problem, plan: RankPlan, schedule: Schedule, transport: Transport,
+        self, spec: AttentionSpec, plan: RankPlan, schedule: Schedule, transport: Transport,
         q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor,
     ) -> None:  # fmt: skip
-        super().__init__(problem, plan, schedule, transport)
+        super().__init__(spec, plan, schedule, transport)
         delta = row_delta(dout, out)
         self.dq, self.dk, self.dv = zeros_fp32(q), zeros_fp32(k), zeros_fp32(v)
         self.own = {"queries": [q, dout, lse.transpose(1, 2), delta.transpose(1, 2)], "keys": [k, v]}
@@ -276,7 +276,7 @@ class _Backward(_Run):
         (q, dout, lse, delta), (k, v), ((dq,), (dk, dv)) = queries, keys, into
         attention_backward(
             dout, q, k, v, lse.transpose(1, 2), delta.transpose(1, 2), mask,
-            into=(dq, dk, dv), backend=self.problem.backend,
+            into=(dq, dk, dv), backend=self.spec.backend,
         )  # fmt: skip
 
     def merge(self, into, part):

@@ -16,7 +16,7 @@ from ...kernels.layout import SeqLayout
 from .grid import CpGrid, Order, Route
 from .layout import joined
 from .plan import Flow, Message, Messages, Pass, RankPlan, Share, Side, Step, Tile
-from .visible import Ints, Shares, Sight, hull, visible_rows
+from .visible import Ints, Shares, Visibility, hull, visible_rows
 
 
 class Leg(NamedTuple):
@@ -75,7 +75,7 @@ class Schedule:
     Raises ValueError if there is not one layout for each rank.
     """
 
-    def __init__(self, grid: CpGrid, layouts: Sequence[SeqLayout], sight: Sight, direction: Pass) -> None:
+    def __init__(self, grid: CpGrid, layouts: Sequence[SeqLayout], visibility: Visibility, direction: Pass) -> None:
         if len(layouts) != grid.size:
             raise ValueError(
                 f"schedule: {grid} is for {grid.size} ranks, and there are {len(layouts)} layouts; give one a rank"
@@ -104,7 +104,7 @@ class Schedule:
         owners = [np.array([0, *(leg.owner for leg in self.legs[side])]) for side in ("queries", "keys")]
         self._tile_owners = np.array([of[n] for of, n in zip(owners, np.array(self.tile_numbers).T, strict=True)])
         self.shares = Shares.of(self.layouts)
-        self._sight = sight
+        self._visibility = visibility
 
     def plan(self, rank: int) -> RankPlan:
         """Return the plan of `rank`."""
@@ -205,8 +205,8 @@ class Schedule:
         # [owners, 1] against all shares that the stop gathers along the other axis, [owners, axis].
         shares = self.shares[owners[:, None]]
         if side == "queries":
-            return hull(visible_rows(shares, self.shares[self._line("keys", stops)], self._sight), 1)[:, :2]
-        return hull(visible_rows(self.shares[self._line("queries", stops)], shares, self._sight), 1)[:, 2:]
+            return hull(visible_rows(shares, self.shares[self._line("keys", stops)], self._visibility), 1)[:, :2]
+        return hull(visible_rows(self.shares[self._line("queries", stops)], shares, self._visibility), 1)[:, 2:]
 
     def _trades(self, positions: Ints) -> list[Messages]:
         """Return the messages that trade tokens for heads before the first tile, and back after the last."""
@@ -227,7 +227,7 @@ class Schedule:
         tiles: list[Tile | None] = [None] * num_steps
         at = np.arange(self.first, self.first + len(self.tile_numbers))
         pairs = self.tiles(at, position)
-        rows = visible_rows(self.shares[pairs[0]], self.shares[pairs[1]], self._sight)
+        rows = visible_rows(self.shares[pairs[0]], self.shares[pairs[1]], self._visibility)
         for step, query, key, (*of_query, start, stop) in zip(*(x.tolist() for x in (at, *pairs, rows)), strict=True):
             if start < stop:
                 tiles[step] = Tile(query, tuple(of_query), key, (start, stop))

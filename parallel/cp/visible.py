@@ -27,7 +27,7 @@ NONE = np.array([_FAR, 0, _FAR, 0])
 
 
 @dataclass(frozen=True)
-class Sight:
+class Visibility:
     """Mask rules besides documents: causal order, and the attention window, which counts the query itself.
 
     Raises ValueError for an attention window below 1, or one without causal order.
@@ -72,7 +72,7 @@ class Shares:
         return Shares(self.start[ranks], self.stop[ranks], self.row[ranks], self.document_starts)
 
 
-def visible_rows(queries: Shares, keys: Shares, sight: Sight) -> Ints:
+def visible_rows(queries: Shares, keys: Shares, visibility: Visibility) -> Ints:
     """Return the smallest range of query rows that see a key, and of key rows that a query sees.
 
     The shares broadcast; the result is `[..., 4]` (query start, query stop, key start, key stop), or `NONE`. A range is
@@ -82,11 +82,11 @@ def visible_rows(queries: Shares, keys: Shares, sight: Sight) -> Ints:
     # Query runs [..., q, 1] against key runs [..., 1, k].
     a, b, row = (x[..., :, None] for x in (queries.start, queries.stop, queries.row))
     c, d, column = (x[..., None, :] for x in (keys.start, keys.stop, keys.row))
-    if sight.causal:
+    if visibility.causal:
         # Visibility is monotone in both positions: a key before query a is seen by the run if a sees it, and a query
         # after key d - 1 sees a key of the run if it sees d - 1.
-        first_key, stop_key = np.maximum(c, _first_seen(a, starts, sight)), np.minimum(d, b)
-        first_query, stop_query = np.maximum(a, c), np.minimum(b, _stop_seeing(d - 1, starts, sight))
+        first_key, stop_key = np.maximum(c, _first_seen(a, starts, visibility)), np.minimum(d, b)
+        first_query, stop_query = np.maximum(a, c), np.minimum(b, _stop_seeing(d - 1, starts, visibility))
     else:
         first_key = np.maximum(c, _document(a, starts)[0])
         stop_key = np.minimum(d, _document(b - 1, starts)[1])
@@ -108,7 +108,7 @@ def hull(ranges: Ints, axis: int | tuple[int, ...]) -> Ints:
     return np.stack([starts, stops], axis=-1).reshape(*starts.shape[:-1], -1)
 
 
-def num_pairs(queries: Shares, keys: Shares, sight: Sight) -> Ints:
+def num_pairs(queries: Shares, keys: Shares, visibility: Visibility) -> Ints:
     """Return the number of visible (query, key) pairs, `[...]`, to which the work of a tile is proportional.
 
     The shares broadcast.
@@ -120,12 +120,12 @@ def num_pairs(queries: Shares, keys: Shares, sight: Sight) -> Ints:
     for start, stop in pairwise([*queries.document_starts.tolist(), _FAR]):
         i0, i1, j0, j1 = np.maximum(a, start), np.minimum(b, stop), np.maximum(c, start), np.minimum(d, stop)
         i1, j1 = np.maximum(i0, i1), np.maximum(j0, j1)
-        if not sight.causal:
+        if not visibility.causal:
             pairs += (i1 - i0) * (j1 - j0)
             continue
         pairs += _pairs_not_after(i0, i1, j0, j1)
-        if sight.window is not None:
-            pairs -= _pairs_not_after(i0 - sight.window, i1 - sight.window, j0, j1)
+        if visibility.window is not None:
+            pairs -= _pairs_not_after(i0 - visibility.window, i1 - visibility.window, j0, j1)
     return pairs.sum((-2, -1))
 
 
@@ -135,16 +135,16 @@ def _document(positions: Ints, starts: Ints) -> tuple[Ints, Ints]:
     return starts[index - 1], np.append(starts, _FAR)[index]
 
 
-def _first_seen(queries: Ints, starts: Ints, sight: Sight) -> Ints:
+def _first_seen(queries: Ints, starts: Ints, visibility: Visibility) -> Ints:
     """Return the first position that each query sees; it ascends with the query."""
     first = _document(queries, starts)[0]
-    return first if sight.window is None else np.maximum(first, queries - sight.window + 1)
+    return first if visibility.window is None else np.maximum(first, queries - visibility.window + 1)
 
 
-def _stop_seeing(keys: Ints, starts: Ints, sight: Sight) -> Ints:
+def _stop_seeing(keys: Ints, starts: Ints, visibility: Visibility) -> Ints:
     """Return the first position after each key whose query does not see the key; it ascends with the key."""
     stop = _document(keys, starts)[1]
-    return stop if sight.window is None else np.minimum(stop, keys + sight.window)
+    return stop if visibility.window is None else np.minimum(stop, keys + visibility.window)
 
 
 def _pairs_not_after(i0: Ints, i1: Ints, j0: Ints, j1: Ints) -> Ints:

@@ -14,11 +14,11 @@ from longring.launch.grids import decide
 from longring.launch.grids.choice import named_grids
 from longring.launch.grids.decide import decide_grids
 from longring.parallel.cp.attention import context_attention
-from longring.parallel.cp.execute import Problem
+from longring.parallel.cp.execute import AttentionSpec
 from longring.parallel.cp.grid import CpGrid
 from longring.parallel.cp.group import CpGroup, open_group
 from longring.parallel.cp.layout import contiguous, zigzag
-from longring.parallel.cp.visible import Sight
+from longring.parallel.cp.visible import Visibility
 from longring.parallel.mesh import join
 
 SIZE = 4
@@ -33,14 +33,14 @@ def wrong(fault: str, group: CpGroup) -> Callable:
             layouts = [SeqLayout(zigzag(num_tokens, rank, SIZE).runs, starts) for rank in range(SIZE)]
             if fault == "order":  # two ranks taken for each other
                 layouts[1], layouts[2] = layouts[2], layouts[1]
-            problem = Problem(CpGrid.token_ring(SIZE), tuple(layouts), Sight(causal=fault != "future"))
+            spec = AttentionSpec(CpGrid.token_ring(SIZE), tuple(layouts), Visibility(causal=fault != "future"))
 
             def attend(q, k, v, window):
                 if fault == "scale":
                     q = q * 1.5
                 if fault == "gradient":
                     k = k.detach()
-                return context_attention(q, k, v, problem, group)
+                return context_attention(q, k, v, spec, group)
 
             return attend
 

@@ -18,15 +18,19 @@ from helpers.errors import assert_as_exact_as
 from helpers.plain_attention import answers, visible_pairs
 from longring.kernels.layout import SeqLayout
 from longring.parallel.cp.attention import context_attention
-from longring.parallel.cp.execute import Problem, forward
+from longring.parallel.cp.execute import AttentionSpec, forward
 from longring.parallel.cp.grid import CpGrid
 from longring.parallel.cp.group import PeerError, open_group
 from longring.parallel.cp.layout import zigzag
 from longring.parallel.cp.transports import Distributed
-from longring.parallel.cp.visible import Sight
+from longring.parallel.cp.visible import Visibility
 
 Results = dict[str, torch.Tensor]
-MASKS = {"one document": ((0,), Sight()), "packed": ((0, 5, 6, 19), Sight()), "window": ((0,), Sight(window=7))}
+MASKS = {
+    "one document": ((0,), Visibility()),
+    "packed": ((0, 5, 6, 19), Visibility()),
+    "window": ((0,), Visibility(window=7)),
+}
 SIZES = (1, 2, 3, 4, 6, 8)
 
 
@@ -58,32 +62,32 @@ def on_one_rank(grid: CpGrid, num_tokens: int) -> dict[tuple[str, str, torch.dty
     rank = dist.get_rank()
     group = open_group(range(grid.size), [grid])
     results = {}
-    for mask, (starts, sight) in MASKS.items():
+    for mask, (starts, visibility) in MASKS.items():
         layouts = tuple(SeqLayout(zigzag(num_tokens, r, grid.size).runs, starts) for r in range(grid.size))
-        problem = Problem(grid, layouts, sight)
+        spec = AttentionSpec(grid, layouts, visibility)
         for name, heads in heads_for(grid).items():
             for dtype in (torch.float32, torch.bfloat16):
                 *qkv, dout = (x[:, layouts[rank].positions()] for x in inputs(num_tokens, *heads, dtype))
                 runs = []
                 for _ in range(2):
                     leaves = [x.clone().requires_grad_() for x in qkv]
-                    out = context_attention(*leaves, problem, group)
+                    out = context_attention(*leaves, spec, group)
                     grads = torch.autograd.grad(out, leaves, dout)
                     runs.append({"out": out.detach(), **dict(zip(("dq", "dk", "dv"), grads, strict=True))})
                 assert all(torch.equal(runs[0][x], runs[1][x]) for x in runs[0]), "two runs differ"
                 wires = Distributed(group)
                 with torch.no_grad():
-                    _, saved = wires.drive(forward(problem, rank, *qkv, wires))
+                    _, saved = wires.drive(forward(spec, rank, *qkv, wires))
                 results[mask, name, dtype] = runs[0] | {"lse": saved[4]}
     return results
 
 
 @lru_cache
 def expected(num_tokens: int, mask: str, heads: tuple[int, int], dtype: torch.dtype) -> tuple[Results, Results]:
-    starts, sight = MASKS[mask]
+    starts, visibility = MASKS[mask]
     whole = SeqLayout(((0, num_tokens),), starts)
     *qkv, dout = inputs(num_tokens, *heads, dtype)
-    return answers(qkv, dout, visible_pairs(whole, whole, sight.causal, sight.window))
+    return answers(qkv, dout, visible_pairs(whole, whole, visibility.causal, visibility.window))
 
 
 @pytest.mark.parametrize(("size", "grid"), [(n, grid) for n in SIZES for grid in sorted(members(n), key=str)], ids=str)
@@ -109,8 +113,8 @@ def with_a_failing_peer(rank: int, store: str, failure: str) -> None:
     grid = CpGrid.token_ring(3)
     group = open_group(range(3), [grid], timeout_s=2.0)
     q = torch.ones(1, 8, 2, 16)
-    problem = Problem(grid, tuple(zigzag(24, r, 3) for r in range(3)), Sight())
-    context_attention(q, q, q, problem, group)
+    spec = AttentionSpec(grid, tuple(zigzag(24, r, 3) for r in range(3)), Visibility())
+    context_attention(q, q, q, spec, group)
     dist.barrier()
     if rank == 1:
         if failure == "ends":
@@ -119,7 +123,7 @@ def with_a_failing_peer(rank: int, store: str, failure: str) -> None:
     if failure == "ends":
         time.sleep(1)  # rank 1 ends before anything is posted
     try:
-        context_attention(q, q, q, problem, group)
+        context_attention(q, q, q, spec, group)
         print("no error", flush=True)
     except PeerError as error:
         print(error, flush=True)

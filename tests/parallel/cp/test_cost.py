@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 from longring.kernels.layout import SeqLayout
 from longring.parallel.cp import choose as choosing
 from longring.parallel.cp import execute
-from longring.parallel.cp.choose import Priced, Question, _best_of_each, choose
-from longring.parallel.cp.cost import Price, Speed, Work, play
+from longring.parallel.cp.choose import PricedGrid, Pricer, _best_of_each, choose
+from longring.parallel.cp.cost import AttentionShape, Price, Speed, play
 from longring.parallel.cp.grid import NAMED, CpGrid, divisions, grids
 from longring.parallel.cp.layout import contiguous, zigzag
 from longring.parallel.cp.plan import FLOWS, Message, Messages
 from longring.parallel.cp.schedules import Schedule
 from longring.parallel.cp.topology import PRESETS, Fabric, Topology
 from longring.parallel.cp.transports import InProcess
-from longring.parallel.cp.visible import Shares, Sight
+from longring.parallel.cp.visible import Shares, Visibility
 
-EVERYBODY_SEES_ALL = Sight(causal=False)
-ONE = Work(num_heads=1, num_kv_heads=1, head_dim=1)
+EVERYBODY_SEES_ALL = Visibility(causal=False)
+ONE = AttentionShape(num_heads=1, num_kv_heads=1, head_dim=1)
 """Rows have 4 bytes of keys and values, 2 of queries, and 2 + 4 (lse) of results in the forward."""
 PAIR_A_SECOND = Speed(forward_flops=4.0, backward_flops=10.0)
 
@@ -71,7 +71,7 @@ def test_ulysses_trades_before_and_after():
     """Two heads, one a rank: 4 rows x (2 + 4) bytes to trade, 64 pairs of one head, 4 rows x 2 bytes to trade back."""
     layouts = [contiguous(8, rank, 2) for rank in range(2)]
     schedule = Schedule(CpGrid.ulysses(2), layouts, EVERYBODY_SEES_ALL, "forward")
-    found = play(schedule, EVERYBODY_SEES_ALL, switch(4.0), Work(2, 2, 1), PAIR_A_SECOND)
+    found = play(schedule, EVERYBODY_SEES_ALL, switch(4.0), AttentionShape(2, 2, 1), PAIR_A_SECOND)
     assert found.seconds == (24 / 4 + 0.5) + 64 + (8 / 4 + 0.5)
 
 
@@ -153,9 +153,9 @@ class Counting(InProcess):
         super().post(sends, receives)
 
 
-def executed(monkeypatch, problem, work: Work, dtype) -> dict[str, tuple[Counting, Counter[int]]]:
+def executed(monkeypatch, spec, shape: AttentionShape, dtype) -> dict[str, tuple[Counting, Counter[int]]]:
     """Run both passes of all ranks in this process; return for each its transport and the peak bytes of each rank."""
-    size, generator = problem.grid.size, torch.Generator().manual_seed(0)
+    size, generator = spec.grid.size, torch.Generator().manual_seed(0)
     held: Counter[int] = Counter()
 
     def look(run: execute._Run) -> None:
@@ -176,19 +176,19 @@ def executed(monkeypatch, problem, work: Work, dtype) -> dict[str, tuple[Countin
         look(self)
 
     monkeypatch.setattr(execute._Run, "_compute", looking_compute)
-    shapes = [(work.batch, h) for h in (work.num_heads, work.num_kv_heads, work.num_kv_heads, work.num_heads)]
+    shapes = [(shape.batch, h) for h in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads, shape.num_heads)]
     inputs = [
-        [torch.randn(b, layout.num_tokens, h, work.head_dim, generator=generator).to(dtype) for b, h in shapes]
-        for layout in problem.layouts
+        [torch.randn(b, layout.num_tokens, h, shape.head_dim, generator=generator).to(dtype) for b, h in shapes]
+        for layout in spec.layouts
     ]
     transport = Counting()
-    results = transport.drive([execute.forward(problem, rank, *inputs[rank][:3], transport) for rank in range(size)])
+    results = transport.drive([execute.forward(spec, rank, *inputs[rank][:3], transport) for rank in range(size)])
     found = {"forward": (transport, Counter(held))}
     held.clear()
     transport = Counting()
     transport.drive(
         [
-            execute.backward(problem, rank, inputs[rank][3], results[rank][1], work.num_kv_heads, transport)
+            execute.backward(spec, rank, inputs[rank][3], results[rank][1], shape.num_kv_heads, transport)
             for rank in range(size)
         ]
     )
@@ -204,30 +204,30 @@ HEADS = [(4, 4), (8, 2), (4, 1)]
 @pytest.mark.parametrize("heads", HEADS, ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("base", list(divisions(4)), ids=str)
 def test_messages_weigh_what_is_sent(monkeypatch, base, heads, dtype, narrow):
-    work = Work(*heads, head_dim=8, itemsize=dtype.itemsize, batch=2, narrow_results=narrow)
+    shape = AttentionShape(*heads, head_dim=8, itemsize=dtype.itemsize, batch=2, narrow_results=narrow)
     for grid in grids(4):
         if (grid.heads, grid.query, grid.kv) != (base.heads, base.query, base.kv):
             continue
         layouts = tuple(zigzag(37, rank, 4) for rank in range(4))
-        problem = execute.Problem(grid, layouts, Sight(), narrow_results=narrow)
-        for direction, (transport, _) in executed(monkeypatch, problem, work, dtype).items():
+        spec = execute.AttentionSpec(grid, layouts, Visibility(), narrow_results=narrow)
+        for direction, (transport, _) in executed(monkeypatch, spec, shape, dtype).items():
             assert transport.bytes_of
             for (_, message), sent in transport.bytes_of.items():
-                assert work.bytes_of(message, grid, direction) == sent, f"{grid}, {direction}: {message}"
+                assert shape.bytes_of(message, grid, direction) == sent, f"{grid}, {direction}: {message}"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("size", [3, 4, 6])
 def test_the_peak_is_what_was_alive(monkeypatch, size, dtype):
     """The peak counts the query x kv grid; the trade of heads is no part of it."""
-    work = Work(4, 2, head_dim=8, itemsize=dtype.itemsize)
+    shape = AttentionShape(4, 2, head_dim=8, itemsize=dtype.itemsize)
     for grid in grids(size):
         if grid.heads > 1:
             continue
         layouts = tuple(zigzag(12 * size, rank, size) for rank in range(size))
-        problem = execute.Problem(grid, layouts, Sight())
-        for direction, (_, held) in executed(monkeypatch, problem, work, dtype).items():
-            found = play(problem.plan(direction, 0)[0], Sight(), switch(1e9), work, PAIR_A_SECOND)
+        spec = execute.AttentionSpec(grid, layouts, Visibility())
+        for direction, (_, held) in executed(monkeypatch, spec, shape, dtype).items():
+            found = play(spec.plan(direction, 0)[0], Visibility(), switch(1e9), shape, PAIR_A_SECOND)
             assert found.peak_bytes == max(held.values()), f"{grid}, {direction}"
 
 
@@ -241,8 +241,8 @@ FABRICS = {
     "nodes": Topology("", 2, Fabric("switch", 1e10, 1e-6), Fabric("switch", 1e9, 1e-5, ends_per_port=2)),
 }
 """Every fabric but `nodes` has one bandwidth for all links."""
-works = st.builds(
-    lambda kv, groups, dim, itemsize: Work(kv * groups, kv, dim, itemsize),
+attention_shapes = st.builds(
+    lambda kv, groups, dim, itemsize: AttentionShape(kv * groups, kv, dim, itemsize),
     st.sampled_from([1, 2, 3, 4, 8]),
     st.sampled_from([1, 2, 4]),
     st.sampled_from([16, 128]),
@@ -251,11 +251,11 @@ works = st.builds(
 
 
 @settings(deadline=None, max_examples=60)
-@given(data=st.data(), work=works, size=st.integers(1, 8), fabric=st.sampled_from(sorted(FABRICS)))
-def test_a_price_is_no_less_than_compute_or_the_busiest_link(data, work, size, fabric):
-    fit = [grid for grid in grids(size) if grid.unfit(work.num_heads, work.num_kv_heads) is None]
+@given(data=st.data(), shape=attention_shapes, size=st.integers(1, 8), fabric=st.sampled_from(sorted(FABRICS)))
+def test_a_price_is_no_less_than_compute_or_the_busiest_link(data, shape, size, fabric):
+    fit = [grid for grid in grids(size) if grid.unfit(shape.num_heads, shape.num_kv_heads) is None]
     grid, topology = data.draw(st.sampled_from(fit)), FABRICS[fabric]
-    found = Question(data.draw(st.integers(2 * size, 4000)), work, topology, SPEED).price(grid)
+    found = Pricer(data.draw(st.integers(2 * size, 4000)), shape, topology, SPEED).price(grid)
     for one in (found.passes["forward"], found.passes["backward"]):
         assert one.seconds >= one.compute_s > 0
         rates = dict.fromkeys(one.bytes_by_link, topology.inside.bytes_per_s)
@@ -271,46 +271,51 @@ def test_a_price_is_no_less_than_compute_or_the_busiest_link(data, work, size, f
 
 def test_all_bytes_are_on_links():
     """A message takes one link on a mesh and two on a switch: the links carry exactly the bytes that are sent."""
-    work, grid = Work(4, 2, 16), CpGrid.square(6)
+    shape, grid = AttentionShape(4, 2, 16), CpGrid.square(6)
     layouts = [zigzag(600, rank, 6) for rank in range(6)]
     for direction in ("forward", "backward"):
-        schedule = Schedule(grid, layouts, Sight(), direction)
-        sent = sum(work.bytes_of(m, grid, direction) for plan in schedule.plans() for s in plan.steps for m in s.sends)
+        schedule = Schedule(grid, layouts, Visibility(), direction)
+        sent = sum(shape.bytes_of(m, grid, direction) for plan in schedule.plans() for s in plan.steps for m in s.sends)
         for fabric, links in (("mesh", 1), ("switch", 2)):
-            found = play(schedule, Sight(), FABRICS[fabric], work, SPEED)
+            found = play(schedule, Visibility(), FABRICS[fabric], shape, SPEED)
             assert sum(found.bytes_by_link.values()) == links * sent
 
 
 def test_windows_and_documents_cost_less():
-    work = Work(4, 4, 16)
-    whole = Question(4096, work, FABRICS["switch"], SPEED).price(CpGrid.ring(4))
-    window = Question(4096, work, FABRICS["switch"], SPEED, Sight(window=64)).price(CpGrid.ring(4))
+    shape = AttentionShape(4, 4, 16)
+    whole = Pricer(4096, shape, FABRICS["switch"], SPEED).price(CpGrid.ring(4))
+    window = Pricer(4096, shape, FABRICS["switch"], SPEED, Visibility(window=64)).price(CpGrid.ring(4))
     assert window.seconds < whole.seconds
     assert window.passes["forward"].compute_s < whole.passes["forward"].compute_s / 4
 
 
 @settings(deadline=None, max_examples=40)
-@given(work=works, size=st.integers(1, 8), num_tokens=st.integers(16, 100_000), fabric=st.sampled_from(sorted(FABRICS)))
-def test_the_best_fits_and_is_no_dearer_than_any_that_is_named(work, size, num_tokens, fabric):
+@given(
+    shape=attention_shapes,
+    size=st.integers(1, 8),
+    num_tokens=st.integers(16, 100_000),
+    fabric=st.sampled_from(sorted(FABRICS)),
+)
+def test_the_best_fits_and_is_no_dearer_than_any_that_is_named(shape, size, num_tokens, fabric):
     topology = FABRICS[fabric]
-    found = choose(size, Question(num_tokens, work, topology, SPEED))
-    assert [x.grid for x in found] == [x.grid for x in choose(size, Question(num_tokens, work, topology, SPEED))]
+    found = choose(size, Pricer(num_tokens, shape, topology, SPEED))
+    assert [x.grid for x in found] == [x.grid for x in choose(size, Pricer(num_tokens, shape, topology, SPEED))]
     shapes = [(x.grid.heads, x.grid.query, x.grid.kv) for x in found]
-    wanted = [x for x in divisions(size) if x.unfit(work.num_heads, work.num_kv_heads) is None]
+    wanted = [x for x in divisions(size) if x.unfit(shape.num_heads, shape.num_kv_heads) is None]
     assert sorted(shapes) == sorted((x.heads, x.query, x.kv) for x in wanted), "one of every division that fits"
     assert all(a.seconds <= b.seconds for a, b in pairwise(found[1:]))
     named = [make(size) for make in NAMED.values()] + ([CpGrid.hybrid(2, size // 2)] if size % 2 == 0 else [])
     for grid in named:
         assert grid.size == size
-        if grid.unfit(work.num_heads, work.num_kv_heads) is None:
-            assert found[0].seconds <= 1.01 * Question(num_tokens, work, topology, SPEED).price(grid).seconds, grid
+        if grid.unfit(shape.num_heads, shape.num_kv_heads) is None:
+            assert found[0].seconds <= 1.01 * Pricer(num_tokens, shape, topology, SPEED).price(grid).seconds, grid
 
 
 def test_of_close_prices_the_least_memory_is_taken():
     """With free links all variants of a division take the same time."""
     free = Topology("", 8, Fabric("switch", 1e30, 0.0))
-    found = choose(4, Question(4000, Work(1, 1, 16), free, SPEED))
-    every = [Question(4000, Work(1, 1, 16), free, SPEED).price(grid) for grid in grids(4) if grid.heads == 1]
+    found = choose(4, Pricer(4000, AttentionShape(1, 1, 16), free, SPEED))
+    every = [Pricer(4000, AttentionShape(1, 1, 16), free, SPEED).price(grid) for grid in grids(4) if grid.heads == 1]
     fastest = min(x.seconds for x in every)
     assert found[0].seconds <= 1.01 * fastest
     assert found[0].peak_bytes == min(x.peak_bytes for x in every if x.seconds <= 1.01 * fastest)
@@ -319,9 +324,9 @@ def test_of_close_prices_the_least_memory_is_taken():
 def test_close_is_close_to_the_fastest_of_all():
     """Close means within 1% of the fastest: 101 is close to 100, and 102 is close to 101 but not to 100."""
 
-    def priced(grid: CpGrid, seconds: float, peak_bytes: int) -> Priced:
+    def priced(grid: CpGrid, seconds: float, peak_bytes: int) -> PricedGrid:
         half = Price(seconds / 2, seconds / 2, {}, 0, peak_bytes)
-        return Priced(grid, {"forward": half, "backward": half})
+        return PricedGrid(grid, {"forward": half, "backward": half})
 
     a = priced(CpGrid.ring(4), 100.0, 3)
     b = priced(CpGrid.ring_both_ways(4), 101.0, 2)
@@ -332,19 +337,19 @@ def test_close_is_close_to_the_fastest_of_all():
 
 def test_a_topology_that_does_not_reach_is_refused():
     with pytest.raises(ValueError, match="'nvswitch' has 8 ranks"):
-        choose(16, Question(1000, Work(8, 8, 16), PRESETS["nvswitch"](8), SPEED))
+        choose(16, Pricer(1000, AttentionShape(8, 8, 16), PRESETS["nvswitch"](8), SPEED))
 
 
 @pytest.mark.parametrize("size", [12, 24])
 def test_many_ranks_are_priced_by_the_few_divisions_that_move_least(monkeypatch, size):
     """More than LARGE = 4 ranks are many here; beyond 4 x LARGE only the simplest routes are priced."""
     monkeypatch.setattr(choosing, "LARGE", 4)
-    work, topology = Work(8, 8, 16), PRESETS["infiniband"](size)
-    found = choose(size, Question(64 * size, work, topology, SPEED))
+    shape, topology = AttentionShape(8, 8, 16), PRESETS["infiniband"](size)
+    found = choose(size, Pricer(64 * size, shape, topology, SPEED))
     divided = {(x.grid.heads, x.grid.query, x.grid.kv) for x in found}
     assert 6 <= len(divided) == len(found) < len(list(divisions(size)))
     assert all((h, 8 // h, size // 8) in divided for h in (1, 2, 4, 8) if size % 8 == 0), "divisions that fill a node"
-    ring = Question(64 * size, work, topology, SPEED).price(CpGrid.ring(size))
+    ring = Pricer(64 * size, shape, topology, SPEED).price(CpGrid.ring(size))
     assert found[0].seconds <= 1.01 * ring.seconds
     simple = {("direct", "direct"), ("round_and_home", "round"), ("both_ways", "both_ways")}
     assert size == 12 or all((x.grid.query_route, x.grid.kv_route) in simple for x in found)

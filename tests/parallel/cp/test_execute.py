@@ -12,13 +12,13 @@ from helpers.plain_attention import answers, visible_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longring.kernels.layout import SeqLayout
-from longring.parallel.cp.execute import Problem, backward, forward
+from longring.parallel.cp.execute import AttentionSpec, backward, forward
 from longring.parallel.cp.grid import CpGrid, grids
 from longring.parallel.cp.heads import heads_for_tokens
 from longring.parallel.cp.layout import contiguous, zigzag
 from longring.parallel.cp.schedules import Schedule
 from longring.parallel.cp.transports import InProcess
-from longring.parallel.cp.visible import Sight
+from longring.parallel.cp.visible import Visibility
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
@@ -29,7 +29,7 @@ class Case(NamedTuple):
 
     num_tokens: int
     starts: tuple[int, ...] = (0,)
-    sight: Sight = Sight()
+    visibility: Visibility = Visibility()
     num_heads: int = 4
     num_kv_heads: int = 4
     dim: int = 16
@@ -48,7 +48,7 @@ class Case(NamedTuple):
 def expected(case: Case) -> tuple[Tensors, Tensors]:
     whole = SeqLayout(((0, case.num_tokens),), case.starts)
     *qkv, dout = case.inputs()
-    return answers(qkv, dout, visible_pairs(whole, whole, case.sight.causal, case.sight.window))
+    return answers(qkv, dout, visible_pairs(whole, whole, case.visibility.causal, case.visibility.window))
 
 
 def named(out: Tensor, lse: Tensor, grads) -> Tensors:
@@ -58,12 +58,12 @@ def named(out: Tensor, lse: Tensor, grads) -> Tensors:
 def by_the_grid(case: Case, grid: CpGrid, cut=zigzag, **options) -> Tensors:
     """Run all ranks of a grid and join their results in the order of the context."""
     layouts = tuple(SeqLayout(cut(case.num_tokens, rank, grid.size).runs, case.starts) for rank in range(grid.size))
-    problem = Problem(grid, layouts, case.sight, **options)
+    spec = AttentionSpec(grid, layouts, case.visibility, **options)
     q, k, v, dout = ([x[:, layout.positions()] for layout in layouts] for x in case.inputs())
     wires = InProcess()
-    works = [forward(problem, rank, *x, wires) for rank, x in enumerate(zip(q, k, v, strict=True))]
+    works = [forward(spec, rank, *x, wires) for rank, x in enumerate(zip(q, k, v, strict=True))]
     outs, saved = zip(*wires.drive(works), strict=True)
-    works = [backward(problem, r, dout[r], saved[r], case.num_kv_heads, wires) for r in range(grid.size)]
+    works = [backward(spec, r, dout[r], saved[r], case.num_kv_heads, wires) for r in range(grid.size)]
     grads = zip(*wires.drive(works), strict=True)
     order = torch.cat([layout.positions() for layout in layouts]).argsort()
     whole = [torch.cat(parts, dim=1)[:, order] for parts in (outs, *grads)]
@@ -75,7 +75,7 @@ def whole_lse(grid: CpGrid, layouts, saved) -> Tensor:
     positions = [
         torch.cat([s[4] for s in saved[at : at + grid.heads]], dim=1) for at in range(0, grid.size, grid.heads)
     ]
-    schedule = Schedule(grid, layouts, Sight(), "forward")
+    schedule = Schedule(grid, layouts, Visibility(), "forward")
     order = torch.cat([layout.positions() for layout in schedule.layouts]).argsort()
     return torch.cat(positions, dim=2)[:, :, order]
 
@@ -96,13 +96,13 @@ def check(case: Case, grid: CpGrid, cut=zigzag, **options) -> Tensors:
 
 
 MASKS = {
-    "one document": ((0,), Sight()),
+    "one document": ((0,), Visibility()),
     # Documents that end inside a chunk, one of a single token, one that begins at the last token.
-    "packed": ((0, 5, 6, 31, 60), Sight()),
-    "window": ((0,), Sight(window=9)),
-    "packed, window": ((0, 17, 40), Sight(window=12)),
-    "full": ((0,), Sight(causal=False)),
-    "packed, full": ((0, 5, 6, 31), Sight(causal=False)),
+    "packed": ((0, 5, 6, 31, 60), Visibility()),
+    "window": ((0,), Visibility(window=9)),
+    "packed, window": ((0, 17, 40), Visibility(window=12)),
+    "full": ((0,), Visibility(causal=False)),
+    "packed, full": ((0, 5, 6, 31), Visibility(causal=False)),
 }
 
 
@@ -120,11 +120,11 @@ def fitting(grid: CpGrid) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8])
 def test_every_grid_equals_fp64(size, mask, dtype):
-    starts, sight = MASKS[mask]
+    starts, visibility = MASKS[mask]
     for number, grid in enumerate(grids(size)):
         heads = list(fitting(grid).values())
         for num_heads, num_kv_heads in heads if size <= 4 else [heads[number % 3]]:
-            case = Case(61, starts, sight, num_heads, num_kv_heads, dtype=dtype)
+            case = Case(61, starts, visibility, num_heads, num_kv_heads, dtype=dtype)
             check(case, grid)
 
 
@@ -145,7 +145,7 @@ def test_narrow_and_wide_results_are_held_to_one_bound(grid, mask, narrow):
 
 @pytest.mark.parametrize("grid", [CpGrid(kv=4), CpGrid(query=4, query_route="round")], ids=str)
 def test_results_that_grow_on_their_way_are_never_rounded(grid):
-    case = Case(61, (0, 20), Sight(), 4, 2, dtype=torch.bfloat16)
+    case = Case(61, (0, 20), Visibility(), 4, 2, dtype=torch.bfloat16)
     narrow, wide = (by_the_grid(case, grid, narrow_results=narrow) for narrow in (True, False))
     assert all(torch.equal(narrow[name], wide[name]) for name in narrow)
 
@@ -154,7 +154,7 @@ def test_results_that_grow_on_their_way_are_never_rounded(grid):
 @pytest.mark.parametrize("cut", [zigzag, contiguous])
 @pytest.mark.parametrize("grid", [CpGrid(query=3), CpGrid(kv=3), CpGrid(heads=2), CpGrid(2, 2, 2)], ids=str)
 def test_head_dims_and_batches(grid, cut, dim):
-    check(Case(37, (0, 11, 30), Sight(), 4, 2, dim=dim, batch=3), grid, cut)
+    check(Case(37, (0, 11, 30), Visibility(), 4, 2, dim=dim, batch=3), grid, cut)
 
 
 @settings(deadline=None, max_examples=40)
@@ -164,25 +164,29 @@ def test_any_grid_any_documents(data):
     grid = data.draw(st.sampled_from(list(grids(size))))
     num_tokens = 2 * size + data.draw(st.integers(0, 40))
     starts = (0, *sorted(data.draw(st.sets(st.integers(1, num_tokens - 1), max_size=5))))
-    sight = data.draw(st.sampled_from([Sight(), Sight(causal=False), Sight(window=3), Sight(window=num_tokens)]))
+    visibility = data.draw(
+        st.sampled_from([Visibility(), Visibility(causal=False), Visibility(window=3), Visibility(window=num_tokens)])
+    )
     heads = data.draw(st.sampled_from(list(fitting(grid).values())))
-    got = by_the_grid(Case(num_tokens, starts, sight, *heads), grid, data.draw(st.sampled_from([zigzag, contiguous])))
-    exact = expected(Case(num_tokens, starts, sight, *heads))[1]
+    got = by_the_grid(
+        Case(num_tokens, starts, visibility, *heads), grid, data.draw(st.sampled_from([zigzag, contiguous]))
+    )
+    exact = expected(Case(num_tokens, starts, visibility, *heads))[1]
     # With so few numbers plain torch may be exact by chance: the bound is absolute here.
     assert all(relative_rms(got[name], exact[name]) < 2e-6 for name in got)
 
 
 @pytest.mark.parametrize("grid", [CpGrid(query=4), CpGrid(2, 2, 2), CpGrid(kv=4, kv_route="both_ways")], ids=str)
 def test_equal_runs_are_equal_to_the_last_bit(grid):
-    case = Case(61, (0, 20), Sight(), 4, 2, dtype=torch.bfloat16)
+    case = Case(61, (0, 20), Visibility(), 4, 2, dtype=torch.bfloat16)
     one, two = by_the_grid(case, grid), by_the_grid(case, grid)
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_a_layout_for_each_rank():
-    problem = Problem(CpGrid(query=4), tuple(zigzag(24, rank, 3) for rank in range(3)), Sight())
+    spec = AttentionSpec(CpGrid(query=4), tuple(zigzag(24, rank, 3) for rank in range(3)), Visibility())
     with pytest.raises(ValueError, match="query=4 is for 4 ranks, and there are 3 layouts"):
-        problem.plan("forward", 0)
+        spec.plan("forward", 0)
 
 
 @pytest.mark.parametrize(("heads", "num_heads", "num_kv_heads", "fits"), [
@@ -196,9 +200,9 @@ def test_every_rank_waiting_is_an_error():
     """If one rank is missing, no other can go on."""
     case, grid = Case(24), CpGrid(kv=3)
     layouts = tuple(zigzag(24, rank, 3) for rank in range(3))
-    problem, wires = Problem(grid, layouts, Sight()), InProcess()
+    spec, wires = AttentionSpec(grid, layouts, Visibility()), InProcess()
     q, k, v, _ = case.inputs()
-    works = [forward(problem, rank, *(x[:, layouts[rank].positions()] for x in (q, k, v)), wires) for rank in (0, 1)]
+    works = [forward(spec, rank, *(x[:, layouts[rank].positions()] for x in (q, k, v)), wires) for rank in (0, 1)]
     with pytest.raises(AssertionError, match="every rank waits"):
         wires.drive(works)
 
@@ -207,10 +211,10 @@ def test_gradients_of_a_kv_head_of_many_ranks_are_summed_in_fp32():
     """256 and seven halves: bfloat16 has steps of 2 at 256, so adding one after the other would leave 256."""
     grid = CpGrid.ulysses(8)
     layouts = tuple(zigzag(16, rank, 8) for rank in range(8))
-    problem, transport = Problem(grid, layouts, Sight()), InProcess()
+    spec, transport = AttentionSpec(grid, layouts, Visibility()), InProcess()
 
     def back(rank: int):
-        schedule, plan = problem.plan("backward", rank)
+        schedule, plan = spec.plan("backward", rank)
         part = torch.full((1, 16, 1, 4), 256.0 if rank == 0 else 0.5, dtype=torch.bfloat16)
         return heads_for_tokens([part], [1], plan, schedule, transport)
 

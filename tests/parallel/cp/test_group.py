@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch.distributed as dist
-from longring.parallel.cp.execute import Problem
+from longring.parallel.cp.execute import AttentionSpec
 from longring.parallel.cp.grid import CpGrid
 from longring.parallel.cp.group import open_group
 from longring.parallel.cp.layout import zigzag
-from longring.parallel.cp.visible import Sight
+from longring.parallel.cp.visible import Visibility
 
 SIZE = 4
 
@@ -26,8 +26,8 @@ def met_on(grid: CpGrid) -> tuple[set, set]:
         group = open_group(range(SIZE), [grid])
     finally:
         dist.all_reduce = all_reduce
-    problem = Problem(grid, tuple(zigzag(64, rank, SIZE) for rank in range(SIZE)), Sight())
-    used = {channel for way in ("forward", "backward") for channel in problem.plan(way, group.rank)[1].channels}
+    spec = AttentionSpec(grid, tuple(zigzag(64, rank, SIZE) for rank in range(SIZE)), Visibility())
+    used = {channel for way in ("forward", "backward") for channel in spec.plan(way, group.rank)[1].channels}
     return {channel for channel, made in group.channels.items() if made in met}, used
 
 

@@ -21,7 +21,7 @@ from longring.parallel.cp.grid import NAMED, CpGrid, grids
 from longring.parallel.cp.layout import contiguous, zigzag
 from longring.parallel.cp.plan import Channel, Message, Pass, RankPlan, Share, Side
 from longring.parallel.cp.schedules import Schedule, tile_order
-from longring.parallel.cp.visible import Sight
+from longring.parallel.cp.visible import Visibility
 
 Layouts = list[SeqLayout]
 PASSES: tuple[Pass, ...] = ("forward", "backward")
@@ -34,10 +34,10 @@ def layouts_of(
 
 
 @lru_cache(maxsize=64)
-def whole(num_tokens: int, starts: tuple[int, ...], sight: Sight) -> np.ndarray:
+def whole(num_tokens: int, starts: tuple[int, ...], visibility: Visibility) -> np.ndarray:
     """Return the mask of the context, bool `[query position, key position]`."""
     layout = SeqLayout(((0, num_tokens),), starts)
-    return visible_pairs(layout, layout, sight.causal, sight.window).numpy()
+    return visible_pairs(layout, layout, visibility.causal, visibility.window).numpy()
 
 
 def positions(layout: SeqLayout) -> list[int]:
@@ -222,11 +222,11 @@ class Wires:
         return found
 
 
-def play(grid: CpGrid, layouts: Layouts, sight: Sight, direction: Pass) -> list[Player]:
+def play(grid: CpGrid, layouts: Layouts, visibility: Visibility, direction: Pass) -> list[Player]:
     """Run all ranks of a plan to the end and assert everything that a plan promises."""
     num_tokens = sum(layout.num_tokens for layout in layouts)
-    visible = whole(num_tokens, layouts[0].document_starts, sight)
-    schedule = Schedule(grid, layouts, sight, direction)
+    visible = whole(num_tokens, layouts[0].document_starts, visibility)
+    schedule = Schedule(grid, layouts, visibility, direction)
     players = [Player(plan, grid, layouts, visible, direction) for plan in schedule.plans()]
     wires = Wires()
     works = {rank: player.run(wires.post) for rank, player in enumerate(players)}
@@ -266,33 +266,33 @@ def hull(ranges: list[tuple[int, int]]) -> tuple[int, int]:
 
 
 PROBLEMS = [
-    (zigzag, Sight(), False),
-    (contiguous, Sight(causal=False), False),
-    (zigzag, Sight(window=5), False),
-    (zigzag, Sight(), True),
+    (zigzag, Visibility(), False),
+    (contiguous, Visibility(causal=False), False),
+    (zigzag, Visibility(window=5), False),
+    (zigzag, Visibility(), True),
 ]
 
 
 @pytest.mark.parametrize("size", range(1, 17))
 def test_every_grid_keeps_its_promises(size):
     for number, grid in enumerate(grids(size)):
-        cut, sight, packed = PROBLEMS[number % len(PROBLEMS)]
+        cut, visibility, packed = PROBLEMS[number % len(PROBLEMS)]
         num_tokens = 2 * size + 5
         starts = (0, 3, 4, num_tokens // 2) if packed else (0,)
         # With many ranks there are many grids: they take forward and backward in turn, to stay within seconds.
         for direction in PASSES if size <= 12 else [PASSES[number // len(PROBLEMS) % 2]]:
-            play(grid, layouts_of(num_tokens, size, starts, cut), sight, direction)
+            play(grid, layouts_of(num_tokens, size, starts, cut), visibility, direction)
 
 
 @st.composite
-def problems(draw) -> tuple[CpGrid, Layouts, Sight]:
+def problems(draw) -> tuple[CpGrid, Layouts, Visibility]:
     size = draw(st.integers(1, 16))
     grid = draw(st.sampled_from(list(grids(size))))
     num_tokens = 2 * size + draw(st.integers(0, 60))
     starts = (0, *sorted(draw(st.sets(st.integers(1, num_tokens - 1), max_size=6))))
-    windows = st.builds(Sight, st.just(True), st.integers(1, num_tokens))
-    sight = draw(st.one_of(st.just(Sight()), st.just(Sight(causal=False)), windows))
-    return grid, layouts_of(num_tokens, size, starts, draw(st.sampled_from([zigzag, contiguous]))), sight
+    windows = st.builds(Visibility, st.just(True), st.integers(1, num_tokens))
+    visibility = draw(st.one_of(st.just(Visibility()), st.just(Visibility(causal=False)), windows))
+    return grid, layouts_of(num_tokens, size, starts, draw(st.sampled_from([zigzag, contiguous]))), visibility
 
 
 @given(problems(), st.sampled_from(PASSES))
@@ -315,7 +315,7 @@ def test_blocks_held_at_a_time(size, direction):
     and all shares along the other axis, which is repeated for each of them."""
     coming = {"round": 1, "round_and_home": 1, "both_ways": 2}
     for grid in grids(size):
-        plans = Schedule(grid, layouts_of(size, size, cut=contiguous), Sight(causal=False), direction).plans()
+        plans = Schedule(grid, layouts_of(size, size, cut=contiguous), Visibility(causal=False), direction).plans()
         for side, positions, others, route, first_letter in (
             ("queries", grid.query, grid.kv, grid.query_route, "r"),
             ("keys", grid.kv, grid.query, grid.kv_route, "c"),
@@ -331,7 +331,9 @@ def test_results_on_their_way_at_a_time(size):
     """No more results than shares are on their way at one time: buffers do not pile up until the end."""
     at_a_time = {"round": 1, "round_and_home": 1, "both_ways": 2}
     for grid in grids(size):
-        for plan in Schedule(grid, layouts_of(size, size, cut=contiguous), Sight(causal=False), "backward").plans():
+        for plan in Schedule(
+            grid, layouts_of(size, size, cut=contiguous), Visibility(causal=False), "backward"
+        ).plans():
             for flow, positions, route in (
                 ("query_results", grid.query, grid.query_route),
                 ("key_results", grid.kv, grid.kv_route),
@@ -345,7 +347,7 @@ def test_results_on_their_way_at_a_time(size):
 @pytest.mark.parametrize("name", ["ring", "token_ring"])
 def test_rings_of_any_size_hold_two_blocks(name):
     for size in (3, 8, 64):
-        plans = Schedule(NAMED[name](size), layouts_of(2 * size, size), Sight(), "backward").plans()
+        plans = Schedule(NAMED[name](size), layouts_of(2 * size, size), Visibility(), "backward").plans()
         assert {(plan.peak_shares("queries"), plan.peak_shares("keys")) for plan in plans} == {
             (0, 2) if name == "ring" else (2, 0)
         }
@@ -357,7 +359,7 @@ def test_rings_of_any_size_hold_two_blocks(name):
 def test_zigzag_saves_a_quarter(name, flow, size, direction):
     """A ring sends 0.75 (n - 1) shares a rank: half a share to positions after which only half is needed."""
     tokens = 8
-    plans = Schedule(NAMED[name](size), layouts_of(tokens * size, size), Sight(), direction).plans()
+    plans = Schedule(NAMED[name](size), layouts_of(tokens * size, size), Visibility(), direction).plans()
     assert num_rows(sent(plans, flow)) == 0.75 * (size - 1) * tokens * size
     # Direct results have the same rows as the shares. Results that are summed on their way have the rows of all stops
     # so far: the whole share except on the last hop of the early ranks.
@@ -375,9 +377,9 @@ def test_every_position_computes_the_same_at_every_step(size):
     """Under a causal mask, zigzag tiles are half visible; diagonal ones have one chunk of pairs more."""
     chunk = 4
     layouts = layouts_of(2 * size * chunk, size)
-    visible = whole(2 * size * chunk, (0,), Sight())
+    visible = whole(2 * size * chunk, (0,), Visibility())
     for grid in grids(size):
-        schedule = Schedule(grid, layouts, Sight(), "forward")
+        schedule = Schedule(grid, layouts, Visibility(), "forward")
         of_position = [positions(layout) for layout in schedule.layouts]
         steps: dict[int, set[int]] = defaultdict(set)
         for plan in schedule.plans():
@@ -416,7 +418,7 @@ def test_documents_that_share_nothing_send_nothing(size, direction):
     layouts = layouts_of(4 * size, size, tuple(range(0, 4 * size, 4)), contiguous)
     for grid in grids(size):
         if grid.heads == 1:
-            for player in play(grid, layouts, Sight(), direction):
+            for player in play(grid, layouts, Visibility(), direction):
                 assert player.tiles == 1 and not player.plan.channels and not player.plan.results
 
 
@@ -424,7 +426,7 @@ def test_documents_that_share_nothing_send_nothing(size, direction):
 def test_a_document_of_two_ranks_moves_between_them_alone(direction):
     for route in ("both_ways", "direct"):
         grid = CpGrid(kv=8, kv_route=route)
-        players = play(grid, layouts_of(32, 8, (0, 8, 16, 24), contiguous), Sight(), direction)
+        players = play(grid, layouts_of(32, 8, (0, 8, 16, 24), contiguous), Visibility(), direction)
         pairs = {(m.source, m.target) for m in sent([player.plan for player in players], "keys")}
         assert pairs == {(rank, rank + 1) for rank in range(0, 8, 2)}, "later ranks see the earlier ones"
         assert [player.tiles for player in players] == [1, 2] * 4
@@ -440,7 +442,7 @@ def test_a_window_moves_a_halo(window, direction):
             grid = CpGrid(**{axis: size, f"{axis}_route": route})
             for cut, tokens in ((contiguous, 8), (zigzag, 16)):
                 plans = Schedule(
-                    grid, layouts_of(tokens * size, size, cut=cut), Sight(window=window), direction
+                    grid, layouts_of(tokens * size, size, cut=cut), Visibility(window=window), direction
                 ).plans()
                 edges = size - 1 if cut is contiguous else 2 * size - 2  # the middle one lies within the last rank
                 stops = Counter({message: message.rows[1] - message.rows[0] for message in sent(plans, flow)})
@@ -450,4 +452,4 @@ def test_a_window_moves_a_halo(window, direction):
 
 def test_a_layout_for_each_rank():
     with pytest.raises(ValueError, match="query=4 is for 4 ranks, and there are 3 layouts"):
-        Schedule(CpGrid(query=4), layouts_of(12, 3), Sight(), "forward")
+        Schedule(CpGrid(query=4), layouts_of(12, 3), Visibility(), "forward")

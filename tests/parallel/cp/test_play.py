@@ -8,17 +8,17 @@ from collections import defaultdict
 import numpy as np
 import pytest
 from longring.kernels.layout import SeqLayout
-from longring.parallel.cp.choose import Question, choose
-from longring.parallel.cp.cost import Event, Speed, Work, play, wires_of
+from longring.parallel.cp.choose import Pricer, choose
+from longring.parallel.cp.cost import AttentionShape, Event, Speed, play, wires_of
 from longring.parallel.cp.grid import CpGrid, grids
 from longring.parallel.cp.layout import zigzag
 from longring.parallel.cp.plan import Message, Tile
 from longring.parallel.cp.schedules import Schedule
 from longring.parallel.cp.topology import Fabric, Topology, ethernet, full_mesh, infiniband
-from longring.parallel.cp.visible import Shares, Sight, num_pairs
+from longring.parallel.cp.visible import Shares, Visibility, num_pairs
 
 SIZES = (1, 2, 3, 4, 6)
-WORK = Work(12, 12, 64)
+WORK = AttentionShape(12, 12, 64)
 SPEED = Speed(1e12, 8e11, 1e-5)
 HALF_DUPLEX = Topology(
     "half duplex", 2, Fabric("mesh", 1e9, 1e-5, full_duplex=False), Fabric("ring", 1e8, 1e-5, full_duplex=False)
@@ -34,14 +34,14 @@ def layouts_of(size: int, num_tokens: int, starts: tuple[int, ...] = (0,)) -> li
 def test_messages_of_the_whole_pass_are_those_of_the_ranks(size, direction):
     for number, grid in enumerate(grids(size)):
         starts = (0,) if number % 2 else (0, 37, 40, 101)
-        sight = (Sight(), Sight(causal=False), Sight(window=33))[number % 3]
-        schedule = Schedule(grid, layouts_of(size, 17 * size + 90, starts), sight, direction)
+        visibility = (Visibility(), Visibility(causal=False), Visibility(window=33))[number % 3]
+        schedule = Schedule(grid, layouts_of(size, 17 * size + 90, starts), visibility, direction)
         sends = [message for plan in schedule.plans() for step in plan.steps for message in step.sends]
         receives = [message for plan in schedule.plans() for step in plan.steps for message in step.receives]
         assert sorted(sends) == sorted(receives) == sorted(schedule.all_messages.one_by_one())
 
 
-def played_by_hand(schedule: Schedule, sight: Sight, topology: Topology) -> tuple[float, dict]:
+def played_by_hand(schedule: Schedule, visibility: Visibility, topology: Topology) -> tuple[float, dict]:
     """Simulate a pass message by message and rank by rank: seconds, and bytes by link."""
     grid, plans = schedule.grid, schedule.plans()
     ready = [0.0] * grid.size
@@ -77,7 +77,7 @@ def played_by_hand(schedule: Schedule, sight: Sight, topology: Topology) -> tupl
             tile = plan.steps[number].tile if number < len(plan.steps) else None
             if tile is not None:
                 shares = [Shares.of([schedule.layouts[owner]]) for owner in (tile.query_owner, tile.key_owner)]
-                pairs = num_pairs(*shares, sight)
+                pairs = num_pairs(*shares, visibility)
                 ready[plan.rank] += float(SPEED.seconds(pairs, WORK, grid, schedule.direction)[0])
     return max(ready), dict(carried)
 
@@ -90,10 +90,10 @@ def test_all_ranks_at_once_are_played_as_one_by_one(topology, direction):
         found = list(grids(size))
         for grid in chosen.sample(found, min(len(found), 12)):
             starts = chosen.choice([(0,), (0, 61, 500)])
-            sight = chosen.choice([Sight(), Sight(causal=False), Sight(window=100)])
-            schedule = Schedule(grid, layouts_of(size, 128 * size + 3, starts), sight, direction)
-            seconds, carried = played_by_hand(schedule, sight, topology)
-            price = play(schedule, sight, topology, WORK, SPEED)
+            visibility = chosen.choice([Visibility(), Visibility(causal=False), Visibility(window=100)])
+            schedule = Schedule(grid, layouts_of(size, 128 * size + 3, starts), visibility, direction)
+            seconds, carried = played_by_hand(schedule, visibility, topology)
+            price = play(schedule, visibility, topology, WORK, SPEED)
             assert price.seconds == pytest.approx(seconds, rel=1e-12), grid
             assert price.bytes_by_link == carried, grid
             every = [m for plan in schedule.plans() for step in plan.steps for m in step.sends]
@@ -103,8 +103,8 @@ def test_all_ranks_at_once_are_played_as_one_by_one(topology, direction):
 def test_two_ranks_by_arithmetic():
     """A ring of two in the forward: one message, hidden under the own tile, then the other tile."""
     num_tokens, rate, latency = 4096, 64e9, 10e-6
-    schedule = Schedule(CpGrid.ring(2), layouts_of(2, num_tokens), Sight(), "forward")
-    price = play(schedule, Sight(), full_mesh(2), WORK, SPEED, record=True)
+    schedule = Schedule(CpGrid.ring(2), layouts_of(2, num_tokens), Visibility(), "forward")
+    price = play(schedule, Visibility(), full_mesh(2), WORK, SPEED, record=True)
     rows, own = num_tokens // 2, num_tokens // 4  # the later chunk of rank 0 meets all keys of rank 1's first
     pairs_own = [own * (own + 1) // 2 * 2 + own * own] * 2
     pairs_other = [own * own * 2] * 2
@@ -124,9 +124,9 @@ def test_two_ranks_by_arithmetic():
 
 
 def test_events_are_recorded_at_both_ends_and_only_when_asked_for():
-    schedule = Schedule(CpGrid(heads=2, query=2, kv=2), layouts_of(8, 1024), Sight(), "backward")
-    assert play(schedule, Sight(), full_mesh(8), WORK, SPEED).events == []
-    events = play(schedule, Sight(), full_mesh(8), WORK, SPEED, record=True).events
+    schedule = Schedule(CpGrid(heads=2, query=2, kv=2), layouts_of(8, 1024), Visibility(), "backward")
+    assert play(schedule, Visibility(), full_mesh(8), WORK, SPEED).events == []
+    events = play(schedule, Visibility(), full_mesh(8), WORK, SPEED, record=True).events
     messages = schedule.all_messages.one_by_one()
     assert sorted(e.what for e in events if isinstance(e.what, Message)) == sorted(messages * 2)
     by_message: dict[Message, list[Event]] = defaultdict(list)
@@ -156,7 +156,7 @@ def test_wires_say_what_the_topology_says():
 
 def test_beyond_sixteen_ranks_the_ring_is_priced_too():
     """The ring is priced although it moves many bytes: where a node has one port, it crosses it with one rank only."""
-    found = choose(32, Question(2**15, WORK, ethernet(32), SPEED, passes=("forward",)))
+    found = choose(32, Pricer(2**15, WORK, ethernet(32), SPEED, passes=("forward",)))
     assert CpGrid.ring(32).kv in {priced.grid.kv for priced in found}
 
 
@@ -164,6 +164,6 @@ def test_a_thousand_ranks_share_the_pairs_evenly():
     """Zigzag gives each of 1,024 ranks the same number of pairs, together those of the causal mask."""
     size, num_tokens = 1024, 2**20
     shares = Shares.of(layouts_of(size, num_tokens))
-    pairs = sum(num_pairs(shares, shares[np.roll(np.arange(size), by)], Sight()) for by in range(size))
+    pairs = sum(num_pairs(shares, shares[np.roll(np.arange(size), by)], Visibility()) for by in range(size))
     assert pairs.min() == pairs.max()
     assert int(pairs.sum()) == num_tokens * (num_tokens + 1) // 2

@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.distributed as dist
-from longring.parallel.cp.cost import Event, Speed, Work, play
-from longring.parallel.cp.execute import Problem, backward, forward
+from longring.parallel.cp.cost import AttentionShape, Event, Speed, play
+from longring.parallel.cp.execute import AttentionSpec, backward, forward
 from longring.parallel.cp.grid import CpGrid
 from longring.parallel.cp.group import open_group
 from longring.parallel.cp.layout import zigzag
@@ -20,7 +20,7 @@ from longring.parallel.cp.schedules import Schedule
 from longring.parallel.cp.timeline import Panel, _draw_panel, draw, shown_ranks
 from longring.parallel.cp.topology import full_mesh
 from longring.parallel.cp.transports import Distributed
-from longring.parallel.cp.visible import Sight
+from longring.parallel.cp.visible import Visibility
 from matplotlib.figure import Figure
 
 GRIDS = ["query=4", "kv=4, kv_route=both_ways", "heads=2, query=2, query_route=direct", "query=2, kv=2, order=columns"]
@@ -33,21 +33,21 @@ def recorded(text: str) -> dict[str, tuple[list[Event], float]]:
     grid = CpGrid.parse(text)
     group = open_group(range(4), [grid])
     layouts = tuple(zigzag(NUM_TOKENS, rank, 4) for rank in range(4))
-    problem = Problem(grid, layouts, Sight())
+    spec = AttentionSpec(grid, layouts, Visibility())
     q, k, v, dout = (torch.randn(1, layouts[group.rank].num_tokens, 4, 16) for _ in range(4))
     plain = Distributed(group)
-    out, saved = plain.drive(forward(problem, group.rank, q, k, v, plain))
+    out, saved = plain.drive(forward(spec, group.rank, q, k, v, plain))
     plain = Distributed(group)
-    grads = plain.drive(backward(problem, group.rank, dout, saved, 4, plain))
+    grads = plain.drive(backward(spec, group.rank, dout, saved, 4, plain))
     found = {}
     for direction, results in (("forward", (out,)), ("backward", grads)):
-        plan = problem.plan(direction, group.rank)[1]
+        plan = spec.plan(direction, group.rank)[1]
         dist.barrier()
         transport = Recorded(group, plan, traded=grid.heads > 1, origin_s=time.perf_counter())
         if direction == "forward":
-            again = (transport.drive(forward(problem, group.rank, q, k, v, transport))[0],)
+            again = (transport.drive(forward(spec, group.rank, q, k, v, transport))[0],)
         else:
-            again = transport.drive(backward(problem, group.rank, dout, saved, 4, transport))
+            again = transport.drive(backward(spec, group.rank, dout, saved, 4, transport))
         apart = max(float((x - y).abs().max()) for x, y in zip(results, again, strict=True))
         found[direction] = (transport.events, apart)
     return found
@@ -56,7 +56,9 @@ def recorded(text: str) -> dict[str, tuple[list[Event], float]]:
 @pytest.mark.parametrize("text", GRIDS)
 def test_a_recorded_pass_has_all_of_its_plan_and_the_same_results(on_ranks, text):
     schedules = {
-        direction: Schedule(CpGrid.parse(text), [zigzag(NUM_TOKENS, rank, 4) for rank in range(4)], Sight(), direction)
+        direction: Schedule(
+            CpGrid.parse(text), [zigzag(NUM_TOKENS, rank, 4) for rank in range(4)], Visibility(), direction
+        )
         for direction in ("forward", "backward")
     }
     for rank, of_rank in enumerate(on_ranks(4, recorded, text)):
@@ -79,8 +81,10 @@ def test_a_recorded_pass_has_all_of_its_plan_and_the_same_results(on_ranks, text
 
 
 def panel_of(grid: CpGrid) -> Panel:
-    schedule = Schedule(grid, [zigzag(4096, rank, grid.size) for rank in range(grid.size)], Sight(), "backward")
-    price = play(schedule, Sight(), full_mesh(grid.size), Work(8, 8, 64), Speed(1e12, 1e12, 1e-5), record=True)
+    schedule = Schedule(grid, [zigzag(4096, rank, grid.size) for rank in range(grid.size)], Visibility(), "backward")
+    price = play(
+        schedule, Visibility(), full_mesh(grid.size), AttentionShape(8, 8, 64), Speed(1e12, 1e12, 1e-5), record=True
+    )
     panel = Panel(grid, "backward", "simulated", price.events)
     assert panel.total_s == pytest.approx(price.seconds)
     assert panel.exposed_s == pytest.approx(price.exposed_s)

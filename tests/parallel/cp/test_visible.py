@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from longring.kernels.layout import SeqLayout
 from longring.parallel.cp.layout import zigzag
-from longring.parallel.cp.visible import Shares, Sight, num_pairs, visible_rows
+from longring.parallel.cp.visible import Shares, Visibility, num_pairs, visible_rows
 
 NUM_TOKENS = 40
 
@@ -25,45 +25,49 @@ def shares(draw) -> tuple[SeqLayout, SeqLayout]:
     return SeqLayout(runs(), starts), SeqLayout(runs(), starts)
 
 
-sights = st.one_of(
-    st.just(Sight()), st.just(Sight(causal=False)), st.builds(Sight, st.just(True), st.integers(1, NUM_TOKENS + 5))
+visibilities = st.one_of(
+    st.just(Visibility()),
+    st.just(Visibility(causal=False)),
+    st.builds(Visibility, st.just(True), st.integers(1, NUM_TOKENS + 5)),
 )
 
 
-def rows_of(queries: SeqLayout, keys: SeqLayout, sight: Sight) -> tuple[tuple[int, int], tuple[int, int]] | None:
+def rows_of(
+    queries: SeqLayout, keys: SeqLayout, visibility: Visibility
+) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """Return `visible_rows` of one pair of shares."""
-    a, b, c, d = visible_rows(Shares.of([queries]), Shares.of([keys]), sight)[0].tolist()
+    a, b, c, d = visible_rows(Shares.of([queries]), Shares.of([keys]), visibility)[0].tolist()
     return ((a, b), (c, d)) if a < b else None
 
 
-def pairs_of(queries: SeqLayout, keys: SeqLayout, sight: Sight) -> int:
+def pairs_of(queries: SeqLayout, keys: SeqLayout, visibility: Visibility) -> int:
     """Return `num_pairs` of one pair of shares."""
-    return int(num_pairs(Shares.of([queries]), Shares.of([keys]), sight)[0])
+    return int(num_pairs(Shares.of([queries]), Shares.of([keys]), visibility)[0])
 
 
-@given(shares(), sights)
-def test_rows_are_the_smallest_ranges_that_take_part(share, sight):
-    exact = visible_pairs(*share, sight.causal, sight.window)
+@given(shares(), visibilities)
+def test_rows_are_the_smallest_ranges_that_take_part(share, visibility):
+    exact = visible_pairs(*share, visibility.causal, visibility.window)
     if not exact.any():
-        assert rows_of(*share, sight) is None
+        assert rows_of(*share, visibility) is None
         return
     queries, keys = exact.any(1).nonzero().flatten().tolist(), exact.any(0).nonzero().flatten().tolist()
-    assert rows_of(*share, sight) == ((queries[0], queries[-1] + 1), (keys[0], keys[-1] + 1))
+    assert rows_of(*share, visibility) == ((queries[0], queries[-1] + 1), (keys[0], keys[-1] + 1))
 
 
-@given(shares(), sights)
-def test_pairs_are_counted(share, sight):
-    assert pairs_of(*share, sight) == int(visible_pairs(*share, sight.causal, sight.window).sum())
+@given(shares(), visibilities)
+def test_pairs_are_counted(share, visibility):
+    assert pairs_of(*share, visibility) == int(visible_pairs(*share, visibility.causal, visibility.window).sum())
 
 
-@pytest.mark.parametrize("sight", [Sight(), Sight(window=4096)], ids=["causal", "window"])
-def test_the_whole_is_counted_at_a_million_tokens(sight):
+@pytest.mark.parametrize("visibility", [Visibility(), Visibility(window=4096)], ids=["causal", "window"])
+def test_the_whole_is_counted_at_a_million_tokens(visibility):
     """The tiles of all ranks together have all visible pairs; a million tokens need no loop over tokens."""
     num_tokens, size = 2**20, 16
     starts = (0, 4096, 5000, 500_001, num_tokens - 1)
     shares = [SeqLayout(zigzag(num_tokens, rank, size).runs, starts) for rank in range(size)]
-    pairs = sum(pairs_of(queries, keys, sight) for queries in shares for keys in shares)
-    width = sight.window or num_tokens
+    pairs = sum(pairs_of(queries, keys, visibility) for queries in shares for keys in shares)
+    width = visibility.window or num_tokens
     lengths = [b - a for a, b in zip(starts, (*starts[1:], num_tokens), strict=True)]
     full = [min(length, width) for length in lengths]
     assert pairs == sum(n * (n + 1) // 2 + (length - n) * width for n, length in zip(full, lengths, strict=True))
@@ -72,4 +76,4 @@ def test_the_whole_is_counted_at_a_million_tokens(sight):
 @pytest.mark.parametrize(("causal", "window"), [(False, 4), (True, 0), (True, -1)])
 def test_a_window_is_causal_and_not_empty(causal, window):
     with pytest.raises(ValueError, match=f"window = {window} with causal = {causal}"):
-        Sight(causal, window)
+        Visibility(causal, window)
