@@ -31,7 +31,7 @@ from ...parallel.cp.topology import PRESETS, Topology
 from ...parallel.cp.visible import Visibility, num_pairs
 from ...parallel.mesh import join
 from ..config import Recipe, load_recipe
-from ..grids.choice import GridChoice, attention_work, check_named_grids, choose_grids, pricer
+from ..grids.choice import GridChoice, attention_shape, check_named_grids, choose_grids, pricer
 from ..grids.measure import named_topology
 from ..grids.table import grids_table
 from ..ranks.rank import as_rank
@@ -72,7 +72,7 @@ def plan(
     world_size = num_ranks or recipe.max_context_parallel * recipe.parallel.tensor
     check_named_grids(recipe)
     preset, origin = preset_of(recipe, world_size, preset)
-    (topology, _), shape = named_topology(preset, recipe, world_size), attention_work(recipe)
+    (topology, _), shape = named_topology(preset, recipe, world_size), attention_shape(recipe)
     console.print(
         f"{world_size:,} ranks, {recipe.parallel.tokens_per_rank:,} tokens each; topology {topology.name} ({origin})\n"
         f"one layer of a tensor-parallel rank (parallel.tensor = {recipe.parallel.tensor}): {shape.num_heads} query "
@@ -134,7 +134,7 @@ def measure(recipe: Recipe, grid: CpGrid, num_tokens: int, visibility: Visibilit
     """Each pass as this group of ranks does it, with random q, k, v -> the same on every rank. Collective."""
     mesh = join(replace(recipe.parallel, tensor=1, sequence_parallel=False), grid.size)
     group = open_group(range(grid.size), [grid], timeout_s=recipe.parallel.cp.timeout_s)
-    shape, layout = attention_work(recipe), zigzag(num_tokens, group.rank, grid.size)
+    shape, layout = attention_shape(recipe), zigzag(num_tokens, group.rank, grid.size)
     layouts = tuple(zigzag(num_tokens, rank, grid.size) for rank in range(grid.size))
     spec = AttentionSpec(grid, layouts, visibility, recipe.train.attention_backend, shape.narrow_results)
     q, k, v, dout = (
@@ -189,7 +189,7 @@ def draw_measured(
     panels = measure(recipe, grid, num_tokens, visibility)
     if dist.get_rank():
         return
-    shape = attention_work(recipe)
+    shape = attention_shape(recipe)
     speed = measured_speed(panels, shape, num_tokens, visibility)
     played = simulated(Pricer(num_tokens, shape, topology, speed, visibility), grid)
     draw(list(zip(panels, played, strict=True)), file, ranks_per_node=topology.ranks_per_node)

@@ -25,7 +25,7 @@ from ...parallel.cp.fit import Fit
 from ...parallel.cp.probe import Probe, probe
 from ...parallel.cp.topology import Fabric
 from ..config import load_recipe
-from ..grids.choice import attention_work
+from ..grids.choice import attention_shape
 from ..ranks.rank import as_rank
 
 TIMEOUT = timedelta(minutes=5)
@@ -36,7 +36,7 @@ def show_topology(recipe_file: str | None, overrides: Sequence[str], json_file: 
     heads, head_dim, dtype, backend = (32, 8), 128, torch.bfloat16, "auto"
     if recipe_file is not None:
         recipe = load_recipe(recipe_file, overrides)
-        shape = attention_work(recipe)
+        shape = attention_shape(recipe)
         heads, head_dim = (shape.num_heads, shape.num_kv_heads), shape.head_dim
         dtype, backend = getattr(torch, recipe.train.dtype), recipe.train.attention_backend
     device = torch.device("cpu")

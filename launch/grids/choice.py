@@ -46,7 +46,7 @@ def layer_kinds(recipe: Recipe, lengths: Sequence[int]) -> list[LayerKind]:
     return [LayerKind(length, window) for length in spread for window in windows]
 
 
-def attention_work(recipe: Recipe) -> AttentionShape:
+def attention_shape(recipe: Recipe) -> AttentionShape:
     """Return the attention of one layer on one rank of a tensor-parallel group."""
     tensor = recipe.parallel.tensor
     return AttentionShape(
@@ -60,12 +60,12 @@ def attention_work(recipe: Recipe) -> AttentionShape:
 
 def pricer(recipe: Recipe, kind: LayerKind, topology: Topology, speed: Speed) -> Pricer:
     """Return what the cost model needs to price grids for one kind of layers."""
-    return Pricer(kind.sequence_tokens, attention_work(recipe), topology, speed, Visibility(window=kind.window))
+    return Pricer(kind.sequence_tokens, attention_shape(recipe), topology, speed, Visibility(window=kind.window))
 
 
 def check_named_grids(recipe: Recipe) -> None:
     """Raise ValueError if a grid that the recipe names does not fit its ranks or heads."""
-    shape = attention_work(recipe)
+    shape = attention_shape(recipe)
     size = 2
     while size <= recipe.max_context_parallel:
         grid = recipe.parallel.cp.named_grid(size)

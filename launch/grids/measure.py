@@ -12,7 +12,7 @@ from ...parallel.cp.probe import probe
 from ...parallel.cp.topology import PRESETS, Fabric, Topology
 from ...parallel.mesh import Mesh
 from ..config import Recipe
-from .choice import attention_work
+from .choice import attention_shape
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +49,11 @@ def _every(tensor: int, fabric: Fabric) -> Fabric:
 
 def measured_topology(recipe: Recipe, mesh: Mesh) -> tuple[Topology, Speed]:
     """Probe the links between the ranks and their speed of attention. Collective."""
-    work = attention_work(recipe)
+    shape = attention_shape(recipe)
     found = probe(
-        work.num_heads,
-        work.num_kv_heads,
-        work.head_dim,
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
         getattr(torch, recipe.train.dtype),
         mesh.device,
         group=mesh.data_group,

@@ -6,7 +6,7 @@ import pytest
 from longring.launch import cli
 from longring.launch.commands import plan as planner
 from longring.launch.config import load_recipe
-from longring.launch.grids.choice import attention_work
+from longring.launch.grids.choice import attention_shape
 from longring.parallel.cp.choose import Pricer, choose
 from longring.parallel.cp.cost import ASSUMED
 from longring.parallel.cp.topology import PRESETS
@@ -39,7 +39,7 @@ def test_every_spread_bucket_has_the_grid_that_is_priced_best(capsys, recipe_fil
     assert "4 ranks, 128 tokens each; topology full mesh (parallel.cp.topology)" in text
     assert "4 query heads and 2 kv heads of 16, 4 bytes a number" in text
     for bucket, size in ((256, 2), (512, 4)):
-        found = choose(size, Pricer(bucket, attention_work(recipe), PRESETS["full_mesh"](4), ASSUMED))
+        found = choose(size, Pricer(bucket, attention_shape(recipe), PRESETS["full_mesh"](4), ASSUMED))
         best, second, third = found[:3]
         sent = sum(price.sent_bytes for price in best.passes.values()) / size / 1e6
         row = f"{bucket} {size} full {best.seconds * 1e3:.3g} {best.exposed_s * 1e3:.3g} {best.peak_bytes / 2**30:.3g} "
@@ -56,7 +56,7 @@ def test_window_layers_have_rows_of_their_own(capsys, recipe_file, no_ranks):
     assert "512 4 window 64" in text
     assert "512 4 full" in text
     recipe = load_recipe(recipe_file, (*SPREAD, *windowed))
-    pricer = Pricer(512, attention_work(recipe), PRESETS["full_mesh"](4), ASSUMED, Visibility(window=64))
+    pricer = Pricer(512, attention_shape(recipe), PRESETS["full_mesh"](4), ASSUMED, Visibility(window=64))
     assert f"512 4 window 64 {choose(4, pricer)[0].seconds * 1e3:.3g} " in text
 
 
