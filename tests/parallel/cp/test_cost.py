@@ -336,7 +336,7 @@ def test_close_is_close_to_the_fastest_of_all():
 
 
 def test_a_topology_that_does_not_reach_is_refused():
-    with pytest.raises(ValueError, match="'nvswitch' has 8 ranks"):
+    with pytest.raises(ValueError, match="'nvswitch': has 8 ranks"):
         choose(16, Pricer(1000, AttentionShape(8, 8, 16), PRESETS["nvswitch"](8), SPEED))
 
 
