@@ -26,17 +26,17 @@ def one_kernel(
 def test_tiles_add_up_to_one_kernel(member, mask):
     asked = question(mask)
     whole, tensors, exact = one_kernel(asked)
-    problem = asked.problem(member, "torch_cpu")
-    tiles = Tiles(problem, "cpu", tensors)
+    spec = asked.spec(member, "torch_cpu")
+    tiles = Tiles(spec, "cpu", tensors)
     for direction in ("forward", "backward"):
         assert tiles.num_pairs(direction) == whole.mask.num_pairs * asked.case.heads
     found = tiles.forward(None)
     grads = tiles.backward(found)
-    if problem.grid.heads > 1:  # a block is a shard of heads of all tokens; kv heads are in several
+    if spec.grid.heads > 1:  # a block is a shard of heads of all tokens; kv heads are in several
         out = torch.cat([out for out, _ in found], dim=2)
         torch.testing.assert_close(out.double(), exact["out"], rtol=1e-4, atol=1e-5)
         return
-    for of, (out, lse), parts in zip(problem.layouts, found, grads, strict=True):
+    for of, (out, lse), parts in zip(spec.layouts, found, grads, strict=True):
         for name, part in zip(("out", "dq", "dk", "dv"), (out, *parts), strict=True):
             wanted = share_of(exact[name], of)
             torch.testing.assert_close(part.double(), wanted, rtol=1e-4, atol=1e-5)
@@ -48,15 +48,15 @@ def test_tiles_add_up_to_one_kernel(member, mask):
 def test_rows_say_what_is_right(member):
     asked = question("documents")
     _, tensors, exact = one_kernel(asked)
-    problem = asked.problem(member, "torch_cpu")
-    assert cp_virtual.in_process_row(problem, exact, tensors, "cpu")["right"] is True
+    spec = asked.spec(member, "torch_cpu")
+    assert cp_virtual.in_process_row(spec, exact, tensors, "cpu")["right"] is True
     for name in RESULTS:
         wrong = {**exact, name: exact[name].clone()}
         last = (..., slice(-1, None)) if name == "lse" else (slice(None), slice(-1, None))
         wrong[name][last] += 1e-3  # the last token alone
-        assert cp_virtual.in_process_row(problem, wrong, tensors, "cpu")["right"] is False
+        assert cp_virtual.in_process_row(spec, wrong, tensors, "cpu")["right"] is False
         wrong[name][last] = torch.nan
-        assert cp_virtual.in_process_row(problem, wrong, tensors, "cpu")["right"] is False
+        assert cp_virtual.in_process_row(spec, wrong, tensors, "cpu")["right"] is False
 
 
 def test_what_the_deadline_leaves_out_is_said():
