@@ -45,7 +45,7 @@ def test_overrides_win_over_the_file():
         ("parallel.tensor=4", "parallel.tensor = 4 does not divide model.num_kv_heads = 2"),
         ("parallel.tokens_per_rank=500", "parallel.tokens_per_rank = 500: must be a power of two"),
         ("parallel.zero_stage=4", "parallel.zero_stage = 4 must be one of 0, 1, 2, 3"),
-        ("parallel.sequence_parallel=true", "but parallel.tensor = 1"),
+        ("parallel.sequence_parallel=true", "and parallel.tensor = 1"),
         ("model.num_kv_heads=3", "model.num_kv_heads = 3: must divide model.num_heads = 4"),
         ("data.max_bucket_tokens=3000", "data.max_bucket_tokens"),
         ("train.min_learning_rate=1.0", "train.min_learning_rate = 1.0 must lie in"),
