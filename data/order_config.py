@@ -1,4 +1,4 @@
-"""How documents are put into one context, and how knots are tied: frozen settings, checked when made."""
+"""Settings for the order of documents in contexts and for knots: frozen, and checked when they are made."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,27 +10,29 @@ By = Literal["path", "random", "knn"]
 LongDocuments = Literal["windows", "head"]
 
 TRAINED_WITH = 1_024
-"""Fewest documents that an approximate index is trained with: each of its codes has 256 values."""
+"""Minimum number of documents for an approximate index: each byte of its codes has 256 values to train."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OrderConfig:
-    """Which documents come into one context (`longring order`)."""
+    """Settings of `longring order`, which puts related documents into one context."""
 
     mode: Mode = "off"
-    """off: training reads data.directory. in_context: all documents end to end along the path, cut into contexts of
-    context_tokens, as the paper. fill_long_buckets: pieces of long_tokens or more are sequences of their own, as
-    dataset decomposition makes them; shorter documents and tails are joined along the path to fill the long buckets."""
+    """off: training reads data.directory. in_context: all documents are joined along the path and cut into contexts of
+    context_tokens, as in In-Context Pretraining. fill_long_buckets: pieces of at least long_tokens are sequences of
+    their own, as in dataset decomposition; shorter documents and tails are joined along the path to fill the long
+    buckets."""
 
     directory: str = ""
-    """Where the ordered data goes, which training then reads; it appears there whole or not at all."""
+    """Directory of the ordered data, which training then reads; it appears there whole or not at all."""
 
     work_directory: str = ""
-    """Where the stages keep what they made, each under a name of its settings. Empty: data.directory + ".order"."""
+    """Directory for the results of the stages, each in a folder named by its settings. Empty: data.directory +
+    ".order"."""
 
     by: By = "path"
-    """path: the paper's, along the most similar documents. Baselines: random; knn, each document with its nearest that
-    are left."""
+    """Order of the documents. path: along the most similar documents, as in the paper. Baselines: random; knn, each
+    document followed by its nearest neighbours that are not yet in the order."""
 
     context_tokens: int = 0
     """Length of a context of mode in_context, in tokens, a power of two. 0: data.max_bucket_tokens."""
@@ -40,51 +42,54 @@ class OrderConfig:
     data.max_bucket_tokens."""
 
     document_masks: bool = False
-    """Whether attention keeps the documents of a context apart. The paper does not."""
+    """Mask attention between the documents of a context. The paper does not."""
 
     position_resets: bool = False
-    """Whether RoPE counts positions from each document's start. The paper does not. With document_masks it makes no
-    difference, as RoPE sees distances only."""
+    """Count RoPE positions from the start of each document. The paper does not. With document_masks it makes no
+    difference, as RoPE depends on distances only."""
 
     encoder: str = ""
-    """A sentence-transformers or Hugging Face model, by name or directory (the paper's: facebook/contriever-msmarco).
-    Empty: TF-IDF of hashed token n-grams, reduced by a truncated SVD; needs no download."""
+    """Name or directory of a sentence-transformers or Hugging Face model (the paper's is facebook/contriever-msmarco).
+    Empty: the default encoder, TF-IDF of hashed token n-grams reduced by a truncated SVD, which needs no download."""
 
     embedding_dimensions: int = 128
-    """Of the default encoder; a model has its own."""
+    """Dimensions of the default encoder's vectors; a model has its own."""
 
     long_documents: LongDocuments = "windows"
-    """What of a document longer than a window is embedded. windows: all of them, averaged. head: the first, as the
-    paper does."""
+    """Embedding of a document that is longer than one encoder window. windows: the mean over all of its windows. head:
+    its first window, as in the paper."""
 
     window_tokens: int = 512
-    """Tokens of a window of the default encoder; a model has its own limit."""
+    """Tokens of a window of the default encoder; a model has its own limit. Every window gets one vector."""
 
     neighbors: int = 20
-    """Neighbours of a document in the graph."""
+    """Number of nearest neighbours that each document lists in the graph."""
 
     exact_documents: int = 2**17
-    """Up to so many documents of a split are searched exactly, more by IVF-PQ."""
+    """Maximum number of documents of a split for an exact search; a larger split is searched by IVF-PQ."""
 
     duplicate_similarity: float = 0.0
-    """Pairs of at least this cosine are looked at as near-duplicates. 0: chosen from the corpus' histogram."""
+    """Minimum cosine at which two documents are compared as possible near-duplicates. 0: chosen from a histogram of the
+    corpus."""
 
     duplicate_overlap: float = 0.7
-    """Shared part (Jaccard) of two documents' 5-token shingles from which one of them is left out. 0: none is."""
+    """Minimum Jaccard similarity of two documents' 5-token shingles at which one of them is dropped. 0: none is
+    dropped."""
 
     seed: int = 0
-    """Decides how contexts are shuffled, and the baselines' orders."""
+    """Seed of the order in which contexts are stored, and of the baselines."""
 
     def __post_init__(self) -> None:
         if (self.mode == "off") != (not self.directory):
             raise ValueError(
-                f"order.mode is {self.mode!r} and order.directory {self.directory!r}; name a directory for the ordered "
-                "data, and none without a mode"
+                f"order.directory = {self.directory!r}: order.mode is {self.mode!r}; "
+                + ("remove it, or set order.mode" if self.directory else "set it to the directory of the ordered data")
             )
         if "://" in self.directory + self.work_directory:
+            key = "directory" if "://" in self.directory else "work_directory"
             raise ValueError(
-                f"order.directory = {self.directory} and order.work_directory = {self.work_directory} must be on this "
-                "machine; order here, then copy the directory"
+                f"order.{key} = {getattr(self, key)}: must be a local directory; name one, and copy the ordered data "
+                "afterwards"
             )
         for key, least in (
             ("embedding_dimensions", 1),
@@ -94,85 +99,86 @@ class OrderConfig:
             ("seed", 0),
         ):
             if getattr(self, key) < least:
-                raise ValueError(f"order.{key} is {getattr(self, key)}; it must be at least {least}")
+                raise ValueError(f"order.{key} = {getattr(self, key)}: must be at least {least}")
         for key in ("duplicate_similarity", "duplicate_overlap"):
             if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"order.{key} is {getattr(self, key)}; it must be in [0, 1]")
+                raise ValueError(f"order.{key} = {getattr(self, key)}: must be in [0, 1]")
 
     def lengths(self, data: DataConfig) -> tuple[int, ...]:
-        """Return the lengths of the ordered data's sequences, ascending."""
+        """Return the lengths of the buckets of the ordered data, ascending, in tokens."""
         if self.mode == "in_context":
             return (self.context_tokens or data.max_bucket_tokens,)
         least = self.long_tokens or max(data.max_bucket_tokens // 4, data.min_bucket_tokens)
         return tuple(length for length in data.lengths if length >= least)
 
     def check(self, data: DataConfig) -> None:
-        """Raise ValueError unless data prepared by `data` can be ordered so."""
+        """Raise ValueError unless data prepared with the settings `data` can be ordered by these settings."""
         if self.mode == "off":
             return
         if not (data.method == "best_fit" or (data.method == "decompose" and data.rest == "pack")):
             raise ValueError(
-                f"order.mode = {self.mode!r} needs every document whole, and data.method = {data.method!r} with "
-                f"data.rest = {data.rest!r} drops parts; set data.rest = 'pack' with data.method = 'decompose'"
+                f"order.mode = {self.mode!r}: needs every document whole, and data.method = {data.method!r} with "
+                f"data.rest = {data.rest!r} drops parts; set data.method = 'decompose' and data.rest = 'pack'"
             )
         if self.mode == "fill_long_buckets" and data.method != "decompose":
             raise ValueError(
-                f"order.mode = 'fill_long_buckets' fills the buckets of data.method = 'decompose', not {data.method!r}"
+                f"order.mode = 'fill_long_buckets': needs the buckets of dataset decomposition, and data.method is "
+                f"{data.method!r}; set data.method = 'decompose' and data.rest = 'pack', or order.mode = 'in_context'"
             )
         for key in ("context_tokens", "long_tokens"):
             length = getattr(self, key)
             known = [1 << power for power in range(31) if data.min_bucket_tokens <= 1 << power]
             if length and (length > data.max_bucket_tokens or length not in known):
                 raise ValueError(
-                    f"order.{key} is {length}; it must be a power of two from data.min_bucket_tokens = "
+                    f"order.{key} = {length}: must be a power of two from data.min_bucket_tokens = "
                     f"{data.min_bucket_tokens} to data.max_bucket_tokens = {data.max_bucket_tokens}"
                 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnotsConfig:
-    """Untie the Knots: documents of a sequence cut into chunks and mixed, for the loader (arXiv 2409.04774)."""
+    """Settings of Untie the Knots (arXiv 2409.04774): the loader cuts documents into chunks and mixes them."""
 
     share: float = 0.0
-    """Part of the train sequences that are tied so, in [0, 1]; the paper's are 0.3 and 0.8. 0: none."""
+    """Fraction of the train sequences that are tied, in [0, 1]; the paper uses 0.3 and 0.8. 0: none."""
 
     chunk_odds: tuple[float, ...] = (0.0, 1.0, 1.0)
-    """Odds of a document becoming 1, 2, ... chunks; the paper finds 2 and 3 best."""
+    """Odds that a document is cut into 1, 2, ... knot chunks; the paper finds 2 and 3 best."""
 
     min_document_tokens: int = 64
-    """Documents with fewer tokens in the sequence stay whole."""
+    """Minimum tokens that a document has in a sequence to be cut; shorter ones stay whole."""
 
     min_sequence_tokens: int = 4096
-    """Sequences of shorter buckets are left as they are."""
+    """Minimum bucket whose sequences are tied, in tokens; shorter sequences stay as they are."""
 
     keep_order: bool = True
-    """Whether a document's chunks keep their order among the mixed ones; the paper finds it better."""
+    """Keep the order of a document's chunks when the chunks of all documents are mixed; the paper finds it better."""
 
     backtrace: bool = True
-    """Whether the labels of a document's chunks follow its last one, to be predicted."""
+    """Append to a document's last chunk the labels of all of its chunks, for the model to predict."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
-            raise ValueError(f"knots.share is {self.share}; it must be in [0, 1] (0: none)")
+            raise ValueError(f"knots.share = {self.share}: must be in [0, 1] (0: none)")
         odds = self.chunk_odds
         if not odds or not all(0 <= value < float("inf") for value in odds) or not sum(odds):
             raise ValueError(
-                f"knots.chunk_odds is {list(odds)}; odds of 1, 2, ... chunks are numbers from 0 on, one above"
+                f"knots.chunk_odds = {list(odds)}: must be numbers of at least 0, one of them above 0; give the odds "
+                "of 1, 2, ... chunks"
             )
         for key in ("min_document_tokens", "min_sequence_tokens"):
             if getattr(self, key) < 1:
-                raise ValueError(f"knots.{key} is {getattr(self, key)}; it must be at least 1")
+                raise ValueError(f"knots.{key} = {getattr(self, key)}: must be at least 1")
 
     @property
     def max_chunks(self) -> int:
-        """Most chunks of a document."""
+        """Maximum number of chunks of a document."""
         return max(number for number, odds in enumerate(self.chunk_odds, start=1) if odds)
 
     def check(self, data: DataConfig) -> None:
-        """Raise ValueError unless the tokenizer of `data` has the special tokens that are needed."""
+        """Raise ValueError unless the tokenizer of `data` has the special tokens that these knots need."""
         if self.share and data.tokenizer.knot_chunks < self.max_chunks:
             raise ValueError(
-                f"knots.chunk_odds allows {self.max_chunks} chunks and data.tokenizer.knot_chunks is "
-                f"{data.tokenizer.knot_chunks}; the tokenizer needs its special tokens from the start: set it to "
-                f"{self.max_chunks} and prepare the data anew"
+                f"data.tokenizer.knot_chunks = {data.tokenizer.knot_chunks}: knots.chunk_odds needs "
+                f"{self.max_chunks}; set it to {self.max_chunks} and prepare the data anew, or set knots.share = 0"
             )

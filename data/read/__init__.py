@@ -1,1 +1,1 @@
-"""Prepared data to batches: curriculum, batch order, knots, and the loader that a training rank runs."""
+"""From prepared data to micro-batches: curriculum, batch order, knots, and the loader of a training rank."""

@@ -1,12 +1,12 @@
-"""The order of training: which sequences each step, micro-step and replica reads, by arithmetic alone.
+"""The order of training: the sequences that each step, micro-step and replica reads, by arithmetic alone.
 
-A bucket's sequences form an endless stream. Pass p over it has M positions, of which each source s takes M_s. They are
-divided into G windows: window w takes of each source the next floor((w+1) M_s / G) - floor(w M_s / G) of its own
-endless stream and mixes them by a permutation keyed by (seed, bucket, p, w). The c-th batch of the bucket takes the
-next n positions. Nothing is remembered: a step's batch is the same on any number of replicas, after any restart.
+The sequences of a bucket form an endless stream. A pass over it has M positions, of which source s takes M_s, and G
+shuffle windows. Window w of pass p takes the next floor((w+1) M_s / G) - floor(w M_s / G) sequences of each source's
+own endless stream and mixes them by a permutation keyed by (seed, bucket, p, w). The c-th batch of the bucket takes the
+next n positions. There is no state: a step's batch is the same for any number of replicas and after any restart.
 
-With one source, or sources without weights, M_s is the number of the source's sequences and every sequence comes
-exactly once in each pass. With weights, M_s is in proportion to weight, and a source's own passes follow each other.
+Without weights M_s is the number of the source's sequences, and every sequence comes exactly once in each pass. With
+weights M_s is in proportion to the weight, and the passes of a source follow each other independently of the bucket's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,21 +21,24 @@ from ..format.manifest import Bucket
 from ..permutation import permute
 
 BLOCK_POSITIONS = 1 << 12
-"""The order is worked out for so many positions of the stream at a time: numpy's overhead of some 0.2 ms then serves
-several steps, and a rank of a large world, which needs few of them, loses less than a millisecond."""
+"""Number of stream positions whose sequences are computed at once: numpy's overhead of some 0.2 ms then serves several
+steps, and a rank of a large world, which needs few of the positions, loses less than a millisecond."""
 KEPT_BLOCKS = 4
+"""Number of most recently computed blocks of positions to keep."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What the steps of a run have taken from one bucket."""
+    """The part of one bucket that the steps of a run have trained on."""
 
     length: int
+    """Tokens of each sequence of the bucket."""
+
     sequences: int
     """Sequences trained on, repetitions included."""
 
     passes: float
-    """The same as a multiple of the positions of a pass."""
+    """`sequences` divided by the number of positions in a pass."""
 
     tokens: int
     """Tokens trained on, repetitions included."""
@@ -44,7 +47,7 @@ class Trained:
     """Tokens of distinct sequences trained on."""
 
     not_reached_tokens: int
-    """Tokens of the bucket not trained on yet; with `reached_tokens` they make the whole bucket."""
+    """Tokens of the bucket not trained on yet; `reached_tokens` and these add up to the whole bucket."""
 
     @property
     def repeated_tokens(self) -> int:
@@ -53,29 +56,37 @@ class Trained:
 
 
 class Share(NamedTuple):
-    """Which part of every micro-batch a rank reads: `sequences` of the length at hand, for `replica`."""
+    """The part of every micro-batch of one length that a rank reads."""
 
     replica: int
+    """Index of the rank's replica."""
     num_replicas: int
     sequences: int
+    """Number of sequences that each replica reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourcePart:
-    """One source's part of a bucket: its shards, in order, and its positions in a pass."""
+    """One source's part of a bucket."""
 
     first_sequence: int
+    """Index in the bucket of the source's first sequence; its others follow."""
     shard_sequences: tuple[int, ...]
+    """Number of sequences in each of the source's shards, in order."""
     positions: int
+    """Number of positions in a pass over the bucket that the source takes."""
 
     @cached_property
     def sequences(self) -> int:
-        """Number of sequences; there may be 10^5 shards to sum."""
+        """Number of the source's sequences; kept, as a source may have 10^5 shards."""
         return sum(self.shard_sequences)
 
 
 class BucketOrder:
-    """A bucket's endless stream: position -> sequence."""
+    """The endless stream of one bucket: a function from positions in the stream to sequences.
+
+    `windows` is the number of shuffle windows in a pass; `key` identifies the bucket and the run's seed.
+    """
 
     def __init__(self, parts: Sequence[SourcePart], windows: int, key: tuple[int, ...]):
         self.parts = tuple(parts)
@@ -83,80 +94,90 @@ class BucketOrder:
         """Positions in a pass."""
         self._windows = max(1, min(windows, self.positions))
         self._key = key
-        # [source, window]: where each window begins in the source's part of a pass; and in the pass itself.
-        self._begins = np.array(
+        # [source, shuffle window + 1]: the position in the source's part of a pass at which each window begins.
+        self._source_begins = np.array(
             [[part.positions * window // self._windows for window in range(self._windows + 1)] for part in self.parts],
             dtype=np.int64,
         )
-        self._first = self._begins.sum(axis=0)
+        # [shuffle window + 1]: the same position in the whole pass.
+        self._begins = self._source_begins.sum(axis=0)
         self._blocks: dict[int, NDArray[np.int64]] = {}
         self._shard_orders: dict[tuple[int, int], tuple[NDArray, NDArray, NDArray]] = {}
 
     def at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the sequences at stream `positions` [n] of the bucket, numbered as its reader does: [n]."""
-        numbers, inside = np.divmod(positions, BLOCK_POSITIONS)
+        """Return the sequences at stream `positions` [n], as indices into the bucket, int64 [n]."""
+        blocks, offsets = np.divmod(positions, BLOCK_POSITIONS)
         result = np.empty_like(positions)
-        for number in np.unique(numbers).tolist():
-            here = numbers == number
-            result[here] = self._block(number)[inside[here]]
+        for block in np.unique(blocks).tolist():
+            here = blocks == block
+            result[here] = self._block(block)[offsets[here]]
         return result
 
     def _block(self, number: int) -> NDArray[np.int64]:
+        """Return the sequences at the BLOCK_POSITIONS stream positions of one block, computed once while it is kept."""
         if number not in self._blocks:
-            block = self._worked_out(number * BLOCK_POSITIONS + np.arange(BLOCK_POSITIONS))
+            block = self._compute(number * BLOCK_POSITIONS + np.arange(BLOCK_POSITIONS))
             kept = list(self._blocks.items())[1 - KEPT_BLOCKS :]
             self._blocks = dict([*kept, (number, block)])
         return self._blocks[number]
 
-    def _worked_out(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        passes, places = np.divmod(positions, self.positions)
-        windows = np.searchsorted(self._first, places, side="right") - 1
+    def _compute(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the sequences at ascending stream `positions` [n], shape [n]."""
+        passes, in_pass = np.divmod(positions, self.positions)
+        windows = np.searchsorted(self._begins, in_pass, side="right") - 1
         result = np.empty_like(positions)
+        # Positions ascend, so those of one (pass, shuffle window) are adjacent and share one permutation.
         for run in _runs(passes, windows):
-            result[run] = self._in_window(int(passes[run[0]]), int(windows[run[0]]), places[run])
+            result[run] = self._in_shuffle_window(int(passes[run[0]]), int(windows[run[0]]), in_pass[run])
         return result
 
-    def _in_window(self, pass_number: int, window: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        sources, inside = self._mixed(pass_number, window, places)
-        result = np.empty_like(places)
+    def _in_shuffle_window(self, pass_number: int, window: int, in_pass: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the sequences at positions `in_pass` [n] of a pass, all of one shuffle window, shape [n]."""
+        sources, in_source = self._mixed(pass_number, window, in_pass)
+        result = np.empty_like(in_pass)
         for source in np.unique(sources).tolist():
             here = sources == source
-            result[here] = self._own(source, pass_number * self.parts[source].positions + inside[here])
+            # A source's stream is endless too: every pass of the bucket takes its next `positions`.
+            result[here] = self._from_source(source, pass_number * self.parts[source].positions + in_source[here])
         return result
 
     def _mixed(
-        self, pass_number: int, window: int, places: NDArray[np.int64]
+        self, pass_number: int, window: int, in_pass: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the source of each place of a pass, and which position of the source's part of the pass it is."""
-        first, last = int(self._first[window]), int(self._first[window + 1])
-        mixed = permute(places - first, last - first, key=(*self._key, pass_number, window))
-        begins, ends = self._begins[:, window], self._begins[:, window + 1]
-        # The window's positions are numbered source after source.
+        """Return the source at each position [n] of a pass, and the position in that source's part of the pass."""
+        first, last = int(self._begins[window]), int(self._begins[window + 1])
+        mixed = permute(in_pass - first, last - first, key=(*self._key, pass_number, window))
+        begins, ends = self._source_begins[:, window], self._source_begins[:, window + 1]  # [source]
+        # Before the permutation the sources of a shuffle window lie one after another; `offsets` are their ends.
         offsets = np.cumsum(ends - begins)
         sources = np.searchsorted(offsets, mixed, side="right")
         return sources, mixed - (offsets - (ends - begins))[sources] + begins[sources]
 
-    def _own(self, source: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the sequences at positions of a source's own endless stream, of which each pass has its own order."""
+    def _from_source(self, source: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the sequences at `positions` [n] of a source's own endless stream; each of its passes is shuffled."""
         part = self.parts[source]
         if self._windows == 1 and part.positions == part.sequences:
-            # The one window mixes just this pass of the source: another shuffle would change nothing.
+            # The only shuffle window already mixes exactly this pass of the source: a second shuffle adds nothing.
             return part.first_sequence + positions % part.sequences
-        passes, places = np.divmod(positions, part.sequences)
+        passes, in_pass = np.divmod(positions, part.sequences)
         result = np.empty_like(positions)
         for pass_number in np.unique(passes).tolist():
             here = passes == pass_number
             if self._windows == 1:
-                mixed = permute(places[here], part.sequences, key=(*self._key, pass_number, "source", source))
+                mixed = permute(in_pass[here], part.sequences, key=(*self._key, pass_number, "source", source))
                 result[here] = part.first_sequence + mixed
             else:
+                # With several shuffle windows only whole shards are permuted, so that a window reads few shards.
                 order, ends, firsts = self._shards(source, pass_number)
-                place = np.searchsorted(ends, places[here], side="right")
-                result[here] = firsts[order[place]] + places[here] - ends[place - 1] * (place > 0)
+                nth = np.searchsorted(ends, in_pass[here], side="right")
+                result[here] = firsts[order[nth]] + in_pass[here] - ends[nth - 1] * (nth > 0)
         return result
 
     def _shards(self, source: int, pass_number: int) -> tuple[NDArray, NDArray, NDArray]:
-        """Return the source's shards in a pass's order, where each ends in it, and every shard's first sequence."""
+        """Return a source's shards in the order of one pass, their ends in the pass, and their first sequences.
+
+        All three are int64 [shards]; the first two follow the order of the pass, the last one is indexed by shard.
+        """
         if (source, pass_number) not in self._shard_orders:
             sizes = np.array(self.parts[source].shard_sequences, dtype=np.int64)
             order = permute(np.arange(len(sizes)), len(sizes), key=(*self._key, pass_number, "shards", source))
@@ -168,28 +189,30 @@ class BucketOrder:
         return self._shard_orders[source, pass_number]
 
     def reached(self, positions: int) -> int:
-        """Return how many distinct sequences the first `positions` of the stream have."""
+        """Return the number of distinct sequences among the first `positions` positions of the stream."""
         if all(part.positions == part.sequences for part in self.parts):
             return min(positions, self.positions)
-        passes, places = divmod(positions, self.positions) if self.positions else (0, 0)
-        window = int(np.searchsorted(self._first, places, side="right")) - 1
-        here = np.arange(self._first[window], places)
-        sources, inside = self._mixed(passes, window, here) if len(here) else (here, here)
+        passes, in_pass = divmod(positions, self.positions) if self.positions else (0, 0)
+        window = int(np.searchsorted(self._begins, in_pass, side="right")) - 1
+        here = np.arange(self._begins[window], in_pass)
+        sources, in_source = self._mixed(passes, window, here) if len(here) else (here, here)
         total = 0
         for source, part in enumerate(self.parts):
-            # Of its own stream the source has given a whole beginning, and some of what the window takes of it.
+            # The source has given all positions of its stream before `begin`, and the positions `some` of the shuffle
+            # window that is not complete, all of them before `end`.
             before = passes * part.positions
-            begin, end = (before + int(self._begins[source, window + side]) for side in (0, min(1, len(here))))
-            some = before + inside[sources == source]
+            begin, end = (before + int(self._source_begins[source, window + side]) for side in (0, min(1, len(here))))
+            some = before + in_source[sources == source]
             if begin < part.sequences < end:
-                total += len(np.unique(self._own(source, np.concatenate([np.arange(begin), some]))))
+                # The source's first pass ends inside this window: only counting tells which sequences come twice.
+                total += len(np.unique(self._from_source(source, np.concatenate([np.arange(begin), some]))))
             else:
                 total += min(begin + len(some), part.sequences)
         return total
 
 
 def _runs(passes: NDArray[np.int64], windows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Return the places of each (pass, window) among ascending positions."""
+    """Return the indices of each (pass, shuffle window) among ascending positions."""
     if not len(passes):
         return []
     cuts = np.flatnonzero((np.diff(passes) != 0) | (np.diff(windows) != 0)) + 1
@@ -199,19 +222,21 @@ def _runs(passes: NDArray[np.int64], windows: NDArray[np.int64]) -> list[NDArray
 def bucket_orders(
     buckets: Sequence[Bucket], weights: Mapping[str, float], window_tokens: int, seed: int
 ) -> tuple[BucketOrder, ...]:
-    """Return each bucket's order. `weights` are the sources' shares of all tokens, empty for their own.
+    """Return the order of each bucket.
 
-    Raises ValueError unless the weights name just the sources that have sequences.
+    `weights` are the sources' shares of all tokens; without any, a source's share is its own size. A shuffle window has
+    about `window_tokens` tokens; 0: the whole bucket. Raises ValueError unless the weights name exactly the sources
+    that have sequences.
     """
     names = [part.source for part in buckets[0].parts]
     tokens = {name: sum(b.length * b.parts[index].sequences for b in buckets) for index, name in enumerate(names)}
     if weights and weights.keys() != (filled := {name for name in names if tokens[name]}):
         raise ValueError(
-            f"curriculum.weights names {', '.join(sorted(weights))}, and the sources with training data are "
-            f"{', '.join(sorted(filled))}; give each of them a weight, or none"
+            f"curriculum.weights = {', '.join(sorted(weights))}: the sources with training data are "
+            f"{', '.join(sorted(filled))}; give a weight to each of them and to no other, or remove all weights"
         )
     total = sum(tokens.values())
-    # How often a sequence of the source comes in a pass, on average.
+    # Average number of times that a sequence of the source comes in one pass over its bucket.
     repeats = {name: weight / sum(weights.values()) * total / tokens[name] for name, weight in weights.items()}
     orders = []
     for number, bucket in enumerate(buckets):
@@ -245,13 +270,14 @@ class BatchOrder:
         global_batch_tokens: int,
     ):
         if global_batch_tokens < 1 or global_batch_tokens % max(lengths):
+            next_multiple = max(1, -(-global_batch_tokens // max(lengths))) * max(lengths)
             raise ValueError(
-                f"train.global_batch_tokens is {global_batch_tokens} and data.max_bucket_tokens is {max(lengths)}; "
-                "the first must be a multiple of the second"
+                f"train.global_batch_tokens = {global_batch_tokens}: must be a positive multiple of the longest "
+                f"bucket, {max(lengths)} tokens; set it to {next_multiple}"
             )
         for bucket in np.unique(step_buckets):
             if not orders[bucket].positions:
-                raise ValueError(f"the curriculum asks for bucket {lengths[bucket]}, which has no sequences")
+                raise ValueError(f"bucket {lengths[bucket]} has no sequences, and the curriculum asks for it")
         self.lengths = tuple(lengths)
         self.step_buckets = step_buckets
         self._orders = tuple(orders)
@@ -278,25 +304,27 @@ class BatchOrder:
     def sequences(self, step: int, share: Share) -> NDArray[np.int64]:
         """Return the bucket's sequences that one replica reads in `step`, int64 [micro-steps, share.sequences].
 
-        Micro-steps, replicas and rows, in this order of significance, run through the global batch, whatever their
-        numbers. Raises ValueError unless they divide it, IndexError for a step or replica outside the run.
+        The index into the global batch is (micro-step x replicas + replica) x share.sequences + row, so that the batch
+        is the same for any division. Raises ValueError unless replicas x share.sequences divides the global batch, and
+        IndexError for a step or replica outside the run.
         """
         batch = self.batch_sequences(step)
         per_micro_step = share.num_replicas * share.sequences
         if batch % per_micro_step:
             raise ValueError(
-                f"train.global_batch_tokens = {self._global_batch_tokens} makes {batch} sequences of step {step}; "
-                f"{share.num_replicas} replicas with {share.sequences} sequences each do not divide them"
+                f"train.global_batch_tokens = {self._global_batch_tokens}: makes {batch} sequences of step {step}, "
+                f"which {share.num_replicas} replicas with {share.sequences} sequences each do not divide; set it to a "
+                f"multiple of {per_micro_step * self.lengths[self.bucket(step)]}"
             )
         if not 0 <= share.replica < share.num_replicas:
-            raise IndexError(f"replica {share.replica} of {share.num_replicas}")
+            raise IndexError(f"replica = {share.replica}: must be in 0, ..., {share.num_replicas - 1}")
         micro_steps = np.arange(batch // per_micro_step)[:, None] * per_micro_step
-        places = micro_steps + share.replica * share.sequences + np.arange(share.sequences)
-        positions = int(self._earlier[step - 1]) * batch + places
-        return self._orders[self.bucket(step)].at(positions.ravel()).reshape(places.shape)
+        in_batch = micro_steps + share.replica * share.sequences + np.arange(share.sequences)  # [micro-step, row]
+        positions = int(self._earlier[step - 1]) * batch + in_batch
+        return self._orders[self.bucket(step)].at(positions.ravel()).reshape(positions.shape)
 
     def trained(self, steps_done: int) -> tuple[Trained, ...]:
-        """Return, for each bucket, what the first `steps_done` steps have trained on."""
+        """Return the part of each bucket that the first `steps_done` steps train on."""
         taken = np.bincount(self.step_buckets[:steps_done], minlength=len(self.lengths)).tolist()
         entries = []
         for length, order, steps in zip(self.lengths, self._orders, taken, strict=True):
@@ -317,5 +345,5 @@ class BatchOrder:
 
 
 def bucket_tokens(lengths: Sequence[int], orders: Sequence[BucketOrder]) -> list[int]:
-    """Return the tokens of a pass over each bucket, by which the curriculum divides a run's steps."""
+    """Return the number of tokens in a pass over each bucket; the curriculum divides a run's steps in proportion."""
     return [length * order.positions for length, order in zip(lengths, orders, strict=True)]

@@ -1,11 +1,11 @@
-"""Which bucket each optimizer step trains on: Dataset Decomposition's Algorithm 1 (arXiv 2405.13226), as a list.
+"""The curriculum: the bucket that each step trains on, by Algorithm 1 of Dataset Decomposition (arXiv 2405.13226).
 
-A step's whole global batch comes from one bucket and has the same number of tokens in every bucket.
+The whole global batch of a step comes from one bucket and has the same number of tokens for every bucket.
 
-Drawing without replacement, step by step, is the order in which independent clocks strike, so a whole cycle is one
-sort. Give each of a bucket's n batches an exponential time E of rate 1: where the chance is odds × batches left, batch
-times E / odds are independent of each other (Efraimidis and Spirakis, IPL 2006); where it is a constant rate while any
-batch is left, a bucket's times are the running sums of E / rate (superposed Poisson processes).
+Drawing buckets without replacement is equivalent to sorting independent random times, so one sort gives a whole cycle.
+Each of a bucket's n batches draws an exponential time E of rate 1. Where the probability of a bucket is proportional to
+odds x batches left, the batches' times are E / odds (Efraimidis and Spirakis, IPL 2006). Where a bucket has a constant
+rate while any batch is left, its times are the running sums of E / rate (superposed Poisson processes).
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from ..config import CurriculumConfig
 
 
 def bucket_odds(config: CurriculumConfig, num_buckets: int) -> tuple[float, ...]:
-    """Return the odds of each bucket, shortest first. Raises ValueError for odds of another number of buckets."""
+    """Return the odds of each bucket, shortest first. Raises ValueError if `config.odds` lists another number."""
     match config.odds:
         case "uniform" | "natural":
             return (1.0,) * num_buckets
@@ -32,8 +32,8 @@ def bucket_odds(config: CurriculumConfig, num_buckets: int) -> tuple[float, ...]
         case odds:
             if len(odds) != num_buckets:
                 raise ValueError(
-                    f"curriculum.odds has {len(odds)} numbers, {list(odds)}, and the data {num_buckets} buckets; "
-                    "name one for each, shortest first"
+                    f"curriculum.odds = {list(odds)}: the data has {num_buckets} buckets; give one number for each, "
+                    "shortest first"
                 )
             return odds
 
@@ -41,33 +41,34 @@ def bucket_odds(config: CurriculumConfig, num_buckets: int) -> tuple[float, ...]
 def step_buckets(
     tokens_per_bucket: Sequence[int], steps: int, config: CurriculumConfig, seed: int
 ) -> NDArray[np.uint8]:
-    """Return the bucket of every step, uint8 [steps]: element 0 is that of step 1; buckets are numbered as given.
+    """Return the index of each step's bucket, uint8 [steps]; element 0 belongs to step 1.
 
-    The steps are divided among the buckets in proportion to their tokens, and each bucket's share into
-    `config.cycles` near-equal parts. Within a cycle a bucket is drawn, without replacement, with the chance that
-    `config.draw` names. A share may exceed the bucket's own batches: its next pass then begins.
+    `tokens_per_bucket` are the tokens of a pass over each bucket, shortest bucket first. The steps are divided among
+    the buckets in proportion to them, and each bucket's share into `config.cycles` near-equal parts. Within a cycle
+    buckets are drawn without replacement, with the probabilities that `config.draw` names. If a share exceeds the
+    bucket's own batches, its next pass begins.
 
-    Raises ValueError when there are no tokens or fewer than one step.
+    Raises ValueError if there are no tokens or if `steps` is less than 1.
     """
     if sum(tokens_per_bucket) < 1 or steps < 1:
-        raise ValueError(f"cannot divide {steps} steps among {sum(tokens_per_bucket)} tokens; each must be positive")
+        raise ValueError(f"cannot divide {steps} steps among {sum(tokens_per_bucket)} tokens: both must be positive")
     odds = bucket_odds(config, len(tokens_per_bucket))
     shares = largest_remainder(tokens_per_bucket, steps)
     cycles = []
     for cycle in range(config.cycles):
         part = [share * (cycle + 1) // config.cycles - share * cycle // config.cycles for share in shares]
         times = [
-            # A key for each cycle and bucket: its draws do not depend on how many the others made.
+            # Each (cycle, bucket) has its own key, so its draws do not depend on the number of draws of the others.
             _times(count, odds[bucket], config, np.random.SeedSequence(seed, spawn_key=(cycle, bucket)))
             for bucket, count in enumerate(part)
         ]
-        buckets = np.repeat(np.arange(len(part), dtype=np.uint8), part)
+        buckets = np.repeat(np.arange(len(part), dtype=np.uint8), part)  # [steps of the cycle], as `times`
         cycles.append(buckets[np.argsort(np.concatenate(times), kind="stable")])
     return np.concatenate(cycles)
 
 
 def _times(count: int, odds: float, config: CurriculumConfig, seed: np.random.SeedSequence) -> NDArray[np.float64]:
-    """Return when a bucket's `count` batches of a cycle are drawn."""
+    """Return the times at which a bucket's `count` batches of a cycle are drawn, float64 [count]."""
     # Uniform on (0, 1] in steps of 2^-53.
     uniform = 1.0 - np.random.Generator(np.random.Philox(seed)).random(count)
     exponential = -exact_log(uniform)
@@ -77,17 +78,17 @@ def _times(count: int, odds: float, config: CurriculumConfig, seed: np.random.Se
 
 
 def exact_log(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the natural logarithm of positive numbers, within some 1e-15 relative.
+    """Return the natural logarithm of positive `values` [n], with a relative error of some 1e-15, float64 [n].
 
-    np.log differs in the last bit from processor to processor, and a run's order must not: this takes IEEE 754's
-    exactly rounded + - * / only. log(m 2^e) = e log 2 + 2 artanh((m - 1) / (m + 1)), m in [sqrt(1/2), sqrt(2)).
+    np.log differs in the last bit between processors, and the order of a run must not. This function uses only the
+    exactly rounded + - * / of IEEE 754: log(m 2^e) = e log 2 + 2 artanh((m - 1) / (m + 1)), m in [sqrt(1/2), sqrt(2)).
     """
     mantissa, exponent = np.frexp(values)
     low = mantissa < 0.7071067811865476
     mantissa = np.where(low, 2 * mantissa, mantissa)
     ratio = (mantissa - 1) / (mantissa + 1)
     square = ratio * ratio
-    # |ratio| < 0.172, so the first term left out is below 1e-17 of the sum.
+    # |ratio| < 0.172, so the first omitted term of the series is below 1e-17 of the sum.
     series = np.zeros_like(ratio)
     for power in range(21, 0, -2):
         series = series * square + 1 / power
@@ -95,10 +96,10 @@ def exact_log(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def largest_remainder(weights: Sequence[int], total: int) -> list[int]:
-    """Divide `total` in proportion to the weights, exactly, in integers; equal remainders favour the first."""
-    whole = sum(weights)
-    shares = [total * weight // whole for weight in weights]
-    by_remainder = sorted(range(len(weights)), key=lambda index: -(total * weights[index] % whole))
+    """Divide `total` into integers in proportion to `weights`; of equal remainders the first is rounded up."""
+    weight_sum = sum(weights)
+    shares = [total * weight // weight_sum for weight in weights]
+    by_remainder = sorted(range(len(weights)), key=lambda index: -(total * weights[index] % weight_sum))
     for index in by_remainder[: total - sum(shares)]:
         shares[index] += 1
     return shares

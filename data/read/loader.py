@@ -1,4 +1,4 @@
-"""The train split of prepared data, read in a BatchOrder ahead of the model. Its state is the step."""
+"""The loader reads the train split of prepared data in a BatchOrder, ahead of the model. Its only state is the step."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -21,7 +21,7 @@ from .knots import Knots
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """What one rank reads for one forward and backward."""
+    """The rows that one rank reads for one forward and backward."""
 
     step: int
     """Counted from 1."""
@@ -31,14 +31,14 @@ class MicroBatch:
     """Tokens of each sequence."""
 
     rows: NDArray[np.unsignedinteger]
-    """[sequences, length + 1], in the dtype they are stored in: inputs are [:, :-1], targets [:, 1:]."""
+    """Tokens [sequences, length + 1] in their stored dtype; inputs are [:, :-1], targets are [:, 1:]."""
 
     document_starts: tuple[tuple[int, ...], ...] | None
-    """Where documents begin in each row, ascending and from 0; None where neither attention nor positions tell
-    documents apart."""
+    """Positions at which documents begin in each row, ascending, the first one 0; None where neither attention nor
+    positions distinguish documents."""
 
     trained: NDArray[np.bool_] | None = None
-    """[sequences, length], which targets the loss counts; None for all."""
+    """Mask [sequences, length] of the targets that the loss counts; None counts all."""
 
 
 def training_order(
@@ -50,17 +50,20 @@ def training_order(
     global_batch_tokens: int,
     seed: int,
 ) -> BatchOrder:
-    """Return the order of a run of `steps`: a function of these arguments and of nothing else."""
+    """Return the order of a run of `steps` steps, a function of these arguments alone.
+
+    Raises ValueError if the curriculum or the global batch does not fit the data.
+    """
     orders = bucket_orders(manifest.buckets("train"), curriculum.weights, loader.window_tokens, seed)
     chosen = step_buckets(bucket_tokens(manifest.lengths, orders), steps, curriculum, seed)
     return BatchOrder(manifest.lengths, orders, chosen, global_batch_tokens)
 
 
 class Loader:
-    """Reads one rank's rows.
+    """Reads the rows of one rank.
 
-    `share_of` says for each length which part of a micro-batch the rank takes. With `pin_memory` rows lie in
-    page-locked memory, from which a copy to the GPU needs not be waited for.
+    `share_of(length)` returns the part of a micro-batch that the rank takes. With `pin_memory` rows lie in page-locked
+    memory, from which a copy to the GPU is asynchronous. `knots` ties some sequences as they are read.
     """
 
     def __init__(
@@ -82,30 +85,34 @@ class Loader:
         self._readers = [manifest.reader(bucket) for bucket in manifest.buckets("train")]
 
     def batches(self, after: int, last: int) -> Generator[MicroBatch, None, None]:
-        """Yield the micro-batches of steps after + 1, ..., last, in order; what reading raises is raised here."""
-        work = self._work(after, last)
+        """Yield the micro-batches of steps after + 1, ..., last, in order.
+
+        Errors of the reading threads are raised here. Closing the generator ends its threads.
+        """
+        reads = self._reads(after, last)
         if not self._config.workers:
-            for read in work:
+            for read in reads:
                 yield read()
             return
         pool = ThreadPoolExecutor(self._config.workers, "loader")
         try:
-            # Submitted here, as what is to be read costs some 0.1 ms a step to work out: each batch taken starts the
-            # reading of one that many later.
-            ahead = deque(map(pool.submit, islice(work, self._config.prefetch_batches)))
+            # `prefetch_batches` reads are always in flight: each batch that is taken submits one more. The order itself
+            # is computed in this thread, which costs some 0.1 ms a step.
+            ahead = deque(map(pool.submit, islice(reads, self._config.prefetch_batches)))
             while ahead:
                 batch = ahead.popleft().result()
-                ahead.extend(map(pool.submit, islice(work, 1)))
+                ahead.extend(map(pool.submit, islice(reads, 1)))
                 yield batch
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _work(self, after: int, last: int) -> Iterator[Callable[[], MicroBatch]]:
+    def _reads(self, after: int, last: int) -> Iterator[Callable[[], MicroBatch]]:
+        """Yield, for each micro-batch in order, the function that reads it."""
         for step in range(after + 1, last + 1):
             bucket = self.order.bucket(step)
             indices = self.order.sequences(step, self._share_of(self.order.lengths[bucket]))
-            for micro_step, rows in enumerate(indices):
-                yield partial(self._read, step, micro_step, bucket, rows)
+            for micro_step, of_micro_step in enumerate(indices):  # [sequences]
+                yield partial(self._read, step, micro_step, bucket, of_micro_step)
 
     def _read(self, step: int, micro_step: int, bucket: int, indices: NDArray[np.int64]) -> MicroBatch:
         reader = self._readers[bucket]
@@ -131,19 +138,20 @@ def read_rows(
     knots: Knots | None,
     out: NDArray[np.unsignedinteger] | None = None,
 ) -> tuple[NDArray[np.unsignedinteger], tuple[tuple[int, ...], ...] | None, NDArray[np.bool_] | None]:
-    """Return sequences `indices` [n], tied where `knots` says so: rows, document starts and trained targets.
+    """Return the rows, document starts and trained targets of sequences `indices` [n], as in MicroBatch.
 
-    As MicroBatch has them. Attention sees all of a tied sequence, whose chunks belong to each other.
+    `knots` ties a part of the sequences; None ties none. A tied sequence has one document start: its chunks belong to
+    each other, so attention sees all of them. `out` [n, length + 1] is the array to read into.
     """
     rows = reader.read(indices, out=out)
     starts = reader.document_starts(indices) if needs_starts else None
     trained = None
     if knots is not None:
         trained = np.ones((len(rows), reader.length), dtype=np.bool_)
-        for place, number in enumerate(indices.tolist()):
-            tied = knots.tie(rows[place], number)
+        for row, sequence in enumerate(indices.tolist()):
+            tied = knots.tie(rows[row], sequence)
             if tied is not None:
-                rows[place], trained[place] = tied
+                rows[row], trained[row] = tied
                 if starts is not None:
-                    starts[place] = (0,)
+                    starts[row] = (0,)
     return rows, None if starts is None else tuple(starts), trained

@@ -148,7 +148,7 @@ def test_inspect_of_data_takes_a_curriculum_and_no_more(capsys, recipe_file, dat
     assert data.with_name("data.png").is_file()
     assert "only curriculum.* and loader.* can be set" in error_of(capsys, "inspect", str(data), "train.steps=3")
     error = error_of(capsys, "inspect", str(data), "curriculum.odds=[1,2]")
-    assert "curriculum.odds has 2 numbers, [1.0, 2.0], and the data 4 buckets" in error
+    assert "curriculum.odds = [1.0, 2.0]: the data has 4 buckets" in error
 
 
 def test_slurm_without_slurm(capsys, recipe_file, tmp_path, monkeypatch):

@@ -228,7 +228,7 @@ def test_data_of_another_order_is_refused(ordered):
     recipe_file, overrides = ordered
     for changed, message in [
         ("order.neighbors=4", r"order\.directory = .* was prepared with order\.neighbors = 5, not 4"),
-        ("knots.chunk_odds=[0, 0, 0, 1]", r"knots\.chunk_odds allows 4 chunks and data\.tokenizer\.knot_chunks is 3"),
+        ("knots.chunk_odds=[0, 0, 0, 1]", r"data\.tokenizer\.knot_chunks = 3: knots\.chunk_odds needs 4"),
         ("knots.chunk_odds=2", r"knots\.chunk_odds = 2 must be a list of numbers"),
         ("data.rest=drop", r"needs every document whole"),
     ]:

@@ -542,14 +542,14 @@ def test_documents_are_read_whole_and_in_parts(prepared: DataConfig, tmp_path: P
 
 def test_data_that_lacks_documents_is_refused(prepared: DataConfig, tmp_path: Path):
     for changed, message in [
-        ({"rest": "drop"}, r"order\.mode = 'in_context' needs every document whole.*set data\.rest = 'pack'"),
+        ({"rest": "drop"}, r"order\.mode = 'in_context': needs every document whole.*data\.rest = 'pack'"),
         ({"method": "concat", "rest": "drop"}, r"data\.method = 'concat' with data\.rest = 'drop' drops parts"),
     ]:
         with pytest.raises(ValueError, match=message):
             order(replace(prepared, **changed), settings(tmp_path), QUIET)
-    with pytest.raises(ValueError, match=r"fills the buckets of data\.method = 'decompose', not 'best_fit'"):
+    with pytest.raises(ValueError, match=r"needs the buckets of dataset decomposition, and data\.method is 'best_fit'"):
         order(replace(prepared, method="best_fit"), settings(tmp_path, mode="fill_long_buckets"), QUIET)
-    with pytest.raises(ValueError, match=r"order\.context_tokens is 48; .* from data\.min_bucket_tokens = 16 to"):
+    with pytest.raises(ValueError, match=r"order\.context_tokens = 48: .* from data\.min_bucket_tokens = 16 to"):
         order(prepared, settings(tmp_path, context_tokens=48), QUIET)
     with pytest.raises(ValueError, match=r"order\.mode is 'off'"):
         order(prepared, OrderConfig(), QUIET)
@@ -560,12 +560,12 @@ def test_data_that_lacks_documents_is_refused(prepared: DataConfig, tmp_path: Pa
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"mode": "off"}, r"order\.mode is 'off' and order\.directory"),
-        ({"directory": ""}, r"order\.mode is 'in_context' and order\.directory ''"),
-        ({"directory": "s3://x/y"}, r"order\.directory = s3://x/y .* must be on this machine"),
-        ({"neighbors": 0}, r"order\.neighbors is 0; it must be at least 1"),
-        ({"exact_documents": 1_000}, r"order\.exact_documents is 1000; it must be at least 1024"),
-        ({"duplicate_overlap": 1.5}, r"order\.duplicate_overlap is 1\.5; it must be in \[0, 1\]"),
+        ({"mode": "off"}, r"order\.directory = .*: order\.mode is 'off'; remove it"),
+        ({"directory": ""}, r"order\.directory = '': order\.mode is 'in_context'; set it"),
+        ({"directory": "s3://x/y"}, r"order\.directory = s3://x/y: must be a local directory"),
+        ({"neighbors": 0}, r"order\.neighbors = 0: must be at least 1"),
+        ({"exact_documents": 1_000}, r"order\.exact_documents = 1000: must be at least 1024"),
+        ({"duplicate_overlap": 1.5}, r"order\.duplicate_overlap = 1\.5: must be in \[0, 1\]"),
     ],
 )
 def test_bad_settings_are_named(tmp_path: Path, changed: dict[str, Any], message: str):

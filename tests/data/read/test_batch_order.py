@@ -13,15 +13,15 @@ from longring.data.read.curriculum import step_buckets
 LENGTHS, SEQUENCES, STEPS = (8, 16, 32), (10, 7, 5), 60
 
 
-def lone(sequences: int, seed: int, bucket: int, windows: int = 1) -> BucketOrder:
-    """One source, in shards of 3 sequences."""
+def one_source(sequences: int, seed: int, bucket: int, windows: int = 1) -> BucketOrder:
+    """Return the order of a bucket with one source, in shards of 3 sequences."""
     shards = tuple([3] * (sequences // 3) + [sequences % 3] * (sequences % 3 > 0))
     part = SourcePart(first_sequence=0, shard_sequences=shards, positions=sequences)
     return BucketOrder([part], windows, (seed, bucket))
 
 
 def order(seed: int = 0, global_batch_tokens: int = 256, windows: int = 1) -> BatchOrder:
-    orders = [lone(count, seed, bucket, windows) for bucket, count in enumerate(SEQUENCES)]
+    orders = [one_source(count, seed, bucket, windows) for bucket, count in enumerate(SEQUENCES)]
     chosen = step_buckets(bucket_tokens(LENGTHS, orders), STEPS, CurriculumConfig(cycles=2), seed)
     return BatchOrder(LENGTHS, orders, chosen, global_batch_tokens)
 
@@ -46,11 +46,11 @@ def test_every_sequence_once_in_every_pass(seed: int, global_batch_tokens: int, 
         assert len(set(passes[-1])) == len(passes[-1])
 
 
-def test_passes_and_seeds_have_their_own_orders():
+def test_each_pass_and_each_seed_has_its_own_order():
     zero, one = ([whole_batch(order(seed), step) for step in range(1, STEPS + 1)] for seed in (0, 1))
     assert zero != one
     for windows in (1, 4):
-        batches = BatchOrder((8,), [lone(64, 0, 0, windows)], np.zeros(4, dtype=np.uint8), 8 * 64)
+        batches = BatchOrder((8,), [one_source(64, 0, 0, windows)], np.zeros(4, dtype=np.uint8), 8 * 64)
         assert len({tuple(whole_batch(batches, step)) for step in range(1, 5)}) == 4
 
 
@@ -92,13 +92,13 @@ def test_steps_count_from_1(step: int):
 def test_any_world_and_any_restart_reads_the_same(
     num_replicas: int, sequences: int, step: int, seed: int, windows: int
 ):
-    """A step's batch comes from a new object, asked for nothing before; the replicas' shares make it up in order."""
+    """A new BatchOrder gives the same batch at any step; the replicas' shares, in order, are the whole batch."""
     expected = whole_batch(order(seed, windows=windows), step)
     batches = order(seed, windows=windows)
     size = batches.batch_sequences(step)
     shares = [Share(replica, num_replicas, sequences) for replica in range(num_replicas)]
     if size % (num_replicas * sequences):
-        with pytest.raises(ValueError, match=f"makes {size} sequences of step {step}; {num_replicas} replicas"):
+        with pytest.raises(ValueError, match=f"makes {size} sequences of step {step}, which {num_replicas} replicas"):
             batches.sequences(step, shares[0])
         return
     rows = np.stack([batches.sequences(step, share) for share in shares], axis=1)
@@ -106,20 +106,22 @@ def test_any_world_and_any_restart_reads_the_same(
 
 
 @pytest.mark.parametrize("replica", [2, -1])
-def test_outside_the_replicas(replica: int):
-    with pytest.raises(IndexError, match=f"replica {replica} of 2"):
+def test_a_replica_outside_the_run(replica: int):
+    with pytest.raises(IndexError, match=rf"replica = {replica}: must be in 0, \.\.\., 1"):
         order().sequences(1, Share(replica, 2, 1))
 
 
 @pytest.mark.parametrize("global_batch_tokens", [0, 16, 48])
 def test_global_batch_must_be_a_multiple_of_the_largest_bucket(global_batch_tokens: int):
-    with pytest.raises(ValueError, match=rf"train\.global_batch_tokens is {global_batch_tokens} .* 32"):
+    with pytest.raises(
+        ValueError, match=rf"train\.global_batch_tokens = {global_batch_tokens}: .* 32 tokens; set it to (32|64)"
+    ):
         order(global_batch_tokens=global_batch_tokens)
 
 
 def test_a_bucket_of_the_curriculum_must_have_sequences():
-    with pytest.raises(ValueError, match="bucket 16, which has no sequences"):
-        BatchOrder((8, 16), [lone(3, 0, 0), lone(0, 0, 1)], np.array([0, 1], dtype=np.uint8), 16)
+    with pytest.raises(ValueError, match="bucket 16 has no sequences"):
+        BatchOrder((8, 16), [one_source(3, 0, 0), one_source(0, 0, 1)], np.array([0, 1], dtype=np.uint8), 16)
 
 
 @pytest.mark.parametrize("windows", [1, 3])
@@ -138,7 +140,7 @@ def test_trained_counts_what_was_read(step: int, windows: int):
 
 
 def bucket(length: int, shards: dict[str, list[int]]) -> Bucket:
-    """A bucket whose sources have shards of so many sequences."""
+    """Return a bucket; `shards` are the numbers of sequences in each source's shards."""
     table = np.zeros(sum(map(len, shards.values())), dtype=SHARD_DTYPE)
     table["sequences"] = [count for counts in shards.values() for count in counts]
     parts, first = [], 0
@@ -170,7 +172,7 @@ def test_weights_are_shares_of_tokens(window_tokens: int):
     weights = {"a": 1.0, "b": 2.0, "c": 1.0}
     tokens: Counter[str] = Counter()
     for chosen, entry in zip(bucket_orders(BUCKETS, weights, window_tokens, 3), BUCKETS, strict=True):
-        # Six passes: 27 or 3 times each of a source's sequences, as near as the parts allow.
+        # Six passes: each sequence of a source comes equally often, up to one.
         seen = Counter(stream(chosen, 6 * chosen.positions))
         assert chosen.reached(6 * chosen.positions) == len(seen)
         first = 0
@@ -184,15 +186,15 @@ def test_weights_are_shares_of_tokens(window_tokens: int):
         assert tokens[name] / tokens.total() == pytest.approx(weight / 4, abs=0.02)
 
 
-def test_every_window_holds_its_share_of_every_source():
-    """In any run of positions a source is at most two windows away from its share."""
+def test_every_shuffle_window_holds_its_share_of_every_source():
+    """In every run of positions a source has its share, up to one sequence."""
     [chosen, _] = bucket_orders((bucket(8, {"a": [300], "b": [50] * 14}), BUCKETS[1]), {}, 400, 0)
     is_a = np.array(stream(chosen, 1_000)) < 300
     for start in range(0, 1_000, 50):
         assert abs(is_a[start : start + 50].sum() - 15) <= 1
 
 
-def test_a_window_needs_few_shards_at_a_time():
+def test_a_shuffle_window_reads_few_shards():
     parts = [SourcePart(first_sequence=0, shard_sequences=(10,) * 50, positions=500)]
     numbers = np.array(stream(BucketOrder(parts, 25, (0, 0)), 500)) // 10
     assert max(len(set(numbers[start : start + 20])) for start in range(0, 500, 20)) == 2
@@ -200,7 +202,7 @@ def test_a_window_needs_few_shards_at_a_time():
     assert len(set(np.array(stream(BucketOrder(parts, 1, (0, 0)), 20)) // 10)) > 10
 
 
-def test_reached_where_a_source_is_repeated():
+def test_reached_counts_distinct_sequences_of_a_repeated_source():
     chosen, _ = bucket_orders(BUCKETS, {"a": 5.0, "b": 1.0, "c": 1.0}, 0, 0)
     for positions in (0, 1, 10, 50, 100, 1_000):
         assert chosen.reached(positions) == len(set(stream(chosen, positions)))
@@ -208,12 +210,12 @@ def test_reached_where_a_source_is_repeated():
 
 @pytest.mark.parametrize("weights", [{"a": 1.0}, {"a": 1.0, "b": 1.0, "c": 1.0, "d": 1.0}])
 def test_weights_name_every_source(weights: dict[str, float]):
-    with pytest.raises(ValueError, match=rf"curriculum\.weights names {', '.join(weights)}, and .* are a, b, c"):
+    with pytest.raises(ValueError, match=rf"curriculum\.weights = {', '.join(weights)}: .* are a, b, c;"):
         bucket_orders(BUCKETS, weights, 0, 0)
 
 
 def test_the_curriculum_follows_the_weighted_tokens():
-    """c is in the long bucket alone: its weight gives that bucket more steps."""
+    """Source c has sequences in the long bucket alone, so its weight gives that bucket more tokens."""
     even, weighted = (
         bucket_tokens((8, 16), bucket_orders(BUCKETS, weights, 0, 0))
         for weights in ({}, {"a": 1.0, "b": 1.0, "c": 8.0})

@@ -64,22 +64,20 @@ def test_every_cycle_has_a_near_equal_part_of_every_bucket(odds, draw: str):
 
 
 @pytest.mark.parametrize("odds", PAPER_ODDS, ids=str)
-def test_names_are_the_papers_odds(odds):
+def test_named_odds_are_those_of_the_paper(odds):
     assert list(bucket_odds(curriculum(odds), 3)) == PAPER_ODDS[odds]
 
 
-def test_odds_of_another_number_of_buckets():
-    with pytest.raises(
-        ValueError, match=r"curriculum\.odds has 3 numbers, \[5\.0, 1\.0, 2\.5\], and the data 2 buckets"
-    ):
+def test_odds_for_another_number_of_buckets():
+    with pytest.raises(ValueError, match=r"curriculum\.odds = \[5\.0, 1\.0, 2\.5\]: the data has 2 buckets; give one"):
         step_buckets([1, 1], 10, curriculum((5.0, 1.0, 2.5)), 0)
 
 
 def sequence_probability(order: tuple[int, ...], part: list[int], odds, draw: str) -> float:
-    """The probability of drawing the buckets in this order from a cycle with `part` batches of each, draw by draw."""
+    """Return the probability of drawing the buckets in this order from a cycle with `part` batches of each."""
     left, probability = list(part), 1.0
     for bucket in order:
-        # Algorithm 1: the odds while any batch is left. The released code: times the batches of the cycle.
+        # Algorithm 1 of the paper uses the odds while any batch is left; its released code multiplies by the batches.
         factors = {"odds": [1] * len(part), "odds_times_batches": part, "odds_times_left": left}[draw]
         if odds == "natural":
             factors = left
@@ -103,7 +101,7 @@ def test_whole_orders_appear_as_often_as_the_formula_says(odds, draw: str):
 
 
 def test_buckets_of_unequal_size_end_together_when_left_counts():
-    """Under equal odds; by odds alone the small bucket would be gone after a tenth."""
+    """With equal odds and a draw by odds alone, the small bucket ends after a tenth of the cycle."""
     last = {}
     for draw in DRAWS:
         ends = [
@@ -112,7 +110,7 @@ def test_buckets_of_unequal_size_end_together_when_left_counts():
         ]
         last[draw] = np.mean(ends)
     assert last["odds"] < 200
-    # Of 50 places in 1,000 the last is at 980 on average. Constant rates keep it near the end, but with more spread.
+    # The last of 50 random steps of 1,000 is 980 on average. Constant rates keep it near the end, with more spread.
     assert 960 < last["odds_times_left"] < 995
     assert last["odds_times_batches"] > 800
 
@@ -140,19 +138,19 @@ def test_the_same_seed_gives_the_same_buckets_and_cycles_are_not_copies():
     assert first[:150].tolist() != first[150:].tolist()
 
 
-def test_a_cycle_draws_the_same_whatever_the_others_drew():
-    """Two cycles against four of the same size: the first two agree."""
+def test_a_cycle_does_not_depend_on_the_other_cycles():
+    """The first two of four cycles are the same as two cycles of the same size."""
     two, four = (step_buckets([1, 1], steps, curriculum(cycles=steps // 50), 0).tolist() for steps in (100, 200))
     assert two == four[:100]
 
 
 def test_known_answer():
-    """The order is part of the format of a run: numpy or we may not change it unnoticed."""
+    """The order is part of the format of a run: neither numpy nor this project may change it unnoticed."""
     assert step_buckets([1, 2, 3], 12, curriculum(cycles=2), 0).tolist() == [2, 2, 1, 0, 1, 2, 2, 2, 1, 1, 0, 2]
 
 
 @given(st.floats(2.0**-53, 1.0))
-def test_the_logarithm_is_the_logarithm(value: float):
+def test_exact_log_is_the_logarithm(value: float):
     [found] = exact_log(np.array([value]))
     assert found == pytest.approx(math.log(value), rel=4e-15, abs=1e-300)
 

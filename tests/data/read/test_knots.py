@@ -1,4 +1,4 @@
-"""Untie the Knots against a direct transcription, and its labels decoded."""
+"""Untie the Knots: compared with a direct transcription, and tied rows are parsed back into documents."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
 from longring.data.format.tokenizer import DocumentTokenizer, knot_tokens, train_tokenizer, with_knot_tokens
 from longring.data.order_config import KnotsConfig
-from longring.data.read.knots import LABEL_CHARACTERS, Knots, Tied, cut_points, fitted
+from longring.data.read.knots import LABEL_CHARACTERS, Knots, Tied, cut_points, fit_to_length
 
 CHUNKS = 4
 B = 0
@@ -23,12 +23,12 @@ def tokenizer() -> DocumentTokenizer:
 
 
 def text(generator: np.random.Generator, count: int) -> list[int]:
-    """Tokens above the special ones."""
+    """Return `count` random tokens, none of them special."""
     return generator.integers(20, 300, count).tolist()
 
 
 def row_of(sizes: list[int], length: int, *, begins_inside: bool, seed: int = 0) -> np.ndarray:
-    """A row of `length` pairs: documents of these tokens and their boundaries, the last cut off or going on."""
+    """Return a row [length + 1] of documents of `sizes` tokens, each with its boundary; the end is cut or filled."""
     generator = np.random.default_rng(seed)
     tokens = [] if begins_inside else [B]
     for size in sizes:
@@ -38,28 +38,28 @@ def row_of(sizes: list[int], length: int, *, begins_inside: bool, seed: int = 0)
 
 
 class Parsed:
-    """A tied row taken apart by its special tokens: what a reader of it could know."""
+    """The chunks and backtraces of a tied row, parsed by its special tokens alone."""
 
     def __init__(self, tokens: list[int], tokenizer: DocumentTokenizer):
         names = {tokenizer.tokenizer.token_to_id(name): name for name in knot_tokens(CHUNKS)}
         self.chunks: list[dict[str, Any]] = []
         self.traces: list[tuple[int, list[str]]] = []
-        """(place among chunks after which it stands, labels)."""
-        place = 1
+        """(index of the chunk that the backtrace follows, labels)."""
+        position = 1
 
         def until(name: str) -> list[int]:
-            nonlocal place
-            begin = place
-            while names.get(tokens[place]) not in (name, "<|then|>"):
-                place += 1
-            return tokens[begin:place]
+            nonlocal position
+            begin = position
+            while names.get(tokens[position]) not in (name, "<|then|>"):
+                position += 1
+            return tokens[begin:position]
 
-        while place < len(tokens):
-            name = names.get(tokens[place], "")
-            place += 1
+        while position < len(tokens):
+            name = names.get(tokens[position], "")
+            position += 1
             if name == "<|label|>":
                 label = tokenizer.tokenizer.decode(until("<|/label|>"))
-                place += 1
+                position += 1
                 self.chunks.append({"label": label, "text": [], "head": 0, "tail": 0})
             elif name.startswith("<|head_"):
                 assert not self.chunks[-1]["text"]
@@ -68,17 +68,17 @@ class Parsed:
                 self.chunks[-1]["tail"] = int(name[7:-2])
             elif name == "<|trace|>":
                 labels = [tokenizer.tokenizer.decode(until("<|/trace|>"))]
-                while names[tokens[place]] == "<|then|>":
-                    place += 1
+                while names[tokens[position]] == "<|then|>":
+                    position += 1
                     labels.append(tokenizer.tokenizer.decode(until("<|/trace|>")))
-                place += 1
+                position += 1
                 self.traces.append((len(self.chunks) - 1, labels))
             else:
                 after_end = not self.chunks or self.chunks[-1]["tail"] or self.chunks[-1]["text"][-1:] == [B]
                 traced = self.traces and self.traces[-1][0] == len(self.chunks) - 1
                 if after_end or traced:
                     self.chunks.append({"label": None, "text": [], "head": 0, "tail": 0})
-                self.chunks[-1]["text"].append(tokens[place - 1])
+                self.chunks[-1]["text"].append(tokens[position - 1])
 
 
 @settings(max_examples=150, deadline=None)
@@ -91,7 +91,7 @@ class Parsed:
 def test_documents_can_be_tied_together_again(
     tokenizer: DocumentTokenizer, sizes: list[int], begins_inside: bool, seed: int, odds: tuple[float, ...]
 ):
-    """By labels and backtraces alone, the last document's too; what is missing was cut from the end."""
+    """Labels and backtraces alone give every document, the last one too; missing text was cut from the end."""
     length = 256
     row = row_of(sizes, length, begins_inside=begins_inside, seed=seed)
     config = KnotsConfig(share=1.0, chunk_odds=odds, min_document_tokens=4, min_sequence_tokens=1)
@@ -104,18 +104,18 @@ def test_documents_can_be_tied_together_again(
     by_label = {chunk["label"]: chunk for chunk in parsed.chunks if chunk["label"]}
     assert all(len(label) == 6 and set(label) <= set(LABEL_CHARACTERS) for label in by_label)
     documents, in_traces = [], []
-    for place, labels in parsed.traces:
+    for last_chunk, labels in parsed.traces:
         chunks = [by_label[label] for label in labels]
         assert [chunk["head"] for chunk in chunks] == [0, *range(2, len(chunks) + 1)]
         assert [chunk["tail"] for chunk in chunks] == [*range(1, len(chunks)), 0]
-        places = [parsed.chunks.index(chunk) for chunk in chunks]
-        assert places == sorted(places), "chunks keep their order"
-        assert places[-1] == place, "the backtrace follows the document's last chunk"
+        order = [parsed.chunks.index(chunk) for chunk in chunks]
+        assert order == sorted(order), "chunks keep their order"
+        assert order[-1] == last_chunk, "the backtrace follows the document's last chunk"
         in_traces += labels
         documents.append([token for chunk in chunks for token in chunk["text"]])
-    assert sorted(in_traces) == sorted(by_label), "every label is named once, the last document's too"
+    assert sorted(in_traces) == sorted(by_label), "every label is named once, those of the last document too"
     documents += [chunk["text"] for chunk in parsed.chunks if not chunk["label"]]
-    # The row's own documents, cut at its end by what the marks take.
+    # The documents of the row; marks take the room of text at its end.
     taken = sum(map(len, documents))
     source = row.tolist()[int(row[0] == B) :][:taken]
     expected: list[list[int]] = [[]]
@@ -127,23 +127,23 @@ def test_documents_can_be_tied_together_again(
 
 
 def transcribed_mask(tokens: list[int], tokenizer: DocumentTokenizer, first_is_others: list[int]) -> list[bool]:
-    """The released code's rules, said as it says them: input by input, label by label."""
+    """Return the mask of trained targets by the rules of the released code, token by token."""
     ids = {name: tokenizer.tokenizer.token_to_id(name) for name in knot_tokens(CHUNKS)}
     knots = {found for name, found in ids.items() if "head" in name or "tail" in name}
     trained = [True] * (len(tokens) - 1)
     inside = False
-    for place in range(len(tokens) - 1):
-        one, label = tokens[place], tokens[place + 1]
+    for position in range(len(tokens) - 1):
+        one, label = tokens[position : position + 2]
         if one == ids["<|label|>"]:
             inside = True
         if one in knots or label in knots or inside or label == ids["<|label|>"]:
-            trained[place] = False
+            trained[position] = False
         if one == ids["<|/label|>"]:
             inside = False
         if label == ids["<|trace|>"] or one == ids["<|/trace|>"]:
-            trained[place] = False
-        if place + 1 in first_is_others:
-            trained[place] = False
+            trained[position] = False
+        if position + 1 in first_is_others:
+            trained[position] = False
     return trained
 
 
@@ -153,23 +153,23 @@ def test_the_loss_leaves_out_knots_and_labels(
     tokenizer: DocumentTokenizer, sizes: list[int], begins_inside: bool, seed: int
 ):
     row = row_of(sizes, 200, begins_inside=begins_inside, seed=seed)
-    row[0] = 19 if begins_inside else B  # a token that the rest does not have
+    row[0] = 19 if begins_inside else B  # 19: a token that the rest of the row lacks
     row[1:][row[1:] == 19] = 21
     config = KnotsConfig(share=1.0, chunk_odds=(1.0, 1.0, 1.0), min_document_tokens=4, min_sequence_tokens=1)
     result = Knots(config, tokenizer, 1).tie(row, seed)
     assert result is not None
     tied, trained = result
-    others = [place for place, token in enumerate(tied.tolist()) if token == 19]
-    assert len(others) == begins_inside, "the part's first input is there, and not a target again"
+    others = [position for position, token in enumerate(tied.tolist()) if token == 19]
+    assert len(others) == begins_inside, "the piece's first input is kept, and it is not a target"
     assert trained.tolist() == transcribed_mask(tied.tolist(), tokenizer, others)
-    # A backtrace's labels, the marks between them and its end are trained.
+    # The labels of a backtrace, the marks between them and its end are trained.
     ids = {name: tokenizer.tokenizer.token_to_id(name) for name in knot_tokens(CHUNKS)}
     targets = tied[1:]
     assert np.all(trained[(targets == ids["<|then|>"]) | (targets == ids["<|/trace|>"])])
 
 
 def transcribed(documents: list[Tied], draws: np.random.Generator, marks: Any, *, keep_order: bool) -> list[int]:
-    """Appendix B over lists: chunks with their marks, one permutation, each document's positions sorted, backtraces."""
+    """Return the mixed tokens by appendix B over lists: marked chunks, one permutation, sorted slots, backtraces."""
     chunks: list[tuple[int, list[int]]] = []
     free = sum(document.num_chunks for document in documents) - (documents[-1].tokens[-1] != B)
     keys = draws.random(free).tolist()
@@ -185,13 +185,13 @@ def transcribed(documents: list[Tied], draws: np.random.Generator, marks: Any, *
             tail = [marks.tails[chunk]] if chunk < count - 1 else []
             label = [marks.label, *document.labels[chunk], marks.label_end]
             chunks.append((number, label + head + tokens[bounds[chunk] : bounds[chunk + 1]] + tail))
-    # Key i belongs to position i: chunk number c goes where the c-th smallest key is.
+    # Key i belongs to position i: chunk c goes to the position of the c-th smallest key.
     positions = sorted(range(free), key=keys.__getitem__) + list(range(free, len(chunks)))
     if keep_order:
         for number in range(len(documents)):
-            mine = [place for place, (owner, _) in enumerate(chunks) if owner == number]
-            for place, position in zip(mine, sorted(positions[place] for place in mine), strict=True):
-                positions[place] = position
+            mine = [chunk for chunk, (owner, _) in enumerate(chunks) if owner == number]
+            for chunk, position in zip(mine, sorted(positions[chunk] for chunk in mine), strict=True):
+                positions[chunk] = position
     laid: list[tuple[int, list[int]]] = [(0, [])] * len(chunks)
     for chunk, position in zip(chunks, positions, strict=True):
         laid[position] = chunk
@@ -201,8 +201,8 @@ def transcribed(documents: list[Tied], draws: np.random.Generator, marks: Any, *
         labels = documents[number].labels
         if labels and all(owner != number for owner, _ in laid[position + 1 :]):
             result.append(marks.trace)
-            for place, label in enumerate(labels):
-                result += [marks.then] * (place > 0) + label
+            for nth, label in enumerate(labels):
+                result += [marks.then] * (nth > 0) + label
             result.append(marks.trace_end)
     return result
 
@@ -214,7 +214,7 @@ def transcribed(documents: list[Tied], draws: np.random.Generator, marks: Any, *
     keep_order=st.booleans(),
     seed=st.integers(0, 1_000),
 )
-def test_mixing_is_the_papers(
+def test_mixing_follows_the_paper(
     tokenizer: DocumentTokenizer, counts: list[int], ended: bool, keep_order: bool, seed: int
 ):
     generator = np.random.default_rng(seed)
@@ -225,12 +225,12 @@ def test_mixing_is_the_papers(
         labels = [text(generator, 3) for _ in range(count)] if count > 1 else []
         documents.append(Tied(np.array(tokens), np.zeros(len(tokens), dtype=np.int8), labels, 0))
     knots = Knots(KnotsConfig(share=1.0, chunk_odds=(1,) * CHUNKS, keep_order=keep_order), tokenizer, 0)
-    found, _ = knots.mixed(documents, np.random.default_rng(seed + 1))
+    found, _ = knots.mix(documents, np.random.default_rng(seed + 1))
     draws = np.random.default_rng(seed + 1)
     assert found.tolist() == transcribed(documents, draws, knots.marks, keep_order=keep_order)
     if not ended:
         last = documents[-1].tokens.tolist()[-1]
-        assert found.tolist()[-1] in (last, knots.marks and knots.marks.trace_end), "it goes on to the sequence's end"
+        assert found.tolist()[-1] in (last, knots.marks and knots.marks.trace_end), "the last chunk ends the sequence"
 
 
 @settings(max_examples=200, deadline=None)
@@ -246,14 +246,14 @@ def test_text_makes_room_for_marks_at_the_end(sizes: list[tuple[int, int, int]],
         documents.append(Tied(tokens, np.zeros(size, dtype=np.int8), [[1]] * count * tied, marks * tied))
         first += size
     length = max(1, first - less)
-    kept = fitted(documents, length)
+    kept = fit_to_length(documents, length)
     assert sum(len(one.tokens) + one.num_marks for one in kept) == length
     assert [token for one in kept for token in one.tokens.tolist()] == list(range(sum(len(one.tokens) for one in kept)))
     assert all(len(one.tokens) >= one.num_chunks for one in kept)
-    # From the end on documents lost their labels; the one before those could not have kept a token a chunk with more.
+    # Only documents at the end lost their labels.
     labelled = [bool(one.labels) for one in kept]
     wanted = [bool(one.labels) for one in documents[: len(kept)]]
-    changed = [place for place, (one, other) in enumerate(zip(labelled, wanted, strict=True)) if one != other]
+    changed = [index for index, (one, other) in enumerate(zip(labelled, wanted, strict=True)) if one != other]
     assert not any(labelled[changed[0] :]) if changed else labelled == wanted
 
 
@@ -263,13 +263,13 @@ def test_cut_points_are_equally_likely():
     for _ in range(6_000):
         points = tuple(cut_points(6, 3, generator))
         counts[points] = counts.get(points, 0) + 1
-    assert len(counts) == 10  # of 1 ... 5 two
+    assert len(counts) == 10  # two of 1, ..., 5
     assert all(500 < count < 700 for count in counts.values())
     assert cut_points(3, 3, generator) == [1, 2]
     assert cut_points(9, 1, generator) == []
 
 
-def test_is_a_pure_function_of_seed_and_sequence(tokenizer: DocumentTokenizer):
+def test_knots_are_a_pure_function_of_seed_and_sequence(tokenizer: DocumentTokenizer):
     row = row_of([40, 30, 50], 200, begins_inside=False)
     config = KnotsConfig(share=0.5, min_document_tokens=4, min_sequence_tokens=1)
     before, again = Knots(config, tokenizer, 3), Knots(config, tokenizer, 3)
@@ -280,7 +280,7 @@ def test_is_a_pure_function_of_seed_and_sequence(tokenizer: DocumentTokenizer):
         assert one is None or (np.array_equal(one[0], other[0]) and np.array_equal(one[1], other[1]))  # type: ignore[index]
     tied = [one[0].tolist() for one in first if one is not None]
     assert 70 < len(tied) < 130
-    assert len(set(map(tuple, tied))) == len(tied), "each sequence has its own"
+    assert len(set(map(tuple, tied))) == len(tied), "each sequence has its own knots"
     seeded = Knots(config, tokenizer, 4)
     assert [seeded.tie(row, number) is None for number in range(200)] != [one is None for one in first]
     shorter = Knots(KnotsConfig(share=1.0, min_sequence_tokens=201), tokenizer, 3)
@@ -323,10 +323,10 @@ def test_special_tokens_are_in_the_vocabulary_from_the_start(tokenizer: Document
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
-        ({"share": 1.1}, r"knots\.share is 1\.1; it must be in \[0, 1\]"),
-        ({"chunk_odds": ()}, r"knots\.chunk_odds is \[\]"),
-        ({"chunk_odds": (0.0, -1.0)}, r"knots\.chunk_odds is \[0\.0, -1\.0\]"),
-        ({"min_document_tokens": 0}, r"knots\.min_document_tokens is 0; it must be at least 1"),
+        ({"share": 1.1}, r"knots\.share = 1\.1: must be in \[0, 1\]"),
+        ({"chunk_odds": ()}, r"knots\.chunk_odds = \[\]: must be"),
+        ({"chunk_odds": (0.0, -1.0)}, r"knots\.chunk_odds = \[0\.0, -1\.0\]: must be"),
+        ({"min_document_tokens": 0}, r"knots\.min_document_tokens = 0: must be at least 1"),
     ],
 )
 def test_bad_settings_are_named(settings_: dict[str, Any], message: str):
@@ -341,10 +341,12 @@ def test_a_tokenizer_without_the_tokens_is_refused(tokenizer_file: Path):
         if good:
             KnotsConfig(share=0.5).check(data)
         else:
-            with pytest.raises(ValueError, match=rf"allows 3 chunks and data\.tokenizer\.knot_chunks is {chunks}"):
+            with pytest.raises(
+                ValueError, match=rf"data\.tokenizer\.knot_chunks = {chunks}: knots\.chunk_odds needs 3; set"
+            ):
                 KnotsConfig(share=0.5).check(data)
     plain = DocumentTokenizer(tokenizer_file.read_bytes(), "<|endoftext|>")
-    with pytest.raises(ValueError, match=r"the tokenizer has no <\|label\|>.*set data\.tokenizer\.knot_chunks = 3"):
+    with pytest.raises(ValueError, match=r"the tokenizer lacks <\|label\|>.*set data\.tokenizer\.knot_chunks = 3"):
         Knots(KnotsConfig(share=0.5), plain, 0)
     for chunks in (-1, 1):
         with pytest.raises(ValueError, match=f"knot_chunks is {chunks}; it must be at least 2, or 0"):

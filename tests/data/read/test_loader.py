@@ -60,7 +60,7 @@ def test_every_number_of_workers_and_ranks_reads_the_same(manifest: Manifest):
     assert all(len(rows) * (len(rows[0][0]) - 1) == BATCH_TOKENS for rows in whole.values())
 
 
-def test_rows_are_the_orders_and_starts_begin_documents(manifest: Manifest):
+def test_rows_follow_the_order_and_starts_are_those_of_documents(manifest: Manifest):
     found = loader(manifest, LoaderConfig(workers=2))
     buckets = manifest.buckets("train")
     several = 0
@@ -79,7 +79,7 @@ def test_rows_are_the_orders_and_starts_begin_documents(manifest: Manifest):
 
 
 @pytest.mark.parametrize("workers", [0, 1, 4])
-def test_a_restart_at_any_step_goes_on(manifest: Manifest, workers: int):
+def test_a_restart_after_any_step_reads_the_same_batches(manifest: Manifest, workers: int):
     whole = [batch.rows.tolist() for batch in loader(manifest, LoaderConfig(workers=workers)).batches(0, STEPS)]
     accumulation = BATCH_TOKENS // TOKENS_PER_RANK
     for step in range(0, STEPS, 5):
@@ -88,7 +88,7 @@ def test_a_restart_at_any_step_goes_on(manifest: Manifest, workers: int):
 
 
 @pytest.mark.parametrize("workers", [0, 1, 4])
-def test_an_error_in_reading_reaches_who_reads(manifest: Manifest, workers: int):
+def test_an_error_in_reading_reaches_the_consumer(manifest: Manifest, workers: int):
     found = loader(manifest, LoaderConfig(workers=workers))
     for shard in Path(manifest.store.name).rglob("train*.tar"):
         shard.write_bytes(shard.read_bytes()[:-512])
@@ -97,14 +97,14 @@ def test_an_error_in_reading_reaches_who_reads(manifest: Manifest, workers: int)
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_an_error_in_planning_reaches_who_reads(manifest: Manifest, workers: int):
+def test_an_error_in_the_order_reaches_the_consumer(manifest: Manifest, workers: int):
     order = loader(manifest, LoaderConfig()).order
     found = Loader(manifest, order, LoaderConfig(workers=workers), lambda length: Share(0, 3, 1))
     with pytest.raises(ValueError, match="3 replicas with 1 sequences each do not divide"):
         list(found.batches(0, STEPS))
 
 
-def test_leaving_early_ends_every_thread(manifest: Manifest):
+def test_closing_early_ends_every_thread(manifest: Manifest):
     before = threading.active_count()
     batches = loader(manifest, LoaderConfig(workers=4, prefetch_batches=2)).batches(0, STEPS)
     next(batches)
@@ -113,8 +113,8 @@ def test_leaving_early_ends_every_thread(manifest: Manifest):
     assert threading.active_count() == before
 
 
-def test_reading_goes_on_while_the_model_works(manifest: Manifest, monkeypatch: pytest.MonkeyPatch):
-    """Reading takes 20 ms a batch, so does the step: with a reader ahead they overlap."""
+def test_reading_overlaps_with_the_model(manifest: Manifest, monkeypatch: pytest.MonkeyPatch):
+    """Reading a batch takes 20 ms and the step 30 ms: with one reading thread the model hardly waits."""
     read = SequenceReader.read
 
     def slow(*arguments, **options):
@@ -138,7 +138,7 @@ def test_reading_goes_on_while_the_model_works(manifest: Manifest, monkeypatch: 
     assert waited(LoaderConfig(workers=1)) < 0.2
 
 
-def test_a_micro_batch_is_plain_rows(manifest: Manifest):
+def test_a_micro_batch_has_plain_rows(manifest: Manifest):
     batch: MicroBatch = next(loader(open_prepared(manifest.store.name), LoaderConfig()).batches(2, 3))
     assert (batch.step, batch.micro_step) == (3, 0)
     assert batch.rows.dtype == np.uint16
