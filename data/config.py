@@ -1,4 +1,4 @@
-"""What to prepare and in which order to train on it: frozen settings, checked when made."""
+"""Settings of prepared data, of the curriculum and of the loader: frozen, and checked when made."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,7 +11,7 @@ Odds = Literal["uniform", "natural", "grow_linear", "grow_p2", "grow_p100", "shr
 Draw = Literal["odds_times_left", "odds_times_batches", "odds"]
 
 BYTES_AND_BOUNDARY = 257
-"""The smallest byte-level vocabulary: 256 bytes and the boundary token."""
+"""Smallest byte-level vocabulary: 256 bytes and the boundary token."""
 
 
 def _is_power_of_two(value: int) -> bool:
@@ -20,22 +20,23 @@ def _is_power_of_two(value: int) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Where documents come from."""
+    """One source of documents."""
 
     kind: SourceKind = "python_stdlib"
-    """python_stdlib: this interpreter's own standard library, one document a module. text: one document a file.
-    json: JSON lines or arrays, also .gz and .zst. parquet: one row each. hub: a data set on the Hugging Face Hub.
-    disk: one written by `datasets`' save_to_disk."""
+    """Format of the source. python_stdlib: the standard library of this interpreter, one document per module.
+    text: one document per file. json: JSON lines or a JSON array, plain, .gz or .zst. parquet: one document per row.
+    hub: a data set of the Hugging Face Hub. disk: a data set written by `datasets`' save_to_disk."""
 
     path: str = ""
-    """A file, a directory or a glob, local or as fsspec writes it (s3://...); for kind "hub" the data set's name.
-    Unused, and empty, for python_stdlib."""
+    """File, directory or glob, local or as fsspec addresses it (s3://...); the data set's name for kind "hub".
+    Empty for python_stdlib, required for every other kind."""
 
     text_field: str = "text"
-    """Field that holds the document's text (json, parquet, hub, disk)."""
+    """Field that holds the text of a document (json, parquet, hub, disk)."""
 
     tokens_field: str = ""
-    """Field that holds token ids, of documents that data.tokenizer.path tokenized already. Empty: text."""
+    """Field that holds the token ids of documents already tokenized by data.tokenizer.path. Empty: tokenize
+    text_field."""
 
     subset: str = ""
     """Configuration of a hub data set that has several. Empty: its default."""
@@ -44,197 +45,234 @@ class SourceConfig:
     """Split of a hub or disk data set."""
 
     streaming: bool = True
-    """Of a hub data set: read it as it arrives. false: download it to the library's cache first."""
+    """Read a hub data set as it arrives. false: download it to the library's cache first."""
 
     limit_documents: int = 0
-    """Read only the first so many records; what follows is not read, so the ledger does not know it. 0: all.
-    A source with a limit is one input shard, so one process reads it."""
+    """Number of records to read from the start of the source; later records are neither read nor counted in the
+    ledger. 0: all. A source with a limit is one input shard, so a single process reads it."""
 
     def __post_init__(self) -> None:
-        if (self.kind == "python_stdlib") == bool(self.path):
+        if self.kind == "python_stdlib" and self.path:
             raise ValueError(
-                f"data.source.path is {self.path!r} and data.source.kind {self.kind!r}; python_stdlib takes no path, "
-                "every other kind needs one"
+                f"data.source.path = {self.path!r}: data.source.kind = 'python_stdlib' reads no path; leave the path "
+                "empty, or set data.source.kind to the format of the files"
+            )
+        if self.kind != "python_stdlib" and not self.path:
+            raise ValueError(
+                f"data.source.path = '': data.source.kind = {self.kind!r} needs a path; set it to a file, a directory, "
+                "a glob or a data set's name"
             )
         if self.tokens_field and self.kind in ("python_stdlib", "text"):
             raise ValueError(
-                f"data.source.tokens_field is {self.tokens_field!r} and data.source.kind {self.kind!r}; whole files "
-                "have no fields"
+                f"data.source.tokens_field = {self.tokens_field!r}: data.source.kind = {self.kind!r} reads whole "
+                "files, which have no fields; leave it empty, or use a kind with fields, such as 'json'"
             )
         if self.limit_documents < 0:
-            raise ValueError(f"data.source.limit_documents is {self.limit_documents}; it must be at least 0 (0: all)")
+            raise ValueError(
+                f"data.source.limit_documents = {self.limit_documents}: must be at least 0; set it to 0 to read all"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """An existing tokenizer, or the size of one to train."""
+    """Existing tokenizer to use, or the size of a new one to train."""
 
     path: str = ""
     """A `tokenizer.json`, or a directory that holds one. Empty: train a byte-level BPE on the training documents."""
 
     vocab_size: int = 8192
-    """Tokens in a trained vocabulary, boundary included; a small corpus may fill fewer. Unused when `path` is set."""
+    """Number of tokens of a trained tokenizer, special tokens included; a small corpus may yield fewer. Unused when
+    `path` is set."""
 
     boundary: str = "<|endoftext|>"
     """Name of the special token that opens and closes every document."""
 
     knot_chunks: int = 0
-    """Most chunks into which Untie the Knots cuts a document (the table `knots`), for which the vocabulary gets special
-    tokens: 2 n + 3 for n. An existing tokenizer gets those it lacks. 0: none."""
+    """Largest number of chunks into which Untie the Knots may cut a document (table `knots`). The vocabulary gets
+    2 n + 3 special tokens for n chunks; an existing tokenizer gets the ones it lacks. 0: none."""
 
     training_characters: int = 2**30
-    """Most characters of each source that a tokenizer is trained on, from its start."""
+    """Maximum number of characters, from the start of each source, on which a tokenizer is trained."""
 
     def __post_init__(self) -> None:
         if not self.boundary:
-            raise ValueError('data.tokenizer.boundary is empty; name a special token, such as "<|endoftext|>"')
+            raise ValueError(
+                "data.tokenizer.boundary = '': a boundary token is needed; name a special token, such as "
+                '"<|endoftext|>"'
+            )
         if self.knot_chunks < 0 or self.knot_chunks == 1:
-            raise ValueError(f"data.tokenizer.knot_chunks is {self.knot_chunks}; it must be at least 2, or 0 for none")
+            raise ValueError(
+                f"data.tokenizer.knot_chunks = {self.knot_chunks}: must be 0 or at least 2; set it to 0 for no knots"
+            )
         least = BYTES_AND_BOUNDARY + (2 * self.knot_chunks + 3 if self.knot_chunks else 0)
         if not self.path and self.vocab_size < least:
             raise ValueError(
-                f"data.tokenizer.vocab_size is {self.vocab_size}; 256 bytes, the boundary token and those of "
-                f"data.tokenizer.knot_chunks = {self.knot_chunks} need at least {least}"
+                f"data.tokenizer.vocab_size = {self.vocab_size}: 256 bytes, the boundary token and the tokens of "
+                f"data.tokenizer.knot_chunks = {self.knot_chunks} do not fit; set it to at least {least}"
             )
         if self.training_characters < 1:
-            raise ValueError(f"data.tokenizer.training_characters is {self.training_characters}; it must be at least 1")
+            raise ValueError(f"data.tokenizer.training_characters = {self.training_characters}: must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurriculumConfig:
-    """In which order the sequence lengths are trained on (Dataset Decomposition, arXiv 2405.13226, section 3)."""
+    """Order in which sequence lengths are trained on (Dataset Decomposition, arXiv 2405.13226, section 3)."""
 
     odds: Odds | tuple[float, ...] = "grow_p2"
     """Odds of the n buckets, shortest first: a name, or n numbers. uniform and natural: 1, ..., 1. grow_linear: n,
     ..., 1. grow_p2: 2^(n-1), ..., 1. grow_p100: 100^(n-1), ..., 1. shrink_p100: 1, ..., 100^(n-1)."""
 
     draw: Draw = "odds_times_left"
-    """A bucket's chance, while it lasts. odds_times_left: odds times the batches it has left in the cycle, so that
-    buckets of unequal size end together under equal odds. odds_times_batches: times those it had, as the paper's code.
-    odds: as the paper's algorithm 1. "natural" is a plain shuffle under each of them."""
+    """Chance of a bucket as long as it has batches left. odds_times_left: its odds times the batches it has left in
+    the cycle, so that under equal odds buckets of unequal size end together. odds_times_batches: its odds times the
+    batches it has in the whole cycle, as the paper's released code does. odds: its odds alone, as the paper's
+    Algorithm 1 does. The odds "natural" are a plain shuffle under each of the three."""
 
     cycles: int = 1
-    """How many times lengths go through the curriculum during the run. 1: once."""
+    """Number of times the run goes through the curriculum."""
 
     weights: dict[str, float] = field(default_factory=dict)
-    """Shares of the trained tokens by source, relative to each other. Empty: as many as each source has."""
+    """Relative share of the trained tokens that each source gets, by source name. Empty: in proportion to the tokens
+    of each source."""
 
     def __post_init__(self) -> None:
         if self.cycles < 1:
-            raise ValueError(f"curriculum.cycles is {self.cycles}; it must be at least 1")
+            raise ValueError(f"curriculum.cycles = {self.cycles}: must be at least 1")
         if not isinstance(self.odds, str) and not (self.odds and all(0 < value < float("inf") for value in self.odds)):
-            raise ValueError(f"curriculum.odds is {list(self.odds)}; odds are positive numbers, one for each bucket")
+            raise ValueError(
+                f"curriculum.odds = {list(self.odds)}: odds must be positive and finite; give one number for each "
+                "bucket, shortest first"
+            )
         for name, weight in self.weights.items():
             if not 0 < weight < float("inf"):
-                raise ValueError(f"curriculum.weights.{name} is {weight}; a weight is a positive number")
+                raise ValueError(
+                    f"curriculum.weights.{name} = {weight}: must be positive and finite; to train without the source, "
+                    "prepare the data without it"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """How a rank reads its share of the prepared data. Only `window_tokens` decides what is read."""
+    """Reading of the prepared data by a rank; only `window_tokens` decides which sequences are read."""
 
     workers: int = 1
-    """Threads that read ahead. 0: read when asked."""
+    """Number of threads that read ahead. 0: read on demand."""
 
     prefetch_batches: int = 8
-    """Micro-batches held ready."""
+    """Number of micro-batches kept ready."""
 
     window_tokens: int = 0
-    """Sequences are shuffled within windows of about so many tokens of a bucket, whose shards come in random order: a
-    cache then holds one window. 0: one window, the whole bucket."""
+    """Size of a shuffle window, in tokens. The shards of a bucket come in random order, and sequences are shuffled
+    among adjacent shards of about this many tokens, so that a cache needs to hold one window only. 0: the whole bucket
+    is one window."""
 
     cache_directory: str = ""
-    """Where shards of a remote data.directory are kept, on a disk of the machine itself."""
+    """Directory, on a local disk of each machine, for the shards of a remote data.directory."""
 
     cache_bytes: int = 2**38
-    """Most bytes kept there; the shards least recently used go first."""
+    """Maximum size of the cached shards of one data.directory, in bytes; the least recently used are removed first."""
 
     def __post_init__(self) -> None:
         for key, least in (("workers", 0), ("prefetch_batches", 1), ("window_tokens", 0), ("cache_bytes", 1)):
             if getattr(self, key) < least:
-                raise ValueError(f"loader.{key} is {getattr(self, key)}; it must be at least {least}")
+                raise ValueError(f"loader.{key} = {getattr(self, key)}: must be at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Everything that decides the content of a prepared directory."""
+    """All settings that decide the content of a prepared directory."""
 
     directory: str
-    """Where the prepared data goes; it appears there whole or not at all. To train, it may be remote (s3://...)."""
+    """Directory of the prepared data, which appears there whole or not at all. Training may read a remote one
+    (s3://...)."""
 
     source: SourceConfig = field(default_factory=SourceConfig)
-    """Where the documents come from, when there is one source."""
+    """The source of the documents, if there is one source only."""
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    """Several sources by name, in place of `source`."""
+    """Several sources by name, instead of `source`."""
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    """What makes tokens of them."""
+    """Tokenizer of the documents."""
 
     method: Method = "decompose"
-    """How documents become sequences. decompose: Dataset Decomposition. The baselines have sequences of
-    max_bucket_tokens only: concat (concat-and-chunk), concat_masked (the same, with document boundaries), best_fit
-    (documents packed, with boundaries)."""
+    """Way in which documents become sequences. decompose: Dataset Decomposition. The baselines make sequences of
+    max_bucket_tokens only. concat: concat-and-chunk. concat_masked: the same, with document boundaries. best_fit:
+    best-fit packing, with document boundaries."""
 
     cut: Cut = "largest_first"
-    """How `decompose` cuts. random: a document of two largest buckets or more as the paper's released code does."""
+    """Way in which `decompose` cuts. largest_first: the largest bucket that fits, repeatedly. random: while a document
+    has two largest buckets or more left, buckets are drawn at random, as the paper's released code does."""
 
     rest: Rest = "drop"
-    """What `decompose` does with documents and tails shorter than min_bucket_tokens. drop: as the paper. pack: fill
-    sequences of min_bucket_tokens with them, with document boundaries; nothing is lost."""
+    """Use of the documents and tails shorter than min_bucket_tokens that `decompose` leaves. drop: they are dropped, as
+    in the paper. pack: they fill sequences of min_bucket_tokens, with document boundaries, and nothing is lost."""
 
     min_bucket_tokens: int = 128
-    """Shortest sequence, in tokens, a power of two."""
+    """Length of the shortest sequences, in tokens; a power of two."""
 
     max_bucket_tokens: int = 2048
-    """Longest sequence, in tokens, a power of two. A longer document fills several of them."""
+    """Length of the longest sequences, in tokens; a power of two. A longer document fills several sequences."""
 
     held_out_fraction: float = 0.02
-    """Part of the documents kept for evaluation, in [0, 1). 0: none."""
+    """Fraction of the documents kept for evaluation, in [0, 1). 0: none."""
 
     max_bad_fraction: float = 0.05
-    """Most records of an input shard that may be bad (broken, without text, empty), in [0, 1]; more stop the run."""
+    """Largest fraction of the records of an input shard that may be bad (broken, without text, empty), in [0, 1]; the
+    run stops when more are."""
 
     input_shard_bytes: int = 2**28
-    """Files of a source are taken together until they have so many bytes: the unit that a process prepares."""
+    """Size at which adjacent files of a source make up an input shard, which one process prepares, in bytes."""
 
     shard_tokens: int = 2**25
-    """Most tokens in one tar shard."""
+    """Maximum number of tokens in one tar shard."""
 
     seed: int = 0
-    """Decides which documents are held out, and random cuts."""
+    """Seed of the choice of held-out documents and of random cuts."""
 
     def __post_init__(self) -> None:
         if not self.directory:
-            raise ValueError("data.directory is empty; name the directory for the prepared data")
+            raise ValueError("data.directory = '': a directory is needed; name the one for the prepared data")
         if self.sources and self.source != SourceConfig():
-            raise ValueError("data.source and data.sources are both set; name the source among data.sources")
+            raise ValueError(
+                f"data.source.kind = {self.source.kind!r}: data.sources is set as well, and only one may be; "
+                "move data.source to data.sources under a name"
+            )
         for name in self.sources:
             if not name.replace("-", "").replace("_", "").isalnum():
-                raise ValueError(f"data.sources.{name}: a source's name has letters, digits, '-' and '_' only")
+                raise ValueError(
+                    f"data.sources = {name!r}: the name of a source consists of letters, digits, '-' and '_'; rename it"
+                )
         for key in ("min_bucket_tokens", "max_bucket_tokens"):
             if not _is_power_of_two(getattr(self, key)):
-                raise ValueError(f"data.{key} is {getattr(self, key)}; bucket lengths are powers of two")
+                raise ValueError(f"data.{key} = {getattr(self, key)}: must be a power of two")
         if self.min_bucket_tokens > self.max_bucket_tokens:
             raise ValueError(
-                f"data.min_bucket_tokens is {self.min_bucket_tokens} and data.max_bucket_tokens is "
-                f"{self.max_bucket_tokens}; raise the second or lower the first"
+                f"data.min_bucket_tokens = {self.min_bucket_tokens}: exceeds data.max_bucket_tokens = "
+                f"{self.max_bucket_tokens}; lower the first or raise the second"
             )
         if not 0 <= self.held_out_fraction < 1:
-            raise ValueError(f"data.held_out_fraction is {self.held_out_fraction}; it must be in [0, 1) (0: none)")
+            raise ValueError(
+                f"data.held_out_fraction = {self.held_out_fraction}: must be in [0, 1); set it to 0 to hold out none"
+            )
         if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"data.max_bad_fraction is {self.max_bad_fraction}; it must be in [0, 1] (0: none)")
+            raise ValueError(
+                f"data.max_bad_fraction = {self.max_bad_fraction}: must be in [0, 1]; set it to 0 to accept none"
+            )
         if self.input_shard_bytes < 1:
-            raise ValueError(f"data.input_shard_bytes is {self.input_shard_bytes}; it must be at least 1")
+            raise ValueError(f"data.input_shard_bytes = {self.input_shard_bytes}: must be at least 1")
         if self.shard_tokens < self.max_bucket_tokens:
             raise ValueError(
-                f"data.shard_tokens is {self.shard_tokens} and data.max_bucket_tokens is {self.max_bucket_tokens}; "
-                "a shard must hold at least one sequence"
+                f"data.shard_tokens = {self.shard_tokens}: a shard holds at least one sequence; set it to "
+                f"data.max_bucket_tokens = {self.max_bucket_tokens} or more"
             )
         if self.seed < 0:
-            raise ValueError(f"data.seed is {self.seed}; it must be at least 0")
+            raise ValueError(f"data.seed = {self.seed}: must be at least 0")
         if not self.tokenizer.path and any(source.tokens_field for source in self.named_sources.values()):
-            raise ValueError("data.tokenizer.path is empty and a source has token ids; name the tokenizer they are of")
+            raise ValueError(
+                "data.tokenizer.path = '': a source holds token ids (tokens_field); set it to the tokenizer that made "
+                "them"
+            )
 
     @property
     def named_sources(self) -> dict[str, SourceConfig]:
@@ -243,7 +281,7 @@ class DataConfig:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Lengths of the sequences made, ascending: powers of two, a baseline's largest alone."""
+        """Bucket lengths, ascending: every power of two in the range, or only the largest for a baseline."""
         if self.method != "decompose":
             return (self.max_bucket_tokens,)
         low, high = self.min_bucket_tokens.bit_length(), self.max_bucket_tokens.bit_length()

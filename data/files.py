@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, also after a power loss, and hashes of files."""
+"""Writing files so that they are complete or absent, even after a power loss; hashes of files."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
-    """Write `file` so that it is never seen, and never left, incomplete.
+    """Write `file` so that no reader sees, and no crash leaves, an incomplete one.
 
     `write` gets a path in the same directory and writes the content there. The content is flushed to the disk, then the
     path is renamed to `file` and the directory is flushed. A failed write leaves an existing `file` as it was.
@@ -18,7 +18,7 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     begun = file.with_name(f".{os.getpid()}.{file.name}")
     try:
         write(begun)
-        sync(begun)
+        sync(begun)  # before the rename: else a power loss can leave the name with an empty file
         begun.rename(file)
     except BaseException:
         begun.unlink(missing_ok=True)
@@ -32,7 +32,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file's bytes, or a directory's entries, to the disk."""
+    """Flush the bytes of a file, or the entries of a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -47,5 +47,5 @@ def sha256_of(file: Path) -> str:
 
 
 def sha256_of_json(content: Any) -> str:
-    """Return the SHA-256 of a JSON value in hexadecimal; the order of keys and the layout make no difference."""
+    """Return the SHA-256 of a JSON value in hexadecimal, independent of the order of keys and of the layout."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

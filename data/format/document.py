@@ -1,4 +1,4 @@
-"""A document on its way into sequences, the records that are none, and the two splits."""
+"""Documents and bad records, as preparation reads them from a source; the names of the two splits."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,25 +11,32 @@ Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 
 NO_DOCUMENT = 2**32 - 1
-"""Stands for the document of a segment that came from none."""
+"""Document number of filler, which belongs to no document."""
 
 BadKind = Literal["empty", "broken_json", "missing_field", "wrong_type", "invalid_utf8", "bad_tokens"]
 
 EXAMPLES = 3
-"""Bad records of a kind that are remembered by name."""
+"""Number of bad records of each kind that are kept by name."""
 
 
 class Document(NamedTuple):
-    """One good record: its number among the input shard's records, its name, its text or token ids, their digest."""
+    """One good record."""
 
     number: int
+    """Number of the record in its input shard."""
+
     name: str
+    """File and line, or whatever else identifies the record, for messages."""
+
     content: str | NDArray[np.int64]
+    """Text, or token ids [tokens]."""
+
     digest: bytes
+    """Hash of the content, 16 bytes."""
 
 
 class BadRecord(NamedTuple):
-    """Why a record is left out."""
+    """Reason for which a record is left out."""
 
     kind: BadKind
     detail: str
@@ -37,26 +44,26 @@ class BadRecord(NamedTuple):
 
 @dataclass(kw_only=True)
 class BadRecords:
-    """Bad records by kind: how many, and the first few by name."""
+    """Bad records by kind: their number, and the names of the first few."""
 
     counts: Counter[BadKind] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def enter(self, name: str, bad: BadRecord) -> None:
-        """Count one."""
+        """Count one bad record."""
         self.counts[bad.kind] += 1
         known = self.examples.setdefault(bad.kind, [])
         if len(known) < EXAMPLES:
             known.append(f"{name}: {bad.detail}" if bad.detail else name)
 
     def check(self, records: int, source: str, max_bad_fraction: float) -> None:
-        """Raise ValueError when too many of `records` are bad."""
+        """Raise ValueError if more than `max_bad_fraction` of `records` are bad."""
         bad = self.counts.total()
         if bad > max_bad_fraction * records:
             kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.counts.items()))
             first = "; ".join(example for kind in sorted(self.examples) for example in self.examples[kind][:1])
             raise ValueError(
-                f"data.sources.{source}: {bad} of {records} records are bad ({kinds}), more than "
-                f"data.max_bad_fraction = {max_bad_fraction}. {first}. Repair them, or raise the fraction to leave "
-                "them out and counted"
+                f"data.max_bad_fraction = {max_bad_fraction}: {bad} of {records} records of source {source!r} are bad "
+                f"({kinds}), the first of each kind: {first}; repair them, or raise data.max_bad_fraction to leave "
+                "them out"
             )

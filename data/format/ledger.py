@@ -1,4 +1,4 @@
-"""Where every record and every token went: the books of a preparation, and of each of its input shards."""
+"""The ledger of prepared data, or of one input shard: an account of every record and every token."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -7,55 +7,56 @@ from typing import Any, Literal
 from .document import EXAMPLES, SPLITS, BadRecords, Split
 
 Rule = Literal["short_document", "remainder", "end_of_input_shard", "near_duplicate"]
-"""short_document: all of a document shorter than the smallest bucket. remainder: what a longer one has beyond its last
-piece. end_of_input_shard: what did not fill a last chunk. near_duplicate: all of a document like another that stays."""
+"""Reason for which tokens are dropped. short_document: a whole document, shorter than the smallest bucket. remainder:
+the end of a longer document, beyond its last piece. end_of_input_shard: tokens that did not fill a last sequence of
+concat-and-chunk. near_duplicate: a whole document, near-duplicate of one that is kept."""
 
 
 @dataclass(kw_only=True)
 class SplitLedger:
-    """The books of one split. A document's tokens are its (input, target) pairs: text tokens plus one for its end."""
+    """Account of one split. Tokens are (input, target) pairs: a document has one per text token and one for its end."""
 
     documents: int = 0
-    """Documents that came in."""
+    """Number of documents that entered."""
 
     tokens: int = 0
-    """Tokens that came in."""
+    """Number of tokens that entered."""
 
     document_lengths: Counter[int] = field(default_factory=Counter)
-    """Documents by the floor of the binary logarithm of their tokens."""
+    """Number of documents by floor(log2(tokens))."""
 
     length_tokens: Counter[int] = field(default_factory=Counter)
-    """Tokens of those documents."""
+    """Number of tokens of these documents, by the same key."""
 
     sequences: Counter[int] = field(default_factory=Counter)
-    """Sequences written, by bucket length."""
+    """Number of sequences written, by bucket length."""
 
     packed_sequences: int = 0
-    """Those of them that were packed of several documents or parts."""
+    """Number of these sequences that were packed from several documents or pieces."""
 
     filler_tokens: int = 0
-    """Boundary tokens written that came from no document: they fill the last packed sequence of an input shard."""
+    """Number of boundary tokens that fill the last packed sequence of an input shard and belong to no document."""
 
     dropped_documents: Counter[Rule] = field(default_factory=Counter)
-    """Documents of which nothing was written, by rule."""
+    """Number of documents dropped as a whole, by rule."""
 
     dropped_tokens: Counter[Rule] = field(default_factory=Counter)
-    """Tokens not written, by rule."""
+    """Number of tokens dropped, by rule."""
 
     def enter(self, num_pairs: int) -> None:
-        """Enter a document that came in."""
+        """Count a document of `num_pairs` tokens that entered."""
         self.documents += 1
         self.tokens += num_pairs
         self.document_lengths[num_pairs.bit_length() - 1] += 1
         self.length_tokens[num_pairs.bit_length() - 1] += num_pairs
 
     def drop(self, rule: Rule, num_pairs: int, *, whole: bool) -> None:
-        """Enter tokens that are not written; `whole` when they are all of their document."""
+        """Count `num_pairs` dropped tokens, which are the `whole` document or not."""
         self.dropped_tokens[rule] += num_pairs
         self.dropped_documents[rule] += whole
 
     def sequence_tokens(self) -> int:
-        """Return the tokens written, all buckets together, filler included."""
+        """Return the number of tokens written to all buckets, filler included."""
         return sum(length * count for length, count in self.sequences.items())
 
 
@@ -65,67 +66,71 @@ def _new_splits() -> dict[Split, SplitLedger]:
 
 @dataclass(kw_only=True)
 class Ledger:
-    """The books of a preparation: what came in equals what was written plus what a named rule dropped."""
+    """Account in which all that entered equals all that was written plus all that a named rule dropped."""
 
     records: int = 0
-    """Records read from the source."""
+    """Number of records read from the sources."""
 
     bad: BadRecords = field(default_factory=BadRecords)
     """Records that are no documents, by kind."""
 
     splits: dict[Split, SplitLedger] = field(default_factory=_new_splits)
-    """The books of each split."""
+    """Account of each split."""
 
     @property
     def documents(self) -> int:
-        """Documents that came in."""
-        return sum(books.documents for books in self.splits.values())
+        """Number of documents that entered."""
+        return sum(split.documents for split in self.splits.values())
 
     @property
     def tokens(self) -> int:
-        """Tokens that came in."""
-        return sum(books.tokens for books in self.splits.values())
+        """Number of tokens that entered."""
+        return sum(split.tokens for split in self.splits.values())
 
     def check(self) -> None:
-        """Raise AssertionError, for our own mistake, unless everything adds up."""
+        """Raise AssertionError unless the account adds up, which would be an error of LongRing."""
         assert self.records == self.documents + self.bad.counts.total(), self
-        for books in self.splits.values():
-            assert books.tokens + books.filler_tokens == books.sequence_tokens() + books.dropped_tokens.total(), books
-            assert books.documents == books.document_lengths.total(), books
-            assert books.tokens == books.length_tokens.total(), books
-            assert books.dropped_documents.total() <= books.documents, books
+        for split in self.splits.values():
+            assert split.tokens + split.filler_tokens == split.sequence_tokens() + split.dropped_tokens.total(), split
+            assert split.documents == split.document_lengths.total(), split
+            assert split.tokens == split.length_tokens.total(), split
+            assert split.dropped_documents.total() <= split.documents, split
 
     def add(self, other: "Ledger") -> None:
-        """Add the books of another input shard."""
+        """Add the ledger of another input shard to this one."""
         self.records += other.records
         self.bad.counts.update(other.bad.counts)
         for kind, names in other.bad.examples.items():
             known = self.bad.examples.setdefault(kind, [])
             known += names[: EXAMPLES - len(known)]
-        for split, books in other.splits.items():
+        for split, account in other.splits.items():
             mine = vars(self.splits[split])
-            for key, value in vars(books).items():
-                # Counter's own += would drop keys whose count is 0.
-                mine[key].update(value) if isinstance(value, Counter) else mine.__setitem__(key, mine[key] + value)
+            for key, value in vars(account).items():
+                if isinstance(value, Counter):
+                    mine[key].update(value)  # += would drop the keys whose count is 0
+                else:
+                    mine[key] += value
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain dictionaries; JSON turns integer keys into strings."""
-        # Not dataclasses.asdict: it rebuilds a Counter from its items, and so counts them.
+        """Return the ledger as plain dictionaries, which JSON can hold; it turns integer keys into strings."""
+        # dataclasses.asdict would rebuild a Counter from its items, and so count them.
         return {
             "records": self.records,
             "bad": {"counts": dict(self.bad.counts), "examples": self.bad.examples},
-            "splits": {split: dict(vars(books)) for split, books in self.splits.items()},
+            "splits": {split: dict(vars(account)) for split, account in self.splits.items()},
         }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Ledger":
-        """Return the ledger that `to_json` described."""
+        """Return the ledger from the value of `to_json`, before or after a trip through JSON."""
 
-        def books(entry: dict[str, Any]) -> SplitLedger:
+        def split_ledger(entry: dict[str, Any]) -> SplitLedger:
             by_number = ("sequences", "document_lengths", "length_tokens")
             counters = {key: Counter({int(name): count for name, count in entry[key].items()}) for key in by_number}
             counters |= {key: Counter(entry[key]) for key in ("dropped_documents", "dropped_tokens")}
             return SplitLedger(**{**entry, **counters})
 
         bad = BadRecords(counts=Counter(value["bad"]["counts"]), examples=value["bad"]["examples"])
-        return cls(records=value["records"], bad=bad, splits={split: books(value["splits"][split]) for split in SPLITS})
+        return cls(
+            records=value["records"], bad=bad, splits={split: split_ledger(value["splits"][split]) for split in SPLITS}
+        )

@@ -1,65 +1,107 @@
+"""Settings of data: each error names the key and the value, and its advice is carried out."""
+
 import re
 from typing import Any
 
 import pytest
 from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig, SourceConfig, TokenizerConfig
 
+TOKENS = SourceConfig(kind="json", path="x", tokens_field="ids")
+WEB = SourceConfig(kind="json", path="x")
+
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "words", "advice"),
     [
-        ({"directory": ""}, ["data.directory"]),
-        ({"min_bucket_tokens": 100}, ["data.min_bucket_tokens", "100", "powers of two"]),
-        ({"max_bucket_tokens": 0}, ["data.max_bucket_tokens", "0"]),
-        ({"min_bucket_tokens": 512, "max_bucket_tokens": 256}, ["data.min_bucket_tokens", "512", "256"]),
-        ({"held_out_fraction": 1.0}, ["data.held_out_fraction", "1.0", r"[0, 1)"]),
-        ({"held_out_fraction": -0.1}, ["data.held_out_fraction", "-0.1"]),
-        ({"shard_tokens": 1_000}, ["data.shard_tokens", "1000", "data.max_bucket_tokens", "2048"]),
-        ({"seed": -1}, ["data.seed", "-1"]),
-        ({"max_bad_fraction": 1.5}, ["data.max_bad_fraction", "1.5", "[0, 1]"]),
-        ({"input_shard_bytes": 0}, ["data.input_shard_bytes", "0"]),
-        ({"sources": {"a/b": SourceConfig()}}, ["data.sources.a/b", "letters"]),
+        ({"directory": ""}, ["data.directory = ''"], {"directory": "here"}),
+        ({"min_bucket_tokens": 100}, ["data.min_bucket_tokens = 100", "power of two"], {"min_bucket_tokens": 64}),
+        ({"max_bucket_tokens": 0}, ["data.max_bucket_tokens = 0", "power of two"], {"max_bucket_tokens": 1024}),
         (
-            {"source": SourceConfig(kind="json", path="x", tokens_field="ids")},
-            ["data.tokenizer.path", "token ids"],
+            {"min_bucket_tokens": 512, "max_bucket_tokens": 256},
+            ["data.min_bucket_tokens = 512", "data.max_bucket_tokens = 256"],
+            {"min_bucket_tokens": 256},
+        ),
+        (
+            {"min_bucket_tokens": 512, "max_bucket_tokens": 256},
+            ["lower the first or raise the second"],
+            {"max_bucket_tokens": 512},
+        ),
+        ({"held_out_fraction": 1.0}, ["data.held_out_fraction = 1.0", "[0, 1)"], {"held_out_fraction": 0.0}),
+        ({"held_out_fraction": -0.1}, ["data.held_out_fraction = -0.1"], {"held_out_fraction": 0.0}),
+        (
+            {"shard_tokens": 1_000},
+            ["data.shard_tokens = 1000", "data.max_bucket_tokens = 2048"],
+            {"shard_tokens": 2048},
+        ),
+        ({"seed": -1}, ["data.seed = -1"], {"seed": 0}),
+        ({"max_bad_fraction": 1.5}, ["data.max_bad_fraction = 1.5", "[0, 1]"], {"max_bad_fraction": 0.0}),
+        ({"input_shard_bytes": 0}, ["data.input_shard_bytes = 0"], {"input_shard_bytes": 1}),
+        (
+            {"sources": {"a/b": SourceConfig()}},
+            ["data.sources = 'a/b'", "letters"],
+            {"sources": {"a-b": SourceConfig()}},
+        ),
+        ({"source": TOKENS}, ["data.tokenizer.path = ''", "token ids"], {"tokenizer": TokenizerConfig(path="t.json")}),
+        (
+            {"source": WEB, "sources": {"books": WEB}},
+            ["data.source.kind = 'json'", "data.sources is set as well"],
+            {"source": SourceConfig(), "sources": {"books": WEB, "web": WEB}},
         ),
     ],
 )
-def test_data_settings_out_of_range(settings: dict[str, Any], words: list[str]):
+def test_data_settings_out_of_range(settings: dict[str, Any], words: list[str], advice: dict[str, Any]):
     with pytest.raises(ValueError, match=r"data\.") as error:
         DataConfig(**{"directory": "prepared", **settings})
     assert all(word in str(error.value) for word in words), error.value
+    DataConfig(**{"directory": "prepared", **settings, **advice})
 
 
 @pytest.mark.parametrize(
-    ("make", "settings", "words"),
+    ("make", "settings", "words", "advice"),
     [
-        (SourceConfig, {"kind": "json"}, ["data.source.path", "data.source.kind", "'json'"]),
-        (SourceConfig, {"kind": "python_stdlib", "path": "x"}, ["data.source.path", "'x'"]),
-        (SourceConfig, {"limit_documents": -1}, ["data.source.limit_documents", "-1"]),
-        (TokenizerConfig, {"vocab_size": 256}, ["data.tokenizer.vocab_size", "256", "257"]),
-        (TokenizerConfig, {"boundary": ""}, ["data.tokenizer.boundary"]),
-        (SourceConfig, {"kind": "text", "path": "x", "tokens_field": "ids"}, ["data.source.tokens_field", "'text'"]),
-        (TokenizerConfig, {"training_characters": 0}, ["data.tokenizer.training_characters", "0"]),
-        (CurriculumConfig, {"cycles": 0}, ["curriculum.cycles", "0"]),
-        (CurriculumConfig, {"odds": ()}, ["curriculum.odds", "[]"]),
-        (CurriculumConfig, {"odds": (1.0, 0.0)}, ["curriculum.odds", "[1.0, 0.0]"]),
-        (CurriculumConfig, {"weights": {"web": -1.0}}, ["curriculum.weights.web", "-1.0"]),
-        (LoaderConfig, {"workers": -1}, ["loader.workers", "-1"]),
-        (LoaderConfig, {"prefetch_batches": 0}, ["loader.prefetch_batches", "0"]),
-        (LoaderConfig, {"window_tokens": -1}, ["loader.window_tokens", "-1"]),
-        (LoaderConfig, {"cache_bytes": 0}, ["loader.cache_bytes", "0"]),
+        (SourceConfig, {"kind": "json"}, ["data.source.path = ''", "data.source.kind", "'json'"], {"path": "a.jsonl"}),
+        (SourceConfig, {"kind": "python_stdlib", "path": "x"}, ["data.source.path = 'x'"], {"path": ""}),
+        (SourceConfig, {"kind": "python_stdlib", "path": "x"}, ["set data.source.kind"], {"kind": "text"}),
+        (SourceConfig, {"limit_documents": -1}, ["data.source.limit_documents = -1"], {"limit_documents": 0}),
+        (TokenizerConfig, {"vocab_size": 256}, ["data.tokenizer.vocab_size = 256", "257"], {"vocab_size": 257}),
+        (
+            TokenizerConfig,
+            {"vocab_size": 257, "knot_chunks": 3},
+            ["data.tokenizer.vocab_size = 257", "data.tokenizer.knot_chunks = 3", "266"],
+            {"vocab_size": 266},
+        ),
+        (TokenizerConfig, {"knot_chunks": 1}, ["data.tokenizer.knot_chunks = 1"], {"knot_chunks": 0}),
+        (TokenizerConfig, {"boundary": ""}, ["data.tokenizer.boundary = ''"], {"boundary": "<|endoftext|>"}),
+        (
+            SourceConfig,
+            {"kind": "text", "path": "x", "tokens_field": "ids"},
+            ["data.source.tokens_field = 'ids'", "'text'"],
+            {"tokens_field": ""},
+        ),
+        (SourceConfig, {"path": "x", "tokens_field": "ids", "kind": "text"}, ["such as 'json'"], {"kind": "json"}),
+        (
+            TokenizerConfig,
+            {"training_characters": 0},
+            ["data.tokenizer.training_characters = 0"],
+            {"training_characters": 1},
+        ),
+        (CurriculumConfig, {"cycles": 0}, ["curriculum.cycles = 0"], {"cycles": 1}),
+        (CurriculumConfig, {"odds": ()}, ["curriculum.odds = []"], {"odds": (1.0,)}),
+        (CurriculumConfig, {"odds": (1.0, 0.0)}, ["curriculum.odds = [1.0, 0.0]"], {"odds": (1.0, 0.5)}),
+        (CurriculumConfig, {"weights": {"web": -1.0}}, ["curriculum.weights.web = -1.0"], {"weights": {"web": 1.0}}),
+        (LoaderConfig, {"workers": -1}, ["loader.workers = -1"], {"workers": 0}),
+        (LoaderConfig, {"prefetch_batches": 0}, ["loader.prefetch_batches = 0"], {"prefetch_batches": 1}),
+        (LoaderConfig, {"window_tokens": -1}, ["loader.window_tokens = -1"], {"window_tokens": 0}),
+        (LoaderConfig, {"cache_bytes": 0}, ["loader.cache_bytes = 0"], {"cache_bytes": 1}),
     ],
 )
-def test_nested_settings_out_of_range(make: Any, settings: dict[str, Any], words: list[str]):
+def test_nested_settings_out_of_range(make: Any, settings: dict[str, Any], words: list[str], advice: dict[str, Any]):
     with pytest.raises(ValueError, match=re.escape(words[0])) as error:
         make(**settings)
     assert all(word in str(error.value) for word in words), error.value
+    make(**{**settings, **advice})
 
 
-def test_two_ways_of_naming_sources_are_one_too_many():
-    one = SourceConfig(kind="json", path="x")
-    assert DataConfig(directory="x", source=one).named_sources == {"documents": one}
-    assert DataConfig(directory="x", sources={"web": one}).named_sources == {"web": one}
-    with pytest.raises(ValueError, match=r"data\.source and data\.sources are both set"):
-        DataConfig(directory="x", source=one, sources={"web": one})
+def test_a_lone_source_has_a_name():
+    assert DataConfig(directory="x", source=WEB).named_sources == {"documents": WEB}
+    assert DataConfig(directory="x", sources={"web": WEB}).named_sources == {"web": WEB}

@@ -1,3 +1,5 @@
+"""The keyed permutation: a bijection of any range, uniform, and independent of what else is asked for."""
+
 from itertools import permutations
 
 import numpy as np
@@ -15,23 +17,23 @@ def test_is_a_bijection(size: int, key: tuple[int, int]):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 255, 256, 257, 4_096, 4_097, 65_536, 100_003])
 def test_is_a_bijection_at_edges_of_the_domain(size: int):
-    places = permute(np.arange(size), size, (1, 2, 3))
-    assert places.dtype == np.int64
-    assert sorted(places.tolist()) == list(range(size))
+    images = permute(np.arange(size), size, (1, 2, 3))
+    assert images.dtype == np.int64
+    assert sorted(images.tolist()) == list(range(size))
 
 
-def test_one_index_asked_alone_gives_what_all_together_give():
-    together = permute(np.arange(1_000), 1_000, (5,))
-    assert [int(permute(index, 1_000, (5,))) for index in range(1_000)] == together.tolist()
-    assert permute(np.arange(12).reshape(3, 4), 1_000, (5,)).tolist() == together[:12].reshape(3, 4).tolist()
+def test_an_index_alone_has_the_image_it_has_among_all():
+    every = permute(np.arange(1_000), 1_000, (5,))
+    assert [int(permute(index, 1_000, (5,))) for index in range(1_000)] == every.tolist()
+    assert permute(np.arange(12).reshape(3, 4), 1_000, (5,)).tolist() == every[:12].reshape(3, 4).tolist()
 
 
-def test_a_huge_range_costs_only_what_is_asked():
-    places = permute(np.arange(10_000), 2**40, (0,))
-    assert len(np.unique(places)) == 10_000
-    assert places.max() < 2**40
-    # The mean of 10,000 uniform places: 0.5 with standard deviation 0.003.
-    assert abs(places.mean() / 2**40 - 0.5) < 0.015
+def test_a_huge_range_costs_only_the_requested_indices():
+    images = permute(np.arange(10_000), 2**40, (0,))
+    assert len(np.unique(images)) == 10_000
+    assert images.max() < 2**40
+    # The mean of 10,000 uniform values: 0.5 with standard deviation 0.003.
+    assert abs(images.mean() / 2**40 - 0.5) < 0.015
 
 
 def test_keys_that_could_be_confused_give_different_orders():
@@ -41,7 +43,7 @@ def test_keys_that_could_be_confused_give_different_orders():
 
 
 @pytest.mark.parametrize("size", [5, 10, 64])
-def test_each_item_visits_each_place_equally_often(size: int):
+def test_each_item_takes_each_position_equally_often(size: int):
     keys = 1_500
     orders = np.stack([permute(np.arange(size), size, (9, key)) for key in range(keys)])
     for item in (0, 1, size // 2, size - 1):
@@ -61,9 +63,9 @@ def test_all_orders_of_four_appear_about_equally_often():
 
 
 def test_neighbours_do_not_stay_neighbours():
-    places = permute(np.arange(10_000), 10_000, (3,))
+    images = permute(np.arange(10_000), 10_000, (3,))
     # A random order has 2 expected pairs of successors still adjacent; a weak round function has thousands.
-    assert np.count_nonzero(np.abs(np.diff(places)) == 1) < 15
+    assert np.count_nonzero(np.abs(np.diff(images)) == 1) < 15
 
 
 @pytest.mark.parametrize("size", [0, -1, 2**40 + 1])

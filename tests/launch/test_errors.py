@@ -89,7 +89,7 @@ def test_empty_corpus(capsys, recipe_file, tmp_path):
     data = tmp_path / "new-data"
     arguments = (f"data.directory={data}", f"data.source.path={tmp_path}/empty.jsonl")
     error = error_of(capsys, "prepare", str(recipe_file), *arguments)
-    assert "1 of 1 records are bad (1 empty), more than data.max_bad_fraction = 0.05" in error
+    assert "data.max_bad_fraction = 0.05: 1 of 1 records of source 'documents' are bad (1 empty)" in error
     assert not list(tmp_path.glob("new-data*"))
 
 

@@ -319,7 +319,7 @@ def test_all_held_out_is_nothing_to_train_on(make_config: MakeConfig, words: Wor
 
 def test_too_many_bad_records_leave_nothing(make_config: MakeConfig, words: Words, console: Console, tmp_path: Path):
     config = make_config([words(200), "", ""], max_bad_fraction=0.5)
-    with pytest.raises(ValueError, match=r"2 of 3 records are bad \(2 empty\)"):
+    with pytest.raises(ValueError, match=r"2 of 3 records of source 'documents' are bad \(2 empty\)"):
         prepare(config, console)
     assert entries(tmp_path) == ["documents.jsonl"]
 

@@ -107,7 +107,9 @@ def test_what_is_done_is_not_done_again(config: DataConfig, tmp_path: Path, monk
     good = broken.read_text()
     broken.write_text("x" * len(good))
     config = replace(config, max_bad_fraction=0.0)
-    with pytest.raises(ValueError, match=r"1 of 1 records are bad \(1 broken_json\).*07\.jsonl:1"):
+    with pytest.raises(
+        ValueError, match=r"1 of 1 records of source 'documents' are bad \(1 broken_json\).*07\.jsonl:1"
+    ):
         prepare(config, Console(quiet=True), workers=1)
     assert not Path(config.directory).exists()
     partial = tmp_path / "prepared.partial"
@@ -124,7 +126,7 @@ def test_what_is_done_is_not_done_again(config: DataConfig, tmp_path: Path, monk
 def test_begun_with_other_settings_or_files(config: DataConfig, tmp_path: Path):
     (tmp_path / "corpus" / "07.jsonl").write_text("x")
     config = replace(config, max_bad_fraction=0.0)
-    with pytest.raises(ValueError, match="records are bad"):
+    with pytest.raises(ValueError, match="1 of 1 records of source .documents. are bad"):
         prepare(config, Console(quiet=True), workers=1)
     with pytest.raises(
         ValueError, match=r"prepared\.partial is a preparation begun with data\.seed = 0, not 1; go back"

@@ -349,7 +349,7 @@ def test_a_tokenizer_without_the_tokens_is_refused(tokenizer_file: Path):
     with pytest.raises(ValueError, match=r"the tokenizer lacks <\|label\|>.*set data\.tokenizer\.knot_chunks = 3"):
         Knots(KnotsConfig(share=0.5), plain, 0)
     for chunks in (-1, 1):
-        with pytest.raises(ValueError, match=f"knot_chunks is {chunks}; it must be at least 2, or 0"):
+        with pytest.raises(ValueError, match=f"knot_chunks = {chunks}: must be 0 or at least 2"):
             TokenizerConfig(knot_chunks=chunks)
-    with pytest.raises(ValueError, match=r"vocab_size is 262; .* need at least 264"):
+    with pytest.raises(ValueError, match=r"vocab_size = 262: .* set it to at least 264"):
         TokenizerConfig(vocab_size=262, knot_chunks=2)
