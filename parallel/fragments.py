@@ -48,7 +48,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Fragment:
-    """One range of a parameter's flattened tensor-parallel slice: elements [start, start + numel)."""
+    """Range of a parameter's flattened tensor-parallel slice: elements [start, start + numel)."""
 
     parameter: Parameter
     start: int

@@ -1,4 +1,4 @@
-"""Choice of a grid: those that fit the heads are simulated on the topology, and the cheapest is chosen."""
+"""Choice of a grid: all grids that fit the heads are simulated on the topology, and the cheapest is chosen."""
 
 from __future__ import annotations
 
@@ -92,6 +92,7 @@ def choose(size: int, pricer: Pricer) -> list[PricedGrid]:
         crossing = [base for base in by_bytes[6:] if base.heads * base.query == topology.ranks_per_node]
         ring = [base for base in by_bytes[6:] if base.kv == size and size <= 16 * LARGE]
         fit = by_bytes[:6] + crossing + ring
+    # Three pairs of routes (query, kv) and, with both axes, two orders: enough to rank the divisions.
     simple = (
         replace(base, query_route=routes[0], kv_route=routes[1], order=order)
         for base in fit
@@ -107,6 +108,7 @@ def choose(size: int, pricer: Pricer) -> list[PricedGrid]:
 
 def _best_of_each(candidates: list[PricedGrid]) -> list[PricedGrid]:
     """Return the best grid of each division, the best of all first, the others by time."""
+    # The closest-to-fastest rule applies to all candidates for the first place, and within each other division.
     by_division: dict[tuple[int, int, int], list[PricedGrid]] = {}
     for candidate in candidates:
         grid = candidate.grid

@@ -27,7 +27,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Shape of one layer's attention on one tensor-parallel rank: what determines FLOPs and bytes, but for tokens."""
+    """Shape of one layer's attention on one tensor-parallel rank; with the tokens it determines FLOPs and bytes."""
 
     num_heads: int
     num_kv_heads: int
@@ -51,7 +51,7 @@ class AttentionShape:
         """Return the bytes per row of a message, `[flows]` in the order of `FLOWS`."""
         heads = self.num_heads // grid.heads
         kv_heads = max(1, self.num_kv_heads // grid.heads)
-        q, kv = heads * self.head_dim, 2 * kv_heads * self.head_dim
+        q, kv = heads * self.head_dim, 2 * kv_heads * self.head_dim  # elements per row of q, and of k and v together
         wide = max(self.itemsize, 4)  # lse, delta and sums are fp32 at least
 
         def partial_itemsize(route: str) -> int:
@@ -135,7 +135,8 @@ def play(
     messages = schedule.all_messages
     num_steps = int(max(schedule.end, messages.due.max(initial=0) + 1))
     # A step has two exchanges, of results and then of shares: halves 2 x step and 2 x step + 1 of the simulation.
-    # Messages are sorted by the half of their post; posted_at[h]:posted_at[h + 1] are those of half h, due_at likewise.
+    # Messages are sorted by the half of their post: half h has messages [posted_at[h], posted_at[h + 1]). due_at does
+    # the same for the order by_due.
     messages = messages.select(np.argsort(2 * messages.posted + ~messages.is_result, kind="stable"))
     posted, due = (2 * at + ~messages.is_result for at in (messages.posted, messages.due))
     by_due = np.argsort(due, kind="stable")

@@ -109,7 +109,7 @@ def backward(
 
 
 class _Run(ABC):
-    """One pass of one rank over the query x kv grid, after its tokens have been traded for heads."""
+    """Pass of one rank over the query x kv grid, after its tokens have been traded for heads."""
 
     own: dict[Side, list[Tensor]]
     """Tensors of the position's own queries and keys, `[b, s, ...]`."""
@@ -146,6 +146,7 @@ class _Run(ABC):
         """Run all steps; yields each message that must be waited for, in the order of the plan."""
         for step in self.plan.steps:
             for exchange in step.exchanges():
+                # Every wait of the exchange comes before its posts: both ends of a message keep this order.
                 for message in filter(_of_the_grid, exchange.due):
                     yield message
                     self._take(message)
@@ -178,6 +179,7 @@ class _Run(ABC):
 
     def _rows_of(self, share: Share, rows: Rows) -> list[Tensor]:
         """Return views of rows of a share, own or foreign."""
+        # held[0] is the row of the share at which the tensors begin: 0 for the own share.
         tensors, held = (self.own[share.side], (0, 0)) if share.owner == self.plan.position else self.held[share]
         return _cut(tensors, rows, held[0])
 
@@ -204,6 +206,7 @@ class _Run(ABC):
 
     def _contents(self, message: Message) -> list[Tensor]:
         """Return the tensors to send, contiguous `[b, rows, ...]`."""
+        # A share is sent from where it lies; a result leaves once, complete, and its sum is freed.
         if message.flow in ("queries", "keys"):
             return [x.contiguous() for x in self._rows_of(_share_of(message), message.rows)]
         tensors = self.partial.pop(_share_of(message))
@@ -241,6 +244,7 @@ class _Forward(_Run):
         super().__init__(spec, plan, schedule, transport)
         b, s, h, _ = q.shape
         self.out = zeros_fp32(q)
+        # Neutral for the kernels' running softmax: out = 0, lse = -inf.
         self.lse = torch.full((b, h, s), -torch.inf, dtype=self.out.dtype, device=q.device)
         self.own = {"queries": [q], "keys": [k, v]}
         self.home = {"queries": [self.out, self.lse.transpose(1, 2)], "keys": []}
@@ -266,7 +270,7 @@ class _Backward(_Run):
         q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor,
     ) -> None:  # fmt: skip
         super().__init__(spec, plan, schedule, transport)
-        delta = row_delta(dout, out)
+        delta = row_delta(dout, out)  # [b, h, s]
         self.dq, self.dk, self.dv = zeros_fp32(q), zeros_fp32(k), zeros_fp32(v)
         self.own = {"queries": [q, dout, lse.transpose(1, 2), delta.transpose(1, 2)], "keys": [k, v]}
         self.home = {"queries": [self.dq], "keys": [self.dk, self.dv]}

@@ -65,6 +65,7 @@ def patterns(size: int, width: int = 1) -> list[Pattern]:
         "one pair": [(0, half)],
         "two neighbours, both ways": [(0, 1), (1, 0)],
     }
+    # By messages: patterns that are equal under two names are timed once, under the first.
     found: dict[tuple[tuple[int, int], ...], str] = {}
     for name, pairs in shifts.items():
         pairs = sorted({(source, target % size) for source, target in pairs})

@@ -19,6 +19,7 @@ def zigzag(num_tokens: int, rank: int, size: int) -> SeqLayout:
         raise ValueError(f"zigzag: rank = {rank}: must be in [0, {size})")
     if num_tokens < 2 * size:
         raise ValueError(f"zigzag: num_tokens = {num_tokens}: cannot be cut into 2 x {size} chunks; use fewer ranks")
+    # First and last edge of the early chunk, then of the late one.
     edges = [chunk * num_tokens // (2 * size) for chunk in (rank, rank + 1, 2 * size - 1 - rank, 2 * size - rank)]
     return SeqLayout(((edges[0], edges[1]), (edges[2], edges[3])))
 

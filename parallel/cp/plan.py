@@ -47,7 +47,7 @@ Flow = Literal["queries", "keys", "query_results", "key_results", "to_heads", "f
 """
 FLOWS: tuple[Flow, ...] = get_args(Flow)
 Channel = tuple[Flow, Literal["up", "down"]]
-"""One direction of a flow: up to a higher rank, or down. Messages of different channels never wait for each other."""
+"""Flow and direction: up to a higher rank, or down. Messages of different channels never wait for each other."""
 
 
 class Message(NamedTuple):
@@ -98,12 +98,12 @@ class Messages(NamedTuple):
     @classmethod
     def joined(cls, parts: Sequence[Messages]) -> Messages:
         """Return the concatenation of `parts`, in order."""
-        none = cls(*np.zeros((len(cls._fields), 0), np.int64))
+        none = cls(*np.zeros((len(cls._fields), 0), np.int64))  # np.concatenate needs at least one array
         return cls(*map(np.concatenate, zip(none, *parts, strict=True)))
 
     @property
     def is_result(self) -> NDArray[np.bool_]:
-        """Which messages carry results for a share, `[n]`."""
+        """Mask of the messages that carry results for a share, `[n]`."""
         return np.isin(self.flow, [FLOWS.index("query_results"), FLOWS.index("key_results")])
 
     def select(self, index: Any) -> Messages:
@@ -119,7 +119,7 @@ class Messages(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """One kernel call: rows of one owner's queries against rows of one owner's keys."""
+    """Kernel call: rows of one owner's queries against rows of one owner's keys."""
 
     query_owner: int
     query_rows: Rows
@@ -148,7 +148,7 @@ class Exchange(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of a rank; the module docstring has the order."""
+    """Step of a rank; the module docstring gives the order of its parts."""
 
     due: tuple[Message, ...]
     """Received messages to wait for."""
@@ -171,7 +171,7 @@ class Step:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """One rank's part of a pass: its steps, on which all other ranks rely."""
+    """Part of one rank in a pass: its steps, on which all other ranks rely."""
 
     rank: int
     position: int
@@ -192,6 +192,7 @@ class RankPlan:
 
     def peak_shares(self, side: Side) -> int:
         """Return the largest number of foreign shares that this rank holds or receives at one time."""
+        # A share counts from the step at which its message is posted, since its buffer exists from then on.
         held: set[Share] = set()
         peak = 0
         for step in self.steps:

@@ -70,7 +70,7 @@ def tile_order(query: int, kv: int, order: Order) -> list[tuple[int, int]]:
 
 
 class Schedule:
-    """One pass of a grid over the layouts of its ranks; `plan(rank)` is the part of one rank.
+    """Pass of a grid over the layouts of its ranks; `plan(rank)` is the part of one rank.
 
     Raises ValueError if there is not one layout for each rank.
     """

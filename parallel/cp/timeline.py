@@ -29,7 +29,7 @@ MOST_RANKS = 16
 
 @dataclass(frozen=True)
 class Panel:
-    """One pass of a grid with its events."""
+    """Pass of a grid with its events."""
 
     grid: CpGrid
     direction: Pass
@@ -57,6 +57,7 @@ def shown_ranks(size: int, ranks_per_node: int) -> list[int]:
     if size <= MOST_RANKS:
         return list(range(size))
     per_node = min(ranks_per_node, MOST_RANKS // 2)
+    # First rank of the first, the middle and the last node shown.
     firsts = {0, size // 2 // per_node * per_node, (size - 1) // per_node * per_node}
     return [rank for first in sorted(firsts) for rank in range(first, min(first + per_node, size))]
 

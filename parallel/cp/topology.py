@@ -49,6 +49,7 @@ class Fabric:
             ahead = (target - source) % size
             hops, step = (ahead, 1) if ahead <= size - ahead else (size - ahead, -1)
             links = [("link", (source + hop * step) % size, (source + (hop + 1) * step) % size) for hop in range(hops)]
+        # A ring passes a message on link by link; on other fabrics a path has one latency.
         latency_s = self.latency_s * (len(links) if self.kind == "ring" else 1)
         if not self.full_duplex:
             links = [("both ways", *sorted(ends)) for _, *ends in links]
