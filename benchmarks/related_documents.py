@@ -41,7 +41,7 @@ from longring.launch.build import bucket_layouts, build_engine
 from longring.launch.checkpoint.load import load_last_good
 from longring.launch.config import Recipe, load_recipe
 from longring.launch.grids.decide import decide_grids
-from longring.launch.preflight import plan
+from longring.launch.preflight import preflight
 from longring.launch.train import train
 from longring.parallel.mesh import Mesh, join
 from rich import box
@@ -149,7 +149,7 @@ def again(manifest: Manifest) -> list[tuple[int, int, int]]:
 
 def losses_of(recipe: Recipe, mesh: Mesh, held_out: Manifest) -> Callable[[np.ndarray], np.ndarray]:
     """The trained model's losses [b, length] of rows [b, length + 1]."""
-    planned = plan(recipe, 1)
+    planned = preflight(recipe, 1)
     engine = build_engine(recipe, planned.manifest.vocab_size, mesh)
     loaded = load_last_good(engine, planned.run.checkpoints, mesh, planned.data_hash)
     assert loaded is not None, "training left a checkpoint"

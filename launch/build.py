@@ -1,4 +1,4 @@
-"""Where the columns meet: the model gets its attention from parallel, its rows from data."""
+"""The meeting point of the columns: the model gets its attention from parallel/ and its rows from data/."""
 
 from __future__ import annotations
 
@@ -38,44 +38,48 @@ class BucketLayout:
     num_replicas: int
     sequences_per_replica: int
     sequence: SeqLayout
-    """Of one sequence, as if it were one document."""
+    """Positions of one sequence that this rank holds, as if the sequence were one document."""
     document_masks: bool
-    """Whether attention keeps the documents apart that a sequence is known to have."""
+    """Whether attention keeps the documents of a sequence apart."""
     position_resets: bool
-    """Whether RoPE counts from the start of each of them."""
+    """Whether RoPE counts positions from the start of each document."""
     attention: Callable[[SeqLayout], AttentionFunction]
 
     def model_inputs(
         self, rows: NDArray[np.unsignedinteger], document_starts: Sequence[tuple[int, ...]] | None, device: torch.device
     ) -> tuple[Tensor, Tensor, SeqLayout, AttentionFunction]:
-        """Tokens, targets, layout and attention for this rank's share of sequences `[b, length + 1]`.
+        """Return tokens, targets, layout and attention for this rank's share of `rows` `[b, length + 1]`.
 
-        Where the rows have `document_starts`, one tuple a row, whole sequences are laid end to end as one of b = 1,
-        since a batch shares one mask. Positions run on from row to row: RoPE tells distances only.
+        Tokens and targets are `[b, s]` with s tokens of each sequence on this rank. With `document_starts`, a tuple a
+        row, whole sequences are laid end to end as one of `[1, b s]`, because a batch shares one mask. Positions run on
+        from row to row: RoPE depends on distances only.
         """
-        # Whole rows travel, as stored: they may lie in page-locked memory, and the copy is then not waited for.
-        whole = torch.from_numpy(rows).to(device, non_blocking=True).long()
+        # Whole rows are copied as stored: from page-locked memory, the copy does not block.
+        whole = torch.from_numpy(rows).to(device, non_blocking=True).long()  # [b, length + 1]
         positions = self.sequence.positions(device)
-        tokens, targets = whole[:, positions], whole[:, positions + 1]
+        tokens, targets = whole[:, positions], whole[:, positions + 1]  # [b, s]
         layout = self.sequence
         if document_starts is not None:
             runs, whole_rows = layout.runs, (0,)
             if self.context_parallel > 1:
-                [starts] = document_starts  # a ring holds one sequence at a time
+                [starts] = document_starts  # the ranks of a ring hold one sequence at a time
             else:
                 length = layout.num_tokens
                 runs, whole_rows = ((0, len(rows) * length),), tuple(range(0, len(rows) * length, length))
                 starts = tuple(
                     row + start for row, found in zip(whole_rows, document_starts, strict=True) for start in found
                 )
-                tokens, targets = tokens.reshape(1, -1), targets.reshape(1, -1)
+                tokens, targets = tokens.reshape(1, -1), targets.reshape(1, -1)  # [1, b s]
             layout = SeqLayout(
                 runs, starts if self.document_masks else whole_rows, starts if self.position_resets else (0,)
             )
         return tokens, targets, layout, self.attention(layout)
 
     def trained(self, trained: NDArray[np.bool_] | None, losses: Tensor) -> Tensor:
-        """Which `losses` count, 1 or 0 in their shape, of targets `[b, length]` of whole sequences; all for None."""
+        """Return 1 where a loss counts and 0 elsewhere, in the shape of `losses`.
+
+        `trained` `[b, length]` marks the targets of whole sequences; None counts all.
+        """
         if trained is None:
             return torch.ones_like(losses)
         positions = self.sequence.positions(losses.device)
@@ -121,7 +125,7 @@ def bucket_layouts(
 
 
 def attention_on_one_rank(backend: str, device: torch.device, layout: SeqLayout) -> AttentionFunction:
-    """Of sequences that this rank holds whole."""
+    """Return attention over sequences that this rank holds whole."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         return attention(q, k, v, make_mask(layout, layout, window=window, device=device), backend=backend)
@@ -132,7 +136,7 @@ def attention_on_one_rank(backend: str, device: torch.device, layout: SeqLayout)
 def attention_over_ranks(
     recipe: Recipe, group: CpGroup, windows: Mapping[int | None, CpGrid], num_tokens: int
 ) -> Callable[[SeqLayout], AttentionFunction]:
-    """Of a sequence of `num_tokens` spread over a group, by the grid for each window."""
+    """Return attention over a sequence of `num_tokens` spread over a group, by the grid of each attention window."""
 
     @lru_cache(maxsize=4)  # its plans serve all layers of a micro-batch, and all micro-batches without documents
     def spec(document_starts: tuple[int, ...], window: int | None) -> AttentionSpec:
@@ -155,7 +159,7 @@ def attention_over_ranks(
 
 
 def build_engine(recipe: Recipe, vocab_size: int, mesh: Mesh) -> DeepSpeedEngine:
-    """The model with its optimizer under DeepSpeed. Equal seeds give equal weights on any mesh. Collective."""
+    """Return the model and its optimizer under DeepSpeed. Equal seeds give equal weights on any mesh. Collective."""
     torch.manual_seed(recipe.train.seed)
     model = Transformer(recipe.model, vocab_size, megatron_config(recipe.parallel), recipe.train.recompute).to(
         mesh.device

@@ -86,7 +86,7 @@ def _order(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.target, options.overrides)
-    from .preflight import plan
+    from .preflight import preflight
     from .ranks.start import Rendezvous, local_ranks, start_ranks
 
     count = options.ranks or local_ranks(recipe.train.ranks_per_node)
@@ -94,7 +94,7 @@ def _train(options: argparse.Namespace) -> int:
         from .ranks.node import check_node
 
         check_node(recipe, count)
-    plan(recipe, count * options.nodes, check_shards=options.node == 0)
+    preflight(recipe, count * options.nodes, check_shards=options.node == 0)
     meeting = None
     if options.nodes > 1 or options.rendezvous:
         if not (options.rendezvous and options.job and options.address):

@@ -1,4 +1,4 @@
-"""What a run will do, worked out before any rank starts: what cannot work is said at once."""
+"""Checks before any rank starts: recipe, world, data, run directory and checkpoint fit each other."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run will do, known before any rank talks to another."""
+class Preflight:
+    """What a start will read and continue, known before any rank talks to another."""
 
     manifest: Manifest
     order: BatchOrder
@@ -25,17 +25,17 @@ class Plan:
     data_hash: str
     """SHA-256 of the prepared data's manifest."""
     resume_from: Path | None
-    """The last checkpoint that seems whole; whoever loads it checks its hashes."""
-    done: int
-    """Steps that it has."""
+    """Last checkpoint that seems whole; its hashes are checked when it is loaded."""
+    steps_done: int
+    """Steps that it has; 0 without a checkpoint."""
 
 
-def plan(recipe: Recipe, world_size: int, *, check_shards: bool = True) -> Plan:
+def preflight(recipe: Recipe, world_size: int, *, check_shards: bool = True) -> Preflight:
     """Check recipe, world, data, run directory and checkpoint against each other.
 
-    Raises ValueError at the first thing that does not fit. `longring train` calls it before it starts any rank, and
-    every rank before it joins the others; one rank asks for every shard's size, which on a shared file system is as
-    many requests as there are shards.
+    Raises ValueError for the first that does not fit. `longring train` calls it before it starts any rank, and every
+    rank calls it before it joins the others. With `check_shards` the size of every shard is checked, a request each on
+    a shared file system, so one rank does it for all.
     """
     recipe.accumulation_steps(world_size)
     check_named_grids(recipe)
@@ -52,9 +52,9 @@ def plan(recipe: Recipe, world_size: int, *, check_shards: bool = True) -> Plan:
     )
     run = RunDirectory(recipe.run_directory)
     run.check(recipe)
-    resume_from, done = None, 0
+    resume_from, steps_done = None, 0
     if (found := last_good_checkpoint(run.checkpoints)) is not None:
         resume_from, saved = found
         check_trained_on(saved, resume_from, data_hash)
-        done = saved.state.step
-    return Plan(manifest, order, run, data_hash, resume_from, done)
+        steps_done = saved.state.step
+    return Preflight(manifest, order, run, data_hash, resume_from, steps_done)

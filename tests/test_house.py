@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -26,28 +27,103 @@ MAY_IMPORT = {
 MODULES = sorted(path.relative_to(ROOT) for column in COLUMNS for path in (ROOT / column).rglob("*.py"))
 
 
-def imported_columns(module: Path) -> set[str]:
-    """Columns of ours that a module imports, anywhere in it: relative imports resolved by their dots."""
-    package = module.parent.parts
-    found = set()
-    for node in ast.walk(ast.parse((ROOT / module).read_text())):
-        if isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            target = (*base, *(node.module or "").split("."))
-            found.add(target[0] if node.level else target[1] if target[0] == "longring" else "")
-        elif isinstance(node, ast.Import):
-            found |= {name.name.split(".")[1] for name in node.names if name.name.startswith("longring.")}
-    return (found & set(COLUMNS)) - {package[0]}
+Graph = dict[Path, set[Path]]
 
 
-@pytest.mark.parametrize("module", MODULES, ids=str)
-def test_imports_go_one_way(module):
-    assert imported_columns(module) <= MAY_IMPORT[module.parts[0]]
+def imports(root: Path) -> Graph:
+    """Return, for every module below the columns of `root`, the modules that it imports anywhere in it."""
+    modules = {path.relative_to(root) for column in COLUMNS for path in (root / column).rglob("*.py")}
+    graph: Graph = {}
+    for module in modules:
+        graph[module] = found = set()
+        for node in ast.walk(ast.parse((root / module).read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = Path(*module.parts[: -node.level], *(node.module or "").split("."))
+                # `from .a import b` takes the module a/b.py, or the name b of a.py or a/__init__.py.
+                for name in node.names:
+                    candidates = (base / f"{name.name}.py", base / name.name / "__init__.py")
+                    fallback = (base.with_name(f"{base.name}.py"), base / "__init__.py")
+                    found |= {next(path for path in (*candidates, *fallback) if path in modules)}
+            elif isinstance(node, ast.ImportFrom):
+                assert not (node.module or "").startswith("longring"), (
+                    f"{module}: imports within the house are relative"
+                )
+        found.discard(module)
+    return graph
 
 
-def test_the_layer_check_sees_imports():
-    assert imported_columns(Path("launch/build.py")) == {"kernels", "model", "parallel"}
-    assert imported_columns(Path("parallel/cp/execute.py")) == {"kernels"}
+def rooms(graph: Graph, folder: Path) -> Graph:
+    """Return the imports between the direct children of a folder, modules and sub-packages."""
+    depth = len(folder.parts)
+    collapsed: Graph = {}
+    for module, found in graph.items():
+        if module.parts[:depth] == folder.parts:
+            room = Path(*module.parts[: depth + 1])
+            inside = {Path(*other.parts[: depth + 1]) for other in found if other.parts[:depth] == folder.parts}
+            collapsed.setdefault(room, set()).update(inside - {room})
+    return collapsed
+
+
+def floors(graph: Graph) -> list[set[Path]]:
+    """Return the rooms floor by floor: each stands above all that it imports. Raises CycleError for a cycle or pair."""
+    sorter = TopologicalSorter(graph)
+    sorter.prepare()
+    found = []
+    while sorter.is_active():
+        ready = sorter.get_ready()
+        found.append(set(ready))
+        sorter.done(*ready)
+    return found
+
+
+IMPORTS = imports(ROOT)
+FOLDERS = sorted({Path(), *(parent for module in MODULES for parent in module.parents)})
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_imports_go_one_way(column):
+    allowed = MAY_IMPORT[column] | {column}
+    for module, found in IMPORTS.items():
+        if module.parts[0] == column:
+            assert {other.parts[0] for other in found} <= allowed, f"{module} imports against the house"
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=str)
+def test_no_two_rooms_import_each_other(folder):
+    floors(rooms(IMPORTS, folder))
+
+
+def test_the_data_column_has_few_floors():
+    assert len(floors(rooms(IMPORTS, Path("data")))) <= 6
+
+
+def test_a_new_pair_or_cycle_is_found(tmp_path):
+    for column in COLUMNS:
+        for package in ("a", "b"):
+            (tmp_path / column / package).mkdir(parents=True)
+            (tmp_path / column / package / "__init__.py").touch()
+    (tmp_path / "data" / "a" / "one.py").write_text("from ..b import one\n")
+    (tmp_path / "data" / "b" / "one.py").write_text("")
+    floors(rooms(imports(tmp_path), Path("data")))
+    (tmp_path / "data" / "b" / "two.py").write_text("def late():\n    from ..a.one import name\n")
+    floors(rooms(imports(tmp_path), Path("data", "b")))
+    with pytest.raises(CycleError):
+        floors(rooms(imports(tmp_path), Path("data")))
+
+
+def test_the_import_graph_is_seen():
+    assert Path("parallel/cp/schedules.py") in IMPORTS[Path("parallel/cp/execute.py")]
+    assert {path.parts[0] for path in IMPORTS[Path("launch/build.py")]} == {"launch", "kernels", "model", "parallel"}
+    assert Path("launch/ranks/watchdog.py") in IMPORTS[Path("launch/train.py")]
+
+
+def test_a_training_rank_loads_no_library_of_preparation():
+    code = (
+        "import sys, longring.data.format.manifest, longring.data.read.loader\n"
+        "print(sorted({'pyarrow', 'fsspec', 'rich', 'datasets', 'datatrove', 'faiss', 'numba'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_nothing_that_is_read_can_run_code():

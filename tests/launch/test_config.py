@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from longring.launch.config import Recipe, TrainConfig, load_recipe
-from longring.launch.train import learning_rate
+from longring.launch.learning_rate import learning_rate
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "launch" / "recipes" / "demo.toml"

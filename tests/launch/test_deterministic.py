@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from longring.launch import train as train_module
+from longring.launch import trainer
 from longring.launch.config import load_recipe
 from longring.launch.metrics import read_metrics
+from longring.launch.train import train
 from rich.console import Console
 
 EXACT = ("step", "tokens", "loss", "bucket", "grad_norm")
@@ -15,17 +16,17 @@ EXACT = ("step", "tokens", "loss", "bucket", "grad_norm")
 
 def run_and_watch(recipe_file: Path, overrides: list[str]) -> tuple[bool, int]:
     """Train -> whether torch was asked for deterministic operations, and how many random states the steps saw."""
-    states, agree = [], train_module.agree
+    states, sum_over_ranks = [], trainer.sum_over_ranks
 
     def watched(*arguments):
         states.append(torch.get_rng_state().numpy().tobytes())
-        return agree(*arguments)
+        return sum_over_ranks(*arguments)
 
-    train_module.agree = watched
+    trainer.sum_over_ranks = watched
     try:
-        train_module.train(load_recipe(recipe_file, overrides), Console(quiet=True))
+        train(load_recipe(recipe_file, overrides), Console(quiet=True))
     finally:
-        train_module.agree = agree
+        trainer.sum_over_ranks = sum_over_ranks
         asked = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(False)
     assert len(states) == 8

@@ -20,7 +20,7 @@ from longring.data.read.batch_order import Share
 from longring.data.read.loader import Loader, MicroBatch
 from longring.launch.build import build_engine
 from longring.launch.config import Recipe, load_recipe
-from longring.launch.preflight import plan
+from longring.launch.preflight import preflight
 from longring.launch.train import train
 from longring.parallel.mesh import join
 from rich.console import Console
@@ -47,7 +47,7 @@ Batch = list[np.ndarray]
 def initial_weights_and_batches(recipe_file: Path, overrides: list[str]) -> tuple[dict[str, Tensor], list[Batch]]:
     recipe = load_recipe(recipe_file, overrides)
     mesh = join(recipe.parallel, 1)
-    planned = plan(recipe, 1)
+    planned = preflight(recipe, 1)
     module = build_engine(recipe, planned.manifest.vocab_size, mesh).module
     weights = {name: p.detach().clone() for name, p in module.named_parameters()}
     order = planned.order

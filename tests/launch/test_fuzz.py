@@ -17,9 +17,9 @@ from longring.data.format.manifest import open_prepared
 from longring.data.read.batch_order import Share
 from longring.data.read.loader import Loader
 from longring.launch.config import load_recipe
-from longring.launch.preflight import plan
+from longring.launch.preflight import preflight
 from longring.launch.run_directory import RunDirectory
-from longring.launch.train import read
+from longring.launch.trainer import read
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "launch" / "recipes" / "demo.toml"
@@ -128,7 +128,7 @@ def test_manifests_of_any_content(recipe_file, prepared, data):
         data.draw(changed(text.encode()) | replaced(json.loads(text)).map(lambda tree: json.dumps(tree).encode()))
     )
     settings = [f"data.directory={prepared}", f"run_directory={prepared}/run"]
-    explained(lambda: plan(load_recipe(recipe_file, settings), 1), str(prepared), "data.", "curriculum.")
+    explained(lambda: preflight(load_recipe(recipe_file, settings), 1), str(prepared), "data.", "curriculum.")
 
 
 @FUZZ
@@ -145,7 +145,7 @@ def test_shards_of_any_content(recipe_file, prepared, data):
     copy = prepared / shard.relative_to(recipe_file.parent / "data")
     copy.write_bytes(content)
     recipe, config = load_recipe(recipe_file), LoaderConfig(workers=0)
-    order = plan(recipe, 1).order
+    order = preflight(recipe, 1).order
     loader = Loader(open_prepared(str(prepared), config), order, config, lambda length: Share(0, 1, 2048 // length))
 
     def read_all() -> None:

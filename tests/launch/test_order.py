@@ -23,7 +23,7 @@ from longring.launch.build import BucketLayout, bucket_layouts, build_engine
 from longring.launch.config import load_recipe
 from longring.launch.evaluate import evaluate
 from longring.launch.grids.decide import decide_grids
-from longring.launch.preflight import plan
+from longring.launch.preflight import preflight
 from longring.launch.train import train
 from longring.parallel.mesh import join
 from rich.console import Console
@@ -75,7 +75,7 @@ def first_step(recipe_file: Path, overrides: list[str]) -> tuple[dict, np.ndarra
     """Initial weights; the rows and trained targets of the first batch."""
     recipe = load_recipe(recipe_file, overrides)
     mesh = join(recipe.parallel, 1)
-    planned = plan(recipe, 1)
+    planned = preflight(recipe, 1)
     module = build_engine(recipe, planned.manifest.vocab_size, mesh).module
     weights = {name: p.detach().double() for name, p in module.named_parameters()}
     knots = Knots(recipe.knots, planned.manifest.tokenizer(), recipe.train.seed)
@@ -233,4 +233,4 @@ def test_data_of_another_order_is_refused(ordered):
         ("data.rest=drop", r"needs every document whole"),
     ]:
         with pytest.raises(ValueError, match=message):
-            plan(load_recipe(recipe_file, [*overrides, changed, "parallel.tokens_per_rank=1024"]), 1)
+            preflight(load_recipe(recipe_file, [*overrides, changed, "parallel.tokens_per_rank=1024"]), 1)

@@ -1,0 +1,284 @@
+"""One rank's part of a start: what it holds, one training step, and what is out of the ordinary.
+
+`launch/train.py` has the loop that calls it. All ranks call the same methods in the same order.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import Tensor
+
+from ..data.read.batch_order import Share
+from ..data.read.loader import Loader, MicroBatch
+from ..parallel.mesh import Mesh
+from ..parallel.zero import DeepSpeedEngine, gradient_norm, set_learning_rate
+from .build import BucketLayout
+from .checkpoint.format import TrainState, checkpoint_name
+from .checkpoint.load import load_last_good
+from .checkpoint.save import Saver, Status
+from .config import Recipe
+from .errors import CommonError
+from .learning_rate import learning_rate
+from .loss_watch import LossWatch
+from .metrics import MetricsWriter, StepMetrics, trained_table
+from .preflight import Preflight
+from .ranks.signals import StopSignals
+from .ranks.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Trainer:
+    """One start of a run on one rank. A context manager: leaving it ends threads and closes files."""
+
+    recipe: Recipe
+    checked: Preflight
+    mesh: Mesh
+    console: Console
+    signals: StopSignals
+    watchdog: Watchdog
+    last: int
+    """Last step of this start."""
+    engine: DeepSpeedEngine
+    layouts: dict[int, BucketLayout]
+    """Layout of every bucket, by sequence length."""
+    loader: Loader
+    losses: LossWatch
+    saver: Saver
+    writer: MetricsWriter | None
+    """Rank 0 only."""
+    state: TrainState
+    """How far the run has come; `state.step` counts the steps done."""
+    left_out: set[int] = field(default_factory=set)
+    """Steps whose batches are skipped after a spike."""
+    stopped_by: str | None = None
+    """The signal that ends this start, once all ranks know of it."""
+
+    def __post_init__(self) -> None:
+        self._micro_batches = self.loader.batches(self.state.step, self.last)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: TracebackType | None) -> None:
+        if isinstance(error, ArithmeticError):  # raised by all ranks alike, so the save in flight can be finished
+            self.saver.finish()
+        self.saver.close()
+        self._micro_batches.close()
+        if self.writer is not None:
+            self.writer.close()
+
+    def train_step(self) -> StepMetrics:
+        """Do the next step: read its batch, compute gradients, update the weights, record it. Collective."""
+        started = time.perf_counter()
+        step, order, train = self.state.step + 1, self.checked.order, self.recipe.train
+        length = order.lengths[order.bucket(step)]
+        layout = self.layouts[length]
+        rate = learning_rate(step, train)
+        set_learning_rate(self.engine, rate)
+
+        micro_batches: Iterable[MicroBatch] = self._read(step)
+        targets = train.global_batch_tokens
+        if self.recipe.knots.share:  # knots leave targets out, and the loss is a mean over those that count
+            micro_batches = list(micro_batches)
+            targets = trained_targets(micro_batches, layout.context_parallel, self.mesh)
+        if step in self.left_out:
+            for _ in micro_batches:  # they are read all the same: the loader's stream goes on step by step
+                pass
+            loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        else:
+            loss_sum = self._compute_gradients_and_update(step, micro_batches, layout, targets)
+
+        loss_sum = self._sum_over_ranks(step, loss_sum)
+        loss, grad_norm, outcome = self._judge(step, loss_sum / targets)
+
+        seconds = time.perf_counter() - started
+        metrics = StepMetrics(
+            step=step,
+            tokens=self.state.updates * train.global_batch_tokens,
+            targets=targets,
+            loss=loss,
+            bucket=length,
+            cp=layout.context_parallel,
+            learning_rate=rate,
+            grad_norm=grad_norm,
+            step_ms=seconds * 1e3,
+            tokens_per_s=train.global_batch_tokens / seconds,
+            outcome=outcome,
+        )
+        if self.writer is not None:
+            self.writer.write(metrics)
+        return metrics
+
+    def _read(self, step: int) -> Iterator[MicroBatch]:
+        """Yield the step's micro-batches, each read when it is asked for."""
+        for number in range(self.recipe.accumulation_steps(self.mesh.world_size)):
+            self.watchdog.at(step, f"reading micro-batch {number}")
+            yield read(self._micro_batches, step, self.mesh.rank)
+
+    def _compute_gradients_and_update(
+        self, step: int, micro_batches: Iterable[MicroBatch], layout: BucketLayout, targets: int
+    ) -> Tensor:
+        """Take the micro-batches through forward and backward, then update -> this rank's sum of losses, fp64."""
+        # The engine averages gradients over data ranks and accumulation steps; the loss of a step is the mean over the
+        # trained targets of the global batch, wherever they lie.
+        loss_scale = self.mesh.data_size * self.recipe.accumulation_steps(self.mesh.world_size) / targets
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for number, micro_batch in enumerate(micro_batches):
+            self.watchdog.at(step, f"forward and backward of micro-batch {number} of bucket {micro_batch.length}")
+            inputs = layout.model_inputs(micro_batch.rows, micro_batch.document_starts, self.mesh.device)
+            token_losses = self.engine(*inputs)
+            token_losses = token_losses * layout.trained(micro_batch.trained, token_losses)
+            self.engine.backward(token_losses.sum() * loss_scale)
+            self.engine.step()  # changes the weights after the last micro-batch only
+            loss_sum += token_losses.detach().sum(dtype=torch.float64)
+        return loss_sum
+
+    def _sum_over_ranks(self, step: int, loss_sum: Tensor) -> float:
+        """Sum the losses over the ranks, and act on the signals and saves that any of them has seen. Collective."""
+        self.watchdog.at(step, "agreeing with the other ranks")
+        totals = sum_over_ranks(loss_sum, self.signals.received is not None, self.saver.status, self.mesh)
+        if totals.num_stopped:
+            self.stopped_by = self.signals.received or "a signal to another rank"
+        self.saver.settle(totals.num_written, totals.num_failed)
+        return totals.loss_sum
+
+    def _judge(self, step: int, loss: float) -> tuple[float, float, str]:
+        """Count the step as done and judge it -> its loss, gradient norm and outcome, the same on all ranks."""
+        grad_norm, outcome = math.nan, "left out"
+        if step in self.left_out:
+            loss = math.nan
+        else:
+            grad_norm = gradient_norm(self.engine)
+            outcome = self.losses.judge(step, loss, grad_norm)
+        skipped = self.state.skipped
+        if outcome in ("non-finite", "left out"):
+            skipped = (*skipped, step)
+        if outcome == "non-finite":
+            self._tell_of_non_finite(step)
+        self.state = replace(self.state, step=step, skipped=skipped)
+        return loss, grad_norm, outcome
+
+    def go_back(self, spike: StepMetrics) -> bool:
+        """Return to the last checkpoint before a spike, leaving its batches out. Collective.
+
+        False means that there is no checkpoint, and the run goes on from where it is. Raises ArithmeticError after
+        faults.max_rewinds.
+        """
+        step = spike.step
+        self.watchdog.at(step, "going back before a loss spike")
+        self.saver.finish()
+        checkpoints, data_hash = self.checked.run.checkpoints, self.checked.data_hash
+        found = load_last_good(self.engine, checkpoints, self.mesh, data_hash)
+        self.losses.rewound(step, spike.loss, found and found[1])
+        if found is None:
+            return False
+        _, before, _ = found
+        self.left_out.update(range(step - self.recipe.faults.spike_skip_steps + 1, step + 1))
+        self.tell(
+            "spike",
+            step,
+            f"loss {spike.loss:.4g}: back to step {before.step}, leaving out steps {sorted(self.left_out)}",
+        )
+        self.state = replace(self.state, step=before.step, skipped=before.skipped)
+        self._micro_batches.close()
+        self._micro_batches = self.loader.batches(before.step, self.last)
+        if self.writer is not None:
+            self.writer.rewind(before.step)
+        return True
+
+    def save(self) -> None:
+        """Begin to save the state; training waits for a copy in memory only. Collective."""
+        self.watchdog.at(self.state.step, "saving")
+        self.saver.finish()
+        waited = self.saver.begin(replace(self.state, recent_losses=self.losses.recent))
+        log.info("saving step %d: training waited %.0f ms", self.state.step, waited * 1e3)
+
+    def finish_saving(self) -> None:
+        """Wait until the last save is visible. Raises CommonError if it failed. Collective."""
+        if not self.saver.finish():
+            raise CommonError(
+                f"step {self.state.step} could not be saved; the same command goes on from the checkpoint before"
+            )
+
+    def tell(self, event: str, step: int, message: str) -> None:
+        """Log an event; rank 0 also records it in the run's events and prints it."""
+        log.warning("step %d, %s: %s", step, event, message)
+        if self.mesh.rank == 0:
+            self.checked.run.record_event(event, step, message)
+            self.console.print(f"step {step}, {event}: {message}", highlight=False, soft_wrap=True)
+
+    def _tell_of_non_finite(self, step: int) -> None:
+        order = self.checked.order
+        length = order.lengths[order.bucket(step)]
+        sequences = order.sequences(step, share_of(self.layouts[length])).tolist()
+        log.warning("step %d is not finite; sequences %s of bucket %d", step, sequences, length)
+        self.tell("step skipped", step, f"gradients are not finite, bucket {length}; logs/ name its sequences")
+
+    def report(self) -> None:
+        """Print where the last checkpoint is and, at the end of a run, what was trained. Rank 0 only."""
+        run, step = self.checked.run, self.state.step
+        self.console.print(f"saved {run.checkpoints / checkpoint_name(step)}", soft_wrap=True)
+        if step == self.recipe.train.steps:
+            self.console.print(trained_table(self.checked.order.trained(step)))
+            if self.state.skipped:
+                self.console.print(
+                    f"{len(self.state.skipped)} of the {step} steps changed no weights: {run.events_file} says why"
+                )
+
+
+def read(micro_batches: Iterator[MicroBatch], step: int, rank: int) -> MicroBatch:
+    """Return the next micro-batch of `step`. Raises OSError that names the rank: only one may be without its shard."""
+    try:
+        micro_batch = next(micro_batches)
+    except Exception as error:  # a damaged shard may raise anything
+        raise OSError(f"rank {rank} cannot read its rows of step {step}: {error!r}") from error
+    assert micro_batch.step == step, f"the loader is at step {micro_batch.step}, the run at step {step}"
+    return micro_batch
+
+
+def share_of(layout: BucketLayout) -> Share:
+    """Return the part of every micro-batch that this rank reads."""
+    return Share(layout.replica, layout.num_replicas, layout.sequences_per_replica)
+
+
+class Totals(NamedTuple):
+    """Sums over the ranks at the end of a step, equal on all of them."""
+
+    loss_sum: float
+    num_stopped: int
+    """Ranks that have received a signal."""
+    num_written: int
+    """Ranks that have written their part of the save in flight."""
+    num_failed: int
+    """Ranks that have failed to write it."""
+
+
+def sum_over_ranks(loss_sum: Tensor, stopped: bool, saving: Status, mesh: Mesh) -> Totals:
+    """Sum over the world, once a step, so that no rank stops, saves or gives up alone. Collective."""
+    votes = [stopped, saving == "written", saving == "failed"]
+    total = torch.tensor([0.0, *map(float, votes)], dtype=torch.float64, device=mesh.device)
+    if mesh.tensor_rank == 0:  # the ranks of a tensor-parallel group have the same losses
+        total[0] = loss_sum
+    dist.all_reduce(total)
+    loss, *counts = total.tolist()
+    return Totals(loss, *map(int, counts))
+
+
+def trained_targets(micro_batches: Iterable[MicroBatch], context_parallel: int, mesh: Mesh) -> int:
+    """Return how many targets of a step's global batch the loss counts. Collective."""
+    count = torch.tensor(sum(int(batch.trained.sum()) for batch in micro_batches if batch.trained is not None))
+    count = count.to(mesh.device)
+    dist.all_reduce(count, group=mesh.data_group)
+    return int(count) // context_parallel  # each rank of a ring has counted the whole sequence
