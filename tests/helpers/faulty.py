@@ -6,7 +6,6 @@ of the operation's name that the watchdog knows; within the writing of a checkpo
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -16,6 +15,8 @@ from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from .ranks import fork_server, take_environment
 
 DEADLINE_S = 120
 
@@ -63,15 +64,15 @@ def start(
     stop_after: int | None = None,
 ) -> Started:
     """Start all ranks of a run; what they print goes to the file `output`."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["longring.launch.train", "helpers.faulty"])
+    context = fork_server()
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     output.parent.mkdir(parents=True, exist_ok=True)
     processes: list[BaseProcess] = []
     for rank in range(world_size):
-        place = {
+        variables = {
+            **os.environ,
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world_size),
@@ -80,14 +81,14 @@ def start(
             "OMP_NUM_THREADS": "1",
         }
         arguments = [str(recipe_file), *overrides, *(["--stop-after", str(stop_after)] if stop_after else [])]
-        process = context.Process(target=_rank, args=(place, arguments, tuple(faults), output), daemon=True)
+        process = context.Process(target=_rank, args=(variables, arguments, tuple(faults), output), daemon=True)
         process.start()
         processes.append(process)
     return Started(processes, output)
 
 
-def _rank(place: dict[str, str], arguments: list[str], faults: tuple[Fault, ...], output: Path) -> None:
-    os.environ.update(place)
+def _rank(variables: dict[str, str], arguments: list[str], faults: tuple[Fault, ...], output: Path) -> None:
+    take_environment(variables)
     with output.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -95,7 +96,7 @@ def _rank(place: dict[str, str], arguments: list[str], faults: tuple[Fault, ...]
     from longring.launch import train
 
     torch.set_num_threads(1)
-    mine = [fault for fault in faults if fault.rank == int(place["RANK"])]
+    mine = [fault for fault in faults if fault.rank == int(variables["RANK"])]
     train.Watchdog = _watchdog_with(mine)
     train.build_engine = _build_with(mine, train.build_engine)
     sys.exit(train.main(arguments))
