@@ -1,5 +1,4 @@
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,28 +113,30 @@ def test_closing_early_ends_every_thread(manifest: Manifest):
 
 
 def test_reading_overlaps_with_the_model(manifest: Manifest, monkeypatch: pytest.MonkeyPatch):
-    """Reading a batch takes 20 ms and the step 30 ms: with one reading thread the model hardly waits."""
-    read = SequenceReader.read
+    """Workers read the next `prefetch_batches` before they are asked for; without workers nothing is read ahead."""
+    read, done = SequenceReader.read, threading.Semaphore(0)
 
-    def slow(*arguments, **options):
-        time.sleep(0.02)
-        return read(*arguments, **options)
+    def counted(*arguments, **options):
+        rows = read(*arguments, **options)
+        done.release()
+        return rows
 
-    monkeypatch.setattr(SequenceReader, "read", slow)
-
-    def waited(config: LoaderConfig) -> float:
-        batches, seconds = loader(manifest, config).batches(0, 5), 0.0
+    monkeypatch.setattr(SequenceReader, "read", counted)
+    batches = loader(manifest, LoaderConfig(workers=0)).batches(0, 5)
+    for _ in range(10):
         next(batches)
-        for _ in range(30):
-            time.sleep(0.03)
-            started = time.perf_counter()
-            next(batches)
-            seconds += time.perf_counter() - started
-        batches.close()
-        return seconds
+        assert done.acquire(blocking=False)
+        assert not done.acquire(blocking=False), "read before it is asked for"
 
-    assert waited(LoaderConfig(workers=0)) > 0.55
-    assert waited(LoaderConfig(workers=1)) < 0.2
+    batches = loader(manifest, LoaderConfig(workers=1, prefetch_batches=3)).batches(0, 5)
+    next(batches)
+    for _ in range(1 + 3):
+        assert done.acquire(timeout=60)
+    for _ in range(10):
+        next(batches)
+        assert done.acquire(timeout=60), "one more batch is read while this one is trained"
+        assert not done.acquire(blocking=False), "more batches are read than prefetch_batches"
+    batches.close()
 
 
 def test_a_micro_batch_has_plain_rows(manifest: Manifest):

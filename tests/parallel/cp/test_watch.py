@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 from longring.parallel.cp.group import Watch
 
@@ -21,12 +20,19 @@ def test_an_overdue_message_ends_the_process_and_is_named(capfd):
 
 
 def test_messages_that_come_in_time_are_forgotten():
-    ended = threading.Event()
-    watch = Watch(0.5, end=lambda status: ended.set())
+    """The watch looks at the oldest message alone: that it looks at the second shows that it forgot the first."""
+    ended, come, looked, second = (threading.Event() for _ in range(4))
+    watch = Watch(60, end=lambda status: ended.set())
+
+    def is_first_done() -> bool:
+        looked.set()
+        return come.is_set()
+
+    watch.expect(is_first_done, lambda: "first")
+    watch.expect(lambda: second.set() or True, lambda: "second")
     watch.start()
-    for _ in range(5):
-        come = time.monotonic() + 0.1
-        watch.expect(lambda come=come: time.monotonic() > come, lambda: "late")
-        time.sleep(0.2)
+    assert looked.wait(60)
+    assert len(watch.expected) == 2, "a message that has not come is kept"
+    come.set()
+    assert second.wait(60)
     assert not ended.is_set()
-    assert not watch.expected
