@@ -4,12 +4,11 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from longring.data.permutation import permute
 
 
-@settings(deadline=None)
 @given(st.integers(1, 3_000), st.tuples(st.integers(0, 2**40), st.integers(0, 9)))
 def test_is_a_bijection(size: int, key: tuple[int, int]):
     assert sorted(permute(np.arange(size), size, key).tolist()) == list(range(size))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from itertools import product
 
 import pytest
 import torch
 from helpers.errors import assert_as_exact_as
+from helpers.lanes import by_lane
 from helpers.plain_attention import exact_attention, torch_attention, visible_pairs
 from longring.kernels import attention as front_door
 from longring.kernels import triton_attention
@@ -107,10 +109,25 @@ def compare(backend: str, dtype: torch.dtype, mask_name: str, **options) -> None
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=max(atol, 1e-5))
 
 
+# Every mask in fp32 and bf16 with 2 kv heads, and three masks with everything; the rest of the product is slow.
+MATRIX = list(product([4, 2, 1], DTYPES, MASKS))
+THREE = ["documents", "window, documents", "zigzag, documents"]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mask_name", MASKS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize(
+    ("kv_heads", "dtype", "mask_name"),
+    by_lane(
+        MATRIX,
+        quick=[(2, torch.float32, "window, documents"), (2, torch.bfloat16, "zigzag, documents")],
+        slow=[
+            (kv_heads, dtype, mask_name)
+            for kv_heads, dtype, mask_name in MATRIX
+            if mask_name not in THREE and (kv_heads != 2 or dtype == torch.float16)
+        ],
+    ),
+    ids=str,
+)
 def test_masks_and_heads(backend, mask_name, dtype, kv_heads):
     fit(backend, dtype, bands="window" in mask_name)
     if backend == "triton" and kv_heads != 2 and dtype != torch.float32 and DEVICE == "cpu":
@@ -119,23 +136,28 @@ def test_masks_and_heads(backend, mask_name, dtype, kv_heads):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 192, 256])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", by_lane([32, 64, 80, 96, 128, 192, 256], quick=[80]))
+@pytest.mark.parametrize("dtype", by_lane(DTYPES, quick=[torch.bfloat16], slow=[torch.float16]), ids=str)
 def test_head_dims(backend, dim, dtype):
     fit(backend, dtype, dim)
     compare(backend, dtype, "documents", dim=dim, heads=2, kv_heads=1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mask_name", ["causal", "window, documents"])
-@pytest.mark.parametrize("options", [{"scale": 0.4}, {"softcap": 1.5}, {"scale": 0.3, "softcap": 20.0}])
+@pytest.mark.parametrize("mask_name", by_lane(["causal", "window, documents"], quick=["causal"]))
+@pytest.mark.parametrize(
+    "options",
+    by_lane(
+        [{"scale": 0.4}, {"softcap": 1.5}, {"scale": 0.3, "softcap": 20.0}], quick=[{"scale": 0.3, "softcap": 20.0}]
+    ),
+)
 def test_scale_and_softcap(backend, mask_name, options):
     fit(backend, torch.float32, softcap="softcap" in options, bands="window" in mask_name)
     compare(backend, torch.float32, mask_name, **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", by_lane([torch.float32, torch.bfloat16], quick=[torch.bfloat16]), ids=str)
 def test_running_result_is_extended(backend, dtype):
     """Four tiles of keys, in any order and into buffers of nan, give out, lse and gradients of the whole row."""
     fit(backend, dtype)
@@ -166,6 +188,7 @@ def test_running_result_is_extended(backend, dtype):
     assert_as_exact_as(got, plain, exact, factor=2)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_strides(backend):
     """Views of a fused projection, tensors stored heads first, and base addresses not aligned to TMA's 16 bytes."""
@@ -202,6 +225,7 @@ def test_every_element_is_written(backend):
     assert unseeing.any() and not got["out"][:, unseeing].any() and lse[:, :, unseeing].isneginf().all()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_runs_are_bit_equal(backend):
     fit(backend, torch.bfloat16)
@@ -257,8 +281,8 @@ def far(x: Tensor, dim: int) -> Tensor:
 @pytest.mark.skipif(
     DEVICE == "cuda", reason="CUDA allocates all memory that is addressed; benchmarks/gpu_check.py tests it there"
 )
-@pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "rows", "heads"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dim", by_lane([0, 1, 2], quick=[1]), ids=["batch", "rows", "heads"])
+@pytest.mark.parametrize("dtype", by_lane([torch.float16, torch.float32], quick=[torch.float16]), ids=str)
 def test_offsets_beyond_32_bits(dim, dtype):
     """Inputs, running results and gradient buffers may span 2^31 elements and more in any dim."""
     mask = make_mask(SeqLayout.contiguous(3), SeqLayout.contiguous(3))

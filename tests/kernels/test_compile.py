@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.lanes import by_lane
 from longring.kernels.attention import _attention, attention
 from longring.kernels.layout import SeqLayout
 from longring.kernels.mask import make_mask
@@ -40,7 +41,10 @@ def loss_and_gradients(model, x: Tensor, attend) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("backend", "compiler"), [("auto", "inductor"), ("triton", "aot_eager"), ("reference", "aot_eager")]
+    ("backend", "compiler"),
+    by_lane(
+        [("auto", "inductor"), ("triton", "aot_eager"), ("reference", "aot_eager")], quick=[("reference", "aot_eager")]
+    ),
 )
 def test_compiled_equals_eager(backend, compiler):
     torch.manual_seed(0)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.lanes import by_lane
 from helpers.plain_model import plain_losses
 from longring.data.prepare.prepare import prepare
 from longring.data.read.batch_order import Share
@@ -124,8 +125,15 @@ def relative(got: np.ndarray, exact: np.ndarray) -> np.ndarray:
     return np.abs(got - exact) / np.abs(exact)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("division", DIVISIONS)
+# Each division and each ZeRO stage; the rest of the product is slow.
+COVERING = [("dp4", 0), ("cp4", 3), ("tp2-dp2", 2), ("tp2-cp2", 3), ("tp2-cp2-sp", 1)]
+EVERY = list(product(DIVISIONS, range(4)))
+
+
+@pytest.mark.parametrize(
+    ("division", "zero_stage"),
+    by_lane(EVERY, quick=[("cp4", 1)], slow=[case for case in EVERY if case not in [*COVERING, ("cp4", 1)]]),
+)
 def test_twenty_steps_equal_plain_pytorch(on_ranks, recipe_file, oracle, division, zero_stage, tmp_path):
     on_ranks(
         4,
@@ -138,6 +146,7 @@ def test_twenty_steps_equal_plain_pytorch(on_ranks, recipe_file, oracle, divisio
         assert {step["cp"] for step in steps} >= {1, 4}, "the curriculum uses rings and whole sequences"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("tokens_per_rank", [256, 32])
 def test_packed_documents_are_trained_as_if_alone(on_ranks, packed_recipe_file, tokens_per_rank, tmp_path):
     """Whole sequences laid end to end on a rank; and all of them over rings, of 2 and 4 ranks."""
@@ -153,6 +162,7 @@ def windowed_oracle(packed_recipe_file, on_ranks) -> dict[str, Any]:
     return oracle_of(on_ranks, packed_recipe_file, [*PACKED, *WINDOWED])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("schedule", "zero_stage"), [("token_ring", 3), ("ring", 1), ("ulysses", 1), ("grid", 2), ("auto", 0)]
 )

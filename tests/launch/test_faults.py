@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from helpers.faulty import Fault, start
+from helpers.lanes import by_lane
 from helpers.small_checkpoint import STATE
 from hypothesis import given
 from hypothesis import strategies as st
@@ -97,7 +98,7 @@ def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     assert all(ours[key].equal(theirs[key]) for key in ours)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", by_lane(["SIGTERM", "SIGUSR1"], quick=["SIGTERM"]))
 def test_a_signal_to_one_rank_stops_all_at_the_same_edge(run, whole, name):
     """The one rank gets it in the middle of a step; both save after that step, which is no multiple of three."""
     assert run.start(Fault(1, name, step=5, operation="forward")) == [GO_ON_LATER] * 2
@@ -108,16 +109,16 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_edge(run, whole, name):
     assert_same(run, whole)
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        Fault(1, "SIGKILL", step=8, operation="forward"),
-        Fault(0, "SIGKILL", step=4, operation="agreeing"),
-        Fault(1, "SIGKILL", chunk=60),
-        Fault(0, "SIGKILL", chunk=40),
-    ],
-    ids=["in a step", "rank 0 in a collective", "while it writes", "rank 0 while it writes the second"],
-)
+KILLED = {
+    "in a step": Fault(1, "SIGKILL", step=8, operation="forward"),
+    "rank 0 in a collective": Fault(0, "SIGKILL", step=4, operation="agreeing"),
+    "while it writes": Fault(1, "SIGKILL", chunk=60),
+    "rank 0 while it writes the second": Fault(0, "SIGKILL", chunk=40),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("fault", KILLED.values(), ids=KILLED)
 def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(run, whole, fault):
     statuses = run.start(fault)
     assert statuses[fault.rank] == -9
@@ -130,6 +131,7 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(run, whole, fau
     assert_same(run, whole)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("action", ["hang", "SIGSTOP"])
 def test_a_hang_is_named_and_ended(run, whole, action):
     fault = Fault(1, action, step=5, operation="reading micro-batch 1")
@@ -148,14 +150,18 @@ def test_a_hang_is_named_and_ended(run, whole, action):
     assert_same(run, whole)
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [*([f"parallel.zero_stage={stage}"] for stage in range(4)), ["train.dtype=bfloat16", "parallel.zero_stage=0"]],
-    ids=["zero0", "zero1", "zero2", "zero3", "zero0-bf16"],
-)
-def test_a_step_without_finite_gradients_changes_nothing_on_any_rank(recipe_file, tmp_path, overrides):
+STAGES = {
+    **{f"zero{stage}": [f"parallel.zero_stage={stage}"] for stage in range(4)},
+    "zero0-bf16": ["train.dtype=bfloat16", "parallel.zero_stage=0"],
+}
+
+
+@pytest.mark.parametrize("stage", by_lane(STAGES, quick=["zero1"]))
+def test_a_step_without_finite_gradients_changes_nothing_on_any_rank(recipe_file, tmp_path, stage):
     run = Run(
-        recipe_file, tmp_path, [*overrides, "train.checkpoint_every_steps=1", "train.steps=4", "train.warmup_steps=0"]
+        recipe_file,
+        tmp_path,
+        [*STAGES[stage], "train.checkpoint_every_steps=1", "train.steps=4", "train.warmup_steps=0"],
     )
     assert run.start(Fault(1, "times nan", step=3)) == [0, 0]
     assert run.outcomes == {3: "non-finite"}
@@ -175,6 +181,7 @@ def test_a_step_without_finite_gradients_changes_nothing_on_any_rank(recipe_file
         assert "step 3 is not finite; sequences [[" in (run.path / "logs" / f"rank-0000{rank}.log").read_text()
 
 
+@pytest.mark.full
 def test_too_many_such_steps_stop_the_run_on_all_ranks(run, whole):
     faults = [Fault(1, "times inf", step=step) for step in range(5, 12)]
     assert run.start(*faults, overrides=["faults.max_nonfinite_steps=3"]) == [2, 2]
@@ -197,6 +204,7 @@ def rewound(recipe_file, tmp_path_factory) -> Run:
     return run
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_going_back_brings_back_all_weights(recipe_file, tmp_path, rewound, stage):
     """In the middle of a run, where ZeRO 3 has small weights gathered: the losses of ZeRO 1, to rounding."""
@@ -206,6 +214,7 @@ def test_going_back_brings_back_all_weights(recipe_file, tmp_path, rewound, stag
     assert ours[:6] + ours[8:] == pytest.approx(theirs[:6] + theirs[8:], rel=1e-5)
 
 
+@pytest.mark.full
 def test_a_spike_is_undone_and_its_batches_left_out(rewound, whole):
     run = rewound
     assert run.outcomes == {7: "left out", 8: "left out"}
@@ -234,6 +243,7 @@ def test_a_spike_is_undone_and_its_batches_left_out(rewound, whole):
     assert list(state.recent_losses) == last, "a start after this one tells a spike by the same losses"
 
 
+@pytest.mark.full
 def test_a_spike_before_the_first_checkpoint_and_too_many_of_them(recipe_file, tmp_path):
     settings = ["faults.spike_deviations=1", "faults.spike_window_steps=2", "faults.max_rewinds=1"]
     run = Run(recipe_file, tmp_path, [*settings, "train.checkpoint_every_steps=20"])
@@ -244,6 +254,7 @@ def test_a_spike_before_the_first_checkpoint_and_too_many_of_them(recipe_file, t
     assert "(faults.max_rewinds)" in run.said
 
 
+@pytest.mark.full
 def test_what_is_saved_while_training_goes_on_is_the_steps_own(run, whole):
     """Rank 1's disk now and then takes a second, in which training goes on and rank 0 has long written its part."""
     pauses = [Fault(1, "pause", chunk=chunk) for chunk in range(5, 400, 40)]
@@ -254,6 +265,7 @@ def test_what_is_saved_while_training_goes_on_is_the_steps_own(run, whole):
         assert_equal(run.saved(number), whole.saved(number))
 
 
+@pytest.mark.full
 def test_a_full_disk_is_told_and_tried_again(run, whole):
     """The kernel's own error: rank 1's files of steps 3 and 9 are /dev/full. Two failures, but not in a row."""
     partials = [run.path / "checkpoints" / f"step-0000000{step}.partial" for step in (3, 9)]
@@ -270,6 +282,7 @@ def test_a_full_disk_is_told_and_tried_again(run, whole):
     assert_same(run, whole)
 
 
+@pytest.mark.full
 def test_a_disk_that_stays_full_stops_the_run(run, whole):
     partial = run.path / "checkpoints" / "step-00000006.partial"
     statuses = run.start(*lay_trap(partial, 5), overrides=["faults.max_failed_saves=1"])
@@ -293,6 +306,7 @@ def lay_trap(partial: Path, step: int) -> list[Fault]:
     return [Fault(1, f"full {partial}/rank-00001.safetensors", step=step, operation="agreeing")]
 
 
+@pytest.mark.full
 def test_a_shard_that_goes_away_is_named_by_the_rank_that_needs_it(recipe_file, run, whole):
     data = Path(shutil.copytree(recipe_file.parent / "data", run.path.parent / "data"))
     settings = [f"data.directory={data}", "loader.workers=0"]
@@ -305,6 +319,7 @@ def test_a_shard_that_goes_away_is_named_by_the_rank_that_needs_it(recipe_file, 
     assert_same(run, whole)
 
 
+@pytest.mark.full
 def test_a_clock_that_jumps_changes_nothing(run, whole):
     settings = ["faults.hang_minutes=0.2"]
     assert run.start(*(Fault(rank, "clock", step=3, operation="reading") for rank in (0, 1)), overrides=settings) == [
@@ -314,6 +329,7 @@ def test_a_clock_that_jumps_changes_nothing(run, whole):
     assert_same(run, whole)
 
 
+@pytest.mark.full
 def test_a_damaged_checkpoint_is_told_and_the_run_goes_on_from_the_one_before(run, whole):
     assert start(2, run._recipe_file, run.overrides, run.output, (), stop_after=8).wait() == [0, 0]
     file = run.path / "checkpoints" / "step-00000008" / "rank-00001.safetensors"

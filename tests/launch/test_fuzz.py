@@ -23,7 +23,7 @@ from longring.launch.trainer import read
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "launch" / "recipes" / "demo.toml"
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 NUMBERS = ["-1", "0", "nan", "inf", "1e400"]
 

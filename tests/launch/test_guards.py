@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.lanes import by_lane
 from longring.kernels.layout import SeqLayout
 from longring.launch import build, guards
 from longring.launch.config import load_recipe
@@ -71,8 +72,8 @@ FOUND = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("fault", ["", *FOUND])
+@pytest.mark.parametrize("dtype", by_lane(["float32", "bfloat16"], quick=["float32"]))
+@pytest.mark.parametrize("fault", by_lane(["", *FOUND], quick=["", "documents"]))
 def test_guards(on_ranks, recipe_file, fault, dtype):
     for said in on_ranks(SIZE, guarded, recipe_file, fault, dtype):
         assert any(words in said for words in FOUND.get(fault, "passed").split("|")), said
@@ -110,7 +111,7 @@ def divided(recipe_file, other: str) -> str:
     return "passed"
 
 
-@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("other", by_lane(OTHERS, quick=["layout"]))
 def test_a_rank_that_divides_sequences_otherwise_is_named(on_ranks, recipe_file, other):
     for said in on_ranks(SIZE, divided, recipe_file, other):
         assert "1 of 4 ranks, the first of them rank 2, disagree with rank 0 about who holds which tokens" in said

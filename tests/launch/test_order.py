@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.lanes import by_lane
 from helpers.plain_model import plain_losses
 from helpers.small_checkpoint import whole
 from longring.data.format.manifest import open_prepared
@@ -87,7 +88,7 @@ def first_step(recipe_file: Path, overrides: list[str]) -> tuple[dict, np.ndarra
     return weights, batch.rows.astype(np.int64), batch.trained
 
 
-@pytest.mark.parametrize("division", DIVISIONS)
+@pytest.mark.parametrize("division", by_lane(DIVISIONS, quick=["cp4"]))
 def test_the_loss_is_the_mean_of_trained_targets_on_any_division(on_ranks, ordered, division, tmp_path):
     recipe_file, overrides = ordered
     [(weights, rows, trained)] = on_ranks(1, first_step, recipe_file, overrides)
@@ -190,7 +191,7 @@ def with_resets(recipe_file: Path, overrides: list[str]) -> dict[str, Any]:
     return {"weights": weights, "rows": rows, "starts": starts, "at": positions, "losses": losses.numpy()}
 
 
-@pytest.mark.parametrize("division", ["dp1", "cp4"])
+@pytest.mark.parametrize("division", by_lane(["dp1", "cp4"], quick=["cp4"]))
 def test_positions_count_from_each_document(on_ranks, ordered, division, tmp_path):
     """Without masks: attention sees the whole context, RoPE turns by the place in the document."""
     recipe_file, overrides = ordered

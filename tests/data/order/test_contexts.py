@@ -76,7 +76,7 @@ def check(documents: Streams, layout: Layout, path: list[int], lengths: tuple[in
 SIZES = st.lists(st.one_of(st.integers(1, 12), st.integers(1, 150)), min_size=1, max_size=15)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(pairs=SIZES, length=st.sampled_from([4, 8, 32]), draw=st.randoms(use_true_random=False))
 def test_in_context_cuts_the_path(pairs: list[int], length: int, draw: Any):
     documents, path = Streams(pairs), draw.sample(range(len(pairs)), draw.randint(1, len(pairs)))
@@ -89,7 +89,7 @@ def test_in_context_cuts_the_path(pairs: list[int], length: int, draw: Any):
     assert targets[:total] == [token for document in path for token in documents.streams[document][1:]]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(pairs=SIZES, lengths=st.sampled_from([(8,), (8, 16), (4, 8, 16, 32)]), draw=st.randoms(use_true_random=False))
 def test_long_buckets_keep_long_documents_and_take_the_rest(pairs: list[int], lengths: tuple[int, ...], draw: Any):
     documents, path = Streams(pairs), draw.sample(range(len(pairs)), draw.randint(1, len(pairs)))
@@ -109,7 +109,7 @@ def test_long_buckets_keep_long_documents_and_take_the_rest(pairs: list[int], le
     assert all(start + length == following for (start, length), (following, _) in pairwise(begins))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(own=st.lists(st.integers(0, 60), min_size=1, max_size=5), joined=st.integers(0, 5_000))
 def test_the_thinnest_buckets_are_filled(own: list[int], joined: int):
     lengths = [8 << bucket for bucket in range(len(own))]

@@ -18,7 +18,7 @@ from longring.data.order.path import NO_NEIGHBOR
 from longring.data.permutation import mix_bits
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(0, 3), max_size=30), st.lists(st.integers(0, 3), max_size=30))
 def test_shared_is_the_jaccard_similarity_of_shingles(one: list[int], other: list[int]):
     def sets(tokens: list[int]) -> set[tuple[int, ...]]:
@@ -30,7 +30,7 @@ def test_shared_is_the_jaccard_similarity_of_shingles(one: list[int], other: lis
     assert shared(np.array(one, dtype=np.uint16), np.array(other, dtype=np.uint16)) == expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sets(st.tuples(st.integers(0, 9), st.integers(0, 9)).filter(lambda pair: pair[0] > pair[1])))
 def test_one_of_any_two_stays_and_none_goes_for_nothing(pairs: set[tuple[int, int]]):
     found = left_out(np.array(sorted(pairs), dtype=np.uint32).reshape(-1, 2), 10).tolist()

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.lanes import by_lane
 from longring.data.config import DataConfig
 from longring.data.order import embed
 from longring.data.order.documents import Documents, write_tables
@@ -37,7 +38,10 @@ def encoded(encoder: embed.Encoder, documents: Documents) -> np.ndarray:
     return np.concatenate(list(encoder.encode(documents, range(len(documents)))))
 
 
-@pytest.mark.parametrize(("long_documents", "window"), [("windows", 10_000), ("windows", 25), ("head", 25)])
+@pytest.mark.parametrize(
+    ("long_documents", "window"),
+    by_lane([("windows", 10_000), ("windows", 25), ("head", 25)], quick=[("windows", 10_000)]),
+)
 def test_default_is_tf_idf_and_svd_of_token_n_grams(
     documents: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long_documents: str, window: int
 ):
@@ -148,6 +152,7 @@ def test_an_encoder_that_is_none_is_named(tmp_path: Path):
         embed.make_encoder(OrderConfig(encoder=str(tmp_path / "nothing-here")), Path("unused"), 0)
 
 
+@pytest.mark.full
 def test_order_with_an_encoder_is_the_same_for_any_number_of_workers(
     make_config: Callable[..., DataConfig], words: Words, tmp_path: Path, bert: Path
 ):

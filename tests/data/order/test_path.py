@@ -61,7 +61,7 @@ def walked(ids: np.ndarray, cosines: np.ndarray, dropped: np.ndarray, file: Path
     return np.fromfile(file, dtype=path.STEP_DTYPE)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(found=lists())
 def test_is_the_papers_algorithm(found: tuple[np.ndarray, np.ndarray, np.ndarray]):
     with tempfile.TemporaryDirectory() as temporary:
@@ -72,7 +72,7 @@ def test_is_the_papers_algorithm(found: tuple[np.ndarray, np.ndarray, np.ndarray
     np.testing.assert_array_equal(steps["similarity"], np.array(similarities, dtype=np.float32))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(found=lists())
 def test_degrees_and_edges_are_the_undirected_graphs(found: tuple[np.ndarray, np.ndarray, np.ndarray]):
     ids, cosines, _ = found
@@ -108,7 +108,7 @@ def test_stopped_anywhere_and_continued_is_the_same(tmp_path: Path, monkeypatch:
     assert list(greedy_path(make_graph(ids, cosines), dropped, tmp_path / "file")) == []
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(found=lists(), seed=st.integers(0, 5))
 def test_baselines_are_permutations(found: tuple[np.ndarray, np.ndarray, np.ndarray], seed: int):
     ids, _, dropped = found

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.died import Died, die_after
+from helpers.lanes import by_lane
 from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig, SourceConfig, TokenizerConfig
 from longring.data.files import sha256_of
 from longring.data.format.document import NO_DOCUMENT, SPLITS
@@ -199,6 +200,7 @@ def test_every_token_is_where_the_ledger_says(prepared: DataConfig, tmp_path: Pa
     assert set(found.lengths) == set(config.lengths(prepared))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mode", ["in_context", "fill_long_buckets"])
 def test_any_number_of_workers_makes_the_same_bytes(prepared: DataConfig, tmp_path: Path, mode: str):
     reference = settings(tmp_path / "one", mode=mode)
@@ -225,6 +227,7 @@ def test_stages_alone_and_in_parts_make_the_same_bytes(prepared: DataConfig, tmp
     assert tree(Path(config.directory)) == tree(Path(reference.directory))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("seed", [0, 1])
 def test_killed_at_any_point_and_continued_gives_the_same_bytes(prepared: DataConfig, tmp_path: Path, seed: int):
     reference, config = settings(tmp_path / "one"), settings(tmp_path / "killed")
@@ -490,7 +493,9 @@ def test_each_source_finds_its_documents_again(prepared: DataConfig, tmp_path: P
     assert "source 'first'" in manifest.origin(0, 39)
 
 
-@pytest.mark.parametrize("stage", ["documents", "embed", "neighbors", "duplicates", "path"])
+@pytest.mark.parametrize(
+    "stage", by_lane(["documents", "embed", "neighbors", "duplicates", "path"], quick=["neighbors"])
+)
 def test_a_damaged_file_is_named_and_made_anew(prepared: DataConfig, tmp_path: Path, stage: str):
     reference, config = settings(tmp_path / "one"), settings(tmp_path / "two")
     order(prepared, reference, QUIET, workers=1)

@@ -3,7 +3,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from longring.data.config import DataConfig
 from longring.data.prepare.decompose import decompose, split_of
@@ -49,7 +49,6 @@ def smallest_number_of_pieces(pairs: int, lengths: tuple[int, ...]) -> int:
     return best[pairs]
 
 
-@settings(deadline=None)
 @given(st.integers(0, 700), st.integers(0, 4), st.integers(0, 4))
 def test_the_cut_is_adjacent_falling_and_the_coarsest(pairs: int, smallest: int, more: int):
     lengths = bucket_lengths(1 << smallest, 1 << (smallest + more))
@@ -60,7 +59,6 @@ def test_the_cut_is_adjacent_falling_and_the_coarsest(pairs: int, smallest: int,
     assert len(pieces) == smallest_number_of_pieces(len(covered), lengths)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 5_000), st.integers(0, 3), st.integers(0, 3), st.integers(0, 2**64))
 def test_a_random_cut_is_adjacent_and_ends_like_the_other(pairs: int, smallest: int, more: int, seed: int):
     lengths = bucket_lengths(1 << smallest, 1 << (smallest + more))

@@ -2,7 +2,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from longring.data.format.document import NO_DOCUMENT
 from longring.data.prepare import packing
@@ -51,7 +51,6 @@ def test_best_fit_is_what_looking_at_every_bin_gives(sizes: list[int], capacity:
     assert best_fit(sizes, capacity) == naive_best_fit(sizes, capacity)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 15), min_size=1, max_size=80), st.sampled_from([16, 40, 10_000]))
 def test_packing_keeps_every_pair_and_fills_every_row(lengths: list[int], pool: int):
     with pytest.MonkeyPatch.context() as patch:

@@ -124,7 +124,7 @@ METHODS: list[dict[str, Any]] = [
 ]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     documents=DOCUMENTS, seed=st.integers(0, 100), shard_tokens=st.integers(32, 300), method=st.sampled_from(METHODS)
 )

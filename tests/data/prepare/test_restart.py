@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from helpers.died import Died, die_after
+from helpers.lanes import by_lane
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
 from longring.data.format import shards
 from longring.data.format.manifest import open_prepared
@@ -61,6 +62,7 @@ def config(make_config: MakeConfig, words: Words, tmp_path: Path) -> DataConfig:
     return replace(base, source=source, input_shard_bytes=1, rest="pack", shard_tokens=4_096)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("seed", [0, 1])
 def test_killed_at_any_point_and_continued_gives_the_same_bytes(config: DataConfig, tmp_path: Path, seed: int):
     reference = replace(config, directory=str(tmp_path / "reference"))
@@ -83,7 +85,7 @@ def test_killed_at_any_point_and_continued_gives_the_same_bytes(config: DataConf
     assert entries(tmp_path) == ["child.py", "corpus", "prepared", "reference"]
 
 
-@pytest.mark.parametrize("point", range(14))
+@pytest.mark.parametrize("point", by_lane(range(14), quick=[0, 6]))
 def test_stopped_before_any_rename_and_continued(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: int
 ):

@@ -24,6 +24,7 @@ echo "Submitted batch job $((100 + number / 2))"
 """
 
 
+@pytest.mark.full
 def test_submitted_jobs_make_what_processes_make(
     make_config: Callable[..., DataConfig],
     words: Callable[..., str],
@@ -74,6 +75,7 @@ def test_submitted_jobs_make_what_processes_make(
     assert "already prepared" in console.export_text()
 
 
+@pytest.mark.full
 def test_an_array_of_the_script_and_a_merge_make_what_processes_make(words: Callable[..., str], tmp_path: Path):
     """Three tasks at once, the first of them last; what the job after them says; and a part that is not there."""
     (tmp_path / "corpus").mkdir()

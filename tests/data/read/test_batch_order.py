@@ -31,7 +31,7 @@ def whole_batch(batches: BatchOrder, step: int) -> list[int]:
     return micro_batch
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**64), st.sampled_from([32, 64, 96, 256]), st.integers(1, 6))
 def test_every_sequence_once_in_every_pass(seed: int, global_batch_tokens: int, windows: int):
     batches = order(seed, global_batch_tokens, windows)
@@ -84,7 +84,7 @@ def test_steps_count_from_1(step: int):
             ask(step)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4]), st.integers(1, STEPS), st.integers(0, 9),
     st.integers(1, 4),

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from longring.data.config import CurriculumConfig
 from longring.data.read.curriculum import bucket_odds, exact_log, step_buckets
@@ -27,7 +27,6 @@ def curriculum(odds="grow_p2", cycles: int = 1, draw="odds_times_left") -> Curri
     return CurriculumConfig(odds=odds, cycles=cycles, draw=draw)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 10**12), min_size=1, max_size=8).filter(any),
     st.integers(1, 300),
@@ -87,6 +86,7 @@ def sequence_probability(order: tuple[int, ...], part: list[int], odds, draw: st
     return probability
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("odds", ODDS, ids=str)
 @pytest.mark.parametrize("draw", DRAWS)
 def test_whole_orders_appear_as_often_as_the_formula_says(odds, draw: str):

@@ -81,7 +81,7 @@ class Parsed:
                 self.chunks[-1]["text"].append(tokens[position - 1])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     sizes=st.lists(st.integers(1, 60), max_size=8),
     begins_inside=st.booleans(),
@@ -147,7 +147,7 @@ def transcribed_mask(tokens: list[int], tokenizer: DocumentTokenizer, first_is_o
     return trained
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sizes=st.lists(st.integers(5, 60), max_size=6), begins_inside=st.booleans(), seed=st.integers(0, 1_000))
 def test_the_loss_leaves_out_knots_and_labels(
     tokenizer: DocumentTokenizer, sizes: list[int], begins_inside: bool, seed: int
@@ -207,7 +207,7 @@ def transcribed(documents: list[Tied], draws: np.random.Generator, marks: Any, *
     return result
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     counts=st.lists(st.integers(1, CHUNKS), min_size=1, max_size=6),
     ended=st.booleans(),
@@ -233,7 +233,7 @@ def test_mixing_follows_the_paper(
         assert found.tolist()[-1] in (last, knots.marks and knots.marks.trace_end), "the last chunk ends the sequence"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 3), st.integers(0, 30)), min_size=1, max_size=6),
     less=st.integers(0, 5),

@@ -6,11 +6,13 @@ import json
 import math
 import re
 import shutil
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.lanes import by_lane
 from helpers.small_checkpoint import STATE, make, whole
 from hypothesis import given
 from hypothesis import strategies as st
@@ -180,7 +182,7 @@ def save_again(recipe_file: Path, overrides: list[str], source: Path, target: Pa
     return updates(engine)
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module")
 def trained(request, on_ranks, recipe_file, tmp_path_factory) -> tuple[Path, list[str]]:
     """A run of six steps on four ranks with tensor parallelism."""
     run = tmp_path_factory.mktemp("trained") / "run"
@@ -194,7 +196,15 @@ def run_steps(recipe_file: Path, overrides: list[str], stop_after: int | None) -
     train(load_recipe(recipe_file, overrides), Console(quiet=True), stop_after)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    ("trained", "mesh"),
+    by_lane(
+        product(["float32", "bfloat16"], MESHES),
+        quick=[("float32", "2 ranks, ZeRO 3")],
+        slow=[("bfloat16", mesh) for mesh in MESHES if mesh not in ("2 ranks, ZeRO 0", "4 ranks, ZeRO 3")],
+    ),
+    indirect=["trained"],
+)
 def test_any_mesh_holds_the_same_weights_and_moments(on_ranks, recipe_file, trained, mesh, tmp_path):
     """There and back again: from the mesh that trained to another, which saves, and to the first one."""
     run, overrides = trained
@@ -211,6 +221,7 @@ def test_any_mesh_holds_the_same_weights_and_moments(on_ranks, recipe_file, trai
     assert any(np.abs(value).max() > 0 for key, value in exact.items() if key.endswith("exp_avg_sq"))
 
 
+@pytest.mark.full
 def test_padding_of_uneven_parts_is_not_saved(on_ranks, recipe_file, tmp_path):
     """36 elements over 8 ranks of ZeRO 3 are padded to 40; a checkpoint holds 36, as one rank reads and writes them."""
     shape = ["model.hidden_size=36", "model.num_heads=2", "model.num_kv_heads=2"]
@@ -224,6 +235,7 @@ def test_padding_of_uneven_parts_is_not_saved(on_ranks, recipe_file, tmp_path):
     assert all(np.array_equal(found[key], exact[key]) for key in exact)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -273,7 +285,7 @@ def two_saves(on_ranks, recipe_file, tmp_path_factory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("kind", [*DAMAGE, "manifest"])
+@pytest.mark.parametrize("kind", by_lane([*DAMAGE, "manifest"], quick=["one bit"]))
 def test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_loaded(
     on_ranks, recipe_file, two_saves, tmp_path, kind
 ):

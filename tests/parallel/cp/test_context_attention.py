@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.errors import assert_as_exact_as
+from helpers.lanes import by_lane
 from helpers.plain_attention import answers, visible_pairs
 from longring.kernels.layout import SeqLayout
 from longring.parallel.cp.attention import context_attention
@@ -90,7 +91,24 @@ def expected(num_tokens: int, mask: str, heads: tuple[int, int], dtype: torch.dt
     return answers(qkv, dout, visible_pairs(whole, whole, visibility.causal, visibility.window))
 
 
-@pytest.mark.parametrize(("size", "grid"), [(n, grid) for n in SIZES for grid in sorted(members(n), key=str)], ids=str)
+ALL = [(size, grid) for size in SIZES for grid in sorted(members(size), key=str)]
+LARGE_IN_FULL = {
+    CpGrid.hybrid(2, 3),
+    CpGrid(2, 2, 2),
+    CpGrid(query=2, kv=4, query_route="both_ways", kv_route="round_and_home", order="columns"),
+}
+"""Grids of more than 4 ranks in the full lane: a hybrid, all three axes, every route that is not direct."""
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"),
+    by_lane(
+        ALL,
+        quick=[(1, CpGrid()), (2, CpGrid.ring(2)), (4, CpGrid.token_ring(4)), (4, CpGrid.square(4))],
+        slow=[(size, grid) for size, grid in ALL if size > 4 and grid not in LARGE_IN_FULL],
+    ),
+    ids=str,
+)
 def test_equals_one_process_in_fp64(on_ranks, size, grid):
     num_tokens = 8 * size + 13  # not a multiple of 2 x size, except for size 1
     shares = on_ranks(size, on_one_rank, grid, num_tokens)
@@ -130,6 +148,7 @@ def with_a_failing_peer(rank: int, store: str, failure: str) -> None:
     time.sleep(120)  # otherwise another rank could notice the end of this one
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("failure", ["sleeps", "ends"])
 def test_a_failing_peer_is_named(failure, tmp_path):
     """The error names the peer. The processes belong to this test: the shared pool would not survive it."""

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from helpers.lanes import by_lane
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longring.kernels.layout import SeqLayout
@@ -199,12 +200,14 @@ def executed(monkeypatch, spec, shape: AttentionShape, dtype) -> dict[str, tuple
 HEADS = [(4, 4), (8, 2), (4, 1)]
 
 
-@pytest.mark.parametrize("narrow", [True, False], ids=["narrow", "wide"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("heads", HEADS, ids=["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("narrow", by_lane([True, False], quick=[True]), ids=["narrow", "wide"])
+@pytest.mark.parametrize(
+    "dtype", by_lane([torch.bfloat16, torch.float32], quick=[torch.bfloat16]), ids=["bf16", "fp32"]
+)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), by_lane(HEADS, quick=[(8, 2)]), ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("base", list(divisions(4)), ids=str)
-def test_messages_weigh_what_is_sent(monkeypatch, base, heads, dtype, narrow):
-    shape = AttentionShape(*heads, head_dim=8, itemsize=dtype.itemsize, batch=2, narrow_results=narrow)
+def test_messages_weigh_what_is_sent(monkeypatch, base, num_heads, num_kv_heads, dtype, narrow):
+    shape = AttentionShape(num_heads, num_kv_heads, head_dim=8, itemsize=dtype.itemsize, batch=2, narrow_results=narrow)
     for grid in grids(4):
         if (grid.heads, grid.query, grid.kv) != (base.heads, base.query, base.kv):
             continue
@@ -216,8 +219,10 @@ def test_messages_weigh_what_is_sent(monkeypatch, base, heads, dtype, narrow):
                 assert shape.bytes_of(message, grid, direction) == sent, f"{grid}, {direction}: {message}"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("size", [3, 4, 6])
+@pytest.mark.parametrize(
+    "dtype", by_lane([torch.bfloat16, torch.float32], quick=[torch.bfloat16]), ids=["bf16", "fp32"]
+)
+@pytest.mark.parametrize("size", by_lane([3, 4, 6], quick=[3], slow=[6]))
 def test_the_peak_is_what_was_alive(monkeypatch, size, dtype):
     """The peak counts the query x kv grid; the trade of heads is no part of it."""
     shape = AttentionShape(4, 2, head_dim=8, itemsize=dtype.itemsize)
@@ -250,7 +255,7 @@ attention_shapes = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data(), shape=attention_shapes, size=st.integers(1, 8), fabric=st.sampled_from(sorted(FABRICS)))
 def test_a_price_is_no_less_than_compute_or_the_busiest_link(data, shape, size, fabric):
     fit = [grid for grid in grids(size) if grid.unfit(shape.num_heads, shape.num_kv_heads) is None]
@@ -289,7 +294,7 @@ def test_windows_and_documents_cost_less():
     assert window.passes["forward"].compute_s < whole.passes["forward"].compute_s / 4
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     shape=attention_shapes,
     size=st.integers(1, 8),

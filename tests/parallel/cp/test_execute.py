@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 import pytest
 import torch
 from helpers.errors import assert_as_exact_as, relative_rms
+from helpers.lanes import by_lane
 from helpers.plain_attention import answers, visible_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -80,15 +82,6 @@ def whole_lse(grid: CpGrid, layouts, saved) -> Tensor:
     return torch.cat(positions, dim=2)[:, :, order]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Use one thread: these tensors are so small that threads cost more than they save."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def check(case: Case, grid: CpGrid, cut=zigzag, **options) -> Tensors:
     got = by_the_grid(case, grid, cut, **options)
     assert_as_exact_as(got, *expected(case), factor=2, what=f"{grid}, {case}, {options}:")
@@ -107,8 +100,9 @@ MASKS = {
 
 
 def fitting(grid: CpGrid) -> dict[str, tuple[int, int]]:
-    """Return head counts that the grid can divide: as many kv heads as query heads, fewer, and one."""
-    few = {1: 2, 2: 2, 3: 3}.get(grid.heads, grid.heads // 2)
+    """Return head counts that the grid can divide: as many kv heads as query heads, fewer if it can, and one."""
+    divisors = [few for few in range(2, grid.heads) if grid.heads % few == 0]
+    few = max(divisors, default=max(grid.heads, 2))
     return {
         "mha": (2 * grid.heads,) * 2,
         "gqa": (4 * few, few) if grid.heads < 4 else (2 * grid.heads, few),
@@ -116,9 +110,15 @@ def fitting(grid: CpGrid) -> dict[str, tuple[int, int]]:
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("dtype", by_lane([torch.float32, torch.bfloat16], quick=[torch.float32]), ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("size", "mask"),
+    by_lane(
+        product([1, 2, 3, 4, 6, 8], MASKS),
+        quick=product([1, 2, 3], MASKS),
+        slow=[(size, mask) for size in (6, 8) for mask in MASKS if mask != "packed, window"],
+    ),
+)
 def test_every_grid_equals_fp64(size, mask, dtype):
     starts, visibility = MASKS[mask]
     for number, grid in enumerate(grids(size)):
@@ -137,7 +137,7 @@ NARROWING = [
 
 
 @pytest.mark.parametrize("narrow", [True, False], ids=["narrow", "wide"])
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", by_lane(MASKS, quick=["packed, window"]))
 @pytest.mark.parametrize("grid", NARROWING, ids=str)
 def test_narrow_and_wide_results_are_held_to_one_bound(grid, mask, narrow):
     check(Case(61, *MASKS[mask], 4, 2, dtype=torch.bfloat16), grid, narrow_results=narrow)
@@ -157,7 +157,7 @@ def test_head_dims_and_batches(grid, cut, dim):
     check(Case(37, (0, 11, 30), Visibility(), 4, 2, dim=dim, batch=3), grid, cut)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.data())
 def test_any_grid_any_documents(data):
     size = data.draw(st.integers(1, 12))

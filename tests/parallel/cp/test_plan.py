@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from helpers.lanes import by_lane
 from helpers.plain_attention import visible_pairs
 from hypothesis import given
 from hypothesis import strategies as st
@@ -273,7 +274,7 @@ PROBLEMS = [
 ]
 
 
-@pytest.mark.parametrize("size", range(1, 17))
+@pytest.mark.parametrize("size", by_lane(range(1, 17), quick=range(1, 9), slow=[12, 15, 16]))
 def test_every_grid_keeps_its_promises(size):
     for number, grid in enumerate(grids(size)):
         cut, visibility, packed = PROBLEMS[number % len(PROBLEMS)]
@@ -309,7 +310,7 @@ def num_rows(messages: list[Message]) -> int:
 
 
 @pytest.mark.parametrize("direction", PASSES)
-@pytest.mark.parametrize("size", [2, 3, 4, 6, 12])
+@pytest.mark.parametrize("size", by_lane([2, 3, 4, 6, 12], quick=[2, 3, 4, 6], slow=[12]))
 def test_blocks_held_at_a_time(size, direction):
     """With all tiles visible, a rank holds the share in use and those on their way along the axis that changes last,
     and all shares along the other axis, which is repeated for each of them."""
@@ -326,7 +327,7 @@ def test_blocks_held_at_a_time(size, direction):
             assert {plan.peak_shares(side) for plan in plans} == {bound}, f"{grid}, {side}"
 
 
-@pytest.mark.parametrize("size", [3, 4, 6, 12])
+@pytest.mark.parametrize("size", by_lane([3, 4, 6, 12], quick=[3, 4, 6], slow=[12]))
 def test_results_on_their_way_at_a_time(size):
     """No more results than shares are on their way at one time: buffers do not pile up until the end."""
     at_a_time = {"round": 1, "round_and_home": 1, "both_ways": 2}
@@ -372,7 +373,7 @@ def test_zigzag_saves_a_quarter(name, flow, size, direction):
         assert results == 0
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8, 12])
+@pytest.mark.parametrize("size", by_lane([1, 2, 3, 4, 6, 8, 12], quick=[1, 2, 3, 4, 6], slow=[12]))
 def test_every_position_computes_the_same_at_every_step(size):
     """Under a causal mask, zigzag tiles are half visible; diagonal ones have one chunk of pairs more."""
     chunk = 4
@@ -412,7 +413,7 @@ def test_tile_order(query, kv, order):
 
 
 @pytest.mark.parametrize("direction", PASSES)
-@pytest.mark.parametrize("size", [4, 8, 12])
+@pytest.mark.parametrize("size", by_lane([4, 8, 12], quick=[4], slow=[12]))
 def test_documents_that_share_nothing_send_nothing(size, direction):
     """With one document a rank, each rank computes its own tile and exchanges no message."""
     layouts = layouts_of(4 * size, size, tuple(range(0, 4 * size, 4)), contiguous)

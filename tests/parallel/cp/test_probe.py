@@ -75,7 +75,7 @@ def name(case) -> str:
 
 
 @pytest.mark.parametrize(("size", "width", "kind"), CASES, ids=map(name, CASES))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 2**32), bytes_per_s=st.floats(1e6, 5e11))
 def test_a_fabric_is_identified_by_its_times(size, width, kind, seed, bytes_per_s):
     """The fit is right for any bandwidth, with 5% of noise on every time."""
