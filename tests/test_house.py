@@ -97,6 +97,26 @@ def test_the_data_column_has_few_floors():
     assert len(floors(rooms(IMPORTS, Path("data")))) <= 6
 
 
+def drawing() -> str:
+    """Draw the rooms of every column floor by floor, as docs/design.md shows them."""
+    lines = []
+    for column in reversed(COLUMNS):
+        found = floors(rooms(IMPORTS, Path(column)))
+        for number in range(len(found), 0, -1):
+            names = sorted(
+                path.stem if path.suffix else f"{path.name}/"
+                for path in found[number - 1]
+                if path.name not in ("__init__.py", "recipes")
+            )
+            lines.append(f"{column if number == len(found) else '':10}{number}  {', '.join(names)}".rstrip())
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
+def test_the_drawing_of_the_house_is_todays():
+    assert drawing() in (ROOT / "docs" / "design.md").read_text(), f"docs/design.md should show:\n{drawing()}"
+
+
 def test_a_new_pair_or_cycle_is_found(tmp_path):
     for column in COLUMNS:
         for package in ("a", "b"):
