@@ -2,20 +2,26 @@
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] <= (3,12))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 READY := $(VENV)/ready
+# Two tests at a time, by whole files: what the tests of a file share is made once.
+PYTEST := $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+LANE ?= not slow
 # No module of this folder shadows a package; output shows as it comes.
 export PYTHONSAFEPATH := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo test-quick test test-slow check format clean
 
 demo: $(READY)  ## documents in, a model trained over a token ring, stopped, resumed, evaluated: see README.md
 	$(VENV)/bin/python -m longring.launch.demo
 
-test: $(READY)  ## all tests, several processes on gloo, no GPU needed
-	$(VENV)/bin/python -m pytest
+test-quick: $(READY)  ## what an edit needs, under 3 minutes: the tests of each module, one case of every large matrix
+	$(PYTEST) -m "not slow and not full"
 
-test-slow: $(READY)  ## those that take minutes each: a run interrupted fifty times
-	$(VENV)/bin/python -m pytest -m slow
+test: $(READY)  ## all tests but the slow ones, several processes on gloo, no GPU needed
+	$(PYTEST) -m "$(LANE)"
+
+test-slow: $(READY)  ## the slow ones: a run interrupted fifty times, the exhaustive sizes of the large matrices
+	$(PYTEST) -m slow
 
 check: $(READY)  ## lint, format and types
 	$(VENV)/bin/ruff check .
