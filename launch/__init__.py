@@ -1,4 +1,4 @@
-"""The roof: command line, configuration, the train loop, checkpoints, metrics. Imports every column."""
+"""Command line, configuration, training loop, checkpoints and metrics: the package that imports all others."""
 
 from .ranks.logs import hold_warnings
 

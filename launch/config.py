@@ -1,8 +1,12 @@
-"""The recipe: every column's configuration in one frozen tree, from defaults < TOML file < `train.steps=20`."""
+"""The recipe: the settings of a run in one frozen tree.
+
+Defaults are replaced by the TOML file, and both by overrides such as `train.steps=20`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import tomllib
 from collections.abc import Sequence
@@ -19,83 +23,87 @@ from .settings import apply_overrides, from_tree
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long, how fast and how exactly to train."""
+    """Optimization: steps, batch, learning rate, precision, and when to save."""
 
     steps: int
-    """Optimizer steps of the whole run; the curriculum and the learning rate are laid over them."""
+    """Optimizer steps of the whole run. The curriculum and the learning rate span exactly these steps."""
     global_batch_tokens: int
-    """Tokens of every optimizer step, over all ranks and accumulation steps; the same whatever the world."""
+    """Tokens of one optimizer step, over all ranks and micro-batches. The same for every number of ranks."""
     learning_rate: float
-    """Peak, reached after warm-up."""
+    """Peak learning rate, reached after warm-up."""
     min_learning_rate: float = 0.0
-    """Where the cosine ends, at the last step."""
+    """Learning rate of the last step, where the cosine ends."""
     warmup_steps: int = 0
-    """Linear rise from 0. 0: start at the peak."""
+    """Number of first steps in which the learning rate rises linearly from 0. 0: start at the peak."""
     weight_decay: float = 0.1
-    """AdamW's decoupled decay, on matrices; norm weights have none."""
+    """Decoupled weight decay of AdamW. It applies to matrices, not to norm weights."""
     beta1: float = 0.9
-    """AdamW's decay of the first moment."""
+    """Decay rate of AdamW's first moment."""
     beta2: float = 0.95
-    """AdamW's decay of the second moment."""
+    """Decay rate of AdamW's second moment."""
     clip_grad_norm: float = 1.0
-    """Largest global gradient norm. 0: no clipping."""
+    """Maximum norm of the gradient over all parameters; larger gradients are scaled down. 0: no clipping."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of weights and activations; bfloat16 keeps fp32 master weights in the optimizer."""
+    """Data type of weights and activations. With bfloat16 the optimizer keeps fp32 master weights."""
     attention_backend: Literal["auto", "torch_cpu", "triton", "cudnn", "flash", "reference"] = "auto"
-    """What computes attention; auto takes the first fit for the device, dtype and head dim, and logs why."""
+    """Attention kernel. "auto" takes the first that fits the device, dtype and head dim, and logs why."""
     recompute: bool = False
-    """Compute activations again in the backward instead of keeping them; attention alone is kept, and sends nothing
-    twice."""
+    """Recompute activations in the backward pass instead of keeping them. The results of attention are kept, so no
+    message is sent twice."""
     seed: int = 0
-    """Decides initial weights and the order of sequences."""
+    """Seed of the initial weights and of the order of sequences."""
     checkpoint_every_steps: int = 1000
-    """Save after every so many steps; the last step is always saved, and the one at which a signal stops the run."""
+    """Number of steps between checkpoints. The last step is always saved, and so is the step at which a signal stops
+    the run."""
     keep_checkpoints: int = 3
-    """Of the checkpoints saved, the last so many stay."""
+    """Number of most recent checkpoints to keep."""
     keep_checkpoint_every_steps: int = 0
-    """Of the older ones, those of steps that are multiples of this stay too. 0: none."""
+    """Keep older checkpoints too if their step is a multiple of this number. 0: keep none of them."""
     deterministic: bool = False
-    """Use only operations that give the same bits each time on the same machines, and choose grids without measuring;
-    see docs/faults.md for the cost."""
+    """Use only operations whose results are bitwise reproducible on the same machines, and choose grids without
+    measuring. docs/faults.md has the cost."""
     ranks_per_node: int = 0
-    """Processes that `longring train` starts here. 0: one for each GPU, or one on a machine without."""
+    """Number of ranks that `longring train` starts on this machine. 0: one for each GPU, or one without GPUs."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_tokens", "checkpoint_every_steps", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} = {getattr(self, name)}: must be at least 1")
         if not 0 <= self.warmup_steps < self.steps:
-            raise ValueError(f"train.warmup_steps = {self.warmup_steps} must lie in [0, train.steps = {self.steps})")
+            raise ValueError(
+                f"train.warmup_steps = {self.warmup_steps}: must be in [0, train.steps = {self.steps}); lower it"
+            )
         if not 0 <= self.min_learning_rate <= self.learning_rate or self.learning_rate == 0:
             raise ValueError(
-                f"train.min_learning_rate = {self.min_learning_rate} must lie in "
-                f"[0, train.learning_rate = {self.learning_rate}], and that above 0"
+                f"train.min_learning_rate = {self.min_learning_rate}: must be in "
+                f"[0, train.learning_rate = {self.learning_rate}], and the latter above 0"
             )
         for name in ("clip_grad_norm", "weight_decay", "seed", "ranks_per_node", "keep_checkpoint_every_steps"):
             if getattr(self, name) < 0:
-                raise ValueError(f"train.{name} = {getattr(self, name)}: must not be negative")
+                raise ValueError(f"train.{name} = {getattr(self, name)}: must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FaultsConfig:
-    """What a run does when something goes wrong."""
+    """Responses of a run to non-finite gradients, loss spikes, failed saves and hangs."""
 
     max_nonfinite_steps: int = 10
-    """A step whose gradients are not finite changes nothing, on any rank. So many in a row stop the run."""
+    """Maximum number of consecutive steps with non-finite gradients; that many stop the run. Such a step changes no
+    weights on any rank."""
     spike_deviations: float = 0.0
-    """A loss this many standard deviations above the mean of the last spike_window_steps is a spike: the run goes back
-    to the last checkpoint before it and leaves its batches out. 0: never."""
+    """A loss this many standard deviations above the mean of the last spike_window_steps losses is a spike: the run
+    returns to the last checkpoint before it and leaves out its batches. 0: no loss is a spike."""
     spike_window_steps: int = 100
-    """Losses that a spike is told by."""
+    """Number of most recent losses from which a spike is detected."""
     spike_skip_steps: int = 1
-    """Batches left out after a spike: the spike's, and those before it."""
+    """Number of batches left out after a spike: the batch of the spike and the batches just before it."""
     max_rewinds: int = 3
-    """So many spikes in one start are answered; the next one stops the run."""
+    """Maximum number of rewinds per start; one more spike stops the run."""
     max_failed_saves: int = 3
-    """A save that fails, on a full disk for example, is tried again at the next checkpoint; so many in a row stop the
-    run."""
+    """Maximum number of consecutive failed saves, on a full disk for example; that many stop the run. Training goes on
+    after a failed save until the next checkpoint is due."""
     hang_minutes: float = 10.0
-    """Without progress for so long a rank says where it is and ends, and the run with it. 0: never."""
+    """Minutes without progress after which a rank reports its position and ends the run. 0: never."""
 
     def __post_init__(self) -> None:
         for name in ("max_nonfinite_steps", "spike_skip_steps", "max_failed_saves"):
@@ -105,17 +113,17 @@ class FaultsConfig:
             raise ValueError(f"faults.spike_window_steps = {self.spike_window_steps}: must be at least 2")
         for name in ("spike_deviations", "max_rewinds", "hang_minutes"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"faults.{name} = {getattr(self, name)}: must not be negative")
+                raise ValueError(f"faults.{name} = {getattr(self, name)}: must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """What `longring evaluate` reads of the held-out documents."""
+    """Held-out sequences that `longring evaluate` reads."""
 
     max_tokens_per_bucket: int = 2**20
-    """At most so many tokens of each bucket, from its start; the rest of a larger held-out set is not read."""
+    """Maximum number of tokens to read from the start of each bucket."""
     knots: bool = False
-    """Whether held-out sequences are tied as `knots` says, its share of them; the loss then leaves out the marks."""
+    """Apply the training `knots` to held-out sequences as well; the marks are left out of the loss."""
 
     def __post_init__(self) -> None:
         if self.max_tokens_per_bucket < 1:
@@ -124,30 +132,32 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmConfig:
-    """What `longring submit` asks of Slurm."""
+    """Resources that `longring submit` requests, and conditions under which a job starts again."""
 
     ranks_per_node: int = 8
-    """GPUs of a node, each with one rank."""
+    """Number of ranks on each node, one for each GPU."""
     cpu: bool = False
-    """Ask for no GPUs: the ranks train on the CPUs, over gloo."""
+    """Request no GPUs: the ranks train on the CPUs, over gloo."""
     time: str = "24:00:00"
-    """Limit of one start; a run takes as many as it needs."""
+    """Time limit of one start. A run takes as many starts as it needs."""
     save_seconds: int = 300
-    """So long before the limit the ranks are told to save and leave."""
+    """Seconds before the time limit at which the ranks are told to save and stop."""
     partition: str = ""
+    """Partition of the job. Empty: the cluster's default."""
     account: str = ""
+    """Account that the job is charged to. Empty: the user's default."""
     job_name: str = ""
-    """Empty: the run directory's name."""
+    """Name of the job. Empty: the name of the run directory."""
     options: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Further options of sbatch by name, without dashes; an empty value takes the script's own away."""
+    """Further sbatch options by name, without dashes. An empty value removes the script's default."""
     max_fruitless_starts: int = 3
-    """A job that ends requeues itself, unless it has done so this many times since the last new checkpoint."""
+    """Maximum number of consecutive requeues of a job without a new checkpoint."""
     min_free_memory_gb: float = 1.0
-    """Free on a node for each rank before it starts."""
+    """Gigabytes of memory that must be free on a node for each of its ranks before they start."""
     min_free_disk_gb: float = 1.0
-    """Free in the run directory before a start; twice the last checkpoint's size where that is more."""
+    """Gigabytes that must be free in the run directory before a start, or twice the last checkpoint if that is more."""
     min_rdma_ports: int = 0
-    """InfiniBand or RoCE ports that must be active on a node. 0: one, where there are any."""
+    """Number of InfiniBand or RoCE ports that must be active on a node. 0: one, if the node has any."""
 
     def __post_init__(self) -> None:
         for name in ("ranks_per_node", "save_seconds", "max_fruitless_starts"):
@@ -155,21 +165,21 @@ class SlurmConfig:
                 raise ValueError(f"slurm.{name} = {getattr(self, name)}: must be at least 1")
         for name in ("min_free_memory_gb", "min_free_disk_gb", "min_rdma_ports"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"slurm.{name} = {getattr(self, name)}: must not be negative")
+                raise ValueError(f"slurm.{name} = {getattr(self, name)}: must be at least 0")
         if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", self.time):
             raise ValueError(f"slurm.time = {self.time!r}: must look like 24:00:00 or 7-00:00:00")
         texts = {"partition": self.partition, "account": self.account, "job_name": self.job_name, **self.options}
         for name, value in texts.items():
             if not re.fullmatch(r"[\w.,:@%+/=\[\]*&|()-]*", value) or not re.fullmatch(r"[a-z_-]+", name):
-                raise ValueError(f"slurm.{name} = {value!r}: no option of sbatch, which has no spaces or quotes")
+                raise ValueError(f"slurm.{name} = {value!r}: not an sbatch option; use no spaces and no quotes")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A complete run."""
+    """The complete settings of a run."""
 
     run_directory: str
-    """Where the run writes: resolved recipe, metrics, logs, checkpoints, report."""
+    """Directory that the run writes: resolved recipe, metrics, logs, checkpoints and report."""
     data: DataConfig
     order: OrderConfig
     knots: KnotsConfig
@@ -187,67 +197,80 @@ class Recipe:
         self.knots.check(self.data)
         if self.train.global_batch_tokens % self.data.max_bucket_tokens:
             raise ValueError(
-                f"train.global_batch_tokens = {self.train.global_batch_tokens} is not a multiple of "
-                f"data.max_bucket_tokens = {self.data.max_bucket_tokens}: a global batch holds whole sequences"
+                f"train.global_batch_tokens = {self.train.global_batch_tokens}: must be a multiple of "
+                f"data.max_bucket_tokens = {self.data.max_bucket_tokens}, since a batch holds whole sequences; "
+                f"set it to {_next_multiple(self.train.global_batch_tokens, self.data.max_bucket_tokens)}"
             )
+        divisor = math.gcd(
+            self.parallel.tensor, self.model.num_heads, self.model.num_kv_heads, self.model.ffn_hidden_size
+        )
         for name, heads in (("num_heads", self.model.num_heads), ("num_kv_heads", self.model.num_kv_heads)):
             if heads % self.parallel.tensor:
                 raise ValueError(
-                    f"parallel.tensor = {self.parallel.tensor} does not divide model.{name} = {heads}: "
-                    "tensor parallelism gives each rank whole heads"
+                    f"parallel.tensor = {self.parallel.tensor}: must divide model.{name} = {heads}, since a "
+                    f"tensor-parallel rank holds whole heads; set it to {divisor}"
                 )
         if self.model.ffn_hidden_size % self.parallel.tensor:
             raise ValueError(
-                f"parallel.tensor = {self.parallel.tensor} does not divide "
-                f"model.ffn_hidden_size = {self.model.ffn_hidden_size}"
+                f"parallel.tensor = {self.parallel.tensor}: must divide model.ffn_hidden_size = "
+                f"{self.model.ffn_hidden_size}; set it to {divisor}"
             )
         if self.parallel.sequence_parallel and self.data.min_bucket_tokens % self.parallel.tensor:
             raise ValueError(
-                f"data.min_bucket_tokens = {self.data.min_bucket_tokens} is not a multiple of parallel.tensor = "
-                f"{self.parallel.tensor}, by which sequence_parallel divides every sequence"
+                f"data.min_bucket_tokens = {self.data.min_bucket_tokens}: must be a multiple of parallel.tensor = "
+                f"{self.parallel.tensor}, by which sequence parallelism divides sequences; set "
+                "parallel.sequence_parallel = false"
             )
 
     @property
     def training_directory(self) -> str:
-        """The prepared data that is trained on: as prepared, or as ordered."""
+        """Directory of the training data: the ordered data if there is an order, else the prepared data."""
         return self.order.directory or self.data.directory
 
     @property
     def max_context_parallel(self) -> int:
-        """Ranks that share a sequence of the largest bucket."""
+        """Context-parallel degree of the largest bucket."""
         return self.parallel.context_parallel(self.data.max_bucket_tokens)
 
     def accumulation_steps(self, world_size: int) -> int:
-        """Micro-steps of one optimizer step on `world_size` ranks.
+        """Return the number of micro-batches of one step on `world_size` ranks.
 
-        Raises ValueError when the world cannot be divided so, before any process group is joined.
+        Raises ValueError if that many ranks cannot train this recipe.
         """
         data_size = self.parallel.data_size(world_size)
         if data_size % self.max_context_parallel:
             needed = self.max_context_parallel * self.parallel.tensor
             raise ValueError(
-                f"a world of {world_size} ranks cannot hold data.max_bucket_tokens = {self.data.max_bucket_tokens} "
-                f"at parallel.tokens_per_rank = {self.parallel.tokens_per_rank}: start a multiple of {needed} ranks, "
-                "or raise tokens_per_rank"
+                f"world of {world_size} ranks: cannot hold data.max_bucket_tokens = {self.data.max_bucket_tokens} at "
+                f"parallel.tokens_per_rank = {self.parallel.tokens_per_rank}; start a multiple of {needed} ranks, or "
+                "raise parallel.tokens_per_rank"
             )
         micro_batch_tokens = data_size * self.parallel.tokens_per_rank
         if self.train.global_batch_tokens % micro_batch_tokens:
             raise ValueError(
-                f"train.global_batch_tokens = {self.train.global_batch_tokens} is not a multiple of the "
-                f"{micro_batch_tokens} tokens that {world_size} ranks take at once ({data_size} data-parallel x "
-                f"{self.parallel.tokens_per_rank} parallel.tokens_per_rank)"
+                f"train.global_batch_tokens = {self.train.global_batch_tokens}: must be a multiple of the "
+                f"{micro_batch_tokens} tokens of one micro-batch on {world_size} ranks ({data_size} data-parallel x "
+                f"{self.parallel.tokens_per_rank} parallel.tokens_per_rank); set it to "
+                f"{_next_multiple(self.train.global_batch_tokens, micro_batch_tokens)}"
             )
         return self.train.global_batch_tokens // micro_batch_tokens
 
 
+def _next_multiple(value: int, divisor: int) -> int:
+    return -(-value // divisor) * divisor
+
+
 def load_recipe(file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a TOML recipe and apply overrides like `train.steps=20`. Raises ValueError naming the key."""
+    """Read a TOML recipe and apply overrides such as `train.steps=20`.
+
+    Raises ValueError, with the key at fault, if the file cannot be read or a setting is wrong.
+    """
     path = Path(file)
     if not path.is_file():
-        raise ValueError(f"recipe {path} does not exist")
+        raise ValueError(f"recipe {path}: does not exist; name a TOML file")
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path} is not valid TOML: {error}") from error
+        raise ValueError(f"recipe {path}: not valid TOML: {error}; correct the file") from error
     apply_overrides(tree, overrides)
     return from_tree(Recipe, tree, source=str(path))

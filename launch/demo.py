@@ -1,4 +1,4 @@
-"""`make demo`: the main job on real input, from documents to a picture, with a stop and an exact resume on the way."""
+"""`make demo`: prepare, train, stop, resume, evaluate and draw, on the documents of Python's standard library."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from rich.table import Table
 from . import cli
 from .config import Recipe, load_recipe
 from .metrics import read_metrics
-from .report import draw
+from .report import draw_run
 from .run_directory import RunDirectory
+from .tables import plain_table
 
 RECIPE = Path(__file__).parent / "recipes" / "demo.toml"
 
 
 def main() -> int:
-    """Run every stage of the demo, each as the command a user would type -> exit status."""
+    """Run every stage of the demo as the command that a user would type; return an exit status."""
     console = Console()
     recipe = load_recipe(RECIPE)
     half = recipe.train.steps // 2
@@ -30,42 +31,41 @@ def main() -> int:
     compared = half + recipe.train.steps // 8
     stages = [
         (
-            "Prepare: Python's own standard library, tokenized, cut into buckets of one length, written as shards",
+            "Prepare: tokenize Python's standard library, cut it into sequences by bucket and write shards",
             ["prepare", str(RECIPE)],
         ),
         (
-            f"Train on {recipe.train.ranks_per_node} processes; after half of the {recipe.train.steps} steps, "
-            "save and end",
+            f"Train on {recipe.train.ranks_per_node} ranks; save and stop after half of the {recipe.train.steps} steps",
             ["train", str(RECIPE), "--stop-after", str(half)],
         ),
         (
-            "Start again: new processes go on from the checkpoint",
+            "Start again: new processes continue from the checkpoint",
             ["train", str(RECIPE)],
         ),
         (
-            f"The same recipe without the stop, {compared} steps, to compare",
+            f"Train again without the stop, {compared} steps, to compare",
             ["train", str(RECIPE), f"run_directory={reference.path}", "--stop-after", str(compared)],
         ),
         (
-            "Evaluate on documents held out from training",
+            "Evaluate on held-out documents",
             ["evaluate", str(run.path)],
         ),
     ]
     started = time.perf_counter()
-    for number, (what, command) in enumerate(stages, start=1):
-        console.print(Panel(f"{what}\n[dim]$ longring {' '.join(command)}", title=f"{number} of {len(stages)}"))
+    for number, (title, command) in enumerate(stages, start=1):
+        console.print(Panel(f"{title}\n[dim]$ longring {' '.join(command)}", title=f"{number} of {len(stages)}"))
         began = time.perf_counter()
         status = cli.main(command)
         if status:
             return status
         console.print(f"[dim]{time.perf_counter() - began:.0f} s[/]\n", highlight=False)
     evaluation = json.loads(run.evaluation_file.read_text())
-    draw(run, evaluation)
+    draw_run(run, evaluation)
     equal = _equal_steps(run, reference, half, compared)
     console.print(_summary(recipe, run, evaluation, equal, half))
-    console.print(f"picture: {run.picture_file}   all of it: {run.path}/   {time.perf_counter() - started:.0f} s")
+    console.print(f"picture: {run.picture_file}   all files: {run.path}/   {time.perf_counter() - started:.0f} s")
     if equal < compared - half:
-        console.print("[bold red]error:[/] the resumed steps differ from the uninterrupted run's")
+        console.print("[bold red]error:[/] the resumed steps differ from those of the uninterrupted run")
         return 1
     if evaluation["loss"] > evaluation["unigram_loss"] - 1:
         console.print("[bold red]error:[/] the loss has not fallen well below the unigram baseline")
@@ -74,25 +74,23 @@ def main() -> int:
 
 
 def _equal_steps(run: RunDirectory, reference: RunDirectory, first: int, last: int) -> int:
-    """How many of the steps after `first` up to `last` have bit-equal loss and gradient norm in both runs."""
+    """Return the number of steps in (first, last] with bitwise equal metrics in both runs."""
     ours, theirs = ({step["step"]: step for step in read_metrics(r.metrics_file)} for r in (run, reference))
     exact = ("loss", "grad_norm", "bucket", "tokens", "learning_rate")
     return sum(all(ours[s][key] == theirs[s][key] for key in exact) for s in range(first + 1, last + 1))
 
 
 def _summary(recipe: Recipe, run: RunDirectory, evaluation: dict, equal: int, half: int) -> Table:
-    """What was seen, in a few rows."""
+    """Return a table of the results."""
     steps = read_metrics(run.metrics_file)
-    table = Table(title="What the demo showed", show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column()
+    table = plain_table("Results of the demo")
     at_once = recipe.parallel.tokens_per_rank
-    table.add_row("trained", f"{steps[-1]['tokens']:,} tokens in {len(steps)} steps, {at_once} on a rank")
+    table.add_row("trained", f"{steps[-1]['tokens']:,} tokens in {len(steps)} steps, {at_once} on each rank")
     for degree in sorted({step["cp"] for step in steps}):
         chosen = [step for step in steps if step["cp"] == degree]
         lengths = sorted({step["bucket"] for step in chosen})
         rate = sorted(step["tokens_per_s"] for step in chosen)[len(chosen) // 2]
-        where = "whole on a rank" if degree == 1 else f"over rings of {degree}"
+        where = "on one rank" if degree == 1 else f"over {degree} ranks"
         table.add_row(
             f"  {', '.join(f'{length:,}' for length in lengths)} tokens",
             f"{len(chosen)} steps {where}, median {rate:,.0f} tok/s",
@@ -100,7 +98,7 @@ def _summary(recipe: Recipe, run: RunDirectory, evaluation: dict, equal: int, ha
     first, last = (sum(step["loss"] for step in part) / len(part) for part in (steps[:20], steps[-20:]))
     table.add_row("training loss", f"{first:.3f} over the first 20 steps, {last:.3f} over the last 20")
     table.add_row("held-out loss", f"{evaluation['loss']:.3f}, unigram baseline {evaluation['unigram_loss']:.3f}")
-    table.add_row("resume", f"{equal} steps after step {half}: bit-equal to the run without the stop")
+    table.add_row("resume", f"{equal} steps after step {half} are bitwise equal to the run without the stop")
     return table
 
 

@@ -1,11 +1,11 @@
-"""How a start ends: its exit statuses, and the error that all ranks share."""
+"""The exit statuses of a start, and the error that all ranks share."""
 
 GO_ON_LATER = 75
-"""Exit status (EX_TEMPFAIL) of a start that ended in good order; the same command continues the run."""
+"""Exit status (EX_TEMPFAIL) of a start that saved and stopped early; the same command continues the run."""
 USER_ERROR = 2
-"""Exit status of an error that only a person can put right."""
+"""Exit status of an error that only a person can correct."""
 IO_ERROR = 74
-"""Exit status (EX_IOERR) of a file that could not be read or written; the next start may succeed."""
+"""Exit status (EX_IOERR) after a file could not be read or written; the next start may succeed."""
 
 
 class CommonError(OSError):

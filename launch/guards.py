@@ -1,7 +1,7 @@
-"""A check before the first step: attention over several ranks equals attention on one.
+"""A check before the first step: attention over several ranks equals attention on one rank.
 
-They cost a few passes of a model of a few layers over a short sequence, and find what would otherwise be found after
-weeks: a rank whose positions are off by a chunk still trains, only worse.
+It costs a few passes of a small model over a short sequence. It finds errors that otherwise only raise the loss: a rank
+whose positions are off by one chunk still trains.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from ..parallel.mesh import Mesh, megatron_config
 from .config import Recipe
 
 TOKENS_PER_RANK = 26
-"""Of the probe's sequence: two chunks of an odd length, so that documents and blocks end anywhere; with sequence
-parallelism the next multiple of parallel.tensor."""
+"""Tokens of the checked sequence on each rank: two chunks of an odd length, so that documents and kernel blocks end
+anywhere. Sequence parallelism rounds it up to a multiple of parallel.tensor."""
 VOCABULARY = 128
+"""Vocabulary size of the small model."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.03}
-"""Largest relative difference of losses and gradient. Right attention came to 5e-7 and 9e-3, the faults that
-tests/launch/test_guards.py plants to 0.06 and more."""
+"""Maximum relative difference of losses and gradients, by dtype. Correct attention differs by 5e-7 and 9e-3, the faults
+in tests/launch/test_guards.py by at least 0.06."""
+_ADVICE = "try another train.attention_backend or parallel.cp.schedule, and report this error of LongRing"
 
 
 def check_attention(
@@ -38,11 +40,10 @@ def check_attention(
     spread: Callable[[int], Callable[[SeqLayout], AttentionFunction]],
     whole: Callable[[SeqLayout], AttentionFunction],
 ) -> None:
-    """Raise ValueError, on every rank of the group, unless a small model computes over the group what it does on one.
+    """Raise ValueError, on every rank of the group, unless a small model gives equal results over the group and alone.
 
-    `spread(tokens)` and `whole` give attention for a layout, over the group and on this rank alone. Collective. Checked
-    are: no loss depends on a later token or on another document; loss and gradients equal those of the sequence held
-    whole.
+    `spread(tokens)` and `whole` return attention for a layout, over the group and on this rank alone. No loss may
+    depend on a later token or on another document, and losses and gradients must equal those of one rank. Collective.
     """
     divisor = recipe.parallel.tensor if recipe.parallel.sequence_parallel else 1
     num_tokens = group.size * math.ceil(TOKENS_PER_RANK / divisor) * divisor
@@ -54,7 +55,7 @@ def check_attention(
 
     dtype = getattr(torch, recipe.train.dtype)
     torch.manual_seed(0)
-    # Weights so large that attention is far from uniform, whatever the width: else it hardly moves the loss.
+    # The weights are so large that attention is far from uniform at any width; else it would hardly affect the loss.
     num_layers = min(recipe.model.num_layers, recipe.model.full_attention_every)
     config = replace(recipe.model, num_layers=num_layers, init_std=recipe.model.hidden_size**-0.5)
     model = Transformer(config, VOCABULARY, megatron_config(recipe.parallel)).to(mesh.device, dtype)
@@ -62,18 +63,18 @@ def check_attention(
 
     def losses(tokens: Tensor, layout: SeqLayout, attention: AttentionFunction) -> Tensor:
         at = layout.positions(mesh.device)
-        return model(tokens[:, at], tokens[:, at + 1], layout, attention)[0].float()
+        return model(tokens[:, at], tokens[:, at + 1], layout, attention)[0].float()  # [tokens of the layout]
 
     def gathered(share: Tensor) -> Tensor:
-        """Losses of all ranks in order of position."""
-        every = torch.zeros(num_tokens, device=mesh.device)
-        every[mine.positions(mesh.device)] = share.detach()
-        dist.all_reduce(every, group=_any_group(group))
-        return every
+        """Return the losses of all ranks in order of position, shape [num_tokens]. Collective."""
+        of_all = torch.zeros(num_tokens, device=mesh.device)
+        of_all[mine.positions(mesh.device)] = share.detach()
+        dist.all_reduce(of_all, group=_any_group(group))
+        return of_all
 
     with torch.no_grad():
         before = gathered(losses(tokens, mine, attention))
-    # A token late in each document: of the losses before it, none may move, and of those from it on, some must.
+    # One token late in each document is changed: no loss before it may change, and its own loss must.
     for changed, start in ((second - second // 4, 0), (num_tokens - second // 4, second)):
         other = tokens.clone()
         other[0, changed] = (other[0, changed] + 1) % VOCABULARY
@@ -84,10 +85,9 @@ def check_attention(
         leaked = [position for position in moved if not changed - 1 <= position < stop]
         if leaked or changed not in moved:
             raise ValueError(
-                f"context parallelism over {group.size} ranks leaks: token {changed} of document [{start}, {stop}) was "
-                f"changed and the losses at {moved[:8]} moved, not only those from {changed - 1} to {stop - 1}; "
-                "this is an error of LongRing's or of its attention backend: try another train.attention_backend or "
-                "parallel.cp.schedule, and report it"
+                f"context parallelism over {group.size} ranks: attention leaks: token {changed} of document [{start}, "
+                f"{stop}) was changed, and the losses at {moved[:8]} changed, not only those from {changed - 1} to "
+                f"{stop - 1}; {_ADVICE}"
             )
 
     share = losses(tokens, mine, attention)
@@ -106,8 +106,7 @@ def _compare(name: str, got: Tensor, expected: Tensor, dtype: torch.dtype, group
     if not difference <= TOLERANCE[dtype]:
         raise ValueError(
             f"context parallelism over {group.size} ranks: the {name} of a small sequence differs from that of one "
-            f"rank by {difference:.2g} of it, more than {TOLERANCE[dtype]:g} in {dtype}; try another "
-            "train.attention_backend or parallel.cp.schedule, and report it"
+            f"rank by {difference:.2g} of its norm, more than {TOLERANCE[dtype]:g} in {dtype}; {_ADVICE}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Which steps are no good: gradients that are not finite, losses far above the ones before."""
+"""Detection of steps with non-finite gradients and of loss spikes."""
 
 from __future__ import annotations
 
@@ -13,37 +13,39 @@ from .config import FaultsConfig
 
 
 class LossWatch:
-    """Judges every step by numbers that all ranks share, so that all come to the same end."""
+    """A judge of every step, from numbers that all ranks share, so that all ranks decide alike."""
 
     def __init__(self, config: FaultsConfig, recent_losses: Iterable[float] = ()) -> None:
         self._config = config
         self._recent = deque(recent_losses, maxlen=config.spike_window_steps)
-        self._nonfinite = 0
-        self._rewinds = 0
+        self._nonfinite = 0  # consecutive steps
+        self._rewinds = 0  # in this start
 
     @property
     def recent(self) -> tuple[float, ...]:
-        """Losses of the last good steps, oldest first; the next one is told by them."""
+        """Losses of the last good steps, oldest first, from which the next spike is detected."""
         return tuple(self._recent)
 
     def judge(self, step: int, loss: float, grad_norm: float) -> Literal["good", "non-finite", "spike"]:
-        """What the step just done was. Raises ArithmeticError at the last non-finite step in a row that is borne.
+        """Return the outcome of the step just done.
 
-        A gradient norm that is not finite means that the engine has left weights and moments as they were. A loss that
-        is not, with one that is, must not happen: then the weights are lost.
+        After a gradient norm that is not finite the engine has changed no weights and no moments. Raises
+        ArithmeticError after faults.max_nonfinite_steps consecutive steps of this kind, and if the loss is not finite
+        although the norm is, since the weights may then be corrupt.
         """
         if not math.isfinite(grad_norm):
             self._nonfinite += 1
             if self._nonfinite >= self._config.max_nonfinite_steps:
                 raise ArithmeticError(
-                    f"step {step}: {self._nonfinite} steps in a row had no finite gradients "
-                    f"(faults.max_nonfinite_steps = {self._config.max_nonfinite_steps}); the last had loss {loss}: "
-                    "lower train.learning_rate, or look at the batches that the ranks' logs name"
+                    f"faults.max_nonfinite_steps = {self._config.max_nonfinite_steps}: {self._nonfinite} consecutive "
+                    f"steps had gradients that are not finite, the last of them step {step} with loss {loss}; lower "
+                    "train.learning_rate in a new run_directory, or look at the sequences that the logs name"
                 )
             return "non-finite"
         if not math.isfinite(loss):
             raise ArithmeticError(
-                f"step {step}: loss {loss} with a gradient norm of {grad_norm}: the weights can be trusted no more"
+                f"step {step}: loss {loss} with gradient norm {grad_norm}, so the weights may be corrupt; give the "
+                "same command again to continue from the last checkpoint"
             )
         self._nonfinite = 0
         if self._is_spike(loss):
@@ -52,15 +54,16 @@ class LossWatch:
         return "good"
 
     def rewound(self, step: int, loss: float, to: TrainState | None) -> None:
-        """Note that the run has gone back to `to`; None: there was no checkpoint before the spike, so it goes on.
+        """Record a rewind to the state `to`; None: there was no checkpoint, so the run continues from the spike.
 
-        Raises ArithmeticError after faults.max_rewinds.
+        Raises ArithmeticError after more than faults.max_rewinds.
         """
         self._rewinds += 1
         if self._rewinds > self._config.max_rewinds:
             raise ArithmeticError(
-                f"step {step}: loss {loss} is a spike, and so were {self._config.max_rewinds} before it in this start "
-                "(faults.max_rewinds): lower train.learning_rate, or leave out more batches by faults.spike_skip_steps"
+                f"faults.max_rewinds = {self._config.max_rewinds}: step {step} with loss {loss} is one more spike in "
+                "this start; raise faults.spike_skip_steps to leave out more batches, or lower train.learning_rate in "
+                "a new run_directory"
             )
         self._recent.clear()
         self._recent.extend(to.recent_losses if to else ())

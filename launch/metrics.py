@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard, and the line a person watches. Rank 0 only."""
+"""Metrics of a run: metrics.jsonl, TensorBoard and the progress line. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
@@ -19,36 +18,39 @@ from torch.utils.tensorboard import SummaryWriter
 from ..data.files import write_text
 from ..data.read.batch_order import Trained
 from .run_directory import RunDirectory
+from .tables import plain_table
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """One optimizer step: one line of metrics.jsonl."""
+    """The metrics of one step: one line of metrics.jsonl."""
 
     step: int
-    """Counted from 1."""
+    """Step, from 1."""
     tokens: int
-    """Read so far for steps that changed weights, this one included; trained, but for what knots leave out."""
+    """Tokens consumed by weight-changing steps so far; with knots this includes targets that are not trained."""
     targets: int
-    """Of this step's tokens those that the loss counts."""
+    """Number of targets of this step that the loss counts."""
     loss: float
-    """Mean over the global batch, nats per token; null where it is not finite, or the batch was left out."""
+    """Mean over the targets of the batch, nats per token; null if it is not finite or the batch was left out."""
     bucket: int
-    """Sequence length of the batch, tokens."""
+    """Sequence length of the batch, in tokens."""
     cp: int
-    """Context-parallel degree."""
+    """Context-parallel degree of the bucket."""
     learning_rate: float
+    """Learning rate of this step."""
     grad_norm: float
-    """Before clipping, over all parameters."""
+    """Norm of the gradient over all parameters, before clipping."""
     step_ms: float
+    """Duration of the step on rank 0."""
     tokens_per_s: float
-    """Of all ranks together."""
+    """Throughput of all ranks together."""
     outcome: str
-    """good, spike, non-finite (skipped by all ranks) or left out (after a spike)."""
+    """"good", "spike", "non-finite" (skipped by all ranks) or "left out" (after a spike)."""
 
 
 class MetricsWriter:
-    """Appends steps to the run's records and shows them; `close` when done."""
+    """Writer of the metrics of a run, from step `from_step` on; call `close` at the end."""
 
     def __init__(self, run: RunDirectory, from_step: int, total_steps: int, console: Console) -> None:
         self._file_name = run.metrics_file
@@ -71,13 +73,13 @@ class MetricsWriter:
         self._progress.start()
 
     def close(self) -> None:
-        """Leave the terminal and the files in order."""
+        """End the progress line and close the files."""
         self._progress.stop()
         self._file.close()
         self._tensorboard.close()
 
     def rewind(self, step: int) -> None:
-        """Drop what is recorded of later steps."""
+        """Remove the records of all steps after `step`."""
         self._file.close()
         keep_steps(self._file_name, step)
         self._file = self._file_name.open("a")
@@ -85,7 +87,7 @@ class MetricsWriter:
         self._tensorboard = SummaryWriter(self._tensorboard.log_dir, purge_step=step + 1)
 
     def write(self, metrics: StepMetrics) -> None:
-        """Record one step. Raises OSError that says where, when that is impossible."""
+        """Record one step and show it. Raises OSError, with the directory, if the record cannot be written."""
         values = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in asdict(metrics).items()
@@ -98,8 +100,8 @@ class MetricsWriter:
                     self._tensorboard.add_scalar(f"train/{name}", value, metrics.step)
         except OSError as error:
             raise OSError(
-                f"step {metrics.step} cannot be recorded in {self._file_name.parent}: {error}; the same command goes "
-                "on from the last checkpoint"
+                f"step {metrics.step}: cannot be recorded in {self._file_name.parent}: {error}; make room, and the "
+                "same command continues from the last checkpoint"
             ) from error
         self._seconds += metrics.step_ms / 1e3
         left = (self._total_steps - metrics.step) * self._seconds / (metrics.step - self._first_step + 1)
@@ -108,7 +110,7 @@ class MetricsWriter:
             f"{metrics.step_ms:,.0f} ms  {timedelta(seconds=round(left))} left"
         )
         self._progress.update(self._task, completed=metrics.step, line=line)
-        # Without a terminal there is no live line; about twenty printed ones tell the story.
+        # Without a terminal there is no live line, and about twenty lines are printed in all.
         if not self._console.is_terminal and (
             metrics.step % self._print_every == 0 or metrics.step in (self._first_step, self._total_steps)
         ):
@@ -116,10 +118,12 @@ class MetricsWriter:
 
 
 def trained_table(trained: Sequence[Trained]) -> Table:
-    """What a run has taken from each bucket: trained = reached + repeated, the bucket = reached + not reached."""
-    table = Table(title="Tokens of the training data", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("bucket", "trained", "passes", "reached", "repeated", "not reached"):
-        table.add_column(name, justify="right", no_wrap=True)
+    """Return a table of the tokens trained from each bucket.
+
+    Trained tokens are reached + repeated; the tokens of a bucket are reached + not reached.
+    """
+    columns = ("bucket", "trained", "passes", "reached", "repeated", "not reached")
+    table = plain_table("Tokens of the training data", *columns)
     for row in trained:
         counts = (row.reached_tokens, row.repeated_tokens, row.not_reached_tokens)
         table.add_row(f"{row.length:,}", f"{row.tokens:,}", f"{row.passes:.2f}", *(f"{count:,}" for count in counts))
@@ -133,12 +137,12 @@ def trained_table(trained: Sequence[Trained]) -> Table:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """All steps recorded, in order."""
+    """Return the metrics of all recorded steps, in order."""
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def keep_steps(file: Path, last_step: int) -> None:
-    """Drop the records of steps after `last_step`: a run that died after its last checkpoint does them again."""
+    """Remove the records of all steps after `last_step`, which a run does again after its last checkpoint."""
     if not file.exists():
         return
     lines = [line for line in file.read_text().splitlines() if _step(line) <= last_step]
@@ -146,7 +150,7 @@ def keep_steps(file: Path, last_step: int) -> None:
 
 
 def _step(line: str) -> float:
-    """The step of a record; a line cut short by a crash counts as after every step."""
+    """Return the step of a record; a line cut short by a crash counts as after every step."""
     try:
         return json.loads(line)["step"]
     except ValueError:

@@ -1,4 +1,4 @@
-"""The picture of a run: loss over tokens, the bucket and the ring of every step, resumes marked."""
+"""The picture of a run: loss over tokens, with the bucket and the context-parallel degree of every step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # files only: no display is asked for
+matplotlib.use("Agg")  # pictures go to files, no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -16,13 +16,13 @@ from .run_directory import RunDirectory
 
 
 def resume_steps(run: RunDirectory) -> list[int]:
-    """Steps after which the run was started again."""
+    """Return the steps after which the run was resumed, ascending."""
     starts = [json.loads(line)["from_step"] for line in run.starts_file.read_text().splitlines()]
     return sorted({step for step in starts if step > 0})
 
 
-def draw(run: RunDirectory, evaluation: dict[str, Any] | None) -> None:
-    """Write the run's picture."""
+def draw_run(run: RunDirectory, evaluation: dict[str, Any] | None) -> None:
+    """Draw the metrics of a run, with its evaluation if there is one, into its picture file."""
     steps = read_metrics(run.metrics_file)
     tokens, loss, bucket, degree = (
         np.array([np.nan if step[key] is None else step[key] for step in steps])
@@ -36,7 +36,7 @@ def draw(run: RunDirectory, evaluation: dict[str, Any] | None) -> None:
     above.plot(tokens, loss, color="0.8", linewidth=1, zorder=1)
     for cp, colour in colours.items():
         chosen = degree == cp
-        name = "whole on a rank" if cp == 1 else f"ring of {cp}"
+        name = "one rank" if cp == 1 else f"{cp} ranks"
         above.scatter(tokens[chosen], loss[chosen], s=14, color=colour, label=name, zorder=2)
         below.scatter(tokens[chosen], bucket[chosen], s=14, marker="s", color=colour)
     if evaluation is not None:

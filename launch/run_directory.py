@@ -1,4 +1,4 @@
-"""What a run leaves on disk, and the check that a directory belongs to the recipe at hand."""
+"""The run directory: its files, its lock, its records, and the check that it belongs to a recipe."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from ..data.files import write_text
-from .config import Recipe
+from .config import Recipe, load_recipe
 from .settings import apply_overrides, from_tree
 
 log = logging.getLogger(__name__)
 
 _LOCK_WAIT_S = 30
-# Run and data may be moved (a checkpoint knows its data by hash), and the work be divided otherwise: the same batches
-# and weights, losses equal to rounding. Every other key decides what the run computes.
+_REMOVE_RECIPE = "remove it, and the next `longring train` with the same recipe writes it again"
+# These keys may differ between two starts: run and data may be moved (a checkpoint knows its data by hash), and the
+# ranks may be divided differently, with the same batches and losses equal up to rounding. All other keys may not.
 _FREE_KEYS = (
     "run_directory",
     "data.directory",
@@ -47,7 +48,7 @@ _FREE_KEYS = (
 
 
 class RunDirectory:
-    """Paths within a run directory; the tree is drawn in README.md."""
+    """The paths within a run directory, whose tree is in README.md, and the records in them."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -66,56 +67,62 @@ class RunDirectory:
         self.picture_file = self.path / "loss.png"
 
     def log_file(self, rank: int) -> Path:
-        """Where `rank` logs."""
+        """Return the log file of a rank."""
         return self.logs / f"rank-{rank:05d}.log"
 
     def recipe(self, overrides: Sequence[str] = ()) -> Recipe:
-        """The resolved recipe of the run, with other `evaluate` settings. ValueError when there is no run here."""
+        """Return the resolved recipe of the run with overrides of `evaluate` settings.
+
+        Raises ValueError if there is no run, if its recipe.json is damaged, or for any other override.
+        """
         if not self.recipe_file.is_file():
-            raise ValueError(f"{self.path} is no run directory: it has no {self.recipe_file.name}")
+            raise ValueError(
+                f"{self.path}: not a run directory, since it has no {self.recipe_file.name}; name the directory of a "
+                "run that `longring train` has started"
+            )
         for override in overrides:
             if not override.startswith("evaluate."):
-                raise ValueError(f"override {override!r}: of a finished run only evaluate.* can be set")
-        # The directory may have been moved since.
+                raise ValueError(f"override {override!r}: only evaluate.* may differ from the run; leave it out")
+        # The directory may have been moved since it was written.
         tree = self._saved() | {"run_directory": str(self.path)}
         apply_overrides(tree, overrides)
         return from_tree(Recipe, tree, source=str(self.recipe_file))
 
     def check(self, recipe: Recipe) -> None:
-        """Raise ValueError unless this directory is new or holds a run of the same recipe."""
+        """Raise ValueError unless this directory is new, empty, or holds a run of the same recipe."""
         if not self.recipe_file.exists():
             if self.path.is_dir() and any(self.path.iterdir()) and not self.logs.is_dir():
-                raise ValueError(f"run_directory = {self.path} holds other files; name a new directory")
+                raise ValueError(f"run_directory = {self.path}: holds other files; name a new directory")
             return
-        theirs, ours = _flat(self._saved()), _flat(json.loads(json.dumps(asdict(recipe))))
-        for key in sorted(theirs.keys() | ours.keys()):
-            if theirs.get(key) != ours.get(key) and not key.startswith(_FREE_KEYS):
+        saved, current = _flat(self._saved()), _flat(json.loads(json.dumps(asdict(recipe))))
+        for key in sorted(saved.keys() | current.keys()):
+            if saved.get(key) != current.get(key) and not key.startswith(_FREE_KEYS):
                 raise ValueError(
-                    f"run directory {self.path} is of another recipe: {key} was {theirs.get(key)!r} there and is "
-                    f"{ours.get(key)!r} now; name another run_directory, or go back to the old value to resume"
+                    f"run_directory = {self.path}: is of another recipe: {key} was {saved.get(key)!r} there and is "
+                    f"{current.get(key)!r} now; name another run_directory, or restore the old value to resume"
                 )
 
     def _saved(self) -> dict[str, Any]:
-        """The resolved recipe as plain tables. Raises ValueError that names the file when that is damaged."""
+        """Return the resolved recipe as nested tables. Raises ValueError if the file is damaged."""
         try:
             tree = json.loads(self.recipe_file.read_text())
         except ValueError as error:
-            raise ValueError(f"{self.recipe_file} is damaged: {error}") from error
+            raise ValueError(f"{self.recipe_file}: damaged: {error}; {_REMOVE_RECIPE}") from error
         if not isinstance(tree, dict):
-            raise ValueError(f"{self.recipe_file} is damaged: it holds no table")
+            raise ValueError(f"{self.recipe_file}: damaged: it holds no table; {_REMOVE_RECIPE}")
         return tree
 
     def create(self, recipe: Recipe) -> None:
-        """Make the directory and write the resolved recipe, whole or not at all."""
+        """Make the directory and write the resolved recipe into it."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.recipe_file, json.dumps(asdict(recipe), indent=2) + "\n")
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other processes from training here: two of them would overwrite each other's checkpoints.
+        """Hold the lock of this directory, so that no other process trains in it at the same time.
 
-        The system gives the lock back when the process ends, however it does. Raises ValueError when another holds it,
-        for longer than one that has been told to end would.
+        The system releases the lock when this process ends, for any reason. Raises ValueError if another process still
+        holds it after 30 s, the time that a stopping run may take to end.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with self.lock_file.open("a+") as file:
@@ -126,9 +133,9 @@ class RunDirectory:
                 except BlockingIOError:
                     if not left_s:
                         file.seek(0)
+                        holder = file.read().strip() or "another process"
                         raise ValueError(
-                            f"run directory {self.path} is being trained in by {file.read().strip() or 'another'}: "
-                            "end that first, or name another run_directory"
+                            f"run_directory = {self.path}: in use by {holder}; end it, or name another run_directory"
                         ) from None
                     time.sleep(1)
                 except OSError as error:  # a file system without locks
@@ -140,7 +147,7 @@ class RunDirectory:
             yield
 
     def record_start(self, world_size: int, from_step: int, environment: dict[str, Any]) -> None:
-        """Append one line that says what started: when, where, with which code, versions and environment."""
+        """Append one line to starts.jsonl: time, host, command, code, versions and environment of this start."""
         start = {
             "time": _now(),
             "from_step": from_step,
@@ -157,13 +164,18 @@ class RunDirectory:
             file.write(json.dumps(start) + "\n")
 
     def record_event(self, event: str, step: int, message: str) -> None:
-        """Append one line of what went wrong or out of the ordinary; any rank may."""
+        """Append one line to events.jsonl; any rank may. A record that cannot be written is only logged."""
         line = {"time": _now(), "event": event, "step": step, "rank": int(os.environ["RANK"]), "message": message}
         try:
             with self.events_file.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-        except OSError as error:  # a full disk is one of the events: it must not hide what is being told
+        except OSError as error:  # a full disk may be the very event: it must not hide it
             log.error("no record of %s: %s", line, error)
+
+
+def find_run(target: str) -> RunDirectory:
+    """Return the run directory `target`, or that of the recipe file `target`."""
+    return RunDirectory(load_recipe(target).run_directory if Path(target).is_file() else target)
 
 
 def _now() -> str:
@@ -178,7 +190,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit of the code that runs, and whether it has changes on top; None outside a checkout."""
+    """Return the commit of the running code and whether it has uncommitted changes; None outside a checkout."""
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:

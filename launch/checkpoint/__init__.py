@@ -1,1 +1,1 @@
-"""Checkpoints: their format, saving in the background, loading on any mesh."""
+"""Checkpoints: format on disk, saving in the background, loading on any mesh."""

@@ -1,11 +1,11 @@
-"""What a checkpoint is on disk: a manifest of parameters and files, each file with its checksum.
+"""The format of a checkpoint on disk: a manifest of parameters and files, each file with its checksum.
 
     checkpoints/step-00000100/
-        manifest.json             state of the run, every parameter's shape, every file's size, SHA-256 and ranges
-        rank-00000.safetensors    ranges of fp32 weights and moments, as the rank that wrote it held them
+        manifest.json             state of the run; shape of every parameter; size, SHA-256 and ranges of every file
+        rank-00000.safetensors    ranges of fp32 weights and moments, as held by the rank that wrote it
 
-A directory `step-N` is complete: it got this name by one rename after all was written and flushed. `step-N.partial` is
-being written or was left by a crash, `step-N.damaged` was found not to match its manifest, `step-N.removed` was pruned.
+A directory `step-N` is complete: it gets this name by one rename, after all its files are flushed. `step-N.partial` is
+being written or was left by a crash, `step-N.damaged` does not match its manifest, `step-N.removed` was pruned.
 """
 
 from __future__ import annotations
@@ -27,54 +27,60 @@ _COMPLETE = re.compile(r"step-(\d{8,})")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Everything beside weights and moments that a run needs to go on.
+    """State of a run besides weights and moments.
 
-    The order of data and the learning rate follow from the step, and nothing random is drawn after the first weights.
+    The order of data and the learning rate follow from the step. There is no random state, since nothing random is
+    drawn after the initial weights.
     """
 
     step: int
-    """Steps done, those skipped included."""
+    """Number of steps done, skipped steps included."""
     data: str
-    """SHA-256 of the prepared data's manifest."""
+    """SHA-256 of the manifest of the prepared data."""
     world_size: int
-    """Ranks that wrote it."""
+    """Number of ranks that wrote the checkpoint."""
     tensor: int
-    """Their tensor-parallel degree."""
+    """Tensor-parallel degree of those ranks."""
     zero_stage: int
+    """ZeRO stage of those ranks."""
     skipped: tuple[int, ...] = ()
-    """Which of the steps changed no weights: their gradients were not finite, or a spike's batches were left out."""
+    """Steps that changed no weights, since their gradients were not finite or their batches were left out."""
     recent_losses: tuple[float, ...] = ()
-    """Of the last steps, oldest first: what a spike is told by."""
+    """Losses of the last good steps, oldest first, from which a spike is detected."""
 
     @property
     def updates(self) -> int:
-        """Steps that changed the weights. With the order of data, they are the ledger of what was trained."""
+        """Number of steps that changed the weights."""
         return self.step - len(self.skipped)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileEntry:
-    """One rank's file."""
+    """The file of one rank."""
 
     bytes: int
+    """Size of the file."""
     sha256: str
+    """SHA-256 of the file in hexadecimal."""
     slice: int
-    """Which tensor-parallel slice its ranges are of."""
+    """Index of the tensor-parallel slice that the ranges are part of."""
     ranges: dict[str, tuple[int, int]]
-    """By parameter: first element, and how many, of the flattened slice."""
+    """First element and number of elements in the flattened slice, by parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterEntry:
-    """A parameter's whole shape; how it was cut into slices, as (dim, stride), or None."""
+    """A parameter, independent of any mesh."""
 
     shape: tuple[int, ...]
+    """Shape of the whole parameter."""
     cut: tuple[int, int] | None
+    """(dim, stride) by which it was cut into tensor-parallel slices; None: it was not cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointManifest:
-    """What a checkpoint says of itself."""
+    """The description of a checkpoint: state of the run, parameters and files."""
 
     state: TrainState
     parameters: dict[str, ParameterEntry] = field(default_factory=dict)
@@ -82,35 +88,35 @@ class CheckpointManifest:
 
     @property
     def num_bytes(self) -> int:
-        """Of all files but the manifest."""
+        """Total size of all files except the manifest."""
         return sum(entry.bytes for entry in self.files.values())
 
 
 def checkpoint_name(step: int) -> str:
-    """Directory of the checkpoint after `step`."""
+    """Return the directory name of the checkpoint after `step`."""
     return f"step-{step:08d}"
 
 
 def checkpoint_step(checkpoint: Path) -> int | None:
-    """The step of a complete checkpoint's directory, or None of any other."""
+    """Return the step of a complete checkpoint from its directory name, or None for any other directory."""
     found = _COMPLETE.fullmatch(checkpoint.name)
     return int(found[1]) if found else None
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
-    """Complete checkpoints by step, the last first."""
+    """Return the complete checkpoints in `directory`, latest step first."""
     found = [(step, path) for path in directory.glob("step-*") if (step := checkpoint_step(path)) is not None]
     return [path for _, path in sorted(found, reverse=True)]
 
 
 def write_checkpoint_manifest(directory: Path, manifest: CheckpointManifest) -> None:
-    """Write and flush it, with a hash of itself."""
+    """Write the manifest into a checkpoint directory, with a hash of its own content, and flush it."""
     content = {"format": FORMAT, **asdict(manifest)}
     write_text(directory / MANIFEST_FILE, json.dumps({**content, "sha256": sha256_of_json(content)}, indent=1))
 
 
 def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
-    """What the checkpoint says of itself. Raises ValueError that names the file when that is damaged."""
+    """Read the manifest of a checkpoint. Raises ValueError if it is damaged."""
     file = checkpoint / MANIFEST_FILE
     try:
         content = json.loads(file.read_text())
@@ -118,10 +124,10 @@ def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
         if claimed != sha256_of_json(content):
             raise ValueError(f"its SHA-256 is {sha256_of_json(content)[:16]}..., not {claimed[:16]}...")
         if (version := content.pop("format")) != FORMAT:
-            raise ValueError(f"it has format {version}, and this LongRing reads format {FORMAT}")
-        told = content["state"]
-        lists = {name: tuple(told[name]) for name in ("skipped", "recent_losses")}
-        state = TrainState(**{**told, **lists})
+            raise ValueError(f"it has format {version}, and this version of LongRing reads format {FORMAT}")
+        stored = content["state"]
+        tuples = {name: tuple(stored[name]) for name in ("skipped", "recent_losses")}
+        state = TrainState(**{**stored, **tuples})
         return CheckpointManifest(
             state=state,
             parameters={
@@ -135,50 +141,57 @@ def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         wrong = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{file} is damaged: {wrong}") from error
+        raise ValueError(f"{file}: damaged: {wrong}") from error
 
 
 def find_damage(
     checkpoint: Path, manifest: CheckpointManifest, names: Iterable[str] | None = None, *, hashes: bool = True
 ) -> str | None:
-    """What is wrong with the files of these names (None: all), or None: each is there with its size and its SHA-256."""
+    """Return a description of the first damaged file among `names` (None: all files), or None if there is none.
+
+    A file is damaged if it is missing, cannot be read, or differs from the manifest in its size or, with `hashes`, in
+    its SHA-256.
+    """
     for name in manifest.files if names is None else names:
         file, entry = checkpoint / name, manifest.files[name]
         try:
             if (size := file.stat().st_size) != entry.bytes:
-                return f"{file} has {size:,} bytes, {entry.bytes:,} in the manifest"
+                return f"{file}: has {size:,} bytes, and the manifest says {entry.bytes:,}"
             if hashes and (found := sha256_of(file)) != entry.sha256:
-                return f"{file} has SHA-256 {found[:16]}..., {entry.sha256[:16]}... in the manifest"
+                return f"{file}: has SHA-256 {found[:16]}..., and the manifest says {entry.sha256[:16]}..."
         except FileNotFoundError:
-            return f"{file} is missing"
+            return f"{file}: missing"
         except OSError as error:
-            return f"{file} cannot be read: {error}"
+            return f"{file}: cannot be read: {error}"
     return None
 
 
 def last_good_checkpoint(directory: Path) -> tuple[Path, CheckpointManifest] | None:
-    """The last complete checkpoint whose manifest can be read and whose files have their sizes, or None."""
+    """Return the last complete checkpoint with a readable manifest and files of the right sizes, or None.
+
+    Hashes are not compared.
+    """
     for checkpoint in complete_checkpoints(directory):
         try:
             manifest = read_checkpoint_manifest(checkpoint)
         except ValueError:
-            continue  # named and put aside when a run resumes; `longring checkpoints` names it too
+            continue  # reported and put aside when a run resumes
         if find_damage(checkpoint, manifest, hashes=False) is None:
             return checkpoint, manifest
     return None
 
 
 def check_trained_on(manifest: CheckpointManifest, checkpoint: Path, data: str) -> None:
-    """Raise ValueError unless the checkpoint was trained on this data."""
+    """Raise ValueError unless the checkpoint was trained on the data with this manifest hash."""
     if manifest.state.data != data:
         raise ValueError(
-            f"checkpoint {checkpoint} was trained on data whose manifest has SHA-256 {manifest.state.data[:16]}..., "
-            f"and the data now there has {data[:16]}...: bring back the old data, or name another run_directory"
+            f"checkpoint {checkpoint}: was trained on data whose manifest has SHA-256 {manifest.state.data[:16]}..., "
+            f"and the manifest now has {data[:16]}...; bring back the old data, or name another run_directory"
         )
 
 
 def publish_checkpoint(partial: Path) -> Path:
-    """Make a directory whose files are all flushed visible under its name."""
+    """Rename a directory whose files are all flushed from `step-N.partial` to `step-N`; return the new path."""
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
     sync(partial)
     partial.rename(final)
@@ -187,7 +200,8 @@ def publish_checkpoint(partial: Path) -> Path:
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Delete a checkpoint; it is out of sight before its first file goes."""
+    """Delete a checkpoint."""
+    # Renamed first: a directory that has lost some of its files never counts as a complete checkpoint.
     aside = checkpoint.with_name(checkpoint.name + REMOVED)
     shutil.rmtree(aside, ignore_errors=True)
     checkpoint.rename(aside)
@@ -195,27 +209,30 @@ def remove_checkpoint(checkpoint: Path) -> None:
 
 
 def put_checkpoint_aside(checkpoint: Path) -> None:
-    """Keep a damaged checkpoint under a name that does not count; an earlier one of the same step goes."""
+    """Rename a damaged checkpoint to `step-N.damaged`, replacing an earlier one of the same step."""
     aside = checkpoint.with_name(checkpoint.name + DAMAGED)
     shutil.rmtree(aside, ignore_errors=True)
     checkpoint.rename(aside)
 
 
 def clear_leftovers(directory: Path) -> None:
-    """Delete what interrupted saves and removals have left."""
+    """Delete the partial and removed directories that interrupted saves and removals left behind."""
     for leftover in [*directory.glob(f"step-*{PARTIAL}"), *directory.glob(f"step-*{REMOVED}")]:
         shutil.rmtree(leftover)
 
 
 def steps_to_prune(steps: Iterable[int], keep_last: int, keep_every_steps: int) -> list[int]:
-    """Which of the checkpoints at `steps` retention lets go: all but the last ones and every n-th step's (0: none)."""
+    """Return the steps whose checkpoints retention deletes.
+
+    It keeps the last `keep_last` steps and every multiple of `keep_every_steps` (0: no multiples).
+    """
     ordered = sorted(steps)
     older = ordered[: max(0, len(ordered) - keep_last)]
     return [step for step in older if not keep_every_steps or step % keep_every_steps]
 
 
 def prune_checkpoints(directory: Path, keep_last: int, keep_every_steps: int) -> list[Path]:
-    """Delete what retention lets go -> what went."""
+    """Delete the checkpoints that retention does not keep; return their former paths."""
     by_step = {checkpoint_step(path): path for path in complete_checkpoints(directory)}
     gone = [by_step[step] for step in steps_to_prune(filter(None, by_step), keep_last, keep_every_steps)]
     for checkpoint in gone:

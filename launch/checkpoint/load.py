@@ -1,8 +1,8 @@
-"""Loading on any mesh: every rank reads the ranges that its own fragments cover, whoever wrote them.
+"""Loading a checkpoint on any mesh: every rank reads the ranges that its own fragments cover.
 
-A parameter is a matrix of rows and columns (a vector: of one column). A tensor-parallel slice holds some rows, or some
-columns, of it; a file holds ranges of the flattened slice. So what a fragment needs are rows, and of each slice that
-has some of them, one range of elements.
+A parameter is treated as a matrix (a vector as one column). A tensor-parallel slice holds some rows or some columns of
+the matrix, and a file holds ranges of the flattened slice. A fragment covers rows of its own slice, so it needs one
+range of elements from every stored slice that has some of these rows.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ...parallel.fragments import Cut, Fragment, held, refresh
 from ...parallel.mesh import Mesh
 from ...parallel.zero import DeepSpeedEngine
 from .format import (
+    DAMAGED,
     CheckpointManifest,
     TrainState,
     check_trained_on,
@@ -40,15 +41,19 @@ log = logging.getLogger(__name__)
 def load_last_good(
     engine: DeepSpeedEngine, directory: Path, mesh: Mesh, data: str
 ) -> tuple[Path, TrainState, list[str]] | None:
-    """Load the last checkpoint that matches its own checksums -> it, its state, and what was wrong with later ones.
+    """Load the last checkpoint that matches its checksums; return its path, its state and the damage of later ones.
 
-    The ranks share the hashing. A damaged checkpoint is put aside as `step-N.damaged`. None when there is none at all;
-    ValueError when all are damaged. Collective.
+    The ranks share the hashing. A damaged checkpoint is renamed to `step-N.damaged`. Returns None if there is no
+    checkpoint. Raises ValueError if all are damaged, now or since an earlier start, or if the checkpoint was trained on
+    other data. Collective.
     """
-    [found] = _from_rank_0(complete_checkpoints(directory) if mesh.rank == 0 else None)
+    listed = None
+    if mesh.rank == 0:
+        listed = complete_checkpoints(directory), sorted(directory.glob(f"step-*{DAMAGED}"))
+    found, aside = _from_rank_0(listed)
     damaged: list[str] = []
     for path in found:
-        wrong = _problems(path, mesh)
+        wrong = _find_damage_on_all_ranks(path, mesh)
         if not wrong:
             manifest = read_checkpoint_manifest(path)
             check_trained_on(manifest, path, data)
@@ -59,37 +64,42 @@ def load_last_good(
         if mesh.rank == 0:
             put_checkpoint_aside(path)
         dist.barrier()
+    # Neither this start nor a later one begins again from the first step without being told to.
+    damaged = damaged or [path.name for path in aside]
     if damaged:
         raise ValueError(
-            f"every checkpoint in {directory} is damaged: {'; '.join(damaged)}. Bring back a copy, or remove "
+            f"checkpoints {directory}: all are damaged: {'; '.join(damaged)}; bring back a copy, or remove "
             f"{directory} to start from the first step"
         )
     return None
 
 
-def _problems(path: Path, mesh: Mesh) -> list[str]:
-    """What any rank finds wrong with a checkpoint, each having hashed its share of the files. Collective."""
+def _find_damage_on_all_ranks(path: Path, mesh: Mesh) -> list[str]:
+    """Return the damage that any rank finds; each rank hashes its share of the files. Collective."""
     try:
         manifest = read_checkpoint_manifest(path)
         mine = find_damage(path, manifest, sorted(manifest.files)[mesh.rank :: mesh.world_size])
     except ValueError as error:
         mine = str(error)
-    every: list[str | None] = [None] * mesh.world_size
-    dist.all_gather_object(every, mine)
-    return [text for text in every if text]
+    gathered: list[str | None] = [None] * mesh.world_size
+    dist.all_gather_object(gathered, mine)
+    return [text for text in gathered if text]
 
 
-def _from_rank_0(value: Any) -> list[Any]:
-    """What rank 0 has: a shared file system may show others an older directory."""
+def _from_rank_0(value: Any) -> Any:
+    """Return the value of rank 0. Collective.
+
+    A shared file system may show other ranks an older state of a directory.
+    """
     values = [value]
     dist.broadcast_object_list(values, src=0)
-    return values
+    return values[0]
 
 
 def load_checkpoint(engine: DeepSpeedEngine, path: Path, manifest: CheckpointManifest, mesh: Mesh) -> None:
-    """Read weights and moments into the engine, whatever mesh and ZeRO stage wrote them. Collective.
+    """Read weights and moments, written on any mesh and ZeRO stage, into the engine. Collective.
 
-    Raises ValueError when the checkpoint is of another model, or lacks part of a parameter.
+    Raises ValueError if the checkpoint is of another model or lacks part of a parameter.
     """
     with ExitStack() as files:
         reader = _Reader(path, manifest, files)
@@ -99,7 +109,7 @@ def load_checkpoint(engine: DeepSpeedEngine, path: Path, manifest: CheckpointMan
 
 
 class _Reader:
-    """Reads ranges of parameters out of one checkpoint's files."""
+    """A reader of parameter ranges from the files of one checkpoint."""
 
     def __init__(self, path: Path, manifest: CheckpointManifest, files: ExitStack) -> None:
         self._path = path
@@ -108,50 +118,54 @@ class _Reader:
         self._open: dict[str, Any] = {}
 
     @cached_property
-    def _where(self) -> dict[tuple[str, int], list[tuple[int, int, str]]]:
-        """By parameter and slice: (first element, behind the last, file), in order."""
-        where: dict[tuple[str, int], list[tuple[int, int, str]]] = {}
+    def _stored_ranges(self) -> dict[tuple[str, int], list[tuple[int, int, str]]]:
+        """[start, stop) and file of every stored range, sorted, by parameter and slice."""
+        found: dict[tuple[str, int], list[tuple[int, int, str]]] = {}
         for name, entry in self._manifest.files.items():
             for parameter, (start, numel) in entry.ranges.items():
-                where.setdefault((parameter, entry.slice), []).append((start, start + numel, name))
-        return {key: sorted(ranges) for key, ranges in where.items()}
+                found.setdefault((parameter, entry.slice), []).append((start, start + numel, name))
+        return {key: sorted(ranges) for key, ranges in found.items()}
 
     def fill(self, fragment: Fragment, tensor_rank: int, tensor_size: int) -> None:
-        """Copy all kinds of a fragment into its views."""
+        """Copy the weight and both moments of a fragment into its views."""
         parameter = fragment.parameter
         entry = self._manifest.parameters.get(parameter.name)
         if entry is None or entry.shape != parameter.shape:
             raise ValueError(
-                f"checkpoint {self._path} is of another model: {parameter.name} has shape {list(parameter.shape)} here "
-                f"and {list(entry.shape) if entry else 'none'} there"
+                f"checkpoint {self._path}: is of another model: {parameter.name} has shape "
+                f"{list(entry.shape) if entry else 'none'} there and {list(parameter.shape)} here; bring back the old "
+                "`model` settings, or name another run_directory"
             )
         rows, columns = _indices(parameter.shape, parameter.cut, tensor_rank, tensor_size)
+        # The fragment lies in rows [first, last) of this rank's slice; it may begin and end within a row.
         first, last = fragment.start // len(columns), -(-(fragment.start + fragment.numel) // len(columns))
         saved_cut, saved_size = entry.cut and Cut(*entry.cut), self._manifest.state.tensor
         inside = fragment.start - first * len(columns)
         for kind, view in fragment.tensors.items():
-            block = torch.full((last - first, len(columns)), math.nan)
+            needed = torch.full((last - first, len(columns)), math.nan)  # [rows, columns]
             num_read = 0
             for number in range(saved_size if saved_cut else 1):
                 theirs = _indices(parameter.shape, saved_cut, number, saved_size)
-                # positions in what is needed, and in the slice, of the rows and columns that both have
+                # Indices into `needed` and into the stored slice of the rows and columns that both have.
                 _, ours_r, theirs_r = np.intersect1d(rows[first:last], theirs[0], True, return_indices=True)
                 _, ours_c, theirs_c = np.intersect1d(columns, theirs[1], True, return_indices=True)
                 if not len(ours_r) or not len(ours_c):
                     continue
                 begin, end = int(theirs_r.min()), int(theirs_r.max()) + 1
                 width = len(theirs[1])
-                there = self._range(parameter.name, kind, number, begin * width, end * width).view(-1, width)
-                block[np.ix_(ours_r, ours_c)] = there[np.ix_(theirs_r - begin, theirs_c)]
+                there = self._range(parameter.name, kind, number, begin * width, end * width)
+                there = there.view(-1, width)  # [rows begin to end, columns of the slice]
+                needed[np.ix_(ours_r, ours_c)] = there[np.ix_(theirs_r - begin, theirs_c)]
                 num_read += len(ours_r) * len(ours_c)
-            assert num_read == block.numel(), "the slices make the whole parameter"
-            view.copy_(block.view(-1)[inside : inside + fragment.numel])
+            assert num_read == needed.numel(), "the slices make up the whole parameter"
+            view.copy_(needed.view(-1)[inside : inside + fragment.numel])
 
     def _range(self, name: str, kind: str, slice_number: int, begin: int, end: int) -> Tensor:
-        """Elements [begin, end) of a flattened slice, from all files that have some of them."""
+        """Return elements [begin, end) of a flattened slice, read from all files that hold some of them."""
         result = torch.empty(end - begin)
+        # Ranges are sorted, so everything before `at` is read when a range is looked at.
         at = begin
-        for start, stop, file in self._where.get((name, slice_number), []):
+        for start, stop, file in self._stored_ranges.get((name, slice_number), []):
             if start > at or at == end:
                 break
             if stop > at:
@@ -159,7 +173,10 @@ class _Reader:
                 result[at - begin : upto - begin] = stored[at - start : upto - start]
                 at = upto
         if at < end:
-            raise ValueError(f"checkpoint {self._path} lacks elements {at:,} to {end:,} of {name}/{kind}")
+            raise ValueError(
+                f"checkpoint {self._path}: lacks elements {at:,} to {end:,} of {name}/{kind}; remove it to resume from "
+                "the checkpoint before"
+            )
         return result
 
     def _opened(self, file: str) -> Any:
@@ -167,17 +184,20 @@ class _Reader:
             try:
                 self._open[file] = self._files.enter_context(safe_open(self._path / file, framework="pt"))
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{self._path / file} is no safetensors file: {error}") from error
+                raise ValueError(
+                    f"{self._path / file}: not a safetensors file: {error}; remove {self._path} to resume from the "
+                    "checkpoint before"
+                ) from error
         return self._open[file]
 
 
 def _indices(
     shape: tuple[int, ...], cut: Cut | None, tensor_rank: int, tensor_size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which rows and columns of the whole parameter a tensor-parallel slice holds, in the slice's own order."""
+    """Return the rows and the columns of the whole parameter that a slice holds, each in the order of the slice."""
     sizes = [shape[0], math.prod(shape[1:])]
     indices = [np.arange(size) for size in sizes]
     if cut is not None:
-        chunks = indices[cut.dim].reshape(cut.stride, tensor_size, -1)
-        indices[cut.dim] = chunks[:, tensor_rank].reshape(-1)
+        parts = indices[cut.dim].reshape(cut.stride, tensor_size, -1)  # [stride, rank, index]
+        indices[cut.dim] = parts[:, tensor_rank].reshape(-1)
     return indices[0], indices[1]

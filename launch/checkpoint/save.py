@@ -1,8 +1,8 @@
-"""Saving in the background: training waits for a copy in memory, a thread writes it while the next steps run.
+"""Saving in the background: training waits for a copy in memory, and a thread writes it during the next steps.
 
-Every rank writes one safetensors file of what it owns, and beside it what the manifest will say of that file. At a
-step's edge all ranks learn from one sum, which the loss needs anyway, how many have written theirs; when all have, rank
-0's thread makes the manifest and renames the directory. No collective runs outside the train loop's own thread.
+Every rank writes one safetensors file with the ranges it owns, and beside it the entry of this file in the manifest.
+After each step all ranks learn from one sum, which the loss needs anyway, how many ranks have written their file. When
+all have, the thread of rank 0 writes the manifest and renames the directory. No collective runs in these threads.
 """
 
 from __future__ import annotations
@@ -48,19 +48,23 @@ log = logging.getLogger(__name__)
 
 Status = Literal["idle", "writing", "written", "failed"]
 _CHUNK_BYTES = 1 << 24
-_MOST_TOLD = 8
-"""When more ranks than this could not save, rank 0 alone speaks on the terminal; each has its line in the events."""
+_MAX_WARNINGS = 8
+"""If more ranks than this could not save, only rank 0 prints a warning; the events record every rank."""
 
 
 class _Save(NamedTuple):
+    """A save in flight."""
+
     partial: Path
+    """Directory that is being written, `step-N.partial`."""
     manifest: CheckpointManifest
-    """Complete but for the files."""
+    """Manifest without its files."""
     writing: Future[None]
+    """Writing of this rank's own file."""
 
 
 class Saver:
-    """Writes the checkpoints of one run. Its methods are called by all ranks at the same edges between steps."""
+    """Writer of the checkpoints of one run. All ranks call its methods after the same steps."""
 
     def __init__(
         self,
@@ -77,17 +81,18 @@ class Saver:
         self._config = config
         self._max_failed = max_failed
         self._num_failed = 0
-        """In a row."""
+        """Number of consecutive failed saves."""
         self._progress = progress
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._host: dict[str, Tensor] = {}
+        """Buffers in host memory, kept between saves."""
         self._save: _Save | None = None
         self._publishing: tuple[int, Future[None]] | None = None
-        """Rank 0: the step, and its manifest and rename."""
+        """On rank 0, the step whose manifest is being written and whose directory is being renamed."""
 
     @property
     def status(self) -> Status:
-        """How far this rank's own part of the save in flight is."""
+        """Progress of this rank's own file of the save in flight."""
         if self._save is None:
             return "idle"
         if not self._save.writing.done():
@@ -95,8 +100,11 @@ class Saver:
         return "failed" if self._save.writing.exception() else "written"
 
     def begin(self, state: TrainState) -> float:
-        """Copy what this rank owns and start writing it -> seconds that training waited. No save may be in flight."""
-        assert self._save is None, "finish the save before first"
+        """Copy the ranges that this rank owns and start writing them; return the seconds that training waited.
+
+        No save may be in flight.
+        """
+        assert self._save is None, "the previous save is finished"
         started = time.perf_counter()
         fragments = owned(self._engine, self._mesh)
         tensors = {f"{f.parameter.name}/{kind}": t for f in fragments for kind, t in f.tensors.items()}
@@ -112,37 +120,38 @@ class Saver:
         return time.perf_counter() - started
 
     def settle(self, num_written: int, num_failed: int) -> None:
-        """Act on how many ranks say that they have written their part, and that they have failed; all get these sums.
+        """Complete or drop the save in flight once every rank has written its file or failed to.
 
-        Raises CommonError at the last failed save in a row that is borne.
+        All ranks pass the same two sums. Raises CommonError after `max_failed` consecutive failed saves.
         """
         if self._save is None or num_written + num_failed < self._mesh.world_size:
             return
         (partial, manifest, writing), self._save = self._save, None
         if num_failed:
             if (error := writing.exception()) is not None:
-                self._say(manifest.state.step, error, on_terminal=num_failed <= _MOST_TOLD or self._mesh.rank == 0)
+                few = num_failed <= _MAX_WARNINGS
+                self._report(manifest.state.step, error, on_terminal=few or self._mesh.rank == 0)
             if self._mesh.rank == 0:
-                self._thread.submit(shutil.rmtree, partial, ignore_errors=True)  # nobody writes there any more
+                self._thread.submit(shutil.rmtree, partial, ignore_errors=True)  # no rank writes there any more
             self._count_failure(manifest.state.step)
         elif self._mesh.rank == 0:
             self._publishing = manifest.state.step, self._thread.submit(self._publish, partial, manifest)
 
     def finish(self) -> bool:
-        """Wait for the save in flight -> whether it is now visible under its name (or there was none). Collective."""
+        """Wait for the save in flight; return whether it succeeded, True if there was none. Collective."""
         failed_before = self._num_failed
         if self._save is not None:
             failed = self._save.writing.exception() is not None  # waits
             votes = torch.tensor([int(not failed), int(failed)], device=self._mesh.device)
             dist.all_reduce(votes)
             self.settle(*votes.tolist())
-        votes = torch.zeros(2, dtype=torch.int64, device=self._mesh.device)  # published, failed to
+        votes = torch.zeros(2, dtype=torch.int64, device=self._mesh.device)  # [published, failed]
         step, publishing = self._publishing or (0, None)
         if publishing is not None:
             error = publishing.exception()  # waits
             votes[int(error is not None)] = 1
             if error is not None:
-                self._say(step, error, on_terminal=True)
+                self._report(step, error, on_terminal=True)
         self._publishing = None
         dist.all_reduce(votes)
         published, lost = votes.tolist()
@@ -153,11 +162,11 @@ class Saver:
         return bool(published) or self._num_failed == failed_before
 
     def close(self) -> None:
-        """End the thread; a write under way is finished first."""
+        """End the thread after the write in progress."""
         self._thread.shutdown()
 
-    def _say(self, step: int, error: BaseException, *, on_terminal: bool) -> None:
-        """Tell of this rank's own failure."""
+    def _report(self, step: int, error: BaseException, *, on_terminal: bool) -> None:
+        """Log and record this rank's own failure."""
         message = f"rank {self._mesh.rank} could not save step {step}: {error}"
         log.error("%s", message)
         if on_terminal:
@@ -168,13 +177,13 @@ class Saver:
         self._num_failed += 1
         if self._num_failed >= self._max_failed:
             raise CommonError(
-                f"step {step} could not be saved, nor the {self._num_failed - 1} before it (faults.max_failed_saves = "
-                f"{self._max_failed}); {self._run.events_file} has the reasons. Make room in {self._run.checkpoints}: "
-                "the same command goes on from the last checkpoint there"
+                f"faults.max_failed_saves = {self._max_failed}: step {step} could not be saved, nor the "
+                f"{self._num_failed - 1} saves before it, for the reasons in {self._run.events_file}; make room in "
+                f"{self._run.checkpoints}, and the same command continues from the last checkpoint"
             )
 
     def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies in host memory, in buffers that later saves use again; page-locked where there is a GPU."""
+        """Return copies in host memory, which is page-locked if there is a GPU and is reused by later saves."""
         cuda = self._mesh.device.type == "cuda"
         for name, tensor in tensors.items():
             if name not in self._host:
@@ -205,9 +214,10 @@ class Saver:
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor], progress: Callable[[], None]) -> tuple[int, str]:
-    """Write fp32 host tensors in the safetensors format and flush them -> bytes and SHA-256.
+    """Write fp32 host tensors in the safetensors format and flush them; return the size in bytes and the SHA-256.
 
-    The library's own writer holds a second copy of all tensors, and the file would be read again for its hash.
+    `progress` is called after every chunk. The library's own writer would hold a second copy of all tensors, and the
+    file would have to be read again for its hash.
     """
     header, offset = {}, 0
     for name, tensor in tensors.items():
@@ -215,7 +225,7 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor], progress: Calla
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.nbytes]}
         offset += tensor.nbytes
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8 bytes
     digest, num_bytes = hashlib.sha256(), 0
     with file.open("wb") as stream:
 

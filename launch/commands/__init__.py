@@ -1,1 +1,1 @@
-"""The sub-commands of `longring` that show, plan, measure or submit, one file each."""
+"""The sub-commands of `longring`, one file each; launch/cli.py parses their arguments."""

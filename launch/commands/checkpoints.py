@@ -1,4 +1,4 @@
-"""`longring checkpoints`: what a run has saved, whether it is whole, and what may go."""
+"""`longring checkpoints`: the checkpoints of a run, listed, verified and pruned."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import shutil
 from datetime import datetime
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
-from rich.table import Table
 
 from ..checkpoint.format import (
     DAMAGED,
@@ -23,19 +21,19 @@ from ..checkpoint.format import (
     remove_checkpoint,
     steps_to_prune,
 )
+from ..tables import plain_table
 
 
 def list_checkpoints(
     directory: Path, console: Console, *, verify: bool, prune: bool, keep_last: int, keep_every_steps: int
 ) -> int:
-    """Print a table of all checkpoints -> 0, or 1 when one that counts as complete is damaged.
+    """Print a table of all checkpoints in `directory`; return 0, or 1 if a complete one is damaged.
 
-    `verify` hashes every file, `prune` deletes what retention lets go. A damaged checkpoint never counts among the last
-    to keep, so what is pruned with `verify` leaves so many that are whole.
+    `verify` hashes every file. `prune` deletes what retention does not keep, and directories put aside as damaged. A
+    damaged checkpoint never counts among the `keep_last`; without `verify` only sizes are compared.
     """
-    table = Table(title=str(directory), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("step", "updates", "saved", "size", "mesh", "state"):
-        table.add_column(name, justify="left" if name in ("mesh", "state") else "right", no_wrap=True)
+    columns = ("step", "updates", "saved", "size", "mesh", "state")
+    table = plain_table(str(directory), *columns, left=["mesh", "state"])
     good, problems = [], []
     found = sorted(complete_checkpoints(directory))
     for path in track(found, "verifying", console=console, transient=True) if verify else found:
@@ -60,7 +58,7 @@ def list_checkpoints(
     for path in leftovers:
         name, _, kind = path.name.partition(".")
         table.add_row(f"{int(name.removeprefix('step-')):,}", *[""] * 4, f"[yellow]{kind}[/]")
-    console.print(table if found or leftovers else f"{directory} has no checkpoint yet")
+    console.print(table if found or leftovers else f"{directory}: no checkpoint yet")
     for text in problems:
         console.print(f"[red]damaged:[/] {escape(text)}", soft_wrap=True, highlight=False)
     if prune:
@@ -69,14 +67,14 @@ def list_checkpoints(
             remove_checkpoint(path)
             console.print(f"removed {path.name}")
         for path in leftovers:
-            if not path.name.endswith(PARTIAL):  # a run may be writing it; the next start clears what is left
+            if not path.name.endswith(PARTIAL):  # a run may be writing it; the next start deletes it
                 shutil.rmtree(path)
                 console.print(f"removed {path.name}")
     return 1 if problems else 0
 
 
 def _size(num_bytes: int) -> str:
-    """Three digits with a unit: 12.3 GB."""
+    """Return a size with three digits and a unit, such as 12.3 GB."""
     size, units = float(num_bytes), ["B", "kB", "MB", "GB", "TB", "PB"]
     while size >= 999.5 and len(units) > 1:
         size /= 1000

@@ -1,4 +1,4 @@
-"""`longring inspect`: what prepared data holds, under the recipe of a run or on its own."""
+"""`longring inspect`: the content of prepared data, with the recipe that trains on it or alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..settings import apply_overrides, from_tree
 
 
 def inspect_target(target: Path, overrides: Sequence[str], console: Console) -> None:
-    """Inspect prepared data, a run's data or a recipe's data.
+    """Inspect prepared data, or the data of a run or of a recipe.
 
     Raises ValueError if the target is none of these, if its data is damaged, or for an override that does not apply.
     """
@@ -43,7 +43,9 @@ def inspect_target(target: Path, overrides: Sequence[str], console: Console) -> 
     tree: dict[str, Any] = {}
     apply_overrides(tree, overrides)
     if unknown := sorted(tree.keys() - {"curriculum", "loader"}):
-        raise ValueError(f"{unknown[0]}.*: of data alone only curriculum.* and loader.* can be set; name a recipe")
+        raise ValueError(
+            f"override {unknown[0]}.*: data without a recipe takes only curriculum.* and loader.*; name a recipe"
+        )
     loader = from_tree(LoaderConfig, tree.get("loader", {}), prefix="loader.")
     inspect(
         open_prepared(target, loader),
@@ -57,8 +59,9 @@ def inspect_target(target: Path, overrides: Sequence[str], console: Console) -> 
 
 
 def model_size(model: ModelConfig, vocab_size: int) -> ModelSize:
-    """What decides the FLOPs of a model."""
+    """Return the sizes that determine the FLOPs of a model."""
     width = model.num_heads * model.head_dim
+    # q and out, then k and v; the MLP has gate, up and down.
     projections = 2 * width + 2 * model.num_kv_heads * model.head_dim
     layer = model.hidden_size * (projections + 3 * model.ffn_hidden_size)
     return ModelSize(

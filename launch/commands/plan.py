@@ -1,7 +1,7 @@
-"""`longring plan`: which grid each bucket's attention takes and what it costs, drawn and, if asked for, measured.
+"""`longring plan`: the grid of every bucket and its price, printed, and on request drawn or measured.
 
-`launch/grids/` decides as it does for a run; here the decision is shown before any rank is started. To measure,
-`longring plan` starts this module as the ranks of one context-parallel group.
+Grids are chosen as for a run, but without starting ranks. To measure, `longring plan` starts this module as the ranks
+of one context-parallel group.
 """
 
 from __future__ import annotations
@@ -38,20 +38,21 @@ from ..ranks.rank import as_rank
 from ..ranks.start import start_ranks
 
 RANKS_OF_A_NODE = 8
+"""Most ranks that are assumed to share a node when no topology is named."""
 WARM_UP_PASSES = 2
-"""Before a pass is recorded: the first opens connections and compiles kernels."""
+"""Number of passes before the recorded one; they open connections and compile kernels."""
 
 
 def preset_of(recipe: Recipe, world_size: int, named: str | None) -> tuple[str, str]:
-    """The preset that stands for what joins the ranks, and where it is from. Raises ValueError for one unknown."""
+    """Return the topology preset between `world_size` ranks, and its origin. Raises ValueError for an unknown name."""
     if named is not None and named not in PRESETS:
-        raise ValueError(f"--topology {named!r} must be one of {', '.join(PRESETS)}")
+        raise ValueError(f"--topology {named}: must be one of {', '.join(PRESETS)}")
     if named is not None:
         return named, "--topology"
     if recipe.parallel.cp.topology != "probe":
         return recipe.parallel.cp.topology, "parallel.cp.topology"
     assumed = "nvswitch" if world_size <= RANKS_OF_A_NODE else "infiniband"
-    return assumed, "assumed, since a probe needs the ranks: a run may take other grids"
+    return assumed, "assumed; a run probes its ranks and may choose other grids"
 
 
 def plan(
@@ -62,10 +63,10 @@ def plan(
     preset: str | None = None,
     timeline: Path | None = None,
 ) -> tuple[GridChoice, str] | None:
-    """Print a row for every kind of layers that is spread over ranks, and draw the last of the largest bucket.
+    """Print the grid of every layer kind, and draw the last layer kind of the largest bucket into `timeline`.
 
-    That kind and the preset of the topology are returned; None: nothing is spread. Raises ValueError for what a run
-    would refuse (a number of ranks, a grid of the wrong size, heads that do not divide), and for a picture of nothing.
+    Returns that choice and the name of the topology preset, or None if every bucket fits one rank. Raises ValueError
+    for settings that a run would refuse, and if there is nothing to draw.
     """
     if num_ranks is not None:
         recipe.accumulation_steps(num_ranks)
@@ -74,10 +75,11 @@ def plan(
     preset, origin = preset_of(recipe, world_size, preset)
     (topology, _), shape = named_topology(preset, recipe, world_size), attention_shape(recipe)
     console.print(
-        f"{world_size:,} ranks, {recipe.parallel.tokens_per_rank:,} tokens each; topology {topology.name} ({origin})\n"
-        f"one layer of a tensor-parallel rank (parallel.tensor = {recipe.parallel.tensor}): {shape.num_heads} query "
-        f"heads and {shape.num_kv_heads} kv heads of {shape.head_dim}, {shape.itemsize} bytes a number\n"
-        f"speed assumed: {ASSUMED.forward_flops / 1e12:.0f} TFLOP/s forward, {ASSUMED.backward_flops / 1e12:.0f} "
+        f"{world_size:,} ranks, {recipe.parallel.tokens_per_rank:,} tokens on each\n"
+        f"topology: {topology.name} ({origin})\n"
+        f"one layer on one rank: {shape.num_heads} query heads and {shape.num_kv_heads} kv heads of {shape.head_dim}, "
+        f"{shape.itemsize} bytes a number\n"
+        f"assumed speed: {ASSUMED.forward_flops / 1e12:.0f} TFLOP/s forward, {ASSUMED.backward_flops / 1e12:.0f} "
         f"backward, {ASSUMED.tile_s * 1e6:.0f} us a tile",
         highlight=False,
         soft_wrap=True,
@@ -85,42 +87,51 @@ def plan(
     if recipe.max_context_parallel == 1:
         if timeline is not None:
             raise ValueError(
-                f"--timeline {timeline}: nothing to draw: data.max_bucket_tokens = {recipe.data.max_bucket_tokens} "
-                f"fits a rank of parallel.tokens_per_rank = {recipe.parallel.tokens_per_rank}"
+                f"--timeline {timeline}: nothing to draw, since data.max_bucket_tokens = "
+                f"{recipe.data.max_bucket_tokens} fits one rank; lower parallel.tokens_per_rank = "
+                f"{recipe.parallel.tokens_per_rank}"
             )
-        console.print("every bucket fits a rank: nothing is spread, nothing travels")
+        console.print("every bucket fits one rank, so attention needs no grid")
         return None
     with console.status("pricing grids"):
         choices = choose_grids(recipe, recipe.data.lengths, topology, ASSUMED)
-        # A grid that the recipe names is shown beside the ones that "auto" would take.
+        # A grid that the recipe names is shown beside those that "auto" would choose from.
         choices = [choice._replace(others=_alternatives(recipe, choice, topology)) for choice in choices]
     console.print(grids_table(choices))
     if timeline is not None:
         last = choices[-1]
         asked = pricer(recipe, last.kind, topology, ASSUMED)
-        draw([[panel] for panel in simulated(asked, last.grid)], timeline, ranks_per_node=topology.ranks_per_node)
+        draw([[panel] for panel in simulate_passes(asked, last.grid)], timeline, ranks_per_node=topology.ranks_per_node)
         console.print(f"drawn: {timeline}", soft_wrap=True)
     return choices[-1], preset
 
 
-def measure_here(target: str, overrides: Sequence[str], found: GridChoice, preset: str, timeline: Path) -> int:
-    """Start the ranks of one context-parallel group here to measure and draw -> an exit status."""
+def check_picture(timeline: Path) -> None:
+    """Raise ValueError unless the directory of a picture exists."""
+    if not timeline.absolute().parent.is_dir():
+        raise ValueError(f"--timeline {timeline}: {timeline.absolute().parent} is not a directory; make it first")
+
+
+def measure_on_this_machine(
+    target: str, overrides: Sequence[str], found: GridChoice, preset: str, timeline: Path
+) -> int:
+    """Start the ranks of one context-parallel group on this machine to measure and draw; return an exit status."""
     arguments = [f"--grid={found.grid}", f"--tokens={found.kind.sequence_tokens}", f"--topology={preset}"]
     window = [f"--window={found.kind.window}"] if found.kind.window else []
-    words = [target, *overrides, *arguments, *window, f"--timeline={timeline}"]
-    return start_ranks("longring.launch.commands.plan", words, found.grid.size)
+    settings = [target, *overrides, *arguments, *window, f"--timeline={timeline}"]
+    return start_ranks("longring.launch.commands.plan", settings, found.grid.size)
 
 
 def _alternatives(recipe: Recipe, choice: GridChoice, topology: Topology) -> list[PricedGrid]:
-    """Return the grids that were not taken, cheapest first."""
+    """Return the grids that were not chosen, cheapest first."""
     if not choice.named:
         return choice.others
     asked = pricer(recipe, choice.kind, topology, ASSUMED)
     return [other for other in choose(choice.grid.size, asked) if other.grid != choice.grid]
 
 
-def simulated(pricer: Pricer, grid: CpGrid) -> list[Panel]:
-    """Each pass as played."""
+def simulate_passes(pricer: Pricer, grid: CpGrid) -> list[Panel]:
+    """Return one panel for each pass, from the simulator."""
     layouts = [zigzag(pricer.num_tokens, rank, grid.size) for rank in range(grid.size)]
     panels = []
     for direction in pricer.passes:
@@ -130,14 +141,14 @@ def simulated(pricer: Pricer, grid: CpGrid) -> list[Panel]:
     return panels
 
 
-def measure(recipe: Recipe, grid: CpGrid, num_tokens: int, visibility: Visibility) -> list[Panel]:
-    """Each pass as this group of ranks does it, with random q, k, v -> the same on every rank. Collective."""
+def measure_passes(recipe: Recipe, grid: CpGrid, num_tokens: int, visibility: Visibility) -> list[Panel]:
+    """Run each pass on this group of ranks with random q, k, v; return a panel for each, on every rank. Collective."""
     mesh = join(replace(recipe.parallel, tensor=1, sequence_parallel=False), grid.size)
     group = open_group(range(grid.size), [grid], timeout_s=recipe.parallel.cp.timeout_s)
     shape, layout = attention_shape(recipe), zigzag(num_tokens, group.rank, grid.size)
     layouts = tuple(zigzag(num_tokens, rank, grid.size) for rank in range(grid.size))
     spec = AttentionSpec(grid, layouts, visibility, recipe.train.attention_backend, shape.narrow_results)
-    q, k, v, dout = (
+    q, k, v, dout = (  # [batch, tokens of the rank, heads, head dim]
         torch.randn(
             (shape.batch, layout.num_tokens, heads, shape.head_dim),
             dtype=getattr(torch, recipe.train.dtype),
@@ -152,11 +163,11 @@ def measure(recipe: Recipe, grid: CpGrid, num_tokens: int, visibility: Visibilit
 
     events: dict[Pass, list[Event]] = {}
     for _ in range(WARM_UP_PASSES + 1):
-        there = recorder("forward")
-        _, saved = there.drive(forward(spec, group.rank, q, k, v, there))
-        back = recorder("backward")
-        back.drive(backward(spec, group.rank, dout, saved, shape.num_kv_heads, back))
-        events = {"forward": there.events, "backward": back.events}
+        first = recorder("forward")
+        _, saved = first.drive(forward(spec, group.rank, q, k, v, first))
+        second = recorder("backward")
+        second.drive(backward(spec, group.rank, dout, saved, shape.num_kv_heads, second))
+        events = {"forward": first.events, "backward": second.events}
     panels = []
     for direction, mine in events.items():
         gathered: list[list[Event]] = [[]] * grid.size
@@ -166,7 +177,7 @@ def measure(recipe: Recipe, grid: CpGrid, num_tokens: int, visibility: Visibilit
 
 
 def measured_speed(panels: Sequence[Panel], shape: AttentionShape, num_tokens: int, visibility: Visibility) -> Speed:
-    """How fast the tiles of measured passes were computed, to play the same passes with."""
+    """Return the speed at which the tiles of measured passes were computed, to simulate the same passes with."""
     rates: dict[Pass, float] = {}
     for panel in panels:
         grid = panel.grid
@@ -185,25 +196,25 @@ def measured_speed(panels: Sequence[Panel], shape: AttentionShape, num_tokens: i
 def draw_measured(
     recipe: Recipe, grid: CpGrid, num_tokens: int, visibility: Visibility, topology: Topology, file: Path
 ) -> None:
-    """Measure, and draw what was measured beside what the simulator says with tiles of the speed measured."""
-    panels = measure(recipe, grid, num_tokens, visibility)
+    """Measure, and draw the measured passes beside simulated ones with tiles of the measured speed. Collective."""
+    panels = measure_passes(recipe, grid, num_tokens, visibility)
     if dist.get_rank():
         return
     shape = attention_shape(recipe)
     speed = measured_speed(panels, shape, num_tokens, visibility)
-    played = simulated(Pricer(num_tokens, shape, topology, speed, visibility), grid)
+    played = simulate_passes(Pricer(num_tokens, shape, topology, speed, visibility), grid)
     draw(list(zip(panels, played, strict=True)), file, ranks_per_node=topology.ranks_per_node)
     for measured, other in zip(panels, played, strict=True):
         Console().print(
             f"{measured.direction}: measured {measured.total_s * 1e3:.4g} ms, {measured.exposed_s * 1e3:.3g} exposed; "
-            f"simulated on {topology.name} with tiles as fast: {other.total_s * 1e3:.4g} ms, "
+            f"simulated on {topology.name} with tiles of that speed: {other.total_s * 1e3:.4g} ms, "
             f"{other.exposed_s * 1e3:.3g} exposed",
             highlight=False,
         )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """One rank that measures, as `longring plan --measure` starts it."""
+    """Run one rank of a measurement, as started by `longring plan --measure`."""
     parser = argparse.ArgumentParser(prog="python -m longring.launch.commands.plan")
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value")

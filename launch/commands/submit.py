@@ -1,4 +1,4 @@
-"""`longring submit`: the recipe's job for Slurm; and whether a job that has ended shall start again."""
+"""`longring submit` and `longring requeue`: the Slurm job of a recipe, and the decision to start it again."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ SCRIPT = Path(__file__).parents[2] / "slurm" / "train.sbatch"
 
 
 def job_script(recipe: Recipe, nodes: int) -> str:
-    """slurm/train.sbatch with the recipe's resources in its #SBATCH lines.
+    """Return slurm/train.sbatch with the resources of the recipe in its #SBATCH lines.
 
-    Raises ValueError where the nodes cannot hold the recipe.
+    Raises ValueError if that many nodes cannot train the recipe.
     """
     slurm = recipe.slurm
     recipe.accumulation_steps(nodes * slurm.ranks_per_node)
@@ -37,6 +37,7 @@ def job_script(recipe: Recipe, nodes: int) -> str:
         "account": slurm.account or None,
         **{name: value or None for name, value in slurm.options.items()},
     }
+    # Options of the script are replaced where they stand; the others follow the last of them.
     lines, left = [], dict(resources)
     for line in SCRIPT.read_text().splitlines():
         name = line.removeprefix("#SBATCH --").partition("=")[0] if line.startswith("#SBATCH --") else None
@@ -44,7 +45,7 @@ def job_script(recipe: Recipe, nodes: int) -> str:
             value = left.pop(name)
             lines += [f"#SBATCH --{name}={value}"] if value is not None else []
             continue
-        if line.startswith("# --exclusive"):  # the block's end
+        if line.startswith("# --exclusive"):  # follows the options
             lines += [f"#SBATCH --{name}={value}" for name, value in left.items() if value is not None]
             if slurm.cpu:
                 lines += ["", f"export LONGRING_RANKS_PER_NODE={slurm.ranks_per_node}", ""]
@@ -53,42 +54,48 @@ def job_script(recipe: Recipe, nodes: int) -> str:
 
 
 def submit(recipe: Recipe, arguments: list[str], nodes: int) -> str:
-    """Write the job's script into the run directory and hand it to sbatch -> what sbatch said.
+    """Write the job script into the run directory and give it to sbatch; return the output of sbatch.
 
-    Raises ValueError for what would fail on the nodes, and where there is no sbatch.
+    Raises ValueError if the run would fail on the nodes, or if there is no sbatch or it refuses the job.
     """
     run = RunDirectory(recipe.run_directory)
     run.check(recipe)
     script = job_script(recipe, nodes)
     if shutil.which("sbatch") is None:
-        raise ValueError("there is no sbatch on this machine: submit from one that has it, or see --print")
+        raise ValueError("sbatch: not on this machine; submit from a machine with Slurm, or print the job with --print")
     run.path.mkdir(parents=True, exist_ok=True)
     run.logs.mkdir(exist_ok=True)
     write_text(run.job_script, script)
     done = subprocess.run(["sbatch", str(run.job_script), *arguments], capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"sbatch refused {shlex.join([str(run.job_script), *arguments])}: {done.stderr.strip()}")
+        raise ValueError(
+            f"sbatch: refused {shlex.join([str(run.job_script), *arguments])}: {done.stderr.strip()}; correct the "
+            "recipe's table `slurm`"
+        )
     return done.stdout.strip()
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether to start again, and why."""
+    """The decision to start a job again or not."""
 
     again: bool
-    why: str
+    """Whether the job starts again."""
+    reason: str
+    """Reason of the decision, for the output of the job."""
 
 
 def requeue(recipe: Recipe) -> Verdict:
-    """Whether the job that has just ended shall start again: while its checkpoints get on. Writes that down.
+    """Decide whether the job that has just ended starts again, and record it in requeues.jsonl.
 
-    A job that ends at the same step slurm.max_fruitless_starts times in a row stays ended.
+    A job starts again until all steps are done, unless slurm.max_fruitless_starts consecutive requeues brought no new
+    checkpoint.
     """
     run = RunDirectory(recipe.run_directory)
     found = last_good_checkpoint(run.checkpoints)
     step = found[1].state.step if found else 0
     if step >= recipe.train.steps:
-        return Verdict(False, f"{run.path} has all its {step} steps")
+        return Verdict(False, f"{run.path}: all {step} steps are done")
     entry = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "job": os.environ.get("SLURM_JOB_ID"),
@@ -103,14 +110,14 @@ def requeue(recipe: Recipe) -> Verdict:
     if fruitless > recipe.slurm.max_fruitless_starts:
         return Verdict(
             False,
-            f"{fruitless} starts have ended with step {step} as the last one saved (slurm.max_fruitless_starts = "
-            f"{recipe.slurm.max_fruitless_starts}): look at the output and at {run.events_file}, then submit again",
+            f"slurm.max_fruitless_starts = {recipe.slurm.max_fruitless_starts}: {fruitless} starts have ended with "
+            f"step {step} as the last one saved; look at the output and at {run.events_file}, then submit again",
         )
     return Verdict(True, f"starting again from step {step}")
 
 
 def _parsed(line: str) -> dict[str, Any]:
-    """The entry, or nothing of a line that a crash has cut short."""
+    """Return the entry of a line; a line cut short by a crash has no keys."""
     try:
         return dict(json.loads(line))
     except ValueError:

@@ -1,9 +1,9 @@
-"""What joins the ranks and how fast they compute, as a table.
+"""`longring topology`: the links between ranks and their attention speed, measured and printed.
 
     srun --ntasks-per-node 1 torchrun --nnodes $SLURM_NNODES --nproc-per-node 8 --rdzv-backend c10d \\
         --rdzv-endpoint HOST:PORT -m longring.launch.commands.topology [RECIPE] [--json FILE]
 
-on a cluster, or `longring topology [RECIPE]`, which starts the ranks of this machine itself.
+measures a cluster. `longring topology [RECIPE]` starts the ranks of one machine itself.
 """
 
 from __future__ import annotations
@@ -17,22 +17,40 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ...data.files import write_text
 from ...parallel.cp.fit import Fit
 from ...parallel.cp.probe import Probe, probe
 from ...parallel.cp.topology import Fabric
 from ..config import load_recipe
 from ..grids.choice import attention_shape
 from ..ranks.rank import as_rank
+from ..ranks.start import local_ranks, start_ranks
+from ..tables import plain_table
 
 TIMEOUT = timedelta(minutes=5)
+"""Longest wait for another rank."""
+
+
+def start_probe(
+    target: str | None, overrides: Sequence[str], configured: int, *, ranks: int | None, json_file: str | None
+) -> int:
+    """Start the ranks of a probe on this machine; return an exit status. Raises ValueError for fewer than two ranks."""
+    count = ranks or local_ranks(configured)
+    if count < 2:
+        raise ValueError(f"--ranks {count}: one rank has no links to measure; start two or more, with --ranks 2")
+    recipe = [target, *overrides] if target else []
+    output = ["--json", json_file] if json_file else []
+    return start_ranks("longring.launch.commands.topology", [*recipe, *output], count)
 
 
 def show_topology(recipe_file: str | None, overrides: Sequence[str], json_file: Path | None, console: Console) -> None:
-    """Probe all ranks; rank 0 prints, and writes `json_file`. Collective. Without a recipe: heads of Llama-3-8B."""
+    """Measure all ranks; rank 0 prints the result and writes it to `json_file`. Collective.
+
+    Without a recipe, attention has the heads of Llama-3-8B.
+    """
     heads, head_dim, dtype, backend = (32, 8), 128, torch.bfloat16, "auto"
     if recipe_file is not None:
         recipe = load_recipe(recipe_file, overrides)
@@ -47,19 +65,18 @@ def show_topology(recipe_file: str | None, overrides: Sequence[str], json_file: 
     found = probe(*heads, head_dim, dtype, device, backend=backend)
     if dist.get_rank() == 0:
         tile = f"{heads[0]} query and {heads[1]} kv heads of {head_dim}, {str(dtype).removeprefix('torch.')}"
-        for table in tables(found, tile, device.type):
+        for table in topology_tables(found, tile, device.type):
             console.print(table)
         if json_file is not None:
-            json_file.write_text(found.to_json(), encoding="utf-8")
+            write_text(json_file, found.to_json())
 
 
-def tables(found: Probe, tile: str, device: str) -> list[Table]:
-    """What was found, and how well each kind of fabric explained the times."""
+def topology_tables(found: Probe, tile: str, device: str) -> list[Table]:
+    """Return two tables: the measured topology, and the error with which each kind of fabric fits the times."""
     topology, speed = found.topology, found.speed
-    plain = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False, "title_justify": "left"}
-    summary = Table(title="Topology", show_header=False, **plain)
+    summary = plain_table("Topology")
     summary.add_row("nodes", f"{found.num_nodes:,}")
-    summary.add_row("ranks a node", f"{topology.ranks_per_node:,} on {device}")
+    summary.add_row("ranks on a node", f"{topology.ranks_per_node:,} on {device}")
     for side, fabric in (("inside a node", topology.inside), ("across nodes", topology.across)):
         if fabric is not None and (side == "across nodes" or topology.ranks_per_node > 1):
             summary.add_row(side, _name(fabric))
@@ -67,12 +84,11 @@ def tables(found: Probe, tile: str, device: str) -> list[Table]:
             summary.add_row("  latency", f"{1e6 * fabric.latency_s:.0f} µs")
     summary.add_row("attention forward", f"{speed.forward_flops / 1e9:,.1f} GFLOP/s a rank")
     summary.add_row("attention backward", f"{speed.backward_flops / 1e9:,.1f} GFLOP/s a rank")
-    summary.add_row("  besides, a tile", f"{1e6 * speed.tile_s:.0f} µs")
+    summary.add_row("  overhead of a tile", f"{1e6 * speed.tile_s:.0f} µs")
     summary.add_row("  tiles of", tile)
-    summary.add_row("the probe took", f"{found.seconds:.1f} s")
-    fits = Table(title="How far each kind of fabric is off the measured times", **plain)
-    for column in ("where", "fabric", "GB/s", "error"):
-        fits.add_column(column, justify="left" if column in ("where", "fabric") else "right")
+    summary.add_row("duration of the probe", f"{found.seconds:.1f} s")
+    title = "Error of each kind of fabric against the measured times"
+    fits = plain_table(title, "where", "fabric", "GB/s", "error", left=["where", "fabric"])
     for side, found_fits in (("inside", found.inside), ("across", found.across)):
         for one in found_fits:
             fits.add_row(side, *_row(one))
@@ -89,15 +105,15 @@ def _name(fabric: Fabric) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """One rank of a probe, as torchrun starts it."""
+    """Run one rank of a probe, as started by torchrun."""
     parser = argparse.ArgumentParser(
         prog="python -m longring.launch.commands.topology",
-        description="One rank of a probe; start it by torchrun, or use `longring topology`.",
+        description="Run one rank of a probe. Start it with torchrun, or use `longring topology`.",
         epilog="example: torchrun --nproc-per-node 4 -m longring.launch.commands.topology launch/recipes/demo.toml",
     )
-    parser.add_argument("recipe", nargs="?", help="TOML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found here")
+    parser.add_argument("recipe", nargs="?", help="recipe, a TOML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the recipe")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measured topology to FILE")
     options = parser.parse_intermixed_args(arguments)
     return as_rank(lambda: show_topology(options.recipe, options.overrides, options.json, Console()))
 

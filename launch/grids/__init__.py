@@ -1,1 +1,1 @@
-"""Which grid of ranks divides the attention of each bucket: decided, measured, remembered and shown."""
+"""The grids that divide the attention of each bucket: chosen, measured, recalled and printed."""

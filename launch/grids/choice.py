@@ -1,4 +1,4 @@
-"""The grid of every kind of layers: named by the recipe, or the cheapest on a topology."""
+"""The grid of every layer kind: the one that the recipe names, or the cheapest on a topology."""
 
 from __future__ import annotations
 
@@ -17,28 +17,31 @@ class LayerKind(NamedTuple):
     """Layers whose attention costs the same: one bucket, one attention window."""
 
     sequence_tokens: int
+    """Sequence length of the bucket."""
     window: int | None
     """Attention window in tokens; None for full attention."""
 
 
 class GridChoice(NamedTuple):
-    """The grid taken for one kind of layers, and the grids it was preferred to."""
+    """The grid chosen for one layer kind, and the grids it was preferred to."""
 
     kind: LayerKind
+    """Layer kind that the grid is for."""
     named: bool
     """Whether the recipe names the grid; otherwise it is the cheapest."""
     taken: PricedGrid
+    """Chosen grid with its price."""
     others: list[PricedGrid]
     """The other grids that were priced, cheapest first."""
 
     @property
     def grid(self) -> CpGrid:
-        """The grid taken."""
+        """The chosen grid, without its price."""
         return self.taken.grid
 
 
 def layer_kinds(recipe: Recipe, lengths: Sequence[int]) -> list[LayerKind]:
-    """Return the layer kinds of those buckets, given by length, whose sequences are spread over ranks."""
+    """Return the layer kinds of the buckets of these lengths; buckets that fit one rank have none."""
     windows = sorted(
         {recipe.model.attention_window(layer) for layer in range(recipe.model.num_layers)}, key=lambda w: w or 0
     )
@@ -47,7 +50,7 @@ def layer_kinds(recipe: Recipe, lengths: Sequence[int]) -> list[LayerKind]:
 
 
 def attention_shape(recipe: Recipe) -> AttentionShape:
-    """Return the attention of one layer on one rank of a tensor-parallel group."""
+    """Return the sizes of one layer's attention on one rank of a tensor-parallel group."""
     tensor = recipe.parallel.tensor
     return AttentionShape(
         num_heads=recipe.model.num_heads // tensor,
@@ -59,21 +62,21 @@ def attention_shape(recipe: Recipe) -> AttentionShape:
 
 
 def pricer(recipe: Recipe, kind: LayerKind, topology: Topology, speed: Speed) -> Pricer:
-    """Return what the cost model needs to price grids for one kind of layers."""
+    """Return the cost model of the grids of one layer kind."""
     return Pricer(kind.sequence_tokens, attention_shape(recipe), topology, speed, Visibility(window=kind.window))
 
 
 def check_named_grids(recipe: Recipe) -> None:
     """Raise ValueError if a grid that the recipe names does not fit its ranks or heads."""
     shape = attention_shape(recipe)
-    size = 2
+    size = 2  # context-parallel degrees are powers of two
     while size <= recipe.max_context_parallel:
         grid = recipe.parallel.cp.named_grid(size)
         unfit = grid and grid.unfit(shape.num_heads, shape.num_kv_heads)
         if unfit:
             raise ValueError(
-                f"parallel.cp: {grid} for the buckets over {size} ranks: {unfit} (model.num_heads and num_kv_heads "
-                f"over parallel.tensor = {recipe.parallel.tensor})"
+                f"parallel.cp: grid {grid} for buckets over {size} ranks: {unfit} (model.num_heads and num_kv_heads "
+                f"over parallel.tensor = {recipe.parallel.tensor}); set parallel.cp.schedule = auto, or another grid"
             )
         size *= 2
 

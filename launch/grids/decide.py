@@ -1,4 +1,4 @@
-"""The grids of a run, the same on all ranks: remembered from an earlier start, named by the recipe, or priced."""
+"""The grids of a run, the same on all ranks: named by the recipe, recalled from an earlier start, or priced."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..config import Recipe
 from ..run_directory import RunDirectory
 from .choice import LayerKind, choose_grids, named_grids
 from .measure import measured_topology, named_topology, topology_name
-from .remembered import division, recall, remember
+from .remembered import division, recall_grids, remember_grids
 from .table import grids_table
 
 log = logging.getLogger(__name__)
@@ -28,17 +28,17 @@ def decide_grids(
 ) -> dict[LayerKind, CpGrid]:
     """Return the grid of every layer kind of the buckets of these lengths. Collective.
 
-    Where the recipe leaves a grid to the cost model, rank 0 takes the one of an earlier start, or prices the family on
-    the topology and prints the result to `console`. Raises ValueError, on every rank, if ranks would divide sequences
+    For a grid that the recipe does not name, rank 0 recalls the grid of an earlier start, or prices all grids on the
+    topology and prints a table to `console`. Raises ValueError, on every rank, if ranks would divide sequences
     differently.
     """
     wanted = named_grids(recipe, lengths)
     open_kinds = [kind for kind, grid in wanted.items() if grid is None]
     file, key = RunDirectory(recipe.run_directory).grids_file, division(recipe, mesh)
-    # Rank 0 alone decides whether to measure and where, as a probe takes all ranks.
+    # Only rank 0 decides whether to measure, since a probe takes all ranks and only rank 0 has read the file.
     shared: list[tuple[dict[LayerKind, CpGrid], str | None]] = [({}, None)]
     if mesh.rank == 0 and open_kinds:
-        known = recall(file, key)
+        known = recall_grids(file, key)
         shared = [(known, None if all(kind in known for kind in open_kinds) else topology_name(recipe))]
     dist.broadcast_object_list(shared)
     taken, priced_on = shared[0]
@@ -58,7 +58,7 @@ def decide_grids(
                 log.info("attention of %s over %d ranks: %s", choice.kind, choice.grid.size, prices)
             if console is not None:
                 console.print(grids_table(choices, f"Attention over several ranks, priced on {topology.name}"))
-            remember(file, key, taken)
+            remember_grids(file, key, taken)
         shared = [(taken, None)]
         dist.broadcast_object_list(shared)
         taken, _ = shared[0]
@@ -68,9 +68,9 @@ def decide_grids(
 
 
 def check_agreement(recipe: Recipe, lengths: Sequence[int], grids: Mapping[LayerKind, CpGrid | None]) -> None:
-    """Raise ValueError, on every rank of the world, unless all divide the sequences of each length alike. Collective.
+    """Raise ValueError, on every rank of the world, unless all ranks divide sequences alike. Collective.
 
-    Ranks that disagree would wait for messages that nobody sends, or misread the ones they get.
+    Ranks that disagree would wait for messages that no rank sends, or misread messages.
     """
     mine = []
     for length in lengths:
@@ -84,14 +84,14 @@ def check_agreement(recipe: Recipe, lengths: Sequence[int], grids: Mapping[Layer
             f"{length} tokens over {degree} ranks, layouts {hashlib.sha256(layouts).hexdigest()[:16]}, grids by window "
             f"{taken}, {recipe.train.dtype}, narrow_results = {recipe.parallel.cp.narrow_results}"
         )
-    said: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(said, mine)
-    others = [rank for rank, theirs in enumerate(said) if theirs != said[0]]
+    gathered: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    others = [rank for rank, theirs in enumerate(gathered) if theirs != gathered[0]]
     if others:
-        pairs = zip_longest(said[0], said[others[0]], fillvalue="no such length")
+        pairs = zip_longest(gathered[0], gathered[others[0]], fillvalue="no such length")
         first, other = next((a, b) for a, b in pairs if a != b)
         raise ValueError(
-            f"context parallelism: {len(others)} of {len(said)} ranks, the first of them rank {others[0]}, disagree "
-            f"with rank 0 about who holds which tokens or how attention is divided: {first} on rank 0, {other} on "
+            f"context parallelism: {len(others)} of {len(gathered)} ranks, the first of them rank {others[0]}, "
+            f"disagree with rank 0 about the division of sequences or of attention: {first} on rank 0, {other} on "
             f"rank {others[0]}; start the same code with the same recipe on all nodes"
         )

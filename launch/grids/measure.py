@@ -1,4 +1,4 @@
-"""The topology and the speed that grids are priced with: named by the recipe, or measured by a probe."""
+"""The topology and the speed with which grids are priced: named by the recipe, or measured by a probe."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ log = logging.getLogger(__name__)
 
 
 def topology_name(recipe: Recipe) -> str:
-    """Return the name of the topology to price on, or "probe".
+    """Return the name of the topology on which grids are priced, or "probe".
 
-    A deterministic run does not measure: two probes may differ, and so would the grids.
+    A deterministic run does not measure: two probes may differ, and with them the grids.
     """
     name = recipe.parallel.cp.topology
     return "full_mesh" if name == "probe" and recipe.train.deterministic else name
 
 
 def named_topology(name: str, recipe: Recipe, world_size: int) -> tuple[Topology, Speed]:
-    """Return a preset topology as the ranks that share a sequence see it, and a GPU's assumed speed.
+    """Return a preset topology between the ranks that share a sequence, and the assumed speed of a GPU.
 
-    These ranks are every `parallel.tensor`-th of the world: correspondingly fewer of them are in a node or behind a
-    port.
+    With tensor parallelism these are every `parallel.tensor`-th rank of the world, so fewer of them are in one node or
+    behind one port.
     """
     topology, tensor = PRESETS[name](world_size), recipe.parallel.tensor
     return replace(
@@ -42,13 +42,13 @@ def named_topology(name: str, recipe: Recipe, world_size: int) -> tuple[Topology
 
 
 def _every(tensor: int, fabric: Fabric) -> Fabric:
-    """Return a fabric of every `tensor`-th end; the ends between use it as much, so a shared port is divided."""
+    """Return the fabric between every `tensor`-th rank; the ranks in between take their share of a shared port."""
     ends = max(1, fabric.ends_per_port // tensor)
     return replace(fabric, ends_per_port=ends, bytes_per_s=fabric.bytes_per_s * ends / fabric.ends_per_port)
 
 
 def measured_topology(recipe: Recipe, mesh: Mesh) -> tuple[Topology, Speed]:
-    """Probe the links between the ranks and their speed of attention. Collective."""
+    """Measure the links between the ranks and their attention speed. Collective."""
     shape = attention_shape(recipe)
     found = probe(
         shape.num_heads,

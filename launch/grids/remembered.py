@@ -1,4 +1,4 @@
-"""The grids that a run took, kept in its directory: a start divided like an earlier one takes the same grids."""
+"""The grids of a run, kept in its directory: a start divided like an earlier one takes the same grids."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .measure import topology_name
 
 
 def division(recipe: Recipe, mesh: Mesh) -> str:
-    """Return, in words, every setting that may change between two starts and that decides which grid is cheapest."""
+    """Return a description of all settings that decide the cheapest grid and may change between starts."""
     parallel = recipe.parallel
     return (
         f"{mesh.world_size} ranks, tensor {parallel.tensor}, {parallel.tokens_per_rank} tokens a rank, "
@@ -24,19 +24,16 @@ def division(recipe: Recipe, mesh: Mesh) -> str:
     )
 
 
-def recall(file: Path, division: str) -> dict[LayerKind, CpGrid]:
-    """Return the grids that an earlier start with the same division took.
-
-    Raises ValueError if the file is damaged.
-    """
+def recall_grids(file: Path, division: str) -> dict[LayerKind, CpGrid]:
+    """Return the grids of an earlier start with the same division. Raises ValueError if the file is damaged."""
     return {
         LayerKind(entry["sequence_tokens"], entry["window"]): CpGrid.parse(entry["grid"])
         for entry in _all_divisions(file).get(division, [])
     }
 
 
-def remember(file: Path, division: str, grids: Mapping[LayerKind, CpGrid]) -> None:
-    """Record the grids of one division beside those of other divisions."""
+def remember_grids(file: Path, division: str, grids: Mapping[LayerKind, CpGrid]) -> None:
+    """Record the grids of one division; the grids of other divisions stay in the file."""
     kept = _all_divisions(file)
     kept[division] = [{**kind._asdict(), "grid": str(grid)} for kind, grid in grids.items()]
     write_text(file, json.dumps(kept, indent=2) + "\n")
@@ -46,4 +43,4 @@ def _all_divisions(file: Path) -> dict[str, list[dict[str, Any]]]:
     try:
         return json.loads(file.read_text()) if file.exists() else {}
     except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}; remove it, and the grids are chosen anew") from error
+        raise ValueError(f"{file}: damaged: {error}; remove it, and the next start chooses the grids again") from error

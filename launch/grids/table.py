@@ -1,37 +1,28 @@
-"""The grids of a run as a table."""
+"""The table of the grids of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.table import Table
 
 from ...parallel.cp.choose import PricedGrid
+from ..tables import plain_table
 from .choice import GridChoice
 
 SHOWN_OTHERS = 2
-"""Grids shown below the one that is taken."""
+"""Number of further grids shown below the chosen one."""
 CAPTION = (
-    "ms: forward + backward of a layer; exposed: communication that is not hidden;\n"
-    "GiB held of other ranks; MB sent by a rank in both passes; best of N divisions\n"
-    "of cp into heads x query x kv"
+    "ms: forward + backward of a layer; exposed: communication time, ms, that is not\n"
+    "hidden behind compute; GiB held: tensors of other ranks; MB sent: by one rank\n"
+    "in both passes; best of N factorizations of cp into heads x query x kv"
 )
 
 
 def grids_table(choices: Sequence[GridChoice], title: str | None = None) -> Table:
-    """Return a table with a row for the grid of each layer kind and a row for each of the next cheapest."""
-    table = Table(
-        title=title,
-        title_justify="left",
-        caption=CAPTION,
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    for name in ("bucket", "cp", "layers", "ms", "exposed", "GiB held", "MB sent"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("grid")
+    """Return a table with one row for the grid of each layer kind and one for each of the next cheapest grids."""
+    columns = ("bucket", "cp", "layers", "ms", "exposed", "GiB held", "MB sent", "grid")
+    table = plain_table(title, *columns, left=["grid"], caption=CAPTION)
     for choice in choices:
         layers = f"window {choice.kind.window:,}" if choice.kind.window else "full"
         why = "named by the recipe" if choice.named else f"best of {1 + len(choice.others)}"

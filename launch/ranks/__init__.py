@@ -1,1 +1,1 @@
-"""The processes of a run: starting them, stopping them, watching them, and the machine below them."""
+"""The processes of a run: start, stop, watchdog, logs, and checks of the node."""

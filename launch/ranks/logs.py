@@ -1,4 +1,4 @@
-"""One log file for each rank; the terminal is kept for what a person reads."""
+"""One log file for each rank, so that the terminal stays readable."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _held = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1, flushOnC
 
 
 def hold_warnings() -> None:
-    """Keep warnings off the terminal, until `open_log` says where they go.
+    """Hold warnings back from the terminal until `open_log` opens a file for them.
 
-    megatron-core and DeepSpeed warn while they are imported, once on every rank, of optional parts that are absent.
+    megatron-core and DeepSpeed warn on every rank, while they are imported, about absent optional parts.
     """
-    logging.getLogger().addHandler(logging.NullHandler())  # until then, no log is the terminal either
+    logging.getLogger().addHandler(logging.NullHandler())  # or else logging would print to the terminal
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").addHandler(_held)
 
 
 def open_log(file: Path) -> None:
-    """Send all logging of this process to `file`, held warnings first."""
+    """Send all logging of this process to `file`, beginning with the held warnings."""
     logging.raiseExceptions = False  # a log on a full disk is not worth a traceback on the terminal
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(file)

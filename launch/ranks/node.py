@@ -1,4 +1,4 @@
-"""The machine that ranks run on: whether it is fit to, and what of it decides how they run."""
+"""Checks of the machine that ranks run on, and a record of its environment."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ _SECRET = re.compile("KEY|PASS|SECRET|TOKEN|CREDENTIAL|JWT", re.IGNORECASE)
 
 
 def environment() -> dict[str, Any]:
-    """Variables that the libraries at work read, and the devices. No variable whose name speaks of a secret."""
+    """Return the environment variables that the libraries read, the devices, the CUDA version and the number of CPUs.
+
+    Variables whose names suggest a secret are left out.
+    """
     variables = {name: os.environ[name] for name in sorted(os.environ) if _VARIABLES.fullmatch(name)}
     devices = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     return {
@@ -36,21 +39,21 @@ def environment() -> dict[str, Any]:
 
 
 def check_node(recipe: Recipe, ranks: int) -> None:
-    """Raise ValueError with all that is wrong with this node: devices, memory, disk, links."""
+    """Raise ValueError with every fault of this node: devices, memory, disk, links."""
     wrong = []
     if not recipe.slurm.cpu:
         if (seen := torch.cuda.device_count()) < ranks:
-            wrong.append(f"{seen} GPUs for {ranks} ranks")
+            wrong.append(f"{seen} GPUs for {ranks} ranks (slurm.ranks_per_node, slurm.cpu)")
         for device in range(min(seen, ranks)):
             try:
                 ones = torch.ones(256, 256, device=f"cuda:{device}")
                 if not math.isclose(float((ones @ ones).sum()), 256.0**3):
-                    wrong.append(f"GPU {device} multiplies wrongly")
+                    wrong.append(f"GPU {device} computes wrong products")
             except RuntimeError as error:
                 wrong.append(f"GPU {device} cannot be used: {str(error).splitlines()[0]}")
     needed = ranks * recipe.slurm.min_free_memory_gb * 1e9
     if (free := psutil.virtual_memory().available) < needed:
-        wrong.append(f"{free / 1e9:.1f} GB of memory free, {needed / 1e9:.1f} wanted (slurm.min_free_memory_gb a rank)")
+        wrong.append(f"{free / 1e9:.1f} GB of memory free, {needed / 1e9:.1f} needed (slurm.min_free_memory_gb a rank)")
     run = RunDirectory(recipe.run_directory)
     found = last_good_checkpoint(run.checkpoints)
     disk = max(recipe.slurm.min_free_disk_gb * 1e9, 2 * found[1].num_bytes if found else 0)
@@ -60,22 +63,25 @@ def check_node(recipe: Recipe, ranks: int) -> None:
         write_text(probe, "written")
         probe.unlink()
         if (free := shutil.disk_usage(run.path).free) < disk:
-            wrong.append(f"{free / 1e9:.1f} GB free in {run.path}, {disk / 1e9:.1f} wanted for two checkpoints")
+            wrong.append(
+                f"{free / 1e9:.1f} GB free in {run.path}, {disk / 1e9:.1f} needed (slurm.min_free_disk_gb, or two "
+                "checkpoints)"
+            )
     except OSError as error:
         wrong.append(f"run directory {run.path} cannot be written: {error}")
     if not any(link.isup for name, link in psutil.net_if_stats().items() if name != "lo" or recipe.slurm.cpu):
         wrong.append("no network interface is up")
     active, ports = rdma_ports()
     if active < (wanted := recipe.slurm.min_rdma_ports or min(1, ports)):
-        wrong.append(f"{active} of {ports} InfiniBand or RoCE ports are active, {wanted} wanted (slurm.min_rdma_ports)")
+        wrong.append(f"{active} of {ports} InfiniBand or RoCE ports active, {wanted} needed (slurm.min_rdma_ports)")
     if wrong:
         raise ValueError(
-            f"node {os.environ.get('SLURMD_NODENAME', os.uname().nodename)} is not fit to train: {'; '.join(wrong)}. "
-            "Leave it out by sbatch --exclude, or put it right"
+            f"node {os.environ.get('SLURMD_NODENAME', os.uname().nodename)}: not fit to train: {', '.join(wrong)}; "
+            "exclude it with sbatch --exclude, repair it, or lower the requirement"
         )
 
 
 def rdma_ports(devices: Path = Path("/sys/class/infiniband")) -> tuple[int, int]:
-    """InfiniBand and RoCE ports of this machine that are active, and all of them."""
+    """Return the number of active InfiniBand and RoCE ports of this machine, and the number of all of them."""
     states = [file.read_text() for file in devices.glob("*/ports/*/state")]
     return sum("ACTIVE" in state for state in states), len(states)

@@ -1,4 +1,4 @@
-"""Be one rank: do its work, and turn its errors into one line and an exit status."""
+"""The frame of one rank: errors become one line on the terminal and an exit status."""
 
 from __future__ import annotations
 
@@ -18,32 +18,33 @@ log = logging.getLogger(__name__)
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone."""
+    """Return whether a collective failed because another rank is gone."""
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
 
 
-def as_rank(work: Callable[[], int | None]) -> int:
-    """Do a rank's work -> its exit status: what work says, or that of an error, told in one line.
+def as_rank(function: Callable[[], int | None]) -> int:
+    """Call `function` as a rank of a process group; return its exit status, or that of an error, printed in one line.
 
-    Every rank makes the same checks and fails alike, so one on each machine speaks; of a file that it could not read or
-    write each rank speaks itself. The rest is in the logs.
+    Every rank makes the same checks and fails identically, so only local rank 0 of each node prints an error. A file
+    that could not be read or written is an error of one rank, which prints it itself. Tracebacks go to the logs.
     """
     try:
         if "RANK" not in os.environ:
-            raise ValueError("no RANK in the environment: start it by torchrun, or use the `longring` command")
-        status = work() or 0
+            raise ValueError("RANK: not set in the environment; start with torchrun, or use the `longring` command")
+        status = function() or 0
     except (ValueError, OSError, ArithmeticError) as error:
         log.exception("stopped")
-        alone = isinstance(error, OSError) and not isinstance(error, ConnectionError | CommonError)
-        if alone or os.environ.get("LOCAL_RANK", "0") == "0":
+        own = isinstance(error, OSError) and not isinstance(error, ConnectionError | CommonError)
+        if own or os.environ.get("LOCAL_RANK", "0") == "0":
             print_error(str(error))
-        # Without leaving the process group: other ranks may be inside a collective, and leaving could wait for them.
+        # The process group is not left: other ranks may be inside a collective, and leaving could wait for them.
         if isinstance(error, ConnectionError):
             return GO_ON_LATER
         return IO_ERROR if isinstance(error, OSError) else USER_ERROR
-    except dist.DistError as error:  # while the ranks still meet; later the watchdog says where it was
+    except dist.DistError as error:  # while the ranks join; later the watchdog makes it a ConnectionError
         log.exception("stopped")
-        print_error(f"rank {os.environ['RANK']} cannot reach the others: {str(error).splitlines()[0]}")
+        reason = str(error).splitlines()[0]
+        print_error(f"rank {os.environ['RANK']}: cannot reach the other ranks: {reason}; give the same command again")
         return GO_ON_LATER
     except PeerError as error:
         log.exception("stopped")
@@ -52,8 +53,8 @@ def as_rank(work: Callable[[], int | None]) -> int:
     except torch.OutOfMemoryError as error:
         log.exception("stopped")
         print_error(
-            f"rank {os.environ['RANK']} has not enough GPU memory: lower parallel.tokens_per_rank, or raise "
-            f"parallel.zero_stage or parallel.tensor; the same command then goes on. {error}"
+            f"rank {os.environ['RANK']}: not enough GPU memory: {error}; lower parallel.tokens_per_rank, or raise "
+            "parallel.zero_stage or parallel.tensor, and the same command continues"
         )
         return USER_ERROR
     if dist.is_initialized():
@@ -62,5 +63,5 @@ def as_rank(work: Callable[[], int | None]) -> int:
 
 
 def print_error(error: str) -> None:
-    """Print an error line on stderr."""
+    """Print one error line to standard error."""
     Console(stderr=True).print(f"[bold red]error:[/] {escape(error)}", highlight=False, soft_wrap=True)

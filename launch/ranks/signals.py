@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 ask a run to save and leave; it does so at a step's edge, when all ranks have heard of it."""
+"""Stop signals. SIGTERM and SIGUSR1 ask a run to save and stop; it does so after the step at which all ranks know."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignals:
-    """Within it, the stop signals are remembered instead of ending the process. Main thread only."""
+    """A context in which stop signals are recorded instead of ending the process. Main thread only."""
 
     def __init__(self) -> None:
         self.received: str | None = None
-        """Name of the first that came."""
+        """Name of the first stop signal received, or None."""
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:

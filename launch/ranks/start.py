@@ -1,4 +1,4 @@
-"""Start the ranks of one machine, and wait for them."""
+"""Starting the ranks of one node with torchrun, and waiting for them."""
 
 from __future__ import annotations
 
@@ -21,22 +21,27 @@ from .signals import STOP_SIGNALS
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the launchers of several nodes meet."""
+    """The rendezvous of the launchers of several nodes."""
 
     endpoint: str
-    """host:port, on the first node."""
+    """host:port on the first node."""
     job: str
-    """Their common name for this start."""
+    """Name of this start, the same on all nodes."""
     num_nodes: int
+    """Number of nodes."""
     node: int
+    """Index of this node, from 0."""
     address: str
-    """Under which other nodes reach this one."""
+    """Name or address at which other nodes reach this one."""
 
     @property
     def torchrun_options(self) -> list[str]:
-        """is_host: torchrun would guess by comparing names, which fails where a node has several. local-addr: it would
-        tell the others this machine's full name, which /etc/hosts can make "localhost". read_timeout: seconds to wait
-        for the first node; a cold network file system can take minutes to give it torch."""
+        """Command-line options for torchrun.
+
+        is_host: torchrun would guess it from host names, which fails if a node has several. local-addr: torchrun would
+        give other nodes the full name of this one, which /etc/hosts may map to localhost. read_timeout: seconds to wait
+        for the first node, which may take minutes to import torch from a cold network file system.
+        """
         conf = f"is_host={int(self.node == 0)},read_timeout=600"
         return [
             *("--nnodes", str(self.num_nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", self.endpoint),
@@ -45,33 +50,33 @@ class Rendezvous:
 
 
 def local_ranks(configured: int) -> int:
-    """Processes to start here: as configured, else one for each GPU, else one."""
+    """Return the number of ranks to start on this node: `configured`, or one for each GPU, or one without GPUs."""
     return configured or torch.cuda.device_count() or 1
 
 
 def start_ranks(module: str, arguments: Sequence[str], count: int, rendezvous: Rendezvous | None = None) -> int:
-    """Run `python -m module arguments` as `count` ranks joined by torchrun -> 0, or the failed ranks' status.
+    """Run `python -m module arguments` as `count` ranks under torchrun; return 0 or the exit status of a failed rank.
 
-    A stop signal is handed on to the ranks, which save and leave with GO_ON_LATER.
+    A stop signal is forwarded to the ranks, which save and exit with GO_ON_LATER.
     """
-    # One thread a rank unless told otherwise, as torchrun itself decides, but without its notice.
+    # torchrun would set one thread for each rank, and print a notice about it.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    # A rank that fails has said why; torchrun's own summary would bury it.
+    # A rank that fails has printed its error; the summary of torchrun would bury it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     stopped = False
 
-    def hand_on(number: int, _: FrameType | None) -> None:
+    def forward(number: int, _: FrameType | None) -> None:
         nonlocal stopped
         stopped = True
         for child in psutil.Process().children():
             child.send_signal(signal.SIGUSR1)
 
-    before = {number: signal.signal(number, hand_on) for number in STOP_SIGNALS}
-    where = rendezvous.torchrun_options if rendezvous else ["--standalone"]
-    # torchrun itself would end the ranks on SIGTERM, within 30 s.
+    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    meeting = rendezvous.torchrun_options if rendezvous else ["--standalone"]
+    # SIGTERM is not torchrun's to handle: it would end the ranks within 30 s.
     options = ["--nproc-per-node", str(count), "--max-restarts", "0", "--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]
     try:
-        run(parse_args([*where, *options, "--module", module, *arguments]))
+        run(parse_args([*meeting, *options, "--module", module, *arguments]))
     except ChildFailedError as error:
         return _status_of(list(error.failures.values()), stopped)
     finally:
@@ -81,19 +86,19 @@ def start_ranks(module: str, arguments: Sequence[str], count: int, rendezvous: R
 
 
 def _status_of(failures: Sequence[ProcessFailure], stopped: bool) -> int:
-    """The status that says most: a signal's, then an error's; a rank that lost the others comes last.
+    """Return the status closest to the cause: that of a signal, then of an error, then of a lost connection.
 
-    SIGTERM is what torchrun ends the others with when one has failed.
+    torchrun ends the remaining ranks with SIGTERM once one has failed, so SIGTERM counts only if there is nothing else.
     """
     own = [failure for failure in failures if failure.exitcode != -signal.SIGTERM] or failures
     worst = min(own, key=lambda failure: failure.exitcode)
     if worst.exitcode >= 0:
         return worst.exitcode
     if stopped:
-        return GO_ON_LATER  # the signal came before the ranks could hear it, or they had no time left
+        return GO_ON_LATER  # the ranks got the signal before they could handle it, or ran out of time
     name = signal.Signals(-worst.exitcode).name
-    why = " (out of memory, or by hand)" if name == "SIGKILL" else ""
+    why = " (out of memory, or sent by hand)" if name == "SIGKILL" else ""
     print_error(
-        f"local rank {worst.local_rank} was ended by {name}{why}; the same command goes on from the last checkpoint"
+        f"local rank {worst.local_rank}: ended by {name}{why}; the same command continues from the last checkpoint"
     )
     return 128 - worst.exitcode

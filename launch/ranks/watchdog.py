@@ -1,8 +1,8 @@
-"""Names the rank, the step and the operation that hang, and ends the run.
+"""A watchdog that names the rank, the step and the operation that hang, and ends the run.
 
-A thread of each rank looks at where the train loop has come to. When nothing has moved for too long, it leaves a report
-in the run directory, waits for those of the other ranks, compares, and ends the process. A rank that is stopped or gone
-leaves no report, and is named for that. Times are of the monotonic clock: setting the machine's clock changes nothing.
+A thread of each rank watches the position of the training loop. After too long without progress it writes a report to
+the run directory, waits for the reports of the other ranks, compares them and ends the process. A rank without a report
+is stopped or gone, and is named. Times are from the monotonic clock: setting the machine's clock has no effect.
 """
 
 from __future__ import annotations
@@ -31,18 +31,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Position:
-    """Where a rank is. All ranks pass the same positions in the same order, so a smaller number is further behind."""
+    """The position of a rank in the training loop. All ranks pass the same positions in the same order."""
 
     number: int
+    """Number of positions passed before; a smaller number is further behind."""
     step: int
+    """Step in progress, from 1; 0 before the first."""
     operation: str
+    """Operation in progress, in words."""
 
     def __str__(self) -> str:
         return f"step {self.step}, {self.operation}"
 
 
 class Watchdog:
-    """Watches this process within a `with`. `limit_s` 0: it never ends anything."""
+    """A context that ends this process after `limit_s` seconds without progress; 0 never ends it."""
 
     def __init__(self, run: RunDirectory, rank: int, world_size: int, limit_s: float) -> None:
         self._run = run
@@ -50,7 +53,7 @@ class Watchdog:
         self._world_size = world_size
         self._limit_s = limit_s
         self.position = Position(0, 0, "starting")
-        """Where the train loop has come to."""
+        """Current position of the training loop."""
         self._moved = time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -62,24 +65,24 @@ class Watchdog:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        """Raises ConnectionError, with where this rank was, for what a collective raises when another rank is gone."""
+        """Raise ConnectionError with the position of this rank if a collective failed because another rank is gone."""
         self._ended.set()
         if self._limit_s:
             self._thread.join()
         if isinstance(error, RuntimeError) and is_lost_peer(error):
             saved = next((path.name for path in complete_checkpoints(self._run.checkpoints)), "none yet")
             raise ConnectionError(
-                f"rank {self._rank} lost its connection to another rank at {self.position}; what that rank said, or "
-                f"the signal that ended it, is the cause. The last checkpoint is {saved}"
+                f"rank {self._rank}: lost its connection to another rank at {self.position}; the cause is the error of "
+                f"that rank, or the signal that ended it. The last checkpoint is {saved}"
             ) from error
 
     def at(self, step: int, operation: str) -> None:
-        """Note that the loop has come to an operation."""
+        """Record that the training loop begins an operation."""
         self.position = Position(self.position.number + 1, step, operation)
         self._moved = time.monotonic()
 
     def alive(self) -> None:
-        """Note progress within an operation; from any thread."""
+        """Record progress within an operation; may be called from any thread."""
         self._moved = time.monotonic()
 
     def _report_file(self, rank: int) -> Path:
@@ -96,29 +99,29 @@ class Watchdog:
             mine = self._report_file(self._rank)
             mine.write_text(json.dumps(asdict(self.position)))
             self._leave_traces()
-            # The others moved last at about the same time: their reports come within a poll of this one.
+            # The other ranks stopped moving at about the same time, so their reports follow within one poll.
             if self._ended.wait(min(30.0, self._limit_s / 2) + 1):
                 return
-            found = {rank: self._read(rank) for rank in range(self._world_size)} | {self._rank: self.position}
+            found = {rank: self._read_report(rank) for rank in range(self._world_size)} | {self._rank: self.position}
             message = diagnosis(found, self._limit_s)
             log.error("%s", message)
             if self._rank == min(rank for rank, position in found.items() if position):
                 self._run.record_event("hang", self.position.step, message)
                 print(f"error: {message}", file=sys.stderr, flush=True)
-        except Exception:  # a full disk, say: that must not keep a stuck process alive
-            log.exception("the hang could not be told in full")
+        except Exception:  # a full disk, for example, must not keep a stuck process alive
+            log.exception("the hang could not be reported in full")
             print(f"error: no progress for {self._limit_s:.0f} s at {self.position}", file=sys.stderr, flush=True)
-        # Nothing that waits, exit handlers least of all: the process is stuck.
+        # Exit handlers would wait for the stuck thread.
         os._exit(GO_ON_LATER)
 
-    def _read(self, rank: int) -> Position | None:
+    def _read_report(self, rank: int) -> Position | None:
         try:
             return Position(**json.loads(self._report_file(rank).read_text()))
         except (OSError, ValueError, TypeError):
             return None
 
     def _leave_traces(self) -> None:
-        """Every thread's stack, and on NCCL the collectives that this rank remembers, for `torchfrtrace`."""
+        """Write the stack of every thread, and with NCCL the last collectives of this rank, for `torchfrtrace`."""
         with self._report_file(self._rank).with_suffix(".stacks").open("w") as file:
             faulthandler.dump_traceback(file)
         if dist.is_initialized() and dist.get_backend() == "nccl":
@@ -127,7 +130,7 @@ class Watchdog:
 
 
 def diagnosis(found: Mapping[int, Position | None], limit_s: float) -> str:
-    """Which ranks hang, by what every rank reported of itself; None: nothing."""
+    """Return a sentence that names the hanging ranks, from the reported position of every rank (None: no report)."""
     silent = [rank for rank, position in found.items() if position is None]
     positions = {rank: position for rank, position in found.items() if position}
     behind = min(position.number for position in positions.values())
@@ -135,18 +138,18 @@ def diagnosis(found: Mapping[int, Position | None], limit_s: float) -> str:
     waiting = [rank for rank in positions if rank not in last]
     text = f"no progress for {limit_s:.0f} s: "
     if silent:
-        text += f"{_ranks(silent)} gave no sign (stopped, or its machine is gone); the others wait: "
+        text += f"{_ranks(silent)} left no report (stopped, or its node is gone); the others wait: "
     elif waiting:
         text += f"{_ranks(last)} hangs at {positions[last[0]]}; the others wait: "
     else:
-        return text + f"all ranks are at {positions[last[0]]}; logs/*.hang.stacks says where in it each one is"
+        return text + f"all ranks are at {positions[last[0]]}; logs/*.hang.stacks has the stacks of each"
     others = [rank for rank in positions if silent or rank in waiting]
-    places = sorted({(positions[rank].number, str(positions[rank])) for rank in others})
-    at = {number: [rank for rank in others if positions[rank].number == number] for number, _ in places}
-    return text + "; ".join(f"{_ranks(at[number])} at {place}" for number, place in places)
+    distinct = sorted({(positions[rank].number, str(positions[rank])) for rank in others})
+    at = {number: [rank for rank in others if positions[rank].number == number] for number, _ in distinct}
+    return text + "; ".join(f"{_ranks(at[number])} at {position}" for number, position in distinct)
 
 
 def _ranks(ranks: list[int]) -> str:
-    """`rank 3`, or `ranks 0, 1, 2, ...`: at most eight are named."""
+    """Return `rank 3` or `ranks 0, 1, 2, ...`, with at most eight named."""
     names = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
     return f"rank {names}" if len(ranks) == 1 else f"ranks {names}"

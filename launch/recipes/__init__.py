@@ -1,1 +1,1 @@
-"""Recipes: complete configurations as TOML."""
+"""Recipes in TOML: complete settings of a run."""

@@ -1,4 +1,4 @@
-"""A small checkpoint written by hand, and a reader of any that shares nothing with LongRing's."""
+"""A small checkpoint written by hand, and a reader of checkpoints that shares no code with LongRing."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from safetensors.numpy import load_file
 STATE = TrainState(step=5, data="d" * 64, world_size=2, tensor=1, zero_stage=1, skipped=(3,), recent_losses=(1.5, 0.1))
 
 
-def make(directory: Path, step: int, *, ranks: int = 2) -> Path:
-    """A small complete checkpoint, written by hand."""
+def make_checkpoint(directory: Path, step: int, *, ranks: int = 2, data: str = STATE.data) -> Path:
+    """Write a small complete checkpoint, trained on data with this manifest hash; return its path."""
     path = directory / checkpoint_name(step)
     path.mkdir(parents=True)
     files = {}
@@ -31,18 +31,20 @@ def make(directory: Path, step: int, *, ranks: int = 2) -> Path:
         file = path / f"rank-{rank:05d}.safetensors"
         size, sha256 = write_safetensors(file, {"w/weight": torch.full((4,), float(rank))}, lambda: None)
         files[file.name] = FileEntry(bytes=size, sha256=sha256, slice=0, ranges={"w": (4 * rank, 4)})
-    state = TrainState(**{**STATE.__dict__, "step": step})
+    state = TrainState(**{**STATE.__dict__, "step": step, "data": data})
     parameters = {"w": ParameterEntry(shape=(4 * ranks,), cut=None)}
     write_checkpoint_manifest(path, CheckpointManifest(state=state, parameters=parameters, files=files))
     return path
 
 
-def whole(path: Path) -> dict[str, np.ndarray]:
-    """Every weight and moment of a checkpoint, whole, put together without LongRing's reader."""
+def read_whole(path: Path) -> dict[str, np.ndarray]:
+    """Return every weight and moment of a checkpoint, in the shape of the parameter, by `name/kind`."""
     manifest = json.loads((path / "manifest.json").read_text())
     size = manifest["state"]["tensor"]
     stored = sum(numel for entry in manifest["files"].values() for _, numel in entry["ranges"].values())
-    assert stored == sum(math.prod(entry["shape"]) for entry in manifest["parameters"].values()), "each element once"
+    assert stored == sum(math.prod(entry["shape"]) for entry in manifest["parameters"].values()), (
+        "each element is stored once"
+    )
     result = {}
     for name, parameter in manifest["parameters"].items():
         for kind in ("weight", "exp_avg", "exp_avg_sq"):

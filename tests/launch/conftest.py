@@ -1,4 +1,4 @@
-"""A small recipe with its data prepared, for tests of whole runs."""
+"""A small recipe with prepared data, for tests of whole runs."""
 
 from __future__ import annotations
 
@@ -44,10 +44,11 @@ dtype = "float32"
 
 @pytest.fixture(scope="session")
 def recipe_file(tmp_path_factory) -> Path:
+    """The recipe, beside the directory of its prepared data."""
     directory = tmp_path_factory.mktemp("equivalence")
     file = directory / "recipe.toml"
     file.write_text(RECIPE.format(directory=directory))
-    # Documents of about 64 to 600 tokens, so that every bucket has its share of the steps.
+    # Documents of about 64 to 600 tokens, so that some steps train on each bucket.
     source = Path(textwrap.__file__).with_name("argparse.py").read_text()
     lengths = [200, 2100, 400, 900, 300, 1800, 250, 1100]
     starts = np.cumsum([0, *lengths * 11])

@@ -1,4 +1,4 @@
-"""The switch for equal bits, and that a run draws nothing at random once its weights are there."""
+"""Deterministic runs have equal bits, and no run draws random numbers after its initial weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXACT = ("step", "tokens", "loss", "bucket", "grad_norm")
 
 
 def run_and_watch(recipe_file: Path, overrides: list[str]) -> tuple[bool, int]:
-    """Train -> whether torch was asked for deterministic operations, and how many random states the steps saw."""
+    """Train; return whether torch used deterministic operations, and the number of distinct random states."""
     states, sum_over_ranks = [], trainer.sum_over_ranks
 
     def watched(*arguments):
@@ -39,7 +39,7 @@ def test_deterministic_runs_are_equal_and_nothing_random_is_drawn(on_ranks, reci
     for name, deterministic in (("a", True), ("b", True), ("c", False)):
         run = tmp_path / name
         words = [*settings, f"run_directory={run}", f"train.deterministic={str(deterministic).lower()}"]
-        # What a probe measures decides the grids, so a deterministic run does not look at it.
+        # A probe decides the grids, so a deterministic run does not measure; the other run must not either.
         words += [] if deterministic else ["parallel.cp.topology=full_mesh"]
         assert on_ranks(2, run_and_watch, recipe_file, words) == [(deterministic, 1)] * 2
         metrics.append([[step[key] for key in EXACT] for step in read_metrics(run / "metrics.jsonl")])

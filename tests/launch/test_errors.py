@@ -1,4 +1,4 @@
-"""Bad input ends at once with one clear error, before any rank starts, and leaves nothing half-written."""
+"""Bad input ends with one error line before any rank starts, and leaves no partial files."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from longring.launch import train as train_module
 from longring.launch.config import load_recipe
 from longring.launch.run_directory import RunDirectory
 
+COMMANDS = (
+    *("prepare", "plan", "order", "train", "submit", "requeue"),
+    *("evaluate", "checkpoints", "inspect", "topology"),
+)
+
 
 @pytest.fixture
 def data(recipe_file, tmp_path) -> Path:
-    """A copy of the prepared data that a test may break."""
+    """A copy of the prepared data, which the test may break."""
     return Path(shutil.copytree(recipe_file.parent / "data", tmp_path / "data"))
 
 
 def error_of(capsys, *arguments: str) -> str:
-    """The one error that the command prints."""
+    """Run a command; return the one error that it prints."""
     assert cli.main(list(arguments)) == 2
     error = capsys.readouterr().err
     assert error.count("error:") == 1
@@ -30,9 +35,10 @@ def error_of(capsys, *arguments: str) -> str:
 
 
 def train_error(capsys, recipe_file: Path, tmp_path: Path, *overrides: str, ranks: int = 4) -> str:
+    """Return the error of `longring train`, which leaves no run directory."""
     run = tmp_path / "run"
     error = error_of(capsys, "train", str(recipe_file), f"run_directory={run}", *overrides, "--ranks", str(ranks))
-    assert not run.exists(), "no half-written run"
+    assert not run.exists(), "no partial run directory"
     return error
 
 
@@ -42,13 +48,13 @@ def test_unknown_key(capsys, recipe_file, tmp_path):
 
 def test_impossible_world_size(capsys, recipe_file, tmp_path):
     error = train_error(capsys, recipe_file, tmp_path, "parallel.tokens_per_rank=128", ranks=3)
-    assert "a world of 3 ranks cannot hold data.max_bucket_tokens = 512" in error
+    assert "world of 3 ranks: cannot hold data.max_bucket_tokens = 512" in error
     assert "start a multiple of 4 ranks" in error
 
 
 def test_tensor_parallelism_that_does_not_divide_the_heads(capsys, recipe_file, tmp_path):
     error = train_error(capsys, recipe_file, tmp_path, "parallel.tensor=4")
-    assert "parallel.tensor = 4 does not divide model.num_kv_heads = 2" in error
+    assert "parallel.tensor = 4: must divide model.num_kv_heads = 2" in error
 
 
 def test_missing_data(capsys, recipe_file, tmp_path):
@@ -112,20 +118,20 @@ def test_run_directory_with_other_files(capsys, recipe_file, tmp_path):
 
 
 def test_evaluate_without_a_run_or_a_checkpoint(capsys, recipe_file, tmp_path):
-    assert "is no run directory" in error_of(capsys, "evaluate", str(tmp_path))
+    assert "not a run directory" in error_of(capsys, "evaluate", str(tmp_path))
     run = RunDirectory(tmp_path / "fresh")
     run.create(load_recipe(recipe_file))
-    assert "has no checkpoint yet" in error_of(capsys, "evaluate", str(run.path))
-    assert "only evaluate.* can be set" in error_of(capsys, "evaluate", str(run.path), "train.steps=1")
+    assert "no checkpoint yet" in error_of(capsys, "evaluate", str(run.path))
+    assert "only evaluate.* may differ from the run" in error_of(capsys, "evaluate", str(run.path), "train.steps=1")
 
 
 def test_a_rank_started_without_torchrun(capsys, recipe_file, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert train_module.main([str(recipe_file)]) == 2
-    assert "start it by torchrun" in " ".join(capsys.readouterr().err.split())
+    assert "start with torchrun" in " ".join(capsys.readouterr().err.split())
 
 
-def test_ranks_of_an_impossible_world_speak_once_a_node(capsys, recipe_file, monkeypatch):
+def test_ranks_of_an_impossible_world_print_one_error_a_node(capsys, recipe_file, monkeypatch):
     for rank in ("0", "1", "2"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", rank)
@@ -134,19 +140,24 @@ def test_ranks_of_an_impossible_world_speak_once_a_node(capsys, recipe_file, mon
     assert capsys.readouterr().err.count("error:") == 1
 
 
-def test_help_shows_an_example_for_every_stage(capsys):
-    for stage in ("prepare", "topology", "train", "evaluate", "inspect"):
+def test_help_of_every_command_has_an_example_and_fits_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in COMMANDS:
         with pytest.raises(SystemExit):
-            cli.main([stage, "--help"])
-        assert f"example: longring {stage} " in " ".join(capsys.readouterr().out.split())
+            cli.main([command, "--help"])
+        text = capsys.readouterr().out
+        assert f"example: longring {command} " in " ".join(text.split())
+        assert max(map(len, text.splitlines())) <= 80
 
 
-def test_inspect_of_data_takes_a_curriculum_and_no_more(capsys, recipe_file, data):
+def test_inspect_of_data_takes_only_a_curriculum_and_a_loader(capsys, recipe_file, data):
     arguments = ["inspect", str(data), "curriculum.odds=[8,4,2,1]", "curriculum.cycles=2", "loader.window_tokens=1000"]
     assert cli.main(arguments) == 0
     assert "1,000 steps of 8, 4, 2, 1 in 2 cycles" in capsys.readouterr().out
     assert data.with_name("data.png").is_file()
-    assert "only curriculum.* and loader.* can be set" in error_of(capsys, "inspect", str(data), "train.steps=3")
+    assert "data without a recipe takes only curriculum.* and loader.*" in error_of(
+        capsys, "inspect", str(data), "train.steps=3"
+    )
     error = error_of(capsys, "inspect", str(data), "curriculum.odds=[1,2]")
     assert "curriculum.odds = [1.0, 2.0]: the data has 4 buckets" in error
 

@@ -1,4 +1,4 @@
-"""Held-out losses, on rings of several ranks, against plain PyTorch in fp64 on the checkpoint's own weights."""
+"""Held-out losses over several ranks against plain PyTorch in fp64, on the weights of the checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.lanes import by_lane
 from helpers.plain_model import plain_losses
-from helpers.small_checkpoint import whole
+from helpers.small_checkpoint import read_whole
 from longring.data.format.manifest import open_prepared
 from longring.launch.config import load_recipe
 from longring.launch.evaluate import evaluate, position_edges
@@ -27,14 +27,14 @@ def train_and_evaluate(recipe_file: Path, overrides: list[str]) -> None:
 
 @pytest.mark.parametrize("cap", by_lane([2**20, 700], quick=[700]), ids=["all", "capped"])
 def test_equals_plain_pytorch_by_bucket_and_position(on_ranks, recipe_file, tmp_path, cap):
-    """Capped at 700 tokens, ten sequences of 64 and one of 512: micro-batches that are not full."""
+    """With at most 700 tokens, ten sequences of 64 and one of 512, so that micro-batches are not full."""
     overrides = ["parallel.tokens_per_rank=128", f"run_directory={tmp_path}", f"evaluate.max_tokens_per_bucket={cap}"]
     on_ranks(4, train_and_evaluate, recipe_file, overrides)
     result = json.loads((tmp_path / "evaluation.json").read_text())
 
     recipe = load_recipe(recipe_file)
     manifest = open_prepared(recipe.data.directory)
-    saved = whole(tmp_path / "checkpoints" / "step-00000002")
+    saved = read_whole(tmp_path / "checkpoints" / "step-00000002")
     weights = {
         name.removesuffix("/weight"): torch.from_numpy(value).double()
         for name, value in saved.items()

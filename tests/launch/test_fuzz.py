@@ -1,4 +1,4 @@
-"""Recipes, manifests and shards of any content: read, or refused with an explanation; never another exception."""
+"""Recipes, manifests and shards of any content are read or refused with an explanation, never another exception."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ trees = st.recursive(
 )
 
 
-def explained(work: Callable[[], object], *words: str) -> None:
-    """Do it; what it refuses, it refuses with one of the words."""
+def explained(function: Callable[[], object], *words: str) -> None:
+    """Call `function`; an error that it raises must contain one of the words."""
     try:
-        work()
+        function()
     except (ValueError, OSError) as error:
         said = str(error)
     else:
@@ -46,7 +46,7 @@ def explained(work: Callable[[], object], *words: str) -> None:
 
 @st.composite
 def changed(draw: st.DrawFn, content: bytes) -> bytes:
-    """The content with a few spans replaced by others, or cut short."""
+    """Return the content with a few spans replaced, or truncated."""
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, len(content)))
         stop = min(len(content), start + draw(st.integers(0, 12)))
@@ -56,7 +56,7 @@ def changed(draw: st.DrawFn, content: bytes) -> bytes:
 
 @st.composite
 def replaced(draw: st.DrawFn, tree: Any) -> Any:
-    """The tree with one value somewhere replaced, removed, or put under another name."""
+    """Return the tree with one value replaced, removed, or moved to another key."""
     if not isinstance(tree, dict) or not tree or draw(st.integers(0, 4)) == 0:
         return draw(trees)
     key = draw(st.sampled_from(sorted(tree)))
@@ -71,7 +71,7 @@ def replaced(draw: st.DrawFn, tree: Any) -> Any:
 
 
 def keys(tree: Any, prefix: str = "") -> list[str]:
-    """Dotted paths of all that a recipe has."""
+    """Return the dotted paths of all values."""
     if not isinstance(tree, dict):
         return [prefix]
     return [path for name, value in tree.items() for path in keys(value, f"{prefix}.{name}".lstrip("."))]
@@ -110,8 +110,8 @@ def test_a_runs_recipe_of_any_content(recipe_file, tmp_path, data):
     run.create(recipe)
     tree = json.loads(run.recipe_file.read_text())
     run.recipe_file.write_text(json.dumps(data.draw(replaced(tree))))
-    for work in (run.recipe, lambda: run.check(recipe)):
-        explained(work, str(run.path), "must", " is ")
+    for function in (run.recipe, lambda: run.check(recipe)):
+        explained(function, str(run.path), "must", " is ")
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_manifests_of_any_content(recipe_file, prepared, data):
 @FUZZ
 @given(data=st.data())
 def test_shards_of_any_content(recipe_file, prepared, data):
-    """Of the right size, as others are refused before: every row is read, or the rank says that it cannot."""
+    """Every row is read, or the rank reports that it cannot. The size is right: other sizes are refused earlier."""
     shards = sorted((recipe_file.parent / "data").rglob("train*.tar"))
     shard = data.draw(st.sampled_from(shards))
     content = bytearray(shard.read_bytes())

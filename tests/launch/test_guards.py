@@ -1,4 +1,4 @@
-"""The guards before the first step let right attention pass, and find each kind of wrong one."""
+"""The check before the first step passes correct attention and finds each kind of error."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ SIZE = 4
 
 
 def wrong(fault: str, group: CpGroup) -> Callable:
-    """Attention over the group, with a fault."""
+    """Return attention over the group, with a fault."""
 
     def spread(num_tokens: int):
         def attention_of(layout: SeqLayout):
             starts = (0,) if fault == "documents" else layout.document_starts
             layouts = [SeqLayout(zigzag(num_tokens, rank, SIZE).runs, starts) for rank in range(SIZE)]
-            if fault == "order":  # two ranks taken for each other
+            if fault == "order":  # two ranks are exchanged
                 layouts[1], layouts[2] = layouts[2], layouts[1]
             spec = AttentionSpec(CpGrid.token_ring(SIZE), tuple(layouts), Visibility(causal=fault != "future"))
 
@@ -51,7 +51,7 @@ def wrong(fault: str, group: CpGroup) -> Callable:
 
 
 def guarded(recipe_file, fault: str, dtype: str) -> str:
-    """What the guard says, on this rank."""
+    """Return the error of the check on this rank, or "passed"."""
     recipe = load_recipe(recipe_file, ["parallel.tokens_per_rank=128", f"train.dtype={dtype}"])
     mesh = join(recipe.parallel, SIZE)
     group = open_group(mesh.neighbours[SIZE], [CpGrid.token_ring(SIZE)])
@@ -88,11 +88,11 @@ OTHERS = {
     "parallel.cp.narrow_results=false": ("narrow_results = True", "narrow_results = False"),
     "train.dtype=bfloat16": ("float32", "bfloat16"),
 }
-"""What rank 2 has otherwise; what is said of rank 0 and of rank 2."""
+"""The setting in which rank 2 differs, and the descriptions of rank 0 and of rank 2 in the error."""
 
 
 def divided(recipe_file, other: str) -> str:
-    """What is said, on this rank, before any group is made."""
+    """Return the error of this rank, or "passed"."""
     settings = ["parallel.tokens_per_rank=128", "parallel.cp.schedule=token_ring"]
     lengths = [64, 256, 512]
     mesh = join(load_recipe(recipe_file, settings).parallel, SIZE)
@@ -112,9 +112,9 @@ def divided(recipe_file, other: str) -> str:
 
 
 @pytest.mark.parametrize("other", by_lane(OTHERS, quick=["layout"]))
-def test_a_rank_that_divides_sequences_otherwise_is_named(on_ranks, recipe_file, other):
+def test_a_rank_that_divides_sequences_differently_is_named(on_ranks, recipe_file, other):
     for said in on_ranks(SIZE, divided, recipe_file, other):
-        assert "1 of 4 ranks, the first of them rank 2, disagree with rank 0 about who holds which tokens" in said
+        assert "1 of 4 ranks, the first of them rank 2, disagree with rank 0 about the division of sequences" in said
         first, _, second = said.partition(" on rank 0, ")
         assert all(words in part for words, part in zip(OTHERS[other], (first, second), strict=True)), said
 

@@ -1,4 +1,4 @@
-"""One long run, ended at random places of random steps and saves: its weights are those of a run that never stopped."""
+"""A run that is interrupted at random points of random steps and saves equals an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ OPERATIONS = ("building", "reading micro-batch 0", "forward", "reading micro-bat
 
 
 def settings(run: Path) -> list[str]:
-    """Rings of two ranks in some steps, whole sequences in others; a checkpoint every three steps."""
+    """Return settings with context parallelism in some steps and none in others, and a checkpoint every three steps."""
     return [
         f"train.steps={STEPS}",
         "train.checkpoint_every_steps=3",
         "parallel.tokens_per_rank=256",
-        "parallel.cp.topology=full_mesh",  # two runs that probe might take different grids
+        "parallel.cp.topology=full_mesh",  # two runs that probe may choose different grids
         f"run_directory={run}",
     ]
 
 
 def random_fault(chance: random.Random, done: int) -> Fault:
-    """A signal to one rank, or its death, within the next steps or somewhere in the files of the next saves."""
+    """Return a signal to one rank within the next steps, or within the files of the next saves."""
     rank, action = chance.randrange(2), chance.choice(["SIGKILL", "SIGKILL", "SIGTERM", "SIGUSR1"])
     if chance.random() < 0.4:
         return Fault(rank, action, chunk=chance.randrange(1, 80))
@@ -46,7 +46,7 @@ def random_fault(chance: random.Random, done: int) -> Fault:
 
 
 @pytest.mark.parametrize("interruptions", by_lane([5, 50], quick=[], slow=[50]))
-def test_a_run_interrupted_at_random_equals_one_that_never_stopped(recipe_file, tmp_path, interruptions):
+def test_a_run_interrupted_at_random_equals_an_uninterrupted_one(recipe_file, tmp_path, interruptions):
     seed = int(os.environ.get("LONGRING_SEED", "0")) or random.randrange(1, 2**32)
     chance = random.Random(seed)
     told = f"LONGRING_SEED={seed} repeats it"
@@ -57,7 +57,7 @@ def test_a_run_interrupted_at_random_equals_one_that_never_stopped(recipe_file, 
     while interrupted < interruptions:
         found = last_good_checkpoint(run / "checkpoints")
         done = found[1].state.step if found else 0
-        if done > STEPS - 8:  # fifty interruptions are too many for so few steps: do them all again
+        if done > STEPS - 8:  # too few steps are left for the interruptions: start over
             for path in complete_checkpoints(run / "checkpoints"):
                 remove_checkpoint(path)
             continue

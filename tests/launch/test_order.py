@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.lanes import by_lane
 from helpers.plain_model import plain_losses
-from helpers.small_checkpoint import whole
+from helpers.small_checkpoint import read_whole
 from longring.data.format.manifest import open_prepared
 from longring.data.order.stages import order
 from longring.data.prepare.prepare import prepare
@@ -111,7 +111,7 @@ def test_the_loss_is_the_mean_of_trained_targets_on_any_division(on_ranks, order
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
 
     # Held-out sequences tied as the evaluation ties them, on the run's own weights.
-    saved = whole(tmp_path / "run/checkpoints/step-00000005")
+    saved = read_whole(tmp_path / "run/checkpoints/step-00000005")
     weights = {name: torch.from_numpy(saved[f"{name}/weight"]).double() for name in weights}
     manifest = open_prepared(recipe.training_directory)
     knots = Knots(recipe.knots, manifest.tokenizer(), recipe.train.seed)

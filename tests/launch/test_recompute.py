@@ -1,4 +1,4 @@
-"""Activations computed again in the backward: the same gradients, and not a message more."""
+"""Recomputation of activations in the backward pass gives equal gradients and sends no more messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKENS = 64
 
 
 def gradients(recipe_file, recompute: bool, grid: CpGrid) -> tuple[list[torch.Tensor], int, int]:
-    """On this rank: gradients of a model's loss, messages posted, and bytes that the graph keeps."""
+    """Return this rank's gradients of a loss, number of messages posted and bytes that the graph keeps."""
     recipe = load_recipe(recipe_file)
     mesh = join(recipe.parallel, 1)
     group = open_group(range(dist.get_world_size()), [grid])

@@ -1,4 +1,4 @@
-"""A run that stopped and went on is the run that never stopped: metrics, weights and moments, bit for bit."""
+"""A resumed run equals an uninterrupted one bit for bit: metrics, weights and moments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run_until(recipe_file: Path, overrides: list[str], stop_after: int | None) -
 
 
 def contents(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, flat and whole where its mesh had no tensor parallelism."""
+    """Return every tensor of a checkpoint, flat, by tensor-parallel slice and name."""
     manifest = read_checkpoint_manifest(checkpoint)
     parts = {}
     for file, entry in sorted(manifest.files.items()):
@@ -38,7 +38,7 @@ def contents(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def differences(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
-    """Names of tensors that are not in both with the same bits."""
+    """Return the names of tensors that are not in both with equal bits."""
     return [name for name in a.keys() | b.keys() if name not in a or name not in b or not torch.equal(a[name], b[name])]
 
 
@@ -54,13 +54,13 @@ DIVISIONS = {
 
 @pytest.mark.parametrize("division", by_lane(DIVISIONS, quick=["zero1"]))
 def test_interrupted_equals_uninterrupted(on_ranks, recipe_file, tmp_path, division):
-    # A named topology: of two runs that probe, each in its own directory, one might take another grid.
+    # The topology is named, since two runs that probe may choose different grids.
     steps = ["train.steps=12", "train.checkpoint_every_steps=5", "parallel.cp.topology=full_mesh"]
     overrides = ["parallel.tokens_per_rank=128", *steps, *DIVISIONS[division]]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     on_ranks(4, run_until, recipe_file, [*overrides, f"run_directory={whole}"], None)
     on_ranks(4, run_until, recipe_file, [*overrides, f"run_directory={parts}"], 5)
-    # As after a crash past the checkpoint: records of steps that will be done again, and a save cut short.
+    # The files of a crash after the checkpoint: records of steps that are done again, and an interrupted save.
     with (parts / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 6, "loss": 99.0}) + '\n{"step": 7, "lo')
     shutil.copytree(parts / "checkpoints" / "step-00000005", parts / "checkpoints" / "step-00000012.partial")
@@ -70,7 +70,7 @@ def test_interrupted_equals_uninterrupted(on_ranks, recipe_file, tmp_path, divis
     assert [[step[key] for key in EXACT] for step in ours] == [[step[key] for key in EXACT] for step in theirs]
     a, b = (contents(run / "checkpoints" / "step-00000012") for run in (whole, parts))
     assert differences(a, b) == []
-    assert any(name.endswith("/exp_avg") for name in a), "the moments are among what was compared"
+    assert any(name.endswith("/exp_avg") for name in a), "the moments are compared too"
 
 
 def test_the_comparison_sees_one_flipped_bit():

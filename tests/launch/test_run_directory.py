@@ -1,4 +1,4 @@
-"""One run at a time in a directory, and what a start writes down of itself."""
+"""The lock of a run directory, and the record of a start."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_two_runs_in_one_directory_are_refused_until_the_first_is_gone(tmp_path,
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=rf"{run.path} is being trained in by process {other.pid} on .* since"):
+        with pytest.raises(ValueError, match=rf"run_directory = {run.path}: in use by process {other.pid} on .* since"):
             run.held().__enter__()
     finally:
         other.kill()
@@ -34,10 +34,10 @@ def test_two_runs_in_one_directory_are_refused_until_the_first_is_gone(tmp_path,
     with run.held():
         pass
     with run.held():
-        assert run.lock_file.read_text().count("\n") == 1, "the last one's name alone"
+        assert run.lock_file.read_text().count("\n") == 1, "only the present holder is named"
 
 
-def test_no_secret_is_written_down(monkeypatch):
+def test_no_secret_is_recorded(monkeypatch):
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
     for name in ("HF_TOKEN", "SLURM_JWT", "LONGRING_API_KEY", "AWS_SECRET_ACCESS_KEY", "HOME"):
         monkeypatch.setenv(name, "hush")

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what is complete, what is damaged, what goes; and that any mesh reads what another wrote."""
+"""Checkpoints on disk: completeness, damage and retention; and loading on another mesh than the one that saved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.lanes import by_lane
-from helpers.small_checkpoint import STATE, make, whole
+from helpers.small_checkpoint import STATE, make_checkpoint, read_whole
 from hypothesis import given
 from hypothesis import strategies as st
 from longring.launch import cli
@@ -40,8 +40,8 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 
-def test_a_manifest_says_what_was_written(tmp_path):
-    path = make(tmp_path, 7)
+def test_a_manifest_describes_the_files(tmp_path):
+    path = make_checkpoint(tmp_path, 7)
     manifest = read_checkpoint_manifest(path)
     assert manifest.state == TrainState(**{**STATE.__dict__, "step": 7})
     assert manifest.files["rank-00001.safetensors"].ranges == {"w": (4, 4)}
@@ -60,15 +60,15 @@ def flip(file: Path) -> None:
 
 
 DAMAGE = {
-    "truncated": (truncate, r"rank-00001.safetensors has [\d,]+ bytes, [\d,]+ in the manifest"),
-    "one bit": (flip, r"rank-00001.safetensors has SHA-256 \w{16}..., \w{16}... in the manifest"),
-    "gone": (Path.unlink, "rank-00001.safetensors is missing"),
+    "truncated": (truncate, r"rank-00001.safetensors: has [\d,]+ bytes, and the manifest says [\d,]+"),
+    "one bit": (flip, r"rank-00001.safetensors: has SHA-256 \w{16}..., and the manifest says \w{16}..."),
+    "gone": (Path.unlink, "rank-00001.safetensors: missing"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_to_a_file_is_named(tmp_path, kind):
-    path = make(tmp_path, 7)
+    path = make_checkpoint(tmp_path, 7)
     damage, message = DAMAGE[kind]
     damage(path / "rank-00001.safetensors")
     found = find_damage(path, read_checkpoint_manifest(path))
@@ -77,7 +77,7 @@ def test_damage_to_a_file_is_named(tmp_path, kind):
 
 @given(data=st.data())
 def test_any_change_to_a_manifest_is_noticed(tmp_path_factory, data):
-    path = make(tmp_path_factory.mktemp("manifest"), 7)
+    path = make_checkpoint(tmp_path_factory.mktemp("manifest"), 7)
     file = path / "manifest.json"
     text = file.read_text()
     content = bytearray(file.read_bytes())
@@ -87,7 +87,7 @@ def test_any_change_to_a_manifest_is_noticed(tmp_path_factory, data):
     before = read_checkpoint_manifest(path)
     file.write_bytes(content)
     try:
-        same = json.loads(content) == json.loads(text)  # a space for a newline, say
+        same = json.loads(content) == json.loads(text)  # a space in place of a newline, for example
     except ValueError:
         same = False
     if same:
@@ -101,7 +101,7 @@ def test_only_complete_checkpoints_count_and_leftovers_are_cleared(tmp_path):
     assert complete_checkpoints(tmp_path / "none") == []
     assert last_good_checkpoint(tmp_path / "none") is None
     for step in (10, 100):
-        make(tmp_path, step)
+        make_checkpoint(tmp_path, step)
     for name in ("step-00000090.partial", "step-00000200.removed", "step-00000300.damaged", "notes"):
         (tmp_path / name).mkdir()
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000100", "step-00000010"]
@@ -123,7 +123,7 @@ def test_only_complete_checkpoints_count_and_leftovers_are_cleared(tmp_path):
     keep_last=st.integers(1, 10),
     keep_every=st.integers(0, 20),
 )
-def test_retention_keeps_the_last_and_every_nth(steps, keep_last, keep_every):
+def test_retention_keeps_the_last_and_every_nth_step(steps, keep_last, keep_every):
     gone = set(steps_to_prune(steps, keep_last, keep_every))
     kept = steps - gone
     assert gone <= steps
@@ -137,13 +137,13 @@ def test_retention_keeps_the_last_and_every_nth(steps, keep_last, keep_every):
 
 def test_pruning_leaves_whole_checkpoints(tmp_path):
     for step in range(10, 80, 10):
-        make(tmp_path, step)
+        make_checkpoint(tmp_path, step)
     gone = prune_checkpoints(tmp_path, keep_last=2, keep_every_steps=30)
     assert [path.name[-2:] for path in gone] == ["10", "20", "40", "50"]
     assert sorted(path.name[-2:] for path in tmp_path.iterdir()) == ["30", "60", "70"]
 
 
-def test_the_library_reads_what_is_written(tmp_path):
+def test_the_safetensors_library_reads_the_files(tmp_path):
     tensors = {"a/weight": torch.randn(7), "b/exp_avg": torch.tensor([math.pi, -0.0, 1e-40])}
     size, _ = write_safetensors(tmp_path / "x.safetensors", tensors, lambda: None)
     read = load_file(tmp_path / "x.safetensors")
@@ -165,7 +165,7 @@ MESHES = {
 
 
 def save_again(recipe_file: Path, overrides: list[str], source: Path, target: Path) -> int:
-    """Load the last checkpoint of `source` on this mesh, and save it as it is -> AdamW's count of updates."""
+    """Load the last checkpoint of `source` on this mesh and save it into `target`; return AdamW's count of updates."""
     recipe = load_recipe(recipe_file, overrides)
     mesh = join(recipe.parallel, 1)
     engine = build_engine(recipe, 500, mesh)
@@ -184,7 +184,7 @@ def save_again(recipe_file: Path, overrides: list[str], source: Path, target: Pa
 
 @pytest.fixture(scope="module")
 def trained(request, on_ranks, recipe_file, tmp_path_factory) -> tuple[Path, list[str]]:
-    """A run of six steps on four ranks with tensor parallelism."""
+    """A run of six steps on four ranks with tensor parallelism: its directory and its overrides."""
     run = tmp_path_factory.mktemp("trained") / "run"
     overrides = ["parallel.tokens_per_rank=512", f"train.dtype={request.param}"]
     world, mesh = MESHES["4 ranks, tensor 2, ZeRO 1"]
@@ -206,16 +206,16 @@ def run_steps(recipe_file: Path, overrides: list[str], stop_after: int | None) -
     indirect=["trained"],
 )
 def test_any_mesh_holds_the_same_weights_and_moments(on_ranks, recipe_file, trained, mesh, tmp_path):
-    """There and back again: from the mesh that trained to another, which saves, and to the first one."""
+    """The mesh that trained saves, another mesh loads and saves, and the first mesh loads and saves again."""
     run, overrides = trained
-    exact = whole(run / "checkpoints" / "step-00000006")
+    exact = read_whole(run / "checkpoints" / "step-00000006")
     source = run / "checkpoints"
     for number, name in enumerate((mesh, "4 ranks, tensor 2, ZeRO 1")):
         world, settings = MESHES[name]
         target = tmp_path / str(number)
         assert on_ranks(world, save_again, recipe_file, [*overrides, *settings], source, target) == [6] * world
         source = target / "checkpoints"
-        found = whole(source / "step-00000006")
+        found = read_whole(source / "step-00000006")
         assert found.keys() == exact.keys()
         assert all(np.array_equal(found[key], exact[key]) for key in exact)
     assert any(np.abs(value).max() > 0 for key, value in exact.items() if key.endswith("exp_avg_sq"))
@@ -223,13 +223,13 @@ def test_any_mesh_holds_the_same_weights_and_moments(on_ranks, recipe_file, trai
 
 @pytest.mark.full
 def test_padding_of_uneven_parts_is_not_saved(on_ranks, recipe_file, tmp_path):
-    """36 elements over 8 ranks of ZeRO 3 are padded to 40; a checkpoint holds 36, as one rank reads and writes them."""
+    """36 elements over 8 ranks of ZeRO 3 are padded to 40; the checkpoint holds 36, which one rank reads."""
     shape = ["model.hidden_size=36", "model.num_heads=2", "model.num_kv_heads=2"]
     overrides = [*shape, "parallel.tokens_per_rank=256", "parallel.zero_stage=3", f"run_directory={tmp_path}/run"]
     on_ranks(8, run_steps, recipe_file, overrides, 2)
     source = tmp_path / "run" / "checkpoints"
     assert on_ranks(1, save_again, recipe_file, [*shape, "parallel.tokens_per_rank=512"], source, tmp_path) == [2]
-    exact, found = whole(source / "step-00000002"), whole(tmp_path / "checkpoints" / "step-00000002")
+    exact, found = read_whole(source / "step-00000002"), read_whole(tmp_path / "checkpoints" / "step-00000002")
     assert any(value.size == 36 for value in exact.values())
     assert found.keys() == exact.keys()
     assert all(np.array_equal(found[key], exact[key]) for key in exact)
@@ -254,8 +254,8 @@ def test_padding_of_uneven_parts_is_not_saved(on_ranks, recipe_file, tmp_path):
         "TokenRing and ZeRO 1 to Ring and ZeRO 0",
     ],
 )
-def test_a_run_goes_on_elsewhere(on_ranks, recipe_file, tmp_path, before, after):
-    """Twelve steps on one mesh, against six there and six on another: the same batches, losses equal to rounding."""
+def test_a_run_continues_on_another_mesh(on_ranks, recipe_file, tmp_path, before, after):
+    """Twelve steps on one mesh, against six there and six on another: equal batches, losses equal up to rounding."""
     reference, moved = tmp_path / "whole", tmp_path / "moved"
     steps = ["train.steps=12", "train.checkpoint_every_steps=6"]
     on_ranks(before[0], run_steps, recipe_file, [*steps, *before[1], f"run_directory={reference}"], None)
@@ -269,12 +269,14 @@ def test_a_run_goes_on_elsewhere(on_ranks, recipe_file, tmp_path, before, after)
         assert [step[key] for step in ours] == pytest.approx([step[key] for step in theirs], rel=2e-5)
 
 
-def load_there(recipe_file: Path, overrides: list[str], directory: Path, data: str) -> tuple[str, int, list[str]]:
+def load_there(
+    recipe_file: Path, overrides: list[str], directory: Path, data: str
+) -> tuple[str, int, list[str]] | None:
+    """Load the last good checkpoint; return its name, its step and the damage of later ones."""
     recipe = load_recipe(recipe_file, overrides)
     mesh = join(recipe.parallel, 1)
     loaded = load_last_good(build_engine(recipe, 500, mesh), directory, mesh, data)
-    assert loaded is not None
-    return loaded[0].name, loaded[1].step, loaded[2]
+    return loaded and (loaded[0].name, loaded[1].step, loaded[2])
 
 
 @pytest.fixture(scope="module")
@@ -286,13 +288,13 @@ def two_saves(on_ranks, recipe_file, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("kind", by_lane([*DAMAGE, "manifest"], quick=["one bit"]))
-def test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_loaded(
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_loaded(
     on_ranks, recipe_file, two_saves, tmp_path, kind
 ):
     directory = Path(shutil.copytree(two_saves / "checkpoints", tmp_path / "checkpoints"))
     last = directory / "step-00000004"
     data = read_checkpoint_manifest(last).state.data
-    damage, message = DAMAGE.get(kind, (truncate, "manifest.json is damaged"))
+    damage, message = DAMAGE.get(kind, (truncate, "manifest.json: damaged"))
     damage(last / ("manifest.json" if kind == "manifest" else "rank-00001.safetensors"))
     results = on_ranks(2, load_there, recipe_file, [], directory, data)
     assert [result[:2] for result in results] == [("step-00000002", 2)] * 2
@@ -301,20 +303,30 @@ def test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_loaded(
     assert sorted(path.name for path in directory.iterdir()) == ["step-00000002", "step-00000004.damaged"]
 
 
-def test_when_all_are_damaged_nothing_starts_over_silently(on_ranks, recipe_file, two_saves, tmp_path):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(on_ranks, recipe_file, two_saves, tmp_path):
     directory = Path(shutil.copytree(two_saves / "checkpoints", tmp_path / "checkpoints"))
     for step in (2, 4):
         flip(directory / f"step-0000000{step}" / "rank-00000.safetensors")
-    with pytest.raises(AssertionError, match="every checkpoint in .* is damaged: .*step-00000004.*step-00000002"):
-        on_ranks(2, load_there, recipe_file, [], directory, "")
+    data = read_checkpoint_manifest(directory / "step-00000004").state.data
+    advice = "bring back a copy, or remove .* to start from the first step"
+    for _ in range(2):  # also at the next start, which finds them put aside
+        with pytest.raises(AssertionError, match=f"checkpoints: all are damaged: .*step-0000000[24].*{advice}"):
+            on_ranks(2, load_there, recipe_file, [], directory, data)
+    shutil.copytree(two_saves / "checkpoints" / "step-00000002", directory / "step-00000002")
+    assert on_ranks(2, load_there, recipe_file, [], directory, data) == [("step-00000002", 2, [])] * 2
+    shutil.rmtree(directory)
+    assert on_ranks(2, load_there, recipe_file, [], directory, data) == [None] * 2
 
 
 def test_a_checkpoint_of_other_data_or_another_model_is_refused(on_ranks, recipe_file, two_saves):
     directory = two_saves / "checkpoints"
-    with pytest.raises(AssertionError, match=r"trained on data whose manifest has SHA-256 .*there has bbbb"):
+    with pytest.raises(AssertionError, match=r"trained on data whose manifest has SHA-256 .*manifest now has bbbb"):
         on_ranks(2, load_there, recipe_file, [], directory, "b" * 64)
     data = read_checkpoint_manifest(directory / "step-00000004").state.data
-    with pytest.raises(AssertionError, match=r"of another model: blocks.*mlp.gate_up.weight has shape \[128, 64\]"):
+    with pytest.raises(
+        AssertionError,
+        match=r"of another model: blocks.*mlp.gate_up.weight has shape \[192, 64\] there and \[128, 64\] here",
+    ):
         on_ranks(2, load_there, recipe_file, ["model.ffn_hidden_size=64"], directory, data)
 
 
@@ -322,17 +334,17 @@ def test_checkpoints_are_listed_verified_and_pruned(capsys, recipe_file, tmp_pat
     run = RunDirectory(tmp_path / "run")
     run.create(load_recipe(recipe_file))
     for step in (10, 20, 30, 40):
-        make(run.checkpoints, step)
+        make_checkpoint(run.checkpoints, step)
     (run.checkpoints / "step-00000050.partial").mkdir()
     assert cli.main(["checkpoints", str(run.path)]) == 0
     listed = capsys.readouterr().out
     assert listed.count("whole") == 4
     assert "partial" in listed
     flip(run.checkpoints / "step-00000040" / "rank-00000.safetensors")
-    assert cli.main(["checkpoints", str(run.path)]) == 0, "a flipped bit changes no size"
+    assert cli.main(["checkpoints", str(run.path)]) == 0, "without --verify only sizes are compared"
     assert cli.main(["checkpoints", str(run.path), "--verify", "--prune", "--keep-last", "2", "--keep-every", "7"]) == 1
     verified = capsys.readouterr().out
-    assert "step-00000040/rank-00000.safetensors has SHA-256" in verified
-    # 40 is damaged: not among the last two, and left for a look.
+    assert "step-00000040/rank-00000.safetensors: has SHA-256" in verified
+    # Step 40 is damaged: it does not count among the last two, and is kept.
     kept = ["step-00000020", "step-00000030", "step-00000040", "step-00000050.partial"]
     assert sorted(path.name for path in run.checkpoints.iterdir()) == kept

@@ -1,4 +1,4 @@
-"""`longring plan` says what a run will take, before any rank is started, and what is wrong in one line."""
+"""`longring plan` prints the grids of a run before any rank is started, and a mistake in one line."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def wide(monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
 
 
-def test_every_spread_bucket_has_the_grid_that_is_priced_best(capsys, recipe_file, no_ranks):
+def test_every_bucket_over_several_ranks_has_the_cheapest_grid(capsys, recipe_file, no_ranks):
     text = planned(capsys, recipe_file, *SPREAD)
     recipe = load_recipe(recipe_file, SPREAD)
-    assert "4 ranks, 128 tokens each; topology full mesh (parallel.cp.topology)" in text
+    assert "4 ranks, 128 tokens on each topology: full mesh (parallel.cp.topology)" in text
     assert "4 query heads and 2 kv heads of 16, 4 bytes a number" in text
     for bucket, size in ((256, 2), (512, 4)):
         found = choose(size, Pricer(bucket, attention_shape(recipe), PRESETS["full_mesh"](4), ASSUMED))
@@ -60,7 +60,7 @@ def test_window_layers_have_rows_of_their_own(capsys, recipe_file, no_ranks):
     assert f"512 4 window 64 {choose(4, pricer)[0].seconds * 1e3:.3g} " in text
 
 
-def test_a_named_grid_stands_beside_what_auto_would_take(capsys, recipe_file, no_ranks):
+def test_a_named_grid_is_shown_beside_those_of_auto(capsys, recipe_file, no_ranks):
     text = planned(capsys, recipe_file, *SPREAD, "parallel.cp.schedule=token_ring")
     assert "query=4 (named by the recipe)" in text
     assert "next best" in text
@@ -68,19 +68,19 @@ def test_a_named_grid_stands_beside_what_auto_would_take(capsys, recipe_file, no
 
 def test_heads_are_those_of_a_tensor_parallel_rank(capsys, recipe_file, no_ranks):
     text = planned(capsys, recipe_file, *SPREAD, "parallel.tensor=2")
-    assert "8 ranks, 128 tokens each" in text
+    assert "8 ranks, 128 tokens on each" in text
     assert "2 query heads and 1 kv heads" in text
 
 
-def test_the_topology_is_named_or_said_to_be_assumed(capsys, recipe_file, no_ranks):
+def test_the_topology_is_named_or_assumed(capsys, recipe_file, no_ranks):
     probing = (SPREAD[0], "parallel.cp.topology=probe")
-    assert "topology nvswitch (assumed" in planned(capsys, recipe_file, *probing)
-    assert "topology infiniband (assumed" in planned(capsys, recipe_file, *probing, "--ranks", "16")
-    assert "topology ethernet (--topology)" in planned(capsys, recipe_file, *SPREAD, "--topology", "ethernet")
+    assert "topology: nvswitch (assumed" in planned(capsys, recipe_file, *probing)
+    assert "topology: infiniband (assumed" in planned(capsys, recipe_file, *probing, "--ranks", "16")
+    assert "topology: ethernet (--topology)" in planned(capsys, recipe_file, *SPREAD, "--topology", "ethernet")
 
 
-def test_nothing_spread_is_said(capsys, recipe_file, no_ranks):
-    assert "every bucket fits a rank" in planned(capsys, recipe_file)
+def test_a_run_without_grids_says_so(capsys, recipe_file, no_ranks):
+    assert "every bucket fits one rank" in planned(capsys, recipe_file)
 
 
 def test_the_largest_bucket_is_drawn(capsys, recipe_file, no_ranks, tmp_path):
@@ -94,28 +94,34 @@ def test_the_largest_bucket_is_drawn(capsys, recipe_file, no_ranks, tmp_path):
     [
         (["parallel.cp.schedule=query=2"], "is a grid of 2 ranks, and a bucket is spread over 4"),
         (["model.num_heads=2", "parallel.cp.schedule=ulysses"], "heads = 4 does not divide 2 query heads"),
-        (["--topology", "token_ring"], "--topology 'token_ring' must be one of nvswitch"),
-        (["--ranks", "6"], "a world of 6 ranks cannot hold data.max_bucket_tokens = 512"),
+        (["--topology", "token_ring"], "--topology token_ring: must be one of nvswitch"),
+        (["--ranks", "6"], "world of 6 ranks: cannot hold data.max_bucket_tokens = 512"),
         (["--measure"], "name the picture with --timeline"),
         (["--timeline", "nowhere/plan.png"], "nowhere is not a directory"),
-        (["parallel.tokens_per_rank=512", "--timeline", "plan.png"], "nothing to draw: data.max_bucket_tokens = 512"),
-        (["parallel.tokens_per_rank=512", "--timeline", "plan.png", "--measure"], "no bucket is spread over ranks"),
+        (
+            ["parallel.tokens_per_rank=512", "--timeline", "plan.png"],
+            "nothing to draw, since data.max_bucket_tokens = 512 fits one rank",
+        ),
+        (
+            ["parallel.tokens_per_rank=512", "--timeline", "plan.png", "--measure"],
+            "--measure: every bucket fits one rank",
+        ),
     ],
 )
-def test_what_cannot_be_is_one_clear_line(capsys, recipe_file, no_ranks, arguments, words):
+def test_an_impossible_plan_is_one_error_line(capsys, recipe_file, no_ranks, arguments, words):
     assert cli.main(["plan", str(recipe_file), *SPREAD, *arguments]) == 2
     error = " ".join(capsys.readouterr().err.split())
     assert error.count("error:") == 1
     assert words in error
 
 
-def test_measured_beside_simulated(capfd, recipe_file, tmp_path):
-    """Two ranks of this machine do what the plan says, and the picture is of both."""
+def test_measured_passes_are_drawn_beside_simulated_ones(capfd, recipe_file, tmp_path):
+    """Two ranks of this machine run the planned passes; the picture has both."""
     picture = tmp_path / "measured.png"
     overrides = ["parallel.tokens_per_rank=256", "parallel.cp.topology=full_mesh"]
     assert cli.main(["plan", str(recipe_file), *overrides, "--timeline", str(picture), "--measure"]) == 0
     text = " ".join(capfd.readouterr().out.split())
     assert "forward: measured" in text
     assert "backward: measured" in text
-    assert "simulated on full mesh with tiles as fast" in text
+    assert "simulated on full mesh with tiles of that speed" in text
     assert picture.read_bytes().startswith(b"\x89PNG")

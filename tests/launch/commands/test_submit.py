@@ -1,4 +1,4 @@
-"""Jobs for Slurm without a Slurm: the script, when it starts again, what a fit node is; and the launcher's signals."""
+"""Slurm jobs without Slurm: the script, the requeues, the checks of a node; and the signals of the launcher."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.small_checkpoint import make
+from helpers.small_checkpoint import make_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from longring.launch import cli
@@ -59,13 +59,13 @@ def test_the_job_has_the_recipes_resources(recipe_file):
 
 def test_a_job_that_cannot_run_is_not_submitted(recipe_file):
     recipe = load_recipe(recipe_file, ["parallel.tokens_per_rank=128", "slurm.ranks_per_node=3"])
-    with pytest.raises(ValueError, match="a world of 6 ranks cannot hold"):
+    with pytest.raises(ValueError, match="world of 6 ranks: cannot hold"):
         job_script(recipe, 2)
 
 
 @given(value=st.text(min_size=1, max_size=20))
 def test_no_option_of_sbatch_leaves_its_line(value):
-    """What could end a line, or begin a command, is refused by its name."""
+    """A value that could end a line or begin a command is refused."""
     if set(value) & set(" \t\n\r;'\"`$\\#<>"):
         with pytest.raises(ValueError, match=r"slurm\.partition"):
             SlurmConfig(partition=value)
@@ -85,40 +85,43 @@ def test_sbatch_gets_the_script_and_the_recipe(recipe_file, tmp_path, monkeypatc
     assert capsys.readouterr().out == "Submitted 7\n"
     assert (tmp_path / "words").read_text().split() == [str(run / "job.sbatch"), str(recipe_file), *settings]
     assert (tmp_path / "script").read_text() == job_script(load_recipe(recipe_file, settings), 1)
-    RunDirectory(run).check(load_recipe(recipe_file, settings))  # the run may still begin there
+    RunDirectory(run).check(load_recipe(recipe_file, settings))  # the run may still start there
     sbatch.write_text("#!/bin/bash\necho 'Requested node configuration is not available' >&2; exit 1\n")
     assert cli.main(["submit", str(recipe_file), *settings, "--nodes", "1"]) == 2
-    assert "sbatch refused" in capsys.readouterr().err
+    assert "sbatch: refused" in capsys.readouterr().err
 
 
-def test_a_job_starts_again_while_its_checkpoints_get_on(recipe_file, tmp_path, monkeypatch):
+def test_a_job_starts_again_while_it_makes_progress(recipe_file, tmp_path, monkeypatch):
     recipe = load_recipe(recipe_file, [f"run_directory={tmp_path}/run", "slurm.max_fruitless_starts=2"])
     checkpoints = RunDirectory(recipe.run_directory).checkpoints
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert [requeue(recipe).again for _ in range(3)] == [True, True, False], "a first try and two more"
-    assert "step 0 as the last one saved (slurm.max_fruitless_starts = 2)" in requeue(recipe).why
-    make(checkpoints, 10)
+    assert [requeue(recipe).again for _ in range(3)] == [True, True, False], "a first requeue and one more"
+    assert (
+        "slurm.max_fruitless_starts = 2: 3 starts have ended with step 0 as the last one saved"
+        in requeue(recipe).reason
+    )
+    make_checkpoint(checkpoints, 10)
     assert [requeue(recipe).again for _ in range(2)] == [True, True]
     monkeypatch.setenv("SLURM_JOB_ID", "8")
-    assert requeue(recipe).again, "another job has its own tries"
+    assert requeue(recipe).again, "another job has its own count"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert not requeue(recipe).again
-    make(checkpoints, 20)
+    make_checkpoint(checkpoints, 20)
     verdict = requeue(recipe)
-    assert (verdict.again, verdict.why[-12:]) == (False, "its 20 steps")
+    assert (verdict.again, verdict.reason[-21:]) == (False, ": all 20 steps are done"[-21:])
 
 
-def test_what_is_wrong_with_a_node_is_said_at_once(recipe_file, tmp_path, monkeypatch):
+def test_all_faults_of_a_node_are_in_one_error(recipe_file, tmp_path, monkeypatch):
     fine = ["slurm.cpu=true", f"run_directory={tmp_path}/run"]
     check_node(load_recipe(recipe_file, fine), 2)
     monkeypatch.setenv("SLURMD_NODENAME", "n7")
     (tmp_path / "file").write_text("")
     wrong = [f"run_directory={tmp_path}/file", "slurm.min_free_memory_gb=1e6"]
-    with pytest.raises(ValueError, match="node n7 is not fit") as error:
+    with pytest.raises(ValueError, match="node n7: not fit to train") as error:
         check_node(load_recipe(recipe_file, wrong), 2)
-    for part in (r"0 GPUs for 2 ranks", "2000000.0 wanted (slurm.min_free_memory_gb", "file cannot be written"):
+    for part in (r"0 GPUs for 2 ranks", "2000000.0 needed (slurm.min_free_memory_gb", "file cannot be written"):
         assert part in str(error.value) or (part.startswith("0 GPUs") and "GPU" in str(error.value))
-    with pytest.raises(ValueError, match="wanted for two checkpoints"):
+    with pytest.raises(ValueError, match=r"needed \(slurm.min_free_disk_gb, or two checkpoints\)"):
         check_node(load_recipe(recipe_file, [*fine, "slurm.min_free_disk_gb=1e9"]), 2)
 
 
@@ -133,7 +136,7 @@ def test_ports_that_are_down_are_counted(tmp_path, recipe_file, monkeypatch):
     settings = ["slurm.cpu=true", "slurm.min_free_disk_gb=0", "slurm.min_free_memory_gb=0"]
     settings += [f"run_directory={tmp_path}/run"]
     check_node(load_recipe(recipe_file, settings), 1)
-    with pytest.raises(ValueError, match="2 of 3 InfiniBand or RoCE ports are active, 3 wanted"):
+    with pytest.raises(ValueError, match="2 of 3 InfiniBand or RoCE ports active, 3 needed"):
         check_node(load_recipe(recipe_file, [*settings, "slurm.min_rdma_ports=3"]), 1)
 
 
@@ -154,10 +157,12 @@ def rank_processes(process: subprocess.Popen[str]) -> list[int]:
     ("signal_name", "to_a_rank", "status", "said"),
     [
         ("SIGTERM", False, 75, "saved, and the same command goes on"),
-        ("SIGKILL", True, 137, "was ended by SIGKILL (out of memory, or by hand); the same command goes on"),
+        ("SIGKILL", True, 137, "ended by SIGKILL (out of memory, or sent by hand); the same command continues"),
     ],
 )
-def test_the_launcher_hands_signals_on_and_tells_of_deaths(recipe_file, tmp_path, signal_name, to_a_rank, status, said):
+def test_the_launcher_forwards_signals_and_reports_killed_ranks(
+    recipe_file, tmp_path, signal_name, to_a_rank, status, said
+):
     run, output = tmp_path / "run", tmp_path / "output.txt"
     process = launcher(recipe_file, run, output)
     try:

@@ -1,4 +1,4 @@
-"""`longring topology`: what it starts, prints and writes."""
+"""`longring topology`: the ranks it starts, its tables and its file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from longring.launch import cli
-from longring.launch.commands.topology import tables
+from longring.launch.commands.topology import topology_tables
 from longring.parallel.cp.cost import Speed
 from longring.parallel.cp.fit import Fit
 from longring.parallel.cp.probe import Probe, from_json
@@ -17,7 +17,7 @@ DEMO = str(Path(__file__).parents[3] / "launch" / "recipes" / "demo.toml")
 
 
 def test_two_ranks_of_this_machine(tmp_path, capfd):
-    """Through torchrun, with a recipe's heads."""
+    """The ranks are started by torchrun, with the heads of a recipe."""
     file = tmp_path / "topology.json"
     assert cli.main(["topology", DEMO, "--ranks", "2", "--json", str(file), "model.num_kv_heads=1"]) == 0
     printed = capfd.readouterr().out
@@ -34,7 +34,7 @@ def test_one_rank_has_no_links(arguments, capsys):
     assert "--ranks 2, or more" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_cluster_fits_a_terminal():
+def test_the_tables_of_a_cluster_fit_80_columns():
     inside = Fabric("switch", 450e9, 1e-5)
     across = Fabric("switch", 50e9, 3e-5, ends_per_port=8, full_duplex=False)
     found = Probe(
@@ -46,7 +46,7 @@ def test_a_cluster_fits_a_terminal():
         9.0,
     )
     console = Console(width=80, record=True)
-    for table in tables(found, "32 query and 8 kv heads of 128, bfloat16", "cuda"):
+    for table in topology_tables(found, "32 query and 8 kv heads of 128, bfloat16", "cuda"):
         console.print(table)
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80

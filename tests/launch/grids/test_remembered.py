@@ -1,4 +1,4 @@
-"""Which grid a run takes: for its ranks as they are now, not as they were at an earlier start."""
+"""A start recalls the grids of an earlier start only if it divides attention in the same way."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from longring.launch.config import load_recipe
 from longring.launch.grids.choice import LayerKind
 from longring.launch.grids.decide import decide_grids
-from longring.launch.grids.remembered import recall
+from longring.launch.grids.remembered import recall_grids
 from longring.parallel.cp.grid import CpGrid
 from longring.parallel.mesh import join
 
@@ -17,7 +17,7 @@ KEPT = "heads=2, in_flight=3"
 
 
 def taken(recipe_file, directory: str, settings: list[str]) -> str:
-    """For sequences of 512 tokens, on this rank."""
+    """Return the grid for sequences of 512 tokens on this rank."""
     recipe = load_recipe(recipe_file, [f"run_directory={directory}", "parallel.cp.topology=nvswitch", *settings])
     mesh = join(recipe.parallel, recipe.max_context_parallel)
     return str(decide_grids(recipe, mesh, recipe.data.lengths)[LayerKind(512, None)])
@@ -35,9 +35,7 @@ def taken(recipe_file, directory: str, settings: list[str]) -> str:
     ],
     ids=["alike", "another ZeRO stage", "other ranks", "other heads", "another topology", "wider results"],
 )
-def test_what_an_earlier_start_took_is_taken_again_by_one_divided_alike(
-    on_ranks, recipe_file, tmp_path, settings, size
-):
+def test_grids_are_recalled_by_a_start_with_the_same_division(on_ranks, recipe_file, tmp_path, settings, size):
     first = ["parallel.tokens_per_rank=256"]
     assert KEPT not in on_ranks(SIZE, taken, recipe_file, str(tmp_path), first)
     file = tmp_path / "grids.json"
@@ -50,11 +48,11 @@ def test_what_an_earlier_start_took_is_taken_again_by_one_divided_alike(
     else:
         assert found[0] != KEPT
         assert CpGrid.parse(found[0]).size == size
-        assert len(json.loads(file.read_text())) == 2, "both are kept"
+        assert len(json.loads(file.read_text())) == 2, "both divisions are kept"
 
 
-def test_a_damaged_record_of_grids_is_named(tmp_path):
+def test_a_damaged_file_of_grids_is_reported(tmp_path):
     file = tmp_path / "grids.json"
     file.write_text("{")
-    with pytest.raises(ValueError, match=f"{file} is damaged: .*; remove it"):
-        recall(file, "4 ranks")
+    with pytest.raises(ValueError, match=f"{file}: damaged: .*; remove it"):
+        recall_grids(file, "4 ranks")

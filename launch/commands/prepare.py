@@ -1,0 +1,28 @@
+"""`longring prepare`: documents to tokens, sequences and shards, here or in a Slurm array job."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from ...data.inspect.ledger import print_ledger
+from ...data.prepare.prepare import prepare, prepare_part
+from ..config import Recipe
+from ..settings import parse_part
+
+
+def prepare_recipe(
+    recipe: Recipe, console: Console, *, workers: int, part: str | None, partition: str | None, time: str
+) -> None:
+    """Prepare the data of a recipe and print its ledger.
+
+    With `partition` the work is submitted to Slurm instead. With `part` = "I/N" only that part of the input shards is
+    prepared, for an array job whose last job prepares without a part. Raises ValueError if the data cannot be prepared.
+    """
+    if partition:
+        from ...data.prepare.slurm import submit  # datatrove takes seconds to import
+
+        submit(recipe.data, console, partition=partition, workers=workers, time=time)
+    elif part:
+        prepare_part(recipe.data, console, *parse_part(part), workers=workers)
+    else:
+        print_ledger(prepare(recipe.data, console, workers=workers).ledger, console)

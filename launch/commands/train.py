@@ -1,0 +1,45 @@
+"""`longring train`: check a run, then start its ranks on this node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..config import Recipe
+from ..preflight import preflight
+from ..ranks.node import check_node
+from ..ranks.start import Rendezvous, local_ranks, start_ranks
+
+
+def start_training(
+    recipe: Recipe,
+    settings: Sequence[str],
+    *,
+    ranks: int | None,
+    stop_after: int | None,
+    nodes: int,
+    node: int,
+    rendezvous: str | None,
+    job: str | None,
+    address: str | None,
+    check_this_node: bool,
+) -> int:
+    """Start the ranks of this node; return an exit status.
+
+    `settings` are the arguments from which every rank reads the same recipe: its file and the overrides.
+    `rendezvous`, `job` and `address` join the launchers of several nodes. Raises ValueError, before any rank starts, if
+    recipe, data, run directory or node do not fit.
+    """
+    count = ranks or local_ranks(recipe.train.ranks_per_node)
+    if check_this_node:
+        check_node(recipe, count)
+    preflight(recipe, count * nodes, check_shards=node == 0)
+    meeting = None
+    if nodes > 1 or rendezvous:
+        if not (rendezvous and job and address):
+            raise ValueError(
+                f"--nodes {nodes}: several nodes need --rendezvous, --job and --address too; give them as in "
+                "slurm/train.sbatch"
+            )
+        meeting = Rendezvous(rendezvous, job, nodes, node, address)
+    stop = ["--stop-after", str(stop_after)] if stop_after else []
+    return start_ranks("longring.launch.train", [*settings, *stop], count, meeting)

@@ -1,0 +1,402 @@
+"""The advice of error messages works: after it is carried out, the error is gone.
+
+Advice that takes a whole training run is tried where the run is: a full disk in test_faults.py, damaged checkpoints in
+checkpoint/test_checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from helpers.sandbox import Sandbox
+from helpers.small_checkpoint import make_checkpoint
+from longring.data.files import sha256_of
+from longring.launch import cli, run_directory
+from longring.launch.commands import evaluate as evaluate_command
+from longring.launch.commands import plan as plan_command
+from longring.launch.commands import topology as topology_command
+from longring.launch.commands import train as train_command
+from longring.launch.commands.submit import requeue
+from longring.launch.config import FaultsConfig
+from longring.launch.grids.choice import check_named_grids
+from longring.launch.grids.remembered import recall_grids
+from longring.launch.loss_watch import LossWatch
+from longring.launch.preflight import preflight
+from longring.launch.ranks.node import check_node
+from longring.launch.ranks.rank import as_rank
+from longring.launch.settings import parse_part
+
+
+class Setting(NamedTuple):
+    """Wrong settings, the advice of their error, and the settings that the advice leads to."""
+
+    wrong: tuple[str, ...]
+    advice: str
+    """Regular expression; its groups are the numbers that the message gives."""
+    right: tuple[str, ...]
+    """The settings after the advice; {0} is the first group. "ranks=N" is the number of ranks, 4 if it is not given."""
+
+
+OVER_4 = "parallel.tokens_per_rank=128"
+SIX_HEADS = ("model.hidden_size=96", "model.num_heads=6", "model.num_kv_heads=3")
+SETTINGS = [
+    Setting(("train.stepz=9",), r"did you mean (train\.steps)\?", ("{0}=9",)),
+    Setting(("trian.steps=9",), r"did you mean (train)\?", ("{0}.steps=9",)),
+    Setting(("nonsense=1",), "remove it", ()),
+    Setting(("train.steps",), r"such as (train\.steps=20)", ("{0}",)),
+    Setting(("train.steps.more=1",), "leave out what follows it", ("train.steps=9",)),
+    Setting(("train.steps=9", "train.warmup_steps=9"), "lower it", ("train.steps=9", "train.warmup_steps=8")),
+    Setting(("curriculum.odds=3",), "or numbers", ("curriculum.odds=[3, 2, 1, 1]",)),
+    Setting(("knots.chunk_odds=2",), r"such as (\[1, 2\])", ("knots.chunk_odds={0}",)),
+    Setting(("curriculum.weights=3",), r"such as {name = 1}", ("curriculum.weights={{documents = 1}}",)),
+    Setting(("train.global_batch_tokens=3000",), r"set it to (\d+)", ("train.global_batch_tokens={0}",)),
+    Setting(("parallel.tensor=4",), r"set it to (\d+)", ("parallel.tensor={0}",)),
+    Setting(("parallel.tensor=8", "ranks=8"), r"set it to (\d+)", ("parallel.tensor={0}", "ranks=8")),
+    Setting(
+        ("parallel.tensor=2", "model.ffn_hidden_size=97"),
+        r"set it to (\d+)",
+        ("parallel.tensor={0}", "model.ffn_hidden_size=97"),
+    ),
+    Setting(
+        (*SIX_HEADS, "parallel.tensor=3", "parallel.sequence_parallel=true", "ranks=3"),
+        r"set parallel\.sequence_parallel = (false)",
+        (*SIX_HEADS, "parallel.tensor=3", "parallel.sequence_parallel={0}", "ranks=3"),
+    ),
+    Setting((OVER_4, "ranks=2"), r"start a multiple of (\d+) ranks", (OVER_4, "ranks={0}")),
+    Setting((OVER_4, "ranks=2"), r"or raise (parallel\.tokens_per_rank)", ("{0}=256", "ranks=2")),
+    Setting(("ranks=8",), r"set it to (\d+)", ("train.global_batch_tokens={0}", "ranks=8")),
+    Setting(
+        (OVER_4, "model.num_heads=2", "parallel.cp.schedule=ulysses"),
+        r"set (parallel\.cp\.schedule) = (auto)",
+        (OVER_4, "model.num_heads=2", "{0}={1}"),
+    ),
+    Setting(("slurm.time=tomorrow",), r"look like (\S+) or", ("slurm.time={0}",)),
+    Setting(("slurm.partition='gpu --wrap=x'",), "use no spaces and no quotes", ("slurm.partition=gpu",)),
+    Setting(
+        ("data.source.path=s3://me:secret@host/a",),
+        "put it in the environment instead",
+        ("data.source.path=s3://host/a",),
+    ),
+]
+
+
+def check_settings(sandbox: Sandbox, settings: tuple[str, ...]) -> None:
+    """Raise ValueError unless these settings can train."""
+    ranks = [int(setting.removeprefix("ranks=")) for setting in settings if setting.startswith("ranks=")]
+    recipe = sandbox.load(*(setting for setting in settings if not setting.startswith("ranks=")))
+    recipe.accumulation_steps(ranks[0] if ranks else 4)
+    check_named_grids(recipe)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: f"{' '.join(setting.wrong)}: {setting.advice}")
+def test_advice_about_a_setting(setting, recipe_file, tmp_path, capsys):
+    sandbox = Sandbox(recipe_file, tmp_path, capsys)
+    with pytest.raises(ValueError, match=setting.advice) as error:
+        check_settings(sandbox, setting.wrong)
+    found = re.search(setting.advice, str(error.value))
+    assert found is not None
+    check_settings(sandbox, tuple(word.format(*found.groups()) for word in setting.right))
+
+
+class Case(NamedTuple):
+    """A mistake, and what its error advises."""
+
+    mistake: Callable[[Sandbox], object]
+    attempt: Callable[[Sandbox], object]
+    """Fails with the error after the mistake, and succeeds after the advice."""
+    advice: str
+    """Regular expression."""
+    carry_out: Callable[[Sandbox], object]
+
+
+def command(*arguments: str) -> Callable[[Sandbox], None]:
+    """Return an attempt that runs a command; {recipe}, {run} and {directory} stand for those of the sandbox."""
+
+    def attempt(sandbox: Sandbox) -> None:
+        names = {"recipe": sandbox.recipe, "run": sandbox.run.path, "directory": sandbox.directory}
+        sandbox.capsys.readouterr()
+        if cli.main([argument.format(**names) for argument in arguments]):
+            raise ValueError(" ".join(sandbox.capsys.readouterr().err.split()))
+
+    return attempt
+
+
+def checked(*overrides: str) -> Callable[[Sandbox], object]:
+    """Return an attempt that checks recipe, data, run directory and checkpoints as a start does."""
+    return lambda sandbox: preflight(sandbox.load(*(word.format(directory=sandbox.directory) for word in overrides)), 4)
+
+
+def nothing(_: Sandbox) -> None:
+    pass
+
+
+def other_file(sandbox: Sandbox) -> None:
+    sandbox.run.path.mkdir()
+    (sandbox.run.path / "chapter.tex").write_text("...")
+
+
+def truncated_recipe(sandbox: Sandbox) -> None:
+    sandbox.begin()
+    sandbox.run.recipe_file.write_text(sandbox.run.recipe_file.read_text()[:50])
+
+
+def truncated_grids(sandbox: Sandbox) -> None:
+    sandbox.run.path.mkdir()
+    sandbox.run.grids_file.write_text("{")
+
+
+def data_changed_after_a_checkpoint(sandbox: Sandbox) -> None:
+    manifest = sandbox.data / "manifest.json"
+    sandbox.begin()
+    make_checkpoint(sandbox.run.checkpoints, 5, data=sha256_of(manifest))
+    manifest.write_text(manifest.read_text() + "\n")
+
+
+def restore_data(sandbox: Sandbox) -> None:
+    manifest = sandbox.data / "manifest.json"
+    manifest.write_text(manifest.read_text().removesuffix("\n"))
+
+
+def begun_with_checkpoint(sandbox: Sandbox) -> None:
+    sandbox.begin()
+    make_checkpoint(sandbox.run.checkpoints, 5, data=sha256_of(sandbox.data / "manifest.json"))
+
+
+def requeue_thrice(sandbox: Sandbox) -> None:
+    for _ in range(3):
+        requeue(sandbox.load("slurm.max_fruitless_starts=1"))
+
+
+def requeue_again(sandbox: Sandbox) -> None:
+    verdict = requeue(sandbox.load("slurm.max_fruitless_starts=1"))
+    if not verdict.again:
+        raise ValueError(verdict.reason)
+
+
+def rank_without_torchrun(sandbox: Sandbox) -> None:
+    sandbox.capsys.readouterr()
+    if as_rank(lambda: 0):
+        raise ValueError(" ".join(sandbox.capsys.readouterr().err.split()))
+
+
+def rank_out_of_memory(sandbox: Sandbox) -> None:
+    """The first attempt fails as on a full GPU; the second has the settings of the advice, in the same run."""
+    if not os.environ.get("LESS_MEMORY"):
+        os.environ.update(RANK="0", LOCAL_RANK="0")
+
+        def fail() -> int:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+        assert as_rank(fail) == 2
+        raise ValueError(" ".join(sandbox.capsys.readouterr().err.split()))
+    for settings in (["parallel.tokens_per_rank=256"], ["parallel.zero_stage=3"], ["parallel.tensor=2"]):
+        checked(*settings)(sandbox)
+
+
+def too_many_spikes(_: Sandbox) -> None:
+    if not os.environ.get("SPIKES_ANSWERED"):
+        LossWatch(FaultsConfig(max_rewinds=0)).rewound(7, 9.5, None)
+
+
+def continue_with(*attempts: Callable[[Sandbox], object]) -> Callable[[Sandbox], None]:
+    """Return an advice that consists of other starts, each of which must pass; the first attempt is then over."""
+
+    def carry_out(sandbox: Sandbox) -> None:
+        for attempt in attempts:
+            attempt(sandbox)
+        os.environ["SPIKES_ANSWERED"] = os.environ["LESS_MEMORY"] = "1"
+
+    return carry_out
+
+
+def new_run_directory(sandbox: Sandbox) -> None:
+    sandbox.run = run_directory.RunDirectory(sandbox.directory / "another")
+
+
+def unlink(name: str) -> Callable[[Sandbox], None]:
+    return lambda sandbox: getattr(sandbox.run, name).unlink()
+
+
+def set_environment(name: str, value: str) -> Callable[[Sandbox], None]:
+    return lambda _: os.environ.update({name: value})
+
+
+SLURM = ("slurm.cpu=true", "slurm.min_free_memory_gb=0")
+CASES = {
+    "another recipe: name another run_directory": Case(
+        lambda sandbox: sandbox.begin(),
+        checked("train.learning_rate=0.5"),
+        "train.learning_rate was 0.003 there and is 0.5 now; name another run_directory",
+        new_run_directory,
+    ),
+    "other files: name a new directory": Case(other_file, checked(), "name a new directory", new_run_directory),
+    "a damaged recipe.json: remove it": Case(
+        truncated_recipe, checked(), "remove it, and the next `longring train`", unlink("recipe_file")
+    ),
+    "a damaged grids.json: remove it": Case(
+        truncated_grids, lambda sandbox: recall_grids(sandbox.run.grids_file, ""), "remove it", unlink("grids_file")
+    ),
+    "other data: bring back the old data": Case(
+        data_changed_after_a_checkpoint, checked(), "bring back the old data", restore_data
+    ),
+    "other data: name another run_directory": Case(
+        data_changed_after_a_checkpoint, checked(), "or name another run_directory", new_run_directory
+    ),
+    "not a run directory: train": Case(
+        lambda sandbox: sandbox.run.path.mkdir(),
+        command("checkpoints", "{run}"),
+        "name the directory of a run that `longring train` has started",
+        lambda sandbox: sandbox.begin(),
+    ),
+    "no checkpoint: train first": Case(
+        lambda sandbox: sandbox.begin(),
+        command("evaluate", "{run}"),
+        "train first",
+        lambda sandbox: make_checkpoint(sandbox.run.checkpoints, 5),
+    ),
+    "no torchrun: start with torchrun": Case(
+        nothing, rank_without_torchrun, "start with torchrun", set_environment("RANK", "0")
+    ),
+    "not enough GPU memory: other settings continue the run": Case(
+        begun_with_checkpoint,
+        rank_out_of_memory,
+        "lower parallel.tokens_per_rank, or raise parallel.zero_stage or parallel.tensor, and the same command",
+        continue_with(),
+    ),
+    "too many spikes: leave out more batches, or a new run directory": Case(
+        begun_with_checkpoint,
+        too_many_spikes,
+        "raise faults.spike_skip_steps .* or lower train.learning_rate in a new run_directory",
+        continue_with(
+            checked("faults.spike_skip_steps=5"),
+            checked("train.learning_rate=2e-3", "run_directory={directory}/slower"),
+        ),
+    ),
+    "an unfit node: lower the requirement": Case(
+        nothing,
+        lambda sandbox: check_node(
+            sandbox.load(*SLURM, f"slurm.min_free_disk_gb={os.environ.get('NEEDED_GB', '1e9')}"), 2
+        ),
+        r"\(slurm\.min_free_disk_gb.* lower the requirement",
+        set_environment("NEEDED_GB", "0"),
+    ),
+    "no progress: submit again": Case(
+        requeue_thrice, requeue_again, "then submit again", set_environment("SLURM_JOB_ID", "8")
+    ),
+}
+
+
+@pytest.fixture
+def no_ranks(monkeypatch):
+    """Let a command end where it would start ranks."""
+    for module in (evaluate_command, plan_command, topology_command, train_command):
+        monkeypatch.setattr(module, "start_ranks", lambda *_: 0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_advice_about_a_run(name, recipe_file, tmp_path, capsys, monkeypatch, no_ranks):
+    for variable in ("RANK", "LOCAL_RANK", "NEEDED_GB", "SPIKES_ANSWERED", "LESS_MEMORY"):
+        monkeypatch.setenv(variable, "")  # so that it is restored, and then
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    sandbox, case = Sandbox(recipe_file, tmp_path, capsys), CASES[name]
+    case.mistake(sandbox)
+    with pytest.raises((ValueError, ArithmeticError), match=case.advice):
+        case.attempt(sandbox)
+    case.carry_out(sandbox)
+    case.attempt(sandbox)
+
+
+ARGUMENTS = {
+    "several nodes without a rendezvous": (
+        ["train", "{recipe}", "--nodes", "2", "--ranks", "2", "run_directory={directory}/r"],
+        "need --rendezvous, --job and --address",
+        ["--rendezvous", "n1:29500", "--job", "7-0", "--address", "n1"],
+    ),
+    "nothing to measure into": (
+        ["plan", "{recipe}", OVER_4, "parallel.cp.topology=full_mesh", "--measure"],
+        "name the picture with --timeline",
+        ["--timeline", "{directory}/OUT.png"],
+    ),
+    "no grid to measure": (
+        ["plan", "{recipe}", "--timeline", "{directory}/OUT.png", "--measure"],
+        "lower parallel.tokens_per_rank to measure a grid",
+        [OVER_4, "parallel.cp.topology=full_mesh"],
+    ),
+    "nothing to draw": (
+        ["plan", "{recipe}", "--timeline", "{directory}/OUT.png"],
+        "lower parallel.tokens_per_rank",
+        [OVER_4, "parallel.cp.topology=full_mesh"],
+    ),
+    "an unknown topology": (
+        ["plan", "{recipe}", OVER_4, "--topology", "token_ring"],
+        "must be one of .*full_mesh",
+        ["--topology", "full_mesh"],
+    ),
+    "one rank without links": (["topology", "--ranks", "1"], "with --ranks 2", ["--ranks", "2"]),
+    "no Slurm here": (["submit", "{recipe}", "--nodes", "1", "slurm.ranks_per_node=4"], "with --print", ["--print"]),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_advice_about_arguments(name, recipe_file, tmp_path, capsys, monkeypatch, no_ranks):
+    sandbox = Sandbox(recipe_file, tmp_path, capsys)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    arguments, advice, more = ARGUMENTS[name]
+    with pytest.raises(ValueError, match=advice):
+        command(*arguments)(sandbox)
+    command(*arguments, *more)(sandbox)
+
+
+def test_advice_to_make_the_directory_of_a_picture(recipe_file, tmp_path, capsys):
+    sandbox = Sandbox(recipe_file, tmp_path, capsys)
+    draw = command("plan", "{recipe}", OVER_4, "parallel.cp.topology=full_mesh", "--timeline", "{directory}/new/a.png")
+    with pytest.raises(ValueError, match="is not a directory; make it first"):
+        draw(sandbox)
+    (tmp_path / "new").mkdir()
+    draw(sandbox)
+
+
+def test_advice_to_leave_out_or_to_restore_a_setting(recipe_file, tmp_path, capsys, no_ranks):
+    sandbox = Sandbox(recipe_file, tmp_path, capsys)
+    begun_with_checkpoint(sandbox)
+    with pytest.raises(ValueError, match="only evaluate.* may differ from the run; leave it out"):
+        command("evaluate", "{run}", "train.steps=1")(sandbox)
+    command("evaluate", "{run}")(sandbox)
+    with pytest.raises(ValueError, match="or restore the old value to resume"):
+        checked("train.learning_rate=0.5")(sandbox)
+    assert checked()(sandbox).done == 5
+
+
+def test_advice_about_a_directory_in_use(recipe_file, tmp_path, capsys, monkeypatch):
+    sandbox = Sandbox(recipe_file, tmp_path, capsys)
+    monkeypatch.setattr(run_directory, "_LOCK_WAIT_S", 0)
+    advice = pytest.raises(ValueError, match="end it, or name another run_directory")
+    with sandbox.run.held():
+        with advice:
+            sandbox.run.held().__enter__()
+        with run_directory.RunDirectory(tmp_path / "another").held():
+            pass
+    with sandbox.run.held():
+        pass
+
+
+def test_advice_about_data_without_a_recipe(recipe_file, tmp_path, capsys, monkeypatch):
+    sandbox = Sandbox(recipe_file, tmp_path, capsys)
+    monkeypatch.chdir(tmp_path)
+    assert sandbox.data.is_dir()
+    with pytest.raises(ValueError, match="name a recipe"):
+        command("inspect", "{directory}/data", "train.steps=3")(sandbox)
+    command("inspect", "{recipe}", "train.steps=3", "train.warmup_steps=0")(sandbox)
+
+
+def test_advice_about_a_part():
+    with pytest.raises(ValueError, match="such as 0/8"):
+        parse_part("3/3")
+    assert parse_part("0/8") == (0, 8)
