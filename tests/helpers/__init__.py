@@ -1,1 +1,1 @@
-"""What several tests share: rank processes, error bounds, plain models, faults and small checkpoints."""
+"""Helpers of several tests: rank processes, error bounds, plain models, faults, checkpoints and a sandbox."""

@@ -1,4 +1,4 @@
-"""A process that ends in the middle of its work, without leaving this one."""
+"""A simulated death of the process, as an exception."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 
 
 class Died(BaseException):
-    """Stands for the end of a process; nothing catches it but the clean-up that a real end would not run."""
+    """The simulated end of a process. It is not an Exception, so that only `except BaseException` catches it."""
 
 
 def die_after(steps: int, patch: pytest.MonkeyPatch) -> None:
-    """Raise `Died` after so many of the steps that others see, renames and removals, and at every one from then on."""
+    """Raise `Died` at every rename and removal of a directory after the first `steps` of them."""
     left = steps
 
     def counted(function: Callable) -> Callable:

@@ -1,4 +1,4 @@
-"""The one error measure of the tests."""
+"""The error measure of all tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def relative_rms(got: Tensor, exact: Tensor) -> float:
-    """Root mean square of the error over that of the exact fp64 tensor."""
+    """Return the root mean square of the error over that of the exact fp64 tensor."""
     assert got.shape == exact.shape, f"{tuple(got.shape)} is not {tuple(exact.shape)}"
     scale = exact.double().square().mean().sqrt()
     error = (got.double() - exact.double()).square().mean().sqrt()
@@ -20,7 +20,7 @@ def relative_rms(got: Tensor, exact: Tensor) -> float:
 def assert_as_exact_as(
     got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor], factor: float, what: str = ""
 ):
-    """Each named tensor may err at most `factor` times as much as plain torch in the same dtype on the same input."""
+    """Assert that each tensor errs at most `factor` times as much as plain torch in the same dtype."""
     assert got.keys() == plain.keys() == exact.keys()
     for name in exact:
         error, yardstick = relative_rms(got[name], exact[name]), relative_rms(plain[name], exact[name])
@@ -35,7 +35,7 @@ def with_gradients(
     v: Tensor,
     dout: Tensor,
 ) -> dict[str, Tensor]:
-    """out, dq, dk, dv of an attention function computed in dtype."""
+    """Return out, dq, dk and dv of an attention function computed in `dtype`."""
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in (q, k, v))
     out = attention(q, k, v)
     out.backward(dout.to(dtype))

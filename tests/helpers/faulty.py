@@ -1,7 +1,7 @@
-"""Training runs in which something goes wrong at a chosen place, on processes of their own.
+"""Training runs with planted faults, on processes of their own.
 
-A fork server imports everything once, so that a start costs a second. A fault is told by rank, step and the beginning
-of the operation's name that the watchdog knows; within the writing of a checkpoint, by the number of the chunk.
+A fork server imports everything once, so that a start takes about a second. A fault happens to a rank at a position of
+the watchdog, given by step and the beginning of the operation, or at a chunk that the rank writes in checkpoints.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ DEADLINE_S = 120
 
 
 class Fault(NamedTuple):
-    """What happens to a rank when it comes to a place."""
+    """A fault of one rank at one position."""
 
     rank: int
     action: str
+    """"hang", "pause", "clock", a signal, "remove GLOB", "full FILE" or "times NUMBER"."""
     step: int = 0
     operation: str = ""
     chunk: int = 0
-    """Of everything that this rank writes in checkpoints, counted from 1; 0: the fault is not in writing."""
+    """Chunk of all that the rank writes in checkpoints, from 1; 0: the fault is at a step."""
 
 
 class Started(NamedTuple):
@@ -39,7 +40,7 @@ class Started(NamedTuple):
     output: Path
 
     def wait(self) -> list[int]:
-        """Exit statuses by rank, negative for a signal. Ranks that do not end in time are ended, and fail the test."""
+        """Return the exit statuses by rank, negative for a signal. Ranks that do not end in time fail the test."""
         deadline = time.monotonic() + DEADLINE_S
         for process in self.processes:
             process.join(max(0.1, deadline - time.monotonic()))
@@ -49,7 +50,7 @@ class Started(NamedTuple):
         return [process.exitcode or 0 for process in self.processes]
 
     def end(self) -> None:
-        """Kill what is still there."""
+        """Kill the ranks that still run."""
         for process in self.processes:
             process.kill()
             process.join()
@@ -63,7 +64,7 @@ def start(
     faults: Sequence[Fault] = (),
     stop_after: int | None = None,
 ) -> Started:
-    """Start all ranks of a run; what they print goes to the file `output`."""
+    """Start all ranks of a run; their output goes to the file `output`."""
     context = fork_server()
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -142,18 +143,18 @@ def _act(fault: Fault) -> None:
     elif fault.action.startswith("remove "):
         for file in Path("/").glob(fault.action.removeprefix("remove /")):
             file.unlink()
-    elif fault.action.startswith("full "):  # a file of this name takes no byte: the kernel says that the disk is full
+    elif fault.action.startswith("full "):  # writing to this file fails with the kernel's error of a full disk
         file = Path(fault.action.removeprefix("full "))
         file.parent.mkdir(parents=True, exist_ok=True)
         file.symlink_to("/dev/full")
     elif fault.action == "clock":
         jump, real = 1e9, time.time
         time.time = lambda: real() + jump
-        time.sleep(5)  # so that the watchdog looks at it before the loop moves on
+        time.sleep(5)  # so that the watchdog polls before the loop moves on
 
 
 def _build_with(faults: Sequence[Fault], build: Any) -> Any:
-    """The engine, whose losses are multiplied by a number ("times nan", "times 100") in a fault's step."""
+    """Return a builder of engines whose losses are multiplied by a number, such as "times nan", in a fault's step."""
 
     def spoil(module: Any, inputs: Any, losses: Any) -> Any:
         for fault in faults:

@@ -1,4 +1,4 @@
-"""Attention by its definition, pair by pair visible or not: the oracle, and the yardstick in a given dtype."""
+"""Attention from its definition, with one boolean for each pair: the exact result, and torch's in a given dtype."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def visible_pairs(queries: SeqLayout, keys: SeqLayout, causal: bool = True, window: int | None = None) -> torch.Tensor:
-    """bool `[s_q, s_k]`, by the contract's words: same document, not after the query, fewer than `window` before."""
+    """Return the visible pairs, bool [s_q, s_k]: same document, not after the query, fewer than `window` before it."""
     q_positions = [p for start, stop in queries.runs for p in range(start, stop)]
     k_positions = [p for start, stop in keys.runs for p in range(start, stop)]
 
@@ -30,7 +30,7 @@ def visible_pairs(queries: SeqLayout, keys: SeqLayout, causal: bool = True, wind
 def exact_attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None = None, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """out, lse in fp64, differentiable; a row that sees nothing has out 0 and lse -inf."""
+    """Return out and lse in fp64, differentiable. A row without visible keys has out 0 and lse -inf."""
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
@@ -47,9 +47,11 @@ def exact_attention(
 def torch_attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None = None, softcap: float = 0.0
 ) -> Tensor:
-    """torch's own attention in the inputs' dtype; with a softcap, which it lacks, written out in that dtype."""
+    """Return torch's attention in the dtype of the inputs; with a softcap, which torch lacks, it is written out."""
     sees = visible.any(1)
-    visible = torch.where(sees[:, None], visible, True)  # its softmax of nothing is nan; those rows become 0 below
+    visible = torch.where(
+        sees[:, None], visible, True
+    )  # torch's softmax over no keys is nan; these rows are set to 0 below
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if softcap:
         group = q.shape[1] // k.shape[1]
@@ -63,14 +65,14 @@ def torch_attention(
 
 
 def torch_lse(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
-    """lse `[b, h, s]` in fp32 of scores in the inputs' dtype."""
+    """Return lse [b, h, s] in fp32, of scores in the dtype of the inputs."""
     k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() * q.shape[-1] ** -0.5
     return scores.masked_fill(~visible, -torch.inf).logsumexp(-1)
 
 
 def answers(qkv: list[Tensor], dout: Tensor, visible: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """out, lse, dq, dk, dv as plain torch in the inputs' dtype has them, and exactly."""
+    """Return out, lse, dq, dk and dv twice: of plain torch in the dtype of the inputs, and exact in fp64."""
     found = []
     for dtype, exact in ((qkv[0].dtype, False), (torch.float64, True)):
         q, k, v = (x.detach().to(dtype).requires_grad_() for x in qkv)

@@ -1,4 +1,4 @@
-"""The oracle of whole runs: a Llama-like decoder in plain PyTorch, nothing divided, sharing no code with LongRing."""
+"""A Llama-like decoder in plain PyTorch on one process, which shares no code with LongRing: the reference of runs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 def plain_losses(w: dict[str, Tensor], rows: Tensor, m: ModelConfig, positions: Tensor | None = None) -> Tensor:
-    """Loss of every token [b, L] of whole sequences [b, L + 1], in the dtype of the weights.
+    """Return the loss of every token, [b, L], of whole rows [b, L + 1], in the dtype of the weights.
 
-    RoPE turns by `positions` [b, L], or by 0 ... L - 1.
+    RoPE rotates by `positions` [b, L]; None: 0 to L - 1.
     """
     tokens, targets = rows[:, :-1], rows[:, 1:]
     g, d, length = m.num_heads // m.num_kv_heads, m.head_dim, tokens.shape[1]

@@ -43,7 +43,7 @@ class Setting(NamedTuple):
 
 
 OVER_4 = "parallel.tokens_per_rank=128"
-SIX_HEADS = ("model.hidden_size=96", "model.num_heads=6", "model.num_kv_heads=3")
+SHORT = ("data.min_bucket_tokens=1", "parallel.tensor=2")
 SETTINGS = [
     Setting(("train.stepz=9",), r"did you mean (train\.steps)\?", ("{0}=9",)),
     Setting(("trian.steps=9",), r"did you mean (train)\?", ("{0}.steps=9",)),
@@ -54,7 +54,9 @@ SETTINGS = [
     Setting(("curriculum.odds=3",), "or numbers", ("curriculum.odds=[3, 2, 1, 1]",)),
     Setting(("knots.chunk_odds=2",), r"such as (\[1, 2\])", ("knots.chunk_odds={0}",)),
     Setting(("curriculum.weights=3",), r"such as {name = 1}", ("curriculum.weights={{documents = 1}}",)),
-    Setting(("train.global_batch_tokens=3000",), r"set it to (\d+)", ("train.global_batch_tokens={0}",)),
+    Setting(
+        ("train.global_batch_tokens=3000", "ranks=1"), r"set it to (\d+)", ("train.global_batch_tokens={0}", "ranks=1")
+    ),
     Setting(("parallel.tensor=4",), r"set it to (\d+)", ("parallel.tensor={0}",)),
     Setting(("parallel.tensor=8", "ranks=8"), r"set it to (\d+)", ("parallel.tensor={0}", "ranks=8")),
     Setting(
@@ -63,9 +65,9 @@ SETTINGS = [
         ("parallel.tensor={0}", "model.ffn_hidden_size=97"),
     ),
     Setting(
-        (*SIX_HEADS, "parallel.tensor=3", "parallel.sequence_parallel=true", "ranks=3"),
+        (*SHORT, "parallel.sequence_parallel=true"),
         r"set parallel\.sequence_parallel = (false)",
-        (*SIX_HEADS, "parallel.tensor=3", "parallel.sequence_parallel={0}", "ranks=3"),
+        (*SHORT, "parallel.sequence_parallel={0}"),
     ),
     Setting((OVER_4, "ranks=2"), r"start a multiple of (\d+) ranks", (OVER_4, "ranks={0}")),
     Setting((OVER_4, "ranks=2"), r"or raise (parallel\.tokens_per_rank)", ("{0}=256", "ranks=2")),
@@ -371,7 +373,7 @@ def test_advice_to_leave_out_or_to_restore_a_setting(recipe_file, tmp_path, caps
     command("evaluate", "{run}")(sandbox)
     with pytest.raises(ValueError, match="or restore the old value to resume"):
         checked("train.learning_rate=0.5")(sandbox)
-    assert checked()(sandbox).done == 5
+    assert checked()(sandbox).steps_done == 5
 
 
 def test_advice_about_a_directory_in_use(recipe_file, tmp_path, capsys, monkeypatch):
