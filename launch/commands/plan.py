@@ -52,7 +52,7 @@ def preset_of(recipe: Recipe, world_size: int, named: str | None) -> tuple[str, 
     if recipe.parallel.cp.topology != "probe":
         return recipe.parallel.cp.topology, "parallel.cp.topology"
     assumed = "nvswitch" if world_size <= RANKS_OF_A_NODE else "infiniband"
-    return assumed, "assumed; a run probes its ranks and may choose other grids"
+    return assumed, "assumed; a run probes and may choose other grids"
 
 
 def plan(

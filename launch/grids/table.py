@@ -21,15 +21,16 @@ CAPTION = (
 
 def grids_table(choices: Sequence[GridChoice], title: str | None = None) -> Table:
     """Return a table with one row for the grid of each layer kind and one for each of the next cheapest grids."""
-    columns = ("bucket", "cp", "layers", "ms", "exposed", "GiB held", "MB sent", "grid")
+    columns = ("bucket", "cp", "window", "ms", "exposed", "GiB\nheld", "MB\nsent", "grid")
     table = plain_table(title, *columns, left=["grid"], caption=CAPTION)
     for choice in choices:
-        layers = f"window {choice.kind.window:,}" if choice.kind.window else "full"
+        window = f"{choice.kind.window:,}" if choice.kind.window else "full"
         why = "named by the recipe" if choice.named else f"best of {1 + len(choice.others)}"
         *figures, grid = _figures(choice.taken)
-        table.add_row(f"{choice.kind.sequence_tokens:,}", str(choice.grid.size), layers, *figures, f"{grid} ({why})")
+        table.add_row(f"{choice.kind.sequence_tokens:,}", str(choice.grid.size), window, *figures, f"{grid} ({why})")
         for number, other in enumerate(choice.others[:SHOWN_OTHERS]):
-            table.add_row("", "", "" if number else "next best", *_figures(other), style="dim")
+            *figures, grid = _figures(other)
+            table.add_row("", "", "", *figures, grid if number else f"next best: {grid}", style="dim")
         table.add_section()
     return table
 

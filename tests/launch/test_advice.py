@@ -26,7 +26,7 @@ from longring.launch.config import FaultsConfig
 from longring.launch.grids.choice import check_named_grids
 from longring.launch.grids.remembered import recall_grids
 from longring.launch.loss_watch import LossWatch
-from longring.launch.preflight import preflight
+from longring.launch.preflight import Preflight, preflight
 from longring.launch.ranks.node import check_node
 from longring.launch.ranks.rank import as_rank
 from longring.launch.settings import parse_part
@@ -128,7 +128,7 @@ def command(*arguments: str) -> Callable[[Sandbox], None]:
     return attempt
 
 
-def checked(*overrides: str) -> Callable[[Sandbox], object]:
+def checked(*overrides: str) -> Callable[[Sandbox], Preflight]:
     """Return an attempt that checks recipe, data, run directory and checkpoints as a start does."""
     return lambda sandbox: preflight(sandbox.load(*(word.format(directory=sandbox.directory) for word in overrides)), 4)
 
