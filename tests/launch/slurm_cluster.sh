@@ -1,20 +1,20 @@
 #!/bin/bash
-# A Slurm cluster on this machine, with its own configuration, keys and ports: one controller and N nodes n1, n2, ...
-# Jobs of its partition `urgent` preempt those of `main`, which have a minute to leave.
+# Run a Slurm cluster on this machine, with its own configuration, keys and ports: one controller and N nodes n1, n2, ...
+# Jobs of its partition `urgent` preempt those of `main`, which have a minute to stop.
 #
-#   slurm_cluster.sh up DIR [NODES]       start it; state and logs in DIR; then export SLURM_CONF=DIR/slurm.conf
-#   slurm_cluster.sh fail DIR NODE        end a node as if its machine had lost power: its slurmd and all that runs under it
-#   slurm_cluster.sh mend DIR NODE        start its slurmd again, and wait until it is idle
-#   slurm_cluster.sh down DIR             stop all of it
+#   slurm_cluster.sh up DIR [NODES]       start it, with state and logs in DIR; then export SLURM_CONF=DIR/slurm.conf
+#   slurm_cluster.sh fail DIR NODE        kill a node, its slurmd and all processes under it, as in a power loss
+#   slurm_cluster.sh mend DIR NODE        start its slurmd again and wait until the node is idle
+#   slurm_cluster.sh down DIR             stop the cluster
 #
-# Needs root and Debian's packages slurm-wlm and munge. Nothing of the machine's own Slurm is used or changed.
+# It needs root and Debian's packages slurm-wlm and munge. It neither uses nor changes a Slurm of the machine.
 set -euo pipefail
 
 verb=$1 dir=$(mkdir -p "$2" && cd "$2" && pwd)
 export SLURM_CONF=$dir/slurm.conf
 PATH=$PATH:/usr/sbin
 
-# Ends the processes whose ids are in the files.
+# Ends the processes whose ids are in the given files.
 end() {
   local file
   for file in "$@"; do
@@ -66,7 +66,7 @@ EOF
     echo "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60"
     echo "PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF"
   } >"$SLURM_CONF"
-  # --force: /tmp and the like are writable by all, which munge warns of.
+  # --force: directories such as /tmp are writable by all, which munge would refuse.
   munged --force --key-file="$dir/munge.key" --socket="$dir/munge.socket" --pid-file="$dir/munged.pid" \
     --log-file="$dir/munged.log" --seed-file="$dir/munged.seed" 2>/dev/null
   slurmctld -f "$SLURM_CONF"
@@ -81,7 +81,7 @@ EOF
 fail)
   kill -KILL "$(cat "$dir/slurmd.$3.pid")"
   rm "$dir/slurmd.$3.pid"
-  # What runs there has the node's name and this cluster's configuration in its environment; above it is slurmstepd.
+  # Processes of the node have its name and this cluster's configuration in their environment; their parent is slurmstepd.
   for environ in /proc/[0-9]*/environ; do
     process=${environ#/proc/} process=${process%/environ}
     if grep -qsz "^SLURMD_NODENAME=$3$" "$environ" && grep -qsz "^SLURM_CONF=$SLURM_CONF$" "$environ"; then
@@ -103,7 +103,7 @@ mend)
 down)
   end "$dir/slurmctld.pid"
   for file in "$dir"/slurmd.*.pid; do
-    node=${file##*/slurmd.} # a slurmd that is asked to end waits for its jobs
+    node=${file##*/slurmd.} # slurmd waits for its jobs when it is asked to end
     if [[ -s $file ]]; then "$0" fail "$dir" "${node%.pid}"; fi
   done
   sleep 1

@@ -1,6 +1,6 @@
-"""The same data on any division of the work: twenty steps against plain PyTorch in fp64, one process, no library.
+"""Twenty steps on any division among ranks against plain PyTorch in fp64 on one process.
 
-The oracle shares nothing with LongRing but the initial weights and the rows of each batch.
+The reference shares only the initial weights and the rows of each batch with LongRing.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ DIVISIONS = {
 }
 
 
-# Rests and short documents packed: a sequence of the smallest bucket holds several documents.
+# Rests and short documents are packed: a sequence of the smallest bucket holds several documents.
 PACKED = ["data.rest=pack", "data.max_bucket_tokens=128"]
-# Of two layers the first sees 40 tokens.
+# The first of two layers has an attention window of 40 tokens.
 WINDOWED = ["model.window_tokens=40", "model.full_attention_every=2"]
 
 Batch = list[np.ndarray]
-"""What a step trains: int64 arrays, of which each token but the first is the target of those before it in its array."""
+"""The documents of one step, int64 arrays; each token but the first is the target of those before it."""
 
 
 def initial_weights_and_batches(recipe_file: Path, overrides: list[str]) -> tuple[dict[str, Tensor], list[Batch]]:
@@ -57,7 +57,7 @@ def initial_weights_and_batches(recipe_file: Path, overrides: list[str]) -> tupl
 
 
 def documents(batch: MicroBatch) -> Batch:
-    """The documents of a batch, one by one: each is trained as if it stood alone, at position 0."""
+    """Return the documents of a batch; each is trained as if it stood alone, at position 0."""
     if batch.document_starts is None:
         return list(batch.rows.astype(np.int64))
     edges = [(*starts, batch.length) for starts in batch.document_starts]
@@ -69,13 +69,13 @@ def run_steps(recipe_file: Path, overrides: list[str]) -> None:
 
 
 def plain_run(weights: dict[str, Tensor], batches: list[Batch], recipe: Recipe, dtype) -> dict[str, np.ndarray]:
-    """Twenty steps of AdamW (Loshchilov and Hutter, algorithm 2) with clipping and a cosine, written out."""
+    """Train twenty steps of AdamW (Loshchilov and Hutter, algorithm 2) with clipping and a cosine; return metrics."""
     t = recipe.train
     w = {name: value.to(dtype, copy=True).requires_grad_() for name, value in weights.items()}
     first, second = ({name: torch.zeros_like(v) for name, v in w.items()} for _ in range(2))
     losses, norms = [], []
     for step, batch in enumerate(batches, start=1):
-        # Equal lengths are computed together, for speed alone.
+        # Documents of equal length are computed together, for speed.
         by_length = [np.stack([x for x in batch if len(x) == n]) for n in sorted({len(x) for x in batch})]
         parts = [plain_losses(w, torch.from_numpy(rows), recipe.model).flatten() for rows in by_length]
         loss = torch.cat(parts).mean()
@@ -114,10 +114,10 @@ def oracle_of(on_ranks, recipe_file: Path, overrides: list[str]) -> dict[str, An
     [(weights, batches)] = on_ranks(1, initial_weights_and_batches, recipe_file, overrides)
     recipe = load_recipe(recipe_file, overrides)
     exact = plain_run(weights, batches, recipe, torch.float64)
-    # Plain fp32, with the rows of each batch in three orders: the same sums, rounded differently.
+    # Plain fp32 with the documents of each batch in three orders: equal sums, rounded differently.
     plain = [plain_run(weights, [b[i:] + b[:i] for b in batches], recipe, torch.float32) for i in range(3)]
     rounding = {name: max(relative(run[name], exact[name]).max() for run in plain) for name in exact}
-    assert max(rounding.values()) < 1e-3, "the yardstick is rounding, and no more"
+    assert max(rounding.values()) < 1e-3, "the tolerance is no more than rounding"
     return {"exact": exact, "rounding": rounding, "batches": batches}
 
 
@@ -143,13 +143,13 @@ def test_twenty_steps_equal_plain_pytorch(on_ranks, recipe_file, oracle, divisio
     )
     steps = check(tmp_path / "run", oracle)
     if division == "cp4":
-        assert {step["cp"] for step in steps} >= {1, 4}, "the curriculum uses rings and whole sequences"
+        assert {step["cp"] for step in steps} >= {1, 4}, "some steps have context parallelism, others none"
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("tokens_per_rank", [256, 32])
 def test_packed_documents_are_trained_as_if_alone(on_ranks, packed_recipe_file, tokens_per_rank, tmp_path):
-    """Whole sequences laid end to end on a rank; and all of them over rings, of 2 and 4 ranks."""
+    """With 256 tokens a rank, sequences are laid end to end on one rank; with 32, 2 and 4 ranks share each."""
     oracle = oracle_of(on_ranks, packed_recipe_file, PACKED)
     assert any(len(document) < 64 for batch in oracle["batches"] for document in batch), "some documents are packed"
     overrides = [*PACKED, f"parallel.tokens_per_rank={tokens_per_rank}", f"run_directory={tmp_path}/run"]
@@ -169,7 +169,7 @@ def windowed_oracle(packed_recipe_file, on_ranks) -> dict[str, Any]:
 def test_every_schedule_with_windows_and_recomputation(
     on_ranks, packed_recipe_file, windowed_oracle, schedule, zero_stage, tmp_path
 ):
-    """Packed documents over 2 and 4 ranks, one layer with a window and one without, activations computed again."""
+    """Packed documents over 2 and 4 ranks, one layer with an attention window and one without, and recomputation."""
     overrides = [
         *PACKED,
         *WINDOWED,
@@ -185,7 +185,7 @@ def test_every_schedule_with_windows_and_recomputation(
 
 
 def check(run: Path, oracle: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every step's loss and gradient norm against the oracle's; returns the steps."""
+    """Compare the loss and gradient norm of every step with the reference; return the steps."""
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == list(range(1, 21))
     for name, exact in oracle["exact"].items():

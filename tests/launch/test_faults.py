@@ -1,4 +1,4 @@
-"""Everything that goes wrong ends in a clear message, and the same command goes on from the last good state."""
+"""Every fault ends in a clear message, and the same command continues from the last good state."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from longring.launch.run_directory import RunDirectory
 from rich.console import Console
 from safetensors.torch import load_file
 
-# A named topology: of two runs that probe, each in its own directory, one might take another grid.
+# The topology is named, since two runs that probe may choose different grids.
 SMALL = [
     *("train.steps=12", "train.checkpoint_every_steps=3"),
     *("parallel.tokens_per_rank=256", "parallel.cp.topology=full_mesh"),
@@ -35,7 +35,7 @@ EXACT = ("step", "tokens", "loss", "bucket", "cp", "learning_rate", "grad_norm")
 
 
 class Run:
-    """A run of twelve steps on two ranks, started as often as need be."""
+    """A run of twelve steps on two ranks, which may be started several times."""
 
     def __init__(self, recipe_file: Path, directory: Path, overrides: Sequence[str] = ()) -> None:
         self.path = directory / "run"
@@ -66,7 +66,7 @@ class Run:
         return {step["step"]: step["outcome"] for step in steps if step["outcome"] != "good"}
 
     def saved(self, number: int = 0) -> dict[str, Any]:
-        """Every tensor of the last checkpoint, or of the `number`-th before it, by file."""
+        """Return every tensor of the last checkpoint, or of the `number`-th before it, by file and name."""
         path = complete_checkpoints(self.path / "checkpoints")[number]
         return {
             f"{file.name}/{key}": tensor
@@ -77,7 +77,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def whole(recipe_file, tmp_path_factory) -> Run:
-    """The run to which nothing happens."""
+    """A run without faults."""
     run = Run(recipe_file, tmp_path_factory.mktemp("whole"))
     assert run.start() == [0, 0]
     return run
@@ -99,8 +99,8 @@ def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", by_lane(["SIGTERM", "SIGUSR1"], quick=["SIGTERM"]))
-def test_a_signal_to_one_rank_stops_all_at_the_same_edge(run, whole, name):
-    """The one rank gets it in the middle of a step; both save after that step, which is no multiple of three."""
+def test_a_signal_to_one_rank_stops_all_ranks_after_the_same_step(run, whole, name):
+    """One rank gets the signal within a step; both save after this step, which is not a multiple of three."""
     assert run.start(Fault(1, name, step=5, operation="forward")) == [GO_ON_LATER] * 2
     assert complete_checkpoints(run.path / "checkpoints")[0].name == "step-00000005"
     assert "saved, and the same command goes on" in run.said
@@ -133,7 +133,7 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(run, whole, fau
 
 @pytest.mark.full
 @pytest.mark.parametrize("action", ["hang", "SIGSTOP"])
-def test_a_hang_is_named_and_ended(run, whole, action):
+def test_a_hang_is_reported_and_ended(run, whole, action):
     fault = Fault(1, action, step=5, operation="reading micro-batch 1")
     run_it = start(2, run._recipe_file, [*run.overrides, "faults.hang_minutes=0.05"], run.output, [fault])
     run_it.processes[0].join(60)
@@ -188,7 +188,7 @@ def test_too_many_such_steps_stop_the_run_on_all_ranks(run, whole):
     assert run.said.count("error:") == 1
     assert "error: faults.max_nonfinite_steps = 3: 3 consecutive steps had gradients that are not finite" in run.said
     assert "the last of them step 7" in run.said
-    # The checkpoint of step 6 counts two of them as done: what is skipped is not trained later.
+    # In the checkpoint of step 6 two of them are done: skipped steps are not trained later.
     assert run.start() == [0, 0]
     assert run.outcomes == {5: "non-finite", 6: "non-finite"}
 
@@ -199,7 +199,7 @@ SPIKE_AT_8 = [Fault(rank, "times 3", step=8) for rank in (0, 1)]
 
 @pytest.fixture(scope="module")
 def rewound(recipe_file, tmp_path_factory) -> Run:
-    """Step 8's loss is high whenever it is trained: back to step 6, and on without 7 and 8."""
+    """A run whose loss at step 8 is always a spike: it returns to step 6 and continues without steps 7 and 8."""
     run = Run(recipe_file, tmp_path_factory.mktemp("rewound"), SPIKES)
     assert run.start(*SPIKE_AT_8) == [0, 0]
     return run
@@ -207,8 +207,8 @@ def rewound(recipe_file, tmp_path_factory) -> Run:
 
 @pytest.mark.full
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_going_back_brings_back_all_weights(recipe_file, tmp_path, rewound, stage):
-    """In the middle of a run, where ZeRO 3 has small weights gathered: the losses of ZeRO 1, to rounding."""
+def test_a_rewind_restores_all_weights(recipe_file, tmp_path, rewound, stage):
+    """Under each ZeRO stage, in the middle of a run, the losses equal those of ZeRO 1 up to rounding."""
     run = Run(recipe_file, tmp_path, [*SPIKES, f"parallel.zero_stage={stage}"])
     assert run.start(*SPIKE_AT_8) == [0, 0]
     ours, theirs = ([step["loss"] for step in read_metrics(r.path / "metrics.jsonl")] for r in (run, rewound))
@@ -241,7 +241,7 @@ def test_a_spike_is_undone_and_its_batches_left_out(rewound, whole):
     assert state.skipped == (7, 8)
     assert state.updates == 10
     last = [step["loss"] for step in read_metrics(run.path / "metrics.jsonl")][-4:]
-    assert list(state.recent_losses) == last, "a start after this one tells a spike by the same losses"
+    assert list(state.recent_losses) == last, "the next start detects a spike from the same losses"
 
 
 @pytest.mark.full
@@ -250,13 +250,13 @@ def test_a_spike_before_the_first_checkpoint_and_too_many_of_them(recipe_file, t
     run = Run(recipe_file, tmp_path, [*settings, "train.checkpoint_every_steps=20"])
     faults = [Fault(rank, "times 3", step=step) for rank in (0, 1) for step in (3, 6)]
     assert run.start(*faults) == [2, 2]
-    assert run.outcomes == {3: "spike", 6: "spike"}, "there was nothing to go back to"
+    assert run.outcomes == {3: "spike", 6: "spike"}, "there was no checkpoint to return to"
     assert "error: faults.max_rewinds = 1: step 6 with loss" in run.said
 
 
 @pytest.mark.full
-def test_what_is_saved_while_training_goes_on_is_the_steps_own(run, whole):
-    """Rank 1's disk now and then takes a second, in which training goes on and rank 0 has long written its part."""
+def test_a_checkpoint_written_during_training_has_the_state_of_its_step(run, whole):
+    """The disk of rank 1 sometimes takes a second, in which training continues and rank 0 has written its file."""
     pauses = [Fault(1, "pause", chunk=chunk) for chunk in range(5, 400, 40)]
     assert run.start(*pauses) == [0, 0]
     assert not (run.path / "events.jsonl").exists()
@@ -266,8 +266,8 @@ def test_what_is_saved_while_training_goes_on_is_the_steps_own(run, whole):
 
 
 @pytest.mark.full
-def test_a_full_disk_is_told_and_tried_again(run, whole):
-    """The kernel's own error: rank 1's files of steps 3 and 9 are /dev/full. Two failures, but not in a row."""
+def test_a_full_disk_is_reported_and_the_next_save_is_tried(run, whole):
+    """The files of rank 1 at steps 3 and 9 are /dev/full: two failed saves, but not consecutive ones."""
     partials = [run.path / "checkpoints" / f"step-0000000{step}.partial" for step in (3, 9)]
     started = start(2, run._recipe_file, run.overrides, run.output, (), stop_after=1)
     assert started.wait() == [0, 0]
@@ -288,12 +288,12 @@ def test_a_disk_that_stays_full_stops_the_run(run, whole):
     statuses = run.start(*lay_trap(partial, 5), overrides=["faults.max_failed_saves=1"])
     assert statuses == [74, 74]
     assert "faults.max_failed_saves = 1: step 6 could not be saved, nor the 0 saves before it" in run.said
-    assert run.said.count("warning: ") == 1, "of the rank that could not"
+    assert run.said.count("warning: ") == 1, "only the rank that failed warns"
     assert run.start() == [0, 0]
     assert_same(run, whole)
 
 
-def test_records_that_cannot_be_written_are_told_with_their_place(tmp_path):
+def test_metrics_that_cannot_be_written_are_reported_with_their_directory(tmp_path):
     writer = MetricsWriter(RunDirectory(tmp_path), 0, 10, Console(quiet=True))
     writer._file = Path("/dev/full").open("w")  # noqa: SIM115 (closing it would raise again)
     zeros = {field.name: 0 for field in fields(StepMetrics)} | {"step": 7, "outcome": "good"}
@@ -302,7 +302,7 @@ def test_records_that_cannot_be_written_are_told_with_their_place(tmp_path):
 
 
 def lay_trap(partial: Path, step: int) -> list[Fault]:
-    """Laid while the run goes, since a start clears what is there."""
+    """Return a fault that fills the disk during the run, since a start deletes leftovers."""
     return [Fault(1, f"full {partial}/rank-00001.safetensors", step=step, operation="agreeing")]
 
 
@@ -330,7 +330,7 @@ def test_a_clock_that_jumps_changes_nothing(run, whole):
 
 
 @pytest.mark.full
-def test_a_damaged_checkpoint_is_told_and_the_run_goes_on_from_the_one_before(run, whole):
+def test_after_a_damaged_checkpoint_the_run_continues_from_the_one_before(run, whole):
     assert start(2, run._recipe_file, run.overrides, run.output, (), stop_after=8).wait() == [0, 0]
     file = run.path / "checkpoints" / "step-00000008" / "rank-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-8] + b"\0" * 8)
@@ -342,7 +342,7 @@ def test_a_damaged_checkpoint_is_told_and_the_run_goes_on_from_the_one_before(ru
     assert_same(run, whole)
 
 
-def test_the_watchdog_tells_who_is_behind():
+def test_the_watchdog_names_the_rank_that_is_behind():
     at = {rank: Position(40, 7, "agreeing with the other ranks") for rank in range(12)}
     assert "all ranks are at step 7, agreeing with the other ranks" in diagnosis(at, 600)
     behind = {**at, 3: Position(38, 7, "reading micro-batch 0 of bucket 64")}
@@ -359,7 +359,7 @@ def test_the_watchdog_tells_who_is_behind():
     window=st.integers(2, 10),
     deviations=st.floats(0.5, 10),
 )
-def test_a_spike_is_told_by_the_window_before_it(losses, window, deviations):
+def test_a_spike_is_detected_from_the_losses_before_it(losses, window, deviations):
     config = FaultsConfig(spike_deviations=deviations, spike_window_steps=window)
     watch = LossWatch(config)
     for number, loss in enumerate(losses):
@@ -375,7 +375,7 @@ def test_a_spike_is_told_by_the_window_before_it(losses, window, deviations):
         assert watch.recent == (before if outcome == "spike" else (*before[1:], loss))
 
 
-def test_after_going_back_a_spike_is_told_by_the_losses_before_it():
+def test_after_a_rewind_spikes_are_detected_from_the_saved_losses():
     watch = LossWatch(FaultsConfig(spike_window_steps=2), (9.0, 8.0))
     watch.rewound(7, 99.0, replace(STATE, recent_losses=(3.0, 2.5)))
     assert watch.recent == (3.0, 2.5)

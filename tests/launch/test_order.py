@@ -1,4 +1,4 @@
-"""A run on ordered data, tied in knots: prepare, order, train and evaluate, against plain PyTorch in fp64."""
+"""A run on ordered data with knots (prepare, order, train, evaluate) against plain PyTorch in fp64."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ DIVISIONS = {
 
 @pytest.fixture(scope="session")
 def ordered(recipe_file) -> tuple[Path, list[str]]:
-    """The recipe, and the settings of a run on its documents, prepared and ordered."""
+    """The recipe, and the overrides of a run on its ordered data."""
     folder = recipe_file.parent
     overrides = [*SETTINGS, f"data.directory={folder}/whole", f"order.directory={folder}/ordered"]
     recipe = load_recipe(recipe_file, overrides)
@@ -73,7 +73,7 @@ def run(recipe_file: Path, overrides: list[str]) -> None:
 
 
 def first_step(recipe_file: Path, overrides: list[str]) -> tuple[dict, np.ndarray, np.ndarray]:
-    """Initial weights; the rows and trained targets of the first batch."""
+    """Return the initial weights, and the rows and trained targets of the first batch."""
     recipe = load_recipe(recipe_file, overrides)
     mesh = join(recipe.parallel, 1)
     planned = preflight(recipe, 1)
@@ -110,7 +110,7 @@ def test_the_loss_is_the_mean_of_trained_targets_on_any_division(on_ranks, order
     assert all(0 < step["targets"] < 2048 for step in steps)
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
 
-    # Held-out sequences tied as the evaluation ties them, on the run's own weights.
+    # The same held-out sequences, with the same knots, on the weights of the run.
     saved = read_whole(tmp_path / "run/checkpoints/step-00000005")
     weights = {name: torch.from_numpy(saved[f"{name}/weight"]).double() for name in weights}
     manifest = open_prepared(recipe.training_directory)
@@ -132,7 +132,7 @@ def test_the_loss_is_the_mean_of_trained_targets_on_any_division(on_ranks, order
 
 
 def masked_and_reset(recipe_file: Path, overrides: list[str]) -> tuple[np.ndarray, np.ndarray, int]:
-    """Losses of packed rows under document masks; of each document alone, at positions from 0; most documents a row."""
+    """Return losses of packed rows under document masks, of each document alone, and the most documents in a row."""
     recipe = load_recipe(recipe_file, overrides)
     mesh = join(recipe.parallel, 1)
     manifest = open_prepared(recipe.training_directory)
@@ -153,7 +153,7 @@ def masked_and_reset(recipe_file: Path, overrides: list[str]) -> tuple[np.ndarra
 
 
 def test_masked_documents_are_trained_at_positions_of_their_own(on_ranks, ordered):
-    """With document_masks a context's documents stand as if each began at position 0: RoPE sees distances only."""
+    """With document masks each document is trained as if it began at position 0: RoPE depends on distances only."""
     recipe_file, overrides = ordered
     folder = recipe_file.parent
     overrides = [
@@ -170,7 +170,7 @@ def test_masked_documents_are_trained_at_positions_of_their_own(on_ranks, ordere
 
 
 def with_resets(recipe_file: Path, overrides: list[str]) -> dict[str, Any]:
-    """What this rank computes of a row with several documents, by a model whose losses depend on positions."""
+    """Return the losses of this rank for rows of several documents, by a model whose losses depend on positions."""
     recipe = load_recipe(recipe_file, overrides)
     manifest = open_prepared(recipe.training_directory)
     [bucket] = manifest.buckets("train")
@@ -193,7 +193,7 @@ def with_resets(recipe_file: Path, overrides: list[str]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("division", by_lane(["dp1", "cp4"], quick=["cp4"]))
 def test_positions_count_from_each_document(on_ranks, ordered, division, tmp_path):
-    """Without masks: attention sees the whole context, RoPE turns by the place in the document."""
+    """Without masks attention sees the whole context, and RoPE rotates by the position in the document."""
     recipe_file, overrides = ordered
     resets = ["order.position_resets=true", f"order.directory={recipe_file.parent}/resets"]
     overrides = [*overrides, *resets, f"run_directory={tmp_path}"]
@@ -201,10 +201,12 @@ def test_positions_count_from_each_document(on_ranks, ordered, division, tmp_pat
     order(recipe.data, recipe.order, Console(quiet=True), workers=1)
     found = on_ranks(1 if division == "dp1" else 4, with_resets, recipe_file, [*overrides, *DIVISIONS[division]])
     weights, rows, starts = (found[0][key] for key in ("weights", "rows", "starts"))
-    places_ = [[place - max(start for start in at if start <= place) for place in range(512)] for at in starts]
+    in_document = [[p - max(start for start in at if start <= p) for p in range(512)] for at in starts]
     whole_rows = torch.from_numpy(rows.astype(np.int64))
-    expected = plain_losses(weights, whole_rows, recipe.model, torch.tensor(places_)).numpy()
-    assert np.abs(plain_losses(weights, whole_rows, recipe.model).numpy() - expected).max() > 0.1, "they matter"
+    expected = plain_losses(weights, whole_rows, recipe.model, torch.tensor(in_document)).numpy()
+    assert np.abs(plain_losses(weights, whole_rows, recipe.model).numpy() - expected).max() > 0.1, (
+        "resets change the losses"
+    )
     for rank in found:
         np.testing.assert_allclose(rank["losses"], expected[:, rank["at"]], atol=1e-3)
 

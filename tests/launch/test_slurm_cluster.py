@@ -1,4 +1,4 @@
-"""A real Slurm cluster of two nodes on this machine: a job is told to leave, comes back, loses a node, and finishes."""
+"""A job on a Slurm cluster of two nodes on this machine: it is stopped, requeued, preempted, loses a node, and ends."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EXACT = ("step", "tokens", "loss", "bucket", "cp", "learning_rate", "grad_norm")
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch) -> Iterator[Callable[..., None]]:
-    """`cluster("fail", "n2")` and `cluster("mend", "n2")`; Slurm's own commands find it by SLURM_CONF."""
+    """A running cluster, as a function: `cluster("fail", "n2")` and `cluster("mend", "n2")`."""
     directory = tmp_path / "slurm"
 
     def call(verb: str, *arguments: str) -> None:
@@ -103,7 +103,7 @@ def test_a_job_is_told_to_leave_is_preempted_loses_a_node_and_ends_like_one_that
     until("20 more steps", lambda: steps_of(run)[-1] >= preempted + 20, output)
     cluster("fail", "n2")
     failed = steps_of(run)[-1]
-    assert failed < 150, "the node failed while the job was at work"
+    assert failed < 150, "the node failed during the job"
     until("the node's loss noticed", lambda: bool(shell("squeue", "-h", "-t", "PD").strip()), output)
     cluster("mend", "n2")
     until("the end", lambda: steps_of(run)[-1:] == [150] and not shell("squeue", "-h").strip(), output, 240)
@@ -113,7 +113,7 @@ def test_a_job_is_told_to_leave_is_preempted_loses_a_node_and_ends_like_one_that
     assert [start["world_size"] for start in starts] == [2] * 4
     assert [start["from_step"] for start in starts[:3]] == [0, stopped, preempted], "what the signals saved"
     assert 0 <= failed - starts[3]["from_step"] <= 12, "what the last checkpoint had"
-    assert re.search(r"STEP \S+ ON n1 CANCELLED", output.read_text()), "Slurm's own word of preemption"
+    assert re.search(r"STEP \S+ ON n1 CANCELLED", output.read_text()), "Slurm reports the preemption"
     whole = tmp_path / "whole"
     said = tmp_path / "whole.txt"
     assert start(2, recipe_file, [*common, f"run_directory={whole}"], said).wait() == [0, 0], said.read_text()
@@ -121,7 +121,7 @@ def test_a_job_is_told_to_leave_is_preempted_loses_a_node_and_ends_like_one_that
     assert ours == theirs
 
 
-def test_a_job_with_a_wrong_recipe_ends_once_and_says_why(cluster, recipe_file, tmp_path, monkeypatch):
+def test_a_job_with_a_wrong_recipe_ends_with_the_error_and_is_not_requeued(cluster, recipe_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LONGRING_RANKS_PER_NODE", "1")
     script = Path(cli.__file__).parents[1] / "slurm" / "train.sbatch"
