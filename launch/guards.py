@@ -90,6 +90,7 @@ def check_attention(
                 f"{stop - 1}; {_ADVICE}"
             )
 
+    # Losses and gradients over the group against those of one rank that holds the whole sequence.
     share = losses(tokens, mine, attention)
     share.sum().backward()
     gradient = _gradient(model)

@@ -104,6 +104,7 @@ class MetricsWriter:
                 "same command continues from the last checkpoint"
             ) from error
         self._seconds += metrics.step_ms / 1e3
+        # Mean over the steps of this start; earlier starts may have run on other ranks.
         left = (self._total_steps - metrics.step) * self._seconds / (metrics.step - self._first_step + 1)
         line = (
             f"loss {metrics.loss:.3f}  {metrics.tokens_per_s:,.0f} tok/s  bucket {metrics.bucket}  cp {metrics.cp}  "

@@ -33,6 +33,7 @@ def draw_run(run: RunDirectory, evaluation: dict[str, Any] | None) -> None:
         2, 1, sharex=True, figsize=(10, 6.5), height_ratios=(3, 1.4), layout="constrained"
     )
     colours = dict(zip(sorted(set(degree)), plt.cm.viridis(np.linspace(0.1, 0.85, len(set(degree)))), strict=True))
+    # One colour for each context-parallel degree, over a grey line of all steps.
     above.plot(tokens, loss, color="0.8", linewidth=1, zorder=1)
     for cp, colour in colours.items():
         chosen = degree == cp

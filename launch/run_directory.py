@@ -126,6 +126,7 @@ class RunDirectory:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with self.lock_file.open("a+") as file:
+            # A process that has been told to stop holds the lock until its last save is done.
             for left_s in range(_LOCK_WAIT_S, -1, -1):
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

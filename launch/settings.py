@@ -19,7 +19,7 @@ def from_tree(kind: type[T], tree: Mapping[str, Any], *, prefix: str = "", sourc
     `prefix` precedes keys in messages and `source` names where the tables are from. Raises ValueError for an unknown
     key, a missing key or a value of another type.
     """
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind)  # annotations are strings here
     known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     for key in tree:
         if key not in known:
@@ -57,6 +57,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
     Raises ValueError for any other type, and for an address with a password.
     """
+    # A union is a name or a tuple of numbers: "grow_p2" or [4, 2, 1].
     if get_origin(hint) in (Union, UnionType):
         name, numbers = get_args(hint)
         if isinstance(value, list | tuple):
@@ -72,6 +73,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if value not in get_args(hint) or isinstance(value, bool):
             raise ValueError(f"{path} = {value!r}: must be one of {', '.join(map(repr, get_args(hint)))}")
         return value
+    # bool is a subclass of int, but true is not a number here.
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, str) and re.search(r"://[^/\s]*:[^/\s]*@", value):

@@ -121,7 +121,7 @@ def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
     try:
         content = json.loads(file.read_text())
         claimed = content.pop("sha256")
-        if claimed != sha256_of_json(content):
+        if claimed != sha256_of_json(content):  # checked before the content is used
             raise ValueError(f"its SHA-256 is {sha256_of_json(content)[:16]}..., not {claimed[:16]}...")
         if (version := content.pop("format")) != FORMAT:
             raise ValueError(f"it has format {version}, and this version of LongRing reads format {FORMAT}")

@@ -52,7 +52,7 @@ def load_last_good(
         listed = complete_checkpoints(directory), sorted(directory.glob(f"step-*{DAMAGED}"))
     found, aside = _from_rank_0(listed)
     damaged: list[str] = []
-    for path in found:
+    for path in found:  # latest first
         wrong = _find_damage_on_all_ranks(path, mesh)
         if not wrong:
             manifest = read_checkpoint_manifest(path)
@@ -139,6 +139,7 @@ class _Reader:
         rows, columns = _indices(parameter.shape, parameter.cut, tensor_rank, tensor_size)
         # The fragment lies in rows [first, last) of this rank's slice; it may begin and end within a row.
         first, last = fragment.start // len(columns), -(-(fragment.start + fragment.numel) // len(columns))
+        # The mesh that saved may have cut the parameter along another dim, or into another number of slices.
         saved_cut, saved_size = entry.cut and Cut(*entry.cut), self._manifest.state.tensor
         inside = fragment.start - first * len(columns)
         for kind, view in fragment.tensors.items():

@@ -125,7 +125,7 @@ class Saver:
         All ranks pass the same two sums. Raises CommonError after `max_failed` consecutive failed saves.
         """
         if self._save is None or num_written + num_failed < self._mesh.world_size:
-            return
+            return  # some rank still writes
         (partial, manifest, writing), self._save = self._save, None
         if num_failed:
             if (error := writing.exception()) is not None:
@@ -140,6 +140,7 @@ class Saver:
     def finish(self) -> bool:
         """Wait for the save in flight; return whether it succeeded, True if there was none. Collective."""
         failed_before = self._num_failed
+        # First every rank's own file, then rank 0's manifest and rename: each has one sum over the ranks.
         if self._save is not None:
             failed = self._save.writing.exception() is not None  # waits
             votes = torch.tensor([int(not failed), int(failed)], device=self._mesh.device)
@@ -202,6 +203,7 @@ class Saver:
 
     def _publish(self, partial: Path, manifest: CheckpointManifest) -> None:
         for rank in range(self._mesh.world_size):
+            # The file describes itself, so that no rank has to send its ranges to rank 0.
             part = partial / f"rank-{rank:05d}.json"
             manifest.files[f"rank-{rank:05d}.safetensors"] = FileEntry(**json.loads(part.read_text()))
             part.unlink()
@@ -238,7 +240,7 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor], progress: Calla
 
         put(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():
-            view = tensor.view(-1).numpy().data.cast("B")
+            view = tensor.view(-1).numpy().data.cast("B")  # bytes, without a copy
             for start in range(0, len(view), _CHUNK_BYTES):
                 put(view[start : start + _CHUNK_BYTES])
         stream.flush()

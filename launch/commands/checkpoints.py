@@ -38,6 +38,7 @@ def list_checkpoints(
     found = sorted(complete_checkpoints(directory))
     for path in track(found, "verifying", console=console, transient=True) if verify else found:
         step, saved = checkpoint_step(path) or 0, datetime.fromtimestamp(path.stat().st_mtime)
+        # Step and time are known even if the manifest is damaged.
         row = [f"{step:,}", "", saved.isoformat(" ", timespec="minutes"), "", ""]
         try:
             manifest = read_checkpoint_manifest(path)

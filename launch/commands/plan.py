@@ -157,6 +157,7 @@ def measure_passes(recipe: Recipe, grid: CpGrid, num_tokens: int, visibility: Vi
         for heads in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads, shape.num_heads)
     )
 
+    # Ranks start each pass together, so that times of different ranks share an origin.
     def recorder(direction: Pass) -> Recorded:
         dist.barrier()
         return Recorded(group, spec.plan(direction, group.rank)[1], traded=grid.heads > 1, origin_s=time.perf_counter())
@@ -184,6 +185,7 @@ def measured_speed(panels: Sequence[Panel], shape: AttentionShape, num_tokens: i
         layouts = [zigzag(num_tokens, rank, grid.size) for rank in range(grid.size)]
         shares = Schedule(grid, layouts, visibility, panel.direction).shares
         tiles = [event for event in panel.events if isinstance(event.what, Tile)]
+        # The tiles at unit speed take as many seconds as they have FLOPs.
         owners = [(e.what.query_owner, e.what.key_owner) for e in tiles if isinstance(e.what, Tile)]
         queries, keys = torch.tensor(owners).T.numpy()
         at_one = Speed(1.0, 1.0).seconds(

@@ -104,6 +104,7 @@ def requeue(recipe: Recipe) -> Verdict:
     run.path.mkdir(parents=True, exist_ok=True)
     with run.requeues_file.open("a") as file:
         file.write(json.dumps(entry) + "\n")
+    # Consecutive entries of this job, from the latest back, with the same step brought no new checkpoint.
     entries = [_parsed(line) for line in run.requeues_file.read_text().splitlines()]
     job = [old["step"] for old in entries if old.get("job") == entry["job"]]
     fruitless = next((number for number, old in enumerate(reversed(job)) if old != step), len(job))

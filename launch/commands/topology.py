@@ -78,6 +78,7 @@ def topology_tables(found: Probe, tile: str, device: str) -> list[Table]:
     summary.add_row("nodes", f"{found.num_nodes:,}")
     summary.add_row("ranks on a node", f"{topology.ranks_per_node:,} on {device}")
     for side, fabric in (("inside a node", topology.inside), ("across nodes", topology.across)):
+        # One node has no links across nodes, and one rank on a node none inside it.
         if fabric is not None and (side == "across nodes" or topology.ranks_per_node > 1):
             summary.add_row(side, _name(fabric))
             summary.add_row("  a link and direction", f"{fabric.bytes_per_s / 1e9:.3g} GB/s")

@@ -42,13 +42,14 @@ def decide_grids(
         shared = [(known, None if all(kind in known for kind in open_kinds) else topology_name(recipe))]
     dist.broadcast_object_list(shared)
     taken, priced_on = shared[0]
-    if priced_on is not None:
+    if priced_on is not None:  # the same on every rank
         if priced_on == "probe":
             topology, speed = measured_topology(recipe, mesh)
         else:
             topology, speed = named_topology(priced_on, recipe, mesh.world_size)
         if mesh.rank == 0:
             choices = choose_grids(recipe, lengths, topology, speed)
+            # Grids of an earlier start stay: only new layer kinds get a grid now.
             taken = {choice.kind: choice.grid for choice in choices} | taken
             for choice in choices:
                 prices = "; ".join(
@@ -78,6 +79,7 @@ def check_agreement(recipe: Recipe, lengths: Sequence[int], grids: Mapping[Layer
         if degree == 1:
             mine.append(f"{length} tokens on one rank")
             continue
+        # The layouts are hashed: as text they would be long, and equal hashes mean equal layouts.
         layouts = repr([zigzag(length, rank, degree).runs for rank in range(degree)]).encode()
         taken = {kind.window: str(grid or "auto") for kind, grid in grids.items() if kind.sequence_tokens == length}
         mine.append(

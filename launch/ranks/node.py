@@ -45,6 +45,7 @@ def check_node(recipe: Recipe, ranks: int) -> None:
         if (seen := torch.cuda.device_count()) < ranks:
             wrong.append(f"{seen} GPUs for {ranks} ranks (slurm.ranks_per_node, slurm.cpu)")
         for device in range(min(seen, ranks)):
+            # A small product finds GPUs that are present but fail or compute wrongly.
             try:
                 ones = torch.ones(256, 256, device=f"cuda:{device}")
                 if not math.isclose(float((ones @ ones).sum()), 256.0**3):
@@ -56,6 +57,7 @@ def check_node(recipe: Recipe, ranks: int) -> None:
         wrong.append(f"{free / 1e9:.1f} GB of memory free, {needed / 1e9:.1f} needed (slurm.min_free_memory_gb a rank)")
     run = RunDirectory(recipe.run_directory)
     found = last_good_checkpoint(run.checkpoints)
+    # Room for two checkpoints: the next one is written before the oldest is deleted.
     disk = max(recipe.slurm.min_free_disk_gb * 1e9, 2 * found[1].num_bytes if found else 0)
     try:
         run.logs.mkdir(parents=True, exist_ok=True)

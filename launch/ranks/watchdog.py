@@ -97,7 +97,7 @@ class Watchdog:
         log.error("no progress for %.0f s at %s", self._limit_s, self.position)
         try:
             mine = self._report_file(self._rank)
-            mine.write_text(json.dumps(asdict(self.position)))
+            mine.write_text(json.dumps(asdict(self.position)))  # no fsync, which may never return
             self._leave_traces()
             # The other ranks stopped moving at about the same time, so their reports follow within one poll.
             if self._ended.wait(min(30.0, self._limit_s / 2) + 1):
@@ -105,6 +105,7 @@ class Watchdog:
             found = {rank: self._read_report(rank) for rank in range(self._world_size)} | {self._rank: self.position}
             message = diagnosis(found, self._limit_s)
             log.error("%s", message)
+            # The first rank that can report does so for all.
             if self._rank == min(rank for rank, position in found.items() if position):
                 self._run.record_event("hang", self.position.step, message)
                 print(f"error: {message}", file=sys.stderr, flush=True)

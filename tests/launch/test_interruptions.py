@@ -49,7 +49,7 @@ def random_fault(chance: random.Random, done: int) -> Fault:
 def test_a_run_interrupted_at_random_equals_an_uninterrupted_one(recipe_file, tmp_path, interruptions):
     seed = int(os.environ.get("LONGRING_SEED", "0")) or random.randrange(1, 2**32)
     chance = random.Random(seed)
-    told = f"LONGRING_SEED={seed} repeats it"
+    hint = f"LONGRING_SEED={seed} repeats it"
     whole, run, output = tmp_path / "whole", tmp_path / "run", tmp_path / "output.txt"
     assert start(2, recipe_file, settings(whole), output).wait() == [0, 0], output.read_text()
 
@@ -63,19 +63,19 @@ def test_a_run_interrupted_at_random_equals_an_uninterrupted_one(recipe_file, tm
             continue
         fault = random_fault(chance, done)
         statuses = start(2, recipe_file, settings(run), output, [fault]).wait()
-        assert set(statuses) <= {-9, 0, 75}, f"{fault} -> {statuses}; {told}\n{output.read_text()[-3000:]}"
+        assert set(statuses) <= {-9, 0, 75}, f"{fault} -> {statuses}; {hint}\n{output.read_text()[-3000:]}"
         interrupted += any(statuses)
         for path in complete_checkpoints(run / "checkpoints"):
             wrong = find_damage(path, read_checkpoint_manifest(path))
-            assert wrong is None, f"{fault}: {wrong}; {told}"
-    assert start(2, recipe_file, settings(run), output).wait() == [0, 0], f"{told}\n{output.read_text()}"
+            assert wrong is None, f"{fault}: {wrong}; {hint}"
+    assert start(2, recipe_file, settings(run), output).wait() == [0, 0], f"{hint}\n{output.read_text()}"
 
     ours, theirs = (
         [[step[key] for key in EXACT] for step in read_metrics(path / "metrics.jsonl")] for path in (run, whole)
     )
-    assert ours == theirs, told
+    assert ours == theirs, hint
     name = checkpoint_name(STEPS)
     for file in sorted((whole / "checkpoints" / name).glob("*.safetensors")):
         exact, found_there = load_file(file), load_file(run / "checkpoints" / name / file.name)
         assert exact.keys() == found_there.keys()
-        assert all(exact[key].equal(found_there[key]) for key in exact), told
+        assert all(exact[key].equal(found_there[key]) for key in exact), hint

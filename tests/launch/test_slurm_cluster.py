@@ -60,13 +60,13 @@ def steps_of(run: Path) -> list[int]:
     return [step["step"] for step in read_metrics(file)] if file.exists() else []
 
 
-def until(what: str, reached: Callable[[], bool], output: Path, timeout_s: float = 150) -> None:
+def until(event: str, reached: Callable[[], bool], output: Path, timeout_s: float = 150) -> None:
     """Wait for it. A job held back for its begin time is let go after 5 s: at once, its nodes might still refuse it."""
     deadline, held = time.monotonic() + timeout_s, dict[str, float]()
     while not reached():
         said = output.read_text() if output.exists() else "nothing"
         assert time.monotonic() < deadline, (
-            f"not within {timeout_s:.0f} s: {what}\n{said[-3000:]}\n{shell('squeue', '-l')}"
+            f"not within {timeout_s:.0f} s: {event}\n{said[-3000:]}\n{shell('squeue', '-l')}"
         )
         for job in shell("squeue", "-h", "-t", "PD", "-o", "%i").split():
             if time.monotonic() < held.setdefault(job, time.monotonic()) + 5:
@@ -111,8 +111,10 @@ def test_a_job_is_told_to_leave_is_preempted_loses_a_node_and_ends_like_one_that
     starts = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
     assert [start["slurm_job"] for start in starts] == [job] * 4
     assert [start["world_size"] for start in starts] == [2] * 4
-    assert [start["from_step"] for start in starts[:3]] == [0, stopped, preempted], "what the signals saved"
-    assert 0 <= failed - starts[3]["from_step"] <= 12, "what the last checkpoint had"
+    assert [start["from_step"] for start in starts[:3]] == [0, stopped, preempted], (
+        "each start continues from the step that the signal saved"
+    )
+    assert 0 <= failed - starts[3]["from_step"] <= 12, "at most the steps since the last checkpoint are lost"
     assert re.search(r"STEP \S+ ON n1 CANCELLED", output.read_text()), "Slurm reports the preemption"
     whole = tmp_path / "whole"
     said = tmp_path / "whole.txt"
