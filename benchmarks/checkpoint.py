@@ -1,13 +1,14 @@
-"""What a save costs training: in the background, blocking, and by DeepSpeed's own writer; bytes, and time to load.
+"""What does a save cost training: in the background, blocking, and by DeepSpeed's own writer?
 
-    .venv/bin/python benchmarks/checkpoint.py [--quick] [--json FILE]
+    python benchmarks/checkpoint.py --json rows.json   # ten minutes
+    python benchmarks/checkpoint.py --quick            # the two smallest models
 
-One rank, ZeRO 1, fp32, models of growing size, in turns, the fastest of five saves. Training goes on while the
-background save is written, so besides the time it stood still there is the time its steps took longer.
+One rank, ZeRO 1, fp32, models of growing size; the three writers take turns, and the fastest of five saves counts.
+Training goes on while a background save is written: besides the time that it waits, its steps take longer.
 """
 
-import argparse
-import json
+from __future__ import annotations
+
 import os
 import statistics
 import sys
@@ -15,35 +16,31 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
-from lib.one_rank import one_rank
+sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
+from lib.one_rank import count_parameters, one_rank
+from lib.script import Row, make_parser, make_table, seconds_of, write_record
 from longring.launch.checkpoint.format import TrainState, last_good_checkpoint
 from longring.launch.checkpoint.load import load_last_good
 from longring.launch.checkpoint.save import Saver
 from longring.launch.run_directory import RunDirectory
 from rich.console import Console
-from rich.table import Table
 
 SIZES = [(128, 3), (256, 6), (512, 8), (768, 12), (1024, 24)]
 TOKENS = 256
 DATA = "0" * 64
 
 
-def seconds(work) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def measure(width: int, layers: int, folder: Path, saves: int) -> dict[str, float]:
+def measure(width: int, layers: int, folder: Path, saves: int) -> Row:
+    """Return the fastest of several saves of one model, in seconds and bytes."""
     recipe, mesh, engine, step = one_rank(folder, width, layers, TOKENS)
     step()
-    alone = statistics.median(seconds(step) for _ in range(5))
+    alone = statistics.median(seconds_of(step) for _ in range(5))
     run = RunDirectory(folder)
     saver = Saver(engine, run, mesh, recipe.train, 1)
     times: dict[str, list[float]] = {
         name: [] for name in ("stall", "visible", "slower", "blocking", "deepspeed", "load")
     }
+    theirs = folder / "deepspeed"
     number = 0
 
     def state() -> TrainState:
@@ -57,21 +54,20 @@ def measure(width: int, layers: int, folder: Path, saves: int) -> dict[str, floa
         times["stall"].append(saver.begin(state()))
         during = []
         while saver.status == "writing":
-            during.append(seconds(step))
+            during.append(seconds_of(step))
         saver.finish()
         times["visible"].append(time.perf_counter() - started)
         times["slower"].append(statistics.mean(during) / alone if during else 1.0)
         number += 1
-        times["blocking"].append(seconds(lambda: (saver.begin(state()), saver.finish())))
-        theirs = folder / "deepspeed"
-        times["deepspeed"].append(seconds(lambda path=theirs: (engine.save_checkpoint(str(path), tag="x"), os.sync())))
-        times["load"].append(seconds(lambda: load_last_good(engine, run.checkpoints, mesh, DATA)))
+        times["blocking"].append(seconds_of(lambda: (saver.begin(state()), saver.finish())))
+        times["deepspeed"].append(seconds_of(lambda: (engine.save_checkpoint(str(theirs), tag="x"), os.sync())))
+        times["load"].append(seconds_of(lambda: load_last_good(engine, run.checkpoints, mesh, DATA)))
     saver.close()
     found = last_good_checkpoint(run.checkpoints)
     assert found is not None
     result = {name: min(values) for name, values in times.items()}
     result["slower"] = statistics.median(times["slower"])
-    result["parameters"] = sum(p.numel() for p in engine.module.parameters())
+    result["parameters"] = count_parameters(engine)
     result["bytes"] = found[1].num_bytes
     result["deepspeed_bytes"] = sum(file.stat().st_size for file in (folder / "deepspeed").rglob("*.pt"))
     result["step"] = alone
@@ -79,17 +75,14 @@ def measure(width: int, layers: int, folder: Path, saves: int) -> dict[str, floa
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the two smallest models; under a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
-    options = parser.parse_args()
+    options = make_parser(__doc__ or "", quick="the two smallest models: under a minute").parse_args()
+    sizes = {"full": SIZES, "quick": SIZES[:2], "smallest": [(64, 1)]}[options.size]
     rows = []
-    for width, layers in SIZES[: 2 if options.quick else None]:
+    for width, layers in sizes:
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(measure(width, layers, Path(folder) / "run", saves=5))
-    table = Table(title="A save, in ms; times as much as the wait of a background save")
-    for name in ("parameters", "MB", "training waits", "steps meanwhile", "visible", "blocking", "DeepSpeed", "load"):
-        table.add_column(name, justify="right")
+            rows.append(measure(width, layers, Path(folder) / "run", saves=1 if options.size == "smallest" else 5))
+    columns = ("parameters", "MB", "training waits", "steps meanwhile", "visible", "blocking", "DeepSpeed", "load")
+    table = make_table("A save, in ms, and as a multiple of the wait of a background save", columns)
     for row in rows:
         table.add_row(
             f"{row['parameters'] / 1e6:.1f}M",
@@ -102,8 +95,7 @@ def main() -> int:
             f"{row['load'] * 1e3:,.0f}",
         )
     Console(width=120).print(table)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_record(options.json, {"rows": rows})
     return 0
 
 

@@ -1,24 +1,23 @@
-"""Compile every Triton kernel for GPUs this machine need not have: registers, shared memory, spills.
+"""Do the Triton kernels compile for GPUs that are not here, and into which registers, shared memory and spills?
 
-    python benchmarks/compile_report.py                          # all head dims and element types
-    python benchmarks/compile_report.py --quick --json rows.json # head dim 128, bf16
-    python benchmarks/compile_report.py --only sm_90             # one architecture
-    python benchmarks/compile_report.py --try sm_90 backward_dkdv 16 128 64,128,8,2 128,64,8,3
+    python benchmarks/compile_report.py --json rows.json
+    python benchmarks/compile_report.py --only sm_90   # one architecture
+    python benchmarks/compile_report.py \\
+        --try sm_90 backward_dkdv 16 128 64,128,8,2 128,64,8,3
 
-Block sizes are those of `kernels/tuned.json`; --try compiles others instead. spill_bytes are what ptxas (or LLVM, on
-AMD, in registers x 4) says is written to memory because a thread has no register left: 0 is the aim. Fails when a
-configuration of sm_90 spills, or any needs more shared memory than its device has.
+Block sizes are those of kernels/tuned.json; --try compiles others. spill_bytes are the bytes that ptxas (or LLVM on
+AMD, registers x 4) reports as written to memory because a thread has no register left. The exit status is 1 when a
+configuration of sm_90 spills, or one needs more shared memory than its device has.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,11 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 
 import triton
 
-sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
+sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
+from lib.script import Row, make_parser, make_table, write_record
 from longring.kernels import blocks, triton_attention, triton_kernels
-from rich import box
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -44,14 +42,18 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-"""What one program may have: the devices' documented limits."""
+"""Shared memory of one program: the devices' documented limits."""
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 TILED = ("forward", "backward_dkdv", "backward_dq")
-"""Kernels whose blocks are tuned; the others read and write once."""
+"""Kernels whose block sizes are tuned; the others read and write once."""
+Job = tuple[str, str, int, int, blocks.Blocks, bool]
+"""Architecture, kernel, bits of an element, head dim, block sizes, and whether a running result is continued."""
 
 
-def signature(kernel: Any, name: str, bits: int, head_dim: int, at: Any, continues: bool) -> tuple[dict, dict]:
-    """Argument types and constants, as the launch functions of triton_attention.py pass them."""
+def signature(
+    kernel: Any, name: str, bits: int, head_dim: int, at: blocks.Blocks, continues: bool
+) -> tuple[dict, dict]:
+    """Return argument types and constants, as the launch functions of triton_attention.py pass them."""
     element, width = ("bf16", "fp32")[bits == 32], triton_attention.padded(head_dim)
     constants = {"HEAD_DIM": head_dim, "BLOCK_D": width, "BLOCK_M": at.block_m, "BLOCK_N": at.block_n}
     constants |= {"CONTINUES": continues, "SOFTCAP": False, "DESCRIPTORS": bits == 16}
@@ -76,8 +78,8 @@ def signature(kernel: Any, name: str, bits: int, head_dim: int, at: Any, continu
     return types, used
 
 
-def compile_row(job: tuple[str, str, int, int, Any, bool]) -> dict[str, object]:
-    """One row of the report."""
+def compile_row(job: Job) -> Row:
+    """Compile one kernel and return its row of the report."""
     arch, name, bits, head_dim, at, continues = job
     kernel = getattr(triton_kernels, f"{name}_kernel")
     types, constants = signature(kernel, name, bits, head_dim, at, continues)
@@ -117,12 +119,12 @@ def _amd(compiled: Any, arch: str) -> tuple[int, int]:
     return told("vgpr_count"), 4 * told("vgpr_spill_count")
 
 
-def jobs(architectures: list[str], quick: bool) -> list[tuple[str, str, int, int, Any, bool]]:
-    """What ships for these architectures: each kernel, element size and head dim."""
+def jobs(architectures: list[str], bits_of: Sequence[int], head_dims: Sequence[int]) -> list[Job]:
+    """Return every kernel, element size and head dim for these architectures, with the block sizes that ship."""
     found = []
     for arch in architectures:
-        for bits in (16,) if quick else (16, 32):
-            for head_dim in (128,) if quick else HEAD_DIMS:
+        for bits in bits_of:
+            for head_dim in head_dims:
                 for name in (*TILED, "delta", "merge"):
                     plain = blocks.Blocks(triton_attention.rows_at_once(head_dim), 0, 4, 3)
                     at = blocks.tuned(name, arch, bits // 8, head_dim) if name in TILED else plain
@@ -133,42 +135,38 @@ def jobs(architectures: list[str], quick: bool) -> list[tuple[str, str, int, int
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="head dim 128 in bf16 alone")
-    parser.add_argument("--only", choices=TARGETS, help="this architecture alone")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
+    parser = make_parser(__doc__ or "", quick="head dim 128 in bf16 alone")
+    parser.add_argument("--only", choices=TARGETS, help="compile for this architecture alone")
     parser.add_argument("--try", dest="tried", nargs="+", metavar=("ARCH KERNEL BITS HEAD_DIM", "M,N,WARPS,STAGES"))
     options = parser.parse_args()
     console = Console()
     if options.tried:
         arch, name, bits, head_dim, *tried = options.tried
-        choices = [blocks.Blocks(*map(int, blocks_.split(","))) for blocks_ in tried]
-        work = [(arch, name, int(bits), int(head_dim), at, False) for at in choices]
+        choices = [blocks.Blocks(*map(int, sizes.split(","))) for sizes in tried]
+        todo = [(arch, name, int(bits), int(head_dim), at, False) for at in choices]
     else:
-        work = jobs([options.only] if options.only else list(TARGETS), options.quick)
+        architectures = [options.only] if options.only else ["sm_90"] if options.size == "smallest" else list(TARGETS)
+        bits_of, head_dims = {
+            "full": ((16, 32), HEAD_DIMS),
+            "quick": ((16,), (128,)),
+            "smallest": ((16,), HEAD_DIMS[:1]),
+        }[options.size]
+        todo = jobs(architectures, bits_of, head_dims)
     with ProcessPoolExecutor() as pool:
-        results = pool.map(compile_row, work)
-        rows = list(track(results, "compiling", len(work), console=Console(stderr=True), transient=True))
-    table = Table(
-        title=f"triton {triton.__version__}",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    for heading in ("kernel", "configuration", "device", "registers", "shared", "spill"):
-        table.add_column(heading, justify="left" if heading in ("kernel", "configuration") else "right", no_wrap=True)
-    wrong = []
+        results = pool.map(compile_row, todo)
+        rows = list(track(results, "compiling", len(todo), console=Console(stderr=True), transient=True))
+    columns = ("kernel", "configuration", "device", "registers", "shared", "spill")
+    table = make_table(f"triton {triton.__version__}", columns, left=("kernel", "configuration"))
+    num_wrong = 0
     for row in rows:
         arch = row["architecture"]
-        too_much = row["shared_bytes"] > SHARED_BYTES[arch] or (arch == "sm_90" and row["spill_bytes"] > 0)
-        wrong += [row] * too_much
-        table.add_row(*map(str, row.values()), style="red" if too_much else None)
+        wrong = row["shared_bytes"] > SHARED_BYTES[arch] or (arch == "sm_90" and row["spill_bytes"] > 0)
+        num_wrong += wrong
+        table.add_row(*map(str, row.values()), style="red" if wrong else None)
     console.print(table)
-    if options.json:
-        options.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
-    if wrong and not options.tried:
-        console.print(f"[bold red]error:[/] {len(wrong)} rows spill on sm_90 or need more shared memory than there is")
+    write_record(options.json, {"triton": triton.__version__, "rows": rows})
+    if num_wrong and not options.tried:
+        console.print(f"[bold red]error:[/] {num_wrong} rows spill on sm_90 or need more shared memory than there is")
         return 1
     return 0
 

@@ -1,21 +1,22 @@
-"""The family of context parallelism on virtual ranks: all ranks of a plan on one device, messages as copies.
+"""Is context parallelism right, and what do its tiles cost? All ranks of a plan on one device, messages as copies.
 
     python benchmarks/cp_virtual.py --json rows.json
-    python benchmarks/cp_virtual.py --quick             # a minute; also runs on a CPU, in small sizes
+    python benchmarks/cp_virtual.py --quick   # a minute; a CPU gets small sizes
 
 Each member's out, lse, dq, dk and dv are compared with those of one kernel over the whole sequence before they are
-rounded: its fp32 sums, and for inputs in fp32 what it finds in fp64. Rounding these to the dtype is the unit, and
-`full_sizes.FACTOR` units are allowed: a member may be as far from the one kernel as that from the exact result.
-The sequence is compared in 16 parts, and the worst counts, so that late tokens, whose gradients are small, are not lost
-among early ones. "tiles" is the time of the kernel calls of all ranks, on the slices the executor gives them and with
-its running results, over that of one kernel; members take turns in one run. It has no messages; the run in process has
-them all, each a copy, and was timed once. Memory is the peak of that run beyond its inputs.
+rounded: its fp32 sums, or its fp64 results where inputs are fp32. The unit is the error of rounding these to the dtype,
+and `lib/exact.py:FACTOR` units are allowed: a member may be as far from the one kernel as that from the exact result.
+The sequence is compared in 16 parts and the worst counts, so that late tokens, whose gradients are small, are not lost
+among early ones.
+
+"tiles" is the time of the kernel calls of all ranks, on the slices that the executor makes and with its running
+results, over the time of one kernel; members take turns in one run. It has no messages. The run in process has all
+messages, each a copy, and is timed once; memory is its peak beyond its inputs. The exit status is 1 when a result is
+wrong.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -24,32 +25,34 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
-from full_sizes import compared
-from lib.cases import LEAST_ROUNDS, Case, Phase, Row, about, elapsed_ms, inputs, interleaved_ms, moment, synchronize
+sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
+from lib.cases import Case, inputs
+from lib.exact import compared
+from lib.script import Row, Size, about, make_parser, make_table, write_record
+from lib.timing import LEAST_ROUNDS, Phase, elapsed_ms, interleaved_ms, moment, synchronize
 from lib.virtual_ranks import RESULTS, Question, Tiles, Whole, backward_in_process, forward_in_process, grid_of, joined
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 BAR = 1.05
-"""All tiles of all ranks over one kernel over the whole sequence."""
+"""Largest time of all tiles of all ranks, as a multiple of one kernel over the whole sequence."""
 PARTS = 16
 WARM_TOKENS = 256
-"""A rank's in the run that compiles kernels before the clock starts."""
+"""Tokens of a rank in the run that compiles the kernels before the clock starts."""
 ALL = ("token_ring", "ring", "grid", "hybrid", "ulysses")
 
 
-def questions(device: str, quick: bool) -> list[Question]:
-    """What matters most comes first; heads are as many as make a pass take seconds."""
+def questions(device: str, size: Size) -> list[Question]:
+    """Return the questions, the most important first; heads are chosen so that a pass takes seconds."""
 
+    if size == "smallest":
+        return [Question(Case("documents", 256, 1, 4, 2, 32, "float32"), 4, ALL)]
     if device == "cpu":
         cpu = [Question(Case(mask, 2048, 1, 4, 2, 64, "float32"), 4, ALL) for mask in ("causal", "documents", "window")]
         more = [
             Question(Case("causal", 4096, 1, 8, heads, 64, "float32"), size, ALL) for heads, size in ((8, 2), (2, 8))
         ]
-        return cpu if quick else cpu + more
+        return cpu + more if size == "full" else cpu
 
     def question(mask: str, k_tokens: int, heads: int, kv_heads: int, size: int, members: tuple[str, ...]) -> Question:
         return Question(Case(mask, k_tokens * 1024, 1, heads, kv_heads, 128, "bfloat16"), size, members)
@@ -59,7 +62,7 @@ def questions(device: str, quick: bool) -> list[Question]:
         question("documents", 128, 16, 4, 8, ALL),
         question("window", 128, 16, 4, 8, ALL),
     ]
-    if quick:
+    if size == "quick":
         return found
     return [
         *found,
@@ -76,19 +79,22 @@ def questions(device: str, quick: bool) -> list[Question]:
 
 
 def worst(got: dict[str, Tensor], truth: dict[str, Tensor], q: Tensor) -> Row:
-    """Errors of the worst of `PARTS` parts of the sequence, see `full_sizes.compared`."""
+    """Return the errors of the worst of `PARTS` parts of the sequence, as `lib.exact.compared` counts them."""
     found = []
     for start in range(0, q.shape[1], q.shape[1] // PARTS):
         part = slice(start, start + q.shape[1] // PARTS)
-        cuts = ({name: x[:, :, part] if name == "lse" else x[:, part] for name, x in y.items()} for y in (got, truth))
-        found.append(compared("", *cuts, q[:, part]))
+        mine, exact = (
+            {name: x[:, :, part] if name == "lse" else x[:, part] for name, x in whole.items()}
+            for whole in (got, truth)
+        )
+        found.append(compared("", mine, exact, q[:, part]))
     errors = {name: max((row[name] for row in found), key=lambda x: (x != x, x)) for name in RESULTS}  # nan is worst
     limits = {f"{name}_limit": found[0][f"{name}_limit"] for name in RESULTS}
     return errors | limits | {"right": all(row["right"] for row in found)}
 
 
 def in_process_row(spec: Any, truth: dict[str, Tensor], tensors: tuple[Tensor, ...], device: str) -> Row:
-    """Forward and backward of all ranks once, with their messages."""
+    """Return the row of one forward and backward of all ranks, with their messages."""
     q, k, v, dout = tensors
     before = torch.cuda.memory_allocated() if device == "cuda" else 0
     if device == "cuda":
@@ -107,7 +113,7 @@ def in_process_row(spec: Any, truth: dict[str, Tensor], tensors: tuple[Tensor, .
 
 
 def question_rows(question: Question, device: str, backend: str, deadline: float) -> list[Row]:
-    """A row of every member: results, then times beside each other."""
+    """Return a row of every member: its errors, and its times beside one kernel's."""
     tensors = tuple(x.detach() for x in inputs(question.case, device))
     whole = Whole(question, device, backend, tensors)
     started = time.time()
@@ -147,18 +153,20 @@ def question_rows(question: Question, device: str, backend: str, deadline: float
 
 
 def known(question: Question, member: str) -> Row:
+    """Return the columns that name a row."""
     case = question.case._asdict()
     del case["flex"]
     return case | {"ranks": question.size, "member": member, "grid": str(grid_of(member, question.size))}
 
 
 def left_out(question: Question, member: str, why: str) -> Row:
+    """Return the row of a member that was not measured."""
     return known(question, member) | {"right": None, "note": f"left out: {why}"}
 
 
-def all_rows(device: str, backend: str, quick: bool, deadline: float) -> Iterator[Row]:
-    """Rows as questions are answered; those that would end after `deadline` (of `time.time`) say so."""
-    for question in questions(device, quick):
+def all_rows(device: str, backend: str, size: Size, deadline: float) -> Iterator[Row]:
+    """Yield rows as questions are answered; those that would end after `deadline` (of `time.time`) say so."""
+    for question in questions(device, size):
         if time.time() > deadline:
             yield from (left_out(question, member, "the time was spent") for member in question.members)
             continue
@@ -170,7 +178,7 @@ def all_rows(device: str, backend: str, quick: bool, deadline: float) -> Iterato
 
 
 def bars(rows: list[Row]) -> list[Row]:
-    """The worst member, forward and backward."""
+    """Return the bar of each pass with its worst member."""
     found = []
     for direction in ("forward", "backward"):
         timed = [(row[f"tiles_{direction}"], row) for row in rows if f"tiles_{direction}" in row]
@@ -187,11 +195,7 @@ def bars(rows: list[Row]) -> list[Row]:
 
 
 def show(rows: list[Row], console: Console) -> None:
-    """A line for each member: its worst error in parts of what is allowed, and times over one kernel's."""
-    table = Table(
-        title="error: the worst over its limit; fwd, bwd: all tiles over one kernel; run: with messages",
-        title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
-    )  # fmt: skip
+    """Print a line for each member: its worst error over the limit, and its times over one kernel's."""
     columns = (
         "mask",
         "member",
@@ -206,8 +210,8 @@ def show(rows: list[Row], console: Console) -> None:
         "GiB",
         "right",
     )
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("mask", "member") else "right", no_wrap=True)
+    title = "error: the worst over its limit; fwd, bwd: all tiles over one kernel; run: with messages"
+    table = make_table(title, columns, left=("mask", "member"))
     for row in rows:
         cells = [row["mask"], row["member"], row["ranks"], row["tokens"], f"{row['heads']}/{row['kv_heads']}"]
         if row["right"] is not None:
@@ -228,21 +232,15 @@ def show(rows: list[Row], console: Console) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few cases, about a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, with device and versions")
-    options = parser.parse_args()
+    options = make_parser(__doc__ or "", quick="few cases, about a minute").parse_args()
     device, backend = ("cuda", "triton") if torch.cuda.is_available() else ("cpu", "torch_cpu")
     console = Console(width=100)
     console.print(about(device))
     rows: list[Row] = []
     with console.status("measuring"):
-        for row in all_rows(device, backend, options.quick, float("inf")):
+        for row in all_rows(device, backend, options.size, float("inf")):
             rows.append(row)
-            if options.json:
-                options.json.write_text(
-                    json.dumps({**about(device), "rows": rows, "bars": bars(rows)}, indent=1) + "\n"
-                )
+            write_record(options.json, {"rows": rows, "bars": bars(rows)}, device)
     show(rows, console)
     return 1 if any(row["right"] is False for row in rows) else 0
 

@@ -1,40 +1,40 @@
-"""What train.deterministic costs: the same training step with the switch off and on, in turns.
+"""What does train.deterministic cost? The same training step with the switch off and on, in turns.
 
-.venv/bin/python benchmarks/deterministic.py [--quick] [--json FILE]
+    python benchmarks/deterministic.py --json rows.json   # three minutes
+    python benchmarks/deterministic.py --quick            # the smallest model
+
+Times are medians; the ratio is the median of the ratios within a turn.
 """
 
-import argparse
-import json
+from __future__ import annotations
+
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
+sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
 import torch
-from lib.one_rank import one_rank
+from lib.one_rank import count_parameters, one_rank
+from lib.script import Row, make_parser, make_table, seconds_of, write_record
 from longring.launch.train import use_deterministic_operations
 from rich.console import Console
-from rich.table import Table
 
 SIZES = [(128, 4, 512), (256, 6, 512), (512, 8, 1024)]
 
 
-def measure(folder: Path, width: int, layers: int, tokens: int, turns: int) -> dict[str, float]:
-    """Seconds of a step, as medians, and the median ratio within a turn."""
+def measure(folder: Path, width: int, layers: int, tokens: int, turns: int) -> Row:
+    """Return the seconds of a step with the switch off and on, and their ratio."""
     trainer = one_rank(folder, width, layers, tokens)
     times: dict[bool, list[float]] = {False: [], True: []}
     trainer.step()
     for turn in range(turns):
         for deterministic in (False, True) if turn % 2 else (True, False):
             use_deterministic_operations(deterministic)
-            started = time.perf_counter()
-            trainer.step()
-            times[deterministic].append(time.perf_counter() - started)
+            times[deterministic].append(seconds_of(trainer.step))
     use_deterministic_operations(False)
     return {
-        "parameters": sum(parameter.numel() for parameter in trainer.engine.module.parameters()),
+        "parameters": count_parameters(trainer.engine),
         "tokens": tokens * trainer.engine.gradient_accumulation_steps(),
         "off_s": statistics.median(times[False]),
         "on_s": statistics.median(times[True]),
@@ -43,26 +43,22 @@ def measure(folder: Path, width: int, layers: int, tokens: int, turns: int) -> d
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the smallest model; under a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
-    options = parser.parse_args()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    table = Table(title=f"A training step on one {device}, train.deterministic off and on")
-    for name in ("parameters", "tokens", "off, ms", "on, ms", "on / off"):
-        table.add_column(name, justify="right")
+    options = make_parser(__doc__ or "", quick="the smallest model: under a minute").parse_args()
+    sizes = {"full": SIZES, "quick": SIZES[:1], "smallest": [(64, 1, 128)]}[options.size]
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else "CPU"
+    columns = ("parameters", "tokens", "off, ms", "on, ms", "on / off")
+    table = make_table(f"A training step on one {device}, train.deterministic off and on", columns)
     rows = []
-    for width, layers, tokens in SIZES[: 1 if options.quick else None]:
+    for width, layers, tokens in sizes:
         with tempfile.TemporaryDirectory() as folder:
-            row = measure(Path(folder) / "run", width, layers, tokens, turns=10)
+            turns = 2 if options.size == "smallest" else 10
+            row = measure(Path(folder) / "run", width, layers, tokens, turns)
         rows.append(row)
-        sizes = f"{row['parameters'] / 1e6:.1f}M", f"{row['tokens']:,.0f}"
-        table.add_row(*sizes, f"{1e3 * row['off_s']:,.0f}", f"{1e3 * row['on_s']:,.0f}", f"{row['ratio']:.3f}")
+        shape = f"{row['parameters'] / 1e6:.1f}M", f"{row['tokens']:,.0f}"
+        table.add_row(*shape, f"{1e3 * row['off_s']:,.0f}", f"{1e3 * row['on_s']:,.0f}", f"{row['ratio']:.3f}")
     Console(width=100).print(table)
-    if options.json:
-        options.json.write_text(
-            json.dumps({"device": device, "torch": torch.__version__, "rows": rows}, indent=1) + "\n"
-        )
+    write_record(options.json, {"rows": rows}, "cuda" if cuda else "cpu")
     return 0
 
 

@@ -1,14 +1,13 @@
-"""What gloo gets out of the network of benchmarks/lib/lab_network.py, and whether its links keep to their rate.
+"""Which rates does gloo reach on the lab network, and do its links keep to their rate?
 
-    python benchmarks/gloo_links.py --json rows.json       # 2 to 3 minutes; needs root and iproute2
-    python benchmarks/gloo_links.py --quick                # 4 hosts, one rate, half a minute
+    python benchmarks/gloo_links.py --json rows.json   # 2 to 3 minutes
+    python benchmarks/gloo_links.py --quick            # half a minute
 
-Messages of 2 MB between neighbours and, in a ring, between opposite hosts; one way, two ways by one process group or by
-one for each direction, and on all links at once. A time is the median of repeats, each that of its slowest host;
-"share" is the rate of data over what a link's rate leaves to it beside headers; "counted" is what the links counted
-over what the messages are with their headers. Both are 1 where all is well. Last, rates are raised until all links at
-once no longer reach a share of 0.95: of a machine that others use, a lower bound. Two shared cores gave
-benchmarks/results/gloo_links_2_cores_2026-11-21.json.
+Needs root and iproute2. Messages of 2 MB go between neighbours and, in a ring, between opposite hosts: one way, two
+ways by one process group or by one for each direction, and on all links at once. A time is the median of repeats, each
+that of its slowest host. "share" is the rate of data over the link's rate without headers; "counted" is the links'
+count of bytes over the bytes of the messages with their headers. Both are 1 where all is well. Last, rates are raised
+until all links at once no longer reach a share of 0.95; on a machine that others use this is a lower bound.
 
 gloo sends a message when its receiver has said that it waits. Where sends are posted first, that word comes late: over
 one group it queues behind the data that goes the same way.
@@ -16,27 +15,22 @@ one group it queues behind the data that goes the same way.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any, get_args
 
-sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
-from lib.lab_network import PAYLOAD_SHARE, Fabric, Network, Served, from_hosts, unavailable
-from rich import box
+sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
+from lib.lab_hosts import LabHosts
+from lib.lab_network import FABRICS, PAYLOAD_SHARE, Fabric, Network, from_hosts, unavailable
+from lib.script import Row, Size, make_parser, make_table, refuse, write_record
 from rich.console import Console
-from rich.table import Table
 
-Row = dict[str, Any]
 Message = tuple[int, int, int]
-"""Source, target, and which of two process groups."""
+"""Source, target, and the index of one of two process groups."""
 
 SENDS_FIRST = "sends first"
 MESSAGE_BYTES = 2_000_000
@@ -45,7 +39,7 @@ CLIMB_MBIT_PER_S = (100, 150, 200, 300, 400, 600, 800, 1200, 1600)
 
 
 def patterns(fabric: Fabric, n: int) -> dict[str, list[Message]]:
-    """Messages that travel at once; receives are posted before sends where the name does not say otherwise."""
+    """Return by name the messages that travel at once; receives are posted first unless the name says otherwise."""
     found = {"one way": [(0, 1, 0)], "two ways, two groups": [(0, 1, 0), (1, 0, 1)]}
     found |= {name: [(0, 1, 0), (1, 0, 0)] for name in ("two ways, one group", f"two ways, one group, {SENDS_FIRST}")}
     if fabric == "ring":
@@ -55,7 +49,7 @@ def patterns(fabric: Fabric, n: int) -> dict[str, list[Message]]:
 
 
 def all_links(fabric: Fabric, n: int) -> list[Message]:
-    """One message on every link and direction."""
+    """Return one message for every link and direction."""
     if fabric == "mesh":
         return [(i, j, int(i < j)) for i in range(n) for j in range(n) if i != j]
     onwards = [(i, (i + 1) % n, 0) for i in range(n)]
@@ -63,7 +57,7 @@ def all_links(fabric: Fabric, n: int) -> list[Message]:
 
 
 def serve() -> int:
-    """A host: joins the others, then does what each line of its input asks for, and answers with seconds a repeat."""
+    """Be a host: join the others, do the job of each line of the input, and answer with the seconds of each repeat."""
     import torch
     import torch.distributed as dist
 
@@ -94,16 +88,16 @@ def serve() -> int:
     return 0
 
 
-class Hosts(Served):
-    """`serve` on every host, and what it times."""
+class Hosts(LabHosts):
+    """The hosts of a network, each in `serve`."""
 
     def seconds(self, rounds: list[list[Message]], num_bytes: int, repeats: int, *, sends_first: bool = False) -> float:
-        """Median of the repeats, each the time of the slowest host that takes part; rounds follow one another."""
+        """Return the median of the repeats, each the time of the slowest host; rounds follow one another."""
         job = {"rounds": rounds, "bytes": num_bytes, "repeats": repeats, "sends_first": sends_first}
         return median(max(times) for times in zip(*self.answers(job), strict=True))
 
     def row(self, pattern: str, messages: list[Message], repeats: int) -> Row:
-        """A pattern timed, and the links' count beside what they should have carried."""
+        """Return the time of a pattern, and the links' count of bytes over that expected."""
         network = self.network
         before = network.sent_bytes()
         seconds = self.seconds([messages], MESSAGE_BYTES, repeats, sends_first=pattern.endswith(SENDS_FIRST))
@@ -124,6 +118,7 @@ class Hosts(Served):
 
 @contextmanager
 def hosts_of(fabric: Fabric, num_hosts: int) -> Iterator[Hosts]:
+    """Build a network and start its hosts; they have sent messages on every link."""
     with Network(fabric, num_hosts, mbit_per_s=1000) as network:
         hosts = Hosts(network, __file__)
         hosts.seconds([all_links(fabric, num_hosts)], MESSAGE_BYTES, 2)  # connections are made, and their windows grow
@@ -131,7 +126,7 @@ def hosts_of(fabric: Fabric, num_hosts: int) -> Iterator[Hosts]:
 
 
 def round_trip_row(hosts: Hosts) -> Row:
-    """A message of 8 bytes from host 0 to host 1 and one back."""
+    """Return the time of a message of 8 bytes from host 0 to host 1 and one back."""
     network = hosts.network
     ms = round(1e3 * hosts.seconds([[(0, 1, 0)], [(1, 0, 0)]], 8, 50), 3)
     known = {"fabric": network.fabric, "num_hosts": network.num_hosts, "link_mbit_per_s": network.mbit_per_s}
@@ -139,59 +134,56 @@ def round_trip_row(hosts: Hosts) -> Row:
 
 
 def highest_rate(hosts: Hosts, rates: tuple[int, ...]) -> Row:
-    """The last of ascending rates that all links at once reached `ENOUGH` of, at the second try if need be."""
-    network, reached, last = hosts.network, 0, 0.0
+    """Return the last of ascending rates of which all links at once reach `ENOUGH`, in one of two tries."""
+    network, reached = hosts.network, 0
     for rate in rates:
         network.set_rate(rate)
         messages = all_links(network.fabric, network.num_hosts)
         tries = (hosts.row("", messages, 6)["share"] for _ in range(2))
-        last = next((share for share in tries if share >= ENOUGH), 0.0)
-        if not last:
+        if not any(share >= ENOUGH for share in tries):
             break
         reached = rate
     known = {"fabric": network.fabric, "num_hosts": network.num_hosts, "link_mbit_per_s": reached}
     return known | {"pattern": "all links, highest rate"}
 
 
-def measure(quick: bool) -> Iterator[Row]:
-    """All rows, as they come."""
-    for fabric in get_args(Fabric):
+def measure(size: Size) -> Iterator[Row]:
+    """Yield all rows as they are measured."""
+    if size == "smallest":
+        with hosts_of("ring", 2) as hosts:
+            yield hosts.row("one way", [(0, 1, 0)], 1)
+            yield round_trip_row(hosts)
+            yield highest_rate(hosts, CLIMB_MBIT_PER_S[:1])
+        return
+    full = size == "full"
+    for fabric in FABRICS:
         with hosts_of(fabric, 4) as hosts:
-            for rate in (200,) if quick else (50, 200):
+            for rate in (50, 200) if full else (200,):
                 hosts.network.set_rate(rate)
                 for pattern, messages in patterns(fabric, 4).items():
-                    yield hosts.row(pattern, messages, 4 if quick else 8)
+                    yield hosts.row(pattern, messages, 8 if full else 4)
                 yield round_trip_row(hosts)
             yield highest_rate(hosts, CLIMB_MBIT_PER_S)
-        if not quick:
+        if full:
             with hosts_of(fabric, 8) as hosts:
                 yield highest_rate(hosts, CLIMB_MBIT_PER_S)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="4 hosts, one rate, half a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
-    options = parser.parse_args()
+    options = make_parser(__doc__ or "", quick="4 hosts, one rate, half a minute").parse_args()
     if reason := unavailable():
-        Console(stderr=True).print(f"[bold red]error:[/] {reason}", highlight=False)
-        return 2
+        return refuse(reason)
     console = Console(width=100)
-    title = "Messages of 2 MB; rates of links and data in Mbit/s"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     columns = ("fabric", "hosts", "link", "pattern", "ms", "data", "share", "counted")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("fabric", "pattern") else "right", no_wrap=True)
+    table = make_table("Messages of 2 MB; rates of links and data in Mbit/s", columns, left=("fabric", "pattern"))
     rows = []
     with console.status("measuring") as status:
-        for row in measure(options.quick):
+        for row in measure(options.size):
             rows.append(row)
             table.add_row(*(f"{x:.3f}" if name in ("share", "counted") else str(x) for name, x in row.items()))
             status.update(" ".join(map(str, row.values())))
     console.print(table)
-    if options.json:
-        about = {"date": datetime.now(UTC).date().isoformat(), "cores": len(os.sched_getaffinity(0))}
-        options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    write_record(options.json, {"rows": rows})
     return 0
 
 

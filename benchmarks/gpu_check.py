@@ -1,22 +1,25 @@
-"""The one command for a machine with a GPU: correctness of every kernel in full sizes, then speed beside torch's.
+"""Is everything right and fast on this GPU? The one command for a machine that has one.
 
-    python benchmarks/gpu_check.py --json benchmarks/results/attention_h200_2026-11-21.json
-    python benchmarks/gpu_check.py --quick          # a minute or two; also runs on a CPU, in small sizes
+    python benchmarks/gpu_check.py --json rows.json   # under nine minutes
+    python benchmarks/gpu_check.py --quick            # a minute or two
 
-Needs torch, triton, pytest and rich alone: neither an install of LongRing nor megatron-core or DeepSpeed. Four
-sections, each in a process of its own, so that a broken one leaves the others whole: the kernels' tests (160 s at
-most); attention in full sizes against fp64, among them a million tokens, whose addresses pass 32 bits (110 s); the
-family of context parallelism on virtual ranks, benchmarks/cp_virtual.py (130 s); the table and bars of
-benchmarks/attention.py (what is left, 120 s or more). The whole takes under 9 minutes: a section that outruns its time
-is cut off, what it found until then stays, and what was left out is said; a section's own command does all of it.
---json is written after every section. The exit status is 1 when something is wrong or was cut off; slowness is none.
+Needs torch, triton, pytest and rich alone: neither an install of LongRing nor megatron-core or DeepSpeed. It also runs
+on a CPU, in small sizes. There are four sections, each in a process of its own, so that a broken one leaves the others
+whole:
+
+- the kernels' tests (160 s at most);
+- benchmarks/full_sizes.py, attention in full sizes against fp64 (110 s);
+- benchmarks/cp_virtual.py, context parallelism on virtual ranks (130 s);
+- benchmarks/attention.py, its table and bars (the rest, 120 s or more).
+
+A section that outruns its time is cut off: its rows until then stay, and a note names the parts that were left out. The
+section's own command runs all of it. The record is written after every section. The exit status is 1 when something is
+wrong or was cut off; slowness does not count.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import multiprocessing
 import os
 import signal
@@ -29,24 +32,30 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # scripts find each other even under PYTHONSAFEPATH
+sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
 import attention
 import cp_virtual
 import full_sizes
 from lib import ROOT
-from lib.cases import Row, about, plan
+from lib.cases import cases_here
+from lib.script import Row, Size, about, make_parser, write_record
 from rich.console import Console
 
+Rows = Callable[..., Iterator[Row]]
+
 TOTAL_S = 520
-"""All sections together; starting and stopping processes takes the rest of 9 minutes."""
+"""Time of all sections together; starting and stopping processes takes the rest of 9 minutes."""
 SECTION_S = {"tests": 160, "sizes": 110, "family": 130}
-"""The most a section may take; the last has what is left."""
+"""Longest time of a section; the last section has the rest."""
 CPU_SELECTION = "test_merge or running or strides or written or (head_dims and 32)"
 """Tests of --quick on a CPU, where interpreted kernels are slow."""
+SMALLEST_SELECTION = "test_merge"
+MARGIN_S = 25
+"""Time that a section keeps for its start and for the case under way at its deadline."""
 
 
-def run_tests(device: str, quick: bool, seconds: float, console: Console) -> Row:
-    """pytest on the kernels' tests in a process of its own, cut off after `seconds`."""
+def run_tests(device: str, size: Size, seconds: float, console: Console) -> Row:
+    """Run pytest on the kernels' tests in a process of its own, cut off after `seconds`, and return its row."""
     files, notes = ["tests/kernels"], []
     # benchmarks/lib as a plugin: where LongRing is not installed, it lets pytest's processes import it.
     options = ["-q", "-p", "no:cacheprovider", "-p", "lib"]
@@ -57,9 +66,10 @@ def run_tests(device: str, quick: bool, seconds: float, console: Console) -> Row
         notes.append("test_fused.py left out: no liger-kernel here")
     elif device == "cuda":
         files.append("tests/model/test_fused.py")
-    if quick and device == "cpu":
-        options += ["-k", CPU_SELECTION]
-        notes.append(f"only -k {CPU_SELECTION!r}")
+    if size == "smallest" or (size == "quick" and device == "cpu"):
+        selection = SMALLEST_SELECTION if size == "smallest" else CPU_SELECTION
+        options += ["-k", selection]
+        notes.append(f"only -k {selection!r}")
     if device == "cuda" and importlib.util.find_spec("xdist") is not None:
         options += ["-n", str(min(8, os.cpu_count() or 1))]  # a test's time is that of compiling its kernels
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TRITON_INTERPRET": "1"}
@@ -75,7 +85,12 @@ def run_tests(device: str, quick: bool, seconds: float, console: Console) -> Row
     )
     assert process.stdout
     cut_off = threading.Event()
-    timer = threading.Timer(seconds, lambda: (cut_off.set(), os.killpg(process.pid, signal.SIGKILL)))
+
+    def cut() -> None:
+        cut_off.set()
+        os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(seconds, cut)
     timer.start()
     last_lines: list[str] = []
     for line in process.stdout:
@@ -92,16 +107,17 @@ def run_tests(device: str, quick: bool, seconds: float, console: Console) -> Row
     }
 
 
-def send_rows(sender: Connection, rows: Callable[..., Iterator[Row]], arguments: tuple[Any, ...]) -> None:
+def send_rows(sender: Connection, rows: Rows, arguments: tuple[Any, ...]) -> None:
+    """Send the rows that a generator yields, and None at its end."""
     for row in rows(*arguments):
         sender.send(row)
     sender.send(None)
 
 
 def run_rows(
-    name: str, rows: Callable[..., Iterator[Row]], arguments: tuple[Any, ...], seconds: float, console: Console
+    name: str, rows: Rows, arguments: tuple[Any, ...], seconds: float, console: Console
 ) -> tuple[list[Row], Row]:
-    """Rows that a generator yields in a process of its own, killed after `seconds`; and what became of it."""
+    """Run a generator in a process of its own, killed after `seconds`; return its rows and the section's row."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=send_rows, args=(sender, rows, arguments))
@@ -128,57 +144,55 @@ def run_rows(
     process.kill()
     status = status or f"its process ended with {process.exitcode}"
     left_out = sum("left out: the time" in row["note"] for row in found)
-    note = f"{left_out} left out for want of time" if left_out else ""
+    note = f"{left_out} rows left out: the time was spent" if left_out else ""
     return found, {"section": name, "status": status, "seconds": round(time.monotonic() - started, 1), "note": note}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few cases, a minute or two")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what is known here after every section")
-    options = parser.parse_args()
+    options = make_parser(__doc__ or "", quick="few cases: a minute or two").parse_args()
     started = time.time()
     console = Console(width=100)
-    cases, device, backend = plan(options.quick)
+    cases, device, backend = cases_here(options.size)
     if device == "cuda":
         os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels would be tested instead of compiled ones
-    result: Row = {**about(device), "sections": [], "sizes": [], "family": [], "rows": [], "bars": []}
-    console.print({name: value for name, value in result.items() if not isinstance(value, list)})
-
-    def left_s() -> float:
-        return started + TOTAL_S - time.time()
+    console.print(about(device))
+    found: Row = {"sections": [], "sizes": [], "family": [], "rows": [], "bars": []}
 
     def keep(section: Row) -> None:
-        result["sections"].append(section)
+        found["sections"].append(section)
         console.print(" ".join(str(x) for x in section.values()), markup=False, highlight=False)
-        if options.json:
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_record(options.json, found, device)
 
-    keep(run_tests(device, options.quick, SECTION_S["tests"], console))
-    seconds = SECTION_S["sizes"]
+    def measure(name: str, rows: Rows, *arguments: Any, seconds: float) -> tuple[list[Row], Row]:
+        return run_rows(name, rows, (*arguments, time.time() + seconds - MARGIN_S), seconds, console)
+
+    keep(run_tests(device, options.size, SECTION_S["tests"], console))
+
     choice = "triton" if device == "cuda" else "auto"
-    arguments = (device, choice, options.quick, time.time() + seconds - 25)  # 25 s: a start, and the case under way
-    result["sizes"], section = run_rows("sizes", full_sizes.all_rows, arguments, seconds, console)
-    full_sizes.show(result["sizes"], console)
-    keep(section)
-    seconds = SECTION_S["family"]
-    arguments = (device, backend, options.quick, time.time() + seconds - 25)
-    result["family"], section = run_rows("family", cp_virtual.all_rows, arguments, seconds, console)
-    result["bars"] = cp_virtual.bars(result["family"])
-    cp_virtual.show(result["family"], console)
-    keep(section)
-    seconds = left_s()
-    arguments = (cases, device, backend, time.time() + seconds - 25)
-    result["rows"], section = run_rows("speed", attention.all_rows, arguments, seconds, console)
-    result["bars"] += attention.bars(result["rows"])
-    if result["rows"]:
-        attention.show(result["rows"], console)
-    keep(section)
-    right = all(section["status"] in ("passed", "done") for section in result["sections"])
-    right &= all(row["right"] is not False for row in result["sizes"] + result["family"])
-    console.print(
-        f"{time.time() - started:.0f} s in all; " + ("no errors" if right else "[bold red]errors, see above[/]")
+    found["sizes"], section = measure(
+        "sizes", full_sizes.all_rows, device, choice, options.size, seconds=SECTION_S["sizes"]
     )
+    full_sizes.show(found["sizes"], console)
+    keep(section)
+
+    found["family"], section = measure(
+        "family", cp_virtual.all_rows, device, backend, options.size, seconds=SECTION_S["family"]
+    )
+    found["bars"] = cp_virtual.bars(found["family"])
+    cp_virtual.show(found["family"], console)
+    keep(section)
+
+    left_s = started + TOTAL_S - time.time()
+    found["rows"], section = measure("speed", attention.all_rows, cases, device, backend, seconds=left_s)
+    found["bars"] += attention.bars(found["rows"])
+    if found["rows"]:
+        attention.show(found["rows"], console)
+    keep(section)
+
+    right = all(section["status"] in ("passed", "done") for section in found["sections"])
+    right &= all(row["right"] is not False for row in found["sizes"] + found["family"])
+    verdict = "no errors" if right else "[bold red]errors: see above[/]"
+    console.print(f"{time.time() - started:.0f} s in all; {verdict}")
     return 0 if right else 1
 
 

@@ -1,26 +1,36 @@
-"""One loader process against plain webdataset reading of the same shards; resuming at step 10^6; memory; waiting.
+"""How fast does one process read prepared data beside plain webdataset, and how soon does it resume?
 
-    .venv/bin/python benchmarks/loader.py [--quick] [--json FILE]
+    python benchmarks/loader.py --json rows.json   # three minutes
+    python benchmarks/loader.py --quick            # a third of the documents
 
-Python's own standard library in buckets of 256 to 8,192 tokens. For each bucket, in turns, the fastest turn counting:
+The data is Python's own standard library in buckets of 256 to 8,192 tokens. For each bucket three readers take turns,
+and the fastest turn counts:
 
 - ours: `Loader` with one reading thread, micro-batches of 32,768 tokens in shuffled order, int64;
-- webdataset: `WebDataset(urls).decode()`, the shards in order, blocks as they come;
-- webdataset, rows: the same cut into micro-batches of int64, as a model needs them; still not shuffled.
+- webdataset: `WebDataset(urls).decode()`, the shards in order, whole samples as they come;
+- rows: the same cut into micro-batches of int64, as a model needs them; still not shuffled.
+
+Besides: seconds to resume at step 10^6, the wait of a model that takes 20 ms a micro-batch, and peak memory.
 """
 
-import argparse
-import json
-import resource
+from __future__ import annotations
+
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import quantiles
+from typing import Any
 
 import numpy as np
-import webdataset
+from webdataset.compat import WebDataset
+
+sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
+from lib.process import peak_megabytes
+from lib.script import Row, make_parser, make_table, write_record
 from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig
 from longring.data.format.manifest import Bucket, Manifest, open_prepared
 from longring.data.format.shards import shard_name
@@ -28,28 +38,29 @@ from longring.data.prepare.prepare import prepare
 from longring.data.read.batch_order import BatchOrder, Share, bucket_orders
 from longring.data.read.loader import Loader, training_order
 from rich.console import Console
-from rich.table import Table
 
 RANK_TOKENS = 32_768
 LATE_STEP = 10**6
 
 
-def prepared(folder: Path, quick: bool) -> Manifest:
+def prepared(folder: Path, limit_documents: int) -> Manifest:
+    """Prepare the standard library, or some of its documents, and return its manifest."""
     config = DataConfig(
         directory=str(folder / "data"), min_bucket_tokens=256, max_bucket_tokens=8192, held_out_fraction=0.0
     )
-    if quick:
-        config = DataConfig(**{**vars(config), "source": type(config.source)(limit_documents=600)})
+    if limit_documents:
+        config = replace(config, source=replace(config.source, limit_documents=limit_documents))
     prepare(config, Console(stderr=True))
     return open_prepared(config.directory)
 
 
 def share(length: int) -> Share:
+    """Return the share of a batch that the only rank reads."""
     return Share(0, 1, RANK_TOKENS // length)
 
 
 def ours(manifest: Manifest, number: int, tokens: int) -> int:
-    """Read about so many tokens of one bucket -> tokens."""
+    """Read about `tokens` tokens of one bucket with the Loader and return their number."""
     orders = bucket_orders(manifest.buckets("train"), {}, 0, 0)
     steps = max(1, tokens // (8 * RANK_TOKENS))
     chosen = np.full(steps, number, dtype=np.uint8)
@@ -60,10 +71,12 @@ def ours(manifest: Manifest, number: int, tokens: int) -> int:
 
 
 def plain(manifest: Manifest, bucket: Bucket, tokens: int, *, rows: bool) -> int:
+    """Read at least `tokens` tokens of one bucket with webdataset and return their number."""
     urls = [str(manifest.store.path(shard_name(shard).path())) for shard in bucket.shards]
     done, wanted = 0, RANK_TOKENS // bucket.length
     while done < tokens:
-        for sample in webdataset.WebDataset(urls, shardshuffle=False).decode():
+        samples: Iterable[dict[str, Any]] = WebDataset(urls, shardshuffle=False).decode()  # type: ignore[assignment]
+        for sample in samples:
             block = sample["tokens.npy"]
             for first in range(0, len(block), wanted if rows else len(block)):
                 part = block[first : first + wanted].astype(np.int64) if rows else block
@@ -72,6 +85,7 @@ def plain(manifest: Manifest, bucket: Bucket, tokens: int, *, rows: bool) -> int
 
 
 def rate(read: Callable[[], int], turns: int = 3) -> float:
+    """Return the tokens per second of the fastest turn."""
     best = 0.0
     for _ in range(turns):
         started = time.perf_counter()
@@ -79,33 +93,29 @@ def rate(read: Callable[[], int], turns: int = 3) -> float:
     return best
 
 
-def resume_seconds(directory: Path) -> float:
-    """From nothing but the directory to the first micro-batch of a step in a run of twice as many."""
+def resume_seconds(directory: Path, late_step: int) -> float:
+    """Return the seconds from opening the directory to the first micro-batch of a late step."""
     started = time.perf_counter()
     manifest = open_prepared(directory)
     config = LoaderConfig()
     order = training_order(
-        manifest, CurriculumConfig(cycles=8), config, steps=2 * LATE_STEP, global_batch_tokens=8 * RANK_TOKENS, seed=0
+        manifest, CurriculumConfig(cycles=8), config, steps=2 * late_step, global_batch_tokens=8 * RANK_TOKENS, seed=0
     )
-    batches = Loader(manifest, order, config, share).batches(LATE_STEP - 1, LATE_STEP)
+    batches = Loader(manifest, order, config, share).batches(late_step - 1, late_step)
     next(batches)
     took = time.perf_counter() - started
     batches.close()
     return took
 
 
-def waits(manifest: Manifest, step_ms: float) -> tuple[float, float]:
-    """Wait of a model that takes `step_ms` for each micro-batch -> median and 99th percentile, ms."""
+def waits(manifest: Manifest, step_ms: float, steps: int) -> tuple[float, float]:
+    """Return the median and 99th percentile, in ms, of the wait of a model that takes `step_ms` a micro-batch."""
     order = training_order(
-        manifest,
-        CurriculumConfig(cycles=8),
-        LoaderConfig(),
-        steps=200,
-        global_batch_tokens=8 * RANK_TOKENS,
-        seed=0,
+        manifest, CurriculumConfig(cycles=8), LoaderConfig(), steps=200, global_batch_tokens=8 * RANK_TOKENS, seed=0
     )
+    # An entry is the time at which a step ended, until the next micro-batch replaces it by the wait.
     found = []
-    for batch in Loader(manifest, order, LoaderConfig(workers=1), share).batches(0, 60):
+    for batch in Loader(manifest, order, LoaderConfig(workers=1), share).batches(0, steps):
         if found:
             found[-1] = time.perf_counter() - found[-1]
         assert batch.rows.size
@@ -116,41 +126,42 @@ def waits(manifest: Manifest, step_ms: float) -> tuple[float, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a third of the documents; about a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and figures here")
-    options = parser.parse_args()
-    console = Console()
-    table = Table(title="Million tokens/s of one process", title_justify="left")
-    for column in ("bucket", "ours", "webdataset", "rows", "ours / webdataset", "ours / rows"):
-        table.add_column(column, justify="right")
-    rows: list[dict[str, float]] = []
-    figures: dict[str, object] = {"rows": rows}
+    options = make_parser(__doc__ or "", quick="a third of the documents: about a minute").parse_args()
+    limit_documents, tokens, turns, late_step, steps = {
+        "full": (0, 10**8, 3, LATE_STEP, 60),
+        "quick": (600, 2 * 10**7, 3, LATE_STEP, 60),
+        "smallest": (40, 10**5, 1, 100, 12),
+    }[options.size]
+    columns = ("bucket", "ours", "webdataset", "rows", "ours / webdataset", "ours / rows")
+    table = make_table("Million tokens/s of one process", columns)
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
-        manifest = prepared(Path(temporary), options.quick)
-        tokens = 2 * 10**7 if options.quick else 10**8
+        manifest = prepared(Path(temporary), limit_documents)
         for number, bucket in enumerate(manifest.buckets("train")):
+            if not bucket.sequences:
+                continue
             rates = [
-                rate(lambda number=number: ours(manifest, number, tokens)),
-                rate(lambda bucket=bucket: plain(manifest, bucket, tokens, rows=False)),
-                rate(lambda bucket=bucket: plain(manifest, bucket, tokens, rows=True)),
+                rate(partial(ours, manifest, number, tokens), turns),
+                rate(partial(plain, manifest, bucket, tokens, rows=False), turns),
+                rate(partial(plain, manifest, bucket, tokens, rows=True), turns),
             ]
             names = ("ours_tokens_per_s", "webdataset_tokens_per_s", "webdataset_rows_tokens_per_s")
             rows.append({"bucket": bucket.length, **dict(zip(names, rates, strict=True))})
             shown = [f"{value / 1e6:,.0f}" for value in rates]
             ratios = (f"{rates[0] / rates[1]:.2f}", f"{rates[0] / rates[2]:.2f}")
             table.add_row(f"{bucket.length:,}", *shown, *ratios)
-        figures["resume_s"] = min(resume_seconds(Path(temporary, "data")) for _ in range(3))
-        figures["wait_ms_median"], figures["wait_ms_p99"] = waits(manifest, 20)
-        figures["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        resume_s = min(resume_seconds(Path(temporary, "data"), late_step) for _ in range(turns))
+        wait_ms, wait_ms_p99 = waits(manifest, 20, steps)
+    peak_mb = peak_megabytes()
+    console = Console()
     console.print(table)
     console.print(
-        f"resume at step {LATE_STEP:,} of {2 * LATE_STEP:,}: {figures['resume_s']:.2f} s (goal 1)\n"
-        f"a model of 20 ms a micro-batch waits {figures['wait_ms_median']:.2f} ms, {figures['wait_ms_p99']:.2f} ms at "
-        f"the 99th percentile\npeak memory of all this: {figures['peak_mb']:,.0f} MB, libraries and page cache included"
+        f"resume at step {late_step:,} of {2 * late_step:,}: {resume_s:.2f} s (goal: 1 s)\n"
+        f"a model of 20 ms a micro-batch waits {wait_ms:.2f} ms, at the 99th percentile {wait_ms_p99:.2f} ms\n"
+        f"peak memory of this process: {peak_mb:,.0f} MB, libraries and page cache included"
     )
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    figures = {"resume_s": resume_s, "wait_ms_median": wait_ms, "wait_ms_p99": wait_ms_p99, "peak_mb": peak_mb}
+    write_record(options.json, {"rows": rows, **figures})
     return 0
 
 

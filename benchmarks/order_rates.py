@@ -1,20 +1,22 @@
-"""What each stage of `longring order` does in a second on one core: the rates that docs/ordering.md plans with.
+"""How much does each stage of `longring order` do in a second of one core? docs/ordering.md plans with these rates.
 
-    .venv/bin/python benchmarks/order_rates.py [--quick] [--json FILE]
+    python benchmarks/order_rates.py --json rows.json   # three minutes
+    python benchmarks/order_rates.py --quick            # a smaller index
 
 - stages: Python's standard library, prepared, through every stage in one process; CPU seconds of each;
-- index: IVF-PQ over clustered unit vectors of 128 dimensions: filled, searched and compared with the exact search, and
-  the histogram of the neighbours' cosines;
-- open: a document read when nothing is open: its tables and its tar shard are mapped, as for a document of a context
-  that comes from another input shard than all before.
+- index: IVF-PQ over clustered unit vectors of 128 dimensions: filled, searched and compared with the exact search,
+  and the histogram of the neighbours' cosines;
+- open: the ms to read a document whose tables and tar shard are not mapped yet, as for a document of a context that
+  comes from another input shard than all before.
 """
 
-import argparse
-import json
+from __future__ import annotations
+
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import faiss
 import numpy as np
-from longring.data.config import DataConfig, TokenizerConfig
+
+sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
+from lib.process import use_one_core
+from lib.script import Row, make_parser, make_table, write_record
+from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
 from longring.data.files import sha256_of
 from longring.data.format.manifest import MANIFEST_FILE, open_prepared
 from longring.data.order import duplicates, neighbors
@@ -30,16 +36,16 @@ from longring.data.order.stages import STAGES
 from longring.data.order.work import Work
 from longring.data.order_config import OrderConfig
 from longring.data.prepare.prepare import prepare
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 DIMENSIONS, COUNT = 128, 20
 
 
-def stage_rates(folder: Path) -> list[dict[str, Any]]:
+def stage_rates(folder: Path, limit_documents: int) -> list[Row]:
+    """Return CPU seconds and rates of each stage."""
     data = DataConfig(
         directory=str(folder / "data"),
+        source=SourceConfig(limit_documents=limit_documents),
         tokenizer=TokenizerConfig(vocab_size=8192),
         shard_tokens=1 << 25,
         held_out_fraction=0.0,
@@ -68,7 +74,7 @@ def stage_rates(folder: Path) -> list[dict[str, Any]]:
 
 
 def open_milliseconds(folder: Path) -> float:
-    """Elapsed time, not CPU: much of it is the file system's."""
+    """Return the elapsed ms to read one document from files that are not mapped; the file system has a part in it."""
     manifest = open_prepared(folder / "data")
     [tables] = (folder / "data.order").glob("documents-*")
     buckets = [bucket for bucket in manifest.buckets("train") if bucket.sequences]
@@ -82,7 +88,8 @@ def open_milliseconds(folder: Path) -> float:
     return (time.perf_counter() - started) / count * 1e3
 
 
-def index_rates(folder: Path, count: int) -> dict[str, Any]:
+def index_rates(folder: Path, count: int) -> Row:
+    """Return rates, bytes and recall of an index over `count` vectors."""
     generator = np.random.default_rng(0)
     centres = generator.normal(size=(count // 20 + 1, DIMENSIONS)).astype(np.float32)
     vectors = centres[generator.integers(0, len(centres), count)]
@@ -93,7 +100,7 @@ def index_rates(folder: Path, count: int) -> dict[str, Any]:
     numbers = np.arange(count)
     clock: dict[str, float] = {}
 
-    def timed(name: str, work: Any) -> Any:
+    def timed(name: str, work: Callable[[], Any]) -> Any:
         started = time.process_time()
         result = work()
         clock[name] = time.process_time() - started
@@ -107,13 +114,13 @@ def index_rates(folder: Path, count: int) -> dict[str, Any]:
     sample = np.linspace(0, count - 1, neighbors.RECALL_QUERIES).astype(np.int64)
     queries = np.union1d(sample, numbers[:: max(1, count // 4_096)])
     ids, _ = timed("search", lambda: neighbors.nearest(index, found, queries, COUNT, exact=False))
-    place = {int(query): row for row, query in enumerate(queries)}
+    row_of = {int(query): row for row, query in enumerate(queries)}
     cosines = generator.random(ids.shape, dtype=np.float32)
-    tokens = np.arange(64)
-    duplicates.histogram(iter([(queries, ids, cosines)]), lambda _: tokens, 0.7)  # its samples are there
+    tokens = np.arange(64, dtype=np.uint16)
+    duplicates.histogram(iter([(queries, ids, cosines)]), lambda _: tokens, 0.7)  # the first call takes the samples
     again = [(queries, ids, cosines)] * 20
     timed("histogram", lambda: duplicates.histogram(iter(again), lambda _: tokens, 0.7))
-    recall = timed("recall", lambda: neighbors.recall(found, numbers, lambda one: ids[place[one]], COUNT))
+    recall = timed("recall", lambda: neighbors.recall(found, numbers, lambda one: ids[row_of[one]], COUNT))
     return {
         "vectors": count,
         "lists": index.nlist,
@@ -129,35 +136,26 @@ def index_rates(folder: Path, count: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="an index of 20,000 vectors; about a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
-    options = parser.parse_args()
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    options = make_parser(__doc__ or "", quick="an index of 20,000 vectors: about a minute").parse_args()
+    num_vectors, limit_documents = {"full": (200_000, 0), "quick": (20_000, 0), "smallest": (10_000, 60)}[options.size]
+    use_one_core()
     faiss.omp_set_num_threads(1)
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
-        stages = stage_rates(Path(one))
+        stages = stage_rates(Path(one), limit_documents)
         milliseconds = open_milliseconds(Path(one))
-        index = index_rates(Path(two), 20_000 if options.quick else 200_000)
-    table = Table(
-        title="Stages over Python's standard library, one core",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    for column in ("stage", "CPU s", "documents/s", "tokens/s"):
-        table.add_column(column, justify="right", no_wrap=True)
+        index = index_rates(Path(two), num_vectors)
+    columns = ("stage", "CPU s", "documents/s", "tokens/s")
+    table = make_table("Stages over Python's standard library, one core", columns, left=("stage",))
     for row in stages:
-        table.add_row(
-            row["stage"], f"{row['seconds']:.2f}", f"{row['documents_per_s']:,.0f}", f"{row['tokens_per_s']:,.0f}"
-        )
-    Console().print(table)
+        rates = f"{row['documents_per_s']:,.0f}", f"{row['tokens_per_s']:,.0f}"
+        table.add_row(row["stage"], f"{row['seconds']:.2f}", *rates)
+    console = Console()
+    console.print(table)
     for key, value in index.items():
-        print(f"index: {key.replace('_', ' ')} {value:,.2f}" if isinstance(value, float) else f"index: {key} {value:,}")
-    print(f"open: {milliseconds:.2f} ms a document")
-    if options.json:
-        found = {"stages": stages, "index": index, "open_milliseconds": milliseconds}
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        shown = f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"
+        console.print(f"index: {key.replace('_', ' ')} {shown}", highlight=False)
+    console.print(f"open: {milliseconds:.2f} ms a document", highlight=False)
+    write_record(options.json, {"stages": stages, "index": index, "open_milliseconds": milliseconds})
     return 0
 
 

@@ -1,17 +1,20 @@
-"""Preparation on one core against its tokenizer alone, and against the released script of Dataset Decomposition.
+"""How fast is preparation on one core, beside its tokenizer alone and beside the script of Dataset Decomposition?
 
-    .venv/bin/python benchmarks/prepare.py [--quick] [--json FILE]
+    python benchmarks/prepare.py --json rows.json   # five minutes
+    python benchmarks/prepare.py --quick            # a quarter of the text
 
-Text: Python's own standard library as JSON lines; tokenizer: a byte-level BPE of 8,192 trained on it. Each of
+The text is Python's own standard library as JSON lines, the tokenizer a byte-level BPE of 8,192 trained on it. Three
+members run on the same core in turns, and the fastest turn of each counts:
 
-- bare: `encode_batch_fast` on the documents' texts, the faster of two batch sizes, ids not even looked at;
-- ours: one input shard, JSON lines to tar shards, hashes, ledger and all;
-- script: what `make_dd_buckets.py` does: `encode` document by document, power-of-two pieces, each list of 2^k + 1 ids
-  as text in a tar member of its own (github.com/apple/ml-dataset-decomposition)
+- bare: `encode_batch_fast` on the documents' texts, the faster of two batch sizes; the ids are dropped;
+- ours: one input shard, from JSON lines to tar shards, with hashes and ledger;
+- script: the method of make_dd_buckets.py in github.com/apple/ml-dataset-decomposition: `encode` document by
+  document, power-of-two pieces, each list of 2^k + 1 ids as text in a tar member of its own.
 
-runs on the same core in turns, and the fastest of its turns counts. Peak memory is that of a fresh process on 1, 4 and
-16 copies of the corpus in one input shard.
+Peak memory is that of a fresh process on 1, 4 and 16 copies of the corpus in one input shard.
 """
+
+from __future__ import annotations
 
 import argparse
 import io
@@ -25,25 +28,27 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 os.environ["RAYON_NUM_THREADS"] = "1"  # before the tokenizer's threads start
 
+sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
+from lib.process import peak_megabytes, use_one_core
+from lib.script import Row, make_parser, make_table, write_record
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
 from longring.data.format.tokenizer import DocumentTokenizer, train_tokenizer
 from longring.data.prepare.input_shard import prepare_input_shard
 from longring.data.prepare.sources import input_shards
 from rich.console import Console
-from rich.table import Table
 
 MIN_TOKENS, MAX_TOKENS = 256, 8192
 GOALS = {"bare": 0.85, "script": 1.15, "bytes_per_token_256": 2.2, "memory_growth": 1.1}
 
 
-def corpus(limit_bytes: int) -> list[str]:
+def corpus(limit_characters: int) -> list[str]:
+    """Return the files of the standard library until they have `limit_characters` together."""
     texts, total = [], 0
     for file in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
-        if "site-packages" not in file.parts and total < limit_bytes:
+        if "site-packages" not in file.parts and total < limit_characters:
             text = file.read_text(encoding="utf-8", errors="ignore")
             texts += [text] * bool(text)
             total += len(text)
@@ -51,6 +56,7 @@ def corpus(limit_bytes: int) -> list[str]:
 
 
 def settings(folder: Path, name: str) -> DataConfig:
+    """Return the configuration of data prepared from the corpus in `folder`."""
     return DataConfig(
         directory=str(folder / name),
         source=SourceConfig(kind="json", path=str(folder / "corpus.jsonl")),
@@ -63,6 +69,7 @@ def settings(folder: Path, name: str) -> DataConfig:
 
 
 def ours(folder: Path, name: str) -> Path:
+    """Prepare the corpus in `folder` as one input shard and return its directory."""
     config = settings(folder, name)
     partial = folder / name
     partial.mkdir()
@@ -73,7 +80,7 @@ def ours(folder: Path, name: str) -> Path:
 
 
 def script(folder: Path, name: str, tokenizer: DocumentTokenizer) -> Path:
-    """The released script's method, with its settings: longest piece first, below 256 dropped."""
+    """Decompose the corpus as the released script does: longest piece first, pieces below 256 tokens dropped."""
     target = folder / name
     target.mkdir()
     tars = {length: tarfile.TarFile(target / f"D{length}.tar", "w") for length in lengths()}
@@ -95,18 +102,19 @@ def script(folder: Path, name: str, tokenizer: DocumentTokenizer) -> Path:
 
 
 def lengths() -> Iterable[int]:
+    """Return the powers of two from the shortest to the longest piece."""
     return (1 << power for power in range(MIN_TOKENS.bit_length() - 1, MAX_TOKENS.bit_length()))
 
 
-def seconds(work: Callable[[], object]) -> float:
-    started = time.process_time(), time.perf_counter()
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Return the CPU seconds of a call: the core may be shared."""
+    started = time.process_time()
     work()
-    # CPU time: the core is not ours alone. Waiting for the disk shows in the other clock, which must not differ much.
-    return time.process_time() - started[0]
+    return time.process_time() - started
 
 
-def peak_megabytes(folder: Path, copies: int) -> float:
-    """Of a process that prepares so many copies of the corpus."""
+def peak_of_copies(folder: Path, copies: int) -> float:
+    """Return the peak memory, in MB, of a process that prepares `copies` copies of the corpus."""
     many = folder / f"x{copies}"
     many.mkdir()
     content = (folder / "corpus.jsonl").read_bytes()
@@ -118,29 +126,8 @@ def peak_megabytes(folder: Path, copies: int) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a quarter of the text; about a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and figures here")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        ours(options.child, "prepared")
-        # Not getrusage: its peak counts the parent's memory, which the child shares until it is replaced.
-        [peak] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-        print(int(peak.split()[1]) / 1024)
-        return 0
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    texts = corpus(8_000_000 if options.quick else 2**40)
-    with tempfile.TemporaryDirectory() as temporary:
-        figures = measure(Path(temporary), texts, rounds=3)
-    show(figures)
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    return 0
-
-
-def measure(folder: Path, texts: list[str], rounds: int) -> dict[str, Any]:
+def measure(folder: Path, texts: list[str], rounds: int, copies_of: tuple[int, ...]) -> Row:
+    """Return the rates, bytes a token and peak memories of all members."""
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     content = train_tokenizer(texts, TokenizerConfig(vocab_size=8192))
     (folder / "tokenizer.json").write_bytes(content)
@@ -153,16 +140,16 @@ def measure(folder: Path, texts: list[str], rounds: int) -> dict[str, Any]:
 
     times: dict[str, list[float]] = {"bare": [], "ours": [], "script": []}
     for turn in range(rounds):
-        times["bare"].append(min(seconds(lambda size=size: bare(size)) for size in (8, 128)))
-        times["ours"].append(seconds(lambda name=f"ours{turn}": ours(folder, name)))
-        times["script"].append(seconds(lambda name=f"script{turn}": script(folder, name, tokenizer)))
+        times["bare"].append(min(cpu_seconds(lambda size=size: bare(size)) for size in (8, 128)))
+        times["ours"].append(cpu_seconds(lambda name=f"ours{turn}": ours(folder, name)))
+        times["script"].append(cpu_seconds(lambda name=f"script{turn}": script(folder, name, tokenizer)))
     rate = {name: tokens / min(values) for name, values in times.items()}
     books = json.loads((folder / "ours0" / "work" / "books" / "000000.json").read_text())
     shortest = [row for row in books["shards"] if row[3] == MIN_TOKENS]
     theirs = folder / "script0" / f"D{MIN_TOKENS}.tar"
     with tarfile.open(theirs) as tar:
         their_tokens = MIN_TOKENS * len(tar.getnames())
-    memory = {copies: peak_megabytes(folder, copies) for copies in (1, 4, 16)}
+    memory = {copies: peak_of_copies(folder, copies) for copies in copies_of}
     return {
         "tokens": tokens,
         "rows": [
@@ -172,14 +159,14 @@ def measure(folder: Path, texts: list[str], rounds: int) -> dict[str, Any]:
         "bytes_per_token_256": sum(row[5] for row in shortest) / sum(row[4] * row[3] for row in shortest),
         "script_bytes_per_token_256": theirs.stat().st_size / their_tokens,
         **{f"peak_mb_x{copies}": value for copies, value in memory.items()},
-        "memory_growth": memory[16] / memory[1],
+        "memory_growth": memory[copies_of[-1]] / memory[1],
     }
 
 
-def show(figures: dict[str, Any]) -> None:
-    table = Table(title=f"Preparing {figures['tokens']:,} tokens on one core", title_justify="left")
-    for column in ("", "tokens/s", "ours is", "goal"):
-        table.add_column(column, justify="right")
+def show(figures: Row) -> None:
+    """Print the rates beside ours, bytes a token and peak memory, with their goals."""
+    title = f"Preparing {figures['tokens']:,} tokens on one core"
+    table = make_table(title, ("member", "tokens/s", "ours is", "goal"), left=("member",))
     for row in figures["rows"]:
         beside = (f"{row['ours_is']:.2f} of it", str(row["goal"])) if row["goal"] else ()
         table.add_row(row["member"], f"{row['tokens_per_s']:,.0f}", *beside)
@@ -189,10 +176,33 @@ def show(figures: dict[str, Any]) -> None:
         f"bytes a token at 256: ours {figures['bytes_per_token_256']:.2f} (goal {GOALS['bytes_per_token_256']}), "
         f"script {figures['script_bytes_per_token_256']:.2f}"
     )
+    peaks = {name.removeprefix("peak_mb_x"): value for name, value in figures.items() if name.startswith("peak_mb_x")}
+    megabytes = ", ".join(f"{value:.0f}" for value in peaks.values())
     console.print(
-        f"peak memory at 1, 4, 16 times the text: {figures['peak_mb_x1']:.0f}, {figures['peak_mb_x4']:.0f}, "
-        f"{figures['peak_mb_x16']:.0f} MB, growth {figures['memory_growth']:.2f} (goal {GOALS['memory_growth']})"
+        f"peak memory at {', '.join(peaks)} times the text: {megabytes} MB, "
+        f"growth {figures['memory_growth']:.2f} (goal {GOALS['memory_growth']})"
     )
+
+
+def main() -> int:
+    parser = make_parser(__doc__ or "", quick="a quarter of the text: about a minute")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        ours(options.child, "prepared")
+        print(peak_megabytes())
+        return 0
+    use_one_core()
+    limit_characters, rounds, copies_of = {
+        "full": (2**40, 3, (1, 4, 16)),
+        "quick": (8_000_000, 3, (1, 4, 16)),
+        "smallest": (300_000, 1, (1, 2)),
+    }[options.size]
+    with tempfile.TemporaryDirectory() as temporary:
+        figures = measure(Path(temporary), corpus(limit_characters), rounds, copies_of)
+    show(figures)
+    write_record(options.json, figures)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""An hour of training with random faults: steps and seconds lost for each, and whether memory stays flat.
+"""Does training survive random faults for an hour: which steps and seconds are lost, and is memory flat?
 
-    .venv/bin/python benchmarks/soak.py [--minutes 60] [--quick] [--json FILE] [--picture FILE.png]
+    python benchmarks/soak.py --json rows.json --picture soak.png   # an hour
+    python benchmarks/soak.py --quick                               # two minutes
 
-`longring train` on two ranks, the demo's recipe made smaller. At random times a rank is killed, a rank or the launcher
-gets a signal, or a rank is stopped; then the same command runs again. Checkpoints every 20 steps. Half of the time
-between faults is short, half of it long, since only a long start shows memory that grows.
+`longring train` runs on two ranks with a smaller demo recipe. At random times a rank is killed, a rank or the launcher
+gets a signal, or a rank is stopped; then the same command runs again. A checkpoint is saved every 20 steps. Half of the
+times between faults are short and half long, since memory that grows shows in a long run only.
 """
 
-import argparse
+from __future__ import annotations
+
 import json
 import os
 import random
@@ -21,13 +23,16 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+
+sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
+from lib import ROOT
+from lib.script import Row, make_parser, make_table, write_record
 from longring.launch.checkpoint.format import complete_checkpoints, find_damage, read_checkpoint_manifest
 from longring.launch.metrics import read_metrics
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "demo.toml"
+RECIPE = ROOT / "launch" / "recipes" / "demo.toml"
 EVERY = 20
 SAMPLE_S = 2.0
 FAULTS = {
@@ -39,6 +44,7 @@ FAULTS = {
 
 
 def settings(folder: Path) -> list[str]:
+    """Return the overrides of the demo's recipe."""
     return [
         f"run_directory={folder}/run",
         f"data.directory={folder}/data",
@@ -55,23 +61,28 @@ def settings(folder: Path) -> list[str]:
     ]
 
 
-def done(run: Path) -> int:
-    """The last step in the run's metrics."""
+def last_step(run: Path) -> int:
+    """Return the last step in the run's metrics, or 0."""
     try:
         with (run / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 1000))
             return json.loads(file.read().splitlines()[-1])["step"]
-    except (OSError, ValueError, IndexError):  # not there yet, or a line that is just being written
+    except (OSError, ValueError, IndexError):  # no file yet, or a line that is being written
         return 0
 
 
-def starts_of(run: Path) -> list[dict]:
+def starts_of(run: Path) -> list[Row]:
+    """Return the records of the starts of the run."""
     file = run / "starts.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def soak(folder: Path, minutes: float, between_s: tuple[float, float, float], seed: int) -> list[dict]:
-    """One row a start: what ended the start before, what that cost, and (seconds, step, bytes of each rank) samples."""
+def soak(folder: Path, minutes: float, between_s: tuple[float, float, float], seed: int) -> list[Row]:
+    """Train for some minutes with faults and return a row for each start.
+
+    A row has the fault that ended the start before, the steps and seconds that it cost, and samples of (seconds, step,
+    bytes of each rank). `between_s` are the shortest, middle and longest time between faults.
+    """
     chance = random.Random(seed)
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "longring.launch.cli"]
@@ -91,7 +102,7 @@ def soak(folder: Path, minutes: float, between_s: tuple[float, float, float], se
             ranks: list[psutil.Process] = []
             try:
                 while launcher.poll() is None and (
-                    len(starts_of(run)) == num_starts or done(run) <= starts_of(run)[-1]["from_step"]
+                    len(starts_of(run)) == num_starts or last_step(run) <= starts_of(run)[-1]["from_step"]
                 ):
                     time.sleep(0.2)
                 started, from_step = time.monotonic(), starts_of(run)[-1]["from_step"]
@@ -101,16 +112,16 @@ def soak(folder: Path, minutes: float, between_s: tuple[float, float, float], se
                     row |= {"lost_steps": max(0, step_then - from_step), "lost_s": started - fault_at}
                 rows.append(row)
                 ranks = launcher.children()
-                time.sleep(1)  # the records of steps that are done again are gone by now
+                time.sleep(1)  # by now the records of steps that are done again are gone
                 shortest, middle, longest = between_s
                 length = chance.choice([chance.uniform(shortest, middle), chance.uniform(middle, longest)])
                 stop = min(end, started + length)
                 while (now := time.monotonic()) < stop and launcher.poll() is None:
-                    samples.append((now - began, done(run), [rank.memory_info().rss for rank in ranks]))
+                    samples.append((now - began, last_step(run), [rank.memory_info().rss for rank in ranks]))
                     progress.update(task, completed=now - began)
                     time.sleep(min(SAMPLE_S, max(0.0, stop - now)))
                 kind = chance.choice(list(FAULTS))
-                step_then, fault_at = done(run), time.monotonic()
+                step_then, fault_at = last_step(run), time.monotonic()
                 FAULTS[kind](launcher, chance.choice(ranks))
                 launcher.wait(120)
             finally:
@@ -122,7 +133,7 @@ def soak(folder: Path, minutes: float, between_s: tuple[float, float, float], se
 
 
 def growth(samples: list[tuple[float, int, list[int]]]) -> list[float]:
-    """Bytes a step by which each rank's memory grows in the second half of a long start; a line's slope."""
+    """Return by rank the bytes a step by which memory grows in the second half of a long start, by a line's slope."""
     late = samples[len(samples) // 2 :]
     if len(late) < 30:
         return []
@@ -130,8 +141,8 @@ def growth(samples: list[tuple[float, int, list[int]]]) -> list[float]:
     return [float(np.polyfit(steps, np.array(memory), 1)[0]) for memory in zip(*(m for *_, m in late), strict=True)]
 
 
-def draw(rows: list[dict], picture: Path) -> None:
-    """Steps done and the ranks' memory over time, with a mark at each fault."""
+def draw(rows: list[Row], picture: Path) -> None:
+    """Draw the steps and the ranks' memory over time, with a mark at each fault."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -158,12 +169,12 @@ def draw(rows: list[dict], picture: Path) -> None:
     figure.savefig(picture, dpi=110)
 
 
-def print_rows(rows: list[dict], steps: int) -> None:
-    """A line for each kind of fault, and one for memory."""
+def show(rows: list[Row], steps: int) -> None:
+    """Print a line for each kind of fault, and the growth of memory."""
     num_faults = sum(bool(row["after"]) for row in rows)
-    table = Table(title=f"{num_faults} faults in {steps:,} steps, a checkpoint every {EVERY}")
-    for name in ("fault", "times", "steps lost, mean", "most", "seconds to the next step, median", "most"):
-        table.add_column(name, justify="left" if name == "fault" else "right")
+    columns = ("fault", "times", "steps lost, mean", "most", "seconds to the next step, median", "most")
+    title = f"{num_faults} faults in {steps:,} steps, a checkpoint every {EVERY}"
+    table = make_table(title, columns, left=("fault",))
     for kind in FAULTS:
         if mine := [row for row in rows if row["after"] == kind]:
             lost, seconds = [row["lost_steps"] for row in mine], [row["lost_s"] for row in mine]
@@ -178,34 +189,37 @@ def print_rows(rows: list[dict], steps: int) -> None:
     console = Console(width=120)
     console.print(table)
     long = {row["samples"][-1][1] - row["samples"][0][1]: slopes for row in rows if (slopes := growth(row["samples"]))}
-    most = max(max(memory) for row in rows for *_, memory in row["samples"])
-    console.print(f"memory of a rank: at most {most / 1e6:,.0f} MB; change in the second half of the long starts:")
+    most = max((max(memory) for row in rows for *_, memory in row["samples"]), default=0)
+    console.print(f"memory of a rank: at most {most / 1e6:,.0f} MB")
+    if long:
+        console.print("change in the second half of the long starts:")
     for num_steps, slopes in sorted(long.items()):
         told = ", ".join(f"{1000 * slope / 1e6:+.1f}" for slope in slopes)
         console.print(f"  of {num_steps:,} steps: {told} MB in 1,000 steps on ranks 0, 1")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=60.0, help="how long (default: an hour)")
-    parser.add_argument("--quick", action="store_true", help="two minutes, a fault every few seconds")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every start, with its samples")
+    parser = make_parser(__doc__ or "", quick="two minutes, a fault every few seconds")
+    parser.add_argument("--minutes", type=float, default=60.0, help="length of the soak (default: 60)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the faults (default: 0)")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw steps and memory over time")
     options = parser.parse_args()
-    between = (5.0, 15.0, 25.0) if options.quick else (15.0, 90.0, 480.0)
+    minutes, between_s = {
+        "full": (options.minutes, (15.0, 90.0, 480.0)),
+        "quick": (2.0, (5.0, 15.0, 25.0)),
+        "smallest": (0.5, (1.0, 2.0, 3.0)),
+    }[options.size]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = soak(folder, 2.0 if options.quick else options.minutes, between, options.seed)
+        rows = soak(folder, minutes, between_s, options.seed)
         steps = [step["step"] for step in read_metrics(folder / "run" / "metrics.jsonl")]
-        assert steps == list(range(1, len(steps) + 1)), "every step once, in order, whatever happened"
-        last = complete_checkpoints(folder / "run" / "checkpoints")[0]
-        assert find_damage(last, read_checkpoint_manifest(last)) is None
-    print_rows(rows, len(steps))
+        assert steps == list(range(1, len(steps) + 1)), "every step is recorded once, in order, whatever happened"
+        if checkpoints := complete_checkpoints(folder / "run" / "checkpoints"):
+            assert find_damage(checkpoints[0], read_checkpoint_manifest(checkpoints[0])) is None
+    show(rows, len(steps))
     if options.picture:
         draw(rows, options.picture)
-    if options.json:
-        options.json.write_text(json.dumps(rows) + "\n")
+    write_record(options.json, {"rows": rows}, indent=None)
     return 0
 
 

@@ -1,14 +1,16 @@
-"""Step time by bucket at constant tokens per rank, and tokens/s over a curriculum against concat-and-chunk.
+"""How much faster is training on buckets than on concatenated chunks of the longest length?
 
-    .venv/bin/python benchmarks/variable_length.py [--quick] [--json FILE]
+    python benchmarks/variable_length.py --json rows.json   # eight minutes
+    python benchmarks/variable_length.py --quick            # fewer steps
 
-One model, one rank, the same steps of the same number of tokens, by `longring train`: first decomposed data under
-grow-p2, cut as the paper's code cuts so that every length has its share, then concat-and-chunk at the longest length.
-The speed-up stands beside the one predicted from FLOPs (data/inspect/cost.py). Text: Python's own standard library; on
-GPUs set `--ranks`, `--max-tokens`, `--layers` and `--hidden` to their size.
+One model on one rank takes steps of the same number of tokens with `longring train`: first decomposed data under
+grow-p2, cut as the paper's code cuts, so that every length has its share; then concat-and-chunk at the longest length.
+The speed-up stands beside the one predicted from FLOPs (data/inspect/cost.py). The text is Python's own standard
+library; on GPUs set --ranks, --max-tokens, --layers and --hidden to their size.
 """
 
-import argparse
+from __future__ import annotations
+
 import json
 import subprocess
 import sys
@@ -16,12 +18,13 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
+sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
+from lib.script import Row, make_parser, make_table, write_record
 from longring.data.format.manifest import open_prepared
 from longring.data.inspect.cost import speed_up
 from longring.launch.commands.inspect import model_size
 from longring.launch.config import load_recipe
 from rich.console import Console
-from rich.table import Table
 
 RECIPE = """
 run_directory = "{folder}/run"
@@ -31,6 +34,7 @@ min_bucket_tokens = 256
 max_bucket_tokens = {max_tokens}
 cut = "random"
 tokenizer = {{ vocab_size = 2048 }}
+source = {{ limit_documents = {documents} }}
 [curriculum]
 odds = "grow_p2"
 [model]
@@ -48,41 +52,42 @@ learning_rate = 1e-4
 dtype = "{dtype}"
 """
 WARM = 2
-"""Steps of each bucket that are not timed: the first allocate."""
+"""Number of first steps of each bucket that are not timed, as they allocate memory."""
 
 
-def train(recipe: Path, ranks: int, *overrides: str) -> list[dict]:
-    """Prepare and train -> a record for each step."""
-    longring = str(Path(sys.executable).with_name("longring"))
-    subprocess.run([longring, "prepare", str(recipe), *overrides], check=True, stdout=subprocess.DEVNULL)
-    command = [longring, "train", str(recipe), *overrides, "--ranks", str(ranks)]
+def train(recipe: Path, ranks: int, *overrides: str) -> list[Row]:
+    """Prepare, train, and return the metrics of each step."""
+    longring = [sys.executable, "-m", "longring.launch.cli"]
+    subprocess.run([*longring, "prepare", str(recipe), *overrides], check=True, stdout=subprocess.DEVNULL)
+    command = [*longring, "train", str(recipe), *overrides, "--ranks", str(ranks)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     run = Path(load_recipe(recipe, overrides).run_directory)
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def by_bucket(steps: list[dict]) -> dict[int, float]:
-    """Median ms of a step in each bucket."""
+def by_bucket(steps: list[Row]) -> dict[int, float]:
+    """Return by bucket the median ms of a step."""
     lengths = sorted({step["bucket"] for step in steps})
     times = {length: [step["step_ms"] for step in steps if step["bucket"] == length] for length in lengths}
     return {length: median(values[WARM:] or values) for length, values in times.items()}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer steps; about a minute on two cores")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and figures here")
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--max-tokens", type=int, default=4096)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--dtype", default="float32")
+    parser = make_parser(__doc__ or "", quick="fewer steps: about a minute on two cores")
+    parser.add_argument("--ranks", type=int, default=1, help="number of ranks (default: 1)")
+    parser.add_argument("--max-tokens", type=int, default=4096, help="longest bucket (default: 4096)")
+    parser.add_argument("--layers", type=int, default=2, help="layers of the model (default: 2)")
+    parser.add_argument("--hidden", type=int, default=128, help="width of the model (default: 128)")
+    parser.add_argument("--dtype", default="float32", help="dtype of training (default: float32)")
     options = parser.parse_args()
-    steps = 32 if options.quick else 160
+    steps, documents = {"full": (160, 0), "quick": (32, 0), "smallest": (8, 60)}[options.size]
+    if options.size == "smallest":
+        options.max_tokens, options.layers, options.hidden = 512, 1, 64
     with tempfile.TemporaryDirectory() as temporary:
         recipe = Path(temporary, "recipe.toml")
         content = RECIPE.format(
             folder=temporary,
+            documents=documents,
             max_tokens=options.max_tokens,
             layers=options.layers,
             hidden=options.hidden,
@@ -100,33 +105,27 @@ def main() -> int:
         model = model_size(load_recipe(recipe).model, vocab_size)
     times = by_bucket(curriculum)
     [longest] = by_bucket(baseline).values()
-    tokens = options.max_tokens * options.ranks
     counts = {length: sum(step["bucket"] == length for step in curriculum) for length in times}
-    table = Table(title=f"Steps of {tokens:,} tokens", title_justify="left")
-    for column in ("bucket", "steps", "ms", "concat is", "predicted"):
-        table.add_column(column, justify="right")
-    rows = []
-    for length, value in times.items():
+    title = f"Steps of {options.max_tokens * options.ranks:,} tokens"
+    table = make_table(title, ("bucket", "steps", "ms", "concat is", "predicted"))
+    rows: list[Row] = []
+    for length, ms in times.items():
         predicted = speed_up(model, [1, 0], [length, options.max_tokens])
-        rows.append({"bucket": length, "steps": counts[length], "step_ms": value})
-        rows[-1] |= {"concat_is": longest / value, "predicted": predicted}
-        table.add_row(
-            f"{length:,}", str(counts[length]), f"{value:,.0f}", f"{longest / value:.2f} x", f"{predicted:.2f} x"
-        )
-    spent = sum(counts[length] * times[length] for length in times)
-    measured = len(curriculum) * longest / spent
-    lengths = [*times, options.max_tokens]
-    predicted = speed_up(model, [*counts.values(), 0], lengths)
+        rows.append({"bucket": length, "steps": counts[length], "step_ms": ms})
+        rows[-1] |= {"concat_is": longest / ms, "predicted": predicted}
+        ratios = f"{longest / ms:.2f} x", f"{predicted:.2f} x"
+        table.add_row(f"{length:,}", str(counts[length]), f"{ms:,.0f}", *ratios)
+    measured = len(curriculum) * longest / sum(counts[length] * times[length] for length in times)
+    predicted = speed_up(model, [*counts.values(), 0], [*times, options.max_tokens])
     console = Console()
     console.print(table)
     console.print(
         f"concat-and-chunk at {options.max_tokens:,}: {longest:,.0f} ms a step\n"
-        f"the curriculum is {measured:.2f} times as fast, {predicted:.2f} predicted from FLOPs",
+        f"the curriculum is {measured:.2f} times as fast; {predicted:.2f} is predicted from FLOPs",
         highlight=False,
     )
-    if options.json:
-        figures = {"rows": rows, "concat_step_ms": longest, "speed_up": measured, "predicted": predicted}
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    figures = {"concat_step_ms": longest, "speed_up": measured, "predicted": predicted}
+    write_record(options.json, {"rows": rows, **figures})
     return 0
 
 

@@ -1,32 +1,19 @@
-"""Cases of attention that benchmarks share: their inputs, and how members are timed beside each other."""
+"""Cases of attention that several benchmarks time, and their inputs."""
 
 from __future__ import annotations
 
-import platform
-import time
-from collections.abc import Callable
-from datetime import UTC, datetime
-from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from longring.kernels import layout
-from longring.kernels import mask as masks
+from longring.kernels.layout import SeqLayout
+from longring.kernels.mask import Mask, make_mask
 from torch import Tensor
 
-Row = dict[str, Any]
-Phase = Callable[[Any], Any]
-"""One timed part of a member; takes what the part before it returned."""
-
-CASE_S = 1.0
-"""Time given to the repeats of one case, where a few do not take longer."""
-LEAST_ROUNDS = {"cpu": 7, "cuda": 2}
-L2_BYTES = 256 * 2**20
-"""Written before each timed call, so that none finds its inputs in the cache: more than any device's L2."""
+from .script import Size
 
 
 class Case(NamedTuple):
-    """Inputs all members get: q `[batch, tokens, heads, head_dim]`."""
+    """One attention: q has shape [batch, tokens, heads, head_dim], k and v have `kv_heads` heads."""
 
     mask: str
     tokens: int
@@ -36,28 +23,11 @@ class Case(NamedTuple):
     head_dim: int
     dtype: str
     flex: bool = False
-    """Whether FlexAttention is timed: it is compiled anew for each case, which takes longer than all the rest."""
-
-
-def about(device: str) -> Row:
-    """What a figure is worth nothing without."""
-    found = {"date": datetime.now(UTC).date().isoformat(), "torch": torch.__version__}
-    if device == "cuda":
-        import triton  # only CUDA members need it
-
-        found |= {
-            "device": torch.cuda.get_device_name(),
-            "triton": triton.__version__,
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-        }
-    else:
-        found["device"] = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
-    return found | {"python": platform.python_version()}
+    """Time FlexAttention as well: it is compiled anew for each case, which takes longer than everything else."""
 
 
 def document_tokens(tokens: int) -> tuple[int, ...]:
-    """Lengths of packed documents, log-uniform from tokens / 128 to tokens / 4: the same at every call."""
+    """Return the lengths of packed documents, log-uniform from tokens / 128 to tokens / 4, equal at every call."""
     generator = torch.Generator().manual_seed(tokens)
     found, left = [], tokens
     while left:
@@ -67,29 +37,31 @@ def document_tokens(tokens: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def layout_of(case: Case) -> Any:
+def layout_of(case: Case) -> SeqLayout:
+    """Return the layout of the whole sequence."""
     packed = document_tokens(case.tokens) if case.mask == "documents" else (case.tokens,)
-    return layout.SeqLayout.packed(packed)
+    return SeqLayout.packed(packed)
 
 
-def mask_of(case: Case, device: str) -> Any:
+def mask_of(case: Case, device: str) -> Mask:
+    """Return the mask of all queries and all keys; "documents" is causal within each document."""
     whole = layout_of(case)
-    return masks.make_mask(whole, whole, causal=case.mask != "full", device=device)
+    return make_mask(whole, whole, causal=case.mask != "full", device=device)
 
 
 def inputs(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v that ask for gradients, and dout."""
+    """Return q, k and v, which require gradients, and dout: [batch, tokens, heads or kv_heads, head_dim]."""
     generator = torch.Generator(device).manual_seed(0)
     shape = {"generator": generator, "device": device, "dtype": getattr(torch, case.dtype)}
     q, k, v, dout = (
         torch.randn((case.batch, case.tokens, heads, case.head_dim), **shape)
         for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)
     )
-    return *(x.requires_grad_() for x in (q, k, v)), dout
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout
 
 
-def cuda_cases(quick: bool) -> list[Case]:
-    """The bars' cases first, the longest last: what a deadline cuts off matters least."""
+def cuda_cases(size: Size) -> list[Case]:
+    """Return the cases for a GPU: those of the bars first, the longest last, where a deadline may cut them off."""
 
     def case(mask: str, tokens: int, head_dim: int, grouped: bool, flex: bool = False) -> Case:
         heads = 2048 // head_dim
@@ -98,8 +70,8 @@ def cuda_cases(quick: bool) -> list[Case]:
         )
 
     found = [case("causal", 16384, 128, False, True), case("documents", 16384, 128, False, True)]
-    if quick:
-        return found
+    if size != "full":
+        return found[:1] if size == "smallest" else found
     found += [case("causal", 16384, d, grouped, True) for d, grouped in ((128, True), (64, False), (64, True))]
     found += [case("documents", 16384, d, grouped, True) for d, grouped in ((128, True), (64, False))]
     found += [case("full", 16384, d, grouped, d == 128 and not grouped) for d in (128, 64) for grouped in (False, True)]
@@ -116,7 +88,11 @@ def cuda_cases(quick: bool) -> list[Case]:
     return found
 
 
-def cpu_cases(quick: bool) -> list[Case]:
+def cpu_cases(size: Size) -> list[Case]:
+    """Return the cases for a CPU."""
+    if size == "smallest":
+        return [Case(mask, 128, 1, 4, 2, 32, "float32") for mask in ("causal", "documents")]
+    quick = size == "quick"
     return [
         Case(mask, tokens, 1, 8, kv_heads, 64, dtype)
         for tokens in ((2048,) if quick else (1024, 2048, 4096))
@@ -126,68 +102,8 @@ def cpu_cases(quick: bool) -> list[Case]:
     ]
 
 
-def plan(quick: bool) -> tuple[list[Case], str, str]:
-    """Cases, device and backend of this machine."""
+def cases_here(size: Size) -> tuple[list[Case], str, str]:
+    """Return the cases, the device and the backend of this machine."""
     if torch.cuda.is_available():
-        return cuda_cases(quick), "cuda", "triton"
-    return cpu_cases(quick), "cpu", "torch_cpu"
-
-
-def warm_up(phases: list[Phase], device: str) -> int | None:
-    """Compile and run twice; peak memory of the second time beyond what was there, on CUDA."""
-    for number in range(2):
-        synchronize(device)
-        before = torch.cuda.memory_allocated() if device == "cuda" else 0
-        if device == "cuda" and number:
-            torch.cuda.reset_peak_memory_stats()
-        value = None
-        for phase in phases:
-            value = phase(value)
-        synchronize(device)
-        del value
-    return torch.cuda.max_memory_allocated() - before if device == "cuda" else None
-
-
-def interleaved_ms(members: dict[str, list[Phase]], device: str, budget_s: float = CASE_S) -> dict[str, list[float]]:
-    """Median time of each phase of each member, and last of their sum; members take turns. They are warm already."""
-    flushed = torch.empty(L2_BYTES if device == "cuda" else 0, dtype=torch.int8, device=device)
-
-    def round_of_all() -> dict[str, list[tuple[Any, Any]]]:
-        marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in members}
-        for name, phases in members.items():
-            value = None
-            for phase in phases:
-                flushed.zero_()
-                start = moment(device)
-                value = phase(value)
-                marks[name].append((start, moment(device)))
-        return marks
-
-    started = time.perf_counter()
-    rounds = [round_of_all()]
-    synchronize(device)
-    affordable = int(budget_s / (time.perf_counter() - started))
-    rounds += [round_of_all() for _ in range(min(30, max(LEAST_ROUNDS[device] - 1, affordable)))]
-    synchronize(device)
-    found = {}
-    for name in members:
-        times = [[elapsed_ms(*pair) for pair in marks[name]] for marks in rounds]
-        found[name] = [median(phase) for phase in zip(*([*t, sum(t)] for t in times), strict=True)]
-    return found
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def moment(device: str) -> Any:
-    if device == "cpu":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def elapsed_ms(start: Any, stop: Any) -> float:
-    return (stop - start) * 1e3 if isinstance(start, float) else start.elapsed_time(stop)
+        return cuda_cases(size), "cuda", "triton"
+    return cpu_cases(size), "cpu", "torch_cpu"

@@ -1,4 +1,4 @@
-"""Hosts on one machine, joined by shaped, full-duplex links: where links, not cores, are scarce.
+"""A lab network: hosts on one machine, joined by shaped, full-duplex links, so that links and not cores are scarce.
 
     with Network("ring", num_hosts=4, mbit_per_s=200) as network:
         ranks = [network.popen(host, [sys.executable, "rank.py"]) for host in range(4)]
@@ -6,10 +6,10 @@
         ...
         sent = network.sent_bytes() - before            # bytes by (from, to)
 
-A host is a network namespace; rank.py calls torch.distributed.init_process_group("gloo"). Fabrics: mesh, a link for
-every pair; ring, links to the two neighbours, which forward other traffic the shorter way; switch, one port a host,
-limited in each direction. Needs root and iproute2. What gloo gets out of it, and the rate up to which a machine keeps
-all links full, says `python benchmarks/gloo_links.py`.
+A host is a network namespace; rank.py calls torch.distributed.init_process_group("gloo"). Fabrics: a mesh has a link
+for every pair; a ring has links to the two neighbours, which forward other traffic the shorter way; a switch has one
+port a host, limited in each direction. Needs root and iproute2. `python benchmarks/gloo_links.py` measures the rates
+that gloo reaches on it, and the rate up to which a machine keeps all links full.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import secrets
 import shutil
 import signal
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -29,9 +28,10 @@ from typing import Any, Literal, get_args
 
 Fabric = Literal["mesh", "ring", "switch"]
 
+FABRICS: tuple[Fabric, ...] = get_args(Fabric)
 SWITCH = "switch"
 PAYLOAD_SHARE = 1448 / 1514
-"""Of a full Ethernet frame: what TCP with timestamps carries in it."""
+"""Share of a full Ethernet frame that is data of TCP with timestamps."""
 NAMESPACES = Path("/run/netns")
 CAPABILITIES = 1 << 12 | 1 << 21
 """CAP_NET_ADMIN and CAP_SYS_ADMIN, by their numbers in linux/capability.h."""
@@ -42,13 +42,13 @@ SETTINGS = {
     "tcp_congestion_control": "reno",  # nothing is lost here, so it keeps links full; bbr probes and falls behind
 }
 BURST = "64kb"
-"""What an idle link may send at once. Less, and a timer that is late on a busy machine costs rate."""
+"""Bytes that an idle link may send at once. With less, a late timer of a busy machine costs rate."""
 ACKNOWLEDGEMENT = "match u16 0x0000 0xff80 at 2 match u8 0x10 0xff at 33"
-"""IP packets below 128 bytes with the TCP flag ACK alone. No data: a stream's data must stay in order."""
+"""Filter for IP packets below 128 bytes with the TCP flag ACK alone; data is left out, as it must stay in order."""
 
 
 def unavailable() -> str | None:
-    """Why this machine cannot hold such a network and what would help, or None."""
+    """Return why this machine cannot hold a lab network and a way out, or None if it can."""
     if missing := [tool for tool in ("ip", "tc") if shutil.which(tool) is None]:
         return f"{' and '.join(missing)} not found: install iproute2"
     [granted] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff")]
@@ -58,29 +58,33 @@ def unavailable() -> str | None:
 
 
 def address(host: int) -> str:
-    """Of all ports of a host."""
+    """Return the IP address of a host, the same on all its ports."""
     return f"10.77.0.{host + 1}"
 
 
 def from_hosts(sent: Mapping[tuple[str, str], int]) -> int:
-    """Of what `sent_bytes` counts, the bytes that left hosts: a switch counts the same bytes again."""
+    """Return the bytes of `sent_bytes` that left hosts; a switch counts the same bytes again."""
     return sum(count for (source, _), count in sent.items() if source != SWITCH)
 
 
 class Network:
-    """Namespaces, links and processes: built on entering, gone on leaving.
+    """Namespaces, links and processes, built on entering and removed on leaving.
 
     A process that is killed leaves its namespaces, `longring-PID-...` of `ip netns list`; `ip netns del` removes them.
     """
 
     def __init__(self, fabric: Fabric, num_hosts: int, mbit_per_s: float) -> None:
-        """Hosts 0 to num_hosts - 1. The rate is that of each link and direction, headers included."""
-        if fabric not in get_args(Fabric) or not 2 <= num_hosts <= 250 or mbit_per_s <= 0:
+        """Describe hosts 0 to num_hosts - 1; the rate holds for each link and direction, headers included.
+
+        Raises ValueError if the fabric is unknown, or the number of hosts or the rate is out of range.
+        """
+        if fabric not in FABRICS or not 2 <= num_hosts <= 250 or mbit_per_s <= 0:
             raise ValueError(
-                f"fabric {fabric!r}, num_hosts {num_hosts}, mbit_per_s {mbit_per_s}: "
-                f"take one of {', '.join(get_args(Fabric))}, 2 to 250 hosts, and a rate above 0"
+                f"fabric = {fabric!r}, num_hosts = {num_hosts}, mbit_per_s = {mbit_per_s}: no such network; "
+                f"take one of {', '.join(FABRICS)}, 2 to 250 hosts and a rate above 0"
             )
-        self.fabric, self.num_hosts, self.mbit_per_s = fabric, num_hosts, mbit_per_s
+        self.fabric: Fabric = fabric
+        self.num_hosts, self.mbit_per_s = num_hosts, mbit_per_s
         self.prefix = f"longring-{os.getpid()}-{secrets.token_hex(3)}-"
         hosts = range(num_hosts)
         if fabric == "switch":
@@ -91,7 +95,7 @@ class Network:
             }
             self.links = [(str(i), str(j)) for i, j in sorted(pairs)]
         self.ports: dict[str, list[str]] = {}
-        """By host or switch: what its links lead to. The device is called `to-` and that."""
+        """The other ends of the links of each host and of the switch. A device is called `to-` and the other end."""
         for a, b in self.links:
             self.ports.setdefault(a, []).append(b)
             self.ports.setdefault(b, []).append(a)
@@ -113,9 +117,9 @@ class Network:
         self._undo.close()
 
     def popen(self, host: int, command: list[str], env: Mapping[str, str] | None = None, **options: Any) -> Any:
-        """The subprocess.Popen of a command on a host, as rank `host` of torch.distributed.
+        """Start a command on a host, as rank `host` of torch.distributed, and return its subprocess.Popen.
 
-        `env` is added to this process's environment; options are Popen's. The process ends with the network.
+        `env` is added to this process's environment; options are those of Popen. The process ends with the network.
         """
         environment = {
             **os.environ,
@@ -135,10 +139,10 @@ class Network:
         return self.processes[-1]
 
     def sent_bytes(self) -> Counter[tuple[str, str]]:
-        """Bytes that every link carried so far, by (from, to), where "0" is host 0 and "switch" the switch.
+        """Return the bytes that every link has carried, by (from, to), where "0" is host 0 and "switch" the switch.
 
-        The kernel's count of what its shaper let pass: headers of every packet and acknowledgements are in it, and what
-        a ring forwards is counted on each link that it passes. Differences: `network.sent_bytes() - before`.
+        The kernel counts the bytes that its shaper lets pass: headers and acknowledgements are in it, and bytes that a
+        ring forwards are counted on each link. The difference of two counts is `network.sent_bytes() - before`.
         """
         sent: Counter[tuple[str, str]] = Counter()
         for node in self.ports:
@@ -148,20 +152,20 @@ class Network:
         return sent
 
     def set_rate(self, mbit_per_s: float) -> None:
-        """Of all links from now on."""
+        """Set the rate of all links from now on."""
         self.mbit_per_s = mbit_per_s
         for node, ports in self.ports.items():
             _batch("tc", self.prefix + node, [line for port in ports for line in self._classes("change", port)])
 
     def next_hop(self, host: int, target: int) -> str:
-        """What the link leads to on which `host` sends to `target`."""
+        """Return the other end of the link on which `host` sends to `target`."""
         if self.fabric == "ring":
             onwards = (target - host) % self.num_hosts <= self.num_hosts // 2
             return str((host + (1 if onwards else -1)) % self.num_hosts)
         return str(target) if self.fabric == "mesh" else SWITCH
 
     def num_hops(self, source: int, target: int) -> int:
-        """Links between two hosts; a switch's two count as one."""
+        """Return the number of links between two hosts; the two of a switch count as one."""
         ahead = (target - source) % self.num_hosts
         return min(ahead, self.num_hosts - ahead) if self.fabric == "ring" else 1
 
@@ -209,42 +213,15 @@ class Network:
         for process in self.processes:
             process.kill()
             process.wait()
-        for node in self.ports:  # and whatever those had started
+        for node in self.ports:  # and the processes that those have started
             while pids := _run("ip", "netns", "pids", self.prefix + node).split():
                 for pid in pids:
                     with suppress(ProcessLookupError):
                         os.kill(int(pid), signal.SIGKILL)
 
     def _remove(self, node: str) -> None:
-        if (NAMESPACES / (self.prefix + node)).exists():  # not if its making was interrupted
+        if (NAMESPACES / (self.prefix + node)).exists():  # it does not if its making was interrupted
             _run("ip", "netns", "del", self.prefix + node)
-
-
-class Served:
-    """`script --serve` on every host of a network: it joins the others and says a line; then it reads jobs, a line of
-    JSON each, and answers each with a line of JSON.
-    """
-
-    def __init__(self, network: Network, script: str) -> None:
-        self.network = network
-        command = [sys.executable, "-P", script, "--serve"]
-        quiet = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # it warns that hosts have no names
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.processes = [network.popen(host, command, quiet, **pipes) for host in range(network.num_hosts)]
-        self._lines()
-
-    def answers(self, job: Mapping[str, Any]) -> list[Any]:
-        """Every host's, to a job that all have got."""
-        for process in self.processes:
-            process.stdin.write(json.dumps(job) + "\n")
-            process.stdin.flush()
-        return [json.loads(line) for line in self._lines()]
-
-    def _lines(self) -> list[str]:
-        lines = [process.stdout.readline() for process in self.processes]
-        if "" in lines:
-            raise RuntimeError(f"host {lines.index('')} ended, see its error above")
-        return lines
 
 
 def _run(*command: str, text: str | None = None) -> str:

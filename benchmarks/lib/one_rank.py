@@ -1,12 +1,12 @@
-"""A training step on one rank, of a model of any size, for benchmarks of what surrounds it."""
+"""A training step on one rank, of a model of any size, for benchmarks of the code around a step."""
+
+from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-os.environ["MASTER_PORT"] = str(20_000 + os.getpid() % 10_000)
 import numpy as np
 import torch
 from longring.launch.build import bucket_layouts, build_engine
@@ -15,22 +15,31 @@ from longring.launch.grids.decide import decide_grids
 from longring.parallel.mesh import Mesh, join
 from longring.parallel.zero import DeepSpeedEngine, set_learning_rate
 
-RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "demo.toml"
+from . import ROOT
+from .process import free_port
+
+RECIPE = ROOT / "launch" / "recipes" / "demo.toml"
 VOCABULARY = 8192
 
 
 class OneRank(NamedTuple):
-    """What a run on one rank consists of."""
+    """A run on one rank."""
 
     recipe: Recipe
     mesh: Mesh
     engine: DeepSpeedEngine
     step: Callable[[], None]
-    """Forward, backward and update on the same tokens."""
+    """Runs forward, backward and update, always on the same tokens."""
+
+
+def be_the_only_rank() -> None:
+    """Set the environment of a world of one rank."""
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
 
 
 def one_rank(run_directory: Path, width: int, layers: int, tokens: int) -> OneRank:
-    """The demo's model with these sizes; steps of `tokens` random tokens, accumulated as the recipe says."""
+    """Build the demo's model with `width` and `layers`; a step trains on `tokens` random tokens a micro-batch."""
+    be_the_only_rank()
     shape = [f"model.hidden_size={width}", f"model.num_layers={layers}", f"model.ffn_hidden_size={3 * width}"]
     recipe = load_recipe(RECIPE, [*shape, "parallel.tokens_per_rank=2048", f"run_directory={run_directory}"])
     mesh = join(recipe.parallel, 1)
@@ -48,3 +57,8 @@ def one_rank(run_directory: Path, width: int, layers: int, tokens: int) -> OneRa
             torch.cuda.synchronize()
 
     return OneRank(recipe, mesh, engine, step)
+
+
+def count_parameters(engine: DeepSpeedEngine) -> int:
+    """Return the number of parameters of the engine's model."""
+    return sum(parameter.numel() for parameter in engine.parameters())

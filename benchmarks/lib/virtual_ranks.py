@@ -1,4 +1,4 @@
-"""The ranks of one attention inside one process and on one device: what `cp_virtual` and `cp_precision` compare.
+"""The ranks of one attention inside one process and on one device, for `cp_virtual` and `cp_precision`.
 
 `forward_in_process` and `backward_in_process` run a member of the family with all its messages, each a copy; `Tiles`
 makes only its kernel calls; `Whole` is one kernel over the whole sequence.
@@ -16,6 +16,7 @@ from longring.parallel.cp import execute, transports, visible
 from longring.parallel.cp import grid as grids
 from longring.parallel.cp import heads as cp_heads
 from longring.parallel.cp import layout as cp_layout
+from longring.parallel.cp.plan import Pass
 from torch import Tensor
 
 from .cases import Case, layout_of
@@ -31,50 +32,55 @@ class Question(NamedTuple):
     members: tuple[str, ...]
 
     @property
-    def visibility(self) -> Any:
-        """Who sees whom."""
+    def visibility(self) -> visible.Visibility:
+        """Which keys each query sees."""
         return visible.Visibility(window=self.case.tokens // 32 - 3 if self.case.mask == "window" else None)
 
-    def spec(self, member: str, backend: str, **options: Any) -> Any:
-        """A member's division of it, zigzag."""
+    def spec(self, member: str, backend: str, **options: Any) -> execute.AttentionSpec:
+        """Return the member's division of the attention, in zigzag layout."""
         whole = layout_of(self.case)
         shares = [cp_layout.zigzag(self.case.tokens, rank, self.size).runs for rank in range(self.size)]
         layouts = tuple(layout.SeqLayout(runs, whole.document_starts) for runs in shares)
         return execute.AttentionSpec(grid_of(member, self.size), layouts, self.visibility, backend, **options)
 
     def unfit(self, member: str) -> str | None:
-        """Why a member cannot divide its heads."""
+        """Return why a member cannot divide the heads, or None."""
         return grid_of(member, self.size).unfit(self.case.heads, self.case.kv_heads)
 
 
-def grid_of(member: str, size: int) -> Any:
-    """A named member; `hybrid` takes two nodes."""
+def grid_of(member: str, size: int) -> grids.CpGrid:
+    """Return the grid of a named member; `hybrid` takes two nodes."""
     return grids.CpGrid.hybrid(2, size // 2) if member == "hybrid" else grids.NAMED[member](size)
 
 
-def share_of(x: Tensor, of: Any) -> Tensor:
-    """The tokens of a layout, of all the tokens."""
+def share_of(x: Tensor, of: layout.SeqLayout) -> Tensor:
+    """Return the tokens of layout `of` from x [b, all tokens, ...]."""
     return torch.cat([x[:, start:stop] for start, stop in of.runs], dim=1)
 
 
-def put_share(whole: Tensor, part: Tensor, of: Any) -> None:
-    """The way back."""
+def put_share(whole: Tensor, part: Tensor, of: layout.SeqLayout) -> None:
+    """Write the tokens of layout `of` into `whole`: the inverse of `share_of`."""
     at = 0
     for start, stop in of.runs:
         whole[:, start:stop] = part[:, at : at + stop - start]
         at += stop - start
 
 
-def forward_in_process(spec: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Any]]:
-    """out of every rank, and what it saves."""
+def forward_in_process(spec: execute.AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Any]]:
+    """Return out of every rank, and the tensors that every rank saves for its backward."""
     transport = transports.InProcess()
-    shares = [[share_of(x, of) for x in (q, k, v)] for of in spec.layouts]
-    found = transport.drive([execute.forward(spec, rank, *x, transport) for rank, x in enumerate(shares)])
+    walks = [
+        execute.forward(spec, rank, share_of(q, of), share_of(k, of), share_of(v, of), transport)
+        for rank, of in enumerate(spec.layouts)
+    ]
+    found = transport.drive(walks)
     return [out for out, _ in found], [saved for _, saved in found]
 
 
-def backward_in_process(spec: Any, dout: Tensor, saved: list[Any], kv_heads: int) -> list[tuple[Tensor, ...]]:
-    """dq, dk, dv of every rank."""
+def backward_in_process(
+    spec: execute.AttentionSpec, dout: Tensor, saved: list[Any], kv_heads: int
+) -> list[tuple[Tensor, ...]]:
+    """Return dq, dk and dv of every rank."""
     transport = transports.InProcess()
     shares = [share_of(dout, of) for of in spec.layouts]
     return transport.drive(
@@ -83,9 +89,9 @@ def backward_in_process(spec: Any, dout: Tensor, saved: list[Any], kv_heads: int
 
 
 def joined(
-    spec: Any, tensors: tuple[Tensor, ...], outs: list[Tensor], saved: list[Any], grads: list[Any]
+    spec: execute.AttentionSpec, tensors: tuple[Tensor, ...], outs: list[Tensor], saved: list[Any], grads: list[Any]
 ) -> dict[str, Tensor]:
-    """What the ranks found, in the order of the sequence."""
+    """Return the ranks' results in the order of the sequence."""
     q, k, v = tensors
     found = {name: torch.empty_like(x) for name, x in (("out", q), ("dq", q), ("dk", k), ("dv", v))}
     for of, out, parts in zip(spec.layouts, outs, grads, strict=True):
@@ -109,27 +115,27 @@ class Whole:
         self.backend, self.tensors = backend, tensors
 
     def forward(self, _: Any, running: Any = None) -> tuple[Tensor, Tensor]:
-        """out, lse."""
+        """Return out and lse."""
         q, k, v, _ = self.tensors
         return front_door.attention_forward(q, k, v, self.mask, running=running, backend=self.backend)
 
     def backward(self, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv in fp32."""
+        """Return dq, dk and dv in fp32."""
         q, k, v, dout = self.tensors
         out, lse = found
-        into = tuple(front_door.zeros_fp32(x) for x in (q, k, v))
+        into = (front_door.zeros_fp32(q), front_door.zeros_fp32(k), front_door.zeros_fp32(v))
         delta = front_door.row_delta(dout, out.to(q.dtype))
         front_door.attention_backward(dout, q, k, v, lse, delta, self.mask, into=into, backend=self.backend)
         return into
 
     def results(self) -> dict[str, Tensor]:
-        """In fp32 at least, not rounded to the dtype of inputs in 16 bit."""
+        """Return out, lse, dq, dk and dv, in fp32 where inputs are in 16 bit."""
         out, lse = self.forward(None, front_door.no_result(self.tensors[0]))
         return dict(zip(RESULTS, (out, lse, *self.backward((out, lse))), strict=True))
 
 
 class Call(NamedTuple):
-    """One kernel call: which rows of which of the blocks."""
+    """One kernel call: rows of the queries of one rank, rows of the keys of one rank, and their mask."""
 
     queries: int
     query_rows: slice
@@ -139,47 +145,49 @@ class Call(NamedTuple):
 
 
 class Tiles:
-    """The kernel calls of all ranks of a spec, on the slices that the executor makes, and no messages.
+    """The kernel calls of all ranks of a spec, on the slices that the executor makes, without messages.
 
-    Blocks are those of each rank: its place's tokens, its heads. What ranks add to the results for one block is added
-    to one running result, so that no rank waits and the sum is the attention of the whole.
+    `shares` are the tensors of each rank: the tokens of its grid position, its heads. The results of all ranks for one
+    share are added to one running result: no rank waits, and the sum is the attention of the whole sequence.
     """
 
-    def __init__(self, spec: Any, device: str, tensors: tuple[Tensor, ...]) -> None:
+    def __init__(self, spec: execute.AttentionSpec, device: str, tensors: tuple[Tensor, ...]) -> None:
         self.backend, heads = spec.backend, spec.grid.heads
-        self.calls: dict[str, list[Call]] = {"forward": [], "backward": []}
-        self.blocks: list[list[Tensor]] = []
+        self.calls: dict[Pass, list[Call]] = {"forward": [], "backward": []}
+        self.shares: list[list[Tensor]] = []
         for rank in range(spec.grid.size):
             for direction, calls in self.calls.items():
                 schedule, plan = spec.plan(direction, rank)
-                shard = rank - plan.position * heads
+                head_shard = rank - plan.position * heads  # ranks of one position follow one another
                 for tile in filter(None, (step.tile for step in plan.steps)):
                     mask = execute.mask_of(tile, schedule.layouts, spec.visibility, device)
-                    queries, keys = (owner * heads + shard for owner in (tile.query_owner, tile.key_owner))
+                    queries, keys = (owner * heads + head_shard for owner in (tile.query_owner, tile.key_owner))
                     calls.append(Call(queries, slice(*tile.query_rows), keys, slice(*tile.key_rows), mask))
-            mine = [x[:, :, cp_heads.heads_of(x.shape[2], rank, heads)] for x in tensors]
-            self.blocks.append([share_of(x, schedule.layouts[plan.position]).contiguous() for x in mine])
+            schedule, plan = spec.plan("forward", rank)
+            mine = [x[:, :, cp_heads.heads_of(x.shape[2], rank, heads)] for x in tensors]  # [1, all tokens, heads, d]
+            self.shares.append([share_of(x, schedule.layouts[plan.position]).contiguous() for x in mine])
 
-    def num_pairs(self, direction: str) -> int:
-        """Visible pairs, times the heads of a block."""
-        return sum(call.mask.num_pairs * self.blocks[0][0].shape[2] for call in self.calls[direction])
+    def num_pairs(self, direction: Pass) -> int:
+        """Return the number of visible pairs, times the heads of a rank."""
+        return sum(call.mask.num_pairs * self.shares[0][0].shape[2] for call in self.calls[direction])
 
     def forward(self, _: Any) -> list[tuple[Tensor, Tensor]]:
-        """out, lse of every block."""
-        results = [front_door.no_result(q) for q, *_ in self.blocks]
+        """Return out and lse of every rank."""
+        results = [front_door.no_result(q) for q, *_ in self.shares]
         for at, rows, keys_at, keys, mask in self.calls["forward"]:
-            (q, *_), (_, k, v, _), (out, lse) = self.blocks[at], self.blocks[keys_at], results[at]
+            (q, *_), (_, k, v, _), (out, lse) = self.shares[at], self.shares[keys_at], results[at]
             front_door.attention_forward(
                 q[:, rows], k[:, keys], v[:, keys], mask, running=(out[:, rows], lse[:, :, rows]), backend=self.backend
             )
-        return [(out.to(q.dtype), lse) for (out, lse), (q, *_) in zip(results, self.blocks, strict=True)]
+        return [(out.to(q.dtype), lse) for (out, lse), (q, *_) in zip(results, self.shares, strict=True)]
 
     def backward(self, found: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """dq, dk, dv of every block in fp32."""
-        deltas = [front_door.row_delta(dout, out) for (*_, dout), (out, _) in zip(self.blocks, found, strict=True)]
-        grads = [tuple(front_door.zeros_fp32(x) for x in (q, k, v)) for q, k, v, _ in self.blocks]
+        """Return dq, dk and dv of every rank in fp32."""
+        deltas = [front_door.row_delta(dout, out) for (*_, dout), (out, _) in zip(self.shares, found, strict=True)]
+        zeros = front_door.zeros_fp32
+        grads = [(zeros(q), zeros(k), zeros(v)) for q, k, v, _ in self.shares]
         for at, rows, keys_at, keys, mask in self.calls["backward"]:
-            (q, _, _, dout), (_, k, v, _) = self.blocks[at], self.blocks[keys_at]
+            (q, _, _, dout), (_, k, v, _) = self.shares[at], self.shares[keys_at]
             (dq, _, _), (_, dk, dv) = grads[at], grads[keys_at]
             front_door.attention_backward(
                 dout[:, rows], q[:, rows], k[:, keys], v[:, keys], found[at][1][:, :, rows], deltas[at][:, :, rows],
