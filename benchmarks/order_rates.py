@@ -33,7 +33,7 @@ from longring.data.files import sha256_of
 from longring.data.format.manifest import MANIFEST_FILE, open_prepared
 from longring.data.order import duplicates, neighbors
 from longring.data.order.stages import STAGES
-from longring.data.order.work import Work
+from longring.data.order.work_directory import WorkDirectory
 from longring.data.order_config import OrderConfig
 from longring.data.prepare.prepare import prepare
 from rich.console import Console
@@ -53,12 +53,12 @@ def stage_rates(folder: Path, limit_documents: int) -> list[Row]:
     )
     manifest = prepare(data, Console(quiet=True))
     order = OrderConfig(mode="in_context", directory=str(folder / "ordered"))
-    work = Work(data, order, sha256_of(folder / "data" / MANIFEST_FILE))
+    directory = WorkDirectory(data, order, sha256_of(folder / "data" / MANIFEST_FILE))
     rows = []
     for stage in STAGES:
-        started, tasks = time.process_time(), stage.tasks(work)
+        started, tasks = time.process_time(), stage.tasks(directory)
         for number in range(tasks):
-            stage.do(work, number, lambda _: None)
+            stage.do(directory, number, lambda _: None)
         seconds = time.process_time() - started
         if tasks:
             documents, tokens = manifest.ledger.documents, manifest.ledger.tokens

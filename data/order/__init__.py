@@ -1,6 +1,6 @@
-"""Related documents in one context: In-Context Pretraining (arXiv 2310.10638), and Untie the Knots (arXiv 2409.04774).
+"""Related documents in one context, as in In-Context Pretraining (arXiv 2310.10638).
 
-`order` embeds the documents of prepared data, finds each one's neighbours, leaves out near-duplicates, walks a path
-along the most similar ones, and cuts it into contexts: prepared data again, which training reads like any other. The
-knots are tied by the loader, on the fly.
+`longring order` embeds the documents of prepared data, finds the neighbours of each, drops near-duplicates, walks a
+path along the most similar documents and cuts it into contexts. The result is prepared data again, which training reads
+like any other.
 """

@@ -1,14 +1,19 @@
-"""The path becomes contexts: which pairs of which document lie in which sequence, as arithmetic, and their shards.
+"""From the path to contexts: the pairs (an input token and its target) of every document in every sequence.
 
-The documents of a split, or what of them is not a sequence of its own, lie end to end along the path: the joined
-stream. A context is a run of its pairs; together they are the whole of it, so nothing is repeated and nothing lost;
-only the last one is filled up with boundaries. Neighbours along the path come into one context, neighbouring contexts
-do not stay together: a bucket's sequences are stored in an order keyed by the seed, so training that reads shard after
-shard does not meet them in a row either.
+The joined stream has the documents of a split along the path, without the pieces that are sequences of their own. A
+context is a run of `length` pairs of the stream. The contexts together are the whole stream, so no pair is repeated or
+lost; the end of the last context is filled with boundaries. Neighbours along the path share a context, but neighbouring
+contexts are stored apart: the order of a bucket's stored sequences is a permutation keyed by the seed, so training that
+reads shard after shard does not read neighbouring contexts together.
 
-A context is cut without looking at documents, so one may end in the next context, as in the paper; its part there has
-the token before as its first input. A tail whose beginning is a sequence elsewhere begins with the boundary instead,
-which the document before it ended with (see packing.py).
+Contexts are cut without regard to documents, as in the paper, so a document may go on in the next context. Its piece
+there has the token before it as its first input. The tail of a document whose beginning is a sequence of its own has
+the boundary as its first input instead, which ends the document before it in the stream (see prepare/packing.py).
+
+Example: documents A (5 pairs), B (9) and C (6) in contexts of 8 pairs; 4 boundaries fill the last context.
+
+    stream   A A A A A B B B B B B B B B C C C C C C
+    context  0               1               2
 """
 
 from collections.abc import Mapping
@@ -23,27 +28,27 @@ from ..permutation import permute
 from .documents import Documents, save
 
 OWN_DTYPE = np.dtype([("document", "<u4"), ("offset", "<i8")])
-"""Pairs of one document from `offset` on."""
+"""A document, and the offset of its first pair that is meant."""
 
 
 class Layout(NamedTuple):
-    """Where a split's pairs go."""
+    """The layout of a split: the sequence of every pair."""
 
     members: NDArray[np.void]
-    """OWN_DTYPE [members], the joined stream's documents along the path, and from which pair on."""
+    """OWN_DTYPE [members], the documents of the joined stream, along the path, and their first pairs in it."""
     starts: NDArray[np.int64]
-    """[members + 1], where each begins in the stream."""
+    """[members + 1], the position in the stream at which each member begins; the last one is the stream's length."""
     own: dict[int, NDArray[np.void]]
-    """By bucket: the pieces that are sequences of their own, OWN_DTYPE."""
+    """By bucket: OWN_DTYPE [pieces], the pieces that are sequences of their own."""
     contexts: dict[int, NDArray[np.int64]]
-    """By bucket: where its contexts begin in the stream."""
+    """By bucket: [contexts], the position in the stream at which each context begins."""
 
     def sequences(self, length: int) -> int:
-        """Return how many sequences a bucket has."""
+        """Return the number of sequences in the bucket of `length`."""
         return len(self.own[length]) + len(self.contexts[length])
 
     def save(self, folder: Path, split: Split) -> None:
-        """Write the arrays, the members last."""
+        """Write the arrays of a split to `folder`; the members come last."""
         for length in self.own:
             save(folder / f"{split}-own-{length}.npy", self.own[length])
             save(folder / f"{split}-contexts-{length}.npy", self.contexts[length])
@@ -52,7 +57,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def load(cls, folder: Path, split: Split, lengths: tuple[int, ...]) -> "Layout":
-        """Map what `save` wrote."""
+        """Return the layout that `save` wrote, with its arrays mapped."""
 
         def read(name: str) -> NDArray:
             return np.load(folder / f"{split}-{name}.npy", mmap_mode="r")
@@ -66,7 +71,7 @@ class Layout(NamedTuple):
 
 
 def lay_in_context(path: NDArray[np.uint32], pairs: NDArray[np.int64], length: int) -> Layout:
-    """Lay out the path's documents [n], of pairs[document] each, in contexts of one length."""
+    """Return the layout of the documents of `path` [n] in contexts of one length; document d has pairs[d] pairs."""
     members, starts = _joined(path, np.zeros(len(path), dtype=np.int64), pairs[path])
     return Layout(
         members,
@@ -79,38 +84,41 @@ def lay_in_context(path: NDArray[np.uint32], pairs: NDArray[np.int64], length: i
 def lay_long_buckets(
     path: NDArray[np.uint32], pairs: NDArray[np.int64], lengths: tuple[int, ...], key: tuple[int | str, ...]
 ) -> Layout:
-    """Lay out the path's documents [n]: pieces of the long `lengths` are sequences, what is left is joined.
+    """Return the layout of the documents of `path` [n] in which pieces of `lengths` are sequences of their own.
 
-    A document is cut largest piece first, as dataset decomposition cuts it; joined documents and tails fill the buckets
-    that have the fewest tokens. Contexts of several lengths follow each other along the path in a keyed order.
+    A document is cut largest piece first, as in dataset decomposition. Tails and short documents are joined and fill
+    the buckets that have the fewest tokens. Contexts of several lengths lie along the stream in an order keyed by
+    `key`.
     """
-    size, largest = pairs[path], lengths[-1]
+    size, largest = pairs[path], lengths[-1]  # [documents]
     own: dict[int, list[NDArray]] = {length: [] for length in lengths}
     counts = size // largest
+    # [pieces of the largest length]: the document of each, and its number within the document.
     whole = np.repeat(np.arange(len(path)), counts)
     nth = np.arange(len(whole)) - np.repeat(np.cumsum(counts) - counts, counts)
-    own[largest].append(_pieces(path[whole], nth * largest))
+    own[largest].append(_own(path[whole], nth * largest))
+    # The first `done` pairs of each document are in sequences of their own.
     done = counts * largest
     for length in reversed(lengths[:-1]):
         [here] = np.nonzero(size - done >= length)
-        own[length].append(_pieces(path[here], done[here]))
+        own[length].append(_own(path[here], done[here]))
         done[here] += length
     members, starts = _joined(path, done, size - done)
     pieces = {length: np.concatenate(found) for length, found in own.items()}
     filled = contexts_to_fill({length: length * len(found) for length, found in pieces.items()}, int(starts[-1]))
-    cuts = np.repeat(list(filled), list(filled.values()))
+    cuts = np.repeat(list(filled), list(filled.values()))  # [contexts], the length of each
     cuts = cuts[permute(np.arange(len(cuts)), len(cuts), key=(*key, "lengths"))] if len(cuts) else cuts
     begins = np.cumsum(cuts) - cuts
     return Layout(members, starts, pieces, {length: begins[cuts == length].astype(np.int64) for length in lengths})
 
 
 def contexts_to_fill(own_tokens: Mapping[int, int], joined_tokens: int) -> dict[int, int]:
-    """Return how many contexts of each length hold `joined_tokens` so that the buckets' tokens are most nearly equal.
+    """Return the number of contexts of each length that hold `joined_tokens` and make the buckets most nearly equal.
 
-    The buckets with the fewest tokens are raised to one level; what that leaves over fills contexts of the shortest
-    length, the last of them not to its end.
+    The buckets with the fewest tokens are raised to one common level; contexts of the shortest length hold the rest.
     """
     by_tokens = sorted(own_tokens, key=lambda length: (own_tokens[length], length))
+    # Raise the `count` smallest buckets together until their level does not reach the next one.
     left, level = joined_tokens, 0
     for count in range(1, len(by_tokens) + 1):
         raised = by_tokens[:count]
@@ -126,9 +134,10 @@ def contexts_to_fill(own_tokens: Mapping[int, int], joined_tokens: int) -> dict[
 def read_sequence(
     documents: Documents, layout: Layout, length: int, number: int, boundary_id: int
 ) -> tuple[NDArray[np.unsignedinteger], list[tuple[int, int, int]]]:
-    """Return sequence `number` of a bucket, own ones first: its tokens [length + 1] and its pieces.
+    """Return the tokens [length + 1] of sequence `number` of a bucket, and its pieces.
 
-    A piece is (document, first pair's offset in it, place in the sequence).
+    Sequences are numbered with the own pieces first, then the contexts. A piece is (document, offset of its first pair
+    in the document, position of that pair in the sequence); filler has the document NO_DOCUMENT.
     """
     own = layout.own[length]
     if number < len(own):
@@ -137,36 +146,39 @@ def read_sequence(
     first = int(layout.contexts[length][number - len(own)])
     member = int(np.searchsorted(layout.starts, first, side="right")) - 1
     row = np.full(length + 1, boundary_id, dtype=documents.manifest.dtype)
-    pieces, place = [], 0
-    while place < length and member < len(layout.members):
+    pieces, position = [], 0
+    # Pairs [0, position) of the sequence are filled; the next one belongs to `member`.
+    while position < length and member < len(layout.members):
         document, base = layout.members[member].item()
         start, end = layout.starts[member : member + 2].tolist()
-        offset, pairs = base + first + place - start, min(end, first + length) - first - place
-        # A member's first input is the boundary, which is there, also of a tail.
-        begins = int(first + place == start)
-        row[place + begins : place + pairs + 1] = documents.tokens(document, offset, pairs)[begins:]
-        pieces.append((document, offset, place))
-        place, member = place + pairs, member + 1
-    if place < length:
-        pieces.append((NO_DOCUMENT, 0, place))
+        offset, pairs = base + first + position - start, min(end, first + length) - first - position
+        # Where a member begins, its first input is the boundary that is already there, for a tail too.
+        begins = int(first + position == start)
+        row[position + begins : position + pairs + 1] = documents.tokens(document, offset, pairs)[begins:]
+        pieces.append((document, offset, position))
+        position, member = position + pairs, member + 1
+    if position < length:
+        pieces.append((NO_DOCUMENT, 0, position))
     return row, pieces
 
 
-def stored(layout: Layout, length: int, seed: int, split: Split, places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return which sequences of a bucket are stored at `places`."""
-    if not len(places):
-        return places
-    return permute(places, layout.sequences(length), key=(seed, "contexts", split, length))
+def stored(layout: Layout, length: int, seed: int, split: Split, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the sequences of a bucket that are stored at `indices` [n] of the ordered data, as layout numbers [n]."""
+    if not len(indices):
+        return indices
+    return permute(indices, layout.sequences(length), key=(seed, "contexts", split, length))
 
 
 def _joined(
     path: NDArray[np.uint32], offsets: NDArray[np.int64], left: NDArray[np.int64]
 ) -> tuple[NDArray[np.void], NDArray[np.int64]]:
+    """Return the members and starts of the joined stream: the `left` [n] pairs from `offsets` [n] of each document."""
     [some] = np.nonzero(left)
-    return _pieces(path[some], offsets[some]), np.concatenate([[0], np.cumsum(left[some])]).astype(np.int64)
+    return _own(path[some], offsets[some]), np.concatenate([[0], np.cumsum(left[some])]).astype(np.int64)
 
 
-def _pieces(documents: NDArray[np.uint32], offsets: NDArray[np.int64]) -> NDArray[np.void]:
+def _own(documents: NDArray[np.uint32], offsets: NDArray[np.int64]) -> NDArray[np.void]:
+    """Return (document, offset) as OWN_DTYPE [n]."""
     found = np.empty(len(documents), dtype=OWN_DTYPE)
     found["document"], found["offset"] = documents, offsets
     return found

@@ -1,8 +1,8 @@
-"""The documents of prepared data, whole again and in any order: where each one's parts lie, and its tokens.
+"""The documents of prepared data, read whole and in any order.
 
-Preparation cuts documents and packs their parts, but an input shard's documents lie in that input shard's tar shards
-alone, and each part says where it came from. So nothing of the sources is read again, no text is stored twice, and a
-document costs a table entry of 21 bytes and 32 for each of its parts.
+Preparation cuts documents and packs their parts, but the documents of an input shard lie in the tar shards of that
+input shard alone, and each part names its record. So the sources are not read again and no text is stored twice: a
+document takes a table entry of 21 bytes, and 32 bytes for each of its parts.
 """
 
 import zipfile
@@ -20,20 +20,20 @@ from ..format.manifest import Manifest, open_prepared
 from ..format.reader import MAX_OPEN_SHARDS
 
 DOCUMENT_DTYPE = np.dtype([("record", "<u4"), ("held_out", "?"), ("pairs", "<i8"), ("first_part", "<i8")])
-"""One document: its number among the input shard's records, its split, its pairs, where its parts begin."""
+"""A document: its record's number in the input shard, its split, its number of pairs, the index of its first part."""
 
 PART_DTYPE = np.dtype([("offset", "<i8"), ("sequence", "<i8"), ("length", "<i8"), ("place", "<u4"), ("pairs", "<u4")])
-"""Adjacent pairs of a document: the first one's place in it; the sequence of the split's bucket `length` that has them,
-and where in it."""
+"""A part, `pairs` adjacent pairs of a document from `offset` on: `sequence` is the index of the sequence that holds it
+in the bucket `length` of the document's split, `place` the position of its first pair there."""
 
 
 def save(file: Path, array: NDArray) -> None:
-    """Write an array as an npy file, whole or not at all."""
+    """Write an array as an npy file; the file appears whole or not at all."""
     write_whole(file, lambda begun: np.save(begun, array))
 
 
 def load(file: Path, *, mapped: bool = False) -> Any:
-    """Read what a stage wrote as npy or npz, or map it. Raises ValueError when it is damaged."""
+    """Return the content of a stage's npy or npz file, mapped if `mapped`. Raises ValueError if it is damaged."""
     try:
         return np.load(file, mmap_mode="r" if mapped else None)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -41,14 +41,14 @@ def load(file: Path, *, mapped: bool = False) -> Any:
 
 
 def damaged(file: Path, error: Exception) -> ValueError:
-    """Return what to raise for a stage's file that cannot be read."""
-    return ValueError(f"{file} is damaged ({error}); delete it, and the same command makes it anew")
+    """Return the error to raise for a stage's file that cannot be read."""
+    return ValueError(f"{file}: is damaged ({error}); delete it and run the same command again, which makes it anew")
 
 
 def write_tables(manifest: Manifest, folder: Path, number: int) -> None:
-    """Write where the documents of input shard `number` lie; the table of documents, written last, says it is done.
+    """Write the tables of the documents of input shard `number` and of their parts; the documents' table comes last.
 
-    Raises ValueError when parts are missing.
+    Raises ValueError if parts of a document are missing.
     """
     found, origins = [], []
     for split in SPLITS:
@@ -60,12 +60,12 @@ def write_tables(manifest: Manifest, folder: Path, number: int) -> None:
                 continue
             sequences = np.arange(int(first[begin]), int(first[end]))
             pieces = manifest.reader(bucket).pieces(sequences)
-            counts = [len(one) for one in pieces]
-            table = np.concatenate(pieces)
+            counts = [len(table) for table in pieces]
+            table = np.concatenate(pieces)  # [parts, (input shard, record, offset, position in the sequence)]
             parts = np.empty(len(table), dtype=PART_DTYPE)
             parts["offset"], parts["place"], parts["length"] = table[:, 2], table[:, 3], bucket.length
             parts["sequence"] = np.repeat(sequences, counts)
-            # A part ends where the next of its sequence begins.
+            # A part ends at the position at which the next part of its sequence begins, the last one at the end.
             last = np.cumsum(counts) - 1
             ends = np.append(table[1:, 3], 0)
             ends[last] = bucket.length
@@ -74,19 +74,21 @@ def write_tables(manifest: Manifest, folder: Path, number: int) -> None:
             origins.append(np.stack([table[:, 1], np.full(len(table), split == "held_out")], axis=1))
     parts = np.concatenate(found) if found else np.empty(0, dtype=PART_DTYPE)
     origin = np.concatenate(origins) if origins else np.empty((0, 2), dtype=np.int64)
+    # [parts, (record, is held out)]; filler is no document's.
     real = origin[:, 0] != NO_DOCUMENT
     parts, origin = parts[real], origin[real]
     order = np.lexsort((parts["offset"], origin[:, 0]))
     parts, origin = parts[order], origin[order]
     first_parts = np.flatnonzero(np.diff(origin[:, 0], prepend=-1))
-    # Each part begins where the one before ends.
+    # Parts are sorted by record and offset: each must begin at the offset at which the one before ends.
     ends = parts["offset"] + parts["pairs"]
     expected = np.append(0, ends[:-1])
     expected[first_parts] = 0
     if wrong := np.flatnonzero(parts["offset"] != expected).tolist():
         raise ValueError(
             f"{manifest.store.name}: record {origin[wrong[0], 0]} of input shard {number} has a part from pair "
-            f"{parts['offset'][wrong[0]]} on and none from {expected[wrong[0]]}; prepare again with nothing dropped"
+            f"{parts['offset'][wrong[0]]} and none from pair {expected[wrong[0]]}; prepare the data anew with "
+            "data.rest = 'pack'"
         )
     documents = np.empty(len(first_parts), dtype=DOCUMENT_DTYPE)
     documents["record"], documents["held_out"] = origin[first_parts].T
@@ -97,17 +99,20 @@ def write_tables(manifest: Manifest, folder: Path, number: int) -> None:
 
 
 class Documents:
-    """All documents, numbered by input shard and record; reads any part of any of them."""
+    """All documents of prepared data, numbered in the order of input shards and records.
+
+    `prepared` is the directory of the prepared data, `folder` that of the tables. Any part of any document can be read.
+    """
 
     def __init__(self, prepared: str, folder: Path):
         self.manifest = open_prepared(prepared, check_shards=False)
         self._folder = folder
         inputs = self.manifest.inputs()
         self.first = np.cumsum([0, *(entry["documents"] for entry in inputs)], dtype=np.int64)
-        """int64 [input shards + 1], each one's first document."""
+        """int64 [input shards + 1], the first document of each input shard; the last element is their number."""
         self.first_record = np.cumsum([0, *(entry["records"] for entry in inputs)], dtype=np.int64)
-        """int64 [input shards + 1], each one's first record."""
-        # A mapped file holds a descriptor, of which many systems allow a process 1,024.
+        """int64 [input shards + 1], the first record of each input shard among all records."""
+        # Each mapped file holds a descriptor, and many systems allow a process 1,024 of them.
         self._opened = lru_cache(maxsize=MAX_OPEN_SHARDS)(self._open)
         self._readers = {
             (split == "held_out", bucket.length): self.manifest.reader(bucket)
@@ -129,35 +134,36 @@ class Documents:
         return range(int(self.first[number]), int(self.first[number + 1]))
 
     def shard_column(self, number: int, name: str) -> NDArray:
-        """Return one field of the entries of an input shard's documents."""
+        """Return the field `name` of DOCUMENT_DTYPE of an input shard's documents, [documents of the shard]."""
         return load(self._folder / f"{number:06d}.npy")[name]
 
     def column(self, name: str) -> NDArray:
-        """Return one field of every document's entry."""
+        """Return the field `name` of DOCUMENT_DTYPE of all documents, [documents]."""
         return np.concatenate([self.shard_column(number, name) for number in range(self.num_shards)])
 
-    def place(self, number: int) -> tuple[int, int]:
-        """Return a document's input shard and its number there."""
+    def locate(self, number: int) -> tuple[int, int]:
+        """Return the input shard of a document and the document's index there."""
         shard = int(np.searchsorted(self.first, number, side="right")) - 1
         return shard, number - int(self.first[shard])
 
     def entry(self, number: int) -> NDArray:
-        """Return a document's entry, DOCUMENT_DTYPE."""
-        shard, inside = self.place(number)
-        return self._opened(shard)[0][inside]
+        """Return a document's table entry, a scalar of DOCUMENT_DTYPE."""
+        shard, index = self.locate(number)
+        return self._opened(shard)[0][index]
 
     def tokens(self, number: int, offset: int = 0, pairs: int | None = None) -> NDArray[np.unsignedinteger]:
-        """Return `pairs` pairs of a document from `offset` on, or all to its end: [pairs + 1].
+        """Return `pairs` pairs of a document from `offset` on, or all pairs to its end, as tokens [pairs + 1].
 
-        That is the first one's input, then every one's target. The first input is the boundary at the document's
-        start and the token before elsewhere.
+        The tokens are the input of the first pair and then the target of every pair. The first input is the boundary
+        if `offset` is 0, and the token before otherwise.
         """
-        shard, inside = self.place(number)
+        shard, index = self.locate(number)
         table, parts = self._opened(shard)
-        document = table[inside]
-        last_part = int(table["first_part"][inside + 1]) if inside + 1 < len(table) else len(parts)
+        document = table[index]
+        last_part = int(table["first_part"][index + 1]) if index + 1 < len(table) else len(parts)
         stop = int(document["pairs"]) if pairs is None else offset + pairs
         start = max(offset - 1, 0)
+        # Targets [start, stop) of the document; the target before `offset` is the input of the first pair.
         found = [] if offset else [np.array([self._boundary_id], dtype=self.manifest.dtype)]
         for part in parts[int(document["first_part"]) : last_part]:
             begin, end = int(part["offset"]), int(part["offset"]) + int(part["pairs"])
@@ -168,7 +174,7 @@ class Documents:
         return np.concatenate(found)
 
     def texts(self, numbers: Iterable[int]) -> Iterator[str]:
-        """Yield the documents' texts."""
+        """Yield the texts of documents `numbers`, decoded from their tokens."""
         tokenizer = self.manifest.tokenizer().tokenizer
         for number in numbers:
             yield tokenizer.decode(self.tokens(number)[1:-1].tolist(), skip_special_tokens=False)
@@ -181,5 +187,5 @@ class Documents:
 
 @lru_cache(maxsize=2)
 def opened(prepared: str, folder: Path) -> Documents:
-    """Return the documents, opened once a process."""
+    """Return the documents; a process opens them once."""
     return Documents(prepared, folder)

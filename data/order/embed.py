@@ -1,7 +1,8 @@
-"""Documents to unit vectors, whose inner product is their cosine.
+"""Encoders, which turn documents into unit vectors; the inner product of two vectors is their cosine.
 
-Either a sentence-transformers or Hugging Face encoder, or what needs no download: counts of hashed token n-grams,
-weighted by TF-IDF and reduced by a truncated SVD (latent semantic analysis), fitted on a sample of the documents.
+An encoder is a sentence-transformers or Hugging Face model, or the default, which needs no download: counts of hashed
+token n-grams, weighted by TF-IDF and reduced by a truncated SVD (latent semantic analysis), fitted on sampled
+documents.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,31 +20,31 @@ from ..order_config import LongDocuments, OrderConfig
 from .documents import Documents, load
 
 FEATURES_BITS = 18
-"""Tokens and pairs of adjacent ones are counted under 2^18 hashed numbers."""
+"""Bits of a feature: tokens and pairs of adjacent tokens are hashed to 2^18 features."""
 
 FIT_DOCUMENTS = 20_000
-"""Train documents that the TF-IDF weights and the SVD are fitted on, evenly spaced."""
+"""Number of train documents, evenly spaced, on which the TF-IDF weights and the SVD are fitted."""
 
 BATCH_TOKENS = 1 << 20
-"""Documents are embedded together up to so many tokens."""
+"""Number of tokens at which a batch of documents is embedded."""
 
 BATCH_WINDOWS = 32
-"""Windows that a model encodes at once."""
+"""Number of encoder windows that a model encodes at once."""
 
 
 class Encoder(Protocol):
-    """Makes unit vectors of documents."""
+    """A function from documents to unit vectors."""
 
     def encode(self, documents: Documents, numbers: Iterable[int]) -> Iterator[NDArray[np.float32]]:
-        """Yield the documents' vectors in order, some at a time: [some, dimensions].
+        """Yield the vectors of documents `numbers` in order, in batches [documents of the batch, dimensions].
 
-        A document the encoder knows nothing of has the zero vector, similar to none.
+        A document without any known feature has the zero vector, whose cosine with every other is 0.
         """
         ...
 
 
 class HashedEncoder:
-    """Hashed n-grams with TF-IDF and a truncated SVD."""
+    """The default encoder: hashed n-grams with TF-IDF and a truncated SVD, as `fit` wrote them to `file`."""
 
     def __init__(self, file: Path, long_documents: LongDocuments, window_tokens: int):
         with load(file) as fitted:
@@ -55,27 +56,31 @@ class HashedEncoder:
         for batch in _batches(documents, numbers):
             counts, owners = _counts(batch, *self._windows)
             counts.data = (1 + np.log(counts.data)) * self._weights[counts.indices]
+            # [windows, features] @ [features, dimensions]
             yield _averaged(counts @ self._components, owners, len(batch))
 
 
 def fit(documents: Documents, train: NDArray[np.integer], config: OrderConfig, file: Path) -> None:
-    """Fit the default encoder on a sample of the documents `train` and write it to `file`."""
+    """Fit the default encoder on a sample of the documents `train` [n] and write it to `file`."""
     sample = train[np.unique(np.linspace(0, len(train) - 1, min(len(train), FIT_DOCUMENTS)).astype(np.int64))]
     windows = config.long_documents, config.window_tokens
     counts = sparse.vstack([_counts(batch, *windows)[0] for batch in _batches(documents, sample)], format="csr")
-    # One thread, so that the sums come out the same on any number of cores.
+    # With one thread the sums are the same on any number of cores.
     with threadpool_limits(1):
-        weighing = TfidfTransformer(sublinear_tf=True)
-        weighted = weighing.fit_transform(counts)
+        tfidf = TfidfTransformer(sublinear_tf=True)
+        weighted = tfidf.fit_transform(counts)
         dimensions = min(config.embedding_dimensions, *weighted.shape)
-        reducing = TruncatedSVD(dimensions, n_iter=4, random_state=0).fit(weighted)
-    components = np.ascontiguousarray(reducing.components_, dtype=np.float32).T
+        svd = TruncatedSVD(dimensions, n_iter=4, random_state=0).fit(weighted)
+    components = np.ascontiguousarray(svd.components_, dtype=np.float32).T
     with file.open("wb") as out:
-        np.savez(out, idf=weighing.idf_.astype(np.float32), components=components)
+        np.savez(out, idf=tfidf.idf_.astype(np.float32), components=components)
 
 
 class ModelEncoder:
-    """A sentence-transformers model, or any Hugging Face encoder with the mean of its last hidden states."""
+    """A sentence-transformers model, or any Hugging Face encoder with the mean over its last hidden states.
+
+    Raises ValueError if the model cannot be loaded.
+    """
 
     def __init__(self, name: str, long_documents: LongDocuments, device_number: int):
         import torch
@@ -83,13 +88,13 @@ class ModelEncoder:
 
         device = f"cuda:{device_number % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
         if device == "cpu":
-            torch.set_num_threads(1)  # the processes share the cores, and sums come out the same on any number
+            torch.set_num_threads(1)  # the processes share the cores, and sums are the same on any number of them
         try:
             self._model = SentenceTransformer(name, device=device)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"order.encoder = {name!r} cannot be loaded: {error}\nName a model that this machine reaches or a "
-                "directory that has one, or none for the default encoder"
+                f"order.encoder = {name!r}: cannot be loaded ({error}); name a model that this machine can download, "
+                "or a directory with one, or remove it for the default encoder"
             ) from error
         self._head = long_documents == "head"
         tokenizer = self._model.tokenizer
@@ -108,6 +113,7 @@ class ModelEncoder:
             yield _averaged(np.asarray(vectors, dtype=np.float32), np.array(owners), len(batch))
 
     def _cut(self, text: str) -> list[str]:
+        """Return the text of each encoder window of a document; of the first one alone for long_documents = "head"."""
         spans = self._model.tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
         )["offset_mapping"]
@@ -117,27 +123,33 @@ class ModelEncoder:
 
 
 def make_encoder(config: OrderConfig, fitted: Path, device_number: int) -> Encoder:
-    """Return the encoder that `config` names. Raises ValueError for a model that cannot be loaded."""
+    """Return the encoder that `config` names; `fitted` is the file of the default encoder.
+
+    A model runs on the GPU `device_number` modulo their number. Raises ValueError if it cannot be loaded.
+    """
     if config.encoder:
         return ModelEncoder(config.encoder, config.long_documents, device_number)
     return HashedEncoder(fitted, config.long_documents, config.window_tokens)
 
 
 def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the vectors [n, d] at length 1; zero stays zero."""
+    """Return `vectors` [n, d] scaled to length 1; zero vectors stay zero."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
 
 
 def _averaged(windows: NDArray[np.float32], owners: NDArray[np.int64], count: int) -> NDArray[np.float32]:
-    """Return for each owner the unit vector of the mean of its windows' directions: [windows, d] -> [count, d]."""
+    """Return the unit vector of the mean direction of each document's encoder windows, [count, d].
+
+    `windows` is [windows, d], `owners` [windows] the index of each window's document.
+    """
     sums = np.zeros((count, windows.shape[1]), dtype=np.float32)
     np.add.at(sums, owners, unit(windows))
     return unit(sums)
 
 
 def _in_batches(documents: Documents, numbers: Iterable[int]) -> Iterator[list[int]]:
-    """Yield runs of documents of some BATCH_TOKENS."""
+    """Yield documents `numbers` in batches of some BATCH_TOKENS tokens."""
     batch, size = [], 0
     for number in numbers:
         batch.append(int(number))
@@ -150,6 +162,7 @@ def _in_batches(documents: Documents, numbers: Iterable[int]) -> Iterator[list[i
 
 
 def _batches(documents: Documents, numbers: Iterable[int]) -> Iterator[list[NDArray[np.unsignedinteger]]]:
+    """Yield the tokens of documents `numbers`, without the boundaries at their ends, in batches."""
     for batch in _in_batches(documents, numbers):
         yield [documents.tokens(number)[1:-1] for number in batch]
 
@@ -157,23 +170,28 @@ def _batches(documents: Documents, numbers: Iterable[int]) -> Iterator[list[NDAr
 def _counts(
     batch: list[NDArray[np.unsignedinteger]], long_documents: LongDocuments, window_tokens: int
 ) -> tuple[sparse.csr_array, NDArray[np.int64]]:
-    """Return each window's counts of hashed n-grams, [windows, 2^18] sparse, and whose window it is, [windows]."""
+    """Return the counts of hashed n-grams of each encoder window, sparse [windows, 2^18], and its document [windows].
+
+    `batch` has the tokens of each document; a window has up to `window_tokens` of one document.
+    """
     if long_documents == "head":
         batch = [tokens[:window_tokens] for tokens in batch]
-    sizes = np.array([len(tokens) for tokens in batch], dtype=np.int64)
+    sizes = np.array([len(tokens) for tokens in batch], dtype=np.int64)  # [documents]
     num_windows = np.maximum(-(-sizes // window_tokens), 1)
     owners = np.repeat(np.arange(len(batch)), num_windows)
     first_window = np.cumsum(num_windows) - num_windows
     tokens = np.concatenate(batch).astype(np.uint64)
+    # [tokens]: the document of each token, its position in it, and its window.
     document = np.repeat(np.arange(len(batch)), sizes)
     inside = np.arange(len(tokens)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     window = first_window[document] + inside // window_tokens
-    # Fibonacci hashing: the upper bits of a product with an odd number; a pair's second token gets another one.
+    # Fibonacci hashing: the upper bits of a product with an odd number, another one for the second token of a pair.
     shift = np.uint64(64 - FEATURES_BITS)
     single = tokens * np.uint64(0x9E3779B97F4A7C15)
     [together] = np.nonzero(window[1:] == window[:-1])
     pairs = single[together] * np.uint64(0xD6E8FEB86659FD93) + tokens[together + 1] * np.uint64(0xBF58476D1CE4E5B9)
     features = np.concatenate([single, pairs]) >> shift
+    # A key is (window, feature), so the sorted distinct keys are the rows of a CSR array in order.
     rows = np.concatenate([window, window[together]]).astype(np.uint64)
     keys, counts = np.unique(rows << np.uint64(FEATURES_BITS) | features, return_counts=True)
     shape = len(owners), 1 << FEATURES_BITS

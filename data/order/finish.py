@@ -1,11 +1,11 @@
-"""The end of an ordering: layout, shards, and a manifest like that of prepared data.
+"""The last stages of an ordering: the layout, the shards, and a manifest like that of prepared data.
 
 <directory>.partial/
   shards/000012/                 tar shards of part 12
-  work/layout/                   where every pair goes
-  work/parts.json                how many parts there are: the layout is done
-  work/books/000012.json         ledger and table of shards of part 12, written last: it is done
-  work/counts, work/placement    its train targets; where its documents begin
+  work/layout/                   the layout of both splits
+  work/parts.json                number of parts; written last, so the layout is done
+  work/books/000012.json         ledger and table of shards of part 12; written last, so the part is done
+  work/counts, work/placement    counts of the part's train targets; sequences in which its documents begin
 """
 
 import json
@@ -36,18 +36,18 @@ from .report import REPORT_FILE, make_report
 
 PLACEMENT_FILE = "placement.npy"
 PLACEMENT_DTYPE = np.dtype([("record", "<u4"), ("length", "<u4"), ("sequence", "<i8")])
-"""One document, in the order of records: the bucket and the number in it of the sequence where it begins. Where the
-length is 0 it was left out, and the number is the record of the near-duplicate that stays."""
+"""The placement of a document: the bucket and the index of the sequence in which it begins. A length of 0 means that
+the document is dropped, and `sequence` is then the record of the near-duplicate that is kept."""
 
 PART_SHARDS = 4
-"""A part has about so many full shards."""
+"""Approximate number of full shards in a part."""
 
-TOLD_SEQUENCES = 256
-"""Sequences between two words on how far a part is."""
+SEQUENCES_PER_REPORT = 256
+"""Number of sequences between two reports of a part's progress."""
 
 
 def lay(data: DataConfig, order: OrderConfig, documents: Documents, path: NDArray[np.uint32], partial: Path) -> None:
-    """Write the layout of both splits, and into how many parts the work is divided."""
+    """Write the layout of both splits and the number of parts; `path` is the documents in order, uint32 [steps]."""
     pairs, held_out = documents.column("pairs"), documents.column("held_out")
     lengths, tokens = order.lengths(data), 0
     for split in SPLITS:
@@ -63,7 +63,7 @@ def lay(data: DataConfig, order: OrderConfig, documents: Documents, path: NDArra
 
 
 def num_parts(partial: Path) -> int:
-    """Return into how many parts the writing is divided."""
+    """Return the number of parts into which the sequences are divided for writing."""
     return json.loads((partial / "work" / "parts.json").read_text())
 
 
@@ -73,9 +73,12 @@ def make_part(
     documents: Documents,
     partial: Path,
     number: int,
-    tell: Callable[[float], None],
+    on_progress: Callable[[float], None],
 ) -> None:
-    """Write part `number` of every bucket of both splits, telling which part of it is done."""
+    """Write part `number` of every bucket of both splits: shards, then counts and placement, then the books.
+
+    `on_progress` gets the fraction that is done.
+    """
     manifest, parts = documents.manifest, num_parts(partial)
     begun = partial / "work" / f"part-{number:06d}"
     shutil.rmtree(begun, ignore_errors=True)
@@ -90,20 +93,20 @@ def make_part(
             first, last = (layout.sequences(length) * (number + side) // parts for side in (0, 1))
             name, dtype = ShardName(number, split, length, 0), np.dtype(manifest.dtype)
             writer = BucketWriter(begun, name, dtype, data.shard_tokens, counts if split == "train" else None)
-            places = np.arange(first, last)
+            sequences = stored(layout, length, order.seed, split, np.arange(first, last))
             with writer:
-                for place, sequence in enumerate(stored(layout, length, order.seed, split, places).tolist(), first):
-                    if not place % TOLD_SEQUENCES:
-                        tell((len(tables) + (place - first) / (last - first)) / buckets)
+                for index, sequence in enumerate(sequences.tolist(), first):
+                    if not index % SEQUENCES_PER_REPORT:
+                        on_progress((len(tables) + (index - first) / (last - first)) / buckets)
                     tokens, pieces = read_sequence(documents, layout, length, sequence, manifest.boundary_id)
                     begin = [document for document, offset, _ in pieces if not offset and document != NO_DOCUMENT]
-                    placed += [(document, length, place) for document in begin]
+                    placed += [(document, length, index) for document in begin]
                     _enter(ledger.splits[split], length, pieces)
                     writer.append(tokens, [(_record(documents, piece[0]), *piece[1:]) for piece in pieces])
             tables.append(writer.shards())
     sync(begun)
     final = partial / "shards" / f"{number:06d}"
-    # Whole but without books: a process died between the two renames, and its bytes were the same.
+    # A process that was killed between this rename and the books left the same bytes here.
     shutil.rmtree(final, ignore_errors=True)
     final.parent.mkdir(exist_ok=True)
     begun.rename(final)
@@ -115,6 +118,7 @@ def make_part(
 
 
 def _enter(books: SplitLedger, length: int, pieces: list[tuple[int, int, int]]) -> None:
+    """Add a sequence of `length` tokens with these pieces to the books."""
     books.sequences[length] += 1
     documents = [document for document, _, _ in pieces if document != NO_DOCUMENT]
     books.packed_sequences += len(documents) > 1
@@ -123,10 +127,10 @@ def _enter(books: SplitLedger, length: int, pieces: list[tuple[int, int, int]]) 
 
 
 def _record(documents: Documents, document: int) -> int:
-    """Return a document's number among all records."""
+    """Return the index of a document's record among all records; NO_DOCUMENT for filler."""
     if document == NO_DOCUMENT:
         return NO_DOCUMENT
-    shard, _ = documents.place(document)
+    shard, _ = documents.locate(document)
     return int(documents.first_record[shard]) + int(documents.entry(document)["record"])
 
 
@@ -137,22 +141,22 @@ def finish(
     embeddings: Embeddings,
     *,
     partial: Path,
-    left_out: NDArray[np.uint32],
+    dropped: NDArray[np.uint32],
     path: NDArray[np.void],
     lists: Iterable[tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]],
     measured: dict[str, Any],
 ) -> None:
-    """Write the manifest and what stands beside it, and give the directory its name; no shard is read or moved.
+    """Write the manifest and the files beside it, and give the directory its name; no shard is read or moved.
 
-    It may be killed and repeated at any point. `left_out` is (near-duplicate, document kept) [n, 2], `measured` what
-    earlier stages have to say.
+    It may be killed and repeated at any point. `dropped` is (dropped document, kept document) [n, 2], `path` STEP_DTYPE
+    [steps], `measured` the results of earlier stages for `order.json`.
     """
     prepared = documents.manifest
     if not (partial / MANIFEST_FILE).exists():
         for name in (TOKENIZER_FILE, INPUTS_FILE):
             shutil.copyfile(Path(data.directory, name), partial / name)
-        ledger, table = _sum_up(documents, partial, left_out)
-        by_source = {"sources": _by_source(documents, left_out)}
+        ledger, table = _sum_up(documents, partial, dropped)
+        by_source = {"sources": _by_source(documents, dropped)}
         make_report(data, order, documents, embeddings, partial, path, lists, {**measured, **by_source})
         manifest = Manifest(
             files=file_hashes(partial, PLACEMENT_FILE, REPORT_FILE),
@@ -173,9 +177,9 @@ def finish(
     give_name(partial, Path(order.directory))
 
 
-def _by_source(documents: Documents, left_out: NDArray[np.uint32]) -> dict[str, dict[str, int]]:
-    """Return of each source its documents and tokens, and of them the near-duplicates left out."""
-    pairs, gone = documents.column("pairs"), np.sort(left_out[:, 0])
+def _by_source(documents: Documents, dropped: NDArray[np.uint32]) -> dict[str, dict[str, int]]:
+    """Return the documents and tokens of each source, and the dropped near-duplicates among them."""
+    pairs, gone = documents.column("pairs"), np.sort(dropped[:, 0])
     found, shard = {}, 0
     for name, num_shards in documents.manifest.sources.items():
         begin, end = documents.first[[shard, shard + num_shards]].tolist()

@@ -1,9 +1,9 @@
-"""Each document's nearest others by cosine, with faiss: exact for small corpora, else IVF-PQ on disk.
+"""The nearest neighbours of every document by cosine, with faiss: exact for small corpora, else by IVF-PQ on disk.
 
-IVF-PQ has the settings of In-Context Pretraining (arXiv 2310.10638, section 2.1), scaled to the corpus. It is trained
-on a sample, filled input shard by input shard, merged on disk and searched input shard by input shard, on GPUs where
-faiss sees any. The cosines of what it finds are then computed from the vectors themselves: they are the same from
-either side, and a threshold on them means what it says.
+IVF-PQ has the settings of In-Context Pretraining (arXiv 2310.10638, section 2.1), scaled to the corpus. The index is
+trained on a sample, filled input shard by input shard, merged on disk and searched input shard by input shard, on GPUs
+where faiss finds any. The cosines of the neighbours are then computed from the vectors themselves, so a pair has the
+same cosine from either side.
 """
 
 from collections.abc import Callable
@@ -22,45 +22,49 @@ from .documents import damaged, load
 from .path import NO_NEIGHBOR
 
 PROBES = 64
-"""Lists looked through for a query, as the paper's."""
+"""Number of lists that a query searches, as in the paper."""
 
 SAMPLES_PER_LIST = 48
-"""Vectors that an index is trained on, for each list: the paper's 1,572,864 for 32,768."""
+"""Number of training vectors for each list: the paper has 1,572,864 for 32,768 lists."""
 
 DIMENSIONS_PER_CODE = 3
-"""One byte for so many dimensions: the paper's 256 bytes for 768."""
+"""Number of dimensions for each byte of a code: the paper has 256 bytes for 768 dimensions."""
 
 GPU_CODE_BYTES = frozenset((1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96))
-"""Sizes of PQ codes that faiss' own GPU kernels search. An index of others, as the paper's 256, stays on the CPU."""
+"""Sizes of PQ codes that faiss' own GPU kernels search; an index with other codes (the paper's have 256 bytes) stays on
+the CPU."""
 
 OVERSAMPLED = 2
-"""IVF-PQ is asked for so many times the neighbours; the nearest by their exact cosines stay."""
+"""Factor by which IVF-PQ returns more neighbours than needed; those with the largest exact cosines are kept."""
 
 RECALL_QUERIES = 512
-"""Documents, evenly spaced, for which the search is compared with the exact one."""
+"""Number of documents, evenly spaced, for which the search is compared with the exact one."""
 
-BLOCK = 4_096
-"""Queries searched at once."""
+BLOCK_QUERIES = 4_096
+"""Number of queries that are searched at once."""
 
 
 class Embeddings:
-    """All documents' vectors, in one file for each input shard, read where they are asked for."""
+    """The vectors of all documents, stored in one mapped file for each input shard.
+
+    `first` is the first document of each input shard, int64 [input shards + 1].
+    """
 
     def __init__(self, folder: Path, first: NDArray[np.int64]):
         self._first = first
         self._folder = folder
-        self._block = lru_cache(maxsize=MAX_OPEN_SHARDS)(self._open)
-        self.dimensions = self._block(int(np.argmax(np.diff(first)))).shape[1]
+        self._shard = lru_cache(maxsize=MAX_OPEN_SHARDS)(self._open)
+        self.dimensions = self._shard(int(np.argmax(np.diff(first)))).shape[1]
 
     def __getitem__(self, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return the vectors of documents `numbers` [n]: [n, dimensions]."""
+        """Return the vectors of documents `numbers` [n], float32 [n, dimensions]."""
         found = np.empty((len(numbers), self.dimensions), dtype=np.float32)
         shards = np.searchsorted(self._first, numbers, side="right") - 1
-        # Sorted, not looked for shard by shard: of 10^4 shards a block of neighbours has some of each.
+        # Sorting by shard takes one pass; a block of neighbours may come from each of 10^4 shards.
         order = np.argsort(shards, kind="stable")
         for here in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(order) else ():
             shard = int(shards[here[0]])
-            found[here] = self._block(shard)[numbers[here] - self._first[shard]]
+            found[here] = self._shard(shard)[numbers[here] - self._first[shard]]
         return found
 
     def _open(self, number: int) -> NDArray[np.float16]:
@@ -69,34 +73,34 @@ class Embeddings:
 
 @lru_cache(maxsize=1)
 def opened(folder: Path, first: tuple[int, ...]) -> Embeddings:
-    """Return the vectors, opened once a process."""
+    """Return the vectors; a process opens them once."""
     return Embeddings(folder, np.array(first))
 
 
 def num_lists(num_documents: int) -> int:
-    """Return the lists of an IVF index: a power of two near 2.14 sqrt(n), which at the paper's 235M is its 32,768."""
+    """Return the number of lists of an IVF index: a power of two near 2.14 sqrt(n), the paper's 32,768 for 235M."""
     return 1 << max(0, round(np.log2(2.14 * num_documents**0.5)))
 
 
 def code_bytes(dimensions: int) -> int:
-    """Return the bytes of a PQ code: the most that divide the dimensions, at least three of which go into one."""
+    """Return the bytes of a PQ code: the largest divisor of `dimensions` with at least 3 dimensions for each byte."""
     most = max(1, dimensions // DIMENSIONS_PER_CODE)
     return next(size for size in range(most, 0, -1) if dimensions % size == 0)
 
 
 def train_index(embeddings: Embeddings, numbers: NDArray[np.integer], file: Path) -> None:
-    """Write an empty IVF-PQ index for documents `numbers`, trained on a sample of them."""
+    """Write to `file` an empty IVF-PQ index for documents `numbers` [n], trained on a sample of them."""
     lists, dimensions = num_lists(len(numbers)), embeddings.dimensions
-    # The clustering asks for at least 39 vectors for each of a code's 256 values.
+    # faiss' clustering wants at least 39 vectors for each of the 256 values of a code's byte.
     size = min(len(numbers), max(SAMPLES_PER_LIST * lists, 39 * 256))
     sample = embeddings[numbers[np.linspace(0, len(numbers) - 1, size).astype(np.int64)].astype(np.int64)]
     index = faiss.IndexIVFPQ(
         faiss.IndexFlatIP(dimensions), dimensions, lists, code_bytes(dimensions), 8, faiss.METRIC_INNER_PRODUCT
     )
-    index.cp.min_points_per_centroid = 1  # a warning less: the sample is what there is
+    index.cp.min_points_per_centroid = 1  # no warning: a small corpus has no larger sample
     index.pq.cp.min_points_per_centroid = 1
     if faiss.get_num_gpus():
-        # The lists' centres are what takes long, and codes of any size can be trained on the CPU.
+        # Clustering the lists' centres takes long and runs on GPUs; codes of any size are trained on the CPU.
         clustering: Any = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(dimensions))
         index.clustering_index = clustering
     index.train(sample)
@@ -104,14 +108,14 @@ def train_index(embeddings: Embeddings, numbers: NDArray[np.integer], file: Path
 
 
 def fill_index(trained: Path, vectors: NDArray[np.float32], numbers: NDArray[np.int64], file: Path) -> None:
-    """Write the trained index with one input shard's vectors."""
+    """Write to `file` the `trained` index with one input shard's `vectors` [n, d] of documents `numbers` [n]."""
     index = _read(trained)
     index.add_with_ids(vectors, numbers)
     faiss.write_index(index, str(file))
 
 
 def merge_index(trained: Path, parts: list[Path], lists: Path, file: Path) -> None:
-    """Write the parts as one index that stays on disk: `file`, and its `lists`, which it names."""
+    """Write the filled `parts` as one index on disk: `file`, which names the file of its `lists`."""
     index = _read(trained)
     merge_ondisk(index, [str(part) for part in parts], str(lists))
     sync(lists)
@@ -120,17 +124,18 @@ def merge_index(trained: Path, parts: list[Path], lists: Path, file: Path) -> No
 
 @lru_cache(maxsize=2)
 def merged_index(file: Path) -> Any:
-    """Return the merged index, opened once a process; on the GPUs where there are any."""
+    """Return the merged index, on the GPUs if there are any; a process opens it once."""
     index = _read(file)  # its lists stay on disk, mapped
     index.nprobe = min(PROBES, index.nlist)
     if not (faiss.get_num_gpus() and index.code_size in GPU_CODE_BYTES):
         return index
     options: Any = faiss.GpuMultipleClonerOptions()
-    options.useFloat16 = True  # tables of codes from 56 bytes on do not fit into shared memory otherwise
+    options.useFloat16 = True  # float32 tables of codes of 56 bytes or more exceed shared memory
     return faiss.index_cpu_to_all_gpus(index, co=options)
 
 
 def _read(file: Path) -> Any:
+    """Return the index in `file`. Raises ValueError if it is damaged."""
     try:
         return faiss.read_index(str(file))
     except RuntimeError as error:
@@ -138,7 +143,7 @@ def _read(file: Path) -> Any:
 
 
 def exact_index(embeddings: Embeddings, numbers: NDArray[np.int64]) -> Any:
-    """Return an index that compares with every one of documents `numbers`."""
+    """Return an index that compares a query with each of documents `numbers` [n]."""
     index = faiss.IndexIDMap(faiss.IndexFlatIP(embeddings.dimensions))
     index.add_with_ids(embeddings[numbers], numbers)
     return index
@@ -147,26 +152,26 @@ def exact_index(embeddings: Embeddings, numbers: NDArray[np.int64]) -> Any:
 def nearest(
     index: Any, embeddings: Embeddings, numbers: NDArray[np.int64], count: int, *, exact: bool
 ) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
-    """Return the nearest others of documents `numbers` [n] and their cosines: [n, count], best first.
+    """Return the nearest neighbours of documents `numbers` [n] and their cosines, [n, count] each, nearest first.
 
-    Equals are ordered by number. Where fewer are found, NO_NEIGHBOR and -inf fill up.
+    Neighbours with equal cosines are ordered by number. A list with fewer neighbours ends with NO_NEIGHBOR and -inf.
     """
     asked = (count + 1) * (1 if exact else OVERSAMPLED)
     ids = np.full((len(numbers), count), NO_NEIGHBOR, dtype=np.uint32)
     cosines = np.full((len(numbers), count), -np.inf, dtype=np.float32)
-    for start in range(0, len(numbers), BLOCK):
-        own = numbers[start : start + BLOCK]
+    for start in range(0, len(numbers), BLOCK_QUERIES):
+        own = numbers[start : start + BLOCK_QUERIES]
         queries = embeddings[own]
         _, found = index.search(queries, asked)
-        # By its number: where several have one vector, or codes lose something, a document is not its own nearest.
+        # A document is excluded by its number: with equal vectors or lossy codes it need not be its own nearest.
         found[found == own[:, None]] = -1
-        others = embeddings[np.maximum(found, 0).ravel()].reshape(*found.shape, -1)
-        similarity = np.einsum("nd,nkd->nk", queries, others)
+        others = embeddings[np.maximum(found, 0).ravel()].reshape(*found.shape, -1)  # [queries, asked, dimensions]
+        similarity = np.einsum("nd,nkd->nk", queries, others)  # [queries, asked]
         similarity[found < 0] = -np.inf
         best = np.lexsort((found, -similarity), axis=-1)[:, :count]
         found, similarity = (np.take_along_axis(table, best, axis=1) for table in (found, similarity))
-        ids[start : start + BLOCK, : found.shape[1]] = np.where(found < 0, NO_NEIGHBOR, found)
-        cosines[start : start + BLOCK, : found.shape[1]] = similarity
+        ids[start : start + BLOCK_QUERIES, : found.shape[1]] = np.where(found < 0, NO_NEIGHBOR, found)
+        cosines[start : start + BLOCK_QUERIES, : found.shape[1]] = similarity
     return ids, cosines
 
 
@@ -177,28 +182,30 @@ def recall(
     count: int,
     *,
     block: int = 1 << 16,
-    tell: Callable[[float], None] = lambda _: None,
+    on_progress: Callable[[float], None] = lambda _: None,
 ) -> float:
-    """Return the part of the exact nearest of some of documents `numbers` that `found_of(document)` has.
+    """Return the recall of a search: the fraction of the exact nearest neighbours that `found_of(document)` has.
 
-    1 where there are no documents. `tell` learns which part of them has been compared.
+    It is measured on RECALL_QUERIES of documents `numbers` [n], with `count` neighbours each; 1 if there are no
+    documents. `on_progress` gets the fraction of the documents that has been compared.
     """
     if not len(numbers):
         return 1.0
     sample = numbers[np.unique(np.linspace(0, len(numbers) - 1, RECALL_QUERIES).astype(np.int64))].astype(np.int64)
     queries = embeddings[sample]
+    # [queries, count]: the nearest neighbours among the documents compared so far.
     best = np.full((len(sample), count), -np.inf, dtype=np.float32)
     ids = np.full((len(sample), count), -1, dtype=np.int64)
     for start in range(0, len(numbers), block):
         some = numbers[start : start + block].astype(np.int64)
         asked = min(count + 1, len(some))
-        similarity, places = faiss.knn(queries, embeddings[some], asked, metric=faiss.METRIC_INNER_PRODUCT)
-        names = some[places]
-        similarity[names == sample[:, None]] = -np.inf
-        together, names = np.concatenate([best, similarity], axis=1), np.concatenate([ids, names], axis=1)
+        similarity, indices = faiss.knn(queries, embeddings[some], asked, metric=faiss.METRIC_INNER_PRODUCT)
+        found = some[indices]
+        similarity[found == sample[:, None]] = -np.inf
+        together, found = np.concatenate([best, similarity], axis=1), np.concatenate([ids, found], axis=1)
         chosen = np.argsort(-together, axis=1, kind="stable")[:, :count]
-        best, ids = np.take_along_axis(together, chosen, axis=1), np.take_along_axis(names, chosen, axis=1)
-        tell(min(1, (start + block) / len(numbers)))
+        best, ids = np.take_along_axis(together, chosen, axis=1), np.take_along_axis(found, chosen, axis=1)
+        on_progress(min(1, (start + block) / len(numbers)))
     ids[np.isneginf(best)] = -1
     hits = sum(
         len(set(exact[exact >= 0]) & set(found_of(int(query)).tolist()))

@@ -1,13 +1,14 @@
-"""A path through all documents along the most similar ones: a greedy maximum travelling salesman.
+"""A path through all documents along the most similar ones: a greedy maximum travelling salesman tour.
 
-In-Context Pretraining, arXiv 2310.10638, section 2.2 and Algorithm 1, whose line 7 prints argmin for argmax. The graph
-is undirected: an edge where either document lists the other, its weight their cosine. The walk starts at an unvisited
-document of minimum degree and goes to the most similar unvisited neighbour; at a dead end it jumps, an edge of weight
-0, to an unvisited document of minimum degree. Degrees are the graph's own: the paper removes documents from the set of
-those left, not from the graph. Of equals the lowest number goes first, so the path is a function of the graph.
+The algorithm is Algorithm 1 of In-Context Pretraining (arXiv 2310.10638, section 2.2), whose line 7 has argmin as a
+misprint for argmax. The graph is undirected: two documents share an edge if either lists the other, and its weight is
+their cosine. The walk starts at an unvisited document of minimum degree and goes to the most similar unvisited
+neighbour; at a dead end it jumps, an edge of weight 0, to an unvisited document of minimum degree. Degrees do not fall
+during the walk: the paper removes documents from the set of unvisited ones, not from the graph. Among equals the lowest
+number comes first, so the path is a function of the graph.
 
-Each edge is looked at twice, once from either end, so time and memory are O(edges), all in arrays: numba compiles the
-three loops, which numpy cannot express.
+The walk looks at each edge twice, once from either end, so time and memory are O(edges). numba compiles the loops,
+which numpy cannot express.
 """
 
 from collections.abc import Iterator
@@ -22,60 +23,67 @@ from ..files import sync
 from ..permutation import permute
 
 NO_NEIGHBOR = 2**32 - 1
-"""Fills a list of neighbours that has fewer than its width."""
+"""Filler of a list with fewer neighbours than its width."""
 
 STEP_DTYPE = np.dtype([("document", "<u4"), ("similarity", "<f4")])
-"""A step of the path, and the cosine with the step before; NaN where it jumped there."""
+"""A step of the path: its document, and the cosine with the document before, NaN after a jump."""
 
 CHECKPOINT_STEPS = 1 << 22
-"""Steps between two writes: some seconds."""
+"""Number of steps between two writes of the walk, some seconds."""
 
 
 class Graph(NamedTuple):
-    """Undirected, n documents. Edges of d: those it lists, and those of documents that list d and are not listed."""
+    """An undirected graph of n documents.
+
+    The edges of document d are the neighbours that d lists, and the documents that list d and are not listed by it.
+    """
 
     neighbors: NDArray[np.uint32]
-    """[n, k], what each document lists: others only, each once, and NO_NEIGHBOR."""
+    """[n, k], the documents that each document lists: each at most once, never itself, then NO_NEIGHBOR."""
     similarities: NDArray[np.float32]
-    """[n, k], their cosines."""
+    """[n, k], the cosines of `neighbors`."""
     first: NDArray[np.int64]
-    """[n + 1], where the edges of d that it does not list begin in the next two."""
+    """[n + 1]: elements first[d], ..., first[d + 1] - 1 of the next two arrays are the edges that d does not list."""
     listed_by: NDArray[np.uint32]
+    """[one-way edges], the document at the other end."""
     listed_similarities: NDArray[np.float32]
+    """[one-way edges], the cosines of `listed_by`."""
     degrees: NDArray[np.int64]
-    """[n], distinct neighbours."""
+    """[n], the number of distinct neighbours."""
 
 
 def make_graph(neighbors: NDArray[np.uint32], similarities: NDArray[np.float32]) -> Graph:
-    """Return the graph of each document's list of neighbours [n, k] with cosines [n, k]."""
+    """Return the undirected graph of all documents' lists of neighbours [n, k], with cosines [n, k]."""
     one_way, first, degrees = _one_way(neighbors)
     listed_by = np.empty(first[-1], dtype=np.uint32)
     listed_similarities = np.empty(first[-1], dtype=np.float32)
-    _turn_round(neighbors, similarities, one_way, first, listed_by, listed_similarities)
+    _reverse(neighbors, similarities, one_way, first, listed_by, listed_similarities)
     return Graph(neighbors, similarities, first, listed_by, listed_similarities, degrees)
 
 
-def leave_out(neighbors: NDArray[np.uint32], dropped: NDArray[np.bool_]) -> None:
-    """Take the dropped documents [n] out of the lists [n, k], in place."""
+def remove_dropped(neighbors: NDArray[np.uint32], dropped: NDArray[np.bool_]) -> None:
+    """Replace the dropped documents [n] in the lists of neighbours [n, k] by NO_NEIGHBOR, in place."""
     neighbors[dropped] = NO_NEIGHBOR
     for row in np.array_split(neighbors, max(1, len(neighbors) // (1 << 20))):
         row[(row != NO_NEIGHBOR) & dropped[np.minimum(row, len(dropped) - 1)]] = NO_NEIGHBOR
 
 
 def greedy_path(graph: Graph, dropped: NDArray[np.bool_], file: Path) -> Iterator[int]:
-    """Write the path, STEP_DTYPE, to `file`, yielding the steps done so far after each write.
+    """Append the path, STEP_DTYPE, to `file`; yield the number of steps done after each write.
 
-    The file only grows, and what it has says where the walk is: called again after an end at any point, it goes on.
+    The steps in the file are the state of the walk, so a walk that was killed at any point resumes from its file.
     """
     steps = len(dropped) - int(np.count_nonzero(dropped))
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab+") as out:
+        # A killed process may have written a part of a step.
         out.truncate(out.seek(0, 2) // STEP_DTYPE.itemsize * STEP_DTYPE.itemsize)
         out.seek(0)
         before = np.fromfile(out, dtype=STEP_DTYPE)["document"]
         visited = dropped.copy()
         visited[before] = True
         done, current = len(before), int(before[-1]) if len(before) else -1
+        # Documents by_degree[:cursor] are visited, so the next jump goes to a document at or after the cursor.
         by_degree, cursor = _by_degree(graph.degrees), 0
         while done < steps:
             some = np.empty(min(CHECKPOINT_STEPS, steps - done), dtype=STEP_DTYPE)
@@ -90,15 +98,16 @@ def greedy_path(graph: Graph, dropped: NDArray[np.bool_], file: Path) -> Iterato
 
 
 def random_order(num_documents: int, dropped: NDArray[np.bool_], seed: int) -> NDArray[np.uint32]:
-    """Return the documents that are not dropped, shuffled."""
+    """Return the documents that are not dropped in random order, uint32 [documents]; baseline "random"."""
     shuffled = permute(np.arange(num_documents), num_documents, key=(seed, "order")).astype(np.uint32)
     return shuffled[~dropped[shuffled]]
 
 
 def nearest_groups(neighbors: NDArray[np.uint32], dropped: NDArray[np.bool_], seed: int) -> NDArray[np.uint32]:
-    """Return the documents that are not dropped: in random order each one left, followed by its nearest that are left.
+    """Return the documents that are not dropped, each followed by those of its neighbours [k] not yet in the order.
 
-    The paper's kNN baseline, but no document comes twice.
+    The documents are taken in random order. This is the paper's kNN baseline, in which no document comes twice here.
+    The result is uint32 [documents].
     """
     order = random_order(len(dropped), dropped, seed)
     return _nearest_groups(neighbors, order, dropped.copy())
@@ -106,6 +115,7 @@ def nearest_groups(neighbors: NDArray[np.uint32], dropped: NDArray[np.bool_], se
 
 @njit(cache=True)
 def _one_way(neighbors):  # pragma: no cover  (compiled)
+    """Return which listed edges [n, k] are not listed from the other end, `Graph.first` and `Graph.degrees`."""
     n, k = neighbors.shape
     one_way = np.zeros((n, k), np.bool_)
     first, degrees = np.zeros(n + 1, np.int64), np.zeros(n, np.int64)
@@ -124,36 +134,39 @@ def _one_way(neighbors):  # pragma: no cover  (compiled)
                 one_way[document, slot] = True
                 first[other + 1] += 1
                 degrees[other] += 1
+    # first[d + 1] is the number of one-way edges to d; the running sums are the begins.
     for document in range(n):
         first[document + 1] += first[document]
     return one_way, first, degrees
 
 
 @njit(cache=True)
-def _turn_round(neighbors, similarities, one_way, first, listed_by, listed_similarities):  # pragma: no cover
+def _reverse(neighbors, similarities, one_way, first, listed_by, listed_similarities):  # pragma: no cover
+    """Write the one-way edges under the document at their other end: `Graph.listed_by` and `listed_similarities`."""
     n, k = neighbors.shape
-    place = first[:-1].copy()
+    position = first[:-1].copy()  # [n], the next free element of each document
     for document in range(n):
         for slot in range(k):
             if one_way[document, slot]:
                 other = neighbors[document, slot]
-                listed_by[place[other]] = document
-                listed_similarities[place[other]] = similarities[document, slot]
-                place[other] += 1
+                listed_by[position[other]] = document
+                listed_similarities[position[other]] = similarities[document, slot]
+                position[other] += 1
 
 
 @njit(cache=True)
 def _by_degree(degrees):  # pragma: no cover
-    """Documents by degree, equals by number: a counting sort."""
-    place = np.zeros(degrees.max() + 2, np.int64)
+    """Return the documents by degree, equals by number [n], by a counting sort."""
+    position = np.zeros(degrees.max() + 2, np.int64)
     for degree in degrees:
-        place[degree + 1] += 1
-    for degree in range(len(place) - 1):
-        place[degree + 1] += place[degree]
+        position[degree + 1] += 1
+    # position[degree] is the index of the next document of that degree.
+    for degree in range(len(position) - 1):
+        position[degree + 1] += position[degree]
     order = np.empty(len(degrees), np.uint32)
     for document in range(len(degrees)):
-        order[place[degrees[document]]] = document
-        place[degrees[document]] += 1
+        order[position[degrees[document]]] = document
+        position[degrees[document]] += 1
     return order
 
 
@@ -171,6 +184,7 @@ def _walk(
     documents,
     steps,
 ):  # pragma: no cover
+    """Walk len(documents) steps on from `current` (-1: a jump); return the new cursor and document."""
     k = neighbors.shape[1]
     for step in range(len(documents)):
         best, best_similarity = -1, np.float32(-np.inf)
@@ -187,6 +201,7 @@ def _walk(
                     similarity = listed_similarities[edge]
                     if similarity > best_similarity or (similarity == best_similarity and other < best):
                         best, best_similarity = other, similarity
+        # A dead end, or the first step: jump to the unvisited document of least degree.
         if best < 0:
             while visited[by_degree[cursor]]:
                 cursor += 1
@@ -199,6 +214,7 @@ def _walk(
 
 @njit(cache=True)
 def _nearest_groups(neighbors, order, visited):  # pragma: no cover
+    """Return the documents of `order` [n], each followed by its unvisited neighbours."""
     documents = np.empty(len(order), np.uint32)
     count = 0
     for document in order:

@@ -1,4 +1,4 @@
-"""What an ordering found, in `order.json`. How `longring inspect` shows it: show.py."""
+"""The report of an ordering, `order.json`, which `longring inspect` shows (inspect/ordered.py)."""
 
 import json
 from collections.abc import Iterable
@@ -18,9 +18,13 @@ from .path import NO_NEIGHBOR
 
 REPORT_FILE = "order.json"
 SAMPLED_CONTEXTS = 256
+"""Number of contexts of each bucket whose cosines are measured."""
 SHOWN_DOCUMENTS = 6
+"""Number of documents whose neighbours are shown."""
 SHOWN_NEIGHBORS = 3
+"""Number of neighbours shown for each."""
 FIRST_LINE_TOKENS = 32
+"""Number of tokens of a document in which its first line is looked for."""
 
 
 def make_report(
@@ -33,9 +37,12 @@ def make_report(
     lists: Iterable[tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]],
     measured: dict[str, Any],
 ) -> None:
-    """Write `order.json`."""
+    """Write `order.json` to `partial`: what earlier stages `measured`, steps of the path, contexts, some neighbours.
+
+    `path` is STEP_DTYPE [steps]; `lists` yields documents [n], their neighbours [n, k] and cosines [n, k].
+    """
     similarity = path["similarity"]
-    steps = similarity[~np.isnan(similarity)]
+    steps = similarity[~np.isnan(similarity)]  # without jumps
     counts, edges = np.histogram(np.clip(steps, -1, 1), bins=20, range=(0, 1))
     counts[0] += int(np.count_nonzero(steps < 0))
     report = {
@@ -54,9 +61,10 @@ def make_report(
 
 
 def context_similarity(data: DataConfig, order: OrderConfig, embeddings: Embeddings, partial: Path) -> dict[str, float]:
-    """Return the mean cosine of two documents of one train context, and of two of neighbouring ones as stored.
+    """Return the mean cosine of two documents of one train context, and of two contexts that are stored side by side.
 
-    Of joined contexts, evenly spaced, up to SAMPLED_CONTEXTS of each bucket.
+    Up to SAMPLED_CONTEXTS joined contexts of each bucket are measured, evenly spaced. "documents" is their mean number
+    of documents.
     """
     layout = Layout.load(partial / "work" / "layout", "train", order.lengths(data))
     inside, across, sizes = [], [], []
@@ -64,13 +72,14 @@ def context_similarity(data: DataConfig, order: OrderConfig, embeddings: Embeddi
         own, count = len(layout.own[length]), layout.sequences(length)
         if not len(layout.contexts[length]):
             continue
-        places = np.unique(np.linspace(0, count - 1, SAMPLED_CONTEXTS).astype(np.int64))
-        for place in places.tolist():
-            pair = stored(layout, length, order.seed, "train", np.arange(place, min(place + 2, count))) - own
-            vectors = [embeddings[_documents(layout, length, one)] for one in pair.tolist() if one >= 0]
-            if pair[0] < 0:
+        indices = np.unique(np.linspace(0, count - 1, SAMPLED_CONTEXTS).astype(np.int64))
+        for index in indices.tolist():
+            # Two sequences that are stored side by side; a negative number is a piece of its own, not a context.
+            two = stored(layout, length, order.seed, "train", np.arange(index, min(index + 2, count))) - own
+            vectors = [embeddings[_documents(layout, length, context)] for context in two.tolist() if context >= 0]
+            if two[0] < 0:
                 continue
-            first = vectors[0]
+            first = vectors[0]  # [documents, dimensions]
             sizes.append(len(first))
             if len(first) > 1:
                 cosines = first @ first.T
@@ -85,7 +94,7 @@ def context_similarity(data: DataConfig, order: OrderConfig, embeddings: Embeddi
 
 
 def _documents(layout: Layout, length: int, context: int) -> NDArray[np.int64]:
-    """Return the documents of a joined context."""
+    """Return the distinct documents of a joined context, ascending."""
     first = int(layout.contexts[length][context])
     begin = int(np.searchsorted(layout.starts, first, side="right")) - 1
     end = int(np.searchsorted(layout.starts, min(first + length, int(layout.starts[-1]))))
@@ -95,7 +104,7 @@ def _documents(layout: Layout, length: int, context: int) -> NDArray[np.int64]:
 def _neighbor_pairs(
     documents: Documents, lists: Iterable[tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]]
 ) -> list[dict[str, Any]]:
-    """Return some documents, evenly spaced, with their nearest neighbours."""
+    """Return SHOWN_DOCUMENTS documents, evenly spaced, with their nearest neighbours."""
     wanted = set(np.unique(np.linspace(0, len(documents) - 1, SHOWN_DOCUMENTS).astype(np.int64)).tolist())
     found = []
     for numbers, ids, cosines in lists:
@@ -110,15 +119,15 @@ def _neighbor_pairs(
 
 
 def describe(documents: Documents, number: int) -> dict[str, str]:
-    """Return a document's title (where it came from) and its first line."""
-    shard, _ = documents.place(number)
-    record = int(documents.entry(number)["record"])
-    pairs = int(documents.entry(number)["pairs"])
-    tokens = documents.tokens(number, 0, min(pairs, FIRST_LINE_TOKENS))[1:]
+    """Return the title of a document, which names its record and file, and its first line."""
+    shard, _ = documents.locate(number)
+    entry = documents.entry(number)
+    record = int(entry["record"])
+    tokens = documents.tokens(number, 0, min(int(entry["pairs"]), FIRST_LINE_TOKENS))[1:]
     return {"title": documents.manifest.origin(shard, record), "first_line": first_line(documents.manifest, tokens)}
 
 
 def first_line(manifest: Manifest, tokens: NDArray[np.unsignedinteger]) -> str:
-    """Return the first line that has letters of a document's first tokens."""
+    """Return the first line of `tokens` [n] that has letters or digits, or all of their text if none has."""
     text = manifest.tokenizer().tokenizer.decode([token for token in tokens.tolist() if token != manifest.boundary_id])
     return next((line.strip() for line in text.splitlines() if any(map(str.isalnum, line))), text.strip())

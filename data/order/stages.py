@@ -1,8 +1,8 @@
-"""`longring order`: stages of repeatable tasks, from prepared data to ordered data.
+"""`longring order`: the stages that turn prepared data into ordered data, and the processes that share their tasks.
 
-A task is done when its file is there, written under another name and renamed; so whoever is killed goes on where he
-was, several machines share a stage, and what comes out does not depend on who did what. tasks.py has what a task does,
-work.py where its file is.
+A task is done when its file exists; the file is written under another name and renamed. So a run that was killed goes
+on where it was, several machines can share a stage, and the result does not depend on the division of the tasks. The
+tasks are in tasks.py, their files in work_directory.py.
 """
 
 import os
@@ -24,20 +24,24 @@ from ..format.manifest import MANIFEST_FILE, Manifest, open_prepared
 from ..order_config import OrderConfig
 from . import neighbors, tasks
 from .finish import num_parts
-from .tasks import Tell
-from .work import Work
+from .tasks import OnProgress
+from .work_directory import WorkDirectory
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Tasks that need all of the stages before, and none of each other."""
+    """Tasks that depend on all stages before, and not on each other."""
 
     name: str
+    """The name that `--stage` takes."""
     summary: str
-    tasks: Callable[[Work], int]
-    file: Callable[[Work, int], Path]
-    """Whose presence says that a task is done."""
-    do: Callable[[Work, int, Tell], object]
+    """Text beside the stage's progress bar."""
+    tasks: Callable[[WorkDirectory], int]
+    """Return the number of tasks."""
+    file: Callable[[WorkDirectory, int], Path]
+    """Return the file of a task, which exists once the task is done."""
+    do: Callable[[WorkDirectory, int, OnProgress], object]
+    """Do a task."""
 
 
 def order(
@@ -49,43 +53,48 @@ def order(
     only: str = "",
     part: tuple[int, int] = (0, 1),
 ) -> Manifest | None:
-    """Make `config.directory`, or take it as it is when it was made from the same; return its manifest.
+    """Make the ordered data of `config.directory`, or reuse it if its settings are the same; return its manifest.
 
-    `workers` processes share the work, as many as there are CPUs for 0; what they make does not depend on it. `only`
-    one stage is done, of its tasks those whose number is part[0] modulo part[1], and None returned. Raises ValueError
-    when the prepared data is not what `data` makes, lacks documents or has too many, the directory holds something
-    else, a stage before `only` is not done, or a file of one is damaged.
+    `workers` processes share the tasks; 0: one for each CPU. The result does not depend on their number. With `only`,
+    run only that stage, of its tasks I, I + N, I + 2N, ... for `part` = (I, N), and return None.
+
+    Raises ValueError if the prepared data was made with other settings than `data`, lacks documents or has too many; if
+    the directory holds something else; if a stage before `only` is not done; or if the file of a stage is damaged.
     """
     if config.mode == "off":
-        raise ValueError("order.mode is 'off'; set it to 'in_context' or 'fill_long_buckets', and order.directory")
+        raise ValueError(
+            "order.mode = 'off': nothing to order; set it to 'in_context' or 'fill_long_buckets', and order.directory"
+        )
     config.check(data)
     if only and only not in (names := [stage.name for stage in STAGES]):
-        raise ValueError(f"--stage {only}: the stages are {', '.join(names)}")
-    directory = Path(config.directory)
+        raise ValueError(f"--stage {only}: not a stage; name one of {', '.join(names)}")
+    ordered_directory = Path(config.directory)
     prepared = open_prepared(data.directory)
     prepared.check_made_from(data)
-    if directory.exists() and any(directory.iterdir()):
-        if not (directory / MANIFEST_FILE).is_file():
-            raise ValueError(f"order.directory = {directory} exists and is not ordered data; name another directory")
-        ordered = open_prepared(directory)
+    if ordered_directory.exists() and any(ordered_directory.iterdir()):
+        if not (ordered_directory / MANIFEST_FILE).is_file():
+            raise ValueError(
+                f"order.directory = {ordered_directory}: exists and is not ordered data; name another directory"
+            )
+        ordered = open_prepared(ordered_directory)
         ordered.check_made_from(data, config)
-        console.print(f"{directory} is already ordered by these settings; using it", soft_wrap=True)
+        console.print(f"{ordered_directory} is already ordered by these settings; using it", soft_wrap=True)
         return ordered
     for split, books in prepared.ledger.splits.items():
         if books.dropped_tokens.total():
             raise ValueError(
-                f"data.directory = {data.directory} lacks {books.dropped_tokens.total()} tokens of its {split} split; "
-                "prepare it with data.rest = 'pack'"
+                f"data.directory = {data.directory}: lacks {books.dropped_tokens.total()} tokens of its {split} split; "
+                "prepare the data with data.rest = 'pack'"
             )
     if (records := prepared.ledger.records) >= NO_DOCUMENT:
         raise ValueError(
-            f"data.directory = {data.directory} has {records} records, and ordered data numbers at most "
+            f"data.directory = {data.directory}: has {records} records, and ordered data numbers at most "
             f"{NO_DOCUMENT - 1}; prepare and order the sources in parts"
         )
-    work = Work(data, config, sha256_of(Path(data.directory, MANIFEST_FILE)))
+    directory = WorkDirectory(data, config, sha256_of(Path(data.directory, MANIFEST_FILE)))
     columns = (
         TextColumn("{task.description:26}"),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=14),
         TaskProgressColumn(),
         TextColumn("{task.fields[tasks]}"),
         TimeElapsedColumn(),
@@ -94,16 +103,16 @@ def order(
     with Progress(*columns, console=console) as progress, _Processes(workers) as processes:
         for stage in STAGES:
             if only and stage.name != only:
-                _require(stage, work, only)
+                _require(stage, directory, only)
                 continue
-            _run(stage, work, part, processes, progress)
+            _run(stage, directory, part, processes, progress)
             if only:
                 return None
-    return open_prepared(directory)
+    return open_prepared(ordered_directory)
 
 
 class _Processes:
-    """The processes that share the tasks of all stages: started when first needed, as each imports for seconds."""
+    """The processes that share the tasks of all stages, started at the first need, as each imports for seconds."""
 
     def __init__(self, workers: int):
         self._cpus = len(os.sched_getaffinity(0))
@@ -117,121 +126,150 @@ class _Processes:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def run(self, stage: Stage, work: Work, numbers: list[int], tell: Tell) -> None:
-        """Do tasks; `tell` learns how many are done, with the part of the one at hand where one process is enough."""
+    def run(self, stage: Stage, directory: WorkDirectory, numbers: list[int], on_progress: OnProgress) -> None:
+        """Do the tasks `numbers` of a stage.
+
+        `on_progress` gets the number of tasks done; if one process does them all, including the fraction of the current
+        one. Raises OSError if a process is killed.
+        """
         if min(self._count, len(numbers)) <= 1:
             for done, number in enumerate(numbers):
-                stage.do(work, number, lambda part, done=done: tell(done + part))
-                tell(done + 1)
+                stage.do(directory, number, lambda part, done=done: on_progress(done + part))
+                on_progress(done + 1)
             return
         if self._pool is None:
             threads = max(1, self._cpus // self._count)
             context = get_context("forkserver")
             self._pool = ProcessPoolExecutor(self._count, context, initializer=_limit_threads, initargs=(threads,))
-        # Named by its stage, as a function within one cannot travel to another process.
-        begun = [self._pool.submit(do_task, stage.name, work, number) for number in numbers]
+        # A process gets the name of the stage: the functions of a Stage are lambdas, which cannot be pickled.
+        begun = [self._pool.submit(do_task, stage.name, directory, number) for number in numbers]
         try:
             for done, task in enumerate(as_completed(begun), start=1):
                 task.result()
-                tell(done)
+                on_progress(done)
         except BrokenProcessPool as error:
             raise OSError(
-                f"order: a process of stage {stage.name} was ended from outside (memory?); the same command goes on"
+                f"order: a process of stage {stage.name} was killed from outside, perhaps for memory; run the same "
+                "command again, with fewer --workers if memory was short"
             ) from error
 
 
-def _require(stage: Stage, work: Work, only: str) -> None:
-    count = stage.tasks(work)
-    missing = sum(not stage.file(work, number).exists() for number in range(count))
+def _require(stage: Stage, directory: WorkDirectory, only: str) -> None:
+    """Raise ValueError unless all tasks of `stage`, which comes before stage `only`, are done."""
+    count = stage.tasks(directory)
+    missing = sum(not stage.file(directory, number).exists() for number in range(count))
     if missing:
-        raise ValueError(f"--stage {only}: {stage.name} comes before and lacks {missing} of {count} tasks; do it first")
+        raise ValueError(
+            f"--stage {only}: stage {stage.name} comes before it and lacks {missing} of {count} tasks; "
+            f"run --stage {stage.name} first"
+        )
 
 
-def _run(stage: Stage, work: Work, part: tuple[int, int], processes: _Processes, progress: Progress) -> None:
-    mine = range(part[0], stage.tasks(work), part[1])
-    left = [number for number in mine if not stage.file(work, number).exists()]
+def _run(
+    stage: Stage, directory: WorkDirectory, part: tuple[int, int], processes: _Processes, progress: Progress
+) -> None:
+    """Do this machine's part of a stage's tasks that are not done, with a progress bar."""
+    mine = range(part[0], stage.tasks(directory), part[1])
+    left = [number for number in mine if not stage.file(directory, number).exists()]
     if not mine:
         return
-    before = len(mine) - len(left)
+    done_before = len(mine) - len(left)
     bar = progress.add_task(stage.summary, total=len(mine), tasks="")
 
     def show(done: float) -> None:
         progress.update(bar, completed=done, tasks=f"{int(done):,}/{len(mine):,}" if len(mine) > 1 else "")
 
-    show(before)
-    processes.run(stage, work, left, lambda done: show(before + done))
+    show(done_before)
+    processes.run(stage, directory, left, lambda done: show(done_before + done))
 
 
 def _limit_threads(threads: int) -> None:
+    """Let this process use `threads` threads, so that all processes together use each CPU once."""
     os.environ["OMP_NUM_THREADS"] = os.environ["RAYON_NUM_THREADS"] = str(threads)
     neighbors.faiss.omp_set_num_threads(threads)
 
 
-def do_task(stage: str, work: Work, number: int) -> None:
-    """Do one task, in a process of its own."""
-    next(known for known in STAGES if known.name == stage).do(work, number, lambda _: None)
+def do_task(stage: str, directory: WorkDirectory, number: int) -> None:
+    """Do one task; this is the entry of the worker processes."""
+    next(known for known in STAGES if known.name == stage).do(directory, number, lambda _: None)
 
 
-def _input_shards(work: Work) -> int:
-    return work.num_shards
+def _input_shards(directory: WorkDirectory) -> int:
+    return directory.num_shards
 
 
-def _one(_: Work) -> int:
+def _one(_: WorkDirectory) -> int:
     return 1
 
 
-def _splits(work: Work) -> int:
-    return len(work.approximate())
+def _splits(directory: WorkDirectory) -> int:
+    return len(directory.approximate())
 
 
-def _in(stage: str, name: str = "{:06d}.npy") -> Callable[[Work, int], Path]:
-    return lambda work, number: work.folder(stage) / name.format(number)
+def _in(stage: str, name: str = "{:06d}.npy") -> Callable[[WorkDirectory, int], Path]:
+    return lambda directory, number: directory.folder(stage) / name.format(number)
 
 
-def _index(name: str) -> Callable[[Work, int], Path]:
-    return lambda work, number: work.index(work.approximate()[number], name)
+def _index(name: str) -> Callable[[WorkDirectory, int], Path]:
+    return lambda directory, number: directory.index(directory.approximate()[number], name)
 
 
-def _filled(work: Work, number: int) -> Path:
-    split, shard = tasks.fill_task(work, number)
-    return work.index(split, f"{shard:06d}")
+def _filled(directory: WorkDirectory, number: int) -> Path:
+    split, shard = tasks.fill_task(directory, number)
+    return directory.index(split, f"{shard:06d}")
 
 
 STAGES = (
-    Stage("documents", "where documents lie", _input_shards, _in("documents"), tasks.find_documents),
+    Stage("documents", "tables of documents", _input_shards, _in("documents"), tasks.find_documents),
     Stage(
         "split",
-        "each split's documents",
+        "documents of each split",
         lambda _: 2,
-        lambda w, number: w.split_file(SPLITS[number]),
+        lambda directory, number: directory.split_file(SPLITS[number]),
         tasks.list_splits,
     ),
     Stage(
         "fit",
         "fitting the encoder",
-        lambda work: int(not work.order.encoder),
+        lambda directory: int(not directory.order.encoder),
         _in("embed", "encoder.npz"),
         tasks.fit_encoder,
     ),
     Stage("embed", "embedding", _input_shards, _in("embed"), tasks.embed_shard),
     Stage("train", "training the index", _splits, _index("trained"), tasks.train_index),
-    Stage("fill", "filling the index", lambda work: _splits(work) * work.num_shards, _filled, tasks.fill_index),
+    Stage(
+        "fill",
+        "filling the index",
+        lambda directory: _splits(directory) * directory.num_shards,
+        _filled,
+        tasks.fill_index,
+    ),
     Stage("merge", "merging the index", _splits, _index("merged"), tasks.merge_index),
     Stage("search", "searching neighbours", _input_shards, _in("neighbors"), tasks.search_shard),
     Stage("recall", "measuring recall", _one, _in("neighbors", "recall.json"), tasks.measure_recall),
     Stage("threshold", "near-duplicates: threshold", _one, _in("duplicates", "histogram.json"), tasks.choose_threshold),
     Stage("duplicates", "near-duplicates", _input_shards, _in("duplicates"), tasks.confirm_duplicates),
     Stage("path", "the path", _one, _in("path", "path.npy"), tasks.walk_path),
-    Stage("lay", "laying out contexts", _one, lambda work, _: work.partial / "work" / "parts.json", tasks.lay_contexts),
+    Stage(
+        "lay",
+        "laying out contexts",
+        _one,
+        lambda directory, _: directory.partial / "work" / "parts.json",
+        tasks.lay_contexts,
+    ),
     Stage(
         "contexts",
         "writing contexts",
-        lambda work: num_parts(work.partial),
-        lambda work, number: work.partial / "work" / "books" / f"{number:06d}.json",
+        lambda directory: num_parts(directory.partial),
+        lambda directory, number: directory.partial / "work" / "books" / f"{number:06d}.json",
         tasks.write_part,
     ),
     Stage(
-        "finish", "the manifest", _one, lambda work, _: Path(work.order.directory) / MANIFEST_FILE, tasks.write_manifest
+        "finish",
+        "the manifest",
+        _one,
+        lambda directory, _: Path(directory.order.directory) / MANIFEST_FILE,
+        tasks.write_manifest,
     ),
 )
-"""In order; the name of each is what `--stage` takes."""
+"""All stages, in order."""

@@ -1,4 +1,4 @@
-"""What a task of each stage of `longring order` does: what it reads, what it calls, and what it writes."""
+"""The tasks of the stages of `longring order`: each reads files of earlier stages and writes one file."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -15,20 +15,23 @@ from ..format.manifest import open_prepared
 from . import duplicates, embed, neighbors, path
 from .documents import Documents, load, save, write_tables
 from .finish import finish, lay, make_part
-from .work import Work
+from .work_directory import WorkDirectory
 
-Tell = Callable[[float], None]
-"""Called with how much is done: of a task a part in [0, 1]."""
+OnProgress = Callable[[float], None]
+"""A function that a task calls with the fraction that is done, in [0, 1]."""
 
-
-def find_documents(work: Work, number: int, _: Tell) -> None:
-    """Write where the documents of an input shard lie."""
-    write_tables(open_prepared(work.data.directory, check_shards=False), work.folder("documents"), number)
+STEP_BLOCK = 1 << 16
+"""Number of steps of a baseline whose cosines are computed at once."""
 
 
-def list_splits(work: Work, number: int, _: Tell) -> None:
-    """Write the numbers of one split's documents, shard by shard, so that no later task reads every table for them."""
-    split, documents = SPLITS[number], work.documents()
+def find_documents(directory: WorkDirectory, number: int, _: OnProgress) -> None:
+    """Write the tables of an input shard's documents and of their parts."""
+    write_tables(open_prepared(directory.data.directory, check_shards=False), directory.folder("documents"), number)
+
+
+def list_splits(directory: WorkDirectory, number: int, _: OnProgress) -> None:
+    """Write the list of one split's documents, so that later tasks need not read the table of every input shard."""
+    split, documents = SPLITS[number], directory.documents()
 
     def write(file: Path) -> None:
         shape = (documents.manifest.ledger.splits[split].documents,)
@@ -38,66 +41,66 @@ def list_splits(work: Work, number: int, _: Tell) -> None:
             here = np.flatnonzero(documents.shard_column(shard, "held_out") == (split == "held_out"))
             numbers[end : end + len(here)] = here + documents.first[shard]
             end += len(here)
-        assert end == len(numbers), "the tables hold as many documents as the ledger"
+        assert end == len(numbers), "the tables have as many documents as the ledger"
         numbers.flush()
 
-    write_whole(work.split_file(split), write)
+    write_whole(directory.split_file(split), write)
 
 
-def fit_encoder(work: Work, _number: int, _: Tell) -> None:
-    """Fit the default encoder on train documents."""
-    fit = partial(embed.fit, work.documents(), work.split_numbers("train"), work.order)
-    write_whole(work.folder("embed") / "encoder.npz", fit)
+def fit_encoder(directory: WorkDirectory, _number: int, _: OnProgress) -> None:
+    """Fit the default encoder on train documents and write it."""
+    fit = partial(embed.fit, directory.documents(), directory.split_numbers("train"), directory.order)
+    write_whole(directory.folder("embed") / "encoder.npz", fit)
 
 
-def embed_shard(work: Work, number: int, tell: Tell) -> None:
+def embed_shard(directory: WorkDirectory, number: int, on_progress: OnProgress) -> None:
     """Write the vectors of an input shard's documents."""
-    documents = work.documents()
-    encoder = embed.make_encoder(work.order, work.folder("embed") / "encoder.npz", number)
+    documents = directory.documents()
+    encoder = embed.make_encoder(directory.order, directory.folder("embed") / "encoder.npz", number)
     vectors, mine = [], documents.of_shard(number)
-    for some in encoder.encode(documents, mine):
-        # Half precision is enough for a cosine to three digits, and halves what the search reads.
-        vectors.append(some.astype(np.float16))
-        tell(sum(map(len, vectors)) / len(mine))
-    found = np.concatenate(vectors) if vectors else np.empty((0, work.order.embedding_dimensions), dtype=np.float16)
-    save(work.folder("embed") / f"{number:06d}.npy", found)
-
-
-def train_index(work: Work, number: int, _: Tell) -> None:
-    """Train the index of a split that is searched approximately."""
-    split = work.approximate()[number]
-    train = partial(neighbors.train_index, work.embeddings(), work.split_numbers(split))
-    write_whole(work.index(split, "trained"), train)
-
-
-def fill_task(work: Work, number: int) -> tuple[Split, int]:
-    """Return of which split a task of stage fill takes which input shard."""
-    split, shard = divmod(number, work.num_shards)
-    return work.approximate()[split], shard
-
-
-def fill_index(work: Work, number: int, _: Tell) -> None:
-    """Fill a copy of the index with an input shard's documents."""
-    split, shard = fill_task(work, number)
-    numbers = np.array(work.documents().of_shard(shard), dtype=np.int64)
-    numbers = numbers[work.documents().shard_column(shard, "held_out") == (split == "held_out")]
-    trained, vectors = work.index(split, "trained"), work.embeddings()[numbers]
-    write_whole(work.index(split, f"{shard:06d}"), partial(neighbors.fill_index, trained, vectors, numbers))
-
-
-def merge_index(work: Work, number: int, _: Tell) -> None:
-    """Merge the copies on disk."""
-    split = work.approximate()[number]
-    parts = [work.index(split, f"{shard:06d}") for shard in range(work.num_shards)]
-    merged = work.index(split, "merged")
-    write_whole(
-        merged, partial(neighbors.merge_index, work.index(split, "trained"), parts, merged.with_suffix(".lists"))
+    for batch in encoder.encode(documents, mine):  # [documents of the batch, dimensions]
+        # Half precision gives a cosine to three digits, and the search reads half as many bytes.
+        vectors.append(batch.astype(np.float16))
+        on_progress(sum(map(len, vectors)) / len(mine))
+    found = (
+        np.concatenate(vectors) if vectors else np.empty((0, directory.order.embedding_dimensions), dtype=np.float16)
     )
+    save(directory.folder("embed") / f"{number:06d}.npy", found)
 
 
-def search_shard(work: Work, number: int, tell: Tell) -> None:
-    """Write the neighbours of an input shard's documents."""
-    documents, embeddings, count = work.documents(), work.embeddings(), work.order.neighbors
+def train_index(directory: WorkDirectory, number: int, _: OnProgress) -> None:
+    """Write the trained, empty index of a split that is searched approximately."""
+    split = directory.approximate()[number]
+    train = partial(neighbors.train_index, directory.embeddings(), directory.split_numbers(split))
+    write_whole(directory.index(split, "trained"), train)
+
+
+def fill_task(directory: WorkDirectory, number: int) -> tuple[Split, int]:
+    """Return the split and the input shard of a task of stage fill."""
+    split, shard = divmod(number, directory.num_shards)
+    return directory.approximate()[split], shard
+
+
+def fill_index(directory: WorkDirectory, number: int, _: OnProgress) -> None:
+    """Write a copy of the trained index with one input shard's documents of one split."""
+    split, shard = fill_task(directory, number)
+    numbers = np.array(directory.documents().of_shard(shard), dtype=np.int64)
+    numbers = numbers[directory.documents().shard_column(shard, "held_out") == (split == "held_out")]
+    trained, vectors = directory.index(split, "trained"), directory.embeddings()[numbers]
+    write_whole(directory.index(split, f"{shard:06d}"), partial(neighbors.fill_index, trained, vectors, numbers))
+
+
+def merge_index(directory: WorkDirectory, number: int, _: OnProgress) -> None:
+    """Merge the filled copies of a split's index on disk."""
+    split = directory.approximate()[number]
+    parts = [directory.index(split, f"{shard:06d}") for shard in range(directory.num_shards)]
+    trained, merged = directory.index(split, "trained"), directory.index(split, "merged")
+    write_whole(merged, partial(neighbors.merge_index, trained, parts, merged.with_suffix(".lists")))
+
+
+def search_shard(directory: WorkDirectory, number: int, on_progress: OnProgress) -> None:
+    """Write the neighbours of an input shard's documents, each searched within its own split."""
+    documents, embeddings, count = directory.documents(), directory.embeddings(), directory.order.neighbors
     numbers = np.array(documents.of_shard(number), dtype=np.int64)
     found = np.empty(len(numbers), dtype=[("ids", "<u4", (count,)), ("cosines", "<f4", (count,))])
     held_out = documents.shard_column(number, "held_out")
@@ -106,135 +109,158 @@ def search_shard(work: Work, number: int, tell: Tell) -> None:
         [here] = np.nonzero(held_out == (split == "held_out"))
         if not len(here):
             continue
-        exact = split not in work.approximate()
+        exact = split not in directory.approximate()
         if exact:
-            index = neighbors.exact_index(embeddings, work.split_numbers(split).astype(np.int64))
+            index = neighbors.exact_index(embeddings, directory.split_numbers(split).astype(np.int64))
         else:
-            index = neighbors.merged_index(work.index(split, "merged"))
-        for block in np.array_split(here, -(-len(here) // neighbors.BLOCK)):
-            some = neighbors.nearest(index, embeddings, numbers[block], count, exact=exact)
-            found["ids"][block], found["cosines"][block] = some
-            done += len(block)
-            tell(done / len(numbers))
-    save(work.folder("neighbors") / f"{number:06d}.npy", found)
+            index = neighbors.merged_index(directory.index(split, "merged"))
+        for some in np.array_split(here, -(-len(here) // neighbors.BLOCK_QUERIES)):
+            nearest = neighbors.nearest(index, embeddings, numbers[some], count, exact=exact)
+            found["ids"][some], found["cosines"][some] = nearest  # [documents, k] each
+            done += len(some)
+            on_progress(done / len(numbers))
+    save(directory.folder("neighbors") / f"{number:06d}.npy", found)
 
 
-def measure_recall(work: Work, _: int, tell: Tell) -> None:
-    """Write which part of the exact neighbours of some documents was found."""
-    documents = work.documents()
+def measure_recall(directory: WorkDirectory, _: int, on_progress: OnProgress) -> None:
+    """Write the recall of the search: the fraction of the exact neighbours of sampled documents that it found."""
+    documents = directory.documents()
 
     def found_of(document: int) -> NDArray[np.uint32]:
-        shard, inside = documents.place(document)
-        return work.neighbor_list(shard)[1][inside]
+        shard, index = documents.locate(document)
+        return directory.neighbor_list(shard)[1][index]
 
-    measured = {}
+    recalls = {}
     for number, split in enumerate(SPLITS):
-        numbers = work.split_numbers(split)
-        told = partial(_part_of, tell, number, len(SPLITS))
-        measured[split] = neighbors.recall(work.embeddings(), numbers, found_of, work.order.neighbors, tell=told)
-    _save_json(work.folder("neighbors") / "recall.json", {"recall": measured, "approximate": work.approximate()})
+        recalls[split] = neighbors.recall(
+            directory.embeddings(),
+            directory.split_numbers(split),
+            found_of,
+            directory.order.neighbors,
+            on_progress=lambda part, number=number: on_progress((number + part) / len(SPLITS)),
+        )
+    measured = {"recall": recalls, "approximate": directory.approximate()}
+    _save_json(directory.folder("neighbors") / "recall.json", measured)
 
 
-def _part_of(tell: Tell, number: int, count: int, part: float) -> None:
-    tell((number + part) / count)
-
-
-def choose_threshold(work: Work, _: int, tell: Tell) -> None:
-    """Write the histogram of cosines, and from which one on pairs are compared."""
-    order, documents = work.order, work.documents()
-    histogram = duplicates.histogram(_told(work, tell), _inside(documents), order.duplicate_overlap)
+def choose_threshold(directory: WorkDirectory, _: int, on_progress: OnProgress) -> None:
+    """Write the histogram of neighbours' cosines, and the cosine from which pairs are compared."""
+    order, documents = directory.order, directory.documents()
+    histogram = duplicates.histogram(
+        _neighbor_lists(directory, on_progress), _text_of(documents), order.duplicate_overlap
+    )
     chosen = order.duplicate_similarity or histogram.threshold()
     _save_json(
-        work.folder("duplicates") / "histogram.json",
+        directory.folder("duplicates") / "histogram.json",
         {
-            "threshold": chosen if order.duplicate_overlap else 1.01,
+            "threshold": chosen if order.duplicate_overlap else duplicates.NO_COSINE,
             "cosine_from": duplicates.bin_edges(),
             **{name: counts.tolist() for name, counts in histogram._asdict().items()},
         },
     )
 
 
-def _told(work: Work, tell: Tell) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]]:
-    """Yield `work.lists()`, telling how far it is."""
-    for number, found in enumerate(work.lists(), start=1):
+def _neighbor_lists(
+    directory: WorkDirectory, on_progress: OnProgress
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]]:
+    """Yield `directory.neighbor_lists()` and report the progress after each."""
+    for number, found in enumerate(directory.neighbor_lists(), start=1):
         yield found
-        tell(number / work.documents().num_shards)
+        on_progress(number / directory.documents().num_shards)
 
 
-def confirm_duplicates(work: Work, number: int, _: Tell) -> None:
-    """Write the near-duplicates of an input shard's documents."""
-    folder = work.folder("duplicates")
+def confirm_duplicates(directory: WorkDirectory, number: int, _: OnProgress) -> None:
+    """Write the near-duplicate pairs of an input shard's documents."""
+    folder = directory.folder("duplicates")
     threshold = json.loads((folder / "histogram.json").read_text())["threshold"]
-    lists, tokens = work.neighbor_list(number), _inside(work.documents())
-    save(
-        folder / f"{number:06d}.npy",
-        duplicates.confirmed_pairs(*lists, tokens, threshold, work.order.duplicate_overlap),
+    pairs = duplicates.confirmed_pairs(
+        *directory.neighbor_list(number),
+        _text_of(directory.documents()),
+        threshold,
+        directory.order.duplicate_overlap,
     )
+    save(folder / f"{number:06d}.npy", pairs)
 
 
-def _inside(documents: Documents) -> duplicates.Tokens:
+def _text_of(documents: Documents) -> duplicates.Tokens:
+    """Return the function from a document to its tokens without the boundaries at its ends."""
     return lambda number: documents.tokens(number)[1:-1]
 
 
-def walk_path(work: Work, _: int, tell: Tell) -> None:
-    """Write the order of all documents. By path, what is done is kept every some seconds, and gone on from."""
-    count, order = len(work.documents()), work.order
-    dropped = np.zeros(count, dtype=np.bool_)
-    dropped[work.left_out()[:, 0]] = True
-    steps = np.empty(count - int(np.count_nonzero(dropped)), dtype=path.STEP_DTYPE)
-    file = work.folder("path") / "path.steps"
-    if order.by == "random":
-        steps["document"] = path.random_order(count, dropped, order.seed)
+def walk_path(directory: WorkDirectory, _: int, on_progress: OnProgress) -> None:
+    """Write the path: all documents but the dropped near-duplicates, in order.
+
+    With order.by = "path" the walk is saved every few seconds, and a task that was killed resumes it.
+    """
+    order = directory.order
+    dropped = np.zeros(len(directory.documents()), dtype=np.bool_)
+    dropped[directory.dropped()[:, 0]] = True
+    num_steps = len(dropped) - int(np.count_nonzero(dropped))
+    unfinished = directory.folder("path") / "path.steps"
+    if order.by == "path":
+        graph = path.make_graph(*_kept_neighbors(directory, dropped))
+        for done in path.greedy_path(graph, dropped, unfinished):
+            on_progress(done / num_steps)
+        steps = np.fromfile(unfinished, dtype=path.STEP_DTYPE)
     else:
-        ids = np.empty((count, order.neighbors), dtype=np.uint32)
-        cosines = np.empty(ids.shape, dtype=np.float32)
-        for documents, some_ids, some_cosines in work.lists():
-            ids[documents], cosines[documents] = some_ids, some_cosines
-        path.leave_out(ids, dropped)
+        steps = np.empty(num_steps, dtype=path.STEP_DTYPE)
         if order.by == "knn":
+            ids, _cosines = _kept_neighbors(directory, dropped)
             steps["document"] = path.nearest_groups(ids, dropped, order.seed)
         else:
-            for done in path.greedy_path(path.make_graph(ids, cosines), dropped, file):
-                tell(done / len(steps))
-            steps = np.fromfile(file, dtype=path.STEP_DTYPE)
-    if order.by != "path":
-        # The baselines' steps are none of the graph's: their cosines come from the vectors.
-        vectors = work.embeddings()
-        steps["similarity"][:1] = np.nan
-        for start in range(1, len(steps), 1 << 16):
-            some = steps["document"][start - 1 : start + (1 << 16)].astype(np.int64)
-            here = vectors[some]
-            steps["similarity"][start : start + len(some) - 1] = np.einsum("nd,nd->n", here[1:], here[:-1])
-            tell(start / len(steps))
-    save(work.folder("path") / "path.npy", steps)
-    file.unlink(missing_ok=True)
+            steps["document"] = path.random_order(len(dropped), dropped, order.seed)
+        _fill_similarities(steps, directory.embeddings(), on_progress)
+    save(directory.folder("path") / "path.npy", steps)
+    unfinished.unlink(missing_ok=True)
 
 
-def lay_contexts(work: Work, _number: int, _: Tell) -> None:
-    """Write which pairs of which document lie in which sequence."""
-    steps = load(work.folder("path") / "path.npy", mapped=True)
-    lay(work.data, work.order, work.documents(), steps["document"], work.partial)
+def _kept_neighbors(
+    directory: WorkDirectory, dropped: NDArray[np.bool_]
+) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
+    """Return the neighbours of all documents without the dropped ones, and their cosines, [documents, k] each."""
+    ids = np.empty((len(dropped), directory.order.neighbors), dtype=np.uint32)
+    cosines = np.empty(ids.shape, dtype=np.float32)
+    for documents, some_ids, some_cosines in directory.neighbor_lists():
+        ids[documents], cosines[documents] = some_ids, some_cosines
+    path.remove_dropped(ids, dropped)
+    return ids, cosines
 
 
-def write_part(work: Work, number: int, tell: Tell) -> None:
-    """Write the shards of a part."""
-    make_part(work.data, work.order, work.documents(), work.partial, number, tell)
+def _fill_similarities(steps: NDArray[np.void], embeddings: neighbors.Embeddings, on_progress: OnProgress) -> None:
+    """Set the similarity of each step of a baseline: its steps need not be edges of the graph."""
+    steps["similarity"][:1] = np.nan
+    for start in range(1, len(steps), STEP_BLOCK):
+        documents = steps["document"][start - 1 : start + STEP_BLOCK].astype(np.int64)
+        vectors = embeddings[documents]
+        steps["similarity"][start : start + len(documents) - 1] = np.einsum("nd,nd->n", vectors[1:], vectors[:-1])
+        on_progress(start / len(steps))
 
 
-def write_manifest(work: Work, _: int, tell: Tell) -> None:
-    """Write the manifest and give the directory its name."""
+def lay_contexts(directory: WorkDirectory, _number: int, _: OnProgress) -> None:
+    """Write the layout: the documents and pairs of every sequence."""
+    steps = load(directory.folder("path") / "path.npy", mapped=True)
+    lay(directory.data, directory.order, directory.documents(), steps["document"], directory.partial)
+
+
+def write_part(directory: WorkDirectory, number: int, on_progress: OnProgress) -> None:
+    """Write the shards of one part of the ordered data."""
+    make_part(directory.data, directory.order, directory.documents(), directory.partial, number, on_progress)
+
+
+def write_manifest(directory: WorkDirectory, _: int, on_progress: OnProgress) -> None:
+    """Write the manifest and give the ordered data its name."""
     finish(
-        work.data,
-        work.order,
-        work.documents(),
-        work.embeddings(),
-        partial=work.partial,
-        left_out=work.left_out(),
-        path=load(work.folder("path") / "path.npy", mapped=True),
-        lists=_told(work, tell),
+        directory.data,
+        directory.order,
+        directory.documents(),
+        directory.embeddings(),
+        partial=directory.partial,
+        dropped=directory.dropped(),
+        path=load(directory.folder("path") / "path.npy", mapped=True),
+        lists=_neighbor_lists(directory, on_progress),
         measured={
-            **json.loads((work.folder("neighbors") / "recall.json").read_text()),
-            "duplicates": json.loads((work.folder("duplicates") / "histogram.json").read_text()),
+            **json.loads((directory.folder("neighbors") / "recall.json").read_text()),
+            "duplicates": json.loads((directory.folder("duplicates") / "histogram.json").read_text()),
         },
     )
 

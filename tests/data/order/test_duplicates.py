@@ -9,10 +9,10 @@ from longring.data.order.duplicates import (
     SAMPLED_PAIRS,
     Histogram,
     bin_edges,
+    choose_dropped,
     confirmed_pairs,
     histogram,
-    left_out,
-    shared,
+    jaccard,
 )
 from longring.data.order.path import NO_NEIGHBOR
 from longring.data.permutation import mix_bits
@@ -27,13 +27,13 @@ def test_shared_is_the_jaccard_similarity_of_shingles(one: list[int], other: lis
 
     first, second = sets(one), sets(other)
     expected = len(first & second) / len(first | second)
-    assert shared(np.array(one, dtype=np.uint16), np.array(other, dtype=np.uint16)) == expected
+    assert jaccard(np.array(one, dtype=np.uint16), np.array(other, dtype=np.uint16)) == expected
 
 
 @settings(max_examples=200)
 @given(st.sets(st.tuples(st.integers(0, 9), st.integers(0, 9)).filter(lambda pair: pair[0] > pair[1])))
 def test_one_of_any_two_stays_and_none_goes_for_nothing(pairs: set[tuple[int, int]]):
-    found = left_out(np.array(sorted(pairs), dtype=np.uint32).reshape(-1, 2), 10).tolist()
+    found = choose_dropped(np.array(sorted(pairs), dtype=np.uint32).reshape(-1, 2), 10).tolist()
     gone = [document for document, _ in found]
     assert len(gone) == len(set(gone))
     assert not any(one not in gone and other not in gone for one, other in pairs), "no two near-duplicates stay"

@@ -148,7 +148,7 @@ def test_any_hugging_face_encoder_by_mean_pooling(documents: Documents, bert: Pa
 
 
 def test_an_encoder_that_is_none_is_named(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"order\.encoder = .*nothing-here' cannot be loaded"):
+    with pytest.raises(ValueError, match=r"order\.encoder = .*nothing-here': cannot be loaded"):
         embed.make_encoder(OrderConfig(encoder=str(tmp_path / "nothing-here")), Path("unused"), 0)
 
 

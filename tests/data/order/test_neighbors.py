@@ -43,7 +43,7 @@ def test_vectors_are_read_in_any_order(tmp_path: Path):
 
 
 def test_exact_search_finds_all_nearest_but_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(neighbors, "BLOCK", 16)
+    monkeypatch.setattr(neighbors, "BLOCK_QUERIES", 16)
     vectors = clustered(120, 16)
     vectors[40:50] = vectors[40]  # more equal ones than are asked for
     found = embeddings(vectors, tmp_path, 3)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longring.data.order import path
-from longring.data.order.path import NO_NEIGHBOR, greedy_path, leave_out, make_graph, nearest_groups, random_order
+from longring.data.order.path import NO_NEIGHBOR, greedy_path, make_graph, nearest_groups, random_order, remove_dropped
 
 
 @st.composite
@@ -55,7 +55,7 @@ def transcribed(ids: np.ndarray, cosines: np.ndarray, dropped: np.ndarray) -> tu
 
 def walked(ids: np.ndarray, cosines: np.ndarray, dropped: np.ndarray, file: Path) -> np.ndarray:
     ids = ids.copy()
-    leave_out(ids, dropped)
+    remove_dropped(ids, dropped)
     for _ in greedy_path(make_graph(ids, cosines), dropped, file):
         pass
     return np.fromfile(file, dtype=path.STEP_DTYPE)
@@ -95,7 +95,7 @@ def test_stopped_anywhere_and_continued_is_the_same(tmp_path: Path, monkeypatch:
     whole = walked(ids, cosines, dropped, tmp_path / "whole")
     monkeypatch.setattr(path, "CHECKPOINT_STEPS", steps)
     ids = ids.copy()
-    leave_out(ids, dropped)
+    remove_dropped(ids, dropped)
     for number, done in enumerate(greedy_path(make_graph(ids, cosines), dropped, tmp_path / "file"), start=1):
         assert done == min(38, steps * number) == (tmp_path / "file").stat().st_size // 8
         if number == 2:
@@ -112,7 +112,7 @@ def test_stopped_anywhere_and_continued_is_the_same(tmp_path: Path, monkeypatch:
 @given(found=lists(), seed=st.integers(0, 5))
 def test_baselines_are_permutations(found: tuple[np.ndarray, np.ndarray, np.ndarray], seed: int):
     ids, _, dropped = found
-    leave_out(ids, dropped)
+    remove_dropped(ids, dropped)
     order = random_order(len(ids), dropped, seed)
     groups = nearest_groups(ids, dropped, seed)
     assert sorted(order.tolist()) == sorted(groups.tolist()) == np.flatnonzero(~dropped).tolist()

@@ -27,7 +27,7 @@ from longring.data.inspect.inspect import inspect
 from longring.data.order import path, stages
 from longring.data.order.documents import Documents
 from longring.data.order.stages import STAGES, order
-from longring.data.order.work import Work
+from longring.data.order.work_directory import WorkDirectory
 from longring.data.order_config import KnotsConfig, OrderConfig
 from longring.data.prepare.prepare import prepare
 from longring.data.read.knots import Knots
@@ -216,7 +216,9 @@ def test_stages_alone_and_in_parts_make_the_same_bytes(prepared: DataConfig, tmp
     """As the jobs of an array would, in any order within a stage."""
     reference, config = settings(tmp_path / "one"), settings(tmp_path / "parts")
     order(prepared, reference, QUIET, workers=1)
-    with pytest.raises(ValueError, match=r"--stage search: documents comes before and lacks 5 of 5 tasks; do it first"):
+    with pytest.raises(
+        ValueError, match=r"--stage search: stage documents comes before it and lacks 5 of 5 tasks"
+    ):
         order(prepared, config, QUIET, only="search")
     for stage in STAGES:
         for part in (2, 0, 1):
@@ -274,11 +276,11 @@ def test_planted_near_duplicates_are_left_out(prepared: DataConfig, texts: list[
     numbers = [number for part in range(5) for number in range(part, len(texts), 5)]
     placement = np.load(Path(config.directory, "placement.npy"))
     gone = {numbers[record]: numbers[kept] for record, length, kept in placement.tolist() if not length}
-    work = Work(prepared, config, sha256_of(Path(prepared.directory, "manifest.json")))
+    directory = WorkDirectory(prepared, config, sha256_of(Path(prepared.directory, "manifest.json")))
     held_out = {
         numbers[record]: bool(split)
         for record, split in zip(
-            placement["record"].tolist(), work.documents().column("held_out").tolist(), strict=True
+            placement["record"].tolist(), directory.documents().column("held_out").tolist(), strict=True
         )
     }
     planted = {frozenset((a, b)) for a, b in COPIED.items() if held_out[a] == held_out[b]}
@@ -505,7 +507,7 @@ def test_a_damaged_file_is_named_and_made_anew(prepared: DataConfig, tmp_path: P
     [folder] = Path(config.work_directory).glob(f"{stage}-*")
     file = folder / ("path.npy" if stage == "path" else "000002.npy")
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=rf"{file} is damaged \(.*\); delete it, and the same command makes it anew"):
+    with pytest.raises(ValueError, match=rf"{file}: is damaged \(.*\); delete it and run the same command again"):
         order(prepared, config, QUIET, workers=1)
     file.unlink()
     order(prepared, config, QUIET, workers=1)
@@ -514,18 +516,18 @@ def test_a_damaged_file_is_named_and_made_anew(prepared: DataConfig, tmp_path: P
 
 def test_bars_move_inside_the_long_tasks(prepared: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = settings(tmp_path)
-    work = Work(prepared, config, sha256_of(Path(prepared.directory, "manifest.json")))
+    directory = WorkDirectory(prepared, config, sha256_of(Path(prepared.directory, "manifest.json")))
     monkeypatch.setattr(path, "CHECKPOINT_STEPS", 10)
     for stage in STAGES:
-        for number in range(stage.tasks(work)):
+        for number in range(stage.tasks(directory)):
             told: list[float] = []
-            stage.do(work, number, told.append)
+            stage.do(directory, number, told.append)
             assert told == sorted(told)
             assert all(0 <= part <= 1 for part in told)
             if stage.name in ("embed", "search", "recall", "threshold", "path", "finish"):
                 assert told[-1] == 1
             if stage.name == "path":
-                assert len(told) == -(-len(np.load(stage.file(work, 0))) // 10)
+                assert len(told) == -(-len(np.load(stage.file(directory, 0))) // 10)
 
 
 def test_documents_are_read_whole_and_in_parts(prepared: DataConfig, tmp_path: Path):
@@ -533,7 +535,7 @@ def test_documents_are_read_whole_and_in_parts(prepared: DataConfig, tmp_path: P
     order(prepared, config, QUIET, workers=1, only="documents")
     found = Documents(
         prepared.directory,
-        Work(prepared, config, sha256_of(Path(prepared.directory, "manifest.json"))).folder("documents"),
+        WorkDirectory(prepared, config, sha256_of(Path(prepared.directory, "manifest.json"))).folder("documents"),
     )
     expected = list(streams(prepared).values())
     assert len(found) == len(expected)
@@ -556,9 +558,9 @@ def test_data_that_lacks_documents_is_refused(prepared: DataConfig, tmp_path: Pa
         order(replace(prepared, method="best_fit"), settings(tmp_path, mode="fill_long_buckets"), QUIET)
     with pytest.raises(ValueError, match=r"order\.context_tokens = 48: .* from data\.min_bucket_tokens = 16 to"):
         order(prepared, settings(tmp_path, context_tokens=48), QUIET)
-    with pytest.raises(ValueError, match=r"order\.mode is 'off'"):
+    with pytest.raises(ValueError, match=r"order\.mode = 'off': nothing to order; set it"):
         order(prepared, OrderConfig(), QUIET)
-    with pytest.raises(ValueError, match="--stage walk: the stages are documents, split, fit, embed"):
+    with pytest.raises(ValueError, match="--stage walk: not a stage; name one of documents, split, fit, embed"):
         order(prepared, settings(tmp_path), QUIET, only="walk")
 
 

@@ -1,15 +1,15 @@
-"""Where the stages of `longring order` keep what they make, and how the next ones read it.
+"""The work directory of `longring order`: the files of its stages, and how later stages read them.
 
-What a stage makes lies in the work directory, in a folder named by a hash of the settings that decide it and of the
-folder it was made from: another choice of contexts finds embeddings, neighbours and path as they were.
+The files of a stage lie in a folder named by a hash of the settings that decide them and of the stage before. A run
+with other settings for contexts therefore reuses the embeddings, neighbours and path.
 
     <data.directory>.order/
-      documents-<hash>/000012.npy     where the documents of input shard 12 lie; train.npy, held_out.npy, each split's
-      embed-<hash>/000012.npy         their vectors, float16; encoder.npz, the fitted default encoder
-      neighbors-<hash>/000012.npy     their neighbours; the index, its parts, recall.json
-      duplicates-<hash>/000012.npy    near-duplicate pairs; histogram.json
+      documents-<hash>/000012.npy     tables of the documents of input shard 12; train.npy and held_out.npy list a split
+      embed-<hash>/000012.npy         their vectors, float16; encoder.npz is the fitted default encoder
+      neighbors-<hash>/000012.npy     their neighbours; also the index, its parts and recall.json
+      duplicates-<hash>/000012.npy    near-duplicate pairs; also histogram.json
       path-<hash>/path.npy            the path
-    <order.directory>.partial/        layout, shards, and at last the manifest
+    <order.directory>.partial/        the layout, the shards and, last, the manifest
 """
 
 import hashlib
@@ -34,17 +34,19 @@ NEIGHBOR_FIELDS = ("ids", "cosines")
 
 
 @dataclass(frozen=True)
-class Work:
-    """What all tasks know: settings, and the data they are for."""
+class WorkDirectory:
+    """The settings of an ordering and the files of its stages; every task gets it."""
 
     data: DataConfig
     order: OrderConfig
     manifest_sha256: str
+    """SHA-256 of the manifest of the prepared data."""
 
     def folder(self, stage: str) -> Path:
-        """Return where a stage's files are: named by the settings that decide them, and by those of the one before."""
+        """Return the folder of a stage's files, named by a hash of the settings of this stage and all before it."""
         order = self.order
-        decides: dict[str, tuple[Any, ...]] = {
+        # In the order of the stages: each key is hashed from the key before and the stage's own settings.
+        settings_of: dict[str, tuple[Any, ...]] = {
             "documents": (),
             "embed": (order.encoder, order.embedding_dimensions, order.long_documents, order.window_tokens),
             "neighbors": (order.neighbors, order.exact_documents),
@@ -52,7 +54,7 @@ class Work:
             "path": (order.by, order.seed if order.by != "path" else None),
         }
         key = self.manifest_sha256
-        for name, settings in decides.items():
+        for name, settings in settings_of.items():
             key = hashlib.sha256(json.dumps([key, settings]).encode()).hexdigest()
             if name == stage:
                 break
@@ -61,51 +63,51 @@ class Work:
 
     @property
     def partial(self) -> Path:
-        """Where the ordered data grows."""
+        """Directory in which the ordered data is built, until it gets its name."""
         return partial_directory(Path(self.order.directory))
 
     @property
     def num_shards(self) -> int:
-        """Number of input shards."""
+        """Number of input shards of the prepared data."""
         return sum(open_prepared(self.data.directory, check_shards=False).sources.values())
 
     def documents(self) -> Documents:
-        """Return the documents, once their tables are there."""
+        """Return the documents; needs stage documents."""
         return opened(self.data.directory, self.folder("documents"))
 
     def embeddings(self) -> neighbors.Embeddings:
-        """Return the vectors, once they are there."""
+        """Return the vectors of all documents; needs stage embed."""
         return neighbors.opened(self.folder("embed"), tuple(self.documents().first.tolist()))
 
     def split_file(self, split: Split) -> Path:
-        """Return where the split's documents are listed."""
+        """Return the file that lists the documents of a split."""
         return self.folder("documents") / f"{split}.npy"
 
     def split_numbers(self, split: Split) -> NDArray[np.uint32]:
-        """Return the split's documents, ascending; of 10^9 they are 4 GB, mapped."""
+        """Return the documents of a split, ascending, uint32 [documents], mapped: 10^9 documents take 4 GB."""
         return load(self.split_file(split), mapped=True)
 
     def approximate(self) -> list[Split]:
-        """Return the splits that are too large to be searched exactly."""
+        """Return the splits that are too large for an exact search."""
         books = self.documents().manifest.ledger.splits
         return [split for split in SPLITS if books[split].documents > self.order.exact_documents]
 
     def index(self, split: Split, name: str) -> Path:
-        """Return a file of the split's IVF-PQ index: trained, merged, or the number of an input shard."""
+        """Return a file of a split's IVF-PQ index; `name` is trained, merged, or the number of an input shard."""
         return self.folder("neighbors") / f"{split}-{name}.faiss"
 
-    def lists(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]]:
-        """Yield each input shard's documents [n] with their neighbours' numbers and cosines [n, k]."""
+    def neighbor_lists(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]]:
+        """Yield `neighbor_list` of every input shard."""
         for number in range(self.documents().num_shards):
             yield self.neighbor_list(number)
 
     def neighbor_list(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]:
-        """Return one input shard's of them."""
+        """Return an input shard's documents [n], their neighbours [n, k] and the cosines of these [n, k]."""
         found = load(self.folder("neighbors") / f"{number:06d}.npy", mapped=True)
         return np.array(self.documents().of_shard(number)), *(found[field] for field in NEIGHBOR_FIELDS)
 
-    def left_out(self) -> NDArray[np.uint32]:
-        """Return (near-duplicate left out, document kept) of all near-duplicates."""
+    def dropped(self) -> NDArray[np.uint32]:
+        """Return (dropped document, kept document) for every near-duplicate, uint32 [dropped documents, 2]."""
         folder, count = self.folder("duplicates"), self.documents().num_shards
         pairs = np.concatenate([load(folder / f"{number:06d}.npy") for number in range(count)])
-        return duplicates.left_out(pairs, len(self.documents()))
+        return duplicates.choose_dropped(pairs, len(self.documents()))
