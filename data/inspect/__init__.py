@@ -1,1 +1,1 @@
-"""A look at prepared data: ledger, lengths, cost, schedule, samples and pictures."""
+"""Tables and pictures of prepared data: ledger, lengths, cost, curriculum, samples, order."""

@@ -1,4 +1,4 @@
-"""What sequences of a length cost: attention's share of the FLOPs, and the speed-up over one long length."""
+"""FLOPs of training by sequence length: the share of attention, and the speed-up over one long length."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,21 +6,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """What decides a model's FLOPs."""
+    """The sizes that decide the FLOPs of a model."""
 
     name: str
+    """Description of the model, as it is printed."""
+
     parameters: int
-    """Of all matrix products of a token: layers and output head, without the embedding."""
+    """Parameters of all matrix products of a token: layers and output head, without the embedding."""
 
     num_layers: int
     attention_width: int
-    """Query heads times their size."""
+    """Number of query heads times the head dim."""
 
     def token_flops(self, length: int) -> tuple[float, float]:
-        """Return FLOPs of a token, forward and backward, in a causal sequence of `length` -> all, attention's.
+        """Return the FLOPs of a token in a causal sequence of `length` tokens: all of them, and those of attention.
 
-        A parameter is 2 in the forward pass, and so is each product of a query with the (length + 1) / 2 tokens it
-        sees on average, of a probability with a value; the backward pass is twice the forward.
+        The forward pass takes 2 FLOPs for each parameter. In each layer it takes 2 for each element of the products of
+        a query with the keys, and of a probability with the values, of the (length + 1) / 2 tokens that a query sees on
+        average. The backward pass takes twice the forward pass.
         """
         attention = 3 * 2 * 2 * self.num_layers * self.attention_width * (length + 1) / 2
         return 6 * self.parameters + attention, attention
@@ -32,17 +35,17 @@ PAPER_1B = ModelSize(
     num_layers=24,
     attention_width=2048,
 )
-"""OpenLM-1B, the model of Dataset Decomposition's tables."""
+"""OpenLM-1B, the model in the tables of Dataset Decomposition."""
 
 
 def attention_share(model: ModelSize, tokens: Sequence[int], lengths: Sequence[int]) -> float:
-    """Return attention's part of the FLOPs of so many tokens at each length."""
+    """Return the share of attention in the FLOPs of tokens[i] tokens at each of lengths[i]."""
     costs = [model.token_flops(length) for length in lengths]
     total, attention = (sum(n * cost[part] for n, cost in zip(tokens, costs, strict=True)) for part in (0, 1))
     return attention / total
 
 
 def speed_up(model: ModelSize, tokens: Sequence[int], lengths: Sequence[int]) -> float:
-    """Return the FLOPs of the same tokens all at the longest length, over theirs."""
+    """Return the ratio of FLOPs with all tokens at the longest length to FLOPs with tokens[i] at each of lengths[i]."""
     spent = sum(n * model.token_flops(length)[0] for n, length in zip(tokens, lengths, strict=True))
     return sum(tokens) * model.token_flops(max(lengths))[0] / spent

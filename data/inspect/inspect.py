@@ -1,10 +1,9 @@
-"""A look into prepared data: its books, its lengths, its hashes, how it reads, and how a curriculum goes through it."""
+"""`longring inspect`: the ledger, lengths, hashes and samples of prepared data, and a curriculum over it."""
 
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
@@ -17,13 +16,19 @@ from ..read.curriculum import step_buckets
 from .cost import ModelSize, attention_share, speed_up
 from .ledger import print_ledger
 from .ordered import show_order
+from .tables import bar, make_table
 
 SAMPLE_TOKENS = 48
+"""Number of tokens of a sequence that are printed."""
+
 SAMPLED_SEQUENCES = 256
-"""Of a bucket with document boundaries, looked at for its average context."""
+"""Number of sequences of a bucket from which its average context is measured, if it has document boundaries."""
 
 PARTS = 10
-"""Equal parts of a run in which the schedule is shown."""
+"""Number of equal parts of a run in which the curriculum is shown."""
+
+BAR = 20
+"""Characters of the longest bar."""
 
 
 def inspect(
@@ -36,10 +41,10 @@ def inspect(
     steps: int,
     seed: int,
 ) -> Path:
-    """Print what the data holds, after checking every SHA-256, and draw it -> the picture's path.
+    """Check every SHA-256, print tables of the data, draw it, and return the path of the picture.
 
-    `steps` steps of `curriculum` are laid over it, and `model` says what they cost. Raises ValueError, as
-    `Manifest.verify` does, for data that is not what its manifest says.
+    The tables include `steps` steps of `curriculum` with the seed `seed`, and their FLOPs for `model`. Raises
+    ValueError if the data is not what its manifest says (see `Manifest.verify`).
     """
     from .picture import draw  # matplotlib takes a second
 
@@ -49,20 +54,21 @@ def inspect(
     console.print(_document_table(manifest))
     console.print(_bucket_table(manifest, train, model))
     orders = bucket_orders(train, curriculum.weights, loader.window_tokens, seed)
-    chosen = step_buckets(bucket_tokens(manifest.lengths, orders), steps, curriculum, seed)
-    console.print(_schedule_table(manifest.lengths, chosen, curriculum))
-    _print_cost(manifest, model, chosen, console)
+    buckets = step_buckets(bucket_tokens(manifest.lengths, orders), steps, curriculum, seed)
+    console.print(_curriculum_table(manifest.lengths, buckets, curriculum))
+    _print_cost(manifest, model, buckets, console)
     _print_samples(manifest, train, console)
     if manifest.order is not None:
         show_order(manifest, console)
     name = manifest.store.name.rstrip("/").rpartition("/")[2] if "://" in manifest.store.name else manifest.store.name
     picture = Path(f"{name}.png")
-    draw(manifest, chosen, picture)
+    draw(manifest, buckets, picture)
     console.print(f"\npicture: {picture}", soft_wrap=True)
     return picture
 
 
 def _verify(manifest: Manifest, console: Console) -> None:
+    """Compare every file with its SHA-256 and print the size of the shards."""
     size_bytes = int(manifest.shards["size_bytes"].sum())
     columns = TextColumn("{task.description}"), BarColumn(bar_width=20), DownloadColumn()
     with Progress(*columns, console=console, transient=True) as progress:
@@ -76,29 +82,22 @@ def _verify(manifest: Manifest, console: Console) -> None:
     )
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
 def _document_table(manifest: Manifest) -> Table:
-    """Documents of both splits by powers of two of their tokens."""
-    table = _table("Documents by length", "tokens", "documents", "tokens in them", "share")
-    table.add_column("", no_wrap=True)
+    """Return the documents of both splits by powers of two of their tokens."""
+    table = make_table("Documents by length", "tokens", "documents", "tokens in them", "share", "")
     books = list(manifest.ledger.splits.values())
     total = max(manifest.ledger.tokens, 1)
     for power in sorted(set().union(*(split.document_lengths for split in books))):
         documents = sum(split.document_lengths[power] for split in books)
         tokens = sum(split.length_tokens[power] for split in books)
-        bar = "█" * round(30 * tokens / total)
-        table.add_row(f"{1 << power:,} on", f"{documents:,}", f"{tokens:,}", f"{tokens / total:.1%}", bar)
+        share = tokens / total
+        table.add_row(f"≥ {1 << power:,}", f"{documents:,}", f"{tokens:,}", f"{share:.1%}", bar(share, BAR))
     return table
 
 
 def _bucket_table(manifest: Manifest, train: tuple[Bucket, ...], model: ModelSize) -> Table:
-    table = _table("Train split", "bucket", "sequences", "tokens", "share", "sees", "attention")
+    """Return the buckets of the train split, and its sources if there are several."""
+    table = make_table("Train split", "bucket", "sequences", "tokens", "share", "sees", "attention")
     total = sum(bucket.tokens for bucket in train)
     for bucket in train:
         sees = f"{average_context(manifest, bucket):,.0f}" if bucket.sequences else ""
@@ -116,45 +115,50 @@ def _bucket_table(manifest: Manifest, train: tuple[Bucket, ...], model: ModelSiz
         f"A train token sees {average:,.0f} earlier tokens on average.\n"
         f"attention: its share of the FLOPs in a model of {model.name}."
     )
-    table.caption_justify = "left"
     return table
 
 
 def average_context(manifest: Manifest, bucket: Bucket) -> float:
-    """Return how many earlier tokens a token of the bucket sees on average (arXiv 2405.13226, appendix F).
+    """Return the mean number of earlier tokens that a token of the bucket sees (arXiv 2405.13226, appendix F).
 
-    Place i of a document's part sees i. With document boundaries it is that of some sequences, evenly spaced.
+    Token i of a piece sees i of them. With document boundaries the mean is over SAMPLED_SEQUENCES sequences, evenly
+    spaced.
     """
     if not manifest.has_boundaries:
         return (bucket.length - 1) / 2
     numbers = np.unique(np.linspace(0, bucket.sequences - 1, SAMPLED_SEQUENCES).astype(np.int64))
-    parts = np.concatenate(
+    # [pieces], tokens of each; those of a piece of n tokens see 0 + 1 + ... + (n - 1) tokens together.
+    sizes = np.concatenate(
         [np.diff([*starts, bucket.length]) for starts in manifest.reader(bucket).document_starts(numbers)]
     )
-    return float((parts * (parts - 1) / 2).sum() / parts.sum())
+    return float((sizes * (sizes - 1) / 2).sum() / sizes.sum())
 
 
-def _schedule_table(lengths: tuple[int, ...], chosen: NDArray[np.uint8], curriculum: CurriculumConfig) -> Table:
+def _curriculum_table(lengths: tuple[int, ...], buckets: NDArray[np.uint8], curriculum: CurriculumConfig) -> Table:
+    """Return the share of each bucket in the steps of each tenth of a run, in percent; `buckets` is [steps]."""
     odds = curriculum.odds if isinstance(curriculum.odds, str) else ", ".join(f"{value:g}" for value in curriculum.odds)
-    title = f"{len(chosen):,} steps of {odds} in {curriculum.cycles} cycles: % of each tenth"
-    table = _table(title, "bucket", "steps", *(str(part + 1) for part in range(PARTS)))
+    title = f"Curriculum: {len(buckets):,} steps of {odds} in {curriculum.cycles} cycles, % of each tenth"
+    table = make_table(title, "bucket", "steps", *(str(part + 1) for part in range(PARTS)))
     for bucket, length in enumerate(lengths):
-        shares = [np.mean(part == bucket) if len(part) else 0 for part in np.array_split(chosen, PARTS)]
+        shares = [np.mean(part == bucket) if len(part) else 0 for part in np.array_split(buckets, PARTS)]
         cells = (f"{share:.0%}".rstrip("%") if share else "·" for share in shares)
-        table.add_row(f"{length:,}", f"{np.count_nonzero(chosen == bucket):,}", *cells)
+        table.add_row(f"{length:,}", f"{np.count_nonzero(buckets == bucket):,}", *cells)
     return table
 
 
-def _print_cost(manifest: Manifest, model: ModelSize, chosen: NDArray[np.uint8], console: Console) -> None:
-    steps = np.bincount(chosen, minlength=len(manifest.lengths)).tolist()
+def _print_cost(manifest: Manifest, model: ModelSize, buckets: NDArray[np.uint8], console: Console) -> None:
+    """Print the share of attention in the FLOPs of these steps, and their speed-up over one length."""
+    steps = np.bincount(buckets, minlength=len(manifest.lengths)).tolist()
     console.print(
-        f"Attention is {attention_share(model, steps, manifest.lengths):.1%} of these steps' FLOPs; as many tokens by "
-        f"concat-and-chunk at {max(manifest.lengths):,} take {speed_up(model, steps, manifest.lengths):.2f} times.",
+        f"Attention is {attention_share(model, steps, manifest.lengths):.1%} of the FLOPs of these steps. "
+        f"Concat-and-chunk of as many tokens at {max(manifest.lengths):,} takes "
+        f"{speed_up(model, steps, manifest.lengths):.2f} times the FLOPs.",
         highlight=False,
     )
 
 
 def _print_samples(manifest: Manifest, train: tuple[Bucket, ...], console: Console) -> None:
+    """Print the beginning of the first sequence of the shortest and of the longest bucket."""
     tokenizer = manifest.tokenizer().tokenizer
     filled = [bucket for bucket in train if bucket.sequences]
     for bucket in {filled[0].length: filled[0], filled[-1].length: filled[-1]}.values():

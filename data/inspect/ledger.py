@@ -2,16 +2,16 @@
 
 from collections.abc import Iterator
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ..format.ledger import Ledger
+from .tables import make_table
 
 
 def print_ledger(ledger: Ledger, console: Console) -> None:
-    """Print the books."""
+    """Print the ledger as a table, with notes."""
     console.print(ledger_table(ledger))
     for note in _notes(ledger):
         console.print(escape(note), highlight=False)
@@ -19,11 +19,8 @@ def print_ledger(ledger: Ledger, console: Console) -> None:
 
 
 def ledger_table(ledger: Ledger) -> Table:
-    """Return the books as a table whose parts sum to its first row."""
-    table = Table(title="Ledger", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column(no_wrap=True)
-    for column in ("documents", "sequences", "tokens", "share"):
-        table.add_column(column, justify="right", no_wrap=True)
+    """Return the ledger as a table; the tokens of its parts sum to those of its first row."""
+    table = make_table("Ledger", "", "documents", "sequences", "tokens", "share")
 
     def row(name: str, documents: int | None, sequences: int | None, tokens: int | None) -> None:
         counts = ("" if count is None else f"{count:,}" for count in (documents, sequences, tokens))
@@ -38,7 +35,7 @@ def ledger_table(ledger: Ledger) -> Table:
         for length, count in sorted(books.sequences.items()):
             row(f"  bucket {length:,}", None, count, length * count)
         if books.filler_tokens:
-            row("  of it filler, no document's", None, None, -books.filler_tokens)
+            row("  of it filler", None, None, -books.filler_tokens)
         for rule in sorted(books.dropped_tokens):
             documents = books.dropped_documents[rule] or None
             row(f"  dropped: {rule.replace('_', ' ')}", documents, None, books.dropped_tokens[rule])
@@ -46,9 +43,9 @@ def ledger_table(ledger: Ledger) -> Table:
 
 
 def _notes(ledger: Ledger) -> Iterator[str]:
-    """Yield what the table has no room for: a line each."""
+    """Yield the facts that the table has no room for, a line each."""
     packed = sum(books.packed_sequences for books in ledger.splits.values())
     if packed:
-        yield f"{packed:,} sequences hold several documents, or parts of them."
+        yield f"{packed:,} sequences hold pieces of several documents."
     for kind in sorted(ledger.bad.examples):
-        yield f"left out, {kind.replace('_', ' ')}, the first: {ledger.bad.examples[kind][0]}"
+        yield f"First record left out as {kind.replace('_', ' ')}: {ledger.bad.examples[kind][0]}"

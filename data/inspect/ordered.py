@@ -1,11 +1,10 @@
-"""How `longring inspect` shows what an ordering found."""
+"""The report of an ordering as `longring inspect` prints it."""
 
 import json
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -14,16 +13,19 @@ from rich.text import Text
 from ..format.document import NO_DOCUMENT, SPLITS
 from ..format.manifest import Manifest
 from ..order.report import FIRST_LINE_TOKENS, REPORT_FILE, first_line
+from .tables import bar, make_table
 
-BAR = 30
+BAR = 20
+"""Characters of the longest bar."""
+
 TITLE = 44
-"""Characters of a title that are shown: the record's number and the end of its file's name."""
+"""Maximum characters of a title: the record's number and the end of its file's name."""
 
 
 def show_order(manifest: Manifest, console: Console) -> None:
-    """Print what an ordering found: near-duplicates, neighbours, the path, a context's documents."""
+    """Print the near-duplicates, neighbours, path and contexts of ordered data, and the documents of one sequence."""
     report = json.loads(manifest.store.path(REPORT_FILE, manifest.files[REPORT_FILE]).read_text(encoding="utf-8"))
-    assert manifest.order is not None, "of ordered data"
+    assert manifest.order is not None, "the data is ordered"
     console.print(f"\n[bold]Ordered by {manifest.order['by']}, mode {manifest.order['mode']}[/bold]")
     how = "by IVF-PQ" if report["approximate"] else "exactly"
     recall = ", ".join(f"{split.replace('_', ' ')} {report['recall'][split]:.1%}" for split in SPLITS)
@@ -36,38 +38,42 @@ def show_order(manifest: Manifest, console: Console) -> None:
     console.print(_path_table(path))
     console.print(
         f"{path['documents']:,} documents, {path['jumps']:,} jumps, mean cosine of a step "
-        f"{path['mean_similarity']:.3f}.\nTwo documents of one context have cosine {contexts['inside']:.3f}, of "
-        f"contexts stored next to each other {contexts['across']:.3f};\na context has {contexts['documents']:.1f} "
-        "documents.\n",
+        f"{path['mean_similarity']:.3f}.\n"
+        f"Mean cosine of two documents of one context: {contexts['inside']:.3f}.\n"
+        f"Mean cosine of two contexts stored side by side: {contexts['across']:.3f}.\n"
+        f"Mean number of documents of a context: {contexts['documents']:.1f}.\n",
         highlight=False,
     )
     console.print(_context_table(manifest))
 
 
 def duplicates_table(found: dict[str, Any]) -> Table:
-    """Pairs of neighbours by cosine, and from where on near-duplicates are looked for."""
-    table = _table("Pairs of neighbours by cosine", "from", "pairs", "compared", "near-duplicates", "")
+    """Return the pairs of neighbours by cosine, with the threshold from which all of them are compared."""
+    table = make_table("Pairs of neighbours by cosine", "from", "pairs", "sampled", "near-duplicates", "")
     rows = list(zip(found["cosine_from"], found["pairs"], found["sampled"], found["confirmed"], strict=True))
     shown = [row for row in rows if row[1] and (row[3] or row[0] >= 0.8)]
     most = max((row[1] for row in shown), default=1)
     for edge, pairs, sampled, confirmed in shown:
-        looked = " all compared" if edge >= found["threshold"] else ""
-        bar = "█" * round(BAR * pairs / most)
-        table.add_row(f"{edge:.2f}", f"{pairs:,}", f"{sampled}", f"{confirmed / sampled:.0%}", bar + looked)
-    chosen = f"{found['threshold']:.2f}" if found["threshold"] <= 1 else "none: no pair was worth it"
-    table.caption, table.caption_justify = f"threshold: {chosen}", "left"
+        note = " all compared" if edge >= found["threshold"] else ""
+        share = f"{confirmed / sampled:.0%}"
+        table.add_row(f"{edge:.2f}", f"{pairs:,}", f"{sampled}", share, bar(pairs / most, BAR) + note)
+    chosen = f"{found['threshold']:.2f}" if found["threshold"] <= 1 else "none, as too few pairs are near-duplicates"
+    table.caption = f"threshold: {chosen}"
     return table
 
 
 def _sources_table(sources: dict[str, dict[str, int]]) -> Table:
-    table = _table("Sources, mixed in the contexts", "source", "documents", "tokens", "near-duplicates", "their tokens")
+    """Return the documents of each source, and the dropped near-duplicates among them."""
+    columns = ("source", "documents", "tokens", "near-duplicates", "their tokens")
+    table = make_table("Sources, mixed in the contexts", *columns, text=("source",))
     for name, counts in sources.items():
         table.add_row(escape(name), *(f"{count:,}" for count in counts.values()))
     return table
 
 
 def _neighbors_table(entries: Iterable[dict[str, Any]]) -> Table:
-    table = _documents_table("Documents and their nearest", "cosine")
+    """Return some documents (bold), each followed by its nearest neighbours."""
+    table = _documents_table("Documents and their nearest neighbours", "cosine")
     for entry in entries:
         table.add_section()
         table.add_row("", *_described(entry), style="bold")
@@ -77,15 +83,16 @@ def _neighbors_table(entries: Iterable[dict[str, Any]]) -> Table:
 
 
 def _path_table(path: dict[str, Any]) -> Table:
-    table = _table("Steps of the path by cosine", "from", "steps", "")
+    """Return the histogram of the path's cosines."""
+    table = make_table("Steps of the path by cosine", "from", "steps", "")
     for edge, count in zip(path["cosine_from"], path["steps"], strict=True):
         if count:
-            table.add_row(f"{edge:.2f}", f"{count:,}", "█" * round(BAR * count / max(path["steps"])))
+            table.add_row(f"{edge:.2f}", f"{count:,}", bar(count / max(path["steps"]), BAR))
     return table
 
 
 def _context_table(manifest: Manifest) -> Table:
-    """Return the documents of one sequence of the longest bucket that has any: of some, that with the most."""
+    """Return the documents of the sampled sequence of the longest bucket with the most documents."""
     bucket = [bucket for bucket in manifest.buckets("train") if bucket.sequences][-1]
     reader = manifest.reader(bucket)
     sample = np.unique(np.linspace(0, bucket.sequences - 1, 16).astype(np.int64))
@@ -93,33 +100,25 @@ def _context_table(manifest: Manifest) -> Table:
     row = reader.read([number])[0]
     table = _documents_table(f"Sequence {number:,} of bucket {bucket.length:,}", "tokens", "from")
     ends = [*pieces[1:, 3].tolist(), bucket.length]
-    for (part, record, offset, place), end in zip(pieces.tolist(), ends, strict=True):
+    for (input_shard, record, offset, begin), end in zip(pieces.tolist(), ends, strict=True):
         if record == NO_DOCUMENT:
-            table.add_row(f"{end - place:,}", "", "filler", "")
+            table.add_row(f"{end - begin:,}", "", "filler", "")
             continue
-        line = first_line(manifest, row[place : min(end, place + FIRST_LINE_TOKENS)])
-        entry = {"title": manifest.origin(part, record), "first_line": line}
-        table.add_row(f"{end - place:,}", f"{offset:,}", *_described(entry))
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in columns:
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+        line = first_line(manifest, row[begin : min(end, begin + FIRST_LINE_TOKENS)])
+        entry = {"title": manifest.origin(input_shard, record), "first_line": line}
+        table.add_row(f"{end - begin:,}", f"{offset:,}", *_described(entry))
     return table
 
 
 def _documents_table(title: str, *numbers: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for number in numbers:
-        table.add_column(number, justify="right", no_wrap=True)
-    table.add_column("document", no_wrap=True)
-    table.add_column("first line", style="dim")  # the one that gives way to the console's width
+    """Return an empty table with columns for numbers, the document's title and its first line."""
+    table = make_table(title, *numbers, "document", text=("document",))
+    table.add_column("first line", style="dim")  # shortened to the width of the console
     return table
 
 
 def _described(entry: dict[str, str]) -> tuple[str, Text]:
+    """Return the cells of a document: its title, shortened in the middle, and its first line."""
     title = entry["title"]
     if len(title) > TITLE:
         record = title.partition(" of ")[0]

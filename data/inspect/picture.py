@@ -1,10 +1,10 @@
-"""The picture of prepared data: lengths of documents, tokens by bucket, and the schedule of a run."""
+"""The picture of prepared data: lengths of documents, tokens by bucket, and the curriculum of a run."""
 
 from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # files only: no display is asked for
+matplotlib.use("Agg")  # writes files and needs no display
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from ..format.manifest import Manifest
 
-SCHEDULE_BINS = 100
+CURRICULUM_BINS = 100
+"""Number of equal stretches of a run in which the curriculum is drawn."""
 
 
-def draw(manifest: Manifest, chosen: NDArray[np.uint8], file: Path) -> None:
-    """Write the picture of the data and of a schedule [steps] over it."""
+def draw(manifest: Manifest, buckets: NDArray[np.uint8], file: Path) -> None:
+    """Write the picture of the data and of a curriculum; `buckets` [steps] is the bucket of each step."""
     figure = plt.figure(figsize=(10, 6.5), layout="constrained")
-    axes = figure.subplot_mosaic([["documents", "buckets"], ["schedule", "schedule"]])
+    axes = figure.subplot_mosaic([["documents", "buckets"], ["curriculum", "curriculum"]])
     _draw_documents(axes["documents"], manifest)
     colours = plt.colormaps["viridis"](np.linspace(0.1, 0.9, len(manifest.lengths)))
     names = [f"{length:,}" for length in manifest.lengths]
@@ -30,25 +31,28 @@ def draw(manifest: Manifest, chosen: NDArray[np.uint8], file: Path) -> None:
     axes["buckets"].set_title("Train split by bucket")
     axes["buckets"].tick_params(axis="x", rotation=45 if len(names) > 6 else 0)
 
-    # Steps of each bucket in equal stretches of the run, as shares: [buckets, bins].
-    parts = np.array_split(chosen, min(SCHEDULE_BINS, len(chosen)))
+    # [bucket, bin]: share of each bucket in the steps of equal stretches of the run.
+    parts = np.array_split(buckets, min(CURRICULUM_BINS, len(buckets)))
     shares = np.array([np.bincount(part, minlength=len(names)) / len(part) for part in parts]).T
-    edges = np.linspace(0, len(chosen), len(parts) + 1)
+    edges = np.linspace(0, len(buckets), len(parts) + 1)
     below = np.zeros(len(parts))
     for share, colour, name in zip(shares, colours, names, strict=True):
-        axes["schedule"].bar(edges[:-1], share, np.diff(edges), below, align="edge", color=colour, label=name)
+        axes["curriculum"].bar(edges[:-1], share, np.diff(edges), below, align="edge", color=colour, label=name)
         below += share
-    axes["schedule"].set_xlim(0, len(chosen))
-    axes["schedule"].set_ylim(0, 1)
-    axes["schedule"].set_xlabel("step")
-    axes["schedule"].set_ylabel("share of steps")
-    axes["schedule"].set_title("Schedule: bucket of the steps")
-    axes["schedule"].legend(title="bucket", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True, fontsize="small")
+    axes["curriculum"].set_xlim(0, len(buckets))
+    axes["curriculum"].set_ylim(0, 1)
+    axes["curriculum"].set_xlabel("step")
+    axes["curriculum"].set_ylabel("share of steps")
+    axes["curriculum"].set_title("Curriculum: bucket of the steps")
+    axes["curriculum"].legend(
+        title="bucket", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True, fontsize="small"
+    )
     figure.savefig(file, dpi=120)
     plt.close(figure)
 
 
 def _draw_documents(axes: Axes, manifest: Manifest) -> None:
+    """Draw the shares of documents, and of the tokens in them, by powers of two of their tokens."""
     books = list(manifest.ledger.splits.values())
     powers = sorted(set().union(*(split.document_lengths for split in books)))
     powers = list(range(powers[0], powers[-1] + 1))
@@ -57,7 +61,7 @@ def _draw_documents(axes: Axes, manifest: Manifest) -> None:
     axes.bar(np.array(powers) - 0.2, documents / documents.sum(), 0.4, label="documents", color="0.6")
     axes.bar(np.array(powers) + 0.2, tokens / tokens.sum(), 0.4, label="tokens in them", color="tab:blue")
     axes.set_xticks(powers, labels=[f"$2^{{{power}}}$" for power in powers])
-    axes.set_xlabel("tokens of a document, from")
+    axes.set_xlabel("tokens of a document, at least")
     axes.set_ylabel("share")
     axes.set_title("Documents by length")
     axes.legend(fontsize="small")

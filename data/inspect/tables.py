@@ -1,0 +1,21 @@
+"""Tables of one style for everything that the commands about data print."""
+
+from rich import box
+from rich.table import Table
+
+
+def make_table(title: str, *columns: str, text: tuple[str, ...] = ()) -> Table:
+    """Return an empty table in the style of the data commands; no cell is cut or wrapped.
+
+    Columns are for numbers, at the right, except the columns named in `text` and those without a name (bars), which are
+    at the left.
+    """
+    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="left" if not column or column in text else "right", no_wrap=True)
+    return table
+
+
+def bar(share: float, width: int) -> str:
+    """Return a bar of `share` in [0, 1] of `width` characters."""
+    return "█" * round(width * share)
