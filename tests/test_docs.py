@@ -1,0 +1,48 @@
+"""The documents name files and functions that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("kernels", "parallel", "data", "model", "launch", "slurm", "tests", "benchmarks", "docs", "typings")
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SOURCES = [path for folder in FOLDERS[:5] for path in (ROOT / folder).rglob("*.py")]
+DATA_PATH = ROOT / "docs" / "data-path.md"
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)[^)]*\)")
+FILE = re.compile(rf"(?<![\w./<-])((?:{'|'.join(FOLDERS)})/(?![\w./-]*NAME)[\w./-]*\.(?:py|md|toml|json|png|sbatch))\b")
+DEFINED = re.compile(r"`([\w/]+\.py)`\s+\(((?:`\w+`(?:,\s+)?)+)\)")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_name_files_that_exist(document: Path):
+    text = document.read_text()
+    links = [document.parent / target for target in LINK.findall(text)]
+    missing = [path for path in [*links, *(ROOT / name for name in FILE.findall(text))] if not path.exists()]
+    assert not missing
+
+
+def defines(text: str, name: str) -> bool:
+    return re.search(rf"^\s*(?:def|class) {name}\b", text, re.MULTILINE) is not None
+
+
+def test_the_data_path_names_functions_that_exist():
+    named = DEFINED.findall(DATA_PATH.read_text())
+    assert len(named) >= 20
+    for file, names in named:
+        for name in re.findall(r"\w+", names):
+            assert defines((ROOT / file).read_text(), name), f"{file} has no {name}"
+
+
+def test_the_drawing_names_functions_that_exist():
+    """A step of the drawing is `module.function` or `Class.method`, and the drawing fits a terminal."""
+    drawing = DATA_PATH.read_text().split("```")[1]
+    assert max(map(len, drawing.splitlines())) <= 80
+    steps = re.findall(r"^   \|  +(\w+)\.(\w+)\b", drawing, re.MULTILINE)
+    assert len(steps) >= 15
+    for owner, name in steps:
+        texts = [path.read_text() for path in SOURCES if path.stem == owner or defines(path.read_text(), owner)]
+        assert any(defines(text, name) for text in texts), f"nothing defines {owner}.{name}"
