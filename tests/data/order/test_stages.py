@@ -216,9 +216,7 @@ def test_stages_alone_and_in_parts_make_the_same_bytes(prepared: DataConfig, tmp
     """As the jobs of an array would, in any order within a stage."""
     reference, config = settings(tmp_path / "one"), settings(tmp_path / "parts")
     order(prepared, reference, QUIET, workers=1)
-    with pytest.raises(
-        ValueError, match=r"--stage search: stage documents comes before it and lacks 5 of 5 tasks"
-    ):
+    with pytest.raises(ValueError, match=r"--stage search: stage documents comes before it and lacks 5 of 5 tasks"):
         order(prepared, config, QUIET, only="search")
     for stage in STAGES:
         for part in (2, 0, 1):
