@@ -10,7 +10,16 @@ def make_table(title: str, *columns: str, text: tuple[str, ...] = ()) -> Table:
     Columns are for numbers, at the right, except the columns named in `text` and those without a name (bars), which are
     at the left.
     """
-    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    # Without edges the ledger of 10^9 documents and 10^12 tokens fits 80 columns.
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+        pad_edge=False,
+    )
     for column in columns:
         table.add_column(column, justify="left" if not column or column in text else "right", no_wrap=True)
     return table

@@ -1,4 +1,4 @@
-"""Every pair of the path's documents lies in one sequence, in the path's order."""
+"""Every pair of the path's documents lies in exactly one sequence, in the order of the path."""
 
 from collections import Counter
 from itertools import pairwise
@@ -24,7 +24,7 @@ BOUNDARY = 0
 
 
 class Streams:
-    """Documents B x1 ... xn B in place of prepared ones; every text token tells its document and place."""
+    """Documents B x1 ... xn B instead of prepared ones; every text token encodes its document and position."""
 
     def __init__(self, pairs: list[int]):
         self.manifest = SimpleNamespace(dtype="<u4")
@@ -42,7 +42,7 @@ def sequences(documents: Any, layout: Layout, length: int) -> list[tuple[list[in
 
 
 def check(documents: Streams, layout: Layout, path: list[int], lengths: tuple[int, ...]) -> None:
-    """Each target of each document once; inputs are the tokens before, but B where a part begins in a sequence."""
+    """Assert that every target comes once, after its own input, or after B where a piece begins in a sequence."""
     covered: Counter[tuple[int, int]] = Counter()
     joined: list[tuple[int, int, int]] = []
     filler = 0
@@ -50,20 +50,20 @@ def check(documents: Streams, layout: Layout, path: list[int], lengths: tuple[in
         for number, (row, pieces) in enumerate(sequences(documents, layout, length)):
             assert len(row) == length + 1
             assert pieces[0][2] == 0
-            ends = [place for _, _, place in pieces[1:]] + [length]
-            for (document, offset, place), end in zip(pieces, ends, strict=True):
-                assert end > place
+            ends = [position for _, _, position in pieces[1:]] + [length]
+            for (document, offset, position), end in zip(pieces, ends, strict=True):
+                assert end > position
                 if document == NO_DOCUMENT:
-                    filler += end - place
-                    assert set(row[place : end + 1]) == {BOUNDARY}
+                    filler += end - position
+                    assert set(row[position : end + 1]) == {BOUNDARY}
                     continue
                 stream = documents.streams[document]
-                assert row[place + 1 : end + 1] == stream[offset + 1 : offset + end - place + 1]
-                assert row[place] in ([stream[offset], BOUNDARY] if place == 0 else [BOUNDARY])
-                covered.update((document, pair) for pair in range(offset, offset + end - place))
+                assert row[position + 1 : end + 1] == stream[offset + 1 : offset + end - position + 1]
+                assert row[position] in ([stream[offset], BOUNDARY] if position == 0 else [BOUNDARY])
+                covered.update((document, pair) for pair in range(offset, offset + end - position))
                 if number >= len(layout.own[length]):
                     start = int(layout.contexts[length][number - len(layout.own[length])])
-                    joined.append((start + place, document, offset))
+                    joined.append((start + position, document, offset))
     assert covered == Counter((d, pair) for d in path for pair in range(len(documents.streams[d]) - 1))
     assert filler < lengths[0]
     # Along the joined stream documents come as they do along the path.
@@ -102,9 +102,11 @@ def test_long_buckets_keep_long_documents_and_take_the_rest(pairs: list[int], le
     for length in lengths:
         for row, pieces in sequences(documents, layout, length)[len(layout.own[length]) :]:
             tails = [
-                (place, pairs[d] % lengths[0] == pairs[d] - offset) for d, offset, place in pieces if d != NO_DOCUMENT
+                (position, pairs[d] % lengths[0] == pairs[d] - offset)
+                for d, offset, position in pieces
+                if d != NO_DOCUMENT
             ]
-            assert all(row[place] == BOUNDARY for place, begins in tails if begins)
+            assert all(row[position] == BOUNDARY for position, begins in tails if begins)
     begins = sorted((int(start), length) for length in lengths for start in layout.contexts[length])
     assert all(start + length == following for (start, length), (following, _) in pairwise(begins))
 

@@ -1,4 +1,4 @@
-"""Near-duplicates are found, and one of each stays."""
+"""Near-duplicates are found, and one document of each pair is kept."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def test_one_of_any_two_stays_and_none_goes_for_nothing(pairs: set[tuple[int, in
 
 
 def lists(cosines: list[list[float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Documents 0, 1, ... that list documents 1000, 1001, ... with these cosines."""
+    """Return documents 0, 1, ... that list documents 1000, 1001, ... with these cosines."""
     found = np.array(cosines, dtype=np.float32)
     ids = np.broadcast_to(np.arange(found.shape[1], dtype=np.uint32) + 1000, found.shape).copy()
     return np.arange(len(found)), ids, found
@@ -91,7 +91,7 @@ def test_pairs_are_confirmed_above_the_threshold_only():
 
 @pytest.mark.parametrize("parts", [1, 3, 40])
 def test_sampled_pairs_do_not_depend_on_how_the_lists_come(parts: int):
-    """Of each bin those 64 that a reader of all pairs at once would take, by their keys."""
+    """The sample of each bin is the 64 pairs with the smallest keys of all pairs, however the lists are divided."""
     generator = np.random.default_rng(0)
     documents, ids = np.arange(200), generator.integers(200, 9_000, (200, 5)).astype(np.uint32)
     cosines = generator.choice(np.float32([0.515, 0.525, 0.915]), (200, 5))
@@ -112,6 +112,6 @@ def test_sampled_pairs_do_not_depend_on_how_the_lists_come(parts: int):
     for cosine in np.unique(cosines):
         here = np.flatnonzero(cosines.ravel() == cosine)
         chosen = here[np.argsort(keys[here])[:SAMPLED_PAIRS]]
-        expected |= {(int(place) // 5, int(ids.ravel()[place])) for place in chosen}
+        expected |= {(int(position) // 5, int(ids.ravel()[position])) for position in chosen}
     assert set(compared) == expected
     assert found.sampled.sum() == len(compared) == 3 * SAMPLED_PAIRS

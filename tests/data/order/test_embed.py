@@ -1,4 +1,4 @@
-"""Documents to unit vectors: by hashed n-grams, and by any encoder."""
+"""Encoders: hashed n-grams against scikit-learn, models against transformers."""
 
 import json
 from collections.abc import Callable
@@ -45,8 +45,10 @@ def encoded(encoder: embed.Encoder, documents: Documents) -> np.ndarray:
 def test_default_is_tf_idf_and_svd_of_token_n_grams(
     documents: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long_documents: str, window: int
 ):
-    """Cosines equal those of scikit-learn's own vectorizer on words that stand for tokens, at as many dimensions as
-    there are documents, so that the SVD keeps everything; here hashing makes no difference."""
+    """Cosines equal those of scikit-learn's vectorizer on words that stand for tokens.
+
+    There are as many dimensions as documents, so the SVD keeps everything, and no two features have the same hash.
+    """
     monkeypatch.setattr(embed, "BATCH_TOKENS", 300)
     config = OrderConfig(embedding_dimensions=200, window_tokens=window, long_documents=long_documents)  # type: ignore[arg-type]
     embed.fit(documents, np.flatnonzero(~documents.column("held_out")), config, tmp_path / "encoder.npz")
@@ -100,7 +102,7 @@ def test_unknown_documents_have_the_zero_vector():
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A randomly initialised encoder with 16 positions, as Hugging Face's libraries save it."""
+    """Return the directory of a randomly initialised encoder with 16 positions, in the format of Hugging Face."""
     folder = tmp_path_factory.mktemp("bert")
     letters = sorted(set("abcdefghijklmnopqrstuvwxyz0123456789äöü"))
     vocabulary = {token: number for number, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters])}
@@ -128,7 +130,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("long_documents", ["windows", "head"])
 def test_any_hugging_face_encoder_by_mean_pooling(documents: Documents, bert: Path, long_documents: str):
-    """Against the model run window by window, the mean of its last hidden states, by transformers alone."""
+    """Vectors equal the mean last hidden state of the model on each encoder window, by transformers alone."""
     config = OrderConfig(encoder=str(bert), long_documents=long_documents)  # type: ignore[arg-type]
     found = encoded(embed.make_encoder(config, Path("unused"), 0), documents)
     assert found.shape == (len(documents), 16)

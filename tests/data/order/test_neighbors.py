@@ -1,4 +1,4 @@
-"""Neighbours against all cosines."""
+"""Neighbours against the cosines of all pairs."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from longring.data.order.path import NO_NEIGHBOR
 
 
 def clustered(count: int, dimensions: int, seed: int = 0) -> np.ndarray:
-    """Unit vectors around centres, ten to each."""
+    """Return unit vectors in clusters of ten."""
     generator = np.random.default_rng(seed)
     centres = generator.normal(size=(count // 10 + 1, dimensions))
     vectors = centres[np.arange(count) // 10] + 0.3 * generator.normal(size=(count, dimensions))
@@ -27,7 +27,7 @@ def embeddings(vectors: np.ndarray, folder: Path, shards: int) -> Embeddings:
 
 
 def all_nearest(vectors: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """By brute force: best cosine first, equals by number, a document itself not."""
+    """Return the neighbours by brute force: largest cosine first, equals by number, without the document itself."""
     cosines = np.einsum("nd,kd->nk", vectors.astype(np.float32), vectors.astype(np.float32))
     np.fill_diagonal(cosines, -np.inf)
     ids = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
@@ -84,8 +84,11 @@ def test_fewer_documents_than_neighbours_leave_places_empty(tmp_path: Path):
 def test_ivf_pq_on_disk_finds_nearly_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, dimensions: int, moves: int
 ):
-    """Trained on a sample, filled in parts, merged on disk. The GPU's way with faiss' functions for it replaced: it
-    finds the lists' centres, and searches codes of 8 bytes, not of 7."""
+    """An index trained on a sample, filled in parts and merged on disk finds the neighbours.
+
+    On "GPUs", with faiss' functions for them replaced, clustering runs there, and so does the search of codes of 8
+    bytes, but not of 7.
+    """
     moved: list[object] = []
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: gpus)
     monkeypatch.setattr(

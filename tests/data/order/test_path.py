@@ -13,7 +13,7 @@ from longring.data.order.path import NO_NEIGHBOR, greedy_path, make_graph, neare
 
 @st.composite
 def lists(draw) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Neighbour lists [n, k] with symmetric cosines of few values, so that there are ties; and documents left out."""
+    """Draw neighbour lists [n, k], symmetric cosines of few values (so that there are ties), and dropped documents."""
     n, k = draw(st.integers(1, 14)), draw(st.integers(1, 5))
     generator = np.random.default_rng(draw(st.integers(0, 2**32)))
     similarity = generator.integers(-2, 5, (n, n)).astype(np.float32) / 8
@@ -30,7 +30,7 @@ def lists(draw) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def transcribed(ids: np.ndarray, cosines: np.ndarray, dropped: np.ndarray) -> tuple[list[int], list[float]]:
-    """Algorithm 1: an edge where either lists the other; start, and after a dead end, at minimum degree."""
+    """Return the path of Algorithm 1: an edge where either lists the other, jumps to minimum degree."""
     documents = [document for document in range(len(ids)) if not dropped[document]]
     edges: dict[int, dict[int, float]] = {document: {} for document in documents}
     for one in documents:

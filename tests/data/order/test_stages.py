@@ -1,4 +1,4 @@
-"""The whole of `longring order`: every token where the ledger says, whoever did it, however often it was killed."""
+"""`longring order` as a whole: every token is where the ledger says, for any division of tasks and after any kill."""
 
 import json
 import os
@@ -61,12 +61,12 @@ def sentences(topic: int, seed: int, count: int) -> str:
 
 
 COPIED = {5: 8, 20: 24, 33: 36}
-"""Documents planted as near-duplicates: of which they are."""
+"""Planted near-duplicates: from the copy to its original."""
 
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    """Documents of four topics in turn, some long, some planted near-duplicates of the same topic, two bad ones."""
+    """Return documents of four topics in turn: some long, some planted near-duplicates, two bad ones."""
     found = [sentences(number % 4, number, 10 + 7 * (number % 13) + 150 * (number % 11 == 0)) for number in range(90)]
     for number, (source, copy) in enumerate(COPIED.items()):
         found[source] = sentences(source % 4, 1_000 + number, 80)
@@ -76,7 +76,7 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def prepared(texts: list[str], tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> DataConfig:
-    """Five input shards of two splits, nothing dropped."""
+    """Return the settings of prepared data with five input shards and two splits, nothing dropped."""
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "corpus").mkdir()
     for part in range(5):
@@ -111,7 +111,7 @@ def settings(folder: Path, **others: Any) -> OrderConfig:
 
 
 def streams(data: DataConfig) -> dict[int, list[int]]:
-    """Every document's tokens, by its number among all records; read from the sources, not from prepared data."""
+    """Return the tokens of every document by its record's index, read from the sources, not from prepared data."""
     manifest = open_prepared(data.directory)
     tokenizer = manifest.tokenizer().tokenizer
     found, first = {}, 0
@@ -125,7 +125,7 @@ def streams(data: DataConfig) -> dict[int, list[int]]:
 
 
 def check_ordered(manifest: Manifest, data: DataConfig, config: OrderConfig) -> None:
-    """Each target of each document once, or its document left out and counted; shards, ledger and placement agree."""
+    """Every target comes once, or its document is dropped and counted, in shards, ledger and placement alike."""
     prepared = open_prepared(data.directory)
     documents = streams(data)
     covered: dict[int, Counter[int]] = {record: Counter() for record in documents}
@@ -141,13 +141,13 @@ def check_ordered(manifest: Manifest, data: DataConfig, config: OrderConfig) -> 
                 targets.update(row[1:] if split == "train" else ())
                 several += np.count_nonzero(pieces[:, 1] != NO_DOCUMENT) > 1
                 ends = [*pieces[1:, 3].tolist(), bucket.length]
-                for (_, record, offset, place), end in zip(pieces.tolist(), ends, strict=True):
+                for (_, record, offset, position), end in zip(pieces.tolist(), ends, strict=True):
                     if record == NO_DOCUMENT:
-                        assert set(row[place : end + 1]) == {0}
-                        filler[split] += end - place
+                        assert set(row[position : end + 1]) == {0}
+                        filler[split] += end - position
                         continue
-                    assert row[place + 1 : end + 1] == documents[record][offset + 1 : offset + end - place + 1]
-                    covered[record].update(range(offset, offset + end - place))
+                    assert row[position + 1 : end + 1] == documents[record][offset + 1 : offset + end - position + 1]
+                    covered[record].update(range(offset, offset + end - position))
                     assert split_of.setdefault(record, split) == split
                     if offset == 0:
                         begins[record] = (bucket.length, number)
@@ -213,7 +213,7 @@ def test_any_number_of_workers_makes_the_same_bytes(prepared: DataConfig, tmp_pa
 
 
 def test_stages_alone_and_in_parts_make_the_same_bytes(prepared: DataConfig, tmp_path: Path):
-    """As the jobs of an array would, in any order within a stage."""
+    """Parts of a stage, done in any order as by the jobs of an array, give the same bytes."""
     reference, config = settings(tmp_path / "one"), settings(tmp_path / "parts")
     order(prepared, reference, QUIET, workers=1)
     with pytest.raises(ValueError, match=r"--stage search: stage documents comes before it and lacks 5 of 5 tasks"):
@@ -252,7 +252,7 @@ def test_killed_at_any_point_and_continued_gives_the_same_bytes(prepared: DataCo
 
 
 def test_stopped_before_any_rename_and_continued(prepared: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Every step that others see is a rename or a removal: stop before one of them, without clean-up, go on."""
+    """A run stopped before any rename or removal, the only steps that others see, goes on to the same bytes."""
     reference, config = settings(tmp_path / "one"), settings(tmp_path / "stopped")
     order(prepared, reference, QUIET, workers=1)
     stops = 0
@@ -266,7 +266,7 @@ def test_stopped_before_any_rename_and_continued(prepared: DataConfig, tmp_path:
     assert tree(Path(config.directory)) == tree(Path(reference.directory))
 
 
-def test_planted_near_duplicates_are_left_out(prepared: DataConfig, texts: list[str], tmp_path: Path):
+def test_planted_near_duplicates_are_dropped(prepared: DataConfig, texts: list[str], tmp_path: Path):
     config = settings(tmp_path)
     manifest = order(prepared, config, QUIET, workers=1)
     assert manifest is not None
@@ -282,7 +282,7 @@ def test_planted_near_duplicates_are_left_out(prepared: DataConfig, texts: list[
         )
     }
     planted = {frozenset((a, b)) for a, b in COPIED.items() if held_out[a] == held_out[b]}
-    assert len(planted) >= 2, "some lie in one split"
+    assert len(planted) >= 2, "some pairs lie within one split"
     assert {frozenset(pair) for pair in gone.items()} == planted
     books = manifest.ledger.splits
     assert sum(one.dropped_documents["near_duplicate"] for one in books.values()) == len(planted)
@@ -294,7 +294,7 @@ def test_planted_near_duplicates_are_left_out(prepared: DataConfig, texts: list[
 
 
 def test_documents_of_one_topic_come_together(prepared: DataConfig, texts: list[str], tmp_path: Path):
-    """Against random order and kNN groups, by topics that the method does not know."""
+    """Contexts along the path share more topics, which the method does not know, than random order and kNN groups."""
     numbers = [number for part in range(5) for number in range(part, len(texts), 5)]
     same: dict[str, float] = {}
     reports: dict[str, Any] = {}
@@ -360,7 +360,7 @@ def test_identical_settings_are_reused_and_others_refused(prepared: DataConfig, 
 
 
 def test_an_index_for_many_documents_goes_through_all_stages(tmp_path: Path, tokenizer_file: Path):
-    """More than are searched exactly, in one split: trained, filled, merged, searched, and its recall measured."""
+    """A split with more documents than are searched exactly gets an index, whose recall is measured."""
     texts = [sentences(number % 4, number, 12) for number in range(1_300)]
     source = tmp_path / "documents.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -458,7 +458,7 @@ def test_inspect_shows_pairs_path_and_a_context(
 
 
 def test_each_source_finds_its_documents_again(prepared: DataConfig, tmp_path: Path):
-    """Two sources, one of them with planted near-duplicates: their books, by records counted here."""
+    """The report counts each of two sources; one of them has planted near-duplicates."""
     kept = [{"text": sentences(number % 4, number, 30)} for number in range(40)]
     copies = [*kept[:6], *({"text": sentences(number % 4, number + 500, 30)} for number in range(12))]
     for name, records in (("first", kept), ("second", copies)):
@@ -518,14 +518,14 @@ def test_bars_move_inside_the_long_tasks(prepared: DataConfig, tmp_path: Path, m
     monkeypatch.setattr(path, "CHECKPOINT_STEPS", 10)
     for stage in STAGES:
         for number in range(stage.tasks(directory)):
-            told: list[float] = []
-            stage.do(directory, number, told.append)
-            assert told == sorted(told)
-            assert all(0 <= part <= 1 for part in told)
+            progress: list[float] = []
+            stage.do(directory, number, progress.append)
+            assert progress == sorted(progress)
+            assert all(0 <= part <= 1 for part in progress)
             if stage.name in ("embed", "search", "recall", "threshold", "path", "finish"):
-                assert told[-1] == 1
+                assert progress[-1] == 1
             if stage.name == "path":
-                assert len(told) == -(-len(np.load(stage.file(directory, 0))) // 10)
+                assert len(progress) == -(-len(np.load(stage.file(directory, 0))) // 10)
 
 
 def test_documents_are_read_whole_and_in_parts(prepared: DataConfig, tmp_path: Path):

@@ -1,0 +1,62 @@
+"""Tables about data are whole on a terminal of 80 columns, for a corpus of 10^9 documents and 10^12 tokens too."""
+
+import io
+from typing import Any
+
+import pytest
+from longring.data.format.ledger import Ledger
+from longring.data.inspect.ledger import ledger_table
+from longring.data.inspect.ordered import duplicates_table
+from longring.data.inspect.tables import bar, make_table
+from rich.console import Console
+from rich.table import Table
+
+DOCUMENTS, TOKENS = 10**9, 10**12
+
+
+def printed(table: Table) -> str:
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(table)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text, "no cell is cut"
+    return text
+
+
+def large_ledger() -> Ledger:
+    ledger = Ledger()
+    ledger.records = DOCUMENTS
+    ledger.bad.counts["invalid_utf8"] = DOCUMENTS // 10
+    for split in ledger.splits.values():
+        split.documents, split.tokens, split.filler_tokens = DOCUMENTS, TOKENS, DOCUMENTS
+        split.document_lengths[10], split.length_tokens[10] = DOCUMENTS, TOKENS
+        split.sequences[1 << 17] = TOKENS >> 17
+        split.dropped_documents["near_duplicate"], split.dropped_tokens["near_duplicate"] = DOCUMENTS, TOKENS
+    return ledger
+
+
+def test_a_large_ledger_is_whole():
+    text = printed(ledger_table(large_ledger()))
+    assert all(f"{number:,}" in text for number in (DOCUMENTS, TOKENS, 1 << 17))
+    assert "dropped: near duplicate" in text
+
+
+@pytest.mark.parametrize(("threshold", "chosen"), [(0.8, "0.80"), (1.01, "none")])
+def test_a_large_histogram_of_duplicates_is_whole(threshold: float, chosen: str):
+    found: dict[str, Any] = {
+        "threshold": threshold,
+        "cosine_from": [0.5, 0.8, 0.99],
+        "pairs": [20 * DOCUMENTS, DOCUMENTS, DOCUMENTS],
+        "sampled": [64, 64, 64],
+        "confirmed": [0, 32, 64],
+    }
+    text = printed(duplicates_table(found))
+    assert f"threshold: {chosen}" in text
+    assert text.count("all compared") == (2 if threshold < 1 else 0)
+    assert "0.50" not in text, "a bin below 0.8 without near-duplicates is not shown"
+
+
+def test_numbers_are_at_the_right_and_text_at_the_left():
+    table = make_table("Title", "name", "count", "", text=("name",))
+    assert [column.justify for column in table.columns] == ["left", "right", "left"]
+    assert [len(bar(share, 20)) for share in (0, 0.5, 1)] == [0, 10, 20]
