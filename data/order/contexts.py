@@ -1,4 +1,4 @@
-"""From the path to contexts: the pairs (an input token and its target) of every document in every sequence.
+"""Contexts along the path: the pairs (an input token and its target) of every document in every sequence.
 
 The joined stream has the documents of a split along the path, without the pieces that are sequences of their own. A
 context is a run of `length` pairs of the stream. The contexts together are the whole stream, so no pair is repeated or
@@ -39,9 +39,9 @@ class Layout(NamedTuple):
     starts: NDArray[np.int64]
     """[members + 1], the position in the stream at which each member begins; the last one is the stream's length."""
     own: dict[int, NDArray[np.void]]
-    """By bucket: OWN_DTYPE [pieces], the pieces that are sequences of their own."""
+    """OWN_DTYPE [pieces] for each bucket: the pieces that are sequences of their own."""
     contexts: dict[int, NDArray[np.int64]]
-    """By bucket: [contexts], the position in the stream at which each context begins."""
+    """int64 [contexts] for each bucket: the position in the stream at which each context begins."""
 
     def sequences(self, length: int) -> int:
         """Return the number of sequences in the bucket of `length`."""

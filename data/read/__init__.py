@@ -1,1 +1,1 @@
-"""From prepared data to micro-batches: curriculum, batch order, knots, and the loader of a training rank."""
+"""Reading of prepared data as micro-batches: curriculum, batch order, knots, and the loader of a training rank."""
