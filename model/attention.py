@@ -55,7 +55,7 @@ class SelfAttention(nn.Module):
         """Return q `[b, s, h_q / tp, d]` and k, v `[b, s, h_kv / tp, d]` of x, with RoPE applied to q and k.
 
         x is `[s, b, hidden]`, or under sequence parallelism this rank's `[s / tp, b, hidden]`; `rope` is the cos and
-        sin of `rope_table`, each `[s, d / 2]`.
+        sin of `rope_table`, each `[s, d / 2]`. Collective over the tensor-parallel group.
         """
         qkv, _ = self.qkv(x)
         # [s, b, h_kv / tp * (queries_per_kv + 2) * d] -> [b, s, h_kv / tp, queries_per_kv + 2, d]
@@ -68,7 +68,8 @@ class SelfAttention(nn.Module):
     def project_back(self, out: Tensor) -> Tensor:
         """Return the output projection `[s, b, hidden]` of attention's result `[b, s, h_q / tp, d]`.
 
-        Under sequence parallelism the result is this rank's `[s / tp, b, hidden]`.
+        Under sequence parallelism the result is this rank's `[s / tp, b, hidden]`. Collective over the tensor-parallel
+        group.
         """
         # [b, s, h_q / tp, d] -> [s, b, h_q / tp * d]
         return self.out(out.flatten(2).transpose(0, 1).contiguous())[0]

@@ -38,6 +38,9 @@ class SwiGLU(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the network's result for x `[s, b, hidden]`, or this rank's part of s, in the same shape."""
+        """Return the network's result for x `[s, b, hidden]`, or this rank's part of s, in the same shape.
+
+        Collective over the tensor-parallel group.
+        """
         gate_up, _ = self.gate_up(x)  # [s, b, 2 * ffn_hidden / tp]
         return self.down(fused_ops(gate_up).swiglu(gate_up))[0]

@@ -37,7 +37,8 @@ class TransformerLayer(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attention: AttentionFunction) -> Tensor:
         """Return the layer's result for x `[s, b, hidden]`, or this rank's part of s, in the same shape.
 
-        `rope` is the cos and sin of `rope_table`, each `[s, d / 2]`.
+        `rope` is the cos and sin of `rope_table`, each `[s, d / 2]`. Collective over the tensor-parallel group, and
+        over the ranks that `attention` joins.
         """
         # q, k, v [b, s, heads / tp, d] hold all of s: attention needs the whole of this rank's positions.
         if not self.recompute:
@@ -88,7 +89,7 @@ class Transformer(nn.Module):
         """Return the loss of every token in nats, fp32 `[b, s]`.
 
         tokens and targets are int64 `[b, s]`. `layout` gives the positions of s in the context; `attention` must be
-        made for the same layout.
+        made for the same layout. Collective over the tensor-parallel group, and over the ranks that `attention` joins.
         """
         x = self.embedding(tokens)
         if not self.sequence_parallel:

@@ -13,7 +13,8 @@ from .cp.topology import PRESETS
 class CpConfig:
     """Context parallelism: how the ranks that share a sequence divide its attention.
 
-    The choice changes speed and memory; results differ by rounding only.
+    The choice changes speed and memory; results differ by rounding only. Raises ValueError for an unknown
+    schedule or topology, and for a time limit that is not positive.
     """
 
     schedule: str = "auto"
@@ -36,6 +37,7 @@ class CpConfig:
     and that loss and gradient equal those of one rank."""
 
     def __post_init__(self) -> None:
+        # A grid in text form is parsed here, so that a wrong recipe fails at once.
         for key, name in (("schedule", self.schedule), *((f"schedule_of.{n}", x) for n, x in self.schedule_of.items())):
             if name != "auto" and name not in NAMED:
                 try:
@@ -46,6 +48,7 @@ class CpConfig:
                         "of these names or a grid such as 'query=2, kv=2'"
                     ) from error
         for ranks in self.schedule_of:
+            # TOML's keys are text; `named_grid` looks them up by the text of a number.
             if not ranks.isdecimal():
                 raise ValueError(
                     f"parallel.cp.schedule_of.{ranks} = {self.schedule_of[ranks]!r}: the key must be a number of ranks"
@@ -64,9 +67,11 @@ class CpConfig:
         if name == "auto":
             return None
         grid = NAMED[name](size) if name in NAMED else CpGrid.parse(name)
+        # A named grid has any size; one in text form has the size that its numbers give.
         if grid.size != size:
+            key = f"schedule_of.{size}" if str(size) in self.schedule_of else "schedule"
             raise ValueError(
-                f"parallel.cp.schedule = {name!r}: is a grid of {grid.size} ranks, and a bucket is spread over {size}; "
+                f"parallel.cp.{key} = {name!r}: is a grid of {grid.size} ranks, and a bucket is spread over {size}; "
                 f"set parallel.cp.schedule_of.{size} to a grid of {size} ranks"
             )
         return grid
@@ -74,7 +79,11 @@ class CpConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Degrees of parallelism. The context-parallel degree is not set: it is the sequence length / tokens_per_rank."""
+    """Degrees of parallelism. The context-parallel degree is not set: it is the sequence length / tokens_per_rank.
+
+    Raises ValueError for degrees below 1, and for tokens_per_rank that is no power of two or that sequence parallelism
+    cannot divide.
+    """
 
     tokens_per_rank: int
     """Tokens that a data-parallel rank takes in one micro-batch, a power of two. A micro-batch of a shorter bucket
@@ -89,13 +98,17 @@ class ParallelConfig:
     cp: CpConfig = field(default_factory=CpConfig)
 
     def __post_init__(self) -> None:
+        # A power of two has one bit set. Bucket lengths are powers of two as well, so every ratio of the two is whole.
         if self.tokens_per_rank < 1 or self.tokens_per_rank & (self.tokens_per_rank - 1):
             raise ValueError(f"parallel.tokens_per_rank = {self.tokens_per_rank}: must be a power of two")
         if self.tensor < 1:
             raise ValueError(f"parallel.tensor = {self.tensor}: must be at least 1")
         if self.sequence_parallel and self.tensor == 1:
-            raise ValueError("parallel.sequence_parallel = true: needs tensor-parallel ranks, and parallel.tensor = 1; "
-                             "raise it or set sequence_parallel = false")  # fmt: skip
+            raise ValueError(
+                "parallel.sequence_parallel = true: needs tensor-parallel ranks, and parallel.tensor = 1; "
+                "raise it or set sequence_parallel = false"
+            )
+        # Each tensor-parallel rank takes an equal part of a rank's tokens.
         if self.sequence_parallel and self.tokens_per_rank % self.tensor:
             raise ValueError(
                 f"parallel.tokens_per_rank = {self.tokens_per_rank}: is not a multiple of parallel.tensor = "

@@ -71,6 +71,7 @@ def held(engine: DeepSpeedEngine, mesh: Mesh) -> list[Fragment]:
     inner = _inner(engine)
     fragments = []
     for param, flat, begin, start, numel in _ranges(engine, mesh):
+        # The weight and both moments have one layout: [begin, begin + numel) of each flat buffer is this range.
         whole = _parameter(engine.param_names[param], param, mesh.tensor_size)
         views = {"weight": flat.data.view(-1)} | {kind: _state(inner, flat)[kind].view(-1) for kind in KINDS[1:]}
         fragments.append(Fragment(whole, start, {kind: view[begin : begin + numel] for kind, view in views.items()}))
@@ -116,6 +117,7 @@ def refresh(engine: DeepSpeedEngine, mesh: Mesh, num_updates: int) -> None:
     inner, optimizer = _inner(engine), engine.optimizer
     for _, flat, *_ in _ranges(engine, mesh):
         _state(inner, flat)["step"].fill_(float(num_updates))
+    # DeepSpeed's own ways from the fp32 buffers to the model's weights after a step, one for each kind of optimizer.
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         optimizer._partition_all_parameters()
         for group in range(len(optimizer.fp16_groups)):
@@ -127,12 +129,14 @@ def refresh(engine: DeepSpeedEngine, mesh: Mesh, num_updates: int) -> None:
         for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for low_param, high_param in zip(low, high, strict=True):
                 low_param.data.copy_(high_param.data)
+    # ZeRO 0 in fp32 has nothing to copy: the views are the model's own weights.
 
 
 def _ranges(engine: DeepSpeedEngine, mesh: Mesh) -> Iterator[tuple[nn.Parameter, Tensor, int, int, int]]:
     """Yield (parameter, flat fp32 buffer, start in the buffer, start in the parameter, number of elements)."""
     optimizer: Any = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        # ZeRO 3 cuts every parameter into one equal partition for each data rank.
         for group in optimizer.fp16_groups:
             for param in group:
                 number, begin, numel = optimizer.grad_position[optimizer.get_param_id(param)]
@@ -141,12 +145,15 @@ def _ranges(engine: DeepSpeedEngine, mesh: Mesh) -> Iterator[tuple[nn.Parameter,
                 if inside > 0:
                     yield param, optimizer.fp32_partitioned_groups_flat[number], begin, start, inside
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        # ZeRO 1 and 2 cut a group's concatenated parameters, so this rank may hold a part of a parameter, or nothing
+        # (`_hp_mapping` is None). "hp" (high precision) is the fp32 buffer, "lp" the parameter.
         for params, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
             for param in params:
                 if (mapping := param._hp_mapping) is not None:
-                    here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-                    yield param, flat, here.start, there.start, here.numel
+                    in_buffer, in_param = mapping.hp_fragment_address, mapping.lp_fragment_address
+                    yield param, flat, in_buffer.start, in_param.start, in_buffer.numel
     elif isinstance(optimizer, FP16_UnfusedOptimizer):
+        # ZeRO 0 in bf16 keeps a whole fp32 copy of each parameter.
         for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for param, flat in zip(low, high, strict=True):
                 yield param, flat, 0, 0, flat.numel()

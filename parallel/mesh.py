@@ -1,6 +1,6 @@
 """The mesh: this rank's tensor-parallel and data-parallel coordinates, and its neighbours for each cp degree.
 
-| axis | its ranks | what they divide |
+| axis | ranks | divided among them |
 |---|---|---|
 | tensor | `parallel.tensor` adjacent ranks | each weight matrix, by heads, rows or columns (megatron-core) |
 | data | every `parallel.tensor`-th rank, with equal weights | batches, gradients, optimizer state (DeepSpeed) |

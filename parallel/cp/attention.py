@@ -20,21 +20,24 @@ def context_attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, grou
     layout = spec.layouts[group.rank]
     if q.shape[1] != layout.num_tokens:
         raise ValueError(
-            f"context_attention: q of rank {group.rank} has {q.shape[1]} tokens, and its layout has {layout.num_tokens}"
+            f"context_attention: q.shape[1] = {q.shape[1]} on rank {group.rank}: its layout has {layout.num_tokens} "
+            f"tokens; pass the tokens of spec.layouts[{group.rank}]"
         )
     unfit = spec.grid.unfit(q.shape[2], k.shape[2])
     if unfit is not None:
-        raise ValueError(f"context_attention: grid {spec.grid}: {unfit}")
+        raise ValueError(f"context_attention: grid = {spec.grid}: {unfit}; choose a grid whose heads fit")
     # Messages cannot be traced: torch.compile breaks its graph here.
     return torch.compiler.disable(_ContextAttention.apply)(q, k, v, spec, group)  # type: ignore[return-value]
 
 
 class _ContextAttention(torch.autograd.Function):
+    """Both passes of this rank, each driven over a transport of its own."""
+
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, group: CpGroup) -> Tensor:  # type: ignore[override]
         transport = Distributed(group)
         out, saved = transport.drive(forward(spec, group.rank, q, k, v, transport))
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(*saved)  # tensors of this rank's grid position only
         ctx.spec, ctx.group, ctx.num_kv_heads = spec, group, k.shape[2]
         return out
 
@@ -42,4 +45,4 @@ class _ContextAttention(torch.autograd.Function):
     def backward(ctx, dout: Tensor):  # type: ignore[override]
         transport = Distributed(ctx.group)
         running = backward(ctx.spec, ctx.group.rank, dout, ctx.saved_tensors, ctx.num_kv_heads, transport)
-        return *transport.drive(running), None, None
+        return *transport.drive(running), None, None  # none for spec and group

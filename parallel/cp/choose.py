@@ -31,12 +31,12 @@ class PricedGrid:
 
     @property
     def seconds(self) -> float:
-        """Time of all passes."""
+        """Seconds of all passes together."""
         return sum(price.seconds for price in self.passes.values())
 
     @property
     def exposed_s(self) -> float:
-        """Exposed communication of all passes."""
+        """Exposed communication of all passes together, in seconds."""
         return sum(price.exposed_s for price in self.passes.values())
 
     @property
@@ -47,7 +47,7 @@ class PricedGrid:
 
 @dataclass(frozen=True)
 class Pricer:
-    """Prices grids for one layer's attention over one document of `num_tokens` in zigzag layout."""
+    """Everything but the grid that determines a price: one layer's attention over one document in zigzag layout."""
 
     num_tokens: int
     """Tokens of the sequence."""
@@ -87,8 +87,8 @@ def choose(size: int, pricer: Pricer) -> list[PricedGrid]:
     fit = [base for base in divisions(size) if base.unfit(shape.num_heads, shape.num_kv_heads) is None]
     if size > LARGE:
         by_bytes = sorted(fit, key=lambda base: _moved(base, shape))
-        # Bytes alone do not show what crosses between nodes: keys and values alone with a division that fills a node,
-        # keys and values of one rank a node with a ring, which wins where the ranks of a node share a port.
+        # Bytes do not show the traffic between nodes. Where heads x query fills a node, only keys and values cross; in
+        # a ring only one rank of each node sends across, which wins where the ranks of a node share a port.
         crossing = [base for base in by_bytes[6:] if base.heads * base.query == topology.ranks_per_node]
         ring = [base for base in by_bytes[6:] if base.kv == size and size <= 16 * LARGE]
         fit = by_bytes[:6] + crossing + ring
@@ -100,6 +100,7 @@ def choose(size: int, pricer: Pricer) -> list[PricedGrid]:
         for order in (("rows", "columns_own_first") if base.query > 1 and base.kv > 1 else ("rows",))
     )
     candidates = [pricer.price(grid) for grid in simple]
+    # Pricing all variants of a division takes long, so only the three leading divisions are priced in full.
     for first in _best_of_each(candidates)[:3] if size <= 4 * LARGE else ():
         base = CpGrid(first.grid.heads, first.grid.query, first.grid.kv)
         candidates += map(pricer.price, variants(base))
@@ -108,7 +109,7 @@ def choose(size: int, pricer: Pricer) -> list[PricedGrid]:
 
 def _best_of_each(candidates: list[PricedGrid]) -> list[PricedGrid]:
     """Return the best grid of each division, the best of all first, the others by time."""
-    # The closest-to-fastest rule applies to all candidates for the first place, and within each other division.
+    # The first grid is chosen among all candidates, each other grid within its division, both by `CLOSE` and memory.
     by_division: dict[tuple[int, int, int], list[PricedGrid]] = {}
     for candidate in candidates:
         grid = candidate.grid
@@ -120,7 +121,7 @@ def _best_of_each(candidates: list[PricedGrid]) -> list[PricedGrid]:
 
 
 def _least_memory_of_close(candidates: list[PricedGrid]) -> PricedGrid:
-    """Return the grid with the least memory of those whose time is close to the fastest."""
+    """Return the grid with the least memory among the grids that are `CLOSE` to the fastest."""
     fastest = min(candidate.seconds for candidate in candidates)
     close = [candidate for candidate in candidates if candidate.seconds <= CLOSE * fastest]
     return min(close, key=lambda candidate: (candidate.peak_bytes, candidate.seconds, str(candidate.grid)))
@@ -129,5 +130,7 @@ def _least_memory_of_close(candidates: list[PricedGrid]) -> PricedGrid:
 def _moved(grid: CpGrid, shape: AttentionShape) -> float:
     """Return the elements that a rank sends in both passes, in units of its queries, without a causal mask."""
     g = shape.num_heads / shape.num_kv_heads
+    # For each other position on the query axis 2 units forward and 3 backward; on the kv axis 2 + (2 + 4), over g: dK
+    # and dV are summed in fp32.
     of_heads = 2 * (2 + 2 / g) * (grid.heads - 1) / grid.heads
     return of_heads + 5 * (grid.query - 1) + 8 / g * (grid.kv - 1)

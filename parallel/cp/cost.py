@@ -130,17 +130,14 @@ def play(
     *,
     record: bool = False,
 ) -> Price:
-    """Simulate all ranks of a schedule; with `record` the price has all events, and a message's event at both ends."""
+    """Simulate all ranks of a schedule and return the price of the pass.
+
+    With `record` the price has all events: each tile, and each message at both ends.
+    """
     grid, size = schedule.grid, schedule.grid.size
-    messages = schedule.all_messages
-    num_steps = int(max(schedule.end, messages.due.max(initial=0) + 1))
-    # A step has two exchanges, of results and then of shares: halves 2 x step and 2 x step + 1 of the simulation.
-    # Messages are sorted by the half of their post: half h has messages [posted_at[h], posted_at[h + 1]). due_at does
-    # the same for the order by_due.
-    messages = messages.select(np.argsort(2 * messages.posted + ~messages.is_result, kind="stable"))
-    posted, due = (2 * at + ~messages.is_result for at in (messages.posted, messages.due))
-    by_due = np.argsort(due, kind="stable")
-    posted_at, due_at = (np.searchsorted(at, np.arange(2 * num_steps + 1)).tolist() for at in (posted, due[by_due]))
+    num_steps = int(max(schedule.end, schedule.all_messages.due.max(initial=0) + 1))
+    halves = _Halves(schedule.all_messages, num_steps)
+    messages = halves.messages
     rows = (messages.stop - messages.start) * shape.batch
     weights = shape.row_bytes(grid, schedule.direction)[messages.flow] * rows
     wide = replace(shape, narrow_results=False).row_bytes(grid, schedule.direction)[messages.flow] * rows
@@ -152,10 +149,10 @@ def play(
     holds = _Holds(messages, weights, wide, grid, num_steps)
     for half in range(2 * num_steps):
         # The order of a step: wait for what is due, post, and in the second half compute the tile.
-        came = by_due[due_at[half] : due_at[half + 1]]
+        came = halves.due(half)
         for end in (messages.source, messages.target) if len(came) else ():
             np.maximum.at(ready, end[came], arrival[came])
-        now, step = slice(posted_at[half], posted_at[half + 1]), half // 2
+        now, step = halves.posted(half), half // 2
         if now.start < now.stop:
             # Both ends must have posted.
             begins[now] = np.maximum(ready[messages.source[now]], ready[messages.target[now]])
@@ -180,6 +177,28 @@ def play(
     )
 
 
+class _Halves:
+    """Messages by half. A step has two: 2 x step exchanges results, 2 x step + 1 exchanges shares and computes."""
+
+    def __init__(self, messages: Messages, num_steps: int) -> None:
+        self.messages = messages.select(np.argsort(2 * messages.posted + ~messages.is_result, kind="stable"))
+        """Messages in the order of their posts."""
+        posted, due = (2 * at + ~self.messages.is_result for at in (self.messages.posted, self.messages.due))
+        self._by_due = np.argsort(due, kind="stable")
+        # Half h posts messages [posted_at[h], posted_at[h + 1]) and waits for [due_at[h], due_at[h + 1]) of `_by_due`.
+        self._posted_at, self._due_at = (
+            np.searchsorted(at, np.arange(2 * num_steps + 1)).tolist() for at in (posted, due[self._by_due])
+        )
+
+    def posted(self, half: int) -> slice:
+        """Return the range of `messages` that a half posts."""
+        return slice(self._posted_at[half], self._posted_at[half + 1])
+
+    def due(self, half: int) -> Ints:
+        """Return the indices into `messages` of the messages for which a half waits."""
+        return self._by_due[self._due_at[half] : self._due_at[half + 1]]
+
+
 class Wires(NamedTuple):
     """Paths between every two ranks as arrays; a pair has index source x ranks + target."""
 
@@ -188,7 +207,9 @@ class Wires(NamedTuple):
     links: NDArray[np.int32]
     """Links of each pair, `[pairs, most links of a pair]`, as indices into `names`; padded with len(names)."""
     bytes_per_s: Floats
+    """Bandwidth of each pair's links, `[pairs]`."""
     latency_s: Floats
+    """Latency of each pair's path, `[pairs]`."""
 
 
 @lru_cache(maxsize=8)
@@ -252,7 +273,7 @@ class _Holds:
         """Step at which a position begins to sum results for an owner's share, `[side, position, owner]`."""
 
     def use(self, step: int, query: Ints, key: Ints, used: NDArray[np.bool_]) -> None:
-        """Places compute tiles of these owners' shares."""
+        """Record that positions use shares at a step: owners of queries and keys and `used`, each `[positions]`."""
         positions = np.arange(len(query))[used]
         for side, owner in enumerate((query[used], key[used])):
             self.last[side, positions, owner] = step

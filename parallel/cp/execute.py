@@ -49,7 +49,10 @@ class AttentionSpec:
     _made: dict[tuple[Pass, int], tuple[Schedule, RankPlan]] = field(default_factory=dict, repr=False)
 
     def plan(self, direction: Pass, rank: int) -> tuple[Schedule, RankPlan]:
-        """Return the schedule of a pass and the plan of one rank; made once, then kept."""
+        """Return the schedule of a pass and the plan of one rank; made once, then kept.
+
+        Raises ValueError if there is not one layout for each rank.
+        """
         if (direction, rank) not in self._made:
             schedule = Schedule(self.grid, self.layouts, self.visibility, direction)
             self._made[direction, rank] = (schedule, schedule.plan(rank))
@@ -81,6 +84,7 @@ def forward(
     run = _Forward(spec, plan, schedule, transport, q, k, v)
     yield from run.steps()
     out, lse = run.out.to(q.dtype), run.lse
+    # Saved before heads are traded back: the backward needs the position's tokens with the rank's heads.
     saved = (q, k, v, out, lse)
     if spec.grid.heads > 1:
         (out,) = yield from heads_for_tokens([out], [q.shape[2] * spec.grid.heads], plan, schedule, transport)
@@ -132,7 +136,7 @@ class _Run(ABC):
     def compute(
         self, queries: list[Tensor], keys: list[Tensor], into: tuple[list[Tensor], list[Tensor]], mask: Mask
     ) -> None:
-        """Compute one tile and add it into the results for its queries and for its keys."""
+        """Compute one tile and add it to the results `into` for its queries and for its keys, `[b, rows, ...]`."""
 
     @abstractmethod
     def merge(self, into: list[Tensor], part: list[Tensor]) -> None:
@@ -231,6 +235,8 @@ class _Run(ABC):
 
 
 class _Forward(_Run):
+    """Forward of one rank: results for queries are (out, lse), merged by lse; keys have no results."""
+
     def __init__(
         self,
         spec: AttentionSpec,
@@ -252,19 +258,24 @@ class _Forward(_Run):
 
     def compute(self, queries, keys, into, mask):
         (q,), (k, v), ((out, lse), _) = queries, keys, into
+        # lse [b, rows, h] is a view of the kernels' [b, h, rows]: transposed back, it is extended in place.
         attention_forward(q, k, v, mask, running=(out, lse.transpose(1, 2)), backend=self.spec.backend)
 
     def merge(self, into, part):
         (out, lse), (part_out, part_lse) = into, part
+        # One part: [None] is the dim over which merge_ goes.
         merge_(out, lse.transpose(1, 2), part_out[None], part_lse.transpose(1, 2)[None])
 
     def nothing(self, like):
         out, lse = like
+        # Contiguous as [b, h, rows], the order in which the kernels address lse.
         empty = torch.full_like(lse.transpose(1, 2), -torch.inf, memory_format=torch.contiguous_format)
         return [torch.zeros_like(out, memory_format=torch.contiguous_format), empty.transpose(1, 2)]
 
 
 class _Backward(_Run):
+    """Backward of one rank: results are dQ for queries and (dK, dV) for keys, merged by addition."""
+
     def __init__(
         self, spec: AttentionSpec, plan: RankPlan, schedule: Schedule, transport: Transport,
         q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor,

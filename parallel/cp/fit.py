@@ -68,6 +68,7 @@ def patterns(size: int, width: int = 1) -> list[Pattern]:
     # By messages: patterns that are equal under two names are timed once, under the first.
     found: dict[tuple[tuple[int, int], ...], str] = {}
     for name, pairs in shifts.items():
+        # Sites count cyclically: the one after the last is site 0.
         pairs = sorted({(source, target % size) for source, target in pairs})
         ends_of = {"one end a site": 1, "all ends": width} if width > 1 else {"": 1}
         if name == "everybody" and width > 1:
@@ -83,6 +84,7 @@ def fabrics(size: int, width: int = 1) -> list[Fabric]:
 
     Of fabrics that no pattern can tell apart there is one: three or fewer sites on a ring are a mesh.
     """
+    # Ends per port: one, two (GPUs on one PCIe switch), or all ends of a site (one network port for a node).
     if width > 1:
         ports = [1, width] if width == 2 or width % 2 else [1, 2, width]
     else:
@@ -109,6 +111,7 @@ def fit(timings: Sequence[Timing], num_ends: int, extra_bytes: int, kinds: Seque
             # Noise can make the difference small or negative: at least a hundredth of the time is taken for transfer.
             logs.append(math.log(sharing * extra_bytes / max(large_s - small_s, 0.01 * large_s)))
             latencies.append(small_s / latency)
+        # The mean minimizes the sum of the squared errors.
         mean = fmean(logs)
         error = math.sqrt(fmean((x - mean) ** 2 for x in logs))
         fitted = replace(kind, bytes_per_s=math.exp(mean), latency_s=median(latencies))

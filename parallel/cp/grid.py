@@ -77,6 +77,7 @@ class CpGrid:
     @classmethod
     def square(cls, size: int) -> CpGrid:
         """Return the query x kv grid nearest to a square, every share sent directly by its owner."""
+        # The largest divisor up to the square root.
         query = next(a for a in range(int(size**0.5), 0, -1) if size % a == 0)
         return cls(query=query, kv=size // query, query_route="direct", kv_route="direct")
 
@@ -86,6 +87,7 @@ class CpGrid:
 
         Raises ValueError for an unknown name or value.
         """
+        # Fields are numbers or one of the literals of their type.
         hints, values = get_type_hints(cls), {}
         for item in text.split(","):
             name, equals, value = (part.strip() for part in item.partition("="))
@@ -112,11 +114,13 @@ class CpGrid:
         """Return the reason why attention with these head counts cannot use this grid, or None if it can."""
         if num_heads % self.heads:
             return f"heads = {self.heads} does not divide {num_heads} query heads"
+        # With fewer kv heads than ranks each kv head goes to an equal number of ranks.
         if num_kv_heads % self.heads and self.heads % num_kv_heads:
             return f"neither of heads = {self.heads} and {num_kv_heads} kv heads divides the other"
         return None
 
     def __str__(self) -> str:
+        # Only fields that differ from the defaults. The default grid has none, and `parse` needs one: "query=1".
         plain = CpGrid()
         different = [f for f in fields(self) if getattr(self, f.name) != getattr(plain, f.name)]
         return ", ".join(f"{f.name}={getattr(self, f.name)}" for f in different) or "query=1"
@@ -141,8 +145,8 @@ def divisions(size: int) -> Iterator[CpGrid]:
 
 def variants(base: CpGrid) -> Iterator[CpGrid]:
     """Yield the factorization of `base` with every combination of routes, order and depth that makes a difference."""
-    orders = get_args(Order) if base.query > 1 and base.kv > 1 else (base.order,)
     # The order matters only if both axes have several tiles, the depth only if an axis is direct and longer than 2.
+    orders = get_args(Order) if base.query > 1 and base.kv > 1 else (base.order,)
     for query_route in _routes(base.query, base.query_route):
         for kv_route in _routes(base.kv, base.kv_route):
             depths = {1}

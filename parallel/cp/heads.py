@@ -39,6 +39,7 @@ def tokens_for_heads(
     arriving = {m: [_like(x, m) for x in mine] for m in receives}
     leaving = {m: [x[:, :, heads_of(x.shape[2], m.target, heads)].contiguous() for x in tensors] for m in sends}
     transport.post(leaving, arriving)
+    # The own tokens are copied while the messages travel.
     _put_tokens(whole, layout, mine, schedule.rank_layouts[plan.rank])
     for message, parts in arriving.items():
         yield message
@@ -69,6 +70,7 @@ def heads_for_tokens(
         )
         for x, n in zip(mine, num_heads, strict=True)
     ]
+    # By rank of the position: this rank's tokens, with the heads of that rank.
     parts_of = {plan.rank: mine}
     for message, parts in arriving.items():
         yield message

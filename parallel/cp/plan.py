@@ -46,6 +46,7 @@ Flow = Literal["queries", "keys", "query_results", "key_results", "to_heads", "f
 | `from_heads`: the target's tokens, own heads | out | dQ, dK, dV |
 """
 FLOWS: tuple[Flow, ...] = get_args(Flow)
+"""All flows; arrays of messages hold indices into this."""
 Channel = tuple[Flow, Literal["up", "down"]]
 """Flow and direction: up to a higher rank, or down. Messages of different channels never wait for each other."""
 
@@ -92,6 +93,7 @@ class Messages(NamedTuple):
     def of(cls, flow: Flow, owner: Any, rows: Ints, source: Any, target: Any, posted: Any, due: Any) -> Messages:
         """Return the messages of one flow that have rows. `rows` is `[..., 2]`; other fields broadcast to `[...]`."""
         columns = (FLOWS.index(flow), owner, rows[..., 0], rows[..., 1], source, target, posted, due)
+        # Where no rows are visible nothing is sent.
         not_empty = rows[..., 0] < rows[..., 1]
         return cls(*(np.broadcast_to(column, not_empty.shape)[not_empty] for column in columns))
 
@@ -112,6 +114,7 @@ class Messages(NamedTuple):
 
     def one_by_one(self) -> list[Message]:
         """Return each message as a `Message`."""
+        # tolist: Python integers, so that rows can index tensors and messages print plainly.
         return [
             Message(FLOWS[flow], owner, (start, stop), *rest)
             for flow, owner, start, stop, *rest in zip(*(column.tolist() for column in self), strict=True)
@@ -162,6 +165,7 @@ class Step:
 
     def exchanges(self) -> tuple[Exchange, Exchange]:
         """Return the two halves of the step: messages of results, then all others."""
+        # Heads go with the shares: heads traded back contain the results that are due in the first half of the step.
         lists = (self.due, self.sent, self.sends, self.receives)
         return (
             Exchange(*(tuple(m for m in found if m.is_result) for found in lists)),
@@ -171,7 +175,7 @@ class Step:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Part of one rank in a pass: its steps, on which all other ranks rely."""
+    """One rank's part of a pass: its steps, whose messages the plans of their other ends have as well."""
 
     rank: int
     position: int
@@ -196,6 +200,7 @@ class RankPlan:
         held: set[Share] = set()
         peak = 0
         for step in self.steps:
+            # Invariant: `held` has the shares that arrived or are arriving, less those freed after an earlier step.
             held |= {Share(side, message.owner) for message in step.receives if message.flow == side}
             peak = max(peak, len(held))
             held -= set(step.done)

@@ -102,22 +102,24 @@ def _ranks_per_node(members: Sequence[int], group: dist.ProcessGroup | None) -> 
 
     Collective. Raises ValueError on all ranks as `probe` does.
     """
-    told = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    all_told: list[int] = [0] * len(members)
-    dist.all_gather_object(all_told, told, group=group)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    local_sizes: list[int] = [0] * len(members)
+    # Gathered before any check, so that all ranks raise the same error.
+    dist.all_gather_object(local_sizes, local_size, group=group)
     if len(members) < 2:
         raise ValueError("topology: one rank alone has no links to measure; start 2 ranks or more")
-    if len(set(all_told)) > 1:
+    if len(set(local_sizes)) > 1:
         raise ValueError(
-            f"topology: nodes have {min(all_told)} to {max(all_told)} ranks (LOCAL_WORLD_SIZE); start equally many on "
-            "each node"
+            f"topology: nodes have {min(local_sizes)} to {max(local_sizes)} ranks (LOCAL_WORLD_SIZE); start "
+            "equally many on each node"
         )
-    nodes = [rank // told for rank in members]
+    # Node of each member: in order, they must read 0, 0, ..., 1, 1, ... with the same count of each.
+    nodes = [rank // local_size for rank in members]
     per_node = nodes.count(nodes[0])
     if nodes != [nodes[at - at % per_node] for at in range(len(nodes))] or len(set(nodes)) * per_node != len(nodes):
         raise ValueError(
-            f"topology: the ranks {members} of the group lie unevenly on nodes of {told} ranks; use equally many of "
-            "each node, in order"
+            f"topology: the ranks {members} of the group lie unevenly on nodes of {local_size} ranks; use "
+            "equally many of each node, in order"
         )
     return per_node
 
@@ -146,16 +148,16 @@ class _Links:
         width = max(1, stride)
         first = 0 if stride else self.rank - self.rank % num_sites  # all nodes measure at once
         ends = num_sites * width
-        plans = patterns(num_sites, width)
-        large_bytes = self._large_bytes(plans[0], first)
+        to_time = patterns(num_sites, width)
+        large_bytes = self._large_bytes(to_time[0], first)
         timings = [
             Timing(pattern, self._seconds(pattern, first, SMALL_BYTES), self._seconds(pattern, first, large_bytes))
-            for pattern in plans
+            for pattern in to_time
         ]
         return fit(timings, ends, large_bytes - SMALL_BYTES, fabrics(num_sites, width))
 
     def _large_bytes(self, pattern: Pattern, first: int) -> int:
-        """Return the size of a large message: it takes `MESSAGE_S`, and ten times as long as a small one."""
+        """Return the bytes of a large message, which takes `MESSAGE_S` and ten times a small one's time. Collective."""
         num_bytes, most = LARGE_BYTES if self.device.type == "cuda" else (LARGE_BYTES[0], LARGE_BYTES[1] >> 3)
         enough = max(MESSAGE_S, 10 * self._seconds(pattern, first, SMALL_BYTES))
         while num_bytes < most and self._seconds(pattern, first, num_bytes) < enough:
@@ -163,13 +165,18 @@ class _Links:
         return num_bytes
 
     def _seconds(self, pattern: Pattern, first: int, num_bytes: int) -> float:
-        """Return the seconds of one round of the pattern on the slowest rank, the fastest of `SAMPLES` samples."""
+        """Return the seconds of one round of the pattern on the slowest rank, the fastest of `SAMPLES` samples.
+
+        Collective.
+        """
+        # Two rounds open the connections and show how many rounds fill `SAMPLE_S`.
         [warm] = _slowest(self._samples(pattern, first, num_bytes, 2, 1), self.device, self.group)
         rounds = min(50, max(1, round(SAMPLE_S / warm)))
         return min(_slowest(self._samples(pattern, first, num_bytes, rounds, SAMPLES), self.device, self.group))
 
     def _samples(self, pattern: Pattern, first: int, num_bytes: int, rounds: int, num_samples: int) -> list[float]:
-        """Return this rank's seconds a round for each sample; a sample is `rounds` rounds one after the other."""
+        """Return this rank's seconds a round for each sample; a sample is `rounds` rounds in sequence. Collective."""
+        # This rank's messages of the pattern: process group, whether it sends, the other end.
         mine: list[tuple[dist.ProcessGroup, bool, int]] = []
         for source, target in pattern.messages:
             source, target = source + first, target + first
@@ -207,7 +214,10 @@ def _speed(
     group: dist.ProcessGroup | None,
     backend: str,
 ) -> Speed:
-    """Return the speed of attention, from a tile that takes `TILE_S` and one with a sixteenth of its pairs."""
+    """Return the speed of attention, from a tile that takes `TILE_S` and one with a sixteenth of its pairs. Collective.
+
+    All ranks compute at once, and the slowest counts.
+    """
 
     def flops(num_tokens: int) -> float:
         return 4.0 * head_dim * num_heads * (num_tokens * (num_tokens + 1) // 2)
@@ -234,15 +244,15 @@ def _speed(
         large *= 2
     small = large // 4
     (forward, backward), (small_forward, small_backward) = seconds(large, SAMPLES), seconds(small, SAMPLES)
-    share = flops(small) / flops(large)
+    ratio = flops(small) / flops(large)
     # Solve t = tile_s + flops / rate for both sizes; tile_s is the mean of both passes, at most half of a large tile.
-    overheads = [(x - share * y) / (1 - share) for x, y in ((small_forward, forward), (small_backward, backward))]
+    overheads = [(x - ratio * y) / (1 - ratio) for x, y in ((small_forward, forward), (small_backward, backward))]
     tile_s = min(max(0.0, sum(overheads) / 2), 0.5 * min(forward, backward))
     return Speed(flops(large) / (forward - tile_s), 2.5 * flops(large) / (backward - tile_s), tile_s)
 
 
 def _timed(run: Callable[[], None], device: torch.device, group: dist.ProcessGroup | None) -> float:
-    """Return the seconds of `run` on this rank; all ranks start together."""
+    """Return the seconds of `run` on this rank; all ranks start together. Collective."""
     _meet(device, group)
     started = time.perf_counter()
     run()

@@ -51,7 +51,7 @@ class Recorded(Distributed):
         return result
 
     def _wait(self, message: Message) -> None:
-        self._now()
+        self._now()  # a tile that was running ends before the wait
         super()._wait(message)
         self.events.append(Event(self.group.rank, message, self._posted_s.pop(message), self._now()))
 

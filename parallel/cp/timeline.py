@@ -39,12 +39,12 @@ class Panel:
 
     @property
     def total_s(self) -> float:
-        """Time from the first start to the last stop of all ranks."""
+        """Seconds from the first start to the last stop of all ranks."""
         return max((e.stop_s for e in self.events), default=0.0) - min((e.start_s for e in self.events), default=0.0)
 
     @property
     def exposed_s(self) -> float:
-        """Exposed communication: total time minus the compute time of the busiest rank."""
+        """Exposed communication in seconds: total time minus the compute time of the busiest rank."""
         busy = [0.0] * self.grid.size
         for event in self.events:
             if isinstance(event.what, Tile):
@@ -81,6 +81,7 @@ def draw(rows: Sequence[Sequence[Panel]], file: Path, *, ranks_per_node: int) ->
 def _draw_panel(panel: Panel, ranks: list[int], axes: Axes) -> None:
     """Draw a panel: each rank has three lanes, tiles, sends and receives; in a lane each flow has a line of its own."""
     flows = [f for f in FLOWS if any(isinstance(e.what, Message) and e.what.flow == f for e in panel.events)]
+    # Height of each rank, in units of ranks: the first is at the top.
     at = {rank: len(ranks) - 1 - number for number, rank in enumerate(ranks)}
     line = 0.3 / max(1, len(flows))
     origin = min((e.start_s for e in panel.events), default=0.0)
@@ -89,6 +90,7 @@ def _draw_panel(panel: Panel, ranks: list[int], axes: Axes) -> None:
     for event in panel.events:
         if event.rank not in at:
             continue
+        # Within a rank's unit: receives from 0.02 up, sends from 0.33, tiles from 0.64 to 0.92.
         span = ((event.start_s - origin) * 1e3, (event.stop_s - event.start_s) * 1e3)
         if isinstance(event.what, Tile):
             bars.setdefault((TILE, at[event.rank] + 0.64, 0.28), []).append(span)

@@ -46,12 +46,14 @@ class Fabric:
         elif self.kind == "mesh":
             links = [("link", source, target)]
         else:
+            # The shorter way; forward if both are equally long.
             ahead = (target - source) % size
             hops, step = (ahead, 1) if ahead <= size - ahead else (size - ahead, -1)
             links = [("link", (source + hop * step) % size, (source + (hop + 1) * step) % size) for hop in range(hops)]
         # A ring passes a message on link by link; on other fabrics a path has one latency.
         latency_s = self.latency_s * (len(links) if self.kind == "ring" else 1)
         if not self.full_duplex:
+            # One link for both directions, and one port for in and out: the name keeps the ends alone, in order.
             links = [("both ways", *sorted(ends)) for _, *ends in links]
         return Path(tuple((name, *link) for link in links), self.bytes_per_s, latency_s)
 
@@ -67,6 +69,7 @@ class Topology:
 
     def path(self, size: int, source: int, target: int) -> Path:
         """Return the path between two of `size` ranks, which fill one node after the other."""
+        # Each node has links of its own, named by its number; `min`: a ring inside a node closes among the ranks used.
         node, per_node = source // self.ranks_per_node, self.ranks_per_node
         if self.across is None or node == target // per_node:
             return self.inside.path(min(size, per_node), source % per_node, target % per_node, node)

@@ -17,7 +17,7 @@ Contents = Mapping[Message, list[Tensor]]
 
 
 class Transport(Protocol):
-    """Carrier of the tensors of messages from their sources to their targets."""
+    """Interface that `execute` needs: a carrier of the tensors of messages from their sources to their targets."""
 
     def post(self, sends: Contents, receives: Contents) -> None:
         """Start messages. Their tensors are contiguous and must not change until the message has been waited for."""
@@ -84,8 +84,8 @@ class InProcess:
     """Transport between ranks that all run in this process, on one device: a message is a copy."""
 
     def __init__(self) -> None:
-        self.waiting: dict[Message, tuple[bool, list[Tensor]]] = {}
-        self.delivered: dict[Message, int] = {}
+        self.waiting: dict[Message, tuple[bool, list[Tensor]]] = {}  # posted by one end: whether it sends, tensors
+        self.delivered: dict[Message, int] = {}  # number of ends that have not waited for it yet
 
     def post(self, sends: Contents, receives: Contents) -> None:
         """Start messages (see `Transport`); each is copied when both ends have posted it."""
@@ -108,6 +108,7 @@ class InProcess:
         Each pass runs until it waits for a message that has not been delivered; then the next has its turn.
         """
         results: dict[int, T] = {}
+        # Message for which each rank waits; None before its first.
         wanted: dict[int, Message | None] = dict.fromkeys(range(len(passes)))
         while len(results) < len(passes):
             moved = False

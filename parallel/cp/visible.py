@@ -109,7 +109,7 @@ def hull(ranges: Ints, axis: int | tuple[int, ...]) -> Ints:
 
 
 def num_pairs(queries: Shares, keys: Shares, visibility: Visibility) -> Ints:
-    """Return the number of visible (query, key) pairs, `[...]`, to which the work of a tile is proportional.
+    """Return the number of visible (query, key) pairs, `[...]`, to which the FLOPs of a tile are proportional.
 
     The shares broadcast.
     """

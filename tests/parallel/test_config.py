@@ -52,3 +52,5 @@ def test_wrong_settings_are_refused(change, said):
 def test_a_grid_of_another_size_is_refused_with_advice():
     with pytest.raises(ValueError, match=r"a grid of 4 ranks, and a bucket is spread over 8.*schedule_of\.8"):
         CpConfig(schedule="query=4").named_grid(8)
+    with pytest.raises(ValueError, match=r"parallel\.cp\.schedule_of\.8 = 'query=4': is a grid of 4 ranks"):
+        CpConfig(schedule_of={"8": "query=4"}).named_grid(8)

@@ -25,7 +25,7 @@ from longring.parallel.cp.topology import PRESETS, Fabric, Topology
 from longring.parallel.cp.transports import InProcess
 from longring.parallel.cp.visible import Shares, Visibility
 
-EVERYBODY_SEES_ALL = Visibility(causal=False)
+ALL_PAIRS = Visibility(causal=False)
 ONE = AttentionShape(num_heads=1, num_kv_heads=1, head_dim=1)
 """Rows have 4 bytes of keys and values, 2 of queries, and 2 + 4 (lse) of results in the forward."""
 PAIR_A_SECOND = Speed(forward_flops=4.0, backward_flops=10.0)
@@ -38,8 +38,8 @@ def switch(bytes_per_s: float, latency_s: float = 0.5, ends_per_port: int = 1) -
 def played(grid: CpGrid, topology: Topology, direction="forward", speed=PAIR_A_SECOND) -> Price:
     """Return the price with four tokens a rank: every tile has 16 pairs."""
     layouts = [contiguous(4 * grid.size, rank, grid.size) for rank in range(grid.size)]
-    schedule = Schedule(grid, layouts, EVERYBODY_SEES_ALL, direction)
-    return play(schedule, EVERYBODY_SEES_ALL, topology, ONE, speed)
+    schedule = Schedule(grid, layouts, ALL_PAIRS, direction)
+    return play(schedule, ALL_PAIRS, topology, ONE, speed)
 
 
 def test_keys_travel_under_the_own_tile():
@@ -71,8 +71,8 @@ def test_results_leave_after_their_tile():
 def test_ulysses_trades_before_and_after():
     """Two heads, one a rank: 4 rows x (2 + 4) bytes to trade, 64 pairs of one head, 4 rows x 2 bytes to trade back."""
     layouts = [contiguous(8, rank, 2) for rank in range(2)]
-    schedule = Schedule(CpGrid.ulysses(2), layouts, EVERYBODY_SEES_ALL, "forward")
-    found = play(schedule, EVERYBODY_SEES_ALL, switch(4.0), AttentionShape(2, 2, 1), PAIR_A_SECOND)
+    schedule = Schedule(CpGrid.ulysses(2), layouts, ALL_PAIRS, "forward")
+    found = play(schedule, ALL_PAIRS, switch(4.0), AttentionShape(2, 2, 1), PAIR_A_SECOND)
     assert found.seconds == (24 / 4 + 0.5) + 64 + (8 / 4 + 0.5)
 
 
@@ -85,7 +85,7 @@ class HandMade(Schedule):
 
     def __init__(self, size: int, messages: list[Message], tiles: Sequence[tuple[int, int]]) -> None:
         held = [SeqLayout(((0, 8),), (0, 8))] * size
-        super().__init__(CpGrid(kv=size), held, EVERYBODY_SEES_ALL, "forward")
+        super().__init__(CpGrid(kv=size), held, ALL_PAIRS, "forward")
         columns = [(FLOWS.index(m.flow), m.owner, *m.rows, m.source, m.target, m.posted, m.due) for m in messages]
         self.all_messages = Messages(*np.array(columns).T)
         # One more share, of another document: a rank that is paired with it has no tile.
@@ -102,7 +102,7 @@ class HandMade(Schedule):
 def arrivals(topology: Topology, size: int, messages: list[Message], tiles=()) -> list[float]:
     """Return the arrival time of each message; a row of keys takes one second on a link of 4 bytes/s."""
     made = HandMade(size, messages, tiles)
-    found = play(made, EVERYBODY_SEES_ALL, topology, ONE, PAIR_A_SECOND, record=True)
+    found = play(made, ALL_PAIRS, topology, ONE, PAIR_A_SECOND, record=True)
     stops = {event.what: event.stop_s for event in found.events}
     return [stops[message] for message in messages]
 

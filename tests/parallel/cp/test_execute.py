@@ -63,10 +63,10 @@ def by_the_grid(case: Case, grid: CpGrid, cut=zigzag, **options) -> Tensors:
     spec = AttentionSpec(grid, layouts, case.visibility, **options)
     q, k, v, dout = ([x[:, layout.positions()] for layout in layouts] for x in case.inputs())
     wires = InProcess()
-    works = [forward(spec, rank, *x, wires) for rank, x in enumerate(zip(q, k, v, strict=True))]
-    outs, saved = zip(*wires.drive(works), strict=True)
-    works = [backward(spec, r, dout[r], saved[r], case.num_kv_heads, wires) for r in range(grid.size)]
-    grads = zip(*wires.drive(works), strict=True)
+    passes = [forward(spec, rank, *x, wires) for rank, x in enumerate(zip(q, k, v, strict=True))]
+    outs, saved = zip(*wires.drive(passes), strict=True)
+    passes = [backward(spec, r, dout[r], saved[r], case.num_kv_heads, wires) for r in range(grid.size)]
+    grads = zip(*wires.drive(passes), strict=True)
     order = torch.cat([layout.positions() for layout in layouts]).argsort()
     whole = [torch.cat(parts, dim=1)[:, order] for parts in (outs, *grads)]
     return named(whole[0], whole_lse(grid, layouts, saved), whole[1:])
@@ -202,9 +202,9 @@ def test_every_rank_waiting_is_an_error():
     layouts = tuple(zigzag(24, rank, 3) for rank in range(3))
     spec, wires = AttentionSpec(grid, layouts, Visibility()), InProcess()
     q, k, v, _ = case.inputs()
-    works = [forward(spec, rank, *(x[:, layouts[rank].positions()] for x in (q, k, v)), wires) for rank in (0, 1)]
+    passes = [forward(spec, rank, *(x[:, layouts[rank].positions()] for x in (q, k, v)), wires) for rank in (0, 1)]
     with pytest.raises(AssertionError, match="every rank waits"):
-        wires.drive(works)
+        wires.drive(passes)
 
 
 def test_gradients_of_a_kv_head_of_many_ranks_are_summed_in_fp32():

@@ -96,7 +96,7 @@ class Player:
             for share in step.done:
                 rows = self.held.pop(share)
                 first, last = rows[1], rows[1] + len(rows[0])
-                assert hull(self.used.pop((share, "share"))) == (first, last), "rows that nobody needs were sent"
+                assert hull(self.used.pop((share, "share"))) == (first, last), "rows that no rank needs were sent"
         assert set(self.held) == {Share("queries", position), Share("keys", position)}, "shares are never freed"
         assert not self.partial and not self.used, "results never left"
         final[rank] = {side: self._rows_of_mine(side) for side in self.sides}
@@ -128,7 +128,7 @@ class Player:
                 self.used[share, "share"].append(message.rows)
             return tokens[start - first : stop - first]
         share = Share("queries" if message.flow == "query_results" else "keys", message.owner)
-        assert share not in self.sent, "a result leaves once"
+        assert share not in self.sent, "a result must be sent once"
         assert message.rows == self.plan.results[share] == hull(self.used.pop((share, "results")))
         self.sent.add(share)
         return self.partial.pop(share)
@@ -176,7 +176,7 @@ class Player:
             ends.append((share, rows[0], tokens[rows[0] - first : rows[1] - first]))
         (query, query_row, queries), (key, key_row, keys) = ends
         seen = self.visible[np.ix_(queries, keys)]
-        assert seen[[0, -1]].any(1).all() and seen[:, [0, -1]].any(0).all(), "rows at a tile's edge take part"
+        assert seen[[0, -1]].any(1).all() and seen[:, [0, -1]].any(0).all(), "a row at a tile's edge takes no part"
         counts = np.zeros((len(queries), len(self.visible)), int)
         counts[:, keys] = seen
         self._add(query, query_row, counts)
@@ -230,21 +230,21 @@ def play(grid: CpGrid, layouts: Layouts, visibility: Visibility, direction: Pass
     schedule = Schedule(grid, layouts, visibility, direction)
     players = [Player(plan, grid, layouts, visible, direction) for plan in schedule.plans()]
     wires = Wires()
-    works = {rank: player.run(wires.post) for rank, player in enumerate(players)}
-    wanted: dict[int, Message | None] = dict.fromkeys(works)
+    running = {rank: player.run(wires.post) for rank, player in enumerate(players)}
+    wanted: dict[int, Message | None] = dict.fromkeys(running)
     final = {}
-    while works:
+    while running:
         moved = wires.deliver()
-        for rank, work in list(works.items()):
+        for rank, run in list(running.items()):
             try:
                 while wanted[rank] is None or wanted[rank] in wires.delivered:
                     moved = True
                     message = wanted[rank]
                     payload = wires.contents[message] if message else None
-                    wanted[rank] = next(work) if message is None else work.send(payload)
+                    wanted[rank] = next(run) if message is None else run.send(payload)
             except StopIteration as stop:
                 final[rank] = stop.value
-                del works[rank]
+                del running[rank]
         assert moved, f"deadlock: {wanted}"
     assert not any(wires.batches.values()), "messages that only one end posted"
     for channel, source, target, end in list(wires.order):
@@ -311,7 +311,7 @@ def num_rows(messages: list[Message]) -> int:
 
 @pytest.mark.parametrize("direction", PASSES)
 @pytest.mark.parametrize("size", by_lane([2, 3, 4, 6, 12], quick=[2, 3, 4, 6], slow=[12]))
-def test_blocks_held_at_a_time(size, direction):
+def test_shares_held_at_a_time(size, direction):
     """With all tiles visible, a rank holds the share in use and those on their way along the axis that changes last,
     and all shares along the other axis, which is repeated for each of them."""
     coming = {"round": 1, "round_and_home": 1, "both_ways": 2}
@@ -346,7 +346,7 @@ def test_results_on_their_way_at_a_time(size):
 
 
 @pytest.mark.parametrize("name", ["ring", "token_ring"])
-def test_rings_of_any_size_hold_two_blocks(name):
+def test_rings_of_any_size_hold_two_shares(name):
     for size in (3, 8, 64):
         plans = Schedule(NAMED[name](size), layouts_of(2 * size, size), Visibility(), "backward").plans()
         assert {(plan.peak_shares("queries"), plan.peak_shares("keys")) for plan in plans} == {

@@ -18,7 +18,7 @@ from longring.parallel.cp.topology import Fabric, Topology, ethernet, full_mesh,
 from longring.parallel.cp.visible import Shares, Visibility, num_pairs
 
 SIZES = (1, 2, 3, 4, 6)
-WORK = AttentionShape(12, 12, 64)
+SHAPE = AttentionShape(12, 12, 64)
 SPEED = Speed(1e12, 8e11, 1e-5)
 HALF_DUPLEX = Topology(
     "half duplex", 2, Fabric("mesh", 1e9, 1e-5, full_duplex=False), Fabric("ring", 1e8, 1e-5, full_duplex=False)
@@ -50,7 +50,7 @@ def played_by_hand(schedule: Schedule, visibility: Visibility, topology: Topolog
     carried: dict = defaultdict(int)
 
     def weight(message: Message) -> int:
-        return WORK.bytes_of(message, grid, schedule.direction)
+        return SHAPE.bytes_of(message, grid, schedule.direction)
 
     for number in range(max(len(plan.steps) for plan in plans)):
         for half in (0, 1):
@@ -78,7 +78,7 @@ def played_by_hand(schedule: Schedule, visibility: Visibility, topology: Topolog
             if tile is not None:
                 shares = [Shares.of([schedule.layouts[owner]]) for owner in (tile.query_owner, tile.key_owner)]
                 pairs = num_pairs(*shares, visibility)
-                ready[plan.rank] += float(SPEED.seconds(pairs, WORK, grid, schedule.direction)[0])
+                ready[plan.rank] += float(SPEED.seconds(pairs, SHAPE, grid, schedule.direction)[0])
     return max(ready), dict(carried)
 
 
@@ -93,18 +93,18 @@ def test_all_ranks_at_once_are_played_as_one_by_one(topology, direction):
             visibility = chosen.choice([Visibility(), Visibility(causal=False), Visibility(window=100)])
             schedule = Schedule(grid, layouts_of(size, 128 * size + 3, starts), visibility, direction)
             seconds, carried = played_by_hand(schedule, visibility, topology)
-            price = play(schedule, visibility, topology, WORK, SPEED)
+            price = play(schedule, visibility, topology, SHAPE, SPEED)
             assert price.seconds == pytest.approx(seconds, rel=1e-12), grid
             assert price.bytes_by_link == carried, grid
             every = [m for plan in schedule.plans() for step in plan.steps for m in step.sends]
-            assert price.sent_bytes == sum(WORK.bytes_of(m, grid, direction) for m in every)
+            assert price.sent_bytes == sum(SHAPE.bytes_of(m, grid, direction) for m in every)
 
 
 def test_two_ranks_by_arithmetic():
     """A ring of two in the forward: one message, hidden under the own tile, then the other tile."""
     num_tokens, rate, latency = 4096, 64e9, 10e-6
     schedule = Schedule(CpGrid.ring(2), layouts_of(2, num_tokens), Visibility(), "forward")
-    price = play(schedule, Visibility(), full_mesh(2), WORK, SPEED, record=True)
+    price = play(schedule, Visibility(), full_mesh(2), SHAPE, SPEED, record=True)
     rows, own = num_tokens // 2, num_tokens // 4  # the later chunk of rank 0 meets all keys of rank 1's first
     pairs_own = [own * (own + 1) // 2 * 2 + own * own] * 2
     pairs_other = [own * own * 2] * 2
@@ -125,8 +125,8 @@ def test_two_ranks_by_arithmetic():
 
 def test_events_are_recorded_at_both_ends_and_only_when_asked_for():
     schedule = Schedule(CpGrid(heads=2, query=2, kv=2), layouts_of(8, 1024), Visibility(), "backward")
-    assert play(schedule, Visibility(), full_mesh(8), WORK, SPEED).events == []
-    events = play(schedule, Visibility(), full_mesh(8), WORK, SPEED, record=True).events
+    assert play(schedule, Visibility(), full_mesh(8), SHAPE, SPEED).events == []
+    events = play(schedule, Visibility(), full_mesh(8), SHAPE, SPEED, record=True).events
     messages = schedule.all_messages.one_by_one()
     assert sorted(e.what for e in events if isinstance(e.what, Message)) == sorted(messages * 2)
     by_message: dict[Message, list[Event]] = defaultdict(list)
@@ -156,7 +156,7 @@ def test_wires_say_what_the_topology_says():
 
 def test_beyond_sixteen_ranks_the_ring_is_priced_too():
     """The ring is priced although it moves many bytes: where a node has one port, it crosses it with one rank only."""
-    found = choose(32, Pricer(2**15, WORK, ethernet(32), SPEED, passes=("forward",)))
+    found = choose(32, Pricer(2**15, SHAPE, ethernet(32), SPEED, passes=("forward",)))
     assert CpGrid.ring(32).kv in {priced.grid.kv for priced in found}
 
 

@@ -42,7 +42,7 @@ def test_mesh():
 def test_ring_goes_the_shorter_way():
     assert links(RING, 5, 3, 0) == [("link", 3, 4), ("link", 4, 0)]
     assert links(RING, 5, 0, 3) == [("link", 0, 4), ("link", 4, 3)]
-    assert links(RING, 4, 3, 1) == [("link", 3, 0), ("link", 0, 1)], "of two equal ways the one ahead"
+    assert links(RING, 4, 3, 1) == [("link", 3, 0), ("link", 0, 1)], "if both ways are equally long, the one ahead"
     assert links(RING, 2, 1, 0) == [("link", 1, 0)]
     assert RING.path(5, 3, 0).latency_s == 0.5
     assert RING.path(5, 3, 4).latency_s == 0.25

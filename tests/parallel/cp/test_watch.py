@@ -32,7 +32,7 @@ def test_messages_that_come_in_time_are_forgotten():
     watch.expect(lambda: second.set() or True, lambda: "second")
     watch.start()
     assert looked.wait(60)
-    assert len(watch.expected) == 2, "a message that has not come is kept"
+    assert len(watch.expected) == 2, "a message that has not arrived must be kept"
     come.set()
     assert second.wait(60)
     assert not ended.is_set()
