@@ -217,14 +217,17 @@ def draw_measured(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one rank of a measurement, as started by `longring plan --measure`."""
-    parser = argparse.ArgumentParser(prog="python -m longring.launch.commands.plan")
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--grid", type=CpGrid.parse, required=True)
-    parser.add_argument("--tokens", type=int, required=True)
-    parser.add_argument("--window", type=int)
-    parser.add_argument("--topology", choices=PRESETS, required=True)
-    parser.add_argument("--timeline", type=Path, required=True)
+    parser = argparse.ArgumentParser(
+        prog="python -m longring.launch.commands.plan",
+        description="Run one rank of a measurement. `longring plan --measure` starts it.",
+    )
+    parser.add_argument("recipe", help="recipe, a TOML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the recipe")
+    parser.add_argument("--grid", type=CpGrid.parse, required=True, help="grid to measure")
+    parser.add_argument("--tokens", type=int, required=True, metavar="N", help="tokens of the sequence")
+    parser.add_argument("--window", type=int, metavar="N", help="attention window (default: full attention)")
+    parser.add_argument("--topology", choices=PRESETS, required=True, help="topology of the simulation")
+    parser.add_argument("--timeline", type=Path, required=True, metavar="OUT.png", help="picture to draw")
     options = parser.parse_intermixed_args(arguments)
     return as_rank(
         lambda: draw_measured(

@@ -31,7 +31,7 @@ def test_two_ranks_of_this_machine(tmp_path, capfd):
 @pytest.mark.parametrize("arguments", [["--ranks", "1"], [DEMO, "train.ranks_per_node=1"]])
 def test_one_rank_has_no_links(arguments, capsys):
     assert cli.main(["topology", *arguments]) == 2
-    assert "--ranks 2, or more" in " ".join(capsys.readouterr().err.split())
+    assert "start two or more, with --ranks 2" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_tables_of_a_cluster_fit_80_columns():
