@@ -31,8 +31,8 @@ HEAD = """# Errors
 Mistakes and faults, and the message of each on standard error after `error: `. A message names a key or a file, says
 what is wrong with it, and after the semicolon what to do. Each row is a message that a test sees
 (`tests/launch/test_error_table.py`, which also writes this page); paths and hashes are shortened to `…`.
-`tests/launch/test_advice.py` and `tests/data/test_config.py` carry advice out and see the error gone. The exit status is 2
-for errors that only a person can correct; [faults.md](faults.md) has the others.
+`tests/launch/test_advice.py` and `tests/data/test_config.py` carry advice out and see the error gone. The status is
+2 for errors that only a person can correct; [faults.md](faults.md) has the others.
 """
 
 

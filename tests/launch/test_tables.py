@@ -62,5 +62,5 @@ def test_the_plan_of_seven_buckets(recipe_file, capsys):
     recipe = load_recipe(recipe_file, [*settings, "parallel.tokens_per_rank=64", "parallel.cp.topology=full_mesh"])
     plan(recipe, Console(width=80))
     text = capsys.readouterr().out
-    assert "4,096   64" in text
+    assert "4,096 64 full" in " ".join(text.split())
     cells(text)
