@@ -35,9 +35,11 @@ sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONS
 from lib.process import peak_megabytes, use_one_core
 from lib.script import Row, make_parser, make_table, write_record
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
-from longring.data.format.tokenizer import DocumentTokenizer, train_tokenizer
+from longring.data.format.tokenizer import DocumentTokenizer
 from longring.data.prepare.input_shard import prepare_input_shard
+from longring.data.prepare.merge import read_part
 from longring.data.prepare.sources import input_shards
+from longring.data.prepare.train_tokenizer import train_tokenizer
 from rich.console import Console
 
 MIN_TOKENS, MAX_TOKENS = 256, 8192
@@ -144,8 +146,8 @@ def measure(folder: Path, texts: list[str], rounds: int, copies_of: tuple[int, .
         times["ours"].append(cpu_seconds(lambda name=f"ours{turn}": ours(folder, name)))
         times["script"].append(cpu_seconds(lambda name=f"script{turn}": script(folder, name, tokenizer)))
     rate = {name: tokens / min(values) for name, values in times.items()}
-    books = json.loads((folder / "ours0" / "work" / "books" / "000000.json").read_text())
-    shortest = [row for row in books["shards"] if row[3] == MIN_TOKENS]
+    _, shards = read_part(folder / "ours0", 0)
+    shortest = shards[shards["length"] == MIN_TOKENS]
     theirs = folder / "script0" / f"D{MIN_TOKENS}.tar"
     with tarfile.open(theirs) as tar:
         their_tokens = MIN_TOKENS * len(tar.getnames())
@@ -156,7 +158,7 @@ def measure(folder: Path, texts: list[str], rounds: int, copies_of: tuple[int, .
             {"member": name, "tokens_per_s": rate[name], "ours_is": rate["ours"] / rate[name], "goal": GOALS.get(name)}
             for name in ("ours", "bare", "script")
         ],
-        "bytes_per_token_256": sum(row[5] for row in shortest) / sum(row[4] * row[3] for row in shortest),
+        "bytes_per_token_256": int(shortest["size_bytes"].sum()) / (MIN_TOKENS * int(shortest["sequences"].sum())),
         "script_bytes_per_token_256": theirs.stat().st_size / their_tokens,
         **{f"peak_mb_x{copies}": value for copies, value in memory.items()},
         "memory_growth": memory[copies_of[-1]] / memory[1],

@@ -1,1 +1,1 @@
-"""What prepared data is on disk: manifest, shards, ledger, tokenizer; and the reader of its sequences."""
+"""Prepared data on disk: manifest, shards, ledger and tokenizer, and the reader of its sequences."""

@@ -1,7 +1,7 @@
-"""What a prepared directory holds: its manifest, read back with checks that name the file and both values.
+"""Manifest of prepared data, written by `longring prepare` and `longring order`, and checked when read.
 
-`manifest.json` has the settings, the hashes of the files beside it and the ledger: some kB, whatever the corpus.
-`shards.npy` is a table of all shards, 113 bytes each; where each block lies in a shard, the shard itself says.
+`manifest.json` holds the settings, the hashes of the files beside it and the ledger: some kB, whatever the corpus.
+`shards.npy` is a table of all shards, 113 bytes each; each shard has an index of its own samples.
 """
 
 import json
@@ -19,8 +19,8 @@ from ..order_config import OrderConfig
 from .document import Split
 from .ledger import Ledger
 from .reader import SequenceReader
-from .shards import SHARD_DTYPE, shard_name
-from .store import LocalStore, Store, differs, open_store
+from .shards import load_shard_table, shard_name
+from .store import LocalStore, Store, damaged_shard, open_store
 from .tokenizer import TOKENIZER_FILE, DocumentTokenizer
 
 FORMAT_VERSION = 2
@@ -28,12 +28,11 @@ MANIFEST_FILE = "manifest.json"
 SHARDS_FILE = "shards.npy"
 INPUTS_FILE = "inputs.jsonl"
 UNIGRAM_FILE = "unigram.npy"
-AGAIN = "run longring prepare again"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One source's sequences in a bucket: adjacent shards of its table."""
+    """Sequences of one source in a bucket: adjacent shards of the bucket's table."""
 
     source: str
     first_shard: int
@@ -47,10 +46,10 @@ class Bucket:
 
     length: int
     shards: NDArray[np.void]
-    """The bucket's part of the table, SHARD_DTYPE, ordered by input shard."""
+    """The bucket's part of the table, SHARD_DTYPE [shards], ordered by input shard."""
 
     parts: tuple[Part, ...]
-    """The sources in order; one without sequences is there too."""
+    """Part of each source, in order, including a source without sequences."""
 
     @property
     def sequences(self) -> int:
@@ -59,67 +58,67 @@ class Bucket:
 
     @property
     def tokens(self) -> int:
-        """Trained tokens in the bucket: `length` for each sequence, though length + 1 are stored."""
+        """Number of trained tokens: `length` for each sequence, though length + 1 are stored."""
         return self.length * self.sequences
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Manifest:
-    """The content of `manifest.json`, and the table of shards."""
+    """Content of `manifest.json`, and the table of shards."""
 
     format_version: int = FORMAT_VERSION
 
     files: dict[str, str]
-    """SHA-256 of the files beside the manifest. `unigram.npy`: how often each token is a target in the train split,
-    int64 [vocab_size]. `inputs.jsonl`: what every input shard read and gave."""
+    """SHA-256 of each file beside the manifest, by name. `unigram.npy`: number of times each token is a target in the
+    train split, int64 [vocab_size]. `inputs.jsonl`: files, records, documents and tokens of each input shard."""
 
     vocab_size: int
     """One past the highest token id."""
 
     boundary: str
-    """Name of the token that opens and closes every document."""
+    """Name of the special token that opens and closes every document."""
 
     boundary_id: int
-    """Its id."""
+    """Id of the boundary token."""
 
     dtype: str
-    """Of stored tokens, as numpy writes it: "<u2" or "<u4"."""
+    """Type of stored tokens, as numpy writes it: "<u2" or "<u4"."""
 
     config: dict[str, Any]
-    """The DataConfig that made it, without the directory: moving the data does not change it."""
+    """DataConfig of the data, without the directory, so that moving the data does not change it."""
 
     lengths: tuple[int, ...]
-    """Of the buckets, ascending."""
+    """Lengths of the buckets, ascending."""
 
     has_boundaries: bool
     """Whether sequences may hold several documents that attention must keep apart."""
 
     sources: dict[str, int]
-    """The sources in order, and how many input shards each has; of ordered data one, as contexts mix them."""
+    """Number of input shards of each source, in order. Ordered data has a single source, as its contexts mix them."""
 
     order: dict[str, Any] | None = None
-    """The OrderConfig by which `longring order` arranged it, without the directories; None for data as prepared. The
-    documents of ordered data are numbered as records of all input shards together, in the order of inputs.jsonl."""
+    """OrderConfig of data made by `longring order`, without the directories; None for data made by `longring prepare`.
+    The documents of ordered data are numbered as records of all input shards, in the order of inputs.jsonl."""
 
     ledger: Ledger
-    """Where every token went."""
+    """Account of every record and token."""
 
     shards: NDArray[np.void] = field(repr=False)
-    """The table, SHARD_DTYPE."""
+    """Table of all shards, SHARD_DTYPE [shards]."""
 
     store: Store = field(repr=False)
-    """Where the data lies."""
+    """Storage of the data."""
 
     @property
     def needs_starts(self) -> bool:
-        """Whether who trains has to know where documents begin: for masks, or for positions."""
+        """Whether the trainer needs document boundaries, for masks or for RoPE resets."""
         return self.has_boundaries or bool(self.order and self.order["position_resets"])
 
     def write(self, directory: Path) -> None:
-        """Write `manifest.json` into the directory, whole, when the `files`, which are there, are on the disk."""
+        """Write `manifest.json` to `directory` by `write_whole`, after flushing the `files` there to the disk."""
         content = {**vars(self), "ledger": self.ledger.to_json()}
         del content["shards"], content["store"]
-        content["sha256"] = sha256_of_json(json.loads(json.dumps(content)))  # as it will be read: keys become text
+        content["sha256"] = sha256_of_json(json.loads(json.dumps(content)))  # as it will be read: JSON keys are text
         for name in self.files:
             sync(directory / name)
         text = json.dumps(content, indent=1) + "\n"
@@ -127,40 +126,56 @@ class Manifest:
 
     @classmethod
     def load(cls, store: Store) -> "Manifest":
-        """Read the manifest; ValueError when it is missing, unreadable or of another format version."""
+        """Read the manifest and the table of shards.
+
+        Raises ValueError if one of the files is missing, is damaged or has another format version.
+        """
         where = f"{store.name}/{MANIFEST_FILE}"
         file = store.path(MANIFEST_FILE)
         if not file.is_file():
-            raise ValueError(f"{where} does not exist, so {store.name} is not prepared data; {AGAIN}")
+            raise ValueError(
+                f"{where}: does not exist, so {store.name} is not prepared data; run `longring prepare RECIPE`, or "
+                "`longring order RECIPE` if it is the order.directory"
+            )
+        content: Any = None
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             version = content["format_version"]
             if version == FORMAT_VERSION:
-                # Data prepared by earlier versions has none.
+                # Data prepared by earlier versions has no SHA-256 of its own.
                 if (claimed := content.pop("sha256", None)) not in (None, (found := sha256_of_json(content))):
-                    raise TypeError(f"its content has SHA-256 {found}, {claimed} in itself")
-                files = {name: _checked(store, name, sha256) for name, sha256 in content["files"].items()}
+                    raise TypeError(f"SHA-256 is {found}, {claimed} in the manifest itself")
+                advice = _advice(store, content)
+                files = {name: _checked(store, name, sha256, advice) for name, sha256 in content["files"].items()}
                 return cls(
                     **{
                         **content,
                         "lengths": tuple(content["lengths"]),
                         "ledger": Ledger.from_json(content["ledger"]),
-                        "shards": np.load(files[SHARDS_FILE]).astype(SHARD_DTYPE, copy=False),
+                        "shards": load_shard_table(files[SHARDS_FILE]),
                         "store": store,
                     }
                 )
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{where} is damaged ({error!r}); {AGAIN}") from error
-        raise ValueError(f"{where} has format version {version}, this LongRing reads {FORMAT_VERSION}; {AGAIN}")
+            raise ValueError(f"{where}: damaged ({error!r}); {_advice(store, content)}") from error
+        raise ValueError(
+            f"{where}: format_version = {version}, and this LongRing reads version {FORMAT_VERSION}; "
+            f"{_advice(store, content)}"
+        )
+
+    @property
+    def command(self) -> str:
+        """The command that made the data, and that repairs it."""
+        return _command(self.order)
 
     def buckets(self, split: Split) -> tuple[Bucket, ...]:
-        """Return the split's buckets, shortest first; one without sequences is there too."""
+        """Return the buckets of a split, shortest first, including buckets without sequences."""
         ends = np.cumsum(list(self.sources.values()))
         buckets = []
         for length in self.lengths:
             chosen = (self.shards["length"] == length) & (self.shards["held_out"] == (split == "held_out"))
             shards = self.shards[chosen]
-            source = np.searchsorted(ends, shards["input_shard"], side="right")
+            source = np.searchsorted(ends, shards["input_shard"], side="right")  # [shards], ascending
             bounds = np.searchsorted(source, np.arange(len(ends) + 1)).tolist()
             parts = (
                 Part(
@@ -175,8 +190,8 @@ class Manifest:
         return tuple(buckets)
 
     def reader(self, bucket: Bucket) -> SequenceReader:
-        """Return random access to one bucket's sequences."""
-        return SequenceReader(self.store, bucket.length, bucket.shards, np.dtype(self.dtype))
+        """Return random access to the sequences of one bucket."""
+        return SequenceReader(self.store, bucket.length, bucket.shards, np.dtype(self.dtype), self.command)
 
     def tokenizer(self) -> DocumentTokenizer:
         """Return the tokenizer that made the tokens."""
@@ -184,16 +199,16 @@ class Manifest:
         return DocumentTokenizer(content, self.boundary)
 
     def unigram(self) -> NDArray[np.int64]:
-        """Return how often each token is a target in the train split: [vocab_size]."""
+        """Return the number of times each token is a target in the train split, int64 [vocab_size]."""
         return np.load(self.store.path(UNIGRAM_FILE, self.files[UNIGRAM_FILE]))
 
     def inputs(self) -> list[dict[str, Any]]:
-        """Return what every input shard read and gave: inputs.jsonl."""
+        """Return source, files, records, documents and tokens of each input shard: the lines of inputs.jsonl."""
         with self.store.path(INPUTS_FILE, self.files[INPUTS_FILE]).open(encoding="utf-8") as lines:
             return [json.loads(line) for line in lines]
 
     def origin(self, input_shard: int, record: int) -> str:
-        """Return the words for a record, as `SequenceReader.pieces` tells it."""
+        """Return the source and, if known, the file of a record that `SequenceReader.pieces` names."""
         inputs = self.inputs()
         if self.order is not None:
             first = np.cumsum([0, *(entry["records"] for entry in inputs)])
@@ -202,47 +217,56 @@ class Manifest:
         shard = inputs[input_shard]
         where = f"record {record} of source {shard['source']!r}, input shard {input_shard}"
         source = (self.config["sources"] or {"documents": self.config["source"]})[shard["source"]]
-        if source["kind"] in ("python_stdlib", "text"):  # a document a file
+        if source["kind"] in ("python_stdlib", "text"):  # one document per file
             return f"{where}: {shard['files'][record]}"
         return f"{where}: {shard['files'][0]}" if len(shard["files"]) == 1 else where
 
     def check_made_from(self, config: DataConfig, order: OrderConfig | None = None) -> None:
-        """Raise ValueError, naming the first setting that differs, unless `config` and `order` make just this data."""
-        now, directory = {"data": settings_of(config), "order": None}, f"data.directory = {config.directory}"
+        """Raise ValueError, naming the first setting that differs, unless `config` and `order` describe this data."""
+        now, name, directory = {"data": settings_of(config), "order": None}, "data.directory", config.directory
         if order is not None and order.mode != "off":
-            now["order"], directory = settings_of(order), f"order.directory = {order.directory}"
+            now["order"], name, directory = settings_of(order), "order.directory", order.directory
         for table, before in (("data", self.config), ("order", self.order)):
-            for key, then, asked in differences(table, before, now[table]):
+            for key, then, wanted in differences(table, before, now[table]):
                 raise ValueError(
-                    f"{directory} was prepared with {key} = {then!r}, not {asked!r}; "
-                    "name another directory, or delete this one to prepare it anew"
+                    f"{key} = {wanted!r}: {name} = {directory} was made with {then!r}; set it back, name another "
+                    f"{name}, or delete {directory} and run `{_command(now['order'])} RECIPE`"
                 )
 
     def check_sizes(self) -> None:
-        """Raise ValueError when a shard is missing, or has another size; nothing is read unless one has."""
+        """Raise ValueError if a shard is missing or has another size; a shard of the right size is not read."""
+        for _, error in self.damaged_shards():
+            raise error
+
+    def damaged_shards(self) -> Iterator[tuple[int, ValueError]]:
+        """Yield (input shard, error) of each shard that is missing or has another size."""
         for entry in self.shards:
             name, sha256 = shard_name(entry).path(), entry["sha256"].decode()
             file = self.store.path(name, sha256)
-            if not file.is_file():
-                raise ValueError(f"{file} is missing, {entry['size_bytes']} bytes in the manifest; {AGAIN}")
-            if file.stat().st_size != entry["size_bytes"]:
-                raise ValueError(differs(file, file, sha256))
+            if (error := damaged_shard(file, int(entry["size_bytes"]), sha256, self.command)) is not None:
+                yield int(entry["input_shard"]), error
 
     def verify(self) -> Iterator[int]:
-        """Read every shard, yielding the bytes done so far; ValueError where a SHA-256 differs from the manifest's."""
+        """Read every shard and yield the bytes read so far.
+
+        Raises ValueError at a shard that is missing or has another SHA-256 than the manifest says.
+        """
+        if isinstance(self.store, LocalStore):
+            self.check_sizes()
         done = 0
         for entry in self.shards:
-            _checked(self.store, shard_name(entry).path(), entry["sha256"].decode())
+            advice = f"delete it and run `{self.command} RECIPE`, which makes it again"
+            _checked(self.store, shard_name(entry).path(), entry["sha256"].decode(), advice)
             done += int(entry["size_bytes"])
             yield done
 
 
 def open_prepared(directory: str | Path, loader: LoaderConfig | None = None, *, check_shards: bool = True) -> Manifest:
-    """Return the manifest of prepared data after the checks that cost no reading of shards.
+    """Return the manifest of prepared data after the checks that read no shard.
 
-    Raises ValueError naming the file and both values when the format version or a hash differs, or, if asked to check
-    them, a shard of a local directory is missing or has another size. Shards from elsewhere are checked as they come;
-    `Manifest.verify` reads all.
+    Raises ValueError if a file beside the manifest is missing or damaged, if the format version differs, or, with
+    `check_shards`, if a shard of a local directory is missing or has another size. Shards of a remote directory are
+    checked when they are downloaded; `Manifest.verify` reads all shards.
     """
     manifest = Manifest.load(open_store(directory, loader))
     if check_shards and isinstance(manifest.store, LocalStore):
@@ -251,12 +275,12 @@ def open_prepared(directory: str | Path, loader: LoaderConfig | None = None, *, 
 
 
 def settings_of(config: DataConfig | OrderConfig) -> dict[str, Any]:
-    """Return what decides the content of prepared or ordered data: all of the configuration but its place."""
+    """Return the settings that decide the content of prepared or ordered data: all but the directories."""
     return {key: value for key, value in asdict(config).items() if key not in ("directory", "work_directory")}
 
 
 def differences(path: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (dotted key, value before, value now) of every setting that differs."""
+    """Yield (dotted key, value before, value now) of each setting that differs."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in now | before:
             yield from differences(f"{path}.{key}", before.get(key), now.get(key))
@@ -265,15 +289,31 @@ def differences(path: str, before: Any, now: Any) -> Iterator[tuple[str, Any, An
 
 
 def file_hashes(directory: Path, *others: str) -> dict[str, str]:
-    """Return the SHA-256 of each file that stands beside a manifest, the `others` included."""
+    """Return the SHA-256 of each file beside a manifest, `others` included, by name."""
     names = (TOKENIZER_FILE, UNIGRAM_FILE, SHARDS_FILE, INPUTS_FILE, *others)
     return {name: sha256_of(directory / name) for name in names}
 
 
-def _checked(store: Store, name: str, sha256: str) -> Path:
+def _command(order: dict[str, Any] | None) -> str:
+    return "longring prepare" if order is None else "longring order"
+
+
+def _advice(store: Store, content: Any) -> str:
+    """Return the advice for a damaged manifest, or file beside it; `content` is the manifest, if it could be read."""
+    if not isinstance(store, LocalStore):
+        return f"copy the prepared directory to {store.name} again"
+    if isinstance(content, dict) and "order" in content:
+        return f"delete {store.name} and run `{_command(content['order'])} RECIPE`"
+    return f"delete {store.name} and run `longring prepare RECIPE`, or `longring order RECIPE` if that made it"
+
+
+def _checked(store: Store, name: str, sha256: str, advice: str) -> Path:
+    """Return the path of file `name`; raise ValueError with `advice` if it is missing or has another SHA-256."""
     file = store.path(name, sha256)
     if not file.is_file():
-        raise ValueError(f"{file} is missing; {AGAIN}")
-    if sha256_of(file) != sha256:
-        raise ValueError(differs(f"{store.name}/{name}", file, sha256))
+        raise ValueError(f"{file}: missing; {advice}")
+    if (found := sha256_of(file)) != sha256:
+        file = store.path(name, sha256, anew=True)
+        if isinstance(store, LocalStore):
+            raise ValueError(f"{file}: SHA-256 is {found}, {sha256} in the manifest; {advice}")
     return file

@@ -1,10 +1,10 @@
-"""Sequences in webdataset tar shards, written in order.
+"""Webdataset tar shards of sequences, written in order.
 
-A shard holds blocks of sequences, each block three members that any webdataset reader yields as one sample:
-`<block>.documents.npy`, uint32 [pieces, 3] = (document's number in its input shard, first pair's offset in the
-document, its place in the sequence); `<block>.rows.npy`, uint32 [rows + 1], where each sequence's pieces begin among
-them; `<block>.tokens.npy`, [rows, length + 1]. A last member `__index__`, which webdataset skips, lets `SequenceReader`
-go straight to a row. Equal input gives equal bytes.
+A shard holds samples, each of them the adjacent sequences of three members that any webdataset reader yields together:
+`<sample>.documents.npy`, uint32 [pieces, 3] = (document's number in its input shard, offset of the first pair in the
+document, position in the sequence); `<sample>.rows.npy`, uint32 [rows + 1], the first piece of each sequence;
+`<sample>.tokens.npy`, [rows, length + 1]. A last member `__index__`, which webdataset skips, gives `SequenceReader`
+the byte offset of each array. Equal input gives equal bytes.
 """
 
 import io
@@ -15,17 +15,18 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+from numpy.lib import recfunctions
 from numpy.typing import NDArray
 
 from ..files import sha256_of, sync
 from .document import Split
 
-BLOCK_TOKENS = 1 << 17
-"""Tokens in a block: its 3.5 kB of tar and npy headers are then about 1% of a 16-bit block."""
+SAMPLE_TOKENS = 1 << 17
+"""Number of tokens in a sample: its 3.5 kB of tar and npy headers are then about 1% of a sample of 16-bit tokens."""
 
 INDEX_MEMBER = "__index__"
 INDEX_DTYPE = np.dtype([("rows", "<i8"), ("documents_offset", "<i8"), ("rows_offset", "<i8"), ("tokens_offset", "<i8")])
-"""One block: its rows, and the bytes from the shard's start to its arrays' first elements."""
+"""Index entry of a sample: its number of rows, and the byte offset in the shard of the first element of each array."""
 
 SHARD_DTYPE = np.dtype(
     [
@@ -36,15 +37,15 @@ SHARD_DTYPE = np.dtype(
         ("sequences", "<i8"),
         ("size_bytes", "<i8"),
         ("index_offset", "<i8"),
-        ("blocks", "<i8"),
+        ("samples", "<i8"),
         ("sha256", "S64"),
     ]
 )
-"""One shard in the manifest's table, 113 bytes."""
+"""Entry of a shard in the manifest's table, 113 bytes."""
 
 
 class ShardName(NamedTuple):
-    """What names a shard's file."""
+    """Fields that identify a shard."""
 
     input_shard: int
     split: Split
@@ -52,21 +53,32 @@ class ShardName(NamedTuple):
     number: int
 
     def path(self) -> str:
-        """Return it relative to the prepared directory."""
+        """Return the path of the shard relative to the prepared directory."""
         return f"shards/{self.input_shard:06d}/{self.split}-L{self.length:07d}-{self.number:06d}.tar"
 
 
 def shard_name(entry: Any) -> ShardName:
-    """Return the name of an element of SHARD_DTYPE."""
+    """Return the name of the shard of a table entry (SHARD_DTYPE)."""
     split: Split = "held_out" if entry["held_out"] else "train"
     return ShardName(int(entry["input_shard"]), split, int(entry["length"]), int(entry["number"]))
 
 
-class BucketWriter:
-    """Appends sequences of one length and cuts them into blocks and shards in `folder`.
+def save_shard_table(file: Path, table: NDArray[np.void]) -> None:
+    """Write a table of shards, SHARD_DTYPE [shards], as an npy file."""
+    # Format version 2 calls samples blocks; a reader matches the fields by position.
+    np.save(file, recfunctions.rename_fields(table, {"samples": "blocks"}))
 
-    `counts` [vocabulary], where given, counts the targets. A context manager: leaving it finishes the last shard;
-    leaving it by an exception only closes what is open.
+
+def load_shard_table(file: Path) -> NDArray[np.void]:
+    """Return the table of shards, SHARD_DTYPE [shards], that `save_shard_table` wrote."""
+    return np.load(file).astype(SHARD_DTYPE, copy=False)
+
+
+class BucketWriter:
+    """Writer that appends sequences of one length and cuts them into samples and shards in `folder`.
+
+    `counts` [vocab_size], if given, counts the targets. The writer is a context manager: leaving it finishes the last
+    shard, leaving it by an exception only closes the open file.
     """
 
     def __init__(
@@ -80,8 +92,10 @@ class BucketWriter:
         self._folder = folder
         self._name = name
         self._shard_rows = max(1, shard_tokens // name.length)
-        self._block = np.empty((max(1, min(BLOCK_TOKENS, shard_tokens) // name.length), name.length + 1), dtype=dtype)
+        sample_rows = max(1, min(SAMPLE_TOKENS, shard_tokens) // name.length)
+        self._sample = np.empty((sample_rows, name.length + 1), dtype=dtype)  # [rows, length + 1]
         self._counts = counts
+        # First piece of each row of the sample, and the number of pieces at the end: [rows + 1].
         self._rows = [0]
         self._pieces: list[tuple[int, int, int]] = []
         self._rows_in_shard = 0
@@ -100,51 +114,48 @@ class BucketWriter:
                 self._finish_shard()
         finally:
             if self._tar is not None:
-                # Buffers may meet the same full disk again; the first error is the one to show.
+                # Closing flushes buffers, which may fail on the same full disk; the first error is the one to show.
                 with suppress(OSError):
                     self._tar.close()
 
     def append(self, tokens: NDArray, pieces: list[tuple[int, int, int]]) -> None:
-        """Add one sequence: `tokens` [length + 1] of `pieces` (document, first pair's offset in it, place in here)."""
-        self._block[len(self._rows) - 1] = tokens
+        """Add a sequence `tokens` [length + 1] with its `pieces` (document, offset in it, position in the sequence)."""
+        self._sample[len(self._rows) - 1] = tokens
         self._pieces += pieces
         self._rows.append(len(self._pieces))
         self._rows_in_shard += 1
         if self._rows_in_shard == self._shard_rows:
             self._finish_shard()
-        elif len(self._rows) > len(self._block):
-            self._write_block()
+        elif len(self._rows) > len(self._sample):
+            self._write_sample()
 
     def shards(self) -> NDArray[np.void]:
-        """Return what was written, SHARD_DTYPE [shards]; call it after the context has ended."""
+        """Return the table of the shards written, SHARD_DTYPE [shards]; call it after the context has ended."""
         return np.array(self._shards, dtype=SHARD_DTYPE)
 
-    def _write_block(self) -> None:
+    def _write_sample(self) -> None:
         if self._tar is None:
             self._tar = tarfile.open(  # noqa: SIM115  closed by _finish_shard, or on leaving the context
                 self._folder / Path(self._name._replace(number=len(self._shards)).path()).name,
                 "w",
                 format=tarfile.USTAR_FORMAT,
             )
-        tokens = self._block[: len(self._rows) - 1]
+        tokens = self._sample[: len(self._rows) - 1]
         if self._counts is not None:
             self._counts += np.bincount(tokens[:, 1:].ravel(), minlength=len(self._counts))
-        documents = np.array(self._pieces, dtype="<u4")
+        arrays = {
+            "documents": np.array(self._pieces, dtype="<u4"),  # [pieces, 3]
+            "rows": np.array(self._rows, dtype="<u4"),  # [rows + 1]
+            "tokens": tokens,  # [rows, length + 1]
+        }
         key = f"{len(self._index):06d}"
-        offsets = [
-            _add(self._tar, f"{key}.{name}.npy", array)
-            for name, array in (
-                ("documents", documents),
-                ("rows", np.array(self._rows, dtype="<u4")),
-                ("tokens", tokens),
-            )
-        ]
+        offsets = [_add(self._tar, f"{key}.{name}.npy", array) for name, array in arrays.items()]
         self._index.append((len(tokens), *offsets))
         self._rows, self._pieces = [0], []
 
     def _finish_shard(self) -> None:
         if len(self._rows) > 1:
-            self._write_block()
+            self._write_sample()
         if self._tar is None:
             return
         index_offset = _add(self._tar, INDEX_MEMBER, np.array(self._index, dtype=INDEX_DTYPE))
@@ -152,7 +163,7 @@ class BucketWriter:
         self._tar.close()
         self._tar = None
         sync(path)
-        sequences = sum(block[0] for block in self._index)
+        sequences = sum(rows for rows, *_ in self._index)
         self._shards.append(
             (
                 self._name.input_shard,
@@ -170,13 +181,14 @@ class BucketWriter:
 
 
 def _add(tar: tarfile.TarFile, name: str, array: NDArray) -> int:
-    """Add an array as an npy member; return the bytes from the tar's start to its first element."""
+    """Add `array` to `tar` as an npy member; return the byte offset of its first element from the start of the tar."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
-    # A new TarInfo has time 0, no owner and mode 644: the bytes depend on the array alone.
+    # A new TarInfo has time 0, no owner and mode 644, so the bytes depend on the array alone.
     member = tarfile.TarInfo(name)
     member.size = buffer.tell()
     buffer.seek(0)
     tar.addfile(member, buffer)
+    # The member ends at tar.offset less its padding to whole tar blocks, and the array ends with the member.
     padded = -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     return tar.offset - padded + member.size - array.nbytes

@@ -1,8 +1,8 @@
-"""Where prepared data lies: a directory here, or a remote one whose files are kept on a local disk.
+"""Storage of prepared data: a local directory, or a remote one whose files are cached on a local disk.
 
-Any store that fsspec knows will do (s3, gcs, http, ...). A file is downloaded under another name, checked against its
-SHA-256 and renamed, one process of a machine at a time; when the cache is over its limit, the files least recently
-opened go. A file that is in use when it goes stays readable for who has it open.
+A remote directory may be on any store that fsspec knows (s3, gcs, http, ...). A file is downloaded under a temporary
+name, checked against its SHA-256 and renamed, by one process of a machine at a time. When the cache exceeds its limit,
+the least recently opened files are removed; a process that has such a file open can still read it.
 """
 
 import fcntl
@@ -20,52 +20,67 @@ from ..files import sha256_of
 
 CHUNK_BYTES = 1 << 22
 ATTEMPTS = 4
-"""A store that fails is asked again after 1, 2 and 4 seconds."""
+"""Number of attempts to read from a store, 1, 2 and 4 seconds apart."""
 
 
 class Store(Protocol):
-    """Gives files of prepared data as local paths."""
+    """Storage that gives the files of prepared data as local paths."""
 
     name: str
-    """The directory or address, for messages."""
+    """Directory or address, for messages."""
 
-    def path(self, name: str, sha256: str | None = None) -> Path:
-        """Return where file `name` is to be read; one fetched from elsewhere has `sha256`, or ValueError tells both."""
+    def path(self, name: str, sha256: str | None = None, *, anew: bool = False) -> Path:
+        """Return the local path of file `name`; `anew` replaces a cached copy.
+
+        Raises ValueError if a file that is fetched has another SHA-256 than `sha256`.
+        """
         ...
 
 
 class LocalStore:
-    """A directory of this machine."""
+    """Local directory."""
 
     def __init__(self, directory: Path):
         self.name = str(directory)
         self.directory = directory
 
-    def path(self, name: str, sha256: str | None = None) -> Path:
-        """Return the file's path, whether it is there or not."""
+    def path(self, name: str, sha256: str | None = None, *, anew: bool = False) -> Path:
+        """Return the path of file `name`, whether it exists or not."""
         return self.directory / name
 
 
 class CachedStore:
-    """A remote directory, its files kept in `cache` up to `limit_bytes`."""
+    """Remote directory whose files are cached under `cache`; its shards take up to `limit_bytes` there.
+
+    Raises ValueError if fsspec cannot open the address.
+    """
 
     def __init__(self, address: str, cache: Path, limit_bytes: int):
         self.name = address.rstrip("/")
-        from fsspec.core import url_to_fs  # takes a second that local data does without
+        from fsspec.core import url_to_fs  # the import takes a second, which local data need not spend
 
         try:
             self._filesystem, self._root = url_to_fs(self.name)
         except (ImportError, ValueError) as error:
-            raise ValueError(f"data.directory = {address} cannot be opened: {error}") from error
+            raise ValueError(
+                f"data.directory = {address}: cannot be opened ({error}); correct the address, or install the fsspec "
+                "package of its protocol"
+            ) from error
         self._cache = cache / hashlib.sha256(self.name.encode()).hexdigest()[:16]
         self._limit_bytes = limit_bytes
 
-    def path(self, name: str, sha256: str | None = None) -> Path:
-        """Return the file's local path, downloading it if it is not there; without `sha256` it is fetched anew."""
+    def path(self, name: str, sha256: str | None = None, *, anew: bool = False) -> Path:
+        """Return the local path of file `name`; download it if it is not cached, if `anew`, or without `sha256`.
+
+        Raises ValueError if the remote file is missing or has another SHA-256, and OSError if the store keeps failing.
+        """
         file = self._cache / name
+        if sha256 is not None:
+            # The hash in the name keeps the files of older data at the same address from being taken for these.
+            file = file.with_name(f"{file.stem}.{sha256[:16]}{file.suffix}")
         file.parent.mkdir(parents=True, exist_ok=True)
         with self._locked(hashlib.sha256(name.encode()).hexdigest()[:2]):
-            if sha256 is None or not file.is_file():
+            if sha256 is None or anew or not file.is_file():
                 self._fetch(name, file, sha256)
         os.utime(file)
         return file
@@ -76,8 +91,8 @@ class CachedStore:
             found = self._download(name, begun)
             if sha256 is not None and found != sha256:
                 raise ValueError(
-                    f"{self.name}/{name} has SHA-256 {found}, {sha256} in the manifest; copy it there again, or "
-                    "prepare the data again"
+                    f"{self.name}/{name}: SHA-256 is {found}, {sha256} in the manifest; copy the file there again from "
+                    "where the data was prepared"
                 )
             begun.rename(file)
         finally:
@@ -86,7 +101,7 @@ class CachedStore:
             self._evict(keep=file)
 
     def _download(self, name: str, file: Path) -> str:
-        """Return the SHA-256 of what came."""
+        """Write the remote file to `file`; return its SHA-256."""
         for attempt in range(ATTEMPTS):
             digest = hashlib.sha256()
             try:
@@ -96,12 +111,13 @@ class CachedStore:
                         local.write(chunk)
                 return digest.hexdigest()
             except FileNotFoundError as error:
-                raise ValueError(
-                    f"{self.name}/{name} does not exist; run longring prepare, or copy it there"
-                ) from error
+                raise ValueError(f"{self.name}/{name}: does not exist; copy the prepared directory there") from error
             except OSError as error:
                 if attempt == ATTEMPTS - 1:
-                    raise OSError(f"{self.name}/{name} cannot be read after {ATTEMPTS} attempts: {error}") from error
+                    raise OSError(
+                        f"{self.name}/{name}: cannot be read after {ATTEMPTS} attempts ({error}); start again when the "
+                        "store answers"
+                    ) from error
                 time.sleep(2**attempt)
         raise AssertionError("the last attempt returns or raises")
 
@@ -123,17 +139,29 @@ class CachedStore:
 
 
 def open_store(directory: str | Path, loader: LoaderConfig | None = None) -> Store:
-    """Return the store of prepared data; an address with "://" is remote and needs `loader.cache_directory`."""
+    """Return the store of prepared data; an address with "://" is remote.
+
+    Raises ValueError if it is remote and `loader.cache_directory` is empty, or if it cannot be opened.
+    """
     if "://" not in str(directory):
         return LocalStore(Path(directory))
     if loader is None or not loader.cache_directory:
         raise ValueError(
-            f"data.directory = {directory} is remote and loader.cache_directory is empty; name a directory on a disk "
-            "of this machine"
+            f"loader.cache_directory = '': data.directory = {directory} is remote and needs a cache; set it to a "
+            "directory on a local disk"
         )
     return CachedStore(str(directory), Path(loader.cache_directory), loader.cache_bytes)
 
 
-def differs(file: str | Path, found: Path, sha256: str) -> str:
-    """Return the words for a file that is not what the manifest says."""
-    return f"{file} has SHA-256 {sha256_of(found)}, {sha256} in the manifest; run longring prepare again"
+def damaged_shard(file: Path, size_bytes: int, sha256: str, command: str) -> ValueError | None:
+    """Return the error of a shard that is missing or does not have `size_bytes`; None if its size is right.
+
+    The message advises to run `command`, which made the data and repairs it.
+    """
+    if not file.is_file():
+        found = f"missing, {size_bytes} bytes in the manifest"
+    elif (size := file.stat().st_size) != size_bytes:
+        found = f"{size} bytes with SHA-256 {sha256_of(file)}, {size_bytes} bytes with SHA-256 {sha256} in the manifest"
+    else:
+        return None
+    return ValueError(f"{file}: {found}; run `{command} RECIPE`, which makes it again")

@@ -4,8 +4,8 @@
   shards/000012/                 tar shards of part 12
   work/layout/                   the layout of both splits
   work/parts.json                number of parts; written last, so the layout is done
-  work/books/000012.json         ledger and table of shards of part 12; written last, so the part is done
-  work/counts, work/placement    counts of the part's train targets; sequences in which its documents begin
+  work/placement/000012.npy      sequences in which documents begin, of part 12
+  work/counts, work/ledgers      the other results of part 12 (prepare/merge.py)
 """
 
 import json
@@ -19,16 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import DataConfig
-from ..files import sync, write_whole
+from ..files import write_whole
 from ..format.document import NO_DOCUMENT, SPLITS, Split
 from ..format.ledger import Ledger, SplitLedger
-from ..format.manifest import INPUTS_FILE, MANIFEST_FILE, SHARDS_FILE, UNIGRAM_FILE, Manifest, file_hashes, settings_of
-from ..format.shards import SHARD_DTYPE, BucketWriter, ShardName
+from ..format.manifest import INPUTS_FILE, MANIFEST_FILE, Manifest, file_hashes, settings_of
+from ..format.shards import BucketWriter, ShardName
 from ..format.store import LocalStore
 from ..format.tokenizer import TOKENIZER_FILE
 from ..order_config import OrderConfig
-from ..prepare.input_shard import books_file, counts_file
-from ..prepare.merge import give_name
+from ..prepare.merge import give_name, merge_parts, publish_part
 from .contexts import Layout, lay_in_context, lay_long_buckets, read_sequence, stored
 from .documents import Documents, save
 from .neighbors import Embeddings
@@ -75,7 +74,7 @@ def make_part(
     number: int,
     on_progress: Callable[[float], None],
 ) -> None:
-    """Write part `number` of every bucket of both splits: shards, then counts and placement, then the books.
+    """Write part `number` of every bucket of both splits: placement and shards, then the ledger.
 
     `on_progress` gets the fraction that is done.
     """
@@ -104,17 +103,8 @@ def make_part(
                     _enter(ledger.splits[split], length, pieces)
                     writer.append(tokens, [(_record(documents, piece[0]), *piece[1:]) for piece in pieces])
             tables.append(writer.shards())
-    sync(begun)
-    final = partial / "shards" / f"{number:06d}"
-    # A process that was killed between this rename and the books left the same bytes here.
-    shutil.rmtree(final, ignore_errors=True)
-    final.parent.mkdir(exist_ok=True)
-    begun.rename(final)
-    save(counts_file(partial, number), counts)
     save(partial / "work" / "placement" / f"{number:06d}.npy", np.array(placed, dtype=np.int64).reshape(-1, 3))
-    rows = [[entry[name].item() for name in entry.dtype.names] for entry in np.concatenate(tables)]
-    books = {"ledger": ledger.to_json(), "shards": [[*row[:-1], row[-1].decode()] for row in rows]}
-    write_whole(books_file(partial, number), lambda file: file.write_text(json.dumps(books) + "\n"))
+    publish_part(partial, number, begun, ledger, counts, np.concatenate(tables))
 
 
 def _enter(books: SplitLedger, length: int, pieces: list[tuple[int, int, int]]) -> None:
@@ -199,16 +189,12 @@ def _sum_up(documents: Documents, partial: Path, left_out: NDArray[np.uint32]) -
     ledger = Ledger.from_json(documents.manifest.ledger.to_json())
     for books in ledger.splits.values():
         books.sequences, books.packed_sequences, books.filler_tokens = Counter(), 0, 0
-    unigram = np.zeros(documents.manifest.vocab_size, dtype=np.int64)
+    ledgers, table = merge_parts(partial, num_parts(partial), documents.manifest.vocab_size)
     placement = np.zeros(len(documents), dtype=PLACEMENT_DTYPE)
     first_records = np.repeat(documents.first_record[:-1], np.diff(documents.first))
     placement["record"] = first_records + documents.column("record")
-    tables = []
-    for number in range(num_parts(partial)):
-        books = json.loads(books_file(partial, number).read_text())
-        ledger.add(Ledger.from_json(books["ledger"]))
-        tables.append(np.array([(*row[:-1], row[-1].encode()) for row in books["shards"]], dtype=SHARD_DTYPE))
-        unigram += np.load(counts_file(partial, number))
+    for number, one in enumerate(ledgers):
+        ledger.add(one)
         document, length, sequence = np.load(partial / "work" / "placement" / f"{number:06d}.npy").T
         placement["length"][document], placement["sequence"][document] = length, sequence
     gone, kept = left_out.T.astype(np.int64)
@@ -222,8 +208,5 @@ def _sum_up(documents: Documents, partial: Path, left_out: NDArray[np.uint32]) -
             ledger.splits[here].dropped_tokens["near_duplicate"] = int(chosen.sum())
     ledger.check()
     assert np.count_nonzero(placement["length"]) == len(documents) - len(gone), "each document that stays is placed"
-    table = np.concatenate(tables)
-    np.save(partial / UNIGRAM_FILE, unigram)
-    np.save(partial / SHARDS_FILE, table)
     np.save(partial / PLACEMENT_FILE, placement)
     return ledger, table

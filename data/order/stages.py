@@ -6,7 +6,7 @@ tasks are in tasks.py, their files in work_directory.py.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from ..files import sha256_of
 from ..format.document import NO_DOCUMENT, SPLITS
 from ..format.manifest import MANIFEST_FILE, Manifest, open_prepared
 from ..order_config import OrderConfig
+from ..prepare.merge import ledger_file, restore_parts
 from . import neighbors, tasks
 from .finish import num_parts
 from .tasks import OnProgress
@@ -53,10 +54,11 @@ def order(
     only: str = "",
     part: tuple[int, int] = (0, 1),
 ) -> Manifest | None:
-    """Make the ordered data of `config.directory`, or reuse it if its settings are the same; return its manifest.
+    """Make the ordered data of `config.directory`, or repair it if its settings are the same; return its manifest.
 
     `workers` processes share the tasks; 0: one for each CPU. The result does not depend on their number. With `only`,
-    run only that stage, of its tasks I, I + N, I + 2N, ... for `part` = (I, N), and return None.
+    run only that stage, of its tasks I, I + N, I + 2N, ... for `part` = (I, N), and return None. Shards of finished data
+    that are missing or have another size are made again.
 
     Raises ValueError if the prepared data was made with other settings than `data`, lacks documents or has too many; if
     the directory holds something else; if a stage before `only` is not done; or if the file of a stage is damaged.
@@ -71,15 +73,21 @@ def order(
     ordered_directory = Path(config.directory)
     prepared = open_prepared(data.directory)
     prepared.check_made_from(data)
+    ordered, damaged = None, []
     if ordered_directory.exists() and any(ordered_directory.iterdir()):
         if not (ordered_directory / MANIFEST_FILE).is_file():
             raise ValueError(
-                f"order.directory = {ordered_directory}: exists and is not ordered data; name another directory"
+                f"order.directory = {ordered_directory}: exists and is not ordered data; name another directory, or "
+                "delete this one if nothing in it is needed"
             )
-        ordered = open_prepared(ordered_directory)
+        ordered = open_prepared(ordered_directory, check_shards=False)
         ordered.check_made_from(data, config)
-        console.print(f"{ordered_directory} is already ordered by these settings; using it", soft_wrap=True)
-        return ordered
+        damaged = sorted({number for number, _ in ordered.damaged_shards()})
+        if not damaged:
+            console.print(f"{ordered_directory} is already ordered by these settings; using it", soft_wrap=True)
+            return ordered
+        if only:
+            ordered.check_sizes()  # raises, as a repair takes all stages
     for split, books in prepared.ledger.splits.items():
         if books.dropped_tokens.total():
             raise ValueError(
@@ -105,7 +113,11 @@ def order(
             if only and stage.name != only:
                 _require(stage, directory, only)
                 continue
-            _run(stage, directory, part, processes, progress)
+            if ordered is not None and stage.name == "contexts":
+                _run(stage, directory, damaged, processes, progress)
+                restore_parts(directory.partial, ordered, ordered_directory, damaged)
+                break
+            _run(stage, directory, range(part[0], stage.tasks(directory), part[1]), processes, progress)
             if only:
                 return None
     return open_prepared(ordered_directory)
@@ -166,10 +178,9 @@ def _require(stage: Stage, directory: WorkDirectory, only: str) -> None:
 
 
 def _run(
-    stage: Stage, directory: WorkDirectory, part: tuple[int, int], processes: _Processes, progress: Progress
+    stage: Stage, directory: WorkDirectory, mine: Sequence[int], processes: _Processes, progress: Progress
 ) -> None:
-    """Do this machine's part of a stage's tasks that are not done, with a progress bar."""
-    mine = range(part[0], stage.tasks(directory), part[1])
+    """Do the tasks `mine` of a stage that are not done, with a progress bar."""
     left = [number for number in mine if not stage.file(directory, number).exists()]
     if not mine:
         return
@@ -261,7 +272,7 @@ STAGES = (
         "contexts",
         "writing contexts",
         lambda directory: num_parts(directory.partial),
-        lambda directory, number: directory.partial / "work" / "books" / f"{number:06d}.json",
+        lambda directory, number: ledger_file(directory.partial, number),
         tasks.write_part,
     ),
     Stage(

@@ -1,1 +1,1 @@
-"""Documents to prepared data: sources, records, decomposition and packing, one process an input shard."""
+"""Preparation: documents to prepared data, with one process per input shard."""

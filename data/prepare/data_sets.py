@@ -1,4 +1,4 @@
-"""Hugging Face data sets, by name or on disk, in parts that processes read side by side."""
+"""Hugging Face data sets, by name or on disk, in parts that processes read independently."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +10,15 @@ import pyarrow
 
 from ..config import SourceConfig
 
-# What the library raises for a data set that is not there, not readable or not as declared.
+# Errors of the library for a data set that is missing, unreadable or other than declared.
 _ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, datasets.exceptions.DatasetsError)
 
 
 def num_parts(source: SourceConfig, part_bytes: int) -> int:
-    """Return in how many parts a data set is read: a stream's own files, else its bytes by `part_bytes`."""
+    """Return the number of parts of a data set: the files of a stream, otherwise its size over `part_bytes`.
+
+    Raises ValueError if the data set cannot be opened.
+    """
     data_set = _open(source)
     if isinstance(data_set, datasets.IterableDataset):
         return max(1, data_set.num_shards)
@@ -23,10 +26,10 @@ def num_parts(source: SourceConfig, part_bytes: int) -> int:
 
 
 def data_set_rows(source: SourceConfig, part: int, parts: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (name, row) of one part's rows. Raises ValueError that names the data set, whatever goes wrong."""
+    """Yield (name, row) of the rows of one part. Raises ValueError if the data set cannot be read."""
     data_set = _open(source)
     if isinstance(data_set, datasets.IterableDataset):
-        mine = data_set.shard(num_shards=parts, index=part)  # its parts are its files
+        mine = data_set.shard(num_shards=parts, index=part)  # the parts are its files
     else:
         mine = data_set.shard(num_shards=parts, index=part, contiguous=True)
     rows = enumerate(mine, start=1)
@@ -38,12 +41,13 @@ def data_set_rows(source: SourceConfig, part: int, parts: int) -> Iterator[tuple
             except StopIteration:
                 return
             except (*_ERRORS, pyarrow.ArrowException) as error:
-                raise ValueError(f"data.source: cannot read {where}: {error}; repair it or leave it out") from error
+                raise ValueError(
+                    f"data.source.path = {source.path!r}: cannot read {where} ({error}); repair it or leave it out"
+                ) from error
             yield f"{where}: row {number}", row
 
 
 def _open(source: SourceConfig) -> "datasets.Dataset | datasets.IterableDataset":
-    where = f"data set {source.path!r}, split {source.split!r}"
     with _quiet():
         try:
             if source.kind == "hub":
@@ -53,12 +57,15 @@ def _open(source: SourceConfig) -> "datasets.Dataset | datasets.IterableDataset"
             loaded = datasets.load_from_disk(source.path)
             return loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
         except _ERRORS as error:
-            raise ValueError(f"data.source: cannot read {where}: {error}; see data.source.path and .split") from error
+            raise ValueError(
+                f"data.source.path = {source.path!r}: cannot read split {source.split!r} ({error}); correct "
+                "data.source.path, data.source.subset or data.source.split"
+            ) from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the library's log and bars off the terminal: what it logs before raising, our error says again."""
+    """Keep log and progress bars of the library off the terminal; its errors are raised as well."""
     level, bars_shown = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()

@@ -1,16 +1,14 @@
-"""One input shard to sequences: the work of one process, repeatable, seen by the others only when it is whole.
+"""One input shard to sequences: the work of one process, repeatable, and visible to others only when complete.
 
-A preparation works in `<directory>.partial/`:
+A preparation works in `<directory>.partial/`; besides the results of its parts (merge.py) it holds
 
-    tokenizer.json             the tokenizer
-    shards/000012/             the tar shards of input shard 12
-    work/plan.json             settings and input shards: whoever goes on must have the same
-    work/books/000012.json     its ledger and table of shards, written last: input shard 12 is done
-    work/counts/000012.npy     how often each token is a target of its train split
-    work/000012.<host>.<pid>/  what a process has begun
+    tokenizer.json             tokenizer
+    work/job.json              settings and hash of the input shards; whoever continues must have the same
+    work/inputs.jsonl          the input shards; offsets.bin, the first byte of each line
+    work/progress/000012       number of documents and tokens that are done
+    work/000012.<host>.<pid>/  unfinished shards of a process
 """
 
-import json
 import os
 import random
 import shutil
@@ -21,14 +19,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..config import DataConfig
-from ..files import sync, write_text, write_whole
 from ..format.document import SPLITS, Document, Split
 from ..format.ledger import Ledger
 from ..format.shards import BucketWriter, ShardName
 from ..format.tokenizer import TOKENIZER_FILE, DocumentTokenizer
 from .decompose import Piece, decompose, split_of
+from .merge import ledger_file, publish_part
 from .packing import BestFitPacker, Concatenator, Row, Segment
 from .records import RecordReader
 from .sources import InputShard
@@ -36,55 +35,37 @@ from .sources import InputShard
 PROGRESS_SECONDS = 0.5
 
 
-def books_file(partial: Path, number: int) -> Path:
-    """Return the file whose presence says that input shard `number` is done."""
-    return partial / "work" / "books" / f"{number:06d}.json"
-
-
-def counts_file(partial: Path, number: int) -> Path:
-    """Return the counts of train targets of input shard `number`, int64 [vocabulary]."""
-    return partial / "work" / "counts" / f"{number:06d}.npy"
-
-
 def progress_file(partial: Path, number: int) -> Path:
-    """Return the file where its process says how many documents and tokens it has done."""
+    """Return the file with the number of documents and tokens that a process has done of input shard `number`."""
     return partial / "work" / "progress" / f"{number:06d}"
 
 
 def prepare_input_shard(config: DataConfig, partial: Path, number: int, shard: InputShard) -> None:
-    """Make input shard `number` in `partial`, unless that has been done."""
-    if books_file(partial, number).exists():
+    """Prepare input shard `number` in `partial`, unless that has been done.
+
+    Raises ValueError if a source cannot be read or too many of its records are bad.
+    """
+    if ledger_file(partial, number).exists():
         return
-    work = partial / "work"
-    host = socket.gethostname()
+    work, host = partial / "work", socket.gethostname()
     for leftover in work.glob(f"{number:06d}.{host}.*"):
         process = int(leftover.name.rpartition(".")[2])
-        # A dead process's number may come again, even to us.
+        # The id of a dead process may come again, even to this one.
         if process == os.getpid() or not _is_alive(process):
             shutil.rmtree(leftover, ignore_errors=True)
     begun = work / f"{number:06d}.{host}.{os.getpid()}"
     begun.mkdir(parents=True)
     try:
         tokenizer = DocumentTokenizer((partial / TOKENIZER_FILE).read_bytes(), config.tokenizer.boundary)
-        writing = _Writing(config, tokenizer, begun, number, shard)
-        writing.run(progress_file(partial, number))
-        sync(begun)
-        final = partial / "shards" / f"{number:06d}"
-        # Whole but without books: a process died between the two renames, and its bytes were the same.
-        shutil.rmtree(final, ignore_errors=True)
-        final.parent.mkdir(exist_ok=True)
-        begun.rename(final)
+        writer = _InputShardWriter(config, tokenizer, begun, number, shard)
+        writer.run(progress_file(partial, number))
+        publish_part(partial, number, begun, writer.ledger, writer.counts, writer.shards())
     finally:
-        shutil.rmtree(begun, ignore_errors=True)  # unless it has got its name
-    counts = counts_file(partial, number)
-    write_whole(counts, lambda path: np.save(path, writing.counts))
-    shards = [[entry[name].item() for name in entry.dtype.names] for entry in writing.shards()]
-    books = {"ledger": writing.ledger.to_json(), "shards": [[*row[:-1], row[-1].decode()] for row in shards]}
-    write_text(books_file(partial, number), json.dumps(books) + "\n")
+        shutil.rmtree(begun, ignore_errors=True)  # nothing is left of it once it is published
 
 
-class _Writing:
-    """The sequences of one input shard on their way into its shards."""
+class _InputShardWriter:
+    """Writer of the shards of one input shard, which counts in `ledger` and `counts` what it writes."""
 
     def __init__(self, config: DataConfig, tokenizer: DocumentTokenizer, folder: Path, number: int, shard: InputShard):
         self.ledger = Ledger()
@@ -92,6 +73,7 @@ class _Writing:
         self._config = config
         self._tokenizer = tokenizer
         self._reader = RecordReader(shard, config.named_sources[shard.source], config.max_bad_fraction)
+        # One writer per split and bucket. Packers and chains serve the methods that put several documents in a row.
         self._writers = {
             (split, length): BucketWriter(
                 folder,
@@ -106,12 +88,12 @@ class _Writing:
         self._packers = {split: BestFitPacker(config.lengths[0], tokenizer.boundary_id) for split in SPLITS}
         self._chains = {split: Concatenator(config.max_bucket_tokens) for split in SPLITS}
 
-    def shards(self) -> np.ndarray:
-        """Return the table of what was written."""
+    def shards(self) -> NDArray[np.void]:
+        """Return the table of the shards written, SHARD_DTYPE [shards]."""
         return np.concatenate([writer.shards() for writer in self._writers.values()])
 
     def run(self, progress: Path) -> None:
-        """Read, cut and write everything."""
+        """Read, cut and write all documents; say in the file `progress` how many are done."""
         progress.parent.mkdir(exist_ok=True)
         shown = 0.0
         with ExitStack() as stack:
@@ -136,10 +118,10 @@ class _Writing:
         self.ledger.check()
         progress.write_text(f"{self.ledger.documents} {self.ledger.tokens}")
 
-    def _streams(self) -> Iterator[tuple[Document, np.ndarray]]:
+    def _streams(self) -> Iterator[tuple[Document, NDArray]]:
         return self._tokenizer.streams(self._reader.documents(), self._reader.reject)
 
-    def _decompose(self, split: Split, document: Document, stream: np.ndarray) -> None:
+    def _decompose(self, split: Split, document: Document, stream: NDArray) -> None:
         num_pairs = len(stream) - 1
         drawn = None
         if self._config.cut == "random":
@@ -147,7 +129,7 @@ class _Writing:
         pieces = decompose(num_pairs, self._config.lengths, drawn)
         for piece in pieces:
             self._write_piece(split, document, stream, piece)
-        done = pieces[-1].offset + pieces[-1].length if pieces else 0
+        done = pieces[-1].offset + pieces[-1].length if pieces else 0  # the pieces cover pairs [0, done)
         if done == num_pairs:
             return
         if self._config.rest == "pack":
@@ -158,8 +140,8 @@ class _Writing:
             rule = "remainder" if pieces else "short_document"
             self.ledger.splits[split].drop(rule, num_pairs - done, whole=not pieces)
 
-    def _best_fit(self, split: Split, document: Document, stream: np.ndarray) -> None:
-        """A document longer than a sequence fills whole ones; packing gets the rest."""
+    def _best_fit(self, split: Split, document: Document, stream: NDArray) -> None:
+        """Write whole sequences of a document longer than one, and pack the rest."""
         num_pairs, length = len(stream) - 1, self._config.max_bucket_tokens
         for offset in range(0, num_pairs - length + 1, length):
             self._write_piece(split, document, stream, Piece(offset, length))
@@ -167,13 +149,14 @@ class _Writing:
             segment = Segment(stream[num_pairs - rest :], document.number, num_pairs - rest)
             self._write_rows(split, self._packers[split].add(segment), packed=True)
 
-    def _write_piece(self, split: Split, document: Document, stream: np.ndarray, piece: Piece) -> None:
+    def _write_piece(self, split: Split, document: Document, stream: NDArray, piece: Piece) -> None:
         tokens = stream[piece.offset : piece.offset + piece.length + 1]
         self._writers[split, piece.length].append(tokens, [(document.number, piece.offset, 0)])
         self.ledger.splits[split].sequences[piece.length] += 1
 
     def _write_rows(self, split: Split, rows: Iterator[Row], *, packed: bool = False) -> None:
         for tokens, segments in rows:
+            # Invariant: `start` is the position in the row at which the next segment begins.
             start, pieces = 0, []
             for segment in segments:
                 pieces.append((segment.document, segment.offset, start))
@@ -183,12 +166,12 @@ class _Writing:
             self.ledger.splits[split].packed_sequences += packed
 
     def _finish(self, split: Split) -> None:
-        packer, books = self._packers[split], self.ledger.splits[split]
+        packer, account = self._packers[split], self.ledger.splits[split]
         self._write_rows(split, packer.finish(), packed=True)
-        books.filler_tokens = packer.filler
+        account.filler_tokens = packer.filler
         for segment in self._chains[split].left_over:
-            whole = segment.offset == 0  # the chain ends with it, so what began here is all here
-            books.drop("end_of_input_shard", segment.pairs, whole=whole)
+            whole = segment.offset == 0  # the chain ends here, so a document that begins here is complete
+            account.drop("end_of_input_shard", segment.pairs, whole=whole)
 
 
 def _is_alive(process: int) -> bool:

@@ -1,14 +1,24 @@
-"""The end of a preparation: the books of all input shards become one manifest, and the directory appears."""
+"""Results of the parts of prepared or ordered data, and their merge into one manifest.
+
+A part is an input shard of `longring prepare`, or a share of the contexts of `longring order`. Both keep these files
+in `<directory>.partial/`:
+
+    shards/000012/             tar shards of part 12
+    work/counts/000012.npy     number of times each token is a target of its train split
+    work/ledgers/000012.json   its ledger and its table of shards, written last: part 12 is done
+"""
 
 import json
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..config import DataConfig
-from ..files import sync
+from ..files import sync, write_text, write_whole
 from ..format.ledger import Ledger
 from ..format.manifest import (
     INPUTS_FILE,
@@ -20,17 +30,89 @@ from ..format.manifest import (
     open_prepared,
     settings_of,
 )
-from ..format.shards import SHARD_DTYPE
+from ..format.shards import SHARD_DTYPE, save_shard_table
 from ..format.store import LocalStore
 from ..format.tokenizer import TOKENIZER_FILE, DocumentTokenizer
-from .input_shard import books_file, counts_file
+
+
+def ledger_file(partial: Path, number: int) -> Path:
+    """Return the file whose presence says that part `number` is done."""
+    return partial / "work" / "ledgers" / f"{number:06d}.json"
+
+
+def publish_part(
+    partial: Path, number: int, begun: Path, ledger: Ledger, counts: NDArray[np.int64], table: NDArray[np.void]
+) -> None:
+    """Move the finished shards of part `number` from the directory `begun` to their name, then write its results.
+
+    `counts` [vocab_size] are its train targets and `table` [shards] its shards. The ledger file is written last.
+    """
+    sync(begun)
+    final = partial / "shards" / f"{number:06d}"
+    # The directory exists already if a process died after this rename; it held the same bytes.
+    shutil.rmtree(final, ignore_errors=True)
+    final.parent.mkdir(exist_ok=True)
+    begun.rename(final)
+    write_whole(_counts_file(partial, number), lambda path: np.save(path, counts))
+    rows = [[entry[name].item() for name in entry.dtype.names] for entry in table]
+    content = {"ledger": ledger.to_json(), "shards": [[*row[:-1], row[-1].decode()] for row in rows]}
+    write_text(ledger_file(partial, number), json.dumps(content) + "\n")
+
+
+def read_part(partial: Path, number: int) -> tuple[Ledger, NDArray[np.void]]:
+    """Return the ledger and the table of shards [shards] of part `number`, which is done."""
+    content = json.loads(ledger_file(partial, number).read_text())
+    table = np.array([(*row[:-1], row[-1].encode()) for row in content["shards"]], dtype=SHARD_DTYPE)
+    return Ledger.from_json(content["ledger"]), table
+
+
+def merge_parts(partial: Path, num_parts: int, vocab_size: int) -> tuple[list[Ledger], NDArray[np.void]]:
+    """Write unigram.npy and shards.npy of all parts; return the ledger of each part, and the table [shards]."""
+    unigram = np.zeros(vocab_size, dtype=np.int64)
+    ledgers, tables = [], []
+    for number in range(num_parts):
+        ledger, table = read_part(partial, number)
+        ledgers.append(ledger)
+        tables.append(table)
+        unigram += np.load(_counts_file(partial, number))
+    table = np.concatenate(tables)
+    np.save(partial / UNIGRAM_FILE, unigram)
+    save_shard_table(partial / SHARDS_FILE, table)
+    return ledgers, table
+
+
+def restore_parts(partial: Path, manifest: Manifest, directory: Path, numbers: Iterable[int]) -> None:
+    """Move the shards of parts `numbers`, made again in `partial`, into the finished data, and remove `partial`.
+
+    Raises ValueError, and changes nothing but `partial`, if the shards are not the ones of the manifest.
+    """
+    for number in numbers:
+        _, table = read_part(partial, number)
+        if not np.array_equal(table, manifest.shards[manifest.shards["input_shard"] == number]):
+            shutil.rmtree(partial)
+            raise cannot_restore(manifest, directory, f"input shard {number} has other bytes when made again")
+    for number in numbers:
+        folder = directory / "shards" / f"{number:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in (partial / "shards" / folder.name).iterdir():
+            file.replace(folder / file.name)
+        sync(folder)
+    shutil.rmtree(partial)
+
+
+def cannot_restore(manifest: Manifest, directory: Path, reason: object) -> ValueError:
+    """Return the error of damaged data whose shards cannot be made again."""
+    return ValueError(
+        f"{directory}: shards are missing or damaged, and their sources are not the ones they were made from "
+        f"({reason}); bring the sources back, or delete {directory}, and run `{manifest.command} RECIPE`"
+    )
 
 
 def merge(config: DataConfig, partial: Path) -> Manifest:
-    """Write the manifest and give the directory its name; no shard is read or moved.
+    """Write the manifest of a preparation and rename `partial` to its directory; no shard is read or moved.
 
-    It may be killed and repeated at any point. Raises ValueError when an input shard is not done, or when nothing came
-    out to train on.
+    The merge may be killed and repeated at any point. Raises ValueError if an input shard is not done, or if there is
+    no training sequence.
     """
     directory = Path(config.directory)
     if not (partial / MANIFEST_FILE).exists():
@@ -40,11 +122,11 @@ def merge(config: DataConfig, partial: Path) -> Manifest:
 
 
 def give_name(partial: Path, directory: Path) -> None:
-    """Let finished data appear; its manifest is there, so nothing of the work is needed again."""
+    """Rename `partial`, which has its manifest, to `directory`; the files of the work are removed."""
     sync(partial)
     shutil.rmtree(partial / "work", ignore_errors=True)
     if directory.exists():
-        directory.rmdir()  # an empty one may be filled
+        directory.rmdir()  # it is empty, or this raises
     partial.rename(directory)
     sync(directory.parent)
 
@@ -53,35 +135,28 @@ def _write_manifest(config: DataConfig, partial: Path) -> None:
     tokenizer = DocumentTokenizer((partial / TOKENIZER_FILE).read_bytes(), config.tokenizer.boundary)
     with (partial / "work" / INPUTS_FILE).open(encoding="utf-8") as lines:
         inputs = [json.loads(line) for line in lines]
-    missing = [number for number in range(len(inputs)) if not books_file(partial, number).exists()]
+    missing = [number for number in range(len(inputs)) if not ledger_file(partial, number).exists()]
     if missing:
         raise ValueError(
             f"data.directory = {config.directory}: input shards {', '.join(map(str, missing[:5]))}"
-            f"{' and others' if missing[5:] else ''} of {len(inputs)} are not prepared; prepare again to go on"
+            f"{' and others' if missing[5:] else ''} of {len(inputs)} are not prepared; run `longring prepare RECIPE` "
+            "to continue"
         )
+    ledgers, table = merge_parts(partial, len(inputs), tokenizer.vocab_size)
     ledger = Ledger()
-    unigram = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    tables = []
     with (partial / INPUTS_FILE).open("w", encoding="utf-8") as lines:
-        for number, shard in enumerate(inputs):
-            books = json.loads(books_file(partial, number).read_text())
-            one = Ledger.from_json(books["ledger"])
+        for shard, one in zip(inputs, ledgers, strict=True):
             ledger.add(one)
-            tables.append(np.array([(*row[:-1], row[-1].encode()) for row in books["shards"]], dtype=SHARD_DTYPE))
-            unigram += np.load(counts_file(partial, number))
             entry = {**shard, "records": one.records, "documents": one.documents, "tokens": one.tokens}
             lines.write(json.dumps(entry) + "\n")
     ledger.check()
     if not ledger.splits["train"].sequences:
+        key = "min_bucket_tokens" if config.method == "decompose" else "max_bucket_tokens"
         raise ValueError(
-            f"data.source gave {ledger.documents} documents with {ledger.tokens} tokens and not one training sequence "
-            f"of at least {config.lengths[0]} tokens (data.min_bucket_tokens, or data.max_bucket_tokens for a "
-            "baseline); add documents or lower it"
+            f"data.{key} = {config.lengths[0]}: {ledger.documents} documents with {ledger.tokens} tokens give no "
+            "training sequence of this length; lower it, or add documents"
         )
-    table = np.concatenate(tables)
-    np.save(partial / UNIGRAM_FILE, unigram)
-    np.save(partial / SHARDS_FILE, table)
-    # A source's input shards lie together, so their numbers alone say whose a shard is.
+    # The input shards of a source are adjacent, so that their number alone gives the source of a shard.
     counts = Counter(shard["source"] for shard in inputs)
     manifest = Manifest(
         files=file_hashes(partial),
@@ -98,3 +173,7 @@ def _write_manifest(config: DataConfig, partial: Path) -> None:
         store=LocalStore(partial),
     )
     manifest.write(partial)
+
+
+def _counts_file(partial: Path, number: int) -> Path:
+    return partial / "work" / "counts" / f"{number:06d}.npy"

@@ -1,10 +1,10 @@
 """Several documents in a sequence: best-fit packing, and concat-and-chunk.
 
 A row of L pairs is stored as L + 1 tokens, inputs [:-1] and targets [1:]. Where one document ends and another begins,
-one token is both the target that ends the first and the input that begins the second, and documents end and begin
-with the boundary token B; so a row keeps every target if each of its segments begins with B as input and only the
-last one ends before its document does. A segment that begins inside a document is therefore given B in place of the
-token before it, which another row has as a target.
+a single token is the last target of the first and the first input of the second: the boundary token B, with which
+documents begin and end. A row therefore keeps every target if each of its segments has B as its first input and only
+its last segment ends before its document does. A segment that begins inside a document gets B instead of the token
+before it, which is a target in another row.
 """
 
 from collections import defaultdict
@@ -17,15 +17,14 @@ from numpy.typing import NDArray
 from ..format.document import NO_DOCUMENT
 
 POOL_SEQUENCES = 4_096
-"""Sequences' worth of segments that are packed together. Best fit leaves few gaps in so many, and 4,096 sequences of
-256 tokens are 2 MB."""
+"""Number of sequences that are packed together: best fit leaves few gaps among 4,096, which are 2 MB at 256 tokens."""
 
 POOL_TOKENS = 1 << 22
-"""Most tokens of a pool, unless one sequence is longer."""
+"""Maximum number of tokens of a pool, unless one sequence is longer."""
 
 
 class Segment(NamedTuple):
-    """Adjacent pairs of one document, `offset` the first: `tokens` [pairs + 1], their inputs and the last target."""
+    """Adjacent pairs of one document from pair `offset` on; `tokens` [pairs + 1] has the last target too."""
 
     tokens: NDArray
     document: int
@@ -37,7 +36,7 @@ class Segment(NamedTuple):
         return len(self.tokens) - 1
 
     def cut(self, pairs: int) -> tuple["Segment", "Segment"]:
-        """Divide after `pairs` pairs."""
+        """Return the first `pairs` pairs, and the rest."""
         return (
             Segment(self.tokens[: pairs + 1], self.document, self.offset),
             Segment(self.tokens[pairs:], self.document, self.offset + pairs),
@@ -45,19 +44,18 @@ class Segment(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One sequence: `tokens` [length + 1], and its segments, whose pairs add up to `length`."""
+    """One sequence: `tokens` [length + 1], and its segments in order, which have `length` pairs together."""
 
     tokens: NDArray
     segments: list[Segment]
 
 
 class BestFitPacker:
-    """Rows of `length` pairs from segments of at most as many, by best-fit decreasing (arXiv 2404.10830).
+    """Packer of segments into rows of `length` pairs, by best-fit decreasing (arXiv 2404.10830).
 
-    A pool of segments, the longest first, goes each into the fullest row that still has room for it. Rows left with
-    room are then filled by dissolving the emptiest ones and cutting their segments, so that no row is padded and
-    nothing is dropped; only `finish` fills the very last row with boundaries, `filler` pairs that came from no
-    document.
+    Each segment of a pool, longest first, goes into the fullest row that has room for it. The rows that still have room
+    are filled with the segments, cut if necessary, of the emptiest rows, so that no row is padded and nothing is
+    dropped. Only `finish` fills the last row with boundaries: `filler` pairs that belong to no document.
     """
 
     def __init__(self, length: int, boundary_id: int):
@@ -69,15 +67,15 @@ class BestFitPacker:
         self._pool_limit = max(length, min(POOL_SEQUENCES * length, POOL_TOKENS))
 
     def add(self, segment: Segment) -> Iterator[Row]:
-        """Take a segment, and give rows whenever a pool is full."""
+        """Add a segment of at most `length` pairs; yield the rows of the pool if it is full."""
         assert 0 < segment.pairs <= self._length, f"{segment.pairs} pairs for rows of {self._length}"
-        # A view would keep its whole document in memory.
+        # A view would keep the whole document in memory.
         self._keep(segment._replace(tokens=segment.tokens.copy()))
         if self._pool_pairs >= self._pool_limit:
             yield from self._packed()
 
     def finish(self) -> Iterator[Row]:
-        """Give all that is left."""
+        """Yield all remaining rows, the last one filled with boundaries."""
         yield from self._packed()
         if self._pool:
             self.filler += self._length - self._pool_pairs
@@ -90,13 +88,15 @@ class BestFitPacker:
         self._pool_pairs += segment.pairs
 
     def _packed(self) -> Iterator[Row]:
-        """Give every whole row of the pool; what stays in it is shorter than one."""
+        """Yield the full rows of the pool, in which fewer pairs than one row remain."""
         rows = best_fit([segment.pairs for segment in self._pool], self._length)
         filled = [[self._pool[index] for index in row] for row in rows]
         self._pool, self._pool_pairs = [], 0
-        # Fullest first; of equal ones the earlier made, so that equal input gives equal rows.
+        # Fullest first. The sort is stable, so that equal input gives equal rows.
         filled.sort(key=lambda row: -sum(segment.pairs for segment in row))
         loose: list[Segment] = []
+        # Invariant: rows [first, last] are whole, the rows after them are dissolved, and `loose` holds the segments of
+        # dissolved rows that no row has taken yet.
         first, last = 0, len(filled) - 1
         while first <= last:
             row = filled[first]
@@ -119,9 +119,9 @@ class BestFitPacker:
             self._keep(segment)
 
     def _row(self, segments: list[Segment]) -> Row:
-        # Every segment's first input stays B.
+        # The first input of every segment stays B.
         tokens = np.full(self._length + 1, self._boundary_id, dtype=segments[0].tokens.dtype)
-        # A segment cut before its document's end has no B after it: it goes last, where its target has a place.
+        # A segment cut before the end of its document does not end with B, so it goes last, where no B must follow.
         whole = [segment for segment in segments if segment.tokens[-1] == self._boundary_id]
         cut = [segment for segment in segments if segment.tokens[-1] != self._boundary_id]
         assert len(cut) <= 1, "a row holds one cut segment at most"
@@ -133,13 +133,14 @@ class BestFitPacker:
 
 
 def best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
-    """Return the items (numbers in `sizes`) of each bin by best-fit decreasing: the fullest bin with room, else a new.
+    """Return the items (indices into `sizes`) of each bin of `capacity`, by best-fit decreasing.
 
-    Equal sizes keep their order; of equally full bins the one that became so last is taken.
+    Each item, largest first, goes into the fullest bin that has room, or into a new one. Equal sizes keep their order;
+    of equally full bins the one that became so last is taken.
     """
     bins: list[list[int]] = []
     by_room: dict[int, list[int]] = defaultdict(list)
-    # Bit r is set while some bin has room r: the fullest bin with room for a size is the lowest bit from there on.
+    # Bit r is set while a bin has room r, so the fullest bin with room for a size is the lowest bit from `size` on.
     rooms = 0
     for item in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
         size = sizes[item]
@@ -160,9 +161,10 @@ def best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
 
 
 class Concatenator:
-    """Rows of `length` pairs cut from all documents' pairs laid end to end: concat-and-chunk.
+    """Concat-and-chunk: the pairs of all documents, end to end, cut into rows of `length` pairs.
 
-    A document goes on in the next row with the token before as its input. What does not fill a last row is left over.
+    A document continues in the next row with its previous token as the first input. The pairs that do not fill a last
+    row are left over.
     """
 
     def __init__(self, length: int):
@@ -172,11 +174,11 @@ class Concatenator:
 
     @property
     def left_over(self) -> list[Segment]:
-        """Segments that have not filled a row."""
+        """Segments that do not fill a row."""
         return self._segments
 
     def add(self, segment: Segment) -> Iterator[Row]:
-        """Take a whole document, of any length, and give the rows it fills."""
+        """Add a whole document, of any length; yield the rows that it fills."""
         while segment.pairs >= (room := self._length - self._pairs):
             head, segment = segment.cut(room)
             segments, self._segments, self._pairs = [*self._segments, head], [], 0

@@ -1,4 +1,4 @@
-"""The records of an input shard: good ones become documents, bad ones are named by kind and left out."""
+"""Records of an input shard: good ones become documents, bad ones are counted by kind and left out."""
 
 import hashlib
 import io
@@ -20,14 +20,13 @@ from ..format.document import BadRecord, BadRecords, Document
 from .sources import InputShard
 
 FIRST_CHECK = 1_000
-"""Records after which the fraction of bad ones is watched; before that it says little."""
+"""Number of records after which the fraction of bad ones is checked; before, it says little."""
 
 
 class RecordReader:
-    """The documents of one input shard; `bad` and `records` count as they are read.
+    """Reader of the documents of one input shard; `records` and `bad` count as they are read.
 
-    Raises ValueError that names the file when it cannot be read or decompressed to its end, and when too many records
-    are bad.
+    Raises ValueError if a file cannot be read or decompressed to its end, or if too many records are bad.
     """
 
     def __init__(self, shard: InputShard, source: SourceConfig, max_bad_fraction: float):
@@ -38,7 +37,7 @@ class RecordReader:
         self._max_bad_fraction = max_bad_fraction
 
     def documents(self) -> Iterator[Document]:
-        """Yield the good records, in order."""
+        """Yield the good records as documents, in order."""
         make = _tokens if self._source.tokens_field else _text
         for number, (name, record) in enumerate(islice(self._rows(), self._source.limit_documents or None)):
             self.records = number + 1
@@ -56,10 +55,10 @@ class RecordReader:
             self.bad.check(self.records, self._shard.source, self._max_bad_fraction)
 
     def _rows(self) -> Iterator[tuple[str, Any]]:
-        """Yield (name, record) of every record, the record a mapping, a text or a BadRecord."""
+        """Yield (name, record) of every record: a parsed value, or a BadRecord."""
         match self._source.kind:
             case "hub" | "disk":
-                from .data_sets import data_set_rows  # a second's import that files do without
+                from .data_sets import data_set_rows  # the import takes a second, which files need not spend
 
                 yield from data_set_rows(self._source, self._shard.part, self._shard.parts)
             case kind:
@@ -72,7 +71,8 @@ class RecordReader:
                         yield from read.get(kind, _whole_file)(file, self._source)
                     except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
                         raise ValueError(
-                            f"data.source: cannot read {file}: {error}; repair it or leave it out"
+                            f"data.source.path = {self._source.path!r}: cannot read {file} ({error}); repair it "
+                            "or leave it out"
                         ) from error
 
 
@@ -93,10 +93,10 @@ def _tokens(record: Any, source: SourceConfig) -> tuple[NDArray[np.int64], bytes
     tokens = _field(record, source.tokens_field)
     if isinstance(tokens, BadRecord):
         return tokens
-    # An array's own type answers for all of its elements.
+    # The type of the array covers all of its elements.
     numbers = np.array(tokens) if isinstance(tokens, list) and not any(map(np.iterable, tokens)) else np.array("")
     if numbers.size and numbers.dtype.kind not in "iu":
-        return BadRecord("wrong_type", f"field {source.tokens_field!r} is no list of integers")
+        return BadRecord("wrong_type", f"field {source.tokens_field!r} is not a list of integers")
     numbers = numbers.astype(np.int64)
     return (numbers, _digest(numbers.tobytes())) if numbers.size else BadRecord("empty", "")
 
@@ -115,10 +115,10 @@ def _field(record: Any, name: str) -> Any:
 
 @contextmanager
 def _open(file: str) -> Iterator[IO[bytes]]:
-    """Open a file that may be compressed; reading raises OSError or EOFError where the compressed stream is cut off."""
+    """Open a file that may be compressed; reading raises OSError or EOFError at the cut of a compressed stream."""
     zst = file.endswith(".zst")
     with fsspec.open(file, "rb", compression=None if zst else "infer") as stream:
-        # Of zst readers, Arrow's goes on after the first frame and notices a cut; zstandard's and fsspec's do neither.
+        # Arrow's zst reader reads all frames and notices a cut; those of zstandard and fsspec do neither.
         yield io.BufferedReader(pyarrow.CompressedInputStream(stream, "zstd")) if zst else stream  # type: ignore[arg-type]
 
 
@@ -136,7 +136,7 @@ def _decoded(content: bytes) -> str | BadRecord:
 
 
 def _json_rows(file: str, _: SourceConfig) -> Iterator[tuple[str, Any]]:
-    """Yield JSON lines; a file that begins with "[" is one array, which is read whole."""
+    """Yield (name, record) of JSON lines, or of one array, which is read whole, if the file begins with "["."""
     with _open(file) as stream:
         first = stream.read(1)
         if first == b"[":
@@ -174,7 +174,7 @@ def _parquet_rows(file: str, source: SourceConfig) -> Iterator[tuple[str, Any]]:
     field_name = source.tokens_field or source.text_field
     with fsspec.open(file, "rb") as stream, pyarrow.parquet.ParquetFile(stream) as parquet:
         names = parquet.schema_arrow.names
-        # Without the field every row is bad; the columns there are go into its message.
+        # Without the field every row is bad, and its message names the columns that exist.
         columns = [field_name] if field_name in names else names
         number = 0
         for batch in parquet.iter_batches(batch_size=1_000, columns=columns):

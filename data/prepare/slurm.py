@@ -1,7 +1,7 @@
-"""Preparation as Slurm jobs: an array with one task an input shard, and one that merges when all are done.
+"""Preparation as Slurm jobs: an array with one task per input shard, and a job that merges when all tasks are done.
 
-datatrove's executor submits them. Its files and every task's output are in `<directory>.slurm/`. A job that is
-requeued, or the same command given again, does only what is not done.
+datatrove's executor submits them. Its files and the output of every task are in `<directory>.slurm/`. A requeued job,
+or the same command given again, prepares only the input shards that are not done.
 """
 
 import shutil
@@ -19,31 +19,34 @@ from .merge import merge
 from .prepare import PrepareStep, begin, is_prepared, partial_directory
 
 MEMORY_GB = 4
-"""Of a task. It holds a batch of documents, a block of each bucket and a packing pool, whatever the corpus."""
+"""Memory of a task: a batch of documents, a sample of each bucket and a packing pool, whatever the corpus."""
 
 
 @dataclass(frozen=True)
 class MergeStep:
-    """The engine's pipeline of the last job."""
+    """Pipeline of the datatrove executor that merges."""
 
     config: DataConfig
     partial: Path
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
-        """Write the manifest."""
+        """Write the manifest, and print the ledger."""
         print(merge(self.config, self.partial).ledger)
 
 
 def submit(config: DataConfig, console: Console, *, partition: str, workers: int, time: str) -> None:
-    """Plan the work here, training the tokenizer if there is none, and submit it; at most `workers` tasks at once.
+    """List the input shards and make the tokenizer here, and submit the jobs; at most `workers` tasks run at once.
 
-    Raises ValueError for what `prepare` refuses, and when there is no sbatch.
+    `time` is the limit of a task. Raises ValueError as `prepare` does, and if there is no sbatch.
     """
     if is_prepared(config):
         console.print(f"{config.directory} is already prepared from these settings")
         return
     if shutil.which("sbatch") is None:
-        raise ValueError("--slurm: there is no sbatch on this machine; submit from one that has it")
+        raise ValueError(
+            f"--slurm {partition}: there is no sbatch on this machine; submit from one that has it, or "
+            "prepare here without --slurm"
+        )
     with Progress(console=console) as progress:
         tasks, merging = executors(config, progress, partition=partition, workers=workers, time=time)
     merging.run()
@@ -57,12 +60,11 @@ def submit(config: DataConfig, console: Console, *, partition: str, workers: int
 def executors(
     config: DataConfig, progress: Progress, *, partition: str, workers: int, time: str
 ) -> tuple[SlurmPipelineExecutor, SlurmPipelineExecutor]:
-    """Return the executors of the tasks and of the merge that waits for them; running the second submits both."""
+    """Return the executors of the tasks and of the merge, which depends on them: running the second submits both."""
     directory = Path(config.directory).absolute()
     partial = partial_directory(directory)
     count = begin(config, partial, progress)
-    # Absolute, as a job starts elsewhere; without the first, the folders data/, model/ and so on of a checkout would
-    # shadow packages of those names.
+    # Without PYTHONSAFEPATH the folders data/, model/ and so on of a checkout would shadow packages of those names.
     environment = f"export PYTHONSAFEPATH=1 PATH={Path(sys.executable).parent}:$PATH"
     common: dict[str, Any] = {
         "time": time,
@@ -70,16 +72,16 @@ def executors(
         "mem_per_cpu_gb": MEMORY_GB,
         "qos": "",
         "env_command": environment,
-        "sbatch_args": {"chdir": str(Path.cwd())},  # sources may be named relative to it
+        "sbatch_args": {"chdir": str(Path.cwd())},  # paths of sources may be relative to it
     }
     logs = directory.with_name(f"{directory.name}.slurm")
     tasks = SlurmPipelineExecutor(
-        pipeline=[PrepareStep(config, partial, threads=1)],
+        pipeline=[PrepareStep(config, partial, range(count), threads=1)],
         tasks=max(count, 1),
         workers=workers or -1,
         job_name="longring-prepare",
         logging_dir=str(logs / "tasks"),
-        skip_completed=False,  # the books say what is done
+        skip_completed=False,  # the ledgers say which are done
         **common,
     )
     merging = SlurmPipelineExecutor(
@@ -88,7 +90,7 @@ def executors(
         job_name="longring-merge",
         logging_dir=str(logs / "merge"),
         skip_completed=False,
-        depends=tasks if count else None,  # only the last rename was missing
+        depends=tasks if count else None,  # without tasks, only the last rename is missing
         **common,
     )
     return tasks, merging

@@ -1,13 +1,14 @@
-"""Input shards: each source's files, or parts of its data set, in runs that one process prepares.
+"""Input shards: runs of the files of a source, or parts of its data set, each for one process.
 
-The order is the source's own, files sorted by path. It and `input_shard_bytes` alone decide the runs, so any number of
-processes makes the same shards.
+Files are sorted by path. This order and `input_shard_bytes` alone decide the runs, so that any number of processes
+makes the same shards.
 """
 
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, Self
 
 from fsspec.core import url_to_fs
 
@@ -18,35 +19,41 @@ SUFFIXES = {
     "json": (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst"),
     "parquet": (".parquet",),
 }
-"""Endings of the files that a directory is searched for."""
+"""Endings of the files that are read from a directory, by kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputShard:
-    """What one process prepares: a run of files, or part `part` of `parts` of a data set."""
+    """Input of one process: a run of files, or part `part` of the `parts` of a data set."""
 
     source: str
     """Name of the source."""
 
     files: tuple[str, ...] = ()
-    """Paths or addresses, in order; none for a data set."""
+    """Paths or addresses, in order; empty for a data set."""
 
     size_bytes: int = 0
-    """Of the files together, as they are stored; 0 where unknown."""
+    """Size of all files as stored; 0 if unknown."""
 
     part: int = 0
     parts: int = 1
 
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> Self:
+        """Return the input shard of a line of inputs.jsonl, in the job or beside a manifest."""
+        names = {field.name for field in fields(cls)}
+        return cls(**{**{name: entry[name] for name in names}, "files": tuple(entry["files"])})
+
 
 def input_shards(config: DataConfig) -> list[InputShard]:
-    """Return all sources' input shards, in order.
+    """Return the input shards of all sources, in order.
 
-    Raises ValueError for a path that matches nothing and a data set that cannot be opened.
+    Raises ValueError if a path matches no file or a data set cannot be opened.
     """
     shards = []
     for name, source in config.named_sources.items():
         if source.kind in ("hub", "disk"):
-            from .data_sets import num_parts  # a second's import that files do without
+            from .data_sets import num_parts  # the import takes a second, which files need not spend
 
             parts = 1 if source.limit_documents else num_parts(source, config.input_shard_bytes)
             shards += [InputShard(source=name, part=part, parts=parts) for part in range(parts)]
@@ -57,7 +64,7 @@ def input_shards(config: DataConfig) -> list[InputShard]:
 
 
 def _runs(name: str, files: list[tuple[str, int]], run_bytes: float) -> Iterator[InputShard]:
-    """Yield runs of adjacent files; a run ends where the next file would make it longer than `run_bytes`."""
+    """Yield runs of adjacent files, the longest of at most `run_bytes`; a larger file is a run of its own."""
     run: list[str] = []
     total = 0
     for file, size in files:
@@ -70,7 +77,7 @@ def _runs(name: str, files: list[tuple[str, int]], run_bytes: float) -> Iterator
 
 
 def _sized_files(source: SourceConfig) -> list[tuple[str, int]]:
-    """Return the sorted files, with their sizes, that a file's, a directory's or a glob's path means."""
+    """Return the files of a source with their sizes, sorted; its path is a file, a directory or a glob."""
     if source.kind == "python_stdlib":
         return [(str(file), file.stat().st_size) for file in _standard_library()]
     try:
@@ -89,11 +96,14 @@ def _sized_files(source: SourceConfig) -> list[tuple[str, int]]:
         else:
             found = {name: info for name, info in filesystem.glob(path, detail=True).items() if info["type"] == "file"}
     except (OSError, ImportError, ValueError) as error:
-        raise ValueError(f"data.source.path = {source.path!r} cannot be listed: {error}") from error
+        raise ValueError(
+            f"data.source.path = {source.path!r}: cannot be listed ({error}); correct it, or install the fsspec "
+            "package of its protocol"
+        ) from error
     if not found:
         endings = " or ".join(ending for ending in SUFFIXES[source.kind] if ending)
         raise ValueError(
-            f"data.source.path = {source.path!r} matches no file; name a file, a glob, or a directory with "
+            f"data.source.path = {source.path!r}: matches no file; name a file, a glob, or a directory with "
             f"{endings or 'text'} files"
         )
     remote = "file" not in filesystem.protocol

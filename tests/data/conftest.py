@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
-from longring.data.format.tokenizer import train_tokenizer
+from longring.data.prepare.train_tokenizer import train_tokenizer
 from rich.console import Console
 
 WORDS = "the ring turns a token home while every rank keeps its own keys and values in place 0123456789 äöü"

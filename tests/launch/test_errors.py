@@ -67,7 +67,7 @@ def test_missing_shard(capsys, recipe_file, data, tmp_path):
     shard = next(data.rglob("train*.tar"))
     shard.unlink()
     error = train_error(capsys, recipe_file, tmp_path, f"data.directory={data}")
-    assert f"{shard} is missing" in error
+    assert f"{shard}: missing" in error
 
 
 def test_truncated_shard(capsys, recipe_file, data, tmp_path):
@@ -75,19 +75,21 @@ def test_truncated_shard(capsys, recipe_file, data, tmp_path):
     whole = sha256_of(shard)
     shard.write_bytes(shard.read_bytes()[:-512])
     error = train_error(capsys, recipe_file, tmp_path, f"data.directory={data}")
-    assert f"{shard} has SHA-256 {sha256_of(shard)}, {whole} in the manifest" in error
+    size = shard.stat().st_size
+    assert f"{shard}: {size} bytes with SHA-256 {sha256_of(shard)}, {size + 512} bytes with SHA-256 {whole}" in error
 
 
 def test_tokenizer_that_does_not_match_the_manifest(capsys, recipe_file, data, tmp_path):
     tokenizer = data / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace("Ġ", "Ġ ", 1))
     error = train_error(capsys, recipe_file, tmp_path, f"data.directory={data}")
-    assert "tokenizer.json has SHA-256" in error
+    assert "tokenizer.json: SHA-256 is" in error
 
 
 def test_data_prepared_for_other_buckets(capsys, recipe_file, tmp_path):
     error = train_error(capsys, recipe_file, tmp_path, "data.max_bucket_tokens=256")
-    assert "was prepared with data.max_bucket_tokens = 512, not 256" in error
+    assert "data.max_bucket_tokens = 256: data.directory = " in error
+    assert "was made with 512" in error
 
 
 def test_empty_corpus(capsys, recipe_file, tmp_path):

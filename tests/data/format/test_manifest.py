@@ -29,7 +29,7 @@ def shard_of(directory: Path) -> Path:
 
 
 def refusal(directory: Path) -> str:
-    with pytest.raises(ValueError, match="run longring prepare again") as error:
+    with pytest.raises(ValueError, match="run `longring prepare RECIPE`") as error:
         list(open_prepared(directory).verify())
     return str(error.value)
 
@@ -64,16 +64,17 @@ def test_missing_shard(prepared: Path):
     shard = shard_of(prepared)
     size = shard.stat().st_size
     shard.unlink()
-    assert f"{shard} is missing, {size} bytes" in refusal(prepared)
+    assert f"{shard}: missing, {size} bytes" in refusal(prepared)
 
 
 def test_truncated_shard(prepared: Path):
     shard = shard_of(prepared)
-    expected = sha256_of(shard)
+    size, expected = shard.stat().st_size, sha256_of(shard)
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(ValueError, match="SHA-256") as error:
         open_prepared(prepared)
-    assert f"{shard} has SHA-256 {sha256_of(shard)}, {expected} in the manifest" in str(error.value)
+    found = f"{size - 100} bytes with SHA-256 {sha256_of(shard)}"
+    assert f"{shard}: {found}, {size} bytes with SHA-256 {expected} in the manifest" in str(error.value)
 
 
 def test_one_changed_bit_is_found_by_verify(prepared: Path):
@@ -86,7 +87,7 @@ def test_one_changed_bit_is_found_by_verify(prepared: Path):
         for entry in open_prepared(prepared).shards
         if shard_name(entry).path() == str(shard.relative_to(prepared))
     )
-    assert f"{shard} has SHA-256 {sha256_of(shard)}, {expected} in the manifest" in refusal(prepared)
+    assert f"{shard}: SHA-256 is {sha256_of(shard)}, {expected} in the manifest; delete it and run" in refusal(prepared)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "unigram.npy", "shards.npy", "inputs.jsonl"])
@@ -96,7 +97,7 @@ def test_another_file_beside_the_manifest(prepared: Path, name: str):
     file.write_bytes(file.read_bytes()[:-1] + b" ")
     with pytest.raises(ValueError, match="SHA-256") as error:
         open_prepared(prepared)
-    assert f"{file} has SHA-256 {sha256_of(file)}, {expected} in the manifest" in str(error.value)
+    assert f"{file}: SHA-256 is {sha256_of(file)}, {expected} in the manifest; delete {prepared}" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "unigram.npy", "shards.npy", "inputs.jsonl", "manifest.json"])
@@ -108,20 +109,20 @@ def test_missing_file(prepared: Path, name: str):
 def test_another_format_version(prepared: Path):
     file = prepared / "manifest.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 99}))
-    assert f"{file} has format version 99, this LongRing reads 2" in refusal(prepared)
+    assert f"{file}: format_version = 99, and this LongRing reads version 2" in refusal(prepared)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format_version": 2}'])
 def test_damaged_manifest(prepared: Path, content: str):
     (prepared / "manifest.json").write_text(content)
-    assert f"{prepared / 'manifest.json'} is damaged" in refusal(prepared)
+    assert f"{prepared / 'manifest.json'}: damaged" in refusal(prepared)
 
 
 def test_ledger_that_does_not_add_up_is_our_own_mistake(prepared: Path):
     ledger = open_prepared(prepared).ledger
     ledger.check()
     train = ledger.splits["train"]
-    wrong_books = (
+    wrong_accounts = (
         replace(train, tokens=train.tokens + 1),
         replace(train, documents=train.documents - 1),
         replace(train, sequences=Counter({8: 1})),
@@ -131,7 +132,7 @@ def test_ledger_that_does_not_add_up_is_our_own_mistake(prepared: Path):
     for wrong in (
         replace(ledger, records=ledger.records + 1),
         replace(ledger, bad=BadRecords(counts=Counter(empty=1))),
-        *(replace(ledger, splits={**ledger.splits, "train": books}) for books in wrong_books),
+        *(replace(ledger, splits={**ledger.splits, "train": account}) for account in wrong_accounts),
     ):
         with pytest.raises(AssertionError):
             wrong.check()
@@ -156,7 +157,7 @@ def test_ledgers_add_up():
 
 
 @pytest.mark.parametrize("width", [80, 100])
-def test_inspect_fits_a_terminal_and_shows_the_books(prepared: Path, width: int):
+def test_inspect_fits_a_terminal_and_shows_the_ledger(prepared: Path, width: int):
     console = Console(width=width, record=True, file=(prepared.parent / "screen").open("w"))
     manifest = open_prepared(prepared)
     options = {"curriculum": CurriculumConfig(cycles=2), "loader": LoaderConfig(), "steps": 200, "seed": 0}
@@ -169,7 +170,7 @@ def test_inspect_fits_a_terminal_and_shows_the_books(prepared: Path, width: int)
     assert "every SHA-256 is the manifest's" in text
     assert "<|endoftext|>" in text
     lengths = [bucket.length for bucket in train for _ in range(bucket.sequences)]
-    earlier = sum(place for length in lengths for place in range(length)) / sum(lengths)
+    earlier = sum(position for length in lengths for position in range(length)) / sum(lengths)
     assert f"sees {earlier:,.0f} earlier tokens" in text
     assert "200 steps of grow_p2 in 2 cycles" in text
     assert "documents.jsonl" in " ".join(text.split())

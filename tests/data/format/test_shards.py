@@ -28,7 +28,7 @@ def pieces(number: int) -> list[tuple[int, int, int]]:
 @pytest.mark.parametrize(("rows", "shards_made"), [(0, 0), (1, 1), (7, 1), (8, 1), (9, 2), (41, 6)])
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
 def test_any_order_of_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, shards_made: int, dtype: str):
-    monkeypatch.setattr(shards, "BLOCK_TOKENS", 3 * 16)
+    monkeypatch.setattr(shards, "SAMPLE_TOKENS", 3 * 16)
     sequences = np.random.default_rng(0).integers(0, 60_000, (rows, 17))
     reader = write(tmp_path, sequences, shard_tokens=8 * 16, dtype=dtype)
     assert (reader.length, reader.sequences, len(list(tmp_path.rglob("*.tar")))) == (16, rows, shards_made)

@@ -96,7 +96,7 @@ def test_the_least_recently_used_goes_first(tmp_path: Path):
     store = CachedStore(address, tmp_path, 30)
     for name in ("a.tar", "b.tar", "c.tar", "a.tar", "d.tar"):
         assert store.path(name, hashlib.sha256(content[name]).hexdigest()).read_bytes() == content[name]
-    assert sorted(file.name for file in tmp_path.rglob("*.tar")) == ["a.tar", "c.tar", "d.tar"]
+    assert sorted(file.name.partition(".")[0] for file in tmp_path.rglob("*.tar")) == ["a", "c", "d"]
 
 
 def test_an_altered_remote_shard_is_named_with_both_hashes(prepared: Path, in_memory: str, tmp_path: Path):
@@ -107,13 +107,13 @@ def test_an_altered_remote_shard_is_named_with_both_hashes(prepared: Path, in_me
     with pytest.raises(ValueError, match="SHA-256") as error:
         list(open_prepared(in_memory, cached(tmp_path)).verify())
     found, expected = hashlib.sha256(altered).hexdigest(), hashlib.sha256(shard.read_bytes()).hexdigest()
-    assert f"{in_memory}/{name} has SHA-256 {found}, {expected} in the manifest" in str(error.value)
-    assert name not in {file.relative_to(file.parents[2]).as_posix() for file in kept(tmp_path)}
+    assert f"{in_memory}/{name}: SHA-256 is {found}, {expected} in the manifest" in str(error.value)
+    assert not [file for file in kept(tmp_path) if file.name.startswith(shard.stem)]
 
 
 def test_a_shard_that_is_not_there(in_memory: str, tmp_path: Path):
     fsspec.filesystem("memory").rm(f"{in_memory}/shards", recursive=True)
-    with pytest.raises(ValueError, match=rf"{in_memory}/shards/.*tar does not exist"):
+    with pytest.raises(ValueError, match=rf"{in_memory}/shards/.*tar: does not exist; copy the prepared"):
         rows(in_memory, cached(tmp_path))
 
 
@@ -136,7 +136,7 @@ def test_a_store_that_fails_is_asked_again(in_memory: str, tmp_path: Path, monke
     assert rows(in_memory, config) == before
     assert waits == [1, 2, 4]
     failures = 4
-    with pytest.raises(OSError, match=rf"{in_memory}/manifest\.json cannot be read after 4 attempts: reset by peer"):
+    with pytest.raises(OSError, match=rf"{in_memory}/manifest\.json: cannot be read after 4 .*reset by peer"):
         rows(in_memory, config)
 
 
@@ -161,11 +161,11 @@ def test_processes_of_a_machine_download_once(in_memory: str, tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("directory", "cache", "words"),
     [
-        ("s3://bucket/data", "", ["data.directory = s3://bucket/data", "loader.cache_directory is empty"]),
+        ("s3://bucket/data", "", ["data.directory = s3://bucket/data", "loader.cache_directory = ''"]),
         ("nosuch://data", "x", ["data.directory = nosuch://data", "cannot be opened"]),
     ],
 )
 def test_a_remote_directory_that_cannot_be_opened(tmp_path: Path, directory: str, cache: str, words: list[str]):
-    with pytest.raises(ValueError, match=r"data\.directory") as error:
+    with pytest.raises(ValueError, match=r"data\.directory = ") as error:
         open_prepared(directory, LoaderConfig(cache_directory=cache and str(tmp_path / cache)))
     assert all(word in str(error.value) for word in words), error.value

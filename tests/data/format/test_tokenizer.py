@@ -1,11 +1,13 @@
+"""Streams of a tokenizer: any text between two boundaries, and token ids that are checked."""
+
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from longring.data.config import TokenizerConfig
 from longring.data.format.document import BadRecord, Document
-from longring.data.format.tokenizer import THREAD_CHARACTERS, DocumentTokenizer, read_tokenizer, train_tokenizer
+from longring.data.format.tokenizer import THREAD_CHARACTERS, DocumentTokenizer
+from longring.data.prepare.train_tokenizer import train_tokenizer
 
 END = "<|endoftext|>"
 TEXTS = ["the ring turns, the ring returns", "Grüße, 世界 \U0001f44b\n\ttabs", "x = 1  # two spaces\r\n"]
@@ -30,12 +32,6 @@ def stream(tokenizer: DocumentTokenizer, text: str) -> list[int]:
 @pytest.fixture(scope="module")
 def content() -> bytes:
     return train_tokenizer(TEXTS * 3, TokenizerConfig(vocab_size=280))
-
-
-def test_training_is_deterministic_and_has_the_asked_size(content: bytes):
-    assert content == train_tokenizer(iter(TEXTS * 3), TokenizerConfig(vocab_size=280))
-    assert load(content).vocab_size == 280
-    assert load(content).dtype == np.uint16
 
 
 @pytest.mark.parametrize("text", [*TEXTS, "\x00\x7f", "never seen: Ж", "  leading", "\ufffd", END, f"a{END}b"])
@@ -71,30 +67,19 @@ def test_a_tokenizer_file_that_truncates_and_pads_is_not_obeyed(content: bytes):
     assert stream(load(json.dumps(settings).encode()), TEXTS[0]) == stream(load(content), TEXTS[0])
 
 
-def test_read_takes_the_file_or_its_directory(tmp_path: Path, content: bytes):
-    (tmp_path / "tokenizer.json").write_bytes(content)
-    assert read_tokenizer(str(tmp_path)) == read_tokenizer(str(tmp_path / "tokenizer.json")) == content
-
-
-@pytest.mark.parametrize("name", ["", "other.json"])
-def test_missing_file(tmp_path: Path, name: str):
-    with pytest.raises(ValueError, match=r"data\.tokenizer\.path = .*json does not exist") as error:
-        read_tokenizer(str(tmp_path / name))
-    assert str(tmp_path) in str(error.value)
-
-
 def test_not_a_tokenizer():
-    with pytest.raises(ValueError, match=r"data\.tokenizer\.path is not a readable tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"data\.tokenizer\.path: not a readable tokenizer\.json"):
         load(b"{}")
 
 
 def test_unknown_boundary_names_the_alternatives(content: bytes):
-    with pytest.raises(ValueError, match=r"data\.tokenizer\.boundary = '</s>' .* '<\|endoftext\|>'"):
+    with pytest.raises(ValueError, match=r"data\.tokenizer\.boundary = '</s>': .*'<\|endoftext\|>'"):
         load(content, "</s>")
+    load(content, END)
 
 
 def test_a_boundary_that_text_encodes_to_is_refused(content: bytes):
-    with pytest.raises(ValueError, match=r"data\.tokenizer\.boundary = 'x' also stands for text in name"):
+    with pytest.raises(ValueError, match=r"data\.tokenizer\.boundary = 'x': text in name encodes to it"):
         stream(load(content, "x"), "x")
 
 

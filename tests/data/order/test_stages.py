@@ -348,11 +348,11 @@ def test_identical_settings_are_reused_and_others_refused(prepared: DataConfig, 
     assert again is not None
     assert tree(Path(config.directory)) == before
     assert "already ordered by these settings" in console.export_text()
-    with pytest.raises(ValueError, match=r"was prepared with order\.neighbors = 6, not 5; name another directory"):
+    with pytest.raises(ValueError, match=r"order\.neighbors = 5: order\.directory = .* was made with 6; set it back"):
         order(prepared, replace(config, neighbors=5), QUIET)
-    with pytest.raises(ValueError, match=r"was prepared with order = None, not \{"):
+    with pytest.raises(ValueError, match=r"order = \{.*was made with None"):
         open_prepared(prepared.directory).check_made_from(prepared, config)
-    with pytest.raises(ValueError, match=r"was prepared with order = \{.*not None"):
+    with pytest.raises(ValueError, match=r"order = None: data\.directory = .* was made with \{"):
         again.check_made_from(prepared)
     Path(config.directory, "manifest.json").unlink()
     with pytest.raises(ValueError, match="exists and is not ordered data"):

@@ -277,8 +277,11 @@ def test_other_settings_are_refused_with_key_and_values(make_config: MakeConfig,
     prepare(config, console)
     before = tree(Path(config.directory))
     for changed, message in [
-        (replace(config, max_bucket_tokens=64), "data.max_bucket_tokens = 32, not 64"),
-        (replace(config, source=replace(config.source, limit_documents=3)), "data.source.limit_documents = 0, not 3"),
+        (replace(config, max_bucket_tokens=64), r"data\.max_bucket_tokens = 64: .* was made with 32; set it back"),
+        (
+            replace(config, source=replace(config.source, limit_documents=3)),
+            r"data\.source\.limit_documents = 3: .* was made with 0; set it back",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             prepare(changed, console)
@@ -297,7 +300,7 @@ def test_a_directory_with_other_things_is_left_alone(make_config: MakeConfig, wo
     Path(config.directory).mkdir()
     prepare(config, console)  # an empty directory may be filled
     Path(config.directory, "manifest.json").unlink()
-    with pytest.raises(ValueError, match="prepared exists and is not prepared data"):
+    with pytest.raises(ValueError, match="prepared: exists and is not prepared data"):
         prepare(config, console)
 
 
@@ -305,7 +308,7 @@ def test_a_directory_with_other_things_is_left_alone(make_config: MakeConfig, wo
 def test_nothing_to_train_on(make_config: MakeConfig, console: Console, tmp_path: Path, texts: list[str]):
     config = make_config(texts)
     documents = sum(map(bool, texts))
-    with pytest.raises(ValueError, match=rf"{documents} documents .* at least 8 tokens \(data\.min_bucket_tokens"):
+    with pytest.raises(ValueError, match=rf"data\.min_bucket_tokens = 8: {documents} documents .* no training"):
         prepare(config, console)
     assert entries(tmp_path) == ["documents.jsonl"]
 
@@ -313,7 +316,7 @@ def test_nothing_to_train_on(make_config: MakeConfig, console: Console, tmp_path
 def test_all_held_out_is_nothing_to_train_on(make_config: MakeConfig, words: Words, console: Console):
     text = words(100)
     number = next(seed for seed in range(100) if split_of(digest(text), seed, 0.3) == "held_out")
-    with pytest.raises(ValueError, match="not one training"):
+    with pytest.raises(ValueError, match="no training sequence"):
         prepare(make_config([text], seed=number), console)
 
 
@@ -324,6 +327,6 @@ def test_too_many_bad_records_leave_nothing(make_config: MakeConfig, words: Word
     assert entries(tmp_path) == ["documents.jsonl"]
 
 
-def test_a_remote_directory_is_no_place_to_prepare(make_config: MakeConfig, console: Console):
-    with pytest.raises(ValueError, match=r"data\.directory = s3://bucket/data is remote; prepare here"):
+def test_a_remote_directory_is_not_prepared(make_config: MakeConfig, console: Console):
+    with pytest.raises(ValueError, match=r"data\.directory = s3://bucket/data: is remote; prepare in a local"):
         prepare(make_config(["x"], directory="s3://bucket/data"), console)

@@ -69,11 +69,11 @@ def test_killed_at_any_point_and_continued_gives_the_same_bytes(config: DataConf
     prepare(reference, Console(quiet=True), workers=1)
     (tmp_path / "child.py").write_text(CHILD)
     command = [sys.executable, "-P", str(tmp_path / "child.py"), json.dumps(asdict(config))]
-    books, choose = tmp_path / "prepared.partial" / "work" / "books", random.Random(seed)
+    ledgers, choose = tmp_path / "prepared.partial" / "work" / "ledgers", random.Random(seed)
     # While it starts; then when so many of the twelve input shards are done, and a little later.
     for target in [0, *sorted(choose.sample(range(1, 10), 3))]:
         child = subprocess.Popen(command, start_new_session=True)
-        while len(list(books.glob("*.json"))) < target:
+        while len(list(ledgers.glob("*.json"))) < target:
             assert child.poll() is None
             time.sleep(0.001)
         time.sleep(choose.uniform(0, 0.02) if target else 0.3)
@@ -115,11 +115,13 @@ def test_what_is_done_is_not_done_again(config: DataConfig, tmp_path: Path, monk
         prepare(config, Console(quiet=True), workers=1)
     assert not Path(config.directory).exists()
     partial = tmp_path / "prepared.partial"
-    assert len(list((partial / "work" / "books").iterdir())) == 7
+    assert len(list((partial / "work" / "ledgers").iterdir())) == 7
     broken.write_text(good)
     done: list[int] = []
-    run = input_shard._Writing.run
-    monkeypatch.setattr(input_shard._Writing, "run", lambda self, file: done.append(int(file.name)) or run(self, file))
+    run = input_shard._InputShardWriter.run
+    monkeypatch.setattr(
+        input_shard._InputShardWriter, "run", lambda self, file: done.append(int(file.name)) or run(self, file)
+    )
     prepare(config, Console(quiet=True), workers=1)
     assert done == [7, 8, 9, 10, 11]
     assert entries(tmp_path) == ["corpus", "prepared"]
@@ -131,7 +133,7 @@ def test_begun_with_other_settings_or_files(config: DataConfig, tmp_path: Path):
     with pytest.raises(ValueError, match="1 of 1 records of source .documents. are bad"):
         prepare(config, Console(quiet=True), workers=1)
     with pytest.raises(
-        ValueError, match=r"prepared\.partial is a preparation begun with data\.seed = 0, not 1; go back"
+        ValueError, match=r"data\.seed = 1: .*prepared\.partial is a preparation begun with 0; set it back"
     ):
         prepare(replace(config, seed=1), Console(quiet=True), workers=1)
     (tmp_path / "corpus" / "07.jsonl").write_text('{"text": "mended"}\n')
@@ -149,8 +151,8 @@ def test_a_merge_names_what_is_missing(config: DataConfig, tmp_path: Path, monke
     monkeypatch.undo()
     partial = tmp_path / "prepared.partial"
     for number in (3, 9):
-        input_shard.books_file(partial, number).unlink()
-    with pytest.raises(ValueError, match=r"input shards 3, 9 of 12 are not prepared; prepare again to go on"):
+        merge.ledger_file(partial, number).unlink()
+    with pytest.raises(ValueError, match=r"input shards 3, 9 of 12 are not prepared; run `longring prepare RECIPE`"):
         merge.merge(config, partial)
     prepare(config, Console(quiet=True), workers=1)
     list(open_prepared(config.directory).verify())
@@ -203,7 +205,7 @@ def test_a_disk_that_fills_up_later_keeps_what_is_done(
     monkeypatch.undo()
     assert tree(tmp_path / "old") == before
     partial = tmp_path / "prepared.partial"
-    done = len(list((partial / "work" / "books").iterdir()))
+    done = len(list((partial / "work" / "ledgers").iterdir()))
     assert 0 < done < 12
     assert len(list((partial / "shards").iterdir())) == done, "nothing half-written is left"
     prepare(config, Console(quiet=True), workers=1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from longring.data.config import DataConfig, SourceConfig
 from longring.data.format.manifest import open_prepared
-from longring.data.prepare.input_shard import books_file
+from longring.data.prepare.merge import ledger_file
 from longring.data.prepare.prepare import prepare
 from longring.data.prepare.slurm import submit
 from rich.console import Console
@@ -102,7 +102,7 @@ def test_an_array_of_the_script_and_a_merge_make_what_processes_make(words: Call
     done = [re.findall(r"part (\d) of 3: (\d) of 7", text) for text in said]
     assert done == [[("2", "3")], [("1", "2")], [("0", "2")]]
     assert not (tmp_path / "prepared").exists()
-    assert all(books_file(tmp_path / "prepared.partial", number).exists() for number in range(7)), (
+    assert all(ledger_file(tmp_path / "prepared.partial", number).exists() for number in range(7)), (
         "nothing but to merge"
     )
     merge = start("prepared")

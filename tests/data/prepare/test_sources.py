@@ -195,13 +195,13 @@ def test_a_hopeless_file_stops_early(tmp_path: Path):
 )
 def test_a_file_that_cannot_be_read_to_its_end_is_named(tmp_path: Path, name: str, content: bytes):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"cannot read .*{name}: .*; repair it or leave it out"):
+    with pytest.raises(ValueError, match=rf"data\.source\.path = .*: cannot read .*{name} \(.*\); repair it or leave"):
         read(kind="parquet" if name.endswith("parquet") else "json", path=str(tmp_path))
 
 
 @pytest.mark.parametrize("path", ["missing.jsonl", "*.jsonl", "."])
 def test_no_file_matches(tmp_path: Path, path: str):
-    with pytest.raises(ValueError, match=r"data\.source\.path = .* matches no file") as error:
+    with pytest.raises(ValueError, match=r"data\.source\.path = .*: matches no file") as error:
         read(kind="json", path=str(tmp_path / path))
     assert str(tmp_path) in str(error.value)
     assert ".jsonl" in str(error.value)
@@ -225,7 +225,9 @@ def test_hub_failure_names_the_data_set(monkeypatch: pytest.MonkeyPatch):
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(ValueError, match=r"data set 'owner/name', split 'train': Couldn't reach the Hub"):
+    with pytest.raises(
+        ValueError, match=r"data\.source\.path = 'owner/name': .* split 'train' \(Couldn't reach the Hub\)"
+    ):
         read(kind="hub", path="owner/name")
 
 

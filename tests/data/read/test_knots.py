@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
-from longring.data.format.tokenizer import DocumentTokenizer, knot_tokens, train_tokenizer, with_knot_tokens
+from longring.data.format.tokenizer import DocumentTokenizer, knot_tokens
 from longring.data.order_config import KnotsConfig
+from longring.data.prepare.train_tokenizer import train_tokenizer, with_knot_tokens
 from longring.data.read.knots import LABEL_CHARACTERS, Knots, Tied, cut_points, fit_to_length
 
 CHUNKS = 4
