@@ -57,8 +57,8 @@ def order(
     """Make the ordered data of `config.directory`, or repair it if its settings are the same; return its manifest.
 
     `workers` processes share the tasks; 0: one for each CPU. The result does not depend on their number. With `only`,
-    run only that stage, of its tasks I, I + N, I + 2N, ... for `part` = (I, N), and return None. Shards of finished data
-    that are missing or have another size are made again.
+    run only that stage, of its tasks I, I + N, I + 2N, ... for `part` = (I, N), and return None. Finished data gets
+    its shards made again that are missing or have another size.
 
     Raises ValueError if the prepared data was made with other settings than `data`, lacks documents or has too many; if
     the directory holds something else; if a stage before `only` is not done; or if the file of a stage is damaged.
