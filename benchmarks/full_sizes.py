@@ -1,7 +1,7 @@
 """Are the kernels right in full sizes? Errors against attention by its definition in fp64.
 
-    python benchmarks/full_sizes.py --json rows.json   # under two minutes of a GPU
-    python benchmarks/full_sizes.py --quick            # four of the checks
+    python benchmarks/full_sizes.py --json rows.json  # two minutes of a GPU
+    python benchmarks/full_sizes.py --quick           # four checks
 
 On CUDA sequences have 16,384 tokens, and one a million, whose addresses pass 32 bits, where the device has 110 GB free.
 On a CPU they have 512 tokens in fp32. An error is a multiple of the error of rounding the exact result to the dtype.

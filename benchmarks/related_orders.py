@@ -2,7 +2,7 @@
 
     python benchmarks/related_orders.py --json rows.json   # three minutes
     python benchmarks/related_orders.py --corpus wiki.txt
-    python benchmarks/related_orders.py --encoder DIRECTORY --long-documents head
+    python benchmarks/related_orders.py --encoder NAME --long-documents head
 
 Documents are Python's standard library, whose packages are a truth that the method does not know, and with --corpus a
 text in WikiText's form (articles that begin with " = Title = "). Rows have the share of neighbouring documents of one

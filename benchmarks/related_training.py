@@ -1,7 +1,7 @@
 """Does a small model learn more from contexts of related documents?
 
-    python benchmarks/related_training.py --json rows.json   # an hour
-    python benchmarks/related_training.py --quick            # one seed, 10 steps
+    python benchmarks/related_training.py --json rows.json  # an hour
+    python benchmarks/related_training.py --quick  # one seed, 10 steps
 
 launch/recipes/related.toml is trained on random contexts, ordered ones and filled long buckets, for the same tokens and
 seeds 0, 1, ... Rows have the loss on held-out contexts (along the path, the same for all) by position; and the loss of
@@ -53,7 +53,8 @@ ARMS = {
     "filled": ["order.mode=fill_long_buckets"],
 }
 SMALLEST = [
-    "data.source.limit_documents=120",
+    "data.source.limit_documents=200",
+    "data.held_out_fraction=0.5",
     "model.num_layers=1",
     "model.hidden_size=64",
     "model.ffn_hidden_size=64",
@@ -76,6 +77,8 @@ def again(manifest: Manifest) -> list[tuple[int, int, int]]:
             if index and name != "." and name in names[:index]:
                 found.append((number, int(real[index, 3]), ends[index]))
                 break
+    if not found:
+        raise ValueError("held-out data: no context has two documents of one package; prepare more documents")
     chosen = np.unique(np.linspace(0, len(found) - 1, min(len(found), MOST_CONTEXTS)).astype(int))
     return [found[one] for one in chosen.tolist()]
 

@@ -1,7 +1,7 @@
 """Does training survive random faults for an hour: which steps and seconds are lost, and is memory flat?
 
     python benchmarks/soak.py --json rows.json --picture soak.png   # an hour
-    python benchmarks/soak.py --quick                               # two minutes
+    python benchmarks/soak.py --quick  # two minutes
 
 `longring train` runs on two ranks with a smaller demo recipe. At random times a rank is killed, a rank or the launcher
 gets a signal, or a rank is stopped; then the same command runs again. A checkpoint is saved every 20 steps. Half of the
