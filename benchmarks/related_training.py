@@ -53,13 +53,14 @@ ARMS = {
     "filled": ["order.mode=fill_long_buckets"],
 }
 SMALLEST = [
-    "data.source.limit_documents=200",
+    "data.source.limit_documents=150",
     "data.held_out_fraction=0.5",
     "model.num_layers=1",
     "model.hidden_size=64",
     "model.ffn_hidden_size=64",
-    "parallel.tokens_per_rank=2048",
-    "train.global_batch_tokens=2048",
+    "data.max_bucket_tokens=16384",
+    "parallel.tokens_per_rank=16384",
+    "train.global_batch_tokens=16384",
     "train.warmup_steps=1",
 ]
 
