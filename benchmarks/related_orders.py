@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
-from lib.packages import QUIET, packages_of
+from lib.packages import FEW_PACKAGES, QUIET, packages_of
 from lib.script import Row, make_parser, make_table, write_record
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
 from longring.data.format.document import NO_DOCUMENT
@@ -112,18 +112,18 @@ def show(name: str, rows: list[Row]) -> None:
 
 
 def main() -> int:
-    parser = make_parser(__doc__ or "", quick="a third of the library: about a minute")
+    parser = make_parser(__doc__ or "", quick="some packages of the library: under a minute")
     parser.add_argument("--corpus", type=Path, metavar="FILE", help="a text in WikiText's form, beside the library")
     parser.add_argument("--encoder", default="", metavar="NAME", help="encoder, as order.encoder")
     parser.add_argument("--long-documents", choices=("windows", "head"), default="windows")
     options = parser.parse_args()
-    limit_documents, max_tokens = {"full": (0, 32_768), "quick": (600, 32_768), "smallest": (60, 8192)}[options.size]
+    library = SourceConfig() if options.size == "full" else SourceConfig(kind="text", path=FEW_PACKAGES)
+    max_tokens = 8192 if options.size == "smallest" else 32_768
     vectors = {"encoder": options.encoder, "long_documents": options.long_documents}
     found: dict[str, list[Row]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "stdlib").mkdir()
-        library = SourceConfig(limit_documents=limit_documents)
         found["stdlib"] = compare_orders(folder / "stdlib", library, max_tokens, vectors)
         show("Python's standard library", found["stdlib"])
         if options.corpus:

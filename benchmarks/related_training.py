@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
 from lib import ROOT
 from lib.one_rank import be_the_only_rank
-from lib.packages import QUIET, packages_of
+from lib.packages import FEW_PACKAGES, QUIET, packages_of
 from lib.script import Row, make_parser, make_table, write_record
 from longring.data.format.document import NO_DOCUMENT
 from longring.data.format.manifest import Manifest, open_prepared
@@ -53,14 +53,15 @@ ARMS = {
     "filled": ["order.mode=fill_long_buckets"],
 }
 SMALLEST = [
-    "data.source.limit_documents=150",
+    "data.source.kind=text",
+    f"data.source.path={FEW_PACKAGES}",
     "data.held_out_fraction=0.5",
     "model.num_layers=1",
     "model.hidden_size=64",
     "model.ffn_hidden_size=64",
-    "data.max_bucket_tokens=16384",
-    "parallel.tokens_per_rank=16384",
-    "train.global_batch_tokens=16384",
+    "data.max_bucket_tokens=8192",
+    "parallel.tokens_per_rank=8192",
+    "train.global_batch_tokens=8192",
     "train.warmup_steps=1",
 ]
 

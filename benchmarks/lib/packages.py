@@ -9,6 +9,8 @@ from longring.data.format.manifest import Manifest
 from rich.console import Console
 
 QUIET = Console(quiet=True)
+FEW_PACKAGES = f"{sysconfig.get_paths()['stdlib']}/[h-j]*/*.py"
+"""Glob of some packages, for the smallest size; a limit on documents would lose the file of each record."""
 
 
 def package(title: str) -> str:

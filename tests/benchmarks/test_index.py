@@ -54,9 +54,3 @@ def test_help_has_an_example_and_fits_80_columns(script):
     assert doc and f"    python benchmarks/{script} " in doc
     assert doc.split("\n\n")[0].rstrip(".").endswith("?") or "?" in doc.split("\n\n")[0]
     assert [line for line in help_text(doc).splitlines() if len(line) > 80] == []
-
-
-@pytest.mark.parametrize("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
-def test_documents_name_benchmarks_and_records_that_exist(document):
-    named = re.findall(r"benchmarks/[\w./-]*\w", document.read_text())
-    assert [path for path in named if "NAME" not in path and not (ROOT / path).exists()] == []

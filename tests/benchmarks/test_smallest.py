@@ -16,7 +16,7 @@ from lib.lab_network import unavailable
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py"))
 ON_A_NETWORK = {"cp_lab_network", "gloo_links"}
-SLOW = ["compile_report", "gpu_check", "related_orders", "soak"]
+SLOW = ["compile_report", "gpu_check", "related_orders", "related_training", "soak"]
 """Benchmarks whose smallest size takes more than 20 s of one quiet core."""
 
 
