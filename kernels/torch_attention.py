@@ -88,7 +88,7 @@ def backward(
     if out is None:
         assert delta is not None
         out = _carry_delta(dout, delta)
-    # [b, s, h, d] -> [b, h, s, d], as views: what is added to dq, dk, dv lands in `into`.
+    # [b, s, h, d] -> [b, h, s, d], as views: additions to dq, dk, dv land in `into`.
     q, k, v, dout, out = (x.transpose(1, 2) for x in (q, k, v, dout, out))
     dq, dk, dv = (x.transpose(1, 2) for x in into)
     for rect in _rects(operator, mask):
@@ -123,7 +123,7 @@ def _forward_rect(
 
 
 def _bias(mask: Mask, rect: MaskRect, dtype: torch.dtype) -> Tensor:
-    """Return what to add to the scores of a band, `[rows, keys]`: 0 for visible pairs, -inf for the others."""
+    """Return the bias that is added to the scores of a band, `[rows, keys]`: 0 for visible pairs, -inf for others."""
     keys = torch.arange(rect.keys.start, rect.keys.stop, device=mask.rows.device)
     start, stop = mask.rows[:, rect.rows].unsqueeze(-1)
     hidden = (keys < start) | (keys >= stop)

@@ -81,8 +81,8 @@ class CpConfig:
 class ParallelConfig:
     """Degrees of parallelism. The context-parallel degree is not set: it is the sequence length / tokens_per_rank.
 
-    Raises ValueError for degrees below 1, and for tokens_per_rank that is no power of two or that sequence parallelism
-    cannot divide.
+    Raises ValueError for degrees below 1, for a tokens_per_rank that is no power of two, and for sequence parallelism
+    over one tensor-parallel rank or over a number of them that does not divide tokens_per_rank.
     """
 
     tokens_per_rank: int

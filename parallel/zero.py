@@ -62,7 +62,7 @@ def zero_engine(
     The engine averages gradients over data ranks and accumulation steps, so the loss given to `engine.backward` must
     be this rank's sum times (data ranks x accumulation steps) / (trained tokens of the global batch). clip_grad_norm =
     0 switches clipping off. bfloat16 keeps fp32 master weights. A step whose gradient norm is not finite changes
-    neither weights nor moments, on every rank alike. Learning rates are 0 until `set_learning_rate`.
+    neither weights nor moments on any rank. Learning rates are 0 until `set_learning_rate`.
     """
     # Otherwise DeepSpeed compiles C++ on a CPU at start-up, for collectives that only its inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -184,9 +184,9 @@ def measured_speed(panels: Sequence[Panel], shape: AttentionShape, num_tokens: i
         grid = panel.grid
         layouts = [zigzag(num_tokens, rank, grid.size) for rank in range(grid.size)]
         shares = Schedule(grid, layouts, visibility, panel.direction).shares
-        tiles = [event for event in panel.events if isinstance(event.what, Tile)]
+        tiles = [event for event in panel.events if isinstance(event.item, Tile)]
         # The tiles at unit speed take as many seconds as they have FLOPs.
-        owners = [(e.what.query_owner, e.what.key_owner) for e in tiles if isinstance(e.what, Tile)]
+        owners = [(e.item.query_owner, e.item.key_owner) for e in tiles if isinstance(e.item, Tile)]
         queries, keys = torch.tensor(owners).T.numpy()
         at_one = Speed(1.0, 1.0).seconds(
             num_pairs(shares[queries], shares[keys], visibility), shape, grid, panel.direction

@@ -13,7 +13,7 @@ from .topology import Topology
 from .visible import Visibility
 
 CLOSE = 1.01
-"""Prices within 1% count as equal: of these the grid with the least memory is chosen."""
+"""Prices within 1% count as equal: among them the grid with the least memory is chosen."""
 LARGE = 16
 """Number of ranks up to which every division is priced.
 

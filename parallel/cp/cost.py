@@ -93,7 +93,7 @@ class Event(NamedTuple):
     """A tile or message of one rank with its time, simulated or measured."""
 
     rank: int
-    what: Tile | Message
+    item: Tile | Message
     start_s: float
     stop_s: float
 
@@ -214,7 +214,7 @@ class Wires(NamedTuple):
 
 @lru_cache(maxsize=8)
 def wires_of(topology: Topology, size: int) -> Wires:
-    """Return the paths between `size` ranks. Cached: all plans on a topology share them, and 1,024 ranks have 2^20."""
+    """Return the paths of `size` ranks. Cached: schedules on one topology share them, and 1,024 ranks have 2^20."""
     numbers: dict[Hashable, int] = {}
     found: list[list[int]] = []
     rates, latencies = np.ones(size**2), np.zeros(size**2)

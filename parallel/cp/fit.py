@@ -82,7 +82,7 @@ def patterns(size: int, width: int = 1) -> list[Pattern]:
 def fabrics(size: int, width: int = 1) -> list[Fabric]:
     """Return the fabrics that may join `size` sites of `width` ends, commonest first, bandwidth and latency unknown.
 
-    Of fabrics that no pattern can tell apart there is one: three or fewer sites on a ring are a mesh.
+    Fabrics that no pattern can distinguish are listed once: three or fewer sites on a ring are a mesh.
     """
     # Ends per port: one, two (GPUs on one PCIe switch), or all ends of a site (one network port for a node).
     if width > 1:

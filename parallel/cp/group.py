@@ -109,6 +109,7 @@ def open_group(global_ranks: Sequence[int], grids: Iterable[CpGrid], *, timeout_
             # channel: the "down" channel of a ring is used by its last and its first rank only.
             dist.all_reduce(torch.zeros(1, device=device), group=group)
             channels[flow, direction] = group
+    # On the CPU a wait has a time limit of its own; on CUDA the host does not wait, so a thread watches.
     watch = None
     if device.type == "cuda":
         watch = Watch(timeout_s)

@@ -39,7 +39,7 @@ def contiguous(num_tokens: int, rank: int, size: int) -> SeqLayout:
 
 def joined(layouts: Sequence[SeqLayout]) -> SeqLayout:
     """Return the layout of the tokens of several layouts of one context, in order of position, touching runs merged."""
-    runs: list[tuple[int, int]] = []
+    runs: list[tuple[int, int]] = []  # merged so far, in order of position
     for start, stop in sorted(run for layout in layouts for run in layout.runs):
         if runs and runs[-1][1] == start:
             runs[-1] = (runs[-1][0], stop)

@@ -78,7 +78,8 @@ class Schedule:
     def __init__(self, grid: CpGrid, layouts: Sequence[SeqLayout], visibility: Visibility, direction: Pass) -> None:
         if len(layouts) != grid.size:
             raise ValueError(
-                f"schedule: {grid} is for {grid.size} ranks, and there are {len(layouts)} layouts; give one a rank"
+                f"schedule: {grid} is for {grid.size} ranks, and there are {len(layouts)} layouts; give one for each "
+                "rank"
             )
         self.grid: CpGrid = grid
         self.direction: Pass = direction

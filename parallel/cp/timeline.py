@@ -47,7 +47,7 @@ class Panel:
         """Exposed communication in seconds: total time minus the compute time of the busiest rank."""
         busy = [0.0] * self.grid.size
         for event in self.events:
-            if isinstance(event.what, Tile):
+            if isinstance(event.item, Tile):
                 busy[event.rank] += event.stop_s - event.start_s
         return self.total_s - max(busy)
 
@@ -71,7 +71,7 @@ def draw(rows: Sequence[Sequence[Panel]], file: Path, *, ranks_per_node: int) ->
     for row, axes_of_row in zip(rows, all_axes, strict=True):
         for panel, axes in zip(row, axes_of_row, strict=True):
             _draw_panel(panel, ranks, axes)
-    flows = {e.what.flow for row in rows for panel in row for e in panel.events if isinstance(e.what, Message)}
+    flows = {e.item.flow for row in rows for panel in row for e in panel.events if isinstance(e.item, Message)}
     patches = [Patch(color=TILE, label="tile")]
     patches += [Patch(color=COLOURS[flow], label=flow.replace("_", " ")) for flow in FLOWS if flow in flows]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
@@ -80,7 +80,7 @@ def draw(rows: Sequence[Sequence[Panel]], file: Path, *, ranks_per_node: int) ->
 
 def _draw_panel(panel: Panel, ranks: list[int], axes: Axes) -> None:
     """Draw a panel: each rank has three lanes, tiles, sends and receives; in a lane each flow has a line of its own."""
-    flows = [f for f in FLOWS if any(isinstance(e.what, Message) and e.what.flow == f for e in panel.events)]
+    flows = [f for f in FLOWS if any(isinstance(e.item, Message) and e.item.flow == f for e in panel.events)]
     # Height of each rank, in units of ranks: the first is at the top.
     at = {rank: len(ranks) - 1 - number for number, rank in enumerate(ranks)}
     line = 0.3 / max(1, len(flows))
@@ -92,12 +92,12 @@ def _draw_panel(panel: Panel, ranks: list[int], axes: Axes) -> None:
             continue
         # Within a rank's unit: receives from 0.02 up, sends from 0.33, tiles from 0.64 to 0.92.
         span = ((event.start_s - origin) * 1e3, (event.stop_s - event.start_s) * 1e3)
-        if isinstance(event.what, Tile):
+        if isinstance(event.item, Tile):
             bars.setdefault((TILE, at[event.rank] + 0.64, 0.28), []).append(span)
         else:
-            lane = 0.33 if event.what.source == event.rank else 0.02
-            bottom = at[event.rank] + lane + flows.index(event.what.flow) * line
-            bars.setdefault((COLOURS[event.what.flow], bottom, 0.9 * line), []).append(span)
+            lane = 0.33 if event.item.source == event.rank else 0.02
+            bottom = at[event.rank] + lane + flows.index(event.item.flow) * line
+            bars.setdefault((COLOURS[event.item.flow], bottom, 0.9 * line), []).append(span)
     for (colour, bottom, tall), spans in bars.items():
         axes.broken_barh(spans, (bottom, tall), facecolors=colour, edgecolors="white", linewidth=0.4)
     for rank, bottom in at.items():  # a black line where ranks are left out

@@ -48,7 +48,7 @@ class Distributed:
             try:
                 works = dist.batch_isend_irecv([op for _, op in batch])
             except RuntimeError as error:
-                # gloo notices here that a peer has ended, and does not say which peer of the batch.
+                # gloo raises here if a peer has ended, without naming it: every peer of the batch is explained.
                 raise PeerError("; or ".join(dict.fromkeys(self.group.explain(m) for m, _ in batch))) from error
             for at, (message, _) in enumerate(batch):
                 # NCCL returns one work for the batch, gloo one for each tensor.

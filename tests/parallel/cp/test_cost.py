@@ -103,7 +103,7 @@ def arrivals(topology: Topology, size: int, messages: list[Message], tiles=()) -
     """Return the arrival time of each message; a row of keys takes one second on a link of 4 bytes/s."""
     made = HandMade(size, messages, tiles)
     found = play(made, ALL_PAIRS, topology, ONE, PAIR_A_SECOND, record=True)
-    stops = {event.what: event.stop_s for event in found.events}
+    stops = {event.item: event.stop_s for event in found.events}
     return [stops[message] for message in messages]
 
 

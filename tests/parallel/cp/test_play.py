@@ -115,11 +115,11 @@ def test_two_ranks_by_arithmetic():
     arrives = keys["full"] / rate + latency
     assert price.seconds == pytest.approx(max(tiles[0], arrives) + tiles[2])
     assert price.compute_s == pytest.approx(tiles[0] + tiles[2])
-    computed = [event for event in price.events if isinstance(event.what, Tile)]
+    computed = [event for event in price.events if isinstance(event.item, Tile)]
     assert sorted(event.rank for event in computed) == [0, 0, 1, 1]
     for event in price.events:
-        if isinstance(event.what, Message):
-            ends = (event.what.source, event.what.target)
+        if isinstance(event.item, Message):
+            ends = (event.item.source, event.item.target)
             assert event.rank in ends and event.start_s == 0.0
 
 
@@ -128,11 +128,11 @@ def test_events_are_recorded_at_both_ends_and_only_when_asked_for():
     assert play(schedule, Visibility(), full_mesh(8), SHAPE, SPEED).events == []
     events = play(schedule, Visibility(), full_mesh(8), SHAPE, SPEED, record=True).events
     messages = schedule.all_messages.one_by_one()
-    assert sorted(e.what for e in events if isinstance(e.what, Message)) == sorted(messages * 2)
+    assert sorted(e.item for e in events if isinstance(e.item, Message)) == sorted(messages * 2)
     by_message: dict[Message, list[Event]] = defaultdict(list)
     for event in events:
-        if isinstance(event.what, Message):
-            by_message[event.what].append(event)
+        if isinstance(event.item, Message):
+            by_message[event.item].append(event)
     for message, (one, other) in by_message.items():
         assert {one.rank, other.rank} == {message.source, message.target}
         assert one[2:] == other[2:]

@@ -66,17 +66,17 @@ def test_a_recorded_pass_has_all_of_its_plan_and_the_same_results(on_ranks, text
             assert apart == 0.0
             steps = schedules[direction].plan(rank).steps
             wanted = [m for step in steps for m in (*step.sends, *step.receives)]
-            assert Counter(e.what for e in events if isinstance(e.what, Message)) == Counter(wanted)
-            tiles = [event for event in events if isinstance(event.what, Tile)]
-            assert [event.what for event in tiles] == [step.tile for step in steps if step.tile is not None]
+            assert Counter(e.item for e in events if isinstance(e.item, Message)) == Counter(wanted)
+            tiles = [event for event in events if isinstance(event.item, Tile)]
+            assert [event.item for event in tiles] == [step.tile for step in steps if step.tile is not None]
             assert all(event.rank == rank and 0 <= event.start_s < event.stop_s for event in events)
             for one, after in pairwise(tiles):
                 assert one.stop_s <= after.start_s
             # The shares of a tile have arrived before it starts.
-            came = {(m.flow, m.owner): e.stop_s for e in events if (m := e.what) in wanted and m.target == rank}
+            came = {(m.flow, m.owner): e.stop_s for e in events if (m := e.item) in wanted and m.target == rank}
             position = rank // schedules[direction].grid.heads
             for event in tiles:
-                for flow, owner in (("queries", event.what.query_owner), ("keys", event.what.key_owner)):
+                for flow, owner in (("queries", event.item.query_owner), ("keys", event.item.key_owner)):
                     assert owner == position or came[flow, owner] <= event.start_s
 
 
@@ -108,7 +108,7 @@ def test_every_event_of_a_shown_rank_is_drawn_once(grid):
         for path in bars.get_paths()
     )
     assert lanes == Counter(
-        "tile" if isinstance(e.what, Tile) else "send" if e.what.source == e.rank else "receive"
+        "tile" if isinstance(e.item, Tile) else "send" if e.item.source == e.rank else "receive"
         for e in panel.events
         if e.rank in ranks
     )
