@@ -230,9 +230,9 @@ def test_the_command_orders_and_inspects(ordered, tmp_path, monkeypatch, capsys)
 def test_data_of_another_order_is_refused(ordered):
     recipe_file, overrides = ordered
     for changed, message in [
-        ("order.neighbors=4", r"order\.directory = .* was prepared with order\.neighbors = 5, not 4"),
+        ("order.neighbors=4", r"order\.neighbors = 4: order\.directory = .* was made with 5; set it back"),
         ("knots.chunk_odds=[0, 0, 0, 1]", r"data\.tokenizer\.knot_chunks = 3: knots\.chunk_odds needs 4"),
-        ("knots.chunk_odds=2", r"knots\.chunk_odds = 2 must be a list of numbers"),
+        ("knots.chunk_odds=2", r"knots\.chunk_odds = 2: must be a list of numbers"),
         ("data.rest=drop", r"needs every document whole"),
     ]:
         with pytest.raises(ValueError, match=message):
