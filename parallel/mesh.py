@@ -99,6 +99,6 @@ def megatron_config(parallel: ParallelConfig) -> ModelParallelConfig:
 
 
 def _member(group: dist.ProcessGroup | int | None) -> dist.ProcessGroup:
-    """Return `group`; torch gives a number in its place to a rank that is not a member."""
+    """Return `group`, which must have this rank as a member: to other ranks torch returns a number or None."""
     assert isinstance(group, dist.ProcessGroup)
     return group
