@@ -27,6 +27,12 @@ def assert_as_exact_as(
         assert error <= factor * yardstick, f"{what} {name}: error {error:.3g} against {yardstick:.3g} of plain torch"
 
 
+def gradient(tensor: Tensor) -> Tensor:
+    """Return a tensor's gradient, which a backward pass must have left."""
+    assert tensor.grad is not None
+    return tensor.grad
+
+
 def with_gradients(
     attention: Callable[[Tensor, Tensor, Tensor], Tensor],
     dtype: torch.dtype,
@@ -39,4 +45,4 @@ def with_gradients(
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in (q, k, v))
     out = attention(q, k, v)
     out.backward(dout.to(dtype))
-    return {"out": out.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad}
+    return {"out": out.detach(), "dq": gradient(q), "dk": gradient(k), "dv": gradient(v)}

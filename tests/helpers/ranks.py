@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ TIMEOUT_S = 300
 PRELOADED = ["longring.launch.train", "hypothesis", "pytest", "helpers.faulty"]
 
 
-def fork_server() -> multiprocessing.context.ForkServerContext:
+def fork_server() -> ForkServerContext:
     """Return the context whose processes are forked from one server with everything imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)

@@ -30,5 +30,5 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return interpreter.TensorHandle(np.where(np.isnan(source.data), 0x7FC0, nearest).astype(np.uint16), tl.bfloat16)
 
-    interpreter.InterpreterBuilder.create_dot = _create_dot_of_bfloat16
-    interpreter.InterpreterBuilder.create_fp_trunc = _round_to_nearest
+    setattr(interpreter.InterpreterBuilder, "create_dot", _create_dot_of_bfloat16)  # noqa: B010
+    setattr(interpreter.InterpreterBuilder, "create_fp_trunc", _round_to_nearest)  # noqa: B010

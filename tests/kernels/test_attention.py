@@ -90,9 +90,9 @@ def compare(backend: str, dtype: torch.dtype, mask_name: str, **options) -> None
     visible = visible_pairs(queries, keys, **kind).to(DEVICE)
     mask = make_mask(queries, keys, device=DEVICE, **kind)
     double = [x.double() for x in (q, k, v, dout)]
-    exact = results(lambda *x, **o: exact_attention(*x, visible, **o)[0], *double, **options)
-    plain = results(lambda *x, **o: torch_attention(*x, visible, **o), q, k, v, dout, **options)
-    got = results(lambda *x, **o: attention(*x, mask, backend=backend, **o), q, k, v, dout, **options)
+    exact = results(lambda q, k, v, **o: exact_attention(q, k, v, visible, **o)[0], *double, **options)
+    plain = results(lambda q, k, v, **o: torch_attention(q, k, v, visible, **o), q, k, v, dout, **options)
+    got = results(lambda q, k, v, **o: attention(q, k, v, mask, backend=backend, **o), q, k, v, dout, **options)
     for name, gradient in exact.items():
         # With one visible key dq and dk are exactly 0; their rounding errors scale with dout v.
         if gradient.abs().max() < 1e-12:
@@ -164,15 +164,16 @@ def test_running_result_is_extended(backend, dtype):
     q, k, v, dout = inputs(dtype, S, S)
     whole = PACKED
     visible = visible_pairs(whole, whole).to(DEVICE)
-    exact = results(lambda *x: exact_attention(*x, visible)[0], *(x.double() for x in (q, k, v, dout)))
-    plain = results(lambda *x: torch_attention(*x, visible), q, k, v, dout)
+    exact = results(lambda q, k, v: exact_attention(q, k, v, visible)[0], *(x.double() for x in (q, k, v, dout)))
+    plain = results(lambda q, k, v: torch_attention(q, k, v, visible), q, k, v, dout)
     running = no_result(q)
-    running[0].fill_(torch.nan)
+    out, lse = running
+    out.fill_(torch.nan)
     tiles = [(start, stop, make_mask(whole, SeqLayout(((start, stop),), whole.document_starts), device=DEVICE))
              for start, stop in [(50, 70), (0, 16), (33, 50), (16, 33)]]  # fmt: skip
     for start, stop, mask in tiles:
-        out, lse = attention_forward(q, k[:, start:stop], v[:, start:stop], mask, running=running, backend=backend)
-        assert out is running[0] and lse is running[1]
+        extended = attention_forward(q, k[:, start:stop], v[:, start:stop], mask, running=running, backend=backend)
+        assert extended[0] is out and extended[1] is lse
     atol = 1e-5 if backend in ("triton", "reference") else torch.finfo(dtype).eps / 2
     torch.testing.assert_close(lse.double(), exact_attention(q, k, v, visible)[1], rtol=1e-5, atol=max(atol, 1e-5))
 
@@ -195,12 +196,12 @@ def test_any_strides(backend):
     fit(backend, torch.float16)
     mask = make_mask(PACKED, PACKED, device=DEVICE)
     q, k, v, dout = inputs(torch.float16, S, S, kv_heads=4)
-    expected = results(lambda *x: attention(*x, mask, backend=backend), q, k, v, dout)
+    expected = results(lambda q, k, v: attention(q, k, v, mask, backend=backend), q, k, v, dout)
     fused = torch.cat([q, k, v], dim=-1)
     heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, dout)]
     shifted = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in (q, k, v, dout)]
     for views in ([*fused.split(32, -1), dout], heads_first, shifted):
-        got = results(lambda *x: attention(*x, mask, backend=backend), *views)
+        got = results(lambda q, k, v: attention(q, k, v, mask, backend=backend), *views)
         for name in expected:
             assert torch.equal(got[name], expected[name]), name
 
@@ -215,7 +216,7 @@ def test_every_element_is_written(backend):
     torch.use_deterministic_algorithms(True)  # also fills fresh memory with nan
     try:
         assert torch.empty(4, device=DEVICE).isnan().all()
-        got = results(lambda *x: attention(*x, mask, backend=backend), q, k, v, dout)
+        got = results(lambda q, k, v: attention(q, k, v, mask, backend=backend), q, k, v, dout)
         _, lse = attention_forward(q, k, v, mask, backend=backend)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -231,7 +232,8 @@ def test_equal_runs_are_bit_equal(backend):
     fit(backend, torch.bfloat16)
     mask = make_mask(PACKED, PACKED, device=DEVICE)
     first, second = (
-        results(lambda *x: attention(*x, mask, backend=backend), *inputs(torch.bfloat16, S, S)) for _ in range(2)
+        results(lambda q, k, v: attention(q, k, v, mask, backend=backend), *inputs(torch.bfloat16, S, S))
+        for _ in range(2)
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -247,7 +249,7 @@ def test_invisible_blocks_are_not_visited(backend):
         # A partly visible block of keys is read whole; no block has more than 128 keys.
         x[:, :72] = torch.nan
         x[:, 392:] = torch.nan
-    got = results(lambda *x: attention(*x, mask, backend=backend), q, k, v, dout)
+    got = results(lambda q, k, v: attention(q, k, v, mask, backend=backend), q, k, v, dout)
     assert all(x.isfinite().all() for x in got.values())
     assert not got["dk"][:, :200].any() and not got["dv"][:, 264:].any()
 
@@ -255,7 +257,7 @@ def test_invisible_blocks_are_not_visited(backend):
 def test_rows_with_zero_dout_have_zero_dq():
     q, k, v, dout = inputs(torch.float32, S, S)
     dout[:, 5] = 0
-    got = results(lambda *x: attention(*x, make_mask(PACKED, PACKED, device=DEVICE)), q, k, v, dout)
+    got = results(lambda q, k, v: attention(q, k, v, make_mask(PACKED, PACKED, device=DEVICE)), q, k, v, dout)
     assert not got["dq"][:, 5].any()
     assert got["dq"].isfinite().all()
 
@@ -264,8 +266,8 @@ def test_reference_is_exact_in_fp64():
     queries, keys, kind = MASKS["zigzag, documents"]
     q, k, v, dout = inputs(torch.float64, queries.num_tokens, keys.num_tokens)
     visible, mask = visible_pairs(queries, keys, **kind).to(DEVICE), make_mask(queries, keys, device=DEVICE, **kind)
-    exact = results(lambda *x: exact_attention(*x, visible, softcap=3.0)[0], q, k, v, dout)
-    got = results(lambda *x: attention(*x, mask, softcap=3.0, backend="reference"), q, k, v, dout)
+    exact = results(lambda q, k, v: exact_attention(q, k, v, visible, softcap=3.0)[0], q, k, v, dout)
+    got = results(lambda q, k, v: attention(q, k, v, mask, softcap=3.0, backend="reference"), q, k, v, dout)
     for name in exact:
         torch.testing.assert_close(got[name], exact[name], rtol=0, atol=1e-12)
 
@@ -291,9 +293,9 @@ def test_offsets_beyond_32_bits(dim, dtype):
     def run(move) -> list[Tensor]:
         out, lse = no_result(q)
         running = (move(out), lse)
-        qkv = [move(x) for x in (q, k, v)]
+        qkv = move(q), move(k), move(v)
         out, lse = attention_forward(*qkv, mask, running=running, backend="triton")
-        into = [move(zeros_fp32(x)) for x in (q, k, v)]
+        into = move(zeros_fp32(q)), move(zeros_fp32(k)), move(zeros_fp32(v))
         delta = triton_attention.row_delta(move(dout), out)
         attention_backward(move(dout), *qkv, lse, delta, mask, into=into, backend="triton")
         triton_attention.merge_(out, lse.clone(), move(dout).unsqueeze(0), lse.unsqueeze(0))

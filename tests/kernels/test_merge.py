@@ -18,8 +18,10 @@ if DEVICE == "cuda":
 def exact_merge(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     lse = torch.stack(lses).double()
     weights = lse.softmax(0).nan_to_num(0.0)
-    out = sum(w.transpose(1, 2).unsqueeze(-1) * o.double().nan_to_num(0.0) for w, o in zip(weights, outs, strict=True))
-    return out, lse.logsumexp(0)
+    out = torch.stack(
+        [w.transpose(1, 2).unsqueeze(-1) * o.double().nan_to_num(0.0) for w, o in zip(weights, outs, strict=True)]
+    )
+    return out.sum(0), lse.logsumexp(0)
 
 
 @pytest.mark.parametrize("name", MERGES)

@@ -50,6 +50,7 @@ def initial_weights_and_batches(recipe_file: Path, overrides: list[str]) -> tupl
     mesh = join(recipe.parallel, 1)
     planned = preflight(recipe, 1)
     module = build_engine(recipe, planned.manifest.vocab_size, mesh).module
+    assert isinstance(module, torch.nn.Module)
     weights = {name: p.detach().clone() for name, p in module.named_parameters()}
     order = planned.order
     loader = Loader(planned.manifest, order, recipe.loader, lambda length: Share(0, 1, 2048 // length))
@@ -162,9 +163,13 @@ def windowed_oracle(packed_recipe_file, on_ranks) -> dict[str, Any]:
     return oracle_of(on_ranks, packed_recipe_file, [*PACKED, *WINDOWED])
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
-    ("schedule", "zero_stage"), [("token_ring", 3), ("ring", 1), ("ulysses", 1), ("grid", 2), ("auto", 0)]
+    ("schedule", "zero_stage"),
+    by_lane(
+        [("token_ring", 3), ("ring", 1), ("ulysses", 1), ("grid", 2), ("auto", 0)],
+        quick=[],
+        slow=[("ring", 1), ("grid", 2)],
+    ),
 )
 def test_every_schedule_with_windows_and_recomputation(
     on_ranks, packed_recipe_file, windowed_oracle, schedule, zero_stage, tmp_path

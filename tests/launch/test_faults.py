@@ -168,10 +168,11 @@ def test_a_step_without_finite_gradients_changes_nothing_on_any_rank(recipe_file
     saved = {path.name: path for path in complete_checkpoints(run.path / "checkpoints")}
     manifests = {name: read_checkpoint_manifest(path) for name, path in saved.items()}
     assert [m.state.updates for m in manifests.values()] == [3, 2, 2]
-    for name in manifests["step-00000003"].files:
-        before, after = (load_file(saved[f"step-0000000{step}"] / name) for step in (2, 3))
+    files = list(manifests["step-00000003"].files)
+    two, three, four = ([load_file(saved[f"step-0000000{step}"] / name) for name in files] for step in (2, 3, 4))
+    for before, after in zip(two, three, strict=True):
         assert all(before[key].equal(after[key]) for key in before)
-    assert not all(before[key].equal(load_file(saved["step-00000004"] / name)[key]) for key in before)
+    assert not all(two[-1][key].equal(four[-1][key]) for key in two[-1])
     steps = read_metrics(run.path / "metrics.jsonl")
     assert [step["tokens"] // 2048 for step in steps] == [1, 2, 2, 3]
     assert steps[2]["loss"] is None
@@ -296,7 +297,7 @@ def test_a_disk_that_stays_full_stops_the_run(run, whole):
 def test_metrics_that_cannot_be_written_are_reported_with_their_directory(tmp_path):
     writer = MetricsWriter(RunDirectory(tmp_path), 0, 10, Console(quiet=True))
     writer._file = Path("/dev/full").open("w")  # noqa: SIM115 (closing it would raise again)
-    zeros = {field.name: 0 for field in fields(StepMetrics)} | {"step": 7, "outcome": "good"}
+    zeros: dict[str, Any] = {field.name: 0 for field in fields(StepMetrics)} | {"step": 7, "outcome": "good"}
     with pytest.raises(OSError, match=f"step 7: cannot be recorded in {tmp_path}: .*No space left on device"):
         writer.write(StepMetrics(**zeros))
 

@@ -78,6 +78,7 @@ def first_step(recipe_file: Path, overrides: list[str]) -> tuple[dict, np.ndarra
     mesh = join(recipe.parallel, 1)
     planned = preflight(recipe, 1)
     module = build_engine(recipe, planned.manifest.vocab_size, mesh).module
+    assert isinstance(module, torch.nn.Module)
     weights = {name: p.detach().double() for name, p in module.named_parameters()}
     knots = Knots(recipe.knots, planned.manifest.tokenizer(), recipe.train.seed)
     loader = Loader(
@@ -85,6 +86,7 @@ def first_step(recipe_file: Path, overrides: list[str]) -> tuple[dict, np.ndarra
     )
     [batch] = loader.batches(0, 1)
     assert batch.document_starts is None
+    assert batch.trained is not None
     return weights, batch.rows.astype(np.int64), batch.trained
 
 
@@ -177,6 +179,7 @@ def with_resets(recipe_file: Path, overrides: list[str]) -> dict[str, Any]:
     mesh = join(recipe.parallel, recipe.parallel.context_parallel(bucket.length))
     engine = build_engine(recipe, manifest.vocab_size, mesh)
     engine.eval()
+    assert isinstance(engine.module, torch.nn.Module)
     reader = manifest.reader(bucket)
     numbers = np.array([number for number in range(bucket.sequences) if len(reader.pieces([number])[0]) > 2])
     layout = layout_of(recipe, mesh, bucket.length)

@@ -54,11 +54,14 @@ def written_out(operator: str, *args: Tensor) -> list[Tensor]:
 
 def implemented(ops: FusedOps, operator: str, *args: Tensor) -> list[Tensor]:
     if operator == "rms_norm":
-        return [ops.rms_norm(*args, EPSILON)]
+        x, weight = args
+        return [ops.rms_norm(x, weight, EPSILON)]
     if operator == "swiglu":
         return [ops.swiglu(*args)]
     # RoPE may overwrite its arguments, so it gets copies.
-    return list(ops.rope(*(x * 1 for x in args), tuple(t.to(args[0].device) for t in table())))
+    q, k = (x * 1 for x in args)
+    cos, sin = (t.to(q.device) for t in table())
+    return list(ops.rope(q, k, (cos, sin)))
 
 
 def with_gradients(function, operator: str, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:

@@ -64,6 +64,7 @@ def head_results(
         x = x.requires_grad_()
         losses = head(x, targets)
         assert losses.dtype == torch.float32
+        assert head.weight is not None
         return {**results(losses, x, head.weight, dlosses), "weight": head.weight.detach()}
 
 
@@ -153,6 +154,7 @@ def under_zero3() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     torch.manual_seed(0)
     vocab_rows = 2**13  # times hidden_size: above DeepSpeed's stage3_param_persistence_threshold of 10^5 elements
     head = LossHead(CONFIG, vocab_rows, megatron_config(parallel))
+    assert head.weight is not None
     weight = head.weight.detach().clone().requires_grad_()
     optimizer = torch.optim.AdamW(head.parameters())
     engine = zero_engine(head, optimizer, parallel, mesh, accumulation_steps=1, clip_grad_norm=0, dtype="float32")
@@ -177,6 +179,7 @@ def recomputed() -> list[dict[str, Tensor]]:
     head = new_head(1, False, torch.bfloat16)
     x, targets, dlosses = inputs(torch.bfloat16)
     x = x.requires_grad_()
+    assert head.weight is not None
     runs = head(x, targets), checkpoint(head, x, targets, use_reentrant=False)
     return [results(losses, x, head.weight, dlosses) for losses in runs]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig, SourceConfig
 from longring.data.files import sha256_of
-from longring.data.format.document import BadRecord, BadRecords
+from longring.data.format.document import BadKind, BadRecord, BadRecords
 from longring.data.format.ledger import Ledger
 from longring.data.format.manifest import open_prepared
 from longring.data.format.shards import shard_name
@@ -131,7 +131,7 @@ def test_ledger_that_does_not_add_up_is_our_own_mistake(prepared: Path):
     )
     for wrong in (
         replace(ledger, records=ledger.records + 1),
-        replace(ledger, bad=BadRecords(counts=Counter(empty=1))),
+        replace(ledger, bad=BadRecords(counts=Counter[BadKind](["empty"]))),
         *(replace(ledger, splits={**ledger.splits, "train": account}) for account in wrong_accounts),
     ):
         with pytest.raises(AssertionError):

@@ -38,7 +38,7 @@ def test_any_order_of_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, r
         assert found.tolist() == [[7, *piece] for piece in pieces(index)]
     assert reader.document_starts(indices) == [(0,) if index % 3 else (0, 4) for index in indices.tolist()]
     assert reader.read([]).shape == (0, 17)
-    out = np.zeros((rows, 17), dtype=np.int64)
+    out = np.zeros((rows, 17), dtype=np.uint64)
     assert reader.read(indices, out=out) is out
     assert np.array_equal(out, sequences[indices])
 

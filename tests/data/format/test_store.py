@@ -76,7 +76,7 @@ def test_over_http(prepared: Path, tmp_path: Path):
 
 
 class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         pass
 
 

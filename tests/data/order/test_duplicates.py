@@ -81,7 +81,8 @@ def test_the_threshold_is_where_a_twentieth_is_near_duplicate(confirmed: list[in
 
 
 def test_pairs_are_confirmed_above_the_threshold_only():
-    texts = {number: np.arange(60) + 7 for number in range(8)} | {3: np.arange(60) * 2}
+    texts = {number: np.arange(60, dtype=np.uint32) + 7 for number in range(8)}
+    texts[3] = np.arange(60, dtype=np.uint32) * 2
     documents = np.array([4, 5])
     ids = np.array([[1, 3, 7, NO_NEIGHBOR], [2, 4, 6, 7]], dtype=np.uint32)
     cosines = np.array([[0.99, 0.99, 0.9, np.inf], [0.89, 0.9, 0.95, 0.2]], dtype=np.float32)
@@ -94,7 +95,7 @@ def test_sampled_pairs_do_not_depend_on_how_the_lists_come(parts: int):
     """The sample of each bin is the 64 pairs with the smallest keys of all pairs, however the lists are divided."""
     generator = np.random.default_rng(0)
     documents, ids = np.arange(200), generator.integers(200, 9_000, (200, 5)).astype(np.uint32)
-    cosines = generator.choice(np.float32([0.515, 0.525, 0.915]), (200, 5))
+    cosines = generator.choice(np.array([0.515, 0.525, 0.915], dtype=np.float32), (200, 5))
     compared: list[tuple[int, int]] = []
     asked: list[int] = []
 

@@ -62,15 +62,16 @@ def test_default_is_tf_idf_and_svd_of_token_n_grams(
             windows.append(" ".join(cut))
             owners.append(number)
     train = ~documents.column("held_out")[owners]
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, norm=None, token_pattern=r"\S+")
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, norm=None, token_pattern=r"\S+")  # type: ignore[arg-type]
     vectorizer.fit([text for text, chosen in zip(windows, train, strict=True) if chosen])
     weights = vectorizer.transform(windows)
     # sublinear_tf in TfidfVectorizer is 1 + log(count), times idf; then unit length, before the SVD is fitted.
     normed = weights.multiply(1 / np.sqrt(weights.multiply(weights).sum(axis=1))).tocsr()
     reducing = TruncatedSVD(min(200, int(train.sum())), n_iter=4, random_state=0).fit(normed[train])
+    assert reducing.components_ is not None
     sums = np.zeros((len(documents), reducing.components_.shape[0]))
-    np.add.at(sums, owners, embed.unit(reducing.transform(weights)))
-    expected = embed.unit(sums)
+    np.add.at(sums, owners, embed.unit(reducing.transform(weights)))  # type: ignore[arg-type]
+    expected = embed.unit(sums)  # type: ignore[arg-type]
     assert np.abs(found @ found.T - expected @ expected.T).max() < 0.05
 
 

@@ -64,9 +64,9 @@ def test_cosines_are_the_same_from_either_side(tmp_path: Path):
     pairs = {
         (one, int(other)): value for one in range(200) for other, value in zip(ids[one], cosines[one], strict=True)
     }
-    both = [pair for pair in pairs if pair[::-1] in pairs]
+    both = [(one, other) for one, other in pairs if (other, one) in pairs]
     assert len(both) > 500
-    assert all(pairs[pair] == pairs[pair[::-1]] for pair in both)
+    assert all(pairs[one, other] == pairs[other, one] for one, other in both)
 
 
 def test_fewer_documents_than_neighbours_leave_places_empty(tmp_path: Path):

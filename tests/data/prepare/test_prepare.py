@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
@@ -21,6 +20,7 @@ from longring.data.prepare.decompose import split_of
 from longring.data.prepare.prepare import prepare
 from rich.console import Console
 from tokenizers import Tokenizer
+from webdataset.compat import WebDataset
 
 MakeConfig = Callable[..., DataConfig]
 Words = Callable[..., str]
@@ -216,7 +216,7 @@ def test_webdataset_reads_the_same_sequences(make_config: MakeConfig, words: Wor
         assert len(manifest.buckets(split)[-1].shards) > 1
         for bucket in manifest.buckets(split):
             urls = [f"{config.directory}/{shard_name(shard).path()}" for shard in bucket.shards]
-            samples = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode())
+            samples: list[Any] = [*WebDataset(urls, shardshuffle=False, empty_check=False).decode()]  # type: ignore[misc]
             reader = manifest.reader(bucket)
             everything = np.arange(bucket.sequences)
             assert np.array_equal(np.concatenate([s["tokens.npy"] for s in samples]), reader.read(everything))

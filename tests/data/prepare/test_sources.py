@@ -109,8 +109,8 @@ def test_a_data_set_on_disk_and_one_by_name(tmp_path: Path):
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "plain"))
     datasets.DatasetDict({"a": datasets.Dataset.from_list(rows)}).save_to_disk(str(tmp_path / "splits"))
     texts = [row["text"] for row in rows]
-    for settings in ({"path": "plain"}, {"path": "splits", "split": "a"}):
-        settings["path"] = str(tmp_path / settings["path"])
+    for folder, split in (("plain", {}), ("splits", {"split": "a"})):
+        settings: dict[str, Any] = {"path": str(tmp_path / folder), **split}
         assert [text for _, text in read(kind="disk", **settings)] == texts
         # In parts of 200 bytes each, in the same order.
         assert len(shards_of(SourceConfig(kind="disk", **settings), 200)) > 2

@@ -2,6 +2,7 @@ import itertools
 import math
 from collections import Counter
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ PAPER_ODDS = {
 }
 
 
-def curriculum(odds="grow_p2", cycles: int = 1, draw="odds_times_left") -> CurriculumConfig:
+def curriculum(odds: Any = "grow_p2", cycles: int = 1, draw: Any = "odds_times_left") -> CurriculumConfig:
     return CurriculumConfig(odds=odds, cycles=cycles, draw=draw)
 
 

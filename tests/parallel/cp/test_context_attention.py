@@ -49,7 +49,7 @@ def members(size: int) -> set[CpGrid]:
 
 def heads_for(grid: CpGrid) -> dict[str, tuple[int, int]]:
     few = {1: 2, 2: 2, 3: 3}.get(grid.heads, grid.heads // 2)
-    return {"mha": (2 * grid.heads,) * 2, "gqa": (4 * few, few), "mqa": (2 * grid.heads, 1)}
+    return {"mha": (2 * grid.heads, 2 * grid.heads), "gqa": (4 * few, few), "mqa": (2 * grid.heads, 1)}
 
 
 def inputs(num_tokens: int, num_heads: int, num_kv_heads: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -68,17 +68,17 @@ def on_one_rank(grid: CpGrid, num_tokens: int) -> dict[tuple[str, str, torch.dty
         spec = AttentionSpec(grid, layouts, visibility)
         for name, heads in heads_for(grid).items():
             for dtype in (torch.float32, torch.bfloat16):
-                *qkv, dout = (x[:, layouts[rank].positions()] for x in inputs(num_tokens, *heads, dtype))
+                q, k, v, dout = (x[:, layouts[rank].positions()] for x in inputs(num_tokens, *heads, dtype))
                 runs = []
                 for _ in range(2):
-                    leaves = [x.clone().requires_grad_() for x in qkv]
-                    out = context_attention(*leaves, spec, group)
+                    leaves = tuple(x.clone().requires_grad_() for x in (q, k, v))
+                    out = context_attention(leaves[0], leaves[1], leaves[2], spec, group)
                     grads = torch.autograd.grad(out, leaves, dout)
                     runs.append({"out": out.detach(), **dict(zip(("dq", "dk", "dv"), grads, strict=True))})
                 assert all(torch.equal(runs[0][x], runs[1][x]) for x in runs[0]), "two runs differ"
                 wires = Distributed(group)
                 with torch.no_grad():
-                    _, saved = wires.drive(forward(spec, rank, *qkv, wires))
+                    _, saved = wires.drive(forward(spec, rank, q, k, v, wires))
                 results[mask, name, dtype] = runs[0] | {"lse": saved[4]}
     return results
 

@@ -19,7 +19,7 @@ from longring.parallel.cp.choose import PricedGrid, Pricer, _best_of_each, choos
 from longring.parallel.cp.cost import AttentionShape, Price, Speed, play
 from longring.parallel.cp.grid import NAMED, CpGrid, divisions, grids
 from longring.parallel.cp.layout import contiguous, zigzag
-from longring.parallel.cp.plan import FLOWS, Message, Messages
+from longring.parallel.cp.plan import FLOWS, Message, Messages, Pass
 from longring.parallel.cp.schedules import Schedule
 from longring.parallel.cp.topology import PRESETS, Fabric, Topology
 from longring.parallel.cp.transports import InProcess
@@ -35,7 +35,7 @@ def switch(bytes_per_s: float, latency_s: float = 0.5, ends_per_port: int = 1) -
     return Topology("", 16, Fabric("switch", bytes_per_s, latency_s, ends_per_port))
 
 
-def played(grid: CpGrid, topology: Topology, direction="forward", speed=PAIR_A_SECOND) -> Price:
+def played(grid: CpGrid, topology: Topology, direction: Pass = "forward", speed=PAIR_A_SECOND) -> Price:
     """Return the price with four tokens a rank: every tile has 16 pairs."""
     layouts = [contiguous(4 * grid.size, rank, grid.size) for rank in range(grid.size)]
     schedule = Schedule(grid, layouts, ALL_PAIRS, direction)
@@ -154,7 +154,7 @@ class Counting(InProcess):
         super().post(sends, receives)
 
 
-def executed(monkeypatch, spec, shape: AttentionShape, dtype) -> dict[str, tuple[Counting, Counter[int]]]:
+def executed(monkeypatch, spec, shape: AttentionShape, dtype) -> dict[Pass, tuple[Counting, Counter[int]]]:
     """Run both passes of all ranks in this process; return for each its transport and the peak bytes of each rank."""
     size, generator = spec.grid.size, torch.Generator().manual_seed(0)
     held: Counter[int] = Counter()
@@ -183,8 +183,10 @@ def executed(monkeypatch, spec, shape: AttentionShape, dtype) -> dict[str, tuple
         for layout in spec.layouts
     ]
     transport = Counting()
-    results = transport.drive([execute.forward(spec, rank, *inputs[rank][:3], transport) for rank in range(size)])
-    found = {"forward": (transport, Counter(held))}
+    results = transport.drive(
+        [execute.forward(spec, rank, q, k, v, transport) for rank, (q, k, v, _) in enumerate(inputs)]
+    )
+    found: dict[Pass, tuple[Counting, Counter[int]]] = {"forward": (transport, Counter(held))}
     held.clear()
     transport = Counting()
     transport.drive(
@@ -194,7 +196,8 @@ def executed(monkeypatch, spec, shape: AttentionShape, dtype) -> dict[str, tuple
         ]
     )
     monkeypatch.undo()
-    return found | {"backward": (transport, held)}
+    found["backward"] = transport, held
+    return found
 
 
 HEADS = [(4, 4), (8, 2), (4, 1)]
@@ -265,7 +268,8 @@ def test_a_price_is_no_less_than_compute_or_the_busiest_link(data, shape, size, 
         assert one.seconds >= one.compute_s > 0
         rates = dict.fromkeys(one.bytes_by_link, topology.inside.bytes_per_s)
         if topology.across is not None:
-            rates |= {link: topology.across.bytes_per_s for link in rates if link[0] == "across"}
+            across = [link for link in rates if isinstance(link, tuple) and link[0] == "across"]
+            rates |= dict.fromkeys(across, topology.across.bytes_per_s)
         for link, carried in one.bytes_by_link.items():
             assert one.seconds >= carried / rates[link] * (1 - 1e-9)
         assert one.exposed_s >= 0

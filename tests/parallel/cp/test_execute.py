@@ -104,7 +104,7 @@ def fitting(grid: CpGrid) -> dict[str, tuple[int, int]]:
     divisors = [few for few in range(2, grid.heads) if grid.heads % few == 0]
     few = max(divisors, default=max(grid.heads, 2))
     return {
-        "mha": (2 * grid.heads,) * 2,
+        "mha": (2 * grid.heads, 2 * grid.heads),
         "gqa": (4 * few, few) if grid.heads < 4 else (2 * grid.heads, few),
         "mqa": (2 * grid.heads, 1),
     }
@@ -140,7 +140,8 @@ NARROWING = [
 @pytest.mark.parametrize("mask", by_lane(MASKS, quick=["packed, window"]))
 @pytest.mark.parametrize("grid", NARROWING, ids=str)
 def test_narrow_and_wide_results_are_held_to_one_bound(grid, mask, narrow):
-    check(Case(61, *MASKS[mask], 4, 2, dtype=torch.bfloat16), grid, narrow_results=narrow)
+    starts, visibility = MASKS[mask]
+    check(Case(61, starts, visibility, 4, 2, dtype=torch.bfloat16), grid, narrow_results=narrow)
 
 
 @pytest.mark.parametrize("grid", [CpGrid(kv=4), CpGrid(query=4, query_route="round")], ids=str)
@@ -201,8 +202,10 @@ def test_every_rank_waiting_is_an_error():
     case, grid = Case(24), CpGrid(kv=3)
     layouts = tuple(zigzag(24, rank, 3) for rank in range(3))
     spec, wires = AttentionSpec(grid, layouts, Visibility()), InProcess()
-    q, k, v, _ = case.inputs()
-    passes = [forward(spec, rank, *(x[:, layouts[rank].positions()] for x in (q, k, v)), wires) for rank in (0, 1)]
+    passes = []
+    for rank in (0, 1):
+        q, k, v, _ = (x[:, layouts[rank].positions()] for x in case.inputs())
+        passes.append(forward(spec, rank, q, k, v, wires))
     with pytest.raises(AssertionError, match="every rank waits"):
         wires.drive(passes)
 

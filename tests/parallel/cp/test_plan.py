@@ -10,6 +10,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from longring.kernels.layout import SeqLayout
 from longring.parallel.cp.grid import NAMED, CpGrid, grids
 from longring.parallel.cp.layout import contiguous, zigzag
-from longring.parallel.cp.plan import Channel, Message, Pass, RankPlan, Share, Side
+from longring.parallel.cp.plan import Channel, Flow, Message, Pass, RankPlan, Share, Side
 from longring.parallel.cp.schedules import Schedule, tile_order
 from longring.parallel.cp.visible import Visibility
 
@@ -71,7 +72,7 @@ class Player:
     def run(self, post: Callable[..., None]) -> Generator[Message, np.ndarray, dict[int, dict[Side, np.ndarray]]]:
         """Yield each message to wait for, receive its content; return the results of its tokens, by source."""
         position, rank, posted = self.plan.position, self.plan.rank, set()
-        final = {rank: {side: self._rows_of_mine(side) for side in self.sides}}
+        final: dict[int, dict[Side, np.ndarray]] = {rank: {side: self._rows_of_mine(side) for side in self.sides}}
         arriving: Counter[Side] = Counter()
         for at, step in enumerate(self.plan.steps):
             for message in step.due:
@@ -191,7 +192,7 @@ class Wires:
 
     def __init__(self) -> None:
         self.batches: dict[tuple[int, Channel], deque[set[Message]]] = defaultdict(deque)
-        self.contents: dict[Message, object] = {}
+        self.contents: dict[Message, Any] = {}
         self.delivered: set[Message] = set()
         self.order: dict[tuple[Channel, int, int, str], list[Message]] = defaultdict(list)
 
@@ -240,8 +241,7 @@ def play(grid: CpGrid, layouts: Layouts, visibility: Visibility, direction: Pass
                 while wanted[rank] is None or wanted[rank] in wires.delivered:
                     moved = True
                     message = wanted[rank]
-                    payload = wires.contents[message] if message else None
-                    wanted[rank] = next(run) if message is None else run.send(payload)
+                    wanted[rank] = next(run) if message is None else run.send(wires.contents[message])
             except StopIteration as stop:
                 final[rank] = stop.value
                 del running[rank]
@@ -281,7 +281,7 @@ def test_every_grid_keeps_its_promises(size):
         num_tokens = 2 * size + 5
         starts = (0, 3, 4, num_tokens // 2) if packed else (0,)
         # With many ranks there are many grids: they take forward and backward in turn, to stay within seconds.
-        for direction in PASSES if size <= 12 else [PASSES[number // len(PROBLEMS) % 2]]:
+        for direction in PASSES if size <= 12 else (PASSES[number // len(PROBLEMS) % 2],):
             play(grid, layouts_of(num_tokens, size, starts, cut), visibility, direction)
 
 
@@ -297,7 +297,7 @@ def problems(draw) -> tuple[CpGrid, Layouts, Visibility]:
 
 
 @given(problems(), st.sampled_from(PASSES))
-def test_any_documents_any_mask(problem, direction):
+def test_any_documents_any_mask(problem: tuple[CpGrid, Layouts, Visibility], direction: Pass):
     play(*problem, direction)
 
 
@@ -317,10 +317,11 @@ def test_shares_held_at_a_time(size, direction):
     coming = {"round": 1, "round_and_home": 1, "both_ways": 2}
     for grid in grids(size):
         plans = Schedule(grid, layouts_of(size, size, cut=contiguous), Visibility(causal=False), direction).plans()
-        for side, positions, others, route, first_letter in (
+        axes: tuple[tuple[Side, int, int, str, str], ...] = (
             ("queries", grid.query, grid.kv, grid.query_route, "r"),
             ("keys", grid.kv, grid.query, grid.kv_route, "c"),
-        ):
+        )
+        for side, positions, others, route, first_letter in axes:
             bound = positions - 1
             if others == 1 or grid.order[0] == first_letter:
                 bound = min(bound, 1 + coming.get(route, grid.in_flight))
@@ -335,10 +336,11 @@ def test_results_on_their_way_at_a_time(size):
         for plan in Schedule(
             grid, layouts_of(size, size, cut=contiguous), Visibility(causal=False), "backward"
         ).plans():
-            for flow, positions, route in (
+            flows: tuple[tuple[Flow, int, str], ...] = (
                 ("query_results", grid.query, grid.query_route),
                 ("key_results", grid.kv, grid.kv_route),
-            ):
+            )
+            for flow, positions, route in flows:
                 for messages in plan.messages(flow):
                     under_way = Counter(at for m in messages for at in range(m.posted, m.due))
                     bound = min(positions - 1, at_a_time.get(route, grid.in_flight))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -20,7 +21,7 @@ from longring.parallel.cp.topology import Fabric, Topology
 LARGE, SMALL = 1_000_000, 8
 
 
-def wires(fabric: Fabric, size: int, source: int, target: int) -> list[object]:
+def wires(fabric: Fabric, size: int, source: int, target: int) -> Sequence[object]:
     """Return the wires that a message takes, computed independently of `topology`."""
     if fabric.kind == "mesh":
         passed = [(source, target)]

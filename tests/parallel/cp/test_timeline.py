@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +16,7 @@ from longring.parallel.cp.execute import AttentionSpec, backward, forward
 from longring.parallel.cp.grid import CpGrid
 from longring.parallel.cp.group import open_group
 from longring.parallel.cp.layout import zigzag
-from longring.parallel.cp.plan import Message, Tile
+from longring.parallel.cp.plan import Message, Pass, Tile
 from longring.parallel.cp.record import Recorded
 from longring.parallel.cp.schedules import Schedule
 from longring.parallel.cp.timeline import Panel, _draw_panel, draw, shown_ranks
@@ -22,6 +24,7 @@ from longring.parallel.cp.topology import full_mesh
 from longring.parallel.cp.transports import Distributed
 from longring.parallel.cp.visible import Visibility
 from matplotlib.figure import Figure
+from matplotlib.path import Path
 
 GRIDS = ["query=4", "kv=4, kv_route=both_ways", "heads=2, query=2, query_route=direct", "query=2, kv=2, order=columns"]
 NUM_TOKENS = 203
@@ -40,7 +43,8 @@ def recorded(text: str) -> dict[str, tuple[list[Event], float]]:
     plain = Distributed(group)
     grads = plain.drive(backward(spec, group.rank, dout, saved, 4, plain))
     found = {}
-    for direction, results in (("forward", (out,)), ("backward", grads)):
+    passes: tuple[tuple[Pass, Any], ...] = (("forward", (out,)), ("backward", grads))
+    for direction, results in passes:
         plan = spec.plan(direction, group.rank)[1]
         dist.barrier()
         transport = Recorded(group, plan, traded=grid.heads > 1, origin_s=time.perf_counter())
@@ -91,6 +95,11 @@ def panel_of(grid: CpGrid) -> Panel:
     return panel
 
 
+def corners(path: Path) -> np.ndarray:
+    """Return the vertices of a drawn bar, [corner, xy]."""
+    return np.asarray(path.vertices)
+
+
 @pytest.mark.parametrize("grid", [CpGrid.token_ring(4), CpGrid(heads=2, query=2, kv=4), CpGrid.ring(32)], ids=str)
 def test_every_event_of_a_shown_rank_is_drawn_once(grid):
     panel, ranks = panel_of(grid), shown_ranks(grid.size, 8)
@@ -98,22 +107,15 @@ def test_every_event_of_a_shown_rank_is_drawn_once(grid):
     _draw_panel(panel, ranks, axes)
     drawn = sum(len(bars.get_paths()) for bars in axes.collections)
     assert drawn == sum(event.rank in ranks for event in panel.events)
-    lanes = Counter(
-        "receive"
-        if path.vertices[:, 1].min() % 1 < 0.32
-        else "send"
-        if path.vertices[:, 1].min() % 1 < 0.63
-        else "tile"
-        for bars in axes.collections
-        for path in bars.get_paths()
-    )
+    feet = [corners(path)[:, 1].min() % 1 for bars in axes.collections for path in bars.get_paths()]
+    lanes = Counter("receive" if foot < 0.32 else "send" if foot < 0.63 else "tile" for foot in feet)
     assert lanes == Counter(
         "tile" if isinstance(e.item, Tile) else "send" if e.item.source == e.rank else "receive"
         for e in panel.events
         if e.rank in ranks
     )
     last = max((event for event in panel.events if event.rank in ranks), key=lambda event: event.stop_s)
-    right = max(path.vertices[:, 0].max() for bars in axes.collections for path in bars.get_paths())
+    right = max(corners(path)[:, 0].max() for bars in axes.collections for path in bars.get_paths())
     assert right == pytest.approx(last.stop_s * 1e3)
     for word in (str(grid), "backward", "simulated", f"total {panel.total_s * 1e3:.4g} ms", "exposed"):
         assert word in axes.get_title()

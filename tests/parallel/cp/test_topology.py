@@ -16,8 +16,10 @@ SWITCH, MESH, RING = (Fabric(kind, 5.0, 0.25) for kind in ("switch", "mesh", "ri
 def links(fabric: Fabric, size: int, source: int, target: int) -> list[tuple]:
     path = fabric.path(size, source, target, "name")
     assert path.bytes_per_s == fabric.bytes_per_s
-    assert all(link[0] == "name" for link in path.links)
-    return [link[1:] for link in path.links]
+    found = [link for link in path.links if isinstance(link, tuple)]
+    assert len(found) == len(path.links)
+    assert all(link[0] == "name" for link in found)
+    return [link[1:] for link in found]
 
 
 def test_switch_a_port_an_end():

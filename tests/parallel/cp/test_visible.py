@@ -46,7 +46,7 @@ def pairs_of(queries: SeqLayout, keys: SeqLayout, visibility: Visibility) -> int
 
 
 @given(shares(), visibilities)
-def test_rows_are_the_smallest_ranges_that_take_part(share, visibility):
+def test_rows_are_the_smallest_ranges_that_take_part(share: tuple[SeqLayout, SeqLayout], visibility):
     exact = visible_pairs(*share, visibility.causal, visibility.window)
     if not exact.any():
         assert rows_of(*share, visibility) is None
@@ -56,7 +56,7 @@ def test_rows_are_the_smallest_ranges_that_take_part(share, visibility):
 
 
 @given(shares(), visibilities)
-def test_pairs_are_counted(share, visibility):
+def test_pairs_are_counted(share: tuple[SeqLayout, SeqLayout], visibility):
     assert pairs_of(*share, visibility) == int(visible_pairs(*share, visibility.causal, visibility.window).sum())
 
 
