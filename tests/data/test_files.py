@@ -11,7 +11,7 @@ from longring.data import files
 from longring.data.files import sha256_of, sha256_of_json, write_text, write_whole
 from longring.launch.config import load_recipe
 from longring.launch.grids.choice import LayerKind
-from longring.launch.grids.remembered import recall, remember
+from longring.launch.grids.remembered import recall_grids, remember_grids
 from longring.launch.metrics import keep_steps
 from longring.launch.run_directory import RunDirectory
 from longring.parallel.cp.grid import CpGrid
@@ -70,7 +70,7 @@ def test_what_a_run_rewrites_is_safe_against_power_loss(tmp_path, operations):
     """Each file's content is flushed under another name before it gets its own, and its directory after it."""
     run = RunDirectory(tmp_path)
     run.create(load_recipe(ROOT / "launch" / "recipes" / "demo.toml"))
-    remember(run.grids_file, "2 ranks", {LayerKind(512, None): CpGrid(query=2)})
+    remember_grids(run.grids_file, "2 ranks", {LayerKind(512, None): CpGrid(query=2)})
     run.metrics_file.write_text('{"step": 1}\n{"step": 2}\n')
     keep_steps(run.metrics_file, 1)
     for name in ("recipe.json", "grids.json", "metrics.jsonl"):
@@ -80,7 +80,7 @@ def test_what_a_run_rewrites_is_safe_against_power_loss(tmp_path, operations):
             f"rename {name}",
             f"flush {tmp_path.name}",
         ]
-    assert recall(run.grids_file, "2 ranks") == {LayerKind(512, None): CpGrid(query=2)}
+    assert recall_grids(run.grids_file, "2 ranks") == {LayerKind(512, None): CpGrid(query=2)}
     assert [json.loads(line)["step"] for line in run.metrics_file.read_text().splitlines()] == [1]
 
 
