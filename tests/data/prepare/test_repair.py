@@ -115,7 +115,7 @@ def test_changed_sources_are_named_and_either_way_out_works(
     for _ in range(2):
         with pytest.raises(ValueError, match="their sources are not the ones they were made from") as error:
             prepare(config, console, workers=1)
-            assert f"bring the sources back, or delete {config.directory}, and run `longring prepare" in str(error.value)
+        assert f"bring the sources back, or delete {config.directory}, and run `longring prepare" in str(error.value)
     source.write_bytes(before)
     prepare(config, console, workers=1)
     assert tree(Path(config.directory)) == whole, "the sources are back"
