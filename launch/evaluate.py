@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -35,6 +34,7 @@ from .preflight import preflight
 from .ranks.logs import open_log
 from .ranks.rank import as_rank
 from .run_directory import RunDirectory
+from .tables import plain_table
 
 
 def position_edges(min_tokens: int, max_tokens: int) -> list[int]:
@@ -114,13 +114,13 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
     checked = preflight(recipe, world_size, check_shards=rank == 0)
     manifest, run, limit = checked.manifest, checked.run, recipe.evaluate.max_tokens_per_bucket
     if checked.resume_from is None:
-        raise ValueError(f"{run.path} has no checkpoint yet: train first")
+        raise ValueError(f"{run.path}: no checkpoint yet; train first, with `longring train`")
     buckets = manifest.buckets("held_out")
     sequences = {bucket.length: min(bucket.sequences, limit // bucket.length) for bucket in buckets}
     held_out = [bucket for bucket in buckets if sequences[bucket.length]]
     if not held_out:
         raise ValueError(
-            f"evaluate.max_tokens_per_bucket = {limit}: {recipe.training_directory} holds no held-out sequence that "
+            f"evaluate.max_tokens_per_bucket = {limit}: no held-out sequence of {recipe.training_directory} is that "
             "short; raise it, or prepare other data with a larger data.held_out_fraction"
         )
     open_log(run.log_file(rank))
@@ -162,9 +162,8 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
 
 def evaluation_tables(result: dict[str, Any]) -> list[Table]:
     """Return the held-out loss as two tables: by bucket, and by bucket and range of positions."""
-    by_bucket = _table(f"Held-out loss at step {result['step']}, nats per token", "bucket", "cp", "tokens")
-    for name in ("unigram", "loss"):
-        by_bucket.add_column(name, justify="right", no_wrap=True)
+    title = f"Held-out loss at step {result['step']}, nats per token"
+    by_bucket = plain_table(title, "bucket", "cp", "tokens", "unigram", "loss")
     for entry in result["buckets"]:
         losses = f"{entry['unigram_loss']:.3f}", f"{entry['loss']:.3f}"
         by_bucket.add_row(f"{entry['bucket']:,}", str(entry["cp"]), f"{entry['tokens']:,}", *losses)
@@ -173,18 +172,11 @@ def evaluation_tables(result: dict[str, Any]) -> list[Table]:
 
     longest = max(result["buckets"], key=lambda entry: entry["bucket"])
     ranges = [(part["from"], part["to"]) for part in longest["by_position"]]
-    by_position = _table("The same by position in the context", "bucket", *(_below(stop) for _, stop in ranges))
+    by_position = plain_table("The same by position in the context", "bucket", *(_below(stop) for _, stop in ranges))
     for entry in result["buckets"]:
         parts = {(part["from"], part["to"]): f"{part['loss']:.3f}" for part in entry["by_position"]}
         by_position.add_row(f"{entry['bucket']:,}", *(parts.get(span, "") for span in ranges))
     return [by_bucket, by_position]
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
 
 
 def _below(position: int) -> str:

@@ -50,13 +50,13 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
     run, last = checked.run, min(recipe.train.steps, stop_after or recipe.train.steps)
     if checked.steps_done >= last:
         if rank == 0:
-            console.print(f"{run.path} has its {checked.steps_done} steps already; nothing to train")
+            console.print(f"{run.path} has its {checked.steps_done} steps already: nothing to train")
         return 0
 
     open_log(run.log_file(rank))
     use_deterministic_operations(recipe.train.deterministic)
     hang_minutes = recipe.faults.hang_minutes
-    # The watchdog knows more of a hang than the collectives' own timeout, so it shall be first.
+    # The watchdog reports more about a hang than a collective that times out, so it comes first.
     mesh = join(recipe.parallel, recipe.max_context_parallel, timeout_minutes=max(10, 2 * hang_minutes))
     with (
         run.held() if rank == 0 else nullcontext(),
@@ -76,7 +76,7 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
     if rank == 0:
         trainer.report()
     if trainer.state.step < last:
-        trainer.tell("stopped", trainer.state.step, f"{trainer.stopped_by}: saved, and the same command goes on")
+        trainer.tell("stopped", trainer.state.step, f"{trainer.stopped_by}: saved; the same command continues the run")
         return GO_ON_LATER
     return 0
 

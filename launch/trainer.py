@@ -94,7 +94,7 @@ class Trainer:
             micro_batches = list(micro_batches)
             targets = trained_targets(micro_batches, layout.context_parallel, self.mesh)
         if step in self.left_out:
-            for _ in micro_batches:  # they are read all the same: the loader's stream goes on step by step
+            for _ in micro_batches:  # the loader yields every step in turn, so this one is read as well
                 pass
             loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         else:
@@ -209,7 +209,7 @@ class Trainer:
         """Wait until the last save is visible. Raises CommonError if it failed. Collective."""
         if not self.saver.finish():
             raise CommonError(
-                f"step {self.state.step} could not be saved; the same command goes on from the checkpoint before"
+                f"step {self.state.step} could not be saved; the same command continues from the checkpoint before"
             )
 
     def tell(self, event: str, step: int, message: str) -> None:

@@ -103,7 +103,7 @@ def test_a_signal_to_one_rank_stops_all_ranks_after_the_same_step(run, whole, na
     """One rank gets the signal within a step; both save after this step, which is not a multiple of three."""
     assert run.start(Fault(1, name, step=5, operation="forward")) == [GO_ON_LATER] * 2
     assert complete_checkpoints(run.path / "checkpoints")[0].name == "step-00000005"
-    assert "saved, and the same command goes on" in run.said
+    assert "saved; the same command continues the run" in run.said
     assert run.events[-1]["event"] == "stopped"
     assert run.start() == [0, 0]
     assert_same(run, whole)

@@ -93,12 +93,14 @@ def test_a_job_is_told_to_leave_is_preempted_loses_a_node_and_ends_like_one_that
 
     until("20 steps", lambda: len(steps_of(run)) >= 20, output)
     shell("scancel", "--signal=USR1", job)
-    until("the signal heard", lambda: "saved, and the same command goes on" in output.read_text(), output)
+    until("the signal heard", lambda: "saved; the same command continues the run" in output.read_text(), output)
     until("the requeue", lambda: "ended with status 75: requeued" in output.read_text(), output)
     stopped = steps_of(run)[-1]
     until("20 more steps", lambda: steps_of(run)[-1] >= stopped + 20, output)
     shell("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
-    until("preemption heard", lambda: output.read_text().count("saved, and the same command goes on") == 2, output)
+    until(
+        "preemption heard", lambda: output.read_text().count("saved; the same command continues the run") == 2, output
+    )
     preempted = steps_of(run)[-1]
     until("20 more steps", lambda: steps_of(run)[-1] >= preempted + 20, output)
     cluster("fail", "n2")

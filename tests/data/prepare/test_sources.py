@@ -192,6 +192,7 @@ def test_a_hopeless_file_stops_early(tmp_path: Path):
         ("a.jsonl.zst", zstandard.compress(b'{"text": "one"}\n' * 1_000)[:-9]),
         ("a.parquet", b"no parquet"),
     ],
+    ids=["gzip cut short", "no gzip", "no zst", "zst cut short", "no parquet"],
 )
 def test_a_file_that_cannot_be_read_to_its_end_is_named(tmp_path: Path, name: str, content: bytes):
     (tmp_path / name).write_bytes(content)

@@ -155,7 +155,7 @@ def rank_processes(process: subprocess.Popen[str]) -> list[int]:
 @pytest.mark.parametrize(
     ("signal_name", "to_a_rank", "status", "said"),
     [
-        ("SIGTERM", False, 75, "saved, and the same command goes on"),
+        ("SIGTERM", False, 75, "saved; the same command continues the run"),
         ("SIGKILL", True, 137, "ended by SIGKILL (out of memory, or sent by hand); the same command continues"),
     ],
 )

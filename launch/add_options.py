@@ -1,0 +1,110 @@
+"""The options of the sub-commands of `longring`, a function each."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def prepare(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `longring prepare`."""
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number of processes (default: one for each CPU; with --slurm, no limit on tasks)",
+    )
+    parser.add_argument(
+        "--slurm", metavar="PARTITION", help="submit an array job with one task an input shard, and a job that merges"
+    )
+    parser.add_argument(
+        "--part",
+        metavar="I/N",
+        help="prepare only part I of N, counted from 0; once all parts are done, run without --part",
+    )
+    parser.add_argument(
+        "--time", default="12:00:00", metavar="H:M:S", help="time limit of a Slurm task (default: 12 hours)"
+    )
+
+
+def plan(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `longring plan`."""
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="number of ranks (default: as many as the largest bucket needs)"
+    )
+    parser.add_argument("--topology", metavar="PRESET", help="topology, in place of parallel.cp.topology")
+    parser.add_argument("--timeline", type=Path, metavar="OUT.png", help="draw simulated passes of the largest bucket")
+    parser.add_argument("--measure", action="store_true", help="also run these passes here, and draw both")
+
+
+def order(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `longring order`."""
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="number of processes (default: one for each CPU)"
+    )
+    parser.add_argument(
+        "--stage", dest="only", default="", metavar="NAME", help="run one stage; an unknown name lists the stages"
+    )
+    parser.add_argument("--part", default="0/1", metavar="I/N", help="run tasks I, I+N, I+2N, ... of each stage")
+
+
+def train(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `longring train`."""
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="number of ranks to start here (default: train.ranks_per_node)"
+    )
+    parser.add_argument("--stop-after", type=int, metavar="STEP", help="save and stop after this step")
+    several = parser.add_argument_group("several nodes", "Every node runs the same command, as in slurm/train.sbatch.")
+    several.add_argument("--nodes", type=_positive, default=1, metavar="N", help="number of nodes")
+    several.add_argument("--node", type=int, default=0, metavar="I", help="index of this node, from 0")
+    several.add_argument("--rendezvous", metavar="HOST:PORT", help="address on the first node where launchers meet")
+    several.add_argument("--job", metavar="NAME", help="name of this start, the same on all nodes")
+    several.add_argument("--address", metavar="NAME", help="name at which other nodes reach this one")
+    several.add_argument("--check-node", action="store_true", help="first check the devices, memory and disk")
+
+
+def submit(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `longring submit`."""
+    parser.add_argument(
+        "--nodes",
+        type=_positive,
+        required=True,
+        metavar="N",
+        help="number of nodes, each with slurm.ranks_per_node ranks",
+    )
+    parser.add_argument("--print", action="store_true", help="print the job script and do not submit it")
+
+
+def checkpoints(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `longring checkpoints`."""
+    parser.add_argument("--verify", action="store_true", help="read every file and compare its SHA-256")
+    parser.add_argument(
+        "--prune",
+        action="store_true",
+        help="delete what retention does not keep, and damaged checkpoints",
+    )
+    parser.add_argument(
+        "--keep-last", type=_positive, metavar="K", help="number of last ones to keep (default: train.keep_checkpoints)"
+    )
+    parser.add_argument(
+        "--keep-every",
+        type=_positive,
+        metavar="N",
+        help="keep every multiple of N too (default: train.keep_checkpoint_every_steps)",
+    )
+
+
+def topology(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `longring topology`."""
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="number of ranks to start here (default: train.ranks_per_node)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the measured topology to FILE")
+
+
+def _positive(text: str) -> int:
+    """Return the integer of an argument. Raises ArgumentTypeError unless it is at least 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+    return value
