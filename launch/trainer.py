@@ -147,7 +147,7 @@ class Trainer:
 
     def _sum_over_ranks(self, step: int, loss_sum: Tensor) -> float:
         """Sum the losses over the ranks, and act on the signals and saves that any of them has seen. Collective."""
-        self.watchdog.at(step, "agreeing with the other ranks")
+        self.watchdog.at(step, "summing over the ranks")
         totals = sum_over_ranks(loss_sum, self.signals.received is not None, self.saver.status, self.mesh)
         if totals.num_stopped:
             self.stopped_by = self.signals.received or "a signal to another rank"

@@ -275,12 +275,12 @@ def spikes(sandbox: Sandbox) -> str:
 
 
 def hang(sandbox: Sandbox) -> str:
-    at = {rank: Position(40, 7, "agreeing with the other ranks") for rank in range(4)}
+    at = {rank: Position(40, 7, "summing over the ranks") for rank in range(4)}
     return diagnosis({**at, 3: Position(38, 7, "reading micro-batch 0 of bucket 4096")}, 600)
 
 
 def silence(sandbox: Sandbox) -> str:
-    return diagnosis({0: Position(40, 7, "agreeing with the other ranks"), 1: None}, 600)
+    return diagnosis({0: Position(40, 7, "summing over the ranks"), 1: None}, 600)
 
 
 CASES: dict[str, dict[str, Case]] = {

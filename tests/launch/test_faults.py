@@ -111,7 +111,7 @@ def test_a_signal_to_one_rank_stops_all_ranks_after_the_same_step(run, whole, na
 
 KILLED = {
     "in a step": Fault(1, "SIGKILL", step=8, operation="forward"),
-    "rank 0 in a collective": Fault(0, "SIGKILL", step=4, operation="agreeing"),
+    "rank 0 in a collective": Fault(0, "SIGKILL", step=4, operation="summing"),
     "while it writes": Fault(1, "SIGKILL", chunk=60),
     "rank 0 while it writes the second": Fault(0, "SIGKILL", chunk=40),
 }
@@ -304,7 +304,7 @@ def test_metrics_that_cannot_be_written_are_reported_with_their_directory(tmp_pa
 
 def lay_trap(partial: Path, step: int) -> list[Fault]:
     """Return a fault that fills the disk during the run, since a start deletes leftovers."""
-    return [Fault(1, f"full {partial}/rank-00001.safetensors", step=step, operation="agreeing")]
+    return [Fault(1, f"full {partial}/rank-00001.safetensors", step=step, operation="summing")]
 
 
 @pytest.mark.full
@@ -344,14 +344,14 @@ def test_after_a_damaged_checkpoint_the_run_continues_from_the_one_before(run, w
 
 
 def test_the_watchdog_names_the_rank_that_is_behind():
-    at = {rank: Position(40, 7, "agreeing with the other ranks") for rank in range(12)}
-    assert "all ranks are at step 7, agreeing with the other ranks" in diagnosis(at, 600)
+    at = {rank: Position(40, 7, "summing over the ranks") for rank in range(12)}
+    assert "all ranks are at step 7, summing over the ranks" in diagnosis(at, 600)
     behind = {**at, 3: Position(38, 7, "reading micro-batch 0 of bucket 64")}
     said = diagnosis(behind, 600)
     assert said.startswith(
         "no progress for 600 s: rank 3 hangs at step 7, reading micro-batch 0 of bucket 64; the others"
     )
-    assert "ranks 0, 1, 2, 4, 5, 6, 7, 8 and 3 more at step 7, agreeing" in said
+    assert "ranks 0, 1, 2, 4, 5, 6, 7, 8 and 3 more at step 7, summing" in said
     assert "rank 5 left no report" in diagnosis({**at, 5: None}, 600)
 
 

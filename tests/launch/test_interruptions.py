@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 EXACT = ("step", "tokens", "loss", "bucket", "cp", "learning_rate", "grad_norm")
 STEPS = 60
-OPERATIONS = ("building", "reading micro-batch 0", "forward", "reading micro-batch 1", "agreeing", "saving")
+OPERATIONS = ("building", "reading micro-batch 0", "forward", "reading micro-batch 1", "summing", "saving")
 
 
 def settings(run: Path) -> list[str]:
