@@ -246,6 +246,19 @@ def test_a_spike_is_undone_and_its_batches_left_out(rewound, whole):
 
 
 @pytest.mark.full
+def test_a_step_left_out_changes_nothing_and_is_counted_once(recipe_file, tmp_path, rewound):
+    """Step 7 changes no weights and is then left out: the steps after the rewind equal those of any other rewind."""
+    run = Run(recipe_file, tmp_path, SPIKES)
+    assert run.start(*(Fault(rank, "times nan", step=7) for rank in (0, 1)), *SPIKE_AT_8) == [0, 0]
+    assert [event["event"] for event in run.events] == ["step skipped", "spike"]
+    assert run.outcomes == {7: "left out", 8: "left out"}
+    assert run.metrics[8:] == rewound.metrics[8:]
+    assert_equal(run.saved(), rewound.saved())
+    state = read_checkpoint_manifest(complete_checkpoints(run.path / "checkpoints")[0]).state
+    assert state.skipped == (7, 8)
+
+
+@pytest.mark.full
 def test_a_spike_before_the_first_checkpoint_and_too_many_of_them(recipe_file, tmp_path):
     settings = ["faults.spike_deviations=1", "faults.spike_window_steps=2", "faults.max_rewinds=1"]
     run = Run(recipe_file, tmp_path, [*settings, "train.checkpoint_every_steps=20"])

@@ -103,7 +103,12 @@ def test_a_shard_with_a_wrong_bit_is_deleted_and_made_again(
     assert tree(Path(config.directory)) == whole
 
 
-@pytest.mark.parametrize("change", [lambda file: file.write_text('{"text": "another"}\n'), Path.unlink])
+def reverse(file: Path) -> None:
+    """Reverse the lines: shards made from them have the same sizes and numbers of sequences."""
+    file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
+
+
+@pytest.mark.parametrize("change", [lambda file: file.write_text('{"text": "another"}\n'), Path.unlink, reverse])
 def test_changed_sources_are_named_and_either_way_out_works(
     config: DataConfig, whole: dict[str, bytes], console: Console, change: Callable
 ):

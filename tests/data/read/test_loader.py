@@ -86,6 +86,12 @@ def test_a_restart_after_any_step_reads_the_same_batches(manifest: Manifest, wor
         assert [batch.rows.tolist() for batch in again] == whole[step * accumulation :]
 
 
+def test_batches_are_those_of_the_steps_asked_for(manifest: Manifest):
+    batches = loader(manifest, LoaderConfig(workers=1)).batches(3, 6)
+    micro_steps = range(BATCH_TOKENS // TOKENS_PER_RANK)
+    assert [(b.step, b.micro_step) for b in batches] == [(step, micro) for step in (4, 5, 6) for micro in micro_steps]
+
+
 @pytest.mark.parametrize("workers", [0, 1, 4])
 def test_an_error_in_reading_reaches_the_consumer(manifest: Manifest, workers: int):
     found = loader(manifest, LoaderConfig(workers=workers))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch.distributed as dist
 from longring.launch.config import load_recipe
+from longring.launch.grids import decide
 from longring.launch.grids.choice import LayerKind
 from longring.launch.grids.decide import decide_grids
 from longring.launch.grids.remembered import recall_grids
@@ -49,6 +51,26 @@ def test_grids_are_recalled_by_a_start_with_the_same_division(on_ranks, recipe_f
         assert found[0] != KEPT
         assert CpGrid.parse(found[0]).size == size
         assert len(json.loads(file.read_text())) == 2, "both divisions are kept"
+
+
+def taken_though_prices_differ(recipe_file, directory: str) -> str:
+    """Return the grid that this rank takes when every rank but rank 0 would choose another one."""
+    choose = decide.choose_grids
+    if dist.get_rank() != 0:
+        decide.choose_grids = lambda *arguments: [
+            choice._replace(taken=choice.others[0]) for choice in choose(*arguments)
+        ]
+    try:
+        return taken(recipe_file, directory, ["parallel.tokens_per_rank=256"])
+    finally:
+        decide.choose_grids = choose
+
+
+def test_all_ranks_take_the_grid_of_rank_0(on_ranks, recipe_file, tmp_path):
+    """Ranks that measure the links would price grids differently."""
+    [expected] = set(on_ranks(SIZE, taken, recipe_file, str(tmp_path / "alike"), ["parallel.tokens_per_rank=256"]))
+    found = on_ranks(SIZE, taken_though_prices_differ, recipe_file, str(tmp_path / "apart"))
+    assert found == [expected] * SIZE
 
 
 def test_a_damaged_file_of_grids_is_reported(tmp_path):
