@@ -1,4 +1,7 @@
-"""Settings of prepared data, of the curriculum and of the loader: frozen, and checked when made."""
+"""Settings of prepared data, of the curriculum and of the loader.
+
+The classes are frozen; making one raises ValueError if a setting is not allowed.
+"""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -218,11 +221,12 @@ class DataConfig:
     """Fraction of the documents kept for evaluation, in [0, 1). 0: none."""
 
     max_bad_fraction: float = 0.05
-    """Largest fraction of the records of an input shard that may be bad (broken, without text, empty), in [0, 1]; the
-    run stops when more are."""
+    """Maximum fraction of the records of an input shard that may be bad (broken, without text, empty), in [0, 1]; the
+    preparation stops at a larger fraction."""
 
     input_shard_bytes: int = 2**28
-    """Size at which adjacent files of a source make up an input shard, which one process prepares, in bytes."""
+    """Maximum size in bytes of the adjacent files of a source that form one input shard, which one process prepares. A
+    larger file is an input shard of its own."""
 
     shard_tokens: int = 2**25
     """Maximum number of tokens in one tar shard."""

@@ -1,4 +1,7 @@
-"""Settings for the order of documents in contexts and for knots: frozen, and checked when they are made."""
+"""Settings for the order of documents in contexts and for knots.
+
+The classes are frozen; making one raises ValueError if a setting is not allowed.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -159,7 +162,7 @@ class KnotsConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
-            raise ValueError(f"knots.share = {self.share}: must be in [0, 1] (0: none)")
+            raise ValueError(f"knots.share = {self.share}: must be in [0, 1]; set it to 0 to tie none")
         odds = self.chunk_odds
         if not odds or not all(0 <= value < float("inf") for value in odds) or not sum(odds):
             raise ValueError(

@@ -51,7 +51,7 @@ def permute(indices: ArrayLike, size: int, key: tuple[int | str, ...]) -> NDArra
 
 
 def _feistel(values: NDArray[np.uint64], rows: int, columns: int, round_keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return `values` permuted within range(rows * columns); subtraction of what was added inverts each round."""
+    """Return `values` [n] permuted within range(rows * columns); a subtraction would invert each round."""
     left, right = np.divmod(values, np.uint64(columns))
     sides = np.uint64(rows), np.uint64(columns)
     for number, round_key in enumerate(round_keys):
@@ -65,7 +65,7 @@ def _feistel(values: NDArray[np.uint64], rows: int, columns: int, round_keys: ND
 
 
 def mix_bits(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return `values` with their 64 bits scrambled by a bijection: the finaliser of SplitMix64, modulo 2^64.
+    """Return `values`, of any shape, with their 64 bits scrambled by a bijection: the finaliser of SplitMix64.
 
     Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
     """

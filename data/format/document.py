@@ -11,7 +11,7 @@ Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 
 NO_DOCUMENT = 2**32 - 1
-"""Document number of filler, which belongs to no document."""
+"""Number that stands for the document of filler, which belongs to no document."""
 
 BadKind = Literal["empty", "broken_json", "missing_field", "wrong_type", "invalid_utf8", "bad_tokens"]
 
@@ -26,13 +26,13 @@ class Document(NamedTuple):
     """Number of the record in its input shard."""
 
     name: str
-    """File and line, or whatever else identifies the record, for messages."""
+    """File and line, or another name of the record, for messages."""
 
     content: str | NDArray[np.int64]
     """Text, or token ids [tokens]."""
 
     digest: bytes
-    """Hash of the content, 16 bytes."""
+    """BLAKE2b hash of the content, 16 bytes; it decides the split."""
 
 
 class BadRecord(NamedTuple):

@@ -51,7 +51,7 @@ class SplitLedger:
         self.length_tokens[num_pairs.bit_length() - 1] += num_pairs
 
     def drop(self, rule: Rule, num_pairs: int, *, whole: bool) -> None:
-        """Count `num_pairs` dropped tokens, which are the `whole` document or not."""
+        """Count `num_pairs` dropped tokens; with `whole` they are a document, else the end of one."""
         self.dropped_tokens[rule] += num_pairs
         self.dropped_documents[rule] += whole
 
@@ -66,13 +66,13 @@ def _new_splits() -> dict[Split, SplitLedger]:
 
 @dataclass(kw_only=True)
 class Ledger:
-    """Account in which all that entered equals all that was written plus all that a named rule dropped."""
+    """Account of records and tokens. In each split, tokens entered + filler = tokens written + tokens dropped."""
 
     records: int = 0
     """Number of records read from the sources."""
 
     bad: BadRecords = field(default_factory=BadRecords)
-    """Records that are no documents, by kind."""
+    """Records left out, by kind."""
 
     splits: dict[Split, SplitLedger] = field(default_factory=_new_splits)
     """Account of each split."""
@@ -112,7 +112,7 @@ class Ledger:
                     mine[key] += value
 
     def to_json(self) -> dict[str, Any]:
-        """Return the ledger as plain dictionaries, which JSON can hold; it turns integer keys into strings."""
+        """Return the ledger as plain dictionaries for JSON, which turns their integer keys into strings."""
         # dataclasses.asdict would rebuild a Counter from its items, and so count them.
         return {
             "records": self.records,
@@ -122,7 +122,7 @@ class Ledger:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Ledger":
-        """Return the ledger from the value of `to_json`, before or after a trip through JSON."""
+        """Return the ledger from a value of `to_json`, whether JSON has turned its keys into strings or not."""
 
         def split_ledger(entry: dict[str, Any]) -> SplitLedger:
             by_number = ("sequences", "document_lengths", "length_tokens")

@@ -176,6 +176,7 @@ class Manifest:
             chosen = (self.shards["length"] == length) & (self.shards["held_out"] == (split == "held_out"))
             shards = self.shards[chosen]
             source = np.searchsorted(ends, shards["input_shard"], side="right")  # [shards], ascending
+            # [sources + 1]: the shards of source s are bounds[s], ..., bounds[s + 1] - 1.
             bounds = np.searchsorted(source, np.arange(len(ends) + 1)).tolist()
             parts = (
                 Part(
@@ -194,7 +195,7 @@ class Manifest:
         return SequenceReader(self.store, bucket.length, bucket.shards, np.dtype(self.dtype), self.command)
 
     def tokenizer(self) -> DocumentTokenizer:
-        """Return the tokenizer that made the tokens."""
+        """Return the tokenizer that made the tokens. Raises ValueError if its file is not a tokenizer."""
         content = self.store.path(TOKENIZER_FILE, self.files[TOKENIZER_FILE]).read_bytes()
         return DocumentTokenizer(content, self.boundary)
 
@@ -211,6 +212,7 @@ class Manifest:
         """Return the source and, if known, the file of a record that `SequenceReader.pieces` names."""
         inputs = self.inputs()
         if self.order is not None:
+            # Ordered data numbers the records of all input shards consecutively.
             first = np.cumsum([0, *(entry["records"] for entry in inputs)])
             input_shard = int(np.searchsorted(first, record, side="right")) - 1
             record -= int(first[input_shard])
@@ -299,7 +301,7 @@ def _command(order: dict[str, Any] | None) -> str:
 
 
 def _advice(store: Store, content: Any) -> str:
-    """Return the advice for a damaged manifest, or file beside it; `content` is the manifest, if it could be read."""
+    """Return the advice for a damaged file of prepared data; `content` is the manifest, or None if it is unreadable."""
     if not isinstance(store, LocalStore):
         return f"copy the prepared directory to {store.name} again"
     if isinstance(content, dict) and "order" in content:
@@ -313,6 +315,7 @@ def _checked(store: Store, name: str, sha256: str, advice: str) -> Path:
     if not file.is_file():
         raise ValueError(f"{file}: missing; {advice}")
     if (found := sha256_of(file)) != sha256:
+        # A damaged copy in the cache of a remote store is downloaded again.
         file = store.path(name, sha256, anew=True)
         if isinstance(store, LocalStore):
             raise ValueError(f"{file}: SHA-256 is {found}, {sha256} in the manifest; {advice}")

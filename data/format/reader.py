@@ -23,8 +23,8 @@ class _OpenShard(NamedTuple):
     """Index of the shard, INDEX_DTYPE [samples]."""
 
     rows: NDArray
-    """The length + 1 tokens from each element of the shard on, as views: [elements - length, length + 1]. Indexing
-    with the first elements of the wanted sequences copies all of them at once."""
+    """View [elements - length, length + 1] of the shard as tokens: entry i is the length + 1 tokens from element i on.
+    One index with the first elements of the wanted sequences copies all of these sequences."""
 
 
 class SequenceReader:
@@ -79,6 +79,7 @@ class SequenceReader:
         found: list[NDArray[np.int64]] = [np.empty((0, 4), dtype=np.int64)] * len(wanted)
         for shard, positions, samples, inside in self._by_shard(wanted):
             for position, sample, row in zip(positions.tolist(), shard.samples[samples], inside.tolist(), strict=True):
+                # rows[row] and rows[row + 1] delimit the entries of the sequence in `documents`, 3 x 4 bytes each.
                 first, last = np.frombuffer(shard.content, "<u4", 2, int(sample["rows_offset"]) + 4 * row).tolist()
                 offset = int(sample["documents_offset"]) + 12 * first
                 stored = np.frombuffer(shard.content, "<u4", 3 * (last - first), offset).reshape(-1, 3)  # [pieces, 3]
@@ -103,10 +104,14 @@ class SequenceReader:
     def _by_shard(
         self, wanted: NDArray[np.int64]
     ) -> Iterator[tuple[_OpenShard, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
-        """Yield each shard needed, the positions in `wanted` that it serves, and their samples and rows there."""
+        """Yield (shard, positions, samples, rows) for each shard that holds sequences of `wanted` [n].
+
+        The arrays are int64 [sequences of the shard]: positions in `wanted`, and sample and row within the shard.
+        """
         if not len(wanted):
             return
-        numbers = np.searchsorted(self.first_sequence, wanted, side="right") - 1  # shard of each sequence
+        numbers = np.searchsorted(self.first_sequence, wanted, side="right") - 1  # [n], shard of each sequence
+        # The stable sort puts the sequences of a shard side by side; each run of equal numbers is one shard.
         order = np.argsort(numbers, kind="stable")
         for positions in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
             number = int(numbers[positions[0]])
@@ -128,10 +133,12 @@ class SequenceReader:
         name, size_bytes, sha256 = shard_name(entry).path(), int(entry["size_bytes"]), entry["sha256"].decode()
         path = self._store.path(name, sha256)
         if path.is_file() and path.stat().st_size != size_bytes:
+            # A cached copy that is incomplete is downloaded again; a local file stays as it is.
             path = self._store.path(name, sha256, anew=True)
         if (error := damaged_shard(path, size_bytes, sha256, self._command)) is not None:
             raise error
         content = np.memmap(path, dtype=np.uint8, mode="r")
         index = np.frombuffer(content, INDEX_DTYPE, int(entry["samples"]), int(entry["index_offset"]))
+        # Arrays begin at multiples of 64 bytes in a tar, so the whole shard can be viewed as tokens.
         tokens = np.frombuffer(content, dtype=self.dtype)
         return _OpenShard(content, index, np.lib.stride_tricks.sliding_window_view(tokens, self.length + 1))

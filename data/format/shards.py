@@ -1,10 +1,10 @@
 """Webdataset tar shards of sequences, written in order.
 
-A shard holds samples, each of them the adjacent sequences of three members that any webdataset reader yields together:
+A shard holds samples. A sample holds adjacent sequences in three members, which any webdataset reader yields together:
 `<sample>.documents.npy`, uint32 [pieces, 3] = (document's number in its input shard, offset of the first pair in the
 document, position in the sequence); `<sample>.rows.npy`, uint32 [rows + 1], the first piece of each sequence;
-`<sample>.tokens.npy`, [rows, length + 1]. A last member `__index__`, which webdataset skips, gives `SequenceReader`
-the byte offset of each array. Equal input gives equal bytes.
+`<sample>.tokens.npy`, [rows, length + 1]. The last member, `__index__`, which webdataset skips, gives
+`SequenceReader` the byte offset of each array. Equal input gives equal bytes.
 """
 
 import io
@@ -93,7 +93,7 @@ class BucketWriter:
         self._name = name
         self._shard_rows = max(1, shard_tokens // name.length)
         sample_rows = max(1, min(SAMPLE_TOKENS, shard_tokens) // name.length)
-        self._sample = np.empty((sample_rows, name.length + 1), dtype=dtype)  # [rows, length + 1]
+        self._sample = np.empty((sample_rows, name.length + 1), dtype=dtype)
         self._counts = counts
         # First piece of each row of the sample, and the number of pieces at the end: [rows + 1].
         self._rows = [0]
@@ -124,6 +124,7 @@ class BucketWriter:
         self._pieces += pieces
         self._rows.append(len(self._pieces))
         self._rows_in_shard += 1
+        # The last sample of a shard may be shorter than the others; no sample continues in the next shard.
         if self._rows_in_shard == self._shard_rows:
             self._finish_shard()
         elif len(self._rows) > len(self._sample):
@@ -142,6 +143,7 @@ class BucketWriter:
             )
         tokens = self._sample[: len(self._rows) - 1]
         if self._counts is not None:
+            # Every token but the first of a row is a target.
             self._counts += np.bincount(tokens[:, 1:].ravel(), minlength=len(self._counts))
         arrays = {
             "documents": np.array(self._pieces, dtype="<u4"),  # [pieces, 3]

@@ -20,7 +20,7 @@ from ..files import sha256_of
 
 CHUNK_BYTES = 1 << 22
 ATTEMPTS = 4
-"""Number of attempts to read from a store, 1, 2 and 4 seconds apart."""
+"""Number of attempts to read a file from a store; the pauses between them are 1, 2 and 4 seconds."""
 
 
 class Store(Protocol):
@@ -79,13 +79,15 @@ class CachedStore:
             # The hash in the name keeps the files of older data at the same address from being taken for these.
             file = file.with_name(f"{file.stem}.{sha256[:16]}{file.suffix}")
         file.parent.mkdir(parents=True, exist_ok=True)
+        # One of 256 locks, by name: one process downloads a file while others download other files.
         with self._locked(hashlib.sha256(name.encode()).hexdigest()[:2]):
             if sha256 is None or anew or not file.is_file():
                 self._fetch(name, file, sha256)
-        os.utime(file)
+        os.utime(file)  # the time of the last use, by which _evict sorts
         return file
 
     def _fetch(self, name: str, file: Path, sha256: str | None) -> None:
+        """Download file `name` to `file`, which appears whole and checked, then keep the cache to its limit."""
         begun = file.with_name(f".{os.getpid()}.{threading.get_ident()}.{file.name}")
         try:
             found = self._download(name, begun)
@@ -122,6 +124,8 @@ class CachedStore:
         raise AssertionError("the last attempt returns or raises")
 
     def _evict(self, keep: Path) -> None:
+        """Remove the least recently used shards, but not `keep`, until the others take at most the limit."""
+        # A name that begins with "." is a download in progress.
         shards = [(file, file.stat()) for file in self._cache.rglob("*.tar") if not file.name.startswith(".")]
         total = sum(status.st_size for _, status in shards)
         for file, status in sorted(shards, key=lambda entry: entry[1].st_mtime_ns):
@@ -133,13 +137,14 @@ class CachedStore:
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
+        """Hold lock `name` of the cache, which one thread of one process of the machine holds at a time."""
         with (self._cache / f".{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
 
 def open_store(directory: str | Path, loader: LoaderConfig | None = None) -> Store:
-    """Return the store of prepared data; an address with "://" is remote.
+    """Return the store of prepared data in `directory`, which is remote if it contains "://".
 
     Raises ValueError if it is remote and `loader.cache_directory` is empty, or if it cannot be opened.
     """
@@ -154,7 +159,7 @@ def open_store(directory: str | Path, loader: LoaderConfig | None = None) -> Sto
 
 
 def damaged_shard(file: Path, size_bytes: int, sha256: str, command: str) -> ValueError | None:
-    """Return the error of a shard that is missing or does not have `size_bytes`; None if its size is right.
+    """Return the error of a shard that is missing or does not have `size_bytes` bytes; None if its size is right.
 
     The message advises to run `command`, which made the data and repairs it.
     """

@@ -13,15 +13,14 @@ from .document import BadRecord, Document
 
 TOKENIZER_FILE = "tokenizer.json"
 THREAD_CHARACTERS = 1 << 18
-"""Number of characters per thread that are encoded together: enough to keep every thread busy, in some MB of
-memory."""
+"""Number of characters per thread that are encoded together. They keep every thread busy and take some MB."""
 
 
 def knot_tokens(max_chunks: int) -> list[str]:
     """Return the names of the special tokens for documents of up to `max_chunks` knot chunks (read/knots.py).
 
-    They are five marks of labels and of the backtrace, the ends of chunks 1, 2, ... and the beginnings of chunks 2,
-    3, ...: 2 `max_chunks` + 3 names, or none if `max_chunks` is below 2.
+    The 2 `max_chunks` + 3 names are five marks of labels and of the backtrace, a tail for each chunk but the last, and
+    a head for each chunk but the first. There are none if `max_chunks` is below 2.
     """
     if max_chunks < 2:
         return []
@@ -94,6 +93,7 @@ class DocumentTokenizer:
         """Return the stream of a document given as token ids [tokens], with or without boundaries at its ends."""
         if tokens.min() < 0 or tokens.max() >= self.vocab_size:
             return BadRecord("bad_tokens", f"ids span [{tokens.min()}, {tokens.max()}], vocabulary {self.vocab_size}")
+        # `inside` is the text without a boundary at either end; another boundary would end the document early.
         inside = tokens[int(tokens[0] == self.boundary_id) : len(tokens) - int(tokens[-1] == self.boundary_id)]
         if np.any(inside == self.boundary_id):
             return BadRecord("bad_tokens", f"the boundary token {self.boundary_id} is inside")
@@ -103,7 +103,7 @@ class DocumentTokenizer:
 
 
 def _by_size(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Yield lists of adjacent documents of about THREAD_CHARACTERS for each thread."""
+    """Yield lists of adjacent documents with about THREAD_CHARACTERS characters or token ids for each thread."""
     batch: list[Document] = []
     size = 0
     limit = THREAD_CHARACTERS * int(os.environ.get("RAYON_NUM_THREADS") or os.cpu_count() or 1)

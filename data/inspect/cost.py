@@ -19,7 +19,7 @@ class ModelSize:
     """Number of query heads times the head dim."""
 
     def token_flops(self, length: int) -> tuple[float, float]:
-        """Return the FLOPs of a token in a causal sequence of `length` tokens: all of them, and those of attention.
+        """Return (total, attention) FLOPs of training on one token of a causal sequence of `length` tokens.
 
         The forward pass takes 2 FLOPs for each parameter. In each layer it takes 2 for each element of the products of
         a query with the keys, and of a probability with the values, of the (length + 1) / 2 tokens that a query sees on

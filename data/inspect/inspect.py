@@ -22,7 +22,7 @@ SAMPLE_TOKENS = 48
 """Number of tokens of a sequence that are printed."""
 
 SAMPLED_SEQUENCES = 256
-"""Number of sequences of a bucket from which its average context is measured, if it has document boundaries."""
+"""Number of sequences from which the average context of a bucket with document boundaries is measured."""
 
 PARTS = 10
 """Number of equal parts of a run in which the curriculum is shown."""
@@ -46,7 +46,7 @@ def inspect(
     The tables include `steps` steps of `curriculum` with the seed `seed`, and their FLOPs for `model`. Raises
     ValueError if the data is not what its manifest says (see `Manifest.verify`).
     """
-    from .picture import draw  # matplotlib takes a second
+    from .picture import draw  # the import of matplotlib takes a second
 
     _verify(manifest, console)
     train = manifest.buckets("train")
@@ -75,7 +75,7 @@ def _verify(manifest: Manifest, console: Console) -> None:
         task = progress.add_task("checking every SHA-256", total=size_bytes)
         for done in manifest.verify():
             progress.update(task, completed=done)
-    written = sum(books.sequence_tokens() for books in manifest.ledger.splits.values())
+    written = sum(split.sequence_tokens() for split in manifest.ledger.splits.values())
     console.print(
         f"{len(manifest.shards):,} shards, {size_bytes / 1e6:,.1f} MB, {size_bytes / max(written, 1):.2f} bytes a "
         "token: every SHA-256 is the manifest's"
@@ -85,11 +85,11 @@ def _verify(manifest: Manifest, console: Console) -> None:
 def _document_table(manifest: Manifest) -> Table:
     """Return the documents of both splits by powers of two of their tokens."""
     table = make_table("Documents by length", "tokens", "documents", "tokens in them", "share", "")
-    books = list(manifest.ledger.splits.values())
+    splits = list(manifest.ledger.splits.values())
     total = max(manifest.ledger.tokens, 1)
-    for power in sorted(set().union(*(split.document_lengths for split in books))):
-        documents = sum(split.document_lengths[power] for split in books)
-        tokens = sum(split.length_tokens[power] for split in books)
+    for power in sorted(set().union(*(split.document_lengths for split in splits))):
+        documents = sum(split.document_lengths[power] for split in splits)
+        tokens = sum(split.length_tokens[power] for split in splits)
         share = tokens / total
         table.add_row(f"≥ {1 << power:,}", f"{documents:,}", f"{tokens:,}", f"{share:.1%}", bar(share, BAR))
     return table
@@ -127,7 +127,7 @@ def average_context(manifest: Manifest, bucket: Bucket) -> float:
     if not manifest.has_boundaries:
         return (bucket.length - 1) / 2
     numbers = np.unique(np.linspace(0, bucket.sequences - 1, SAMPLED_SEQUENCES).astype(np.int64))
-    # [pieces], tokens of each; those of a piece of n tokens see 0 + 1 + ... + (n - 1) tokens together.
+    # [pieces]: the number of tokens of each. The n tokens of a piece see 0 + 1 + ... + (n - 1) tokens in all.
     sizes = np.concatenate(
         [np.diff([*starts, bucket.length]) for starts in manifest.reader(bucket).document_starts(numbers)]
     )
@@ -135,7 +135,10 @@ def average_context(manifest: Manifest, bucket: Bucket) -> float:
 
 
 def _curriculum_table(lengths: tuple[int, ...], buckets: NDArray[np.uint8], curriculum: CurriculumConfig) -> Table:
-    """Return the share of each bucket in the steps of each tenth of a run, in percent; `buckets` is [steps]."""
+    """Return the share of each bucket in the steps of each tenth of a run, in percent.
+
+    `buckets` [steps] is the bucket of each step.
+    """
     odds = curriculum.odds if isinstance(curriculum.odds, str) else ", ".join(f"{value:g}" for value in curriculum.odds)
     title = f"Curriculum: {len(buckets):,} steps of {odds} in {curriculum.cycles} cycles, % of each tenth"
     table = make_table(title, "bucket", "steps", *(str(part + 1) for part in range(PARTS)))
@@ -147,7 +150,7 @@ def _curriculum_table(lengths: tuple[int, ...], buckets: NDArray[np.uint8], curr
 
 
 def _print_cost(manifest: Manifest, model: ModelSize, buckets: NDArray[np.uint8], console: Console) -> None:
-    """Print the share of attention in the FLOPs of these steps, and their speed-up over one length."""
+    """Print attention's share of the FLOPs of the steps on `buckets` [steps], and the speed-up over one length."""
     steps = np.bincount(buckets, minlength=len(manifest.lengths)).tolist()
     console.print(
         f"Attention is {attention_share(model, steps, manifest.lengths):.1%} of the FLOPs of these steps. "
@@ -161,6 +164,7 @@ def _print_samples(manifest: Manifest, train: tuple[Bucket, ...], console: Conso
     """Print the beginning of the first sequence of the shortest and of the longest bucket."""
     tokenizer = manifest.tokenizer().tokenizer
     filled = [bucket for bucket in train if bucket.sequences]
+    # A dict by length prints a bucket once if it is both the shortest and the longest.
     for bucket in {filled[0].length: filled[0], filled[-1].length: filled[-1]}.values():
         reader = manifest.reader(bucket)
         input_shard, record, offset, _ = reader.pieces([0])[0][0].tolist()

@@ -29,22 +29,22 @@ def ledger_table(ledger: Ledger) -> Table:
     row("records read", ledger.records, None, ledger.tokens)
     for kind, count in sorted(ledger.bad.counts.items()):
         row(f"  left out: {kind.replace('_', ' ')}", count, None, None)
-    for split, books in ledger.splits.items():
+    for split, account in ledger.splits.items():
         table.add_section()
-        row(split.replace("_", " "), books.documents, None, books.tokens)
-        for length, count in sorted(books.sequences.items()):
+        row(split.replace("_", " "), account.documents, None, account.tokens)
+        for length, count in sorted(account.sequences.items()):
             row(f"  bucket {length:,}", None, count, length * count)
-        if books.filler_tokens:
-            row("  of it filler", None, None, -books.filler_tokens)
-        for rule in sorted(books.dropped_tokens):
-            documents = books.dropped_documents[rule] or None
-            row(f"  dropped: {rule.replace('_', ' ')}", documents, None, books.dropped_tokens[rule])
+        if account.filler_tokens:
+            row("  of it filler", None, None, -account.filler_tokens)
+        for rule in sorted(account.dropped_tokens):
+            documents = account.dropped_documents[rule] or None
+            row(f"  dropped: {rule.replace('_', ' ')}", documents, None, account.dropped_tokens[rule])
     return table
 
 
 def _notes(ledger: Ledger) -> Iterator[str]:
-    """Yield the facts that the table has no room for, a line each."""
-    packed = sum(books.packed_sequences for books in ledger.splits.values())
+    """Yield facts that are not in the table, one line each."""
+    packed = sum(account.packed_sequences for account in ledger.splits.values())
     if packed:
         yield f"{packed:,} sequences hold pieces of several documents."
     for kind in sorted(ledger.bad.examples):

@@ -99,7 +99,7 @@ def _context_table(manifest: Manifest) -> Table:
     number, pieces = max(zip(sample.tolist(), reader.pieces(sample), strict=True), key=lambda entry: len(entry[1]))
     row = reader.read([number])[0]
     table = _documents_table(f"Sequence {number:,} of bucket {bucket.length:,}", "tokens", "from")
-    ends = [*pieces[1:, 3].tolist(), bucket.length]
+    ends = [*pieces[1:, 3].tolist(), bucket.length]  # a piece ends where the next one begins
     for (input_shard, record, offset, begin), end in zip(pieces.tolist(), ends, strict=True):
         if record == NO_DOCUMENT:
             table.add_row(f"{end - begin:,}", "", "filler", "")

@@ -36,6 +36,7 @@ def draw(manifest: Manifest, buckets: NDArray[np.uint8], file: Path) -> None:
     shares = np.array([np.bincount(part, minlength=len(names)) / len(part) for part in parts]).T
     edges = np.linspace(0, len(buckets), len(parts) + 1)
     below = np.zeros(len(parts))
+    # Bars are stacked: `below` [bins] is the height reached by the shorter buckets.
     for share, colour, name in zip(shares, colours, names, strict=True):
         axes["curriculum"].bar(edges[:-1], share, np.diff(edges), below, align="edge", color=colour, label=name)
         below += share
@@ -52,12 +53,12 @@ def draw(manifest: Manifest, buckets: NDArray[np.uint8], file: Path) -> None:
 
 
 def _draw_documents(axes: Axes, manifest: Manifest) -> None:
-    """Draw the shares of documents, and of the tokens in them, by powers of two of their tokens."""
-    books = list(manifest.ledger.splits.values())
-    powers = sorted(set().union(*(split.document_lengths for split in books)))
+    """Draw the shares of documents and of tokens by the length of the document, in powers of two."""
+    splits = list(manifest.ledger.splits.values())
+    powers = sorted(set().union(*(split.document_lengths for split in splits)))
     powers = list(range(powers[0], powers[-1] + 1))
-    documents = np.array([sum(split.document_lengths[power] for split in books) for power in powers])
-    tokens = np.array([sum(split.length_tokens[power] for split in books) for power in powers])
+    documents = np.array([sum(split.document_lengths[power] for split in splits) for power in powers])
+    tokens = np.array([sum(split.length_tokens[power] for split in splits) for power in powers])
     axes.bar(np.array(powers) - 0.2, documents / documents.sum(), 0.4, label="documents", color="0.6")
     axes.bar(np.array(powers) + 0.2, tokens / tokens.sum(), 0.4, label="tokens in them", color="tab:blue")
     axes.set_xticks(powers, labels=[f"$2^{{{power}}}$" for power in powers])

@@ -28,11 +28,11 @@ from ..permutation import permute
 from .documents import Documents, save
 
 OWN_DTYPE = np.dtype([("document", "<u4"), ("offset", "<i8")])
-"""A document, and the offset of its first pair that is meant."""
+"""A document, and the offset of a pair in it: the first pair of a piece."""
 
 
 class Layout(NamedTuple):
-    """The layout of a split: the sequence of every pair."""
+    """Layout of a split: the sequence in which each pair lies."""
 
     members: NDArray[np.void]
     """OWN_DTYPE [members], the documents of the joined stream, along the path, and their first pairs in it."""
@@ -102,7 +102,7 @@ def lay_long_buckets(
     for length in reversed(lengths[:-1]):
         [here] = np.nonzero(size - done >= length)
         own[length].append(_own(path[here], done[here]))
-        done[here] += length
+        done[here] += length  # once is enough: fewer than 2 `length` pairs were left
     members, starts = _joined(path, done, size - done)
     pieces = {length: np.concatenate(found) for length, found in own.items()}
     filled = contexts_to_fill({length: length * len(found) for length, found in pieces.items()}, int(starts[-1]))
@@ -173,7 +173,7 @@ def _joined(
     path: NDArray[np.uint32], offsets: NDArray[np.int64], left: NDArray[np.int64]
 ) -> tuple[NDArray[np.void], NDArray[np.int64]]:
     """Return the members and starts of the joined stream: the `left` [n] pairs from `offsets` [n] of each document."""
-    [some] = np.nonzero(left)
+    [some] = np.nonzero(left)  # a document that has no pair left is no member
     return _own(path[some], offsets[some]), np.concatenate([[0], np.cumsum(left[some])]).astype(np.int64)
 
 

@@ -22,9 +22,11 @@ from ..format.reader import MAX_OPEN_SHARDS
 DOCUMENT_DTYPE = np.dtype([("record", "<u4"), ("held_out", "?"), ("pairs", "<i8"), ("first_part", "<i8")])
 """A document: its record's number in the input shard, its split, its number of pairs, the index of its first part."""
 
-PART_DTYPE = np.dtype([("offset", "<i8"), ("sequence", "<i8"), ("length", "<i8"), ("place", "<u4"), ("pairs", "<u4")])
+PART_DTYPE = np.dtype(
+    [("offset", "<i8"), ("sequence", "<i8"), ("length", "<i8"), ("position", "<u4"), ("pairs", "<u4")]
+)
 """A part, `pairs` adjacent pairs of a document from `offset` on: `sequence` is the index of the sequence that holds it
-in the bucket `length` of the document's split, `place` the position of its first pair there."""
+in the bucket `length` of the document's split, `position` that of its first pair there."""
 
 
 def save(file: Path, array: NDArray) -> None:
@@ -63,7 +65,7 @@ def write_tables(manifest: Manifest, folder: Path, number: int) -> None:
             counts = [len(table) for table in pieces]
             table = np.concatenate(pieces)  # [parts, (input shard, record, offset, position in the sequence)]
             parts = np.empty(len(table), dtype=PART_DTYPE)
-            parts["offset"], parts["place"], parts["length"] = table[:, 2], table[:, 3], bucket.length
+            parts["offset"], parts["position"], parts["length"] = table[:, 2], table[:, 3], bucket.length
             parts["sequence"] = np.repeat(sequences, counts)
             # A part ends at the position at which the next part of its sequence begins, the last one at the end.
             last = np.cumsum(counts) - 1
@@ -74,12 +76,12 @@ def write_tables(manifest: Manifest, folder: Path, number: int) -> None:
             origins.append(np.stack([table[:, 1], np.full(len(table), split == "held_out")], axis=1))
     parts = np.concatenate(found) if found else np.empty(0, dtype=PART_DTYPE)
     origin = np.concatenate(origins) if origins else np.empty((0, 2), dtype=np.int64)
-    # [parts, (record, is held out)]; filler is no document's.
+    # `origin` is [parts, (record, is held out)]; filler belongs to no document.
     real = origin[:, 0] != NO_DOCUMENT
     parts, origin = parts[real], origin[real]
     order = np.lexsort((parts["offset"], origin[:, 0]))
     parts, origin = parts[order], origin[order]
-    first_parts = np.flatnonzero(np.diff(origin[:, 0], prepend=-1))
+    first_parts = np.flatnonzero(np.diff(origin[:, 0], prepend=-1))  # [documents]
     # Parts are sorted by record and offset: each must begin at the offset at which the one before ends.
     ends = parts["offset"] + parts["pairs"]
     expected = np.append(0, ends[:-1])
@@ -99,9 +101,10 @@ def write_tables(manifest: Manifest, folder: Path, number: int) -> None:
 
 
 class Documents:
-    """All documents of prepared data, numbered in the order of input shards and records.
+    """All documents of prepared data, numbered in the order of input shards and records, and read whole or in part.
 
-    `prepared` is the directory of the prepared data, `folder` that of the tables. Any part of any document can be read.
+    `prepared` is the directory of the prepared data, `folder` that of the tables. Raises ValueError if a file of either
+    is damaged.
     """
 
     def __init__(self, prepared: str, folder: Path):
@@ -109,9 +112,9 @@ class Documents:
         self._folder = folder
         inputs = self.manifest.inputs()
         self.first = np.cumsum([0, *(entry["documents"] for entry in inputs)], dtype=np.int64)
-        """int64 [input shards + 1], the first document of each input shard; the last element is their number."""
+        """int64 [input shards + 1], the first document of each input shard, then the number of documents."""
         self.first_record = np.cumsum([0, *(entry["records"] for entry in inputs)], dtype=np.int64)
-        """int64 [input shards + 1], the first record of each input shard among all records."""
+        """int64 [input shards + 1], the first of all records in each input shard, then the number of records."""
         # Each mapped file holds a descriptor, and many systems allow a process 1,024 of them.
         self._opened = lru_cache(maxsize=MAX_OPEN_SHARDS)(self._open)
         self._readers = {
@@ -169,7 +172,7 @@ class Documents:
             begin, end = int(part["offset"]), int(part["offset"]) + int(part["pairs"])
             if begin < stop and end > start:
                 reader = self._readers[bool(document["held_out"]), int(part["length"])]
-                targets = reader.read([int(part["sequence"])])[0, int(part["place"]) + 1 :]
+                targets = reader.read([int(part["sequence"])])[0, int(part["position"]) + 1 :]
                 found.append(targets[max(start - begin, 0) : min(stop, end) - begin])
         return np.concatenate(found)
 
@@ -182,10 +185,11 @@ class Documents:
     def _open(self, number: int) -> tuple[NDArray, NDArray]:
         names = f"{number:06d}.npy", f"{number:06d}.parts.npy"
         table, parts = (load(self._folder / name, mapped=True) for name in names)
-        return table, parts
+        # Tables written by earlier versions have another name for `position`; a view matches the fields by position.
+        return table, parts.view(PART_DTYPE)
 
 
 @lru_cache(maxsize=2)
 def opened(prepared: str, folder: Path) -> Documents:
-    """Return the documents; a process opens them once."""
+    """Return the documents of `prepared`, of which a process keeps the last two open."""
     return Documents(prepared, folder)

@@ -36,7 +36,7 @@ Tokens = Callable[[int], NDArray[np.unsignedinteger]]
 
 
 class Histogram(NamedTuple):
-    """Pairs of neighbours by cosine."""
+    """Histogram of the pairs of neighbours by cosine."""
 
     pairs: NDArray[np.int64]
     """[bins], pairs in each bin; a pair whose documents list each other counts twice."""

@@ -20,7 +20,7 @@ from ..order_config import LongDocuments, OrderConfig
 from .documents import Documents, load
 
 FEATURES_BITS = 18
-"""Bits of a feature: tokens and pairs of adjacent tokens are hashed to 2^18 features."""
+"""Number of bits of a feature: tokens and pairs of adjacent tokens are hashed to 2^18 features."""
 
 FIT_DOCUMENTS = 20_000
 """Number of train documents, evenly spaced, on which the TF-IDF weights and the SVD are fitted."""
@@ -44,7 +44,10 @@ class Encoder(Protocol):
 
 
 class HashedEncoder:
-    """The default encoder: hashed n-grams with TF-IDF and a truncated SVD, as `fit` wrote them to `file`."""
+    """The default encoder: hashed n-grams with TF-IDF and a truncated SVD, as `fit` wrote them to `file`.
+
+    Raises ValueError if the file is damaged.
+    """
 
     def __init__(self, file: Path, long_documents: LongDocuments, window_tokens: int):
         with load(file) as fitted:
@@ -52,7 +55,7 @@ class HashedEncoder:
         self._windows = long_documents, window_tokens
 
     def encode(self, documents: Documents, numbers: Iterable[int]) -> Iterator[NDArray[np.float32]]:
-        """See Encoder."""
+        """Yield the unit vectors of documents `numbers` in order, in batches [documents of the batch, dimensions]."""
         for batch in _batches(documents, numbers):
             counts, owners = _counts(batch, *self._windows)
             counts.data = (1 + np.log(counts.data)) * self._weights[counts.indices]
@@ -102,9 +105,9 @@ class ModelEncoder:
         self._window = limit - tokenizer.num_special_tokens_to_add()
 
     def encode(self, documents: Documents, numbers: Iterable[int]) -> Iterator[NDArray[np.float32]]:
-        """See Encoder."""
+        """Yield the unit vectors of documents `numbers` in order, in batches [documents of the batch, dimensions]."""
         for batch in _in_batches(documents, numbers):
-            windows, owners = [], []
+            windows, owners = [], []  # [windows]: the text of each, and the index of its document in the batch
             for owner, text in enumerate(documents.texts(batch)):
                 for window in self._cut(text):
                     windows.append(window)
@@ -162,7 +165,7 @@ def _in_batches(documents: Documents, numbers: Iterable[int]) -> Iterator[list[i
 
 
 def _batches(documents: Documents, numbers: Iterable[int]) -> Iterator[list[NDArray[np.unsignedinteger]]]:
-    """Yield the tokens of documents `numbers`, without the boundaries at their ends, in batches."""
+    """Yield the tokens [n] of documents `numbers`, without the boundaries at their ends, in batches."""
     for batch in _in_batches(documents, numbers):
         yield [documents.tokens(number)[1:-1] for number in batch]
 

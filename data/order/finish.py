@@ -1,11 +1,12 @@
 """The last stages of an ordering: the layout, the shards, and a manifest like that of prepared data.
 
-<directory>.partial/
-  shards/000012/                 tar shards of part 12
-  work/layout/                   the layout of both splits
-  work/parts.json                number of parts; written last, so the layout is done
-  work/placement/000012.npy      sequences in which documents begin, of part 12
-  work/counts, work/ledgers      the other results of part 12 (prepare/merge.py)
+They work in `<directory>.partial/`:
+
+    shards/000012/               tar shards of part 12
+    work/layout/                 layout of both splits
+    work/parts.json              number of parts; written last, so the layout is done
+    work/placement/000012.npy    documents that begin in part 12, and the sequences in which they begin
+    work/counts, work/ledgers    other results of each part (prepare/merge.py)
 """
 
 import json
@@ -19,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import DataConfig
-from ..files import write_whole
-from ..format.document import NO_DOCUMENT, SPLITS, Split
+from ..files import write_text
+from ..format.document import NO_DOCUMENT, SPLITS
 from ..format.ledger import Ledger, SplitLedger
 from ..format.manifest import INPUTS_FILE, MANIFEST_FILE, Manifest, file_hashes, settings_of
 from ..format.shards import BucketWriter, ShardName
@@ -58,7 +59,7 @@ def lay(data: DataConfig, order: OrderConfig, documents: Documents, path: NDArra
         layout.save(partial / "work" / "layout", split)
         tokens += sum(length * layout.sequences(length) for length in lengths)
     parts = max(1, round(tokens / (PART_SHARDS * data.shard_tokens)))
-    write_whole(partial / "work" / "parts.json", lambda file: file.write_text(json.dumps(parts)))
+    write_text(partial / "work" / "parts.json", json.dumps(parts))
 
 
 def num_parts(partial: Path) -> int:
@@ -83,12 +84,13 @@ def make_part(
     shutil.rmtree(begun, ignore_errors=True)
     begun.mkdir(parents=True)
     ledger, counts = Ledger(), np.zeros(manifest.vocab_size, dtype=np.int64)
-    placed: list[tuple[int, int, int]] = []
+    begins: list[tuple[int, int, int]] = []  # (document, bucket, index of the sequence in which it begins)
     tables = []
     buckets = len(SPLITS) * len(order.lengths(data))
     for split in SPLITS:
         layout = Layout.load(partial / "work" / "layout", split, order.lengths(data))
         for length in order.lengths(data):
+            # The part holds the stored sequences [first, last) of the bucket.
             first, last = (layout.sequences(length) * (number + side) // parts for side in (0, 1))
             name, dtype = ShardName(number, split, length, 0), np.dtype(manifest.dtype)
             writer = BucketWriter(begun, name, dtype, data.shard_tokens, counts if split == "train" else None)
@@ -98,22 +100,25 @@ def make_part(
                     if not index % SEQUENCES_PER_REPORT:
                         on_progress((len(tables) + (index - first) / (last - first)) / buckets)
                     tokens, pieces = read_sequence(documents, layout, length, sequence, manifest.boundary_id)
-                    begin = [document for document, offset, _ in pieces if not offset and document != NO_DOCUMENT]
-                    placed += [(document, length, index) for document in begin]
+                    # A piece with offset 0 begins its document; filler begins none.
+                    first_pieces = [
+                        document for document, offset, _ in pieces if not offset and document != NO_DOCUMENT
+                    ]
+                    begins += [(document, length, index) for document in first_pieces]
                     _enter(ledger.splits[split], length, pieces)
                     writer.append(tokens, [(_record(documents, piece[0]), *piece[1:]) for piece in pieces])
             tables.append(writer.shards())
-    save(partial / "work" / "placement" / f"{number:06d}.npy", np.array(placed, dtype=np.int64).reshape(-1, 3))
+    save(partial / "work" / "placement" / f"{number:06d}.npy", np.array(begins, dtype=np.int64).reshape(-1, 3))
     publish_part(partial, number, begun, ledger, counts, np.concatenate(tables))
 
 
-def _enter(books: SplitLedger, length: int, pieces: list[tuple[int, int, int]]) -> None:
-    """Add a sequence of `length` tokens with these pieces to the books."""
-    books.sequences[length] += 1
+def _enter(account: SplitLedger, length: int, pieces: list[tuple[int, int, int]]) -> None:
+    """Count a sequence of `length` tokens with these pieces in `account`."""
+    account.sequences[length] += 1
     documents = [document for document, _, _ in pieces if document != NO_DOCUMENT]
-    books.packed_sequences += len(documents) > 1
-    if len(documents) < len(pieces):
-        books.filler_tokens += length - pieces[-1][2]
+    account.packed_sequences += len(documents) > 1
+    if len(documents) < len(pieces):  # filler is the last piece
+        account.filler_tokens += length - pieces[-1][2]
 
 
 def _record(documents: Documents, document: int) -> int:
@@ -138,8 +143,8 @@ def finish(
 ) -> None:
     """Write the manifest and the files beside it, and give the directory its name; no shard is read or moved.
 
-    It may be killed and repeated at any point. `dropped` is (dropped document, kept document) [n, 2], `path` STEP_DTYPE
-    [steps], `measured` the results of earlier stages for `order.json`.
+    The call may be killed and repeated at any point. `dropped` is (dropped document, kept document) [n, 2], `path`
+    STEP_DTYPE [steps], `measured` the results of earlier stages for `order.json`.
     """
     prepared = documents.manifest
     if not (partial / MANIFEST_FILE).exists():
@@ -168,10 +173,11 @@ def finish(
 
 
 def _by_source(documents: Documents, dropped: NDArray[np.uint32]) -> dict[str, dict[str, int]]:
-    """Return the documents and tokens of each source, and the dropped near-duplicates among them."""
+    """Return the number of documents and tokens of each source, and of the dropped near-duplicates among them."""
     pairs, gone = documents.column("pairs"), np.sort(dropped[:, 0])
     found, shard = {}, 0
     for name, num_shards in documents.manifest.sources.items():
+        # The input shards of a source are adjacent, and so are its documents.
         begin, end = documents.first[[shard, shard + num_shards]].tolist()
         mine = gone[slice(*np.searchsorted(gone, [begin, end]).tolist())]
         found[name] = {
@@ -185,10 +191,14 @@ def _by_source(documents: Documents, dropped: NDArray[np.uint32]) -> dict[str, d
 
 
 def _sum_up(documents: Documents, partial: Path, left_out: NDArray[np.uint32]) -> tuple[Ledger, NDArray[np.void]]:
-    """Write the tables of all parts -> the ledger, which adds up, and the table of shards."""
+    """Write the tables of all parts; return the ledger, which adds up, and the table of shards [shards].
+
+    `left_out` is (dropped document, kept document) [n, 2].
+    """
     ledger = Ledger.from_json(documents.manifest.ledger.to_json())
-    for books in ledger.splits.values():
-        books.sequences, books.packed_sequences, books.filler_tokens = Counter(), 0, 0
+    # Records and documents are those of the prepared data; the sequences are counted anew from the parts.
+    for account in ledger.splits.values():
+        account.sequences, account.packed_sequences, account.filler_tokens = Counter(), 0, 0
     ledgers, table = merge_parts(partial, num_parts(partial), documents.manifest.vocab_size)
     placement = np.zeros(len(documents), dtype=PLACEMENT_DTYPE)
     first_records = np.repeat(documents.first_record[:-1], np.diff(documents.first))
@@ -201,12 +211,13 @@ def _sum_up(documents: Documents, partial: Path, left_out: NDArray[np.uint32]) -
     placement["sequence"][gone] = placement["record"][kept]
     pairs, held_out = documents.column("pairs")[gone], documents.column("held_out")[gone]
     for split in SPLITS:
-        here: Split = split
-        chosen = pairs[held_out == (here == "held_out")]
+        chosen = pairs[held_out == (split == "held_out")]
         if len(chosen):
-            ledger.splits[here].dropped_documents["near_duplicate"] = len(chosen)
-            ledger.splits[here].dropped_tokens["near_duplicate"] = int(chosen.sum())
+            ledger.splits[split].dropped_documents["near_duplicate"] = len(chosen)
+            ledger.splits[split].dropped_tokens["near_duplicate"] = int(chosen.sum())
     ledger.check()
-    assert np.count_nonzero(placement["length"]) == len(documents) - len(gone), "each document that stays is placed"
+    assert np.count_nonzero(placement["length"]) == len(documents) - len(gone), (
+        "each document that is kept begins in one sequence"
+    )
     np.save(partial / PLACEMENT_FILE, placement)
     return ledger, table

@@ -40,7 +40,7 @@ OVERSAMPLED = 2
 RECALL_QUERIES = 512
 """Number of documents, evenly spaced, for which the search is compared with the exact one."""
 
-BLOCK_QUERIES = 4_096
+QUERIES_AT_ONCE = 4_096
 """Number of queries that are searched at once."""
 
 
@@ -60,7 +60,7 @@ class Embeddings:
         """Return the vectors of documents `numbers` [n], float32 [n, dimensions]."""
         found = np.empty((len(numbers), self.dimensions), dtype=np.float32)
         shards = np.searchsorted(self._first, numbers, side="right") - 1
-        # Sorting by shard takes one pass; a block of neighbours may come from each of 10^4 shards.
+        # Sorting by shard takes one pass; the neighbours of some queries may come from each of 10^4 shards.
         order = np.argsort(shards, kind="stable")
         for here in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(order) else ():
             shard = int(shards[here[0]])
@@ -73,7 +73,7 @@ class Embeddings:
 
 @lru_cache(maxsize=1)
 def opened(folder: Path, first: tuple[int, ...]) -> Embeddings:
-    """Return the vectors; a process opens them once."""
+    """Return the vectors in `folder`, opened once by a process; `first` is that of `Embeddings`."""
     return Embeddings(folder, np.array(first))
 
 
@@ -159,8 +159,8 @@ def nearest(
     asked = (count + 1) * (1 if exact else OVERSAMPLED)
     ids = np.full((len(numbers), count), NO_NEIGHBOR, dtype=np.uint32)
     cosines = np.full((len(numbers), count), -np.inf, dtype=np.float32)
-    for start in range(0, len(numbers), BLOCK_QUERIES):
-        own = numbers[start : start + BLOCK_QUERIES]
+    for start in range(0, len(numbers), QUERIES_AT_ONCE):
+        own = numbers[start : start + QUERIES_AT_ONCE]
         queries = embeddings[own]
         _, found = index.search(queries, asked)
         # A document is excluded by its number: with equal vectors or lossy codes it need not be its own nearest.
@@ -170,8 +170,8 @@ def nearest(
         similarity[found < 0] = -np.inf
         best = np.lexsort((found, -similarity), axis=-1)[:, :count]
         found, similarity = (np.take_along_axis(table, best, axis=1) for table in (found, similarity))
-        ids[start : start + BLOCK_QUERIES, : found.shape[1]] = np.where(found < 0, NO_NEIGHBOR, found)
-        cosines[start : start + BLOCK_QUERIES, : found.shape[1]] = similarity
+        ids[start : start + QUERIES_AT_ONCE, : found.shape[1]] = np.where(found < 0, NO_NEIGHBOR, found)
+        cosines[start : start + QUERIES_AT_ONCE, : found.shape[1]] = similarity
     return ids, cosines
 
 
@@ -181,13 +181,13 @@ def recall(
     found_of: Callable[[int], NDArray[np.uint32]],
     count: int,
     *,
-    block: int = 1 << 16,
+    at_once: int = 1 << 16,
     on_progress: Callable[[float], None] = lambda _: None,
 ) -> float:
     """Return the recall of a search: the fraction of the exact nearest neighbours that `found_of(document)` has.
 
-    It is measured on RECALL_QUERIES of documents `numbers` [n], with `count` neighbours each; 1 if there are no
-    documents. `on_progress` gets the fraction of the documents that has been compared.
+    It is measured on RECALL_QUERIES of documents `numbers` [n], with `count` neighbours each; it is 1 if there are no
+    documents. `at_once` documents are compared at a time, and `on_progress` gets the fraction that has been compared.
     """
     if not len(numbers):
         return 1.0
@@ -196,16 +196,17 @@ def recall(
     # [queries, count]: the nearest neighbours among the documents compared so far.
     best = np.full((len(sample), count), -np.inf, dtype=np.float32)
     ids = np.full((len(sample), count), -1, dtype=np.int64)
-    for start in range(0, len(numbers), block):
-        some = numbers[start : start + block].astype(np.int64)
+    for start in range(0, len(numbers), at_once):
+        some = numbers[start : start + at_once].astype(np.int64)
         asked = min(count + 1, len(some))
         similarity, indices = faiss.knn(queries, embeddings[some], asked, metric=faiss.METRIC_INNER_PRODUCT)
-        found = some[indices]
+        found = some[indices]  # [queries, asked]
         similarity[found == sample[:, None]] = -np.inf
+        # Merge the best of the earlier documents with those of these: [queries, count + asked].
         together, found = np.concatenate([best, similarity], axis=1), np.concatenate([ids, found], axis=1)
         chosen = np.argsort(-together, axis=1, kind="stable")[:, :count]
         best, ids = np.take_along_axis(together, chosen, axis=1), np.take_along_axis(found, chosen, axis=1)
-        on_progress(min(1, (start + block) / len(numbers)))
+        on_progress(min(1, (start + at_once) / len(numbers)))
     ids[np.isneginf(best)] = -1
     hits = sum(
         len(set(exact[exact >= 0]) & set(found_of(int(query)).tolist()))

@@ -64,8 +64,9 @@ def make_graph(neighbors: NDArray[np.uint32], similarities: NDArray[np.float32])
 def remove_dropped(neighbors: NDArray[np.uint32], dropped: NDArray[np.bool_]) -> None:
     """Replace the dropped documents [n] in the lists of neighbours [n, k] by NO_NEIGHBOR, in place."""
     neighbors[dropped] = NO_NEIGHBOR
-    for row in np.array_split(neighbors, max(1, len(neighbors) // (1 << 20))):
-        row[(row != NO_NEIGHBOR) & dropped[np.minimum(row, len(dropped) - 1)]] = NO_NEIGHBOR
+    # Views of about 2^20 lists each, which bounds the memory of the masks.
+    for lists in np.array_split(neighbors, max(1, len(neighbors) // (1 << 20))):
+        lists[(lists != NO_NEIGHBOR) & dropped[np.minimum(lists, len(dropped) - 1)]] = NO_NEIGHBOR
 
 
 def greedy_path(graph: Graph, dropped: NDArray[np.bool_], file: Path) -> Iterator[int]:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import DataConfig
+from ..files import write_text
 from ..format.manifest import Manifest
 from ..order_config import OrderConfig
 from .contexts import Layout, stored
@@ -22,9 +23,9 @@ SAMPLED_CONTEXTS = 256
 SHOWN_DOCUMENTS = 6
 """Number of documents whose neighbours are shown."""
 SHOWN_NEIGHBORS = 3
-"""Number of neighbours shown for each."""
+"""Number of neighbours shown for each of these documents."""
 FIRST_LINE_TOKENS = 32
-"""Number of tokens of a document in which its first line is looked for."""
+"""Number of tokens, from the start of a document, in which its first line is sought."""
 
 
 def make_report(
@@ -37,7 +38,7 @@ def make_report(
     lists: Iterable[tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]],
     measured: dict[str, Any],
 ) -> None:
-    """Write `order.json` to `partial`: what earlier stages `measured`, steps of the path, contexts, some neighbours.
+    """Write `order.json` to `partial`: results `measured` by earlier stages, path steps, contexts and some neighbours.
 
     `path` is STEP_DTYPE [steps]; `lists` yields documents [n], their neighbours [n, k] and cosines [n, k].
     """
@@ -57,7 +58,7 @@ def make_report(
         "contexts": context_similarity(data, order, embeddings, partial),
         "neighbors": _neighbor_pairs(documents, lists),
     }
-    (partial / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_text(partial / REPORT_FILE, json.dumps(report, indent=1) + "\n")
 
 
 def context_similarity(data: DataConfig, order: OrderConfig, embeddings: Embeddings, partial: Path) -> dict[str, float]:
@@ -74,7 +75,7 @@ def context_similarity(data: DataConfig, order: OrderConfig, embeddings: Embeddi
             continue
         indices = np.unique(np.linspace(0, count - 1, SAMPLED_CONTEXTS).astype(np.int64))
         for index in indices.tolist():
-            # Two sequences that are stored side by side; a negative number is a piece of its own, not a context.
+            # Two sequences that are stored side by side, as numbers of contexts; a negative one is a piece of its own.
             two = stored(layout, length, order.seed, "train", np.arange(index, min(index + 2, count))) - own
             vectors = [embeddings[_documents(layout, length, context)] for context in two.tolist() if context >= 0]
             if two[0] < 0:
@@ -82,7 +83,7 @@ def context_similarity(data: DataConfig, order: OrderConfig, embeddings: Embeddi
             first = vectors[0]  # [documents, dimensions]
             sizes.append(len(first))
             if len(first) > 1:
-                cosines = first @ first.T
+                cosines = first @ first.T  # [documents, documents], 1 on the diagonal
                 inside.append((cosines.sum() - np.trace(cosines)) / (len(first) * (len(first) - 1)))
             if len(vectors) == 2:
                 across.append((first @ vectors[1].T).mean())

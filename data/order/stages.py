@@ -1,8 +1,8 @@
 """`longring order`: the stages that turn prepared data into ordered data, and the processes that share their tasks.
 
-A task is done when its file exists; the file is written under another name and renamed. So a run that was killed goes
-on where it was, several machines can share a stage, and the result does not depend on the division of the tasks. The
-tasks are in tasks.py, their files in work_directory.py.
+A task is done when its file exists; the file is written under another name and renamed. A run that was killed therefore
+continues where it stopped, several machines can share a stage, and the result does not depend on the division of the
+tasks. The tasks are in tasks.py, their files in work_directory.py.
 """
 
 import os
@@ -31,18 +31,18 @@ from .work_directory import WorkDirectory
 
 @dataclass(frozen=True)
 class Stage:
-    """Tasks that depend on all stages before, and not on each other."""
+    """Stage of an ordering: tasks that depend on all earlier stages, and not on each other."""
 
     name: str
-    """The name that `--stage` takes."""
+    """Name of the stage for `--stage`."""
     summary: str
     """Text beside the stage's progress bar."""
     tasks: Callable[[WorkDirectory], int]
-    """Return the number of tasks."""
+    """Function that returns the number of tasks."""
     file: Callable[[WorkDirectory, int], Path]
-    """Return the file of a task, which exists once the task is done."""
+    """Function that returns the file of a task, which exists once the task is done."""
     do: Callable[[WorkDirectory, int, OnProgress], object]
-    """Do a task."""
+    """Function that does a task."""
 
 
 def order(
@@ -57,8 +57,8 @@ def order(
     """Make the ordered data of `config.directory`, or repair it if its settings are the same; return its manifest.
 
     `workers` processes share the tasks; 0: one for each CPU. The result does not depend on their number. With `only`,
-    run only that stage, of its tasks I, I + N, I + 2N, ... for `part` = (I, N), and return None. Finished data gets
-    its shards made again that are missing or have another size.
+    run the tasks I, I + N, I + 2N, ... of that stage alone, for `part` = (I, N), and return None. Shards of finished
+    data that are missing or have another size are made again.
 
     Raises ValueError if the prepared data was made with other settings than `data`, lacks documents or has too many; if
     the directory holds something else; if a stage before `only` is not done; or if the file of a stage is damaged.
@@ -88,11 +88,11 @@ def order(
             return ordered
         if only:
             ordered.check_sizes()  # raises, as a repair takes all stages
-    for split, books in prepared.ledger.splits.items():
-        if books.dropped_tokens.total():
+    for split, account in prepared.ledger.splits.items():
+        if lost := account.dropped_tokens.total():
             raise ValueError(
-                f"data.directory = {data.directory}: lacks {books.dropped_tokens.total()} tokens of its {split} split; "
-                "prepare the data with data.rest = 'pack'"
+                f"data.directory = {data.directory}: lacks {lost} tokens of its {split} split; prepare the data with "
+                "data.rest = 'pack'"
             )
     if (records := prepared.ledger.records) >= NO_DOCUMENT:
         raise ValueError(
@@ -113,6 +113,7 @@ def order(
             if only and stage.name != only:
                 _require(stage, directory, only)
                 continue
+            # A repair writes the damaged parts again; the files of earlier stages that are gone are made first.
             if ordered is not None and stage.name == "contexts":
                 _run(stage, directory, damaged, processes, progress)
                 restore_parts(directory.partial, ordered, ordered_directory, damaged)
@@ -124,7 +125,7 @@ def order(
 
 
 class _Processes:
-    """The processes that share the tasks of all stages, started at the first need, as each imports for seconds."""
+    """Pool of processes that share the tasks of all stages; it starts when first needed, as imports take seconds."""
 
     def __init__(self, workers: int):
         self._cpus = len(os.sched_getaffinity(0))
@@ -141,8 +142,8 @@ class _Processes:
     def run(self, stage: Stage, directory: WorkDirectory, numbers: list[int], on_progress: OnProgress) -> None:
         """Do the tasks `numbers` of a stage.
 
-        `on_progress` gets the number of tasks done; if one process does them all, including the fraction of the current
-        one. Raises OSError if a process is killed.
+        `on_progress` gets the number of tasks done, with the fraction of the current one if a single process does them
+        all. Raises OSError if a process is killed.
         """
         if min(self._count, len(numbers)) <= 1:
             for done, number in enumerate(numbers):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..files import write_whole
+from ..files import write_text, write_whole
 from ..format.document import SPLITS, Split
 from ..format.manifest import open_prepared
 from . import duplicates, embed, neighbors, path
@@ -20,7 +20,7 @@ from .work_directory import WorkDirectory
 OnProgress = Callable[[float], None]
 """A function that a task calls with the fraction that is done, in [0, 1]."""
 
-STEP_BLOCK = 1 << 16
+STEPS_AT_ONCE = 1 << 16
 """Number of steps of a baseline whose cosines are computed at once."""
 
 
@@ -114,7 +114,7 @@ def search_shard(directory: WorkDirectory, number: int, on_progress: OnProgress)
             index = neighbors.exact_index(embeddings, directory.split_numbers(split).astype(np.int64))
         else:
             index = neighbors.merged_index(directory.index(split, "merged"))
-        for some in np.array_split(here, -(-len(here) // neighbors.BLOCK_QUERIES)):
+        for some in np.array_split(here, -(-len(here) // neighbors.QUERIES_AT_ONCE)):
             nearest = neighbors.nearest(index, embeddings, numbers[some], count, exact=exact)
             found["ids"][some], found["cosines"][some] = nearest  # [documents, k] each
             done += len(some)
@@ -194,7 +194,7 @@ def walk_path(directory: WorkDirectory, _: int, on_progress: OnProgress) -> None
     """
     order = directory.order
     dropped = np.zeros(len(directory.documents()), dtype=np.bool_)
-    dropped[directory.dropped()[:, 0]] = True
+    dropped[directory.dropped()[:, 0]] = True  # [documents]
     num_steps = len(dropped) - int(np.count_nonzero(dropped))
     unfinished = directory.folder("path") / "path.steps"
     if order.by == "path":
@@ -220,6 +220,7 @@ def _kept_neighbors(
     """Return the neighbours of all documents without the dropped ones, and their cosines, [documents, k] each."""
     ids = np.empty((len(dropped), directory.order.neighbors), dtype=np.uint32)
     cosines = np.empty(ids.shape, dtype=np.float32)
+    # The documents of the input shards, in order, are all documents.
     for documents, some_ids, some_cosines in directory.neighbor_lists():
         ids[documents], cosines[documents] = some_ids, some_cosines
     path.remove_dropped(ids, dropped)
@@ -229,8 +230,9 @@ def _kept_neighbors(
 def _fill_similarities(steps: NDArray[np.void], embeddings: neighbors.Embeddings, on_progress: OnProgress) -> None:
     """Set the similarity of each step of a baseline: its steps need not be edges of the graph."""
     steps["similarity"][:1] = np.nan
-    for start in range(1, len(steps), STEP_BLOCK):
-        documents = steps["document"][start - 1 : start + STEP_BLOCK].astype(np.int64)
+    for start in range(1, len(steps), STEPS_AT_ONCE):
+        # One document more than steps: each step is compared with the document before it.
+        documents = steps["document"][start - 1 : start + STEPS_AT_ONCE].astype(np.int64)
         vectors = embeddings[documents]
         steps["similarity"][start : start + len(documents) - 1] = np.einsum("nd,nd->n", vectors[1:], vectors[:-1])
         on_progress(start / len(steps))
@@ -266,4 +268,4 @@ def write_manifest(directory: WorkDirectory, _: int, on_progress: OnProgress) ->
 
 
 def _save_json(file: Path, content: Any) -> None:
-    write_whole(file, lambda begun: begun.write_text(json.dumps(content) + "\n"))
+    write_text(file, json.dumps(content) + "\n")

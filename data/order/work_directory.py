@@ -5,9 +5,9 @@ with other settings for contexts therefore reuses the embeddings, neighbours and
 
     <data.directory>.order/
       documents-<hash>/000012.npy     tables of the documents of input shard 12; train.npy and held_out.npy list a split
-      embed-<hash>/000012.npy         their vectors, float16; encoder.npz is the fitted default encoder
-      neighbors-<hash>/000012.npy     their neighbours; also the index, its parts and recall.json
-      duplicates-<hash>/000012.npy    near-duplicate pairs; also histogram.json
+      embed-<hash>/000012.npy         vectors of these documents, float16; encoder.npz is the fitted default encoder
+      neighbors-<hash>/000012.npy     neighbours of these documents; also the index, its parts and recall.json
+      duplicates-<hash>/000012.npy    near-duplicate pairs of these documents; also histogram.json
       path-<hash>/path.npy            the path
     <order.directory>.partial/        the layout, the shards and, last, the manifest
 """
@@ -35,7 +35,7 @@ NEIGHBOR_FIELDS = ("ids", "cosines")
 
 @dataclass(frozen=True)
 class WorkDirectory:
-    """The settings of an ordering and the files of its stages; every task gets it."""
+    """Settings of an ordering and the files of its stages; every task gets this object."""
 
     data: DataConfig
     order: OrderConfig
@@ -72,11 +72,11 @@ class WorkDirectory:
         return sum(open_prepared(self.data.directory, check_shards=False).sources.values())
 
     def documents(self) -> Documents:
-        """Return the documents; needs stage documents."""
+        """Return the documents; stage documents must be done. Raises ValueError if the prepared data is damaged."""
         return opened(self.data.directory, self.folder("documents"))
 
     def embeddings(self) -> neighbors.Embeddings:
-        """Return the vectors of all documents; needs stage embed."""
+        """Return the vectors of all documents; stage embed must be done. Raises ValueError if a file is damaged."""
         return neighbors.opened(self.folder("embed"), tuple(self.documents().first.tolist()))
 
     def split_file(self, split: Split) -> Path:
@@ -88,9 +88,9 @@ class WorkDirectory:
         return load(self.split_file(split), mapped=True)
 
     def approximate(self) -> list[Split]:
-        """Return the splits that are too large for an exact search."""
-        books = self.documents().manifest.ledger.splits
-        return [split for split in SPLITS if books[split].documents > self.order.exact_documents]
+        """Return the splits with more than `exact_documents` documents, which are searched approximately."""
+        accounts = self.documents().manifest.ledger.splits
+        return [split for split in SPLITS if accounts[split].documents > self.order.exact_documents]
 
     def index(self, split: Split, name: str) -> Path:
         """Return a file of a split's IVF-PQ index; `name` is trained, merged, or the number of an input shard."""

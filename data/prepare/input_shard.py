@@ -1,12 +1,12 @@
-"""One input shard to sequences: the work of one process, repeatable, and visible to others only when complete.
+"""Preparation of one input shard by one process: repeatable, and visible to others only when complete.
 
-A preparation works in `<directory>.partial/`; besides the results of its parts (merge.py) it holds
+A preparation works in `<directory>.partial/`. Besides the results of its parts (merge.py) the directory holds
 
     tokenizer.json             tokenizer
-    work/job.json              settings and hash of the input shards; whoever continues must have the same
+    work/job.json              settings, and the hash of inputs.jsonl; a later attempt must have the same
     work/inputs.jsonl          the input shards; offsets.bin, the first byte of each line
-    work/progress/000012       number of documents and tokens that are done
-    work/000012.<host>.<pid>/  unfinished shards of a process
+    work/progress/000012       number of documents and tokens done of input shard 12
+    work/000012.<host>.<pid>/  unfinished tar shards of input shard 12
 """
 
 import os
@@ -41,7 +41,7 @@ def progress_file(partial: Path, number: int) -> Path:
 
 
 def prepare_input_shard(config: DataConfig, partial: Path, number: int, shard: InputShard) -> None:
-    """Prepare input shard `number` in `partial`, unless that has been done.
+    """Prepare input shard `number` in `partial`, unless its ledger says that it is done.
 
     Raises ValueError if a source cannot be read or too many of its records are bad.
     """
@@ -50,18 +50,19 @@ def prepare_input_shard(config: DataConfig, partial: Path, number: int, shard: I
     work, host = partial / "work", socket.gethostname()
     for leftover in work.glob(f"{number:06d}.{host}.*"):
         process = int(leftover.name.rpartition(".")[2])
-        # The id of a dead process may come again, even to this one.
+        # The id of a dead process may have been given to another one, even to this one.
         if process == os.getpid() or not _is_alive(process):
             shutil.rmtree(leftover, ignore_errors=True)
     begun = work / f"{number:06d}.{host}.{os.getpid()}"
     begun.mkdir(parents=True)
+    # Other processes see nothing of `begun`; publish_part renames it once every shard is complete.
     try:
         tokenizer = DocumentTokenizer((partial / TOKENIZER_FILE).read_bytes(), config.tokenizer.boundary)
         writer = _InputShardWriter(config, tokenizer, begun, number, shard)
         writer.run(progress_file(partial, number))
         publish_part(partial, number, begun, writer.ledger, writer.counts, writer.shards())
     finally:
-        shutil.rmtree(begun, ignore_errors=True)  # nothing is left of it once it is published
+        shutil.rmtree(begun, ignore_errors=True)  # a failure leaves it behind, a success has renamed it
 
 
 class _InputShardWriter:
@@ -93,7 +94,7 @@ class _InputShardWriter:
         return np.concatenate([writer.shards() for writer in self._writers.values()])
 
     def run(self, progress: Path) -> None:
-        """Read, cut and write all documents; say in the file `progress` how many are done."""
+        """Read, cut and write all documents; write the number done to the file `progress`."""
         progress.parent.mkdir(exist_ok=True)
         shown = 0.0
         with ExitStack() as stack:
@@ -125,6 +126,7 @@ class _InputShardWriter:
         num_pairs = len(stream) - 1
         drawn = None
         if self._config.cut == "random":
+            # The generator is the document's own, so its cuts do not depend on the documents before it.
             drawn = random.Random(document.digest + str(self._config.seed).encode())
         pieces = decompose(num_pairs, self._config.lengths, drawn)
         for piece in pieces:
@@ -132,6 +134,7 @@ class _InputShardWriter:
         done = pieces[-1].offset + pieces[-1].length if pieces else 0  # the pieces cover pairs [0, done)
         if done == num_pairs:
             return
+        # The tail stream[done:] begins with the input of pair `done`.
         if self._config.rest == "pack":
             self._write_rows(
                 split, self._packers[split].add(Segment(stream[done:], document.number, done)), packed=True
@@ -141,7 +144,7 @@ class _InputShardWriter:
             self.ledger.splits[split].drop(rule, num_pairs - done, whole=not pieces)
 
     def _best_fit(self, split: Split, document: Document, stream: NDArray) -> None:
-        """Write whole sequences of a document longer than one, and pack the rest."""
+        """Cut whole sequences from the start of a document and pack the rest, which is shorter than one."""
         num_pairs, length = len(stream) - 1, self._config.max_bucket_tokens
         for offset in range(0, num_pairs - length + 1, length):
             self._write_piece(split, document, stream, Piece(offset, length))
@@ -150,7 +153,7 @@ class _InputShardWriter:
             self._write_rows(split, self._packers[split].add(segment), packed=True)
 
     def _write_piece(self, split: Split, document: Document, stream: NDArray, piece: Piece) -> None:
-        tokens = stream[piece.offset : piece.offset + piece.length + 1]
+        tokens = stream[piece.offset : piece.offset + piece.length + 1]  # [length + 1]
         self._writers[split, piece.length].append(tokens, [(document.number, piece.offset, 0)])
         self.ledger.splits[split].sequences[piece.length] += 1
 
@@ -180,5 +183,5 @@ def _is_alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass
+        pass  # the process exists and belongs to another user
     return True

@@ -43,7 +43,7 @@ def ledger_file(partial: Path, number: int) -> Path:
 def publish_part(
     partial: Path, number: int, begun: Path, ledger: Ledger, counts: NDArray[np.int64], table: NDArray[np.void]
 ) -> None:
-    """Move the finished shards of part `number` from the directory `begun` to their name, then write its results.
+    """Move the finished shards of part `number` from `begun` to their final directory, then write its other results.
 
     `counts` [vocab_size] are its train targets and `table` [shards] its shards. The ledger file is written last.
     """
@@ -70,6 +70,7 @@ def merge_parts(partial: Path, num_parts: int, vocab_size: int) -> tuple[list[Le
     """Write unigram.npy and shards.npy of all parts; return the ledger of each part, and the table [shards]."""
     unigram = np.zeros(vocab_size, dtype=np.int64)
     ledgers, tables = [], []
+    # One part at a time, in order: the table is sorted by part, and memory holds one part's counts.
     for number in range(num_parts):
         ledger, table = read_part(partial, number)
         ledgers.append(ledger)
@@ -86,6 +87,7 @@ def restore_parts(partial: Path, manifest: Manifest, directory: Path, numbers: I
 
     Raises ValueError, and changes nothing but `partial`, if the shards are not the ones of the manifest.
     """
+    # Every part is compared with the manifest before the first file is moved.
     for number in numbers:
         _, table = read_part(partial, number)
         if not np.array_equal(table, manifest.shards[manifest.shards["input_shard"] == number]):
@@ -122,11 +124,14 @@ def merge(config: DataConfig, partial: Path) -> Manifest:
 
 
 def give_name(partial: Path, directory: Path) -> None:
-    """Rename `partial`, which has its manifest, to `directory`; the files of the work are removed."""
+    """Rename `partial`, which has its manifest, to `directory`, and remove its folder `work`.
+
+    Raises OSError if `directory` exists and is not empty.
+    """
     sync(partial)
     shutil.rmtree(partial / "work", ignore_errors=True)
     if directory.exists():
-        directory.rmdir()  # it is empty, or this raises
+        directory.rmdir()
     partial.rename(directory)
     sync(directory.parent)
 

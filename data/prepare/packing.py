@@ -24,7 +24,7 @@ POOL_TOKENS = 1 << 22
 
 
 class Segment(NamedTuple):
-    """Adjacent pairs of one document from pair `offset` on; `tokens` [pairs + 1] has the last target too."""
+    """Adjacent pairs of document number `document`, from its pair `offset` on, as `tokens` [pairs + 1]."""
 
     tokens: NDArray
     document: int
@@ -36,7 +36,7 @@ class Segment(NamedTuple):
         return len(self.tokens) - 1
 
     def cut(self, pairs: int) -> tuple["Segment", "Segment"]:
-        """Return the first `pairs` pairs, and the rest."""
+        """Return the first `pairs` pairs and the rest; the token at the cut is in both."""
         return (
             Segment(self.tokens[: pairs + 1], self.document, self.offset),
             Segment(self.tokens[pairs:], self.document, self.offset + pairs),
@@ -44,7 +44,7 @@ class Segment(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One sequence: `tokens` [length + 1], and its segments in order, which have `length` pairs together."""
+    """One sequence: `tokens` [length + 1], and its segments in order, whose pairs sum to `length`."""
 
     tokens: NDArray
     segments: list[Segment]
@@ -103,6 +103,7 @@ class BestFitPacker:
             room = self._length - sum(segment.pairs for segment in row)
             while room and (loose or last > first):
                 if not loose:
+                    # Take the emptiest row apart, reversed so that pop() returns its segments in order.
                     loose, last = filled[last][::-1], last - 1
                 segment = loose.pop()
                 if segment.pairs > room:
@@ -111,7 +112,7 @@ class BestFitPacker:
                 row.append(segment)
                 room -= segment.pairs
             if room:
-                loose = row
+                loose = row  # no row is left to fill it from: its segments wait for the next pool
                 break
             yield self._row(row)
             first += 1
@@ -136,7 +137,7 @@ def best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
     """Return the items (indices into `sizes`) of each bin of `capacity`, by best-fit decreasing.
 
     Each item, largest first, goes into the fullest bin that has room, or into a new one. Equal sizes keep their order;
-    of equally full bins the one that became so last is taken.
+    of equally full bins the one that reached its level last is taken.
     """
     bins: list[list[int]] = []
     by_room: dict[int, list[int]] = defaultdict(list)
@@ -146,6 +147,7 @@ def best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
         size = sizes[item]
         above = rooms >> size
         if above:
+            # `above & -above` isolates the lowest bit: the least room that suffices.
             room = size + (above & -above).bit_length() - 1
             chosen = by_room[room].pop()
             if not by_room[room]:
@@ -182,8 +184,9 @@ class Concatenator:
         while segment.pairs >= (room := self._length - self._pairs):
             head, segment = segment.cut(room)
             segments, self._segments, self._pairs = [*self._segments, head], [], 0
+            # The last token of a segment equals the first of the next, so only the row's last segment keeps it.
             yield Row(np.concatenate([*(part.tokens[:-1] for part in segments), head.tokens[-1:]]), segments)
             if not segment.pairs:
                 return
-        self._segments.append(segment._replace(tokens=segment.tokens.copy()))
+        self._segments.append(segment._replace(tokens=segment.tokens.copy()))  # not a view, as in BestFitPacker
         self._pairs += segment.pairs

@@ -41,10 +41,11 @@ logger.disable("datatrove")
 JOB_FILE = "job.json"
 
 OFFSETS_FILE = "offsets.bin"
-"""First byte of the line of each input shard in the job's inputs.jsonl, and its size: int64 [input shards + 1]."""
+"""File of the byte offset of each input shard's line in the job's inputs.jsonl, then the size of that file: int64
+[input shards + 1]."""
 
 PART_0_SECONDS = 3600
-"""Time for which the other parts wait for part 0 to list the input shards and train the tokenizer."""
+"""Seconds that the other parts wait for part 0 to list the input shards and train the tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class PrepareStep:
     """Number of threads of the tokenizer in each process."""
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
-        """Prepare one input shard, unless that has been done."""
+        """Prepare input shard `numbers[rank]`, unless its ledger says that it is done."""
         os.environ.setdefault("RAYON_NUM_THREADS", str(self.threads))
         number = self.numbers[rank]
         prepare_input_shard(self.config, self.partial, number, _listed_shard(self.partial, number))
@@ -192,7 +193,7 @@ def begin(config: DataConfig, partial: Path, progress: Progress) -> int:
 
 
 def _write_job(config: DataConfig, partial: Path, inputs: list[InputShard]) -> None:
-    """Write settings and input shards of a preparation, or raise ValueError if `partial` was begun with others."""
+    """Write the settings and input shards of a preparation. Raises ValueError if `partial` was begun with others."""
     lines = [json.dumps(asdict(shard)).encode() + b"\n" for shard in inputs]
     job = {"data": settings_of(config), "inputs": hashlib.sha256(b"".join(lines)).hexdigest()}
     work = partial / "work"
@@ -212,7 +213,7 @@ def _write_job(config: DataConfig, partial: Path, inputs: list[InputShard]) -> N
         write_whole(work / INPUTS_FILE, lambda path: path.write_bytes(b"".join(lines)))
         offsets = np.cumsum([0, *map(len, lines)])  # [input shards + 1]
         write_whole(work / OFFSETS_FILE, lambda path: path.write_bytes(offsets.astype("<i8").tobytes()))
-        write_text(work / JOB_FILE, json.dumps(job))  # last: whoever sees it finds the other two
+        write_text(work / JOB_FILE, json.dumps(job))  # last: a process that finds it finds the other two
 
 
 def _listed_shard(partial: Path, number: int) -> InputShard:

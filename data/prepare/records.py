@@ -1,4 +1,4 @@
-"""Records of an input shard: good ones become documents, bad ones are counted by kind and left out."""
+"""Reading of records: good ones become documents, bad ones are counted by kind and left out."""
 
 import hashlib
 import io
@@ -20,11 +20,11 @@ from ..format.document import BadRecord, BadRecords, Document
 from .sources import InputShard
 
 FIRST_CHECK = 1_000
-"""Number of records after which the fraction of bad ones is checked; before, it says little."""
+"""Number of records after which each bad one checks the fraction; fewer records would say little."""
 
 
 class RecordReader:
-    """Reader of the documents of one input shard; `records` and `bad` count as they are read.
+    """Reader of the documents of one input shard; `records` and `bad` count the records read so far.
 
     Raises ValueError if a file cannot be read or decompressed to its end, or if too many records are bad.
     """
@@ -49,7 +49,7 @@ class RecordReader:
         self.bad.check(self.records, self._shard.source, self._max_bad_fraction)
 
     def reject(self, name: str, bad: BadRecord) -> None:
-        """Count a bad record."""
+        """Count a bad record. Raises ValueError if too many are bad, from FIRST_CHECK records on."""
         self.bad.enter(name, bad)
         if self.records >= FIRST_CHECK:
             self.bad.check(self.records, self._shard.source, self._max_bad_fraction)
@@ -77,6 +77,7 @@ class RecordReader:
 
 
 def _text(record: Any, source: SourceConfig) -> tuple[str, bytes] | BadRecord:
+    """Return the text of a record and its digest, or the reason for which the record is bad."""
     text = _field(record, source.text_field)
     if isinstance(text, BadRecord):
         return text
@@ -90,10 +91,11 @@ def _text(record: Any, source: SourceConfig) -> tuple[str, bytes] | BadRecord:
 
 
 def _tokens(record: Any, source: SourceConfig) -> tuple[NDArray[np.int64], bytes] | BadRecord:
+    """Return the token ids [tokens] of a record and their digest, or the reason for which the record is bad."""
     tokens = _field(record, source.tokens_field)
     if isinstance(tokens, BadRecord):
         return tokens
-    # The type of the array covers all of its elements.
+    # numpy finds one type for all elements, so a single check of `dtype` replaces a check of each.
     numbers = np.array(tokens) if isinstance(tokens, list) and not any(map(np.iterable, tokens)) else np.array("")
     if numbers.size and numbers.dtype.kind not in "iu":
         return BadRecord("wrong_type", f"field {source.tokens_field!r} is not a list of integers")
@@ -143,7 +145,7 @@ def _json_rows(file: str, _: SourceConfig) -> Iterator[tuple[str, Any]]:
             yield from _array_rows(file, first + stream.read())
             return
         line = first + stream.readline()
-        number = 0
+        number = 0  # of the line, from 1; empty lines count and are no records
         while line:
             number += 1
             if line.strip():

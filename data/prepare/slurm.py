@@ -24,13 +24,13 @@ MEMORY_GB = 4
 
 @dataclass(frozen=True)
 class MergeStep:
-    """Pipeline of the datatrove executor that merges."""
+    """Pipeline of a datatrove executor whose only task merges the input shards."""
 
     config: DataConfig
     partial: Path
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
-        """Write the manifest, and print the ledger."""
+        """Write the manifest and print the ledger. Raises ValueError as `merge` does."""
         print(merge(self.config, self.partial).ledger)
 
 
@@ -60,7 +60,10 @@ def submit(config: DataConfig, console: Console, *, partition: str, workers: int
 def executors(
     config: DataConfig, progress: Progress, *, partition: str, workers: int, time: str
 ) -> tuple[SlurmPipelineExecutor, SlurmPipelineExecutor]:
-    """Return the executors of the tasks and of the merge, which depends on them: running the second submits both."""
+    """Return the executors of the tasks and of the merge, which depends on them: running the second submits both.
+
+    Raises ValueError as `begin` does.
+    """
     directory = Path(config.directory).absolute()
     partial = partial_directory(directory)
     count = begin(config, partial, progress)

@@ -1,4 +1,4 @@
-"""Input shards: runs of the files of a source, or parts of its data set, each for one process.
+"""Division of sources into input shards: runs of adjacent files, or parts of a data set, each for one process.
 
 Files are sorted by path. This order and `input_shard_bytes` alone decide the runs, so that any number of processes
 makes the same shards.
@@ -36,7 +36,10 @@ class InputShard:
     """Size of all files as stored; 0 if unknown."""
 
     part: int = 0
+    """Index of the part of a data set."""
+
     parts: int = 1
+    """Number of parts of the data set."""
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> Self:
@@ -64,7 +67,7 @@ def input_shards(config: DataConfig) -> list[InputShard]:
 
 
 def _runs(name: str, files: list[tuple[str, int]], run_bytes: float) -> Iterator[InputShard]:
-    """Yield runs of adjacent files, the longest of at most `run_bytes`; a larger file is a run of its own."""
+    """Yield runs of adjacent files, each as long as `run_bytes` allows; a larger file is a run of its own."""
     run: list[str] = []
     total = 0
     for file, size in files:

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from ..format.manifest import Bucket
 from ..permutation import permute
 
-BLOCK_POSITIONS = 1 << 12
+POSITIONS_AT_ONCE = 1 << 12
 """Number of stream positions whose sequences are computed at once: numpy's overhead of some 0.2 ms then serves several
 steps, and a rank of a large world, which needs few of the positions, loses less than a millisecond."""
-KEPT_BLOCKS = 4
-"""Number of most recently computed blocks of positions to keep."""
+KEPT_RANGES = 4
+"""Number of most recently computed ranges of positions to keep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,25 +101,26 @@ class BucketOrder:
         )
         # [shuffle window + 1]: the same position in the whole pass.
         self._begins = self._source_begins.sum(axis=0)
-        self._blocks: dict[int, NDArray[np.int64]] = {}
+        self._ranges: dict[int, NDArray[np.int64]] = {}
         self._shard_orders: dict[tuple[int, int], tuple[NDArray, NDArray, NDArray]] = {}
 
     def at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the sequences at stream `positions` [n], as indices into the bucket, int64 [n]."""
-        blocks, offsets = np.divmod(positions, BLOCK_POSITIONS)
+        ranges, offsets = np.divmod(positions, POSITIONS_AT_ONCE)
         result = np.empty_like(positions)
-        for block in np.unique(blocks).tolist():
-            here = blocks == block
-            result[here] = self._block(block)[offsets[here]]
+        for number in np.unique(ranges).tolist():
+            here = ranges == number
+            result[here] = self._range(number)[offsets[here]]
         return result
 
-    def _block(self, number: int) -> NDArray[np.int64]:
-        """Return the sequences at the BLOCK_POSITIONS stream positions of one block, computed once while it is kept."""
-        if number not in self._blocks:
-            block = self._compute(number * BLOCK_POSITIONS + np.arange(BLOCK_POSITIONS))
-            kept = list(self._blocks.items())[1 - KEPT_BLOCKS :]
-            self._blocks = dict([*kept, (number, block)])
-        return self._blocks[number]
+    def _range(self, number: int) -> NDArray[np.int64]:
+        """Return the sequences at the `number`-th range of POSITIONS_AT_ONCE stream positions, int64 [positions]."""
+        if number not in self._ranges:
+            found = self._compute(number * POSITIONS_AT_ONCE + np.arange(POSITIONS_AT_ONCE))
+            # A dict keeps the order of insertion, so the oldest range is left out.
+            kept = list(self._ranges.items())[1 - KEPT_RANGES :]
+            self._ranges = dict([*kept, (number, found)])
+        return self._ranges[number]
 
     def _compute(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the sequences at ascending stream `positions` [n], shape [n]."""
@@ -144,7 +145,10 @@ class BucketOrder:
     def _mixed(
         self, pass_number: int, window: int, in_pass: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the source at each position [n] of a pass, and the position in that source's part of the pass."""
+        """Return the source at positions `in_pass` [n] of a pass, and the position in that source's part of the pass.
+
+        All positions are in shuffle window `window`. Both results are int64 [n].
+        """
         first, last = int(self._begins[window]), int(self._begins[window + 1])
         mixed = permute(in_pass - first, last - first, key=(*self._key, pass_number, window))
         begins, ends = self._source_begins[:, window], self._source_begins[:, window + 1]  # [source]
@@ -256,10 +260,11 @@ def bucket_orders(
 
 
 class BatchOrder:
-    """The sequences of each step's global batch; steps count from 1.
+    """Order of a run: the sequences of each step's global batch; steps count from 1.
 
     `lengths` are the buckets' in tokens, `step_buckets` [steps] the bucket of every step (see
-    `curriculum.step_buckets`). Every global batch has `global_batch_tokens` tokens of one length.
+    `curriculum.step_buckets`). Every global batch has `global_batch_tokens` tokens of one length. Raises ValueError
+    unless that is a multiple of the longest bucket and every bucket of the curriculum has sequences.
     """
 
     def __init__(
@@ -277,7 +282,10 @@ class BatchOrder:
             )
         for bucket in np.unique(step_buckets):
             if not orders[bucket].positions:
-                raise ValueError(f"bucket {lengths[bucket]} has no sequences, and the curriculum asks for it")
+                raise ValueError(
+                    f"step_buckets: bucket {lengths[bucket]} has no sequences; give no step to it, or "
+                    "prepare documents that fill it"
+                )
         self.lengths = tuple(lengths)
         self.step_buckets = step_buckets
         self._orders = tuple(orders)

@@ -48,14 +48,15 @@ def step_buckets(
     buckets are drawn without replacement, with the probabilities that `config.draw` names. If a share exceeds the
     bucket's own batches, its next pass begins.
 
-    Raises ValueError if there are no tokens or if `steps` is less than 1.
+    Raises ValueError if there are no tokens, if `steps` is less than 1, or as `bucket_odds` does.
     """
     if sum(tokens_per_bucket) < 1 or steps < 1:
-        raise ValueError(f"cannot divide {steps} steps among {sum(tokens_per_bucket)} tokens: both must be positive")
+        raise ValueError(f"steps = {steps}: {steps} steps among {sum(tokens_per_bucket)} tokens; both must be positive")
     odds = bucket_odds(config, len(tokens_per_bucket))
     shares = largest_remainder(tokens_per_bucket, steps)
     cycles = []
     for cycle in range(config.cycles):
+        # [buckets]: steps of each bucket in this cycle; the parts of all cycles sum to its share.
         part = [share * (cycle + 1) // config.cycles - share * cycle // config.cycles for share in shares]
         times = [
             # Each (cycle, bucket) has its own key, so its draws do not depend on the number of draws of the others.
@@ -84,6 +85,7 @@ def exact_log(values: NDArray[np.float64]) -> NDArray[np.float64]:
     exactly rounded + - * / of IEEE 754: log(m 2^e) = e log 2 + 2 artanh((m - 1) / (m + 1)), m in [sqrt(1/2), sqrt(2)).
     """
     mantissa, exponent = np.frexp(values)
+    # frexp gives [1/2, 1); doubling the lower half moves it to [sqrt(1/2), sqrt(2)), where the series is short.
     low = mantissa < 0.7071067811865476
     mantissa = np.where(low, 2 * mantissa, mantissa)
     ratio = (mantissa - 1) / (mantissa + 1)
@@ -96,7 +98,7 @@ def exact_log(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def largest_remainder(weights: Sequence[int], total: int) -> list[int]:
-    """Divide `total` into integers in proportion to `weights`; of equal remainders the first is rounded up."""
+    """Return integers in proportion to `weights` whose sum is `total`; of equal remainders the first is rounded up."""
     weight_sum = sum(weights)
     shares = [total * weight // weight_sum for weight in weights]
     by_remainder = sorted(range(len(weights)), key=lambda index: -(total * weights[index] % weight_sum))

@@ -54,9 +54,9 @@ class Tied(NamedTuple):
     """A document and the labels of the chunks into which it will be cut."""
 
     tokens: NDArray[np.int64]
-    """[n]"""
+    """Tokens of the document, [n]."""
     roles: NDArray[np.int8]
-    """[n], the role of each token."""
+    """Role of each token, [n]."""
     labels: list[list[int]]
     """Token ids of each chunk's label; empty for a document that stays whole."""
     num_marks: int
@@ -69,7 +69,7 @@ class Tied(NamedTuple):
 
 
 class Knots:
-    """Ties a share of the sequences. Raises ValueError if the tokenizer lacks the special tokens."""
+    """Transform that ties a share of the sequences. Raises ValueError if the tokenizer lacks the special tokens."""
 
     def __init__(self, config: KnotsConfig, tokenizer: DocumentTokenizer, seed: int):
         self._config = config
@@ -104,7 +104,7 @@ class Knots:
             return None
         documents = fit_to_length([self._draw(*document, generator) for document in self._documents(row)], length)
         tokens, roles = self.mix(documents, generator)
-        assert len(tokens) == length, "marks take the place of text"
+        assert len(tokens) == length, "text and marks fill the sequence"
         tokens, roles = np.append(self._boundary_id, tokens), np.append(TEXT, roles)
         trained = ~(np.isin(roles[:-1], NOT_AS_INPUT) | np.isin(roles[1:], NOT_AS_TARGET))
         return tokens.astype(row.dtype), trained
@@ -114,12 +114,12 @@ class Knots:
         owners = np.repeat(np.arange(len(documents)), [document.num_chunks for document in documents])  # [chunk]
         # If the last document does not end in this sequence, its last chunk stays at the end.
         pinned = int(documents[-1].tokens[-1] != self._boundary_id)
-        slots = np.argsort(generator.random(len(owners) - pinned), kind="stable")
+        slots = np.argsort(generator.random(len(owners) - pinned), kind="stable")  # [chunk], its position in the result
         slots = np.append(slots, np.arange(len(slots), len(owners)))
         if self._config.keep_order:
             # Owners ascend, so this sorts the slots within each document: its chunks keep their order.
             slots = slots[np.lexsort((slots, owners))]
-        order = np.argsort(slots, kind="stable")
+        order = np.argsort(slots, kind="stable")  # [slot], the chunk at each position of the result
         chunks = [chunk for document in documents for chunk in self._cut(document, generator)]
         last_slots = {int(owners[chunk]): slot for slot, chunk in enumerate(order.tolist())}
         tokens, roles = [], []
@@ -145,6 +145,7 @@ class Knots:
         return list(zip(np.split(tokens, ends), np.split(roles, ends), strict=True))
 
     def _draw(self, tokens: NDArray[np.int64], roles: NDArray[np.int8], generator: np.random.Generator) -> Tied:
+        """Return the document with labels for a random number of chunks; a document too short for them stays whole."""
         count = 1 + int(np.searchsorted(self._chances, generator.random(), side="right"))
         if len(tokens) < max(count, self._config.min_document_tokens) or count == 1:
             return Tied(tokens, roles, [], 0)

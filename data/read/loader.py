@@ -1,4 +1,4 @@
-"""The loader reads the train split of prepared data in a BatchOrder, ahead of the model. Its only state is the step."""
+"""The loader, which reads the train split in the order of a run, ahead of the model; its only state is the step."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -24,9 +24,9 @@ class MicroBatch:
     """The rows that one rank reads for one forward and backward."""
 
     step: int
-    """Counted from 1."""
+    """Step, counted from 1."""
     micro_step: int
-    """Counted from 0 within the step."""
+    """Index of the micro-batch within the step, from 0."""
     length: int
     """Tokens of each sequence."""
 
@@ -60,7 +60,7 @@ def training_order(
 
 
 class Loader:
-    """Reads the rows of one rank.
+    """Reader of the rows of one rank, in the order of the run.
 
     `share_of(length)` returns the part of a micro-batch that the rank takes. With `pin_memory` rows lie in page-locked
     memory, from which a copy to the GPU is asynchronous. `knots` ties some sequences as they are read.
@@ -119,6 +119,7 @@ class Loader:
         rows = None
         if self._pin_memory:
             dtype = torch.from_numpy(np.empty(0, dtype=reader.dtype)).dtype
+            # numpy sees the page-locked memory of the tensor, into which the reader gathers the rows.
             rows = torch.empty(len(indices), reader.length + 1, dtype=dtype, pin_memory=True).numpy()
         rows, starts, trained = read_rows(reader, indices, self._needs_starts, self._knots, out=rows)
         return MicroBatch(

@@ -14,7 +14,7 @@ WORDS = "the ring turns a token home while every rank keeps its own keys and val
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_flushing():
-    """Hundreds of tiny shards each wait some milliseconds for the disk; no test here loses power."""
+    """Replace fsync, for which hundreds of tiny shards would wait some milliseconds each; no test loses power."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
@@ -26,7 +26,7 @@ def words() -> Callable[..., str]:
 
 
 def _words(count: int, start: int = 0) -> str:
-    """Text of so many words that repeats itself little; other starts give other texts."""
+    """Return a text of `count` words with few repetitions; another `start` gives another text."""
     choices = WORDS.split()
     return " ".join(choices[(start + 7 * index * index) % len(choices)] for index in range(count))
 
@@ -46,7 +46,8 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_config(tmp_path: Path, tokenizer_file: Path) -> Callable[..., DataConfig]:
-    """Settings for documents written as JSON lines to tmp_path; keywords replace settings."""
+    """Return a function that writes documents to tmp_path as JSON lines and returns their settings; keywords replace
+    settings."""
 
     def make(texts: list[str], **settings: Any) -> DataConfig:
         source = tmp_path / "documents.jsonl"

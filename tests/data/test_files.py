@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def operations(monkeypatch):
-    """Names of what is flushed and renamed, in order."""
+    """Record the names of the files that are flushed and renamed, in order."""
     seen: list[str] = []
     fsync, rename = os.fsync, Path.rename
 

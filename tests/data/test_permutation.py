@@ -1,4 +1,4 @@
-"""The keyed permutation: a bijection of any range, uniform, and independent of what else is asked for."""
+"""The keyed permutation: a bijection of any range, uniform, and with images that do not depend on other requests."""
 
 from itertools import permutations
 

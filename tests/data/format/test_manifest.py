@@ -195,7 +195,7 @@ def test_average_context_of_packed_sequences(
 
 
 def test_cost_is_counted_by_hand():
-    """One layer of width 2, 10 parameters, 3 tokens: every matrix product of both passes."""
+    """The FLOPs of one layer of width 2 with 10 parameters and 3 tokens: every matrix product of both passes."""
     model = ModelSize(name="tiny", parameters=10, num_layers=1, attention_width=2)
     visible = 1 + 2 + 3
     products = 3 * 2 * 10 * 3 + 3 * visible * (2 * 2 + 2 * 2)
@@ -209,7 +209,7 @@ def test_cost_is_counted_by_hand():
 def test_a_record_is_named_by_its_file_where_a_file_is_a_document(
     make_config: Callable[..., DataConfig], words: Callable[..., str], tmp_path: Path
 ):
-    """Also where only the first of the files are read."""
+    """A record is named also if a limit leaves later files unread."""
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(words(100, ord(name)))
     source = SourceConfig(kind="text", path=f"{tmp_path}/*.txt", limit_documents=2)

@@ -10,7 +10,10 @@ from longring.data.format.store import LocalStore
 
 
 def write(root: Path, sequences: np.ndarray, shard_tokens: int, dtype: str = "<u2") -> SequenceReader:
-    """Sequence number i comes from document 3 i at offset 5 i, and every third one also from document 3 i + 1."""
+    """Write `sequences` and return their reader.
+
+    Sequence i comes from document 3 i at offset 5 i, and every third one also from document 3 i + 1.
+    """
     length = sequences.shape[1] - 1
     folder = root / "shards" / "000007"
     folder.mkdir(parents=True)

@@ -29,7 +29,7 @@ def prepared(make_config: Callable[..., DataConfig], words: Callable[..., str]) 
 
 @pytest.fixture
 def in_memory(prepared: Path) -> str:
-    """The prepared directory's copy in fsspec's memory store."""
+    """Return the address of a copy of the prepared directory in fsspec's memory store."""
     address = f"memory://{uuid.uuid4().hex}"
     files = fsspec.filesystem("memory")
     for file in prepared.rglob("*"):
@@ -141,7 +141,7 @@ def test_a_store_that_fails_is_asked_again(in_memory: str, tmp_path: Path, monke
 
 
 def test_processes_of_a_machine_download_once(in_memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Eight stores, as eight ranks have them, want the same shard at once."""
+    """Eight stores, like those of eight ranks, ask for the same shard at once, and it is downloaded once."""
     downloads: list[str] = []
     download = CachedStore._download
     monkeypatch.setattr(

@@ -67,8 +67,8 @@ def check(documents: Streams, layout: Layout, path: list[int], lengths: tuple[in
     assert covered == Counter((d, pair) for d in path for pair in range(len(documents.streams[d]) - 1))
     assert filler < lengths[0]
     # Along the joined stream documents come as they do along the path.
-    places = [path.index(document) for _, document, _ in sorted(joined)]
-    assert places == sorted(places)
+    indices = [path.index(document) for _, document, _ in sorted(joined)]
+    assert indices == sorted(indices)
     for (_, one, offset), (_, other, following) in zip(sorted(joined), sorted(joined)[1:], strict=False):
         assert one != other or following > offset
 

@@ -43,9 +43,9 @@ def test_vectors_are_read_in_any_order(tmp_path: Path):
 
 
 def test_exact_search_finds_all_nearest_but_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(neighbors, "BLOCK_QUERIES", 16)
+    monkeypatch.setattr(neighbors, "QUERIES_AT_ONCE", 16)
     vectors = clustered(120, 16)
-    vectors[40:50] = vectors[40]  # more equal ones than are asked for
+    vectors[40:50] = vectors[40]  # more equal vectors than neighbours are asked for
     found = embeddings(vectors, tmp_path, 3)
     numbers = np.arange(120)
     ids, cosines = neighbors.nearest(neighbors.exact_index(found, numbers), found, numbers, 6, exact=True)
@@ -118,7 +118,7 @@ def test_ivf_pq_on_disk_finds_nearly_all(
         ]
     )
     assert hits > 0.9
-    measured = neighbors.recall(found, numbers, lambda document: ids[document // 2], 4, block=97)
+    measured = neighbors.recall(found, numbers, lambda document: ids[document // 2], 4, at_once=97)
     assert measured == pytest.approx(hits, abs=0.05)
     # Cosines are those of the vectors, not of their codes.
     same = ids == numbers[expected_ids]
@@ -130,8 +130,8 @@ def test_recall_is_that_of_the_exact_neighbours(tmp_path: Path):
     found = embeddings(vectors, tmp_path, 2)
     expected, _ = all_nearest(vectors, 5)
     numbers = np.arange(100)
-    assert neighbors.recall(found, numbers, lambda one: expected[one], 5, block=7) == 1
-    assert neighbors.recall(found, numbers, lambda one: expected[one, 2:], 5, block=13) == 0.6
+    assert neighbors.recall(found, numbers, lambda one: expected[one], 5, at_once=7) == 1
+    assert neighbors.recall(found, numbers, lambda one: expected[one, 2:], 5, at_once=13) == 0.6
 
 
 @pytest.mark.parametrize(("documents", "lists"), [(235_266_464, 32_768), (1_000_000, 2_048), (10_000, 256)])

@@ -195,7 +195,7 @@ def test_every_token_is_where_the_ledger_says(prepared: DataConfig, tmp_path: Pa
     assert manifest.has_boundaries == config.document_masks
     assert len(manifest.shards) > 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ordered", "work"]
-    # Training reads it like any other.
+    # Training reads ordered data like any prepared data.
     found = training_order(manifest, CurriculumConfig(), LoaderConfig(), steps=3, global_batch_tokens=256, seed=0)
     assert set(found.lengths) == set(config.lengths(prepared))
 
@@ -237,7 +237,7 @@ def test_killed_at_any_point_and_continued_gives_the_same_bytes(prepared: DataCo
     command = [sys.executable, "-P", str(tmp_path / "child.py"), arguments]
     choose = random.Random(seed)
     whole = len(tree(tmp_path / "one" / "work"))
-    # While it starts; then when so many files are there, and a little later.
+    # Kill the process while it starts, then shortly after each of three random numbers of files exists.
     for target in [0, *sorted(choose.sample(range(2, whole), 3))]:
         child = subprocess.Popen(command, start_new_session=True)
         while len(list((tmp_path / "killed").rglob("*.npy"))) < target and not Path(config.directory).exists():
@@ -414,13 +414,13 @@ def test_tied_rows_are_seen_whole_and_others_as_they_are(prepared: DataConfig, t
     assert 0.2 < tied.mean() < 0.8
     assert np.array_equal(tied, ~trained.all(axis=1))
     assert (starts is None) == (before is None) == (not masks)
-    for place, (after, same) in enumerate(zip(starts or (), before or (), strict=True)):
-        assert after == ((0,) if tied[place] else same)
-    # Each by its own number, whatever is read with it.
-    for place in range(0, len(numbers), 5):
-        [row], _, [mask] = read_rows(reader, numbers[place : place + 1], masks, knots)  # type: ignore[misc]
-        assert np.array_equal(row, rows[place])
-        assert np.array_equal(mask, trained[place])
+    for row_index, (after, same) in enumerate(zip(starts or (), before or (), strict=True)):
+        assert after == ((0,) if tied[row_index] else same)
+    # A sequence is tied by its own number, independent of the sequences read with it.
+    for row_index in range(0, len(numbers), 5):
+        [row], _, [mask] = read_rows(reader, numbers[row_index : row_index + 1], masks, knots)  # type: ignore[misc]
+        assert np.array_equal(row, rows[row_index])
+        assert np.array_equal(mask, trained[row_index])
 
 
 @pytest.fixture
@@ -444,7 +444,7 @@ def test_inspect_shows_pairs_path_and_a_context(
     for entry in report["neighbors"]:
         assert entry["first_line"][:40] in shown
         assert all(f"{other['similarity']:.3f}" in shown for other in entry["neighbors"])
-    # The documents of a sequence, by where they come from and their first line.
+    # The documents of a sequence are shown by origin and first line.
     part = shown[shown.index("of bucket 128") :]
     bucket = manifest.buckets("train")[0]
     number = int(shown[: shown.index("of bucket 128")].split("Sequence")[-1].strip().replace(",", ""))

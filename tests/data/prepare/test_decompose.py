@@ -42,7 +42,7 @@ def test_pieces_by_hand(pairs: int, pieces: list[tuple[int, int]]):
 
 
 def smallest_number_of_pieces(pairs: int, lengths: tuple[int, ...]) -> int:
-    """Dynamic programming over every way to cut exactly `pairs` pairs: knows nothing of binary digits."""
+    """Return the least number of pieces, by dynamic programming over every way to cut exactly `pairs` pairs."""
     best = [0] + [10**9] * pairs
     for total in range(1, pairs + 1):
         best[total] = min((best[total - length] + 1 for length in lengths if length <= total), default=10**9)
@@ -53,7 +53,7 @@ def smallest_number_of_pieces(pairs: int, lengths: tuple[int, ...]) -> int:
 def test_the_cut_is_adjacent_falling_and_the_coarsest(pairs: int, smallest: int, more: int):
     lengths = bucket_lengths(1 << smallest, 1 << (smallest + more))
     pieces = decompose(pairs, lengths)
-    covered = [place for offset, length in pieces for place in range(offset, offset + length)]
+    covered = [pair for offset, length in pieces for pair in range(offset, offset + length)]
     assert covered == list(range(pairs - pairs % lengths[0]))
     assert [piece.length for piece in pieces] == sorted((piece.length for piece in pieces), reverse=True)
     assert len(pieces) == smallest_number_of_pieces(len(covered), lengths)
@@ -78,7 +78,7 @@ def test_a_random_cut_is_adjacent_and_ends_like_the_other(pairs: int, smallest: 
 
 
 def test_a_random_cut_draws_as_the_papers_code_does():
-    """P(k) in proportion to 2^-k among 256 ... 8,192: 32/63, 16/63, ... 1/63."""
+    """The probability of length 2^k among 256, ..., 8,192 is in proportion to 2^-k: 32/63, 16/63, ..., 1/63."""
     pieces = decompose(2**27, bucket_lengths(256, 8192), random.Random(0))
     drawn = Counter(piece.length for piece in pieces[:-10])
     total = drawn.total()

@@ -12,17 +12,17 @@ B = 0
 
 
 def document(number: int, text_tokens: int) -> np.ndarray:
-    """B x1 ... xn B, every x telling its document and place."""
-    return np.array([B, *(1_000 * (number + 1) + place for place in range(text_tokens)), B], dtype=np.uint32)
+    """Return B x1 ... xn B, [n + 2]; every x encodes its document and position."""
+    return np.array([B, *(1_000 * (number + 1) + pair for pair in range(text_tokens)), B], dtype=np.uint32)
 
 
 def pairs_of(row: Row, *, restart: bool) -> list[tuple[int, int, int, int]]:
-    """(document, pair, input, target) of all of a row's pairs, read from the row's tokens."""
+    """Return (document, pair, input, target) for all pairs of a row, read from its tokens."""
     pairs, start = [], 0
     for segment in row.segments:
-        for place in range(segment.pairs):
-            source, target = row.tokens[start + place : start + place + 2].tolist()
-            pairs += [(segment.document, segment.offset + place, source, target)]
+        for pair in range(segment.pairs):
+            source, target = row.tokens[start + pair : start + pair + 2].tolist()
+            pairs += [(segment.document, segment.offset + pair, source, target)]
         assert not restart or row.tokens[start] == B
         start += segment.pairs
     assert start == len(row.tokens) - 1
@@ -30,7 +30,7 @@ def pairs_of(row: Row, *, restart: bool) -> list[tuple[int, int, int, int]]:
 
 
 def naive_best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
-    """Look at every bin for every item."""
+    """Return the bins of best-fit decreasing by a search through every bin for every item."""
     bins: list[list[int]] = []
     became: list[int] = []
     for time, item in enumerate(sorted(range(len(sizes)), key=lambda number: -sizes[number])):
@@ -83,7 +83,7 @@ def test_packing_keeps_every_pair_and_fills_every_row(lengths: list[int], pool: 
 
 
 def test_few_documents_are_cut():
-    """Of 2,000 short documents; a plain chain of them would cut one for each of the 813 rows."""
+    """Few of 2,000 short documents are cut; concatenation would cut one for each of the 813 rows."""
     sizes = np.random.default_rng(0).integers(2, 200, 2_000)
     packer = BestFitPacker(256, B)
     rows = [row for number, size in enumerate(sizes) for row in packer.add(Segment(document(number, size), number, 0))]
@@ -103,7 +103,7 @@ def test_concatenation_is_the_streams_end_to_end(lengths: list[int], row_length:
     for number, row in enumerate(rows):
         assert row.tokens.tolist() == whole[number * row_length : (number + 1) * row_length + 1].tolist()
     pairs = [pair for row in rows for pair in pairs_of(row, restart=False)]
-    left = [(s.document, s.offset + place) for s in chain.left_over for place in range(s.pairs)]
+    left = [(s.document, s.offset + pair) for s in chain.left_over for pair in range(s.pairs)]
     assert [pair[:2] for pair in pairs] + left == [
         (number, pair) for number, stream in enumerate(streams) for pair in range(len(stream) - 1)
     ]

@@ -39,14 +39,14 @@ def digest(text: str) -> bytes:
 
 
 def expected_streams(texts: list[str], tokenizer_file: Path) -> list[list[int]]:
-    """B x1 ... xn B of every document, by the tokenizer's own one-at-a-time interface."""
+    """Return B x1 ... xn B of every document, by the interface of the tokenizer for single texts."""
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     tokenizer.encode_special_tokens = True
     return [[0, *tokenizer.encode(text).ids, 0] for text in texts]
 
 
 def check_prepared(manifest: Manifest, config: DataConfig, texts: list[str], streams: list[list[int]]) -> None:
-    """Rebuild every document from the shards: each target once, in one split, the ledger saying the same."""
+    """Assert that the shards hold each target of each document once, in one split, as the ledger counts them."""
     covered: list[Counter[int]] = [Counter() for _ in streams]
     targets: Counter[int] = Counter()
     filler: Counter[Split] = Counter()
@@ -162,7 +162,7 @@ def test_every_token_is_where_the_ledger_says(
 def test_processes_make_the_same_bytes(
     make_config: MakeConfig, words: Words, console: Console, tmp_path: Path, workers: int
 ):
-    """Two sources in many files, over 1 or 3 processes; every record is found by its input shard and number."""
+    """Two sources in many files, prepared by 1 or 3 processes: input shard and number identify every record."""
     texts = [words(30 + 3 * number, number) for number in range(60)]
     for part in range(6):
         for name, kept in (("a", texts[part * 6 : part * 6 + 6]), ("b", texts[36 + part * 4 : 40 + part * 4])):

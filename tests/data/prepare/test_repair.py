@@ -30,7 +30,7 @@ def tree(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def config(make_config: MakeConfig, words: Words, tmp_path: Path) -> DataConfig:
-    """Five input shards."""
+    """Return the settings of data with five input shards."""
     base = make_config([], held_out_fraction=0.1, input_shard_bytes=1)
     Path(base.source.path).unlink()
     (tmp_path / "corpus").mkdir()
@@ -42,7 +42,7 @@ def config(make_config: MakeConfig, words: Words, tmp_path: Path) -> DataConfig:
 
 @pytest.fixture
 def whole(config: DataConfig, console: Console) -> dict[str, bytes]:
-    """The files of the data before it is damaged."""
+    """Prepare the data and return the content of its files before any damage."""
     prepare(config, console, workers=1)
     return tree(Path(config.directory))
 
@@ -58,7 +58,7 @@ def flip(file: Path) -> None:
 
 
 def prepared_shards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The input shards that are prepared from now on."""
+    """Record the input shards that are prepared from here on."""
     found: list[int] = []
     run = prepare_module._run_here
     monkeypatch.setattr(prepare_module, "_run_here", lambda *args: found.extend(args[3]) or run(*args))
@@ -91,7 +91,7 @@ def test_a_lost_directory_of_shards_comes_back(config: DataConfig, whole: dict[s
 def test_a_shard_with_a_wrong_bit_is_deleted_and_made_again(
     config: DataConfig, whole: dict[str, bytes], console: Console
 ):
-    """All shards of the input shard are replaced, also one whose damage is not known yet."""
+    """A repair replaces all tar shards of an input shard, also one whose damage is not known yet."""
     first, second = [file for file in shards(config) if file.parent.name == "000002"][:2]
     flip(first)
     flip(second)

@@ -1,4 +1,4 @@
-"""A preparation that ends before its end: killed, out of disk, given again with other settings."""
+"""Interrupted preparations: killed, out of disk space, or continued with other settings."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ from rich.console import Console
 MakeConfig = Callable[..., DataConfig]
 Words = Callable[..., str]
 
-# A process of its own that prepares what it reads from its first argument.
+# The program of a separate process, which prepares the data of the settings in its first argument.
 CHILD = """
 import json, sys
 from rich.console import Console
@@ -51,7 +51,7 @@ def entries(directory: Path) -> list[str]:
 
 @pytest.fixture
 def config(make_config: MakeConfig, words: Words, tmp_path: Path) -> DataConfig:
-    """Twelve input shards."""
+    """Return the settings of data with twelve input shards."""
     base = make_config([])
     Path(base.source.path).unlink()
     (tmp_path / "corpus").mkdir()
@@ -70,7 +70,7 @@ def test_killed_at_any_point_and_continued_gives_the_same_bytes(config: DataConf
     (tmp_path / "child.py").write_text(CHILD)
     command = [sys.executable, "-P", str(tmp_path / "child.py"), json.dumps(asdict(config))]
     ledgers, choose = tmp_path / "prepared.partial" / "work" / "ledgers", random.Random(seed)
-    # While it starts; then when so many of the twelve input shards are done, and a little later.
+    # Kill the process while it starts, then shortly after each of three random numbers of input shards is done.
     for target in [0, *sorted(choose.sample(range(1, 10), 3))]:
         child = subprocess.Popen(command, start_new_session=True)
         while len(list(ledgers.glob("*.json"))) < target:
@@ -89,7 +89,7 @@ def test_killed_at_any_point_and_continued_gives_the_same_bytes(config: DataConf
 def test_stopped_before_any_rename_and_continued(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: int
 ):
-    """Every step that others see is a rename or a removal: stop before one of them, without any clean-up, go on."""
+    """A preparation stopped before a rename or removal, the only steps that others see, continues to the same bytes."""
     config = replace(config, input_shard_bytes=2**28)
     reference = replace(config, directory=str(tmp_path / "reference"))
     prepare(reference, Console(quiet=True), workers=1)
@@ -160,7 +160,7 @@ def test_a_merge_names_what_is_missing(config: DataConfig, tmp_path: Path, monke
 
 @pytest.fixture
 def old(config: DataConfig, tmp_path: Path) -> DataConfig:
-    """Finished data beside."""
+    """Return the settings of finished data from up to 40 documents of each source, in another directory."""
     old = replace(config, directory=str(tmp_path / "old"), source=replace(config.source, limit_documents=40))
     prepare(old, Console(quiet=True))
     return old
@@ -168,7 +168,7 @@ def old(config: DataConfig, tmp_path: Path) -> DataConfig:
 
 @pytest.fixture
 def full_disk():
-    """Let the system refuse to grow any file beyond 40,000 bytes, as a full disk would."""
+    """Make the system refuse to grow any file beyond 40,000 bytes, as a full disk does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
     yield

@@ -1,4 +1,4 @@
-"""Slurm jobs as they are submitted: an sbatch that writes down what it was given, then what its jobs would run."""
+"""Slurm jobs as submitted: a fake sbatch records its arguments, and the tests run the scripts of its jobs."""
 
 import os
 import re
@@ -77,7 +77,7 @@ def test_submitted_jobs_make_what_processes_make(
 
 @pytest.mark.full
 def test_an_array_of_the_script_and_a_merge_make_what_processes_make(words: Callable[..., str], tmp_path: Path):
-    """Three tasks at once, the first of them last; what the job after them says; and a part that is not there."""
+    """Three array tasks, started in reverse, and a merge make the data of one job; a repeated task does nothing."""
     (tmp_path / "corpus").mkdir()
     for part in range(7):
         (tmp_path / "corpus" / f"{part}.jsonl").write_text(f'{{"text": "{words(200, part)}"}}\n')
@@ -103,7 +103,7 @@ def test_an_array_of_the_script_and_a_merge_make_what_processes_make(words: Call
     assert done == [[("2", "3")], [("1", "2")], [("0", "2")]]
     assert not (tmp_path / "prepared").exists()
     assert all(ledger_file(tmp_path / "prepared.partial", number).exists() for number in range(7)), (
-        "nothing but to merge"
+        "only the merge is left"
     )
     merge = start("prepared")
     assert "train" in merge.communicate()[0]

@@ -32,7 +32,7 @@ def readers(source: SourceConfig, shard_bytes: int = 2**28, limit: float = 1.0) 
 
 
 def read(shard_bytes: int = 2**28, **settings: Any) -> list[tuple[str, Any]]:
-    """(name, content) of all documents."""
+    """Return (name, content) of all documents."""
     return [
         (document.name, document.content)
         for reader in readers(SourceConfig(**settings), shard_bytes)

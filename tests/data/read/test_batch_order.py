@@ -120,7 +120,7 @@ def test_global_batch_must_be_a_multiple_of_the_largest_bucket(global_batch_toke
 
 
 def test_a_bucket_of_the_curriculum_must_have_sequences():
-    with pytest.raises(ValueError, match="bucket 16 has no sequences"):
+    with pytest.raises(ValueError, match=r"step_buckets: bucket 16 has no sequences; give no step"):
         BatchOrder((8, 16), [one_source(3, 0, 0), one_source(0, 0, 1)], np.array([0, 1], dtype=np.uint8), 16)
 
 
