@@ -35,7 +35,7 @@ from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig
 from longring.data.format.manifest import Bucket, Manifest, open_prepared
 from longring.data.format.shards import shard_name
 from longring.data.prepare.prepare import prepare
-from longring.data.read.batch_order import BatchOrder, Share, bucket_orders
+from longring.data.read.batch_order import BatchOrder, ReplicaShare, bucket_orders
 from longring.data.read.loader import Loader, training_order
 from rich.console import Console
 
@@ -54,9 +54,9 @@ def prepared(folder: Path, limit_documents: int) -> Manifest:
     return open_prepared(config.directory)
 
 
-def share(length: int) -> Share:
+def share(length: int) -> ReplicaShare:
     """Return the share of a batch that the only rank reads."""
-    return Share(0, 1, RANK_TOKENS // length)
+    return ReplicaShare(0, 1, RANK_TOKENS // length)
 
 
 def ours(manifest: Manifest, number: int, tokens: int) -> int:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
-from ..data.read.batch_order import Share
+from ..data.read.batch_order import ReplicaShare
 from ..data.read.loader import Loader, MicroBatch
 from ..parallel.mesh import Mesh
 from ..parallel.zero import DeepSpeedEngine, gradient_norm, set_learning_rate
@@ -248,9 +248,9 @@ def read(micro_batches: Iterator[MicroBatch], step: int, rank: int) -> MicroBatc
     return micro_batch
 
 
-def share_of(layout: BucketLayout) -> Share:
+def share_of(layout: BucketLayout) -> ReplicaShare:
     """Return the part of every micro-batch that this rank reads."""
-    return Share(layout.replica, layout.num_replicas, layout.sequences_per_replica)
+    return ReplicaShare(layout.replica, layout.num_replicas, layout.sequences_per_replica)
 
 
 class Totals(NamedTuple):

@@ -55,8 +55,8 @@ class Trained:
         return self.tokens - self.reached_tokens
 
 
-class Share(NamedTuple):
-    """The part of every micro-batch of one length that a rank reads."""
+class ReplicaShare(NamedTuple):
+    """Share of every micro-batch of one length that the ranks of one replica read."""
 
     replica: int
     """Index of the rank's replica."""
@@ -309,7 +309,7 @@ class BatchOrder:
         """Return the number of sequences in the global batch of `step`, counted from 1."""
         return self._global_batch_tokens // self.lengths[self.bucket(step)]
 
-    def sequences(self, step: int, share: Share) -> NDArray[np.int64]:
+    def sequences(self, step: int, share: ReplicaShare) -> NDArray[np.int64]:
         """Return the bucket's sequences that one replica reads in `step`, int64 [micro-steps, share.sequences].
 
         The index into the global batch is (micro-step x replicas + replica) x share.sequences + row, so that the batch

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..config import CurriculumConfig, LoaderConfig
 from ..format.manifest import Manifest
 from ..format.reader import SequenceReader
-from .batch_order import BatchOrder, Share, bucket_orders, bucket_tokens
+from .batch_order import BatchOrder, ReplicaShare, bucket_orders, bucket_tokens
 from .curriculum import step_buckets
 from .knots import Knots
 
@@ -71,7 +71,7 @@ class Loader:
         manifest: Manifest,
         order: BatchOrder,
         config: LoaderConfig,
-        share_of: Callable[[int], Share],
+        share_of: Callable[[int], ReplicaShare],
         *,
         pin_memory: bool = False,
         knots: Knots | None = None,

@@ -17,7 +17,7 @@ import torch
 from helpers.lanes import by_lane
 from helpers.plain_model import plain_losses
 from longring.data.prepare.prepare import prepare
-from longring.data.read.batch_order import Share
+from longring.data.read.batch_order import ReplicaShare
 from longring.data.read.loader import Loader, MicroBatch
 from longring.launch.build import build_engine
 from longring.launch.config import Recipe, load_recipe
@@ -53,7 +53,7 @@ def initial_weights_and_batches(recipe_file: Path, overrides: list[str]) -> tupl
     assert isinstance(module, torch.nn.Module)
     weights = {name: p.detach().clone() for name, p in module.named_parameters()}
     order = planned.order
-    loader = Loader(planned.manifest, order, recipe.loader, lambda length: Share(0, 1, 2048 // length))
+    loader = Loader(planned.manifest, order, recipe.loader, lambda length: ReplicaShare(0, 1, 2048 // length))
     return weights, [documents(batch) for batch in loader.batches(0, recipe.train.steps)]
 
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from longring.data.config import LoaderConfig
 from longring.data.format.manifest import open_prepared
-from longring.data.read.batch_order import Share
+from longring.data.read.batch_order import ReplicaShare
 from longring.data.read.loader import Loader
 from longring.launch.config import load_recipe
 from longring.launch.preflight import preflight
@@ -146,7 +146,9 @@ def test_shards_of_any_content(recipe_file, prepared, data):
     copy.write_bytes(content)
     recipe, config = load_recipe(recipe_file), LoaderConfig(workers=0)
     order = preflight(recipe, 1).order
-    loader = Loader(open_prepared(str(prepared), config), order, config, lambda length: Share(0, 1, 2048 // length))
+    loader = Loader(
+        open_prepared(str(prepared), config), order, config, lambda length: ReplicaShare(0, 1, 2048 // length)
+    )
 
     def read_all() -> None:
         batches = loader.batches(0, 8)

@@ -16,7 +16,7 @@ from helpers.small_checkpoint import read_whole
 from longring.data.format.manifest import open_prepared
 from longring.data.order.stages import order
 from longring.data.prepare.prepare import prepare
-from longring.data.read.batch_order import Share
+from longring.data.read.batch_order import ReplicaShare
 from longring.data.read.knots import Knots
 from longring.data.read.loader import Loader, read_rows
 from longring.launch import cli
@@ -82,7 +82,7 @@ def first_step(recipe_file: Path, overrides: list[str]) -> tuple[dict, np.ndarra
     weights = {name: p.detach().double() for name, p in module.named_parameters()}
     knots = Knots(recipe.knots, planned.manifest.tokenizer(), recipe.train.seed)
     loader = Loader(
-        planned.manifest, planned.order, recipe.loader, lambda length: Share(0, 1, 2048 // length), knots=knots
+        planned.manifest, planned.order, recipe.loader, lambda length: ReplicaShare(0, 1, 2048 // length), knots=knots
     )
     [batch] = loader.batches(0, 1)
     assert batch.document_starts is None

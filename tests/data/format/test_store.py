@@ -15,7 +15,7 @@ from longring.data.format import store as store_module
 from longring.data.format.manifest import open_prepared
 from longring.data.format.store import CachedStore
 from longring.data.prepare.prepare import prepare
-from longring.data.read.batch_order import Share
+from longring.data.read.batch_order import ReplicaShare
 from longring.data.read.loader import Loader, training_order
 from rich.console import Console
 
@@ -45,7 +45,7 @@ def cached(tmp_path: Path, **settings: int) -> LoaderConfig:
 def rows(directory: str | Path, config: LoaderConfig) -> list[list]:
     manifest = open_prepared(directory, config)
     order = training_order(manifest, CurriculumConfig(), config, steps=20, global_batch_tokens=256, seed=0)
-    loader = Loader(manifest, order, config, lambda length: Share(0, 1, 64 // length))
+    loader = Loader(manifest, order, config, lambda length: ReplicaShare(0, 1, 64 // length))
     return [batch.rows.tolist() for batch in loader.batches(0, 20)]
 
 

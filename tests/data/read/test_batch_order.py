@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from longring.data.config import CurriculumConfig
 from longring.data.format.manifest import Bucket, Part
 from longring.data.format.shards import SHARD_DTYPE
-from longring.data.read.batch_order import BatchOrder, BucketOrder, Share, SourcePart, bucket_orders, bucket_tokens
+from longring.data.read.batch_order import (
+    BatchOrder,
+    BucketOrder,
+    ReplicaShare,
+    SourcePart,
+    bucket_orders,
+    bucket_tokens,
+)
 from longring.data.read.curriculum import step_buckets
 
 LENGTHS, SEQUENCES, STEPS = (8, 16, 32), (10, 7, 5), 60
@@ -27,7 +34,7 @@ def order(seed: int = 0, global_batch_tokens: int = 256, windows: int = 1) -> Ba
 
 
 def whole_batch(batches: BatchOrder, step: int) -> list[int]:
-    [micro_batch] = batches.sequences(step, Share(0, 1, batches.batch_sequences(step))).tolist()
+    [micro_batch] = batches.sequences(step, ReplicaShare(0, 1, batches.batch_sequences(step))).tolist()
     return micro_batch
 
 
@@ -64,7 +71,7 @@ def test_each_pass_and_each_seed_has_its_own_order():
 def test_known_answer(windows: int, expected: dict[int, list[int]]):
     """The order is part of the format of a run: replica 1 of 2 reads these sequences at these steps, for ever."""
     batches = order(0, 64, windows)
-    assert {step: batches.sequences(step, Share(1, 2, 1)).ravel().tolist() for step in expected} == expected
+    assert {step: batches.sequences(step, ReplicaShare(1, 2, 1)).ravel().tolist() for step in expected} == expected
 
 
 def test_known_answer_of_weighted_sources():
@@ -79,7 +86,7 @@ def test_known_answer_of_weighted_sources():
 @pytest.mark.parametrize("step", [0, -1, STEPS + 1])
 def test_steps_count_from_1(step: int):
     batches = order()
-    for ask in (batches.bucket, batches.batch_sequences, lambda step: batches.sequences(step, Share(0, 1, 1))):
+    for ask in (batches.bucket, batches.batch_sequences, lambda step: batches.sequences(step, ReplicaShare(0, 1, 1))):
         with pytest.raises(IndexError, match=rf"step = {step}: must be in 1, \.\.\., {STEPS}"):
             ask(step)
 
@@ -96,7 +103,7 @@ def test_any_world_and_any_restart_reads_the_same(
     expected = whole_batch(order(seed, windows=windows), step)
     batches = order(seed, windows=windows)
     size = batches.batch_sequences(step)
-    shares = [Share(replica, num_replicas, sequences) for replica in range(num_replicas)]
+    shares = [ReplicaShare(replica, num_replicas, sequences) for replica in range(num_replicas)]
     if size % (num_replicas * sequences):
         with pytest.raises(ValueError, match=f"makes {size} sequences of step {step}, which {num_replicas} replicas"):
             batches.sequences(step, shares[0])
@@ -108,7 +115,7 @@ def test_any_world_and_any_restart_reads_the_same(
 @pytest.mark.parametrize("replica", [2, -1])
 def test_a_replica_outside_the_run(replica: int):
     with pytest.raises(IndexError, match=rf"replica = {replica}: must be in 0, \.\.\., 1"):
-        order().sequences(1, Share(replica, 2, 1))
+        order().sequences(1, ReplicaShare(replica, 2, 1))
 
 
 @pytest.mark.parametrize("global_batch_tokens", [0, 16, 48])

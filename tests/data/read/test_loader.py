@@ -8,7 +8,7 @@ from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig
 from longring.data.format.manifest import Manifest, open_prepared
 from longring.data.format.reader import SequenceReader
 from longring.data.prepare.prepare import prepare
-from longring.data.read.batch_order import Share
+from longring.data.read.batch_order import ReplicaShare
 from longring.data.read.loader import Loader, MicroBatch, training_order
 from rich.console import Console
 
@@ -34,7 +34,9 @@ def loader(manifest: Manifest, config: LoaderConfig, replica: int = 0, num_repli
     order = training_order(
         manifest, CurriculumConfig(cycles=2), config, steps=STEPS, global_batch_tokens=BATCH_TOKENS, seed=5
     )
-    return Loader(manifest, order, config, lambda length: Share(replica, num_replicas, TOKENS_PER_RANK // length))
+    return Loader(
+        manifest, order, config, lambda length: ReplicaShare(replica, num_replicas, TOKENS_PER_RANK // length)
+    )
 
 
 def test_every_number_of_workers_and_ranks_reads_the_same(manifest: Manifest):
@@ -65,7 +67,8 @@ def test_rows_follow_the_order_and_starts_are_those_of_documents(manifest: Manif
     several = 0
     for batch in found.batches(0, STEPS):
         bucket = buckets[found.order.bucket(batch.step)]
-        wanted = found.order.sequences(batch.step, Share(0, 1, TOKENS_PER_RANK // bucket.length))[batch.micro_step]
+        share = ReplicaShare(0, 1, TOKENS_PER_RANK // bucket.length)
+        wanted = found.order.sequences(batch.step, share)[batch.micro_step]
         assert batch.length == bucket.length
         assert np.array_equal(batch.rows, manifest.reader(bucket).read(wanted))
         assert (batch.document_starts is not None) == manifest.has_boundaries
@@ -104,7 +107,7 @@ def test_an_error_in_reading_reaches_the_consumer(manifest: Manifest, workers: i
 @pytest.mark.parametrize("workers", [1, 4])
 def test_an_error_in_the_order_reaches_the_consumer(manifest: Manifest, workers: int):
     order = loader(manifest, LoaderConfig()).order
-    found = Loader(manifest, order, LoaderConfig(workers=workers), lambda length: Share(0, 3, 1))
+    found = Loader(manifest, order, LoaderConfig(workers=workers), lambda length: ReplicaShare(0, 3, 1))
     with pytest.raises(ValueError, match="3 replicas with 1 sequences each do not divide"):
         list(found.batches(0, STEPS))
 
