@@ -58,6 +58,7 @@ def lay(data: DataConfig, order: OrderConfig, documents: Documents, path: NDArra
             layout = lay_long_buckets(here, pairs, lengths, (order.seed, split))
         layout.save(partial / "work" / "layout", split)
         tokens += sum(length * layout.sequences(length) for length in lengths)
+    # Parts are equal shares of the sequences, so that each is about PART_SHARDS full shards.
     parts = max(1, round(tokens / (PART_SHARDS * data.shard_tokens)))
     write_text(partial / "work" / "parts.json", json.dumps(parts))
 
@@ -208,6 +209,7 @@ def _sum_up(documents: Documents, partial: Path, left_out: NDArray[np.uint32]) -
         document, length, sequence = np.load(partial / "work" / "placement" / f"{number:06d}.npy").T
         placement["length"][document], placement["sequence"][document] = length, sequence
     gone, kept = left_out.T.astype(np.int64)
+    # A dropped document keeps length 0 and points to the record that is kept.
     placement["sequence"][gone] = placement["record"][kept]
     pairs, held_out = documents.column("pairs")[gone], documents.column("held_out")[gone]
     for split in SPLITS:

@@ -73,6 +73,7 @@ def order(
     ordered_directory = Path(config.directory)
     prepared = open_prepared(data.directory)
     prepared.check_made_from(data)
+    # `ordered` is the finished data to repair, or None if all of it is to be made.
     ordered, damaged = None, []
     if ordered_directory.exists() and any(ordered_directory.iterdir()):
         if not (ordered_directory / MANIFEST_FILE).is_file():
@@ -182,6 +183,7 @@ def _run(
     stage: Stage, directory: WorkDirectory, mine: Sequence[int], processes: _Processes, progress: Progress
 ) -> None:
     """Do the tasks `mine` of a stage that are not done, with a progress bar."""
+    # Another machine may share the stage: what it has done by now is not done again.
     left = [number for number in mine if not stage.file(directory, number).exists()]
     if not mine:
         return

@@ -36,7 +36,7 @@ def list_splits(directory: WorkDirectory, number: int, _: OnProgress) -> None:
     def write(file: Path) -> None:
         shape = (documents.manifest.ledger.splits[split].documents,)
         numbers = np.lib.format.open_memmap(file, "w+", np.uint32, shape)
-        end = 0
+        end = 0  # invariant: numbers[:end] are the documents of the input shards before `shard`
         for shard in range(documents.num_shards):
             here = np.flatnonzero(documents.shard_column(shard, "held_out") == (split == "held_out"))
             numbers[end : end + len(here)] = here + documents.first[shard]
@@ -106,7 +106,7 @@ def search_shard(directory: WorkDirectory, number: int, on_progress: OnProgress)
     held_out = documents.shard_column(number, "held_out")
     done = 0
     for split in SPLITS:
-        [here] = np.nonzero(held_out == (split == "held_out"))
+        [here] = np.nonzero(held_out == (split == "held_out"))  # a document has neighbours of its own split only
         if not len(here):
             continue
         exact = split not in directory.approximate()
@@ -201,6 +201,7 @@ def walk_path(directory: WorkDirectory, _: int, on_progress: OnProgress) -> None
         graph = path.make_graph(*_kept_neighbors(directory, dropped))
         for done in path.greedy_path(graph, dropped, unfinished):
             on_progress(done / num_steps)
+        # The walk has no state but this file, so the finished path is its content.
         steps = np.fromfile(unfinished, dtype=path.STEP_DTYPE)
     else:
         steps = np.empty(num_steps, dtype=path.STEP_DTYPE)

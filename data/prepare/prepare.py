@@ -120,6 +120,7 @@ def prepare_part(config: DataConfig, console: Console, part: int, num_parts: int
                 time.sleep(1)
             progress.remove_task(task)
         count = begin(config, partial, progress)
+        # Parts are contiguous ranges that differ by at most one input shard.
         if mine := range(count * part // num_parts, count * (part + 1) // num_parts):
             _run_here(config, partial, workers, mine, progress)
     console.print(f"part {part} of {num_parts}: {len(mine)} of {count} input shards are done", highlight=False)
@@ -281,6 +282,7 @@ def _shown(partial: Path, numbers: Sequence[int], processes: int, progress: Prog
                     running += counts
             documents, tokens = (done + running).tolist()
             before = before or tokens
+            # Tokens done before this attempt do not count in its rate.
             rate = (tokens - before) / (time.monotonic() - started)
             line = f"{documents:,} documents  {tokens:,} tokens  {rate:,.0f}/s"
             progress.update(task, completed=len(numbers) - len(pending), line=line)

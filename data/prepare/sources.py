@@ -89,6 +89,7 @@ def _sized_files(source: SourceConfig) -> list[tuple[str, int]]:
             found = {path: filesystem.info(path)}
         elif filesystem.isdir(path):
             inside = filesystem.find(path, detail=True)
+            # Files and folders below `path` whose names begin with "." are skipped.
             below = len(path.rstrip("/")) + 1
             found = {
                 name: info

@@ -149,6 +149,7 @@ def read_rows(
     trained = None
     if knots is not None:
         trained = np.ones((len(rows), reader.length), dtype=np.bool_)
+        # A tied row depends on the number of its sequence alone, so the batch it is in does not matter.
         for row, sequence in enumerate(indices.tolist()):
             tied = knots.tie(rows[row], sequence)
             if tied is not None:

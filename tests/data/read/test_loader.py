@@ -100,7 +100,7 @@ def test_an_error_in_reading_reaches_the_consumer(manifest: Manifest, workers: i
     found = loader(manifest, LoaderConfig(workers=workers))
     for shard in Path(manifest.store.name).rglob("train*.tar"):
         shard.write_bytes(shard.read_bytes()[:-512])
-    with pytest.raises(ValueError, match="bytes with SHA-256 .* bytes with SHA-256 .* in the manifest; run `longring prepare RECIPE`"):
+    with pytest.raises(ValueError, match=r"bytes with SHA-256 .* in the manifest; run `longring prepare RECIPE`"):
         list(found.batches(0, STEPS))
 
 
