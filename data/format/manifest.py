@@ -133,9 +133,12 @@ class Manifest:
         where = f"{store.name}/{MANIFEST_FILE}"
         file = store.path(MANIFEST_FILE)
         if not file.is_file():
+            # Both commands refuse a directory that holds other files.
+            other_files = isinstance(store, LocalStore) and file.parent.is_dir() and any(file.parent.iterdir())
+            first = "name another directory, or delete this one if nothing in it is needed, and " if other_files else ""
             raise ValueError(
-                f"{where}: does not exist, so {store.name} is not prepared data; run `longring prepare RECIPE`, or "
-                "`longring order RECIPE` if it is the order.directory"
+                f"{where}: does not exist, so {store.name} is not prepared data; {first}run `longring prepare RECIPE`, "
+                "or `longring order RECIPE` if it is the order.directory"
             )
         content: Any = None
         try:

@@ -80,7 +80,8 @@ def prepare(config: DataConfig, console: Console, workers: int = 0) -> Manifest:
         if damaged := sorted({number for number, _ in manifest.damaged_shards()}):
             with _progress(console) as progress:
                 _repair(config, manifest, damaged, workers, progress)
-            console.print(f"{directory}: input shards {', '.join(map(str, damaged))} were damaged and are made again")
+            numbers = ", ".join(map(str, damaged))
+            console.print(f"{directory}: missing or damaged shards are made again, of input shard {numbers}")
         else:
             console.print(f"{directory} is already prepared from these settings; using it")
         return open_prepared(directory)
