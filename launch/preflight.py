@@ -17,7 +17,7 @@ from .run_directory import RunDirectory
 
 @dataclass(frozen=True)
 class Preflight:
-    """What a start will read and continue, known before any rank talks to another."""
+    """The data that a start will read and the run that it continues, known before any rank talks to another."""
 
     manifest: Manifest
     order: BatchOrder
