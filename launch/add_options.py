@@ -10,7 +10,7 @@ def prepare(parser: argparse.ArgumentParser) -> None:
     """Add the options of `longring prepare`."""
     parser.add_argument(
         "--workers",
-        type=int,
+        type=_not_negative,
         default=0,
         metavar="N",
         help="number of processes (default: one for each CPU; with --slurm, no limit on tasks)",
@@ -31,7 +31,7 @@ def prepare(parser: argparse.ArgumentParser) -> None:
 def plan(parser: argparse.ArgumentParser) -> None:
     """Add the options of `longring plan`."""
     parser.add_argument(
-        "--ranks", type=int, metavar="N", help="number of ranks (default: as many as the largest bucket needs)"
+        "--ranks", type=_positive, metavar="N", help="number of ranks (default: as many as the largest bucket needs)"
     )
     parser.add_argument("--topology", metavar="PRESET", help="topology, in place of parallel.cp.topology")
     parser.add_argument("--timeline", type=Path, metavar="OUT.png", help="draw simulated passes of the largest bucket")
@@ -41,7 +41,7 @@ def plan(parser: argparse.ArgumentParser) -> None:
 def order(parser: argparse.ArgumentParser) -> None:
     """Add the options of `longring order`."""
     parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="number of processes (default: one for each CPU)"
+        "--workers", type=_not_negative, default=0, metavar="N", help="number of processes (default: one for each CPU)"
     )
     parser.add_argument(
         "--stage", dest="only", default="", metavar="NAME", help="run one stage; an unknown name lists the stages"
@@ -52,12 +52,12 @@ def order(parser: argparse.ArgumentParser) -> None:
 def train(parser: argparse.ArgumentParser) -> None:
     """Add the options of `longring train`."""
     parser.add_argument(
-        "--ranks", type=int, metavar="N", help="number of ranks to start here (default: train.ranks_per_node)"
+        "--ranks", type=_positive, metavar="N", help="number of ranks to start here (default: train.ranks_per_node)"
     )
-    parser.add_argument("--stop-after", type=int, metavar="STEP", help="save and stop after this step")
+    parser.add_argument("--stop-after", type=_positive, metavar="STEP", help="save and stop after this step")
     several = parser.add_argument_group("several nodes", "Every node runs the same command, as in slurm/train.sbatch.")
     several.add_argument("--nodes", type=_positive, default=1, metavar="N", help="number of nodes")
-    several.add_argument("--node", type=int, default=0, metavar="I", help="index of this node, from 0")
+    several.add_argument("--node", type=_not_negative, default=0, metavar="I", help="index of this node, from 0")
     several.add_argument("--rendezvous", metavar="HOST:PORT", help="address on the first node where launchers meet")
     several.add_argument("--job", metavar="NAME", help="name of this start, the same on all nodes")
     several.add_argument("--address", metavar="NAME", help="name at which other nodes reach this one")
@@ -82,7 +82,7 @@ def checkpoints(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prune",
         action="store_true",
-        help="delete what retention does not keep, and damaged checkpoints",
+        help="delete all but those that --keep-last and --keep-every keep, and damaged ones",
     )
     parser.add_argument(
         "--keep-last", type=_positive, metavar="K", help="number of last ones to keep (default: train.keep_checkpoints)"
@@ -98,13 +98,26 @@ def checkpoints(parser: argparse.ArgumentParser) -> None:
 def topology(parser: argparse.ArgumentParser) -> None:
     """Add the options of `longring topology`."""
     parser.add_argument(
-        "--ranks", type=int, metavar="N", help="number of ranks to start here (default: train.ranks_per_node)"
+        "--ranks", type=_positive, metavar="N", help="number of ranks to start here (default: train.ranks_per_node)"
     )
     parser.add_argument("--json", metavar="FILE", help="write the measured topology to FILE")
 
 
 def _positive(text: str) -> int:
     """Return the integer of an argument. Raises ArgumentTypeError unless it is at least 1."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+    return _at_least(1, text)
+
+
+def _not_negative(text: str) -> int:
+    """Return the integer of an argument. Raises ArgumentTypeError if it is negative."""
+    return _at_least(0, text)
+
+
+def _at_least(minimum: int, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number") from None
+    if value < minimum:
+        raise argparse.ArgumentTypeError(f"{value}: must be at least {minimum}")
     return value

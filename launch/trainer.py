@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Trainer:
-    """One start of a run on one rank. A context manager: leaving it ends threads and closes files."""
+    """One start of a run on one rank; a context manager that ends threads and closes files when it is left."""
 
     recipe: Recipe
     checked: Preflight
@@ -88,6 +88,7 @@ class Trainer:
         rate = learning_rate(step, train)
         set_learning_rate(self.engine, rate)
 
+        # Lazy: a micro-batch is taken from the loader once the one before it has been computed.
         micro_batches: Iterable[MicroBatch] = self._read(step)
         targets = train.global_batch_tokens
         if self.recipe.knots.share:  # knots leave targets out, and the loss is a mean over those that count
@@ -138,7 +139,7 @@ class Trainer:
         for number, micro_batch in enumerate(micro_batches):
             self.watchdog.at(step, f"forward and backward of micro-batch {number} of bucket {micro_batch.length}")
             inputs = layout.model_inputs(micro_batch.rows, micro_batch.document_starts, self.mesh.device)
-            token_losses = self.engine(*inputs)
+            token_losses = self.engine(*inputs)  # [b, s]
             token_losses = token_losses * layout.trained(micro_batch.trained, token_losses)
             self.engine.backward(token_losses.sum() * loss_scale)
             self.engine.step()  # changes the weights after the last micro-batch only
@@ -162,7 +163,7 @@ class Trainer:
         else:
             grad_norm = gradient_norm(self.engine)
             outcome = self.losses.judge(step, loss, grad_norm)
-        skipped = self.state.skipped
+        skipped = self.state.skipped  # without spikes, which have changed the weights
         if outcome in ("non-finite", "left out"):
             skipped = (*skipped, step)
         if outcome == "non-finite":
@@ -191,6 +192,7 @@ class Trainer:
             step,
             f"loss {spike.loss:.4g}: back to step {before.step}, leaving out steps {sorted(self.left_out)}",
         )
+        # Steps after the checkpoint are done again, with the same numbers and batches, except those left out.
         self.state = replace(self.state, step=before.step, skipped=before.skipped)
         self._micro_batches.close()
         self._micro_batches = self.loader.batches(before.step, self.last)

@@ -169,3 +169,24 @@ def test_slurm_without_slurm(capsys, recipe_file, tmp_path, monkeypatch):
     error = error_of(capsys, "prepare", str(recipe_file), f"data.directory={tmp_path}/new", "--slurm", "main")
     assert "there is no sbatch on this machine" in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plan", "RECIPE", "--ranks", "0"], "argument --ranks: 0: must be at least 1"),
+        (["plan", "RECIPE", "--ranks", "-4"], "argument --ranks: -4: must be at least 1"),
+        (["train", "RECIPE", "--ranks", "-1"], "argument --ranks: -1: must be at least 1"),
+        (["train", "RECIPE", "--stop-after", "0"], "argument --stop-after: 0: must be at least 1"),
+        (["topology", "--ranks", "0"], "argument --ranks: 0: must be at least 1"),
+        (["prepare", "RECIPE", "--workers", "-3"], "argument --workers: -3: must be at least 0"),
+        (["order", "RECIPE", "--workers", "two"], "argument --workers: 'two': must be a whole number"),
+        (["submit", "RECIPE", "--nodes", "0"], "argument --nodes: 0: must be at least 1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_number_of_the_command_line_is_refused_before_anything_is_written(capsys, arguments, said):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
