@@ -70,36 +70,16 @@ def order(
     config.check(data)
     if only and only not in (names := [stage.name for stage in STAGES]):
         raise ValueError(f"--stage {only}: not a stage; name one of {', '.join(names)}")
-    ordered_directory = Path(config.directory)
     prepared = open_prepared(data.directory)
     prepared.check_made_from(data)
-    # `ordered` is the finished data to repair, or None if all of it is to be made.
-    ordered, damaged = None, []
-    if ordered_directory.exists() and any(ordered_directory.iterdir()):
-        if not (ordered_directory / MANIFEST_FILE).is_file():
-            raise ValueError(
-                f"order.directory = {ordered_directory}: exists and is not ordered data; name another directory, or "
-                "delete this one if nothing in it is needed"
-            )
-        ordered = open_prepared(ordered_directory, check_shards=False)
-        ordered.check_made_from(data, config)
-        damaged = sorted({number for number, _ in ordered.damaged_shards()})
-        if not damaged:
-            console.print(f"{ordered_directory} is already ordered by these settings; using it", soft_wrap=True)
-            return ordered
-        if only:
-            ordered.check_sizes()  # raises, as a repair takes all stages
-    for split, account in prepared.ledger.splits.items():
-        if lost := account.dropped_tokens.total():
-            raise ValueError(
-                f"data.directory = {data.directory}: lacks {lost} tokens of its {split} split; prepare the data with "
-                "data.rest = 'pack'"
-            )
-    if (records := prepared.ledger.records) >= NO_DOCUMENT:
-        raise ValueError(
-            f"data.directory = {data.directory}: has {records} records, and ordered data numbers at most "
-            f"{NO_DOCUMENT - 1}; prepare and order the sources in parts"
-        )
+    ordered = _finished(data, config)
+    damaged = sorted({number for number, _ in ordered.damaged_shards()}) if ordered is not None else []
+    if ordered is not None and not damaged:
+        console.print(f"{config.directory} is already ordered by these settings; using it", soft_wrap=True)
+        return ordered
+    if ordered is not None and only:
+        ordered.check_sizes()  # raises, as a repair takes all stages
+    _check_whole(data, prepared)
     directory = WorkDirectory(data, config, sha256_of(Path(data.directory, MANIFEST_FILE)))
     columns = (
         TextColumn("{task.description:26}"),
@@ -117,12 +97,45 @@ def order(
             # A repair writes the damaged parts again; the files of earlier stages that are gone are made first.
             if ordered is not None and stage.name == "contexts":
                 _run(stage, directory, damaged, processes, progress)
-                restore_parts(directory.partial, ordered, ordered_directory, damaged)
+                restore_parts(directory.partial, ordered, Path(config.directory), damaged)
                 break
             _run(stage, directory, range(part[0], stage.tasks(directory), part[1]), processes, progress)
             if only:
                 return None
-    return open_prepared(ordered_directory)
+    return open_prepared(config.directory)
+
+
+def _finished(data: DataConfig, config: OrderConfig) -> Manifest | None:
+    """Return the finished data of `config.directory`, perhaps with damaged shards, or None if there is nothing yet.
+
+    Raises ValueError if the directory holds something else or data of other settings.
+    """
+    directory = Path(config.directory)
+    if not directory.exists() or not any(directory.iterdir()):
+        return None
+    if not (directory / MANIFEST_FILE).is_file():
+        raise ValueError(
+            f"order.directory = {directory}: exists and is not ordered data; name another directory, or "
+            "delete this one if nothing in it is needed"
+        )
+    ordered = open_prepared(directory, check_shards=False)
+    ordered.check_made_from(data, config)
+    return ordered
+
+
+def _check_whole(data: DataConfig, prepared: Manifest) -> None:
+    """Raise ValueError if the prepared data lacks tokens or has too many documents to number."""
+    for split, account in prepared.ledger.splits.items():
+        if lost := account.dropped_tokens.total():
+            raise ValueError(
+                f"data.directory = {data.directory}: lacks {lost} tokens of its {split} split; prepare the data with "
+                "data.rest = 'pack'"
+            )
+    if (records := prepared.ledger.records) >= NO_DOCUMENT:
+        raise ValueError(
+            f"data.directory = {data.directory}: has {records} records, and ordered data numbers at most "
+            f"{NO_DOCUMENT - 1}; prepare and order the sources in parts"
+        )
 
 
 class _Processes:

@@ -1,6 +1,7 @@
 """Damaged data: each error of prepared data says what to do, and doing it gives the data as it was."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -147,12 +148,13 @@ def test_a_repair_that_is_killed_is_continued(
 ):
     shutil.rmtree(Path(config.directory, "shards"))
     (tmp_path / "child.py").write_text(CHILD)
-    child = subprocess.Popen([sys.executable, "-P", str(tmp_path / "child.py"), json.dumps(asdict(config))])
+    command = [sys.executable, "-P", str(tmp_path / "child.py"), json.dumps(asdict(config))]
+    child = subprocess.Popen(command, start_new_session=True)
     ledgers = Path(f"{config.directory}.partial", "work", "ledgers")
     while len(list(ledgers.glob("*.json"))) < 2:
         assert child.poll() is None
         time.sleep(0.001)
-    child.send_signal(signal.SIGKILL)
+    os.killpg(child.pid, signal.SIGKILL)  # its worker processes too
     assert child.wait() == -signal.SIGKILL
     prepare(config, console, workers=1)
     assert tree(Path(config.directory)) == whole
