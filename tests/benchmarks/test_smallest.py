@@ -16,8 +16,8 @@ from lib.lab_network import unavailable
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py"))
 ON_A_NETWORK = {"cp_lab_network", "gloo_links"}
-SLOW = ["compile_report", "gpu_check", "related_orders", "related_training", "soak"]
-"""Benchmarks whose smallest size takes more than 20 s of one quiet core."""
+FAST = ["cp_paper", "cp_precision", "full_sizes", "gloo_links", "order", "tune_attention"]
+"""Benchmarks of the quick and full lanes, a few seconds each; the others are slow."""
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -28,7 +28,9 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("script", by_lane(SCRIPTS, quick=["cp_precision", "order"], slow=SLOW))
+@pytest.mark.parametrize(
+    "script", by_lane(SCRIPTS, quick=["cp_precision"], slow=[script for script in SCRIPTS if script not in FAST])
+)
 def test_smallest_size(script, tmp_path):
     if script in ON_A_NETWORK and (reason := unavailable()):
         pytest.skip(reason)

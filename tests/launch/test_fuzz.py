@@ -131,6 +131,7 @@ def test_manifests_of_any_content(recipe_file, prepared, data):
     explained(lambda: preflight(load_recipe(recipe_file, settings), 1), str(prepared), "data.", "curriculum.")
 
 
+@pytest.mark.full
 @FUZZ
 @given(data=st.data())
 def test_shards_of_any_content(recipe_file, prepared, data):

@@ -19,6 +19,7 @@ with RunDirectory(sys.argv[1]).held():
 """
 
 
+@pytest.mark.full
 def test_two_runs_in_one_directory_are_refused_until_the_first_is_gone(tmp_path, monkeypatch):
     monkeypatch.setattr(run_directory, "_LOCK_WAIT_S", 0)
     run = RunDirectory(tmp_path / "run")

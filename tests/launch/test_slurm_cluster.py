@@ -20,7 +20,7 @@ from longring.launch.metrics import read_metrics
 CLUSTER = Path(__file__).with_name("slurm_cluster.sh")
 MISSING = [name for name in ("slurmctld", "slurmd", "munged") if not shutil.which(name, path="/usr/sbin:/usr/bin")]
 pytestmark = [
-    pytest.mark.full,
+    pytest.mark.slow,
     pytest.mark.skipif(
         bool(MISSING) or os.geteuid() != 0,
         reason=f"a cluster needs root and Debian's packages slurm-wlm and munge (missing here: {MISSING or 'root'}): "

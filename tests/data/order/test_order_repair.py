@@ -94,6 +94,7 @@ def test_a_damaged_file_beside_the_manifest_says_what_to_delete(
     open_prepared(config.directory)
 
 
+@pytest.mark.full
 def test_other_settings_have_three_ways_out(data: DataConfig, config: OrderConfig, whole: dict[str, bytes]):
     other = replace(config, neighbors=4)
     with pytest.raises(ValueError, match=r"order\.neighbors = 4: order\.directory = .* was made with 5") as error:

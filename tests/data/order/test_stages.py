@@ -227,8 +227,7 @@ def test_stages_alone_and_in_parts_make_the_same_bytes(prepared: DataConfig, tmp
     assert tree(Path(config.directory)) == tree(Path(reference.directory))
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", by_lane([0, 1], quick=[], slow=[1]))
 def test_killed_at_any_point_and_continued_gives_the_same_bytes(prepared: DataConfig, tmp_path: Path, seed: int):
     reference, config = settings(tmp_path / "one"), settings(tmp_path / "killed")
     order(prepared, reference, QUIET, workers=1)

@@ -193,6 +193,7 @@ def test_a_part_of_an_array_names_the_command_that_repairs(
     assert tree(Path(config.directory)) == whole
 
 
+@pytest.mark.full
 def test_other_settings_have_three_ways_out(config: DataConfig, whole: dict[str, bytes], console: Console):
     other = replace(config, max_bucket_tokens=16)
     with pytest.raises(ValueError, match="set it back, name another data.directory, or delete") as error:

@@ -62,8 +62,7 @@ def config(make_config: MakeConfig, words: Words, tmp_path: Path) -> DataConfig:
     return replace(base, source=source, input_shard_bytes=1, rest="pack", shard_tokens=4_096)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", by_lane([0, 1], quick=[], slow=[1]))
 def test_killed_at_any_point_and_continued_gives_the_same_bytes(config: DataConfig, tmp_path: Path, seed: int):
     reference = replace(config, directory=str(tmp_path / "reference"))
     prepare(reference, Console(quiet=True), workers=1)

@@ -182,6 +182,14 @@ def save_again(recipe_file: Path, overrides: list[str], source: Path, target: Pa
     return updates(engine)
 
 
+FULL_MESHES = [
+    ("float32", "2 ranks, ZeRO 3"),
+    ("float32", "4 ranks, tensor 2, ZeRO 1"),
+    ("bfloat16", "4 ranks, ZeRO 3"),
+]
+"""The dtypes and meshes of `make test`; the rest of the product is slow."""
+
+
 @pytest.fixture(scope="module")
 def trained(request, on_ranks, recipe_file, tmp_path_factory) -> tuple[Path, list[str]]:
     """A run of six steps on four ranks with tensor parallelism: its directory and its overrides."""
@@ -201,7 +209,7 @@ def run_steps(recipe_file: Path, overrides: list[str], stop_after: int | None) -
     by_lane(
         product(["float32", "bfloat16"], MESHES),
         quick=[("float32", "2 ranks, ZeRO 3")],
-        slow=[("bfloat16", mesh) for mesh in MESHES if mesh not in ("2 ranks, ZeRO 0", "4 ranks, ZeRO 3")],
+        slow=[case for case in product(["float32", "bfloat16"], MESHES) if case not in FULL_MESHES],
     ),
     indirect=["trained"],
 )
@@ -235,23 +243,33 @@ def test_padding_of_uneven_parts_is_not_saved(on_ranks, recipe_file, tmp_path):
     assert all(np.array_equal(found[key], exact[key]) for key in exact)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ((4, ["parallel.tokens_per_rank=128"]), (2, ["parallel.tokens_per_rank=512", "parallel.zero_stage=3"])),
-        ((2, ["parallel.tokens_per_rank=512", "parallel.zero_stage=2"]), (4, ["parallel.tokens_per_rank=128"])),
-        ((4, ["parallel.tokens_per_rank=128"]), (4, ["parallel.tokens_per_rank=256", "parallel.tensor=2"])),
-        (
+        pytest.param(
+            (4, ["parallel.tokens_per_rank=128"]),
+            (2, ["parallel.tokens_per_rank=512", "parallel.zero_stage=3"]),
+            id="rings of 4 to none",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            (2, ["parallel.tokens_per_rank=512", "parallel.zero_stage=2"]),
+            (4, ["parallel.tokens_per_rank=128"]),
+            id="none to rings of 4",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            (4, ["parallel.tokens_per_rank=128"]),
+            (4, ["parallel.tokens_per_rank=256", "parallel.tensor=2"]),
+            id="rings of 4 to tensor 2 and rings of 2",
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
             (4, ["parallel.tokens_per_rank=128", "parallel.cp.schedule=token_ring"]),
             (4, ["parallel.tokens_per_rank=128", "parallel.cp.schedule=ring", "parallel.zero_stage=0"]),
+            id="TokenRing and ZeRO 1 to Ring and ZeRO 0",
+            marks=pytest.mark.slow,
         ),
-    ],
-    ids=[
-        "rings of 4 to none",
-        "none to rings of 4",
-        "rings of 4 to tensor 2 and rings of 2",
-        "TokenRing and ZeRO 1 to Ring and ZeRO 0",
     ],
 )
 def test_a_run_continues_on_another_mesh(on_ranks, recipe_file, tmp_path, before, after):

@@ -156,7 +156,13 @@ def rank_processes(process: subprocess.Popen[str]) -> list[int]:
     ("signal_name", "to_a_rank", "status", "said"),
     [
         ("SIGTERM", False, 75, "saved; the same command continues the run"),
-        ("SIGKILL", True, 137, "ended by SIGKILL (out of memory, or sent by hand); the same command continues"),
+        pytest.param(
+            "SIGKILL",
+            True,
+            137,
+            "ended by SIGKILL (out of memory, or sent by hand); the same command continues",
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_the_launcher_forwards_signals_and_reports_killed_ranks(

@@ -16,6 +16,7 @@ from rich.console import Console
 DEMO = str(Path(__file__).parents[3] / "launch" / "recipes" / "demo.toml")
 
 
+@pytest.mark.full
 def test_two_ranks_of_this_machine(tmp_path, capfd):
     """The ranks are started by torchrun, with the heads of a recipe."""
     file = tmp_path / "topology.json"
