@@ -166,6 +166,7 @@ def test_kernels_import_torch_and_triton_only():
                 assert root in {"torch", "triton"} or root in sys.stdlib_module_names, f"{path} imports {name}"
 
 
+@pytest.mark.full
 def test_wheel_holds_every_module_and_recipe(tmp_path):
     """Built and imported from a directory of its own: a package missing from pyproject.toml would be absent here."""
     source = tmp_path / "source"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from longring.launch import trainer
 from longring.launch.config import load_recipe
@@ -33,6 +34,7 @@ def run_and_watch(recipe_file: Path, overrides: list[str]) -> tuple[bool, int]:
     return asked, len(set(states))
 
 
+@pytest.mark.full
 def test_deterministic_runs_are_equal_and_nothing_random_is_drawn(on_ranks, recipe_file, tmp_path):
     settings = ["train.steps=8", "parallel.tokens_per_rank=256"]
     metrics = []

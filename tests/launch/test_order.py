@@ -90,7 +90,7 @@ def first_step(recipe_file: Path, overrides: list[str]) -> tuple[dict, np.ndarra
     return weights, batch.rows.astype(np.int64), batch.trained
 
 
-@pytest.mark.parametrize("division", by_lane(DIVISIONS, quick=["cp4"]))
+@pytest.mark.parametrize("division", by_lane(DIVISIONS, quick=[]))
 def test_the_loss_is_the_mean_of_trained_targets_on_any_division(on_ranks, ordered, division, tmp_path):
     recipe_file, overrides = ordered
     [(weights, rows, trained)] = on_ranks(1, first_step, recipe_file, overrides)
@@ -194,7 +194,7 @@ def with_resets(recipe_file: Path, overrides: list[str]) -> dict[str, Any]:
     return {"weights": weights, "rows": rows, "starts": starts, "at": positions, "losses": losses.numpy()}
 
 
-@pytest.mark.parametrize("division", by_lane(["dp1", "cp4"], quick=["cp4"]))
+@pytest.mark.parametrize("division", by_lane(["dp1", "cp4"], quick=[]))
 def test_positions_count_from_each_document(on_ranks, ordered, division, tmp_path):
     """Without masks attention sees the whole context, and RoPE rotates by the position in the document."""
     recipe_file, overrides = ordered

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from helpers.small_checkpoint import make_checkpoint
 from longring.data.read.batch_order import Trained
 from longring.launch.commands.checkpoints import list_checkpoints
@@ -57,6 +58,7 @@ def test_the_checkpoints_of_a_long_run(tmp_path, capsys):
     assert "…" not in text
 
 
+@pytest.mark.full
 def test_the_plan_of_seven_buckets(recipe_file, capsys):
     settings = ["data.min_bucket_tokens=64", "data.max_bucket_tokens=4096", "train.global_batch_tokens=8192"]
     recipe = load_recipe(recipe_file, [*settings, "parallel.tokens_per_rank=64", "parallel.cp.topology=full_mesh"])

@@ -105,6 +105,7 @@ def test_torch_equals_the_formula(operator, dtype):
     check(with_gradients(operators_of(TORCH), operator, dtype), operator, dtype)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_liger_interpreted_equals_the_formula(interpreted, operator, dtype):

@@ -250,6 +250,7 @@ def test_killed_at_any_point_and_continued_gives_the_same_bytes(prepared: DataCo
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["ordered", "work"]
 
 
+@pytest.mark.full
 def test_stopped_before_any_rename_and_continued(prepared: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A run stopped before any rename or removal, the only steps that others see, goes on to the same bytes."""
     reference, config = settings(tmp_path / "one"), settings(tmp_path / "stopped")

@@ -38,6 +38,7 @@ def whole_batch(batches: BatchOrder, step: int) -> list[int]:
     return micro_batch
 
 
+@pytest.mark.full
 @settings(max_examples=20)
 @given(st.integers(0, 2**64), st.sampled_from([32, 64, 96, 256]), st.integers(1, 6))
 def test_every_sequence_once_in_every_pass(seed: int, global_batch_tokens: int, windows: int):

@@ -208,7 +208,7 @@ def run_steps(recipe_file: Path, overrides: list[str], stop_after: int | None) -
     ("trained", "mesh"),
     by_lane(
         product(["float32", "bfloat16"], MESHES),
-        quick=[("float32", "2 ranks, ZeRO 3")],
+        quick=[],
         slow=[case for case in product(["float32", "bfloat16"], MESHES) if case not in FULL_MESHES],
     ),
     indirect=["trained"],

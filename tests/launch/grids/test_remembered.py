@@ -25,6 +25,7 @@ def taken(recipe_file, directory: str, settings: list[str]) -> str:
     return str(decide_grids(recipe, mesh, recipe.data.lengths)[LayerKind(512, None)])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("settings", "size"),
     [

@@ -298,6 +298,7 @@ def test_windows_and_documents_cost_less():
     assert window.passes["forward"].compute_s < whole.passes["forward"].compute_s / 4
 
 
+@pytest.mark.full
 @settings(max_examples=40)
 @given(
     shape=attention_shapes,
