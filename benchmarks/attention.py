@@ -1,4 +1,4 @@
-"""How fast is attention, forward and backward, beside torch's own in the same run?
+"""Speed of attention, forward and backward, beside torch's own in the same run.
 
     python benchmarks/attention.py --json rows.json
     python benchmarks/attention.py --quick   # about a minute

@@ -1,4 +1,4 @@
-"""What does a save cost training: in the background, blocking, and by DeepSpeed's own writer?
+"""Cost of a save to training: in the background, blocking, and by DeepSpeed's own writer.
 
     python benchmarks/checkpoint.py --json rows.json   # ten minutes
     python benchmarks/checkpoint.py --quick            # the two smallest models

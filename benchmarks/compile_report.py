@@ -1,4 +1,4 @@
-"""Do the Triton kernels compile for GPUs that are not here, and into which registers, shared memory and spills?
+"""Registers, shared memory and spills of the Triton kernels, compiled for GPUs that need not be here.
 
     python benchmarks/compile_report.py --json rows.json
     python benchmarks/compile_report.py --only sm_90   # one architecture

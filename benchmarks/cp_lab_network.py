@@ -1,4 +1,4 @@
-"""Which grid of context parallelism is fastest on scarce links, and is the simulator right about it?
+"""Times of the grids of context parallelism on scarce links, beside their simulation.
 
     python benchmarks/cp_lab_network.py --json rows.json   # half an hour
     python benchmarks/cp_lab_network.py --quick            # about a minute

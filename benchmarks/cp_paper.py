@@ -1,4 +1,4 @@
-"""What does each grid of context parallelism cost on 8 to 1,024 GPUs, by the simulator?
+"""Simulated cost of each grid of context parallelism on 8 to 1,024 GPUs.
 
     python benchmarks/cp_paper.py --json rows.json   # a quarter of an hour
     python benchmarks/cp_paper.py --quick            # up to 64 GPUs: a minute

@@ -1,4 +1,4 @@
-"""Do partial results in 16 bit make attention less exact, and what do they save on the wire?
+"""Error of attention with partial results in 16 bit, and the bytes that they save on the wire.
 
     python benchmarks/cp_precision.py --json rows.json   # 8,192 tokens
     python benchmarks/cp_precision.py --quick            # about a minute

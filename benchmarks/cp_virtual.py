@@ -1,4 +1,4 @@
-"""Is context parallelism right, and what do its tiles cost? All ranks of a plan on one device, messages as copies.
+"""Errors and tile costs of context parallelism: all ranks of a plan on one device, messages as copies.
 
     python benchmarks/cp_virtual.py --json rows.json
     python benchmarks/cp_virtual.py --quick   # a minute; a CPU gets small sizes

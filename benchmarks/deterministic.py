@@ -1,4 +1,4 @@
-"""What does train.deterministic cost? The same training step with the switch off and on, in turns.
+"""Cost of train.deterministic: the same training step with the switch off and on, in turns.
 
     python benchmarks/deterministic.py --json rows.json   # three minutes
     python benchmarks/deterministic.py --quick            # the smallest model

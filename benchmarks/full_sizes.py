@@ -1,4 +1,4 @@
-"""Are the kernels right in full sizes? Errors against attention by its definition in fp64.
+"""Errors of the kernels in full sizes, against attention by its definition in fp64.
 
     python benchmarks/full_sizes.py --json rows.json  # two minutes of a GPU
     python benchmarks/full_sizes.py --quick           # four checks

@@ -1,4 +1,4 @@
-"""Which rates does gloo reach on the lab network, and do its links keep to their rate?
+"""Rates that gloo reaches on the lab network, beside the rates set for its links.
 
     python benchmarks/gloo_links.py --json rows.json   # 2 to 3 minutes
     python benchmarks/gloo_links.py --quick            # half a minute

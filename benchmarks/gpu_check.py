@@ -1,4 +1,4 @@
-"""Is everything right and fast on this GPU? The one command for a machine that has one.
+"""Correctness and speed on this GPU: the one command for a machine that has one.
 
     python benchmarks/gpu_check.py --json rows.json   # under nine minutes
     python benchmarks/gpu_check.py --quick            # a minute or two

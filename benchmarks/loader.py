@@ -1,4 +1,4 @@
-"""How fast does one process read prepared data beside plain webdataset, and how soon does it resume?
+"""Reading speed of one process beside plain webdataset, and the time until it resumes.
 
     python benchmarks/loader.py --json rows.json   # three minutes
     python benchmarks/loader.py --quick            # a third of the documents

@@ -1,4 +1,4 @@
-"""How good and how fast is the path through all documents, beside the released loop of In-Context Pretraining?
+"""Quality and speed of the path through all documents, beside the released loop of In-Context Pretraining.
 
     python benchmarks/order.py --json rows.json   # ten minutes
     python benchmarks/order.py --quick            # up to 10^6 documents

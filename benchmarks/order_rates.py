@@ -1,4 +1,4 @@
-"""How much does each stage of `longring order` do in a second of one core? docs/ordering.md plans with these rates.
+"""Rates of the stages of `longring order` on one core, with which docs/ordering.md plans.
 
     python benchmarks/order_rates.py --json rows.json   # three minutes
     python benchmarks/order_rates.py --quick            # a smaller index

@@ -1,4 +1,4 @@
-"""How fast is preparation on one core, beside its tokenizer alone and beside the script of Dataset Decomposition?
+"""Speed of preparation on one core, beside its tokenizer alone and the script of Dataset Decomposition.
 
     python benchmarks/prepare.py --json rows.json   # five minutes
     python benchmarks/prepare.py --quick            # a quarter of the text

@@ -1,4 +1,4 @@
-"""Do related documents share a context? Contexts by the path, by kNN groups and at random, of the same documents.
+"""Relatedness of the documents of a context: by the path, by kNN groups and at random, for the same documents.
 
     python benchmarks/related_orders.py --json rows.json   # three minutes
     python benchmarks/related_orders.py --corpus wiki.txt

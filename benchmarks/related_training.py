@@ -1,4 +1,4 @@
-"""Does a small model learn more from contexts of related documents?
+"""Losses of a small model trained on contexts of related documents, and on random ones.
 
     python benchmarks/related_training.py --json rows.json  # an hour
     python benchmarks/related_training.py --quick  # one seed, 10 steps

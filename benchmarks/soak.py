@@ -1,4 +1,4 @@
-"""Does training survive random faults for an hour: which steps and seconds are lost, and is memory flat?
+"""An hour of training under random faults: steps and seconds lost, and the growth of memory.
 
     python benchmarks/soak.py --json rows.json --picture soak.png   # an hour
     python benchmarks/soak.py --quick  # two minutes

@@ -1,4 +1,4 @@
-"""Which block sizes of the attention kernels are fastest on this GPU? Writes them into kernels/tuned.json.
+"""Measure the fastest block sizes of the attention kernels on this GPU and write them into kernels/tuned.json.
 
     python benchmarks/tune_attention.py --json rows.json
     python benchmarks/tune_attention.py --quick             # a minute or two

@@ -1,4 +1,4 @@
-"""How much faster is training on buckets than on concatenated chunks of the longest length?
+"""Speed of training on buckets beside concatenated chunks of the longest length.
 
     python benchmarks/variable_length.py --json rows.json   # eight minutes
     python benchmarks/variable_length.py --quick            # fewer steps

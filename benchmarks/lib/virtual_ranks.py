@@ -33,7 +33,7 @@ class Question(NamedTuple):
 
     @property
     def visibility(self) -> visible.Visibility:
-        """Which keys each query sees."""
+        """Return the visibility of keys to queries."""
         return visible.Visibility(window=self.case.tokens // 32 - 3 if self.case.mask == "window" else None)
 
     def spec(self, member: str, backend: str, **options: Any) -> execute.AttentionSpec:

@@ -35,7 +35,7 @@ def test_smallest_size(script, tmp_path):
     if script in ON_A_NETWORK and (reason := unavailable()):
         pytest.skip(reason)
     if script == "tune_attention" and not torch.cuda.is_available():
-        pytest.skip("block sizes are measured on a GPU")
+        pytest.skip("block sizes are measured on a GPU: run this test on a machine with one")
     record = tmp_path / "record.json"
     pictures = {"cp_paper": ["--pictures", str(tmp_path)], "soak": ["--picture", str(tmp_path / "soak.png")]}
     done = run(script, "--smallest", "--json", str(record), *pictures.get(script, []))

@@ -195,7 +195,7 @@ def test_weights_are_shares_of_tokens(window_tokens: int):
 
 
 def test_every_shuffle_window_holds_its_share_of_every_source():
-    """In every run of positions a source has its share, up to one sequence."""
+    """A source has its share of every run of positions, up to one sequence."""
     [chosen, _] = bucket_orders((bucket(8, {"a": [300], "b": [50] * 14}), BUCKETS[1]), {}, 400, 0)
     is_a = np.array(stream(chosen, 1_000)) < 300
     for start in range(0, 1_000, 50):
