@@ -154,6 +154,7 @@ def masked_and_reset(recipe_file: Path, overrides: list[str]) -> tuple[np.ndarra
     return together.flatten().numpy(), torch.cat(alone).numpy(), max(map(len, starts))
 
 
+@pytest.mark.full
 def test_masked_documents_are_trained_at_positions_of_their_own(on_ranks, ordered):
     """With document masks each document is trained as if it began at position 0: RoPE depends on distances only."""
     recipe_file, overrides = ordered

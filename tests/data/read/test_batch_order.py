@@ -54,6 +54,7 @@ def test_every_sequence_once_in_every_pass(seed: int, global_batch_tokens: int, 
         assert len(set(passes[-1])) == len(passes[-1])
 
 
+@pytest.mark.full
 def test_each_pass_and_each_seed_has_its_own_order():
     zero, one = ([whole_batch(order(seed), step) for step in range(1, STEPS + 1)] for seed in (0, 1))
     assert zero != one

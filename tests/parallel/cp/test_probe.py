@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers.lanes import by_lane
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longring.parallel.cp.cost import Speed
@@ -150,7 +151,7 @@ def uneven(told: list[int]) -> str:
     return ""
 
 
-@pytest.mark.parametrize(("measure", "num_nodes"), [(probed, 1), (two_nodes, 2)])
+@pytest.mark.parametrize(("measure", "num_nodes"), by_lane([(probed, 1), (two_nodes, 2)], quick=[(two_nodes, 2)]))
 def test_four_processes_find_the_same(on_ranks, measure, num_nodes):
     found = on_ranks(4, measure)
     assert found == [found[0]] * 4
