@@ -1,11 +1,17 @@
-"""Writing files so that they are complete or absent, even after a power loss; hashes of files."""
+"""Writing files so that they are complete or absent, even after a power loss; patient reading; hashes of files."""
 
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+ATTEMPTS = 4
+"""Number of attempts to read a file; the pauses between them are 1, 2 and 4 seconds."""
+
+T = TypeVar("T")
 
 
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
@@ -38,6 +44,25 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_patiently(name: object, read: Callable[[], T]) -> T:
+    """Return `read()`, tried up to ATTEMPTS times while it raises OSError: storage that fails may answer again.
+
+    Raises FileNotFoundError at once, and after the last attempt an OSError with the file's `name` and the reason.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return read()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if attempt == ATTEMPTS:
+                raise OSError(
+                    f"{name}: cannot be read after {ATTEMPTS} attempts ({error}); start again when its storage answers"
+                ) from error
+        time.sleep(2 ** (attempt - 1))
+    raise AssertionError("the last attempt returns or raises")
 
 
 def sha256_of(file: Path) -> str:

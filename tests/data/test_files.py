@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 
 import pytest
 from longring.data import files
-from longring.data.files import sha256_of, sha256_of_json, write_text, write_whole
+from longring.data.files import read_patiently, sha256_of, sha256_of_json, write_text, write_whole
 from longring.launch.config import load_recipe
 from longring.launch.grids.choice import LayerKind
 from longring.launch.grids.remembered import recall_grids, remember_grids
@@ -90,3 +91,27 @@ def test_hashes_are_those_of_the_content(tmp_path):
     assert sha256_of(file) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
     assert sha256_of_json({"a": 1, "b": [2]}) == sha256_of_json(json.loads('{"b":  [2],\n "a": 1}'))
     assert sha256_of_json({"a": 1}) != sha256_of_json({"a": 2})
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_what_cannot_be_read_is_tried_again(monkeypatch: pytest.MonkeyPatch, number: int):
+    pauses: list[float] = []
+    monkeypatch.setattr(files.time, "sleep", pauses.append)
+    failures = [OSError(number, os.strerror(number))] * 3
+
+    def read() -> str:
+        if failures:
+            raise failures.pop()
+        return "content"
+
+    assert read_patiently("name", read) == "content"
+    assert pauses == [1, 2, 4]
+    failures += [OSError(number, os.strerror(number))] * 4
+    with pytest.raises(OSError, match=rf"^name: cannot be read after 4 attempts .*{os.strerror(number)}.*; start again"):
+        read_patiently("name", read)
+
+
+def test_what_is_not_there_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(files.time, "sleep", lambda _: pytest.fail("waited"))
+    with pytest.raises(FileNotFoundError):
+        read_patiently("name", (tmp_path / "none").read_bytes)
