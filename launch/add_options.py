@@ -33,7 +33,7 @@ def plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks", type=_positive, metavar="N", help="number of ranks (default: as many as the largest bucket needs)"
     )
-    parser.add_argument("--topology", metavar="PRESET", help="topology, in place of parallel.cp.topology")
+    parser.add_argument("--topology", metavar="PRESET", help="topology preset, instead of parallel.cp.topology")
     parser.add_argument("--timeline", type=Path, metavar="OUT.png", help="draw simulated passes of the largest bucket")
     parser.add_argument("--measure", action="store_true", help="also run these passes here, and draw both")
 
@@ -82,16 +82,19 @@ def checkpoints(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prune",
         action="store_true",
-        help="delete all but those that --keep-last and --keep-every keep, and damaged ones",
+        help="delete damaged checkpoints, and those that --keep-last and --keep-every do not keep",
     )
     parser.add_argument(
-        "--keep-last", type=_positive, metavar="K", help="number of last ones to keep (default: train.keep_checkpoints)"
+        "--keep-last",
+        type=_positive,
+        metavar="K",
+        help="number of latest ones to keep (default: train.keep_checkpoints)",
     )
     parser.add_argument(
         "--keep-every",
         type=_positive,
         metavar="N",
-        help="keep every multiple of N too (default: train.keep_checkpoint_every_steps)",
+        help="also keep steps that are multiples of N (default: train.keep_checkpoint_every_steps)",
     )
 
 

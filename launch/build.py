@@ -31,12 +31,16 @@ from .guards import check_attention
 
 @dataclass(frozen=True)
 class BucketLayout:
-    """How the sequences of one bucket are divided among ranks, and this rank's share of them."""
+    """Division of the sequences of one bucket among ranks, and this rank's share of them."""
 
     context_parallel: int
+    """Number of ranks that share a sequence."""
     replica: int
+    """Index of this rank's replica."""
     num_replicas: int
+    """Number of replicas."""
     sequences_per_replica: int
+    """Number of sequences of a micro-batch on each replica."""
     sequence: SeqLayout
     """Positions of one sequence that this rank holds, as if the sequence were one document."""
     document_masks: bool
@@ -44,6 +48,7 @@ class BucketLayout:
     position_resets: bool
     """Whether RoPE counts positions from the start of each document."""
     attention: Callable[[SeqLayout], AttentionFunction]
+    """Function that returns attention over sequences of a layout."""
 
     def model_inputs(
         self, rows: NDArray[np.unsignedinteger], document_starts: Sequence[tuple[int, ...]] | None, device: torch.device
@@ -64,6 +69,7 @@ class BucketLayout:
             if self.context_parallel > 1:
                 [starts] = document_starts  # the ranks of a ring hold one sequence at a time
             else:
+                # Each document start moves by the position of its row in the joined sequence.
                 length = layout.num_tokens
                 runs, whole_rows = ((0, len(rows) * length),), tuple(range(0, len(rows) * length, length))
                 starts = tuple(
@@ -95,6 +101,7 @@ def bucket_layouts(
     ranks differs from attention on one.
     """
     groups: dict[int, CpGroup] = {}
+    # All ranks open process groups in the same order: here by size, whatever the order of the grids.
     for size in sorted({grid.size for grid in grids.values()}):
         used = [grid for grid in grids.values() if grid.size == size]
         groups[size] = open_group(mesh.neighbours[size], used, timeout_s=recipe.parallel.cp.timeout_s)
@@ -159,11 +166,15 @@ def attention_over_ranks(
 
 
 def build_engine(recipe: Recipe, vocab_size: int, mesh: Mesh) -> DeepSpeedEngine:
-    """Return the model and its optimizer under DeepSpeed. Equal seeds give equal weights on any mesh. Collective."""
+    """Return the model and its optimizer under DeepSpeed. Equal seeds give equal weights on any mesh. Collective.
+
+    Raises ValueError if the ranks of the mesh cannot train the recipe.
+    """
     torch.manual_seed(recipe.train.seed)
     model = Transformer(recipe.model, vocab_size, megatron_config(recipe.parallel), recipe.train.recompute).to(
         mesh.device
     )
+    # Norm weights, the only vectors, do not decay.
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(

@@ -21,7 +21,7 @@ from .run_directory import find_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a sub-command; return its exit status, or 2 after an error, which is printed in one line."""
+    """Run a sub-command and return its exit status, or 2 after an error, which is printed in one line."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser, commands = _parsers()
     if arguments and arguments[0] in commands:
@@ -151,11 +151,15 @@ class Command(NamedTuple):
 
     name: str
     run: Callable[[argparse.Namespace], int]
+    """Function that runs it; returns the exit status."""
     target: str
     """Name of its first argument, in brackets if it may be left out."""
     summary: str
+    """Sentence for the list of commands, and for the first line of its own help."""
     details: str
+    """Sentence that follows the summary in its own help."""
     example: str
+    """Arguments of the example in its help."""
     add_options: Callable[[argparse.ArgumentParser], None] = lambda _: None
 
 

@@ -28,6 +28,7 @@ def main() -> int:
     half = recipe.train.steps // 2
     run = RunDirectory(recipe.run_directory)
     reference = RunDirectory(f"{recipe.run_directory}-uninterrupted")
+    # The run to compare with needs only some steps beyond the stop.
     compared = half + recipe.train.steps // 8
     stages = [
         (

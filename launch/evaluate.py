@@ -1,7 +1,4 @@
-"""`longring evaluate`: held-out loss by bucket and by position in the context, on the mesh that trained the model.
-
-longring evaluate RUN
-"""
+"""`longring evaluate`: held-out loss by bucket and by position in the context, on the mesh that trained the model."""
 
 from __future__ import annotations
 
@@ -48,7 +45,7 @@ def position_edges(min_tokens: int, max_tokens: int) -> list[int]:
 
 @dataclass
 class Evaluator:
-    """Measures losses on one rank of the mesh; its methods are collective."""
+    """Measurement of held-out losses, one rank's part; all ranks call its methods in the same order."""
 
     engine: DeepSpeedEngine
     manifest: Manifest
@@ -60,10 +57,15 @@ class Evaluator:
     """`[vocab_size]`, fp64: the loss of each token under the train split's token counts plus one."""
 
     def sums_by_position(self, bucket: Bucket, num_sequences: int, layout: BucketLayout) -> Tensor:
-        """Sum over the first `num_sequences` of a bucket -> loss, unigram loss and tokens, fp64 `[3, ranges]`."""
+        """Return sums over the first `num_sequences` of a bucket by range of positions. Collective.
+
+        The result is loss, unigram loss and number of tokens, fp64 `[3, ranges]`.
+        """
         mesh, reader = self.mesh, self.manifest.reader(bucket)
+        # Sequences of one micro-batch of all replicas; replica r takes the r-th part of each.
         at_once = layout.num_replicas * layout.sequences_per_replica
-        positions = layout.sequence.positions(mesh.device)
+        positions = layout.sequence.positions(mesh.device)  # [s]
+        # [s]: the range of each position; with right=True a position on an edge is in the range that begins there.
         ranges = torch.bucketize(positions, torch.tensor(self.edges[1:], device=mesh.device), right=True)
         sums = torch.zeros(3, len(self.edges) - 1, dtype=torch.float64, device=mesh.device)
         for first in range(0, num_sequences, at_once):
@@ -78,13 +80,15 @@ class Evaluator:
             real = torch.from_numpy(mine < num_sequences).to(mesh.device).double()[:, None]
             counted = real * layout.trained(trained, losses).double().view(len(mine), -1)
             losses, targets = losses.double().view(len(mine), -1), inputs[1].view(len(mine), -1)
+            # [3, b, s]
             values = torch.stack([losses, self.unigram_losses[targets], torch.ones_like(losses)]) * counted
             sums.index_add_(1, ranges, values.sum(1))
+        # The ranks of a tensor-parallel group have equal sums, so they are not added.
         dist.all_reduce(sums, group=mesh.data_group)
         return sums
 
     def evaluate_bucket(self, bucket: Bucket, num_sequences: int, layout: BucketLayout) -> dict[str, Any]:
-        """Return a bucket's entry of evaluation.json."""
+        """Return a bucket's entry of evaluation.json. Collective."""
         sums = self.sums_by_position(bucket, num_sequences, layout)
         loss, unigram, tokens = sums.sum(1).tolist()
         assert self.knots is not None or tokens == num_sequences * bucket.length, "every token counts once"
@@ -105,10 +109,11 @@ class Evaluator:
 
 
 def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
-    """Evaluate the last checkpoint of the recipe's run -> the content of evaluation.json, on rank 0. Collective.
+    """Evaluate the last checkpoint of the recipe's run; return the content of evaluation.json on rank 0, else None.
 
     Losses are means over the tokens read, in nats. The unigram baseline knows the train split's token counts and
-    nothing of the context. Raises ValueError without a checkpoint or a held-out sequence.
+    nothing of the context. Raises ValueError if there is no checkpoint, or no held-out sequence that is short enough.
+    Collective.
     """
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     checked = preflight(recipe, world_size, check_shards=rank == 0)
@@ -129,6 +134,7 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
     loaded = load_last_good(engine, run.checkpoints, mesh, checked.data_hash)
     assert loaded is not None, "preflight has found a checkpoint"
     engine.eval()
+    # One more of each token: a token that the train split lacks then has a finite loss.
     counts = torch.from_numpy(manifest.unigram()).double() + 1
     tied = recipe.evaluate.knots and recipe.knots.share
     evaluator = Evaluator(
@@ -146,18 +152,18 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
     ]
     if rank != 0:
         return None
-    tokens = sum(entry["tokens"] for entry in entries)
-    result = {
-        "step": loaded[1].step,
-        "tokens": tokens,
-        "loss": sum(entry["loss"] * entry["tokens"] for entry in entries) / tokens,
-        "unigram_loss": sum(entry["unigram_loss"] * entry["tokens"] for entry in entries) / tokens,
-        "buckets": entries,
-    }
+    result = with_means(loaded[1].step, entries)
     write_text(run.evaluation_file, json.dumps(result, indent=2) + "\n")
     for table in evaluation_tables(result):
         console.print(table)
     return result
+
+
+def with_means(step: int, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the content of evaluation.json: the entries of the buckets, and the means over all their tokens."""
+    tokens = sum(entry["tokens"] for entry in entries)
+    loss, unigram = (sum(e[name] * e["tokens"] for e in entries) / tokens for name in ("loss", "unigram_loss"))
+    return {"step": step, "tokens": tokens, "loss": loss, "unigram_loss": unigram, "buckets": entries}
 
 
 def evaluation_tables(result: dict[str, Any]) -> list[Table]:
@@ -180,7 +186,7 @@ def evaluation_tables(result: dict[str, Any]) -> list[Table]:
 
 
 def _below(position: int) -> str:
-    """Return "<512", "<4k" or "<1M": ten ranges then fit into 80 columns."""
+    """Return a position as "<512", "<4k" or "<1M": ten ranges then fit into 80 columns."""
     for power, unit in ((20, "M"), (10, "k")):
         if position >= 1 << power and position % (1 << power) == 0:
             return f"<{position >> power}{unit}"
@@ -188,7 +194,7 @@ def _below(position: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one rank of an evaluation, as torchrun starts it -> exit status."""
+    """Run one rank of an evaluation, as torchrun starts it; return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m longring.launch.evaluate",
         description="One rank of an evaluation; start it by torchrun, or use `longring evaluate`.",

@@ -13,7 +13,7 @@ from .config import FaultsConfig
 
 
 class LossWatch:
-    """A judge of every step, from numbers that all ranks share, so that all ranks decide alike."""
+    """Judge of every step; it sees only numbers that are equal on all ranks, so all ranks decide alike."""
 
     def __init__(self, config: FaultsConfig, recent_losses: Iterable[float] = ()) -> None:
         self._config = config
@@ -65,6 +65,7 @@ class LossWatch:
                 "this start; raise faults.spike_skip_steps to leave out more batches, or lower train.learning_rate in "
                 "a new run_directory"
             )
+        # The losses since the checkpoint belong to steps that are done again.
         self._recent.clear()
         self._recent.extend(to.recent_losses if to else ())
 

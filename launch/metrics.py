@@ -56,6 +56,7 @@ class MetricsWriter:
         self._file_name = run.metrics_file
         keep_steps(self._file_name, from_step)
         self._file = self._file_name.open("a")
+        # An earlier start may have gone beyond its last checkpoint: TensorBoard then hides its steps from here on.
         self._tensorboard = SummaryWriter(str(run.tensorboard), purge_step=from_step + 1)
         self._console = console
         self._total_steps = total_steps
@@ -88,6 +89,7 @@ class MetricsWriter:
 
     def write(self, metrics: StepMetrics) -> None:
         """Record one step and show it. Raises OSError, with the directory, if the record cannot be written."""
+        # JSON has no numbers for NaN and infinity.
         values = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in asdict(metrics).items()

@@ -20,14 +20,17 @@ class Preflight:
     """The data that a start will read and the run that it continues, known before any rank talks to another."""
 
     manifest: Manifest
+    """Manifest of the training data."""
     order: BatchOrder
+    """Sequences of every step."""
     run: RunDirectory
+    """Directory of the run, which may not exist yet."""
     data_hash: str
     """SHA-256 of the prepared data's manifest."""
     resume_from: Path | None
     """Last checkpoint that seems whole; its hashes are checked when it is loaded."""
     steps_done: int
-    """Steps that it has; 0 without a checkpoint."""
+    """Number of steps that this checkpoint has done; 0 without a checkpoint."""
 
 
 def preflight(recipe: Recipe, world_size: int, *, check_shards: bool = True) -> Preflight:
@@ -37,6 +40,7 @@ def preflight(recipe: Recipe, world_size: int, *, check_shards: bool = True) -> 
     rank calls it before it joins the others. With `check_shards` the size of every shard is checked, a request each on
     a shared file system, so one rank does it for all.
     """
+    # The recipe alone comes first: these checks read no file. Then come the data, the run and its last checkpoint.
     recipe.accumulation_steps(world_size)
     check_named_grids(recipe)
     manifest = open_prepared(recipe.training_directory, recipe.loader, check_shards=check_shards)

@@ -45,6 +45,7 @@ def draw_run(run: RunDirectory, evaluation: dict[str, Any] | None) -> None:
         above.axhline(evaluation["loss"], color="tab:red", label=f"held out at step {evaluation['step']}")
     for number, step in enumerate(resume_steps(run)):
         for axes in (above, below):
+            # The legend names all of these lines once.
             label = "stopped and resumed" if axes is above and number == 0 else None
             axes.axvline(tokens_at[step], color="black", linestyle=":", label=label)
     above.set_ylabel("loss, nats per token")

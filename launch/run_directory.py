@@ -175,7 +175,10 @@ class RunDirectory:
 
 
 def find_run(target: str) -> RunDirectory:
-    """Return the run directory `target`, or that of the recipe file `target`."""
+    """Return the run directory `target`, or that of the recipe file `target`.
+
+    Raises ValueError if the recipe cannot be read.
+    """
     return RunDirectory(load_recipe(target).run_directory if Path(target).is_file() else target)
 
 

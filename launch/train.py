@@ -1,4 +1,4 @@
-"""Training: one loop, read from top to bottom.
+"""The training of a run: one loop, to be read from top to bottom.
 
     torchrun --nproc-per-node 4 -m longring.launch.train launch/recipes/demo.toml [key=value ...]
 
@@ -43,7 +43,8 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
     """Train until recipe.train.steps, or until `stop_after` steps are done and saved. Collective.
 
     Returns 0, or GO_ON_LATER after a signal, when all finished steps are saved. However a start ends, the same command
-    continues the run.
+    continues the run. Raises ValueError if the start does not fit its run, data or ranks, OSError if a file cannot be
+    read or written, ArithmeticError if the numbers of a step end the run, ConnectionError if another rank is gone.
     """
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     checked = preflight(recipe, world_size, check_shards=rank == 0)
@@ -67,7 +68,7 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
         while trainer.state.step < last and not trainer.stopped_by:
             metrics = trainer.train_step()
             if metrics.outcome == "spike" and trainer.go_back(metrics):
-                continue
+                continue  # the weights are now those of a checkpoint: there is nothing to save
             due = metrics.step % recipe.train.checkpoint_every_steps == 0
             if due or metrics.step == last or trainer.stopped_by:
                 trainer.save()
@@ -90,7 +91,10 @@ def start(
     last: int,
     console: Console,
 ) -> Trainer:
-    """Build the model, load the last good checkpoint and divide the buckets among the ranks. Collective."""
+    """Build the model, load the last good checkpoint and divide the buckets among the ranks. Collective.
+
+    Raises ValueError if all checkpoints are damaged or fit other data, or if ranks would divide sequences differently.
+    """
     run, order, rank_0 = checked.run, checked.order, mesh.rank == 0
     if rank_0:
         run.create(recipe)
@@ -98,6 +102,7 @@ def start(
     watchdog.at(checked.steps_done, "building the model and loading the checkpoint")
     engine = build_engine(recipe, checked.manifest.vocab_size, mesh)
     state = resume(engine, checked, recipe, mesh, console)
+    # Only now is the first step known: the checkpoint that seemed the last may have been damaged.
     if rank_0:
         run.record_start(mesh.world_size, from_step=state.step, environment=environment())
     watchdog.at(state.step, "dividing attention among ranks")
@@ -131,7 +136,10 @@ def start(
 
 
 def resume(engine: DeepSpeedEngine, checked: Preflight, recipe: Recipe, mesh: Mesh, console: Console) -> TrainState:
-    """Load the last good checkpoint, whatever mesh wrote it -> the state to go on from. Collective."""
+    """Load the last good checkpoint, which any mesh may have written, and return the state to go on from. Collective.
+
+    Raises ValueError as `load_last_good` does.
+    """
     first = TrainState(
         step=0,
         data=checked.data_hash,
@@ -150,7 +158,8 @@ def resume(engine: DeepSpeedEngine, checked: Preflight, recipe: Recipe, mesh: Me
         console.print(f"resumed from {path}", soft_wrap=True)
         for name in ("world_size", "tensor", "zero_stage"):
             if (then := getattr(saved, name)) != (now := getattr(first, name)):
-                console.print(f"  {name} was {then} there and is {now} now: losses are equal to rounding")
+                console.print(f"  {name} was {then} there and is {now} now: losses are equal up to rounding")
+    # The mesh of the state is the one that trains from here on; the rest continues.
     return replace(first, step=saved.step, skipped=saved.skipped, recent_losses=saved.recent_losses)
 
 
@@ -167,7 +176,7 @@ def use_deterministic_operations(deterministic: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one rank of a training run, as torchrun starts it -> exit status."""
+    """Run one rank of a training run, as torchrun starts it; return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m longring.launch.train",
         description="One rank of a training run; start it by torchrun, or use `longring train`.",

@@ -1,6 +1,6 @@
-"""One rank's part of a start: what it holds, one training step, and what is out of the ordinary.
+"""One rank's part of a start: its state, a training step, and the responses to spikes, signals and saves.
 
-`launch/train.py` has the loop that calls it. All ranks call the same methods in the same order.
+The loop in `launch/train.py` calls it. All ranks call the same methods in the same order.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ class Trainer:
     writer: MetricsWriter | None
     """Rank 0 only."""
     state: TrainState
-    """How far the run has come; `state.step` counts the steps done."""
+    """Progress of the run; `state.step` is the number of steps done."""
     left_out: set[int] = field(default_factory=set)
     """Steps whose batches are skipped after a spike."""
     stopped_by: str | None = None
-    """The signal that ends this start, once all ranks know of it."""
+    """Signal that ends this start, once all ranks know of it."""
 
     def __post_init__(self) -> None:
         self._micro_batches = self.loader.batches(self.state.step, self.last)
@@ -80,7 +80,11 @@ class Trainer:
             self.writer.close()
 
     def train_step(self) -> StepMetrics:
-        """Do the next step: read its batch, compute gradients, update the weights, record it. Collective."""
+        """Do the next step: read its batch, compute gradients, update the weights, record it. Collective.
+
+        Raises OSError if a shard cannot be read or the step cannot be recorded, CommonError after too many failed
+        saves, and ArithmeticError as `LossWatch.judge` does.
+        """
         started = time.perf_counter()
         step, order, train = self.state.step + 1, self.checked.order, self.recipe.train
         length = order.lengths[order.bucket(step)]
@@ -131,7 +135,7 @@ class Trainer:
     def _compute_gradients_and_update(
         self, step: int, micro_batches: Iterable[MicroBatch], layout: BucketLayout, targets: int
     ) -> Tensor:
-        """Take the micro-batches through forward and backward, then update -> this rank's sum of losses, fp64."""
+        """Take the micro-batches through forward and backward, then update; return this rank's fp64 sum of losses."""
         # The engine averages gradients over data ranks and accumulation steps; the loss of a step is the mean over the
         # trained targets of the global batch, wherever they lie.
         loss_scale = self.mesh.data_size * self.recipe.accumulation_steps(self.mesh.world_size) / targets
@@ -147,7 +151,7 @@ class Trainer:
         return loss_sum
 
     def _sum_over_ranks(self, step: int, loss_sum: Tensor) -> float:
-        """Sum the losses over the ranks, and act on the signals and saves that any of them has seen. Collective."""
+        """Return the sum of the losses over the ranks; act on signals and saves of any rank. Collective."""
         self.watchdog.at(step, "summing over the ranks")
         totals = sum_over_ranks(loss_sum, self.signals.received is not None, self.saver.status, self.mesh)
         if totals.num_stopped:
@@ -156,10 +160,10 @@ class Trainer:
         return totals.loss_sum
 
     def _judge(self, step: int, loss: float) -> tuple[float, float, str]:
-        """Count the step as done and judge it -> its loss, gradient norm and outcome, the same on all ranks."""
+        """Count the step as done; return its loss, gradient norm and outcome, which are equal on all ranks."""
         grad_norm, outcome = math.nan, "left out"
         if step in self.left_out:
-            loss = math.nan
+            loss = math.nan  # the sum over the ranks was 0: nothing was computed
         else:
             grad_norm = gradient_norm(self.engine)
             outcome = self.losses.judge(step, loss, grad_norm)
@@ -172,13 +176,14 @@ class Trainer:
         return loss, grad_norm, outcome
 
     def go_back(self, spike: StepMetrics) -> bool:
-        """Return to the last checkpoint before a spike, leaving its batches out. Collective.
+        """Return to the last checkpoint before a spike, and leave its batches out from now on. Collective.
 
-        False means that there is no checkpoint, and the run goes on from where it is. Raises ArithmeticError after
-        faults.max_rewinds.
+        Returns False if there is no checkpoint; the run then continues from the spike. Raises ArithmeticError after
+        more than faults.max_rewinds, and ValueError if all checkpoints are damaged.
         """
         step = spike.step
         self.watchdog.at(step, "going back before a loss spike")
+        # A save in flight holds a step before the spike, so it may be the checkpoint to return to.
         self.saver.finish()
         checkpoints, data_hash = self.checked.run.checkpoints, self.checked.data_hash
         found = load_last_good(self.engine, checkpoints, self.mesh, data_hash)
@@ -201,9 +206,12 @@ class Trainer:
         return True
 
     def save(self) -> None:
-        """Begin to save the state; training waits for a copy in memory only. Collective."""
+        """Begin to save the state; training waits for a copy in memory only. Collective.
+
+        Raises CommonError after too many consecutive failed saves.
+        """
         self.watchdog.at(self.state.step, "saving")
-        self.saver.finish()
+        self.saver.finish()  # there is one set of buffers, so one save at a time
         waited = self.saver.begin(replace(self.state, recent_losses=self.losses.recent))
         log.info("saving step %d: training waited %.0f ms", self.state.step, waited * 1e3)
 
@@ -241,7 +249,10 @@ class Trainer:
 
 
 def read(micro_batches: Iterator[MicroBatch], step: int, rank: int) -> MicroBatch:
-    """Return the next micro-batch of `step`. Raises OSError that names the rank: only one may be without its shard."""
+    """Return the next micro-batch of `step`.
+
+    Raises OSError if it cannot be read; the message names the rank, since the other ranks may have their shards.
+    """
     try:
         micro_batch = next(micro_batches)
     except Exception as error:  # a damaged shard may raise anything
@@ -259,6 +270,7 @@ class Totals(NamedTuple):
     """Sums over the ranks at the end of a step, equal on all of them."""
 
     loss_sum: float
+    """Sum of the losses of all trained targets, in nats."""
     num_stopped: int
     """Ranks that have received a signal."""
     num_written: int
@@ -268,7 +280,8 @@ class Totals(NamedTuple):
 
 
 def sum_over_ranks(loss_sum: Tensor, stopped: bool, saving: Status, mesh: Mesh) -> Totals:
-    """Sum over the world, once a step, so that no rank stops, saves or gives up alone. Collective."""
+    """Return sums over the world, once a step, so that no rank stops, saves or gives up alone. Collective."""
+    # One message for all numbers: a second sum would cost a second latency in every step.
     votes = [stopped, saving == "written", saving == "failed"]
     total = torch.tensor([0.0, *map(float, votes)], dtype=torch.float64, device=mesh.device)
     if mesh.tensor_rank == 0:  # the ranks of a tensor-parallel group have the same losses
@@ -279,7 +292,7 @@ def sum_over_ranks(loss_sum: Tensor, stopped: bool, saving: Status, mesh: Mesh) 
 
 
 def trained_targets(micro_batches: Iterable[MicroBatch], context_parallel: int, mesh: Mesh) -> int:
-    """Return how many targets of a step's global batch the loss counts. Collective."""
+    """Return the number of targets of a step's global batch that the loss counts. Collective."""
     count = torch.tensor(sum(int(batch.trained.sum()) for batch in micro_batches if batch.trained is not None))
     count = count.to(mesh.device)
     dist.all_reduce(count, group=mesh.data_group)

@@ -47,7 +47,7 @@ class SplitLedger:
         """Count a document of `num_pairs` tokens that entered."""
         self.documents += 1
         self.tokens += num_pairs
-        self.document_lengths[num_pairs.bit_length() - 1] += 1
+        self.document_lengths[num_pairs.bit_length() - 1] += 1  # floor(log2)
         self.length_tokens[num_pairs.bit_length() - 1] += num_pairs
 
     def drop(self, rule: Rule, num_pairs: int, *, whole: bool) -> None:

@@ -53,6 +53,7 @@ def inspect(
     print_ledger(manifest.ledger, console)
     console.print(_document_table(manifest))
     console.print(_bucket_table(manifest, train, model))
+    # The same functions as in training: the table shows the steps that a run would take.
     orders = bucket_orders(train, curriculum.weights, loader.window_tokens, seed)
     buckets = step_buckets(bucket_tokens(manifest.lengths, orders), steps, curriculum, seed)
     console.print(_curriculum_table(manifest.lengths, buckets, curriculum))

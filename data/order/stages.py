@@ -166,6 +166,7 @@ class _Processes:
             return
         if self._pool is None:
             threads = max(1, self._cpus // self._count)
+            # A fork of this process would inherit locks that its threads hold; the fork server has no threads.
             context = get_context("forkserver")
             self._pool = ProcessPoolExecutor(self._count, context, initializer=_limit_threads, initargs=(threads,))
         # A process gets the name of the stage: the functions of a Stage are lambdas, which cannot be pickled.
@@ -183,6 +184,7 @@ class _Processes:
 
 def _require(stage: Stage, directory: WorkDirectory, only: str) -> None:
     """Raise ValueError unless all tasks of `stage`, which comes before stage `only`, are done."""
+    # An earlier stage may still run on another machine, so its files are counted and not taken for granted.
     count = stage.tasks(directory)
     missing = sum(not stage.file(directory, number).exists() for number in range(count))
     if missing:
@@ -263,6 +265,7 @@ STAGES = (
         tasks.fit_encoder,
     ),
     Stage("embed", "embedding", _input_shards, _in("embed"), tasks.embed_shard),
+    # Only a split with more than `exact_documents` documents has an index: the next three stages may have no task.
     Stage("train", "training the index", _splits, _index("trained"), tasks.train_index),
     Stage(
         "fill",

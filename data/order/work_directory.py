@@ -58,6 +58,7 @@ class WorkDirectory:
             key = hashlib.sha256(json.dumps([key, settings]).encode()).hexdigest()
             if name == stage:
                 break
+        # With 12 hexadecimal digits two of some 10^7 orderings would share a folder by chance.
         root = Path(order.work_directory or f"{self.data.directory}.order")
         return root / f"{stage}-{key[:12]}"
 
@@ -109,5 +110,6 @@ class WorkDirectory:
     def dropped(self) -> NDArray[np.uint32]:
         """Return (dropped document, kept document) for every near-duplicate, uint32 [dropped documents, 2]."""
         folder, count = self.folder("duplicates"), self.documents().num_shards
+        # All pairs at once: the document that is kept may be in another input shard than its duplicate.
         pairs = np.concatenate([load(folder / f"{number:06d}.npy") for number in range(count)])
         return duplicates.choose_dropped(pairs, len(self.documents()))

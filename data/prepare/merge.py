@@ -47,6 +47,7 @@ def publish_part(
 
     `counts` [vocab_size] are its train targets and `table` [shards] its shards. The ledger file is written last.
     """
+    # The shards are on the disk before the ledger file says that the part is done.
     sync(begun)
     final = partial / "shards" / f"{number:06d}"
     # The directory exists already if a process died after this rename; it held the same bytes.
@@ -54,6 +55,7 @@ def publish_part(
     final.parent.mkdir(exist_ok=True)
     begun.rename(final)
     write_whole(_counts_file(partial, number), lambda path: np.save(path, counts))
+    # [shards][fields]: plain values for JSON, which has no bytes; the SHA-256, the last field, is hexadecimal text.
     rows = [[entry[name].item() for name in entry.dtype.names] for entry in table]
     content = {"ledger": ledger.to_json(), "shards": [[*row[:-1], row[-1].decode()] for row in rows]}
     write_text(ledger_file(partial, number), json.dumps(content) + "\n")
@@ -93,6 +95,7 @@ def restore_parts(partial: Path, manifest: Manifest, directory: Path, numbers: I
         if not np.array_equal(table, manifest.shards[manifest.shards["input_shard"] == number]):
             shutil.rmtree(partial)
             raise cannot_restore(manifest, directory, f"input shard {number} has other bytes when made again")
+    # File by file: each replaces its damaged one at once, and no reader finds the folder gone.
     for number in numbers:
         folder = directory / "shards" / f"{number:06d}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,6 +132,7 @@ def give_name(partial: Path, directory: Path) -> None:
     Raises OSError if `directory` exists and is not empty.
     """
     sync(partial)
+    # The manifest is written, so a merge that is killed here and repeated reads nothing in `work`.
     shutil.rmtree(partial / "work", ignore_errors=True)
     if directory.exists():
         directory.rmdir()

@@ -40,6 +40,7 @@ class RecordReader:
         """Yield the good records as documents, in order."""
         make = _tokens if self._source.tokens_field else _text
         for number, (name, record) in enumerate(islice(self._rows(), self._source.limit_documents or None)):
+            # Counted before the record is judged: `reject` takes the fraction of the records so far, this one included.
             self.records = number + 1
             content = record if isinstance(record, BadRecord) else make(record, self._source)
             if isinstance(content, BadRecord):
@@ -140,6 +141,7 @@ def _decoded(content: bytes) -> str | BadRecord:
 def _json_rows(file: str, _: SourceConfig) -> Iterator[tuple[str, Any]]:
     """Yield (name, record) of JSON lines, or of one array, which is read whole, if the file begins with "["."""
     with _open(file) as stream:
+        # A compressed stream cannot go back, so the first byte is put before what follows.
         first = stream.read(1)
         if first == b"[":
             yield from _array_rows(file, first + stream.read())

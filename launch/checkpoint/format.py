@@ -83,8 +83,11 @@ class CheckpointManifest:
     """The description of a checkpoint: state of the run, parameters and files."""
 
     state: TrainState
+    """State of the run after its step."""
     parameters: dict[str, ParameterEntry] = field(default_factory=dict)
+    """Entry of every parameter, by name."""
     files: dict[str, FileEntry] = field(default_factory=dict)
+    """Entry of every file except the manifest, by name."""
 
     @property
     def num_bytes(self) -> int:
@@ -193,7 +196,7 @@ def check_trained_on(manifest: CheckpointManifest, checkpoint: Path, data: str) 
 def publish_checkpoint(partial: Path) -> Path:
     """Rename a directory whose files are all flushed from `step-N.partial` to `step-N`; return the new path."""
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
-    sync(partial)
+    sync(partial)  # before the rename, so that the name never stands for missing entries
     partial.rename(final)
     sync(final.parent)
     return final

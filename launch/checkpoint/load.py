@@ -127,7 +127,10 @@ class _Reader:
         return {key: sorted(ranges) for key, ranges in found.items()}
 
     def fill(self, fragment: Fragment, tensor_rank: int, tensor_size: int) -> None:
-        """Copy the weight and both moments of a fragment into its views."""
+        """Copy the weight and both moments of a fragment into its views.
+
+        Raises ValueError if the checkpoint has no parameter of this name and shape, or lacks part of it.
+        """
         parameter = fragment.parameter
         entry = self._manifest.parameters.get(parameter.name)
         if entry is None or entry.shape != parameter.shape:
@@ -144,6 +147,7 @@ class _Reader:
         inside = fragment.start - first * len(columns)
         for kind, view in fragment.tensors.items():
             needed = torch.full((last - first, len(columns)), math.nan)  # [rows, columns]
+            # Invariant: `num_read` elements of `needed` have been read, each from the one slice that has it.
             num_read = 0
             for number in range(saved_size if saved_cut else 1):
                 theirs = _indices(parameter.shape, saved_cut, number, saved_size)
@@ -152,6 +156,7 @@ class _Reader:
                 _, ours_c, theirs_c = np.intersect1d(columns, theirs[1], True, return_indices=True)
                 if not len(ours_r) or not len(ours_c):
                     continue
+                # One range spans all these rows; rows between them that are not needed are read along.
                 begin, end = int(theirs_r.min()), int(theirs_r.max()) + 1
                 width = len(theirs[1])
                 there = self._range(parameter.name, kind, number, begin * width, end * width)
@@ -162,7 +167,7 @@ class _Reader:
             view.copy_(needed.view(-1)[inside : inside + fragment.numel])
 
     def _range(self, name: str, kind: str, slice_number: int, begin: int, end: int) -> Tensor:
-        """Return elements [begin, end) of a flattened slice, read from all files that hold some of them."""
+        """Return elements [begin, end) of a flattened slice, fp32 [end - begin], from the files that hold them."""
         result = torch.empty(end - begin)
         # Ranges are sorted, so everything before `at` is read when a range is looked at.
         at = begin
@@ -199,6 +204,7 @@ def _indices(
     sizes = [shape[0], math.prod(shape[1:])]
     indices = [np.arange(size) for size in sizes]
     if cut is not None:
+        # A fused weight has `stride` parts, such as gate and up, and every rank holds its share of each.
         parts = indices[cut.dim].reshape(cut.stride, tensor_size, -1)  # [stride, rank, index]
         indices[cut.dim] = parts[:, tensor_rank].reshape(-1)
     return indices[0], indices[1]

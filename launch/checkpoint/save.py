@@ -104,6 +104,7 @@ class Saver:
 
         No save may be in flight.
         """
+        # Only the copy is waited for: the weights may change once this function has returned.
         assert self._save is None, "the previous save is finished"
         started = time.perf_counter()
         fragments = owned(self._engine, self._mesh)
@@ -122,7 +123,8 @@ class Saver:
     def settle(self, num_written: int, num_failed: int) -> None:
         """Complete or drop the save in flight once every rank has written its file or failed to.
 
-        All ranks pass the same two sums. Raises CommonError after `max_failed` consecutive failed saves.
+        All ranks pass the same two sums, so all of them complete or drop it after the same step. Raises CommonError
+        after `max_failed` consecutive failed saves.
         """
         if self._save is None or num_written + num_failed < self._mesh.world_size:
             return  # some rank still writes
@@ -138,7 +140,10 @@ class Saver:
             self._publishing = manifest.state.step, self._thread.submit(self._publish, partial, manifest)
 
     def finish(self) -> bool:
-        """Wait for the save in flight; return whether it succeeded, True if there was none. Collective."""
+        """Wait for the save in flight; return whether it succeeded, True if there was none. Collective.
+
+        Raises CommonError after `max_failed` consecutive failed saves.
+        """
         failed_before = self._num_failed
         # First every rank's own file, then rank 0's manifest and rename: each has one sum over the ranks.
         if self._save is not None:
@@ -191,6 +196,7 @@ class Saver:
                 self._host[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=cuda)
             self._host[name].copy_(tensor, non_blocking=cuda)
         if cuda:
+            # The copies are queued behind the step that computed the weights; the thread must not read them before.
             torch.cuda.current_stream().synchronize()
         return {name: self._host[name] for name in tensors}
 

@@ -143,6 +143,7 @@ def simulate_passes(pricer: Pricer, grid: CpGrid) -> list[Panel]:
 
 def measure_passes(recipe: Recipe, grid: CpGrid, num_tokens: int, visibility: Visibility) -> list[Panel]:
     """Run each pass on this group of ranks with random q, k, v; return a panel for each, on every rank. Collective."""
+    # One group alone, without tensor parallelism: each rank has the heads of one tensor-parallel rank of a run.
     mesh = join(replace(recipe.parallel, tensor=1, sequence_parallel=False), grid.size)
     group = open_group(range(grid.size), [grid], timeout_s=recipe.parallel.cp.timeout_s)
     shape, layout = attention_shape(recipe), zigzag(num_tokens, group.rank, grid.size)
@@ -162,6 +163,7 @@ def measure_passes(recipe: Recipe, grid: CpGrid, num_tokens: int, visibility: Vi
         dist.barrier()
         return Recorded(group, spec.plan(direction, group.rank)[1], traded=grid.heads > 1, origin_s=time.perf_counter())
 
+    # Every round replaces the events of the one before, so those of the last one are drawn.
     events: dict[Pass, list[Event]] = {}
     for _ in range(WARM_UP_PASSES + 1):
         first = recorder("forward")
@@ -202,6 +204,7 @@ def draw_measured(
     panels = measure_passes(recipe, grid, num_tokens, visibility)
     if dist.get_rank():
         return
+    # Simulated with the measured speed of tiles, the two pictures differ in communication alone.
     shape = attention_shape(recipe)
     speed = measured_speed(panels, shape, num_tokens, visibility)
     played = simulate_passes(Pricer(num_tokens, shape, topology, speed, visibility), grid)
@@ -216,7 +219,7 @@ def draw_measured(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one rank of a measurement, as started by `longring plan --measure`."""
+    """Run one rank of a measurement, as `longring plan --measure` starts it; return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m longring.launch.commands.plan",
         description="Run one rank of a measurement. `longring plan --measure` starts it.",

@@ -58,6 +58,7 @@ def submit(recipe: Recipe, arguments: list[str], nodes: int) -> str:
 
     Raises ValueError if the run would fail on the nodes, or if there is no sbatch or it refuses the job.
     """
+    # Checked here and not only by the job, which may wait for days before it starts.
     run = RunDirectory(recipe.run_directory)
     run.check(recipe)
     script = job_script(recipe, nodes)

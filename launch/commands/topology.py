@@ -49,7 +49,8 @@ def start_probe(
 def show_topology(recipe_file: str | None, overrides: Sequence[str], json_file: Path | None, console: Console) -> None:
     """Measure all ranks; rank 0 prints the result and writes it to `json_file`. Collective.
 
-    Without a recipe, attention has the heads of Llama-3-8B.
+    Without a recipe, attention has the heads of Llama-3-8B, in bfloat16. Raises ValueError if the recipe cannot be
+    read.
     """
     heads, head_dim, dtype, backend = (32, 8), 128, torch.bfloat16, "auto"
     if recipe_file is not None:
@@ -106,7 +107,7 @@ def _name(fabric: Fabric) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one rank of a probe, as started by torchrun."""
+    """Run one rank of a probe, as torchrun starts it; return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m longring.launch.commands.topology",
         description="Run one rank of a probe. Start it with torchrun, or use `longring topology`.",

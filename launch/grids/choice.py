@@ -42,6 +42,7 @@ class GridChoice(NamedTuple):
 
 def layer_kinds(recipe: Recipe, lengths: Sequence[int]) -> list[LayerKind]:
     """Return the layer kinds of the buckets of these lengths; buckets that fit one rank have none."""
+    # Layers of one bucket differ in their window only; full attention (None) comes first.
     windows = sorted(
         {recipe.model.attention_window(layer) for layer in range(recipe.model.num_layers)}, key=lambda w: w or 0
     )
@@ -68,6 +69,7 @@ def pricer(recipe: Recipe, kind: LayerKind, topology: Topology, speed: Speed) ->
 
 def check_named_grids(recipe: Recipe) -> None:
     """Raise ValueError if a grid that the recipe names does not fit its ranks or heads."""
+    # Only degrees up to that of the largest bucket occur; grids named for larger ones are never used.
     shape = attention_shape(recipe)
     size = 2  # context-parallel degrees are powers of two
     while size <= recipe.max_context_parallel:
@@ -82,7 +84,10 @@ def check_named_grids(recipe: Recipe) -> None:
 
 
 def named_grids(recipe: Recipe, lengths: Sequence[int]) -> dict[LayerKind, CpGrid | None]:
-    """Return the grid that the recipe names for every layer kind; None leaves the choice to the cost model."""
+    """Return the grid that the recipe names for every layer kind; None leaves the choice to the cost model.
+
+    Raises ValueError if a named grid has another number of ranks.
+    """
     return {
         kind: recipe.parallel.cp.named_grid(recipe.parallel.context_parallel(kind.sequence_tokens))
         for kind in layer_kinds(recipe, lengths)
@@ -90,7 +95,10 @@ def named_grids(recipe: Recipe, lengths: Sequence[int]) -> dict[LayerKind, CpGri
 
 
 def choose_grids(recipe: Recipe, lengths: Sequence[int], topology: Topology, speed: Speed) -> list[GridChoice]:
-    """Choose a grid for every layer kind: the one that the recipe names, or the cheapest."""
+    """Return the choice for every layer kind, in the order of `layer_kinds`: the named grid, or else the cheapest.
+
+    Raises ValueError if a named grid has another number of ranks, or if the topology has too few.
+    """
     choices = []
     for kind, named in named_grids(recipe, lengths).items():
         asked = pricer(recipe, kind, topology, speed)

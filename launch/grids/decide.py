@@ -60,6 +60,7 @@ def decide_grids(
             if console is not None:
                 console.print(grids_table(choices, f"Attention over several ranks, priced on {topology.name}"))
             remember_grids(file, key, taken)
+        # Rank 0 alone has chosen: the others take its grids.
         shared = [(taken, None)]
         dist.broadcast_object_list(shared)
         taken, _ = shared[0]

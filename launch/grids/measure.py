@@ -43,12 +43,13 @@ def named_topology(name: str, recipe: Recipe, world_size: int) -> tuple[Topology
 
 def _every(tensor: int, fabric: Fabric) -> Fabric:
     """Return the fabric between every `tensor`-th rank; the ranks in between take their share of a shared port."""
+    # For example with a port for 4 ranks and tensor = 2: 2 of every 4 ranks are left, and half the port's bytes.
     ends = max(1, fabric.ends_per_port // tensor)
     return replace(fabric, ends_per_port=ends, bytes_per_s=fabric.bytes_per_s * ends / fabric.ends_per_port)
 
 
 def measured_topology(recipe: Recipe, mesh: Mesh) -> tuple[Topology, Speed]:
-    """Measure the links between the ranks and their attention speed. Collective."""
+    """Return the measured links between the ranks that share a sequence, and their attention speed. Collective."""
     shape = attention_shape(recipe)
     found = probe(
         shape.num_heads,
