@@ -2,4 +2,4 @@
 
 from .ranks.logs import hold_warnings
 
-hold_warnings()
+hold_warnings()  # here, because the libraries warn while the modules below are imported

@@ -44,7 +44,7 @@ def order(parser: argparse.ArgumentParser) -> None:
         "--workers", type=_not_negative, default=0, metavar="N", help="number of processes (default: one for each CPU)"
     )
     parser.add_argument(
-        "--stage", dest="only", default="", metavar="NAME", help="run one stage; an unknown name lists the stages"
+        "--stage", dest="only", default="", metavar="NAME", help="run only this stage; an unknown name lists all stages"
     )
     parser.add_argument("--part", default="0/1", metavar="I/N", help="run tasks I, I+N, I+2N, ... of each stage")
 

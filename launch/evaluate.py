@@ -51,6 +51,7 @@ class Evaluator:
     manifest: Manifest
     mesh: Mesh
     knots: Knots | None
+    """Knots to tie into the sequences; None: they are read as stored."""
     edges: list[int]
     """Edges of the position ranges: range r holds positions edges[r] <= p < edges[r + 1]."""
     unigram_losses: Tensor

@@ -61,7 +61,7 @@ class Trainer:
     state: TrainState
     """Progress of the run; `state.step` is the number of steps done."""
     left_out: set[int] = field(default_factory=set)
-    """Steps whose batches are skipped after a spike."""
+    """Numbers of the steps whose batches are left out after a spike."""
     stopped_by: str | None = None
     """Signal that ends this start, once all ranks know of it."""
 

@@ -35,9 +35,13 @@ class Part:
     """Sequences of one source in a bucket: adjacent shards of the bucket's table."""
 
     source: str
+    """Name of the source."""
     first_shard: int
+    """Index of the source's first shard in the bucket's table."""
     num_shards: int
+    """Number of the source's shards, which follow it."""
     sequences: int
+    """Number of sequences in these shards."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

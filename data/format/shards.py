@@ -50,7 +50,9 @@ class ShardName(NamedTuple):
     input_shard: int
     split: Split
     length: int
+    """Tokens of each sequence, without the one more that is stored."""
     number: int
+    """Number of the shard among those of its input shard, split and length, from 0."""
 
     def path(self) -> str:
         """Return the path of the shard relative to the prepared directory."""

@@ -15,6 +15,7 @@ class ModelSize:
     """Parameters of all matrix products of a token: layers and output head, without the embedding."""
 
     num_layers: int
+    """Number of transformer layers."""
     attention_width: int
     """Number of query heads times the head dim."""
 

@@ -1,4 +1,4 @@
-"""Stop signals. SIGTERM and SIGUSR1 ask a run to save and stop; it does so after the step at which all ranks know."""
+"""Stop signals: SIGTERM and SIGUSR1 ask a run to save and stop, after the step in which all ranks learn of them."""
 
 from __future__ import annotations
 
