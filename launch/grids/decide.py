@@ -38,6 +38,7 @@ def decide_grids(
     # Only rank 0 decides whether to measure, since a probe takes all ranks and only rank 0 has read the file.
     shared: list[tuple[dict[LayerKind, CpGrid], str | None]] = [({}, None)]
     if mesh.rank == 0 and open_kinds:
+        # Not priced again: two probes differ, and another grid sums in another order.
         known = recall_grids(file, key)
         shared = [(known, None if all(kind in known for kind in open_kinds) else topology_name(recipe))]
     dist.broadcast_object_list(shared)

@@ -17,6 +17,7 @@ from .measure import topology_name
 
 def division(recipe: Recipe, mesh: Mesh) -> str:
     """Return a description of all settings that decide the cheapest grid and may change between starts."""
+    # The model, the data and the dtype are not here: they stay the same in all starts of a run.
     parallel = recipe.parallel
     return (
         f"{mesh.world_size} ranks, tensor {parallel.tensor}, {parallel.tokens_per_rank} tokens a rank, "
