@@ -11,7 +11,6 @@ import importlib.util
 import multiprocessing
 import os
 import pickle
-import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -20,8 +19,17 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import TCPStore
+
 TIMEOUT_S = 300
-PRELOADED = ["longring.launch.train", "hypothesis", "pytest", "helpers.faulty"]
+# DeepSpeed imports the last one with its first engine, and compiles a test program for it: here once for all ranks.
+PRELOADED = [
+    "longring.launch.train",
+    "hypothesis",
+    "pytest",
+    "helpers.faulty",
+    "deepspeed.module_inject.auto_ep_config",
+]
 
 
 def fork_server() -> ForkServerContext:
@@ -42,25 +50,26 @@ def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[
 
     Raises AssertionError with the traceback of the first rank that fails.
     """
-    with tempfile.TemporaryDirectory() as directory:
-        named = (f"file://{directory}/store", function.__code__.co_filename, function.__name__, args)
-        waiting: dict[Connection, int] = {}
-        processes = []
-        try:
-            for rank in range(world_size):
-                ours, theirs = multiprocessing.Pipe(duplex=False)
-                variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-                environment = {**os.environ, **variables, "OMP_NUM_THREADS": "1"}
-                process = fork_server().Process(target=_call, args=(environment, theirs, *named), daemon=True)
-                process.start()
-                theirs.close()
-                processes.append(process)
-                waiting[ours] = rank
-            return _results(waiting)
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+    # The ranks meet at a server of this process; a store in a file would be read again and again by all of them.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    named = (store.port, function.__code__.co_filename, function.__name__, args)
+    waiting: dict[Connection, int] = {}
+    processes = []
+    try:
+        for rank in range(world_size):
+            ours, theirs = multiprocessing.Pipe(duplex=False)
+            variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+            environment = {**os.environ, **variables, "OMP_NUM_THREADS": "1"}
+            process = fork_server().Process(target=_call, args=(environment, theirs, *named), daemon=True)
+            process.start()
+            theirs.close()
+            processes.append(process)
+            waiting[ours] = rank
+        return _results(waiting)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def _results(waiting: dict[Connection, int]) -> list[Any]:
@@ -83,7 +92,7 @@ def _results(waiting: dict[Connection, int]) -> list[Any]:
 
 
 def _call(
-    environment: dict[str, str], pipe: Connection, store: str, file: str, name: str, args: tuple[Any, ...]
+    environment: dict[str, str], pipe: Connection, port: int, file: str, name: str, args: tuple[Any, ...]
 ) -> None:
     take_environment(environment)
     import torch
@@ -92,7 +101,7 @@ def _call(
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=store,
+        store=TCPStore("127.0.0.1", port, is_master=False),
         rank=int(environment["RANK"]),
         world_size=int(environment["WORLD_SIZE"]),
         timeout=timedelta(seconds=TIMEOUT_S),
