@@ -32,11 +32,13 @@ PRELOADED = [
 ]
 
 
+# A process has one server, which `longring order` may start as well: the first to start it decides what it imports.
+multiprocessing.set_forkserver_preload(PRELOADED)
+
+
 def fork_server() -> ForkServerContext:
     """Return the context whose processes are forked from one server with everything imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    return context
+    return multiprocessing.get_context("forkserver")
 
 
 def take_environment(variables: dict[str, str]) -> None:
