@@ -28,6 +28,8 @@ MANIFEST_FILE = "manifest.json"
 SHARDS_FILE = "shards.npy"
 INPUTS_FILE = "inputs.jsonl"
 UNIGRAM_FILE = "unigram.npy"
+REPORT_FILE = "order.json"
+"""Report of an ordering; only ordered data has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +143,7 @@ class Manifest:
             other_files = isinstance(store, LocalStore) and file.parent.is_dir() and any(file.parent.iterdir())
             first = "name another directory, or delete this one if nothing in it is needed, and " if other_files else ""
             raise ValueError(
-                f"{where}: does not exist, so {store.name} is not prepared data; {first}run `longring prepare RECIPE`, "
-                "or `longring order RECIPE` if it is the order.directory"
+                f"{where}: does not exist, so {store.name} is not prepared data; {first}run {_makers(store, None)}"
             )
         content: Any = None
         try:
@@ -311,9 +312,21 @@ def _advice(store: Store, content: Any) -> str:
     """Return the advice for a damaged file of prepared data; `content` is the manifest, or None if it is unreadable."""
     if not isinstance(store, LocalStore):
         return f"copy the prepared directory to {store.name} again"
+    return f"delete {store.name} and run {_makers(store, content)}"
+
+
+def _makers(store: Store, content: Any) -> str:
+    """Return the command that made the data: `content` of the manifest names it, else a file beside the manifest.
+
+    Without either, both commands are returned.
+    """
     if isinstance(content, dict) and "order" in content:
-        return f"delete {store.name} and run `{_command(content['order'])} RECIPE`"
-    return f"delete {store.name} and run `longring prepare RECIPE`, or `longring order RECIPE` if that made it"
+        return f"`{_command(content['order'])} RECIPE`"
+    if isinstance(store, LocalStore) and store.path(REPORT_FILE).is_file():
+        return "`longring order RECIPE`"
+    if isinstance(store, LocalStore) and store.path(SHARDS_FILE).is_file():
+        return "`longring prepare RECIPE`"
+    return "`longring prepare RECIPE`, or `longring order RECIPE` if it is the order.directory"
 
 
 def _checked(store: Store, name: str, sha256: str, advice: str) -> Path:

@@ -11,15 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from ..format.document import NO_DOCUMENT, SPLITS
-from ..format.manifest import Manifest
-from ..order.report import FIRST_LINE_TOKENS, REPORT_FILE, first_line
-from .tables import bar, make_table
+from ..format.manifest import REPORT_FILE, Manifest
+from ..order.report import FIRST_LINE_TOKENS, first_line
+from .tables import bar, make_table, shortened
 
 BAR = 20
 """Characters of the longest bar."""
 
 TITLE = 44
-"""Maximum characters of a title: the record's number and the end of its file's name."""
+"""Maximum characters of a title; at 80 columns this leaves about 20 for the first line."""
 
 
 def show_order(manifest: Manifest, console: Console) -> None:
@@ -33,7 +33,7 @@ def show_order(manifest: Manifest, console: Console) -> None:
     if len(report["sources"]) > 1:
         console.print(_sources_table(report["sources"]))
     console.print(duplicates_table(report["duplicates"]))
-    console.print(_neighbors_table(report["neighbors"]))
+    console.print(neighbors_table(report["neighbors"]))
     path, contexts = report["path"], report["contexts"]
     console.print(_path_table(path))
     console.print(
@@ -72,7 +72,7 @@ def _sources_table(sources: dict[str, dict[str, int]]) -> Table:
     return table
 
 
-def _neighbors_table(entries: Iterable[dict[str, Any]]) -> Table:
+def neighbors_table(entries: Iterable[dict[str, Any]]) -> Table:
     """Return some documents (bold), each followed by its nearest neighbours."""
     table = _documents_table("Documents and their nearest neighbours", "cosine")
     for entry in entries:
@@ -119,9 +119,11 @@ def _documents_table(title: str, *numbers: str) -> Table:
 
 
 def _described(entry: dict[str, str]) -> tuple[str, Text]:
-    """Return the cells of a document: its title, shortened in the middle, and its first line."""
+    """Return the cells of a document: its title in at most TITLE characters, and its first line."""
     title = entry["title"]
     if len(title) > TITLE:
-        record = title.partition(" of ")[0]
-        title = f"{record} …{title[len(record) + 2 - TITLE :]}"
+        # The record and the file tell documents apart; the source and the input shard are shown only without a file.
+        record, _, origin = title.partition(" of ")
+        origin = origin.partition(": ")[2] or origin
+        title = f"{record} of {shortened(origin, TITLE - len(record) - len(' of '))}"
     return escape(title), Text(entry["first_line"], no_wrap=True, overflow="ellipsis")

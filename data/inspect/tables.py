@@ -28,3 +28,21 @@ def make_table(title: str, *columns: str, text: tuple[str, ...] = ()) -> Table:
 def bar(share: float, width: int) -> str:
     """Return a bar of `share` in [0, 1] of `width` characters."""
     return "█" * round(width * share)
+
+
+def shortened(name: str, width: int) -> str:
+    """Return `name` in at most `width` characters, with "…" where it is cut.
+
+    A path loses leading directories, because its end tells documents apart; any other name loses its middle.
+    """
+    if len(name) <= width:
+        return name
+    # The first "/" after which the rest of the path fits beside the mark.
+    end = name.find("/", len(name) - width + 1)
+    if end >= 0:
+        return f"…{name[end:]}"
+    file = name.rpartition("/")[2]
+    if len(file) <= width:
+        return file
+    head = width // 2
+    return f"{file[:head]}…{file[head + 1 - width :]}"

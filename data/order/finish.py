@@ -23,7 +23,7 @@ from ..config import DataConfig
 from ..files import write_text
 from ..format.document import NO_DOCUMENT, SPLITS
 from ..format.ledger import Ledger, SplitLedger
-from ..format.manifest import INPUTS_FILE, MANIFEST_FILE, Manifest, file_hashes, settings_of
+from ..format.manifest import INPUTS_FILE, MANIFEST_FILE, REPORT_FILE, Manifest, file_hashes, settings_of
 from ..format.shards import BucketWriter, ShardName
 from ..format.store import LocalStore
 from ..format.tokenizer import TOKENIZER_FILE
@@ -32,7 +32,7 @@ from ..prepare.merge import give_name, merge_parts, publish_part
 from .contexts import Layout, lay_in_context, lay_long_buckets, read_sequence, stored
 from .documents import Documents, save
 from .neighbors import Embeddings
-from .report import REPORT_FILE, make_report
+from .report import make_report
 
 PLACEMENT_FILE = "placement.npy"
 PLACEMENT_DTYPE = np.dtype([("record", "<u4"), ("length", "<u4"), ("sequence", "<i8")])

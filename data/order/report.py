@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 
 from ..config import DataConfig
 from ..files import write_text
-from ..format.manifest import Manifest
+from ..format.manifest import REPORT_FILE, Manifest
 from ..order_config import OrderConfig
 from .contexts import Layout, stored
 from .documents import Documents
 from .neighbors import Embeddings
 from .path import NO_NEIGHBOR
 
-REPORT_FILE = "order.json"
 SAMPLED_CONTEXTS = 256
 """Number of contexts of each bucket whose cosines are measured."""
 SHOWN_DOCUMENTS = 6

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from longring.data.format.ledger import Ledger
 from longring.data.inspect.ledger import ledger_table
-from longring.data.inspect.ordered import duplicates_table
-from longring.data.inspect.tables import bar, make_table
+from longring.data.inspect.ordered import TITLE, duplicates_table, neighbors_table
+from longring.data.inspect.tables import bar, make_table, shortened
 from rich.console import Console
 from rich.table import Table
 
@@ -54,6 +54,37 @@ def test_a_large_histogram_of_duplicates_is_whole(threshold: float, chosen: str)
     assert f"threshold: {chosen}" in text
     assert text.count("all compared") == (2 if threshold < 1 else 0)
     assert "0.50" not in text, "a bin below 0.8 without near-duplicates is not shown"
+
+
+LIB = "/opt/tools/python/versions/3.11/lib/python3.11"
+LONG_NAMES = {
+    f"record 8 of source 'py', input shard 3: {LIB}/asyncio/events.py": "record 8 of …/python3.11/asyncio/events.py",
+    f"record 9 of source 'py', input shard 3: {LIB}/asyncio/tasks.py": "record 9 of …/python3.11/asyncio/tasks.py",
+    f"record 7 of source 'a', input shard 0: {LIB}/{40 * '0'}7.json": "record 7 of 0000000000000000…0000000007.json",
+    "record 12345678 of source 'common-crawl', input shard 9876": "record 12345678 of source 'comm…t shard 9876",
+    "record 4 of source 'web', input shard 0": "record 4 of source 'web', input shard 0",
+}
+"""Titles of documents, and as they are shown."""
+
+
+def test_long_names_keep_what_tells_documents_apart():
+    entries = [{"title": title, "first_line": "", "neighbors": []} for title in LONG_NAMES]
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(neighbors_table(entries))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    for expected in LONG_NAMES.values():
+        assert len(expected) <= TITLE
+        assert sum(expected in line for line in lines) == 1
+
+
+@pytest.mark.parametrize("width", range(8, 40))
+def test_a_shortened_name_fits(width: int):
+    for name in ("a/bc/defgh/ijklmnopq/rstuv.py", "/" + 30 * "x", "no path at all, but long", "/home/data/x/y/"):
+        short = shortened(name, width)
+        assert len(short) <= width
+        assert (short == name) == (len(name) <= width)
+        assert short.endswith(name[-width // 4 :])
 
 
 def test_numbers_are_at_the_right_and_text_at_the_left():

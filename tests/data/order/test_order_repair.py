@@ -76,16 +76,17 @@ def test_a_shard_with_a_wrong_bit_is_deleted_and_made_again(
     assert tree(Path(config.directory)) == whole, "also without the files of the stages"
 
 
-@pytest.mark.parametrize("name", ["shards.npy", "placement.npy", "order.json"])
-def test_a_damaged_file_beside_the_manifest_says_what_to_delete(
+@pytest.mark.parametrize("name", ["manifest.json", "shards.npy", "placement.npy", "order.json"])
+def test_a_damaged_manifest_or_file_beside_the_manifest_says_what_to_delete(
     data: DataConfig, config: OrderConfig, whole: dict[str, bytes], name: str
 ):
     file = Path(config.directory, name)
     file.write_bytes(file.read_bytes()[:-8])
     for _ in range(2):
-        with pytest.raises(ValueError, match=rf"{file}: SHA-256") as error:
+        with pytest.raises(ValueError, match=rf"{file}: (SHA-256|damaged)") as error:
             order(data, config, QUIET, workers=1)
         assert f"delete {config.directory} and run `longring order RECIPE`" in str(error.value)
+        assert "longring prepare" not in str(error.value)
     shutil.rmtree(config.directory)
     order(data, config, QUIET, workers=1)
     assert {key: value for key, value in tree(Path(config.directory)).items() if key.endswith(".tar")} == {

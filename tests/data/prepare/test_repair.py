@@ -174,6 +174,7 @@ def test_a_damaged_manifest_or_file_beside_it_says_what_to_delete(
     with pytest.raises(ValueError, match=r"manifest|damaged|missing") as error:
         open_prepared(config.directory)
     assert advice in str(error.value)
+    assert "longring order" not in str(error.value)
     with pytest.raises(ValueError, match=r"data\.directory|manifest|damaged|missing") as error:
         prepare(config, console, workers=1)
     assert advice in str(error.value)
