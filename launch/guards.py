@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,36 @@ in tests/launch/test_guards.py by at least 0.06."""
 _ADVICE = "try another train.attention_backend or parallel.cp.schedule, and report this error of LongRing"
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """A small model and a sequence of two documents, on which attention over a group is checked."""
+
+    model: Transformer
+    tokens: Tensor
+    """[1, num_tokens + 1]"""
+    documents: tuple[int, int]
+    """Position at which each document starts."""
+    mine: SeqLayout
+    """Share of this rank in the sequence."""
+    group: dist.ProcessGroup
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens.shape[1] - 1
+
+    def losses(self, tokens: Tensor, layout: SeqLayout, attention: AttentionFunction) -> Tensor:
+        """Return the losses at the positions of `layout`, fp32 [positions]; `tokens` are [1, num_tokens + 1]."""
+        at = layout.positions(tokens.device)
+        return self.model(tokens[:, at], tokens[:, at + 1], layout, attention)[0].float()
+
+    def gathered(self, share: Tensor) -> Tensor:
+        """Return the losses of all ranks in order of position, [num_tokens]. Collective."""
+        of_all = torch.zeros(self.num_tokens, device=share.device)
+        of_all[self.mine.positions(share.device)] = share.detach()
+        dist.all_reduce(of_all, group=self.group)
+        return of_all
+
+
 def check_attention(
     recipe: Recipe,
     mesh: Mesh,
@@ -45,61 +75,65 @@ def check_attention(
     `spread(tokens)` and `whole` return attention for a layout, over the group and on this rank alone. No loss may
     depend on a later token or on another document, and losses and gradients must equal those of one rank. Collective.
     """
+    sample = _make_sample(recipe, mesh, group)
+    attention = spread(sample.num_tokens)(sample.mine)
+    _check_leaks(sample, attention, group.size)
+
+    share = sample.losses(sample.tokens, sample.mine, attention)
+    share.sum().backward()
+    gradient = _gradient(sample.model)
+    dist.all_reduce(gradient, group=sample.group)
+    sample.model.zero_grad()
+    everything = SeqLayout(((0, sample.num_tokens),), sample.documents)
+    alone = sample.losses(sample.tokens, everything, whole(everything))
+    alone.sum().backward()
+    dtype = getattr(torch, recipe.train.dtype)
+    _compare("loss", sample.gathered(share), alone.detach(), dtype, group)
+    _compare("gradient", gradient, _gradient(sample.model), dtype, group)
+
+
+def _make_sample(recipe: Recipe, mesh: Mesh, group: CpGroup) -> _Sample:
+    """Return the sample of a recipe, with equal weights and tokens on every rank of the group."""
     divisor = recipe.parallel.tensor if recipe.parallel.sequence_parallel else 1
     num_tokens = group.size * math.ceil(TOKENS_PER_RANK / divisor) * divisor
-    second = num_tokens // 3
-    documents = (0, second)
-    mine = SeqLayout(zigzag(num_tokens, group.rank, group.size).runs, documents)
-    everything = SeqLayout(((0, num_tokens),), documents)
-    attention = spread(num_tokens)(mine)
-
-    dtype = getattr(torch, recipe.train.dtype)
+    documents = (0, num_tokens // 3)
     torch.manual_seed(0)
     # The weights are so large that attention is far from uniform at any width; else it would hardly affect the loss.
     num_layers = min(recipe.model.num_layers, recipe.model.full_attention_every)
     config = replace(recipe.model, num_layers=num_layers, init_std=recipe.model.hidden_size**-0.5)
-    model = Transformer(config, VOCABULARY, megatron_config(recipe.parallel)).to(mesh.device, dtype)
-    tokens = torch.randint(VOCABULARY, (1, num_tokens + 1), generator=torch.Generator().manual_seed(1)).to(mesh.device)
+    model = Transformer(config, VOCABULARY, megatron_config(recipe.parallel))
+    tokens = torch.randint(VOCABULARY, (1, num_tokens + 1), generator=torch.Generator().manual_seed(1))
+    return _Sample(
+        model.to(mesh.device, getattr(torch, recipe.train.dtype)),
+        tokens.to(mesh.device),
+        documents,
+        SeqLayout(zigzag(num_tokens, group.rank, group.size).runs, documents),
+        next(iter(group.channels.values())),  # any channel of the group serves sums of losses and gradients
+    )
 
-    def losses(tokens: Tensor, layout: SeqLayout, attention: AttentionFunction) -> Tensor:
-        at = layout.positions(mesh.device)
-        return model(tokens[:, at], tokens[:, at + 1], layout, attention)[0].float()  # [tokens of the layout]
 
-    def gathered(share: Tensor) -> Tensor:
-        """Return the losses of all ranks in order of position, shape [num_tokens]. Collective."""
-        of_all = torch.zeros(num_tokens, device=mesh.device)
-        of_all[mine.positions(mesh.device)] = share.detach()
-        dist.all_reduce(of_all, group=_any_group(group))
-        return of_all
-
-    with torch.no_grad():
-        before = gathered(losses(tokens, mine, attention))
+@torch.no_grad()
+def _check_leaks(sample: _Sample, attention: AttentionFunction, size: int) -> None:
+    """Raise ValueError if a loss depends on a later token or on another document. Collective."""
+    num_tokens, (_, second) = sample.num_tokens, sample.documents
+    before = sample.gathered(sample.losses(sample.tokens, sample.mine, attention))
     # One token late in each document is changed: no loss before it may change, and its own loss must.
-    for changed, start in ((second - second // 4, 0), (num_tokens - second // 4, second)):
-        other = tokens.clone()
+    for changed, start, stop in (
+        (second - second // 4, 0, second),
+        (num_tokens - second // 4, second, num_tokens),
+    ):
+        other = sample.tokens.clone()
         other[0, changed] = (other[0, changed] + 1) % VOCABULARY
-        with torch.no_grad():
-            moved = (gathered(losses(other, mine, attention)) != before).nonzero().flatten().tolist()
-        stop = second if start == 0 else num_tokens
+        after = sample.gathered(sample.losses(other, sample.mine, attention))
+        moved = (after != before).nonzero().flatten().tolist()
         # Position p predicts token p + 1: the loss at changed - 1 has another target.
         leaked = [position for position in moved if not changed - 1 <= position < stop]
         if leaked or changed not in moved:
             raise ValueError(
-                f"context parallelism over {group.size} ranks: attention leaks: token {changed} of document [{start}, "
+                f"context parallelism over {size} ranks: attention leaks: token {changed} of document [{start}, "
                 f"{stop}) was changed, and the losses at {moved[:8]} changed, not only those from {changed - 1} to "
                 f"{stop - 1}; {_ADVICE}"
             )
-
-    # Losses and gradients over the group against those of one rank that holds the whole sequence.
-    share = losses(tokens, mine, attention)
-    share.sum().backward()
-    gradient = _gradient(model)
-    dist.all_reduce(gradient, group=_any_group(group))
-    model.zero_grad()
-    alone = losses(tokens, everything, whole(everything))
-    alone.sum().backward()
-    _compare("loss", gathered(share), alone.detach(), dtype, group)
-    _compare("gradient", gradient, _gradient(model), dtype, group)
 
 
 def _compare(name: str, got: Tensor, expected: Tensor, dtype: torch.dtype, group: CpGroup) -> None:
@@ -113,7 +147,3 @@ def _compare(name: str, got: Tensor, expected: Tensor, dtype: torch.dtype, group
 
 def _gradient(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
-
-
-def _any_group(group: CpGroup) -> dist.ProcessGroup:
-    return next(iter(group.channels.values()))

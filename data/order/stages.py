@@ -81,15 +81,7 @@ def order(
         ordered.check_sizes()  # raises, as a repair takes all stages
     _check_whole(data, prepared)
     directory = WorkDirectory(data, config, sha256_of(Path(data.directory, MANIFEST_FILE)))
-    columns = (
-        TextColumn("{task.description:26}"),
-        BarColumn(bar_width=14),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[tasks]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress, _Processes(workers) as processes:
+    with _progress_bars(console) as progress, _Processes(workers) as processes:
         for stage in STAGES:
             if only and stage.name != only:
                 _require(stage, directory, only)
@@ -103,6 +95,19 @@ def order(
             if only:
                 return None
     return open_prepared(config.directory)
+
+
+def _progress_bars(console: Console) -> Progress:
+    """Return a display with room for one bar a stage."""
+    columns = (
+        TextColumn("{task.description:26}"),
+        BarColumn(bar_width=14),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[tasks]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console)
 
 
 def _finished(data: DataConfig, config: OrderConfig) -> Manifest | None:
