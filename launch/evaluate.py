@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from ..data.format.manifest import Bucket, Manifest
 from ..data.read.knots import Knots
 from ..data.read.loader import read_rows
 from ..parallel.mesh import Mesh, join
+from ..parallel.world import World
 from ..parallel.zero import DeepSpeedEngine
 from .build import BucketLayout, bucket_layouts, build_engine
 from .checkpoint.load import load_last_good
@@ -116,7 +116,8 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
     nothing of the context. Raises ValueError if there is no checkpoint, or no held-out sequence that is short enough.
     Collective.
     """
-    world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    world = World.from_environment()
+    world_size, rank = world.size, world.rank
     checked = preflight(recipe, world_size, check_shards=rank == 0)
     manifest, run, limit = checked.manifest, checked.run, recipe.evaluate.max_tokens_per_bucket
     if checked.resume_from is None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.files import write_text
+from ..parallel.world import World
 from .config import Recipe, load_recipe
 from .settings import apply_overrides, from_tree
 
@@ -166,7 +167,7 @@ class RunDirectory:
 
     def record_event(self, event: str, step: int, message: str) -> None:
         """Append one line to events.jsonl; any rank may. A record that cannot be written is only logged."""
-        line = {"time": _now(), "event": event, "step": step, "rank": int(os.environ["RANK"]), "message": message}
+        line = {"time": _now(), "event": event, "step": step, "rank": World.from_environment().rank, "message": message}
         try:
             with self.events_file.open("a") as file:
                 file.write(json.dumps(line) + "\n")

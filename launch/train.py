@@ -20,6 +20,7 @@ from rich.console import Console
 from ..data.read.knots import Knots
 from ..data.read.loader import Loader
 from ..parallel.mesh import Mesh, join
+from ..parallel.world import World
 from ..parallel.zero import DeepSpeedEngine
 from .build import bucket_layouts, build_engine
 from .checkpoint.format import TrainState, clear_leftovers
@@ -46,7 +47,8 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
     continues the run. Raises ValueError if the start does not fit its run, data or ranks, OSError if a file cannot be
     read or written, ArithmeticError if the numbers of a step end the run, ConnectionError if another rank is gone.
     """
-    world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    world = World.from_environment()
+    world_size, rank = world.size, world.rank
     checked = preflight(recipe, world_size, check_shards=rank == 0)
     run, last = checked.run, min(recipe.train.steps, stop_after or recipe.train.steps)
     if checked.steps_done >= last:

@@ -18,8 +18,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import ModelParallelConfig, parallel_state
+from torch._C._distributed_c10d import Store
 
 from .config import ParallelConfig
+from .meet import meet
+from .world import World
 
 
 @dataclass(frozen=True)
@@ -47,18 +50,21 @@ class Mesh:
         return _member(parallel_state.get_data_parallel_group())
 
 
-def join(parallel: ParallelConfig, max_context_degree: int, timeout_minutes: float = 10) -> Mesh:
+def join(
+    parallel: ParallelConfig, max_context_degree: int, timeout_minutes: float = 10, store: Store | None = None
+) -> Mesh:
     """Join the process group that torchrun's environment describes and return this rank's mesh. Collective.
 
+    The ranks find each other through `store`, the one of `meet` by default.
     CUDA processes use GPU LOCAL_RANK and NCCL, others the CPU and gloo. The caller has checked, before any rank waits
     for another, that the world divides by tensor x `max_context_degree` (`Recipe.accumulation_steps`). Raises
-    ValueError if parallel.tensor does not divide the world.
+    ValueError if parallel.tensor does not divide the world, and ConnectionError as `meet` does.
     """
-    world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    data_size = parallel.data_size(world_size)
+    world = World.from_environment()
+    data_size = parallel.data_size(world.size)
     assert data_size % max_context_degree == 0, f"{data_size} data-parallel ranks, rings of {max_context_degree}"
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
         # Triton's cache goes to a local disk, one directory a rank: home directories on a network file system are slow,
         # and ranks that compile the same kernel at once would write the same file.
@@ -69,7 +75,10 @@ def join(parallel: ParallelConfig, max_context_degree: int, timeout_minutes: flo
         # megatron-core allocates on torch.cuda.current_device(); without CUDA that must be the CPU.
         torch.cuda.current_device = lambda: device
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
+        timeout = timedelta(minutes=timeout_minutes)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = store or meet(world, timeout)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -77,14 +86,14 @@ def join(parallel: ParallelConfig, max_context_degree: int, timeout_minutes: flo
     )
 
     # Tensor-parallel ranks are adjacent; a context-parallel group is an aligned run of the data axis.
-    data_rank, tensor_rank = divmod(rank, parallel.tensor)
+    data_rank, tensor_rank = divmod(world.rank, parallel.tensor)
     neighbours = {}
     degree = 1
     while degree <= max_context_degree:
         first = data_rank - data_rank % degree
         neighbours[degree] = tuple((first + i) * parallel.tensor + tensor_rank for i in range(degree))
         degree *= 2
-    return Mesh(rank, world_size, tensor_rank, parallel.tensor, data_rank, data_size, device, neighbours)
+    return Mesh(world.rank, world.size, tensor_rank, parallel.tensor, data_rank, data_size, device, neighbours)
 
 
 def megatron_config(parallel: ParallelConfig) -> ModelParallelConfig:

@@ -9,7 +9,6 @@ measures a cluster. `longring topology [RECIPE]` starts the ranks of one machine
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -24,6 +23,8 @@ from ...data.files import write_text
 from ...parallel.cp.fit import Fit
 from ...parallel.cp.probe import Probe, probe
 from ...parallel.cp.topology import Fabric
+from ...parallel.meet import meet
+from ...parallel.world import World
 from ..config import load_recipe
 from ..grids.choice import attention_shape
 from ..ranks.rank import as_rank
@@ -58,11 +59,13 @@ def show_topology(recipe_file: str | None, overrides: Sequence[str], json_file: 
         shape = attention_shape(recipe)
         heads, head_dim = (shape.num_heads, shape.num_kv_heads), shape.head_dim
         dtype, backend = getattr(torch, recipe.train.dtype), recipe.train.attention_backend
-    device = torch.device("cpu")
+    world, device = World.from_environment(), torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    links = "nccl" if device.type == "cuda" else "gloo"
+    store = meet(world, TIMEOUT)
+    dist.init_process_group(links, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
     found = probe(*heads, head_dim, dtype, device, backend=backend)
     if dist.get_rank() == 0:
         tile = f"{heads[0]} query and {heads[1]} kv heads of {head_dim}, {str(dtype).removeprefix('torch.')}"

@@ -1,9 +1,10 @@
-"""The frame of one rank: errors become one line on the terminal and an exit status."""
+"""The frame of one rank: it ends with its launcher, and errors become one line on the terminal and an exit status."""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Callable
 
 import torch
@@ -11,10 +12,15 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.markup import escape
 
+from ...data.processes import end_with_parent
 from ...parallel.cp.group import PeerError
+from ...parallel.world import World
 from ..errors import GO_ON_LATER, IO_ERROR, USER_ERROR, CommonError
 
 log = logging.getLogger(__name__)
+
+LAUNCHER = "LONGRING_LAUNCHER"
+"""Environment variable in which `longring` tells its ranks its process id."""
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
@@ -29,13 +35,22 @@ def as_rank(function: Callable[[], int | None]) -> int:
     that could not be read or written is an error of one rank, which prints it itself. Tracebacks go to the logs.
     """
     try:
-        if "RANK" not in os.environ:
-            raise ValueError("RANK: not set in the environment; start with torchrun, or use the `longring` command")
+        world = World.from_environment()
+    except ValueError as error:  # of this rank alone, so far as it can know
+        print_error(str(error))
+        return USER_ERROR
+    # A rank whose launcher is killed stops as after any SIGTERM: all ranks save first, if they can. Ranks that are
+    # started by hand may outlive the shell.
+    if launcher := os.environ.get(LAUNCHER):
+        end_with_parent(int(launcher), signal.SIGTERM)
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(os.getppid(), signal.SIGTERM)
+    try:
         status = function() or 0
     except (ValueError, OSError, ArithmeticError) as error:
         log.exception("stopped")
         own = isinstance(error, OSError) and not isinstance(error, ConnectionError | CommonError)
-        if own or os.environ.get("LOCAL_RANK", "0") == "0":
+        if own or world.local_rank == 0:
             print_error(str(error))
         # The process group is not left: other ranks may be inside a collective, and leaving could wait for them.
         if isinstance(error, ConnectionError):
@@ -44,7 +59,7 @@ def as_rank(function: Callable[[], int | None]) -> int:
     except dist.DistError as error:  # while the ranks join; later the watchdog makes it a ConnectionError
         log.exception("stopped")
         reason = str(error).splitlines()[0]
-        print_error(f"rank {os.environ['RANK']}: cannot reach the other ranks: {reason}; give the same command again")
+        print_error(f"rank {world.rank}: cannot reach the other ranks: {reason}; give the same command again")
         return GO_ON_LATER
     except PeerError as error:
         log.exception("stopped")
@@ -53,7 +68,7 @@ def as_rank(function: Callable[[], int | None]) -> int:
     except torch.OutOfMemoryError as error:
         log.exception("stopped")
         print_error(
-            f"rank {os.environ['RANK']}: not enough GPU memory: {error}; lower parallel.tokens_per_rank, or raise "
+            f"rank {world.rank}: not enough GPU memory: {error}; lower parallel.tokens_per_rank, or raise "
             "parallel.zero_stage or parallel.tensor, and the same command continues"
         )
         return USER_ERROR

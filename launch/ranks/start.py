@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
 
 import psutil
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args, run
 
+from ...parallel.meet import FREE_PORT, reach
 from ..errors import GO_ON_LATER
-from .rank import print_error
+from .rank import LAUNCHER, print_error
 from .signals import STOP_SIGNALS
+
+FIRST_NODE = timedelta(minutes=10)
+"""Longest wait for the first node, which may take minutes to import torch from a cold network file system."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +41,22 @@ class Rendezvous:
     address: str
     """Name or address at which other nodes reach this one."""
 
+    def __post_init__(self) -> None:
+        host, _, port = self.endpoint.rpartition(":")
+        if not (host and re.fullmatch("[0-9]{1,5}", port, re.ASCII) and 0 < int(port) < 65536):
+            raise ValueError(
+                f"--rendezvous {self.endpoint}: must be HOST:PORT with a port from 1 to 65535; give it as in "
+                "slurm/train.sbatch"
+            )
+
     @property
     def torchrun_options(self) -> list[str]:
         """Command-line options for torchrun.
 
         is_host: torchrun would guess it from host names, which fails if a node has several. local-addr: torchrun would
-        give other nodes the full name of this one, which /etc/hosts may map to localhost. read_timeout: seconds to wait
-        for the first node, which may take minutes to import torch from a cold network file system.
+        give other nodes the full name of this one, which /etc/hosts may map to localhost.
         """
-        conf = f"is_host={int(self.node == 0)},read_timeout=600"
+        conf = f"is_host={int(self.node == 0)},read_timeout={FIRST_NODE.seconds}"
         return [
             *("--nnodes", str(self.num_nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", self.endpoint),
             *("--rdzv-id", self.job, "--rdzv-conf", conf, "--local-addr", self.address),
@@ -71,18 +85,37 @@ def start_ranks(module: str, arguments: Sequence[str], count: int, rendezvous: R
         for child in psutil.Process().children():
             child.send_signal(signal.SIGUSR1)
 
+    os.environ[LAUNCHER] = str(os.getpid())
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # ranks report a lost store in one line
     before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
     meeting = rendezvous.torchrun_options if rendezvous else ["--standalone"]
     # SIGTERM is not torchrun's to handle: it would end the ranks within 30 s.
     options = ["--nproc-per-node", str(count), "--max-restarts", "0", "--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]
     try:
+        if rendezvous and rendezvous.node:
+            _await_first_node(rendezvous.endpoint)
         run(parse_args([*meeting, *options, "--module", module, *arguments]))
     except ChildFailedError as error:
         return _status_of(list(error.failures.values()), stopped)
+    except ConnectionError as error:
+        print_error(str(error))
+        return GO_ON_LATER
+    except RendezvousError as error:
+        assert rendezvous is not None, "without one, torchrun takes a free port"
+        reason = str(error.__cause__ or error).splitlines()[0]
+        print_error(f"--rendezvous {rendezvous.endpoint}: {reason}; {FREE_PORT}")
+        return GO_ON_LATER
     finally:
+        del os.environ[LAUNCHER]
         for number, handler in before.items():
             signal.signal(number, handler)
     return 0
+
+
+def _await_first_node(endpoint: str) -> None:
+    """Wait until the first node listens at `endpoint`. Raises ConnectionError within seconds if something else does."""
+    host, _, port = endpoint.rpartition(":")
+    reach(f"--rendezvous {endpoint}", host.strip("[]"), int(port), FIRST_NODE)
 
 
 def _status_of(failures: Sequence[ProcessFailure], stopped: bool) -> int:

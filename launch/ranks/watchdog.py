@@ -1,8 +1,9 @@
 """A watchdog that names the rank, the step and the operation that hang, and ends the run.
 
 A thread of each rank watches the position of the training loop. After too long without progress it writes a report to
-the run directory, waits for the reports of the other ranks, compares them and ends the process. A rank without a report
-is stopped or gone, and is named. Times are from the monotonic clock: setting the machine's clock has no effect.
+the run directory, waits for the reports of the other ranks, compares them and ends the process; progress meanwhile
+withdraws the report. A rank without a report is stopped or gone, and is named. Time is counted in polls of this thread:
+while a process is stopped it does not poll, so a stop counts for the ranks that wait, and not for the stopped one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import logging
 import os
 import sys
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,7 +54,8 @@ class Watchdog:
         self._limit_s = limit_s
         self.position = Position(0, 0, "starting")
         """Current position of the training loop."""
-        self._moved = time.monotonic()
+        self._beats = 0  # grows with all progress
+        self._poll_s = min(5.0, limit_s / 4)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -79,29 +80,47 @@ class Watchdog:
     def at(self, step: int, operation: str) -> None:
         """Record that the training loop begins an operation."""
         self.position = Position(self.position.number + 1, step, operation)
-        self._moved = time.monotonic()
+        self._beats += 1
 
     def alive(self) -> None:
         """Record progress within an operation; may be called from any thread."""
-        self._moved = time.monotonic()
+        self._beats += 1
 
     def _report_file(self, rank: int) -> Path:
         return self._run.logs / f"rank-{rank:05d}.hang.json"
 
     def _watch(self) -> None:
-        while not self._ended.wait(min(5.0, self._limit_s / 4)):
-            if time.monotonic() - self._moved > self._limit_s:
+        """Poll for progress until the context is left; after too long without any, report and end the process."""
+        # The other ranks stopped moving at about the same time, so their reports follow within one poll.
+        reports_s = min(30.0, self._limit_s / 2) + 1
+        beats, idle_s, reported = 0, 0.0, False
+        while not self._ended.wait(self._poll_s):
+            if beats != self._beats:
+                beats, idle_s = self._beats, 0.0
+                if reported:
+                    log.warning("progress again at %s", self.position)
+                    self._report_file(self._rank).unlink(missing_ok=True)
+                    reported = False
+                continue
+            idle_s += self._poll_s
+            if idle_s > self._limit_s and not reported:
+                reported = True
+                self._report()
+            elif idle_s > self._limit_s + reports_s:
                 self._end()
 
-    def _end(self) -> None:
+    def _report(self) -> None:
+        """Write the position of this rank and its traces, for the other ranks and for people."""
         log.error("no progress for %.0f s at %s", self._limit_s, self.position)
         try:
-            mine = self._report_file(self._rank)
-            mine.write_text(json.dumps(asdict(self.position)))  # no fsync, which may never return
+            self._report_file(self._rank).write_text(json.dumps(asdict(self.position)))  # no fsync: it may never return
             self._leave_traces()
-            # The other ranks stopped moving at about the same time, so their reports follow within one poll.
-            if self._ended.wait(min(30.0, self._limit_s / 2) + 1):
-                return
+        except Exception:  # a full disk, for example, must not keep a stuck process alive
+            log.exception("the hang could not be reported in full")
+
+    def _end(self) -> None:
+        """Compare the reports of all ranks, say who hangs, and end this process."""
+        try:
             found = {rank: self._read_report(rank) for rank in range(self._world_size)} | {self._rank: self.position}
             message = diagnosis(found, self._limit_s)
             log.error("%s", message)
@@ -109,8 +128,8 @@ class Watchdog:
             if self._rank == min(rank for rank, position in found.items() if position):
                 self._run.record_event("hang", self.position.step, message)
                 print(f"error: {message}", file=sys.stderr, flush=True)
-        except Exception:  # a full disk, for example, must not keep a stuck process alive
-            log.exception("the hang could not be reported in full")
+        except Exception:
+            log.exception("the reports could not be compared")
             print(f"error: no progress for {self._limit_s:.0f} s at {self.position}", file=sys.stderr, flush=True)
         # Exit handlers would wait for the stuck thread.
         os._exit(GO_ON_LATER)

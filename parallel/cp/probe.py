@@ -9,7 +9,6 @@ take seconds; the number of patterns does not grow with the ranks.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from ...kernels.attention import attention_backward, attention_forward, zeros_fp32
 from ...kernels.layout import SeqLayout
 from ...kernels.mask import make_mask
+from ..world import World
 from .cost import Speed
 from .fit import Fit, Pattern, Timing, fabrics, fit, patterns
 from .topology import Fabric, Topology
@@ -98,11 +98,11 @@ def probe(
 
 
 def _ranks_per_node(members: Sequence[int], group: dist.ProcessGroup | None) -> int:
-    """Return the ranks of the group on each node, from torchrun's LOCAL_WORLD_SIZE; without torchrun there is one node.
+    """Return the ranks of the group on each node.
 
     Collective. Raises ValueError on all ranks as `probe` does.
     """
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    local_size = World.from_environment().local_size
     local_sizes: list[int] = [0] * len(members)
     # Gathered before any check, so that all ranks raise the same error.
     dist.all_gather_object(local_sizes, local_size, group=group)

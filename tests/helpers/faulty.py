@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .ranks import fork_server, take_environment
+from .ranks import fork_server, take_environment, variables_of
 
 DEADLINE_S = 120
 
@@ -63,24 +63,18 @@ def start(
     output: Path,
     faults: Sequence[Fault] = (),
     stop_after: int | None = None,
+    port: int = 0,
 ) -> Started:
-    """Start all ranks of a run; their output goes to the file `output`."""
+    """Start all ranks of a run, which meet at `port` (0: any free one); their output goes to the file `output`."""
     context = fork_server()
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    if not port:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
     output.parent.mkdir(parents=True, exist_ok=True)
     processes: list[BaseProcess] = []
     for rank in range(world_size):
-        variables = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
+        variables = {**os.environ, **variables_of(rank, world_size, port), "OMP_NUM_THREADS": "1"}
         arguments = [str(recipe_file), *overrides, *(["--stop-after", str(stop_after)] if stop_after else [])]
         process = context.Process(target=_rank, args=(variables, arguments, tuple(faults), output), daemon=True)
         process.start()

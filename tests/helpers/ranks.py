@@ -47,6 +47,12 @@ def take_environment(variables: dict[str, str]) -> None:
     os.environ.update(variables)
 
 
+def variables_of(rank: int, world_size: int, port: int = 1) -> dict[str, str]:
+    """Return the variables that torchrun would set for a rank on one node."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), **address}
+
+
 def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call `function(*args)` on `world_size` new processes in one process group and return the results by rank.
 
@@ -54,13 +60,13 @@ def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[
     """
     # The ranks meet at a server of this process; a store in a file would be read again and again by all of them.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    named = (store.port, function.__code__.co_filename, function.__name__, args)
+    named = (function.__code__.co_filename, function.__name__, args)
     waiting: dict[Connection, int] = {}
     processes = []
     try:
         for rank in range(world_size):
             ours, theirs = multiprocessing.Pipe(duplex=False)
-            variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+            variables = variables_of(rank, world_size, store.port)
             environment = {**os.environ, **variables, "OMP_NUM_THREADS": "1"}
             process = fork_server().Process(target=_call, args=(environment, theirs, *named), daemon=True)
             process.start()
@@ -93,9 +99,7 @@ def _results(waiting: dict[Connection, int]) -> list[Any]:
     return results
 
 
-def _call(
-    environment: dict[str, str], pipe: Connection, port: int, file: str, name: str, args: tuple[Any, ...]
-) -> None:
+def _call(environment: dict[str, str], pipe: Connection, file: str, name: str, args: tuple[Any, ...]) -> None:
     take_environment(environment)
     import torch
     import torch.distributed as dist
@@ -103,7 +107,7 @@ def _call(
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        store=TCPStore("127.0.0.1", port, is_master=False),
+        store=TCPStore("127.0.0.1", int(environment["MASTER_PORT"]), is_master=False),
         rank=int(environment["RANK"]),
         world_size=int(environment["WORLD_SIZE"]),
         timeout=timedelta(seconds=TIMEOUT_S),

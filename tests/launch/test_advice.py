@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from helpers.ranks import variables_of
 from helpers.sandbox import Sandbox
 from helpers.small_checkpoint import make_checkpoint
 from longring.data.files import sha256_of
@@ -189,7 +190,7 @@ def rank_without_torchrun(sandbox: Sandbox) -> None:
 def rank_out_of_memory(sandbox: Sandbox) -> None:
     """The first attempt fails as on a full GPU; the second has the settings of the advice, in the same run."""
     if not os.environ.get("LESS_MEMORY"):
-        os.environ.update(RANK="0", LOCAL_RANK="0")
+        os.environ.update(variables_of(0, 1))
 
         def fail() -> int:
             raise torch.OutOfMemoryError("tried to allocate 2 GiB")
@@ -262,7 +263,7 @@ CASES = {
         lambda sandbox: make_checkpoint(sandbox.run.checkpoints, 5),
     ),
     "no torchrun: start with torchrun": Case(
-        nothing, rank_without_torchrun, "start with torchrun", set_environment("RANK", "0")
+        nothing, rank_without_torchrun, "start with torchrun", lambda _: os.environ.update(variables_of(0, 1))
     ),
     "not enough GPU memory: other settings continue the run": Case(
         begun_with_checkpoint,
@@ -302,7 +303,7 @@ def no_ranks(monkeypatch):
 
 @pytest.mark.parametrize("name", CASES)
 def test_advice_about_a_run(name, recipe_file, tmp_path, capsys, monkeypatch, no_ranks):
-    for variable in ("RANK", "LOCAL_RANK", "NEEDED_GB", "SPIKES_ANSWERED", "LESS_MEMORY"):
+    for variable in (*variables_of(0, 1), "NEEDED_GB", "SPIKES_ANSWERED", "LESS_MEMORY"):
         monkeypatch.setenv(variable, "")  # so that it is restored, and then
         monkeypatch.delenv(variable)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -319,6 +320,14 @@ ARGUMENTS = {
         ["train", "{recipe}", "--nodes", "2", "--ranks", "2", "run_directory={directory}/r"],
         "need --rendezvous, --job and --address",
         ["--rendezvous", "n1:29500", "--job", "7-0", "--address", "n1"],
+    ),
+    "a rendezvous without a port": (
+        [
+            *("train", "{recipe}", "run_directory={directory}/r", "--nodes", "2", "--ranks", "2"),
+            *("--job", "7-0", "--address", "n1", "--rendezvous", "n1"),
+        ],
+        "must be HOST:PORT with a port from 1 to 65535",
+        ["--rendezvous", "n1:29500"],
     ),
     "nothing to measure into": (
         ["plan", "{recipe}", OVER_4, "parallel.cp.topology=full_mesh", "--measure"],

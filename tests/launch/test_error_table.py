@@ -9,10 +9,13 @@ import gzip
 import json
 import os
 import re
+import socket
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from helpers.ranks import variables_of
 from helpers.sandbox import Sandbox
 from helpers.small_checkpoint import make_checkpoint
 from longring.data.files import sha256_of_json
@@ -23,6 +26,8 @@ from longring.launch.config import FaultsConfig, load_recipe
 from longring.launch.loss_watch import LossWatch
 from longring.launch.ranks.node import check_node
 from longring.launch.ranks.watchdog import Position, diagnosis
+from longring.parallel.meet import meet
+from longring.parallel.world import World
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "errors.md"
 BAR = "\\|"
@@ -231,6 +236,29 @@ def no_torchrun(sandbox: Sandbox) -> str:
     return " ".join(sandbox.capsys.readouterr().err.split()).removeprefix("error: ")
 
 
+def variable(name: str, value: str | None) -> Case:
+    """Return the case of a rank with a wrong variable of torchrun; None: it is missing."""
+
+    def case(sandbox: Sandbox) -> str:
+        with pytest.MonkeyPatch.context() as patch:
+            for known, good in variables_of(0, 2).items():
+                patch.setenv(known, good)
+            patch.setenv(name, value) if value is not None else patch.delenv(name)
+            return no_torchrun(sandbox)
+
+    return case
+
+
+def taken_port(sandbox: Sandbox) -> str:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConnectionError) as error:
+            meet(World(0, 2, 0, 2, "127.0.0.1", port, hosted=False), timedelta(seconds=5))
+    return str(error.value).replace(str(port), "29500")
+
+
 def no_sbatch(sandbox: Sandbox) -> str:
     path, os.environ["PATH"] = os.environ["PATH"], ""
     try:
@@ -300,7 +328,16 @@ CASES: dict[str, dict[str, Case]] = {
         ),
         "a batch smaller than one micro-batch of all ranks": lambda sandbox: sandbox.train(ranks=8),
         "a rank without torchrun": no_torchrun,
+        "a rank whose number is none: `RANK=abc`": variable("RANK", "abc"),
+        "a rank outside of its world: `RANK=2`": variable("RANK", "2"),
+        "a world of no ranks: `WORLD_SIZE=0`": variable("WORLD_SIZE", "0"),
+        "a rank without its number on the node": variable("LOCAL_RANK", None),
+        "an address that is none: `MASTER_ADDR=tcp://n1`": variable("MASTER_ADDR", "tcp://n1"),
+        "another process at the port where ranks meet": taken_port,
         "several nodes without a rendezvous": lambda sandbox: sandbox.train("--nodes", "2", ranks=2),
+        "a rendezvous without a port": lambda sandbox: sandbox.train(
+            *("--nodes", "2", "--rendezvous", "n1", "--job", "7-0", "--address", "n1"), ranks=2
+        ),
     },
     "Data": {
         "no prepared data": missing_data,

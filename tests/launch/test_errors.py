@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers.ranks import variables_of
 from longring.data.files import sha256_of
 from longring.launch import cli
 from longring.launch import train as train_module
@@ -134,10 +135,9 @@ def test_a_rank_started_without_torchrun(capsys, recipe_file, monkeypatch):
 
 
 def test_ranks_of_an_impossible_world_print_one_error_a_node(capsys, recipe_file, monkeypatch):
-    for rank in ("0", "1", "2"):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in range(3):
+        for name, value in variables_of(rank, 3).items():
+            monkeypatch.setenv(name, value)
         assert train_module.main([str(recipe_file), "parallel.tokens_per_rank=128"]) == 2
     assert capsys.readouterr().err.count("error:") == 1
 

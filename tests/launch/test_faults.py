@@ -399,11 +399,12 @@ def test_after_a_rewind_spikes_are_detected_from_the_saved_losses():
 
 def test_only_non_finite_steps_in_a_row_count():
     watch = LossWatch(FaultsConfig(max_nonfinite_steps=2))
-    for step in range(0, 10, 2):
-        assert watch.judge(step, math.nan, math.inf) == "non-finite"
-        assert watch.judge(step + 1, 2.0, 1.0) == "good"
+    for step, norm in enumerate([math.nan, math.inf, -math.inf] * 3):
+        assert watch.judge(2 * step, norm, norm) == "non-finite"
+        assert watch.judge(2 * step + 1, 2.0, 1.0) == "good"
 
 
-def test_a_loss_that_is_not_finite_with_a_gradient_that_is_ends_the_run():
-    with pytest.raises(ArithmeticError, match="step 4: loss nan with gradient norm 1.0"):
-        LossWatch(FaultsConfig()).judge(4, math.nan, 1.0)
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_with_a_gradient_that_is_ends_the_run(loss):
+    with pytest.raises(ArithmeticError, match=f"step 4: loss {loss} with gradient norm 1.0"):
+        LossWatch(FaultsConfig()).judge(4, loss, 1.0)

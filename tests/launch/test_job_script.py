@@ -1,0 +1,70 @@
+"""The job script names a variable that is missing or absurd before it calculates with it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from longring.launch import cli
+
+SCRIPT = Path(cli.__file__).parents[1] / "slurm" / "train.sbatch"
+SRUN = '#!/bin/bash\necho "srun $*"\nexit 2\n'
+JOB = {
+    "SLURM_JOB_ID": "71",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_JOB_NODELIST": "n[1-2]",
+    "SLURM_CPUS_ON_NODE": "16",
+    "SLURM_GPUS_ON_NODE": "8",
+    "SLURM_SUBMIT_DIR": ".",
+    "LONGRING_PYTHON": sys.executable,
+}
+GONE = "<not set>"
+
+
+def run(directory: Path, variables: dict[str, str]) -> tuple[int, str, str]:
+    """Run the script in a job with a false srun; return its status and output."""
+    for name, content in (("srun", SRUN), ("scontrol", "#!/bin/bash\necho localhost\n")):
+        (directory / name).write_text(content)
+        (directory / name).chmod(0o755)
+    (directory / "recipe.toml").touch()
+    environment = {"PATH": f"{directory}:{os.environ['PATH']}", **JOB, **variables}
+    environment = {name: value for name, value in environment.items() if value != GONE}
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "recipe.toml"], cwd=directory, env=environment, capture_output=True, text=True
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_job_starts_its_nodes(tmp_path):
+    status, said, _ = run(tmp_path, {})
+    assert status == 2, "the status of the false srun"
+    assert "2 nodes (n[1-2]) x 8 ranks, rendezvous at localhost:20071" in said
+    assert "srun --nodes=2 --ntasks=2 " in said
+
+
+WRONG = [
+    *((name, value) for name in list(JOB)[:2] for value in (GONE, "", "abc", "-1", "08", "1+1", "a[$(touch x)]")),
+    *(("SLURM_CPUS_ON_NODE", value) for value in (GONE, "many")),
+    *(("SLURM_RESTART_COUNT", value) for value in ("", "x")),
+    *((name, value) for name in ("SLURM_GPUS_ON_NODE", "LONGRING_RANKS_PER_NODE") for value in ("abc", "0", "x[0]")),
+    ("SLURM_GPUS_ON_NODE", GONE),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_an_absurd_variable_is_one_line(name, value, tmp_path):
+    status, said, error = run(tmp_path, {name: value})
+    assert status == 2
+    assert len(error.splitlines()) == 1 and error.startswith("error: ")
+    assert ";" in error or ":" in error
+    assert "srun" not in said and not (tmp_path / "x").exists()
+
+
+def test_the_advice_about_the_number_of_ranks(tmp_path):
+    _, _, error = run(tmp_path, {"SLURM_GPUS_ON_NODE": "0"})
+    assert "0 GPUs in this allocation: ask for --gpus-per-node=N, or set LONGRING_RANKS_PER_NODE" in error
+    assert "x 8 ranks" in run(tmp_path, {"SLURM_GPUS_ON_NODE": "8"})[1]
+    assert "x 4 ranks" in run(tmp_path, {"SLURM_GPUS_ON_NODE": "0", "LONGRING_RANKS_PER_NODE": "4"})[1]
