@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -41,13 +42,27 @@ def wrong(fault: str, group: CpGroup) -> Callable:
                     q = q * 1.5
                 if fault == "gradient":
                     k = k.detach()
-                return context_attention(q, k, v, spec, group)
+                if fault == "nan" and k.requires_grad:
+                    k.register_hook(lambda gradient: gradient * math.nan)
+                out = context_attention(q, k, v, spec, group)
+                if fault in ("first", "second"):
+                    _mix_within(layout, ("first", "second").index(fault), v, out, group)
+                return out
 
             return attend
 
         return attention_of
 
     return spread
+
+
+def _mix_within(layout: SeqLayout, document: int, v: torch.Tensor, out: torch.Tensor, group: CpGroup) -> None:
+    """Add the sum of the values of a document's tokens to the results of the same tokens, in place. Collective."""
+    at = layout.positions(v.device)
+    inside = (at >= layout.document_starts[1]) == bool(document)
+    total = v.detach()[:, inside, :1].sum(1, keepdim=True)  # [b, 1, 1, d]
+    dist.all_reduce(total, group=next(iter(group.channels.values())))
+    out.data[:, inside] += total
 
 
 def guarded(recipe_file, fault: str, dtype: str) -> str:
@@ -69,11 +84,14 @@ FOUND = {
     "order": "leaks|differs",
     "scale": "the loss of a small sequence differs|the gradient of a small sequence differs",
     "gradient": "the gradient of a small sequence differs",
+    "nan": "the gradient of a small sequence differs from that of one rank by nan",
+    "first": "leaks: token 26 of document [0, 34)",
+    "second": "leaks: token 96 of document [34, 104)",
 }
 
 
 @pytest.mark.parametrize("dtype", by_lane(["float32", "bfloat16"], quick=["float32"]))
-@pytest.mark.parametrize("fault", by_lane(["", *FOUND], quick=["", "documents"]))
+@pytest.mark.parametrize("fault", by_lane(["", *FOUND], quick=["", "documents", "first"]))
 def test_guards(on_ranks, recipe_file, fault, dtype):
     for said in on_ranks(SIZE, guarded, recipe_file, fault, dtype):
         assert any(words in said for words in FOUND.get(fault, "passed").split("|")), said

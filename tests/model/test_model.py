@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from helpers.errors import gradient
@@ -66,6 +68,31 @@ def test_impossible_sizes_raise(change, message):
 
 def test_vocabulary_is_padded_to_128():
     assert [ModelConfig(**SIZES).padded_vocab_size(n) for n in (1, 128, 129, 50257)] == [128, 128, 256, 50304]
+
+
+def deviations() -> dict[str, float]:
+    """Return the standard deviation of each matrix of a new model of 8 layers, over all layers, by its name."""
+    parallel = ParallelConfig(tokens_per_rank=32)
+    join(parallel, 1)
+    torch.manual_seed(0)
+    config = ModelConfig(**{**SIZES, "num_layers": 8})
+    model = Transformer(config, 1000, megatron_config(parallel))
+    matrices: dict[str, list[torch.Tensor]] = {}
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1:
+            matrices.setdefault(re.sub(r"\.\d+\.", ".", name), []).append(weight.detach())
+    return {name: float(torch.stack(weights).std()) for name, weights in matrices.items()}
+
+
+def test_the_matrices_that_write_to_the_residual_are_smaller_by_the_root_of_their_number(on_ranks):
+    """As in GPT-2: the residual adds two results a layer, so each begins with 1 / (2 layers) of the variance."""
+    [found] = on_ranks(1, deviations)
+    writing = {"blocks.attention.out.weight", "blocks.mlp.down.weight"}
+    others = {"embedding.weight", "blocks.attention.qkv.weight", "blocks.mlp.gate_up.weight", "head.weight"}
+    assert set(found) == writing | others
+    for name, deviation in found.items():
+        expected = ModelConfig(**SIZES).init_std / (4 if name in writing else 1)
+        assert deviation == pytest.approx(expected, rel=0.05), name
 
 
 def compiled_and_eager() -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -110,6 +110,13 @@ def test_noise_larger_than_the_difference_still_gives_numbers():
     assert best.latency_s == 2e-3
 
 
+def test_one_pattern_that_is_slow_by_chance_does_not_set_the_latency():
+    latency_s = 1e-6
+    timings = [Timing(p, latency_s, 1e-3) for p in patterns(4)]
+    timings[2] = timings[2]._replace(small_s=100 * latency_s)
+    assert fit(timings, 4, LARGE, fabrics(4)[:1])[0].fabric.latency_s == pytest.approx(latency_s)
+
+
 @given(size=st.integers(2, 40), width=st.integers(1, 8))
 def test_patterns_are_few_and_within_bounds(size, width):
     found = patterns(size, width)
@@ -132,22 +139,23 @@ def probed() -> Probe:
     return probe(4, 2, 16, torch.float32, torch.device("cpu"))
 
 
-def two_nodes() -> Probe:
-    os.environ["LOCAL_WORLD_SIZE"] = "2"
-    try:
+def on_nodes_of(local_size: int) -> Probe:
+    """Probe with torchrun's variables for nodes of this size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", str(local_size))
+        patch.setenv("LOCAL_RANK", str(int(os.environ["RANK"]) % local_size))
         return probed()
-    finally:
-        del os.environ["LOCAL_WORLD_SIZE"]
+
+
+def two_nodes() -> Probe:
+    return on_nodes_of(2)
 
 
 def uneven(told: list[int]) -> str:
-    os.environ["LOCAL_WORLD_SIZE"] = str(told[int(os.environ["RANK"])])
     try:
-        probed()
+        on_nodes_of(told[int(os.environ["RANK"])])
     except ValueError as error:
         return str(error)
-    finally:
-        del os.environ["LOCAL_WORLD_SIZE"]
     return ""
 
 
