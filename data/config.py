@@ -1,10 +1,13 @@
 """Settings of prepared data, of the curriculum and of the loader.
 
-The classes are frozen; making one raises ValueError if a setting is not allowed.
+The classes are frozen; making one raises ValueError if its settings do not fit each other. The range of a number stands
+with its field, and launch/settings.py holds it for numbers from outside.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Interval
 
 SourceKind = Literal["python_stdlib", "text", "json", "parquet", "hub", "disk"]
 Method = Literal["decompose", "concat", "concat_masked", "best_fit"]
@@ -12,6 +15,11 @@ Cut = Literal["largest_first", "random"]
 Rest = Literal["drop", "pack"]
 Odds = Literal["uniform", "natural", "grow_linear", "grow_p2", "grow_p100", "shrink_p100"]
 Draw = Literal["odds_times_left", "odds_times_batches", "odds"]
+
+BucketTokens = Annotated[int, Interval(ge=1, le=2**30)]
+Bytes = Annotated[int, Interval(ge=1, le=2**60)]
+Fraction = Annotated[float, Interval(ge=0, le=1)]
+Seed = Annotated[int, Interval(ge=0, lt=2**63)]
 
 BYTES_AND_BOUNDARY = 257
 """Smallest byte-level vocabulary: 256 bytes and the boundary token."""
@@ -50,7 +58,7 @@ class SourceConfig:
     streaming: bool = True
     """Read a hub data set as it arrives. false: download it to the library's cache first."""
 
-    limit_documents: int = 0
+    limit_documents: Annotated[int, Interval(ge=0, le=10**15)] = 0
     """Number of records to read from the start of the source; later records are neither read nor counted in the
     ledger. 0: all. A source with a limit is one input shard, so a single process reads it."""
 
@@ -70,10 +78,6 @@ class SourceConfig:
                 f"data.source.tokens_field = {self.tokens_field!r}: data.source.kind = {self.kind!r} reads whole "
                 "files, which have no fields; leave it empty, or use a kind with fields, such as 'json'"
             )
-        if self.limit_documents < 0:
-            raise ValueError(
-                f"data.source.limit_documents = {self.limit_documents}: must be at least 0; set it to 0 to read all"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,18 +87,18 @@ class TokenizerConfig:
     path: str = ""
     """A `tokenizer.json`, or a directory that holds one. Empty: train a byte-level BPE on the training documents."""
 
-    vocab_size: int = 8192
+    vocab_size: Annotated[int, Interval(ge=1, le=2**24)] = 8192
     """Number of tokens of a trained tokenizer, special tokens included; a small corpus may yield fewer. Unused when
     `path` is set."""
 
     boundary: str = "<|endoftext|>"
     """Name of the special token that opens and closes every document."""
 
-    knot_chunks: int = 0
+    knot_chunks: Annotated[int, Interval(ge=0, le=1024)] = 0
     """Largest number of chunks into which Untie the Knots may cut a document (table `knots`). The vocabulary gets
     2 n + 3 special tokens for n chunks; an existing tokenizer gets the ones it lacks. 0: none."""
 
-    training_characters: int = 2**30
+    training_characters: Annotated[int, Interval(ge=1, le=2**50)] = 2**30
     """Maximum number of characters, from the start of each source, on which a tokenizer is trained."""
 
     def __post_init__(self) -> None:
@@ -103,7 +107,7 @@ class TokenizerConfig:
                 "data.tokenizer.boundary = '': a boundary token is needed; name a special token, such as "
                 '"<|endoftext|>"'
             )
-        if self.knot_chunks < 0 or self.knot_chunks == 1:
+        if self.knot_chunks == 1:
             raise ValueError(
                 f"data.tokenizer.knot_chunks = {self.knot_chunks}: must be 0 or at least 2; set it to 0 for no knots"
             )
@@ -113,15 +117,13 @@ class TokenizerConfig:
                 f"data.tokenizer.vocab_size = {self.vocab_size}: 256 bytes, the boundary token and the tokens of "
                 f"data.tokenizer.knot_chunks = {self.knot_chunks} do not fit; set it to at least {least}"
             )
-        if self.training_characters < 1:
-            raise ValueError(f"data.tokenizer.training_characters = {self.training_characters}: must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurriculumConfig:
     """Order in which sequence lengths are trained on (Dataset Decomposition, arXiv 2405.13226, section 3)."""
 
-    odds: Odds | tuple[float, ...] = "grow_p2"
+    odds: Odds | tuple[Annotated[float, Interval(ge=1e-60, le=1e60)], ...] = "grow_p2"
     """Odds of the n buckets, shortest first: a name, or n numbers. uniform and natural: 1, ..., 1. grow_linear: n,
     ..., 1. grow_p2: 2^(n-1), ..., 1. grow_p100: 100^(n-1), ..., 1. shrink_p100: 1, ..., 100^(n-1)."""
 
@@ -131,40 +133,29 @@ class CurriculumConfig:
     batches it has in the whole cycle, as the paper's released code does. odds: its odds alone, as the paper's
     Algorithm 1 does. The odds "natural" are a plain shuffle under each of the three."""
 
-    cycles: int = 1
+    cycles: Annotated[int, Interval(ge=1, le=100_000)] = 1
     """Number of times the run goes through the curriculum."""
 
-    weights: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, Annotated[float, Interval(ge=1e-9, le=1e9)]] = field(default_factory=dict)
     """Relative share of the trained tokens that each source gets, by source name. Empty: in proportion to the tokens
     of each source."""
 
     def __post_init__(self) -> None:
-        if self.cycles < 1:
-            raise ValueError(f"curriculum.cycles = {self.cycles}: must be at least 1")
-        if not isinstance(self.odds, str) and not (self.odds and all(0 < value < float("inf") for value in self.odds)):
-            raise ValueError(
-                f"curriculum.odds = {list(self.odds)}: odds must be positive and finite; give one number for each "
-                "bucket, shortest first"
-            )
-        for name, weight in self.weights.items():
-            if not 0 < weight < float("inf"):
-                raise ValueError(
-                    f"curriculum.weights.{name} = {weight}: must be positive and finite; to train without the source, "
-                    "prepare the data without it"
-                )
+        if not self.odds:
+            raise ValueError("curriculum.odds = []: must not be empty; give one number for each bucket, shortest first")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
     """Reading of the prepared data by a rank; only `window_tokens` decides which sequences are read."""
 
-    workers: int = 1
+    workers: Annotated[int, Interval(ge=0, le=1024)] = 1
     """Number of threads that read ahead. 0: read on demand."""
 
-    prefetch_batches: int = 8
+    prefetch_batches: Annotated[int, Interval(ge=1, le=2**16)] = 8
     """Number of micro-batches kept ready."""
 
-    window_tokens: int = 0
+    window_tokens: Annotated[int, Interval(ge=0, le=2**50)] = 0
     """Size of a shuffle window, in tokens. The shards of a bucket come in random order, and sequences are shuffled
     among adjacent shards of about this many tokens, so that a cache needs to hold one window only. 0: the whole bucket
     is one window."""
@@ -172,13 +163,8 @@ class LoaderConfig:
     cache_directory: str = ""
     """Directory, on a local disk of each machine, for the shards of a remote data.directory."""
 
-    cache_bytes: int = 2**38
+    cache_bytes: Bytes = 2**38
     """Maximum size of the cached shards of one data.directory, in bytes; the least recently used are removed first."""
-
-    def __post_init__(self) -> None:
-        for key, least in (("workers", 0), ("prefetch_batches", 1), ("window_tokens", 0), ("cache_bytes", 1)):
-            if getattr(self, key) < least:
-                raise ValueError(f"loader.{key} = {getattr(self, key)}: must be at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,27 +197,27 @@ class DataConfig:
     """Use of the documents and tails shorter than min_bucket_tokens that `decompose` leaves. drop: they are dropped, as
     in the paper. pack: they fill sequences of min_bucket_tokens, with document boundaries, and nothing is lost."""
 
-    min_bucket_tokens: int = 128
+    min_bucket_tokens: BucketTokens = 128
     """Length of the shortest sequences, in tokens; a power of two."""
 
-    max_bucket_tokens: int = 2048
+    max_bucket_tokens: BucketTokens = 2048
     """Length of the longest sequences, in tokens; a power of two. A longer document fills several sequences."""
 
-    held_out_fraction: float = 0.02
+    held_out_fraction: Annotated[float, Interval(ge=0, lt=1)] = 0.02
     """Fraction of the documents kept for evaluation, in [0, 1). 0: none."""
 
-    max_bad_fraction: float = 0.05
+    max_bad_fraction: Fraction = 0.05
     """Maximum fraction of the records of an input shard that may be bad (broken, without text, empty), in [0, 1]; the
     preparation stops at a larger fraction."""
 
-    input_shard_bytes: int = 2**28
+    input_shard_bytes: Bytes = 2**28
     """Maximum size in bytes of the adjacent files of a source that form one input shard, which one process prepares. A
     larger file is an input shard of its own."""
 
-    shard_tokens: int = 2**25
+    shard_tokens: Annotated[int, Interval(ge=1, le=2**40)] = 2**25
     """Maximum number of tokens in one tar shard."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the choice of held-out documents and of random cuts."""
 
     def __post_init__(self) -> None:
@@ -242,11 +228,6 @@ class DataConfig:
                 f"data.source.kind = {self.source.kind!r}: data.sources is set as well, and only one may be; "
                 "move data.source to data.sources under a name"
             )
-        for name in self.sources:
-            if not name.replace("-", "").replace("_", "").isalnum():
-                raise ValueError(
-                    f"data.sources = {name!r}: the name of a source consists of letters, digits, '-' and '_'; rename it"
-                )
         for key in ("min_bucket_tokens", "max_bucket_tokens"):
             if not _is_power_of_two(getattr(self, key)):
                 raise ValueError(f"data.{key} = {getattr(self, key)}: must be a power of two")
@@ -255,23 +236,11 @@ class DataConfig:
                 f"data.min_bucket_tokens = {self.min_bucket_tokens}: exceeds data.max_bucket_tokens = "
                 f"{self.max_bucket_tokens}; lower the first or raise the second"
             )
-        if not 0 <= self.held_out_fraction < 1:
-            raise ValueError(
-                f"data.held_out_fraction = {self.held_out_fraction}: must be in [0, 1); set it to 0 to hold out none"
-            )
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(
-                f"data.max_bad_fraction = {self.max_bad_fraction}: must be in [0, 1]; set it to 0 to accept none"
-            )
-        if self.input_shard_bytes < 1:
-            raise ValueError(f"data.input_shard_bytes = {self.input_shard_bytes}: must be at least 1")
         if self.shard_tokens < self.max_bucket_tokens:
             raise ValueError(
                 f"data.shard_tokens = {self.shard_tokens}: a shard holds at least one sequence; set it to "
                 f"data.max_bucket_tokens = {self.max_bucket_tokens} or more"
             )
-        if self.seed < 0:
-            raise ValueError(f"data.seed = {self.seed}: must be at least 0")
         if not self.tokenizer.path and any(source.tokens_field for source in self.named_sources.values()):
             raise ValueError(
                 "data.tokenizer.path = '': a source holds token ids (tokens_field); set it to the tokenizer that made "

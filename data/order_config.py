@@ -1,16 +1,21 @@
 """Settings for the order of documents in contexts and for knots.
 
-The classes are frozen; making one raises ValueError if a setting is not allowed.
+The classes are frozen; making one raises ValueError if its settings do not fit each other. The range of a number stands
+with its field, and launch/settings.py holds it for numbers from outside.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from .config import DataConfig
+from annotated_types import Interval
+
+from .config import BucketTokens, DataConfig, Fraction, Seed
 
 Mode = Literal["off", "in_context", "fill_long_buckets"]
 By = Literal["path", "random", "knn"]
 LongDocuments = Literal["windows", "head"]
+
+Bucket = Annotated[int, Interval(ge=0, le=2**30)]
 
 TRAINED_WITH = 1_024
 """Minimum number of documents for an approximate index: each byte of its codes has 256 values to train."""
@@ -37,10 +42,10 @@ class OrderConfig:
     """Order of the documents. path: along the most similar documents, as in the paper. Baselines: random; knn, each
     document followed by its nearest neighbours that are not yet in the order."""
 
-    context_tokens: int = 0
+    context_tokens: Bucket = 0
     """Length of a context of mode in_context, in tokens, a power of two. 0: data.max_bucket_tokens."""
 
-    long_tokens: int = 0
+    long_tokens: Bucket = 0
     """Shortest bucket that mode fill_long_buckets keeps and fills, in tokens, a power of two. 0: a quarter of
     data.max_bucket_tokens."""
 
@@ -55,31 +60,31 @@ class OrderConfig:
     """Name or directory of a sentence-transformers or Hugging Face model (the paper's is facebook/contriever-msmarco).
     Empty: the default encoder, TF-IDF of hashed token n-grams reduced by a truncated SVD, which needs no download."""
 
-    embedding_dimensions: int = 128
+    embedding_dimensions: Annotated[int, Interval(ge=1, le=2**16)] = 128
     """Dimensions of the default encoder's vectors; a model has its own."""
 
     long_documents: LongDocuments = "windows"
     """Embedding of a document that is longer than one encoder window. windows: the mean over all of its windows. head:
     its first window, as in the paper."""
 
-    window_tokens: int = 512
+    window_tokens: Annotated[int, Interval(ge=1, le=2**20)] = 512
     """Tokens of a window of the default encoder; a model has its own limit. Every window gets one vector."""
 
-    neighbors: int = 20
+    neighbors: Annotated[int, Interval(ge=1, le=10_000)] = 20
     """Number of nearest neighbours that each document lists in the graph."""
 
-    exact_documents: int = 2**17
+    exact_documents: Annotated[int, Interval(ge=TRAINED_WITH, le=2**40)] = 2**17
     """Maximum number of documents of a split for an exact search; a larger split is searched by IVF-PQ."""
 
-    duplicate_similarity: float = 0.0
+    duplicate_similarity: Fraction = 0.0
     """Minimum cosine at which two documents are compared as possible near-duplicates. 0: chosen from a histogram of the
     corpus."""
 
-    duplicate_overlap: float = 0.7
+    duplicate_overlap: Fraction = 0.7
     """Minimum Jaccard similarity of two documents' 5-token shingles at which one of them is dropped. 0: none is
     dropped."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the order in which contexts are stored, and of the baselines."""
 
     def __post_init__(self) -> None:
@@ -94,18 +99,6 @@ class OrderConfig:
                 f"order.{key} = {getattr(self, key)}: must be a local directory; name one, and copy the ordered data "
                 "afterwards"
             )
-        for key, least in (
-            ("embedding_dimensions", 1),
-            ("window_tokens", 1),
-            ("neighbors", 1),
-            ("exact_documents", TRAINED_WITH),
-            ("seed", 0),
-        ):
-            if getattr(self, key) < least:
-                raise ValueError(f"order.{key} = {getattr(self, key)}: must be at least {least}")
-        for key in ("duplicate_similarity", "duplicate_overlap"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"order.{key} = {getattr(self, key)}: must be in [0, 1]")
 
     def lengths(self, data: DataConfig) -> tuple[int, ...]:
         """Return the lengths of the buckets of the ordered data, ascending, in tokens."""
@@ -142,16 +135,16 @@ class OrderConfig:
 class KnotsConfig:
     """Settings of Untie the Knots (arXiv 2409.04774): the loader cuts documents into chunks and mixes them."""
 
-    share: float = 0.0
+    share: Fraction = 0.0
     """Fraction of the train sequences that are tied, in [0, 1]; the paper uses 0.3 and 0.8. 0: none."""
 
-    chunk_odds: tuple[float, ...] = (0.0, 1.0, 1.0)
+    chunk_odds: tuple[Annotated[float, Interval(ge=0, le=1e9)], ...] = (0.0, 1.0, 1.0)
     """Odds that a document is cut into 1, 2, ... knot chunks; the paper finds 2 and 3 best."""
 
-    min_document_tokens: int = 64
+    min_document_tokens: BucketTokens = 64
     """Minimum tokens that a document has in a sequence to be cut; shorter ones stay whole."""
 
-    min_sequence_tokens: int = 4096
+    min_sequence_tokens: BucketTokens = 4096
     """Minimum bucket whose sequences are tied, in tokens; shorter sequences stay as they are."""
 
     keep_order: bool = True
@@ -161,17 +154,11 @@ class KnotsConfig:
     """Append to a document's last chunk the labels of all of its chunks, for the model to predict."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"knots.share = {self.share}: must be in [0, 1]; set it to 0 to tie none")
-        odds = self.chunk_odds
-        if not odds or not all(0 <= value < float("inf") for value in odds) or not sum(odds):
+        if not any(self.chunk_odds):
             raise ValueError(
-                f"knots.chunk_odds = {list(odds)}: must be numbers of at least 0, one of them above 0; give the odds "
-                "of 1, 2, ... chunks"
+                f"knots.chunk_odds = {list(self.chunk_odds)}: must hold a number above 0; give the odds of 1, 2, ... "
+                "chunks"
             )
-        for key in ("min_document_tokens", "min_sequence_tokens"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"knots.{key} = {getattr(self, key)}: must be at least 1")
 
     @property
     def max_chunks(self) -> int:

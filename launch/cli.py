@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.markup import escape
 
 from . import add_options
 from .config import load_recipe
+from .errors import print_error
 from .run_directory import find_run
 
 # The functions below import their command when they are called: torch, DeepSpeed and datasets take seconds to import,
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        print_error(str(error))
         return 2
     except KeyboardInterrupt:
         return 130

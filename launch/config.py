@@ -8,40 +8,58 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Interval
 
 from ..data.config import CurriculumConfig, DataConfig, LoaderConfig
 from ..data.order_config import KnotsConfig, OrderConfig
 from ..model.config import ModelConfig
 from ..parallel.config import ParallelConfig
-from .settings import apply_overrides, from_tree
+from .settings import apply_overrides, from_tree, read_toml
+
+MAX_STEPS = 99_999_999
+"""Most steps of a run: names of checkpoints have eight digits."""
+Steps = Annotated[int, Interval(ge=1, le=MAX_STEPS)]
+StepsOrNone = Annotated[int, Interval(ge=0, le=MAX_STEPS)]
+Rate = Annotated[float, Interval(ge=0, le=1e3)]
+Decay = Annotated[float, Interval(ge=0, lt=1)]
+Gigabytes = Annotated[float, Interval(ge=0, le=1e9)]
+_OPTIONS = """
+begin clusters comment constraint contiguous core-spec cpus-per-gpu cpus-per-task deadline dependency distribution
+exclude exclusive gpu-bind gpu-freq gpus gpus-per-node gpus-per-socket gpus-per-task gres hint hold licenses mail-type
+mail-user mem mem-bind mem-per-cpu mem-per-gpu mincpus network nice nodefile nodelist no-requeue ntasks ntasks-per-core
+ntasks-per-gpu ntasks-per-node ntasks-per-socket open-mode oversubscribe power prefer priority qos quiet requeue
+reservation segment signal sockets-per-node spread-job switches thread-spec threads-per-core time-min tmp wckey
+"""
+SBATCH_OPTIONS = frozenset(_OPTIONS.split())
+"""Options that a recipe may set: none of them names a file to write, a program, a container or a variable."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Optimization: steps, batch, learning rate, precision, and when to save."""
 
-    steps: int
+    steps: Steps
     """Optimizer steps of the whole run. The curriculum and the learning rate span exactly these steps."""
-    global_batch_tokens: int
+    global_batch_tokens: Annotated[int, Interval(ge=1, le=2**34)]
     """Tokens of one optimizer step, over all ranks and micro-batches. The same for every number of ranks."""
-    learning_rate: float
+    learning_rate: Annotated[float, Interval(gt=0, le=1e3)]
     """Peak learning rate, reached after warm-up."""
-    min_learning_rate: float = 0.0
+    min_learning_rate: Rate = 0.0
     """Learning rate of the last step, where the cosine ends."""
-    warmup_steps: int = 0
+    warmup_steps: StepsOrNone = 0
     """Number of first steps in which the learning rate rises linearly from 0. 0: start at the peak."""
-    weight_decay: float = 0.1
+    weight_decay: Rate = 0.1
     """Decoupled weight decay of AdamW. It applies to matrices, not to norm weights."""
-    beta1: float = 0.9
+    beta1: Decay = 0.9
     """Decay rate of AdamW's first moment."""
-    beta2: float = 0.95
+    beta2: Decay = 0.95
     """Decay rate of AdamW's second moment."""
-    clip_grad_norm: float = 1.0
+    clip_grad_norm: Annotated[float, Interval(ge=0, le=1e9)] = 1.0
     """Maximum norm of the gradient over all parameters; larger gradients are scaled down. 0: no clipping."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Data type of weights and activations. With bfloat16 the optimizer keeps fp32 master weights."""
@@ -50,97 +68,77 @@ class TrainConfig:
     recompute: bool = False
     """Recompute activations in the backward pass instead of keeping them. The results of attention are kept, so no
     message is sent twice."""
-    seed: int = 0
+    seed: Annotated[int, Interval(ge=0, lt=2**63)] = 0
     """Seed of the initial weights and of the order of sequences."""
-    checkpoint_every_steps: int = 1000
+    checkpoint_every_steps: Steps = 1000
     """Number of steps between checkpoints. The last step is always saved, and so is the step at which a signal stops
     the run."""
-    keep_checkpoints: int = 3
+    keep_checkpoints: Steps = 3
     """Number of most recent checkpoints to keep."""
-    keep_checkpoint_every_steps: int = 0
+    keep_checkpoint_every_steps: StepsOrNone = 0
     """Keep older checkpoints too if their step is a multiple of this number. 0: keep none of them."""
     deterministic: bool = False
     """Use only operations whose results are bitwise reproducible on the same machines, and choose grids without
     measuring. docs/faults.md has the cost."""
-    ranks_per_node: int = 0
+    ranks_per_node: Annotated[int, Interval(ge=0, le=1024)] = 0
     """Number of ranks that `longring train` starts on this machine. 0: one for each GPU, or one without GPUs."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch_tokens", "checkpoint_every_steps", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} = {getattr(self, name)}: must be at least 1")
-        if not 0 <= self.warmup_steps < self.steps:
+        if self.warmup_steps >= self.steps:
             raise ValueError(
-                f"train.warmup_steps = {self.warmup_steps}: must be in [0, train.steps = {self.steps}); lower it"
+                f"train.warmup_steps = {self.warmup_steps}: must be below train.steps = {self.steps}; lower it"
             )
-        if not 0 <= self.min_learning_rate <= self.learning_rate or self.learning_rate == 0:
+        if self.min_learning_rate > self.learning_rate:
             raise ValueError(
-                f"train.min_learning_rate = {self.min_learning_rate}: must be in "
-                f"[0, train.learning_rate = {self.learning_rate}], and the latter above 0"
+                f"train.min_learning_rate = {self.min_learning_rate}: must be at most train.learning_rate = "
+                f"{self.learning_rate}; lower it"
             )
-        for name in ("clip_grad_norm", "weight_decay", "seed", "ranks_per_node", "keep_checkpoint_every_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"train.{name} = {getattr(self, name)}: must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FaultsConfig:
     """Responses of a run to non-finite gradients, loss spikes, failed saves and hangs."""
 
-    max_nonfinite_steps: int = 10
+    max_nonfinite_steps: Steps = 10
     """Maximum number of consecutive steps with non-finite gradients; that many stop the run. Such a step changes no
     weights on any rank."""
-    spike_deviations: float = 0.0
+    spike_deviations: Annotated[float, Interval(ge=0, le=1e6)] = 0.0
     """A loss this many standard deviations above the mean of the last spike_window_steps losses is a spike: the run
     returns to the last checkpoint before it and leaves out its batches. 0: no loss is a spike."""
-    spike_window_steps: int = 100
+    spike_window_steps: Annotated[int, Interval(ge=2, le=100_000)] = 100
     """Number of most recent losses from which a spike is detected."""
-    spike_skip_steps: int = 1
+    spike_skip_steps: Steps = 1
     """Number of batches left out after a spike: the batch of the spike and the batches just before it."""
-    max_rewinds: int = 3
+    max_rewinds: StepsOrNone = 3
     """Maximum number of rewinds per start; one more spike stops the run."""
-    max_failed_saves: int = 3
+    max_failed_saves: Steps = 3
     """Maximum number of consecutive failed saves, on a full disk for example; that many stop the run. Training goes on
     after a failed save until the next checkpoint is due."""
-    hang_minutes: float = 10.0
+    hang_minutes: Annotated[float, Interval(ge=0, le=525_600)] = 10.0
     """Minutes without progress after which a rank reports its position and ends the run. 0: never."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_nonfinite_steps", "spike_skip_steps", "max_failed_saves"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"faults.{name} = {getattr(self, name)}: must be at least 1")
-        if self.spike_window_steps < 2:
-            raise ValueError(f"faults.spike_window_steps = {self.spike_window_steps}: must be at least 2")
-        for name in ("spike_deviations", "max_rewinds", "hang_minutes"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"faults.{name} = {getattr(self, name)}: must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Held-out sequences that `longring evaluate` reads."""
 
-    max_tokens_per_bucket: int = 2**20
+    max_tokens_per_bucket: Annotated[int, Interval(ge=1, le=2**50)] = 2**20
     """Maximum number of tokens to read from the start of each bucket."""
     knots: bool = False
     """Apply the training `knots` to held-out sequences as well; the marks are left out of the loss."""
-
-    def __post_init__(self) -> None:
-        if self.max_tokens_per_bucket < 1:
-            raise ValueError(f"evaluate.max_tokens_per_bucket = {self.max_tokens_per_bucket}: must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmConfig:
     """Resources that `longring submit` requests, and conditions under which a job starts again."""
 
-    ranks_per_node: int = 8
+    ranks_per_node: Annotated[int, Interval(ge=1, le=1024)] = 8
     """Number of ranks on each node, one for each GPU."""
     cpu: bool = False
     """Request no GPUs: the ranks train on the CPUs, over gloo."""
     time: str = "24:00:00"
     """Time limit of one start. A run takes as many starts as it needs."""
-    save_seconds: int = 300
+    save_seconds: Annotated[int, Interval(ge=1, le=604_800)] = 300
     """Seconds before the time limit at which the ranks are told to save and stop."""
     partition: str = ""
     """Partition of the job. Empty: the cluster's default."""
@@ -149,29 +147,33 @@ class SlurmConfig:
     job_name: str = ""
     """Name of the job. Empty: the name of the run directory."""
     options: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Further sbatch options by name, without dashes. An empty value removes the script's default."""
-    max_fruitless_starts: int = 3
+    """Further sbatch options by name, without dashes: resources and scheduling. An empty value removes the script's
+    default."""
+    max_fruitless_starts: Annotated[int, Interval(ge=1, le=1_000_000)] = 3
     """Maximum number of consecutive requeues of a job without a new checkpoint."""
-    min_free_memory_gb: float = 1.0
+    min_free_memory_gb: Gigabytes = 1.0
     """Gigabytes of memory that must be free on a node for each of its ranks before they start."""
-    min_free_disk_gb: float = 1.0
+    min_free_disk_gb: Gigabytes = 1.0
     """Gigabytes that must be free in the run directory before a start, or twice the last checkpoint if that is more."""
-    min_rdma_ports: int = 0
+    min_rdma_ports: Annotated[int, Interval(ge=0, le=1024)] = 0
     """Number of InfiniBand or RoCE ports that must be active on a node. 0: one, if the node has any."""
 
     def __post_init__(self) -> None:
-        for name in ("ranks_per_node", "save_seconds", "max_fruitless_starts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"slurm.{name} = {getattr(self, name)}: must be at least 1")
-        for name in ("min_free_memory_gb", "min_free_disk_gb", "min_rdma_ports"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"slurm.{name} = {getattr(self, name)}: must be at least 0")
-        if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", self.time):
+        if not re.fullmatch(r"([0-9]{1,4}-)?[0-9]{1,6}(:[0-9]{1,2}){0,2}", self.time):
             raise ValueError(f"slurm.time = {self.time!r}: must look like 24:00:00 or 7-00:00:00")
-        texts = {"partition": self.partition, "account": self.account, "job_name": self.job_name, **self.options}
-        for name, value in texts.items():
-            if not re.fullmatch(r"[\w.,:@%+/=\[\]*&|()-]*", value) or not re.fullmatch(r"[a-z_-]+", name):
-                raise ValueError(f"slurm.{name} = {value!r}: not an sbatch option; use no spaces and no quotes")
+        texts = {name: getattr(self, name) for name in ("partition", "account", "job_name")}
+        for name, value in {**texts, **{f"options.{name}": value for name, value in self.options.items()}}.items():
+            if not re.fullmatch(r"[\w.,:@%+/=\[\]*&|()-]*", value, re.ASCII) or (name == "job_name" and "/" in value):
+                raise ValueError(
+                    f"slurm.{name} = {value!r}: not an sbatch option; use no spaces and no quotes, and no / in the "
+                    "name of a job"
+                )
+        for name, value in self.options.items():
+            if name not in SBATCH_OPTIONS:
+                raise ValueError(
+                    f"slurm.options.{name} = {value!r}: not an option that a recipe may set; print the job with "
+                    "`longring submit --print`, and give the option to sbatch yourself"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,12 +267,6 @@ def load_recipe(file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises ValueError, with the key at fault, if the file cannot be read or a setting is wrong.
     """
-    path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"recipe {path}: does not exist; name a TOML file")
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path}: not valid TOML: {error}; correct the file") from error
+    tree = read_toml(Path(file))
     apply_overrides(tree, overrides)
-    return from_tree(Recipe, tree, source=str(path))
+    return from_tree(Recipe, tree, source=str(file))

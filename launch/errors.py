@@ -1,4 +1,11 @@
-"""The exit statuses of a start, and the error that all ranks share."""
+"""The exit statuses of a start, the error that all ranks share, and how an error is printed."""
+
+import re
+
+from rich.console import Console
+from rich.markup import escape
+
+from .redact import CONTROL, redact
 
 GO_ON_LATER = 75
 """Exit status (EX_TEMPFAIL) of a start that saved and stopped early; the same command continues the run."""
@@ -10,3 +17,9 @@ IO_ERROR = 74
 
 class CommonError(OSError):
     """An error that every rank raises identically; local rank 0 of each node prints it."""
+
+
+def print_error(error: str) -> None:
+    """Print one error to standard error, in one line without secrets and without control characters."""
+    line = CONTROL.sub("?", re.sub(r"\s*\n\s*", " ", redact(error).strip()))
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(line)}", highlight=False, soft_wrap=True)

@@ -21,6 +21,7 @@ from typing import Any
 from ..data.files import write_text
 from ..parallel.world import World
 from .config import Recipe, load_recipe
+from .redact import redact_all
 from .settings import apply_overrides, from_tree
 
 log = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ class RunDirectory:
             yield
 
     def record_start(self, world_size: int, from_step: int, environment: dict[str, Any]) -> None:
-        """Append one line to starts.jsonl: time, host, command, code, versions and environment of this start."""
+        """Append one line to starts.jsonl: time, host, command, code, versions, environment; no secrets."""
         start = {
             "time": _now(),
             "from_step": from_step,
@@ -163,14 +164,14 @@ class RunDirectory:
             "environment": environment,
         }
         with self.starts_file.open("a") as file:
-            file.write(json.dumps(start) + "\n")
+            file.write(json.dumps(redact_all(start)) + "\n")
 
     def record_event(self, event: str, step: int, message: str) -> None:
         """Append one line to events.jsonl; any rank may. A record that cannot be written is only logged."""
         line = {"time": _now(), "event": event, "step": step, "rank": World.from_environment().rank, "message": message}
         try:
             with self.events_file.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(redact_all(line)) + "\n")
         except OSError as error:  # a full disk may be the very event: it must not hide it
             log.error("no record of %s: %s", line, error)
 

@@ -1,38 +1,113 @@
-"""Settings from text: tables read into frozen dataclasses, overrides such as `train.steps=20`, and `I/N`."""
+"""Settings from text: tables read into frozen dataclasses, overrides such as `train.steps=20`, and `I/N`.
+
+The text is from outside. A number must lie in the range that stands with its field, as `Annotated[int, Interval(...)]`;
+a text holds no control character and no secret; what cannot be read is refused in one line.
+"""
 
 from __future__ import annotations
 
 import difflib
+import functools
+import operator
 import re
+import reprlib
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Interval
+
+from .redact import CONTROL, redact
 
 T = TypeVar("T")
+
+MAX_BYTES = 2**20
+"""Largest TOML file that is read; reading takes time and memory far beyond its size."""
+MAX_DOTS = 100
+_MANY_DOTS = re.compile(rf"^(?!\s*#)(?:[^.\n]*+\.){{{MAX_DOTS + 1}}}", re.MULTILINE)
+_LIMITS = {
+    "ge": ("at least", operator.ge),
+    "gt": ("above", operator.gt),
+    "le": ("at most", operator.le),
+    "lt": ("below", operator.lt),
+}
+
+
+class _Shown(reprlib.Repr):
+    """Short text of any value, for messages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 160
+        self.maxlist = self.maxdict = 8
+
+    def repr_str(self, x: str, level: int) -> str:
+        """Return a quoted text without secrets, cut in the middle if it is long."""
+        return super().repr_str(redact(x), level)
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Return the digits of an integer, or their number if they are too many to read."""
+        return f"an integer of {x.bit_length()} bits" if x.bit_length() > 128 else str(x)
+
+
+shown = _Shown().repr
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the tables of a TOML file. Raises ValueError if it cannot be read, is too large, or is not TOML."""
+    if not path.is_file():
+        raise ValueError(f"recipe {path}: does not exist; name a TOML file")
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"recipe {path}: cannot be read: {error.strerror}; make it readable") from error
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"recipe {path}: has more than {MAX_BYTES} bytes; name a TOML file with settings")
+    try:
+        return _parse(content.decode())
+    except ValueError as error:
+        raise ValueError(f"recipe {path}: not valid TOML: {error}; correct the file") from error
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """Return the tables of a text in TOML. Raises ValueError, and no other error, if it cannot be read."""
+    # tomllib takes time quadratic in the number of parts of a key.
+    if _MANY_DOTS.search(text):
+        raise ValueError(f"a line has more than {MAX_DOTS} dots")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError:  # from int()
+        raise ValueError("an integer has too many digits") from None
 
 
 def from_tree(kind: type[T], tree: Mapping[str, Any], *, prefix: str = "", source: str = "the recipe") -> T:
     """Return the dataclass `kind`, with its nested dataclasses, made from nested tables.
 
     `prefix` precedes keys in messages and `source` names where the tables are from. Raises ValueError for an unknown
-    key, a missing key or a value of another type.
+    key, a missing key, a value of another type, or one out of its range.
     """
-    hints = get_type_hints(kind)  # annotations are strings here
+    hints = _hints(kind)
     known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     for key in tree:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
+            close = difflib.get_close_matches(key[:80], known, n=1)
             advice = f"did you mean {prefix}{close[0]}?" if close else "remove it."
-            raise ValueError(f"{source}: {prefix}{key}: unknown key; {advice} Known here: {', '.join(known)}")
+            raise ValueError(f"{source}: {prefix}{_key(key)}: unknown key; {advice} Known here: {', '.join(known)}")
     values: dict[str, Any] = {}
     for name, field in known.items():
         path, hint = prefix + name, hints[name]
         if is_dataclass(hint):
             table = tree.get(name, {})
             if not isinstance(table, Mapping):
-                raise ValueError(f"{source}: {path} = {table!r}: must be a table, such as {{key = 1}}")
+                raise ValueError(f"{source}: {path} = {shown(table)}: must be a table, such as {{key = 1}}")
             values[name] = from_tree(hint, table, prefix=f"{path}.", source=source)  # type: ignore[arg-type]
         elif name in tree and get_origin(hint) is dict:
             values[name] = _named(get_args(hint)[1], tree[name], path, source)
@@ -43,72 +118,119 @@ def from_tree(kind: type[T], tree: Mapping[str, Any], *, prefix: str = "", sourc
     return kind(**values)
 
 
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Return the types of the fields of a dataclass, whose annotations may be strings, with their ranges."""
+    return get_type_hints(kind, include_extras=True)
+
+
 def _named(hint: Any, table: Any, path: str, source: str) -> dict[str, Any]:
     """Return the entries of a table whose keys the user chooses; all values have the type `hint`."""
     if not isinstance(table, Mapping):
-        raise ValueError(f"{source}: {path} = {table!r}: must be a table, such as {{name = 1}}")
+        raise ValueError(f"{source}: {path} = {shown(table)}: must be a table, such as {{name = 1}}")
+    for name in table:
+        if _key(name) != name:
+            raise ValueError(f"{source}: {path}.{_key(name)}: must consist of letters, digits, '-' and '_'; rename it")
     if is_dataclass(hint):
+        for name, value in table.items():
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{source}: {path}.{name} = {shown(value)}: must be a table, such as {{key = 1}}")
         return {name: from_tree(hint, value, prefix=f"{path}.{name}.", source=source) for name, value in table.items()}  # type: ignore[arg-type]
     return {name: _convert(hint, value, f"{source}: {path}.{name}") for name, value in table.items()}
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    """Return the value if it has the type `hint`; an int is taken for a float, a list for a tuple.
+def _key(name: str) -> str:
+    """Return a key as a message shows it: as it is if it is a short word, else quoted."""
+    return name if re.fullmatch(r"[\w-]{1,80}", name) else shown(name)
 
-    Raises ValueError for any other type, and for an address with a password.
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """Return the value if it has the type `hint` and is in its range; an int is taken for a float, a list for a tuple.
+
+    Raises ValueError for any other value, and for a text that holds a secret or a control character.
     """
+    if get_origin(hint) is Annotated:
+        hint, bounds = get_args(hint)
+        # Before the conversion: an integer may be too large for a float.
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            _check_range(value, bounds, path)
     # A union is a name or a tuple of numbers: "grow_p2" or [4, 2, 1].
     if get_origin(hint) in (Union, UnionType):
         name, numbers = get_args(hint)
         if isinstance(value, list | tuple):
             return tuple(_convert(get_args(numbers)[0], number, path) for number in value)
-        if isinstance(value, bool) or value not in get_args(name):
-            raise ValueError(f"{path} = {value!r}: must be one of {', '.join(map(repr, get_args(name)))}, or numbers")
-        return value
+        return _chosen(get_args(name), value, path, ", or numbers")
     if get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
-            raise ValueError(f"{path} = {value!r}: must be a list of numbers, such as [1, 2]")
+            raise ValueError(f"{path} = {shown(value)}: must be a list of numbers, such as [1, 2]")
         return tuple(_convert(get_args(hint)[0], number, path) for number in value)
     if get_origin(hint) is Literal:
-        if value not in get_args(hint) or isinstance(value, bool):
-            raise ValueError(f"{path} = {value!r}: must be one of {', '.join(map(repr, get_args(hint)))}")
-        return value
+        return _chosen(get_args(hint), value, path)
     # bool is a subclass of int, but true is not a number here.
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(value, str) and re.search(r"://[^/\s]*:[^/\s]*@", value):
-        raise ValueError(f"{path}: holds a password, and recipes are recorded; put it in the environment instead")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{path} = {value!r}: must be of type {hint.__name__}")
+        raise ValueError(f"{path} = {shown(value)}: must be of type {hint.__name__}")
+    if isinstance(value, str):
+        _check_text(value, path)
     return value
+
+
+def _chosen(choices: Sequence[Any], value: Any, path: str, more: str = "") -> Any:
+    """Return the value if it is one of the choices, of the same type. Raises ValueError if it is not."""
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ValueError(f"{path} = {shown(value)}: must be one of {', '.join(map(repr, choices))}{more}")
+    return value
+
+
+def _check_range(value: float, bounds: Interval, path: str) -> None:
+    """Raise ValueError unless the number is in the interval; nan is in none, and inf in no bounded one."""
+    limits = [(*limit, end) for name, limit in _LIMITS.items() if (end := getattr(bounds, name)) is not None]
+    if not all(holds(value, end) for _, holds, end in limits):
+        raise ValueError(f"{path} = {shown(value)}: must be {' and '.join(f'{word} {end}' for word, _, end in limits)}")
+
+
+def _check_text(value: str, path: str) -> None:
+    """Raise ValueError for a text that cannot be written into one line, or that must not be recorded."""
+    if CONTROL.search(value):
+        raise ValueError(f"{path} = {shown(value)}: holds a line break or another control character; remove it")
+    if redact(value) != value:
+        raise ValueError(
+            f"{path}: holds a password, a key or a token, and recipes are recorded; put it in the environment instead, "
+            "as docs/security.md shows"
+        )
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
     """Set dotted keys in `tree`, in place.
 
     A value is read as TOML; a value that is not TOML is a string, as in `run_directory=runs/b`. Raises ValueError for
-    an override without "=" or without a key.
+    an override without "=" or without a key, and for a value that cannot be read.
     """
     for override in overrides:
         key, equals, text = override.partition("=")
         *tables, name = key.strip().split(".")
         if not equals or not name:
-            raise ValueError(f"override {override!r}: must have the form key=value, such as train.steps=20")
+            raise ValueError(f"override {shown(override)}: must have the form key=value, such as train.steps=20")
         try:
-            value = tomllib.loads(f"value = {text}")["value"]
+            value = _parse(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text.strip()
+        except ValueError as error:
+            raise ValueError(f"override {shown(override)}: {error}; give a simpler value") from None
         table = tree
         for part in tables:
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
-                raise ValueError(f"override {override!r}: {part} is a value, not a table; leave out what follows it")
+                raise ValueError(
+                    f"override {shown(override)}: {_key(part)} is a value, not a table; leave out what follows it"
+                )
         table[name] = value
 
 
 def parse_part(text: str) -> tuple[int, int]:
     """Return I and N of `I/N`, the I-th of N parts counted from 0. Raises ValueError unless 0 <= I < N."""
-    part, slash, parts = text.partition("/")
-    if not (slash and part.isdigit() and parts.isdigit() and int(part) < int(parts)):
-        raise ValueError(f"--part {text}: must be I/N with 0 <= I < N, such as 0/8")
-    return int(part), int(parts)
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise ValueError(f"--part {shown(text)}: must be I/N with 0 <= I < N, such as 0/8")
+    return int(found[1]), int(found[2])

@@ -156,7 +156,7 @@ def resume(engine: DeepSpeedEngine, checked: Preflight, recipe: Recipe, mesh: Me
     if mesh.rank == 0:
         for problem in damaged:
             checked.run.record_event("damaged checkpoint", saved.step, problem)
-            console.print(f"[bold red]damaged:[/] {problem}; going back to {path.name}", soft_wrap=True)
+            console.print(f"damaged: {problem}; going back to {path.name}", soft_wrap=True)
         console.print(f"resumed from {path}", soft_wrap=True)
         for name in ("world_size", "tensor", "zero_stage"):
             if (then := getattr(saved, name)) != (now := getattr(first, name)):
@@ -189,7 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stop-after", type=int, metavar="STEP", help="save and end after this step")
     options = parser.parse_intermixed_args(arguments)
     return as_rank(
-        lambda: train(load_recipe(options.recipe, options.overrides), Console(), stop_after=options.stop_after)
+        lambda: train(
+            load_recipe(options.recipe, options.overrides), Console(markup=False), stop_after=options.stop_after
+        )
     )
 
 

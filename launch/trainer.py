@@ -34,6 +34,7 @@ from .metrics import MetricsWriter, StepMetrics, trained_table
 from .preflight import Preflight
 from .ranks.signals import StopSignals
 from .ranks.watchdog import Watchdog
+from .redact import redact
 
 log = logging.getLogger(__name__)
 
@@ -224,6 +225,7 @@ class Trainer:
 
     def tell(self, event: str, step: int, message: str) -> None:
         """Log an event; rank 0 also records it in the run's events and prints it."""
+        message = redact(message)
         log.warning("step %d, %s: %s", step, event, message)
         if self.mesh.rank == 0:
             self.checked.run.record_event(event, step, message)

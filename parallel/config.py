@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Interval
 
 from .cp.grid import NAMED, CpGrid
 from .cp.topology import PRESETS
@@ -14,7 +16,7 @@ class CpConfig:
     """Context parallelism: how the ranks that share a sequence divide its attention.
 
     The choice changes speed and memory; results differ by rounding only. Raises ValueError for an unknown
-    schedule or topology, and for a time limit that is not positive.
+    schedule or topology.
     """
 
     schedule: str = "auto"
@@ -30,7 +32,7 @@ class CpConfig:
     narrow_results: bool = True
     """Send partial results in the dtype of the activations; false sends them in fp32. Results that are summed along
     the route `round`, and lse, always travel in fp32, and all sums are fp32."""
-    timeout_s: float = 600.0
+    timeout_s: Annotated[float, Interval(gt=0, le=604_800)] = 600.0
     """Longest wait for a message, in seconds; after it the run ends with the peer's rank."""
     guards: bool = True
     """Check on a small sequence, before the first step, that no loss depends on a later token or on another document,
@@ -55,8 +57,6 @@ class CpConfig:
                 )
         if self.topology != "probe" and self.topology not in PRESETS:
             raise ValueError(f"parallel.cp.topology = {self.topology!r}: must be one of probe, {', '.join(PRESETS)}")
-        if self.timeout_s <= 0:
-            raise ValueError(f"parallel.cp.timeout_s = {self.timeout_s}: must be above 0")
 
     def named_grid(self, size: int) -> CpGrid | None:
         """Return the configured grid for `size` ranks, or None for auto.
@@ -81,14 +81,14 @@ class CpConfig:
 class ParallelConfig:
     """Degrees of parallelism. The context-parallel degree is not set: it is the sequence length / tokens_per_rank.
 
-    Raises ValueError for degrees below 1, for a tokens_per_rank that is no power of two, and for sequence parallelism
-    over one tensor-parallel rank or over a number of them that does not divide tokens_per_rank.
+    Raises ValueError for a tokens_per_rank that is no power of two, and for sequence parallelism over one
+    tensor-parallel rank or over a number of them that does not divide tokens_per_rank.
     """
 
-    tokens_per_rank: int
+    tokens_per_rank: Annotated[int, Interval(ge=1, le=2**30)]
     """Tokens that a data-parallel rank takes in one micro-batch, a power of two. A micro-batch of a shorter bucket
     holds several sequences; a sequence of a longer bucket is shared by length / tokens_per_rank ranks."""
-    tensor: int = 1
+    tensor: Annotated[int, Interval(ge=1, le=2**16)] = 1
     """Number of ranks that share every weight matrix (Megatron's tensor parallelism); 1 switches it off."""
     sequence_parallel: bool = False
     """Divide the activations outside the tensor-parallel layers by tokens as well; requires tensor > 1."""
@@ -99,10 +99,8 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         # A power of two has one bit set. Bucket lengths are powers of two as well, so every ratio of the two is whole.
-        if self.tokens_per_rank < 1 or self.tokens_per_rank & (self.tokens_per_rank - 1):
+        if self.tokens_per_rank & (self.tokens_per_rank - 1):
             raise ValueError(f"parallel.tokens_per_rank = {self.tokens_per_rank}: must be a power of two")
-        if self.tensor < 1:
-            raise ValueError(f"parallel.tensor = {self.tensor}: must be at least 1")
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError(
                 "parallel.sequence_parallel = true: needs tensor-parallel ranks, and parallel.tensor = 1; "

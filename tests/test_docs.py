@@ -46,3 +46,19 @@ def test_the_drawing_names_functions_that_exist():
     for owner, name in steps:
         texts = [path.read_text() for path in SOURCES if path.stem == owner or defines(path.read_text(), owner)]
         assert any(defines(text, name) for text in texts), f"nothing defines {owner}.{name}"
+
+
+TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+
+
+def test_the_security_page_names_tests_that_exist():
+    """Every row of a table of hostile things ends with the tests that try it."""
+    text = (ROOT / "docs" / "security.md").read_text()
+    named = TEST.findall(text)
+    assert len(named) >= 15
+    for file, name in named:
+        assert defines((ROOT / file).read_text(), name), f"{file} has no {name}"
+    tables = re.findall(r"^\| .* \| what comes of it \| test \|\n\|---\|---\|---\|\n((?:\|.*\n)+)", text, re.MULTILINE)
+    assert len(tables) >= 5
+    for row in "".join(tables).splitlines():
+        assert TEST.search(row.rsplit(" | ", 1)[1]), f"no test tries it: {row}"

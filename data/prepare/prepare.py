@@ -83,7 +83,7 @@ def prepare(config: DataConfig, console: Console, workers: int = 0) -> Manifest:
             numbers = ", ".join(map(str, damaged))
             console.print(f"{directory}: missing or damaged shards are made again, of input shard {numbers}")
         else:
-            console.print(f"{directory} is already prepared from these settings; using it")
+            console.print(f"{directory} is already prepared from these settings; using it", markup=False)
         return open_prepared(directory)
     partial = partial_directory(directory)
     try:
@@ -105,7 +105,7 @@ def prepare_part(config: DataConfig, console: Console, part: int, num_parts: int
     the merge is left to `prepare`. Raises ValueError as `prepare` does.
     """
     if is_prepared(config):
-        console.print(f"{config.directory} is already prepared from these settings")
+        console.print(f"{config.directory} is already prepared from these settings", markup=False)
         return
     partial = partial_directory(Path(config.directory))
     with _progress(console) as progress:

@@ -4,6 +4,7 @@ datatrove's executor submits them. Its files and the output of every task are in
 or the same command given again, prepares only the input shards that are not done.
 """
 
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ def submit(config: DataConfig, console: Console, *, partition: str, workers: int
     `time` is the limit of a task. Raises ValueError as `prepare` does, and if there is no sbatch.
     """
     if is_prepared(config):
-        console.print(f"{config.directory} is already prepared from these settings")
+        console.print(f"{config.directory} is already prepared from these settings", markup=False)
         return
     if shutil.which("sbatch") is None:
         raise ValueError(
@@ -54,6 +55,7 @@ def submit(config: DataConfig, console: Console, *, partition: str, workers: int
         f"submitted: array job {tasks.job_id} with {tasks.tasks} tasks, then job {merging.job_id}, which makes "
         f"{config.directory}; their output is in {tasks.logging_dir.path}",
         soft_wrap=True,
+        markup=False,
     )
 
 
@@ -62,13 +64,22 @@ def executors(
 ) -> tuple[SlurmPipelineExecutor, SlurmPipelineExecutor]:
     """Return the executors of the tasks and of the merge, which depends on them: running the second submits both.
 
-    Raises ValueError as `begin` does.
+    Raises ValueError as `begin` does, and for a text that the shell or sbatch would read as more than one word.
     """
     directory = Path(config.directory).absolute()
+    python = Path(sys.executable).parent
+    named = {"data.directory": directory, "working directory": Path.cwd(), "python": python}
+    for key, text in {**named, "--slurm": partition, "--time": time}.items():
+        # datatrove writes them into the script of a job as they are.
+        if shlex.quote(str(text)) != str(text):
+            raise ValueError(
+                f"{key} = {str(text)!r}: becomes a part of a shell script, so it must consist of letters, digits and "
+                "@%+=:,./-_; name another, or prepare without --slurm"
+            )
     partial = partial_directory(directory)
     count = begin(config, partial, progress)
     # Without PYTHONSAFEPATH the folders data/, model/ and so on of a checkout would shadow packages of those names.
-    environment = f"export PYTHONSAFEPATH=1 PATH={Path(sys.executable).parent}:$PATH"
+    environment = f"export PYTHONSAFEPATH=1 PATH={python}:$PATH"
     common: dict[str, Any] = {
         "time": time,
         "partition": partition,

@@ -99,7 +99,7 @@ def _sized_files(source: SourceConfig) -> list[tuple[str, int]]:
             }
         else:
             found = {name: info for name, info in filesystem.glob(path, detail=True).items() if info["type"] == "file"}
-    except (OSError, ImportError, ValueError) as error:
+    except Exception as error:  # the library of a store may raise anything
         raise ValueError(
             f"data.source.path = {source.path!r}: cannot be listed ({error}); correct it, or install the fsspec "
             "package of its protocol"

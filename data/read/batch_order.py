@@ -236,7 +236,7 @@ def bucket_orders(
     tokens = {name: sum(b.length * b.parts[index].sequences for b in buckets) for index, name in enumerate(names)}
     if weights and weights.keys() != (filled := {name for name in names if tokens[name]}):
         raise ValueError(
-            f"curriculum.weights = {', '.join(sorted(weights))}: the sources with training data are "
+            f"curriculum.weights = {dict(sorted(weights.items()))}: the sources with training data are "
             f"{', '.join(sorted(filled))}; give a weight to each of them and to no other, or remove all weights"
         )
     total = sum(tokens.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,17 +19,21 @@ from ..config import Recipe
 from ..run_directory import RunDirectory
 
 SCRIPT = Path(__file__).parents[2] / "slurm" / "train.sbatch"
+_FROM_RECIPE = re.compile(
+    r"(#SBATCH --[a-z][a-z-]*(=[\w.,:@%+/=\[\]*&|()-]+)?|export LONGRING_RANKS_PER_NODE=[0-9]+|)", re.ASCII
+)
+"""A line of the rendered script that is not the template's: nothing in it ends a line, a word or a quotation."""
 
 
 def job_script(recipe: Recipe, nodes: int) -> str:
     """Return slurm/train.sbatch with the resources of the recipe in its #SBATCH lines.
 
-    Raises ValueError if that many nodes cannot train the recipe.
+    Raises ValueError if that many nodes cannot train the recipe, or if a line could be read as another one.
     """
     slurm = recipe.slurm
     recipe.accumulation_steps(nodes * slurm.ranks_per_node)
     resources = {
-        "job-name": slurm.job_name or Path(recipe.run_directory).name,
+        "job-name": slurm.job_name or _job_name(recipe.run_directory),
         "nodes": str(nodes),
         "gpus-per-node": None if slurm.cpu else str(slurm.ranks_per_node),
         "time": slurm.time,
@@ -39,7 +44,8 @@ def job_script(recipe: Recipe, nodes: int) -> str:
     }
     # Options of the script are replaced where they stand; the others follow the last of them.
     lines, left = [], dict(resources)
-    for line in SCRIPT.read_text().splitlines():
+    template = SCRIPT.read_text().splitlines()
+    for line in template:
         name = line.removeprefix("#SBATCH --").partition("=")[0] if line.startswith("#SBATCH --") else None
         if name in left:
             value = left.pop(name)
@@ -50,7 +56,15 @@ def job_script(recipe: Recipe, nodes: int) -> str:
             if slurm.cpu:
                 lines += ["", f"export LONGRING_RANKS_PER_NODE={slurm.ranks_per_node}", ""]
         lines.append(line)
+    for line in lines:
+        if line not in template and not _FROM_RECIPE.fullmatch(line):
+            raise ValueError(f"job script: {line!r}: not one option of sbatch; correct the recipe's table `slurm`")
     return "\n".join(lines) + "\n"
+
+
+def _job_name(run_directory: str) -> str:
+    """Return the name of a run directory in characters that a name of a job, and of its output file, may have."""
+    return re.sub(r"[^\w.,@+=-]", "-", Path(run_directory).name, flags=re.ASCII) or "longring"
 
 
 def submit(recipe: Recipe, arguments: list[str], nodes: int) -> str:
@@ -62,15 +76,17 @@ def submit(recipe: Recipe, arguments: list[str], nodes: int) -> str:
     run = RunDirectory(recipe.run_directory)
     run.check(recipe)
     script = job_script(recipe, nodes)
+    # sbatch would take a relative path that begins with a dash for an option.
+    job = str(run.job_script.absolute())
     if shutil.which("sbatch") is None:
         raise ValueError("sbatch: not on this machine; submit from a machine with Slurm, or print the job with --print")
     run.path.mkdir(parents=True, exist_ok=True)
     run.logs.mkdir(exist_ok=True)
     write_text(run.job_script, script)
-    done = subprocess.run(["sbatch", str(run.job_script), *arguments], capture_output=True, text=True)
+    done = subprocess.run(["sbatch", job, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise ValueError(
-            f"sbatch: refused {shlex.join([str(run.job_script), *arguments])}: {done.stderr.strip()}; correct the "
+            f"sbatch: refused {shlex.join([job, *arguments])}: {done.stderr.strip()}; correct the "
             "recipe's table `slurm`"
         )
     return done.stdout.strip()

@@ -1,4 +1,4 @@
-"""One log file for each rank, so that the terminal stays readable."""
+"""One log file for each rank, so that the terminal stays readable, and without secrets."""
 
 from __future__ import annotations
 
@@ -6,9 +6,19 @@ import logging
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
+from ..redact import redact
+
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 _held = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+
+
+class RedactingFormatter(logging.Formatter):
+    """A formatter that leaves secrets out of messages and tracebacks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the lines of a record."""
+        return redact(super().format(record))
 
 
 def hold_warnings() -> None:
@@ -26,7 +36,7 @@ def open_log(file: Path) -> None:
     logging.raiseExceptions = False  # a log on a full disk is not worth a traceback on the terminal
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(file)
-    handler.setFormatter(logging.Formatter(FORMAT))
+    handler.setFormatter(RedactingFormatter(FORMAT))
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     root.addHandler(handler)

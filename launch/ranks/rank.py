@@ -9,13 +9,11 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.markup import escape
 
 from ...data.processes import end_with_parent
 from ...parallel.cp.group import PeerError
 from ...parallel.world import World
-from ..errors import GO_ON_LATER, IO_ERROR, USER_ERROR, CommonError
+from ..errors import GO_ON_LATER, IO_ERROR, USER_ERROR, CommonError, print_error
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +73,3 @@ def as_rank(function: Callable[[], int | None]) -> int:
     if dist.is_initialized():
         dist.destroy_process_group()
     return status
-
-
-def print_error(error: str) -> None:
-    """Print one error line to standard error."""
-    Console(stderr=True).print(f"[bold red]error:[/] {escape(error)}", highlight=False, soft_wrap=True)

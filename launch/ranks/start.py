@@ -18,8 +18,8 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args, run
 
 from ...parallel.meet import FREE_PORT, reach
-from ..errors import GO_ON_LATER
-from .rank import LAUNCHER, print_error
+from ..errors import GO_ON_LATER, print_error
+from .rank import LAUNCHER
 from .signals import STOP_SIGNALS
 
 FIRST_NODE = timedelta(minutes=10)

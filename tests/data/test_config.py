@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 import pytest
-from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig, SourceConfig, TokenizerConfig
+from longring.data.config import CurriculumConfig, DataConfig, SourceConfig, TokenizerConfig
 
 TOKENS = SourceConfig(kind="json", path="x", tokens_field="ids")
 WEB = SourceConfig(kind="json", path="x")
@@ -15,7 +15,6 @@ WEB = SourceConfig(kind="json", path="x")
     [
         ({"directory": ""}, ["data.directory = ''"], {"directory": "here"}),
         ({"min_bucket_tokens": 100}, ["data.min_bucket_tokens = 100", "power of two"], {"min_bucket_tokens": 64}),
-        ({"max_bucket_tokens": 0}, ["data.max_bucket_tokens = 0", "power of two"], {"max_bucket_tokens": 1024}),
         (
             {"min_bucket_tokens": 512, "max_bucket_tokens": 256},
             ["data.min_bucket_tokens = 512", "data.max_bucket_tokens = 256"],
@@ -26,20 +25,10 @@ WEB = SourceConfig(kind="json", path="x")
             ["lower the first or raise the second"],
             {"max_bucket_tokens": 512},
         ),
-        ({"held_out_fraction": 1.0}, ["data.held_out_fraction = 1.0", "[0, 1)"], {"held_out_fraction": 0.0}),
-        ({"held_out_fraction": -0.1}, ["data.held_out_fraction = -0.1"], {"held_out_fraction": 0.0}),
         (
             {"shard_tokens": 1_000},
             ["data.shard_tokens = 1000", "data.max_bucket_tokens = 2048"],
             {"shard_tokens": 2048},
-        ),
-        ({"seed": -1}, ["data.seed = -1"], {"seed": 0}),
-        ({"max_bad_fraction": 1.5}, ["data.max_bad_fraction = 1.5", "[0, 1]"], {"max_bad_fraction": 0.0}),
-        ({"input_shard_bytes": 0}, ["data.input_shard_bytes = 0"], {"input_shard_bytes": 1}),
-        (
-            {"sources": {"a/b": SourceConfig()}},
-            ["data.sources = 'a/b'", "letters"],
-            {"sources": {"a-b": SourceConfig()}},
         ),
         ({"source": TOKENS}, ["data.tokenizer.path = ''", "token ids"], {"tokenizer": TokenizerConfig(path="t.json")}),
         (
@@ -49,7 +38,7 @@ WEB = SourceConfig(kind="json", path="x")
         ),
     ],
 )
-def test_data_settings_out_of_range(settings: dict[str, Any], words: list[str], advice: dict[str, Any]):
+def test_data_settings_that_do_not_fit(settings: dict[str, Any], words: list[str], advice: dict[str, Any]):
     with pytest.raises(ValueError, match=r"data\.") as error:
         DataConfig(**{"directory": "prepared", **settings})
     assert all(word in str(error.value) for word in words), error.value
@@ -62,7 +51,6 @@ def test_data_settings_out_of_range(settings: dict[str, Any], words: list[str], 
         (SourceConfig, {"kind": "json"}, ["data.source.path = ''", "data.source.kind", "'json'"], {"path": "a.jsonl"}),
         (SourceConfig, {"kind": "python_stdlib", "path": "x"}, ["data.source.path = 'x'"], {"path": ""}),
         (SourceConfig, {"kind": "python_stdlib", "path": "x"}, ["set data.source.kind"], {"kind": "text"}),
-        (SourceConfig, {"limit_documents": -1}, ["data.source.limit_documents = -1"], {"limit_documents": 0}),
         (TokenizerConfig, {"vocab_size": 256}, ["data.tokenizer.vocab_size = 256", "257"], {"vocab_size": 257}),
         (
             TokenizerConfig,
@@ -79,23 +67,10 @@ def test_data_settings_out_of_range(settings: dict[str, Any], words: list[str], 
             {"tokens_field": ""},
         ),
         (SourceConfig, {"path": "x", "tokens_field": "ids", "kind": "text"}, ["such as 'json'"], {"kind": "json"}),
-        (
-            TokenizerConfig,
-            {"training_characters": 0},
-            ["data.tokenizer.training_characters = 0"],
-            {"training_characters": 1},
-        ),
-        (CurriculumConfig, {"cycles": 0}, ["curriculum.cycles = 0"], {"cycles": 1}),
         (CurriculumConfig, {"odds": ()}, ["curriculum.odds = []"], {"odds": (1.0,)}),
-        (CurriculumConfig, {"odds": (1.0, 0.0)}, ["curriculum.odds = [1.0, 0.0]"], {"odds": (1.0, 0.5)}),
-        (CurriculumConfig, {"weights": {"web": -1.0}}, ["curriculum.weights.web = -1.0"], {"weights": {"web": 1.0}}),
-        (LoaderConfig, {"workers": -1}, ["loader.workers = -1"], {"workers": 0}),
-        (LoaderConfig, {"prefetch_batches": 0}, ["loader.prefetch_batches = 0"], {"prefetch_batches": 1}),
-        (LoaderConfig, {"window_tokens": -1}, ["loader.window_tokens = -1"], {"window_tokens": 0}),
-        (LoaderConfig, {"cache_bytes": 0}, ["loader.cache_bytes = 0"], {"cache_bytes": 1}),
     ],
 )
-def test_nested_settings_out_of_range(make: Any, settings: dict[str, Any], words: list[str], advice: dict[str, Any]):
+def test_nested_settings_that_do_not_fit(make: Any, settings: dict[str, Any], words: list[str], advice: dict[str, Any]):
     with pytest.raises(ValueError, match=re.escape(words[0])) as error:
         make(**settings)
     assert all(word in str(error.value) for word in words), error.value

@@ -13,8 +13,9 @@ from longring.data.config import DataConfig, SourceConfig
 from longring.data.format.manifest import open_prepared
 from longring.data.prepare.merge import ledger_file
 from longring.data.prepare.prepare import prepare
-from longring.data.prepare.slurm import submit
+from longring.data.prepare.slurm import executors, submit
 from rich.console import Console
+from rich.progress import Progress
 
 SBATCH = """#!/bin/bash
 number=$(ls "$LOG" | wc -l)
@@ -73,6 +74,18 @@ def test_submitted_jobs_make_what_processes_make(
     assert len(list(made.verify())) == len(made.shards)
     submit(config, console, partition="main", workers=2, time="1:00:00")
     assert "already prepared" in console.export_text()
+
+
+@pytest.mark.parametrize("name", ["a b", "a;touch PWNED", "$(touch PWNED)", "a'b", "a\n#SBATCH --wrap=x", "`id`"])
+def test_a_directory_that_a_shell_would_take_apart_is_refused(make_config: Callable[..., DataConfig], name: str):
+    config = replace(make_config(["words"]), directory=name)
+    with pytest.raises(ValueError, match=r"data\.directory = .*name another, or prepare without --slurm"):
+        executors(config, Progress(), partition="main", workers=1, time="1:00:00")
+    config = replace(config, directory="plain")
+    for key in ("partition", "time"):
+        words = {"partition": "main", "time": "1:00:00", key: name}
+        with pytest.raises(ValueError, match=r"--(slurm|time) = .*becomes a part of a shell script"):
+            executors(config, Progress(), workers=1, **words)
 
 
 @pytest.mark.full

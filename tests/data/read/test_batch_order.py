@@ -1,3 +1,4 @@
+import re
 from collections import Counter
 
 import numpy as np
@@ -219,7 +220,7 @@ def test_reached_counts_distinct_sequences_of_a_repeated_source():
 
 @pytest.mark.parametrize("weights", [{"a": 1.0}, {"a": 1.0, "b": 1.0, "c": 1.0, "d": 1.0}])
 def test_weights_name_every_source(weights: dict[str, float]):
-    with pytest.raises(ValueError, match=rf"curriculum\.weights = {', '.join(weights)}: .* are a, b, c;"):
+    with pytest.raises(ValueError, match=re.escape(f"curriculum.weights = {weights}: ") + ".* are a, b, c;"):
         bucket_orders(BUCKETS, weights, 0, 0)
 
 

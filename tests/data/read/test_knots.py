@@ -324,10 +324,8 @@ def test_special_tokens_are_in_the_vocabulary_from_the_start(tokenizer: Document
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
-        ({"share": 1.1}, r"knots\.share = 1\.1: must be in \[0, 1\]"),
-        ({"chunk_odds": ()}, r"knots\.chunk_odds = \[\]: must be"),
-        ({"chunk_odds": (0.0, -1.0)}, r"knots\.chunk_odds = \[0\.0, -1\.0\]: must be"),
-        ({"min_document_tokens": 0}, r"knots\.min_document_tokens = 0: must be at least 1"),
+        ({"chunk_odds": ()}, r"knots\.chunk_odds = \[\]: must hold a number"),
+        ({"chunk_odds": (0.0, 0.0)}, r"knots\.chunk_odds = \[0\.0, 0\.0\]: must hold a number above 0"),
     ],
 )
 def test_bad_settings_are_named(settings_: dict[str, Any], message: str):
@@ -349,8 +347,7 @@ def test_a_tokenizer_without_the_tokens_is_refused(tokenizer_file: Path):
     plain = DocumentTokenizer(tokenizer_file.read_bytes(), "<|endoftext|>")
     with pytest.raises(ValueError, match=r"the tokenizer lacks <\|label\|>.*set data\.tokenizer\.knot_chunks = 3"):
         Knots(KnotsConfig(share=0.5), plain, 0)
-    for chunks in (-1, 1):
-        with pytest.raises(ValueError, match=f"knot_chunks = {chunks}: must be 0 or at least 2"):
-            TokenizerConfig(knot_chunks=chunks)
+    with pytest.raises(ValueError, match="knot_chunks = 1: must be 0 or at least 2"):
+        TokenizerConfig(knot_chunks=1)
     with pytest.raises(ValueError, match=r"vocab_size = 262: .* set it to at least 264"):
         TokenizerConfig(vocab_size=262, knot_chunks=2)

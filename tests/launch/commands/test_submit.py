@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +74,89 @@ def test_no_option_of_sbatch_leaves_its_line(value):
             SlurmConfig(partition=value)
     elif value.isascii() and value.isalnum():
         assert SlurmConfig(partition=value).partition == value
+
+
+HOSTILE = (
+    *("a b", "a;touch PWNED", "$(touch PWNED)", "`touch PWNED`", "a'b", 'a"b', "a#b", "-x", "--wrap=x", "a\\", "%x%j"),
+    *("é", "a&touch PWNED", "a|touch PWNED", "a*", "${IFS}", "!!", "~"),
+)
+
+
+def fake_sbatch(directory: Path) -> Path:
+    """Make an sbatch that runs the script as a node does, in `directory`/bin; the launcher prints its words."""
+    binaries = directory / "bin"
+    binaries.mkdir()
+    scripts = {
+        "sbatch": 'set -e; script=$1; [[ $1 != -* ]]; shift; cp "$script" "$LOG/script"; bash -n "$script"\n'
+        'grep "^#SBATCH" "$script" > "$LOG/lines"; bash "$script" "$@" > "$LOG/said" 2>&1; echo Submitted 7\n',
+        "srun": 'while [[ $1 == --* ]]; do shift; done; "$@"\n',
+        "scontrol": "echo localhost\n",
+        "python": 'printf "%s\\n" "$@" > "$LOG/words"\n',
+    }
+    for name, text in scripts.items():
+        (binaries / name).write_text(f"#!/bin/bash\n{text}")
+        (binaries / name).chmod(0o755)
+    return binaries
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_job_of_a_hostile_directory_runs_only_the_launcher(recipe_file, tmp_path, monkeypatch, capsys, name):
+    """The run directory, the recipe and an override have the name; the script is rendered and run as on a node."""
+    binaries, log = fake_sbatch(tmp_path), tmp_path / "log"
+    log.mkdir()
+    variables = {
+        **{"PATH": f"{binaries}:{os.environ['PATH']}", "LOG": str(log), "LONGRING_PYTHON": str(binaries / "python")},
+        **{"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0", "SLURMD_NODENAME": "localhost"},
+        **{"SLURM_CPUS_ON_NODE": "2", "SLURM_JOB_NODELIST": "localhost", "SLURM_SUBMIT_DIR": str(tmp_path)},
+        **{"SLURM_GPUS_ON_NODE": "4", "LONGRING_LOCAL_DIR": str(tmp_path)},
+    }
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    recipe = f"./{name}.toml"
+    Path(recipe).write_text(recipe_file.read_text())
+    words = [recipe, f"run_directory={name}", f"data.source.path={name}", "slurm.ranks_per_node=4"]
+    for _ in range(2):  # a second submission meets the run directory of the first
+        assert cli.main(["submit", *words, "--nodes", "1"]) == 0, capsys.readouterr().err
+        ran = (log / "words").read_text().split("\n")
+        assert ran[:3] == ["-m", "longring.launch.cli", "train"]
+        assert ran[3:7] == words
+        lines = (log / "lines").read_text().splitlines()
+        assert all(re.fullmatch(r"#SBATCH --[a-z-]+(=[\w.,:@%+=/-]+)?", line, re.ASCII) for line in lines)
+        assert {line.partition("=")[0] for line in lines} == {
+            f"#SBATCH --{option}" for option in sbatch_lines((log / "script").read_text())
+        }
+        assert not list(tmp_path.rglob("PWNED"))
+
+
+@given(st.text(max_size=30))
+def test_no_run_directory_adds_a_line_to_the_job(recipe_file, name):
+    template = SCRIPT.read_text().splitlines()
+    try:
+        recipe = load_recipe(recipe_file, ["slurm.ranks_per_node=4", f"run_directory=x{name}"])
+    except ValueError as error:
+        assert "holds a " in str(error)  # noqa: PT017
+        recipe = replace(load_recipe(recipe_file, ["slurm.ranks_per_node=4"]), run_directory=f"x{name}")
+    assert len(job_script(recipe, 1).splitlines()) == len(template)
+
+
+def test_the_script_is_checked_as_rendered(recipe_file):
+    """Even a value that no recipe can hold does not leave its line."""
+    recipe = load_recipe(recipe_file, ["slurm.ranks_per_node=4"])
+    slurm = copy.copy(recipe.slurm)
+    for value in ("gpu\n#SBATCH --wrap=x", "gpu --wrap=x", "gpu\ntouch PWNED", "$(id)", "gpu\r", "gpu\u2028x"):
+        object.__setattr__(slurm, "partition", value)
+        with pytest.raises(ValueError, match="job script: .*: not one option of sbatch; correct the recipe's table"):
+            job_script(replace(recipe, slurm=slurm), 1)
+
+
+@pytest.mark.parametrize(
+    "name", ["wrap", "export", "container", "output", "error", "chdir", "nodes", "job-name", "a b"]
+)
+def test_an_option_that_could_run_or_write_something_is_refused(recipe_file, name):
+    with pytest.raises(ValueError, match=r"slurm\.options\."):
+        load_recipe(recipe_file, [f'slurm.options={{"{name}"="x"}}'])
 
 
 def test_sbatch_gets_the_script_and_the_recipe(recipe_file, tmp_path, monkeypatch, capsys):
