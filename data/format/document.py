@@ -13,7 +13,7 @@ SPLITS: tuple[Split, ...] = ("train", "held_out")
 NO_DOCUMENT = 2**32 - 1
 """Number that stands for the document of filler, which belongs to no document."""
 
-BadKind = Literal["empty", "broken_json", "missing_field", "wrong_type", "invalid_utf8", "bad_tokens"]
+BadKind = Literal["empty", "broken_json", "missing_field", "wrong_type", "invalid_utf8", "bad_tokens", "not_tokenized"]
 
 EXAMPLES = 3
 """Number of bad records of each kind that are kept by name."""

@@ -77,6 +77,13 @@ class Ledger:
     splits: dict[Split, SplitLedger] = field(default_factory=_new_splits)
     """Account of each split."""
 
+    word_cuts: int = 0
+    """Number of cuts inside a word, or a run of white space, too long to be tokenized as a whole. No character is lost
+    there; its ids may differ from those of the whole."""
+
+    word_cut_examples: list[str] = field(default_factory=list)
+    """Record and byte of its text of the first of these cuts."""
+
     @property
     def documents(self) -> int:
         """Number of documents that entered."""
@@ -86,6 +93,12 @@ class Ledger:
     def tokens(self) -> int:
         """Number of tokens that entered."""
         return sum(split.tokens for split in self.splits.values())
+
+    def enter_word_cut(self, name: str, byte: int) -> None:
+        """Count a cut inside a word of the record `name`, before byte `byte` of its text."""
+        self.word_cuts += 1
+        if len(self.word_cut_examples) < EXAMPLES:
+            self.word_cut_examples.append(f"{name}, byte {byte:,}")
 
     def check(self) -> None:
         """Raise AssertionError unless the account adds up, which would be an error of LongRing."""
@@ -103,6 +116,8 @@ class Ledger:
         for kind, names in other.bad.examples.items():
             known = self.bad.examples.setdefault(kind, [])
             known += names[: EXAMPLES - len(known)]
+        self.word_cuts += other.word_cuts
+        self.word_cut_examples += other.word_cut_examples[: EXAMPLES - len(self.word_cut_examples)]
         for split, account in other.splits.items():
             mine = vars(self.splits[split])
             for key, value in vars(account).items():
@@ -118,6 +133,7 @@ class Ledger:
             "records": self.records,
             "bad": {"counts": dict(self.bad.counts), "examples": self.bad.examples},
             "splits": {split: dict(vars(account)) for split, account in self.splits.items()},
+            "word_cuts": {"count": self.word_cuts, "examples": self.word_cut_examples},
         }
 
     @classmethod
@@ -131,6 +147,11 @@ class Ledger:
             return SplitLedger(**{**entry, **counters})
 
         bad = BadRecords(counts=Counter(value["bad"]["counts"]), examples=value["bad"]["examples"])
+        cuts = value.get("word_cuts", {"count": 0, "examples": []})  # data of earlier versions has none
         return cls(
-            records=value["records"], bad=bad, splits={split: split_ledger(value["splits"][split]) for split in SPLITS}
+            records=value["records"],
+            bad=bad,
+            splits={split: split_ledger(value["splits"][split]) for split in SPLITS},
+            word_cuts=cuts["count"],
+            word_cut_examples=cuts["examples"],
         )

@@ -205,7 +205,7 @@ class Manifest:
     def tokenizer(self) -> DocumentTokenizer:
         """Return the tokenizer that made the tokens. Raises ValueError if its file is not a tokenizer."""
         content = self.store.path(TOKENIZER_FILE, self.files[TOKENIZER_FILE]).read_bytes()
-        return DocumentTokenizer(content, self.boundary)
+        return DocumentTokenizer(content, self.boundary, f"{self.store.name}/{TOKENIZER_FILE}")
 
     def unigram(self) -> NDArray[np.int64]:
         """Return the number of times each token is a target in the train split, int64 [vocab_size]."""

@@ -3,13 +3,15 @@
 import hashlib
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from .document import BadRecord, Document
+from .pieces import PIECE_CHARACTERS, pieces
+from .tokenizer_file import TokenizerError, load_tokenizer, panics_caught
 
 TOKENIZER_FILE = "tokenizer.json"
 THREAD_CHARACTERS = 1 << 18
@@ -32,62 +34,119 @@ def knot_tokens(max_chunks: int) -> list[str]:
 class DocumentTokenizer:
     """Tokenizer that encloses every document in boundary tokens.
 
-    Raises ValueError if `content` is not a `tokenizer.json` or lacks the boundary token.
+    Raises ValueError, which names `file`, if `content` is not a `tokenizer.json` that may be used (tokenizer_file.py),
+    or if it lacks the boundary token.
     """
 
-    def __init__(self, content: bytes, boundary: str):
-        try:
-            self.tokenizer = Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises nothing more specific
-            raise ValueError(
-                f"data.tokenizer.path: not a readable tokenizer.json ({error}); name another, or none to train one"
-            ) from error
-        boundary_id = self.tokenizer.token_to_id(boundary)
+    def __init__(self, content: bytes, boundary: str, file: str = TOKENIZER_FILE):
+        self.tokenizer = load_tokenizer(content, file)
+        vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
+        boundary_id = vocabulary.get(boundary)
+        special = [token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
+        choices = f"name a special token ({', '.join(map(repr, special)) or 'it has none'})"
         if boundary_id is None:
-            special = [token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
+            raise ValueError(f"data.tokenizer.boundary = {boundary!r}: not in the tokenizer's vocabulary; {choices}")
+        shared = [token for token, number in vocabulary.items() if number == boundary_id and token != boundary]
+        if shared:
             raise ValueError(
-                f"data.tokenizer.boundary = {boundary!r}: not in the tokenizer's vocabulary; name a special token "
-                f"({', '.join(map(repr, special)) or 'it has none'})"
+                f"data.tokenizer.boundary = {boundary!r}: {shared[0]!r} of {file} has its id {boundary_id}; {choices}"
             )
+        self.at = ""
+        """Document, or the first of some short ones, that is being tokenized; for a long one, the byte of its text."""
         self.boundary = boundary
         self.boundary_id: int = boundary_id
         # One past the highest id, as an existing vocabulary may have gaps.
-        self.vocab_size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = 1 + max(vocabulary.values())
         self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
         self.sha256 = hashlib.sha256(content).hexdigest()
-        # A tokenizer.json may ask for truncation or padding, which would change documents.
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
         # Text that contains "<|endoftext|>" is encoded like any other, so that only real ends are boundaries.
         self.tokenizer.encode_special_tokens = True
 
     def streams(
-        self, documents: Iterable[Document], reject: Callable[[str, BadRecord], None]
+        self,
+        documents: Iterable[Document],
+        reject: Callable[[str, BadRecord], None],
+        on_word_cut: Callable[[str, int], None],
     ) -> Iterator[tuple[Document, NDArray[np.unsignedinteger]]]:
         """Yield each document with its stream B x1 ... xn B, [n + 2], of type `dtype`.
 
-        Documents with token ids outside the vocabulary, or with a boundary inside, go to `reject`. Raises ValueError if
-        a text encodes to the boundary token, which would then no longer be a boundary.
+        Long texts are tokenized in pieces (pieces.py); `on_word_cut` gets the document's name and the byte of its text
+        at each cut where ids may differ from those of the whole. Documents on which the tokenizer fails, with token ids
+        outside the vocabulary, or with a boundary inside, go to `reject`. Raises ValueError if a text encodes to the
+        boundary token, which would then no longer be a boundary.
         """
         for batch in _by_size(documents):
-            texts = [document.content for document in batch if isinstance(document.content, str)]
-            encodings = iter(self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+            contents = [document.content for document in batch]
+            whole = [content for content in contents if isinstance(content, str) and not _is_long(content)]
+            self.at = batch[0].name
+            encodings = iter(self._encode_each(whole))
             for document in batch:
-                stream = self._from_ids(document.content) if not isinstance(document.content, str) else None
+                if not isinstance(document.content, str):
+                    stream = self._from_ids(document.content)
+                else:
+                    long = _is_long(document.content)
+                    ids = self._encode_long(document, document.content, on_word_cut) if long else next(encodings)
+                    stream = ids if isinstance(ids, BadRecord) else self._enclosed(document.name, ids)
                 if isinstance(stream, BadRecord):
                     reject(document.name, stream)
-                    continue
-                if stream is None:
-                    # array reads a list three times as fast as numpy does.
-                    ids = array("I", next(encodings).ids)
-                    stream = np.full(len(ids) + 2, self.boundary_id, dtype=self.dtype)
-                    stream[1:-1] = ids
-                    if np.count_nonzero(stream == self.boundary_id) != 2:
-                        raise ValueError(
-                            f"data.tokenizer.boundary = {self.boundary!r}: text in {document.name} encodes to it; "
-                            "name a special token that no text encodes to"
-                        )
-                yield document, stream
+                else:
+                    yield document, stream
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of each text. Raises TokenizerError if the tokenizer fails on any of them."""
+        try:
+            with panics_caught():
+                return [one.ids for one in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        except (TokenizerError, MemoryError):
+            raise
+        except Exception as error:  # the library raises nothing more specific
+            raise TokenizerError(" ".join(str(error).split())) from error
+
+    def _encode_each(self, texts: list[str]) -> Sequence["array[int] | BadRecord"]:
+        """Return the ids of each text, or the failure of the tokenizer on it."""
+        try:
+            # array reads a list three times as fast as numpy does.
+            return [array("I", ids) for ids in self._encode(texts)]
+        except TokenizerError as error:
+            if len(texts) == 1:
+                return [BadRecord("not_tokenized", str(error))]
+            return [one for text in texts for one in self._encode_each([text])]
+
+    def _encode_long(
+        self, document: Document, text: str, on_word_cut: Callable[[str, int], None]
+    ) -> NDArray[np.unsignedinteger] | BadRecord:
+        """Return the ids of a long text [n], a few pieces at a time, or the failure of the tokenizer on one of them."""
+        found, cuts, byte = [], [], 0
+        left = pieces(text, lambda part: self._encode([part])[0], PIECE_CHARACTERS)
+        try:
+            while batch := [*islice(left, THREAD_CHARACTERS // PIECE_CHARACTERS * _threads())]:
+                self.at = f"{document.name}, byte {byte:,}"
+                encodings = self._encode([piece.context + piece.text for piece in batch])
+                for piece, ids in zip(batch, encodings, strict=True):
+                    known = len(piece.context_ids)
+                    exact = ids[:known] == piece.context_ids
+                    if not exact:
+                        [ids], known = self._encode([piece.text]), 0
+                    if piece.in_word or not exact:
+                        cuts.append(byte)
+                    byte += len(piece.text.encode())
+                    found.append(np.array(array("I", ids[known:]), dtype=self.dtype))
+        except TokenizerError as error:
+            return BadRecord("not_tokenized", str(error))
+        for cut in cuts:
+            on_word_cut(document.name, cut)
+        return np.concatenate(found)
+
+    def _enclosed(self, name: str, ids: Sequence[int] | NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
+        """Return the stream of the ids of a text. Raises ValueError if the boundary is among them."""
+        stream = np.full(len(ids) + 2, self.boundary_id, dtype=self.dtype)
+        stream[1:-1] = ids
+        if np.count_nonzero(stream == self.boundary_id) != 2:
+            raise ValueError(
+                f"data.tokenizer.boundary = {self.boundary!r}: text in {name} encodes to it; name a special token that "
+                "no text encodes to"
+            )
+        return stream
 
     def _from_ids(self, tokens: NDArray[np.int64]) -> NDArray[np.unsignedinteger] | BadRecord:
         """Return the stream of a document given as token ids [tokens], with or without boundaries at its ends."""
@@ -102,11 +161,19 @@ class DocumentTokenizer:
         return np.concatenate([[self.boundary_id], inside, [self.boundary_id]]).astype(self.dtype)
 
 
+def _threads() -> int:
+    return int(os.environ.get("RAYON_NUM_THREADS") or os.cpu_count() or 1)
+
+
+def _is_long(text: str) -> bool:
+    return len(text) > PIECE_CHARACTERS
+
+
 def _by_size(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Yield lists of adjacent documents with about THREAD_CHARACTERS characters or token ids for each thread."""
     batch: list[Document] = []
     size = 0
-    limit = THREAD_CHARACTERS * int(os.environ.get("RAYON_NUM_THREADS") or os.cpu_count() or 1)
+    limit = THREAD_CHARACTERS * _threads()
     for document in documents:
         batch.append(document)
         size += len(document.content)

@@ -47,5 +47,8 @@ def _notes(ledger: Ledger) -> Iterator[str]:
     packed = sum(account.packed_sequences for account in ledger.splits.values())
     if packed:
         yield f"{packed:,} sequences hold pieces of several documents."
+    if ledger.word_cuts:
+        cut_at = "; ".join(ledger.word_cut_examples)
+        yield f"{ledger.word_cuts:,} cuts inside words too long to tokenize as a whole, first at {cut_at}"
     for kind in sorted(ledger.bad.examples):
         yield f"First record left out as {kind.replace('_', ' ')}: {ledger.bad.examples[kind][0]}"

@@ -7,17 +7,21 @@ document takes a table entry of 21 bytes, and 32 bytes for each of its parts.
 
 import zipfile
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from ..files import write_whole
 from ..format.document import NO_DOCUMENT, SPLITS
 from ..format.manifest import Manifest, open_prepared
 from ..format.reader import MAX_OPEN_SHARDS
+
+TEXT_TOKENS = 1 << 16
+"""Number of tokens that are decoded at once: a list of them takes 40 bytes a token."""
 
 DOCUMENT_DTYPE = np.dtype([("record", "<u4"), ("held_out", "?"), ("pairs", "<i8"), ("first_part", "<i8")])
 """A document: its record's number in the input shard, its split, its number of pairs, the index of its first part."""
@@ -178,9 +182,21 @@ class Documents:
 
     def texts(self, numbers: Iterable[int]) -> Iterator[str]:
         """Yield the texts of documents `numbers`, decoded from their tokens."""
-        tokenizer = self.manifest.tokenizer().tokenizer
         for number in numbers:
-            yield tokenizer.decode(self.tokens(number)[1:-1].tolist(), skip_special_tokens=False)
+            yield "".join(self.text_parts(number))
+
+    def text_parts(self, number: int) -> Iterator[str]:
+        """Yield the text of a document, decoded from its tokens, in parts of up to TEXT_TOKENS tokens.
+
+        A character whose bytes are cut between two parts becomes U+FFFD.
+        """
+        tokens = self.tokens(number)[1:-1]
+        for start in range(0, max(len(tokens), 1), TEXT_TOKENS):
+            yield self._tokenizer.decode(tokens[start : start + TEXT_TOKENS].tolist(), skip_special_tokens=False)
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return self.manifest.tokenizer().tokenizer
 
     def _open(self, number: int) -> tuple[NDArray, NDArray]:
         names = f"{number:06d}.npy", f"{number:06d}.parts.npy"

@@ -25,8 +25,11 @@ FEATURES_BITS = 18
 FIT_DOCUMENTS = 20_000
 """Number of train documents, evenly spaced, on which the TF-IDF weights and the SVD are fitted."""
 
+FIT_TOKENS = 1 << 20
+"""Number of tokens from the start of each of these documents that count."""
+
 BATCH_TOKENS = 1 << 20
-"""Number of tokens at which a batch of documents is embedded."""
+"""Number of tokens at which a batch of documents is embedded; a longer document is embedded in runs of as many."""
 
 BATCH_WINDOWS = 32
 """Number of encoder windows that a model encodes at once."""
@@ -52,22 +55,27 @@ class HashedEncoder:
     def __init__(self, file: Path, long_documents: LongDocuments, window_tokens: int):
         with load(file) as fitted:
             self._weights, self._components = fitted["idf"], fitted["components"]
-        self._windows = long_documents, window_tokens
+        self._window_tokens = window_tokens
+        self._most_tokens = window_tokens if long_documents == "head" else None
 
     def encode(self, documents: Documents, numbers: Iterable[int]) -> Iterator[NDArray[np.float32]]:
         """Yield the unit vectors of documents `numbers` in order, in batches [documents of the batch, dimensions]."""
-        for batch in _batches(documents, numbers):
-            counts, owners = _counts(batch, *self._windows)
-            counts.data = (1 + np.log(counts.data)) * self._weights[counts.indices]
-            # [windows, features] @ [features, dimensions]
-            yield _averaged(counts @ self._components, owners, len(batch))
+        for batch in _in_batches(documents, numbers):
+            sums = np.zeros((len(batch), self._components.shape[1]), dtype=np.float32)
+            for run, owners in _runs(documents, batch, self._window_tokens, self._most_tokens):
+                counts, slots = _counts(run, self._window_tokens)
+                counts.data = (1 + np.log(counts.data)) * self._weights[counts.indices]
+                # [windows, features] @ [features, dimensions]
+                np.add.at(sums, owners[slots], unit(counts @ self._components))
+            yield unit(sums)
 
 
 def fit(documents: Documents, train: NDArray[np.integer], config: OrderConfig, file: Path) -> None:
     """Fit the default encoder on a sample of the documents `train` [n] and write it to `file`."""
     sample = train[np.unique(np.linspace(0, len(train) - 1, min(len(train), FIT_DOCUMENTS)).astype(np.int64))]
-    windows = config.long_documents, config.window_tokens
-    counts = sparse.vstack([_counts(batch, *windows)[0] for batch in _batches(documents, sample)], format="csr")
+    most_tokens = config.window_tokens if config.long_documents == "head" else FIT_TOKENS
+    runs = _runs(documents, sample.tolist(), config.window_tokens, most_tokens)
+    counts = sparse.vstack([_counts(run, config.window_tokens)[0] for run, _ in runs], format="csr")
     # With one thread the sums are the same on any number of cores.
     with threadpool_limits(1):
         tfidf = TfidfTransformer(sublinear_tf=True)
@@ -108,10 +116,13 @@ class ModelEncoder:
         """Yield the unit vectors of documents `numbers` in order, in batches [documents of the batch, dimensions]."""
         for batch in _in_batches(documents, numbers):
             windows, owners = [], []  # [windows]: the text of each, and the index of its document in the batch
-            for owner, text in enumerate(documents.texts(batch)):
-                for window in self._cut(text):
-                    windows.append(window)
-                    owners.append(owner)
+            for owner, number in enumerate(batch):
+                for text in documents.text_parts(number):
+                    cuts = self._cut(text)
+                    windows += cuts
+                    owners += [owner] * len(cuts)
+                    if self._head:
+                        break
             vectors = self._model.encode(windows, batch_size=BATCH_WINDOWS, show_progress_bar=False)
             yield _averaged(np.asarray(vectors, dtype=np.float32), np.array(owners), len(batch))
 
@@ -164,21 +175,34 @@ def _in_batches(documents: Documents, numbers: Iterable[int]) -> Iterator[list[i
         yield batch
 
 
-def _batches(documents: Documents, numbers: Iterable[int]) -> Iterator[list[NDArray[np.unsignedinteger]]]:
-    """Yield the tokens [n] of documents `numbers`, without the boundaries at their ends, in batches."""
-    for batch in _in_batches(documents, numbers):
-        yield [documents.tokens(number)[1:-1] for number in batch]
+def _runs(
+    documents: Documents, numbers: Iterable[int], window_tokens: int, most_tokens: int | None
+) -> Iterator[tuple[list[NDArray[np.unsignedinteger]], NDArray[np.int64]]]:
+    """Yield runs of whole encoder windows of documents `numbers`, with some BATCH_TOKENS tokens each.
 
-
-def _counts(
-    batch: list[NDArray[np.unsignedinteger]], long_documents: LongDocuments, window_tokens: int
-) -> tuple[sparse.csr_array, NDArray[np.int64]]:
-    """Return the counts of hashed n-grams of each encoder window, sparse [windows, 2^18], and its document [windows].
-
-    `batch` has the tokens of each document; a window has up to `window_tokens` of one document.
+    A run has the tokens [n] of one document or several, without the boundaries at their ends, and the index of each
+    array's document in `numbers`. With `most_tokens`, only as many from the start of each document are taken.
     """
-    if long_documents == "head":
-        batch = [tokens[:window_tokens] for tokens in batch]
+    limit = max(BATCH_TOKENS // window_tokens, 1) * window_tokens
+    run, owners, size = [], [], 0
+    for owner, number in enumerate(numbers):
+        tokens = documents.tokens(number)[1:-1][:most_tokens]
+        for start in range(0, max(len(tokens), 1), limit):
+            run.append(tokens[start : start + limit])
+            owners.append(owner)
+            size += len(run[-1])
+            if size >= limit:
+                yield run, np.array(owners)
+                run, owners, size = [], [], 0
+    if run:
+        yield run, np.array(owners)
+
+
+def _counts(batch: list[NDArray[np.unsignedinteger]], window_tokens: int) -> tuple[sparse.csr_array, NDArray[np.int64]]:
+    """Return the counts of hashed n-grams of each encoder window, sparse [windows, 2^18], and its index in `batch`.
+
+    `batch` has arrays of tokens; a window has up to `window_tokens` of one of them. The indices are [windows].
+    """
     sizes = np.array([len(tokens) for tokens in batch], dtype=np.int64)  # [documents]
     num_windows = np.maximum(-(-sizes // window_tokens), 1)
     owners = np.repeat(np.arange(len(batch)), num_windows)

@@ -5,7 +5,7 @@ A preparation works in `<directory>.partial/`. Besides the results of its parts 
     tokenizer.json             tokenizer
     work/job.json              settings, and the hash of inputs.jsonl; a later attempt must have the same
     work/inputs.jsonl          the input shards; offsets.bin, the first byte of each line
-    work/progress/000012       number of documents and tokens done of input shard 12
+    work/progress/000012       documents and tokens done of input shard 12, and the document at work
     work/000012.<host>.<pid>/  unfinished tar shards of input shard 12
 """
 
@@ -13,7 +13,6 @@ import os
 import random
 import shutil
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,15 +28,9 @@ from ..format.tokenizer import TOKENIZER_FILE, DocumentTokenizer
 from .decompose import Piece, decompose, split_of
 from .merge import ledger_file, publish_part
 from .packing import BestFitPacker, Concatenator, Row, Segment
+from .progress import progress_file, written
 from .records import RecordReader
 from .sources import InputShard
-
-PROGRESS_SECONDS = 0.5
-
-
-def progress_file(partial: Path, number: int) -> Path:
-    """Return the file with the number of documents and tokens that a process has done of input shard `number`."""
-    return partial / "work" / "progress" / f"{number:06d}"
 
 
 def prepare_input_shard(config: DataConfig, partial: Path, number: int, shard: InputShard) -> None:
@@ -94,10 +87,9 @@ class _InputShardWriter:
         return np.concatenate([writer.shards() for writer in self._writers.values()])
 
     def run(self, progress: Path) -> None:
-        """Read, cut and write all documents; write the number done to the file `progress`."""
-        progress.parent.mkdir(exist_ok=True)
-        shown = 0.0
+        """Read, cut and write all documents; write the number done to the file `progress` now and then."""
         with ExitStack() as stack:
+            stack.enter_context(written(progress, self._progress))
             for writer in self._writers.values():
                 stack.enter_context(writer)
             for document, stream in self._streams():
@@ -110,17 +102,16 @@ class _InputShardWriter:
                         self._best_fit(split, document, stream)
                     case "concat" | "concat_masked":
                         self._write_rows(split, self._chains[split].add(Segment(stream, document.number, 0)))
-                if time.monotonic() > shown + PROGRESS_SECONDS:
-                    shown = time.monotonic()
-                    progress.write_text(f"{self.ledger.documents} {self.ledger.tokens}")
             for split in SPLITS:
                 self._finish(split)
         self.ledger.records, self.ledger.bad = self._reader.records, self._reader.bad
         self.ledger.check()
-        progress.write_text(f"{self.ledger.documents} {self.ledger.tokens}")
+
+    def _progress(self) -> str:
+        return f"{self.ledger.documents} {self.ledger.tokens} {self._tokenizer.at}"
 
     def _streams(self) -> Iterator[tuple[Document, NDArray]]:
-        return self._tokenizer.streams(self._reader.documents(), self._reader.reject)
+        return self._tokenizer.streams(self._reader.documents(), self._reader.reject, self.ledger.enter_word_cut)
 
     def _decompose(self, split: Split, document: Document, stream: NDArray) -> None:
         num_pairs = len(stream) - 1

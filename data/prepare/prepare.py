@@ -10,10 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,6 @@ from typing import Any
 import numpy as np
 from datatrove.executor import LocalPipelineExecutor
 from loguru import logger
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -30,10 +27,11 @@ from ..files import write_text, write_whole
 from ..format.manifest import INPUTS_FILE, MANIFEST_FILE, Manifest, differences, open_prepared, settings_of
 from ..format.store import LocalStore
 from ..format.tokenizer import TOKENIZER_FILE, DocumentTokenizer
-from .input_shard import prepare_input_shard, progress_file
-from .merge import cannot_restore, ledger_file, merge, restore_parts
+from .input_shard import prepare_input_shard
+from .merge import cannot_restore, merge, restore_parts
+from .progress import shown
 from .sources import InputShard, input_shards
-from .train_tokenizer import make_tokenizer
+from .train_tokenizer import make_tokenizer, named
 
 # datatrove would log over the progress bar; it raises its errors as well.
 logger.disable("datatrove")
@@ -189,7 +187,7 @@ def begin(config: DataConfig, partial: Path, progress: Progress) -> int:
     _write_job(config, partial, inputs)
     if not (partial / TOKENIZER_FILE).exists():
         tokenizer = make_tokenizer(config, inputs, progress)
-        DocumentTokenizer(tokenizer, config.tokenizer.boundary)  # raises ValueError if it is not usable
+        DocumentTokenizer(tokenizer, config.tokenizer.boundary, named(config.tokenizer))  # raises ValueError
         write_whole(partial / TOKENIZER_FILE, lambda path: path.write_bytes(tokenizer))
     return len(inputs)
 
@@ -256,48 +254,5 @@ def _run_here(config: DataConfig, partial: Path, workers: int, numbers: Sequence
         logging_dir=str(partial / "work" / "executor"),
         skip_completed=False,  # the ledgers say which are done
     )
-    with _shown(partial, numbers, processes, progress):
+    with shown(partial, numbers, processes, progress):
         executor.run()
-
-
-@contextmanager
-def _shown(partial: Path, numbers: Sequence[int], processes: int, progress: Progress) -> Iterator[None]:
-    """Show the progress of the processes, which they write to files."""
-    task = progress.add_task("tokenizing, cutting, writing", total=len(numbers), line="")
-    stop = threading.Event()
-
-    def show() -> None:
-        # Invariant: `done` counts (documents, tokens) of the input shards that are no longer pending.
-        pending, done = list(numbers), np.zeros(2, dtype=np.int64)
-        finished, before, started = False, 0, time.monotonic()
-        while not finished:
-            finished = stop.wait(0.3)
-            running = np.zeros(2, dtype=np.int64)
-            # Tasks start in order, so the running ones are among the first pending.
-            for number in pending[: None if finished else 2 * processes]:
-                counts = _counts(progress_file(partial, number))
-                if ledger_file(partial, number).exists():
-                    pending.remove(number)
-                    done += counts
-                else:
-                    running += counts
-            documents, tokens = (done + running).tolist()
-            before = before or tokens
-            # Tokens done before this attempt do not count in its rate.
-            rate = (tokens - before) / (time.monotonic() - started)
-            line = f"{documents:,} documents  {tokens:,} tokens  {rate:,.0f}/s"
-            progress.update(task, completed=len(numbers) - len(pending), line=line)
-
-    thread = threading.Thread(target=show, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _counts(file: Path) -> NDArray[np.int64]:
-    """Return (documents, tokens) done of an input shard, int64 [2]; zeros while its file is absent or incomplete."""
-    words = file.read_text().split() if file.exists() else []
-    return np.array(words if len(words) == 2 else [0, 0], dtype=np.int64)

@@ -3,8 +3,9 @@
 import hashlib
 import io
 import json
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import IO, Any
@@ -18,6 +19,12 @@ from numpy.typing import NDArray
 from ..config import SourceConfig
 from ..format.document import BadRecord, BadRecords, Document
 from .sources import InputShard
+
+HASHED_CHARACTERS = 1 << 20
+"""Number of characters of a text that are encoded and hashed at once: a copy of a long text would double its memory."""
+
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+"""A character that has no UTF-8."""
 
 FIRST_CHECK = 1_000
 """Number of records after which each bad one checks the fraction; fewer records would say little."""
@@ -84,11 +91,11 @@ def _text(record: Any, source: SourceConfig) -> tuple[str, bytes] | BadRecord:
         return text
     if not isinstance(text, str):
         return BadRecord("wrong_type", f"field {source.text_field!r} is {type(text).__name__}, not str")
-    try:
-        content = text.encode()
-    except UnicodeEncodeError as error:
-        return BadRecord("invalid_utf8", f"a lone surrogate at character {error.start}")
-    return (text, _digest(content)) if text else BadRecord("empty", "")
+    if lone := LONE_SURROGATE.search(text):
+        return BadRecord("invalid_utf8", f"a lone surrogate at character {lone.start()}")
+    starts = range(0, len(text), HASHED_CHARACTERS)
+    digest = _digest(text[start : start + HASHED_CHARACTERS].encode() for start in starts)
+    return (text, digest) if text else BadRecord("empty", "")
 
 
 def _tokens(record: Any, source: SourceConfig) -> tuple[NDArray[np.int64], bytes] | BadRecord:
@@ -101,11 +108,14 @@ def _tokens(record: Any, source: SourceConfig) -> tuple[NDArray[np.int64], bytes
     if numbers.size and numbers.dtype.kind not in "iu":
         return BadRecord("wrong_type", f"field {source.tokens_field!r} is not a list of integers")
     numbers = numbers.astype(np.int64)
-    return (numbers, _digest(numbers.tobytes())) if numbers.size else BadRecord("empty", "")
+    return (numbers, _digest([numbers.tobytes()])) if numbers.size else BadRecord("empty", "")
 
 
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
+def _digest(parts: Iterable[bytes]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
 
 
 def _field(record: Any, name: str) -> Any:
@@ -150,8 +160,10 @@ def _json_rows(file: str, _: SourceConfig) -> Iterator[tuple[str, Any]]:
         number = 0  # of the line, from 1; empty lines count and are no records
         while line:
             number += 1
-            if line.strip():
-                yield f"{file}:{number}", _parsed(line)
+            if not line.isspace():
+                record = _parsed(line)
+                line = b""  # a long one is not kept while its record is used
+                yield f"{file}:{number}", record
             line = stream.readline()
 
 
@@ -169,7 +181,7 @@ def _parsed(line: bytes) -> Any:
         return text
     try:
         record = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of 4,301 digits is no JSONDecodeError
         return BadRecord("broken_json", str(error))
     return record
 

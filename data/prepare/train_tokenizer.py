@@ -8,10 +8,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..config import DataConfig, TokenizerConfig
 from ..format.document import Document
+from ..format.pieces import breaks
 from ..format.tokenizer import TOKENIZER_FILE, knot_tokens
+from ..format.tokenizer_file import load_tokenizer
 from .decompose import split_of
 from .records import RecordReader
 from .sources import InputShard
+
+TRAINING_CHARACTERS = 1 << 12
+"""Maximum number of characters that a tokenizer is trained on as one text, and so of a word: training takes time in
+proportion to the square of a word's length."""
 
 
 def make_tokenizer(config: DataConfig, inputs: list[InputShard], progress: Progress) -> bytes:
@@ -20,7 +26,8 @@ def make_tokenizer(config: DataConfig, inputs: list[InputShard], progress: Progr
     Raises ValueError if `data.tokenizer.path` is not a file or if a source cannot be read.
     """
     if config.tokenizer.path:
-        return with_knot_tokens(read_tokenizer(config.tokenizer.path), config.tokenizer.knot_chunks)
+        content = read_tokenizer(config.tokenizer.path)
+        return with_knot_tokens(content, config.tokenizer.knot_chunks, named(config.tokenizer))
     task = progress.add_task("training the tokenizer", total=None, line="")
     texts = _training_texts(config, inputs, lambda: progress.advance(task))
     content = train_tokenizer(texts, config.tokenizer)
@@ -62,8 +69,24 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer=trainer)
+    short = (part for text in texts for part in _short_parts(text))
+    tokenizer.train_from_iterator(short, trainer=trainer)
     return tokenizer.to_str(pretty=True).encode()
+
+
+def _short_parts(text: str) -> Iterator[str]:
+    """Yield adjacent parts of `text`, of at most TRAINING_CHARACTERS, that begin before white space if there is any.
+
+    The pre-tokenizer of `train_tokenizer` never joins a word to the white space after it, so the words of all parts are
+    those of `text`, but for longer ones.
+    """
+    start = 0
+    while len(text) - start > TRAINING_CHARACTERS:
+        limit = start + TRAINING_CHARACTERS
+        stop = next(breaks(text, start, limit), limit)
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
 
 
 def read_tokenizer(path: str) -> bytes:
@@ -80,10 +103,18 @@ def read_tokenizer(path: str) -> bytes:
     return file.read_bytes()
 
 
-def with_knot_tokens(content: bytes, max_chunks: int) -> bytes:
-    """Return the `tokenizer.json` `content` with the special tokens of `max_chunks` knot chunks that it lacks."""
+def named(config: TokenizerConfig) -> str:
+    """Return the name of the tokenizer for messages."""
+    return f"data.tokenizer.path = {config.path!r}" if config.path else TOKENIZER_FILE
+
+
+def with_knot_tokens(content: bytes, max_chunks: int, file: str = TOKENIZER_FILE) -> bytes:
+    """Return the `tokenizer.json` `content` with the special tokens of `max_chunks` knot chunks that it lacks.
+
+    Raises ValueError, which names `file`, if it may not be used (format/tokenizer_file.py).
+    """
     if max_chunks < 2:
         return content
-    tokenizer = Tokenizer.from_buffer(content)
+    tokenizer = load_tokenizer(content, file)
     tokenizer.add_special_tokens([name for name in knot_tokens(max_chunks) if tokenizer.token_to_id(name) is None])
     return tokenizer.to_str(pretty=True).encode()

@@ -1,0 +1,121 @@
+"""Progress of the processes that prepare input shards: each writes it to a file, and one shows them all."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import Progress
+
+from .merge import ledger_file
+
+PROGRESS_SECONDS = 0.5
+
+SLOW_SECONDS = 60
+"""Seconds without progress after which the document at work is named; it usually takes milliseconds."""
+
+
+def progress_file(partial: Path, number: int) -> Path:
+    """Return the file with the documents and tokens done of input shard `number`, and the document at work."""
+    return partial / "work" / "progress" / f"{number:06d}"
+
+
+@contextmanager
+def written(file: Path, state: Callable[[], str]) -> Iterator[None]:
+    """Write `state()` to `file` every PROGRESS_SECONDS and at the end.
+
+    A thread does so, as the tokenizer may take long for one document.
+    """
+    file.parent.mkdir(exist_ok=True)
+    stop = threading.Event()
+
+    def write() -> None:
+        finished = False
+        while not finished:
+            finished = stop.wait(PROGRESS_SECONDS)
+            with suppress(OSError):  # a full disk ends the preparation where it writes shards
+                file.write_text(state(), encoding="utf-8")
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextmanager
+def shown(partial: Path, numbers: Sequence[int], processes: int, progress: Progress) -> Iterator[None]:
+    """Show the progress of the processes, which they write to files."""
+    task = progress.add_task("tokenizing, cutting, writing", total=len(numbers), line="")
+    stop = threading.Event()
+
+    def show() -> None:
+        # Invariant: `done` counts (documents, tokens) of the input shards that are no longer pending.
+        pending, done = list(numbers), np.zeros(2, dtype=np.int64)
+        finished, before, started = False, 0, time.monotonic()
+        slow = _Slow()
+        while not finished:
+            finished = stop.wait(0.3)
+            running = np.zeros(2, dtype=np.int64)
+            # Tasks start in order, so the running ones are among the first pending.
+            for number in pending[: None if finished else 2 * processes]:
+                counts, at = _reported(progress_file(partial, number))
+                if at and slow.told(number, (*counts.tolist(), at), time.monotonic()):
+                    progress.console.print(
+                        f"input shard {number}: no progress for {SLOW_SECONDS} s at {at} or soon after it; if it does "
+                        "not go on, leave the document out, or name another tokenizer",
+                        highlight=False,
+                        markup=False,
+                    )
+                if ledger_file(partial, number).exists():
+                    pending.remove(number)
+                    done += counts
+                else:
+                    running += counts
+            documents, tokens = (done + running).tolist()
+            before = before or tokens
+            # Tokens done before this attempt do not count in its rate.
+            rate = (tokens - before) / (time.monotonic() - started)
+            line = f"{documents:,} documents  {tokens:,} tokens  {rate:,.0f}/s"
+            progress.update(task, completed=len(numbers) - len(pending), line=line)
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+class _Slow:
+    """Finder of input shards whose progress stays as it is for SLOW_SECONDS."""
+
+    def __init__(self):
+        self._since: dict[int, tuple[object, float]] = {}
+
+    def told(self, number: int, state: object, now: float) -> bool:
+        """Return whether input shard `number` has been in `state` for SLOW_SECONDS; True once for each state."""
+        known, since = self._since.setdefault(number, (state, now))
+        if known != state:
+            self._since[number] = state, now
+        elif now - since > SLOW_SECONDS:
+            self._since[number] = state, float("inf")
+            return True
+        return False
+
+
+def _reported(file: Path) -> tuple[NDArray[np.int64], str]:
+    """Return (documents, tokens) done of an input shard, int64 [2], and the document at work.
+
+    They are zeros and an empty name while the file is absent or incomplete.
+    """
+    words = file.read_text(encoding="utf-8").split(maxsplit=2) if file.exists() else []
+    if len(words) < 2:
+        return np.zeros(2, dtype=np.int64), ""
+    return np.array(words[:2], dtype=np.int64), "".join(words[2:])
