@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .document import BadRecord, Document
-from .pieces import PIECE_CHARACTERS, pieces
+from .spans import SPAN_CHARACTERS, spans
 from .tokenizer_file import TokenizerError, load_tokenizer, panics_caught
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -70,7 +70,7 @@ class DocumentTokenizer:
     ) -> Iterator[tuple[Document, NDArray[np.unsignedinteger]]]:
         """Yield each document with its stream B x1 ... xn B, [n + 2], of type `dtype`.
 
-        Long texts are tokenized in pieces (pieces.py); `on_word_cut` gets the document's name and the byte of its text
+        Long texts are tokenized in spans (spans.py); `on_word_cut` gets the document's name and the byte of its text
         at each cut where ids may differ from those of the whole. Documents on which the tokenizer fails, with token ids
         outside the vocabulary, or with a boundary inside, go to `reject`. Raises ValueError if a text encodes to the
         boundary token, which would then no longer be a boundary.
@@ -115,21 +115,21 @@ class DocumentTokenizer:
     def _encode_long(
         self, document: Document, text: str, on_word_cut: Callable[[str, int], None]
     ) -> NDArray[np.unsignedinteger] | BadRecord:
-        """Return the ids of a long text [n], a few pieces at a time, or the failure of the tokenizer on one of them."""
+        """Return the ids of a long text [n], a few spans at a time, or the failure of the tokenizer on one of them."""
         found, cuts, byte = [], [], 0
-        left = pieces(text, lambda part: self._encode([part])[0], PIECE_CHARACTERS)
+        left = spans(text, lambda part: self._encode([part])[0], SPAN_CHARACTERS)
         try:
-            while batch := [*islice(left, THREAD_CHARACTERS // PIECE_CHARACTERS * _threads())]:
+            while batch := [*islice(left, THREAD_CHARACTERS // SPAN_CHARACTERS * _threads())]:
                 self.at = f"{document.name}, byte {byte:,}"
-                encodings = self._encode([piece.context + piece.text for piece in batch])
-                for piece, ids in zip(batch, encodings, strict=True):
-                    known = len(piece.context_ids)
-                    exact = ids[:known] == piece.context_ids
+                encodings = self._encode([span.context + span.text for span in batch])
+                for span, ids in zip(batch, encodings, strict=True):
+                    known = len(span.context_ids)
+                    exact = ids[:known] == span.context_ids
                     if not exact:
-                        [ids], known = self._encode([piece.text]), 0
-                    if piece.in_word or not exact:
+                        [ids], known = self._encode([span.text]), 0
+                    if span.in_word or not exact:
                         cuts.append(byte)
-                    byte += len(piece.text.encode())
+                    byte += len(span.text.encode())
                     found.append(np.array(array("I", ids[known:]), dtype=self.dtype))
         except TokenizerError as error:
             return BadRecord("not_tokenized", str(error))
@@ -166,7 +166,7 @@ def _threads() -> int:
 
 
 def _is_long(text: str) -> bool:
-    return len(text) > PIECE_CHARACTERS
+    return len(text) > SPAN_CHARACTERS
 
 
 def _by_size(documents: Iterable[Document]) -> Iterator[list[Document]]:

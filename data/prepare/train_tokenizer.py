@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..config import DataConfig, TokenizerConfig
 from ..format.document import Document
-from ..format.pieces import breaks
+from ..format.spans import breaks
 from ..format.tokenizer import TOKENIZER_FILE, knot_tokens
 from ..format.tokenizer_file import load_tokenizer
 from .decompose import split_of

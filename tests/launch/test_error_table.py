@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.ranks import variables_of
@@ -162,6 +163,20 @@ def prepare_from(sandbox: Sandbox, name: str, content: bytes) -> str:
     (sandbox.directory / name).write_bytes(content)
     settings = [f"data.directory={sandbox.directory}/new", f"data.source.path={sandbox.directory}/{name}"]
     return sandbox.main("prepare", str(sandbox.recipe), *settings)
+
+
+def prepare_with_tokenizer(sandbox: Sandbox, change: Callable[[dict[str, Any]], object]) -> str:
+    content = json.loads((sandbox.data / "tokenizer.json").read_text())
+    change(content)
+    file = sandbox.directory / "tokenizer.json"
+    file.write_text(json.dumps(content))
+    settings = [f"data.directory={sandbox.directory}/new", f"data.tokenizer.path={file}"]
+    return sandbox.main("prepare", str(sandbox.recipe), *settings)
+
+
+def split_at(expression: str) -> Callable[[dict[str, Any]], object]:
+    split = {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
+    return lambda content: content.update(pre_tokenizer=split)
 
 
 def missing_source(sandbox: Sandbox) -> str:
@@ -373,6 +388,16 @@ CASES: dict[str, dict[str, Case]] = {
         "a data directory with other files": directory_in_the_way,
         "a missing tokenizer": lambda sandbox: sandbox.main(
             "prepare", str(sandbox.recipe), f"data.directory={sandbox.directory}/new", "data.tokenizer.path=/nowhere"
+        ),
+        "a tokenizer whose pattern does not compile": lambda sandbox: prepare_with_tokenizer(sandbox, split_at("((")),
+        "a tokenizer whose pattern backtracks without end": lambda sandbox: prepare_with_tokenizer(
+            sandbox, split_at("(a+)+$")
+        ),
+        "a tokenizer with a huge id": lambda sandbox: prepare_with_tokenizer(
+            sandbox, lambda content: content["model"]["vocab"].update(far=4 * 10**9)
+        ),
+        "a tokenizer that cuts at random": lambda sandbox: prepare_with_tokenizer(
+            sandbox, lambda content: content["model"].update(dropout=0.5)
         ),
     },
     "Ordering": {

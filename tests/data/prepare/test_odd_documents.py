@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
+from longring.data.format.document import NO_DOCUMENT
 from longring.data.format.manifest import Manifest, open_prepared
-from longring.data.format.pieces import PIECE_CHARACTERS
+from longring.data.format.spans import SPAN_CHARACTERS
 from longring.data.inspect.ledger import print_ledger
 from longring.data.prepare import progress as progress_module
 from longring.data.prepare import train_tokenizer as module
@@ -25,43 +27,45 @@ from rich.progress import Progress
 
 MakeConfig = Callable[..., DataConfig]
 DRAW = random.Random(14)
-WORD = "".join(DRAW.choices("abcdefghijklmnopqrstuvwxyz", k=3 * PIECE_CHARACTERS))
+WORD = "".join(DRAW.choices("abcdefghijklmnopqrstuvwxyz", k=3 * SPAN_CHARACTERS))
 ODD = {
     "a word of many letters": WORD,
-    "one repeated character": "a" * (2 * PIECE_CHARACTERS + 5),
-    "one repeated character after a sentence": "the ring " + "-" * (2 * PIECE_CHARACTERS),
-    "spaces": " " * (2 * PIECE_CHARACTERS),
-    "lines": "\r\n" * PIECE_CHARACTERS,
-    "random bytes": DRAW.randbytes(2 * PIECE_CHARACTERS).decode("latin-1"),
-    "nothing but zero bytes": "\x00" * (PIECE_CHARACTERS + 1),
-    "combining marks": "e" + "\u0301\u0323" * PIECE_CHARACTERS,
-    "right to left": "\u202e\u05d0\u05d1 \u0645\u0631\u062d " * (PIECE_CHARACTERS // 7),
-    "emoji joined": "\U0001f469\u200d" * PIECE_CHARACTERS,
-    "byte order marks": "\ufeff" * (PIECE_CHARACTERS + 9),
-    "ordinary": "the ring turns a token home\n" * (PIECE_CHARACTERS // 9),
+    "one repeated character": "a" * (2 * SPAN_CHARACTERS + 5),
+    "one repeated character after a sentence": "the ring " + "-" * (2 * SPAN_CHARACTERS),
+    "spaces": " " * (2 * SPAN_CHARACTERS),
+    "lines": "\r\n" * SPAN_CHARACTERS,
+    "random bytes": DRAW.randbytes(2 * SPAN_CHARACTERS).decode("latin-1"),
+    "nothing but zero bytes": "\x00" * (SPAN_CHARACTERS + 1),
+    "combining marks": "e" + "\u0301\u0323" * SPAN_CHARACTERS,
+    "right to left": "\u202e\u05d0\u05d1 \u0645\u0631\u062d " * (SPAN_CHARACTERS // 7),
+    "emoji joined": "\U0001f469\u200d" * SPAN_CHARACTERS,
+    "byte order marks": "\ufeff" * (SPAN_CHARACTERS + 9),
+    "ordinary": "the ring turns a token home\n" * (SPAN_CHARACTERS // 9),
 }
 
 
 def texts_of(manifest: Manifest) -> dict[int, str]:
     """Return the text of each record, decoded from its prepared sequences."""
-    pairs: dict[int, dict[int, int]] = {}
+    parts: dict[int, list[tuple[int, np.ndarray]]] = {}
     for split in ("train", "held_out"):
         for bucket in manifest.buckets(split):
             reader = manifest.reader(bucket)
             rows, origins = reader.read(range(bucket.sequences)), reader.pieces(range(bucket.sequences))
-            for row, origin in zip(rows.tolist(), origins, strict=True):
+            for row, origin in zip(rows, origins, strict=True):
                 ends = [*origin[1:, 3].tolist(), bucket.length]
                 for (_, record, offset, start), end in zip(origin.tolist(), ends, strict=True):
-                    targets = dict(enumerate(row[start + 1 : end + 1], start=offset))
-                    pairs.setdefault(record, {}).update(targets)
+                    parts.setdefault(record, []).append((offset, row[start + 1 : end + 1]))
     tokenizer = manifest.tokenizer().tokenizer
-    decoded = {}
-    for record, targets in pairs.items():
-        ids = [targets[offset] for offset in range(len(targets))]
-        decoded[record] = tokenizer.decode(
-            ids[:-1] if ids[-1] == manifest.boundary_id else ids, skip_special_tokens=False
-        )
-    return decoded
+    texts = {}
+    for record, found in parts.items():
+        if record == NO_DOCUMENT:
+            continue
+        found.sort(key=lambda part: part[0])
+        ids = np.concatenate([targets for _, targets in found])  # x1 ... xn and the boundary
+        assert [offset for offset, _ in found] == np.cumsum([0, *(len(targets) for _, targets in found[:-1])]).tolist()
+        assert ids[-1] == manifest.boundary_id
+        texts[record] = tokenizer.decode(ids[:-1].tolist(), skip_special_tokens=False)
+    return texts
 
 
 def note(manifest: Manifest) -> str:
@@ -83,7 +87,7 @@ def test_an_odd_document_comes_back_and_its_cuts_are_named(make_config: MakeConf
             assert "cuts inside words" not in words
         else:
             long = len(ODD[name]) - 9 * ("sentence" in name)
-            assert cuts >= 1 if name == "random bytes" else cuts >= (long - 1) // PIECE_CHARACTERS
+            assert cuts >= 1 if name == "random bytes" else cuts >= (long - 1) // SPAN_CHARACTERS
             assert (
                 f"{cuts:,} cuts inside words too long to tokenize as a whole, first at {config.source.path}:2, byte"
                 in words
@@ -94,14 +98,14 @@ def test_an_odd_document_comes_back_and_its_cuts_are_named(make_config: MakeConf
 
 
 def test_a_cut_is_named_by_the_byte_of_its_text(make_config: MakeConfig, console: Console):
-    """The word begins at byte 11; the first piece ends before it, and each cut after that is inside it."""
+    """The word begins at byte 11; the first span ends before it, and each cut after that is inside it."""
     text = "ä\u4e16 spaces " + WORD
     manifest = prepare(make_config([text], max_bucket_tokens=1024, shard_tokens=2**20, held_out_fraction=0.0), console)
     assert manifest.ledger.word_cuts == 3
     named = [int(example.rpartition(" ")[2].replace(",", "")) for example in manifest.ledger.word_cut_examples]
     start = len("ä\u4e16 spaces".encode())
     for number, byte in enumerate(named, start=1):
-        assert start + number * PIECE_CHARACTERS - 64 <= byte <= start + number * PIECE_CHARACTERS + 1
+        assert start + number * SPAN_CHARACTERS - 64 <= byte <= start + number * SPAN_CHARACTERS + 1
 
 
 def test_many_cuts_of_many_documents_are_all_counted(make_config: MakeConfig, console: Console):
@@ -124,9 +128,9 @@ TEXT = st.one_of(
 @settings(max_examples=25)
 @given(texts=st.lists(st.lists(TEXT, min_size=1, max_size=6).map("".join), min_size=1, max_size=5))
 def test_any_texts_come_back_and_the_counts_add_up(texts: list[str], tokenizer_file: Path):
-    """Pieces of 50 characters, so that hypothesis' texts are long ones."""
+    """Spans of 50 characters, so that hypothesis' texts are long ones."""
     with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("longring.data.format.tokenizer.PIECE_CHARACTERS", 50)
+        patch.setattr("longring.data.format.tokenizer.SPAN_CHARACTERS", 50)
         source = Path(temporary, "documents.jsonl")
         texts = [*texts, "the ring turns a token home " * 9]
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -1,4 +1,4 @@
-"""Pieces of long texts: together they have the text, and the ids of the whole where a cut is exact."""
+"""Spans of long texts: together they have the text, and the ids of the whole where a cut is exact."""
 
 from collections.abc import Callable
 from functools import cache
@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longring.data.config import TokenizerConfig
-from longring.data.format import pieces as module
-from longring.data.format.pieces import Piece, breaks, pieces
+from longring.data.format import spans as module
+from longring.data.format.spans import Span, breaks, spans
 from longring.data.prepare.train_tokenizer import train_tokenizer
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -84,12 +84,12 @@ def encode_with(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
     return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def ids_of(found: list[Piece], encode: Callable[[str], list[int]]) -> list[int]:
+def ids_of(found: list[Span], encode: Callable[[str], list[int]]) -> list[int]:
     ids = []
-    for piece in found:
-        with_context = encode(piece.context + piece.text)
-        assert with_context[: len(piece.context_ids)] == piece.context_ids
-        ids += with_context[len(piece.context_ids) :]
+    for span in found:
+        with_context = encode(span.context + span.text)
+        assert with_context[: len(span.context_ids)] == span.context_ids
+        ids += with_context[len(span.context_ids) :]
     return ids
 
 
@@ -97,20 +97,20 @@ def ids_of(found: list[Piece], encode: Callable[[str], list[int]]) -> list[int]:
 @given(text=TEXTS)
 def test_pieces_have_the_ids_of_the_whole_where_every_cut_is_exact(tokenizer: Tokenizer, text: str):
     encode = encode_with(tokenizer)
-    found = list(pieces(text, encode, LIMIT))
-    assert "".join(piece.text for piece in found) == text
-    assert all(len(piece.text) <= LIMIT for piece in found)
-    assert [piece.start for piece in found] == [sum(len(p.text) for p in found[:i]) for i in range(len(found))]
-    if not any(piece.in_word for piece in found):
+    found = list(spans(text, encode, LIMIT))
+    assert "".join(span.text for span in found) == text
+    assert all(len(span.text) <= LIMIT for span in found)
+    assert [span.start for span in found] == [sum(len(p.text) for p in found[:i]) for i in range(len(found))]
+    if not any(span.in_word for span in found):
         assert ids_of(found, encode) == encode(text)
 
 
 def test_ordinary_text_has_no_cut_in_a_word(tokenizer: Tokenizer):
-    """Text without a word as long as a piece: every cut is before white space, and exact."""
+    """Text without a word as long as a span: every cut is before white space, and exact."""
     text = "".join(CORPUS * 3)
-    found = list(pieces(text, encode_with(tokenizer), 64))
+    found = list(spans(text, encode_with(tokenizer), 64))
     assert len(found) > 20
-    assert not any(piece.in_word for piece in found)
+    assert not any(span.in_word for span in found)
     assert ids_of(found, encode_with(tokenizer)) == encode_with(tokenizer)(text)
 
 
@@ -120,8 +120,8 @@ def test_byte_level_is_exact_before_white_space_whatever_the_context(text: str):
     """No pattern of ByteLevel joins a word to the white space after it, so three characters of context suffice."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CONTEXT_CHARACTERS", 3)
-        found = list(pieces(text, encode_with(byte_level()), LIMIT))
-    if not any(piece.in_word for piece in found):
+        found = list(spans(text, encode_with(byte_level()), LIMIT))
+    if not any(span.in_word for span in found):
         assert ids_of(found, encode_with(byte_level())) == encode_with(byte_level())(text)
 
 
@@ -129,29 +129,27 @@ def test_byte_level_is_exact_before_white_space_whatever_the_context(text: str):
 @given(text=TEXTS)
 def test_no_character_is_lost_at_a_cut_in_a_word(text: str):
     tokenizer = byte_level()
-    found = list(pieces(text, encode_with(tokenizer), 7))
+    found = list(spans(text, encode_with(tokenizer), 7))
     ids = [
-        number
-        for piece in found
-        for number in tokenizer.encode(piece.context + piece.text).ids[len(piece.context_ids) :]
+        number for span in found for number in tokenizer.encode(span.context + span.text).ids[len(span.context_ids) :]
     ]
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
 @pytest.mark.parametrize("text", ["a" * 100, " " * 100, "ab" * 50])
 def test_a_cut_in_a_long_word_is_told(text: str):
-    found = list(pieces(text, encode_with(byte_level()), LIMIT))
-    assert [piece.in_word for piece in found] == [False] + [True] * (len(found) - 1)
+    found = list(spans(text, encode_with(byte_level()), LIMIT))
+    assert [span.in_word for span in found] == [False] + [True] * (len(found) - 1)
     assert len(found) >= 4
 
 
 def test_a_tokenizer_that_joins_everything_is_cut_and_told():
     """A vocabulary of one long token: no cut is exact, and no context is taken."""
     text = "ab " * 40
-    found = list(pieces(text, lambda part: [len(part)], LIMIT))
-    assert [piece.context for piece in found] == [""] * len(found)
-    assert all(piece.in_word for piece in found[1:])
-    assert "".join(piece.text for piece in found) == text
+    found = list(spans(text, lambda part: [len(part)], LIMIT))
+    assert [span.context for span in found] == [""] * len(found)
+    assert all(span.in_word for span in found[1:])
+    assert "".join(span.text for span in found) == text
 
 
 @given(text=TEXTS, start=st.integers(0, 50), length=st.integers(0, 300))
