@@ -51,6 +51,7 @@ class DocumentTokenizer:
             raise ValueError(
                 f"data.tokenizer.boundary = {boundary!r}: {shared[0]!r} of {file} has its id {boundary_id}; {choices}"
             )
+        self._file = file
         self.at = ""
         """Document, or the first of some short ones, that is being tokenized; for a long one, the byte of its text."""
         self.boundary = boundary
@@ -91,6 +92,16 @@ class DocumentTokenizer:
                     reject(document.name, stream)
                 else:
                     yield document, stream
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of `ids`, with special tokens by name. Raises ValueError if the tokenizer fails on them."""
+        try:
+            with panics_caught():
+                return self.tokenizer.decode(ids, skip_special_tokens=False)
+        except TokenizerError as error:
+            raise ValueError(
+                f"{self._file}: cannot decode ({error}); prepare the data anew with another data.tokenizer.path"
+            ) from error
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text. Raises TokenizerError if the tokenizer fails on any of them."""

@@ -19,7 +19,7 @@ MAX_WORD_CHARACTERS = 1_000
 """Maximum length of the words that a WordPiece model may search, in time cubic in it; longer ones are unknown to it."""
 
 ODD_TEXTS = ("a b", "\x00", " " * 64 + "x", "a" * 64 + "!", "1" * 64 + "\n", "e\u0301" * 64, "\U0001f44b\r\n")
-"""Texts on which a tokenizer is tried when it is loaded."""
+"""Texts that a tokenizer encodes and decodes when it is loaded."""
 
 
 class TokenizerError(Exception):
@@ -47,7 +47,7 @@ def load_tokenizer(content: bytes, file: str) -> Tokenizer:
     for text in ODD_TEXTS:
         try:
             with panics_caught():
-                tokenizer.encode(text, add_special_tokens=False)
+                tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids)
         except TokenizerError as error:
             raise ValueError(f"{file}: cannot tokenize {text[:8]!r} ({error}); {other}") from error
         except Exception:

@@ -163,13 +163,13 @@ def _print_cost(manifest: Manifest, model: ModelSize, buckets: NDArray[np.uint8]
 
 def _print_samples(manifest: Manifest, train: tuple[Bucket, ...], console: Console) -> None:
     """Print the beginning of the first sequence of the shortest and of the longest bucket."""
-    tokenizer = manifest.tokenizer().tokenizer
+    tokenizer = manifest.tokenizer()
     filled = [bucket for bucket in train if bucket.sequences]
     # A dict by length prints a bucket once if it is both the shortest and the longest.
     for bucket in {filled[0].length: filled[0], filled[-1].length: filled[-1]}.values():
         reader = manifest.reader(bucket)
         input_shard, record, offset, _ = reader.pieces([0])[0][0].tolist()
-        text = tokenizer.decode(reader.read([0])[0, :SAMPLE_TOKENS].tolist(), skip_special_tokens=False)
+        text = tokenizer.decode(reader.read([0])[0, :SAMPLE_TOKENS].tolist())
         origin = escape(manifest.origin(input_shard, record))
         console.print(f"\n[bold]{bucket.length:,} tokens, from token {offset:,} of {origin}[/bold]")
         console.print(escape(text), highlight=False)

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from ..files import write_whole
 from ..format.document import NO_DOCUMENT, SPLITS
 from ..format.manifest import Manifest, open_prepared
 from ..format.reader import MAX_OPEN_SHARDS
+from ..format.tokenizer import DocumentTokenizer
 
 TEXT_TOKENS = 1 << 16
 """Number of tokens that are decoded at once: a list of them takes 40 bytes a token."""
@@ -192,11 +192,11 @@ class Documents:
         """
         tokens = self.tokens(number)[1:-1]
         for start in range(0, max(len(tokens), 1), TEXT_TOKENS):
-            yield self._tokenizer.decode(tokens[start : start + TEXT_TOKENS].tolist(), skip_special_tokens=False)
+            yield self._tokenizer.decode(tokens[start : start + TEXT_TOKENS].tolist())
 
     @cached_property
-    def _tokenizer(self) -> Tokenizer:
-        return self.manifest.tokenizer().tokenizer
+    def _tokenizer(self) -> DocumentTokenizer:
+        return self.manifest.tokenizer()
 
     def _open(self, number: int) -> tuple[NDArray, NDArray]:
         names = f"{number:06d}.npy", f"{number:06d}.parts.npy"

@@ -129,5 +129,5 @@ def describe(documents: Documents, number: int) -> dict[str, str]:
 
 def first_line(manifest: Manifest, tokens: NDArray[np.unsignedinteger]) -> str:
     """Return the first line of `tokens` [n] that has letters or digits, or all of their text if none has."""
-    text = manifest.tokenizer().tokenizer.decode([token for token in tokens.tolist() if token != manifest.boundary_id])
+    text = manifest.tokenizer().decode([token for token in tokens.tolist() if token != manifest.boundary_id])
     return next((line.strip() for line in text.splitlines() if any(map(str.isalnum, line))), text.strip())
