@@ -104,6 +104,7 @@ class _InputShardWriter:
                         self._write_rows(split, self._chains[split].add(Segment(stream, document.number, 0)))
             for split in SPLITS:
                 self._finish(split)
+        self._reader.check()
         self.ledger.records, self.ledger.bad = self._reader.records, self._reader.bad
         self.ledger.check()
 

@@ -54,13 +54,20 @@ class RecordReader:
                 self.reject(name, content)
             else:
                 yield Document(number, name, *content)
-        self.bad.check(self.records, self._shard.source, self._max_bad_fraction)
+        self.check()
 
     def reject(self, name: str, bad: BadRecord) -> None:
         """Count a bad record. Raises ValueError if too many are bad, from FIRST_CHECK records on."""
         self.bad.enter(name, bad)
         if self.records >= FIRST_CHECK:
-            self.bad.check(self.records, self._shard.source, self._max_bad_fraction)
+            self.check()
+
+    def check(self) -> None:
+        """Raise ValueError if too many of the records read are bad.
+
+        A caller that rejects documents checks at its end, as the last ones may be rejected after `documents` has ended.
+        """
+        self.bad.check(self.records, self._shard.source, self._max_bad_fraction)
 
     def _rows(self) -> Iterator[tuple[str, Any]]:
         """Yield (name, record) of every record: a parsed value, or a BadRecord."""

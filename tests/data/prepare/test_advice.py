@@ -132,7 +132,7 @@ def test_too_many_bad_records(make_config: MakeConfig, texts: list[str], console
 def test_a_document_on_which_the_tokenizer_fails(
     make_config: MakeConfig, texts: list[str], console: Console, tmp_path: Path, tokenizer_file: Path
 ):
-    """It is a bad record: named, and left out if the fraction allows it, here and in other processes."""
+    """It is a bad record: named, and left out if the fraction allows it, though it is the last one of its file."""
     content = json.loads(tokenizer_file.read_text())
     split = {"type": "Split", "pattern": {"Regex": "(z+)+$"}, "behavior": "Isolated", "invert": False}
     file = tmp_path / "given.json"

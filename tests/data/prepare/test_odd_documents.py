@@ -82,12 +82,12 @@ def test_an_odd_document_comes_back_and_its_cuts_are_named(make_config: MakeConf
         assert texts_of(manifest)[1] == ODD[name]
         cuts = manifest.ledger.word_cuts
         words = note(manifest)
-        if name in ("ordinary", "right to left"):
+        if name in ("ordinary", "right to left", "random bytes"):  # white space is never far
             assert cuts == 0
             assert "cuts inside words" not in words
         else:
             long = len(ODD[name]) - 9 * ("sentence" in name)
-            assert cuts >= 1 if name == "random bytes" else cuts >= (long - 1) // SPAN_CHARACTERS
+            assert cuts >= (long - 1) // SPAN_CHARACTERS
             assert (
                 f"{cuts:,} cuts inside words too long to tokenize as a whole, first at {config.source.path}:2, byte"
                 in words
@@ -154,7 +154,7 @@ def test_any_texts_come_back_and_the_counts_add_up(texts: list[str], tokenizer_f
 
 
 def test_a_lone_surrogate_and_a_long_number_are_bad_records(make_config: MakeConfig, console: Console):
-    config = make_config([])
+    config = make_config([], held_out_fraction=0.0)
     lines = [b'{"text": "one"}', b'{"text": "' + b"x" * 2_000_000 + b'\\ud800"}', b'{"text": ' + b"1" * 5_000 + b"}"]
     Path(config.source.path).write_bytes(b"\n".join([*lines, b'{"text": "' + b"the ring " * 50 + b'"}\n']))
     bad = prepare(config, console).ledger.bad
