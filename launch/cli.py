@@ -13,7 +13,7 @@ from rich.console import Console
 
 from . import add_options
 from .config import load_recipe
-from .errors import print_error
+from .errors import IO_ERROR, USER_ERROR, print_error
 from .run_directory import find_run
 
 # The functions below import their command when they are called: torch, DeepSpeed and datasets take seconds to import,
@@ -21,7 +21,11 @@ from .run_directory import find_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a sub-command and return its exit status, or 2 after an error, which is printed in one line."""
+    """Run a sub-command; return its exit status.
+
+    An error is printed in one line; the status is then IO_ERROR for a file that could not be read or written, and
+    USER_ERROR for all others.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser, commands = _parsers()
     if arguments and arguments[0] in commands:
@@ -33,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options)
     except (ValueError, OSError) as error:
         print_error(str(error))
-        return 2
+        return IO_ERROR if isinstance(error, OSError) else USER_ERROR
     except KeyboardInterrupt:
         return 130
 

@@ -19,6 +19,10 @@ class CommonError(OSError):
     """An error that every rank raises identically; local rank 0 of each node prints it."""
 
 
+class DamageError(ValueError):
+    """A checkpoint whose content contradicts its hashes, or that lacks a file."""
+
+
 def print_error(error: str) -> None:
     """Print one error to standard error, in one line without secrets and without control characters."""
     line = CONTROL.sub("?", re.sub(r"\s*\n\s*", " ", redact(error).strip()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,10 +16,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from ..data.files import write_text
+from ..data.files import read_patiently
 from ..data.read.batch_order import Trained
+from .records import keep_records, read_records
 from .run_directory import RunDirectory
 from .tables import plain_table
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +81,10 @@ class MetricsWriter:
         """End the progress line and close the files."""
         self._progress.stop()
         self._file.close()
-        self._tensorboard.close()
+        try:
+            self._tensorboard.close()
+        except OSError as error:  # every step is in metrics.jsonl; the error that ended the run must be seen
+            log.warning("%s cannot be completed: %s", self._tensorboard.log_dir, error)
 
     def rewind(self, step: int) -> None:
         """Remove the records of all steps after `step`."""
@@ -97,13 +104,16 @@ class MetricsWriter:
         try:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
+            # The open file would go on being written in a directory that has been moved away.
+            read_patiently(self._file_name, self._file_name.stat)
             for name, value in values.items():
                 if isinstance(value, int | float) and name != "step":
                     self._tensorboard.add_scalar(f"train/{name}", value, metrics.step)
         except OSError as error:
             raise OSError(
-                f"step {metrics.step}: cannot be recorded in {self._file_name.parent}: {error}; make room, and the "
-                "same command continues from the last checkpoint"
+                f"step {metrics.step}: cannot be recorded in {self._file_name.parent}: {error.strerror or error}; "
+                "make room, or bring the directory back or name where it is as run_directory, and the same command "
+                "continues from the last checkpoint"
             ) from error
         self._seconds += metrics.step_ms / 1e3
         # Mean over the steps of this start; earlier starts may have run on other ranks.
@@ -141,20 +151,9 @@ def trained_table(trained: Sequence[Trained]) -> Table:
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """Return the metrics of all recorded steps, in order."""
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return read_records(file)
 
 
 def keep_steps(file: Path, last_step: int) -> None:
     """Remove the records of all steps after `last_step`, which a run does again after its last checkpoint."""
-    if not file.exists():
-        return
-    lines = [line for line in file.read_text().splitlines() if _step(line) <= last_step]
-    write_text(file, "".join(f"{line}\n" for line in lines))
-
-
-def _step(line: str) -> float:
-    """Return the step of a record; a line cut short by a crash counts as after every step."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return float("inf")
+    keep_records(file, lambda record: isinstance(step := record.get("step"), int) and step <= last_step)

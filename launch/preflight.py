@@ -9,9 +9,10 @@ from ..data.files import sha256_of
 from ..data.format.manifest import MANIFEST_FILE, Manifest, open_prepared
 from ..data.read.batch_order import BatchOrder
 from ..data.read.loader import training_order
-from .checkpoint.format import check_trained_on, last_good_checkpoint
+from .checkpoint.format import DAMAGED, check_trained_on, complete_checkpoints, last_good_checkpoint
 from .config import Recipe
 from .grids.choice import check_named_grids
+from .records import read_records
 from .run_directory import RunDirectory
 
 
@@ -36,9 +37,9 @@ class Preflight:
 def preflight(recipe: Recipe, world_size: int, *, check_shards: bool = True) -> Preflight:
     """Check recipe, world, data, run directory and checkpoint against each other.
 
-    Raises ValueError for the first that does not fit. `longring train` calls it before it starts any rank, and every
-    rank calls it before it joins the others. With `check_shards` the size of every shard is checked, a request each on
-    a shared file system, so one rank does it for all.
+    Raises ValueError for the first that does not fit, and OSError if a file cannot be read. `longring train` calls it
+    before it starts any rank, and every rank calls it before it joins the others. With `check_shards` the size of every
+    shard is checked, a request each on a shared file system, so one rank does it for all.
     """
     # The recipe alone comes first: these checks read no file. Then come the data, the run and its last checkpoint.
     recipe.accumulation_steps(world_size)
@@ -61,4 +62,25 @@ def preflight(recipe: Recipe, world_size: int, *, check_shards: bool = True) -> 
         resume_from, saved = found
         check_trained_on(saved, resume_from, data_hash)
         steps_done = saved.state.step
+    else:
+        check_nothing_was_saved(run)
     return Preflight(manifest, order, run, data_hash, resume_from, steps_done)
+
+
+def check_nothing_was_saved(run: RunDirectory) -> None:
+    """Raise ValueError if a run without a complete checkpoint has had one: a start would begin again from step 0.
+
+    A run that was killed before its first checkpoint passes, whatever its metrics say: nothing saved was lost.
+    """
+    if complete_checkpoints(run.checkpoints):
+        return  # damaged ones, which are put aside with a word when the run resumes
+    found = [save.get("step") for save in read_records(run.saves_file)]
+    found += [start.get("from_step") for start in read_records(run.starts_file)]
+    last = max((step for step in found if isinstance(step, int)), default=0)
+    shown = [f"step {last} was saved"] if last else []
+    shown += [f"{path.name} was put aside" for path in sorted(run.checkpoints.glob(f"step-*{DAMAGED}"))]
+    if shown:
+        raise ValueError(
+            f"run_directory = {run.path}: {', '.join(shown)}, and {run.checkpoints} has no complete checkpoint; mount "
+            "its disk or bring a copy back, or name another run_directory to start from the first step"
+        )

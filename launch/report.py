@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import matplotlib
@@ -12,13 +11,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from .metrics import read_metrics
+from .records import read_records
 from .run_directory import RunDirectory
 
 
 def resume_steps(run: RunDirectory) -> list[int]:
     """Return the steps after which the run was resumed, ascending."""
-    starts = [json.loads(line)["from_step"] for line in run.starts_file.read_text().splitlines()]
-    return sorted({step for step in starts if step > 0})
+    return sorted({start["from_step"] for start in read_records(run.starts_file) if start.get("from_step", 0) > 0})
 
 
 def draw_run(run: RunDirectory, evaluation: dict[str, Any] | None) -> None:

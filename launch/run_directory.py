@@ -21,7 +21,7 @@ from typing import Any
 from ..data.files import write_text
 from ..parallel.world import World
 from .config import Recipe, load_recipe
-from .redact import redact_all
+from .records import append_record, put_bad_lines_aside
 from .settings import apply_overrides, from_tree
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class RunDirectory:
         self.requeues_file = self.path / "requeues.jsonl"
         self.events_file = self.path / "events.jsonl"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.saves_file = self.path / "saves.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.grids_file = self.path / "grids.json"
         self.checkpoints = self.path / "checkpoints"
@@ -163,17 +164,42 @@ class RunDirectory:
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
             "environment": environment,
         }
-        with self.starts_file.open("a") as file:
-            file.write(json.dumps(redact_all(start)) + "\n")
+        append_record(self.starts_file, start)
+
+    def record_save(self, step: int) -> None:
+        """Append one line to saves.jsonl, from which a later start knows that the run has had a checkpoint."""
+        self._append(self.saves_file, {"time": _now(), "step": step})
 
     def record_event(self, event: str, step: int, message: str) -> None:
         """Append one line to events.jsonl; any rank may. A record that cannot be written is only logged."""
         line = {"time": _now(), "event": event, "step": step, "rank": World.from_environment().rank, "message": message}
+        self._append(self.events_file, line)
+
+    def _append(self, file: Path, record: dict[str, Any]) -> None:
         try:
-            with self.events_file.open("a") as file:
-                file.write(json.dumps(redact_all(line)) + "\n")
+            append_record(file, record)
         except OSError as error:  # a full disk may be the very event: it must not hide it
-            log.error("no record of %s: %s", line, error)
+            log.error("no record of %s in %s: %s", record, file, error)
+
+    def put_bad_records_aside(self) -> list[str]:
+        """Move the lines of all records that hold none into files of their own; return a sentence for each file."""
+        files = (self.starts_file, self.saves_file, self.events_file, self.metrics_file, self.requeues_file)
+        return [moved for file in files if (moved := put_bad_lines_aside(file)) is not None]
+
+    def check_writable(self) -> None:
+        """Write into logs/ and checkpoints/ and remove it. Raises OSError that names the directory that refuses."""
+        for directory in (self.logs, self.checkpoints):
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                probe = directory / f".probe-{platform.node()}-{os.getpid()}"
+                write_text(probe, "written")
+                probe.unlink()
+            except OSError as error:
+                reason = error.strerror or error
+                raise OSError(
+                    f"run_directory = {self.path}: {directory} cannot be written: {reason}; allow this user to write "
+                    "there, or make room"
+                ) from error
 
 
 def find_run(target: str) -> RunDirectory:

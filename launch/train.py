@@ -23,20 +23,23 @@ from ..parallel.mesh import Mesh, join
 from ..parallel.world import World
 from ..parallel.zero import DeepSpeedEngine
 from .build import bucket_layouts, build_engine
-from .checkpoint.format import TrainState, clear_leftovers
+from .checkpoint.format import TrainState
 from .checkpoint.load import load_last_good
+from .checkpoint.retention import clear_leftovers
 from .checkpoint.save import Saver
 from .config import Recipe, load_recipe
 from .errors import GO_ON_LATER
 from .grids.decide import decide_grids
 from .loss_watch import LossWatch
 from .metrics import MetricsWriter
-from .preflight import Preflight, preflight
+from .preflight import Preflight, check_nothing_was_saved, preflight
 from .ranks.logs import open_log
 from .ranks.node import environment
 from .ranks.rank import as_rank
 from .ranks.signals import StopSignals
 from .ranks.watchdog import Watchdog
+from .run_directory import RunDirectory
+from .together import on_all_ranks
 from .trainer import Trainer, share_of
 
 
@@ -98,14 +101,15 @@ def start(
     Raises ValueError if all checkpoints are damaged or fit other data, or if ranks would divide sequences differently.
     """
     run, order, rank_0 = checked.run, checked.order, mesh.rank == 0
-    if rank_0:
-        run.create(recipe)
-        clear_leftovers(run.checkpoints)
+    on_all_ranks(mesh, lambda: open_run_directory(run, recipe, mesh))
     watchdog.at(checked.steps_done, "building the model and loading the checkpoint")
     engine = build_engine(recipe, checked.manifest.vocab_size, mesh)
     state = resume(engine, checked, recipe, mesh, console)
     # Only now is the first step known: the checkpoint that seemed the last may have been damaged.
     if rank_0:
+        for moved in run.put_bad_records_aside():
+            run.record_event("damaged records", state.step, moved)
+            console.print(f"[bold red]damaged:[/] {moved}", soft_wrap=True)
         run.record_start(mesh.world_size, from_step=state.step, environment=environment())
     watchdog.at(state.step, "dividing attention among ranks")
     grids = decide_grids(recipe, mesh, order.lengths, console if rank_0 else None)
@@ -137,6 +141,18 @@ def start(
     )
 
 
+def open_run_directory(run: RunDirectory, recipe: Recipe, mesh: Mesh) -> None:
+    """Make the run directory and clear what a crash left; check on each node that what is saved later can be written.
+
+    Raises OSError if it cannot.
+    """
+    if mesh.rank == 0:
+        run.create(recipe)
+        clear_leftovers(run.checkpoints)
+    if World.from_environment().local_rank == 0:
+        run.check_writable()
+
+
 def resume(engine: DeepSpeedEngine, checked: Preflight, recipe: Recipe, mesh: Mesh, console: Console) -> TrainState:
     """Load the last good checkpoint, which any mesh may have written, and return the state to go on from. Collective.
 
@@ -151,6 +167,8 @@ def resume(engine: DeepSpeedEngine, checked: Preflight, recipe: Recipe, mesh: Me
     )
     loaded = load_last_good(engine, checked.run.checkpoints, mesh, checked.data_hash)
     if loaded is None:
+        # Again, since a disk may have gone since the checks before this start.
+        on_all_ranks(mesh, lambda: check_nothing_was_saved(checked.run) if mesh.rank == 0 else None)
         return first
     path, saved, damaged = loaded
     if mesh.rank == 0:

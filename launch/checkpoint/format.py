@@ -6,23 +6,31 @@
 
 A directory `step-N` is complete: it gets this name by one rename, after all its files are flushed. `step-N.partial` is
 being written or was left by a crash, `step-N.damaged` does not match its manifest, `step-N.removed` was pruned.
+
+Damage is content that contradicts its hash. A file that cannot be read may be whole, and a manifest of another version
+is whole: both end a start, and neither is ever renamed.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
-import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
-from ...data.files import sha256_of, sha256_of_json, sync, write_text
+from ...data.files import read_patiently, sha256_of, sha256_of_json, sync, write_text
+from ..errors import DamageError
+
+log = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
 PARTIAL, DAMAGED, REMOVED = ".partial", ".damaged", ".removed"
 FORMAT = 1
 _COMPLETE = re.compile(r"step-(\d{8,})")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +115,13 @@ def checkpoint_step(checkpoint: Path) -> int | None:
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
-    """Return the complete checkpoints in `directory`, latest step first."""
-    found = [(step, path) for path in directory.glob("step-*") if (step := checkpoint_step(path)) is not None]
+    """Return the complete checkpoints in `directory`, latest step first; none if it does not exist.
+
+    Raises OSError if it cannot be listed.
+    """
+    # Path.glob would take a directory that cannot be listed for an empty one.
+    paths = read_patiently(directory, lambda: list(directory.iterdir()) if directory.exists() else [])
+    found = [(step, path) for path in paths if (step := checkpoint_step(path)) is not None]
     return [path for _, path in sorted(found, reverse=True)]
 
 
@@ -119,15 +132,24 @@ def write_checkpoint_manifest(directory: Path, manifest: CheckpointManifest) -> 
 
 
 def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
-    """Read the manifest of a checkpoint. Raises ValueError if it is damaged."""
+    """Read the manifest of a checkpoint.
+
+    Raises DamageError if it contradicts its hash, OSError if it cannot be read, and ValueError if another version
+    of LongRing wrote it.
+    """
     file = checkpoint / MANIFEST_FILE
+    text = _read(file, Path.read_bytes)
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(text)
         claimed = content.pop("sha256")
-        if claimed != sha256_of_json(content):  # checked before the content is used
-            raise ValueError(f"its SHA-256 is {sha256_of_json(content)[:16]}..., not {claimed[:16]}...")
+        if claimed != (found := sha256_of_json(content)):
+            raise ValueError(f"its SHA-256 is {found[:16]}..., not {claimed[:16]}...")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        wrong = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise DamageError(f"{file}: damaged: {wrong}") from error
+    try:
         if (version := content.pop("format")) != FORMAT:
-            raise ValueError(f"it has format {version}, and this version of LongRing reads format {FORMAT}")
+            raise ValueError(f"it has format {version}, and this version reads format {FORMAT}")
         stored = content["state"]
         tuples = {name: tuple(stored[name]) for name in ("skipped", "recent_losses")}
         state = TrainState(**{**stored, **tuples})
@@ -142,9 +164,11 @@ def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
                 for name, entry in content["files"].items()
             },
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         wrong = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{file}: damaged: {wrong}") from error
+        raise ValueError(
+            f"{file}: of another version of LongRing: {wrong}; go on with that version, or name another run_directory"
+        ) from error
 
 
 def find_damage(
@@ -152,32 +176,68 @@ def find_damage(
 ) -> str | None:
     """Return a description of the first damaged file among `names` (None: all files), or None if there is none.
 
-    A file is damaged if it is missing, cannot be read, or differs from the manifest in its size or, with `hashes`, in
-    its SHA-256.
+    A file is damaged if it is missing, or differs from the manifest in its size or, with `hashes`, in its SHA-256.
+    Raises OSError if a file cannot be read.
     """
+
+    def measure(file: Path) -> tuple[int, str | None]:
+        return file.stat().st_size, sha256_of(file) if hashes else None
+
     for name in manifest.files if names is None else names:
         file, entry = checkpoint / name, manifest.files[name]
         try:
-            if (size := file.stat().st_size) != entry.bytes:
-                return f"{file}: has {size:,} bytes, and the manifest says {entry.bytes:,}"
-            if hashes and (found := sha256_of(file)) != entry.sha256:
-                return f"{file}: has SHA-256 {found[:16]}..., and the manifest says {entry.sha256[:16]}..."
-        except FileNotFoundError:
-            return f"{file}: missing"
-        except OSError as error:
-            return f"{file}: cannot be read: {error}"
+            size, found = _read(file, measure)
+        except DamageError as error:
+            return str(error)
+        if size != entry.bytes:
+            return f"{file}: has {size:,} bytes, and the manifest says {entry.bytes:,}"
+        if found is not None and found != entry.sha256:
+            return f"{file}: has SHA-256 {found[:16]}..., and the manifest says {entry.sha256[:16]}..."
     return None
+
+
+def _read(file: Path, read: Callable[[Path], _T]) -> _T:
+    """Return `read(file)` for a file of a complete checkpoint.
+
+    Raises DamageError if the file is missing, and OSError if it cannot be read.
+    """
+
+    def attempt() -> _T:
+        try:
+            return read(file)
+        except FileNotFoundError as error:  # tried again, since a network file system may not find what is there
+            raise OSError("not found") from error
+
+    try:
+        return read_patiently(file, attempt)
+    except OSError as error:
+        if _is_gone(file):
+            raise DamageError(f"{file}: missing") from error
+        raise
+
+
+def _is_gone(file: Path) -> bool:
+    """Return whether a new listing of a checkpoint lacks `file` and has the manifest.
+
+    On a disk that is not mounted the directory is missing as well.
+    """
+    try:
+        names = {path.name for path in file.parent.iterdir()}
+    except OSError:
+        return False
+    return file.name not in names and (MANIFEST_FILE in names or file.name == MANIFEST_FILE)
 
 
 def last_good_checkpoint(directory: Path) -> tuple[Path, CheckpointManifest] | None:
     """Return the last complete checkpoint with a readable manifest and files of the right sizes, or None.
 
-    Hashes are not compared.
+    Hashes are not compared. Raises OSError if a checkpoint cannot be read, and ValueError if it is of another version:
+    an earlier one would be the wrong answer.
     """
     for checkpoint in complete_checkpoints(directory):
         try:
             manifest = read_checkpoint_manifest(checkpoint)
-        except ValueError:
+        except DamageError:
             continue  # reported and put aside when a run resumes
         if find_damage(checkpoint, manifest, hashes=False) is None:
             return checkpoint, manifest
@@ -194,50 +254,22 @@ def check_trained_on(manifest: CheckpointManifest, checkpoint: Path, data: str) 
 
 
 def publish_checkpoint(partial: Path) -> Path:
-    """Rename a directory whose files are all flushed from `step-N.partial` to `step-N`; return the new path."""
-    final = partial.with_name(partial.name.removesuffix(PARTIAL))
-    sync(partial)  # before the rename, so that the name never stands for missing entries
-    partial.rename(final)
-    sync(final.parent)
-    return final
+    """Rename a directory whose files are all flushed from `step-N.partial` to `step-N`; return the new path.
 
-
-def remove_checkpoint(checkpoint: Path) -> None:
-    """Delete a checkpoint."""
-    # Renamed first: a directory that has lost some of its files never counts as a complete checkpoint.
-    aside = checkpoint.with_name(checkpoint.name + REMOVED)
-    shutil.rmtree(aside, ignore_errors=True)
-    checkpoint.rename(aside)
-    shutil.rmtree(aside)
-
-
-def put_checkpoint_aside(checkpoint: Path) -> None:
-    """Rename a damaged checkpoint to `step-N.damaged`, replacing an earlier one of the same step."""
-    aside = checkpoint.with_name(checkpoint.name + DAMAGED)
-    shutil.rmtree(aside, ignore_errors=True)
-    checkpoint.rename(aside)
-
-
-def clear_leftovers(directory: Path) -> None:
-    """Delete the partial and removed directories that interrupted saves and removals left behind."""
-    for leftover in [*directory.glob(f"step-*{PARTIAL}"), *directory.glob(f"step-*{REMOVED}")]:
-        shutil.rmtree(leftover)
-
-
-def steps_to_prune(steps: Iterable[int], keep_last: int, keep_every_steps: int) -> list[int]:
-    """Return the steps whose checkpoints retention deletes.
-
-    It keeps the last `keep_last` steps and every multiple of `keep_every_steps` (0: no multiples).
+    A rename that is reported as failed but has happened counts, since a network file system loses answers.
     """
-    ordered = sorted(steps)
-    older = ordered[: max(0, len(ordered) - keep_last)]
-    return [step for step in older if not keep_every_steps or step % keep_every_steps]
-
-
-def prune_checkpoints(directory: Path, keep_last: int, keep_every_steps: int) -> list[Path]:
-    """Delete the checkpoints that retention does not keep; return their former paths."""
-    by_step = {checkpoint_step(path): path for path in complete_checkpoints(directory)}
-    gone = [by_step[step] for step in steps_to_prune(filter(None, by_step), keep_last, keep_every_steps)]
-    for checkpoint in gone:
-        remove_checkpoint(checkpoint)
-    return gone
+    final = partial.with_name(partial.name.removesuffix(PARTIAL))
+    manifest = (partial / MANIFEST_FILE).read_bytes()
+    sync(partial)  # before the rename, so that the name never stands for missing entries
+    try:
+        partial.rename(final)
+        sync(final.parent)
+    except OSError as error:
+        try:
+            published = (final / MANIFEST_FILE).read_bytes() == manifest
+        except OSError:
+            published = False
+        if not published:
+            raise
+        log.warning("%s: reported as not renamed, and is there: %s", final, error)
+    return final

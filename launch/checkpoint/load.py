@@ -7,7 +7,6 @@ range of elements from every stored slice that has some of these rows.
 
 from __future__ import annotations
 
-import logging
 import math
 from contextlib import ExitStack
 from functools import cached_property
@@ -16,26 +15,25 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...data.files import read_patiently
 from ...parallel.fragments import Cut, Fragment, held, refresh
 from ...parallel.mesh import Mesh
 from ...parallel.zero import DeepSpeedEngine
+from ..errors import DamageError
+from ..together import from_rank_0, on_all_ranks
 from .format import (
-    DAMAGED,
     CheckpointManifest,
     TrainState,
     check_trained_on,
     complete_checkpoints,
     find_damage,
-    put_checkpoint_aside,
     read_checkpoint_manifest,
 )
-
-log = logging.getLogger(__name__)
+from .retention import put_checkpoint_aside
 
 
 def load_last_good(
@@ -43,68 +41,53 @@ def load_last_good(
 ) -> tuple[Path, TrainState, list[str]] | None:
     """Load the last checkpoint that matches its checksums; return its path, its state and the damage of later ones.
 
-    The ranks share the hashing. A damaged checkpoint is renamed to `step-N.damaged`. Returns None if there is no
-    checkpoint. Raises ValueError if all are damaged, now or since an earlier start, or if the checkpoint was trained on
-    other data. Collective.
+    The ranks share the hashing. Once an earlier checkpoint is loaded, the damaged ones are renamed to `step-N.damaged`.
+    Returns None if there is no checkpoint. Raises CommonError if any rank cannot read a file, and ValueError if all
+    checkpoints are damaged, or one is of other data or of another version; nothing is renamed then. Collective.
     """
-    listed = None
-    if mesh.rank == 0:
-        listed = complete_checkpoints(directory), sorted(directory.glob(f"step-*{DAMAGED}"))
-    found, aside = _from_rank_0(listed)
-    damaged: list[str] = []
+    found = from_rank_0(on_all_ranks(mesh, lambda: complete_checkpoints(directory) if mesh.rank == 0 else []))
+    damaged: dict[Path, str] = {}
     for path in found:  # latest first
-        wrong = _find_damage_on_all_ranks(path, mesh)
-        if not wrong:
-            manifest = read_checkpoint_manifest(path)
-            check_trained_on(manifest, path, data)
-            load_checkpoint(engine, path, manifest, mesh)
-            return path, manifest.state, damaged
-        log.error("%s", wrong[0])
-        damaged.append(wrong[0])
-        if mesh.rank == 0:
-            put_checkpoint_aside(path)
-        dist.barrier()
-    # Neither this start nor a later one begins again from the first step without being told to.
-    damaged = damaged or [path.name for path in aside]
+        try:
+            manifest = on_all_ranks(mesh, lambda path=path: _verified(path, mesh))
+        except DamageError as error:
+            damaged[path] = str(error)
+            continue
+        check_trained_on(manifest, path, data)
+        load_checkpoint(engine, path, manifest, mesh)
+        on_all_ranks(mesh, lambda: [put_checkpoint_aside(bad) for bad in damaged] if mesh.rank == 0 else [])
+        return path, manifest.state, list(damaged.values())
     if damaged:
         raise ValueError(
-            f"checkpoints {directory}: all are damaged: {'; '.join(damaged)}; bring back a copy, or remove "
-            f"{directory} to start from the first step"
+            f"checkpoints {directory}: all are damaged: {'; '.join(damaged.values())}; bring back a copy, or name "
+            "another run_directory to start from the first step"
         )
     return None
 
 
-def _find_damage_on_all_ranks(path: Path, mesh: Mesh) -> list[str]:
-    """Return the damage that any rank finds; each rank hashes its share of the files. Collective."""
-    try:
-        manifest = read_checkpoint_manifest(path)
-        mine = find_damage(path, manifest, sorted(manifest.files)[mesh.rank :: mesh.world_size])
-    except ValueError as error:
-        mine = str(error)
-    gathered: list[str | None] = [None] * mesh.world_size
-    dist.all_gather_object(gathered, mine)
-    return [text for text in gathered if text]
-
-
-def _from_rank_0(value: Any) -> Any:
-    """Return the value of rank 0. Collective.
-
-    A shared file system may show other ranks an older state of a directory.
-    """
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
+def _verified(path: Path, mesh: Mesh) -> CheckpointManifest:
+    """Return the manifest of a checkpoint after hashing this rank's share of the files."""
+    manifest = read_checkpoint_manifest(path)
+    wrong = find_damage(path, manifest, sorted(manifest.files)[mesh.rank :: mesh.world_size])
+    if wrong is not None:
+        raise DamageError(wrong)
+    return manifest
 
 
 def load_checkpoint(engine: DeepSpeedEngine, path: Path, manifest: CheckpointManifest, mesh: Mesh) -> None:
     """Read weights and moments, written on any mesh and ZeRO stage, into the engine. Collective.
 
-    Raises ValueError if the checkpoint is of another model or lacks part of a parameter.
+    Raises ValueError if the checkpoint is of another model or lacks part of a parameter, and CommonError if any rank
+    cannot read a file.
     """
-    with ExitStack() as files:
-        reader = _Reader(path, manifest, files)
-        for fragment in held(engine, mesh):
-            reader.fill(fragment, mesh.tensor_rank, mesh.tensor_size)
+
+    def fill() -> None:
+        with ExitStack() as files:
+            reader = _Reader(path, manifest, files)
+            for fragment in held(engine, mesh):
+                reader.fill(fragment, mesh.tensor_rank, mesh.tensor_size)
+
+    on_all_ranks(mesh, fill)
     refresh(engine, mesh, manifest.state.updates)
 
 
@@ -188,8 +171,9 @@ class _Reader:
     def _opened(self, file: str) -> Any:
         if file not in self._open:
             try:
-                self._open[file] = self._files.enter_context(safe_open(self._path / file, framework="pt"))
-            except (SafetensorError, OSError) as error:
+                opened = read_patiently(self._path / file, lambda: safe_open(self._path / file, framework="pt"))
+                self._open[file] = self._files.enter_context(opened)
+            except SafetensorError as error:
                 raise ValueError(
                     f"{self._path / file}: not a safetensors file: {error}; remove {self._path} to resume from the "
                     "checkpoint before"

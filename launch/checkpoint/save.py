@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...data.files import write_text
 from ...parallel.fragments import owned, parameters
 from ...parallel.mesh import Mesh
 from ...parallel.zero import DeepSpeedEngine
@@ -39,10 +38,10 @@ from .format import (
     ParameterEntry,
     TrainState,
     checkpoint_name,
-    prune_checkpoints,
     publish_checkpoint,
     write_checkpoint_manifest,
 )
+from .retention import prune_checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +82,7 @@ class Saver:
         self._num_failed = 0
         """Number of consecutive failed saves."""
         self._progress = progress
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._host: dict[str, Tensor] = {}
         """Buffers in host memory, kept between saves."""
@@ -201,13 +201,29 @@ class Saver:
         return {name: self._host[name] for name in tensors}
 
     def _write(self, partial: Path, tensors: Mapping[str, Tensor], ranges: dict[str, tuple[int, int]]) -> None:
-        partial.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(exist_ok=True)  # not its parents: the run directory may have been moved away
         file = partial / f"rank-{self._mesh.rank:05d}.safetensors"
         num_bytes, sha256 = write_safetensors(file, tensors, self._progress)
         entry = FileEntry(bytes=num_bytes, sha256=sha256, slice=self._mesh.tensor_rank, ranges=ranges)
-        write_text(file.with_suffix(".json"), json.dumps(asdict(entry)))
+        file.with_suffix(".json").write_text(json.dumps(asdict(entry)))
 
     def _publish(self, partial: Path, manifest: CheckpointManifest) -> None:
+        try:
+            self._complete(partial, manifest)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # on a full disk its room is needed for the next save
+            raise
+        self._run.record_save(manifest.state.step)
+        keep = self._config.keep_checkpoints, self._config.keep_checkpoint_every_steps
+        try:
+            for gone in prune_checkpoints(self._run.checkpoints, *keep):
+                log.info("removed %s", gone)
+        except OSError as error:  # the save itself has succeeded; the next one tries again
+            log.warning("retention could not remove a checkpoint: %s", error)
+            self._run.record_event("not removed", manifest.state.step, str(error))
+
+    def _complete(self, partial: Path, manifest: CheckpointManifest) -> None:
+        """Add the ranks' files to the manifest, write it, and give the directory its final name."""
         for rank in range(self._mesh.world_size):
             # The file describes itself, so that no rank has to send its ranges to rank 0.
             part = partial / f"rank-{rank:05d}.json"
@@ -216,9 +232,6 @@ class Saver:
             self._progress()
         write_checkpoint_manifest(partial, manifest)
         log.info("saved %s", publish_checkpoint(partial))
-        keep = self._config.keep_checkpoints, self._config.keep_checkpoint_every_steps
-        for gone in prune_checkpoints(self._run.checkpoints, *keep):
-            log.info("removed %s", gone)
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor], progress: Callable[[], None]) -> tuple[int, str]:

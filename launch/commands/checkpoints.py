@@ -18,19 +18,20 @@ from ..checkpoint.format import (
     complete_checkpoints,
     find_damage,
     read_checkpoint_manifest,
-    remove_checkpoint,
-    steps_to_prune,
 )
+from ..checkpoint.retention import remove_checkpoint, steps_to_prune
+from ..errors import DamageError
 from ..tables import plain_table
 
 
 def list_checkpoints(
     directory: Path, console: Console, *, verify: bool, prune: bool, keep_last: int, keep_every_steps: int
 ) -> int:
-    """Print a table of all checkpoints in `directory`; return 0, or 1 if a complete one is damaged.
+    """Print a table of all checkpoints in `directory`; return 0, or 1 if a complete one is damaged or not readable.
 
     `verify` hashes every file. `prune` deletes what retention does not keep, and directories put aside as damaged. A
-    damaged checkpoint never counts among the `keep_last`; without `verify` only sizes are compared.
+    damaged checkpoint never counts among the `keep_last`; without `verify` only sizes are compared. A checkpoint that
+    cannot be read, or is of another version of LongRing, is never deleted.
     """
     columns = ("step", "updates", "saved", "size", "mesh", "state")
     table = plain_table(str(directory), *columns, left=["mesh", "state"])
@@ -40,6 +41,7 @@ def list_checkpoints(
         step, saved = checkpoint_step(path) or 0, datetime.fromtimestamp(path.stat().st_mtime)
         # Step and time are known even if the manifest is damaged.
         row = [f"{step:,}", "", saved.isoformat(" ", timespec="minutes"), "", ""]
+        kind = "damaged"
         try:
             manifest = read_checkpoint_manifest(path)
             wrong = find_damage(path, manifest, hashes=verify)
@@ -47,21 +49,23 @@ def list_checkpoints(
             row[1] = f"{state.updates:,}"
             mesh = f"{state.world_size:,} / tensor {state.tensor}, ZeRO {state.zero_stage}"
             row[3:] = _size(manifest.num_bytes), mesh
-        except ValueError as error:
+        except DamageError as error:
             wrong = str(error)
+        except (OSError, ValueError) as error:
+            wrong, kind = str(error), "unreadable"
         if wrong is None:
             good.append((step, path))
             table.add_row(*row, "verified" if verify else "whole")
         else:
-            problems.append(wrong)
-            table.add_row(*row, "[red]damaged[/]")
+            problems.append((kind, wrong))
+            table.add_row(*row, f"[red]{kind}[/]")
     leftovers = sorted(path for suffix in (PARTIAL, REMOVED, DAMAGED) for path in directory.glob(f"step-*{suffix}"))
     for path in leftovers:
         name, _, kind = path.name.partition(".")
         table.add_row(f"{int(name.removeprefix('step-')):,}", *[""] * 4, f"[yellow]{kind}[/]")
     console.print(table if found or leftovers else f"{directory}: no checkpoint yet")
-    for text in problems:
-        console.print(f"[red]damaged:[/] {escape(text)}", soft_wrap=True, highlight=False)
+    for kind, text in problems:
+        console.print(f"[red]{kind}:[/] {escape(text)}", soft_wrap=True, highlight=False)
     if prune:
         gone = set(steps_to_prune([step for step, _ in good], keep_last, keep_every_steps))
         for path in [path for step, path in good if step in gone]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -11,11 +10,11 @@ import subprocess
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from ...data.files import write_text
 from ..checkpoint.format import last_good_checkpoint
 from ..config import Recipe
+from ..records import append_record, read_records
 from ..run_directory import RunDirectory
 
 SCRIPT = Path(__file__).parents[2] / "slurm" / "train.sbatch"
@@ -109,9 +108,12 @@ def requeue(recipe: Recipe) -> Verdict:
     checkpoint.
     """
     run = RunDirectory(recipe.run_directory)
-    found = last_good_checkpoint(run.checkpoints)
-    step = found[1].state.step if found else 0
-    if step >= recipe.train.steps:
+    try:
+        found = last_good_checkpoint(run.checkpoints)
+        step = found[1].state.step if found else 0
+    except OSError:  # the next start reads it again, and says why it cannot
+        step = None
+    if step is not None and step >= recipe.train.steps:
         return Verdict(False, f"{run.path}: all {step} steps are done")
     entry = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -119,24 +121,15 @@ def requeue(recipe: Recipe) -> Verdict:
         "step": step,
     }
     run.path.mkdir(parents=True, exist_ok=True)
-    with run.requeues_file.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+    append_record(run.requeues_file, entry)
     # Consecutive entries of this job, from the latest back, with the same step brought no new checkpoint.
-    entries = [_parsed(line) for line in run.requeues_file.read_text().splitlines()]
-    job = [old["step"] for old in entries if old.get("job") == entry["job"]]
+    job = [old.get("step") for old in read_records(run.requeues_file) if old.get("job") == entry["job"]]
     fruitless = next((number for number, old in enumerate(reversed(job)) if old != step), len(job))
+    last = "a checkpoint that cannot be read" if step is None else f"step {step}"
     if fruitless > recipe.slurm.max_fruitless_starts:
         return Verdict(
             False,
             f"slurm.max_fruitless_starts = {recipe.slurm.max_fruitless_starts}: {fruitless} starts have ended with "
-            f"step {step} as the last one saved; look at the output and at {run.events_file}, then submit again",
+            f"{last} as the last one saved; look at the output and at {run.events_file}, then submit again",
         )
-    return Verdict(True, f"starting again from step {step}")
-
-
-def _parsed(line: str) -> dict[str, Any]:
-    """Return the entry of a line; a line cut short by a crash has no keys."""
-    try:
-        return dict(json.loads(line))
-    except ValueError:
-        return {}
+    return Verdict(True, f"starting again from {last}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
@@ -34,6 +35,10 @@ def hold_warnings() -> None:
 def open_log(file: Path) -> None:
     """Send all logging of this process to `file`, beginning with the held warnings."""
     logging.raiseExceptions = False  # a log on a full disk is not worth a traceback on the terminal
+    # TensorBoard's thread, for example, ends with one when its file is gone.
+    threading.excepthook = lambda ended: logging.getLogger(__name__).error(
+        "thread %s ended", ended.thread and ended.thread.name, exc_info=ended.exc_value
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(file)
     handler.setFormatter(RedactingFormatter(FORMAT))

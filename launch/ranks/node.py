@@ -11,7 +11,6 @@ from typing import Any
 import psutil
 import torch
 
-from ...data.files import write_text
 from ..checkpoint.format import last_good_checkpoint
 from ..config import Recipe
 from ..run_directory import RunDirectory
@@ -77,17 +76,14 @@ def check_node(recipe: Recipe, ranks: int) -> None:
     # Room for two checkpoints: the next one is written before the oldest is deleted.
     disk = max(recipe.slurm.min_free_disk_gb * 1e9, 2 * found[1].num_bytes if found else 0)
     try:
-        run.logs.mkdir(parents=True, exist_ok=True)
-        probe = run.logs / f".probe-{os.uname().nodename}-{os.getpid()}"
-        write_text(probe, "written")
-        probe.unlink()
+        run.check_writable()
         if (free := shutil.disk_usage(run.path).free) < disk:
             wrong.append(
                 f"{free / 1e9:.1f} GB free in {run.path}, {disk / 1e9:.1f} needed (slurm.min_free_disk_gb, or two "
                 "checkpoints)"
             )
     except OSError as error:
-        wrong.append(f"run directory {run.path} cannot be written: {error}")
+        wrong.append(str(error).partition(";")[0])
     if not any(link.isup for name, link in psutil.net_if_stats().items() if name != "lo" or recipe.slurm.cpu):
         wrong.append("no network interface is up")
     active, ports = rdma_ports()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -45,31 +46,50 @@ def as_rank(function: Callable[[], int | None]) -> int:
         end_with_parent(os.getppid(), signal.SIGTERM)
     try:
         status = function() or 0
-    except (ValueError, OSError, ArithmeticError) as error:
+    except Exception as error:
         log.exception("stopped")
-        own = isinstance(error, OSError) and not isinstance(error, ConnectionError | CommonError)
-        if own or world.local_rank == 0:
-            print_error(str(error))
+        if (ending := _ending(error, world.rank)) is None:
+            raise
+        status, message, everywhere = ending
+        if not everywhere or world.local_rank == 0:
+            print_error(message)
         # The process group is not left: other ranks may be inside a collective, and leaving could wait for them.
-        if isinstance(error, ConnectionError):
-            return GO_ON_LATER
-        return IO_ERROR if isinstance(error, OSError) else USER_ERROR
-    except dist.DistError as error:  # while the ranks join; later the watchdog makes it a ConnectionError
-        log.exception("stopped")
-        reason = str(error).splitlines()[0]
-        print_error(f"rank {world.rank}: cannot reach the other ranks: {reason}; give the same command again")
-        return GO_ON_LATER
-    except PeerError as error:
-        log.exception("stopped")
-        print_error(str(error))
-        return GO_ON_LATER
-    except torch.OutOfMemoryError as error:
-        log.exception("stopped")
-        print_error(
-            f"rank {world.rank}: not enough GPU memory: {error}; lower parallel.tokens_per_rank, or raise "
-            "parallel.zero_stage or parallel.tensor, and the same command continues"
-        )
-        return USER_ERROR
+        return status
     if dist.is_initialized():
         dist.destroy_process_group()
     return status
+
+
+def _ending(error: Exception, number: int) -> tuple[int, str, bool] | None:
+    """Return the exit status and the line of an error, and whether all ranks meet it; None: it is LongRing's own."""
+    rank, text = f"rank {number}", str(error) or type(error).__name__
+    if (full := _full_memory(error)) is not None:
+        message = (
+            f"{rank}: not enough {full}; lower parallel.tokens_per_rank, or raise parallel.zero_stage or "
+            "parallel.tensor, and the same command continues"
+        )
+        return USER_ERROR, message, False
+    if isinstance(error, dist.DistError):  # while the ranks join; later the watchdog makes it a ConnectionError
+        reason = text.splitlines()[0]
+        return GO_ON_LATER, f"{rank}: cannot reach the other ranks: {reason}; give the same command again", False
+    if isinstance(error, PeerError):
+        return GO_ON_LATER, text, False
+    if isinstance(error, ConnectionError):
+        return GO_ON_LATER, text, True
+    if isinstance(error, OSError):
+        return IO_ERROR, text, isinstance(error, CommonError)
+    return (USER_ERROR, text, True) if isinstance(error, ValueError | ArithmeticError) else None
+
+
+def _full_memory(error: BaseException) -> str | None:
+    """Return the memory that was not enough, and the reason that the allocator gives; None for any other error."""
+    text = (str(error) or type(error).__name__).partition("\n")[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"GPU memory: {text}"
+    if (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and "allocate memory" in text)
+    ):
+        return f"memory: {text}"
+    return error.__cause__ and _full_memory(error.__cause__)

@@ -71,10 +71,9 @@ class Watchdog:
         if self._limit_s:
             self._thread.join()
         if isinstance(error, RuntimeError) and is_lost_peer(error):
-            saved = next((path.name for path in complete_checkpoints(self._run.checkpoints)), "none yet")
             raise ConnectionError(
                 f"rank {self._rank}: lost its connection to another rank at {self.position}; the cause is the error of "
-                f"that rank, or the signal that ended it. The last checkpoint is {saved}"
+                f"that rank, or the signal that ended it. The last checkpoint is {self._last_saved()}"
             ) from error
 
     def at(self, step: int, operation: str) -> None:
@@ -85,6 +84,12 @@ class Watchdog:
     def alive(self) -> None:
         """Record progress within an operation; may be called from any thread."""
         self._beats += 1
+
+    def _last_saved(self) -> str:
+        try:
+            return next((path.name for path in complete_checkpoints(self._run.checkpoints)), "none yet")
+        except OSError as error:
+            return f"unknown, since {self._run.checkpoints} cannot be listed ({error.strerror})"
 
     def _report_file(self, rank: int) -> Path:
         return self._run.logs / f"rank-{rank:05d}.hang.json"

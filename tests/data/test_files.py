@@ -107,7 +107,9 @@ def test_what_cannot_be_read_is_tried_again(monkeypatch: pytest.MonkeyPatch, num
     assert read_patiently("name", read) == "content"
     assert pauses == [1, 2, 4]
     failures += [OSError(number, os.strerror(number))] * 4
-    with pytest.raises(OSError, match=rf"^name: cannot be read after 4 attempts .*{os.strerror(number)}.*; start again"):
+    with pytest.raises(
+        OSError, match=rf"^name: cannot be read after 4 attempts .*{os.strerror(number)}.*; start again"
+    ):
         read_patiently("name", read)
 
 

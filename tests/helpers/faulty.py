@@ -1,12 +1,17 @@
 """Training runs with planted faults, on processes of their own.
 
 A fork server imports everything once, so that a start takes about a second. A fault happens to a rank at a position of
-the watchdog, given by step and the beginning of the operation, or at a chunk that the rank writes in checkpoints.
+the watchdog, given by step and the beginning of the operation, or at a chunk that the rank writes in checkpoints. Files
+that cannot be read or renamed are so from the beginning of the start.
 """
 
 from __future__ import annotations
 
+import errno
+import fnmatch
+import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -14,11 +19,22 @@ import time
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+
+from longring.launch.checkpoint.format import complete_checkpoints
+from longring.launch.metrics import read_metrics
+from safetensors.torch import load_file
 
 from .ranks import fork_server, take_environment, variables_of
 
 DEADLINE_S = 120
+# The topology is named, since two runs that probe may choose different grids.
+SMALL = [
+    *("train.steps=12", "train.checkpoint_every_steps=3"),
+    *("parallel.tokens_per_rank=256", "parallel.cp.topology=full_mesh"),
+]
+EXACT = ("step", "tokens", "loss", "bucket", "cp", "learning_rate", "grad_norm")
 
 
 class Fault(NamedTuple):
@@ -26,11 +42,91 @@ class Fault(NamedTuple):
 
     rank: int
     action: str
-    """"hang", "pause", "clock", a signal, "remove GLOB", "full FILE" or "times NUMBER"."""
+    """"hang", "pause", "clock", "memory", a signal, "remove GLOB", "full FILE", "move FROM TO" or "times NUMBER".
+
+    For the whole start: "unreadable NUMBER GLOB" lets this number of attempts to open files fail, "unrenamed GLOB" lets
+    a rename fail, and "renamed GLOB" reports one as failed that has happened.
+    """
     step: int = 0
     operation: str = ""
     chunk: int = 0
     """Chunk of all that the rank writes in checkpoints, from 1; 0: the fault is at a step."""
+
+
+class Run:
+    """A run of twelve steps on two ranks, which may be started several times."""
+
+    def __init__(self, recipe_file: Path, directory: Path, overrides: Sequence[str] = ()) -> None:
+        self.path = directory / "run"
+        self.output = directory / "output.txt"
+        self.recipe_file = recipe_file
+        self._overrides = overrides
+
+    @property
+    def overrides(self) -> list[str]:
+        return [*SMALL, f"run_directory={self.path}", *self._overrides]
+
+    def start(self, *faults: Fault, overrides: Sequence[str] = (), stop_after: int | None = None) -> list[int]:
+        """Start both ranks and return their exit statuses."""
+        self.output.unlink(missing_ok=True)
+        return start(2, self.recipe_file, [*self.overrides, *overrides], self.output, faults, stop_after).wait()
+
+    def finish(self, whole: Run | None = None) -> None:
+        """Start the run until its end, and once more; check that it then equals itself and the run `whole`."""
+        assert self.start() == [0, 0], self.said
+        before = self.path / "metrics.jsonl", self.saved()
+        metrics = before[0].read_text()
+        assert self.start() == [0, 0], self.said
+        assert "steps already: nothing to train" in self.said
+        assert before[0].read_text() == metrics
+        assert_equal(self.saved(), before[1])
+        if whole is not None:
+            assert self.metrics == whole.metrics
+            assert_equal(self.saved(), whole.saved())
+
+    def copy(self, directory: Path) -> Run:
+        """Return a run that is as far as this one, in another directory."""
+        other = Run(self.recipe_file, directory, self._overrides)
+        shutil.copytree(self.path, other.path)
+        return other
+
+    @property
+    def said(self) -> str:
+        """All that the ranks of the last start printed, in one line."""
+        return " ".join(self.output.read_text().split())
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.path / "events.jsonl").read_text().splitlines()]
+
+    @property
+    def metrics(self) -> list[list[Any]]:
+        return [[step[key] for key in EXACT] for step in read_metrics(self.path / "metrics.jsonl")]
+
+    @property
+    def outcomes(self) -> dict[int, str]:
+        steps = read_metrics(self.path / "metrics.jsonl")
+        assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
+        return {step["step"]: step["outcome"] for step in steps if step["outcome"] != "good"}
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """Names of all that is in checkpoints/."""
+        return sorted(path.name for path in (self.path / "checkpoints").iterdir())
+
+    def saved(self, number: int = 0) -> dict[str, Any]:
+        """Return every tensor of the last checkpoint, or of the `number`-th before it, by file and name."""
+        path = complete_checkpoints(self.path / "checkpoints")[number]
+        return {
+            f"{file.name}/{key}": tensor
+            for file in path.glob("*.safetensors")
+            for key, tensor in load_file(file).items()
+        }
+
+
+def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert all(ours[key].equal(theirs[key]) for key in ours)
 
 
 class Started(NamedTuple):
@@ -94,6 +190,7 @@ def _rank(variables: dict[str, str], arguments: list[str], faults: tuple[Fault, 
     mine = [fault for fault in faults if fault.rank == int(variables["RANK"])]
     train.Watchdog = _watchdog_with(mine)
     train.build_engine = _build_with(mine, train.build_engine)
+    _break_files(mine)
     sys.exit(train.main(arguments))
 
 
@@ -120,6 +217,34 @@ def _watchdog_with(faults: Sequence[Fault]) -> type:
     return FaultyWatchdog
 
 
+def _break_files(faults: Sequence[Fault]) -> None:
+    """Let files fail to open and renames fail, or seem to; pauses between attempts take no time."""
+    from longring.data import files
+
+    files.time = SimpleNamespace(sleep=lambda _: None)
+    opens, renames = Path.open, Path.rename
+    left = {fault: int(fault.action.split()[1]) for fault in faults if fault.action.startswith("unreadable ")}
+    failure = errno.EIO, os.strerror(errno.EIO)
+
+    def opened(self: Path, *arguments: Any, **options: Any) -> Any:
+        for fault in left:
+            if left[fault] and fnmatch.fnmatch(str(self), fault.action.split()[2]):
+                left[fault] -= 1
+                raise OSError(*failure, str(self))
+        return opens(self, *arguments, **options)
+
+    def renamed(self: Path, target: Any) -> Any:
+        for fault in faults:
+            action, _, pattern = fault.action.partition(" ")
+            if action in ("renamed", "unrenamed") and fnmatch.fnmatch(str(self), pattern):
+                if action == "renamed":
+                    renames(self, target)
+                raise OSError(*failure, str(self))
+        return renames(self, target)
+
+    Path.open, Path.rename = opened, renamed
+
+
 class _Now:
     step = 0
 
@@ -141,6 +266,13 @@ def _act(fault: Fault) -> None:
         file = Path(fault.action.removeprefix("full "))
         file.parent.mkdir(parents=True, exist_ok=True)
         file.symlink_to("/dev/full")
+    elif fault.action.startswith("move "):
+        source, target = fault.action.split()[1:]
+        Path(source).rename(target)
+    elif fault.action == "memory":
+        import torch
+
+        torch.empty(1 << 60)
     elif fault.action == "clock":
         jump, real = 1e9, time.time
         time.time = lambda: real() + jump

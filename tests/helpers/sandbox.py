@@ -48,8 +48,8 @@ class Sandbox:
         output = self.capsys.readouterr()
         assert status in (1, 2), output
         assert "Traceback" not in output.err
-        text = output.err if status == 2 else output.out[output.out.index("damaged:") :]
-        return re.sub(r"^(error|damaged): ", "", " ".join(text.split()))
+        text = output.err if status == 2 else re.split(r"(?=damaged: |unreadable: )", output.out, maxsplit=1)[1]
+        return re.sub(r"^(error|damaged|unreadable): ", "", " ".join(text.split()))
 
     def train(self, *overrides: str, ranks: int = 4) -> str:
         """Return the error of `longring train`."""

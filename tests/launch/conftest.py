@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.faulty import Run
 from longring.data.prepare.prepare import prepare
 from longring.launch.config import load_recipe
 from rich.console import Console
@@ -56,3 +57,11 @@ def recipe_file(tmp_path_factory) -> Path:
     (directory / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     prepare(load_recipe(file).data, Console(quiet=True))
     return file
+
+
+@pytest.fixture(scope="session")
+def whole(recipe_file, tmp_path_factory) -> Run:
+    """A run of twelve steps on two ranks, without faults."""
+    run = Run(recipe_file, tmp_path_factory.mktemp("whole"))
+    assert run.start() == [0, 0], run.said
+    return run

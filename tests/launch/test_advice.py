@@ -170,6 +170,16 @@ def begun_with_checkpoint(sandbox: Sandbox) -> None:
     make_checkpoint(sandbox.run.checkpoints, 5, data=sha256_of(sandbox.data / "manifest.json"))
 
 
+def lost_checkpoints(sandbox: Sandbox) -> None:
+    sandbox.begin()
+    sandbox.run.record_save(5)
+
+
+def unwritable_checkpoints(sandbox: Sandbox) -> None:
+    sandbox.begin()
+    sandbox.run.checkpoints.symlink_to("/sys/kernel")
+
+
 def requeue_thrice(sandbox: Sandbox) -> None:
     for _ in range(3):
         requeue(sandbox.load("slurm.max_fruitless_starts=1"))
@@ -256,6 +266,21 @@ CASES = {
         "name the directory of a run that `longring train` has started",
         lambda sandbox: sandbox.begin(),
     ),
+    "lost checkpoints: bring a copy back": Case(
+        lost_checkpoints,
+        checked(),
+        "mount its disk or bring a copy back",
+        lambda sandbox: make_checkpoint(sandbox.run.checkpoints, 5, data=sha256_of(sandbox.data / "manifest.json")),
+    ),
+    "lost checkpoints: name another run_directory": Case(
+        lost_checkpoints, checked(), "or name another run_directory to start from the first step", new_run_directory
+    ),
+    "checkpoints that cannot be written: allow it": Case(
+        unwritable_checkpoints,
+        lambda sandbox: sandbox.run.check_writable(),
+        "allow this user to write there",
+        lambda sandbox: sandbox.run.checkpoints.unlink(),
+    ),
     "no checkpoint: train first": Case(
         lambda sandbox: sandbox.begin(),
         command("evaluate", "{run}"),
@@ -309,7 +334,7 @@ def test_advice_about_a_run(name, recipe_file, tmp_path, capsys, monkeypatch, no
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     sandbox, case = Sandbox(recipe_file, tmp_path, capsys), CASES[name]
     case.mistake(sandbox)
-    with pytest.raises((ValueError, ArithmeticError), match=case.advice):
+    with pytest.raises((ValueError, ArithmeticError, OSError), match=case.advice):
         case.attempt(sandbox)
     case.carry_out(sandbox)
     case.attempt(sandbox)

@@ -19,6 +19,7 @@ import pytest
 from helpers.ranks import variables_of
 from helpers.sandbox import Sandbox
 from helpers.small_checkpoint import make_checkpoint
+from longring.data import files
 from longring.data.files import sha256_of_json
 from longring.launch import run_directory
 from longring.launch import train as train_module
@@ -26,6 +27,7 @@ from longring.launch.commands.submit import requeue
 from longring.launch.config import FaultsConfig, load_recipe
 from longring.launch.loss_watch import LossWatch
 from longring.launch.ranks.node import check_node
+from longring.launch.ranks.rank import as_rank
 from longring.launch.ranks.watchdog import Position, diagnosis
 from longring.parallel.meet import meet
 from longring.parallel.world import World
@@ -38,7 +40,8 @@ Mistakes and faults, and the message of each on standard error after `error: `. 
 what is wrong with it, and after the semicolon what to do. Each row is a message that a test sees
 (`tests/launch/test_error_table.py`, which also writes this page); paths and hashes are shortened to `…`.
 `tests/launch/test_advice.py` and `tests/data/test_config.py` carry advice out and see the error gone. The status is
-2 for errors that only a person can correct; [faults.md](faults.md) has the others.
+2 for errors that only a person can correct, and 74 for files that cannot be read or written; [faults.md](faults.md) has
+the others.
 """
 
 
@@ -251,6 +254,35 @@ def checkpoint_of_the_future(file: Path) -> None:
     file.write_text(json.dumps({**content, "sha256": sha256_of_json(content)}))
 
 
+def unreadable(file: Path) -> None:
+    file.unlink()
+    file.symlink_to(file)
+
+
+def lost_checkpoints(sandbox: Sandbox) -> str:
+    sandbox.begin()
+    sandbox.run.record_save(5)
+    return sandbox.train()
+
+
+def unwritable_checkpoints(sandbox: Sandbox) -> str:
+    sandbox.begin()
+    sandbox.run.checkpoints.symlink_to("/sys/kernel")
+    return refused(sandbox.run.check_writable)
+
+
+def lacking_memory(sandbox: Sandbox) -> str:
+    def allocate() -> int:
+        raise MemoryError("Unable to allocate 8.00 GiB")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables_of(3, 4, 29500).items():
+            patch.setenv(name, value)
+        sandbox.capsys.readouterr()
+        assert as_rank(allocate) == 2
+    return " ".join(sandbox.capsys.readouterr().err.split()).removeprefix("error: ")
+
+
 def no_torchrun(sandbox: Sandbox) -> str:
     sandbox.capsys.readouterr()
     assert train_module.main([str(sandbox.recipe)]) == 2
@@ -291,7 +323,7 @@ def no_sbatch(sandbox: Sandbox) -> str:
 
 
 def refused(work: Callable[[], object]) -> str:
-    with pytest.raises((ValueError, ArithmeticError)) as error:
+    with pytest.raises((ValueError, ArithmeticError, OSError)) as error:
         work()
     return str(error.value)
 
@@ -432,6 +464,9 @@ CASES: dict[str, dict[str, Case]] = {
             lambda file: file.write_text(file.read_text().replace('"step": 5', '"step": 6')), "manifest.json"
         ),
         "a checkpoint of a later LongRing": damaged(checkpoint_of_the_future, "manifest.json"),
+        "a file of a checkpoint that cannot be read": damaged(unreadable, "manifest.json"),
+        "checkpoints that are gone": lost_checkpoints,
+        "checkpoints that cannot be written": unwritable_checkpoints,
     },
     "During training": {
         "too many consecutive non-finite gradients": nonfinite,
@@ -439,6 +474,7 @@ CASES: dict[str, dict[str, Case]] = {
         "too many spikes": spikes,
         "a rank that hangs": hang,
         "a rank that is stopped or gone": silence,
+        "too little memory on one rank": lacking_memory,
     },
     "Slurm": {
         "a job whose ranks cannot hold the longest sequence": lambda sandbox: sandbox.main(
@@ -476,6 +512,7 @@ def row(title: str, message: str) -> str:
 @pytest.mark.parametrize(("part", "title"), NAMES, ids=lambda value: value)
 def test_every_mistake_has_the_message_of_the_page(part, title, recipe_file, tmp_path, capsys, table, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(files.time, "sleep", lambda _: None)
     message = CASES[part][title](Sandbox(recipe_file, tmp_path, capsys))
     assert len(message) > 20
     for path in (tmp_path, recipe_file.parent):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.faulty import Fault, start
+from helpers.faulty import Fault, Run, assert_equal, start
 from helpers.lanes import by_lane
 from helpers.small_checkpoint import STATE
 from hypothesis import given
@@ -26,76 +24,10 @@ from longring.launch.run_directory import RunDirectory
 from rich.console import Console
 from safetensors.torch import load_file
 
-# The topology is named, since two runs that probe may choose different grids.
-SMALL = [
-    *("train.steps=12", "train.checkpoint_every_steps=3"),
-    *("parallel.tokens_per_rank=256", "parallel.cp.topology=full_mesh"),
-]
-EXACT = ("step", "tokens", "loss", "bucket", "cp", "learning_rate", "grad_norm")
-
-
-class Run:
-    """A run of twelve steps on two ranks, which may be started several times."""
-
-    def __init__(self, recipe_file: Path, directory: Path, overrides: Sequence[str] = ()) -> None:
-        self.path = directory / "run"
-        self.output = directory / "output.txt"
-        self._recipe_file = recipe_file
-        self.overrides = [*SMALL, f"run_directory={self.path}", *overrides]
-
-    def start(self, *faults: Fault, overrides: Sequence[str] = ()) -> list[int]:
-        self.output.unlink(missing_ok=True)
-        return start(2, self._recipe_file, [*self.overrides, *overrides], self.output, faults).wait()
-
-    @property
-    def said(self) -> str:
-        return " ".join(self.output.read_text().split())
-
-    @property
-    def events(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.path / "events.jsonl").read_text().splitlines()]
-
-    @property
-    def metrics(self) -> list[list[Any]]:
-        return [[step[key] for key in EXACT] for step in read_metrics(self.path / "metrics.jsonl")]
-
-    @property
-    def outcomes(self) -> dict[int, str]:
-        steps = read_metrics(self.path / "metrics.jsonl")
-        assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
-        return {step["step"]: step["outcome"] for step in steps if step["outcome"] != "good"}
-
-    def saved(self, number: int = 0) -> dict[str, Any]:
-        """Return every tensor of the last checkpoint, or of the `number`-th before it, by file and name."""
-        path = complete_checkpoints(self.path / "checkpoints")[number]
-        return {
-            f"{file.name}/{key}": tensor
-            for file in path.glob("*.safetensors")
-            for key, tensor in load_file(file).items()
-        }
-
-
-@pytest.fixture(scope="module")
-def whole(recipe_file, tmp_path_factory) -> Run:
-    """A run without faults."""
-    run = Run(recipe_file, tmp_path_factory.mktemp("whole"))
-    assert run.start() == [0, 0]
-    return run
-
 
 @pytest.fixture
 def run(recipe_file, tmp_path) -> Run:
     return Run(recipe_file, tmp_path)
-
-
-def assert_same(run: Run, whole: Run) -> None:
-    assert run.metrics == whole.metrics
-    assert_equal(run.saved(), whole.saved())
-
-
-def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    assert ours.keys() == theirs.keys()
-    assert all(ours[key].equal(theirs[key]) for key in ours)
 
 
 @pytest.mark.parametrize("name", by_lane(["SIGTERM", "SIGUSR1"], quick=["SIGTERM"]))
@@ -105,8 +37,7 @@ def test_a_signal_to_one_rank_stops_all_ranks_after_the_same_step(run, whole, na
     assert complete_checkpoints(run.path / "checkpoints")[0].name == "step-00000005"
     assert "saved; the same command continues the run" in run.said
     assert run.events[-1]["event"] == "stopped"
-    assert run.start() == [0, 0]
-    assert_same(run, whole)
+    run.finish(whole)
 
 
 KILLED = {
@@ -126,16 +57,15 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(run, whole, fau
     assert "lost its connection to another rank at step" in run.said or fault.rank == 0
     for path in complete_checkpoints(run.path / "checkpoints"):
         assert find_damage(path, read_checkpoint_manifest(path)) is None
-    assert run.start() == [0, 0]
-    assert not list((run.path / "checkpoints").glob("*.partial"))
-    assert_same(run, whole)
+    run.finish(whole)
+    assert run.checkpoints == ["step-00000006", "step-00000009", "step-00000012"]
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("action", ["hang", "SIGSTOP"])
 def test_a_hang_is_reported_and_ended(run, whole, action):
     fault = Fault(1, action, step=5, operation="reading micro-batch 1")
-    run_it = start(2, run._recipe_file, [*run.overrides, "faults.hang_minutes=0.05"], run.output, [fault])
+    run_it = start(2, run.recipe_file, [*run.overrides, "faults.hang_minutes=0.05"], run.output, [fault])
     run_it.processes[0].join(60)
     assert run_it.processes[0].exitcode == GO_ON_LATER
     run_it.end()
@@ -146,8 +76,7 @@ def test_a_hang_is_reported_and_ended(run, whole, action):
     assert "the others wait: rank 0 at step 5, " in run.said
     assert run.events[-1]["event"] == "hang"
     assert "launch/train.py" in (run.path / "logs" / "rank-00000.hang.stacks").read_text()
-    assert run.start() == [0, 0]
-    assert_same(run, whole)
+    run.finish(whole)
 
 
 STAGES = {
@@ -180,6 +109,7 @@ def test_a_step_without_finite_gradients_changes_nothing_on_any_rank(recipe_file
     assert "1 of the 4 steps changed no weights" in run.said
     for rank in (0, 1):
         assert "step 3 is not finite; sequences [[" in (run.path / "logs" / f"rank-0000{rank}.log").read_text()
+    run.finish()
 
 
 @pytest.mark.full
@@ -190,7 +120,7 @@ def test_too_many_such_steps_stop_the_run_on_all_ranks(run, whole):
     assert "error: faults.max_nonfinite_steps = 3: 3 consecutive steps had gradients that are not finite" in run.said
     assert "the last of them step 7" in run.said
     # In the checkpoint of step 6 two of them are done: skipped steps are not trained later.
-    assert run.start() == [0, 0]
+    run.finish()
     assert run.outcomes == {5: "non-finite", 6: "non-finite"}
 
 
@@ -214,6 +144,7 @@ def test_a_rewind_restores_all_weights(recipe_file, tmp_path, rewound, stage):
     assert run.start(*SPIKE_AT_8) == [0, 0]
     ours, theirs = ([step["loss"] for step in read_metrics(r.path / "metrics.jsonl")] for r in (run, rewound))
     assert ours[:6] + ours[8:] == pytest.approx(theirs[:6] + theirs[8:], rel=1e-5)
+    run.finish()
 
 
 @pytest.mark.full
@@ -243,6 +174,7 @@ def test_a_spike_is_undone_and_its_batches_left_out(rewound, whole):
     assert state.updates == 10
     last = [step["loss"] for step in read_metrics(run.path / "metrics.jsonl")][-4:]
     assert list(state.recent_losses) == last, "the next start detects a spike from the same losses"
+    run.finish()
 
 
 @pytest.mark.full
@@ -256,6 +188,7 @@ def test_a_step_left_out_changes_nothing_and_is_counted_once(recipe_file, tmp_pa
     assert_equal(run.saved(), rewound.saved())
     state = read_checkpoint_manifest(complete_checkpoints(run.path / "checkpoints")[0]).state
     assert state.skipped == (7, 8)
+    run.finish()
 
 
 @pytest.mark.full
@@ -266,6 +199,8 @@ def test_a_spike_before_the_first_checkpoint_and_too_many_of_them(recipe_file, t
     assert run.start(*faults) == [2, 2]
     assert run.outcomes == {3: "spike", 6: "spike"}, "there was no checkpoint to return to"
     assert "error: faults.max_rewinds = 1: step 6 with loss" in run.said
+    run.finish()  # from step 0, since nothing was saved
+    assert run.outcomes == {}
 
 
 @pytest.mark.full
@@ -274,7 +209,7 @@ def test_a_checkpoint_written_during_training_has_the_state_of_its_step(run, who
     pauses = [Fault(1, "pause", chunk=chunk) for chunk in range(5, 400, 40)]
     assert run.start(*pauses) == [0, 0]
     assert not (run.path / "events.jsonl").exists()
-    assert_same(run, whole)
+    run.finish(whole)
     for number in (1, 2):
         assert_equal(run.saved(number), whole.saved(number))
 
@@ -283,8 +218,7 @@ def test_a_checkpoint_written_during_training_has_the_state_of_its_step(run, who
 def test_a_full_disk_is_reported_and_the_next_save_is_tried(run, whole):
     """The files of rank 1 at steps 3 and 9 are /dev/full: two failed saves, but not consecutive ones."""
     partials = [run.path / "checkpoints" / f"step-0000000{step}.partial" for step in (3, 9)]
-    started = start(2, run._recipe_file, run.overrides, run.output, (), stop_after=1)
-    assert started.wait() == [0, 0]
+    assert run.start(stop_after=1) == [0, 0]
     traps = [fault for partial, step in zip(partials, (2, 8), strict=True) for fault in lay_trap(partial, step)]
     assert run.start(*traps, overrides=["faults.max_failed_saves=2"]) == [0, 0]
     for step in (3, 9):
@@ -293,7 +227,7 @@ def test_a_full_disk_is_reported_and_the_next_save_is_tried(run, whole):
     names = [path.name for path in complete_checkpoints(run.path / "checkpoints")]
     assert names == ["step-00000012", "step-00000006", "step-00000001"]
     assert not any(partial.exists() for partial in partials)
-    assert_same(run, whole)
+    run.finish(whole)
 
 
 @pytest.mark.full
@@ -301,10 +235,10 @@ def test_a_disk_that_stays_full_stops_the_run(run, whole):
     partial = run.path / "checkpoints" / "step-00000006.partial"
     statuses = run.start(*lay_trap(partial, 5), overrides=["faults.max_failed_saves=1"])
     assert statuses == [74, 74]
+    assert run.checkpoints == ["step-00000003"]
     assert "faults.max_failed_saves = 1: step 6 could not be saved, nor the 0 saves before it" in run.said
     assert run.said.count("warning: ") == 1, "only the rank that failed warns"
-    assert run.start() == [0, 0]
-    assert_same(run, whole)
+    run.finish(whole)
 
 
 def test_metrics_that_cannot_be_written_are_reported_with_their_directory(tmp_path):
@@ -329,23 +263,20 @@ def test_a_shard_that_goes_away_is_named_by_the_rank_that_needs_it(recipe_file, 
     assert "cannot read its rows of step" in run.said
     assert ".tar" in run.said
     shutil.rmtree(data)
-    assert run.start() == [0, 0]
-    assert_same(run, whole)
+    run.finish(whole)
 
 
 @pytest.mark.full
 def test_a_clock_that_jumps_changes_nothing(run, whole):
     settings = ["faults.hang_minutes=0.2"]
-    assert run.start(*(Fault(rank, "clock", step=3, operation="reading") for rank in (0, 1)), overrides=settings) == [
-        0,
-        0,
-    ]
-    assert_same(run, whole)
+    faults = [Fault(rank, "clock", step=3, operation="reading") for rank in (0, 1)]
+    assert run.start(*faults, overrides=settings) == [0, 0]
+    run.finish(whole)
 
 
 @pytest.mark.full
 def test_after_a_damaged_checkpoint_the_run_continues_from_the_one_before(run, whole):
-    assert start(2, run._recipe_file, run.overrides, run.output, (), stop_after=8).wait() == [0, 0]
+    assert run.start(stop_after=8) == [0, 0]
     file = run.path / "checkpoints" / "step-00000008" / "rank-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-8] + b"\0" * 8)
     assert run.start() == [0, 0]
@@ -353,7 +284,7 @@ def test_after_a_damaged_checkpoint_the_run_continues_from_the_one_before(run, w
     assert "step-00000008/rank-00001.safetensors: has SHA-256" in run.said
     assert "going back to step-00000006" in run.said
     assert [event["event"] for event in run.events] == ["damaged checkpoint"]
-    assert_same(run, whole)
+    run.finish(whole)
 
 
 def test_the_watchdog_names_the_rank_that_is_behind():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,6 @@ from longring.launch.checkpoint.format import (
     find_damage,
     last_good_checkpoint,
     read_checkpoint_manifest,
-    remove_checkpoint,
 )
 from longring.launch.metrics import read_metrics
 from safetensors.torch import load_file
@@ -58,8 +58,7 @@ def test_a_run_interrupted_at_random_equals_an_uninterrupted_one(recipe_file, tm
         found = last_good_checkpoint(run / "checkpoints")
         done = found[1].state.step if found else 0
         if done > STEPS - 8:  # too few steps are left for the interruptions: start over
-            for path in complete_checkpoints(run / "checkpoints"):
-                remove_checkpoint(path)
+            shutil.rmtree(run)
             continue
         fault = random_fault(chance, done)
         statuses = start(2, recipe_file, settings(run), output, [fault]).wait()
@@ -68,7 +67,8 @@ def test_a_run_interrupted_at_random_equals_an_uninterrupted_one(recipe_file, tm
         for path in complete_checkpoints(run / "checkpoints"):
             wrong = find_damage(path, read_checkpoint_manifest(path))
             assert wrong is None, f"{fault}: {wrong}; {hint}"
-    assert start(2, recipe_file, settings(run), output).wait() == [0, 0], f"{hint}\n{output.read_text()}"
+    for _ in range(2):  # the second has nothing to train, and changes nothing
+        assert start(2, recipe_file, settings(run), output).wait() == [0, 0], f"{hint}\n{output.read_text()}"
 
     ours, theirs = (
         [[step[key] for key in EXACT] for step in read_metrics(path / "metrics.jsonl")] for path in (run, whole)

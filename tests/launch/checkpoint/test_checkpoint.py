@@ -8,6 +8,7 @@ import re
 import shutil
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,19 +17,18 @@ from helpers.lanes import by_lane
 from helpers.small_checkpoint import STATE, make_checkpoint, read_whole
 from hypothesis import given
 from hypothesis import strategies as st
+from longring.data import files
 from longring.launch import cli
 from longring.launch.build import build_engine
 from longring.launch.checkpoint.format import (
     TrainState,
-    clear_leftovers,
     complete_checkpoints,
     find_damage,
     last_good_checkpoint,
-    prune_checkpoints,
     read_checkpoint_manifest,
-    steps_to_prune,
 )
 from longring.launch.checkpoint.load import load_last_good
+from longring.launch.checkpoint.retention import clear_leftovers, prune_checkpoints, steps_to_prune
 from longring.launch.checkpoint.save import Saver, write_safetensors
 from longring.launch.config import load_recipe
 from longring.launch.metrics import read_metrics
@@ -67,7 +67,8 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_to_a_file_is_named(tmp_path, kind):
+def test_damage_to_a_file_is_named(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(files.time, "sleep", lambda _: None)
     path = make_checkpoint(tmp_path, 7)
     damage, message = DAMAGE[kind]
     damage(path / "rank-00001.safetensors")
@@ -291,6 +292,7 @@ def load_there(
     recipe_file: Path, overrides: list[str], directory: Path, data: str
 ) -> tuple[str, int, list[str]] | None:
     """Load the last good checkpoint; return its name, its step and the damage of later ones."""
+    files.time = SimpleNamespace(sleep=lambda _: None)  # of this process alone
     recipe = load_recipe(recipe_file, overrides)
     mesh = join(recipe.parallel, 1)
     loaded = load_last_good(build_engine(recipe, 500, mesh), directory, mesh, data)
@@ -319,6 +321,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_loaded(
     [named] = {tuple(result[2]) for result in results}
     assert re.search(f"step-00000004.*{message}", named[0])
     assert sorted(path.name for path in directory.iterdir()) == ["step-00000002", "step-00000004.damaged"]
+    assert on_ranks(2, load_there, recipe_file, [], directory, data) == [("step-00000002", 2, [])] * 2
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(on_ranks, recipe_file, two_saves, tmp_path):
@@ -326,12 +329,16 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(on_ranks, r
     for step in (2, 4):
         flip(directory / f"step-0000000{step}" / "rank-00000.safetensors")
     data = read_checkpoint_manifest(directory / "step-00000004").state.data
-    advice = "bring back a copy, or remove .* to start from the first step"
-    for _ in range(2):  # also at the next start, which finds them put aside
+    advice = "bring back a copy, or name another run_directory to start from the first step"
+    for _ in range(2):
         with pytest.raises(AssertionError, match=f"checkpoints: all are damaged: .*step-0000000[24].*{advice}"):
             on_ranks(2, load_there, recipe_file, [], directory, data)
+        assert sorted(path.name for path in directory.iterdir()) == ["step-00000002", "step-00000004"]
+    shutil.rmtree(directory / "step-00000002")
     shutil.copytree(two_saves / "checkpoints" / "step-00000002", directory / "step-00000002")
-    assert on_ranks(2, load_there, recipe_file, [], directory, data) == [("step-00000002", 2, [])] * 2
+    for expected in (1, 0):  # the damaged one is put aside now, and found no more
+        results = on_ranks(2, load_there, recipe_file, [], directory, data)
+        assert [(name, step, len(damaged)) for name, step, damaged in results] == [("step-00000002", 2, expected)] * 2
     shutil.rmtree(directory)
     assert on_ranks(2, load_there, recipe_file, [], directory, data) == [None] * 2
 
@@ -346,6 +353,7 @@ def test_a_checkpoint_of_other_data_or_another_model_is_refused(on_ranks, recipe
         match=r"of another model: blocks.*mlp.gate_up.weight has shape \[192, 64\] there and \[128, 64\] here",
     ):
         on_ranks(2, load_there, recipe_file, ["model.ffn_hidden_size=64"], directory, data)
+    assert on_ranks(2, load_there, recipe_file, [], directory, data) == [("step-00000004", 4, [])] * 2
 
 
 def test_checkpoints_are_listed_verified_and_pruned(capsys, recipe_file, tmp_path):

@@ -18,6 +18,7 @@ import pytest
 from helpers.small_checkpoint import make_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
+from longring.data import files
 from longring.launch import cli
 from longring.launch.checkpoint.format import checkpoint_name
 from longring.launch.commands.submit import SCRIPT, job_script, requeue
@@ -196,6 +197,17 @@ def test_a_job_starts_again_while_it_makes_progress(recipe_file, tmp_path, monke
     assert verdict.reason.endswith(": all 20 steps are done")
 
 
+def test_a_job_whose_checkpoint_cannot_be_read_starts_again_a_few_times(recipe_file, tmp_path, monkeypatch):
+    recipe = load_recipe(recipe_file, [f"run_directory={tmp_path}/run", "slurm.max_fruitless_starts=2"])
+    monkeypatch.setattr(files.time, "sleep", lambda _: None)
+    manifest = make_checkpoint(RunDirectory(recipe.run_directory).checkpoints, 20) / "manifest.json"
+    manifest.unlink()
+    manifest.symlink_to(manifest)  # ELOOP
+    verdicts = [requeue(recipe) for _ in range(3)]
+    assert [verdict.again for verdict in verdicts] == [True, True, False]
+    assert verdicts[0].reason == "starting again from a checkpoint that cannot be read"
+
+
 def test_all_faults_of_a_node_are_in_one_error(recipe_file, tmp_path, monkeypatch):
     fine = ["slurm.cpu=true", f"run_directory={tmp_path}/run"]
     check_node(load_recipe(recipe_file, fine), 2)
@@ -204,7 +216,11 @@ def test_all_faults_of_a_node_are_in_one_error(recipe_file, tmp_path, monkeypatc
     wrong = [f"run_directory={tmp_path}/file", "slurm.min_free_memory_gb=1e6"]
     with pytest.raises(ValueError, match="node n7: not fit to train") as error:
         check_node(load_recipe(recipe_file, wrong), 2)
-    for part in (r"0 GPUs for 2 ranks", "2000000.0 needed (slurm.min_free_memory_gb", "file cannot be written"):
+    for part in (
+        r"0 GPUs for 2 ranks",
+        "2000000.0 needed (slurm.min_free_memory_gb",
+        "file/logs cannot be written: Not a directory",
+    ):
         assert part in str(error.value) or (part.startswith("0 GPUs") and "GPU" in str(error.value))
     with pytest.raises(ValueError, match=r"needed \(slurm.min_free_disk_gb, or two checkpoints\)"):
         check_node(load_recipe(recipe_file, [*fine, "slurm.min_free_disk_gb=1e9"]), 2)

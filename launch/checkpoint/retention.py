@@ -1,0 +1,50 @@
+"""Retention: which checkpoints are kept, and the removal of the others and of what crashes left."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from .format import DAMAGED, PARTIAL, REMOVED, checkpoint_step, complete_checkpoints
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Delete a checkpoint."""
+    # Renamed first: a directory that has lost some of its files never counts as a complete checkpoint.
+    aside = checkpoint.with_name(checkpoint.name + REMOVED)
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    shutil.rmtree(aside)
+
+
+def put_checkpoint_aside(checkpoint: Path) -> None:
+    """Rename a damaged checkpoint to `step-N.damaged`, replacing an earlier one of the same step."""
+    aside = checkpoint.with_name(checkpoint.name + DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Delete the partial and removed directories that interrupted saves and removals left behind."""
+    for leftover in [*directory.glob(f"step-*{PARTIAL}"), *directory.glob(f"step-*{REMOVED}")]:
+        shutil.rmtree(leftover)
+
+
+def steps_to_prune(steps: Iterable[int], keep_last: int, keep_every_steps: int) -> list[int]:
+    """Return the steps whose checkpoints retention deletes.
+
+    It keeps the last `keep_last` steps and every multiple of `keep_every_steps` (0: no multiples).
+    """
+    ordered = sorted(steps)
+    older = ordered[: max(0, len(ordered) - keep_last)]
+    return [step for step in older if not keep_every_steps or step % keep_every_steps]
+
+
+def prune_checkpoints(directory: Path, keep_last: int, keep_every_steps: int) -> list[Path]:
+    """Delete the checkpoints that retention does not keep; return their former paths."""
+    by_step = {checkpoint_step(path): path for path in complete_checkpoints(directory)}
+    gone = [by_step[step] for step in steps_to_prune(filter(None, by_step), keep_last, keep_every_steps)]
+    for checkpoint in gone:
+        remove_checkpoint(checkpoint)
+    return gone

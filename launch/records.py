@@ -1,0 +1,82 @@
+"""Records of a run: files of one JSON object a line, some of whose lines a crash or a bad disk may have damaged.
+
+No run stops for a log: lines without a record are named and put aside, and all others stay.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..data.files import read_patiently, write_whole
+from .redact import redact_all
+
+Record = dict[str, Any]
+
+
+def append_record(file: Path, record: Record) -> None:
+    """Append a record without its secrets, on a line of its own even if the last line was cut short."""
+    with file.open("ab+") as stream:
+        if stream.tell():
+            stream.seek(-1, 2)
+            if stream.read(1) != b"\n":
+                stream.write(b"\n")
+        stream.write(json.dumps(redact_all(record)).encode() + b"\n")
+
+
+def read_records(file: Path) -> list[Record]:
+    """Return the records of `file`, in order, without the lines that hold none. A file that does not exist has none.
+
+    Raises OSError if the file cannot be read.
+    """
+    return [record for _, record in _parsed(file) if record is not None]
+
+
+def keep_records(file: Path, wanted: Callable[[Record], bool]) -> None:
+    """Remove the records that are not wanted, and lines that hold none."""
+    lines = _parsed(file)
+    kept = [line for line, record in lines if record is not None and wanted(record)]
+    if len(kept) < len(lines):
+        _write_lines(file, kept)
+
+
+def put_bad_lines_aside(file: Path) -> str | None:
+    """Move the lines that hold no record into `FILE.damaged`; return a sentence that names them, or None.
+
+    A last line without its end, which a crash leaves, is removed without a word.
+    """
+    lines = _parsed(file)
+    bad = [number for number, (_, record) in enumerate(lines) if record is None]
+    if not bad:
+        return None
+    _write_lines(file, [line for line, record in lines if record is not None])
+    if bad[-1] == len(lines) - 1 and not lines[-1][0].endswith(b"\n"):
+        bad.pop()
+    if not bad:
+        return None
+    aside = file.with_name(f"{file.name}.damaged")
+    with aside.open("ab") as stream:
+        stream.writelines(lines[number][0] for number in bad)
+    numbers = ", ".join(str(number + 1) for number in bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
+    return f"{file}: line{'s' * (len(bad) > 1)} {numbers} held no record: moved to {aside.name}"
+
+
+def _parsed(file: Path) -> list[tuple[bytes, Record | None]]:
+    """Return every line of `file` with its record, or with None if it holds none."""
+    content = read_patiently(file, lambda: file.read_bytes() if file.exists() else b"")
+    return [(line, _record(line)) for line in content.splitlines(keepends=True)]
+
+
+def _record(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _write_lines(file: Path, lines: list[bytes]) -> None:
+    """Replace the lines of `file`, each with its end."""
+    write_whole(file, lambda begun: begun.write_bytes(b"".join(line.rstrip(b"\n") + b"\n" for line in lines)))

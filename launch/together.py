@@ -1,0 +1,49 @@
+"""Work that some ranks may fail at, and the decision about it that all of them share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from ..parallel.mesh import Mesh
+from .errors import CommonError, DamageError
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_WORST_FIRST = (CommonError, ValueError, DamageError)
+
+
+def on_all_ranks(mesh: Mesh, work: Callable[[], _T]) -> _T:
+    """Return what `work` returns on this rank; raise on every rank the worst error that any rank met. Collective.
+
+    An OSError counts as the worst and is raised as CommonError: where a file system fails, damage that another rank
+    finds is doubtful. Damage counts least, since it alone lets a start go on.
+    """
+    result: Any = None
+    mine: tuple[int, str] | None = None
+    try:
+        result = work()
+    except (OSError, ValueError) as error:
+        mine = 0 if isinstance(error, OSError) else 2 if isinstance(error, DamageError) else 1, str(error)
+        log.exception("on this rank")
+    gathered: list[tuple[int, str] | None] = [None] * mesh.world_size
+    dist.all_gather_object(gathered, mine)
+    if met := [error for error in gathered if error is not None]:
+        # The first rank with the worst error speaks for all.
+        kind, text = min(met, key=lambda error: error[0])
+        raise _WORST_FIRST[kind](text)
+    return result
+
+
+def from_rank_0(value: Any) -> Any:
+    """Return the value of rank 0. Collective.
+
+    A shared file system may show other ranks an older state of a directory.
+    """
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
