@@ -77,7 +77,10 @@ def test_submitted_jobs_make_what_processes_make(
 
 
 @pytest.mark.parametrize("name", ["a b", "a;touch PWNED", "$(touch PWNED)", "a'b", "a\n#SBATCH --wrap=x", "`id`"])
-def test_a_directory_that_a_shell_would_take_apart_is_refused(make_config: Callable[..., DataConfig], name: str):
+def test_a_directory_that_a_shell_would_take_apart_is_refused(
+    make_config: Callable[..., DataConfig], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
     config = replace(make_config(["words"]), directory=name)
     with pytest.raises(ValueError, match=r"data\.directory = .*name another, or prepare without --slurm"):
         executors(config, Progress(), partition="main", workers=1, time="1:00:00")
