@@ -160,6 +160,11 @@ class LoaderConfig:
     among adjacent shards of about this many tokens, so that a cache needs to hold one window only. 0: the whole bucket
     is one window."""
 
+    hash_bytes_per_s: Annotated[int, Interval(ge=0, le=2**60)] = 2**26
+    """Maximum rate at which a rank reads shards to compare their SHA-256 with the manifest while it trains, in bytes a
+    second. Each shard of a local directory is hashed once in a start, by one rank, when a step first reads it.
+    0: shards are not hashed."""
+
     cache_directory: str = ""
     """Directory, on a local disk of each machine, for the shards of a remote data.directory."""
 

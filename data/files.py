@@ -1,10 +1,13 @@
 """Writing files so that they are complete or absent, even after a power loss; patient reading; hashes of files."""
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +15,8 @@ ATTEMPTS = 4
 """Number of attempts to read a file; the pauses between them are 1, 2 and 4 seconds."""
 
 T = TypeVar("T")
+
+_FULL_DISK = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "requested and")
 
 
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
@@ -63,6 +68,22 @@ def read_patiently(name: object, read: Callable[[], T]) -> T:
                 ) from error
         time.sleep(2 ** (attempt - 1))
     raise AssertionError("the last attempt returns or raises")
+
+
+@contextmanager
+def full_disk_named(directory: Path) -> Iterator[None]:
+    """Have an error of a full disk name `directory`, in which the context writes, and say what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # numpy and faiss have errors of their own for it
+        if not any(word in str(error) for word in _FULL_DISK):
+            raise
+        there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        raise OSError(
+            f"{directory}: the disk is full ({error}; {free:,} bytes are free now that unfinished files are removed); "
+            "make room, and the same command continues"
+        ) from error
 
 
 def sha256_of(file: Path) -> str:

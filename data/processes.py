@@ -5,6 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process
 
 _PR_SET_PDEATHSIG = 1
 """Option of prctl(2), from <linux/prctl.h>."""
@@ -20,3 +25,39 @@ def end_with_parent(parent: int, stop: signal.Signals = signal.SIGKILL) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(stop), 0, 0, 0)
     if os.getppid() != parent:
         os.kill(os.getpid(), stop)
+
+
+@contextmanager
+def process_pool(
+    count: int, begin: Callable[..., object] | None = None, *arguments: object
+) -> Iterator[ProcessPoolExecutor]:
+    """Give a pool of `count` processes that end with this one; each calls `begin(*arguments)` first, if given.
+
+    An exception in the context ends them at once; otherwise the tasks submitted are done first.
+    """
+    pool = ProcessPoolExecutor(count, get_context("forkserver"), initializer=_begin, initargs=(begin, *arguments))
+    try:
+        yield pool
+    except BaseException:
+        for process in list(pool._processes.values()):
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin(begin: Callable[..., object] | None, *arguments: object) -> None:
+    """Begin a process of a pool: a thread waits for the end of the process that uses the pool, and then ends this one.
+
+    The parent that Linux knows is the fork server, which lives as long as its children do.
+    """
+    user = parent_process()
+    assert user is not None, "a pool's processes are children of the process that uses it"
+
+    def end_with_user() -> None:
+        user.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=end_with_user, name="end with user", daemon=True).start()
+    if begin is not None:
+        begin(*arguments)

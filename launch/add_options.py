@@ -26,6 +26,7 @@ def prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--time", default="12:00:00", metavar="H:M:S", help="time limit of a Slurm task (default: 12 hours)"
     )
+    _verify(parser)
 
 
 def plan(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +48,7 @@ def order(parser: argparse.ArgumentParser) -> None:
         "--stage", dest="only", default="", metavar="NAME", help="run only this stage; an unknown name lists all stages"
     )
     parser.add_argument("--part", default="0/1", metavar="I/N", help="run tasks I, I+N, I+2N, ... of each stage")
+    _verify(parser)
 
 
 def train(parser: argparse.ArgumentParser) -> None:
@@ -104,6 +106,12 @@ def topology(parser: argparse.ArgumentParser) -> None:
         "--ranks", type=_positive, metavar="N", help="number of ranks to start here (default: train.ranks_per_node)"
     )
     parser.add_argument("--json", metavar="FILE", help="write the measured topology to FILE")
+
+
+def _verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--verify", action="store_true", help="read every shard of finished data, and make those again that are damaged"
+    )
 
 
 def _positive(text: str) -> int:

@@ -47,7 +47,13 @@ def _prepare(options: argparse.Namespace) -> int:
     from .commands.prepare import prepare_recipe
 
     prepare_recipe(
-        recipe, Console(), workers=options.workers, part=options.part, partition=options.slurm, time=options.time
+        recipe,
+        Console(),
+        workers=options.workers,
+        part=options.part,
+        partition=options.slurm,
+        time=options.time,
+        verify=options.verify,
     )
     return 0
 
@@ -74,7 +80,9 @@ def _order(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.target, options.overrides)
     from .commands.order import order_recipe
 
-    order_recipe(recipe, Console(), workers=options.workers, only=options.only, part=options.part)
+    order_recipe(
+        recipe, Console(), workers=options.workers, only=options.only, part=options.part, verify=options.verify
+    )
     return 0
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.files import write_text
+from ..data.lock import HeldError, held
 from ..parallel.world import World
 from .config import Recipe, load_recipe
 from .records import append_record, put_bad_lines_aside
@@ -42,6 +41,7 @@ _FREE_KEYS = (
     "loader.workers",
     "loader.prefetch_batches",
     "loader.cache_",
+    "loader.hash_",
     "train.ranks_per_node",
     "train.checkpoint_every_steps",
     "train.keep_checkpoint",
@@ -127,28 +127,14 @@ class RunDirectory:
         The system releases the lock when this process ends, for any reason. Raises ValueError if another process still
         holds it after 30 s, the time that a stopping run may take to end.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with self.lock_file.open("a+") as file:
+        try:
             # A process that has been told to stop holds the lock until its last save is done.
-            for left_s in range(_LOCK_WAIT_S, -1, -1):
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if not left_s:
-                        file.seek(0)
-                        holder = file.read().strip() or "another process"
-                        raise ValueError(
-                            f"run_directory = {self.path}: in use by {holder}; end it, or name another run_directory"
-                        ) from None
-                    time.sleep(1)
-                except OSError as error:  # a file system without locks
-                    log.warning("%s cannot be locked: %s", self.lock_file, error)
-                    break
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()} since {_now()}\n")
-            file.flush()
-            yield
+            with held(self.lock_file, wait_s=_LOCK_WAIT_S):
+                yield
+        except HeldError as error:
+            raise ValueError(
+                f"run_directory = {self.path}: in use by {error}; end it, or name another run_directory"
+            ) from None
 
     def record_start(self, world_size: int, from_step: int, environment: dict[str, Any]) -> None:
         """Append one line to starts.jsonl: time, host, command, code, versions, environment; no secrets."""

@@ -122,6 +122,7 @@ def start(
         lambda length: share_of(layouts[length]),
         pin_memory=mesh.device.type == "cuda",
         knots=knots,
+        hashed_by=(mesh.rank, mesh.world_size),
     )
     return Trainer(
         recipe=recipe,

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
+from ..data.format.damage import DamagedDataError
 from ..data.read.batch_order import ReplicaShare
 from ..data.read.loader import Loader, MicroBatch
 from ..parallel.mesh import Mesh
@@ -253,12 +254,15 @@ class Trainer:
 def read(micro_batches: Iterator[MicroBatch], step: int, rank: int) -> MicroBatch:
     """Return the next micro-batch of `step`.
 
-    Raises OSError if it cannot be read; the message names the rank, since the other ranks may have their shards.
+    Raises DamagedDataError for damaged data and OSError for data that cannot be read; both name the rank, as only one
+    may notice.
     """
     try:
         micro_batch = next(micro_batches)
-    except Exception as error:  # a damaged shard may raise anything
-        raise OSError(f"rank {rank} cannot read its rows of step {step}: {error!r}") from error
+    except DamagedDataError as error:
+        raise DamagedDataError(f"rank {rank}, step {step}: {error}") from error
+    except OSError as error:
+        raise OSError(f"rank {rank} cannot read its rows of step {step}: {error}") from error
     assert micro_batch.step == step, f"the loader is at step {micro_batch.step}, the run at step {step}"
     return micro_batch
 

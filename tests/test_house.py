@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -144,16 +143,6 @@ def test_a_training_rank_loads_no_library_of_preparation():
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_nothing_that_is_read_can_run_code():
-    """No pickle, no unpacking of archives, no evaluation of text, no shell."""
-    runs_code = re.compile(
-        r"\bpickle\b|torch\.load\(|allow_pickle=True|\.extract(all)?\(|(?<![.\w])(eval|exec)\(|shell=True|yaml\.load"
-    )
-    for module in MODULES:
-        for line in (ROOT / module).read_text().splitlines():
-            assert not runs_code.search(line), f"{module}: {line}"
 
 
 def test_kernels_import_torch_and_triton_only():

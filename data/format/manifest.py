@@ -6,6 +6,8 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import DataConfig, LoaderConfig
-from ..files import sha256_of, sha256_of_json, sync, write_text
+from ..files import read_patiently, sha256_of, sha256_of_json, sync, write_text
 from ..order_config import OrderConfig
+from .arrays import read_array
+from .content import checked_content, read_inputs, read_json
+from .damage import DamagedDataError, wrong_hash, wrong_size
 from .document import Split
 from .ledger import Ledger
 from .reader import SequenceReader
 from .shards import load_shard_table, shard_name
-from .store import LocalStore, Store, damaged_shard, open_store
+from .store import LocalStore, Store, open_store
 from .tokenizer import TOKENIZER_FILE, DocumentTokenizer
 
 FORMAT_VERSION = 2
@@ -147,29 +152,26 @@ class Manifest:
             )
         content: Any = None
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = read_json(file, MANIFEST_FILE)
             version = content["format_version"]
             if version == FORMAT_VERSION:
                 # Data prepared by earlier versions has no SHA-256 of its own.
                 if (claimed := content.pop("sha256", None)) not in (None, (found := sha256_of_json(content))):
-                    raise TypeError(f"SHA-256 is {found}, {claimed} in the manifest itself")
-                advice = _advice(store, content)
-                files = {name: _checked(store, name, sha256, advice) for name, sha256 in content["files"].items()}
-                return cls(
-                    **{
-                        **content,
-                        "lengths": tuple(content["lengths"]),
-                        "ledger": Ledger.from_json(content["ledger"]),
-                        "shards": load_shard_table(files[SHARDS_FILE]),
-                        "store": store,
-                    }
-                )
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{where}: damaged ({error!r}); {_advice(store, content)}") from error
-        raise ValueError(
-            f"{where}: format_version = {version}, and this LongRing reads version {FORMAT_VERSION}; "
-            f"{_advice(store, content)}"
-        )
+                    raise ValueError(f"SHA-256 is {found}, {claimed} in the manifest itself")
+                content = checked_content(content)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{where}: damaged ({reason:.300}); {_advice(store, content)}") from error
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{where}: format_version = {version!r:.40}, and this LongRing reads version {FORMAT_VERSION}; "
+                f"{_advice(store, content)}"
+            )
+        advice = _advice(store, content)
+        files = {name: _checked(store, name, sha256, advice) for name, sha256 in content["files"].items()}
+        with _advised(advice):
+            shards = load_shard_table(files[SHARDS_FILE], content["lengths"], sum(content["sources"].values()))
+        return cls(**content, shards=shards, store=store)
 
     @property
     def command(self) -> str:
@@ -200,7 +202,8 @@ class Manifest:
 
     def reader(self, bucket: Bucket) -> SequenceReader:
         """Return random access to the sequences of one bucket."""
-        return SequenceReader(self.store, bucket.length, bucket.shards, np.dtype(self.dtype), self.command)
+        dtype = np.dtype(self.dtype)
+        return SequenceReader(self.store, bucket.length, bucket.shards, dtype, self.vocab_size, self.command)
 
     def tokenizer(self) -> DocumentTokenizer:
         """Return the tokenizer that made the tokens. Raises ValueError if its file is not a tokenizer."""
@@ -209,12 +212,18 @@ class Manifest:
 
     def unigram(self) -> NDArray[np.int64]:
         """Return the number of times each token is a target in the train split, int64 [vocab_size]."""
-        return np.load(self.store.path(UNIGRAM_FILE, self.files[UNIGRAM_FILE]))
+        file = self.store.path(UNIGRAM_FILE, self.files[UNIGRAM_FILE])
+        with _advised(_advice(self.store, vars(self))):
+            return read_array(file, np.dtype(np.int64), (self.vocab_size,))
 
     def inputs(self) -> list[dict[str, Any]]:
-        """Return source, files, records, documents and tokens of each input shard: the lines of inputs.jsonl."""
-        with self.store.path(INPUTS_FILE, self.files[INPUTS_FILE]).open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines]
+        """Return source, files, records, documents and tokens of each input shard: the lines of inputs.jsonl.
+
+        Raises ValueError if a line is not that of an input shard.
+        """
+        file = self.store.path(INPUTS_FILE, self.files[INPUTS_FILE])
+        with _advised(_advice(self.store, vars(self))):
+            return read_inputs(file, None if self.order is not None else sum(self.sources.values()))
 
     def origin(self, input_shard: int, record: int) -> str:
         """Return the source and, if known, the file of a record that `SequenceReader.pieces` names."""
@@ -222,14 +231,15 @@ class Manifest:
         if self.order is not None:
             # Ordered data numbers the records of all input shards consecutively.
             first = np.cumsum([0, *(entry["records"] for entry in inputs)])
-            input_shard = int(np.searchsorted(first, record, side="right")) - 1
+            input_shard = min(int(np.searchsorted(first, record, side="right")), len(inputs)) - 1
             record -= int(first[input_shard])
         shard = inputs[input_shard]
         where = f"record {record} of source {shard['source']!r}, input shard {input_shard}"
-        source = (self.config["sources"] or {"documents": self.config["source"]})[shard["source"]]
-        if source["kind"] in ("python_stdlib", "text"):  # one document per file
-            return f"{where}: {shard['files'][record]}"
-        return f"{where}: {shard['files'][0]}" if len(shard["files"]) == 1 else where
+        source = (self.config["sources"] or {"documents": self.config["source"]}).get(shard["source"], {})
+        files = shard["files"]
+        if source.get("kind") in ("python_stdlib", "text") and record < len(files):  # one document per file
+            return f"{where}: {files[record]}"
+        return f"{where}: {files[0]}" if len(files) == 1 else where
 
     def check_made_from(self, config: DataConfig, order: OrderConfig | None = None) -> None:
         """Raise ValueError, naming the first setting that differs, unless `config` and `order` describe this data."""
@@ -239,8 +249,17 @@ class Manifest:
         for table, before in (("data", self.config), ("order", self.order)):
             for key, then, wanted in differences(table, before, now[table]):
                 raise ValueError(
-                    f"{key} = {wanted!r}: {name} = {directory} was made with {then!r}; set it back, name another "
+                    f"{key} = {wanted!r}: {name} = {directory} was made with {then!r:.200}; set it back, name another "
                     f"{name}, or delete {directory} and run `{_command(now['order'])} RECIPE`"
+                )
+        follow = {"lengths": config.lengths, "has_boundaries": config.has_boundaries}
+        if self.order is not None and order is not None:
+            follow = {"lengths": order.lengths(config), "has_boundaries": order.document_masks}
+        for key, expected in follow.items():
+            if (found := getattr(self, key)) != expected:
+                raise ValueError(
+                    f"{self.store.name}/{MANIFEST_FILE}: {key} = {found!r:.200}, and these settings make {expected}; "
+                    f"{_advice(self.store, vars(self))}"
                 )
 
     def check_sizes(self) -> None:
@@ -248,13 +267,23 @@ class Manifest:
         for _, error in self.damaged_shards():
             raise error
 
-    def damaged_shards(self) -> Iterator[tuple[int, ValueError]]:
-        """Yield (input shard, error) of each shard that is missing or has another size."""
-        for entry in self.shards:
-            name, sha256 = shard_name(entry).path(), entry["sha256"].decode()
-            file = self.store.path(name, sha256)
-            if (error := damaged_shard(file, int(entry["size_bytes"]), sha256, self.command)) is not None:
-                yield int(entry["input_shard"]), error
+    def damaged_shards(self, *, verify: bool = False) -> Iterator[tuple[int, DamagedDataError]]:
+        """Yield (input shard, error) of each shard that is missing or has another size or, if `verify`, SHA-256."""
+
+        def find(entry: Any) -> DamagedDataError | None:
+            size_bytes, sha256 = int(entry["size_bytes"]), entry["sha256"].decode()
+            file = self.store.path(shard_name(entry).path(), sha256, size_bytes)
+            error = wrong_size(file, size_bytes, sha256, self.command)
+            if error is None and verify:
+                found = read_patiently(file, lambda: sha256_of(file))
+                error = wrong_hash(file, found, sha256, self.command)
+            return error
+
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(find, self.shards) if verify else map(find, self.shards)
+            for entry, error in zip(self.shards, found, strict=True):
+                if error is not None:
+                    yield int(entry["input_shard"]), error
 
     def verify(self) -> Iterator[int]:
         """Read every shard and yield the bytes read so far.
@@ -265,9 +294,10 @@ class Manifest:
             self.check_sizes()
         done = 0
         for entry in self.shards:
-            advice = f"delete it and run `{self.command} RECIPE`, which makes it again"
-            _checked(self.store, shard_name(entry).path(), entry["sha256"].decode(), advice)
-            done += int(entry["size_bytes"])
+            name, size_bytes = shard_name(entry).path(), int(entry["size_bytes"])
+            advice = f"run `{self.command} RECIPE --verify`, which makes it again"
+            _checked(self.store, name, entry["sha256"].decode(), advice, size_bytes)
+            done += size_bytes
             yield done
 
 
@@ -329,14 +359,23 @@ def _makers(store: Store, content: Any) -> str:
     return "`longring prepare RECIPE`, or `longring order RECIPE` if it is the order.directory"
 
 
-def _checked(store: Store, name: str, sha256: str, advice: str) -> Path:
+@contextmanager
+def _advised(advice: str) -> Iterator[None]:
+    """Append `advice` to the ValueError of a file that is read in the context."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error}; {advice}") from error
+
+
+def _checked(store: Store, name: str, sha256: str, advice: str, size_bytes: int = 0) -> Path:
     """Return the path of file `name`; raise ValueError with `advice` if it is missing or has another SHA-256."""
-    file = store.path(name, sha256)
+    file = store.path(name, sha256, size_bytes)
     if not file.is_file():
         raise ValueError(f"{file}: missing; {advice}")
-    if (found := sha256_of(file)) != sha256:
+    if (found := read_patiently(file, lambda: sha256_of(file))) != sha256:
         # A damaged copy in the cache of a remote store is downloaded again.
-        file = store.path(name, sha256, anew=True)
+        file = store.path(name, sha256, size_bytes, anew=True)
         if isinstance(store, LocalStore):
             raise ValueError(f"{file}: SHA-256 is {found}, {sha256} in the manifest; {advice}")
     return file

@@ -1,39 +1,37 @@
 """Random access to the sequences of a bucket, numbered in the order in which they were written."""
 
+import hashlib
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .shards import INDEX_DTYPE, shard_name
-from .store import Store, damaged_shard
+from ..files import read_patiently
+from .damage import DamagedDataError, wrong_content, wrong_hash
+from .shard_file import ShardFile
+from .shards import shard_name
+from .store import Store
 
 MAX_OPEN_SHARDS = 64
-"""Number of shards that a reader keeps mapped; each holds a file descriptor, of which many systems allow 1,024."""
+"""Number of shards that a reader keeps open; each holds a file descriptor, of which many systems allow 1,024."""
 
-
-class _OpenShard(NamedTuple):
-    content: np.memmap
-    """Bytes of the shard, [size]."""
-
-    samples: NDArray[np.void]
-    """Index of the shard, INDEX_DTYPE [samples]."""
-
-    rows: NDArray
-    """View [elements - length, length + 1] of the shard as tokens: entry i is the length + 1 tokens from element i on.
-    One index with the first elements of the wanted sequences copies all of these sequences."""
+CHUNK_BYTES = 1 << 20
+"""Number of bytes that are hashed at once."""
 
 
 class SequenceReader:
     """Reader of sequences by their number in the bucket; several threads may read at once.
 
-    `shards` is the bucket's part of the manifest's table, SHARD_DTYPE [shards], and `dtype` the type of stored tokens.
-    A shard is mapped into memory when first needed; at most MAX_OPEN_SHARDS are, and the least recently used is
-    unmapped first. Raises ValueError if a shard is missing or has another size; the message advises to run `command`,
-    which made the data.
+    `shards` is the bucket's part of the manifest's table, SHARD_DTYPE [shards], `dtype` the type of stored tokens, and
+    `vocab_size` one past the largest of them. A shard is opened when first needed; at most MAX_OPEN_SHARDS are open,
+    and the least recently used is closed first. `command` made the data, and errors advise to run it.
+
+    Methods raise DamagedDataError if a shard is not what the manifest says, FileNotFoundError if one is missing, and
+    OSError if one still cannot be read after a few attempts.
     """
 
     def __init__(
@@ -42,6 +40,7 @@ class SequenceReader:
         length: int,
         shards: NDArray[np.void],
         dtype: np.dtype,
+        vocab_size: int,
         command: str = "longring prepare",
     ):
         self.length = length
@@ -51,8 +50,9 @@ class SequenceReader:
         self._store = store
         self._shards = shards
         self.dtype = dtype
+        self._vocab_size = vocab_size
         self._command = command
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._open: OrderedDict[int, ShardFile] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, indices: ArrayLike, out: NDArray[np.unsignedinteger] | None = None) -> NDArray[np.unsignedinteger]:
@@ -62,12 +62,19 @@ class SequenceReader:
         fast. `out` is filled and returned if given. Raises IndexError if an index is outside the bucket.
         """
         wanted = self._checked(indices)
-        rows = np.empty((len(wanted), self.length + 1), dtype=self.dtype) if out is None else out
+        rows = np.empty((len(wanted), self.length + 1), dtype=self.dtype)
+        if out is not None and out.dtype == self.dtype:
+            rows = out
         for shard, positions, samples, inside in self._by_shard(wanted):
-            # First element of each sequence, counted in tokens from the start of the shard: [positions].
-            starts = shard.samples["tokens_offset"][samples] // self.dtype.itemsize + inside * (self.length + 1)
-            rows[positions] = shard.rows[starts]
-        return rows
+            # Byte offset of each sequence: [positions].
+            offsets = shard.samples["tokens_offset"][samples] + inside * rows[:1].nbytes
+            shard.read(zip((rows[position] for position in positions), offsets.tolist(), strict=True))
+        if rows.size and rows.max() >= self._vocab_size:  # the embedding has no row for it
+            raise self._bad_token(wanted, rows)
+        if out is None or rows is out:
+            return rows
+        out[:] = rows
+        return out
 
     def pieces(self, indices: ArrayLike) -> list[NDArray[np.int64]]:
         """Return the pieces of each of the sequences `indices` [n].
@@ -78,14 +85,25 @@ class SequenceReader:
         wanted = self._checked(indices)
         found: list[NDArray[np.int64]] = [np.empty((0, 4), dtype=np.int64)] * len(wanted)
         for shard, positions, samples, inside in self._by_shard(wanted):
-            for position, sample, row in zip(positions.tolist(), shard.samples[samples], inside.tolist(), strict=True):
-                # rows[row] and rows[row + 1] delimit the entries of the sequence in `documents`, 3 x 4 bytes each.
-                first, last = np.frombuffer(shard.content, "<u4", 2, int(sample["rows_offset"]) + 4 * row).tolist()
-                offset = int(sample["documents_offset"]) + 12 * first
-                stored = np.frombuffer(shard.content, "<u4", 3 * (last - first), offset).reshape(-1, 3)  # [pieces, 3]
-                number = np.searchsorted(self.first_sequence, wanted[position], side="right") - 1
-                input_shard = np.full((len(stored), 1), self._shards["input_shard"][number], dtype=np.int64)
-                found[position] = np.hstack([input_shard, stored.astype(np.int64)])  # [pieces, 4]
+            # rows[row] and rows[row + 1] delimit the entries of a sequence in `documents`, 3 x 4 bytes each.
+            ends = np.empty((len(positions), 2), dtype="<u4")  # [positions, (first piece, one past the last)]
+            shard.read(zip(ends, (shard.samples["rows_offset"][samples] + 4 * inside).tolist(), strict=True))
+            counts = ends[:, 1].astype(np.int64) - ends[:, 0]
+            if not ((counts > 0) & (counts <= self.length)).all():
+                raise self._wrong(shard.path, wanted[positions[0]], "its table of pieces does not fit it")
+            firsts = np.cumsum(counts) - counts  # [positions], the first of the pieces of each sequence
+            stored = np.empty((int(counts.sum()), 3), dtype="<u4")  # [pieces, 3], of all sequences
+            offsets = shard.samples["documents_offset"][samples] + 12 * ends[:, 0].astype(np.int64)
+            shard.read(zip(np.split(stored, firsts[1:]), offsets.tolist(), strict=True))
+            starts = stored[:, 2].astype(np.int64)
+            rises = np.diff(starts, prepend=0) > 0
+            rises[firsts] = starts[firsts] == 0
+            if not rises.all() or starts.max() >= self.length:
+                raise self._wrong(shard.path, wanted[positions[0]], "its table of pieces does not fit it")
+            input_shard = np.full(len(stored), shard.input_shard)
+            table = np.column_stack([input_shard, stored]).astype(np.int64)  # [pieces, 4]
+            for position, pieces in zip(positions.tolist(), np.split(table, firsts[1:]), strict=True):
+                found[position] = pieces
         return found
 
     def document_starts(self, indices: ArrayLike) -> list[tuple[int, ...]]:
@@ -101,16 +119,20 @@ class SequenceReader:
             )
         return wanted
 
+    def shards_of(self, wanted: ArrayLike) -> NDArray[np.int64]:
+        """Return the index of the shard of each of the sequences `wanted`, in the same shape."""
+        return np.searchsorted(self.first_sequence, wanted, side="right") - 1
+
     def _by_shard(
         self, wanted: NDArray[np.int64]
-    ) -> Iterator[tuple[_OpenShard, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
+    ) -> Iterator[tuple[ShardFile, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
         """Yield (shard, positions, samples, rows) for each shard that holds sequences of `wanted` [n].
 
         The arrays are int64 [sequences of the shard]: positions in `wanted`, and sample and row within the shard.
         """
         if not len(wanted):
             return
-        numbers = np.searchsorted(self.first_sequence, wanted, side="right") - 1  # [n], shard of each sequence
+        numbers = self.shards_of(wanted)  # [n]
         # The stable sort puts the sequences of a shard side by side; each run of equal numbers is one shard.
         order = np.argsort(numbers, kind="stable")
         for positions in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
@@ -120,25 +142,53 @@ class SequenceReader:
             samples, inside = np.divmod(wanted[positions] - self.first_sequence[number], shard.samples["rows"][0])
             yield shard, positions, samples, inside
 
-    def _opened(self, number: int) -> _OpenShard:
+    def _opened(self, number: int) -> ShardFile:
         with self._lock:
             if number not in self._open:
                 if len(self._open) == MAX_OPEN_SHARDS:
                     self._open.popitem(last=False)
-                self._open[number] = self._map(self._shards[number])
+                entry, row_bytes = self._shards[number], (self.length + 1) * self.dtype.itemsize
+                self._open[number] = ShardFile(self.path(number), entry, row_bytes, self._command)
             self._open.move_to_end(number)
             return self._open[number]
 
-    def _map(self, entry: Any) -> _OpenShard:
-        name, size_bytes, sha256 = shard_name(entry).path(), int(entry["size_bytes"]), entry["sha256"].decode()
-        path = self._store.path(name, sha256)
+    def verify(self, number: int, where: str, after_chunk: Callable[[float], object]) -> None:
+        """Hash a shard of the bucket; `after_chunk` gets the seconds that each chunk of CHUNK_BYTES took.
+
+        Raises DamagedDataError, with `where` in its message, if the SHA-256 is not the manifest's, and OSError if the
+        shard cannot be read.
+        """
+        path, expected = self.path(number), self._shards["sha256"][number].decode()
+
+        def hash_file() -> str:
+            digest = hashlib.sha256()
+            with path.open("rb", buffering=0) as file:
+                began = time.monotonic()
+                while chunk := file.read(CHUNK_BYTES):
+                    digest.update(chunk)
+                    after_chunk(time.monotonic() - began)
+                    began = time.monotonic()
+            return digest.hexdigest()
+
+        if (error := wrong_hash(path, read_patiently(path, hash_file), expected, self._command, where)) is not None:
+            raise error
+
+    def path(self, number: int) -> Path:
+        """Return the local path of a shard of the bucket, which a remote store has downloaded."""
+        entry = self._shards[number]
+        name, sha256, size_bytes = shard_name(entry).path(), entry["sha256"].decode(), int(entry["size_bytes"])
+        path = self._store.path(name, sha256, size_bytes)
         if path.is_file() and path.stat().st_size != size_bytes:
             # A cached copy that is incomplete is downloaded again; a local file stays as it is.
-            path = self._store.path(name, sha256, anew=True)
-        if (error := damaged_shard(path, size_bytes, sha256, self._command)) is not None:
-            raise error
-        content = np.memmap(path, dtype=np.uint8, mode="r")
-        index = np.frombuffer(content, INDEX_DTYPE, int(entry["samples"]), int(entry["index_offset"]))
-        # Arrays begin at multiples of 64 bytes in a tar, so the whole shard can be viewed as tokens.
-        tokens = np.frombuffer(content, dtype=self.dtype)
-        return _OpenShard(content, index, np.lib.stride_tricks.sliding_window_view(tokens, self.length + 1))
+            path = self._store.path(name, sha256, size_bytes, anew=True)
+        return path
+
+    def _bad_token(self, wanted: NDArray[np.int64], rows: NDArray[np.unsignedinteger]) -> DamagedDataError:
+        """Return the error of the first token outside the vocabulary in `rows` [n, length + 1] of `wanted` [n]."""
+        row, position = np.argwhere(rows >= self._vocab_size)[0].tolist()
+        what = f"token {position} is {rows[row, position]}, outside the vocabulary of {self._vocab_size}"
+        return self._wrong(self.path(int(self.shards_of(wanted[row]))), wanted[row], what)
+
+    def _wrong(self, path: Path, sequence: np.int64, what: str) -> DamagedDataError:
+        sha256 = self._shards["sha256"][self.shards_of(sequence)].decode()
+        return wrong_content(path, f"sequence {sequence} of bucket {self.length}: {what}", sha256, self._command)

@@ -9,6 +9,7 @@ document, position in the sequence); `<sample>.rows.npy`, uint32 [rows + 1], the
 
 import io
 import tarfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -19,10 +20,14 @@ from numpy.lib import recfunctions
 from numpy.typing import NDArray
 
 from ..files import sha256_of, sync
+from .arrays import read_array
 from .document import Split
+from .names import is_sha256
 
 SAMPLE_TOKENS = 1 << 17
 """Number of tokens in a sample: its 3.5 kB of tar and npy headers are then about 1% of a sample of 16-bit tokens."""
+
+MAX_SHARD_BYTES = 1 << 50
 
 INDEX_MEMBER = "__index__"
 INDEX_DTYPE = np.dtype([("rows", "<i8"), ("documents_offset", "<i8"), ("rows_offset", "<i8"), ("tokens_offset", "<i8")])
@@ -65,15 +70,39 @@ def shard_name(entry: Any) -> ShardName:
     return ShardName(int(entry["input_shard"]), split, int(entry["length"]), int(entry["number"]))
 
 
+_STORED_DTYPE = recfunctions.rename_fields(np.empty(0, dtype=SHARD_DTYPE), {"samples": "blocks"}).dtype
+"""SHARD_DTYPE as format version 2 stores it, which calls samples blocks."""
+
+
 def save_shard_table(file: Path, table: NDArray[np.void]) -> None:
     """Write a table of shards, SHARD_DTYPE [shards], as an npy file."""
-    # Format version 2 calls samples blocks; a reader matches the fields by position.
-    np.save(file, recfunctions.rename_fields(table, {"samples": "blocks"}))
+    np.save(file, table.view(_STORED_DTYPE))
 
 
-def load_shard_table(file: Path) -> NDArray[np.void]:
-    """Return the table of shards, SHARD_DTYPE [shards], that `save_shard_table` wrote."""
-    return np.load(file).astype(SHARD_DTYPE, copy=False)
+def load_shard_table(file: Path, lengths: Sequence[int], num_input_shards: int) -> NDArray[np.void]:
+    """Return the table of shards, SHARD_DTYPE [shards], that `save_shard_table` wrote.
+
+    Raises ValueError unless every entry can be one of a shard of these `lengths` and input shards: the sizes, counts
+    and names that follow from the table are then within bounds, whoever wrote it.
+    """
+    table = read_array(file, _STORED_DTYPE, (None,)).view(SHARD_DTYPE)
+    # Signed and wide, so that no difference or product of the bounds below overflows.
+    sequences, sizes = table["sequences"].astype(np.float64), table["size_bytes"].astype(np.float64)
+    bounds = {
+        "input_shard": (np.diff(table["input_shard"].astype(np.int64), append=num_input_shards - 1) >= 0),
+        "length": np.isin(table["length"], lengths),
+        "sequences": (sequences > 0) & (sequences * (table["length"].astype(np.float64) + 1) * 2 <= sizes),
+        "size_bytes": sizes < MAX_SHARD_BYTES,
+        "samples": (table["samples"] > 0) & (table["samples"] <= table["sequences"]),
+        "index_offset": (table["index_offset"] >= 0)
+        & (table["index_offset"] + table["samples"].astype(np.float64) * INDEX_DTYPE.itemsize <= sizes),
+        "sha256": np.array([is_sha256(value.decode("latin-1")) for value in table["sha256"].tolist()], dtype=np.bool_),
+    }
+    for name, fits in bounds.items():
+        if not fits.all():
+            wrong = int(np.argmin(fits))
+            raise ValueError(f"{file}: shard {wrong} cannot have {name} = {table[name][wrong]}")
+    return table
 
 
 class BucketWriter:

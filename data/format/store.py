@@ -1,26 +1,25 @@
 """Storage of prepared data: a local directory, or a remote one whose files are cached on a local disk.
 
 A remote directory may be on any store that fsspec knows (s3, gcs, http, ...). A file is downloaded under a temporary
-name, checked against its SHA-256 and renamed, by one process of a machine at a time. When the cache exceeds its limit,
-the least recently opened files are removed; a process that has such a file open can still read it.
+name, checked against its SHA-256 and renamed, by one process of a machine at a time. A file that an earlier start has
+left is hashed again by the first process of the machine that opens it. When the cache exceeds its limit, the least
+recently opened files are removed; a process that has such a file open can still read it.
 """
 
 import fcntl
 import hashlib
 import os
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 from ..config import LoaderConfig
-from ..files import sha256_of
+from ..files import read_patiently, sha256_of
+from .names import MAX_BYTES, path_of
 
 CHUNK_BYTES = 1 << 22
-ATTEMPTS = 4
-"""Number of attempts to read a file from a store; the pauses between them are 1, 2 and 4 seconds."""
 
 
 class Store(Protocol):
@@ -29,10 +28,10 @@ class Store(Protocol):
     name: str
     """Directory or address, for messages."""
 
-    def path(self, name: str, sha256: str | None = None, *, anew: bool = False) -> Path:
-        """Return the local path of file `name`; `anew` replaces a cached copy.
+    def path(self, name: str, sha256: str | None = None, size_bytes: int = 0, *, anew: bool = False) -> Path:
+        """Return the local path of file `name`; `anew` replaces a cached copy. `size_bytes` is the size of a shard.
 
-        Raises ValueError if a file that is fetched has another SHA-256 than `sha256`.
+        Raises ValueError if prepared data has no file of this name, or if a file that is fetched is not `sha256`.
         """
         ...
 
@@ -44,9 +43,9 @@ class LocalStore:
         self.name = str(directory)
         self.directory = directory
 
-    def path(self, name: str, sha256: str | None = None, *, anew: bool = False) -> Path:
-        """Return the path of file `name`, whether it exists or not."""
-        return self.directory / name
+    def path(self, name: str, sha256: str | None = None, size_bytes: int = 0, *, anew: bool = False) -> Path:
+        """Return the path of file `name`, whether it exists or not. Raises ValueError as `path_of` does."""
+        return path_of(self.directory, name)
 
 
 class CachedStore:
@@ -68,29 +67,51 @@ class CachedStore:
             ) from error
         self._cache = cache / hashlib.sha256(self.name.encode()).hexdigest()[:16]
         self._limit_bytes = limit_bytes
+        self._opened: set[Path] = set()
+        self._claims: IO[str] | None = None
 
-    def path(self, name: str, sha256: str | None = None, *, anew: bool = False) -> Path:
-        """Return the local path of file `name`; download it if it is not cached, if `anew`, or without `sha256`.
+    def path(self, name: str, sha256: str | None = None, size_bytes: int = 0, *, anew: bool = False) -> Path:
+        """Return the local path of file `name`; download it if it is not cached whole, if `anew`, or without `sha256`.
 
-        Raises ValueError if the remote file is missing or has another SHA-256, and OSError if the store keeps failing.
+        Raises ValueError if the remote file is missing, larger than it may be or has another SHA-256, and OSError if
+        the store keeps failing.
         """
-        file = self._cache / name
-        if sha256 is not None:
-            # The hash in the name keeps the files of older data at the same address from being taken for these.
-            file = file.with_name(f"{file.stem}.{sha256[:16]}{file.suffix}")
+        # The hash in the name keeps the files of older data at the same address from being taken for these.
+        file = path_of(self._cache, name, sha256)
+        most = size_bytes or MAX_BYTES[name]
+        if size_bytes > self._limit_bytes:
+            raise ValueError(
+                f"loader.cache_bytes = {self._limit_bytes}: {self.name}/{name} has {size_bytes} bytes by its manifest; "
+                "raise it"
+            )
         file.parent.mkdir(parents=True, exist_ok=True)
         # One of 256 locks, by name: one process downloads a file while others download other files.
         with self._locked(hashlib.sha256(name.encode()).hexdigest()[:2]):
-            if sha256 is None or anew or not file.is_file():
-                self._fetch(name, file, sha256)
+            first = sha256 is not None and self._is_first(file, sha256)
+            if sha256 is None or anew or not file.is_file() or (first and sha256_of(file) != sha256):
+                self._fetch(name, file, sha256, most)
         os.utime(file)  # the time of the last use, by which _evict sorts
         return file
 
-    def _fetch(self, name: str, file: Path, sha256: str | None) -> None:
-        """Download file `name` to `file`, which appears whole and checked, then keep the cache to its limit."""
+    def _is_first(self, file: Path, sha256: str) -> bool:
+        """Return whether this call is the first for a cached file among all processes of the machine that run now."""
+        if file in self._opened:
+            return False
+        self._opened.add(file)
+        if self._claims is None:
+            self._claims = (self._cache / ".hashed.lock").open("a")
+        try:
+            # One byte of the lock file stands for each hash, and is locked until the process ends that has it.
+            fcntl.lockf(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(sha256[:15], 16))
+        except BlockingIOError:
+            return False
+        return True
+
+    def _fetch(self, name: str, file: Path, sha256: str | None, most: int) -> None:
+        """Download file `name`, of `most` bytes at most, to `file`, which appears whole and checked; then evict."""
         begun = file.with_name(f".{os.getpid()}.{threading.get_ident()}.{file.name}")
         try:
-            found = self._download(name, begun)
+            found = self._download(name, begun, most)
             if sha256 is not None and found != sha256:
                 raise ValueError(
                     f"{self.name}/{name}: SHA-256 is {found}, {sha256} in the manifest; copy the file there again from "
@@ -102,26 +123,34 @@ class CachedStore:
         with self._locked("all"):
             self._evict(keep=file)
 
-    def _download(self, name: str, file: Path) -> str:
-        """Write the remote file to `file`; return its SHA-256."""
-        for attempt in range(ATTEMPTS):
-            digest = hashlib.sha256()
+    def _download(self, name: str, file: Path, most: int) -> str:
+        """Write the remote file, of `most` bytes at most, to `file`; return its SHA-256."""
+
+        def download() -> str:
+            digest, left = hashlib.sha256(), most
             try:
                 with self._filesystem.open(f"{self._root}/{name}", "rb") as remote, file.open("wb") as local:
-                    while chunk := remote.read(CHUNK_BYTES):
+                    while chunk := remote.read(min(CHUNK_BYTES, left + 1)):
+                        left -= len(chunk)
+                        if left < 0:
+                            break
                         digest.update(chunk)
                         local.write(chunk)
-                return digest.hexdigest()
-            except FileNotFoundError as error:
-                raise ValueError(f"{self.name}/{name}: does not exist; copy the prepared directory there") from error
-            except OSError as error:
-                if attempt == ATTEMPTS - 1:
-                    raise OSError(
-                        f"{self.name}/{name}: cannot be read after {ATTEMPTS} attempts ({error}); start again when the "
-                        "store answers"
-                    ) from error
-                time.sleep(2**attempt)
-        raise AssertionError("the last attempt returns or raises")
+            except OSError:
+                raise
+            except Exception as error:  # the client of each protocol has errors of its own
+                raise OSError(repr(error)) from error
+            if left < 0:
+                raise ValueError(
+                    f"{self.name}/{name}: has more than the {most} bytes that it may have; copy the file there again "
+                    "from where the data was prepared"
+                )
+            return digest.hexdigest()
+
+        try:
+            return read_patiently(f"{self.name}/{name}", download)
+        except FileNotFoundError as error:
+            raise ValueError(f"{self.name}/{name}: does not exist; copy the prepared directory there") from error
 
     def _evict(self, keep: Path) -> None:
         """Remove the least recently used shards, but not `keep`, until the others take at most the limit."""
@@ -156,17 +185,3 @@ def open_store(directory: str | Path, loader: LoaderConfig | None = None) -> Sto
             "directory on a local disk"
         )
     return CachedStore(str(directory), Path(loader.cache_directory), loader.cache_bytes)
-
-
-def damaged_shard(file: Path, size_bytes: int, sha256: str, command: str) -> ValueError | None:
-    """Return the error of a shard that is missing or does not have `size_bytes` bytes; None if its size is right.
-
-    The message advises to run `command`, which made the data and repairs it.
-    """
-    if not file.is_file():
-        found = f"missing, {size_bytes} bytes in the manifest"
-    elif (size := file.stat().st_size) != size_bytes:
-        found = f"{size} bytes with SHA-256 {sha256_of(file)}, {size_bytes} bytes with SHA-256 {sha256} in the manifest"
-    else:
-        return None
-    return ValueError(f"{file}: {found}; run `{command} RECIPE`, which makes it again")

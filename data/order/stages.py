@@ -6,23 +6,26 @@ tasks. The tasks are in tasks.py, their files in work_directory.py.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
+from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..config import DataConfig
-from ..files import sha256_of
+from ..files import full_disk_named, sha256_of
 from ..format.document import NO_DOCUMENT, SPLITS
 from ..format.manifest import MANIFEST_FILE, Manifest, open_prepared
+from ..lock import HeldError, held
 from ..order_config import OrderConfig
 from ..prepare.merge import ledger_file, restore_parts
+from ..processes import process_pool
 from . import neighbors, tasks
 from .finish import num_parts
 from .tasks import OnProgress
@@ -53,15 +56,18 @@ def order(
     workers: int = 0,
     only: str = "",
     part: tuple[int, int] = (0, 1),
+    verify: bool = False,
 ) -> Manifest | None:
     """Make the ordered data of `config.directory`, or repair it if its settings are the same; return its manifest.
 
     `workers` processes share the tasks; 0: one for each CPU. The result does not depend on their number. With `only`,
     run the tasks I, I + N, I + 2N, ... of that stage alone, for `part` = (I, N), and return None. Shards of finished
-    data that are missing or have another size are made again.
+    data that are missing or have another size are made again; with `verify` every shard is read, and those with another
+    SHA-256 are made again too.
 
     Raises ValueError if the prepared data was made with other settings than `data`, lacks documents or has too many; if
-    the directory holds something else; if a stage before `only` is not done; or if the file of a stage is damaged.
+    the directory holds something else; if another process orders this data; if a stage before `only` is not done; or if
+    the file of a stage is damaged. Raises OSError if the disk is full; the same command continues.
     """
     if config.mode == "off":
         raise ValueError(
@@ -73,7 +79,7 @@ def order(
     prepared = open_prepared(data.directory)
     prepared.check_made_from(data)
     ordered = _finished(data, config)
-    damaged = sorted({number for number, _ in ordered.damaged_shards()}) if ordered is not None else []
+    damaged = sorted({number for number, _ in ordered.damaged_shards(verify=verify)}) if ordered is not None else []
     if ordered is not None and not damaged:
         console.print(f"{config.directory} is already ordered by these settings; using it", soft_wrap=True)
         return ordered
@@ -81,7 +87,12 @@ def order(
         ordered.check_sizes()  # raises, as a repair takes all stages
     _check_whole(data, prepared)
     directory = WorkDirectory(data, config, sha256_of(Path(data.directory, MANIFEST_FILE)))
-    with _progress_bars(console) as progress, _Processes(workers) as processes:
+    with ExitStack() as stack:
+        stack.enter_context(full_disk_named(directory.partial))
+        if not only:
+            stack.enter_context(_held(directory))
+        progress = stack.enter_context(_progress_bars(console))
+        processes = stack.enter_context(_Processes(workers))
         for stage in STAGES:
             if only and stage.name != only:
                 _require(stage, directory, only)
@@ -108,6 +119,18 @@ def _progress_bars(console: Console) -> Progress:
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=console)
+
+
+@contextmanager
+def _held(directory: WorkDirectory) -> Iterator[None]:
+    """Hold the lock of a work directory. Raises ValueError if another process holds it."""
+    try:
+        with held(directory.root / "lock"):
+            yield
+    except HeldError as error:
+        raise ValueError(
+            f"order.work_directory = {directory.root}: is used by {error}; wait for it or end it, or name another one"
+        ) from error
 
 
 def _finished(data: DataConfig, config: OrderConfig) -> Manifest | None:
@@ -150,13 +173,15 @@ class _Processes:
         self._cpus = len(os.sched_getaffinity(0))
         self._count = workers or self._cpus
         self._pool: ProcessPoolExecutor | None = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(exc_type, exc, tb)
 
     def run(self, stage: Stage, directory: WorkDirectory, numbers: list[int], on_progress: OnProgress) -> None:
         """Do the tasks `numbers` of a stage.
@@ -171,9 +196,7 @@ class _Processes:
             return
         if self._pool is None:
             threads = max(1, self._cpus // self._count)
-            # A fork of this process would inherit locks that its threads hold; the fork server has no threads.
-            context = get_context("forkserver")
-            self._pool = ProcessPoolExecutor(self._count, context, initializer=_limit_threads, initargs=(threads,))
+            self._pool = self._stack.enter_context(process_pool(self._count, _limit_threads, threads))
         # A process gets the name of the stage: the functions of a Stage are lambdas, which cannot be pickled.
         begun = [self._pool.submit(do_task, stage.name, directory, number) for number in numbers]
         try:

@@ -59,8 +59,12 @@ class WorkDirectory:
             if name == stage:
                 break
         # With 12 hexadecimal digits two of some 10^7 orderings would share a folder by chance.
-        root = Path(order.work_directory or f"{self.data.directory}.order")
-        return root / f"{stage}-{key[:12]}"
+        return self.root / f"{stage}-{key[:12]}"
+
+    @property
+    def root(self) -> Path:
+        """Directory of the folders of all stages."""
+        return Path(self.order.work_directory or f"{self.data.directory}.order")
 
     @property
     def partial(self) -> Path:

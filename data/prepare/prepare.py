@@ -1,9 +1,9 @@
 """`longring prepare`: documents to a prepared directory, which appears whole or not at all.
 
-The sources are divided into input shards, which datatrove's executors prepare (Penedo et al., DataTrove, 2024), in
-processes of this machine or as Slurm jobs. Each input shard is repeatable, and done when its ledger is written, so a
-preparation that was killed continues from there; `merge` then writes the manifest. The input shards of finished data
-whose tar shards are missing or damaged are prepared again.
+The sources are divided into input shards, which are prepared in processes of this machine, or as Slurm jobs that
+datatrove's executor submits (Penedo et al., DataTrove, 2024). Each input shard is repeatable, and done when its ledger
+is written, so a preparation that was killed continues from there; `merge` then writes the manifest. The input shards of
+finished data whose tar shards are missing or damaged are prepared again.
 """
 
 import hashlib
@@ -11,30 +11,30 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datatrove.executor import LocalPipelineExecutor
-from loguru import logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..config import DataConfig
-from ..files import write_text, write_whole
+from ..files import full_disk_named, write_text, write_whole
 from ..format.manifest import INPUTS_FILE, MANIFEST_FILE, Manifest, differences, open_prepared, settings_of
 from ..format.store import LocalStore
 from ..format.tokenizer import TOKENIZER_FILE, DocumentTokenizer
+from ..lock import HeldError, held
+from ..processes import process_pool
 from .input_shard import prepare_input_shard
 from .merge import cannot_restore, merge, restore_parts
 from .progress import shown
 from .sources import InputShard, input_shards
 from .train_tokenizer import make_tokenizer, named
-
-# datatrove would log over the progress bar; it raises its errors as well.
-logger.disable("datatrove")
 
 JOB_FILE = "job.json"
 
@@ -48,7 +48,7 @@ PART_0_SECONDS = 3600
 
 @dataclass(frozen=True)
 class PrepareStep:
-    """Pipeline of a datatrove executor whose task `rank` prepares input shard `numbers[rank]`."""
+    """Step of a datatrove pipeline, or of a pool of processes: task `rank` prepares input shard `numbers[rank]`."""
 
     config: DataConfig
     partial: Path
@@ -64,19 +64,22 @@ class PrepareStep:
         prepare_input_shard(self.config, self.partial, number, _listed_shard(self.partial, number))
 
 
-def prepare(config: DataConfig, console: Console, workers: int = 0) -> Manifest:
+def prepare(config: DataConfig, console: Console, workers: int = 0, *, verify: bool = False) -> Manifest:
     """Make `config.directory`, or repair it if it was made from the same settings; return its manifest.
 
     Input shards are prepared in `workers` processes, or one per CPU if 0; the result does not depend on it. Finished
-    data is left as it is, but shards that are missing or have another size are made again. Raises ValueError if the
-    directory holds anything else, if a source or the tokenizer cannot be read, if too many records are bad, or if there
-    is no training sequence. The directory is then unchanged, and the input shards that are done stay in
-    `<directory>.partial` for the next attempt.
+    data is left as it is, but shards that are missing or have another size are made again; with `verify` every shard
+    is read, and those with another SHA-256 are made again too.
+
+    Raises ValueError if the directory holds anything else, if another process prepares it, if a source or the tokenizer
+    cannot be read, if too many records are bad, or if there is no training sequence. The directory is then unchanged,
+    and the input shards that are done stay in `<directory>.partial` for the next attempt, also after the OSError of a
+    full disk.
     """
     directory = Path(config.directory)
     if (manifest := _finished(config)) is not None:
-        if damaged := sorted({number for number, _ in manifest.damaged_shards()}):
-            with _progress(console) as progress:
+        if damaged := sorted({number for number, _ in manifest.damaged_shards(verify=verify)}):
+            with _progress(console) as progress, _held(config), full_disk_named(directory):
                 _repair(config, manifest, damaged, workers, progress)
             numbers = ", ".join(map(str, damaged))
             console.print(f"{directory}: missing or damaged shards are made again, of input shard {numbers}")
@@ -84,16 +87,37 @@ def prepare(config: DataConfig, console: Console, workers: int = 0) -> Manifest:
             console.print(f"{directory} is already prepared from these settings; using it", markup=False)
         return open_prepared(directory)
     partial = partial_directory(directory)
-    try:
-        with _progress(console) as progress:
+    with _held(config):
+        if _finished(config) is not None:  # by the process that has just released the lock
+            return open_prepared(directory)
+        with _progress(console) as progress, full_disk_named(partial):
             count = begin(config, partial, progress)
             if count:
                 _run_here(config, partial, workers, range(count), progress)
-        return merge(config, partial)
-    finally:
-        # Without a shard there is nothing to continue from; after a success `partial` has been renamed.
-        if partial.is_dir() and not any((partial / "shards").glob("*/*.tar")):
-            shutil.rmtree(partial, ignore_errors=True)
+            return merge(config, partial)
+
+
+@contextmanager
+def _held(config: DataConfig) -> Iterator[None]:
+    """Hold the lock of a preparation, and remove what it leaves if that is of no use to another.
+
+    Raises ValueError if another process holds the lock.
+    """
+    directory = Path(config.directory)
+    partial, lock = partial_directory(directory), directory.with_name(f"{directory.name}.lock")
+    try:
+        with held(lock):
+            try:
+                yield
+            finally:
+                # Without a shard there is nothing to continue from; after a success `partial` has been renamed.
+                if partial.is_dir() and not any((partial / "shards").glob("*/*.tar")):
+                    shutil.rmtree(partial, ignore_errors=True)
+                lock.unlink(missing_ok=True)
+    except HeldError as error:
+        raise ValueError(
+            f"data.directory = {directory}: is being prepared by {error}; wait for it or end it, or name another one"
+        ) from error
 
 
 def prepare_part(config: DataConfig, console: Console, part: int, num_parts: int, workers: int = 0) -> None:
@@ -118,10 +142,11 @@ def prepare_part(config: DataConfig, console: Console, part: int, num_parts: int
                     )
                 time.sleep(1)
             progress.remove_task(task)
-        count = begin(config, partial, progress)
-        # Parts are contiguous ranges that differ by at most one input shard.
-        if mine := range(count * part // num_parts, count * (part + 1) // num_parts):
-            _run_here(config, partial, workers, mine, progress)
+        with full_disk_named(partial):
+            count = begin(config, partial, progress)
+            # Parts are contiguous ranges that differ by at most one input shard.
+            if mine := range(count * part // num_parts, count * (part + 1) // num_parts):
+                _run_here(config, partial, workers, mine, progress)
     console.print(f"part {part} of {num_parts}: {len(mine)} of {count} input shards are done", highlight=False)
 
 
@@ -233,7 +258,13 @@ def _repair(config: DataConfig, manifest: Manifest, numbers: list[int], workers:
     """
     directory = Path(config.directory)
     partial = partial_directory(directory)
-    _write_job(config, partial, [InputShard.from_json(entry) for entry in manifest.inputs()])
+    inputs = [InputShard.from_json(entry) for entry in manifest.inputs()]
+    # The manifest may be another's: only files that the recipe itself names are read.
+    known = {(shard.source, file) for shard in input_shards(config) for file in shard.files}
+    for shard in inputs:
+        if others := [file for file in shard.files if (shard.source, file) not in known]:
+            raise cannot_restore(manifest, directory, f"{others[0]} is not among them")
+    _write_job(config, partial, inputs)
     shutil.copyfile(directory / TOKENIZER_FILE, partial / TOKENIZER_FILE)
     try:
         _run_here(config, partial, workers, numbers, progress)
@@ -247,12 +278,18 @@ def _run_here(config: DataConfig, partial: Path, workers: int, numbers: Sequence
     """Prepare input shards `numbers` in processes of this machine."""
     cpus = len(os.sched_getaffinity(0))
     processes = min(workers or cpus, len(numbers))
-    executor = LocalPipelineExecutor(
-        pipeline=[PrepareStep(config, partial, numbers, max(1, cpus // processes))],
-        tasks=len(numbers),
-        workers=processes,
-        logging_dir=str(partial / "work" / "executor"),
-        skip_completed=False,  # the ledgers say which are done
-    )
+    step = PrepareStep(config, partial, numbers, max(1, cpus // processes))
     with shown(partial, numbers, processes, progress):
-        executor.run()
+        if processes == 1:
+            for index in range(len(numbers)):
+                step(None, index, len(numbers))
+            return
+        with process_pool(processes) as pool:
+            try:
+                for task in as_completed(pool.submit(step, None, index, len(numbers)) for index in range(len(numbers))):
+                    task.result()
+            except BrokenProcessPool as error:
+                raise OSError(
+                    f"{partial}: a process of the preparation was killed from outside, perhaps for memory; run the "
+                    "same command again, with fewer --workers if memory was short"
+                ) from error

@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from datatrove.executor import SlurmPipelineExecutor
+from loguru import logger
 from rich.console import Console
 from rich.progress import Progress
 
 from ..config import DataConfig
 from .merge import merge
 from .prepare import PrepareStep, begin, is_prepared, partial_directory
+
+# datatrove would log over the progress bar; it raises its errors as well.
+logger.disable("datatrove")
 
 MEMORY_GB = 4
 """Memory of a task: a batch of documents, a sample of each bucket and a packing pool, whatever the corpus."""

@@ -115,12 +115,14 @@ class BucketOrder:
 
     def _range(self, number: int) -> NDArray[np.int64]:
         """Return the sequences at the `number`-th range of POSITIONS_AT_ONCE stream positions, int64 [positions]."""
-        if number not in self._ranges:
+        # Two threads may compute the same range; each returns what it found, whatever the other keeps.
+        found = self._ranges.get(number)
+        if found is None:
             found = self._compute(number * POSITIONS_AT_ONCE + np.arange(POSITIONS_AT_ONCE))
             # A dict keeps the order of insertion, so the oldest range is left out.
             kept = list(self._ranges.items())[1 - KEPT_RANGES :]
             self._ranges = dict([*kept, (number, found)])
-        return self._ranges[number]
+        return found
 
     def _compute(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the sequences at ascending stream `positions` [n], shape [n]."""
@@ -182,15 +184,17 @@ class BucketOrder:
 
         All three are int64 [shards]; the first two follow the order of the pass, the last one is indexed by shard.
         """
-        if (source, pass_number) not in self._shard_orders:
+        found = self._shard_orders.get((source, pass_number))
+        if found is None:
             sizes = np.array(self.parts[source].shard_sequences, dtype=np.int64)
             order = permute(np.arange(len(sizes)), len(sizes), key=(*self._key, pass_number, "shards", source))
             firsts = self.parts[source].first_sequence + np.cumsum(sizes) - sizes
+            found = order, np.cumsum(sizes[order]), firsts
             # Neighbouring steps ask for the same pass, or for two around its end.
             self._shard_orders = {
                 known: entry for known, entry in self._shard_orders.items() if known[1] >= pass_number - 1
-            } | {(source, pass_number): (order, np.cumsum(sizes[order]), firsts)}
-        return self._shard_orders[source, pass_number]
+            } | {(source, pass_number): found}
+        return found
 
     def reached(self, positions: int) -> int:
         """Return the number of distinct sequences among the first `positions` positions of the stream."""

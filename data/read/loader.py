@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from ..config import CurriculumConfig, LoaderConfig
 from ..format.manifest import Manifest
 from ..format.reader import SequenceReader
+from ..format.store import LocalStore
 from .batch_order import BatchOrder, ReplicaShare, bucket_orders, bucket_tokens
 from .curriculum import step_buckets
+from .hashing import Hashing, shards_of_rank
 from .knots import Knots
 
 
@@ -63,7 +65,9 @@ class Loader:
     """Reader of the rows of one rank, in the order of the run.
 
     `share_of(length)` returns the part of a micro-batch that the rank takes. With `pin_memory` rows lie in page-locked
-    memory, from which a copy to the GPU is asynchronous. `knots` ties some sequences as they are read.
+    memory, from which a copy to the GPU is asynchronous. `knots` ties some sequences as they are read. The rank is one
+    of `hashed_by` = (rank, number of ranks), which share the hashing of a local directory's shards; those of a remote
+    one have been hashed where they are cached.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Loader:
         *,
         pin_memory: bool = False,
         knots: Knots | None = None,
+        hashed_by: tuple[int, int] = (0, 1),
     ):
         self.order = order
         self._needs_starts = manifest.needs_starts
@@ -83,13 +88,25 @@ class Loader:
         self._share_of = share_of
         self._pin_memory = pin_memory
         self._readers = [manifest.reader(bucket) for bucket in manifest.buckets("train")]
+        self._hashes = isinstance(manifest.store, LocalStore) and config.hash_bytes_per_s > 0
+        self._to_hash = shards_of_rank(self._readers, *hashed_by)
 
     def batches(self, after: int, last: int) -> Generator[MicroBatch, None, None]:
         """Yield the micro-batches of steps after + 1, ..., last, in order.
 
-        Errors of the reading threads are raised here. Closing the generator ends its threads.
+        Errors of the threads are raised here. Closing the generator ends its threads.
         """
-        reads = self._reads(after, last)
+        hashing = None
+        if self._hashes:
+            hashing = Hashing(self.order, self._readers, self._to_hash, self._config.hash_bytes_per_s)
+        try:
+            yield from self._ahead(self._reads(after, last, hashing))
+        finally:
+            if hashing is not None:
+                hashing.close()
+
+    def _ahead(self, reads: Iterator[Callable[[], MicroBatch]]) -> Generator[MicroBatch, None, None]:
+        """Yield the results of `reads`, which threads call ahead of the consumer."""
         if not self._config.workers:
             for read in reads:
                 yield read()
@@ -106,9 +123,13 @@ class Loader:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _reads(self, after: int, last: int) -> Iterator[Callable[[], MicroBatch]]:
+    def _reads(self, after: int, last: int, hashing: Hashing | None) -> Iterator[Callable[[], MicroBatch]]:
         """Yield, for each micro-batch in order, the function that reads it."""
         for step in range(after + 1, last + 1):
+            if hashing is not None:
+                hashing.add(step)
+                if step == last:
+                    hashing.finish()
             bucket = self.order.bucket(step)
             indices = self.order.sequences(step, self._share_of(self.order.lengths[bucket]))
             for micro_step, of_micro_step in enumerate(indices):  # [sequences]

@@ -30,6 +30,7 @@ MANIFEST_FILE = "manifest.json"
 PARTIAL, DAMAGED, REMOVED = ".partial", ".damaged", ".removed"
 FORMAT = 1
 _COMPLETE = re.compile(r"step-(\d{8,})")
+_RANK_FILE = re.compile(r"rank-[0-9]{5,9}\.safetensors")
 _T = TypeVar("_T")
 
 
@@ -160,7 +161,7 @@ def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
                 for name, entry in content["parameters"].items()
             },
             files={
-                name: FileEntry(**{**entry, "ranges": {k: tuple(v) for k, v in entry["ranges"].items()}})
+                _rank_file(name): FileEntry(**{**entry, "ranges": {k: tuple(v) for k, v in entry["ranges"].items()}})
                 for name, entry in content["files"].items()
             },
         )
@@ -169,6 +170,13 @@ def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
         raise ValueError(
             f"{file}: of another version of LongRing: {wrong}; go on with that version, or name another run_directory"
         ) from error
+
+
+def _rank_file(name: str) -> str:
+    """Return `name`, which becomes a path. Raises ValueError unless it is that of a rank's file."""
+    if not _RANK_FILE.fullmatch(name):
+        raise ValueError(f"it names a file {name[:80]!r}, and ranks write rank-NNNNN.safetensors")
+    return name
 
 
 def find_damage(

@@ -10,12 +10,14 @@ from ..config import Recipe
 from ..settings import parse_part
 
 
-def order_recipe(recipe: Recipe, console: Console, *, workers: int, only: str, part: str) -> None:
+def order_recipe(recipe: Recipe, console: Console, *, workers: int, only: str, part: str, verify: bool) -> None:
     """Order the prepared data of a recipe and print the ledger of the result.
 
     `only` names a single stage, and `part` = "I/N" limits the stage to tasks I, I + N, I + 2N, ...; in both cases there
     may be no ledger yet. Raises ValueError if the data cannot be ordered.
     """
-    ordered = order(recipe.data, recipe.order, console, workers=workers, only=only, part=parse_part(part))
+    ordered = order(
+        recipe.data, recipe.order, console, workers=workers, only=only, part=parse_part(part), verify=verify
+    )
     if ordered is not None:
         print_ledger(ordered.ledger, console)

@@ -11,13 +11,23 @@ from ..settings import parse_part
 
 
 def prepare_recipe(
-    recipe: Recipe, console: Console, *, workers: int, part: str | None, partition: str | None, time: str
+    recipe: Recipe,
+    console: Console,
+    *,
+    workers: int,
+    part: str | None,
+    partition: str | None,
+    time: str,
+    verify: bool,
 ) -> None:
     """Prepare the data of a recipe and print its ledger.
 
     With `partition` the work is submitted to Slurm instead. With `part` = "I/N" only that part of the input shards is
-    prepared, for an array job whose last job prepares without a part. Raises ValueError if the data cannot be prepared.
+    prepared, for an array job whose last job prepares without a part. With `verify` every shard of finished data is
+    read, and damaged ones are made again. Raises ValueError if the data cannot be prepared.
     """
+    if verify and (partition or part):
+        raise ValueError("--verify: reads and repairs finished data on this machine; leave out --slurm and --part")
     if partition:
         from ...data.prepare.slurm import submit  # datatrove takes seconds to import
 
@@ -25,4 +35,4 @@ def prepare_recipe(
     elif part:
         prepare_part(recipe.data, console, *parse_part(part), workers=workers)
     else:
-        print_ledger(prepare(recipe.data, console, workers=workers).ledger, console)
+        print_ledger(prepare(recipe.data, console, workers=workers, verify=verify).ledger, console)

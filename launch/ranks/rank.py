@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from ...data.format.damage import DamagedDataError
 from ...data.processes import end_with_parent
 from ...parallel.cp.group import PeerError
 from ...parallel.world import World
@@ -30,8 +31,9 @@ def is_lost_peer(error: RuntimeError) -> bool:
 def as_rank(function: Callable[[], int | None]) -> int:
     """Call `function` as a rank of a process group; return its exit status, or that of an error, printed in one line.
 
-    Every rank makes the same checks and fails identically, so only local rank 0 of each node prints an error. A file
-    that could not be read or written is an error of one rank, which prints it itself. Tracebacks go to the logs.
+    Every rank makes the same checks and fails identically, so only local rank 0 of each node prints an error. Damaged
+    data, or a file that could not be read or written, is an error of one rank, which prints it itself. Tracebacks go to
+    the logs.
     """
     try:
         world = World.from_environment()
@@ -78,7 +80,9 @@ def _ending(error: Exception, number: int) -> tuple[int, str, bool] | None:
         return GO_ON_LATER, text, True
     if isinstance(error, OSError):
         return IO_ERROR, text, isinstance(error, CommonError)
-    return (USER_ERROR, text, True) if isinstance(error, ValueError | ArithmeticError) else None
+    if isinstance(error, ValueError | ArithmeticError):
+        return USER_ERROR, text, not isinstance(error, DamagedDataError)
+    return None
 
 
 def _full_memory(error: BaseException) -> str | None:

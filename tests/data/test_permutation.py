@@ -1,6 +1,4 @@
-"""The keyed permutation: a bijection of any range, uniform, and with images that do not depend on other requests."""
-
-from itertools import permutations
+"""The keyed permutation: a bijection of any range, with images that do not depend on other requests."""
 
 import numpy as np
 import pytest
@@ -39,32 +37,6 @@ def test_keys_that_could_be_confused_give_different_orders():
     keys = [(1,), (1, 0), (0, 1), (2**32,), (12, 3), (1, 23), (123,)]
     orders = {tuple(permute(np.arange(50), 50, key).tolist()) for key in keys}
     assert len(orders) == len(keys)
-
-
-@pytest.mark.parametrize("size", [5, 10, 64])
-def test_each_item_takes_each_position_equally_often(size: int):
-    keys = 1_500
-    orders = np.stack([permute(np.arange(size), size, (9, key)) for key in range(keys)])
-    for item in (0, 1, size // 2, size - 1):
-        counts = np.bincount(orders[:, item], minlength=size)
-        chi_square = ((counts - keys / size) ** 2 / (keys / size)).sum()
-        degrees = size - 1
-        # Five standard deviations of the chi-square distribution above its mean.
-        assert chi_square < degrees + 5 * (2 * degrees) ** 0.5, (item, counts)
-
-
-def test_all_orders_of_four_appear_about_equally_often():
-    keys = 2_400
-    orders = [tuple(permute(np.arange(4), 4, (key,)).tolist()) for key in range(keys)]
-    counts = np.array([orders.count(order) for order in permutations(range(4))])
-    chi_square = ((counts - keys / 24) ** 2 / (keys / 24)).sum()
-    assert chi_square < 23 + 5 * 46**0.5, counts
-
-
-def test_neighbours_do_not_stay_neighbours():
-    images = permute(np.arange(10_000), 10_000, (3,))
-    # A random order has 2 expected pairs of successors still adjacent; a weak round function has thousands.
-    assert np.count_nonzero(np.abs(np.diff(images)) == 1) < 15
 
 
 @pytest.mark.parametrize("size", [0, -1, 2**40 + 1])

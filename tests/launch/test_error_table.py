@@ -21,6 +21,7 @@ from helpers.sandbox import Sandbox
 from helpers.small_checkpoint import make_checkpoint
 from longring.data import files
 from longring.data.files import sha256_of_json
+from longring.data.lock import held
 from longring.launch import run_directory
 from longring.launch import train as train_module
 from longring.launch.commands.submit import requeue
@@ -100,6 +101,7 @@ SETTINGS: dict[str, str] = {
     "negative odds": "curriculum.odds=[1,-2]",
     "a weight of zero": "curriculum.weights={web=0}",
     "no micro-batch read ahead": "loader.prefetch_batches=0",
+    "a negative bandwidth of hashing": "loader.hash_bytes_per_s=-1",
     "an evaluation of no tokens": "evaluate.max_tokens_per_bucket=0",
 }
 
@@ -137,6 +139,28 @@ def flipped_shard(sandbox: Sandbox) -> str:
     content[700] ^= 1
     shard.write_bytes(content)
     return sandbox.main("inspect", str(sandbox.data))
+
+
+def name_that_leads_elsewhere(sandbox: Sandbox) -> str:
+    file = sandbox.data / "manifest.json"
+    content = json.loads(file.read_text())
+    del content["sha256"]
+    content["files"]["../outside"] = "0" * 64
+    file.write_text(json.dumps({**content, "sha256": sha256_of_json(content)}))
+    return sandbox.train()
+
+
+def link_out_of_the_data(sandbox: Sandbox) -> str:
+    file = sandbox.data / "tokenizer.json"
+    file.rename(sandbox.directory / "tokenizer.json")
+    file.symlink_to(sandbox.directory / "tokenizer.json")
+    return sandbox.train()
+
+
+def second_preparation(sandbox: Sandbox) -> str:
+    with held(sandbox.directory / "new.lock"):
+        said = sandbox.main("prepare", str(sandbox.recipe), f"data.directory={sandbox.directory}/new")
+    return re.sub(r"process \d+ on \S+ since [^;]+", "process … on … since …", said)
 
 
 def manifest_cut_short(sandbox: Sandbox) -> str:
@@ -399,6 +423,8 @@ CASES: dict[str, dict[str, Case]] = {
         "a missing shard": missing_shard,
         "a truncated shard": truncated_shard,
         "one flipped bit in a shard (`longring inspect`)": flipped_shard,
+        "a manifest that names a file elsewhere": name_that_leads_elsewhere,
+        "a link out of the data": link_out_of_the_data,
         "a truncated manifest": manifest_cut_short,
         "a manifest of a later LongRing": manifest_of_the_future,
         "a changed tokenizer": another_tokenizer,
@@ -406,6 +432,7 @@ CASES: dict[str, dict[str, Case]] = {
         "data prepared with other settings": lambda sandbox: sandbox.train("data.max_bucket_tokens=256"),
         "a weight of an unknown source": lambda sandbox: sandbox.train("curriculum.weights={web=1}"),
         "odds for another number of buckets": lambda sandbox: sandbox.train("curriculum.odds=[1,2]"),
+        "a second preparation at the same time": second_preparation,
         "a missing source": lambda sandbox: sandbox.main(
             "prepare",
             str(sandbox.recipe),

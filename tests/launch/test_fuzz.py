@@ -172,7 +172,7 @@ def test_manifests_of_any_content(recipe_file, prepared, data):
 @FUZZ
 @given(data=st.data())
 def test_shards_of_any_content(recipe_file, prepared, data):
-    """Every row is read, or the rank reports that it cannot. The size is right: other sizes are refused earlier."""
+    """Every row is read, or the rank says what is wrong with it. The size is right: other sizes are refused earlier."""
     shards = sorted((recipe_file.parent / "data").rglob("train*.tar"))
     shard = data.draw(st.sampled_from(shards))
     content = bytearray(shard.read_bytes())
@@ -193,5 +193,5 @@ def test_shards_of_any_content(recipe_file, prepared, data):
         for step in range(1, 9):
             assert read(batches, step, 0).rows.dtype == np.uint16
 
-    explained(read_all, "rank 0 cannot read its rows of step")
+    explained(read_all, "RECIPE --verify`, which makes it again")
     shutil.copyfile(shard, copy)

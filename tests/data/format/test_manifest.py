@@ -29,7 +29,7 @@ def shard_of(directory: Path) -> Path:
 
 
 def refusal(directory: Path) -> str:
-    with pytest.raises(ValueError, match="run `longring prepare RECIPE`") as error:
+    with pytest.raises(ValueError, match="run `longring prepare RECIPE") as error:
         list(open_prepared(directory).verify())
     return str(error.value)
 
@@ -87,7 +87,7 @@ def test_one_changed_bit_is_found_by_verify(prepared: Path):
         for entry in open_prepared(prepared).shards
         if shard_name(entry).path() == str(shard.relative_to(prepared))
     )
-    assert f"{shard}: SHA-256 is {sha256_of(shard)}, {expected} in the manifest; delete it and run" in refusal(prepared)
+    assert f"{shard}: SHA-256 is {sha256_of(shard)}, {expected} in the manifest; run `longring" in refusal(prepared)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "unigram.npy", "shards.npy", "inputs.jsonl"])

@@ -20,7 +20,7 @@ def write(root: Path, sequences: np.ndarray, shard_tokens: int, dtype: str = "<u
     with BucketWriter(folder, ShardName(7, "train", length, 0), np.dtype(dtype), shard_tokens) as writer:
         for number, sequence in enumerate(sequences):
             writer.append(sequence.astype(dtype), pieces(number))
-    return SequenceReader(LocalStore(root), length, writer.shards(), np.dtype(dtype))
+    return SequenceReader(LocalStore(root), length, writer.shards(), np.dtype(dtype), 1 << 16)
 
 
 def pieces(number: int) -> list[tuple[int, int, int]]:
@@ -87,7 +87,7 @@ def test_an_appended_array_may_change_afterwards(tmp_path: Path):
     folder = tmp_path / Path(shard_name(entry).path()).parent
     folder.mkdir(parents=True)
     next(tmp_path.glob("*.tar")).rename(folder / Path(shard_name(entry).path()).name)
-    reader = SequenceReader(LocalStore(tmp_path), 8, writer.shards(), np.dtype("<u2"))
+    reader = SequenceReader(LocalStore(tmp_path), 8, writer.shards(), np.dtype("<u2"), 1 << 16)
     assert reader.read([0]).tolist() == [list(range(9))]
 
 

@@ -1,5 +1,8 @@
 import functools
 import hashlib
+import os
+import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -10,9 +13,12 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from longring.data import files as files_module
 from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig
+from longring.data.files import sha256_of
 from longring.data.format import store as store_module
 from longring.data.format.manifest import open_prepared
+from longring.data.format.shards import ShardName
 from longring.data.format.store import CachedStore
 from longring.data.prepare.prepare import prepare
 from longring.data.read.batch_order import ReplicaShare
@@ -87,16 +93,61 @@ def test_the_cache_keeps_to_its_limit(prepared: Path, in_memory: str, tmp_path: 
     assert 0 < sum(file.stat().st_size for file in kept(tmp_path)) <= limit < sum(sizes)
 
 
-def test_the_least_recently_used_goes_first(tmp_path: Path):
+def four_shards() -> tuple[str, dict[str, bytes]]:
+    """Return the address of four shards of ten bytes in fsspec's memory store, and their content by name."""
     address = f"memory://{uuid.uuid4().hex}"
-    files = fsspec.filesystem("memory")
-    content = {f"{name}.tar": name.encode() * 10 for name in "abcd"}
+    content = {ShardName(0, "train", 8, number).path(): f"{number}".encode() * 10 for number in range(4)}
     for name, value in content.items():
-        files.pipe(f"{address}/{name}", value)
+        fsspec.filesystem("memory").pipe(f"{address}/{name}", value)
+    return address, content
+
+
+def test_the_least_recently_used_goes_first(tmp_path: Path):
+    address, content = four_shards()
+    names, store = list(content), CachedStore(address, tmp_path, 30)
+    for number in (0, 1, 2, 0, 3):
+        name = names[number]
+        assert store.path(name, hashlib.sha256(content[name]).hexdigest(), 10).read_bytes() == content[name]
+    assert sorted(file.read_bytes()[:1] for file in tmp_path.rglob("*.tar")) == [b"0", b"2", b"3"]
+
+
+def test_a_shard_that_was_just_downloaded_stays(tmp_path: Path):
+    """The others seem to have been used later: the clock of the machine has been set back."""
+    address, content = four_shards()
     store = CachedStore(address, tmp_path, 30)
-    for name in ("a.tar", "b.tar", "c.tar", "a.tar", "d.tar"):
-        assert store.path(name, hashlib.sha256(content[name]).hexdigest()).read_bytes() == content[name]
-    assert sorted(file.name.partition(".")[0] for file in tmp_path.rglob("*.tar")) == ["a", "c", "d"]
+    for name, value in content.items():
+        file = store.path(name, hashlib.sha256(value).hexdigest(), 10)
+        assert file.read_bytes() == value
+        os.utime(file, (2**32, 2**32))
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*.tar")) == 30
+
+
+def test_a_copy_that_an_earlier_start_left_is_hashed_once_on_a_machine(
+    prepared: Path, in_memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A flipped bit in the cache is found and fetched again; what another process that runs has hashed is not read."""
+    before = rows(prepared, LoaderConfig())
+    hashed: list[Path] = []
+    monkeypatch.setattr(store_module, "sha256_of", lambda file: hashed.append(file) or sha256_of(file))
+    assert rows(in_memory, cached(tmp_path)) == before
+    assert not hashed, "what is downloaded is hashed on the way"
+    for file in kept(tmp_path):
+        content = bytearray(file.read_bytes())
+        content[3_000] ^= 1
+        file.write_bytes(content)
+    assert rows(in_memory, cached(tmp_path)) == before
+    assert sorted(file for file in hashed if file.suffix == ".tar") == sorted(kept(tmp_path)), "each one once"
+
+    hashed.clear()
+    code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    [claims] = (tmp_path / "cache").rglob(".hashed.lock")
+    command = [sys.executable, "-c", code, str(claims)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "1\n"
+        assert rows(in_memory, cached(tmp_path)) == before
+        assert not hashed, "the other process has hashed them"
+        other.communicate("\n")
 
 
 def test_an_altered_remote_shard_is_named_with_both_hashes(prepared: Path, in_memory: str, tmp_path: Path):
@@ -119,7 +170,7 @@ def test_a_shard_that_is_not_there(in_memory: str, tmp_path: Path):
 
 def test_a_store_that_fails_is_asked_again(in_memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     waits: list[float] = []
-    monkeypatch.setattr(store_module.time, "sleep", waits.append)
+    monkeypatch.setattr(files_module.time, "sleep", waits.append)
     config = cached(tmp_path, workers=0)
     before = rows(in_memory, cached(tmp_path / "other", workers=0))
     files, failures = fsspec.filesystem("memory"), 3
@@ -145,7 +196,7 @@ def test_processes_of_a_machine_download_once(in_memory: str, tmp_path: Path, mo
     downloads: list[str] = []
     download = CachedStore._download
     monkeypatch.setattr(
-        CachedStore, "_download", lambda self, name, file: downloads.append(name) or download(self, name, file)
+        CachedStore, "_download", lambda self, name, *others: downloads.append(name) or download(self, name, *others)
     )
     manifest = open_prepared(in_memory, cached(tmp_path))
     bucket = manifest.buckets("train")[-1]

@@ -89,19 +89,19 @@ def test_a_lost_directory_of_shards_comes_back(config: DataConfig, whole: dict[s
     assert tree(Path(config.directory)) == whole
 
 
-def test_a_shard_with_a_wrong_bit_is_deleted_and_made_again(
-    config: DataConfig, whole: dict[str, bytes], console: Console
-):
-    """A repair replaces all tar shards of an input shard, also one whose damage is not known yet."""
-    first, second = [file for file in shards(config) if file.parent.name == "000002"][:2]
-    flip(first)
-    flip(second)
-    with pytest.raises(ValueError, match=rf"{first}: SHA-256 is .*; delete it and run `longring prepare RECIPE`"):
+def test_a_shard_with_a_wrong_bit_is_made_again(config: DataConfig, whole: dict[str, bytes], console: Console):
+    """With --verify the command finds every shard of the right size with another hash."""
+    damaged = [*(file for file in shards(config) if file.parent.name == "000002"), shards(config)[-1]]
+    for file in damaged:
+        flip(file)
+    with pytest.raises(ValueError, match=rf"{damaged[0]}: SHA-256 is .*; run `longring prepare RECIPE --verify`"):
         list(open_prepared(config.directory).verify())
-    first.unlink()
     prepare(config, console, workers=1)
-    list(open_prepared(config.directory).verify())
-    assert tree(Path(config.directory)) == whole
+    assert tree(Path(config.directory)) != whole
+    for _ in range(2):
+        prepare(config, console, workers=1, verify=True)
+        list(open_prepared(config.directory).verify())
+        assert tree(Path(config.directory)) == whole
 
 
 def reverse(file: Path) -> None:

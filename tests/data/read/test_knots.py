@@ -12,6 +12,7 @@ from longring.data.format.tokenizer import DocumentTokenizer, knot_tokens
 from longring.data.order_config import KnotsConfig
 from longring.data.prepare.train_tokenizer import train_tokenizer, with_knot_tokens
 from longring.data.read.knots import LABEL_CHARACTERS, Knots, Tied, cut_points, fit_to_length
+from longring.data.read.loader import read_rows
 
 CHUNKS = 4
 B = 0
@@ -286,6 +287,32 @@ def test_knots_are_a_pure_function_of_seed_and_sequence(tokenizer: DocumentToken
     assert [seeded.tie(row, number) is None for number in range(200)] != [one is None for one in first]
     shorter = Knots(KnotsConfig(share=1.0, min_sequence_tokens=201), tokenizer, 3)
     assert all(shorter.tie(row, number) is None for number in range(50))
+
+
+class Stored:
+    """A stand-in for a reader: rows of two documents each, which begin at positions 0 and 151."""
+
+    length = 256
+
+    def read(self, indices: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        return np.stack([row_of([150], self.length, begins_inside=False, seed=index) for index in indices.tolist()])
+
+    def document_starts(self, indices: np.ndarray) -> list[tuple[int, ...]]:
+        return [(0, 151) for _ in indices]
+
+
+def test_a_tied_row_is_one_document_and_the_others_keep_theirs(tokenizer: DocumentTokenizer):
+    """The chunks of a tied row belong to each other, so attention must see across the documents it is made of."""
+    config = KnotsConfig(share=0.5, min_document_tokens=1, min_sequence_tokens=1)
+    stored: Any = Stored()
+    rows, starts, trained = read_rows(stored, np.arange(40), True, Knots(config, tokenizer, 3))
+    before = stored.read(np.arange(40))
+    assert starts is not None
+    assert trained is not None
+    tied = [not np.array_equal(*pair) for pair in zip(rows, before, strict=True)]
+    assert 10 < sum(tied) < 30
+    assert [not mask.all() for mask in trained] == tied
+    assert list(starts) == [(0,) if one else (0, 151) for one in tied]
 
 
 def test_short_documents_stay_whole(tokenizer: DocumentTokenizer):

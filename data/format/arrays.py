@@ -1,0 +1,34 @@
+"""Reading npy files from outside: nothing is allocated before the header fits the file, and nothing is unpickled."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+
+
+def read_array(file: Path, dtype: np.dtype, shape: tuple[int | None, ...]) -> NDArray:
+    """Return the array of an npy file, of `shape`, in which None stands for any number.
+
+    Raises ValueError unless the file holds an array of this type and shape and nothing else.
+    """
+    with file.open("rb") as stream:
+        try:
+            found, fortran, stored = _HEADERS[npy.read_magic(stream)](stream)
+        except (
+            Exception
+        ) as error:  # numpy reads a header as Python, whose tokenizer and parser have errors of their own
+            raise ValueError(f"{file}: is not an npy file ({str(error)[:80]!r})") from error
+        fits = len(found) == len(shape) and all(
+            size >= 0 and wanted in (None, size) for size, wanted in zip(found, shape, strict=True)
+        )
+        size_bytes = stream.tell() + math.prod(found) * dtype.itemsize
+        if stored != dtype or (fortran and len(found) > 1) or not fits or size_bytes != file.stat().st_size:
+            raise ValueError(
+                f"{file}: its header says {str(list(found))[:80]} of type {str(stored)[:80]}, which is not what a file "
+                f"of this name and of {file.stat().st_size} bytes holds"
+            )
+        return np.fromfile(stream, dtype, math.prod(found)).reshape(found)

@@ -1,0 +1,113 @@
+"""The content of manifest.json and inputs.jsonl as it is read: every field has its type and is within bounds."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .ledger import Ledger
+from .names import MAX_BYTES, is_name, is_sha256
+
+MAX_LENGTH = 1 << 40
+MAX_VOCABULARY = 1 << 28
+
+
+def read_json(file: Path, name: str) -> Any:
+    """Return the value of a JSON file. Raises ValueError if it is larger than `name` may be, too deep or not JSON."""
+    if (size := file.stat().st_size) > MAX_BYTES[name]:
+        raise ValueError(f"{size} bytes, and it has at most {MAX_BYTES[name]}")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def checked_content(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of `Manifest` from the JSON value of a manifest without its hash.
+
+    Raises ValueError, TypeError, KeyError or AttributeError for a field that is not what it must be.
+    """
+    for name, is_right in _FIELDS.items():
+        if not is_right(content[name]):
+            raise ValueError(f"{name} = {content[name]!r:.80}")
+    if not 0 <= content["boundary_id"] < content["vocab_size"]:
+        raise ValueError(f"boundary_id = {content['boundary_id']} of {content['vocab_size']} tokens")
+    for name in content["files"]:
+        if not is_name(name):
+            raise ValueError(f"its manifest names a file {name[:80]!r}, and prepared data has none of this name")
+    if content["order"] is not None and not {"order.json", "placement.npy"} <= content["files"].keys():
+        raise ValueError("it lacks the files of ordered data")
+    ledger = Ledger.from_json(content["ledger"])
+    try:
+        ledger.check()
+    except AssertionError as error:
+        raise ValueError("its ledger does not add up") from error
+    return {**content, "lengths": tuple(content["lengths"]), "ledger": ledger}
+
+
+def read_inputs(file: Path, num_lines: int | None) -> list[dict[str, Any]]:
+    """Return the lines of inputs.jsonl. Raises ValueError unless each is that of an input shard, and all are there."""
+    found = []
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = json.loads(line)
+                is_right = all(check(entry[name]) for name, check in _INPUT_FIELDS.items())
+            except (ValueError, TypeError, KeyError, RecursionError):
+                is_right = False
+            if not is_right:
+                raise ValueError(f"{file}: line {number} does not describe an input shard")
+            found.append(entry)
+    if num_lines not in (None, len(found)):
+        raise ValueError(f"{file}: has {len(found)} lines for {num_lines} input shards")
+    return found
+
+
+def _whole(least: int, most: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and least <= value <= most
+
+
+def _are_lengths(value: Any) -> bool:
+    is_length = _whole(1, MAX_LENGTH)
+    return isinstance(value, list) and all(map(is_length, value)) and value == sorted(set(value)) != []
+
+
+def _are_sources(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_whole(0, 1 << 32), value.values())) and sum(value.values()) > 0
+
+
+def _are_files(value: Any) -> bool:
+    needed = {"tokenizer.json", "unigram.npy", "shards.npy", "inputs.jsonl"}
+    return isinstance(value, dict) and needed <= value.keys() and all(map(is_sha256, value.values()))
+
+
+def _has(*names: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(name in value for name in names)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+_INPUT_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "source": lambda value: isinstance(value, str),
+    "files": _are_texts,
+    **dict.fromkeys(("size_bytes", "part", "parts", "records", "documents", "tokens"), _whole(0, 1 << 62)),
+}
+"""Check of each field of an input shard."""
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "format_version": _whole(0, MAX_LENGTH),
+    "files": _are_files,
+    "vocab_size": _whole(1, MAX_VOCABULARY),
+    "boundary": lambda value: isinstance(value, str),
+    "boundary_id": _whole(0, MAX_VOCABULARY),
+    "dtype": lambda value: value in ("<u2", "<u4"),
+    "config": _has("source", "sources"),
+    "lengths": _are_lengths,
+    "has_boundaries": lambda value: isinstance(value, bool),
+    "sources": _are_sources,
+    "order": lambda value: value is None or _has("by", "mode", "position_resets")(value),
+    "ledger": lambda value: isinstance(value, dict),
+}
+"""Check of each field."""

@@ -1,0 +1,175 @@
+"""Preparations at once, killed ones, and full disks: one line says what to do, and doing it gives the same bytes."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.lanes import by_lane
+from longring.data.config import DataConfig, SourceConfig
+from longring.data.format import shards
+from longring.data.lock import held
+from longring.data.order.stages import order
+from longring.data.order_config import OrderConfig
+from longring.data.prepare import merge
+from longring.data.prepare.prepare import prepare
+from rich.console import Console
+
+QUIET = Console(quiet=True)
+
+CHILD = """
+import json, sys
+from rich.console import Console
+from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
+from longring.data.prepare.prepare import prepare
+tree = json.loads(sys.argv[1])
+tree["source"], tree["tokenizer"] = SourceConfig(**tree["source"]), TokenizerConfig(**tree["tokenizer"])
+if __name__ == "__main__":
+    prepare(DataConfig(**tree), Console(quiet=True), workers=2)
+"""
+
+
+def tree(directory: str | Path) -> dict[str, bytes]:
+    root = Path(directory)
+    return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def config(make_config: Callable[..., DataConfig], words: Callable[..., str], tmp_path: Path) -> DataConfig:
+    """Return the settings of data with twelve input shards."""
+    base = make_config([])
+    (tmp_path / "corpus").mkdir()
+    for part in range(12):
+        lines = [json.dumps({"text": words(40 + 11 * number, 50 * part + number)}) + "\n" for number in range(30)]
+        (tmp_path / "corpus" / f"{part:02d}.jsonl").write_text("".join(lines))
+    source = SourceConfig(kind="json", path=str(tmp_path / "corpus"))
+    return replace(base, source=source, input_shard_bytes=1, rest="pack", shard_tokens=4_096)
+
+
+@pytest.fixture
+def whole(config: DataConfig, tmp_path: Path) -> dict[str, bytes]:
+    """Return the files of the data, prepared in another directory."""
+    prepare(replace(config, directory=str(tmp_path / "reference")), QUIET, workers=1)
+    return tree(tmp_path / "reference")
+
+
+@pytest.fixture
+def begun(config: DataConfig, tmp_path: Path) -> Iterator[subprocess.Popen]:
+    """Start a preparation with two worker processes; give it when an input shard is done."""
+    (tmp_path / "child.py").write_text(CHILD)
+    command = [sys.executable, "-P", str(tmp_path / "child.py"), json.dumps(asdict(config))]
+    child = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE)
+    while not list((tmp_path / "prepared.partial" / "work" / "ledgers").glob("*.json")):
+        assert child.poll() is None
+        time.sleep(0.001)
+    yield child
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL)
+    child.communicate(timeout=60)
+
+
+def test_a_second_preparation_is_refused(config: DataConfig, whole: dict[str, bytes], begun: subprocess.Popen):
+    os.killpg(begun.pid, signal.SIGSTOP)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"data\.directory = .*prepared: is being prepared by process") as error:
+            prepare(config, QUIET, workers=1)
+        assert f"process {begun.pid} on " in str(error.value)
+        assert "; wait for it or end it, or name another one" in str(error.value)
+    os.killpg(begun.pid, signal.SIGCONT)
+    assert begun.wait(timeout=120) == 0
+    prepare(config, QUIET, workers=1)
+    assert tree(config.directory) == whole
+    assert not Path(f"{config.directory}.lock").exists()
+
+
+def test_a_killed_preparation_leaves_no_process(config: DataConfig, whole: dict[str, bytes], begun: subprocess.Popen):
+    begun.kill()  # the process alone, not its group
+    begun.communicate(timeout=60)  # its output is closed when its worker processes have ended too
+    assert begun.returncode == -signal.SIGKILL
+    prepare(config, QUIET, workers=1)
+    assert tree(config.directory) == whole
+    assert not Path(f"{config.directory}.lock").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a small file system in memory."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("only root can mount a file system")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)  # files that are mapped may still be open
+
+
+@pytest.mark.parametrize("workers", by_lane([1, 2], quick=[1]))
+def test_a_full_disk_is_named_and_with_room_the_bytes_are_the_same(
+    config: DataConfig, whole: dict[str, bytes], small_disk: Path, workers: int
+):
+    there = replace(config, directory=str(small_disk / "prepared"))
+    for _ in range(2):
+        with pytest.raises(
+            OSError, match=rf"{there.directory}\.partial: the disk is full .* bytes are free now.*; make"
+        ):
+            prepare(there, QUIET, workers=workers)
+        assert not Path(there.directory).exists()
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    prepare(there, QUIET, workers=workers)
+    assert tree(there.directory) == whole
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), OSError("96 requested and 0 written")
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_every_error_of_a_full_disk_is_named(
+    config: DataConfig, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, error: OSError
+):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    for module, name in ((shards, "_add"), (np, "save"), (merge, "write_text")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, fail)
+            with pytest.raises(OSError, match="the disk is full"):
+                prepare(config, QUIET, workers=1)
+    prepare(config, QUIET, workers=1)
+    assert tree(config.directory) == whole
+
+
+@pytest.fixture
+def ordered(config: DataConfig, tmp_path: Path) -> OrderConfig:
+    prepare(config, QUIET, workers=1)
+    settings = {"embedding_dimensions": 8, "neighbors": 5, "window_tokens": 64}
+    return OrderConfig(mode="in_context", directory=str(tmp_path / "ordered"), **settings)
+
+
+@pytest.mark.full
+def test_a_second_ordering_is_refused(config: DataConfig, ordered: OrderConfig):
+    said = rf"order\.work_directory = .*: is used by process {os.getpid()} on"
+    with held(Path(f"{config.directory}.order", "lock")), pytest.raises(ValueError, match=said):
+        order(config, ordered, QUIET, workers=1)
+    assert order(config, ordered, QUIET, workers=1) is not None
+
+
+@pytest.mark.full
+def test_a_full_disk_is_named_by_an_ordering(
+    config: DataConfig, ordered: OrderConfig, tmp_path: Path, small_disk: Path
+):
+    order(config, ordered, QUIET, workers=1)
+    there = replace(ordered, directory=str(small_disk / "ordered"), work_directory=str(small_disk / "work"))
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"the disk is full .*; make room, and the same command continues"):
+            order(config, there, QUIET, workers=1)
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    order(config, there, QUIET, workers=1)
+    assert tree(there.directory) == tree(tmp_path / "ordered")
