@@ -89,7 +89,7 @@ def losses_of(recipe: Recipe, mesh: Mesh, held_out: Manifest) -> Callable[[np.nd
     """Return a function from rows [b, length + 1] to the trained model's losses [b, length]."""
     planned = preflight(recipe, 1)
     engine = build_engine(recipe, planned.manifest.vocab_size, mesh)
-    loaded = load_last_good(engine, planned.run.checkpoints, mesh, planned.data_hash)
+    loaded = load_last_good(engine, planned.run.checkpoints, mesh, planned.check_checkpoint)
     assert loaded is not None, "training left a checkpoint"
     engine.eval()
     longest = [held_out.lengths[-1]]

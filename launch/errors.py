@@ -1,6 +1,9 @@
-"""The exit statuses of a start, the error that all ranks share, and how an error is printed."""
+"""The exit statuses of a start, the error that all ranks share, how an error is printed, and names of ranks in it."""
+
+from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,3 +30,9 @@ def print_error(error: str) -> None:
     """Print one error to standard error, in one line without secrets and without control characters."""
     line = CONTROL.sub("?", re.sub(r"\s*\n\s*", " ", redact(error).strip()))
     Console(stderr=True).print(f"[bold red]error:[/] {escape(line)}", highlight=False, soft_wrap=True)
+
+
+def rank_names(ranks: Sequence[int]) -> str:
+    """Return `rank 3` or `ranks 0, 1, 2`, with at most eight named."""
+    names = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"rank {names}" if len(ranks) == 1 else f"ranks {names}"

@@ -20,6 +20,7 @@ from ..data.files import write_text
 from ..data.format.manifest import Bucket, Manifest
 from ..data.read.knots import Knots
 from ..data.read.loader import read_rows
+from ..parallel.meet import meet
 from ..parallel.mesh import Mesh, join
 from ..parallel.world import World
 from ..parallel.zero import DeepSpeedEngine
@@ -27,7 +28,7 @@ from .build import BucketLayout, bucket_layouts, build_engine
 from .checkpoint.load import load_last_good
 from .config import Recipe
 from .grids.decide import decide_grids
-from .preflight import preflight
+from .preflight import preflight_together
 from .ranks.logs import open_log
 from .ranks.rank import as_rank
 from .run_directory import RunDirectory
@@ -117,8 +118,8 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
     Collective.
     """
     world = World.from_environment()
-    world_size, rank = world.size, world.rank
-    checked = preflight(recipe, world_size, check_shards=rank == 0)
+    rank, store = world.rank, meet(world)
+    checked = preflight_together(recipe, store, world)
     manifest, run, limit = checked.manifest, checked.run, recipe.evaluate.max_tokens_per_bucket
     if checked.resume_from is None:
         raise ValueError(f"{run.path}: no checkpoint yet; train first, with `longring train`")
@@ -131,9 +132,9 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
             "short; raise it, or prepare other data with a larger data.held_out_fraction"
         )
     open_log(run.log_file(rank))
-    mesh = join(recipe.parallel, recipe.max_context_parallel)
+    mesh = join(recipe.parallel, recipe.max_context_parallel, store=store)
     engine = build_engine(recipe, manifest.vocab_size, mesh)
-    loaded = load_last_good(engine, run.checkpoints, mesh, checked.data_hash)
+    loaded = load_last_good(engine, run.checkpoints, mesh, checked.check_checkpoint)
     assert loaded is not None, "preflight has found a checkpoint"
     engine.eval()
     # One more of each token: a token that the train split lacks then has a finite loss.

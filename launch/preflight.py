@@ -1,37 +1,73 @@
-"""Checks before any rank starts: recipe, world, data, run directory and checkpoint fit each other."""
+"""Checks before the ranks join: recipe, world, data, run directory and checkpoint fit each other, on all ranks."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import uuid
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from torch._C._distributed_c10d import Store
 
 from ..data.files import sha256_of
 from ..data.format.manifest import MANIFEST_FILE, Manifest, open_prepared
 from ..data.read.batch_order import BatchOrder
 from ..data.read.loader import training_order
-from .checkpoint.format import DAMAGED, check_trained_on, complete_checkpoints, last_good_checkpoint
+from ..parallel.world import World
+from .agreement import LAST_SAVED, agree
+from .checkpoint.format import (
+    DAMAGED,
+    CheckpointManifest,
+    check_trained_on,
+    complete_checkpoints,
+    last_good_checkpoint,
+)
 from .config import Recipe
 from .grids.choice import check_named_grids
+from .identity import Identity, identity_of
+from .recipe_change import check_change
 from .records import read_records
 from .run_directory import RunDirectory
+from .settings import from_tree
 
 
 @dataclass(frozen=True)
 class Preflight:
     """The data that a start will read and the run that it continues, known before any rank talks to another."""
 
+    recipe: Recipe
+    """Recipe of this start."""
     manifest: Manifest
     """Manifest of the training data."""
     order: BatchOrder
     """Sequences of every step."""
     run: RunDirectory
     """Directory of the run, which may not exist yet."""
-    data_hash: str
-    """SHA-256 of the prepared data's manifest."""
+    identity: Identity
+    """What this start has in common with its checkpoint, and all ranks with each other."""
     resume_from: Path | None
     """Last checkpoint that seems whole; its hashes are checked when it is loaded."""
     steps_done: int
     """Number of steps that this checkpoint has done; 0 without a checkpoint."""
+
+    def check_checkpoint(self, saved: CheckpointManifest, checkpoint: Path) -> None:
+        """Raise ValueError unless this start may continue from a checkpoint.
+
+        It must be of the same data and of the same run, and its steps the same under the recipe of this start.
+        """
+        state = saved.state
+        check_trained_on(saved, checkpoint, self.identity.data)
+        if state.run != self.identity.run:
+            raise ValueError(
+                f"checkpoint {checkpoint}: is of run {state.run}, and run_directory = {self.run.path} has run "
+                f"{self.identity.run}; move it to the directory of its own run, or name another run_directory"
+            )
+        before = from_tree(Recipe, state.recipe, source=f"checkpoint {checkpoint}")
+        check_change(before, self.recipe, state.step, self._order_of)
+
+    def _order_of(self, recipe: Recipe) -> BatchOrder:
+        """Return the order in which a run with another recipe reads the same data."""
+        return self.order if recipe is self.recipe else _order(self.manifest, recipe)
 
 
 def preflight(recipe: Recipe, world_size: int, *, check_shards: bool = True) -> Preflight:
@@ -46,8 +82,53 @@ def preflight(recipe: Recipe, world_size: int, *, check_shards: bool = True) -> 
     check_named_grids(recipe)
     manifest = open_prepared(recipe.training_directory, recipe.loader, check_shards=check_shards)
     manifest.check_made_from(recipe.data, recipe.order)
-    data_hash = sha256_of(manifest.store.path(MANIFEST_FILE))
-    order = training_order(
+    run = RunDirectory(recipe.run_directory)
+    run.check_is_run()
+    found = last_good_checkpoint(run.checkpoints)
+    # A directory that has lost its records has the run of its checkpoint.
+    run_id = run.run_id() or (found[1].state.run if found else uuid.uuid4().hex)
+    checked = Preflight(
+        recipe=recipe,
+        manifest=manifest,
+        order=_order(manifest, recipe),
+        run=run,
+        identity=identity_of(recipe, sha256_of(manifest.store.path(MANIFEST_FILE)), run_id),
+        resume_from=found[0] if found else None,
+        steps_done=found[1].state.step if found else 0,
+    )
+    if found:
+        checked.check_checkpoint(found[1], found[0])
+    else:
+        check_nothing_was_saved(run)
+    return checked
+
+
+def preflight_together(recipe: Recipe, store: Store, world: World, stop_after: int | None = None) -> Preflight:
+    """Do the preflight on every rank, and compare what the ranks are about to train. Collective.
+
+    Raises, on every rank, the error of any of them, or one that names the first difference between them; see `agree`.
+    """
+    checked: Preflight | None = None
+    entries: dict[str, Any] | Exception
+    try:
+        checked = preflight(recipe, world.size, check_shards=world.rank == 0)
+        entries = {
+            **checked.identity.common,
+            "--stop-after": stop_after or 0,
+            LAST_SAVED: checked.steps_done,
+            "run": checked.identity.run
+            if world.rank == 0
+            else None,  # at the first start every rank has made another id
+        }
+    except Exception as error:  # whatever it is, no other rank waits for this one
+        entries = error
+    agreed = agree(store, world.rank, world.size, entries)
+    assert checked is not None, "an error of any rank is raised on all"
+    return replace(checked, identity=replace(checked.identity, run=agreed["run"]))
+
+
+def _order(manifest: Manifest, recipe: Recipe) -> BatchOrder:
+    return training_order(
         manifest,
         recipe.curriculum,
         recipe.loader,
@@ -55,16 +136,6 @@ def preflight(recipe: Recipe, world_size: int, *, check_shards: bool = True) -> 
         global_batch_tokens=recipe.train.global_batch_tokens,
         seed=recipe.train.seed,
     )
-    run = RunDirectory(recipe.run_directory)
-    run.check(recipe)
-    resume_from, steps_done = None, 0
-    if (found := last_good_checkpoint(run.checkpoints)) is not None:
-        resume_from, saved = found
-        check_trained_on(saved, resume_from, data_hash)
-        steps_done = saved.state.step
-    else:
-        check_nothing_was_saved(run)
-    return Preflight(manifest, order, run, data_hash, resume_from, steps_done)
 
 
 def check_nothing_was_saved(run: RunDirectory) -> None:

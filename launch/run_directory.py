@@ -1,4 +1,4 @@
-"""The run directory: its files, its lock, its records, and the check that it belongs to a recipe."""
+"""The run directory: its files, its lock, and its records."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +19,13 @@ from ..data.files import write_text
 from ..data.lock import HeldError, held
 from ..parallel.world import World
 from .config import Recipe, load_recipe
-from .records import append_record, put_bad_lines_aside
+from .records import append_record, put_bad_lines_aside, read_records
 from .settings import apply_overrides, from_tree
 
 log = logging.getLogger(__name__)
 
 _LOCK_WAIT_S = 30
 _REMOVE_RECIPE = "remove it, and the next `longring train` with the same recipe writes it again"
-# These keys may differ between two starts: run and data may be moved (a checkpoint knows its data by hash), and the
-# ranks may be divided differently, with the same batches and losses equal up to rounding. All other keys may not.
-_FREE_KEYS = (
-    "run_directory",
-    "data.directory",
-    "order.directory",
-    "order.work_directory",
-    "evaluate.",
-    "faults.",
-    "parallel.",
-    "slurm.",
-    "loader.workers",
-    "loader.prefetch_batches",
-    "loader.cache_",
-    "loader.hash_",
-    "train.ranks_per_node",
-    "train.checkpoint_every_steps",
-    "train.keep_checkpoint",
-    "train.deterministic",
-)
 
 
 class RunDirectory:
@@ -91,19 +70,16 @@ class RunDirectory:
         apply_overrides(tree, overrides)
         return from_tree(Recipe, tree, source=str(self.recipe_file))
 
-    def check(self, recipe: Recipe) -> None:
-        """Raise ValueError unless this directory is new, empty, or holds a run of the same recipe."""
-        if not self.recipe_file.exists():
-            if self.path.is_dir() and any(self.path.iterdir()) and not self.logs.is_dir():
-                raise ValueError(f"run_directory = {self.path}: holds other files; name a new directory")
-            return
-        saved, current = _flat(self._saved()), _flat(json.loads(json.dumps(asdict(recipe))))
-        for key in sorted(saved.keys() | current.keys()):
-            if saved.get(key) != current.get(key) and not key.startswith(_FREE_KEYS):
-                raise ValueError(
-                    f"run_directory = {self.path}: is of another recipe: {key} was {saved.get(key)!r} there and is "
-                    f"{current.get(key)!r} now; name another run_directory, or restore the old value to resume"
-                )
+    def check_is_run(self) -> None:
+        """Raise ValueError unless this directory is new, empty, or holds a run."""
+        is_run = self.recipe_file.exists() or self.logs.is_dir() or self.checkpoints.is_dir()
+        if not is_run and self.path.is_dir() and any(self.path.iterdir()):
+            raise ValueError(f"run_directory = {self.path}: holds other files; name a new directory")
+
+    def run_id(self) -> str | None:
+        """Return the id of the run that this directory holds, or None before its first start."""
+        ids = [start["run"] for start in read_records(self.starts_file) if isinstance(start.get("run"), str)]
+        return ids[-1] if ids else None
 
     def _saved(self) -> dict[str, Any]:
         """Return the resolved recipe as nested tables. Raises ValueError if the file is damaged."""
@@ -136,19 +112,15 @@ class RunDirectory:
                 f"run_directory = {self.path}: in use by {error}; end it, or name another run_directory"
             ) from None
 
-    def record_start(self, world_size: int, from_step: int, environment: dict[str, Any]) -> None:
-        """Append one line to starts.jsonl: time, host, command, code, versions, environment; no secrets."""
+    def record_start(self, facts: Mapping[str, Any]) -> None:
+        """Append one line to starts.jsonl: time, host, command, git commit and other facts of it; no secrets."""
         start = {
             "time": _now(),
-            "from_step": from_step,
-            "world_size": world_size,
             "host": platform.node(),
             "command": sys.argv,
-            "python": platform.python_version(),
-            "versions": {name: version(name) for name in ("longring", "torch", "deepspeed", "megatron-core")},
             "git": _git_state(),
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
-            "environment": environment,
+            **facts,
         }
         append_record(self.starts_file, start)
 
@@ -198,13 +170,6 @@ def find_run(target: str) -> RunDirectory:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
 
 
 def _git_state() -> dict[str, Any] | None:

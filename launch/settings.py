@@ -94,6 +94,8 @@ def from_tree(kind: type[T], tree: Mapping[str, Any], *, prefix: str = "", sourc
     `prefix` precedes keys in messages and `source` names where the tables are from. Raises ValueError for an unknown
     key, a missing key, a value of another type, or one out of its range.
     """
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"{source}: holds {shown(tree)}: must hold tables")
     hints = _hints(kind)
     known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     for key in tree:
@@ -226,6 +228,14 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
                     f"override {shown(override)}: {_key(part)} is a value, not a table; leave out what follows it"
                 )
         table[name] = value
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested tables by their dotted keys."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return values
 
 
 def parse_part(text: str) -> tuple[int, int]:

@@ -13,12 +13,15 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import timedelta
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from ..data.read.knots import Knots
 from ..data.read.loader import Loader
+from ..parallel.meet import meet
 from ..parallel.mesh import Mesh, join
 from ..parallel.world import World
 from ..parallel.zero import DeepSpeedEngine
@@ -30,15 +33,17 @@ from .checkpoint.save import Saver
 from .config import Recipe, load_recipe
 from .errors import GO_ON_LATER
 from .grids.decide import decide_grids
+from .identity import changes
 from .loss_watch import LossWatch
 from .metrics import MetricsWriter
-from .preflight import Preflight, check_nothing_was_saved, preflight
+from .preflight import Preflight, check_nothing_was_saved, preflight_together
 from .ranks.logs import open_log
 from .ranks.node import environment
 from .ranks.rank import as_rank
 from .ranks.signals import StopSignals
 from .ranks.watchdog import Watchdog
 from .run_directory import RunDirectory
+from .settings import flat
 from .together import on_all_ranks
 from .trainer import Trainer, share_of
 
@@ -52,7 +57,11 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
     """
     world = World.from_environment()
     world_size, rank = world.size, world.rank
-    checked = preflight(recipe, world_size, check_shards=rank == 0)
+    hang_minutes = recipe.faults.hang_minutes
+    # The watchdog reports more about a hang than a collective that times out, so it comes first.
+    timeout_minutes = max(10, 2 * hang_minutes)
+    store = meet(world, timedelta(minutes=timeout_minutes))
+    checked = preflight_together(recipe, store, world, stop_after)
     run, last = checked.run, min(recipe.train.steps, stop_after or recipe.train.steps)
     if checked.steps_done >= last:
         if rank == 0:
@@ -61,9 +70,7 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
 
     open_log(run.log_file(rank))
     use_deterministic_operations(recipe.train.deterministic)
-    hang_minutes = recipe.faults.hang_minutes
-    # The watchdog reports more about a hang than a collective that times out, so it comes first.
-    mesh = join(recipe.parallel, recipe.max_context_parallel, timeout_minutes=max(10, 2 * hang_minutes))
+    mesh = join(recipe.parallel, recipe.max_context_parallel, timeout_minutes, store)
     with (
         run.held() if rank == 0 else nullcontext(),
         StopSignals() as signals,
@@ -104,13 +111,23 @@ def start(
     on_all_ranks(mesh, lambda: open_run_directory(run, recipe, mesh))
     watchdog.at(checked.steps_done, "building the model and loading the checkpoint")
     engine = build_engine(recipe, checked.manifest.vocab_size, mesh)
-    state = resume(engine, checked, recipe, mesh, console)
+    state, changed = resume(engine, checked, mesh, console)
     # Only now is the first step known: the checkpoint that seemed the last may have been damaged.
     if rank_0:
         for moved in run.put_bad_records_aside():
             run.record_event("damaged records", state.step, moved)
             console.print(f"[bold red]damaged:[/] {moved}", soft_wrap=True)
-        run.record_start(mesh.world_size, from_step=state.step, environment=environment())
+        run.record_start(
+            {
+                "from_step": state.step,
+                "run": state.run,
+                "identity": checked.identity.digest,
+                "changed": {key: {"before": then, "now": now} for key, (then, now) in changed.items()},
+                "world_size": mesh.world_size,
+                "versions": checked.identity.software,
+                "environment": environment(),
+            }
+        )
     watchdog.at(state.step, "dividing attention among ranks")
     grids = decide_grids(recipe, mesh, order.lengths, console if rank_0 else None)
     layouts = bucket_layouts(recipe, mesh, order.lengths, grids)
@@ -154,24 +171,28 @@ def open_run_directory(run: RunDirectory, recipe: Recipe, mesh: Mesh) -> None:
         run.check_writable()
 
 
-def resume(engine: DeepSpeedEngine, checked: Preflight, recipe: Recipe, mesh: Mesh, console: Console) -> TrainState:
-    """Load the last good checkpoint, which any mesh may have written, and return the state to go on from. Collective.
+def resume(
+    engine: DeepSpeedEngine, checked: Preflight, mesh: Mesh, console: Console
+) -> tuple[TrainState, dict[str, tuple[Any, Any]]]:
+    """Load the last good checkpoint, which any mesh may have written. Collective.
 
+    Returns the state to go on from, and (value in the checkpoint, value now) of everything that has changed since.
     Raises ValueError as `load_last_good` does.
     """
     first = TrainState(
         step=0,
-        data=checked.data_hash,
+        **vars(checked.identity),
         world_size=mesh.world_size,
         tensor=mesh.tensor_size,
-        zero_stage=recipe.parallel.zero_stage,
+        zero_stage=checked.recipe.parallel.zero_stage,
     )
-    loaded = load_last_good(engine, checked.run.checkpoints, mesh, checked.data_hash)
+    loaded = load_last_good(engine, checked.run.checkpoints, mesh, checked.check_checkpoint)
     if loaded is None:
         # Again, since a disk may have gone since the checks before this start.
         on_all_ranks(mesh, lambda: check_nothing_was_saved(checked.run) if mesh.rank == 0 else None)
-        return first
+        return first, {}
     path, saved, damaged = loaded
+    changed = changes({**flat(saved.recipe), **saved.software}, {**flat(first.recipe), **first.software})
     if mesh.rank == 0:
         for problem in damaged:
             checked.run.record_event("damaged checkpoint", saved.step, problem)
@@ -180,8 +201,11 @@ def resume(engine: DeepSpeedEngine, checked: Preflight, recipe: Recipe, mesh: Me
         for name in ("world_size", "tensor", "zero_stage"):
             if (then := getattr(saved, name)) != (now := getattr(first, name)):
                 console.print(f"  {name} was {then} there and is {now} now: losses are equal up to rounding")
+        if changed:
+            told = ", ".join(f"{key} from {then!r} to {now!r}" for key, (then, now) in changed.items())
+            console.print(f"  changed since: {told}", soft_wrap=True, highlight=False, markup=False)
     # The mesh of the state is the one that trains from here on; the rest continues.
-    return replace(first, step=saved.step, skipped=saved.skipped, recent_losses=saved.recent_losses)
+    return replace(first, step=saved.step, skipped=saved.skipped, recent_losses=saved.recent_losses), changed
 
 
 def use_deterministic_operations(deterministic: bool) -> None:

@@ -22,13 +22,14 @@ from ..data.format.damage import DamagedDataError
 from ..data.read.batch_order import ReplicaShare
 from ..data.read.loader import Loader, MicroBatch
 from ..parallel.mesh import Mesh
+from ..parallel.replicas import drifted_ranks
 from ..parallel.zero import DeepSpeedEngine, gradient_norm, set_learning_rate
 from .build import BucketLayout
 from .checkpoint.format import TrainState, checkpoint_name
 from .checkpoint.load import load_last_good
 from .checkpoint.save import Saver, Status
 from .config import Recipe
-from .errors import CommonError
+from .errors import CommonError, rank_names
 from .learning_rate import learning_rate
 from .loss_watch import LossWatch
 from .metrics import MetricsWriter, StepMetrics, trained_table
@@ -187,8 +188,8 @@ class Trainer:
         self.watchdog.at(step, "going back before a loss spike")
         # A save in flight holds a step before the spike, so it may be the checkpoint to return to.
         self.saver.finish()
-        checkpoints, data_hash = self.checked.run.checkpoints, self.checked.data_hash
-        found = load_last_good(self.engine, checkpoints, self.mesh, data_hash)
+        checked = self.checked
+        found = load_last_good(self.engine, checked.run.checkpoints, self.mesh, checked.check_checkpoint)
         self.losses.rewound(step, spike.loss, found and found[1])
         if found is None:
             return False
@@ -210,12 +211,26 @@ class Trainer:
     def save(self) -> None:
         """Begin to save the state; training waits for a copy in memory only. Collective.
 
-        Raises CommonError after too many consecutive failed saves.
+        Raises CommonError after too many consecutive failed saves, and, before anything is saved, if a rank holds other
+        weights than its replicas.
         """
         self.watchdog.at(self.state.step, "saving")
         self.saver.finish()  # there is one set of buffers, so one save at a time
+        self._check_replicas()
         waited = self.saver.begin(replace(self.state, recent_losses=self.losses.recent))
         log.info("saving step %d: training waited %.0f ms", self.state.step, waited * 1e3)
+
+    def _check_replicas(self) -> None:
+        step = self.state.step
+        self.watchdog.at(step, "comparing replicated weights")
+        if not (drifted := drifted_ranks(self.engine, self.mesh)):
+            return
+        names = rank_names(drifted)
+        self.tell("drift", step, f"{names}: weights are not those of the replicas")
+        raise CommonError(
+            f"{names}: weights after step {step} are not those of the replicas, so memory or a processor has failed; "
+            "the step is not saved: exclude the machine, and the same command continues from the checkpoint before"
+        )
 
     def finish_saving(self) -> None:
         """Wait until the last save is visible. Raises CommonError if it failed. Collective."""

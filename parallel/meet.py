@@ -19,12 +19,14 @@ FREE_PORT = "name the first machine and a port that is free there, and give the 
 """Advice of every error of a meeting."""
 
 
-def meet(world: World, timeout: timedelta) -> Store:
+def meet(world: World, timeout: timedelta = timedelta(minutes=10)) -> Store:
     """Return the key-value store of the ranks of this start, through which they then join. Collective.
 
-    `timeout` bounds the wait for other ranks. Raises ConnectionError within seconds, on every rank, if another process
-    listens at the port.
+    `timeout` bounds the wait for other ranks. Ranks that have joined already get the store of their process group.
+    Raises ConnectionError within seconds, on every rank, if another process listens at the port.
     """
+    if dist.is_initialized():
+        return dist.distributed_c10d._get_default_store()
     store = _host(world, timeout) if world.rank == 0 and not world.hosted else _visit(world, timeout)
     store.set_timeout(timeout)
     return store

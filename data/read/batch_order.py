@@ -104,6 +104,10 @@ class BucketOrder:
         self._ranges: dict[int, NDArray[np.int64]] = {}
         self._shard_orders: dict[tuple[int, int], tuple[NDArray, NDArray, NDArray]] = {}
 
+    def is_stream_of(self, other: "BucketOrder") -> bool:
+        """Return whether both streams have the same parameters, and so the same sequences at all positions."""
+        return (self.parts, self._windows, self._key) == (other.parts, other._windows, other._key)
+
     def at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the sequences at stream `positions` [n], as indices into the bucket, int64 [n]."""
         ranges, offsets = np.divmod(positions, POSITIONS_AT_ONCE)
@@ -334,6 +338,23 @@ class BatchOrder:
         in_batch = micro_steps + share.replica * share.sequences + np.arange(share.sequences)  # [micro-step, row]
         positions = int(self._earlier[step - 1]) * batch + in_batch
         return self._orders[self.bucket(step)].at(positions.ravel()).reshape(positions.shape)
+
+    def first_difference(self, other: "BatchOrder", last: int) -> int | None:
+        """Return the first of steps 1 to `last` whose global batches differ between two orders of the same data.
+
+        None means that all are equal. Both orders have at least `last` steps and global batches of one size.
+        """
+        ours, theirs = self.step_buckets[:last], other.step_buckets[:last]
+        unlike = np.flatnonzero(ours != theirs)
+        first = int(unlike[0]) + 1 if len(unlike) else last + 1
+        # Before `first` both take the same number of batches from each bucket, so equal streams give equal batches.
+        streams = zip(self._orders, other._orders, strict=True)
+        differing = [bucket for bucket, (a, b) in enumerate(streams) if not a.is_stream_of(b)]
+        for index in np.flatnonzero(np.isin(ours[: first - 1], differing)).tolist():
+            whole = ReplicaShare(0, 1, self.batch_sequences(index + 1))
+            if not np.array_equal(self.sequences(index + 1, whole), other.sequences(index + 1, whole)):
+                return index + 1
+        return first if first <= last else None
 
     def trained(self, steps_done: int) -> tuple[Trained, ...]:
         """Return the part of each bucket that the first `steps_done` steps train on."""

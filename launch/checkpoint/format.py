@@ -23,20 +23,21 @@ from typing import TypeVar
 
 from ...data.files import read_patiently, sha256_of, sha256_of_json, sync, write_text
 from ..errors import DamageError
+from ..identity import Identity
 
 log = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
 PARTIAL, DAMAGED, REMOVED = ".partial", ".damaged", ".removed"
-FORMAT = 1
+FORMAT = 2
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _RANK_FILE = re.compile(r"rank-[0-9]{5,9}\.safetensors")
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainState:
-    """State of a run besides weights and moments.
+class TrainState(Identity):
+    """State of a run besides weights and moments, and the identity of the start that wrote it.
 
     The order of data and the learning rate follow from the step. There is no random state, since nothing random is
     drawn after the initial weights.
@@ -44,8 +45,6 @@ class TrainState:
 
     step: int
     """Number of steps done, skipped steps included."""
-    data: str
-    """SHA-256 of the manifest of the prepared data."""
     world_size: int
     """Number of ranks that wrote the checkpoint."""
     tensor: int

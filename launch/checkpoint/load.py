@@ -8,6 +8,7 @@ range of elements from every stored slice that has some of these rows.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +29,6 @@ from ..together import from_rank_0, on_all_ranks
 from .format import (
     CheckpointManifest,
     TrainState,
-    check_trained_on,
     complete_checkpoints,
     find_damage,
     read_checkpoint_manifest,
@@ -37,13 +37,14 @@ from .retention import put_checkpoint_aside
 
 
 def load_last_good(
-    engine: DeepSpeedEngine, directory: Path, mesh: Mesh, data: str
+    engine: DeepSpeedEngine, directory: Path, mesh: Mesh, check: Callable[[CheckpointManifest, Path], object]
 ) -> tuple[Path, TrainState, list[str]] | None:
     """Load the last checkpoint that matches its checksums; return its path, its state and the damage of later ones.
 
     The ranks share the hashing. Once an earlier checkpoint is loaded, the damaged ones are renamed to `step-N.damaged`.
-    Returns None if there is no checkpoint. Raises CommonError if any rank cannot read a file, and ValueError if all
-    checkpoints are damaged, or one is of other data or of another version; nothing is renamed then. Collective.
+    Returns None if there is no checkpoint. Raises CommonError if any rank cannot read a file, ValueError if all
+    checkpoints are damaged or one is of another version, and what `check` raises for a checkpoint from which the run
+    may not continue; nothing is renamed then. Collective.
     """
     found = from_rank_0(on_all_ranks(mesh, lambda: complete_checkpoints(directory) if mesh.rank == 0 else []))
     damaged: dict[Path, str] = {}
@@ -53,7 +54,7 @@ def load_last_good(
         except DamageError as error:
             damaged[path] = str(error)
             continue
-        check_trained_on(manifest, path, data)
+        check(manifest, path)
         load_checkpoint(engine, path, manifest, mesh)
         on_all_ranks(mesh, lambda: [put_checkpoint_aside(bad) for bad in damaged] if mesh.rank == 0 else [])
         return path, manifest.state, list(damaged.values())

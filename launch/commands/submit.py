@@ -14,6 +14,7 @@ from pathlib import Path
 from ...data.files import write_text
 from ..checkpoint.format import last_good_checkpoint
 from ..config import Recipe
+from ..preflight import preflight
 from ..records import append_record, read_records
 from ..run_directory import RunDirectory
 
@@ -73,8 +74,11 @@ def submit(recipe: Recipe, arguments: list[str], nodes: int) -> str:
     """
     # Checked here and not only by the job, which may wait for days before it starts.
     run = RunDirectory(recipe.run_directory)
-    run.check(recipe)
+    run.check_is_run()
     script = job_script(recipe, nodes)
+    # The data may be prepared by a job before this one, or lie on the disks of the nodes alone.
+    if run.recipe_file.exists() and Path(recipe.training_directory).is_dir():
+        preflight(recipe, nodes * recipe.slurm.ranks_per_node, check_shards=False)
     # sbatch would take a relative path that begins with a dash for an option.
     job = str(run.job_script.absolute())
     if shutil.which("sbatch") is None:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from ..checkpoint.format import complete_checkpoints
-from ..errors import GO_ON_LATER
+from ..errors import GO_ON_LATER, rank_names
 from ..run_directory import RunDirectory
 from .rank import is_lost_peer
 
@@ -163,18 +163,12 @@ def diagnosis(found: Mapping[int, Position | None], limit_s: float) -> str:
     waiting = [rank for rank in positions if rank not in last]
     text = f"no progress for {limit_s:.0f} s: "
     if silent:
-        text += f"{_ranks(silent)} left no report (stopped, or its node is gone); the others wait: "
+        text += f"{rank_names(silent)} left no report (stopped, or its node is gone); the others wait: "
     elif waiting:
-        text += f"{_ranks(last)} hangs at {positions[last[0]]}; the others wait: "
+        text += f"{rank_names(last)} hangs at {positions[last[0]]}; the others wait: "
     else:
         return text + f"all ranks are at {positions[last[0]]}; logs/*.hang.stacks has the stacks of each"
     others = [rank for rank in positions if silent or rank in waiting]
     distinct = sorted({(positions[rank].number, str(positions[rank])) for rank in others})
     at = {number: [rank for rank in others if positions[rank].number == number] for number, _ in distinct}
-    return text + "; ".join(f"{_ranks(at[number])} at {position}" for number, position in distinct)
-
-
-def _ranks(ranks: list[int]) -> str:
-    """Return `rank 3` or `ranks 0, 1, 2, ...`, with at most eight named."""
-    names = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-    return f"rank {names}" if len(ranks) == 1 else f"ranks {names}"
+    return text + "; ".join(f"{rank_names(at[number])} at {position}" for number, position in distinct)

@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,7 +42,8 @@ class Fault(NamedTuple):
 
     rank: int
     action: str
-    """"hang", "pause", "clock", "memory", a signal, "remove GLOB", "full FILE", "move FROM TO" or "times NUMBER".
+    """"hang", "pause", "clock", "memory", "drift" (one bit of a weight flips), a signal, "remove GLOB", "full FILE",
+    "move FROM TO" or "times NUMBER".
 
     For the whole start: "unreadable NUMBER GLOB" lets this number of attempts to open files fail, "unrenamed GLOB" lets
     a rename fail, and "renamed GLOB" reports one as failed that has happened.
@@ -160,8 +161,12 @@ def start(
     faults: Sequence[Fault] = (),
     stop_after: int | None = None,
     port: int = 0,
+    own: Mapping[int, Sequence[str]] | None = None,
 ) -> Started:
-    """Start all ranks of a run, which meet at `port` (0: any free one); their output goes to the file `output`."""
+    """Start all ranks of a run, which meet at `port` (0: any free one); their output goes to the file `output`.
+
+    `own` has further overrides of single ranks.
+    """
     context = fork_server()
     if not port:
         with socket.socket() as found:
@@ -171,7 +176,8 @@ def start(
     processes: list[BaseProcess] = []
     for rank in range(world_size):
         variables = {**os.environ, **variables_of(rank, world_size, port), "OMP_NUM_THREADS": "1"}
-        arguments = [str(recipe_file), *overrides, *(["--stop-after", str(stop_after)] if stop_after else [])]
+        settings = [*overrides, *(own or {}).get(rank, [])]
+        arguments = [str(recipe_file), *settings, *(["--stop-after", str(stop_after)] if stop_after else [])]
         process = context.Process(target=_rank, args=(variables, arguments, tuple(faults), output), daemon=True)
         process.start()
         processes.append(process)
@@ -247,6 +253,7 @@ def _break_files(faults: Sequence[Fault]) -> None:
 
 class _Now:
     step = 0
+    engine: Any = None
 
 
 _now = _Now()
@@ -257,6 +264,8 @@ def _act(fault: Fault) -> None:
         time.sleep(3600)
     elif fault.action == "pause":
         time.sleep(1)
+    elif fault.action == "drift":
+        flip_a_bit(next(_now.engine.parameters()))
     elif fault.action.startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, fault.action))
     elif fault.action.startswith("remove "):
@@ -279,6 +288,13 @@ def _act(fault: Fault) -> None:
         time.sleep(5)  # so that the watchdog polls before the loop moves on
 
 
+def flip_a_bit(tensor: Any) -> None:
+    """Flip the lowest bit of the first element of a tensor of 16 or 32 bits."""
+    import torch
+
+    tensor.detach().view({2: torch.int16, 4: torch.int32}[tensor.element_size()]).flatten()[0] ^= 1
+
+
 def _build_with(faults: Sequence[Fault], build: Any) -> Any:
     """Return a builder of engines whose losses are multiplied by a number, such as "times nan", in a fault's step."""
 
@@ -289,7 +305,7 @@ def _build_with(faults: Sequence[Fault], build: Any) -> Any:
         return losses
 
     def build_and_spoil(*arguments: Any) -> Any:
-        engine = build(*arguments)
+        engine = _now.engine = build(*arguments)
         engine.module.register_forward_hook(spoil)
         return engine
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +21,23 @@ from longring.launch.checkpoint.format import (
 from longring.launch.checkpoint.save import write_safetensors
 from safetensors.numpy import load_file
 
-STATE = TrainState(step=5, data="d" * 64, world_size=2, tensor=1, zero_stage=1, skipped=(3,), recent_losses=(1.5, 0.1))
+STATE = TrainState(
+    run="1" * 32,
+    recipe={"train": {"steps": 20}},
+    data="d" * 64,
+    code="c" * 64,
+    packages={"torch": "2.0"},
+    step=5,
+    world_size=2,
+    tensor=1,
+    zero_stage=1,
+    skipped=(3,),
+    recent_losses=(1.5, 0.1),
+)
 
 
-def make_checkpoint(directory: Path, step: int, *, ranks: int = 2, data: str = STATE.data) -> Path:
-    """Write a small complete checkpoint, trained on data with this manifest hash; return its path."""
+def make_checkpoint(directory: Path, step: int, *, ranks: int = 2, **state: Any) -> Path:
+    """Write a small complete checkpoint, whose state is STATE but for `step` and `state`; return its path."""
     path = directory / checkpoint_name(step)
     path.mkdir(parents=True)
     files = {}
@@ -31,9 +45,9 @@ def make_checkpoint(directory: Path, step: int, *, ranks: int = 2, data: str = S
         file = path / f"rank-{rank:05d}.safetensors"
         size, sha256 = write_safetensors(file, {"w/weight": torch.full((4,), float(rank))}, lambda: None)
         files[file.name] = FileEntry(bytes=size, sha256=sha256, slice=0, ranges={"w": (4 * rank, 4)})
-    state = TrainState(**{**STATE.__dict__, "step": step, "data": data})
     parameters = {"w": ParameterEntry(shape=(4 * ranks,), cut=None)}
-    write_checkpoint_manifest(path, CheckpointManifest(state=state, parameters=parameters, files=files))
+    manifest = CheckpointManifest(state=replace(STATE, step=step, **state), parameters=parameters, files=files)
+    write_checkpoint_manifest(path, manifest)
     return path
 
 

@@ -26,6 +26,7 @@ from longring.launch.commands.submit import requeue
 from longring.launch.config import FaultsConfig
 from longring.launch.grids.choice import check_named_grids
 from longring.launch.grids.remembered import recall_grids
+from longring.launch.identity import tables_of
 from longring.launch.loss_watch import LossWatch
 from longring.launch.preflight import Preflight, preflight
 from longring.launch.ranks.node import check_node
@@ -155,8 +156,7 @@ def truncated_grids(sandbox: Sandbox) -> None:
 
 def data_changed_after_a_checkpoint(sandbox: Sandbox) -> None:
     manifest = sandbox.data / "manifest.json"
-    sandbox.begin()
-    make_checkpoint(sandbox.run.checkpoints, 5, data=sha256_of(manifest))
+    begun_with_checkpoint(sandbox)
     manifest.write_text(manifest.read_text() + "\n")
 
 
@@ -166,8 +166,19 @@ def restore_data(sandbox: Sandbox) -> None:
 
 
 def begun_with_checkpoint(sandbox: Sandbox) -> None:
+    hashed = sha256_of(sandbox.data / "manifest.json")
     sandbox.begin()
-    make_checkpoint(sandbox.run.checkpoints, 5, data=sha256_of(sandbox.data / "manifest.json"))
+    make_checkpoint(sandbox.run.checkpoints, 5, data=hashed, recipe=tables_of(sandbox.load()))
+
+
+def checkpoint_of_another_run(sandbox: Sandbox) -> None:
+    begun_with_checkpoint(sandbox)
+    sandbox.run.record_start({"run": "2" * 32})
+
+
+def move_checkpoint(sandbox: Sandbox) -> None:
+    (sandbox.directory / "its own").mkdir()
+    sandbox.run.checkpoints.rename(sandbox.directory / "its own" / "checkpoints")
 
 
 def lost_checkpoints(sandbox: Sandbox) -> None:
@@ -242,14 +253,23 @@ def set_environment(name: str, value: str) -> Callable[[Sandbox], None]:
 SLURM = ("slurm.cpu=true", "slurm.min_free_memory_gb=0")
 CASES = {
     "another recipe: name another run_directory": Case(
-        lambda sandbox: sandbox.begin(),
+        begun_with_checkpoint,
         checked("train.learning_rate=0.5"),
-        "train.learning_rate was 0.003 there and is 0.5 now; name another run_directory",
+        "train.learning_rate = 0.5: was 0.003 in the 5 steps done, .* or name another run_directory",
         new_run_directory,
+    ),
+    "another run's checkpoint: move it": Case(
+        checkpoint_of_another_run, checked(), "move it to the directory of its own run", move_checkpoint
+    ),
+    "another run's checkpoint: name another run_directory": Case(
+        checkpoint_of_another_run, checked(), "or name another run_directory", new_run_directory
     ),
     "other files: name a new directory": Case(other_file, checked(), "name a new directory", new_run_directory),
     "a damaged recipe.json: remove it": Case(
-        truncated_recipe, checked(), "remove it, and the next `longring train`", unlink("recipe_file")
+        truncated_recipe,
+        lambda sandbox: sandbox.run.recipe(),
+        "remove it, and the next `longring train`",
+        lambda sandbox: (sandbox.run.recipe_file.unlink(), checked()(sandbox), sandbox.run.create(sandbox.load())),
     ),
     "a damaged grids.json: remove it": Case(
         truncated_grids, lambda sandbox: recall_grids(sandbox.run.grids_file, ""), "remove it", unlink("grids_file")
@@ -270,7 +290,9 @@ CASES = {
         lost_checkpoints,
         checked(),
         "mount its disk or bring a copy back",
-        lambda sandbox: make_checkpoint(sandbox.run.checkpoints, 5, data=sha256_of(sandbox.data / "manifest.json")),
+        lambda sandbox: make_checkpoint(
+            sandbox.run.checkpoints, 5, data=sha256_of(sandbox.data / "manifest.json"), recipe=tables_of(sandbox.load())
+        ),
     ),
     "lost checkpoints: name another run_directory": Case(
         lost_checkpoints, checked(), "or name another run_directory to start from the first step", new_run_directory
@@ -405,8 +427,11 @@ def test_advice_to_leave_out_or_to_restore_a_setting(recipe_file, tmp_path, caps
     with pytest.raises(ValueError, match="only evaluate.* may differ from the run; leave it out"):
         command("evaluate", "{run}", "train.steps=1")(sandbox)
     command("evaluate", "{run}")(sandbox)
-    with pytest.raises(ValueError, match="or restore the old value to resume"):
-        checked("train.learning_rate=0.5")(sandbox)
+    changed = [*("train.learning_rate=0.5", "train.warmup_steps=9"), "curriculum.cycles=4"]
+    with pytest.raises(ValueError, match="train.learning_rate = 0.5, train.warmup_steps = 9: was 0.003, 4 in the 5 "):
+        checked(*changed)(sandbox)
+    with pytest.raises(ValueError, match=r"curriculum.cycles = 4: was 2 in .* set it back to 2, or name"):
+        checked(changed[-1])(sandbox)
     assert checked()(sandbox).steps_done == 5
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,23 @@ from typing import Any
 import pytest
 from helpers.ranks import variables_of
 from helpers.sandbox import Sandbox
-from helpers.small_checkpoint import make_checkpoint
+from helpers.small_checkpoint import STATE, make_checkpoint
 from longring.data import files
-from longring.data.files import sha256_of_json
+from longring.data.files import sha256_of, sha256_of_json
 from longring.data.lock import held
 from longring.launch import run_directory
 from longring.launch import train as train_module
+from longring.launch.agreement import agree
 from longring.launch.commands.submit import requeue
 from longring.launch.config import FaultsConfig, load_recipe
+from longring.launch.identity import identity_of, tables_of
 from longring.launch.loss_watch import LossWatch
 from longring.launch.ranks.node import check_node
 from longring.launch.ranks.rank import as_rank
 from longring.launch.ranks.watchdog import Position, diagnosis
 from longring.parallel.meet import meet
 from longring.parallel.world import World
+from torch._C._distributed_c10d import HashStore
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "errors.md"
 BAR = "\\|"
@@ -217,9 +221,30 @@ def directory_in_the_way(sandbox: Sandbox) -> str:
     return sandbox.main("prepare", str(sandbox.recipe), f"data.directory={sandbox.directory}/thesis")
 
 
-def another_recipe(sandbox: Sandbox) -> str:
-    sandbox.begin()
-    return sandbox.train("train.learning_rate=0.5")
+def with_five_steps(override: str, **state: Any) -> Case:
+    """Return the start, with an override, of a run that has done five steps."""
+
+    def case(sandbox: Sandbox) -> str:
+        sandbox.begin()
+        data = sha256_of(sandbox.data / "manifest.json")
+        make_checkpoint(sandbox.run.checkpoints, 5, data=data, recipe=tables_of(sandbox.load()), **state)
+        sandbox.run.record_start({"run": STATE.run})
+        return sandbox.train(override)
+
+    return case
+
+
+def ranks_that_differ(sandbox: Sandbox) -> str:
+    """Return the error of four ranks of which two have other settings."""
+    store = HashStore()
+
+    def on_rank(rank: int) -> str:
+        other = ["train.learning_rate=0.002"] if rank % 2 else []
+        entries = identity_of(sandbox.load(*other), "d" * 64, "").common
+        return refused(lambda: agree(store, rank, 4, entries))
+
+    with ThreadPoolExecutor(4) as pool:
+        return set(pool.map(on_rank, range(4))).pop()
 
 
 def other_files_in_the_run(sandbox: Sandbox) -> str:
@@ -413,6 +438,7 @@ CASES: dict[str, dict[str, Case]] = {
         "a rank without its number on the node": variable("LOCAL_RANK", None),
         "an address that is none: `MASTER_ADDR=tcp://n1`": variable("MASTER_ADDR", "tcp://n1"),
         "another process at the port where ranks meet": taken_port,
+        "ranks with other settings": ranks_that_differ,
         "several nodes without a rendezvous": lambda sandbox: sandbox.train("--nodes", "2", ranks=2),
         "a rendezvous without a port": lambda sandbox: sandbox.train(
             *("--nodes", "2", "--rendezvous", "n1", "--job", "7-0", "--address", "n1"), ranks=2
@@ -474,7 +500,10 @@ CASES: dict[str, dict[str, Case]] = {
         "an unknown order": lambda sandbox: sandbox.order("data.rest=pack", mode="alphabetical"),
     },
     "Runs and checkpoints": {
-        "the run of another recipe": another_recipe,
+        "another learning rate after five steps": with_five_steps("train.learning_rate=0.5"),
+        "more steps than the schedule's past allows": with_five_steps("train.steps=40"),
+        "another model after five steps": with_five_steps("model.num_layers=3"),
+        "a checkpoint of another run": with_five_steps("train.steps=20", run="2" * 32),
         "a run directory with other files": other_files_in_the_run,
         "a second run in the directory of a running one": second_run,
         "a directory without a run": no_run,

@@ -123,7 +123,7 @@ def test_no_file_of_a_run_directory_holds_a_secret(recipe_file, tmp_path, capsys
             assert secret not in str(error.value)
         run.create(load_recipe(recipe_file))
         run.logs.mkdir(exist_ok=True)
-        run.record_start(1, 0, environment())
+        run.record_start({"environment": environment()})
         run.record_event("lost", 3, f"cannot read {text}")
         handler = logging.FileHandler(run.log_file(0))
         handler.setFormatter(logs.RedactingFormatter(logs.FORMAT))

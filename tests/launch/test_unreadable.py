@@ -27,6 +27,7 @@ from longring.launch.checkpoint.format import (
 )
 from longring.launch.config import load_recipe
 from longring.launch.errors import GO_ON_LATER, IO_ERROR, USER_ERROR, DamageError
+from longring.launch.identity import tables_of
 from longring.launch.metrics import MetricsWriter
 from longring.launch.preflight import check_nothing_was_saved, preflight
 from longring.launch.ranks.rank import as_rank
@@ -98,8 +99,12 @@ def test_a_directory_that_cannot_be_listed_is_not_empty(tmp_path, monkeypatch, s
 def test_a_command_that_cannot_read_ends_with_74(recipe_file, tmp_path, capsys, monkeypatch, sleepless):
     sandbox = Sandbox(recipe_file, tmp_path, capsys)
     sandbox.begin()
-    make_checkpoint(sandbox.run.checkpoints, 5, data=sha256_of(sandbox.data / "manifest.json"))
-    path = make_checkpoint(sandbox.run.checkpoints, 7, data=sha256_of(sandbox.data / "manifest.json"))
+    make_checkpoint(
+        sandbox.run.checkpoints, 5, data=sha256_of(sandbox.data / "manifest.json"), recipe=tables_of(sandbox.load())
+    )
+    path = make_checkpoint(
+        sandbox.run.checkpoints, 7, data=sha256_of(sandbox.data / "manifest.json"), recipe=tables_of(sandbox.load())
+    )
     fail_to_open(monkeypatch, "rank-00001.safetensors", errno.EIO)
     arguments = ["checkpoints", str(sandbox.run.path), "--verify", "--prune", "--keep-last", "1"]
     assert cli.main(arguments) == 1
@@ -290,7 +295,9 @@ def test_a_run_that_has_saved_steps_is_not_started_over(lost, recipe_file, tmp_p
     with pytest.raises(ValueError, match="step 6 was saved"):
         preflight(recipe, 4)
     assert preflight(load_recipe(recipe_file, [f"run_directory={tmp_path}/another"]), 4).steps_done == 0
-    make_checkpoint(lost.checkpoints, 6, data=sha256_of(Path(recipe.data.directory, "manifest.json")))
+    make_checkpoint(
+        lost.checkpoints, 6, data=sha256_of(Path(recipe.data.directory, "manifest.json")), recipe=tables_of(recipe)
+    )
     assert preflight(recipe, 4).steps_done == 6
 
 

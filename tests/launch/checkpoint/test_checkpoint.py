@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,9 @@ from longring.data import files
 from longring.launch import cli
 from longring.launch.build import build_engine
 from longring.launch.checkpoint.format import (
+    CheckpointManifest,
     TrainState,
+    check_trained_on,
     complete_checkpoints,
     find_damage,
     last_good_checkpoint,
@@ -165,6 +168,10 @@ MESHES = {
 }
 
 
+def accepted(manifest: CheckpointManifest, checkpoint: Path) -> None:
+    """Let a start continue from any checkpoint."""
+
+
 def save_again(recipe_file: Path, overrides: list[str], source: Path, target: Path) -> int:
     """Load the last checkpoint of `source` on this mesh and save it into `target`; return AdamW's count of updates."""
     recipe = load_recipe(recipe_file, overrides)
@@ -172,7 +179,7 @@ def save_again(recipe_file: Path, overrides: list[str], source: Path, target: Pa
     engine = build_engine(recipe, 500, mesh)
     manifest = last_good_checkpoint(source)
     assert manifest is not None
-    loaded = load_last_good(engine, source, mesh, manifest[1].state.data)
+    loaded = load_last_good(engine, source, mesh, accepted)
     assert loaded is not None
     run = RunDirectory(target)
     saver = Saver(engine, run, mesh, recipe.train, 1)
@@ -295,7 +302,8 @@ def load_there(
     files.time = SimpleNamespace(sleep=lambda _: None)  # of this process alone
     recipe = load_recipe(recipe_file, overrides)
     mesh = join(recipe.parallel, 1)
-    loaded = load_last_good(build_engine(recipe, 500, mesh), directory, mesh, data)
+    check = partial(check_trained_on, data=data)
+    loaded = load_last_good(build_engine(recipe, 500, mesh), directory, mesh, check)
     return loaded and (loaded[0].name, loaded[1].step, loaded[2])
 
 
