@@ -1,0 +1,109 @@
+"""The advice of errors in the middle of a run works: it is carried out, and the run goes on."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers.faulty import Run
+from longring.data.files import sha256_of
+from longring.launch import build
+from longring.launch.checkpoint.format import read_checkpoint_manifest, write_checkpoint_manifest
+from longring.launch.config import load_recipe
+from longring.launch.grids.decide import decide_grids
+from longring.parallel.cp.attention import context_attention
+from longring.parallel.cp.grid import CpGrid
+from longring.parallel.mesh import join
+
+FILE = "rank-00001.safetensors"
+
+
+@pytest.fixture(scope="module")
+def half(recipe_file, tmp_path_factory) -> Run:
+    """A run with checkpoints of steps 6 and 8."""
+    run = Run(recipe_file, tmp_path_factory.mktemp("half"))
+    assert run.start(stop_after=8) == [0, 0], run.said
+    return run
+
+
+def without_a_range(checkpoint: Path) -> None:
+    """Leave a parameter out of the manifest."""
+    manifest = read_checkpoint_manifest(checkpoint)
+    entry = manifest.files[FILE]
+    ranges = dict(list(entry.ranges.items())[1:])
+    files = {**manifest.files, FILE: replace(entry, ranges=ranges)}
+    write_checkpoint_manifest(checkpoint, replace(manifest, files=files))
+
+
+def of_no_format(checkpoint: Path) -> None:
+    """Write a file that is no safetensors file, and its hash into the manifest."""
+    (checkpoint / FILE).write_text("words")
+    manifest = read_checkpoint_manifest(checkpoint)
+    entry = replace(manifest.files[FILE], bytes=5, sha256=sha256_of(checkpoint / FILE))
+    write_checkpoint_manifest(checkpoint, replace(manifest, files={**manifest.files, FILE: entry}))
+
+
+WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a missing range": (without_a_range, r"checkpoint (\S+): lacks elements .*; remove it to resume from"),
+    "no safetensors": (of_no_format, r"not a safetensors file: .*; remove (\S+) to resume from the checkpoint before"),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("wrong", WRONG)
+def test_without_a_checkpoint_that_was_saved_wrong_the_run_continues_from_the_one_before(wrong, half, whole, tmp_path):
+    spoil, advice = WRONG[wrong]
+    run = half.copy(tmp_path)
+    spoil(run.path / "checkpoints" / "step-00000008")
+    for _ in range(2):
+        assert run.start() == [2, 2]
+        assert run.said.count("error:") == 1
+    found = re.search(advice, run.said)
+    assert found is not None, run.said
+    assert Path(found[1]) == run.path / "checkpoints" / "step-00000008"
+    shutil.rmtree(found[1])
+    run.finish(whole)
+
+
+@pytest.mark.full
+def test_after_too_many_steps_without_finite_gradients_a_lower_rate_trains(recipe_file, tmp_path):
+    """The weights grow by a factor of 300,000 a step, until their products overflow."""
+    settings = ["train.weight_decay=300", "train.warmup_steps=0", "faults.max_nonfinite_steps=3"]
+    run = Run(recipe_file, tmp_path, settings)
+    assert run.start(overrides=["train.learning_rate=1000"]) == [2, 2]
+    advice = "lower train.learning_rate in a new run_directory, or look at the sequences that the logs name"
+    assert run.said.count("error:") == 1 and advice in run.said
+    for rank in (0, 1):
+        assert "is not finite; sequences [[" in (run.path / "logs" / f"rank-0000{rank}.log").read_text()
+    assert Run(recipe_file, tmp_path / "lower", settings).start() == [0, 0]
+
+
+def guarded(recipe_file: Path, settings: list[str]) -> str:
+    """Return the error of the check before the first step where TokenRing with the chosen kernels is wrong."""
+    small = ["parallel.tokens_per_rank=256", "parallel.cp.schedule=token_ring"]
+    recipe = load_recipe(recipe_file, [*small, *settings])
+    mesh = join(recipe.parallel, recipe.max_context_parallel)
+
+    def wrong(q, k, v, spec, group):
+        out = context_attention(q, k, v, spec, group)
+        return 1.5 * out if (spec.grid, spec.backend) == (CpGrid.token_ring(2), "auto") else out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "context_attention", wrong)
+        lengths = recipe.data.lengths
+        try:
+            build.bucket_layouts(recipe, mesh, lengths, decide_grids(recipe, mesh, lengths))
+        except ValueError as error:
+            return str(error)
+    return "passed"
+
+
+def test_another_backend_or_schedule_passes_the_check_before_the_first_step(on_ranks, recipe_file):
+    for said in on_ranks(2, guarded, recipe_file, []):
+        assert "try another train.attention_backend or parallel.cp.schedule, and report this error" in said
+    for setting in ("train.attention_backend=torch_cpu", "parallel.cp.schedule=ring"):
+        assert on_ranks(2, guarded, recipe_file, [setting]) == ["passed"] * 2
