@@ -52,11 +52,10 @@ def read_inputs(file: Path, num_lines: int | None) -> list[dict[str, Any]]:
         for number, line in enumerate(lines, start=1):
             try:
                 entry = json.loads(line)
-                is_right = all(check(entry[name]) for name, check in _INPUT_FIELDS.items())
-            except (ValueError, TypeError, KeyError, RecursionError):
-                is_right = False
-            if not is_right:
-                raise ValueError(f"{file}: line {number} does not describe an input shard")
+                if not all(check(entry[name]) for name, check in _INPUT_FIELDS.items()):
+                    raise ValueError("a field has another type or is out of range")
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise ValueError(f"{file}: line {number} does not describe an input shard") from error
             found.append(entry)
     if num_lines not in (None, len(found)):
         raise ValueError(f"{file}: has {len(found)} lines for {num_lines} input shards")

@@ -90,7 +90,7 @@ class SequenceReader:
             shard.read(zip(ends, (shard.samples["rows_offset"][samples] + 4 * inside).tolist(), strict=True))
             counts = ends[:, 1].astype(np.int64) - ends[:, 0]
             if not ((counts > 0) & (counts <= self.length)).all():
-                raise self._wrong(shard.path, wanted[positions[0]], "its table of pieces does not fit it")
+                raise self._wrong(shard.path, int(wanted[positions[0]]), "its table of pieces does not fit it")
             firsts = np.cumsum(counts) - counts  # [positions], the first of the pieces of each sequence
             stored = np.empty((int(counts.sum()), 3), dtype="<u4")  # [pieces, 3], of all sequences
             offsets = shard.samples["documents_offset"][samples] + 12 * ends[:, 0].astype(np.int64)
@@ -99,7 +99,7 @@ class SequenceReader:
             rises = np.diff(starts, prepend=0) > 0
             rises[firsts] = starts[firsts] == 0
             if not rises.all() or starts.max() >= self.length:
-                raise self._wrong(shard.path, wanted[positions[0]], "its table of pieces does not fit it")
+                raise self._wrong(shard.path, int(wanted[positions[0]]), "its table of pieces does not fit it")
             input_shard = np.full(len(stored), shard.input_shard)
             table = np.column_stack([input_shard, stored]).astype(np.int64)  # [pieces, 4]
             for position, pieces in zip(positions.tolist(), np.split(table, firsts[1:]), strict=True):
@@ -187,8 +187,8 @@ class SequenceReader:
         """Return the error of the first token outside the vocabulary in `rows` [n, length + 1] of `wanted` [n]."""
         row, position = np.argwhere(rows >= self._vocab_size)[0].tolist()
         what = f"token {position} is {rows[row, position]}, outside the vocabulary of {self._vocab_size}"
-        return self._wrong(self.path(int(self.shards_of(wanted[row]))), wanted[row], what)
+        return self._wrong(self.path(int(self.shards_of(wanted[row]))), int(wanted[row]), what)
 
-    def _wrong(self, path: Path, sequence: np.int64, what: str) -> DamagedDataError:
-        sha256 = self._shards["sha256"][self.shards_of(sequence)].decode()
+    def _wrong(self, path: Path, sequence: int, what: str) -> DamagedDataError:
+        sha256 = self._shards["sha256"][int(self.shards_of(sequence))].decode()
         return wrong_content(path, f"sequence {sequence} of bucket {self.length}: {what}", sha256, self._command)

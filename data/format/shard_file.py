@@ -84,8 +84,12 @@ class ShardFile:
             descriptor = self._descriptor = self._descriptor or _Descriptor(self.path)
             try:
                 for array, offset in wanted:
-                    if os.preadv(descriptor.number, [array], offset) != array.nbytes:
-                        raise wrong_content(self.path, "it ends too early", self._sha256, self._command)
+                    left = array.reshape(-1).view(np.uint8)  # the bytes of the array that are not read yet
+                    while left.size:
+                        count = os.preadv(descriptor.number, [left.data], offset + array.nbytes - left.size)
+                        if not count:
+                            raise wrong_content(self.path, "it ends too early", self._sha256, self._command)
+                        left = left[count:]
             except OSError:
                 self._descriptor = None
                 raise

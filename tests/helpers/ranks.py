@@ -19,7 +19,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 TIMEOUT_S = 300
 # DeepSpeed imports the last one with its first engine, and compiles a test program for it: here once for all ranks.

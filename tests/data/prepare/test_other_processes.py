@@ -149,8 +149,13 @@ def test_every_error_of_a_full_disk_is_named(
 @pytest.fixture
 def ordered(config: DataConfig, tmp_path: Path) -> OrderConfig:
     prepare(config, QUIET, workers=1)
-    settings = {"embedding_dimensions": 8, "neighbors": 5, "window_tokens": 64}
-    return OrderConfig(mode="in_context", directory=str(tmp_path / "ordered"), **settings)
+    return OrderConfig(
+        mode="in_context",
+        directory=str(tmp_path / "ordered"),
+        embedding_dimensions=8,
+        neighbors=5,
+        window_tokens=64,
+    )
 
 
 @pytest.mark.full

@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def manifest(config: DataConfig) -> Manifest:
     return prepare(config, QUIET, workers=1)
 
 
-def loader(manifest: Manifest, rank: int = 0, world: int = 1, **settings: int) -> Loader:
+def loader(manifest: Manifest, rank: int = 0, world: int = 1, **settings: Any) -> Loader:
     config = LoaderConfig(**settings)
     order = training_order(manifest, CurriculumConfig(), config, steps=STEPS, global_batch_tokens=BATCH_TOKENS, seed=5)
     return Loader(
