@@ -132,8 +132,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _checkpoints(options: argparse.Namespace) -> int:
     from .commands.checkpoints import list_checkpoints
 
-    run = find_run(options.target)
-    train = run.recipe().train
+    run, overrides = find_run(options.target, options.overrides)
+    train = run.recipe(overrides).train
     return list_checkpoints(
         run.checkpoints,
         Console(),
@@ -176,6 +176,11 @@ class Command(NamedTuple):
 
 
 DEMO = "launch/recipes/demo.toml"
+OVERRIDES = {
+    "RECIPE": "settings that replace those of the recipe",
+    "RUN|RECIPE": "evaluate.* settings; with a recipe also run_directory",
+    "DATA|RUN|RECIPE": "settings of the recipe; of data alone, curriculum.* and loader.*",
+}
 TARGETS = {"RECIPE": "recipe, a TOML file", "RUN|RECIPE": "run directory, or its recipe"}
 COMMANDS = (
     Command(
@@ -188,15 +193,6 @@ COMMANDS = (
         add_options.prepare,
     ),
     Command(
-        "plan",
-        _plan,
-        "RECIPE",
-        "Print the grid that divides the attention of each bucket, and its price.",
-        "No rank is started, unless --measure is given.",
-        f"{DEMO} --topology full_mesh \\\n      --timeline plan.png --measure",
-        add_options.plan,
-    ),
-    Command(
         "order",
         _order,
         "RECIPE",
@@ -204,6 +200,15 @@ COMMANDS = (
         "Its stages embed the documents, find neighbours and near-duplicates, lay a path and write contexts.",
         f"{DEMO} data.rest=pack order.mode=in_context \\\n      order.directory=runs/demo-ordered",
         add_options.order,
+    ),
+    Command(
+        "plan",
+        _plan,
+        "RECIPE",
+        "Print the grid that divides the attention of each bucket, and its price.",
+        "No rank is started, unless --measure is given.",
+        f"{DEMO} --topology full_mesh \\\n      --timeline plan.png --measure",
+        add_options.plan,
     ),
     Command(
         "train",
@@ -292,7 +297,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
             nargs=None if target == command.target else "?",
             help=TARGETS.get(target, "prepared data, run directory or recipe"),
         )
-        sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the recipe")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES.get(target, OVERRIDES["RECIPE"]))
         sub.set_defaults(run=command.run)
         command.add_options(sub)
     return parser, parsers.choices

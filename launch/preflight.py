@@ -116,9 +116,8 @@ def preflight_together(recipe: Recipe, store: Store, world: World, stop_after: i
             **checked.identity.common,
             "--stop-after": stop_after or 0,
             LAST_SAVED: checked.steps_done,
-            "run": checked.identity.run
-            if world.rank == 0
-            else None,  # at the first start every rank has made another id
+            # At the first start every rank has made another id, and all take that of rank 0.
+            "run": checked.identity.run if world.rank == 0 else None,
         }
     except Exception as error:  # whatever it is, no other rank waits for this one
         entries = error

@@ -160,12 +160,16 @@ class RunDirectory:
                 ) from error
 
 
-def find_run(target: str) -> RunDirectory:
-    """Return the run directory `target`, or that of the recipe file `target`.
+def find_run(target: str, overrides: Sequence[str] = ()) -> tuple[RunDirectory, list[str]]:
+    """Return the run directory `target`, or that of the recipe file `target`, and the overrides for the run's recipe.
 
-    Raises ValueError if the recipe cannot be read.
+    With a recipe file an override of `run_directory` names another run. Raises ValueError if the recipe is wrong.
     """
-    return RunDirectory(load_recipe(target).run_directory if Path(target).is_file() else target)
+    if not Path(target).is_file():
+        return RunDirectory(target), list(overrides)
+    named = [override for override in overrides if override.partition("=")[0].strip() == "run_directory"]
+    rest = [override for override in overrides if override not in named]
+    return RunDirectory(load_recipe(target, named).run_directory), rest
 
 
 def _now() -> str:

@@ -30,6 +30,8 @@ def checked_content(content: dict[str, Any]) -> dict[str, Any]:
     for name, is_right in _FIELDS.items():
         if not is_right(content[name]):
             raise ValueError(f"{name} = {content[name]!r:.80}")
+    if unknown := sorted(content.keys() - _FIELDS.keys()):
+        raise ValueError(f"it has an unknown field {unknown[0]!r:.80}")
     if not 0 <= content["boundary_id"] < content["vocab_size"]:
         raise ValueError(f"boundary_id = {content['boundary_id']} of {content['vocab_size']} tokens")
     for name in content["files"]:

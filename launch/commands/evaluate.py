@@ -14,7 +14,7 @@ def start_evaluation(target: str, overrides: Sequence[str]) -> int:
 
     Raises ValueError if there is no run or no checkpoint, or for an override other than `evaluate.*`.
     """
-    run = find_run(target)
+    run, overrides = find_run(target, overrides)
     run.recipe(overrides)
     saved = last_good_checkpoint(run.checkpoints)
     if saved is None:

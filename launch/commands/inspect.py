@@ -27,7 +27,7 @@ def inspect_target(target: Path, overrides: Sequence[str], console: Console) -> 
     if target.is_file():
         recipe = load_recipe(target, overrides)
     elif not (target / MANIFEST_FILE).exists() and (target / "recipe.json").exists():
-        recipe = RunDirectory(target).recipe()
+        recipe = RunDirectory(target).recipe(overrides)
     if recipe is not None:
         manifest = open_prepared(recipe.training_directory, recipe.loader)
         inspect(

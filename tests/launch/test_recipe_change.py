@@ -83,6 +83,7 @@ BASE = {
 }
 
 
+@pytest.mark.full
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(both=(BASE, {**BASE, "train.steps": 21}), done=5)  # accepted: constant rates, and draws that do not move
 @example(both=(BASE, {**BASE, "train.steps": 8}), done=9)

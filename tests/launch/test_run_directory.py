@@ -1,4 +1,4 @@
-"""The lock of a run directory."""
+"""The run directory: its lock, and what may be given beside its recipe."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import sys
 
 import pytest
 from longring.launch import run_directory
-from longring.launch.run_directory import RunDirectory
+from longring.launch.cli import main
+from longring.launch.config import load_recipe
+from longring.launch.run_directory import RunDirectory, find_run
 
 HOLD = """
 import sys, time
@@ -35,3 +37,21 @@ def test_two_runs_in_one_directory_are_refused_until_the_first_is_gone(tmp_path,
         pass
     with run.held():
         assert run.lock_file.read_text().count("\n") == 1, "only the present holder is named"
+
+
+def test_a_recipe_finds_its_run_and_an_override_another_one(recipe_file, tmp_path):
+    run, rest = find_run(str(recipe_file), [f"run_directory={tmp_path}", "evaluate.knots=true"])
+    assert (run.path, rest) == (tmp_path, ["evaluate.knots=true"])
+    assert find_run(str(recipe_file))[0].path == recipe_file.parent / "run"
+    assert find_run(str(tmp_path), rest)[1] == rest
+
+
+@pytest.mark.parametrize("command", ["inspect", "checkpoints", "evaluate"])
+def test_a_run_keeps_its_settings(recipe_file, tmp_path, command, capsys):
+    """An override that would do nothing is refused; without it the command gets as far as the run's state lets it."""
+    RunDirectory(tmp_path).create(load_recipe(recipe_file, [f"run_directory={tmp_path}"]))
+    assert main([command, str(tmp_path), "train.steps=7"]) == 2
+    assert "override 'train.steps=7': only evaluate.* may differ from the run; leave it out" in capsys.readouterr().err
+    status = main([command, str(tmp_path)])
+    error = capsys.readouterr().err
+    assert (status, error) == (0, "") or "no checkpoint yet" in error

@@ -94,6 +94,7 @@ def test_steps_count_from_1(step: int):
             ask(step)
 
 
+@pytest.mark.full
 @settings(max_examples=40)
 @given(
     st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4]), st.integers(1, STEPS), st.integers(0, 9),
