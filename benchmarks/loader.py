@@ -32,10 +32,12 @@ sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONS
 from lib.process import peak_megabytes
 from lib.script import Row, make_parser, make_table, write_record
 from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig
-from longring.data.format.manifest import Bucket, Manifest, open_prepared
+from longring.data.format.bucket import Bucket
+from longring.data.format.manifest import Manifest, open_prepared
 from longring.data.format.shards import shard_name
 from longring.data.prepare.prepare import prepare
-from longring.data.read.batch_order import BatchOrder, ReplicaShare, bucket_orders
+from longring.data.read.batch_order import BatchOrder, ReplicaShare
+from longring.data.read.bucket_order import bucket_orders
 from longring.data.read.loader import Loader, training_order
 from rich.console import Console
 

@@ -17,7 +17,8 @@ from rich.table import Table
 from torch import Tensor
 
 from ..data.files import write_text
-from ..data.format.manifest import Bucket, Manifest
+from ..data.format.bucket import Bucket
+from ..data.format.manifest import Manifest
 from ..data.read.knots import Knots
 from ..data.read.loader import read_rows
 from ..parallel.meet import meet

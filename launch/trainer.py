@@ -11,10 +11,9 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from ..parallel.zero import DeepSpeedEngine, gradient_norm, set_learning_rate
 from .build import BucketLayout
 from .checkpoint.format import TrainState, checkpoint_name
 from .checkpoint.load import load_last_good
-from .checkpoint.save import Saver, Status
+from .checkpoint.save import Saver
 from .config import Recipe
 from .errors import CommonError, rank_names
 from .learning_rate import learning_rate
@@ -37,6 +36,7 @@ from .preflight import Preflight
 from .ranks.signals import StopSignals
 from .ranks.watchdog import Watchdog
 from .redact import redact
+from .totals import sum_over_ranks, trained_targets
 
 log = logging.getLogger(__name__)
 
@@ -285,36 +285,3 @@ def read(micro_batches: Iterator[MicroBatch], step: int, rank: int) -> MicroBatc
 def share_of(layout: BucketLayout) -> ReplicaShare:
     """Return the part of every micro-batch that this rank reads."""
     return ReplicaShare(layout.replica, layout.num_replicas, layout.sequences_per_replica)
-
-
-class Totals(NamedTuple):
-    """Sums over the ranks at the end of a step, equal on all of them."""
-
-    loss_sum: float
-    """Sum of the losses of all trained targets, in nats."""
-    num_stopped: int
-    """Ranks that have received a signal."""
-    num_written: int
-    """Ranks that have written their part of the save in flight."""
-    num_failed: int
-    """Ranks that have failed to write it."""
-
-
-def sum_over_ranks(loss_sum: Tensor, stopped: bool, saving: Status, mesh: Mesh) -> Totals:
-    """Return sums over the world, once a step, so that no rank stops, saves or gives up alone. Collective."""
-    # One message for all numbers: a second sum would cost a second latency in every step.
-    votes = [stopped, saving == "written", saving == "failed"]
-    total = torch.tensor([0.0, *map(float, votes)], dtype=torch.float64, device=mesh.device)
-    if mesh.tensor_rank == 0:  # the ranks of a tensor-parallel group have the same losses
-        total[0] = loss_sum
-    dist.all_reduce(total)
-    loss, *counts = total.tolist()
-    return Totals(loss, *map(int, counts))
-
-
-def trained_targets(micro_batches: Iterable[MicroBatch], context_parallel: int, mesh: Mesh) -> int:
-    """Return the number of targets of a step's global batch that the loss counts. Collective."""
-    count = torch.tensor(sum(int(batch.trained.sum()) for batch in micro_batches if batch.trained is not None))
-    count = count.to(mesh.device)
-    dist.all_reduce(count, group=mesh.data_group)
-    return int(count) // context_parallel  # each rank of a ring has counted the whole sequence

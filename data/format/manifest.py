@@ -19,6 +19,7 @@ from ..config import DataConfig, LoaderConfig
 from ..files import read_patiently, sha256_of, sha256_of_json, sync, write_text
 from ..order_config import OrderConfig
 from .arrays import read_array
+from .bucket import Bucket, Part
 from .content import checked_content, read_inputs, read_json
 from .damage import DamagedDataError, wrong_hash, wrong_size
 from .document import Split
@@ -35,42 +36,6 @@ INPUTS_FILE = "inputs.jsonl"
 UNIGRAM_FILE = "unigram.npy"
 REPORT_FILE = "order.json"
 """Report of an ordering; only ordered data has it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Sequences of one source in a bucket: adjacent shards of the bucket's table."""
-
-    source: str
-    """Name of the source."""
-    first_shard: int
-    """Index of the source's first shard in the bucket's table."""
-    num_shards: int
-    """Number of the source's shards, which follow it."""
-    sequences: int
-    """Number of sequences in these shards."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Bucket:
-    """All sequences of one length in one split."""
-
-    length: int
-    shards: NDArray[np.void]
-    """The bucket's part of the table, SHARD_DTYPE [shards], ordered by input shard."""
-
-    parts: tuple[Part, ...]
-    """Part of each source, in order, including a source without sequences."""
-
-    @property
-    def sequences(self) -> int:
-        """Number of sequences."""
-        return sum(part.sequences for part in self.parts)
-
-    @property
-    def tokens(self) -> int:
-        """Number of trained tokens: `length` for each sequence, though length + 1 are stored."""
-        return self.length * self.sequences
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

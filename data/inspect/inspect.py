@@ -10,8 +10,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
 from ..config import CurriculumConfig, LoaderConfig
-from ..format.manifest import Bucket, Manifest
-from ..read.batch_order import bucket_orders, bucket_tokens
+from ..format.bucket import Bucket
+from ..format.manifest import Manifest
+from ..read.bucket_order import bucket_orders, bucket_tokens
 from ..read.curriculum import step_buckets
 from .cost import ModelSize, attention_share, speed_up
 from .ledger import print_ledger

@@ -15,7 +15,8 @@ from ..config import CurriculumConfig, LoaderConfig
 from ..format.manifest import Manifest
 from ..format.reader import SequenceReader
 from ..format.store import LocalStore
-from .batch_order import BatchOrder, ReplicaShare, bucket_orders, bucket_tokens
+from .batch_order import BatchOrder, ReplicaShare
+from .bucket_order import bucket_orders, bucket_tokens
 from .curriculum import step_buckets
 from .hashing import Hashing, shards_of_rank
 from .knots import Knots

@@ -14,7 +14,8 @@ from helpers.faulty import start
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from longring.data.format.manifest import Manifest, open_prepared
-from longring.data.read.batch_order import BatchOrder, BucketOrder, ReplicaShare, SourcePart
+from longring.data.read.batch_order import BatchOrder, ReplicaShare
+from longring.data.read.bucket_order import BucketOrder, SourcePart
 from longring.data.read.loader import training_order
 from longring.launch.checkpoint.format import complete_checkpoints
 from longring.launch.config import Recipe, load_recipe

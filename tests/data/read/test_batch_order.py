@@ -6,16 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longring.data.config import CurriculumConfig
-from longring.data.format.manifest import Bucket, Part
+from longring.data.format.bucket import Bucket, Part
 from longring.data.format.shards import SHARD_DTYPE
-from longring.data.read.batch_order import (
-    BatchOrder,
-    BucketOrder,
-    ReplicaShare,
-    SourcePart,
-    bucket_orders,
-    bucket_tokens,
-)
+from longring.data.read.batch_order import BatchOrder, ReplicaShare
+from longring.data.read.bucket_order import BucketOrder, SourcePart, bucket_orders, bucket_tokens
 from longring.data.read.curriculum import step_buckets
 
 LENGTHS, SEQUENCES, STEPS = (8, 16, 32), (10, 7, 5), 60
