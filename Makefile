@@ -2,8 +2,8 @@
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] <= (3,12))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 READY := $(VENV)/ready
-# Two tests at a time, by whole files: what the tests of a file share is made once.
-PYTEST := $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Three tests at a time, since some wait for timers, and by whole files: what the tests of a file share is made once.
+PYTEST := $(VENV)/bin/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 LANE ?= not slow
 # No module of this folder shadows a package; output shows as it comes.
 export PYTHONSAFEPATH := 1
