@@ -114,20 +114,7 @@ def start(
     state, changed = resume(engine, checked, mesh, console)
     # Only now is the first step known: the checkpoint that seemed the last may have been damaged.
     if rank_0:
-        for moved in run.put_bad_records_aside():
-            run.record_event("damaged records", state.step, moved)
-            console.print(f"[bold red]damaged:[/] {moved}", soft_wrap=True)
-        run.record_start(
-            {
-                "from_step": state.step,
-                "run": state.run,
-                "identity": checked.identity.digest,
-                "changed": {key: {"before": then, "now": now} for key, (then, now) in changed.items()},
-                "world_size": mesh.world_size,
-                "versions": checked.identity.software,
-                "environment": environment(),
-            }
-        )
+        record(checked, state, changed, mesh.world_size, console)
     watchdog.at(state.step, "dividing attention among ranks")
     grids = decide_grids(recipe, mesh, order.lengths, console if rank_0 else None)
     layouts = bucket_layouts(recipe, mesh, order.lengths, grids)
@@ -206,6 +193,26 @@ def resume(
             console.print(f"  changed since: {told}", soft_wrap=True, highlight=False, markup=False)
     # The mesh of the state is the one that trains from here on; the rest continues.
     return replace(first, step=saved.step, skipped=saved.skipped, recent_losses=saved.recent_losses), changed
+
+
+def record(
+    checked: Preflight, state: TrainState, changed: dict[str, tuple[Any, Any]], world_size: int, console: Console
+) -> None:
+    """Record this start in the run directory, whose lines that hold no record are put aside first. Rank 0 only."""
+    for moved in checked.run.put_bad_records_aside():
+        checked.run.record_event("damaged records", state.step, moved)
+        console.print(f"[bold red]damaged:[/] {moved}", soft_wrap=True)
+    checked.run.record_start(
+        {
+            "from_step": state.step,
+            "run": state.run,
+            "identity": checked.identity.digest,
+            "changed": {key: {"before": then, "now": now} for key, (then, now) in changed.items()},
+            "world_size": world_size,
+            "versions": checked.identity.software,
+            "environment": environment(),
+        }
+    )
 
 
 def use_deterministic_operations(deterministic: bool) -> None:
