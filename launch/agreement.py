@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from .errors import CommonError, rank_names
+from .errors import CommonError, badness, rank_names, worst
 
 LAST_SAVED = "last step saved in run_directory"
 """Entry in which ranks may differ for a moment, since a network file system may show them different states."""
@@ -27,7 +27,7 @@ def agree(store: Store, rank: int, world_size: int, mine: Mapping[str, Any] | Ex
     """Return the entries of rank 0, in which every rank agrees. Collective.
 
     `mine` are this rank's entries, or the error that kept it from having any. An entry that is None on this rank is
-    taken from rank 0. All ranks raise the same error if any rank has one, or else for the first entry that differs:
+    taken from rank 0. All ranks raise the worst error that any rank has, or else one for the first entry that differs:
     CommonError if the same command may succeed later, and ValueError if it will not.
     """
     # Calls are counted within the store, which may serve several of them.
@@ -56,7 +56,7 @@ def _finding(mine: Mapping[str, Any] | Exception, entries: Mapping[str, Any]) ->
     """Return this rank's error, the first entry in which it differs from rank 0, or nothing."""
     if isinstance(mine, Exception):
         known = isinstance(mine, ValueError | OSError)
-        return {"error": str(mine) if known else repr(mine), "passes": isinstance(mine, OSError)}
+        return {"error": str(mine) if known else repr(mine), "badness": badness(mine)}
     for key in [*mine, *entries] if entries else []:
         if mine.get(key, _UNSET) not in (None, entries.get(key, _UNSET)):
             return {"key": key, "value": mine.get(key, _UNSET)}
@@ -66,10 +66,10 @@ def _finding(mine: Mapping[str, Any] | Exception, entries: Mapping[str, Any]) ->
 def _verdict(findings: Sequence[Mapping[str, Any]], entries: Mapping[str, Any]) -> dict[str, Any]:
     """Return the error that all ranks raise and whether it may pass by itself, or nothing if all ranks agree."""
     if failed := [rank for rank, found in enumerate(findings) if "error" in found]:
-        first = findings[failed[0]]
-        same = [rank for rank in failed if findings[rank]["error"] == first["error"]]
+        kind, text = worst((findings[rank]["badness"], findings[rank]["error"]) for rank in failed)
+        same = [rank for rank in failed if findings[rank]["error"] == text]
         named = "" if len(same) == len(findings) else f"{rank_names(same)}: "
-        return {"error": named + first["error"], "passes": first["passes"]}
+        return {"error": named + text, "passes": kind == 0}
     differing = [rank for rank, found in enumerate(findings) if found]
     if not differing:
         return {}

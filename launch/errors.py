@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -24,6 +24,20 @@ class CommonError(OSError):
 
 class DamageError(ValueError):
     """A checkpoint whose content contradicts its hashes, or that lacks a file."""
+
+
+def badness(error: Exception) -> int:
+    """Return how bad the error of a rank is, 0 for the worst: an index of CommonError, ValueError, DamageError.
+
+    An OSError is the worst: where a file system fails, what another rank finds is doubtful. Damage is the least, since
+    it alone lets a start go on.
+    """
+    return 0 if isinstance(error, OSError) else 2 if isinstance(error, DamageError) else 1
+
+
+def worst(errors: Iterable[tuple[int, str]]) -> tuple[int, str]:
+    """Return the (badness, text) that speaks for all ranks, whose errors come by rank: the first of the worst."""
+    return min(errors, key=lambda error: error[0])
 
 
 def print_error(error: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..data.files import read_patiently, write_whole
+from ..data.files import read_patiently, sync, write_whole
 from .redact import redact_all
 
 Record = dict[str, Any]
@@ -51,14 +51,16 @@ def put_bad_lines_aside(file: Path) -> str | None:
     bad = [number for number, (_, record) in enumerate(lines) if record is None]
     if not bad:
         return None
-    _write_lines(file, [line for line, record in lines if record is not None])
     if bad[-1] == len(lines) - 1 and not lines[-1][0].endswith(b"\n"):
         bad.pop()
+    aside = file.with_name(f"{file.name}.damaged")
+    if bad:
+        with aside.open("ab") as stream:
+            stream.writelines(lines[number][0] for number in bad)
+        sync(aside)  # before they leave `file`: on a full disk both files keep them
+    _write_lines(file, [line for line, record in lines if record is not None])
     if not bad:
         return None
-    aside = file.with_name(f"{file.name}.damaged")
-    with aside.open("ab") as stream:
-        stream.writelines(lines[number][0] for number in bad)
     numbers = ", ".join(str(number + 1) for number in bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
     return f"{file}: line{'s' * (len(bad) > 1)} {numbers} held no record: moved to {aside.name}"
 

@@ -9,33 +9,30 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from ..parallel.mesh import Mesh
-from .errors import CommonError, DamageError
+from .errors import CommonError, DamageError, badness, worst
 
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-_WORST_FIRST = (CommonError, ValueError, DamageError)
 
 
 def on_all_ranks(mesh: Mesh, work: Callable[[], _T]) -> _T:
     """Return what `work` returns on this rank; raise on every rank the worst error that any rank met. Collective.
 
-    An OSError counts as the worst and is raised as CommonError: where a file system fails, damage that another rank
-    finds is doubtful. Damage counts least, since it alone lets a start go on.
+    An OSError is raised as CommonError.
     """
     result: Any = None
     mine: tuple[int, str] | None = None
     try:
         result = work()
     except (OSError, ValueError) as error:
-        mine = 0 if isinstance(error, OSError) else 2 if isinstance(error, DamageError) else 1, str(error)
+        mine = badness(error), str(error)
         log.exception("on this rank")
     gathered: list[tuple[int, str] | None] = [None] * mesh.world_size
     dist.all_gather_object(gathered, mine)
     if met := [error for error in gathered if error is not None]:
-        # The first rank with the worst error speaks for all.
-        kind, text = min(met, key=lambda error: error[0])
-        raise _WORST_FIRST[kind](text)
+        kind, text = worst(met)
+        raise (CommonError, ValueError, DamageError)[kind](text)
     return result
 
 

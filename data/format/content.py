@@ -64,17 +64,18 @@ def read_inputs(file: Path, num_lines: int | None) -> list[dict[str, Any]]:
     return found
 
 
-def _whole(least: int, most: int) -> Callable[[Any], bool]:
+def whole(least: int, most: int) -> Callable[[Any], bool]:
+    """Return the check that a value is a whole number from `least` to `most`."""
     return lambda value: type(value) is int and least <= value <= most
 
 
 def _are_lengths(value: Any) -> bool:
-    is_length = _whole(1, MAX_LENGTH)
+    is_length = whole(1, MAX_LENGTH)
     return isinstance(value, list) and all(map(is_length, value)) and value == sorted(set(value)) != []
 
 
 def _are_sources(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_whole(0, 1 << 32), value.values())) and sum(value.values()) > 0
+    return isinstance(value, dict) and all(map(whole(0, 1 << 32), value.values())) and sum(value.values()) > 0
 
 
 def _are_files(value: Any) -> bool:
@@ -93,16 +94,16 @@ def _are_texts(value: Any) -> bool:
 _INPUT_FIELDS: dict[str, Callable[[Any], bool]] = {
     "source": lambda value: isinstance(value, str),
     "files": _are_texts,
-    **dict.fromkeys(("size_bytes", "part", "parts", "records", "documents", "tokens"), _whole(0, 1 << 62)),
+    **dict.fromkeys(("size_bytes", "part", "parts", "records", "documents", "tokens"), whole(0, 1 << 62)),
 }
 """Check of each field of an input shard."""
 
 _FIELDS: dict[str, Callable[[Any], bool]] = {
-    "format_version": _whole(0, MAX_LENGTH),
+    "format_version": whole(0, MAX_LENGTH),
     "files": _are_files,
-    "vocab_size": _whole(1, MAX_VOCABULARY),
+    "vocab_size": whole(1, MAX_VOCABULARY),
     "boundary": lambda value: isinstance(value, str),
-    "boundary_id": _whole(0, MAX_VOCABULARY),
+    "boundary_id": whole(0, MAX_VOCABULARY),
     "dtype": lambda value: value in ("<u2", "<u4"),
     "config": _has("source", "sources"),
     "lengths": _are_lengths,

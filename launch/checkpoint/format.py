@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -22,8 +23,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from ...data.files import read_patiently, sha256_of, sha256_of_json, sync, write_text
+from ...data.format.names import is_sha256
 from ..errors import DamageError
 from ..identity import Identity
+from .content import MAX_BYTES, check_content
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +34,6 @@ MANIFEST_FILE = "manifest.json"
 PARTIAL, DAMAGED, REMOVED = ".partial", ".damaged", ".removed"
 FORMAT = 2
 _COMPLETE = re.compile(r"step-(\d{8,})")
-_RANK_FILE = re.compile(r"rank-[0-9]{5,9}\.safetensors")
 _T = TypeVar("_T")
 
 
@@ -134,48 +136,56 @@ def write_checkpoint_manifest(directory: Path, manifest: CheckpointManifest) -> 
 def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
     """Read the manifest of a checkpoint.
 
-    Raises DamageError if it contradicts its hash, OSError if it cannot be read, and ValueError if another version
-    of LongRing wrote it.
+    Raises DamageError if it contradicts its hash, OSError if it cannot be read, and ValueError if it is too large or
+    has a field that this version of LongRing does not write so.
     """
     file = checkpoint / MANIFEST_FILE
-    text = _read(file, Path.read_bytes)
+    text = _read(file, _read_bounded)
     try:
         content = json.loads(text)
         claimed = content.pop("sha256")
+        if not is_sha256(claimed):
+            raise ValueError("it has no SHA-256 of its content")
         if claimed != (found := sha256_of_json(content)):
             raise ValueError(f"its SHA-256 is {found[:16]}..., not {claimed[:16]}...")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         wrong = f"it has no {error}" if isinstance(error, KeyError) else error
         raise DamageError(f"{file}: damaged: {wrong}") from error
-    try:
-        if (version := content.pop("format")) != FORMAT:
-            raise ValueError(f"it has format {version}, and this version reads format {FORMAT}")
-        stored = content["state"]
-        tuples = {name: tuple(stored[name]) for name in ("skipped", "recent_losses")}
-        state = TrainState(**{**stored, **tuples})
-        return CheckpointManifest(
-            state=state,
-            parameters={
-                name: ParameterEntry(shape=tuple(entry["shape"]), cut=entry["cut"] and tuple(entry["cut"]))
-                for name, entry in content["parameters"].items()
-            },
-            files={
-                _rank_file(name): FileEntry(**{**entry, "ranges": {k: tuple(v) for k, v in entry["ranges"].items()}})
-                for name, entry in content["files"].items()
-            },
-        )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        wrong = f"it has no {error}" if isinstance(error, KeyError) else error
+    if (version := content.pop("format", None)) != FORMAT:
         raise ValueError(
-            f"{file}: of another version of LongRing: {wrong}; go on with that version, or name another run_directory"
+            f"{file}: of another version of LongRing: it has format {version!r:.80}, and this version reads format "
+            f"{FORMAT}; go on with that version, or name another run_directory"
+        )
+    try:
+        check_content(content, checkpoint_step(checkpoint))
+    except ValueError as error:
+        raise ValueError(
+            f"{file}: not as LongRing writes it: {error}; remove {checkpoint} to resume from the checkpoint before, or "
+            "name another run_directory"
         ) from error
+    stored = content["state"]
+    return CheckpointManifest(
+        state=TrainState(**{**stored, **{name: tuple(stored[name]) for name in ("skipped", "recent_losses")}}),
+        parameters={
+            name: ParameterEntry(shape=tuple(entry["shape"]), cut=entry["cut"] and tuple(entry["cut"]))
+            for name, entry in content["parameters"].items()
+        },
+        files={
+            name: FileEntry(**{**entry, "ranges": {k: tuple(v) for k, v in entry["ranges"].items()}})
+            for name, entry in content["files"].items()
+        },
+    )
 
 
-def _rank_file(name: str) -> str:
-    """Return `name`, which becomes a path. Raises ValueError unless it is that of a rank's file."""
-    if not _RANK_FILE.fullmatch(name):
-        raise ValueError(f"it names a file {name[:80]!r}, and ranks write rank-NNNNN.safetensors")
-    return name
+def _read_bounded(file: Path) -> bytes:
+    """Return the content of a manifest. Raises ValueError if it is larger than any manifest is."""
+    with file.open("rb") as stream:
+        if (size := os.fstat(stream.fileno()).st_size) > MAX_BYTES:
+            raise ValueError(
+                f"{file}: has {size:,} bytes, and a manifest has at most {MAX_BYTES:,}; remove {file.parent} to resume "
+                "from the checkpoint before"
+            )
+        return stream.read(MAX_BYTES)
 
 
 def find_damage(
@@ -270,13 +280,19 @@ def publish_checkpoint(partial: Path) -> Path:
     sync(partial)  # before the rename, so that the name never stands for missing entries
     try:
         partial.rename(final)
-        sync(final.parent)
     except OSError as error:
-        try:
-            published = (final / MANIFEST_FILE).read_bytes() == manifest
-        except OSError:
-            published = False
-        if not published:
+        if not _is_published(final, manifest):
             raise
         log.warning("%s: reported as not renamed, and is there: %s", final, error)
+    try:
+        sync(final.parent)
+    except OSError as error:  # the checkpoint is there, and a power loss may take it back
+        log.warning("%s: is there, and its directory could not be flushed: %s", final, error)
     return final
+
+
+def _is_published(final: Path, manifest: bytes) -> bool:
+    try:
+        return read_patiently(final, (final / MANIFEST_FILE).read_bytes) == manifest
+    except OSError:
+        return False

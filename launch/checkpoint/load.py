@@ -12,15 +12,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...data.files import read_patiently
 from ...parallel.fragments import Cut, Fragment, held, refresh
 from ...parallel.mesh import Mesh
 from ...parallel.zero import DeepSpeedEngine
@@ -34,6 +31,7 @@ from .format import (
     read_checkpoint_manifest,
 )
 from .retention import put_checkpoint_aside
+from .tensors import TensorFile
 
 
 def load_last_good(
@@ -44,7 +42,7 @@ def load_last_good(
     The ranks share the hashing. Once an earlier checkpoint is loaded, the damaged ones are renamed to `step-N.damaged`.
     Returns None if there is no checkpoint. Raises CommonError if any rank cannot read a file, ValueError if all
     checkpoints are damaged or one is of another version, and what `check` raises for a checkpoint from which the run
-    may not continue; nothing is renamed then. Collective.
+    may not continue, on any rank; nothing is renamed then. Collective.
     """
     found = from_rank_0(on_all_ranks(mesh, lambda: complete_checkpoints(directory) if mesh.rank == 0 else []))
     damaged: dict[Path, str] = {}
@@ -54,7 +52,7 @@ def load_last_good(
         except DamageError as error:
             damaged[path] = str(error)
             continue
-        check(manifest, path)
+        on_all_ranks(mesh, lambda manifest=manifest, path=path: check(manifest, path))
         load_checkpoint(engine, path, manifest, mesh)
         on_all_ranks(mesh, lambda: [put_checkpoint_aside(bad) for bad in damaged] if mesh.rank == 0 else [])
         return path, manifest.state, list(damaged.values())
@@ -99,7 +97,7 @@ class _Reader:
         self._path = path
         self._manifest = manifest
         self._files = files
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, TensorFile] = {}
 
     @cached_property
     def _stored_ranges(self) -> dict[tuple[str, int], list[tuple[int, int, str]]]:
@@ -159,8 +157,8 @@ class _Reader:
             if start > at or at == end:
                 break
             if stop > at:
-                upto, stored = min(stop, end), self._opened(file).get_slice(f"{name}/{kind}")
-                result[at - begin : upto - begin] = stored[at - start : upto - start]
+                upto = min(stop, end)
+                self._read(file, result[at - begin : upto - begin], f"{name}/{kind}", at - start)
                 at = upto
         if at < end:
             raise ValueError(
@@ -169,17 +167,18 @@ class _Reader:
             )
         return result
 
-    def _opened(self, file: str) -> Any:
-        if file not in self._open:
-            try:
-                opened = read_patiently(self._path / file, lambda: safe_open(self._path / file, framework="pt"))
-                self._open[file] = self._files.enter_context(opened)
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{self._path / file}: not a safetensors file: {error}; remove {self._path} to resume from the "
-                    "checkpoint before"
-                ) from error
-        return self._open[file]
+    def _read(self, file: str, result: Tensor, tensor: str, first: int) -> None:
+        """Read the elements of a tensor from `first` on into `result`, from a file that stays open."""
+        try:
+            if file not in self._open:
+                self._open[file] = TensorFile(self._path / file)
+                self._files.callback(self._open[file].close)
+            self._open[file].read_into(result, tensor, first)
+        except ValueError as error:
+            raise ValueError(
+                f"{self._path / file}: not a safetensors file: {error}; remove {self._path} to resume from the "
+                "checkpoint before"
+            ) from error
 
 
 def _indices(

@@ -45,8 +45,8 @@ class Fault(NamedTuple):
     """"hang", "pause", "clock", "memory", "drift" (one bit of a weight flips), a signal, "remove GLOB", "full FILE",
     "move FROM TO" or "times NUMBER".
 
-    For the whole start: "unreadable NUMBER GLOB" lets this number of attempts to open files fail, "unrenamed GLOB" lets
-    a rename fail, and "renamed GLOB" reports one as failed that has happened.
+    For the whole start: "unreadable NUMBER GLOB AFTER" lets this number of attempts to open files fail, after AFTER
+    that have not; "unrenamed GLOB" lets a rename fail, and "renamed GLOB" reports one as failed that has happened.
     """
     step: int = 0
     operation: str = ""
@@ -229,14 +229,17 @@ def _break_files(faults: Sequence[Fault]) -> None:
 
     files.time = SimpleNamespace(sleep=lambda _: None)
     opens, renames = Path.open, Path.rename
-    left = {fault: int(fault.action.split()[1]) for fault in faults if fault.action.startswith("unreadable ")}
+    broken = [fault for fault in faults if fault.action.startswith("unreadable ")]
+    opened_before = dict.fromkeys(broken, 0)
     failure = errno.EIO, os.strerror(errno.EIO)
 
     def opened(self: Path, *arguments: Any, **options: Any) -> Any:
-        for fault in left:
-            if left[fault] and fnmatch.fnmatch(str(self), fault.action.split()[2]):
-                left[fault] -= 1
-                raise OSError(*failure, str(self))
+        for fault in broken:
+            _, number, pattern, after = fault.action.split()
+            if fnmatch.fnmatch(str(self), pattern):
+                opened_before[fault] += 1
+                if 0 < opened_before[fault] - int(after) <= int(number):
+                    raise OSError(*failure, str(self))
         return opens(self, *arguments, **options)
 
     def renamed(self: Path, target: Any) -> Any:

@@ -138,7 +138,7 @@ def test_what_fails_on_one_rank_ends_all(on_ranks, recipe_file, tmp_path):
     assert one.startswith("ValueError: rank 1: /nowhere/manifest.json: does not exist")
     assert zero.startswith("ValueError: rank 0: /nowhere/manifest.json: does not exist")
     assert every.startswith("ValueError: /nowhere/manifest.json: does not exist"), "no rank is named for all"
-    assert bug == "ValueError: rank 0: KeyError('EIO')"
+    assert bug == "CommonError: ranks 1, 2, 3: EIO", "a file that cannot be read counts as the worst error"
     assert older.startswith(
         "CommonError: last step saved in run_directory = 6 on rank 0, 3 on ranks 1, 2, 3: the ranks see different"
     )

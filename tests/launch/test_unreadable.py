@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -132,17 +134,23 @@ def begun(recipe_file, tmp_path_factory) -> Run:
 
 
 @pytest.mark.full
-def test_what_one_rank_cannot_read_ends_all_ranks_and_changes_nothing(begun, whole, tmp_path):
+@pytest.mark.parametrize("after", [0, 1], ids=["hashing", "loading"])
+def test_what_one_rank_cannot_read_ends_all_ranks_and_changes_nothing(begun, whole, tmp_path, after):
+    """Rank 1 opens one file to hash it, and then the files of the ranges that it loads."""
     run = begun.copy(tmp_path)
     metrics = (run.path / "metrics.jsonl").read_text()
     for _ in range(2):
-        assert run.start(Fault(1, "unreadable 99 *.safetensors")) == [IO_ERROR] * 2
+        assert run.start(Fault(1, f"unreadable 99 *.safetensors {after}")) == [IO_ERROR] * 2
         assert run.said.count("start again when its storage answers") == 1, "one rank speaks for all"
-        assert "step-00000008/rank-00001.safetensors: cannot be read after 4 attempts ([Errno 5]" in run.said
+        assert re.search(
+            r"step-00000008/rank-0000\d.safetensors: cannot be read after 4 attempts \(\[Errno 5", run.said
+        )
         assert "Traceback" not in run.said
         assert run.checkpoints == begun.checkpoints
         assert (run.path / "metrics.jsonl").read_text() == metrics
-    assert run.start(Fault(1, "unreadable 3 *.safetensors")) == [0, 0], "what can be read the fourth time is read"
+    assert run.start(Fault(1, f"unreadable 3 *.safetensors {after}")) == [0, 0], (
+        "what can be read the fourth time is read"
+    )
     assert "resumed from" in run.said
     assert "step-00000008" in run.said
     run.finish(whole)
@@ -332,6 +340,61 @@ def test_a_rename_that_failed_is_not_taken_for_one_that_happened(tmp_path, monke
         with pytest.raises(OSError, match="Input/output"):
             publish_checkpoint(partial)
     assert publish_checkpoint(partial) == final
+
+
+def test_a_checkpoint_counts_once_it_is_renamed_and_a_flush_that_fails_is_no_failed_rename(
+    tmp_path, monkeypatch, sleepless, caplog
+):
+    """The rename happens and is reported as failed; reading the manifest back succeeds the fourth time."""
+    caplog.set_level(logging.WARNING)
+    final = make_checkpoint(tmp_path, 7)
+    renames, opens, opened = Path.rename, Path.open, []
+
+    def renamed(self, target):
+        renames(self, target)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def opens_late(self, *arguments, **options):
+        if self == final / "manifest.json" and len(opened) < 3:
+            opened.append(self)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return opens(self, *arguments, **options)
+
+    partial = final.rename(final.with_name(final.name + PARTIAL))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", renamed)
+        patch.setattr(Path, "open", opens_late)
+        assert publish_checkpoint(partial) == final
+    assert sleepless == [1, 2, 4]
+    assert "reported as not renamed, and is there" in caplog.text
+
+    def no_sync(path):
+        if path == tmp_path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    caplog.clear()
+    partial = final.rename(final.with_name(final.name + PARTIAL))
+    monkeypatch.setattr(checkpoint_format, "sync", no_sync)
+    assert publish_checkpoint(partial) == final
+    assert "not renamed" not in caplog.text
+    assert f"{final}: is there, and its directory could not be flushed: " in caplog.text
+
+
+def test_lines_without_a_record_are_kept_where_the_disk_is_full(tmp_path):
+    file = tmp_path / "events.jsonl"
+    content = b'{"event": "a"}\nno record\n{"event": "b"}\n'
+    file.write_bytes(content)
+    aside = file.with_name("events.jsonl.damaged")
+    aside.symlink_to("/dev/full")
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left"):
+            put_bad_lines_aside(file)
+        assert file.read_bytes() == content, "no line is lost"
+    aside.unlink()
+    assert put_bad_lines_aside(file) == f"{file}: line 2 held no record: moved to events.jsonl.damaged"
+    assert aside.read_bytes() == b"no record\n"
+    assert put_bad_lines_aside(file) is None
+    assert [record["event"] for record in read_records(file)] == ["a", "b"]
 
 
 def test_records_are_appended_to_a_line_of_their_own(tmp_path):
