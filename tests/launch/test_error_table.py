@@ -303,6 +303,13 @@ def checkpoint_of_the_future(file: Path) -> None:
     file.write_text(json.dumps({**content, "sha256": sha256_of_json(content)}))
 
 
+def forged_checkpoint(file: Path) -> None:
+    content = json.loads(file.read_text())
+    content.pop("sha256")
+    content["state"]["skipped"] = ["x"]
+    file.write_text(json.dumps({**content, "sha256": sha256_of_json(content)}))
+
+
 def unreadable(file: Path) -> None:
     file.unlink()
     file.symlink_to(file)
@@ -520,6 +527,7 @@ CASES: dict[str, dict[str, Case]] = {
             lambda file: file.write_text(file.read_text().replace('"step": 5', '"step": 6')), "manifest.json"
         ),
         "a checkpoint of a later LongRing": damaged(checkpoint_of_the_future, "manifest.json"),
+        "a forged manifest of a checkpoint": damaged(forged_checkpoint, "manifest.json"),
         "a file of a checkpoint that cannot be read": damaged(unreadable, "manifest.json"),
         "checkpoints that are gone": lost_checkpoints,
         "checkpoints that cannot be written": unwritable_checkpoints,

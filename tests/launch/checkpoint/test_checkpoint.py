@@ -364,6 +364,31 @@ def test_a_checkpoint_of_other_data_or_another_model_is_refused(on_ranks, recipe
     assert on_ranks(2, load_there, recipe_file, [], directory, data) == [("step-00000004", 4, [])] * 2
 
 
+def refused_by_one_rank(recipe_file: Path, directory: Path) -> list[str]:
+    """Return the errors of two loads in which rank 1 alone refuses the checkpoint."""
+    recipe = load_recipe(recipe_file)
+    mesh = join(recipe.parallel, 1)
+    engine = build_engine(recipe, 500, mesh)
+    said = []
+
+    def check(manifest: CheckpointManifest, checkpoint: Path) -> None:
+        if mesh.rank == 1:
+            raise ValueError(f"checkpoint {checkpoint}: refused")
+
+    for _ in range(2):
+        try:
+            load_last_good(engine, directory, mesh, check)
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_a_checkpoint_that_one_rank_refuses_is_refused_by_all(on_ranks, recipe_file, two_saves):
+    directory = two_saves / "checkpoints"
+    text = f"checkpoint {directory}/step-00000004: refused"
+    assert on_ranks(2, refused_by_one_rank, recipe_file, directory) == [[text] * 2] * 2
+
+
 def test_checkpoints_are_listed_verified_and_pruned(capsys, recipe_file, tmp_path):
     run = RunDirectory(tmp_path / "run")
     run.create(load_recipe(recipe_file))
