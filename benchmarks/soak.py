@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONS
 from lib.faults import FAULTS, Training, small_disk
 from lib.script import Row, make_parser, make_table, write_record
 from longring.launch.checkpoint.format import complete_checkpoints, find_damage, read_checkpoint_manifest
-from longring.launch.metrics import read_metrics
+from longring.launch.records import read_records
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -124,7 +124,7 @@ def compare(run: Training, reference: Training, minutes: float) -> Row:
 
     Raises AssertionError if the run has not recorded every step once, in order, or differs from the reference.
     """
-    metrics = read_metrics(run.run / "metrics.jsonl")
+    metrics = read_records(run.run / "metrics.jsonl")
     assert [step["step"] for step in metrics] == list(range(1, len(metrics) + 1)), "every step once, in order"
     reference.start("--stop-after", str(len(metrics)))
     end = time.monotonic() + 60 * minutes
@@ -132,7 +132,7 @@ def compare(run: Training, reference: Training, minutes: float) -> Row:
         time.sleep(0.5)
     if reference.running:
         reference.stop()
-    again = read_metrics(reference.run / "metrics.jsonl")
+    again = read_records(reference.run / "metrics.jsonl")
     for ours, theirs in zip(metrics, again, strict=False):
         assert [ours[key] for key in EXACT] == [theirs[key] for key in EXACT], (ours, theirs)
     of_run, of_reference = (

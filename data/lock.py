@@ -13,6 +13,11 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 
+def now() -> str:
+    """Return the present time as text, in UTC and to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 class HeldError(Exception):
     """Another process holds the lock; the text says which one and since when."""
 
@@ -37,8 +42,7 @@ def held(file: Path, *, wait_s: int = 0) -> Iterator[None]:
             except OSError as error:  # a file system without locks
                 log.warning("%s cannot be locked: %s", file, error)
                 break
-        since = datetime.now(UTC).isoformat(timespec="seconds")
         with suppress(OSError):  # on a full disk the lock holds, and its holder is not known
             os.truncate(stream.fileno(), 0)
-            os.write(stream.fileno(), f"process {os.getpid()} on {platform.node()} since {since}\n".encode())
+            os.write(stream.fileno(), f"process {os.getpid()} on {platform.node()} since {now()}\n".encode())
         yield

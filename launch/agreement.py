@@ -20,6 +20,7 @@ from .errors import CommonError, badness, rank_names, worst
 LAST_SAVED = "last step saved in run_directory"
 """Entry in which ranks may differ for a moment, since a network file system may show them different states."""
 _LAST_READER = timedelta(seconds=30)
+_KNOWN = (ValueError, OSError)
 _UNSET = "unset"
 
 
@@ -28,7 +29,8 @@ def agree(store: Store, rank: int, world_size: int, mine: Mapping[str, Any] | Ex
 
     `mine` are this rank's entries, or the error that kept it from having any. An entry that is None on this rank is
     taken from rank 0. All ranks raise the worst error that any rank has, or else one for the first entry that differs:
-    CommonError if the same command may succeed later, and ValueError if it will not.
+    CommonError if the same command may succeed later, and ValueError if it will not. A rank whose own error is neither
+    ValueError nor OSError, and so not the user's, raises that one, with its traceback.
     """
     # Calls are counted within the store, which may serve several of them.
     at = f"agreement/{store.add(f'agreement/{rank}', 1)}"
@@ -47,6 +49,8 @@ def agree(store: Store, rank: int, world_size: int, mine: Mapping[str, Any] | Ex
     if rank == 0:
         with contextlib.suppress(dist.DistError):
             store.wait([f"{at}/read"], _LAST_READER)
+    if error is not None and not isinstance(error, _KNOWN):
+        raise error
     if verdict:
         raise (CommonError if verdict["passes"] else ValueError)(verdict["error"]) from error
     return entries
@@ -55,8 +59,7 @@ def agree(store: Store, rank: int, world_size: int, mine: Mapping[str, Any] | Ex
 def _finding(mine: Mapping[str, Any] | Exception, entries: Mapping[str, Any]) -> dict[str, Any]:
     """Return this rank's error, the first entry in which it differs from rank 0, or nothing."""
     if isinstance(mine, Exception):
-        known = isinstance(mine, ValueError | OSError)
-        return {"error": str(mine) if known else repr(mine), "badness": badness(mine)}
+        return {"error": str(mine) if isinstance(mine, _KNOWN) else repr(mine), "badness": badness(mine)}
     for key in [*mine, *entries] if entries else []:
         if mine.get(key, _UNSET) not in (None, entries.get(key, _UNSET)):
             return {"key": key, "value": mine.get(key, _UNSET)}

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from . import cli
 from .config import Recipe, load_recipe
-from .metrics import read_metrics
+from .records import read_records
 from .report import draw_run
 from .run_directory import RunDirectory
 from .tables import plain_table
@@ -76,14 +76,14 @@ def main() -> int:
 
 def _equal_steps(run: RunDirectory, reference: RunDirectory, first: int, last: int) -> int:
     """Return the number of steps in (first, last] with bitwise equal metrics in both runs."""
-    ours, theirs = ({step["step"]: step for step in read_metrics(r.metrics_file)} for r in (run, reference))
+    ours, theirs = ({step["step"]: step for step in read_records(r.metrics_file)} for r in (run, reference))
     exact = ("loss", "grad_norm", "bucket", "tokens", "learning_rate")
     return sum(all(ours[s][key] == theirs[s][key] for key in exact) for s in range(first + 1, last + 1))
 
 
 def _summary(recipe: Recipe, run: RunDirectory, evaluation: dict, equal: int, half: int) -> Table:
     """Return a table of the results."""
-    steps = read_metrics(run.metrics_file)
+    steps = read_records(run.metrics_file)
     table = plain_table("Results of the demo")
     at_once = recipe.parallel.tokens_per_rank
     table.add_row("trained", f"{steps[-1]['tokens']:,} tokens in {len(steps)} steps, {at_once} on each rank")

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -18,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..data.files import read_patiently
 from ..data.read.batch_order import Trained
-from .records import keep_records, read_records
+from .records import keep_records
 from .run_directory import RunDirectory
 from .tables import plain_table
 
@@ -112,7 +111,7 @@ class MetricsWriter:
         except OSError as error:
             raise OSError(
                 f"step {metrics.step}: cannot be recorded in {self._file_name.parent}: {error.strerror or error}; "
-                "make room, or bring the directory back or name where it is as run_directory, and the same command "
+                "make room, bring the directory back, or set run_directory to where it is now, and the same command "
                 "continues from the last checkpoint"
             ) from error
         self._seconds += metrics.step_ms / 1e3
@@ -147,11 +146,6 @@ def trained_table(trained: Sequence[Trained]) -> Table:
     table.add_section()
     table.add_row("all", f"{sum(row.tokens for row in trained):,}", "", *(f"{total:,}" for total in totals))
     return table
-
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Return the metrics of all recorded steps, in order."""
-    return read_records(file)
 
 
 def keep_steps(file: Path, last_step: int) -> None:

@@ -27,7 +27,7 @@ FREE = (
 ranks and kernels may divide the work in another way, with the same batches, and losses equal up to rounding."""
 RATES = ("train.steps", "train.learning_rate", "train.min_learning_rate", "train.warmup_steps")
 """Keys that decide the learning rates of a run."""
-BATCHES = ("train.steps", "curriculum.")
+BATCHES = ("train.steps", "curriculum.", "loader.window_tokens")
 """Beginnings of the keys that decide which batches the steps of a run train on, the size of a batch aside."""
 
 

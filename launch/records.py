@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from ..data.files import read_patiently, sync, write_whole
+from ..data.lock import now
 from .redact import redact_all
 
 Record = dict[str, Any]
 
 
 def append_record(file: Path, record: Record) -> None:
-    """Append a record without its secrets, on a line of its own even if the last line was cut short."""
+    """Append a record with the time and without its secrets, on its own line even if the last one was cut short."""
     with file.open("ab+") as stream:
         if stream.tell():
             stream.seek(-1, 2)
             if stream.read(1) != b"\n":
                 stream.write(b"\n")
-        stream.write(json.dumps(redact_all(record)).encode() + b"\n")
+        stream.write(json.dumps(redact_all({"time": now(), **record})).encode() + b"\n")
 
 
 def read_records(file: Path) -> list[Record]:

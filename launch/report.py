@@ -10,7 +10,6 @@ matplotlib.use("Agg")  # pictures go to files, no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .metrics import read_metrics
 from .records import read_records
 from .run_directory import RunDirectory
 
@@ -22,7 +21,7 @@ def resume_steps(run: RunDirectory) -> list[int]:
 
 def draw_run(run: RunDirectory, evaluation: dict[str, Any] | None) -> None:
     """Draw the metrics of a run, with its evaluation if there is one, into its picture file."""
-    steps = read_metrics(run.metrics_file)
+    steps = read_records(run.metrics_file)
     tokens, loss, bucket, degree = (
         np.array([np.nan if step[key] is None else step[key] for step in steps])
         for key in ("tokens", "loss", "bucket", "cp")

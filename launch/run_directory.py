@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +114,6 @@ class RunDirectory:
     def record_start(self, facts: Mapping[str, Any]) -> None:
         """Append one line to starts.jsonl: time, host, command, git commit and other facts of it; no secrets."""
         start = {
-            "time": _now(),
             "host": platform.node(),
             "command": sys.argv,
             "git": _git_state(),
@@ -126,11 +124,11 @@ class RunDirectory:
 
     def record_save(self, step: int) -> None:
         """Append one line to saves.jsonl, from which a later start knows that the run has had a checkpoint."""
-        self._append(self.saves_file, {"time": _now(), "step": step})
+        self._append(self.saves_file, {"step": step})
 
     def record_event(self, event: str, step: int, message: str) -> None:
         """Append one line to events.jsonl; any rank may. A record that cannot be written is only logged."""
-        line = {"time": _now(), "event": event, "step": step, "rank": World.from_environment().rank, "message": message}
+        line = {"event": event, "step": step, "rank": World.from_environment().rank, "message": message}
         self._append(self.events_file, line)
 
     def _append(self, file: Path, record: dict[str, Any]) -> None:
@@ -170,10 +168,6 @@ def find_run(target: str, overrides: Sequence[str] = ()) -> tuple[RunDirectory, 
     named = [override for override in overrides if override.partition("=")[0].strip() == "run_directory"]
     rest = [override for override in overrides if override not in named]
     return RunDirectory(load_recipe(target, named).run_directory), rest
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _git_state() -> dict[str, Any] | None:

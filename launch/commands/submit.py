@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from ...data.files import write_text
@@ -119,11 +118,7 @@ def requeue(recipe: Recipe) -> Verdict:
         step = None
     if step is not None and step >= recipe.train.steps:
         return Verdict(False, f"{run.path}: all {step} steps are done")
-    entry = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "job": os.environ.get("SLURM_JOB_ID"),
-        "step": step,
-    }
+    entry = {"job": os.environ.get("SLURM_JOB_ID"), "step": step}
     run.path.mkdir(parents=True, exist_ok=True)
     append_record(run.requeues_file, entry)
     # Consecutive entries of this job, from the latest back, with the same step brought no new checkpoint.

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from longring.launch.checkpoint.format import complete_checkpoints
-from longring.launch.metrics import read_metrics
+from longring.launch.records import read_records
 from safetensors.torch import load_file
 
 from .ranks import fork_server, take_environment, variables_of
@@ -102,11 +102,11 @@ class Run:
 
     @property
     def metrics(self) -> list[list[Any]]:
-        return [[step[key] for key in EXACT] for step in read_metrics(self.path / "metrics.jsonl")]
+        return [[step[key] for key in EXACT] for step in read_records(self.path / "metrics.jsonl")]
 
     @property
     def outcomes(self) -> dict[int, str]:
-        steps = read_metrics(self.path / "metrics.jsonl")
+        steps = read_records(self.path / "metrics.jsonl")
         assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
         return {step["step"]: step["outcome"] for step in steps if step["outcome"] != "good"}
 

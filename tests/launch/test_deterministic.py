@@ -8,7 +8,7 @@ import pytest
 import torch
 from longring.launch import trainer
 from longring.launch.config import load_recipe
-from longring.launch.metrics import read_metrics
+from longring.launch.records import read_records
 from longring.launch.train import train
 from rich.console import Console
 
@@ -44,6 +44,6 @@ def test_deterministic_runs_are_equal_and_nothing_random_is_drawn(on_ranks, reci
         # A probe decides the grids, so a deterministic run does not measure; the other run must not either.
         words += [] if deterministic else ["parallel.cp.topology=full_mesh"]
         assert on_ranks(2, run_and_watch, recipe_file, words) == [(deterministic, 1)] * 2
-        metrics.append([[step[key] for key in EXACT] for step in read_metrics(run / "metrics.jsonl")])
+        metrics.append([[step[key] for key in EXACT] for step in read_records(run / "metrics.jsonl")])
     assert metrics[0] == metrics[1]
     assert metrics[0] == metrics[2], "on a CPU the switch changes no result"

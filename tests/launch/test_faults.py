@@ -18,8 +18,9 @@ from longring.launch.checkpoint.format import complete_checkpoints, find_damage,
 from longring.launch.config import FaultsConfig
 from longring.launch.errors import GO_ON_LATER
 from longring.launch.loss_watch import LossWatch
-from longring.launch.metrics import MetricsWriter, StepMetrics, read_metrics
+from longring.launch.metrics import MetricsWriter, StepMetrics
 from longring.launch.ranks.watchdog import Position, diagnosis
+from longring.launch.records import read_records
 from longring.launch.run_directory import RunDirectory
 from rich.console import Console
 from safetensors.torch import load_file
@@ -102,7 +103,7 @@ def test_a_step_without_finite_gradients_changes_nothing_on_any_rank(recipe_file
     for before, after in zip(two, three, strict=True):
         assert all(before[key].equal(after[key]) for key in before)
     assert not all(two[-1][key].equal(four[-1][key]) for key in two[-1])
-    steps = read_metrics(run.path / "metrics.jsonl")
+    steps = read_records(run.path / "metrics.jsonl")
     assert [step["tokens"] // 2048 for step in steps] == [1, 2, 2, 3]
     assert steps[2]["loss"] is None
     assert "step 3, step skipped: gradients are not finite" in run.said
@@ -142,7 +143,7 @@ def test_a_rewind_restores_all_weights(recipe_file, tmp_path, rewound, stage):
     """Under each ZeRO stage, in the middle of a run, the losses equal those of ZeRO 1 up to rounding."""
     run = Run(recipe_file, tmp_path, [*SPIKES, f"parallel.zero_stage={stage}"])
     assert run.start(*SPIKE_AT_8) == [0, 0]
-    ours, theirs = ([step["loss"] for step in read_metrics(r.path / "metrics.jsonl")] for r in (run, rewound))
+    ours, theirs = ([step["loss"] for step in read_records(r.path / "metrics.jsonl")] for r in (run, rewound))
     assert ours[:6] + ours[8:] == pytest.approx(theirs[:6] + theirs[8:], rel=1e-5)
     run.finish()
 
@@ -154,7 +155,7 @@ def test_a_spike_is_undone_and_its_batches_left_out(rewound, whole):
     assert [event["event"] for event in run.events] == ["spike"]
     assert "back to step 6, leaving out steps [7, 8]" in run.said
     assert run.metrics[:6] == whole.metrics[:6]
-    assert [step["tokens"] // 2048 for step in read_metrics(run.path / "metrics.jsonl")] == [
+    assert [step["tokens"] // 2048 for step in read_records(run.path / "metrics.jsonl")] == [
         1,
         2,
         3,
@@ -172,7 +173,7 @@ def test_a_spike_is_undone_and_its_batches_left_out(rewound, whole):
     state = read_checkpoint_manifest(complete_checkpoints(run.path / "checkpoints")[0]).state
     assert state.skipped == (7, 8)
     assert state.updates == 10
-    last = [step["loss"] for step in read_metrics(run.path / "metrics.jsonl")][-4:]
+    last = [step["loss"] for step in read_records(run.path / "metrics.jsonl")][-4:]
     assert list(state.recent_losses) == last, "the next start detects a spike from the same losses"
     run.finish()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,8 +25,8 @@ from longring.launch.checkpoint.format import (
     write_checkpoint_manifest,
 )
 from longring.launch.config import load_recipe
-from longring.launch.metrics import read_metrics
 from longring.launch.preflight import preflight_together
+from longring.launch.records import read_records
 from longring.parallel.meet import meet
 from longring.parallel.world import World
 from safetensors.torch import load_file
@@ -110,6 +111,8 @@ def failing(recipe_file: Path, directory: Path) -> list[str]:
         recipe = load_recipe(recipe_file, [*SMALL, f"run_directory={directory}/run", *own])
         try:
             preflight_together(recipe, store, world)
+        except KeyError as error:
+            said.append(f"KeyError in {traceback.extract_tb(error.__traceback__)[-1].name}")
         except (ValueError, OSError) as error:
             said.append(f"{type(error).__name__}: {error}")
 
@@ -132,8 +135,10 @@ def failing(recipe_file: Path, directory: Path) -> list[str]:
 
 
 def test_what_fails_on_one_rank_ends_all(on_ranks, recipe_file, tmp_path):
-    first, *others = on_ranks(4, failing, recipe_file, tmp_path)
+    zeroth, first, *others = on_ranks(4, failing, recipe_file, tmp_path)
     assert all(other == first for other in others)
+    assert zeroth[3] == "KeyError in unreadable", "a bug keeps its traceback"
+    assert [*zeroth[:3], *zeroth[4:]] == [*first[:3], *first[4:]]
     one, zero, every, bug, older = first
     assert one.startswith("ValueError: rank 1: /nowhere/manifest.json: does not exist")
     assert zero.startswith("ValueError: rank 0: /nowhere/manifest.json: does not exist")
@@ -218,7 +223,7 @@ class Run:
             for file in path.glob("*.safetensors")
             for key, tensor in load_file(file).items()
         }
-        return [[step[key] for key in EXACT] for step in read_metrics(self.path / "metrics.jsonl")], tensors
+        return [[step[key] for key in EXACT] for step in read_records(self.path / "metrics.jsonl")], tensors
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from longring.launch.checkpoint.format import (
     last_good_checkpoint,
     read_checkpoint_manifest,
 )
-from longring.launch.metrics import read_metrics
+from longring.launch.records import read_records
 from safetensors.torch import load_file
 
 EXACT = ("step", "tokens", "loss", "bucket", "cp", "learning_rate", "grad_norm")
@@ -71,7 +71,7 @@ def test_a_run_interrupted_at_random_equals_an_uninterrupted_one(recipe_file, tm
         assert start(2, recipe_file, settings(run), output).wait() == [0, 0], f"{hint}\n{output.read_text()}"
 
     ours, theirs = (
-        [[step[key] for key in EXACT] for step in read_metrics(path / "metrics.jsonl")] for path in (run, whole)
+        [[step[key] for key in EXACT] for step in read_records(path / "metrics.jsonl")] for path in (run, whole)
     )
     assert ours == theirs, hint
     name = checkpoint_name(STEPS)

@@ -11,7 +11,8 @@ import torch
 from helpers.lanes import by_lane
 from longring.launch.checkpoint.format import read_checkpoint_manifest
 from longring.launch.config import load_recipe
-from longring.launch.metrics import keep_steps, read_metrics
+from longring.launch.metrics import keep_steps
+from longring.launch.records import read_records
 from longring.launch.train import train
 from rich.console import Console
 from safetensors.torch import load_file
@@ -66,7 +67,7 @@ def test_interrupted_equals_uninterrupted(on_ranks, recipe_file, tmp_path, divis
     shutil.copytree(parts / "checkpoints" / "step-00000005", parts / "checkpoints" / "step-00000012.partial")
     on_ranks(4, run_until, recipe_file, [*overrides, f"run_directory={parts}"], None)
 
-    ours, theirs = read_metrics(parts / "metrics.jsonl"), read_metrics(whole / "metrics.jsonl")
+    ours, theirs = read_records(parts / "metrics.jsonl"), read_records(whole / "metrics.jsonl")
     assert [[step[key] for key in EXACT] for step in ours] == [[step[key] for key in EXACT] for step in theirs]
     a, b = (contents(run / "checkpoints" / "step-00000012") for run in (whole, parts))
     assert differences(a, b) == []
@@ -86,4 +87,4 @@ def test_keep_steps_drops_what_came_after_and_what_was_cut_short(tmp_path):
     assert not file.exists()
     file.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)) + '{"st')
     keep_steps(file, 3)
-    assert [step["step"] for step in read_metrics(file)] == [1, 2, 3]
+    assert [step["step"] for step in read_records(file)] == [1, 2, 3]

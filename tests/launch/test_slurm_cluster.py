@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from helpers.faulty import start
 from longring.launch import cli
-from longring.launch.metrics import read_metrics
+from longring.launch.records import read_records
 
 CLUSTER = Path(__file__).with_name("slurm_cluster.sh")
 MISSING = [name for name in ("slurmctld", "slurmd", "munged") if not shutil.which(name, path="/usr/sbin:/usr/bin")]
@@ -57,7 +57,7 @@ def shell(*words: str) -> str:
 
 def steps_of(run: Path) -> list[int]:
     file = run / "metrics.jsonl"
-    return [step["step"] for step in read_metrics(file)] if file.exists() else []
+    return [step["step"] for step in read_records(file)] if file.exists() else []
 
 
 def until(event: str, reached: Callable[[], bool], output: Path, timeout_s: float = 150) -> None:
@@ -121,7 +121,7 @@ def test_a_job_is_told_to_leave_is_preempted_loses_a_node_and_ends_like_one_that
     whole = tmp_path / "whole"
     said = tmp_path / "whole.txt"
     assert start(2, recipe_file, [*common, f"run_directory={whole}"], said).wait() == [0, 0], said.read_text()
-    ours, theirs = ([[step[key] for key in EXACT] for step in read_metrics(r / "metrics.jsonl")] for r in (run, whole))
+    ours, theirs = ([[step[key] for key in EXACT] for step in read_records(r / "metrics.jsonl")] for r in (run, whole))
     assert ours == theirs
 
 

@@ -34,7 +34,7 @@ from longring.launch.checkpoint.load import load_last_good
 from longring.launch.checkpoint.retention import clear_leftovers, prune_checkpoints, steps_to_prune
 from longring.launch.checkpoint.save import Saver, write_safetensors
 from longring.launch.config import load_recipe
-from longring.launch.metrics import read_metrics
+from longring.launch.records import read_records
 from longring.launch.run_directory import RunDirectory
 from longring.launch.train import train
 from longring.parallel.fragments import updates
@@ -287,7 +287,7 @@ def test_a_run_continues_on_another_mesh(on_ranks, recipe_file, tmp_path, before
     on_ranks(before[0], run_steps, recipe_file, [*steps, *before[1], f"run_directory={reference}"], None)
     on_ranks(before[0], run_steps, recipe_file, [*steps, *before[1], f"run_directory={moved}"], 6)
     on_ranks(after[0], run_steps, recipe_file, [*steps, *after[1], f"run_directory={moved}"], None)
-    ours, theirs = (read_metrics(run / "metrics.jsonl") for run in (moved, reference))
+    ours, theirs = (read_records(run / "metrics.jsonl") for run in (moved, reference))
     assert [(step["step"], step["bucket"], step["tokens"]) for step in ours] == [
         (step["step"], step["bucket"], step["tokens"]) for step in theirs
     ]

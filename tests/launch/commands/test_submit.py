@@ -23,9 +23,9 @@ from longring.launch import cli
 from longring.launch.checkpoint.format import checkpoint_name
 from longring.launch.commands.submit import SCRIPT, job_script, requeue
 from longring.launch.config import SlurmConfig, load_recipe
-from longring.launch.metrics import read_metrics
 from longring.launch.ranks import node
 from longring.launch.ranks.node import check_node, rdma_ports
+from longring.launch.records import read_records
 from longring.launch.run_directory import RunDirectory
 
 
@@ -281,7 +281,7 @@ def test_the_launcher_forwards_signals_and_reports_killed_ranks(
     assert said in " ".join(output.read_text().split())
     assert "Traceback" not in output.read_text()
     last = max((run / "checkpoints").iterdir()).name
-    done = read_metrics(metrics)[-1]["step"]
+    done = read_records(metrics)[-1]["step"]
     assert last == (checkpoint_name(20) if to_a_rank and done < 40 else last)
     assert to_a_rank or last == checkpoint_name(done)
     starts = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
