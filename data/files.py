@@ -54,7 +54,8 @@ def sync(path: Path) -> None:
 def read_patiently(name: object, read: Callable[[], T]) -> T:
     """Return `read()`, tried up to ATTEMPTS times while it raises OSError: storage that fails may answer again.
 
-    Raises FileNotFoundError at once, and after the last attempt an OSError with the file's `name` and the reason.
+    Raises FileNotFoundError and the error of a full disk at once, and after the last attempt an OSError with the file's
+    `name` and the reason.
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -62,6 +63,8 @@ def read_patiently(name: object, read: Callable[[], T]) -> T:
         except FileNotFoundError:
             raise
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):  # of a copy that `read` writes
+                raise
             if attempt == ATTEMPTS:
                 raise OSError(
                     f"{name}: cannot be read after {ATTEMPTS} attempts ({error}); start again when its storage answers"

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch._C._distributed_c10d import Store
 
-from ..data.files import sha256_of
+from ..data.files import read_patiently, sha256_of
 from ..data.format.manifest import MANIFEST_FILE, Manifest, open_prepared
 from ..data.read.batch_order import BatchOrder
 from ..data.read.loader import training_order
@@ -87,12 +87,14 @@ def preflight(recipe: Recipe, world_size: int, *, check_shards: bool = True) -> 
     found = last_good_checkpoint(run.checkpoints)
     # A directory that has lost its records has the run of its checkpoint.
     run_id = run.run_id() or (found[1].state.run if found else uuid.uuid4().hex)
+    manifest_file = manifest.store.path(MANIFEST_FILE)
+    data = read_patiently(manifest_file, lambda: sha256_of(manifest_file))
     checked = Preflight(
         recipe=recipe,
         manifest=manifest,
         order=_order(manifest, recipe),
         run=run,
-        identity=identity_of(recipe, sha256_of(manifest.store.path(MANIFEST_FILE)), run_id),
+        identity=identity_of(recipe, data, run_id),
         resume_from=found[0] if found else None,
         steps_done=found[1].state.step if found else 0,
     )

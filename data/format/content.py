@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..files import read_patiently
 from .ledger import Ledger
 from .names import MAX_BYTES, is_name, is_sha256
 
@@ -13,11 +14,18 @@ MAX_VOCABULARY = 1 << 28
 
 
 def read_json(file: Path, name: str) -> Any:
-    """Return the value of a JSON file. Raises ValueError if it is larger than `name` may be, too deep or not JSON."""
-    if (size := file.stat().st_size) > MAX_BYTES[name]:
-        raise ValueError(f"{size} bytes, and it has at most {MAX_BYTES[name]}")
+    """Return the value of a JSON file.
+
+    Raises ValueError if it is larger than `name` may be, too deep or not JSON, and OSError if it cannot be read.
+    """
+
+    def read() -> str:
+        if (size := file.stat().st_size) > MAX_BYTES[name]:
+            raise ValueError(f"{size} bytes, and it has at most {MAX_BYTES[name]}")
+        return file.read_text(encoding="utf-8")
+
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(read_patiently(file, read))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
@@ -36,7 +44,7 @@ def checked_content(content: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"boundary_id = {content['boundary_id']} of {content['vocab_size']} tokens")
     for name in content["files"]:
         if not is_name(name):
-            raise ValueError(f"its manifest names a file {name[:80]!r}, and prepared data has none of this name")
+            raise ValueError(f"it names a file {name[:80]!r}, and prepared data has none of this name")
     if content["order"] is not None and not {"order.json", "placement.npy"} <= content["files"].keys():
         raise ValueError("it lacks the files of ordered data")
     ledger = Ledger.from_json(content["ledger"])
@@ -48,17 +56,19 @@ def checked_content(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_inputs(file: Path, num_lines: int | None) -> list[dict[str, Any]]:
-    """Return the lines of inputs.jsonl. Raises ValueError unless each is that of an input shard, and all are there."""
+    """Return the lines of inputs.jsonl.
+
+    Raises ValueError unless each is that of an input shard, and all are there, and OSError if it cannot be read.
+    """
     found = []
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                entry = json.loads(line)
-                if not all(check(entry[name]) for name, check in _INPUT_FIELDS.items()):
-                    raise ValueError("a field has another type or is out of range")
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                raise ValueError(f"{file}: line {number} does not describe an input shard") from error
-            found.append(entry)
+    for number, line in enumerate(read_patiently(file, file.read_bytes).splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+            if not all(check(entry[name]) for name, check in _INPUT_FIELDS.items()):
+                raise ValueError("a field has another type or is out of range")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{file}: line {number} does not describe an input shard") from error
+        found.append(entry)
     if num_lines not in (None, len(found)):
         raise ValueError(f"{file}: has {len(found)} lines for {num_lines} input shards")
     return found

@@ -37,6 +37,6 @@ def wrong_content(file: Path, what: str, sha256: str, command: str) -> DamagedDa
     """Return the error of a shard that cannot hold `what` it says. Its hash tells damage from data made wrongly."""
     found = read_patiently(file, lambda: sha256_of(file))
     return wrong_hash(file, found, sha256, command, f", and {what}") or DamagedDataError(
-        f"{file}: {what}, and its SHA-256 is the manifest's, so the data was made wrong; do not use it, or delete its "
-        f"directory and run `{command} RECIPE`"
+        f"{file}: {what}, and its SHA-256 is the manifest's, so the data was made wrongly; do not use it, or delete "
+        f"its directory and run `{command} RECIPE`"
     )

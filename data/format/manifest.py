@@ -108,7 +108,7 @@ class Manifest:
         """
         where = f"{store.name}/{MANIFEST_FILE}"
         file = store.path(MANIFEST_FILE)
-        if not file.is_file():
+        if not read_patiently(file, file.is_file):
             # Both commands refuse a directory that holds other files.
             other_files = isinstance(store, LocalStore) and file.parent.is_dir() and any(file.parent.iterdir())
             first = "name another directory, or delete this one if nothing in it is needed, and " if other_files else ""
@@ -172,7 +172,8 @@ class Manifest:
 
     def tokenizer(self) -> DocumentTokenizer:
         """Return the tokenizer that made the tokens. Raises ValueError if its file is not a tokenizer."""
-        content = self.store.path(TOKENIZER_FILE, self.files[TOKENIZER_FILE]).read_bytes()
+        file = self.store.path(TOKENIZER_FILE, self.files[TOKENIZER_FILE])
+        content = read_patiently(file, file.read_bytes)
         return DocumentTokenizer(content, self.boundary, f"{self.store.name}/{TOKENIZER_FILE}")
 
     def unigram(self) -> NDArray[np.int64]:
@@ -238,7 +239,7 @@ class Manifest:
         def find(entry: Any) -> DamagedDataError | None:
             size_bytes, sha256 = int(entry["size_bytes"]), entry["sha256"].decode()
             file = self.store.path(shard_name(entry).path(), sha256, size_bytes)
-            error = wrong_size(file, size_bytes, sha256, self.command)
+            error = read_patiently(file, lambda: wrong_size(file, size_bytes, sha256, self.command))
             if error is None and verify:
                 found = read_patiently(file, lambda: sha256_of(file))
                 error = wrong_hash(file, found, sha256, self.command)
@@ -336,7 +337,7 @@ def _advised(advice: str) -> Iterator[None]:
 def _checked(store: Store, name: str, sha256: str, advice: str, size_bytes: int = 0) -> Path:
     """Return the path of file `name`; raise ValueError with `advice` if it is missing or has another SHA-256."""
     file = store.path(name, sha256, size_bytes)
-    if not file.is_file():
+    if not read_patiently(file, file.is_file):
         raise ValueError(f"{file}: missing; {advice}")
     if (found := read_patiently(file, lambda: sha256_of(file))) != sha256:
         # A damaged copy in the cache of a remote store is downloaded again.

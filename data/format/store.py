@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from ..config import LoaderConfig
-from ..files import read_patiently, sha256_of
+from ..files import full_disk_named, read_patiently, sha256_of
 from .names import MAX_BYTES, path_of
 
 CHUNK_BYTES = 1 << 22
@@ -74,7 +74,7 @@ class CachedStore:
         """Return the local path of file `name`; download it if it is not cached whole, if `anew`, or without `sha256`.
 
         Raises ValueError if the remote file is missing, larger than it may be or has another SHA-256, and OSError if
-        the store keeps failing.
+        the store keeps failing, or if the cache is full or removed.
         """
         # The hash in the name keeps the files of older data at the same address from being taken for these.
         file = path_of(self._cache, name, sha256)
@@ -84,14 +84,24 @@ class CachedStore:
                 f"loader.cache_bytes = {self._limit_bytes}: {self.name}/{name} has {size_bytes} bytes by its manifest; "
                 "raise it"
             )
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # One of 256 locks, by name: one process downloads a file while others download other files.
-        with self._locked(hashlib.sha256(name.encode()).hexdigest()[:2]):
-            first = sha256 is not None and self._is_first(file, sha256)
-            if sha256 is None or anew or not file.is_file() or (first and sha256_of(file) != sha256):
-                self._fetch(name, file, sha256, most)
-        os.utime(file)  # the time of the last use, by which _evict sorts
+        try:
+            with full_disk_named(self._cache):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                # One of 256 locks, by name: one process downloads a file while others download other files.
+                with self._locked(hashlib.sha256(name.encode()).hexdigest()[:2]):
+                    if sha256 is None or anew or not self._is_whole(file, sha256):
+                        self._fetch(name, file, sha256, most)
+                os.utime(file)  # the time of the last use, by which _evict sorts
+        except FileNotFoundError as error:
+            raise OSError(
+                f"{self._cache}: the cache was removed while it was used ({error}); start again, which fills it again"
+            ) from error
         return file
+
+    def _is_whole(self, file: Path, sha256: str) -> bool:
+        """Return whether a file is cached; the first process that asks hashes it."""
+        first = self._is_first(file, sha256)
+        return file.is_file() and (not first or read_patiently(file, lambda: sha256_of(file)) == sha256)
 
     def _is_first(self, file: Path, sha256: str) -> bool:
         """Return whether this call is the first for a cached file among all processes of the machine that run now."""
@@ -125,21 +135,17 @@ class CachedStore:
 
     def _download(self, name: str, file: Path, most: int) -> str:
         """Write the remote file, of `most` bytes at most, to `file`; return its SHA-256."""
+        where = f"{self._root}/{name}"
 
         def download() -> str:
             digest, left = hashlib.sha256(), most
-            try:
-                with self._filesystem.open(f"{self._root}/{name}", "rb") as remote, file.open("wb") as local:
-                    while chunk := remote.read(min(CHUNK_BYTES, left + 1)):
-                        left -= len(chunk)
-                        if left < 0:
-                            break
-                        digest.update(chunk)
-                        local.write(chunk)
-            except OSError:
-                raise
-            except Exception as error:  # the client of each protocol has errors of its own
-                raise OSError(repr(error)) from error
+            with file.open("wb") as local, self._remote_errors(name), self._filesystem.open(where, "rb") as remote:
+                while chunk := remote.read(min(CHUNK_BYTES, left + 1)):
+                    left -= len(chunk)
+                    if left < 0:
+                        break
+                    digest.update(chunk)
+                    local.write(chunk)
             if left < 0:
                 raise ValueError(
                     f"{self.name}/{name}: has more than the {most} bytes that it may have; copy the file there again "
@@ -147,10 +153,23 @@ class CachedStore:
                 )
             return digest.hexdigest()
 
+        return read_patiently(f"{self.name}/{name}", download)
+
+    @contextmanager
+    def _remote_errors(self, name: str) -> Iterator[None]:
+        """Raise ValueError if the store says in the context that it has no file `name`, and OSError if it fails."""
         try:
-            return read_patiently(f"{self.name}/{name}", download)
+            yield
         except FileNotFoundError as error:
+            # fsspec's client of HTTP says so of every answer that it does not like: the error behind it tells.
+            behind = error.__cause__
+            if type(behind).__module__.startswith("aiohttp") and getattr(behind, "status", None) not in (404, 410):
+                raise OSError(f"{type(behind).__name__}: {behind}") from error
             raise ValueError(f"{self.name}/{name}: does not exist; copy the prepared directory there") from error
+        except OSError:
+            raise
+        except Exception as error:  # the client of each protocol has errors of its own
+            raise OSError(f"{type(error).__name__}: {error}") from error
 
     def _evict(self, keep: Path) -> None:
         """Remove the least recently used shards, but not `keep`, until the others take at most the limit."""

@@ -91,7 +91,8 @@ class Hashing:
                 whole = ReplicaShare(0, 1, self._order.batch_sequences(step))
                 read = np.unique(reader.shards_of(self._order.sequences(step, whole)))
                 for shard in read[left[read]].tolist():
-                    reader.verify(shard, f", and step {step} reads it", self._wait)
+                    where = f", and step {step} reads it, so checkpoints from step {step} on may have trained on it"
+                    reader.verify(shard, where, self._wait)
                     left[shard] = False
         except _StoppedError:
             pass

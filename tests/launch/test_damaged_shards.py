@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import shutil
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from helpers.faulty import start
+from longring.data import files
+from longring.data.config import LoaderConfig
 from longring.data.files import sha256_of
 from longring.data.format.damage import DamagedDataError
+from longring.data.format.manifest import open_prepared
+from longring.data.read.batch_order import ReplicaShare
+from longring.data.read.loader import Loader
 from longring.launch import cli
+from longring.launch.config import load_recipe
 from longring.launch.errors import GO_ON_LATER, IO_ERROR, USER_ERROR
+from longring.launch.preflight import preflight
 from longring.launch.ranks.rank import as_rank
 from longring.launch.trainer import read
 
@@ -70,3 +80,50 @@ def test_any_rank_says_alone_what_it_cannot_read(
     assert said.startswith("error: rank 3")
     assert "step 7: " in said
     assert ("x.tar" in said) == (status == USER_ERROR)
+
+
+@pytest.mark.parametrize("status", [401, 500])
+def test_a_server_that_refuses_its_shards_is_one_line_and_not_damage(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: int
+):
+    """It gave the manifest; then the credentials end, or it fails."""
+    recipe, refused = load_recipe(recipe_file), [True]
+
+    class Server(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if refused[0] and self.path.endswith(".tar"):
+                self.send_error(status)
+            else:
+                super().do_GET()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    torchrun = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(files.time, "sleep", lambda _: None)
+    config, order = LoaderConfig(cache_directory=str(tmp_path)), preflight(recipe, 1).order
+
+    def train(address: str) -> int:
+        manifest = open_prepared(address, config)
+        loader = Loader(manifest, order, config, lambda length: ReplicaShare(0, 1, 2048 // length))
+        return as_rank(lambda: read(loader.batches(0, 8), 1, 3).step - 1)
+
+    handler = functools.partial(Server, directory=recipe.data.directory)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            address = f"http://127.0.0.1:{server.server_address[1]}"
+            for _ in range(2):
+                assert train(address) == IO_ERROR
+                [line] = capsys.readouterr().err.splitlines()
+                assert line.startswith(f"error: rank 3 cannot read its rows of step 1: {address}/shards/")
+                assert f".tar: cannot be read after 4 attempts (ClientResponseError: {status}, " in line
+                assert "; start again when its storage answers" in line
+            refused[0] = False
+            assert train(address) == 0
+        finally:
+            server.shutdown()
+            thread.join()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.faulty import start
 from helpers.small_checkpoint import make_checkpoint
@@ -13,6 +16,7 @@ from longring.data.files import sha256_of
 from longring.launch import cli
 from longring.launch import train as train_module
 from longring.launch.config import load_recipe
+from longring.launch.errors import IO_ERROR
 from longring.launch.identity import tables_of
 from longring.launch.run_directory import RunDirectory
 
@@ -102,6 +106,23 @@ def test_empty_corpus(capsys, recipe_file, tmp_path):
     error = error_of(capsys, "prepare", str(recipe_file), *arguments)
     assert "data.max_bad_fraction = 0.05: 1 of 1 records of source 'documents' are bad (1 empty)" in error
     assert not list(tmp_path.glob("new-data*"))
+
+
+def test_a_full_disk_is_an_error_of_files(capsys, recipe_file, tmp_path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    data = (str(recipe_file), f"data.directory={tmp_path}/new", "data.rest=pack", "--workers", "1")
+    order = ("order.mode=in_context", f"order.directory={tmp_path}/ordered")
+    for command in (("prepare", *data), ("order", *data, *order)):
+        with monkeypatch.context() as patch:
+            patch.setattr(np, "save", fail)
+            for _ in range(2):
+                assert cli.main(list(command)) == IO_ERROR
+                [error] = capsys.readouterr().err.splitlines()
+                assert ": the disk is full" in error and "; make room, and the same command continues" in error
+        assert cli.main(list(command)) == 0
+        capsys.readouterr()
 
 
 def test_run_directory_of_another_recipe(capsys, recipe_file, tmp_path):

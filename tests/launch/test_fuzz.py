@@ -163,7 +163,7 @@ def test_manifests_of_any_content(recipe_file, prepared, data):
         data.draw(changed(text.encode()) | replaced(json.loads(text)).map(lambda tree: json.dumps(tree).encode()))
     )
     settings = [f"data.directory={prepared}", f"run_directory={prepared}/run"]
-    explained(lambda: preflight(load_recipe(recipe_file, settings), 1), str(prepared), "data.", "curriculum.")
+    accepted(lambda: load_recipe(recipe_file, settings))
 
 
 @pytest.mark.full

@@ -1,4 +1,4 @@
-"""The job script names a variable that is missing or absurd before it calculates with it."""
+"""The job scripts name a variable that is missing or absurd before they calculate with it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from longring.launch import cli
 
-SCRIPT = Path(cli.__file__).parents[1] / "slurm" / "train.sbatch"
+SCRIPTS = Path(cli.__file__).parents[1] / "slurm"
 SRUN = '#!/bin/bash\necho "srun $*"\nexit 2\n'
+PYTHON = '#!/bin/bash\necho "python $*"\n'
 JOB = {
     "SLURM_JOB_ID": "71",
     "SLURM_JOB_NUM_NODES": "2",
@@ -24,16 +25,16 @@ JOB = {
 GONE = "<not set>"
 
 
-def run(directory: Path, variables: dict[str, str]) -> tuple[int, str, str]:
-    """Run the script in a job with a false srun; return its status and output."""
-    for name, content in (("srun", SRUN), ("scontrol", "#!/bin/bash\necho localhost\n")):
+def run(directory: Path, variables: dict[str, str], script: str = "train.sbatch") -> tuple[int, str, str]:
+    """Run a script in a job with a false srun and a false Python; return its status and output."""
+    for name, content in (("srun", SRUN), ("scontrol", "#!/bin/bash\necho localhost\n"), ("python", PYTHON)):
         (directory / name).write_text(content)
         (directory / name).chmod(0o755)
     (directory / "recipe.toml").touch()
     environment = {"PATH": f"{directory}:{os.environ['PATH']}", **JOB, **variables}
     environment = {name: value for name, value in environment.items() if value != GONE}
     done = subprocess.run(
-        ["bash", str(SCRIPT), "recipe.toml"], cwd=directory, env=environment, capture_output=True, text=True
+        ["bash", str(SCRIPTS / script), "recipe.toml"], cwd=directory, env=environment, capture_output=True, text=True
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -68,3 +69,35 @@ def test_the_advice_about_the_number_of_ranks(tmp_path):
     assert "0 GPUs in this allocation: ask for --gpus-per-node=N, or set LONGRING_RANKS_PER_NODE" in error
     assert "x 8 ranks" in run(tmp_path, {"SLURM_GPUS_ON_NODE": "8"})[1]
     assert "x 4 ranks" in run(tmp_path, {"SLURM_GPUS_ON_NODE": "0", "LONGRING_RANKS_PER_NODE": "4"})[1]
+
+
+ARRAY = {
+    f"SLURM_ARRAY_TASK_{name}": value for name, value in {"ID": "8", "MIN": "4", "STEP": "2", "COUNT": "3"}.items()
+}
+
+
+def test_a_task_of_an_array_prepares_its_part(tmp_path):
+    python = {"LONGRING_PYTHON": str(tmp_path / "python")}
+    command = "python -m longring.launch.cli prepare --workers 16"
+    assert run(tmp_path, {**python, **ARRAY}, "prepare.sbatch")[:2] == (0, f"{command} --part 2/3 recipe.toml\n")
+    unstepped = {**python, **ARRAY, "SLURM_ARRAY_TASK_STEP": GONE}
+    assert run(tmp_path, unstepped, "prepare.sbatch")[1] == f"{command} --part 4/3 recipe.toml\n"
+    assert run(tmp_path, python, "prepare.sbatch")[:2] == (0, f"{command} recipe.toml\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ARRAY for value in ("abc", "-1", "08", "1+1", "a[$(touch x)]")),
+        *((name, value) for name in ("SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT") for value in (GONE, "")),
+        *(("SLURM_CPUS_ON_NODE", value) for value in (GONE, "", "many", "a[$(touch x)]")),
+        ("SLURM_ARRAY_TASK_ID", ""),
+        ("SLURM_ARRAY_TASK_STEP", "0"),
+    ],
+)
+def test_an_absurd_variable_of_an_array_is_one_line(name, value, tmp_path):
+    variables = {"LONGRING_PYTHON": str(tmp_path / "python"), **ARRAY, name: value}
+    status, said, error = run(tmp_path, variables, "prepare.sbatch")
+    assert (status, said) == (2, "")
+    assert len(error.splitlines()) == 1 and error.startswith(f"error: {name} = ") and "; submit with sbatch" in error
+    assert not (tmp_path / "x").exists()

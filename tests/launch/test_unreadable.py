@@ -74,6 +74,37 @@ def test_a_file_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch, sleepl
             last_good_checkpoint(tmp_path)
 
 
+def read_all(recipe_file: Path) -> None:
+    """Read all files of prepared data but its shards, as a start, an evaluation and an inspection do."""
+    manifest = preflight(load_recipe(recipe_file), 1).manifest
+    manifest.tokenizer()
+    manifest.unigram()
+    manifest.inputs()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shards.npy", "tokenizer.json", "unigram.npy", "inputs.jsonl"])
+def test_each_reading_of_prepared_data_is_tried_again(recipe_file, monkeypatch, sleepless, name):
+    """The file can be opened every fourth time, then never, then always."""
+    opens, tried = Path.open, []
+
+    def opened(self, *arguments, **options):
+        if self.name == name:
+            tried.append(self)
+            if len(tried) % 4:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return opens(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    read_all(recipe_file)
+    assert len(tried) >= 8, "hashed and read"
+    fail_to_open(monkeypatch, name, errno.EIO)
+    for _ in range(2):
+        with pytest.raises(OSError, match=f"/{name}: cannot be read after 4 attempts .*; start again"):
+            read_all(recipe_file)
+    monkeypatch.undo()
+    read_all(recipe_file)
+
+
 def test_a_file_is_missing_only_if_its_directory_says_so(tmp_path, sleepless):
     path = make_checkpoint(tmp_path, 7)
     whole = read_checkpoint_manifest(path)

@@ -119,11 +119,14 @@ def use(directory: str | Path, cache: Path) -> None:
     list(manifest.verify())
 
 
-def assert_refused(directory: str | Path, tmp_path: Path) -> str:
-    """Use hostile data; return the one line that refuses it. Nothing is written but in the cache."""
+def assert_refused(directory: str | Path, tmp_path: Path, kind: type[Exception] = ValueError) -> str:
+    """Use hostile data; return the one line that refuses it. Nothing is written but in the cache.
+
+    `kind` decides the status: 74 for OSError, else 2.
+    """
     (tmp_path / "cache").mkdir(exist_ok=True)
     before = {path for path in tmp_path.rglob("*") if tmp_path / "cache" not in path.parents}
-    with pytest.raises((ValueError, OSError)) as error:
+    with pytest.raises(kind) as error:
         use(directory, tmp_path / "cache")
     said = str(error.value)
     assert len(said) < 1_500 and said.isprintable(), said
@@ -150,9 +153,9 @@ def test_a_name_in_the_manifest_leads_nowhere_else(whole: Path, tmp_path: Path, 
         if name.strip("./"):
             with suppress(FileExistsError):  # the memory store has no file below a file
                 files.pipe(there, b"harm")
-    assert "its manifest names a file" in assert_refused(address, tmp_path)
+    assert "damaged (it names a file" in assert_refused(address, tmp_path)
     local = write(forged, tmp_path / "local")
-    assert "its manifest names a file" in assert_refused(local, tmp_path)
+    assert "damaged (it names a file" in assert_refused(local, tmp_path)
 
 
 @pytest.mark.parametrize("sha256", ["", "../../outside", "/" * 64, "g" * 64, "A" * 64, "0" * 63, None, 5, ["0" * 64]])
@@ -488,19 +491,21 @@ def test_an_http_server_that_names_files_outside_the_cache(whole: Path, tmp_path
             send(handler, forged.get(handler.path.removeprefix("/data/"), b""))
 
         with http(answer) as address:
-            assert "its manifest names a file" in assert_refused(address, tmp_path)
+            assert "damaged (it names a file" in assert_refused(address, tmp_path)
 
 
-@pytest.mark.parametrize("fault", ["error", "cut", "redirect"])
+@pytest.mark.parametrize("fault", ["error", "unauthorized", "cut", "redirect"])
 def test_an_http_server_that_answers_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str):
     monkeypatch.setattr(files_module.time, "sleep", lambda _: None)
     answers: dict[str, Callable[[BaseHTTPRequestHandler], object]] = {
         "error": functools.partial(send, content=b"", status=500),
+        "unauthorized": functools.partial(send, content=b"", status=401),
         "cut": functools.partial(send, content=b"{}", Content_Length="1000"),
         "redirect": lambda handler: send(handler, b"", 302, Location=handler.path),
     }
     with http(answers[fault]) as address:
-        assert_refused(address, tmp_path)
+        for _ in range(2):
+            assert "cannot be read after 4 attempts" in assert_refused(address, tmp_path, OSError)
 
 
 def test_names_of_honest_data_are_allowed(whole: Path, tmp_path: Path):

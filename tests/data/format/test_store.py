@@ -1,6 +1,8 @@
+import errno
 import functools
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -9,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -79,6 +82,48 @@ def test_over_http(prepared: Path, tmp_path: Path):
             server.shutdown()
             thread.join()
     assert found == rows(prepared, LoaderConfig())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_of_the_cache_is_named_after_one_download(
+    prepared: Path, in_memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+):
+    real, downloads = Path.open, []
+
+    def fail(self: Path, mode: str = "r", *arguments: Any, **options: Any):
+        if mode == "wb":
+            downloads.append(self)
+            raise OSError(number, os.strerror(number))
+        return real(self, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", fail)
+    for start in (1, 2):
+        with pytest.raises(OSError, match=rf"^{tmp_path}/cache/\w+: the disk is full .*; make room"):
+            rows(in_memory, cached(tmp_path))
+        assert len(downloads) == start
+    monkeypatch.undo()
+    assert rows(in_memory, cached(tmp_path)) == rows(prepared, LoaderConfig())
+
+
+@pytest.mark.parametrize("moment", ["before", "during"])
+def test_a_cache_that_is_removed_is_not_the_fault_of_the_store(
+    prepared: Path, in_memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+):
+    """It is removed by another, when a file is locked and not begun, and in the middle of its download."""
+    store = CachedStore(in_memory, tmp_path / "cache", 1 << 30)
+    where, name = (store, "_fetch") if moment == "before" else (store._filesystem, "open")
+    real = getattr(where, name)
+
+    def remove(*arguments: Any, **options: Any) -> Any:
+        shutil.rmtree(tmp_path / "cache")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(where, name, remove)
+    for _ in range(2):
+        with pytest.raises(OSError, match=rf"^{tmp_path}/cache/\w+: the cache was removed .*; start again, which"):
+            store.path("tokenizer.json")
+    monkeypatch.undo()
+    assert store.path("tokenizer.json").read_bytes() == (prepared / "tokenizer.json").read_bytes()
 
 
 class _Quiet(SimpleHTTPRequestHandler):

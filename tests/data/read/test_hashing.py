@@ -109,8 +109,8 @@ def test_a_changed_token_is_found_and_the_advice_mends_it(config: DataConfig, ma
         with pytest.raises(DamagedDataError) as error:
             batches(open_prepared(config.directory), workers=workers)
         assert str(error.value) == (
-            f"{path}: SHA-256 is {sha256_of(path)}, {expected} in the manifest, and step 1 reads it; run `longring "
-            "prepare RECIPE --verify`, which makes it again"
+            f"{path}: SHA-256 is {sha256_of(path)}, {expected} in the manifest, and step 1 reads it, so checkpoints "
+            "from step 1 on may have trained on it; run `longring prepare RECIPE --verify`, which makes it again"
         )
     assert [batch.rows.tolist() for batch in batches(manifest, hash_bytes_per_s=0)] != before, "off: nobody looks"
     prepare(config, QUIET, workers=1)
@@ -149,7 +149,9 @@ def test_a_token_outside_the_vocabulary_is_named_before_the_model_sees_it(manife
     assert f": token 1 is 65535, outside the vocabulary of {manifest.vocab_size}; run `longring prepare RECIPE" in said
 
 
-def test_a_slow_disk_holds_nothing_up_but_the_last_step(manifest: Manifest, monkeypatch: pytest.MonkeyPatch):
+def test_a_slow_disk_holds_nothing_up_but_the_last_step(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     """A chunk takes its share of the bandwidth: nothing else waits, and a generator that is closed ends at once."""
     waits: list[float] = []
     waiting = threading.Event()
@@ -170,7 +172,8 @@ def test_a_slow_disk_holds_nothing_up_but_the_last_step(manifest: Manifest, monk
     found.close()
     assert "hashing" not in [thread.name for thread in threading.enumerate()]
     assert hashing.CHUNK_BYTES / 2 < waits[0] <= hashing.CHUNK_BYTES
-    assert list(loader(manifest, hash_bytes_per_s=1).batches(0, STEPS)), "the last step does not wait for the bandwidth"
+    assert len(list(loader(manifest, hash_bytes_per_s=1).batches(0, STEPS))) == per_step * STEPS
+    assert not caplog.messages, "the last step waits for the hashes, and they no more for the bandwidth"
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, module: object, name: str, number: int, times: int) -> list[OSError]:
