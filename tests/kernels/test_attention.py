@@ -147,9 +147,7 @@ def test_head_dims(backend, dim, dtype):
 @pytest.mark.parametrize("mask_name", by_lane(["causal", "window, documents"], quick=["causal"]))
 @pytest.mark.parametrize(
     "options",
-    by_lane(
-        [{"scale": 0.4}, {"softcap": 1.5}, {"scale": 0.3, "softcap": 20.0}], quick=[{"scale": 0.3, "softcap": 20.0}]
-    ),
+    by_lane([{"scale": 0.4}, {"softcap": 1.5}, {"scale": 0.3, "softcap": 20.0}], quick=[]),
 )
 def test_scale_and_softcap(backend, mask_name, options):
     fit(backend, torch.float32, softcap="softcap" in options, bands="window" in mask_name)
@@ -157,7 +155,7 @@ def test_scale_and_softcap(backend, mask_name, options):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", by_lane([torch.float32, torch.bfloat16], quick=[torch.bfloat16]), ids=str)
+@pytest.mark.parametrize("dtype", by_lane([torch.float32, torch.bfloat16], quick=[]), ids=str)
 def test_running_result_is_extended(backend, dtype):
     """Four tiles of keys, in any order and into buffers of nan, give out, lse and gradients of the whole row."""
     fit(backend, dtype)

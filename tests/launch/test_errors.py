@@ -108,6 +108,7 @@ def test_empty_corpus(capsys, recipe_file, tmp_path):
     assert not list(tmp_path.glob("new-data*"))
 
 
+@pytest.mark.full
 def test_a_full_disk_is_an_error_of_files(capsys, recipe_file, tmp_path, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -216,6 +216,7 @@ def test_positions_count_from_each_document(on_ranks, ordered, division, tmp_pat
         np.testing.assert_allclose(rank["losses"], expected[:, rank["at"]], atol=1e-3)
 
 
+@pytest.mark.full
 def test_the_command_orders_and_inspects(ordered, tmp_path, monkeypatch, capsys):
     recipe_file, overrides = ordered
     monkeypatch.chdir(tmp_path)

@@ -437,7 +437,7 @@ def test_records_are_appended_to_a_line_of_their_own(tmp_path):
     append_record(file, {"event": "d"})
     assert [record["event"] for record in read_records(file)] == ["a", "c", "d"]
     assert put_bad_lines_aside(file) == f"{file}: line 2 held no record: moved to events.jsonl.damaged"
-    assert file.read_text() == "".join(json.dumps({"event": name}) + "\n" for name in "acd")
+    assert [json.loads(line)["event"] for line in file.read_text().splitlines()] == ["a", "c", "d"]
     file.write_bytes(file.read_bytes() + b'{"event": "torn')
     assert put_bad_lines_aside(file) is None, "a crash leaves a last line like this"
     assert [record["event"] for record in read_records(file)] == ["a", "c", "d"]

@@ -212,6 +212,7 @@ def test_any_number_of_workers_makes_the_same_bytes(prepared: DataConfig, tmp_pa
         assert tree(Path(config.work_directory)).keys() == tree(Path(reference.work_directory)).keys()
 
 
+@pytest.mark.full
 def test_stages_alone_and_in_parts_make_the_same_bytes(prepared: DataConfig, tmp_path: Path):
     """Parts of a stage, done in any order as by the jobs of an array, give the same bytes."""
     reference, config = settings(tmp_path / "one"), settings(tmp_path / "parts")
@@ -493,9 +494,7 @@ def test_each_source_finds_its_documents_again(prepared: DataConfig, tmp_path: P
     assert "source 'first'" in manifest.origin(0, 39)
 
 
-@pytest.mark.parametrize(
-    "stage", by_lane(["documents", "embed", "neighbors", "duplicates", "path"], quick=["neighbors"])
-)
+@pytest.mark.parametrize("stage", by_lane(["documents", "embed", "neighbors", "duplicates", "path"], quick=[]))
 def test_a_damaged_file_is_named_and_made_anew(prepared: DataConfig, tmp_path: Path, stage: str):
     reference, config = settings(tmp_path / "one"), settings(tmp_path / "two")
     order(prepared, reference, QUIET, workers=1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.lanes import by_lane
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
@@ -158,7 +159,7 @@ def test_every_token_is_where_the_ledger_says(
         )
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", by_lane([1, 3], quick=[3]))
 def test_processes_make_the_same_bytes(
     make_config: MakeConfig, words: Words, console: Console, tmp_path: Path, workers: int
 ):

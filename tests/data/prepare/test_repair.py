@@ -83,6 +83,7 @@ def test_the_same_command_makes_missing_and_truncated_shards_again(
     assert not Path(f"{config.directory}.partial").exists()
 
 
+@pytest.mark.full
 def test_a_lost_directory_of_shards_comes_back(config: DataConfig, whole: dict[str, bytes], console: Console):
     shutil.rmtree(Path(config.directory, "shards"))
     prepare(config, console, workers=2)
