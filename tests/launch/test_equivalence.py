@@ -36,9 +36,8 @@ DIVISIONS = {
 }
 
 
-# Rests and short documents are packed: a sequence of the smallest bucket holds several documents. With 32 tokens a rank
-# a step has many micro-batches, so its batch is half as large as in the other cases.
-PACKED = ["data.rest=pack", "data.max_bucket_tokens=128", "train.global_batch_tokens=1024"]
+# Rests and short documents are packed: a sequence of the smallest bucket holds several documents.
+PACKED = ["data.rest=pack", "data.max_bucket_tokens=128"]
 # The first of two layers has an attention window of 40 tokens.
 WINDOWED = ["model.window_tokens=40", "model.full_attention_every=2"]
 
