@@ -44,7 +44,7 @@ class Preflight:
     run: RunDirectory
     """Directory of the run, which may not exist yet."""
     identity: Identity
-    """What this start has in common with its checkpoint, and all ranks with each other."""
+    """Recipe, data, code and packages of this start, equal on all ranks."""
     resume_from: Path | None
     """Last checkpoint that seems whole; its hashes are checked when it is loaded."""
     steps_done: int
