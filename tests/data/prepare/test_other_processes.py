@@ -106,7 +106,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
     if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("only root can mount a file system")
+        pytest.skip("only root can mount a file system: run this test as root")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)  # files that are mapped may still be open
 
