@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TextIO
 
 log = logging.getLogger(__name__)
 
@@ -26,23 +27,37 @@ class HeldError(Exception):
 def held(file: Path, *, wait_s: int = 0) -> Iterator[None]:
     """Hold the lock of `file`, which is made if absent. A file system without locks refuses nobody.
 
-    Raises HeldError if another process still holds it after `wait_s` seconds.
+    Who holds the lock may remove the file. Raises HeldError if another process still holds it after `wait_s` seconds.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a+") as stream:
-        for left_s in range(wait_s, -1, -1):
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not left_s:
-                    stream.seek(0)
-                    raise HeldError(stream.read().strip() or "another process") from None
-                time.sleep(1)
-            except OSError as error:  # a file system without locks
-                log.warning("%s cannot be locked: %s", file, error)
-                break
+    end = time.monotonic() + wait_s
+    while (stream := _locked(file, last=time.monotonic() >= end)) is None:
+        time.sleep(1)
+    with stream:
         with suppress(OSError):  # on a full disk the lock holds, and its holder is not known
             os.truncate(stream.fileno(), 0)
             os.write(stream.fileno(), f"process {os.getpid()} on {platform.node()} since {now()}\n".encode())
         yield
+
+
+def _locked(file: Path, *, last: bool) -> TextIO | None:
+    """Return `file`, open and locked, or None if another process holds it; at the `last` attempt raise HeldError."""
+    while True:
+        stream = file.open("a+")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with stream:
+                stream.seek(0)
+                if last:
+                    raise HeldError(stream.read().strip() or "another process") from None
+                return None
+        except OSError as error:  # a file system without locks
+            log.warning("%s cannot be locked: %s", file, error)
+            return stream
+        # The holder before may have removed the file after this process had opened it: a lock without a name excludes
+        # nobody.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(stream.fileno()), file.stat()):
+                return stream
+        stream.close()

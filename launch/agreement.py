@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import Store
 
 from .errors import CommonError, badness, rank_names, worst
 
-LAST_SAVED = "last step saved in run_directory"
+LAST_SAVED = "last checkpoint in run_directory"
 """Entry in which ranks may differ for a moment, since a network file system may show them different states."""
 _LAST_READER = timedelta(seconds=30)
 _KNOWN = (ValueError, OSError)

@@ -122,7 +122,7 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
     rank, store = world.rank, meet(world)
     checked = preflight_together(recipe, store, world)
     manifest, run, limit = checked.manifest, checked.run, recipe.evaluate.max_tokens_per_bucket
-    if checked.resume_from is None:
+    if not checked.steps_done:
         raise ValueError(f"{run.path}: no checkpoint yet; train first, with `longring train`")
     buckets = manifest.buckets("held_out")
     sequences = {bucket.length: min(bucket.sequences, limit // bucket.length) for bucket in buckets}

@@ -45,10 +45,8 @@ class Preflight:
     """Directory of the run, which may not exist yet."""
     identity: Identity
     """Recipe, data, code and packages of this start, equal on all ranks."""
-    resume_from: Path | None
-    """Last checkpoint that seems whole; its hashes are checked when it is loaded."""
     steps_done: int
-    """Number of steps that this checkpoint has done; 0 without a checkpoint."""
+    """Number of steps in the last checkpoint that seems whole, whose hashes are checked when it is loaded; or 0."""
 
     def check_checkpoint(self, saved: CheckpointManifest, checkpoint: Path) -> None:
         """Raise ValueError unless this start may continue from a checkpoint.
@@ -67,24 +65,24 @@ class Preflight:
 
     def _order_of(self, recipe: Recipe) -> BatchOrder:
         """Return the order in which a run with another recipe reads the same data."""
-        return self.order if recipe is self.recipe else _order(self.manifest, recipe)
+        return self.order if recipe is self.recipe else order_of(self.manifest, recipe)
 
 
-def preflight(recipe: Recipe, world_size: int, *, check_shards: bool = True) -> Preflight:
+def preflight(recipe: Recipe, world_size: int, *, check_files: bool = True) -> Preflight:
     """Check recipe, world, data, run directory and checkpoint against each other.
 
     Raises ValueError for the first that does not fit, and OSError if a file cannot be read. `longring train` calls it
-    before it starts any rank, and every rank calls it before it joins the others. With `check_shards` the size of every
-    shard is checked, a request each on a shared file system, so one rank does it for all.
+    before it starts any rank, and every rank calls it before it joins the others. `check_files` includes the shards and
+    the last checkpoint: a request for each of their files on a shared file system, which one rank makes for all.
     """
     # The recipe alone comes first: these checks read no file. Then come the data, the run and its last checkpoint.
     recipe.accumulation_steps(world_size)
     check_named_grids(recipe)
-    manifest = open_prepared(recipe.training_directory, recipe.loader, check_shards=check_shards)
+    manifest = open_prepared(recipe.training_directory, recipe.loader, check_shards=check_files)
     manifest.check_made_from(recipe.data, recipe.order)
     run = RunDirectory(recipe.run_directory)
     run.check_is_run()
-    found = last_good_checkpoint(run.checkpoints)
+    found = last_good_checkpoint(run.checkpoints) if check_files else None
     # A directory that has lost its records has the run of its checkpoint.
     run_id = run.run_id() or (found[1].state.run if found else uuid.uuid4().hex)
     manifest_file = manifest.store.path(MANIFEST_FILE)
@@ -92,15 +90,14 @@ def preflight(recipe: Recipe, world_size: int, *, check_shards: bool = True) -> 
     checked = Preflight(
         recipe=recipe,
         manifest=manifest,
-        order=_order(manifest, recipe),
+        order=order_of(manifest, recipe),
         run=run,
         identity=identity_of(recipe, data, run_id),
-        resume_from=found[0] if found else None,
         steps_done=found[1].state.step if found else 0,
     )
     if found:
         checked.check_checkpoint(found[1], found[0])
-    else:
+    elif check_files:
         check_nothing_was_saved(run)
     return checked
 
@@ -113,22 +110,27 @@ def preflight_together(recipe: Recipe, store: Store, world: World, stop_after: i
     checked: Preflight | None = None
     entries: dict[str, Any] | Exception
     try:
-        checked = preflight(recipe, world.size, check_shards=world.rank == 0)
+        decides = world.rank == 0
+        checked = preflight(recipe, world.size, check_files=decides)
+        last = complete_checkpoints(checked.run.checkpoints)[:1]
         entries = {
             **checked.identity.common,
             "--stop-after": stop_after or 0,
-            LAST_SAVED: checked.steps_done,
-            # At the first start every rank has made another id, and all take that of rank 0.
-            "run": checked.identity.run if world.rank == 0 else None,
+            LAST_SAVED: last[0].name if last else "none",
+            # Rank 0 has looked into the checkpoints, and at the first start every rank has made another id.
+            "steps_done": checked.steps_done if decides else None,
+            "run": checked.identity.run if decides else None,
         }
     except Exception as error:  # whatever it is, no other rank waits for this one
         entries = error
     agreed = agree(store, world.rank, world.size, entries)
     assert checked is not None, "an error of any rank is raised on all"
-    return replace(checked, identity=replace(checked.identity, run=agreed["run"]))
+    identity = replace(checked.identity, run=agreed["run"])
+    return replace(checked, identity=identity, steps_done=agreed["steps_done"])
 
 
-def _order(manifest: Manifest, recipe: Recipe) -> BatchOrder:
+def order_of(manifest: Manifest, recipe: Recipe) -> BatchOrder:
+    """Return the order in which a run with this recipe reads the data of `manifest`."""
     return training_order(
         manifest,
         recipe.curriculum,

@@ -108,7 +108,7 @@ def start(
     Raises ValueError if all checkpoints are damaged or fit other data, or if ranks would divide sequences differently.
     """
     run, order, rank_0 = checked.run, checked.order, mesh.rank == 0
-    on_all_ranks(mesh, lambda: open_run_directory(run, recipe, mesh))
+    on_all_ranks(mesh, lambda: open_run_directory(run, checked.identity.run, recipe, mesh))
     watchdog.at(checked.steps_done, "building the model and loading the checkpoint")
     engine = build_engine(recipe, checked.manifest.vocab_size, mesh)
     state, changed = resume(engine, checked, mesh, console)
@@ -146,12 +146,17 @@ def start(
     )
 
 
-def open_run_directory(run: RunDirectory, recipe: Recipe, mesh: Mesh) -> None:
+def open_run_directory(run: RunDirectory, run_id: str, recipe: Recipe, mesh: Mesh) -> None:
     """Make the run directory and clear what a crash left; check on each node that what is saved later can be written.
 
-    Raises OSError if it cannot.
+    Raises OSError if it cannot, or if another start has begun the run while this one waited for its lock.
     """
     if mesh.rank == 0:
+        if run.run_id() not in (None, run_id):
+            raise OSError(
+                f"run_directory = {run.path}: another start has begun this run since this one looked; give the same "
+                "command again, and it continues that run"
+            )
         run.create(recipe)
         clear_leftovers(run.checkpoints)
     if World.from_environment().local_rank == 0:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .document import BadRecord, Document
 from .spans import SPAN_CHARACTERS, spans
-from .tokenizer_file import TokenizerError, load_tokenizer, panics_caught
+from .tokenizer_file import TokenizerError, ended_if_slow, load_tokenizer, panics_caught
 
 TOKENIZER_FILE = "tokenizer.json"
 THREAD_CHARACTERS = 1 << 18
@@ -106,7 +106,7 @@ class DocumentTokenizer:
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text. Raises TokenizerError if the tokenizer fails on any of them."""
         try:
-            with panics_caught():
+            with panics_caught(), ended_if_slow():
                 return [one.ids for one in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         except (TokenizerError, MemoryError):
             raise

@@ -3,8 +3,10 @@
 import base64
 import json
 import os
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -18,8 +20,17 @@ MAX_GROWTH = 64
 MAX_WORD_CHARACTERS = 1_000
 """Maximum length of the words that a WordPiece model may search, in time cubic in it; longer ones are unknown to it."""
 
-ODD_TEXTS = ("a b", "\x00", " " * 64 + "x", "a" * 64 + "!", "1" * 64 + "\n", "e\u0301" * 64, "\U0001f44b\r\n")
-"""Texts that a tokenizer encodes and decodes when it is loaded."""
+MAX_ODD_SECONDS = 5.0
+"""Maximum CPU time for one of `odd_texts` of up to a span's length, which ordinary tokenizers encode in 0.1 s."""
+
+MAX_ENCODE_SECONDS = 600
+"""Time after which a process that encodes some texts of a second's work ends: nothing else can end the library."""
+
+
+def odd_texts(length: int) -> tuple[str, ...]:
+    """Return texts on which tokenizers fail or are slow, with runs of `length` equal characters."""
+    runs = " " * length + "x", "a" * length + "!", "1" * length + "\n", "\n" * length, "e\u0301" * (length // 2)
+    return "a b", "\x00", "\U0001f44b\r\n", *runs
 
 
 class TokenizerError(Exception):
@@ -30,7 +41,7 @@ def load_tokenizer(content: bytes, file: str) -> Tokenizer:
     """Return the tokenizer of the `tokenizer.json` `content`, without truncation and padding.
 
     Raises ValueError, which names `file`, if it is not readable, has an id above MAX_ID, asks for random or unbounded
-    work, or fails on one of ODD_TEXTS.
+    work, or fails on one of `odd_texts`.
     """
     other = "name another in data.tokenizer.path, or none to train one"
     try:
@@ -44,7 +55,7 @@ def load_tokenizer(content: bytes, file: str) -> Tokenizer:
     # Both would change documents.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    for text in ODD_TEXTS:
+    for text in odd_texts(64):
         try:
             with panics_caught():
                 tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids)
@@ -53,6 +64,37 @@ def load_tokenizer(content: bytes, file: str) -> Tokenizer:
         except Exception:
             continue  # a character that is not in the vocabulary fails the documents that have it
     return tokenizer
+
+
+def check_speed(tokenizer: Tokenizer, file: str, max_characters: int) -> None:
+    """Raise ValueError, which names `file`, if encoding one of `odd_texts` takes more than MAX_ODD_SECONDS.
+
+    The texts grow up to `max_characters`, since a pattern may take time that grows with a power of the length.
+    """
+    length = 1 << 10
+    while length <= max_characters:
+        for text in odd_texts(length):
+            began = time.process_time()
+            with suppress(Exception), panics_caught():  # what it fails on is a bad record
+                tokenizer.encode_batch_fast([text], add_special_tokens=False)
+            if (seconds := time.process_time() - began) > MAX_ODD_SECONDS:
+                raise ValueError(
+                    f"{file}: takes {seconds:.0f} s for {len(text):,} characters that begin with {text[:4]!r}, which "
+                    "its pattern repeats too often; correct the pattern, or name another in data.tokenizer.path"
+                )
+        length *= 4
+
+
+@contextmanager
+def ended_if_slow() -> Iterator[None]:
+    """End this process with status 2 if the context takes longer than MAX_ENCODE_SECONDS."""
+    timer = threading.Timer(MAX_ENCODE_SECONDS, os._exit, (2,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..config import DataConfig
-from ..files import full_disk_named, sha256_of
+from ..files import full_disk_named, read_patiently, sha256_of
 from ..format.document import NO_DOCUMENT, SPLITS
 from ..format.manifest import MANIFEST_FILE, Manifest, open_prepared
 from ..lock import HeldError, held
@@ -86,7 +86,8 @@ def order(
     if ordered is not None and only:
         ordered.check_sizes()  # raises, as a repair takes all stages
     _check_whole(data, prepared)
-    directory = WorkDirectory(data, config, sha256_of(Path(data.directory, MANIFEST_FILE)))
+    manifest_file = Path(data.directory, MANIFEST_FILE)
+    directory = WorkDirectory(data, config, read_patiently(manifest_file, lambda: sha256_of(manifest_file)))
     with ExitStack() as stack:
         stack.enter_context(full_disk_named(directory.partial))
         if not only:

@@ -290,6 +290,7 @@ def _run_here(config: DataConfig, partial: Path, workers: int, numbers: Sequence
                     task.result()
             except BrokenProcessPool as error:
                 raise OSError(
-                    f"{partial}: a process of the preparation was killed from outside, perhaps for memory; run the "
-                    "same command again, with fewer --workers if memory was short"
+                    f"{partial}: a process of the preparation has ended, at a document named above or killed from "
+                    "outside, perhaps for memory; run the same command again, without that document, or with fewer "
+                    "--workers if memory was short"
                 ) from error

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import Progress
 
+from ..format.tokenizer_file import MAX_ENCODE_SECONDS
 from .merge import ledger_file
 
 PROGRESS_SECONDS = 0.5
@@ -30,67 +31,77 @@ def written(file: Path, state: Callable[[], str]) -> Iterator[None]:
     A thread does so, as the tokenizer may take long for one document.
     """
     file.parent.mkdir(exist_ok=True)
-    stop = threading.Event()
 
-    def write() -> None:
-        finished = False
-        while not finished:
-            finished = stop.wait(PROGRESS_SECONDS)
-            with suppress(OSError):  # a full disk ends the preparation where it writes shards
-                file.write_text(state(), encoding="utf-8")
+    def write(_: bool) -> None:
+        with suppress(OSError):  # a full disk ends the preparation where it writes shards
+            file.write_text(state(), encoding="utf-8")
 
-    thread = threading.Thread(target=write, daemon=True)
-    thread.start()
-    try:
+    with _repeated(write, PROGRESS_SECONDS):
         yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 @contextmanager
 def shown(partial: Path, numbers: Sequence[int], processes: int, progress: Progress) -> Iterator[None]:
     """Show the progress of the processes, which they write to files."""
-    task = progress.add_task("tokenizing, cutting, writing", total=len(numbers), line="")
+    with _repeated(_Display(partial, numbers, processes, progress).update, 0.3):
+        yield
+
+
+@contextmanager
+def _repeated(work: Callable[[bool], object], seconds: float) -> Iterator[None]:
+    """Call `work(False)` every `seconds` in a thread, and `work(True)` at the end of the context."""
     stop = threading.Event()
 
-    def show() -> None:
-        # Invariant: `done` counts (documents, tokens) of the input shards that are no longer pending.
-        pending, done = list(numbers), np.zeros(2, dtype=np.int64)
-        finished, before, started = False, 0, time.monotonic()
-        slow = _Slow()
+    def repeat() -> None:
+        finished = False
         while not finished:
-            finished = stop.wait(0.3)
-            running = np.zeros(2, dtype=np.int64)
-            # Tasks start in order, so the running ones are among the first pending.
-            for number in pending[: None if finished else 2 * processes]:
-                counts, at = _reported(progress_file(partial, number))
-                if at and slow.told(number, (*counts.tolist(), at), time.monotonic()):
-                    progress.console.print(
-                        f"input shard {number}: no progress for {SLOW_SECONDS} s at {at} or soon after it; if it does "
-                        "not go on, leave the document out, or name another tokenizer",
-                        highlight=False,
-                        markup=False,
-                    )
-                if ledger_file(partial, number).exists():
-                    pending.remove(number)
-                    done += counts
-                else:
-                    running += counts
-            documents, tokens = (done + running).tolist()
-            before = before or tokens
-            # Tokens done before this attempt do not count in its rate.
-            rate = (tokens - before) / (time.monotonic() - started)
-            line = f"{documents:,} documents  {tokens:,} tokens  {rate:,.0f}/s"
-            progress.update(task, completed=len(numbers) - len(pending), line=line)
+            finished = stop.wait(seconds)
+            work(finished)
 
-    thread = threading.Thread(target=show, daemon=True)
+    thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
     try:
         yield
     finally:
         stop.set()
         thread.join()
+
+
+class _Display:
+    """A bar of input shards with the documents and tokens done; it names a document that is slow."""
+
+    def __init__(self, partial: Path, numbers: Sequence[int], processes: int, progress: Progress) -> None:
+        # Invariant: `_done` counts (documents, tokens) of the input shards that are no longer pending.
+        self._pending, self._done = list(numbers), np.zeros(2, dtype=np.int64)
+        self._tokens_before, self._started = 0, time.monotonic()
+        self._slow = _Slow()
+        self._partial, self._total, self._processes, self._progress = partial, len(numbers), processes, progress
+        self._task = progress.add_task("tokenizing, cutting, writing", total=len(numbers), line="")
+
+    def update(self, finished: bool) -> None:
+        """Read what the processes have written, and show it; when all has `finished`, that of all input shards."""
+        running = np.zeros(2, dtype=np.int64)
+        # Tasks start in order, so the running ones are among the first pending.
+        for number in self._pending[: None if finished else 2 * self._processes]:
+            counts, at = _reported(progress_file(self._partial, number))
+            if at and self._slow.told(number, (*counts.tolist(), at), time.monotonic()):
+                self._progress.console.print(
+                    f"input shard {number}: no progress for {SLOW_SECONDS} s at {at} or soon after it; the preparation "
+                    f"ends after {MAX_ENCODE_SECONDS} s: leave the document out, or name another tokenizer",
+                    highlight=False,
+                    markup=False,
+                )
+            if ledger_file(self._partial, number).exists():
+                self._pending.remove(number)
+                self._done += counts
+            else:
+                running += counts
+        documents, tokens = (self._done + running).tolist()
+        # Tokens done before this attempt do not count in its rate.
+        self._tokens_before = self._tokens_before or tokens
+        rate = (tokens - self._tokens_before) / (time.monotonic() - self._started)
+        line = f"{documents:,} documents  {tokens:,} tokens  {rate:,.0f}/s"
+        self._progress.update(self._task, completed=self._total - len(self._pending), line=line)
 
 
 class _Slow:

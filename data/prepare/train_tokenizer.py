@@ -8,9 +8,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..config import DataConfig, TokenizerConfig
 from ..format.document import Document
-from ..format.spans import breaks
+from ..format.names import MAX_BYTES
+from ..format.spans import SPAN_CHARACTERS, breaks
 from ..format.tokenizer import TOKENIZER_FILE, knot_tokens
-from ..format.tokenizer_file import load_tokenizer
+from ..format.tokenizer_file import check_speed, load_tokenizer
 from .decompose import split_of
 from .records import RecordReader
 from .sources import InputShard
@@ -23,10 +24,12 @@ proportion to the square of a word's length."""
 def make_tokenizer(config: DataConfig, inputs: list[InputShard], progress: Progress) -> bytes:
     """Return the `tokenizer.json` of `config`: the existing one, or one trained on the train split of `inputs`.
 
-    Raises ValueError if `data.tokenizer.path` is not a file or if a source cannot be read.
+    Raises ValueError if `data.tokenizer.path` is not a file, may not be used (format/tokenizer_file.py) or is slow, or
+    if a source cannot be read.
     """
     if config.tokenizer.path:
         content = read_tokenizer(config.tokenizer.path)
+        check_speed(load_tokenizer(content, named(config.tokenizer)), named(config.tokenizer), SPAN_CHARACTERS)
         return with_knot_tokens(content, config.tokenizer.knot_chunks, named(config.tokenizer))
     task = progress.add_task("training the tokenizer", total=None, line="")
     texts = _training_texts(config, inputs, lambda: progress.advance(task))
@@ -92,7 +95,7 @@ def _short_parts(text: str) -> Iterator[str]:
 def read_tokenizer(path: str) -> bytes:
     """Return the content of `data.tokenizer.path`, a `tokenizer.json` or a directory with one.
 
-    Raises ValueError if there is no such file.
+    Raises ValueError if there is no such file, or if it is larger than prepared data may have.
     """
     file = Path(path) / TOKENIZER_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
@@ -100,7 +103,15 @@ def read_tokenizer(path: str) -> bytes:
             f"data.tokenizer.path = {path!r}: {file} does not exist; name a tokenizer.json or a directory with one, "
             "or leave it empty to train one"
         )
-    return file.read_bytes()
+    limit = MAX_BYTES[TOKENIZER_FILE]
+    with file.open("rb") as stream:
+        content = stream.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(
+            f"data.tokenizer.path = {path!r}: {file} has more than {limit:,} bytes; name another, or leave it empty to "
+            "train one"
+        )
+    return content
 
 
 def named(config: TokenizerConfig) -> str:

@@ -25,10 +25,18 @@ def put_checkpoint_aside(checkpoint: Path) -> None:
     checkpoint.rename(aside)
 
 
+def leftovers(directory: Path) -> dict[Path, int]:
+    """Return the directories that interrupted saves and removals, or damage, have left behind, and the step of each."""
+    paths = sorted(path for suffix in (PARTIAL, REMOVED, DAMAGED) for path in directory.glob(f"step-*{suffix}"))
+    steps = {path: checkpoint_step(path.with_suffix("")) for path in paths}
+    return {path: step for path, step in steps.items() if step is not None}
+
+
 def clear_leftovers(directory: Path) -> None:
-    """Delete the partial and removed directories that interrupted saves and removals left behind."""
-    for leftover in [*directory.glob(f"step-*{PARTIAL}"), *directory.glob(f"step-*{REMOVED}")]:
-        shutil.rmtree(leftover)
+    """Delete what interrupted saves and removals have left behind; what is damaged stays."""
+    for path in leftovers(directory):
+        if path.suffix != DAMAGED:
+            shutil.rmtree(path)
 
 
 def steps_to_prune(steps: Iterable[int], keep_last: int, keep_every_steps: int) -> list[int]:

@@ -10,16 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 
-from ..checkpoint.format import (
-    DAMAGED,
-    PARTIAL,
-    REMOVED,
-    checkpoint_step,
-    complete_checkpoints,
-    find_damage,
-    read_checkpoint_manifest,
-)
-from ..checkpoint.retention import remove_checkpoint, steps_to_prune
+from ..checkpoint.format import PARTIAL, checkpoint_step, complete_checkpoints, find_damage, read_checkpoint_manifest
+from ..checkpoint.retention import leftovers, remove_checkpoint, steps_to_prune
 from ..errors import DamageError
 from ..tables import plain_table
 
@@ -59,11 +51,10 @@ def list_checkpoints(
         else:
             problems.append((kind, wrong))
             table.add_row(*row, f"[red]{kind}[/]")
-    leftovers = sorted(path for suffix in (PARTIAL, REMOVED, DAMAGED) for path in directory.glob(f"step-*{suffix}"))
-    for path in leftovers:
-        name, _, kind = path.name.partition(".")
-        table.add_row(f"{int(name.removeprefix('step-')):,}", *[""] * 4, f"[yellow]{kind}[/]")
-    console.print(table if found or leftovers else f"{directory}: no checkpoint yet")
+    left = leftovers(directory)
+    for path, step in left.items():
+        table.add_row(f"{step:,}", *[""] * 4, f"[yellow]{path.suffix[1:]}[/]")
+    console.print(table if found or left else f"{directory}: no checkpoint yet")
     for kind, text in problems:
         console.print(f"[red]{kind}:[/] {escape(text)}", soft_wrap=True, highlight=False)
     if prune:
@@ -71,8 +62,8 @@ def list_checkpoints(
         for path in [path for step, path in good if step in gone]:
             remove_checkpoint(path)
             console.print(f"removed {path.name}")
-        for path in leftovers:
-            if not path.name.endswith(PARTIAL):  # a run may be writing it; the next start deletes it
+        for path in left:
+            if path.suffix != PARTIAL:  # a run may be writing it; the next start deletes it
                 shutil.rmtree(path)
                 console.print(f"removed {path.name}")
     return 1 if problems else 0

@@ -144,7 +144,9 @@ def test_head_dims(backend, dim, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mask_name", by_lane(["causal", "window, documents"], quick=["causal"]))
+@pytest.mark.parametrize(
+    "mask_name", by_lane(["causal", "window, documents"], quick=["causal"], slow=["window, documents"])
+)
 @pytest.mark.parametrize(
     "options",
     by_lane([{"scale": 0.4}, {"softcap": 1.5}, {"scale": 0.3, "softcap": 20.0}], quick=[]),

@@ -46,6 +46,9 @@ class Setting(NamedTuple):
 
 OVER_4 = "parallel.tokens_per_rank=128"
 SHORT = ("data.min_bucket_tokens=1", "parallel.tensor=2")
+TEXTS, TOKENS = "data.source.path=texts", "data.source.tokens_field=ids"
+NO_SOURCE = "data.source.kind=python_stdlib", "data.source.path=''"
+IN_CONTEXT, PACKED = ("order.mode=in_context", "order.directory=ordered"), "data.rest=pack"
 SETTINGS = [
     Setting(("train.stepz=9",), r"did you mean (train\.steps)\?", ("{0}=9",)),
     Setting(("trian.steps=9",), r"did you mean (train)\?", ("{0}.steps=9",)),
@@ -54,6 +57,44 @@ SETTINGS = [
     Setting(("train.steps.more=1",), "leave out what follows it", ("train.steps=9",)),
     Setting(("train.steps=9", "train.warmup_steps=9"), "lower it", ("train.steps=9", "train.warmup_steps=8")),
     Setting(("curriculum.odds=3",), "or numbers", ("curriculum.odds=[3, 2, 1, 1]",)),
+    Setting(("curriculum.odds=[]",), "give one number for each bucket", ("curriculum.odds=[3, 2, 1, 1]",)),
+    Setting(("knots.chunk_odds=[0]",), r"give the odds of 1, 2, \.\.\. chunks", ("knots.chunk_odds=[1, 2]",)),
+    Setting(("data.tokenizer.knot_chunks=1",), r"set it to (\d) for no knots", ("data.tokenizer.knot_chunks={0}",)),
+    Setting(("data.source.path=''",), "set it to a file, a directory", (TEXTS,)),
+    Setting(
+        ("data.source.kind=python_stdlib",),
+        "leave the path empty, or set data.source.kind",
+        ("data.source.kind=python_stdlib", "data.source.path=''"),
+    ),
+    Setting(
+        ("data.source.kind=text", TEXTS, TOKENS),
+        r"leave it empty, or use a kind with fields, such as '(json)'",
+        ("data.source.kind={0}", TEXTS, TOKENS, "data.tokenizer.path=tokenizer.json"),
+    ),
+    Setting(
+        ("data.source.kind=json", TEXTS, TOKENS),
+        "set it to the tokenizer that made them",
+        ("data.source.kind=json", TEXTS, TOKENS, "data.tokenizer.path=tokenizer.json"),
+    ),
+    Setting(
+        ("data.sources.b={kind = 'text', path = 'b'}",),
+        r"move data\.source to (data\.sources) under a name",
+        (*NO_SOURCE, "{0}.a={{kind = 'json', path = 'texts'}}", "{0}.b={{kind = 'text', path = 'b'}}"),
+    ),
+    Setting(("order.directory=ordered",), r"(remove it), or set order\.mode", ()),
+    Setting(("order.mode=in_context",), "set it to the directory of the ordered data", (*IN_CONTEXT, PACKED)),
+    Setting(("order.mode=in_context", "order.directory=s3://a/b"), "name one, and copy", (*IN_CONTEXT, PACKED)),
+    Setting(IN_CONTEXT, r"set data\.method = '(\w+)' and data\.rest = '(\w+)'", (*IN_CONTEXT, "data.rest={1}")),
+    Setting(
+        (OVER_4, "parallel.cp.schedule_of={4='rings'}"),
+        r"use one of these names or a grid such as '(query=2, kv=2)'",
+        (OVER_4, "parallel.cp.schedule_of={{4='{0}'}}"),
+    ),
+    Setting(
+        (OVER_4, "parallel.cp.schedule_of={4='rows=4'}"),
+        r"is not NAME=VALUE; the names are heads, (query)",
+        (OVER_4, "parallel.cp.schedule_of={{4='{0}=4'}}"),
+    ),
     Setting(("knots.chunk_odds=2",), r"such as (\[1, 2\])", ("knots.chunk_odds={0}",)),
     Setting(("curriculum.weights=3",), r"such as {name = 1}", ("curriculum.weights={{documents = 1}}",)),
     Setting(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers.faulty import Run
+from helpers.faulty import Run, start
 from longring.data.files import sha256_of
 from longring.launch import build
 from longring.launch.checkpoint.format import read_checkpoint_manifest, write_checkpoint_manifest
 from longring.launch.config import load_recipe
 from longring.launch.grids.decide import decide_grids
+from longring.launch.run_directory import RunDirectory
 from longring.parallel.cp.attention import context_attention
 from longring.parallel.cp.grid import CpGrid
 from longring.parallel.mesh import join
@@ -74,12 +76,31 @@ def test_after_too_many_steps_without_finite_gradients_a_lower_rate_trains(recip
     """The weights grow by a factor of 300,000 a step, until their products overflow."""
     settings = ["train.weight_decay=300", "train.warmup_steps=0", "faults.max_nonfinite_steps=3"]
     run = Run(recipe_file, tmp_path, settings)
-    assert run.start(overrides=["train.learning_rate=1000"]) == [2, 2]
     advice = "lower train.learning_rate in a new run_directory, or look at the sequences that the logs name"
-    assert run.said.count("error:") == 1 and advice in run.said
+    for _ in range(2):
+        assert run.start(overrides=["train.learning_rate=1000"]) == [2, 2]
+        assert run.said.count("error:") == 1 and advice in run.said
     for rank in (0, 1):
         assert "is not finite; sequences [[" in (run.path / "logs" / f"rank-0000{rank}.log").read_text()
-    assert Run(recipe_file, tmp_path / "lower", settings).start() == [0, 0]
+    Run(recipe_file, tmp_path / "lower", settings).finish()
+
+
+@pytest.mark.full
+def test_a_first_start_that_waits_for_another_one_continues_its_run_when_given_again(half, whole, tmp_path):
+    """Both have looked at an empty directory; the other one trains and ends while this one waits for the lock."""
+    run = Run(half.recipe_file, tmp_path)
+    directory = RunDirectory(run.path)
+    directory.logs.mkdir(parents=True)
+    with directory.held():
+        waiting = start(2, run.recipe_file, run.overrides, run.output)
+        while not (directory.log_file(0).exists() and directory.log_file(1).exists()):  # its checks are done
+            time.sleep(0.05)
+        shutil.copytree(half.path, run.path, dirs_exist_ok=True)
+    assert waiting.wait() == [74, 74], run.said
+    assert run.said.count("error:") == 1
+    assert "another start has begun this run since this one looked; give the same command again" in run.said
+    assert run.checkpoints == half.checkpoints
+    run.finish(whole)
 
 
 def guarded(recipe_file: Path, settings: list[str]) -> str:

@@ -147,7 +147,7 @@ def test_twenty_steps_equal_plain_pytorch(on_ranks, recipe_file, oracle, divisio
         assert {step["cp"] for step in steps} >= {1, 4}, "some steps have context parallelism, others none"
 
 
-@pytest.mark.parametrize("tokens_per_rank", by_lane([256, 32], quick=[], slow=[256]))
+@pytest.mark.parametrize("tokens_per_rank", by_lane([256, 32], quick=[], slow=[256, 32]))
 def test_packed_documents_are_trained_as_if_alone(on_ranks, packed_recipe_file, tokens_per_rank, tmp_path):
     """With 256 tokens a rank, sequences are laid end to end on one rank; with 32, 2 and 4 ranks share each."""
     oracle = oracle_of(on_ranks, packed_recipe_file, PACKED)

@@ -146,7 +146,7 @@ def test_a_runs_recipe_of_any_content(recipe_file, tmp_path, data):
     run.create(load_recipe(recipe_file))
     tree = json.loads(run.recipe_file.read_text())
     run.recipe_file.write_text(json.dumps(data.draw(replaced(tree))))
-    explained(run.recipe, str(run.path), "must", " is ")
+    accepted(run.recipe)
 
 
 @pytest.fixture

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 from helpers.faulty import Fault, start
+from helpers.small_checkpoint import make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from longring.data.files import sha256_of
 from longring.launch import identity
 from longring.launch import preflight as preflight_module
 from longring.launch.agreement import LAST_SAVED, agree
@@ -25,6 +27,7 @@ from longring.launch.checkpoint.format import (
     write_checkpoint_manifest,
 )
 from longring.launch.config import load_recipe
+from longring.launch.identity import tables_of
 from longring.launch.preflight import preflight_together
 from longring.launch.records import read_records
 from longring.parallel.meet import meet
@@ -124,9 +127,9 @@ def failing(recipe_file: Path, directory: Path) -> list[str]:
         def unreadable(*_: object) -> None:
             raise (OSError if rank else KeyError)("EIO")
 
-        patch.setattr(preflight_module, "last_good_checkpoint", unreadable)
+        patch.setattr(preflight_module, "complete_checkpoints", unreadable)
         attempt()
-    agreed = {LAST_SAVED: 3 if rank else 6}
+    agreed = {LAST_SAVED: "step-3" if rank else "step-6"}
     try:
         agree(store, rank, world.size, agreed)
     except (ValueError, OSError) as error:
@@ -145,9 +148,32 @@ def test_what_fails_on_one_rank_ends_all(on_ranks, recipe_file, tmp_path):
     assert every.startswith("ValueError: /nowhere/manifest.json: does not exist"), "no rank is named for all"
     assert bug == "CommonError: ranks 1, 2, 3: EIO", "a file that cannot be read counts as the worst error"
     assert older.startswith(
-        "CommonError: last step saved in run_directory = 6 on rank 0, 3 on ranks 1, 2, 3: the ranks see different"
+        "CommonError: last checkpoint in run_directory = 'step-6' on rank 0, 'step-3' on ranks 1, 2, 3: the ranks see "
     )
     assert "the same command continues the run" in older
+
+
+def looking(recipe_file: Path, directory: Path) -> list[tuple[int, str]]:
+    """Return the steps done and the id of the run by two preflights; only rank 0 may open a file of a checkpoint."""
+    world = World.from_environment()
+    recipe = load_recipe(recipe_file, [*SMALL, f"run_directory={directory}"])
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank:
+            for name in ("read_checkpoint_manifest", "find_damage"):
+                patch.setattr(f"longring.launch.checkpoint.format.{name}", None)
+        both = [preflight_together(recipe, meet(world), world) for _ in range(2)]
+    return [(checked.steps_done, checked.identity.run) for checked in both]
+
+
+def test_one_rank_looks_into_the_last_checkpoint_for_all(on_ranks, recipe_file, tmp_path):
+    """The last of two has lost a file, which other ranks do not know when they join."""
+    recipe = load_recipe(recipe_file, [*SMALL, f"run_directory={tmp_path}"])
+    data = sha256_of(Path(recipe.data.directory, "manifest.json"))
+    for step in (3, 6):
+        last = make_checkpoint(tmp_path / "checkpoints", step, data=data, recipe=tables_of(recipe))
+    next(last.glob("*.safetensors")).unlink()
+    run = read_checkpoint_manifest(last).state.run
+    assert on_ranks(2, looking, recipe_file, tmp_path) == [[(3, run)] * 2] * 2
 
 
 @settings(max_examples=60)

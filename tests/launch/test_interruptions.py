@@ -45,7 +45,7 @@ def random_fault(chance: random.Random, done: int) -> Fault:
     return Fault(rank, action, step=step, operation="building" if step == done else chance.choice(OPERATIONS[1:]))
 
 
-@pytest.mark.parametrize("interruptions", by_lane([5, 50], quick=[], slow=[50]))
+@pytest.mark.parametrize("interruptions", by_lane([3, 50], quick=[], slow=[50]))
 def test_a_run_interrupted_at_random_equals_an_uninterrupted_one(recipe_file, tmp_path, interruptions):
     seed = int(os.environ.get("LONGRING_SEED", "0")) or random.randrange(1, 2**32)
     chance = random.Random(seed)

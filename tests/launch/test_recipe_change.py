@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from hypothesis import strategies as st
 from longring.data.format.manifest import Manifest, open_prepared
 from longring.data.read.batch_order import BatchOrder, ReplicaShare
 from longring.data.read.bucket_order import BucketOrder, SourcePart
-from longring.data.read.loader import training_order
 from longring.launch.checkpoint.format import complete_checkpoints
 from longring.launch.config import Recipe, load_recipe
 from longring.launch.identity import tables_of
 from longring.launch.learning_rate import learning_rate
+from longring.launch.preflight import order_of
 from longring.launch.recipe_change import FREE, check_change
 from longring.launch.records import read_records
 from longring.launch.settings import flat
@@ -32,20 +33,9 @@ def manifest(recipe_file) -> Manifest:
     return open_prepared(recipe_file.parent / "data")
 
 
-def order_of(manifest: Manifest) -> Callable[[Recipe], BatchOrder]:
-    return lambda recipe: training_order(
-        manifest,
-        recipe.curriculum,
-        recipe.loader,
-        steps=recipe.train.steps,
-        global_batch_tokens=recipe.train.global_batch_tokens,
-        seed=recipe.train.seed,
-    )
-
-
 def replayed(recipe: Recipe, manifest: Manifest, steps: int) -> list[tuple[float, int, list[int]]]:
     """Return rate, bucket and sequences of the first steps, each as a training step has them."""
-    order = order_of(manifest)(recipe)
+    order = order_of(manifest, recipe)
     return [
         (
             learning_rate(step, recipe.train),
@@ -87,7 +77,7 @@ BASE = {
 
 
 @pytest.mark.full
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(both=(BASE, {**BASE, "train.steps": 21}), done=5)  # accepted: constant rates, and draws that do not move
 @example(both=(BASE, {**BASE, "train.steps": 8}), done=9)
 @example(both=({**BASE, "train.min_learning_rate": 0.0}, {**BASE, "train.steps": 21}), done=4)
@@ -102,7 +92,7 @@ def test_a_schedule_may_change_exactly_where_the_steps_done_stay_the_same(recipe
     if first is None and len(now) < len(then):
         first = len(now) + 1
     try:
-        check_change(recipes[0], recipes[1], min(done, recipes[0].train.steps), order_of(manifest))
+        check_change(recipes[0], recipes[1], min(done, recipes[0].train.steps), partial(order_of, manifest))
     except ValueError as error:
         said = str(error)
         assert f"and step {first} would" in said
@@ -120,16 +110,16 @@ def test_some_schedules_may_change_and_some_may_not(recipe_file, manifest):
     cases.append(({"loader.window_tokens": 2**40}, 8))
     before = load_recipe(recipe_file, words(BASE))
     for changed, done in cases:
-        check_change(before, load_recipe(recipe_file, words({**BASE, **changed})), done, order_of(manifest))
+        check_change(before, load_recipe(recipe_file, words({**BASE, **changed})), done, partial(order_of, manifest))
     now = load_recipe(recipe_file, words({**BASE, "train.min_learning_rate": 0.0}))
     with pytest.raises(
         ValueError,
         match="train.min_learning_rate = 0.0: was 0.001 in the 5 steps done, and step 5 would have had learning rate",
     ):
-        check_change(before, now, 5, order_of(manifest))
+        check_change(before, now, 5, partial(order_of, manifest))
     now = load_recipe(recipe_file, words({**BASE, "loader.window_tokens": 2048}))
     with pytest.raises(ValueError, match="loader.window_tokens = 2048: was 0 .* would have had a batch of other"):
-        check_change(before, now, 8, order_of(manifest))
+        check_change(before, now, 8, partial(order_of, manifest))
 
 
 def words(tables: dict[str, Any]) -> list[str]:
@@ -189,10 +179,10 @@ OTHER_VALUES = {
 def test_what_is_no_schedule_is_free_or_refused(recipe_file, manifest, key):
     before, now = load_recipe(recipe_file), load_recipe(recipe_file, words({key: OTHER_VALUES[key]}))
     if key.startswith(FREE):
-        check_change(before, now, 7, order_of(manifest))
+        check_change(before, now, 7, partial(order_of, manifest))
         return
     with pytest.raises(ValueError, match=f"^{key} = .*: was .* in the 7 steps done, and step 1 would have been diff"):
-        check_change(before, now, 7, order_of(manifest))
+        check_change(before, now, 7, partial(order_of, manifest))
 
 
 def test_the_values_above_are_other_values_and_every_table_has_some(recipe_file):
@@ -229,7 +219,7 @@ def test_a_run_whose_steps_are_raised_equals_one_that_had_them_from_the_start(re
     short, long = 8, 11
     recipes = [load_recipe(recipe_file, [*SMALL, f"train.steps={steps}"]) for steps in (short, long)]
     # As far as the longer curriculum draws the same; then the run is extended, and ends a second and a third time.
-    orders = [order_of(manifest)(recipe) for recipe in recipes]
+    orders = [order_of(manifest, recipe) for recipe in recipes]
     same = (orders[0].first_difference(orders[1], short) or short + 1) - 1
     assert same >= 3, "the test has steps to keep"
     raised, whole = tmp_path / "raised", tmp_path / "whole"
@@ -241,7 +231,7 @@ def test_a_run_whose_steps_are_raised_equals_one_that_had_them_from_the_start(re
     starts = [json.loads(line) for line in (raised / "starts.jsonl").read_text().splitlines()]
     assert [one["changed"] for one in starts] == [{}, {"train.steps": {"before": short, "now": long}}]
     assert trained(recipe_file, raised, [f"train.steps={long}", "train.seed=1"]) == [2, 2]
-    order = order_of(manifest)(load_recipe(recipe_file, [*SMALL, "train.steps=40"]))
+    order = partial(order_of, manifest)(load_recipe(recipe_file, [*SMALL, "train.steps=40"]))
     refused = orders[1].first_difference(order, long) is not None
     assert trained(recipe_file, raised, ["train.steps=40"]) == ([2, 2] if refused else [0, 0])
 

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from longring.data.config import TokenizerConfig
+from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
+from longring.data.format import tokenizer_file
 from longring.data.format.document import BadRecord, Document
 from longring.data.format.tokenizer import DocumentTokenizer
-from longring.data.format.tokenizer_file import MAX_GROWTH, MAX_ID, load_tokenizer, panics_caught
-from longring.data.prepare.train_tokenizer import train_tokenizer, with_knot_tokens
+from longring.data.format.tokenizer_file import MAX_GROWTH, MAX_ID, check_speed, load_tokenizer, panics_caught
+from longring.data.prepare import train_tokenizer as train_module
+from longring.data.prepare.train_tokenizer import make_tokenizer, train_tokenizer, with_knot_tokens
+from rich.progress import Progress
 
 END = "<|endoftext|>"
 Change = Callable[[dict[str, Any]], object]
@@ -163,6 +166,60 @@ def test_a_document_on_which_the_tokenizer_panics_is_left_out(good: dict[str, An
     assert {name: bad.kind for name, bad in rejected.items()} == {"1": "not_tokenized", "3": "not_tokenized"}
     assert all("retry-limit-in-match over" in bad.detail for bad in rejected.values())
     assert capfd.readouterr().err == ""
+
+
+QUADRATIC = "[a ]+(?![a! x])"
+"""At every letter of a run of a's, the rest of the run is matched and given back, letter by letter."""
+
+
+def test_a_pattern_whose_time_grows_with_the_square_of_a_text_is_refused(
+    good: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    """In full, some 30 s for 65,536 characters; here a quarter of them in a tenth of the time allowed."""
+    slow = load_tokenizer(changed(good, pattern(QUADRATIC)), "my.json")
+    monkeypatch.setattr(tokenizer_file, "MAX_ODD_SECONDS", 0.5)
+    with pytest.raises(
+        ValueError, match=r"^my.json: takes \d+ s for 16,38\d characters that begin with .*; correct the"
+    ):
+        check_speed(slow, "my.json", 1 << 14)
+    for content in (json.dumps(good).encode(), changed(good, pattern("[a ]+")), changed(good, pattern("(z+)+$"))):
+        check_speed(load_tokenizer(content, "my.json"), "my.json", 1 << 16)
+
+
+def test_the_size_and_the_speed_of_the_tokenizer_of_a_recipe_are_checked(tmp_path: Path, good: dict[str, Any]):
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(good))
+    tokenizer = TokenizerConfig(path=str(file))
+    config = DataConfig(
+        directory=str(tmp_path / "data"), source=SourceConfig(kind="json", path=str(tmp_path)), tokenizer=tokenizer
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train_module.MAX_BYTES, "tokenizer.json", 100)
+        with pytest.raises(ValueError, match=rf"^data.tokenizer.path = '{file}': .* has more than 100 bytes; name"):
+            make_tokenizer(config, [], Progress())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_file, "MAX_ODD_SECONDS", -1)
+        with pytest.raises(ValueError, match=rf"^data.tokenizer.path = '{file}': takes 0 s for 3 characters"):
+            make_tokenizer(config, [], Progress())
+    assert json.loads(make_tokenizer(config, [], Progress()))["model"] == good["model"]
+
+
+STUCK = """
+import sys
+from longring.data.format import tokenizer, tokenizer_file
+tokenizer_file.MAX_ENCODE_SECONDS = 0.5
+slow = tokenizer.DocumentTokenizer(sys.stdin.buffer.read(), "<|endoftext|>")
+slow._encode(["a", "b " * 9, ""])
+print("begun", flush=True)
+slow._encode(["a" * 10**7 + "!"])
+"""
+
+
+def test_a_process_that_is_stuck_in_a_text_ends(good: dict[str, Any]):
+    """The text would take a week."""
+    content = changed(good, pattern(QUADRATIC))
+    done = subprocess.run([sys.executable, "-c", STUCK], input=content, capture_output=True)
+    assert (done.returncode, done.stdout) == (2, b"begun\n"), done.stderr
 
 
 def test_a_character_that_the_vocabulary_lacks_rejects_its_document(good: dict[str, Any]):

@@ -40,7 +40,7 @@ def encoded(encoder: embed.Encoder, documents: Documents) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("long_documents", "window"),
-    by_lane([("windows", 10_000), ("windows", 25), ("head", 25)], quick=[("windows", 10_000)]),
+    by_lane([("windows", 10_000), ("windows", 25), ("head", 25)], quick=[("windows", 10_000)], slow=[("windows", 25)]),
 )
 def test_default_is_tf_idf_and_svd_of_token_n_grams(
     documents: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long_documents: str, window: int

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.files import tree
 from longring.data.config import DataConfig
 from longring.data.format.manifest import open_prepared
 from longring.data.order.stages import order
@@ -14,10 +15,6 @@ from longring.data.prepare.prepare import prepare
 from rich.console import Console
 
 QUIET = Console(quiet=True)
-
-
-def tree(directory: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
 @pytest.fixture
@@ -40,7 +37,7 @@ def whole(data: DataConfig, config: OrderConfig) -> dict[str, bytes]:
     """The files of the ordered data before it is damaged; it has several parts."""
     order(data, config, QUIET, workers=1)
     assert sum(open_prepared(config.directory).sources.values()) > 2
-    return tree(Path(config.directory))
+    return tree(config.directory)
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:-512])])
@@ -56,7 +53,7 @@ def test_the_same_command_makes_missing_and_truncated_shards_again(
         order(data, config, QUIET, only="embed")
     order(data, config, QUIET, workers=1)
     open_prepared(config.directory)
-    assert tree(Path(config.directory)) == whole
+    assert tree(config.directory) == whole
     assert not Path(f"{config.directory}.partial").exists()
 
 
@@ -70,7 +67,7 @@ def test_a_shard_with_a_wrong_bit_is_made_again(data: DataConfig, config: OrderC
     shutil.rmtree(f"{data.directory}.order")
     order(data, config, QUIET, workers=1, verify=True)
     list(open_prepared(config.directory).verify())
-    assert tree(Path(config.directory)) == whole, "also without the files of the stages"
+    assert tree(config.directory) == whole, "also without the files of the stages"
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "shards.npy", "placement.npy", "order.json"])
@@ -86,7 +83,7 @@ def test_a_damaged_manifest_or_file_beside_the_manifest_says_what_to_delete(
         assert "longring prepare" not in str(error.value)
     shutil.rmtree(config.directory)
     order(data, config, QUIET, workers=1)
-    assert {key: value for key, value in tree(Path(config.directory)).items() if key.endswith(".tar")} == {
+    assert {key: value for key, value in tree(config.directory).items() if key.endswith(".tar")} == {
         key: value for key, value in whole.items() if key.endswith(".tar")
     }
     open_prepared(config.directory)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.died import Died, die_after
+from helpers.files import tree
 from helpers.lanes import by_lane
 from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig, SourceConfig, TokenizerConfig
 from longring.data.files import sha256_of
@@ -48,10 +49,6 @@ tree["source"], tree["tokenizer"] = SourceConfig(**tree["source"]), TokenizerCon
 if __name__ == "__main__":
     order(DataConfig(**tree), OrderConfig(**settings), Console(quiet=True), workers=2)
 """
-
-
-def tree(directory: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
 def sentences(topic: int, seed: int, count: int) -> str:
@@ -208,8 +205,8 @@ def test_any_number_of_workers_makes_the_same_bytes(prepared: DataConfig, tmp_pa
     for workers in (2, 3):
         config = settings(tmp_path / f"{workers}", mode=mode)
         order(prepared, config, QUIET, workers=workers)
-        assert tree(Path(config.directory)) == tree(Path(reference.directory))
-        assert tree(Path(config.work_directory)).keys() == tree(Path(reference.work_directory)).keys()
+        assert tree(config.directory) == tree(reference.directory)
+        assert tree(config.work_directory).keys() == tree(reference.work_directory).keys()
 
 
 @pytest.mark.full
@@ -225,7 +222,7 @@ def test_stages_alone_and_in_parts_make_the_same_bytes(prepared: DataConfig, tmp
                 order(prepared, config, QUIET, workers=1, only=stage.name, part=(part, 3)) is None
                 or stage.name == "finish"
             )
-    assert tree(Path(config.directory)) == tree(Path(reference.directory))
+    assert tree(config.directory) == tree(reference.directory)
 
 
 @pytest.mark.parametrize("seed", by_lane([0, 1], quick=[], slow=[1]))
@@ -247,7 +244,7 @@ def test_killed_at_any_point_and_continued_gives_the_same_bytes(prepared: DataCo
         os.killpg(child.pid, signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL
     subprocess.run(command, check=True)
-    assert tree(Path(config.directory)) == tree(Path(reference.directory))
+    assert tree(config.directory) == tree(reference.directory)
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["ordered", "work"]
 
 
@@ -264,7 +261,7 @@ def test_stopped_before_any_rename_and_continued(prepared: DataConfig, tmp_path:
             order(prepared, config, QUIET, workers=1)
         stops += 1
     assert stops > 20
-    assert tree(Path(config.directory)) == tree(Path(reference.directory))
+    assert tree(config.directory) == tree(reference.directory)
 
 
 def test_planted_near_duplicates_are_dropped(prepared: DataConfig, texts: list[str], tmp_path: Path):
@@ -342,12 +339,12 @@ def test_other_contexts_find_the_path_as_it_was(prepared: DataConfig, tmp_path: 
 def test_identical_settings_are_reused_and_others_refused(prepared: DataConfig, tmp_path: Path):
     config = settings(tmp_path)
     order(prepared, config, QUIET, workers=1)
-    before = tree(Path(config.directory))
+    before = tree(config.directory)
     with Path(os.devnull).open("w") as nowhere:
         console = Console(width=200, record=True, file=nowhere)
         again = order(prepared, config, console)
     assert again is not None
-    assert tree(Path(config.directory)) == before
+    assert tree(config.directory) == before
     assert "already ordered by these settings" in console.export_text()
     with pytest.raises(ValueError, match=r"order\.neighbors = 5: order\.directory = .* was made with 6; set it back"):
         order(prepared, replace(config, neighbors=5), QUIET)
@@ -508,7 +505,7 @@ def test_a_damaged_file_is_named_and_made_anew(prepared: DataConfig, tmp_path: P
         order(prepared, config, QUIET, workers=1)
     file.unlink()
     order(prepared, config, QUIET, workers=1)
-    assert tree(Path(config.directory)) == tree(Path(reference.directory))
+    assert tree(config.directory) == tree(reference.directory)
 
 
 def test_bars_move_inside_the_long_tasks(prepared: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -7,14 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.files import tree
 from helpers.lanes import by_lane
-from longring.data.config import DataConfig, SourceConfig
+from longring.data.config import DataConfig
 from longring.data.format import shards
 from longring.data.lock import held
 from longring.data.order.stages import order
@@ -35,23 +36,6 @@ tree["source"], tree["tokenizer"] = SourceConfig(**tree["source"]), TokenizerCon
 if __name__ == "__main__":
     prepare(DataConfig(**tree), Console(quiet=True), workers=2)
 """
-
-
-def tree(directory: str | Path) -> dict[str, bytes]:
-    root = Path(directory)
-    return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
-
-
-@pytest.fixture
-def config(make_config: Callable[..., DataConfig], words: Callable[..., str], tmp_path: Path) -> DataConfig:
-    """Return the settings of data with twelve input shards."""
-    base = make_config([])
-    (tmp_path / "corpus").mkdir()
-    for part in range(12):
-        lines = [json.dumps({"text": words(40 + 11 * number, 50 * part + number)}) + "\n" for number in range(30)]
-        (tmp_path / "corpus" / f"{part:02d}.jsonl").write_text("".join(lines))
-    source = SourceConfig(kind="json", path=str(tmp_path / "corpus"))
-    return replace(base, source=source, input_shard_bytes=1, rest="pack", shard_tokens=4_096)
 
 
 @pytest.fixture

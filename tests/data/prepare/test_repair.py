@@ -14,6 +14,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from helpers.files import tree
 from longring.data.config import DataConfig, LoaderConfig, SourceConfig
 from longring.data.files import sha256_of
 from longring.data.format.manifest import open_prepared
@@ -23,10 +24,6 @@ from rich.console import Console
 
 MakeConfig = Callable[..., DataConfig]
 Words = Callable[..., str]
-
-
-def tree(directory: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
 @pytest.fixture
@@ -45,7 +42,7 @@ def config(make_config: MakeConfig, words: Words, tmp_path: Path) -> DataConfig:
 def whole(config: DataConfig, console: Console) -> dict[str, bytes]:
     """Prepare the data and return the content of its files before any damage."""
     prepare(config, console, workers=1)
-    return tree(Path(config.directory))
+    return tree(config.directory)
 
 
 def shards(config: DataConfig) -> list[Path]:
@@ -79,15 +76,15 @@ def test_the_same_command_makes_missing_and_truncated_shards_again(
     prepare(config, console, workers=1)
     assert done == [0, 4]
     open_prepared(config.directory)
-    assert tree(Path(config.directory)) == whole
+    assert tree(config.directory) == whole
     assert not Path(f"{config.directory}.partial").exists()
 
 
 @pytest.mark.full
 def test_a_lost_directory_of_shards_comes_back(config: DataConfig, whole: dict[str, bytes], console: Console):
-    shutil.rmtree(Path(config.directory, "shards"))
+    shutil.rmtree(config.directory, "shards")
     prepare(config, console, workers=2)
-    assert tree(Path(config.directory)) == whole
+    assert tree(config.directory) == whole
 
 
 def test_a_shard_with_a_wrong_bit_is_made_again(config: DataConfig, whole: dict[str, bytes], console: Console):
@@ -98,11 +95,11 @@ def test_a_shard_with_a_wrong_bit_is_made_again(config: DataConfig, whole: dict[
     with pytest.raises(ValueError, match=rf"{damaged[0]}: SHA-256 is .*; run `longring prepare RECIPE --verify`"):
         list(open_prepared(config.directory).verify())
     prepare(config, console, workers=1)
-    assert tree(Path(config.directory)) != whole
+    assert tree(config.directory) != whole
     for _ in range(2):
         prepare(config, console, workers=1, verify=True)
         list(open_prepared(config.directory).verify())
-        assert tree(Path(config.directory)) == whole
+        assert tree(config.directory) == whole
 
 
 def reverse(file: Path) -> None:
@@ -125,7 +122,7 @@ def test_changed_sources_are_named_and_either_way_out_works(
         assert f"bring the sources back, or delete {config.directory}, and run `longring prepare" in str(error.value)
     source.write_bytes(before)
     prepare(config, console, workers=1)
-    assert tree(Path(config.directory)) == whole, "the sources are back"
+    assert tree(config.directory) == whole, "the sources are back"
     change(source)
     shutil.rmtree(config.directory)
     prepare(config, console, workers=1)
@@ -147,7 +144,7 @@ if __name__ == "__main__":
 def test_a_repair_that_is_killed_is_continued(
     config: DataConfig, whole: dict[str, bytes], tmp_path: Path, console: Console
 ):
-    shutil.rmtree(Path(config.directory, "shards"))
+    shutil.rmtree(config.directory, "shards")
     (tmp_path / "child.py").write_text(CHILD)
     command = [sys.executable, "-P", str(tmp_path / "child.py"), json.dumps(asdict(config))]
     child = subprocess.Popen(command, start_new_session=True)
@@ -158,7 +155,7 @@ def test_a_repair_that_is_killed_is_continued(
     os.killpg(child.pid, signal.SIGKILL)  # its worker processes too
     assert child.wait() == -signal.SIGKILL
     prepare(config, console, workers=1)
-    assert tree(Path(config.directory)) == whole
+    assert tree(config.directory) == whole
     assert not Path(f"{config.directory}.partial").exists()
 
 
@@ -181,7 +178,7 @@ def test_a_damaged_manifest_or_file_beside_it_says_what_to_delete(
     assert advice in str(error.value)
     shutil.rmtree(config.directory)
     prepare(config, console, workers=1)
-    assert tree(Path(config.directory)) == whole
+    assert tree(config.directory) == whole
 
 
 def test_a_part_of_an_array_names_the_command_that_repairs(
@@ -192,7 +189,7 @@ def test_a_part_of_an_array_names_the_command_that_repairs(
         prepare_part(config, console, 0, 2)
     prepare(config, console, workers=1)
     prepare_part(config, console, 0, 2)
-    assert tree(Path(config.directory)) == whole
+    assert tree(config.directory) == whole
 
 
 @pytest.mark.full
@@ -205,12 +202,12 @@ def test_other_settings_have_three_ways_out(config: DataConfig, whole: dict[str,
     prepare(replace(other, directory=f"{config.directory}2"), console, workers=1)
     shutil.rmtree(config.directory)
     prepare(other, console, workers=1)
-    assert tree(Path(config.directory)) == tree(Path(f"{config.directory}2")) != whole
+    assert tree(config.directory) == tree(f"{config.directory}2") != whole
 
 
 def remote_copy(directory: str) -> str:
     address = f"memory://{uuid.uuid4().hex}"
-    for name, content in tree(Path(directory)).items():
+    for name, content in tree(directory).items():
         fsspec.filesystem("memory").pipe(f"{address}/{name}", content)
     return address
 
@@ -254,7 +251,7 @@ def test_cached_shards_of_older_data_are_not_taken_for_new_ones(
     before = read_all(address, cache)
     other = replace(config, seed=5, directory=f"{config.directory}2")
     prepare(other, console, workers=1)
-    for name, content in tree(Path(other.directory)).items():
+    for name, content in tree(other.directory).items():
         fsspec.filesystem("memory").pipe(f"{address}/{name}", content)
     after = read_all(address, cache)
     assert after != before
@@ -276,7 +273,7 @@ def test_a_damaged_remote_file_is_copied_there_again(
 
 
 def test_the_hashes_of_the_shards_are_the_manifests(config: DataConfig, whole: dict[str, bytes], console: Console):
-    shutil.rmtree(Path(config.directory, "shards", "000001"))
+    shutil.rmtree(config.directory, "shards", "000001")
     manifest = prepare(config, console, workers=1)
     expected = {entry["sha256"].decode() for entry in manifest.shards}
     assert {sha256_of(file) for file in Path(config.directory).rglob("*.tar")} == expected

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from helpers.died import Died, die_after
+from helpers.files import tree
 from helpers.lanes import by_lane
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
 from longring.data.format import shards
@@ -41,25 +42,8 @@ if __name__ == "__main__":
 """
 
 
-def tree(directory: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
-
-
 def entries(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
-
-
-@pytest.fixture
-def config(make_config: MakeConfig, words: Words, tmp_path: Path) -> DataConfig:
-    """Return the settings of data with twelve input shards."""
-    base = make_config([])
-    Path(base.source.path).unlink()
-    (tmp_path / "corpus").mkdir()
-    for part in range(12):
-        lines = [json.dumps({"text": words(40 + 11 * number, 50 * part + number)}) + "\n" for number in range(30)]
-        (tmp_path / "corpus" / f"{part:02d}.jsonl").write_text("".join(lines))
-    source = SourceConfig(kind="json", path=str(tmp_path / "corpus"))
-    return replace(base, source=source, input_shard_bytes=1, rest="pack", shard_tokens=4_096)
 
 
 @pytest.mark.parametrize("seed", by_lane([0, 1], quick=[], slow=[1]))
@@ -80,7 +64,7 @@ def test_killed_at_any_point_and_continued_gives_the_same_bytes(config: DataConf
         assert child.wait() == -signal.SIGKILL
         assert not Path(config.directory).exists()
     subprocess.run(command, check=True)
-    assert tree(Path(config.directory)) == tree(tmp_path / "reference")
+    assert tree(config.directory) == tree(tmp_path / "reference")
     assert entries(tmp_path) == ["child.py", "corpus", "prepared", "reference"]
 
 
@@ -100,7 +84,7 @@ def test_stopped_before_any_rename_and_continued(
             assert not Path(config.directory).exists()
     if not Path(config.directory).exists():
         prepare(config, Console(quiet=True), workers=1)
-    assert tree(Path(config.directory)) == tree(tmp_path / "reference")
+    assert tree(config.directory) == tree(tmp_path / "reference")
 
 
 def test_what_is_done_is_not_done_again(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -106,7 +106,13 @@ def test_only_complete_checkpoints_count_and_leftovers_are_cleared(tmp_path):
     assert last_good_checkpoint(tmp_path / "none") is None
     for step in (10, 100):
         make_checkpoint(tmp_path, step)
-    for name in ("step-00000090.partial", "step-00000200.removed", "step-00000300.damaged", "notes"):
+    for name in (
+        "step-00000090.partial",
+        "step-00000200.removed",
+        "step-00000300.damaged",
+        "notes",
+        "step-old.partial",
+    ):
         (tmp_path / name).mkdir()
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000100", "step-00000010"]
     clear_leftovers(tmp_path)
@@ -115,6 +121,7 @@ def test_only_complete_checkpoints_count_and_leftovers_are_cleared(tmp_path):
         "step-00000010",
         "step-00000100",
         "step-00000300.damaged",
+        "step-old.partial",
     ]
     truncate(tmp_path / "step-00000100" / "rank-00000.safetensors")
     found = last_good_checkpoint(tmp_path)
@@ -394,16 +401,18 @@ def test_checkpoints_are_listed_verified_and_pruned(capsys, recipe_file, tmp_pat
     run.create(load_recipe(recipe_file))
     for step in (10, 20, 30, 40):
         make_checkpoint(run.checkpoints, step)
-    (run.checkpoints / "step-00000050.partial").mkdir()
+    for name in ("step-00000050.partial", "step-00000060.damaged", "step-best.damaged"):
+        (run.checkpoints / name).mkdir()
     assert cli.main(["checkpoints", str(run.path)]) == 0
     listed = capsys.readouterr().out
     assert listed.count("whole") == 4
-    assert "partial" in listed
+    rows = [tuple(line.split()) for line in listed.splitlines()]
+    assert {("50", "partial"), ("60", "damaged")} < set(rows) and "best" not in listed
     flip(run.checkpoints / "step-00000040" / "rank-00000.safetensors")
     assert cli.main(["checkpoints", str(run.path)]) == 0, "without --verify only sizes are compared"
     assert cli.main(["checkpoints", str(run.path), "--verify", "--prune", "--keep-last", "2", "--keep-every", "7"]) == 1
     verified = capsys.readouterr().out
     assert "step-00000040/rank-00000.safetensors: has SHA-256" in verified
     # Step 40 is damaged: it does not count among the last two, and is kept.
-    kept = ["step-00000020", "step-00000030", "step-00000040", "step-00000050.partial"]
+    kept = ["step-00000020", "step-00000030", "step-00000040", "step-00000050.partial", "step-best.damaged"]
     assert sorted(path.name for path in run.checkpoints.iterdir()) == kept

@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.faulty import Run
 from helpers.small_checkpoint import make_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
@@ -241,12 +241,11 @@ def test_ports_that_are_down_are_counted(tmp_path, recipe_file, monkeypatch):
         check_node(load_recipe(recipe_file, [*settings, "slurm.min_rdma_ports=3"]), 1)
 
 
-def launcher(recipe_file: Path, run: Path, output: Path) -> subprocess.Popen[str]:
-    settings = ["train.steps=400", "train.checkpoint_every_steps=20", "parallel.tokens_per_rank=256"]
-    words = [sys.executable, "-m", "longring.launch.cli", "train", str(recipe_file), *settings, "--ranks", "2"]
+def launcher(run: Run) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "longring.launch.cli", "train", str(run.recipe_file), *run.overrides, "--ranks", "2"]
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    with output.open("w") as file:
-        return subprocess.Popen([*words, f"run_directory={run}"], stdout=file, stderr=file, env=environment, text=True)
+    with run.output.open("w") as file:
+        return subprocess.Popen(words, stdout=file, stderr=file, env=environment, text=True)
 
 
 def rank_processes(process: subprocess.Popen[str]) -> list[int]:
@@ -265,25 +264,26 @@ def rank_processes(process: subprocess.Popen[str]) -> list[int]:
 def test_the_launcher_forwards_signals_and_reports_killed_ranks(
     recipe_file, tmp_path, signal_name, to_a_rank, status, said
 ):
-    run, output = tmp_path / "run", tmp_path / "output.txt"
-    process = launcher(recipe_file, run, output)
+    """The run of 200 steps is interrupted after about 30, and ends a second and a third time."""
+    run = Run(recipe_file, tmp_path, ["train.steps=200", "train.checkpoint_every_steps=20"])
+    process = launcher(run)
     try:
         deadline = time.monotonic() + 120
-        metrics = run / "metrics.jsonl"
+        metrics = run.path / "metrics.jsonl"
         while not metrics.exists() or len(metrics.read_text().splitlines()) < 30:
-            assert process.poll() is None, output.read_text()
-            assert time.monotonic() < deadline, output.read_text()
+            assert process.poll() is None, run.output.read_text()
+            assert time.monotonic() < deadline, run.output.read_text()
             time.sleep(0.1)
         os.kill(rank_processes(process)[1] if to_a_rank else process.pid, getattr(signal, signal_name))
         assert process.wait(60) == status
     finally:
         process.kill()
-    assert said in " ".join(output.read_text().split())
-    assert "Traceback" not in output.read_text()
-    last = max((run / "checkpoints").iterdir()).name
+    assert said in run.said
+    assert "Traceback" not in run.output.read_text()
+    last = max((run.path / "checkpoints").iterdir()).name
     done = read_records(metrics)[-1]["step"]
     assert last == (checkpoint_name(20) if to_a_rank and done < 40 else last)
     assert to_a_rank or last == checkpoint_name(done)
-    starts = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
+    starts = [json.loads(line) for line in (run.path / "starts.jsonl").read_text().splitlines()]
     assert starts[0]["world_size"] == 2
-    shutil.rmtree(run)
+    run.finish()

@@ -274,7 +274,7 @@ PROBLEMS = [
 ]
 
 
-@pytest.mark.parametrize("size", by_lane(range(1, 17), quick=range(1, 6), slow=[12, 15, 16]))
+@pytest.mark.parametrize("size", by_lane(range(1, 17), quick=range(1, 6), slow=[9, 10, 12, 15, 16]))
 def test_every_grid_keeps_its_promises(size):
     for number, grid in enumerate(grids(size)):
         cut, visibility, packed = PROBLEMS[number % len(PROBLEMS)]
