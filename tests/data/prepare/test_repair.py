@@ -82,7 +82,7 @@ def test_the_same_command_makes_missing_and_truncated_shards_again(
 
 @pytest.mark.full
 def test_a_lost_directory_of_shards_comes_back(config: DataConfig, whole: dict[str, bytes], console: Console):
-    shutil.rmtree(config.directory, "shards")
+    shutil.rmtree(Path(config.directory, "shards"))
     prepare(config, console, workers=2)
     assert tree(config.directory) == whole
 
@@ -144,7 +144,7 @@ if __name__ == "__main__":
 def test_a_repair_that_is_killed_is_continued(
     config: DataConfig, whole: dict[str, bytes], tmp_path: Path, console: Console
 ):
-    shutil.rmtree(config.directory, "shards")
+    shutil.rmtree(Path(config.directory, "shards"))
     (tmp_path / "child.py").write_text(CHILD)
     command = [sys.executable, "-P", str(tmp_path / "child.py"), json.dumps(asdict(config))]
     child = subprocess.Popen(command, start_new_session=True)
@@ -273,7 +273,7 @@ def test_a_damaged_remote_file_is_copied_there_again(
 
 
 def test_the_hashes_of_the_shards_are_the_manifests(config: DataConfig, whole: dict[str, bytes], console: Console):
-    shutil.rmtree(config.directory, "shards", "000001")
+    shutil.rmtree(Path(config.directory, "shards", "000001"))
     manifest = prepare(config, console, workers=1)
     expected = {entry["sha256"].decode() for entry in manifest.shards}
     assert {sha256_of(file) for file in Path(config.directory).rglob("*.tar")} == expected
