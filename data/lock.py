@@ -27,7 +27,7 @@ class HeldError(Exception):
 def held(file: Path, *, wait_s: int = 0) -> Iterator[None]:
     """Hold the lock of `file`, which is made if absent. A file system without locks refuses nobody.
 
-    Who holds the lock may remove the file. Raises HeldError if another process still holds it after `wait_s` seconds.
+    The holder may remove the file. Raises HeldError if another process still holds it after `wait_s` seconds.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + wait_s

@@ -26,6 +26,7 @@ from ..parallel.mesh import Mesh, join
 from ..parallel.world import World
 from ..parallel.zero import DeepSpeedEngine
 from .build import BucketLayout, bucket_layouts, build_engine
+from .checkpoint.format import no_good_checkpoint
 from .checkpoint.load import load_last_good
 from .config import Recipe
 from .grids.decide import decide_grids
@@ -123,7 +124,7 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
     checked = preflight_together(recipe, store, world)
     manifest, run, limit = checked.manifest, checked.run, recipe.evaluate.max_tokens_per_bucket
     if not checked.steps_done:
-        raise ValueError(f"{run.path}: no checkpoint yet; train first, with `longring train`")
+        raise no_good_checkpoint(run.checkpoints)
     buckets = manifest.buckets("held_out")
     sequences = {bucket.length: min(bucket.sequences, limit // bucket.length) for bucket in buckets}
     held_out = [bucket for bucket in buckets if sequences[bucket.length]]

@@ -22,6 +22,7 @@ from .checkpoint.format import (
     complete_checkpoints,
     last_good_checkpoint,
 )
+from .checkpoint.retention import leftovers
 from .config import Recipe
 from .grids.choice import check_named_grids
 from .identity import Identity, identity_of
@@ -68,21 +69,24 @@ class Preflight:
         return self.order if recipe is self.recipe else order_of(self.manifest, recipe)
 
 
-def preflight(recipe: Recipe, world_size: int, *, check_files: bool = True) -> Preflight:
+def preflight(
+    recipe: Recipe, world_size: int, *, check_shards: bool = True, check_checkpoint: bool = True
+) -> Preflight:
     """Check recipe, world, data, run directory and checkpoint against each other.
 
     Raises ValueError for the first that does not fit, and OSError if a file cannot be read. `longring train` calls it
-    before it starts any rank, and every rank calls it before it joins the others. `check_files` includes the shards and
-    the last checkpoint: a request for each of their files on a shared file system, which one rank makes for all.
+    before it starts any rank, and every rank calls it before it joins the others. The sizes of the shards and of the
+    files of the last checkpoint are a request each on a shared file system: one node checks the shards for all, and one
+    rank of a world the checkpoint.
     """
     # The recipe alone comes first: these checks read no file. Then come the data, the run and its last checkpoint.
     recipe.accumulation_steps(world_size)
     check_named_grids(recipe)
-    manifest = open_prepared(recipe.training_directory, recipe.loader, check_shards=check_files)
+    manifest = open_prepared(recipe.training_directory, recipe.loader, check_shards=check_shards)
     manifest.check_made_from(recipe.data, recipe.order)
     run = RunDirectory(recipe.run_directory)
     run.check_is_run()
-    found = last_good_checkpoint(run.checkpoints) if check_files else None
+    found = last_good_checkpoint(run.checkpoints) if check_checkpoint else None
     # A directory that has lost its records has the run of its checkpoint.
     run_id = run.run_id() or (found[1].state.run if found else uuid.uuid4().hex)
     manifest_file = manifest.store.path(MANIFEST_FILE)
@@ -97,7 +101,7 @@ def preflight(recipe: Recipe, world_size: int, *, check_files: bool = True) -> P
     )
     if found:
         checked.check_checkpoint(found[1], found[0])
-    elif check_files:
+    elif check_checkpoint:
         check_nothing_was_saved(run)
     return checked
 
@@ -111,7 +115,7 @@ def preflight_together(recipe: Recipe, store: Store, world: World, stop_after: i
     entries: dict[str, Any] | Exception
     try:
         decides = world.rank == 0
-        checked = preflight(recipe, world.size, check_files=decides)
+        checked = preflight(recipe, world.size, check_shards=decides, check_checkpoint=decides)
         last = complete_checkpoints(checked.run.checkpoints)[:1]
         entries = {
             **checked.identity.common,
@@ -152,7 +156,7 @@ def check_nothing_was_saved(run: RunDirectory) -> None:
     found += [start.get("from_step") for start in read_records(run.starts_file)]
     last = max((step for step in found if isinstance(step, int)), default=0)
     shown = [f"step {last} was saved"] if last else []
-    shown += [f"{path.name} was put aside" for path in sorted(run.checkpoints.glob(f"step-*{DAMAGED}"))]
+    shown += [f"{path.name} was put aside" for path in leftovers(run.checkpoints) if path.suffix == DAMAGED]
     if shown:
         raise ValueError(
             f"run_directory = {run.path}: {', '.join(shown)}, and {run.checkpoints} has no complete checkpoint; mount "

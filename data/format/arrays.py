@@ -27,9 +27,7 @@ def _read(file: Path, dtype: np.dtype, shape: tuple[int | None, ...]) -> NDArray
             found, fortran, stored = _HEADERS[npy.read_magic(stream)](stream)
         except OSError:
             raise
-        except (
-            Exception
-        ) as error:  # numpy reads a header as Python, whose tokenizer and parser have errors of their own
+        except Exception as error:  # numpy reads a header as Python, whose parser has errors of its own
             raise ValueError(f"{file}: is not an npy file ({str(error)[:80]!r})") from error
         fits = len(found) == len(shape) and all(
             size >= 0 and wanted in (None, size) for size, wanted in zip(found, shape, strict=True)

@@ -11,7 +11,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -89,6 +89,8 @@ class CachedStore:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 # One of 256 locks, by name: one process downloads a file while others download other files.
                 with self._locked(hashlib.sha256(name.encode()).hexdigest()[:2]):
+                    with suppress(FileNotFoundError):
+                        os.utime(file)  # before it is hashed, so that no other process evicts it meanwhile
                     if sha256 is None or anew or not self._is_whole(file, sha256):
                         self._fetch(name, file, sha256, most)
                 os.utime(file)  # the time of the last use, by which _evict sorts

@@ -5,13 +5,14 @@ import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .document import BadRecord, Document
 from .spans import SPAN_CHARACTERS, spans
-from .tokenizer_file import TokenizerError, ended_if_slow, load_tokenizer, panics_caught
+from .tokenizer_file import MAX_ENCODE_SECONDS, TokenizerError, ended_if_stuck, load_tokenizer, panics_caught
 
 TOKENIZER_FILE = "tokenizer.json"
 THREAD_CHARACTERS = 1 << 18
@@ -105,13 +106,21 @@ class DocumentTokenizer:
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text. Raises TokenizerError if the tokenizer fails on any of them."""
-        try:
-            with panics_caught(), ended_if_slow():
-                return [one.ids for one in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-        except (TokenizerError, MemoryError):
-            raise
-        except Exception as error:  # the library raises nothing more specific
-            raise TokenizerError(" ".join(str(error).split())) from error
+        with ended_if_stuck(self._stuck):
+            try:
+                with panics_caught():
+                    return [one.ids for one in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+            except (TokenizerError, MemoryError):
+                raise
+            except Exception as error:  # the library raises nothing more specific
+                raise TokenizerError(" ".join(str(error).split())) from error
+
+    def _stuck(self) -> str:
+        """Return the error of texts that do not end."""
+        return (
+            f"{self._file}: has worked for {MAX_ENCODE_SECONDS} s on {self.at}, or on a document soon after it; delete "
+            f"{Path(self._file).parent}, then leave the document out or name another data.tokenizer.path"
+        )
 
     def _encode_each(self, texts: list[str]) -> Sequence["array[int] | BadRecord"]:
         """Return the ids of each text, or the failure of the tokenizer on it."""

@@ -5,7 +5,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -24,7 +24,12 @@ MAX_ODD_SECONDS = 5.0
 """Maximum CPU time for one of `odd_texts` of up to a span's length, which ordinary tokenizers encode in 0.1 s."""
 
 MAX_ENCODE_SECONDS = 600
-"""Time after which a process that encodes some texts of a second's work ends: nothing else can end the library."""
+"""Longest time that the library may work on texts that take about a second; only the end of its process stops it."""
+
+STUCK_STATUS = 2
+"""Exit status of a process that has ended itself for this reason, after one line that says so."""
+
+_standard_error = 2  # its descriptor, which is another one while it is muted
 
 
 def odd_texts(length: int) -> tuple[str, ...]:
@@ -74,27 +79,46 @@ def check_speed(tokenizer: Tokenizer, file: str, max_characters: int) -> None:
     length = 1 << 10
     while length <= max_characters:
         for text in odd_texts(length):
-            began = time.process_time()
-            with suppress(Exception), panics_caught():  # what it fails on is a bad record
-                tokenizer.encode_batch_fast([text], add_special_tokens=False)
-            if (seconds := time.process_time() - began) > MAX_ODD_SECONDS:
-                raise ValueError(
-                    f"{file}: takes {seconds:.0f} s for {len(text):,} characters that begin with {text[:4]!r}, which "
-                    "its pattern repeats too often; correct the pattern, or name another in data.tokenizer.path"
-                )
-        length *= 4
+            error = (
+                f"{file}: takes more than {{:.1f}} s for {len(text):,} characters that begin with {text[:4]!r}; "
+                "correct its pattern, or name another in data.tokenizer.path"
+            )
+            with ended_if_stuck(lambda error=error: error.format(MAX_ENCODE_SECONDS)):
+                seconds = _encoding_seconds(tokenizer, text)
+            if seconds > MAX_ODD_SECONDS:
+                raise ValueError(error.format(MAX_ODD_SECONDS))
+        length *= 2
+
+
+def _encoding_seconds(tokenizer: Tokenizer, text: str) -> float:
+    """Return the CPU time in which the tokenizer encodes a text, or fails on it."""
+    began = time.process_time()
+    with suppress(Exception), panics_caught():  # a document on which it fails is a bad record
+        tokenizer.encode_batch_fast([text], add_special_tokens=False)
+    return time.process_time() - began
 
 
 @contextmanager
-def ended_if_slow() -> Iterator[None]:
-    """End this process with status 2 if the context takes longer than MAX_ENCODE_SECONDS."""
-    timer = threading.Timer(MAX_ENCODE_SECONDS, os._exit, (2,))
-    timer.daemon = True
-    timer.start()
+def ended_if_stuck(describe: Callable[[], str]) -> Iterator[None]:
+    """Print the error `describe()` and end this process if the context takes longer than MAX_ENCODE_SECONDS.
+
+    Time in which the process is stopped does not count.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        for _ in range(MAX_ENCODE_SECONDS):
+            if done.wait(1):
+                return
+        with suppress(OSError):  # without a standard error
+            os.write(_standard_error, f"error: {describe()}\n".encode(errors="replace"))
+        os._exit(STUCK_STATUS)
+
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
-        timer.cancel()
+        done.set()
 
 
 @contextmanager
@@ -115,6 +139,7 @@ def panics_caught() -> Iterator[None]:
 @contextmanager
 def _muted() -> Iterator[None]:
     """Send what is written to standard error to nowhere."""
+    global _standard_error
     try:
         kept = os.dup(2)
     except OSError:  # the process has none
@@ -122,10 +147,12 @@ def _muted() -> Iterator[None]:
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
+        _standard_error = kept
         os.dup2(nowhere, 2)
         yield
     finally:
         os.dup2(kept, 2)
+        _standard_error = 2
         os.close(kept)
         os.close(nowhere)
 

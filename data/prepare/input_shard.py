@@ -50,7 +50,8 @@ def prepare_input_shard(config: DataConfig, partial: Path, number: int, shard: I
     begun.mkdir(parents=True)
     # Other processes see nothing of `begun`; publish_part renames it once every shard is complete.
     try:
-        tokenizer = DocumentTokenizer((partial / TOKENIZER_FILE).read_bytes(), config.tokenizer.boundary)
+        file = partial / TOKENIZER_FILE
+        tokenizer = DocumentTokenizer(file.read_bytes(), config.tokenizer.boundary, str(file))
         writer = _InputShardWriter(config, tokenizer, begun, number, shard)
         writer.run(progress_file(partial, number))
         publish_part(partial, number, begun, writer.ledger, writer.counts, writer.shards())

@@ -28,6 +28,7 @@ from ..files import full_disk_named, write_text, write_whole
 from ..format.manifest import INPUTS_FILE, MANIFEST_FILE, Manifest, differences, open_prepared, settings_of
 from ..format.store import LocalStore
 from ..format.tokenizer import TOKENIZER_FILE, DocumentTokenizer
+from ..format.tokenizer_file import STUCK_STATUS
 from ..lock import HeldError, held
 from ..processes import process_pool
 from .input_shard import prepare_input_shard
@@ -289,8 +290,11 @@ def _run_here(config: DataConfig, partial: Path, workers: int, numbers: Sequence
                 for task in as_completed(pool.submit(step, None, index, len(numbers)) for index in range(len(numbers))):
                     task.result()
             except BrokenProcessPool as error:
+                if STUCK_STATUS in [process.exitcode for process in pool._processes.values()]:
+                    raise ValueError(
+                        f"{partial}: a process of the preparation has ended; its error is above"
+                    ) from error
                 raise OSError(
-                    f"{partial}: a process of the preparation has ended, at a document named above or killed from "
-                    "outside, perhaps for memory; run the same command again, without that document, or with fewer "
-                    "--workers if memory was short"
+                    f"{partial}: a process of the preparation was killed from outside, perhaps for memory; run the "
+                    "same command again, with fewer --workers if memory was short"
                 ) from error

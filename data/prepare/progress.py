@@ -79,15 +79,15 @@ class _Display:
         self._task = progress.add_task("tokenizing, cutting, writing", total=len(numbers), line="")
 
     def update(self, finished: bool) -> None:
-        """Read what the processes have written, and show it; when all has `finished`, that of all input shards."""
+        """Read what the processes have written, and show it; with `finished`, read what all of them have."""
         running = np.zeros(2, dtype=np.int64)
         # Tasks start in order, so the running ones are among the first pending.
         for number in self._pending[: None if finished else 2 * self._processes]:
             counts, at = _reported(progress_file(self._partial, number))
             if at and self._slow.told(number, (*counts.tolist(), at), time.monotonic()):
                 self._progress.console.print(
-                    f"input shard {number}: no progress for {SLOW_SECONDS} s at {at} or soon after it; the preparation "
-                    f"ends after {MAX_ENCODE_SECONDS} s: leave the document out, or name another tokenizer",
+                    f"input shard {number}: no progress for {SLOW_SECONDS} s at {at} or soon after it; if there is "
+                    f"none for {MAX_ENCODE_SECONDS} s, the preparation ends",
                     highlight=False,
                     markup=False,
                 )

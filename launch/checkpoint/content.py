@@ -83,7 +83,8 @@ def _is_table(value: Any) -> bool:
 
 
 def _are_packages(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(text, str) and text.isprintable() for text in value.values())
+    texts = [*value, *value.values()] if isinstance(value, dict) else [None]
+    return all(isinstance(text, str) and text.isprintable() for text in texts)
 
 
 def _are_losses(value: Any) -> bool:

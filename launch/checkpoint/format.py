@@ -261,6 +261,16 @@ def last_good_checkpoint(directory: Path) -> tuple[Path, CheckpointManifest] | N
     return None
 
 
+def no_good_checkpoint(directory: Path) -> ValueError:
+    """Return the error of a command that needs a checkpoint and for which `last_good_checkpoint` has found none."""
+    if complete_checkpoints(directory):
+        return ValueError(
+            f"checkpoints {directory}: all are damaged; bring back a copy of one: `longring checkpoints` with --verify "
+            "tells what is wrong with each"
+        )
+    return ValueError(f"checkpoints {directory}: no checkpoint yet; train first, with `longring train`")
+
+
 def check_trained_on(manifest: CheckpointManifest, checkpoint: Path, data: str) -> None:
     """Raise ValueError unless the checkpoint was trained on the data with this manifest hash."""
     if manifest.state.data != data:

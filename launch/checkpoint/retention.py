@@ -33,7 +33,7 @@ def leftovers(directory: Path) -> dict[Path, int]:
 
 
 def clear_leftovers(directory: Path) -> None:
-    """Delete what interrupted saves and removals have left behind; what is damaged stays."""
+    """Delete what interrupted saves and removals have left behind. Damaged checkpoints stay."""
     for path in leftovers(directory):
         if path.suffix != DAMAGED:
             shutil.rmtree(path)

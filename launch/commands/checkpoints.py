@@ -51,10 +51,10 @@ def list_checkpoints(
         else:
             problems.append((kind, wrong))
             table.add_row(*row, f"[red]{kind}[/]")
-    left = leftovers(directory)
-    for path, step in left.items():
+    incomplete = leftovers(directory)
+    for path, step in incomplete.items():
         table.add_row(f"{step:,}", *[""] * 4, f"[yellow]{path.suffix[1:]}[/]")
-    console.print(table if found or left else f"{directory}: no checkpoint yet")
+    console.print(table if found or incomplete else f"{directory}: no checkpoint yet")
     for kind, text in problems:
         console.print(f"[red]{kind}:[/] {escape(text)}", soft_wrap=True, highlight=False)
     if prune:
@@ -62,7 +62,7 @@ def list_checkpoints(
         for path in [path for step, path in good if step in gone]:
             remove_checkpoint(path)
             console.print(f"removed {path.name}")
-        for path in left:
+        for path in incomplete:
             if path.suffix != PARTIAL:  # a run may be writing it; the next start deletes it
                 shutil.rmtree(path)
                 console.print(f"removed {path.name}")

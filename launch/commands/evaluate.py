@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..checkpoint.format import last_good_checkpoint
+from ..checkpoint.format import last_good_checkpoint, no_good_checkpoint
 from ..ranks.start import start_ranks
 from ..run_directory import find_run
 
@@ -18,5 +18,5 @@ def start_evaluation(target: str, overrides: Sequence[str]) -> int:
     run.recipe(overrides)
     saved = last_good_checkpoint(run.checkpoints)
     if saved is None:
-        raise ValueError(f"{run.path}: no checkpoint yet; train first, with `longring train`")
+        raise no_good_checkpoint(run.checkpoints)
     return start_ranks("longring.launch.evaluate", [str(run.path), *overrides], saved[1].state.world_size)

@@ -77,7 +77,7 @@ def submit(recipe: Recipe, arguments: list[str], nodes: int) -> str:
     script = job_script(recipe, nodes)
     # The data may be prepared by a job before this one, or lie on the disks of the nodes alone.
     if run.recipe_file.exists() and Path(recipe.training_directory).is_dir():
-        preflight(recipe, nodes * recipe.slurm.ranks_per_node)
+        preflight(recipe, nodes * recipe.slurm.ranks_per_node, check_shards=False)
     # sbatch would take a relative path that begins with a dash for an option.
     job = str(run.job_script.absolute())
     if shutil.which("sbatch") is None:

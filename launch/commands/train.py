@@ -32,7 +32,7 @@ def start_training(
     count = ranks or local_ranks(recipe.train.ranks_per_node)
     if check_this_node:
         check_node(recipe, count)
-    preflight(recipe, count * nodes, check_files=node == 0)
+    preflight(recipe, count * nodes, check_shards=node == 0)
     meeting = None
     if nodes > 1 or rendezvous:
         if not (rendezvous and job and address):

@@ -1,7 +1,8 @@
-"""A simulated death of the process, as an exception."""
+"""The death of a process: a simulated one, as an exception, and a real one."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,3 +30,8 @@ def die_after(steps: int, patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(Path, "rename", counted(Path.rename))
     patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+
+
+def end_process(status: int, *_: object) -> None:
+    """End this process at once with an exit status, whatever the other arguments are."""
+    os._exit(status)

@@ -94,6 +94,7 @@ def test_a_first_start_that_waits_for_another_one_continues_its_run_when_given_a
     with directory.held():
         waiting = start(2, run.recipe_file, run.overrides, run.output)
         while not (directory.log_file(0).exists() and directory.log_file(1).exists()):  # its checks are done
+            assert all(process.is_alive() for process in waiting.processes), run.said
             time.sleep(0.05)
         shutil.copytree(half.path, run.path, dirs_exist_ok=True)
     assert waiting.wait() == [74, 74], run.said

@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.faulty import start
+from helpers.sandbox import Sandbox
 from helpers.small_checkpoint import make_checkpoint
 from longring.data.files import sha256_of
 from longring.launch import cli
 from longring.launch import train as train_module
+from longring.launch.checkpoint.format import last_good_checkpoint
+from longring.launch.commands import submit as submit_module
 from longring.launch.config import load_recipe
 from longring.launch.errors import IO_ERROR
 from longring.launch.identity import tables_of
@@ -152,6 +155,34 @@ def test_evaluate_without_a_run_or_a_checkpoint(capsys, recipe_file, tmp_path):
     run.create(load_recipe(recipe_file))
     assert "no checkpoint yet" in error_of(capsys, "evaluate", str(run.path))
     assert "only evaluate.* may differ from the run" in error_of(capsys, "evaluate", str(run.path), "train.steps=1")
+    checkpoint = make_checkpoint(run.checkpoints, 4)
+    manifest = (checkpoint / "manifest.json").read_text()
+    (checkpoint / "manifest.json").write_text(manifest[:-9])
+    said = f"checkpoints {run.checkpoints}: all are damaged; bring back a copy of one"
+    assert said in error_of(capsys, "evaluate", str(run.path))
+    (checkpoint / "manifest.json").write_text(manifest)
+    assert last_good_checkpoint(run.checkpoints) is not None, "the advice works"
+
+
+def test_every_node_refuses_a_recipe_that_does_not_fit_its_run(capsys, recipe_file, tmp_path):
+    """No launcher waits for one that has ended, and Slurm sees one status."""
+    recipe = load_recipe(recipe_file, [f"run_directory={tmp_path}"])
+    data = sha256_of(Path(recipe.data.directory, "manifest.json"))
+    make_checkpoint(tmp_path / "checkpoints", 4, data=data, recipe=tables_of(recipe))
+    several = ["--ranks", "2", "--nodes", "2", "--rendezvous", "localhost:9", "--job", "a", "--address", "localhost"]
+    for node in ("0", "1"):
+        words = [str(recipe_file), f"run_directory={tmp_path}", "train.seed=1", *several, "--node", node]
+        assert "train.seed = 1: was 0 in the 4 steps done" in error_of(capsys, "train", *words)
+
+
+def test_a_job_is_submitted_where_shards_cannot_be_seen(capsys, recipe_file, tmp_path, monkeypatch):
+    """They may lie on the disks of the nodes, or be made again by a job before this one."""
+    sandbox = Sandbox(recipe_file, tmp_path, capsys)
+    next(sandbox.data.rglob("*.tar")).unlink()
+    sandbox.begin()
+    monkeypatch.setattr(submit_module.shutil, "which", lambda name: None)
+    words = [str(sandbox.recipe), f"run_directory={sandbox.run.path}", "slurm.ranks_per_node=4", "--nodes", "1"]
+    assert "sbatch: not on this machine" in error_of(capsys, "submit", *words)
 
 
 def test_a_rank_started_without_torchrun(capsys, recipe_file, monkeypatch):

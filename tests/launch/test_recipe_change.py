@@ -231,7 +231,7 @@ def test_a_run_whose_steps_are_raised_equals_one_that_had_them_from_the_start(re
     starts = [json.loads(line) for line in (raised / "starts.jsonl").read_text().splitlines()]
     assert [one["changed"] for one in starts] == [{}, {"train.steps": {"before": short, "now": long}}]
     assert trained(recipe_file, raised, [f"train.steps={long}", "train.seed=1"]) == [2, 2]
-    order = partial(order_of, manifest)(load_recipe(recipe_file, [*SMALL, "train.steps=40"]))
+    order = order_of(manifest, load_recipe(recipe_file, [*SMALL, "train.steps=40"]))
     refused = orders[1].first_difference(order, long) is not None
     assert trained(recipe_file, raised, ["train.steps=40"]) == ([2, 2] if refused else [0, 0])
 

@@ -167,6 +167,23 @@ def test_a_shard_that_was_just_downloaded_stays(tmp_path: Path):
     assert sum(file.stat().st_size for file in tmp_path.rglob("*.tar")) == 30
 
 
+def test_a_copy_that_is_being_hashed_is_not_the_least_recently_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Another process, which makes room meanwhile, would evict it otherwise."""
+    address, content = four_shards()
+    shards = [(name, hashlib.sha256(value).hexdigest()) for name, value in content.items()]
+    first = CachedStore(address, tmp_path, 30)
+    for name, sha256 in shards[:3]:
+        os.utime(first.path(name, sha256, 10), (len(name), len(name)))
+
+    def slow_hash(file: Path) -> str:
+        first.path(*shards[3], 10)
+        return sha256_of(file)
+
+    monkeypatch.setattr(store_module, "sha256_of", slow_hash)
+    file = CachedStore(address, tmp_path, 30).path(*shards[0], 10)
+    assert file.read_bytes() == content[shards[0][0]]
+
+
 def test_a_copy_that_an_earlier_start_left_is_hashed_once_on_a_machine(
     prepared: Path, in_memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -186,5 +186,5 @@ def test_a_document_without_progress_is_named(tmp_path: Path, monkeypatch: pytes
             if "no progress" in console.export_text(clear=False):
                 break
             time.sleep(0.05)
-    named = "no progress for 0 s at corpus/a b.jsonl:6, byte 65,536 or soon after it; the preparation ends"
+    named = "no progress for 0 s at corpus/a b.jsonl:6, byte 65,536 or soon after it; if there is none for 600 s"
     assert console.export_text().count(named) == 1

@@ -3,24 +3,29 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.died import end_process
 from helpers.files import tree
 from helpers.lanes import by_lane
-from longring.data.config import DataConfig
+from longring.data.config import DataConfig, TokenizerConfig
 from longring.data.format import shards
+from longring.data.format.tokenizer_file import STUCK_STATUS
 from longring.data.lock import held
 from longring.data.order.stages import order
 from longring.data.order_config import OrderConfig
 from longring.data.prepare import merge
+from longring.data.prepare import prepare as prepare_module
 from longring.data.prepare.prepare import prepare
 from rich.console import Console
 
@@ -109,6 +114,59 @@ def test_a_full_disk_is_named_and_with_room_the_bytes_are_the_same(
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     prepare(there, QUIET, workers=workers)
     assert tree(there.directory) == whole
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "said"),
+    [
+        (STUCK_STATUS, ValueError, "ended; its error is above"),
+        (9, OSError, "killed from outside, perhaps for memory"),
+    ],
+)
+def test_the_end_of_a_process_is_told(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch, status: int, error: type[Exception], said: str
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "PrepareStep", lambda *_: partial(end_process, status))
+        with pytest.raises(error, match=rf"prepared\.partial: a process of the preparation (has|was) {said}"):
+            prepare(config, QUIET, workers=2)
+
+
+STUCK = """
+import json, sys
+from rich.console import Console
+from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
+from longring.data.format import tokenizer, tokenizer_file
+from longring.data.prepare.prepare import prepare
+tokenizer_file.MAX_ENCODE_SECONDS = tokenizer.MAX_ENCODE_SECONDS = 1
+tree = json.loads(sys.argv[1])
+tree["source"], tree["tokenizer"] = SourceConfig(**tree["source"]), TokenizerConfig(**tree["tokenizer"])
+prepare(DataConfig(**tree), Console(quiet=True), workers=1)
+"""
+
+
+@pytest.mark.full
+def test_a_document_that_does_not_end_is_named_and_its_advice_works(config: DataConfig, tmp_path: Path):
+    """The tokenizer is quick on every text but a run of the letter q."""
+    tokenizer = json.loads(Path(config.tokenizer.path).read_bytes())
+    slow = {"type": "Split", "pattern": {"Regex": "q+(?![q!])"}, "behavior": "Isolated", "invert": False}
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [slow, tokenizer["pre_tokenizer"]]}
+    (tmp_path / "slow.json").write_text(json.dumps(tokenizer))
+    config = replace(config, tokenizer=TokenizerConfig(path=str(tmp_path / "slow.json")))
+    document = tmp_path / "corpus" / "03x.jsonl"
+    document.write_text(json.dumps({"text": ("q" * 65_535 + "!") * 20}) + "\n")
+    partial_directory = tmp_path / "prepared.partial"
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", STUCK, json.dumps(asdict(config))], stderr=subprocess.PIPE)
+        assert done.returncode == STUCK_STATUS
+        assert done.stderr.decode() == (
+            f"error: {partial_directory}/tokenizer.json: has worked for 1 s on {document}:1, byte 0, or on a document "
+            f"soon after it; delete {partial_directory}, then leave the document out or name another "
+            "data.tokenizer.path\n"
+        )
+    shutil.rmtree(partial_directory)
+    document.unlink()
+    assert prepare(config, QUIET, workers=2).ledger.documents == 360
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), OSError("96 requested and 0 written")

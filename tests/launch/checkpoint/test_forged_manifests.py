@@ -27,7 +27,7 @@ STATE: dict[str, list[Any]] = {
     "recipe": [None, [1], "model", 3],
     "data": [None, "d" * 63, "D" * 64, "\n" * 64],
     "code": [None, 1, "c" * 65],
-    "packages": [None, [], {"torch": 2}, {"torch": "2\x1b[2J"}],
+    "packages": [None, [], {"torch": 2}, {"torch": "2\x1b[2J"}, {"torch\x1b[2J": "2"}],
     "step": ["5", 5.0, True, None, -3, 0, 4, 6, HUGE],
     "world_size": ["2", 0, -1, 2.5, HUGE],
     "tensor": [0, -1, 10**12, "1", None],
