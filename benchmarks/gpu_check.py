@@ -1,34 +1,36 @@
 """Correctness and speed on this GPU: the one command for a machine that has one.
 
     python benchmarks/gpu_check.py --json rows.json   # under nine minutes
-    python benchmarks/gpu_check.py --quick            # a minute or two
+    python benchmarks/gpu_check.py --quick            # a few minutes
+    python benchmarks/gpu_check.py --only order       # one section
 
-Needs torch, triton, pytest and rich alone: neither an install of LongRing nor megatron-core or DeepSpeed. It also runs
-on a CPU, in small sizes. There are four sections, each in a process of its own, so that a broken one leaves the others
-whole:
+The sections run in this order, each in processes of its own with a time limit, so that one that hangs or breaks leaves
+the others whole; the record is written after each:
 
-- the kernels' tests (160 s at most);
-- benchmarks/full_sizes.py, attention in full sizes against fp64 (110 s);
-- benchmarks/cp_virtual.py, context parallelism on virtual ranks (130 s);
-- benchmarks/attention.py, its table and bars (the rest, 120 s or more).
+- order: four ranks share the GPU over real NCCL (each a host of its own, messages over loopback sockets); every grid
+  over 2 and 4 of them, forward and backward, against plain PyTorch in fp64;
+- guards: the checks before the first step, with the links probed and with every named schedule;
+- train: ten steps of a small recipe with packed documents over four ranks;
+- killed: the same run goes on, one rank is killed, and the others must end with status 75;
+- step: a training step of 1B parameters on one rank, by bucket length, with and without recompute; its loss head,
+  optimizer and host time; kernels compiled after the first packing; a layer compiled and as a CUDA graph;
+- sizes: benchmarks/full_sizes.py, attention in full sizes against fp64;
+- tests: the kernels' tests;
+- family: benchmarks/cp_virtual.py, context parallelism on virtual ranks;
+- speed: benchmarks/attention.py, its table and bars, in the time that is left.
 
-A section that outruns its time is cut off: its rows until then stay, and a note names the parts that were left out. The
-section's own command runs all of it. The record is written after every section. The exit status is 1 when something is
-wrong or was cut off; slowness does not count.
+A section is left out where a package that it needs is missing: the kernels' need torch, triton, pytest and rich alone.
+80 GB of memory are enough. Without a GPU all of it runs over gloo on the CPU, in small sizes. The exit status is 1 when
+something is wrong or was cut off; slowness does not count.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import multiprocessing
 import os
-import signal
-import subprocess
+import shutil
 import sys
-import threading
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -36,163 +38,84 @@ sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONS
 import attention
 import cp_virtual
 import full_sizes
-from lib import ROOT
-from lib.cases import cases_here
-from lib.script import Row, Size, about, make_parser, write_record
+import torch
+from lib.gpu_training import RECIPE, documents_settings, ranks_on_one_gpu
+from lib.script import Row, Size, about, make_parser, refuse, write_record
+from lib.sections import Section, run_section, show_result
 from rich.console import Console
-
-Rows = Callable[..., Iterator[Row]]
 
 TOTAL_S = 520
 """Time of all sections together; starting and stopping processes takes the rest of 9 minutes."""
-SECTION_S = {"tests": 160, "sizes": 110, "family": 130}
-"""Longest time of a section; the last section has the rest."""
-CPU_SELECTION = "test_merge or running or strides or written or (head_dims and 32)"
-"""Tests of --quick on a CPU, where interpreted kernels are slow."""
-SMALLEST_SELECTION = "test_merge"
-MARGIN_S = 25
-"""Time that a section keeps for its start and for the case under way at its deadline."""
+CPU_S = 900
+"""Time limit of each section without a GPU, where nothing is promised about the whole."""
+RANKS = 4
+STEPS = 10
+TABLES = {"sizes": full_sizes.show, "family": cp_virtual.show, "speed": attention.show}
+"""Tables of the sections that are commands of their own."""
 
 
-def run_tests(device: str, size: Size, seconds: float, console: Console) -> Row:
-    """Run pytest on the kernels' tests in a process of its own, cut off after `seconds`, and return its row."""
-    files, notes = ["tests/kernels"], []
-    # benchmarks/lib as a plugin: where LongRing is not installed, it lets pytest's processes import it.
-    options = ["-q", "-p", "no:cacheprovider", "-p", "lib"]
-    if importlib.util.find_spec("hypothesis") is None:
-        options += ["--ignore", "tests/kernels/test_mask.py"]
-        notes.append("test_mask.py left out: no hypothesis here")
-    if importlib.util.find_spec("liger_kernel") is None:
-        notes.append("test_fused.py left out: no liger-kernel here")
-    elif device == "cuda":
-        files.append("tests/model/test_fused.py")
-    if size == "smallest" or (size == "quick" and device == "cpu"):
-        selection = SMALLEST_SELECTION if size == "smallest" else CPU_SELECTION
-        options += ["-k", selection]
-        notes.append(f"only -k {selection!r}")
-    if device == "cuda" and importlib.util.find_spec("xdist") is not None:
-        options += ["-n", str(min(8, os.cpu_count() or 1))]  # a test's time is that of compiling its kernels
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TRITON_INTERPRET": "1"}
-    if device == "cuda":
-        del environment["TRITON_INTERPRET"]
-    for note in notes:
-        console.print(f"tests: {note}", markup=False)
-    # -P: the columns of the house must not be importable from the root under their bare names.
-    command = [sys.executable, "-P", "-m", "pytest", *options, *files]
-    started = time.monotonic()
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert process.stdout
-    cut_off = threading.Event()
+def sections(folder: Path, device: str, size: Size) -> list[tuple[Section, list[dict[str, str]]]]:
+    """Return the sections in order, each with the variables of its processes."""
+    gpu = device == "cuda"
+    count = 2 if size == "smallest" else RANKS
+    training = {"recipe": str(RECIPE), "settings": documents_settings(folder, count, size)}
+    alone = [{"TRITON_CACHE_DIR": str(folder / "triton")}]  # empty at first, so that it shows what is compiled
 
-    def cut() -> None:
-        cut_off.set()
-        os.killpg(process.pid, signal.SIGKILL)
+    def on_ranks(name: str, generator: str, seconds: float, /, **arguments: Any) -> tuple[Section, list[dict[str, str]]]:
+        return Section(name, generator, seconds if gpu else CPU_S, arguments), ranks_on_one_gpu(count)
 
-    timer = threading.Timer(seconds, cut)
-    timer.start()
-    last_lines: list[str] = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        last_lines = [*last_lines[-19:], line.rstrip()]
-    status = process.wait()
-    timer.cancel()
-    failed = [line for line in last_lines if line.startswith(("FAILED", "ERROR"))]
-    return {
-        "section": "tests",
-        "status": f"cut off after {seconds:.0f} s" if cut_off.is_set() else "passed" if status == 0 else "failed",
-        "seconds": round(time.monotonic() - started, 1),
-        "note": "; ".join([*notes, *failed, *last_lines[-1:]]),
-    }
+    def on_one(name: str, generator: str, seconds: float, /, **arguments: Any) -> tuple[Section, list[dict[str, str]]]:
+        return Section(name, generator, seconds if gpu else CPU_S, arguments), alone
 
-
-def send_rows(sender: Connection, rows: Rows, arguments: tuple[Any, ...]) -> None:
-    """Send the rows that a generator yields, and None at its end."""
-    for row in rows(*arguments):
-        sender.send(row)
-    sender.send(None)
-
-
-def run_rows(
-    name: str, rows: Rows, arguments: tuple[Any, ...], seconds: float, console: Console
-) -> tuple[list[Row], Row]:
-    """Run a generator in a process of its own, killed after `seconds`; return its rows and the section's row."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=send_rows, args=(sender, rows, arguments))
-    started = time.monotonic()
-    process.start()
-    sender.close()  # so that the end of the process ends the pipe
-    found: list[Row] = []
-    status = ""
-    with console.status(f"{name}: measuring"):
-        while True:
-            if not receiver.poll(max(0.0, started + seconds - time.monotonic())):
-                process.kill()
-                status = f"cut off after {seconds:.0f} s"
-                break
-            try:
-                row = receiver.recv()
-            except EOFError:
-                break
-            if row is None:
-                status = "done"
-                break
-            found.append(row)
-    process.join(10)
-    process.kill()
-    status = status or f"its process ended with {process.exitcode}"
-    left_out = sum("left out: the time" in row["note"] for row in found)
-    note = f"{left_out} rows left out: the time was spent" if left_out else ""
-    return found, {"section": name, "status": status, "seconds": round(time.monotonic() - started, 1), "note": note}
+    killed = {**training, "processes": ranks_on_one_gpu(count), "logs": str(folder / "logs")}
+    measured = {"size": size, "seconds": CPU_S}
+    return [
+        on_ranks("order", "lib.gpu_ranks:order_rows", 75, **measured),
+        on_ranks("guards", "lib.gpu_ranks:guard_rows", 55, **measured),
+        on_ranks("train", "lib.gpu_training:train_rows", 60, **training, last=STEPS),
+        on_one("killed", "lib.gpu_training:killed_rows", 75, **killed, wait_s=40 if gpu else 300),
+        on_one("step", "lib.gpu_step:step_rows", 70, size=size),
+        on_one("sizes", "lib.gpu_kernels:sizes_rows", 45, device=device, size=size),
+        on_one("tests", "lib.gpu_kernels:tests_rows", 55, device=device, size=size),
+        on_one("family", "lib.gpu_kernels:family_rows", 40, device=device, size=size),
+        on_one("speed", "lib.gpu_kernels:speed_rows", TOTAL_S, device=device, size=size),
+    ]
 
 
 def main() -> int:
-    options = make_parser(__doc__ or "", quick="few cases: a minute or two").parse_args()
-    started = time.time()
-    console = Console(width=100)
-    cases, device, backend = cases_here(options.size)
+    parser = make_parser(__doc__ or "", quick="small sizes and few cases")
+    parser.add_argument("--only", metavar="SECTION", action="append", help="run this section; may be repeated")
+    parser.add_argument("--directory", type=Path, metavar="DIR", help="keep the data, the runs and all logs here")
+    options = parser.parse_args()
+    started = time.monotonic()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels would be tested instead of compiled ones
+    console = Console(width=100)
     console.print(about(device))
-    found: Row = {"sections": [], "sizes": [], "family": [], "rows": [], "bars": []}
-
-    def keep(section: Row) -> None:
-        found["sections"].append(section)
-        console.print(" ".join(str(x) for x in section.values()), markup=False, highlight=False)
-        write_record(options.json, found, device)
-
-    def measure(name: str, rows: Rows, *arguments: Any, seconds: float) -> tuple[list[Row], Row]:
-        return run_rows(name, rows, (*arguments, time.time() + seconds - MARGIN_S), seconds, console)
-
-    keep(run_tests(device, options.size, SECTION_S["tests"], console))
-
-    choice = "triton" if device == "cuda" else "auto"
-    found["sizes"], section = measure(
-        "sizes", full_sizes.all_rows, device, choice, options.size, seconds=SECTION_S["sizes"]
-    )
-    full_sizes.show(found["sizes"], console)
-    keep(section)
-
-    found["family"], section = measure(
-        "family", cp_virtual.all_rows, device, backend, options.size, seconds=SECTION_S["family"]
-    )
-    found["bars"] = cp_virtual.bars(found["family"])
-    cp_virtual.show(found["family"], console)
-    keep(section)
-
-    left_s = started + TOTAL_S - time.time()
-    found["rows"], section = measure("speed", attention.all_rows, cases, device, backend, seconds=left_s)
-    found["bars"] += attention.bars(found["rows"])
-    if found["rows"]:
-        attention.show(found["rows"], console)
-    keep(section)
-
-    right = all(section["status"] in ("passed", "done") for section in found["sections"])
-    right &= all(row["right"] is not False for row in found["sizes"] + found["family"])
-    verdict = "no errors" if right else "[bold red]errors: see above[/]"
-    console.print(f"{time.time() - started:.0f} s in all; {verdict}")
+    folder = Path(options.directory or tempfile.mkdtemp(prefix="gpu-check-")).absolute()
+    found = sections(folder, device, options.size)
+    if unknown := set(options.only or []) - {section.name for section, _ in found}:
+        return refuse(f"--only {min(unknown)}: is none of {', '.join(section.name for section, _ in found)}")
+    record: Row = {"sections": []}
+    right = True
+    for section, processes in found:
+        if options.only and section.name not in options.only:
+            continue
+        if device == "cuda":
+            section = section._replace(seconds=max(1.0, min(section.seconds, started + TOTAL_S - time.monotonic())))
+        result = run_section(section, processes, folder / "logs")
+        right &= result.right
+        record["sections"].append(result.section)
+        record[section.name] = result.rows
+        write_record(options.json, record, device)
+        if section.name in TABLES and result.rows:
+            TABLES[section.name](result.rows, console)
+            result = result._replace(rows=[])
+        show_result(result, folder / "logs", console)
+    if options.directory is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    console.print(f"{time.monotonic() - started:.0f} s in all; {'no errors' if right else 'errors: see above'}")
     return 0 if right else 1
 
 

@@ -1,0 +1,158 @@
+"""Sections of the links: the bandwidth of each channel, and the share of communication that compute covers.
+
+Each generator runs on all ranks of a world; rank 0 alone yields rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from longring.kernels.layout import SeqLayout
+from longring.parallel.cp.attention import context_attention
+from longring.parallel.cp.execute import AttentionSpec
+from longring.parallel.cp.grid import NAMED, CpGrid
+from longring.parallel.cp.group import CpGroup, open_group
+from longring.parallel.cp.layout import zigzag
+from longring.parallel.cp.visible import Visibility
+from longring.parallel.mesh import Mesh
+from torch.profiler import ProfilerActivity, profile
+
+from .gpu_ranks import family, joined, largest, num_heads, say
+from .script import Row, Size
+
+Interval = tuple[float, float]
+
+ROUNDS = 5
+"""Timed rounds of a pattern, after one that connects; the fastest counts."""
+
+
+def channel_rows(size: Size, seconds: float) -> Iterator[Row]:
+    """Yield the bandwidth of each channel of the largest ring, alone and all at once. Collective.
+
+    Every rank sends to its neighbour and receives from the other: GB/s are those of one direction of one rank.
+    """
+    num_bytes = {"full": 2**26, "quick": 2**22, "smallest": 2**16}[size]
+    with joined(seconds) as mesh:
+        degree = max(mesh.neighbours)
+        if degree == 1:
+            return
+        heads = num_heads(degree)
+        group = open_group(mesh.neighbours[degree], family(degree, heads, heads // 2, "smallest"), timeout_s=seconds)
+        buffers = {
+            channel: torch.zeros(2, num_bytes, dtype=torch.uint8, device=mesh.device) for channel in group.channels
+        }
+        names = sorted(group.channels)
+        for chosen in [*([name] for name in names), names]:
+            label = " ".join(chosen[0]) if len(chosen) == 1 else "all channels at once"
+            say(mesh, label)
+            [ms] = largest([1e3 * fastest(group, chosen, buffers, mesh)], mesh)
+            if mesh.rank == 0:
+                rate = len(chosen) * num_bytes / ms / 1e6
+                yield {"channel": label, "ranks": degree, "MiB": num_bytes / 2**20, "ms": ms, "GB_per_s": rate}
+
+
+def fastest(group: CpGroup, channels: Sequence[Any], buffers: dict[Any, torch.Tensor], mesh: Mesh) -> float:
+    """Return the seconds of one message on each channel at once, to one neighbour and from the other. Collective."""
+    times = []
+    for _ in range(1 + ROUNDS):
+        dist.barrier()
+        started = time.perf_counter()
+        works: list[dist.Work] = []
+        for channel in channels:  # sorted, so that all ranks begin their batches in one order
+            step = 1 if channel[1] == "up" else -1
+            to, source = (group.rank + step) % group.size, (group.rank - step) % group.size
+            of = group.channels[channel]
+            receive = dist.P2POp(dist.irecv, buffers[channel][0], group=of, group_peer=source)
+            send = dist.P2POp(dist.isend, buffers[channel][1], group=of, group_peer=to)
+            works += dist.batch_isend_irecv([receive, send])
+        for work in works:
+            work.wait()
+        if mesh.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+def overlap_rows(size: Size, seconds: float) -> Iterator[Row]:
+    """Yield the share of communication time that compute covers, for each named grid of the largest ring. Collective.
+
+    One forward and backward is profiled after one that compiles. The time of a communication kernel includes its wait
+    for the other rank. The worst rank counts.
+    """
+    per_rank, heads, head_dim = {"full": (8192, 32, 128), "quick": (512, 8, 64), "smallest": (64, 8, 16)}[size]
+    with joined(seconds) as mesh:
+        degree = max(mesh.neighbours)
+        if degree == 1:
+            return
+        named = dict.fromkeys(make(degree) for make in NAMED.values())
+        members = [grid for grid in named if grid.unfit(heads, heads // 4) is None]
+        group = open_group(mesh.neighbours[degree], members, timeout_s=seconds)
+        for grid in members:
+            say(mesh, str(grid))
+            shape = (1, per_rank, heads, head_dim)
+            busy, total, covered = profiled(grid, group, shape, mesh)
+            [busy, total] = largest([busy, total], mesh)
+            [exposed] = largest([1 - covered], mesh)
+            if mesh.rank == 0:
+                yield {
+                    **{"grid": str(grid), "ranks": degree, "tokens_a_rank": per_rank},
+                    **{"compute_ms": busy, "communication_ms": total, "covered": 1 - exposed},
+                }
+
+
+def profiled(grid: CpGrid, group: CpGroup, shape: tuple[int, ...], mesh: Mesh) -> tuple[float, float, float]:
+    """Return ms of compute, ms of communication and its covered share in a forward and backward. Collective."""
+    batch, tokens, heads, head_dim = shape
+    layouts = tuple(zigzag(tokens * group.size, rank, group.size) for rank in range(group.size))
+    spec = AttentionSpec(grid, tuple(SeqLayout(x.runs, (0,)) for x in layouts), Visibility())
+    q, k, v, dout = (
+        torch.randn((batch, tokens, count, head_dim), device=mesh.device).to(torch.bfloat16)
+        for count in (heads, heads // 4, heads // 4, heads)
+    )
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def both_passes() -> None:
+        out = context_attention(leaves[0], leaves[1], leaves[2], spec, group)
+        torch.autograd.grad(out, leaves, dout)
+        if mesh.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    both_passes()
+    dist.barrier()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if mesh.device.type == "cuda" else [])]
+    with profile(activities=activities) as found:
+        both_passes()
+    device = torch.autograd.DeviceType.CUDA if mesh.device.type == "cuda" else torch.autograd.DeviceType.CPU  # type: ignore[attr-defined]
+    events = [event for event in found.events() if event.device_type == device]
+    of_messages, of_compute = [], []
+    for event in events:
+        if (kind := kind_of(event.name, mesh.device.type)) is not None:
+            chosen = of_messages if kind == "communication" else of_compute
+            chosen.append((event.time_range.start / 1e3, event.time_range.end / 1e3))
+    total = length(of_messages)
+    both = length(of_messages) + length(of_compute) - length([*of_messages, *of_compute])
+    return length(of_compute), total, both / total if total else 1.0
+
+
+def kind_of(name: str, device: str) -> str | None:
+    """Return "communication", "compute" or None for an event of the profiler: kernels on CUDA, operators on a CPU."""
+    low = name.lower()
+    if device == "cpu":
+        messages = ("gloo:", "c10d::", "record_param_comms")
+        return "communication" if low.startswith(messages) else "compute" if low.startswith("aten::") else None
+    if "nccl" in low or "ptop" in low:  # NCCL's kernels, and copies from device to device
+        return "communication"
+    return None if low.startswith(("memcpy", "memset")) else "compute"
+
+
+def length(intervals: Sequence[Interval]) -> float:
+    """Return the total length of the union of intervals."""
+    total, until = 0.0, float("-inf")
+    for start, stop in sorted(intervals):
+        total += max(0.0, stop - max(start, until))
+        until = max(until, stop)
+    return total

@@ -1,0 +1,217 @@
+"""Sections of several ranks: every grid against one rank, and the memory of communicators.
+
+Each generator runs on all ranks of a world; rank 0 alone yields rows.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from longring.kernels.layout import SeqLayout
+from longring.launch.build import bucket_layouts
+from longring.launch.config import Recipe, load_recipe
+from longring.launch.grids.decide import decide_grids
+from longring.parallel.config import ParallelConfig
+from longring.parallel.cp.attention import context_attention
+from longring.parallel.cp.execute import AttentionSpec
+from longring.parallel.cp.grid import NAMED, CpGrid, divisions, grids
+from longring.parallel.cp.group import CpGroup, open_group
+from longring.parallel.cp.layout import zigzag
+from longring.parallel.cp.visible import Visibility
+from longring.parallel.mesh import Mesh, join
+from longring.parallel.world import World
+from torch import Tensor
+
+from .definition import NAMES, by_definition, error_ratio, visible
+from .gpu_training import RECIPE
+from .script import Row, Size
+
+WHOLE_FAMILY = 8
+"""Number of ranks up to which every member of the family runs; over more, its divisions and named members."""
+
+
+@contextmanager
+def joined(seconds: float) -> Iterator[Mesh]:
+    """Join the ranks of a section, and leave them at the end unless they had joined before. Collective."""
+    own, world = not dist.is_initialized(), World.from_environment()
+    parallel = ParallelConfig(tokens_per_rank=1)
+    # The largest ring: the largest power of two that divides the world.
+    mesh = join(parallel, world.size & -world.size, timeout_minutes=seconds / 60)
+    torch.manual_seed(0)
+    yield mesh
+    if own:
+        dist.destroy_process_group()
+
+
+def family(degree: int, heads: int, kv_heads: int, size: Size) -> list[CpGrid]:
+    """Return the members over `degree` ranks that run, the named ones first."""
+    named = [make(degree) for make in NAMED.values()]
+    whole = grids(degree) if size != "smallest" and degree <= WHOLE_FAMILY else divisions(degree)
+    found = dict.fromkeys([*named, *whole])
+    return [grid for grid in found if grid.unfit(heads, kv_heads) is None]
+
+
+def num_heads(degree: int) -> int:
+    """Return the query heads of a case, of which each two share keys: enough for most grids over `degree` ranks."""
+    return min(16, max(8, degree))
+
+
+def degrees(mesh: Mesh) -> list[int]:
+    """Return the context-parallel degrees of a mesh that need messages."""
+    return [degree for degree in mesh.neighbours if degree > 1]
+
+
+def order_rows(size: Size, seconds: float) -> Iterator[Row]:
+    """Yield a row for each grid: its worst error over what plain PyTorch's allows, or nothing if it hangs. Collective.
+
+    Forward and backward run on a sequence in one document and on packed documents; every rank compares its rows with
+    attention by its definition, computed alone.
+    """
+    with joined(seconds) as mesh:
+        for degree in degrees(mesh):
+            heads = num_heads(degree)
+            members = family(degree, heads, heads // 2, size)
+            group = open_group(mesh.neighbours[degree], members, timeout_s=seconds)
+            cases = [make_case(kind, degree, heads, mesh.device, size) for kind in ("causal", "documents", "window")]
+            for grid in members:
+                say(mesh, f"cp {degree}, {grid}")
+                yield from grid_row(grid, group, cases[: 3 if grid in members[: len(NAMED)] else 2], mesh)
+
+
+class OrderCase(NamedTuple):
+    """One attention and its results by definition, equal on every rank."""
+
+    layout: SeqLayout
+    window: int | None
+    tensors: tuple[Tensor, ...]
+    """q, k, v and dout [1, s, heads or kv_heads, d]."""
+    exact: dict[str, Tensor]
+    plain: dict[str, Tensor]
+
+
+def make_case(kind: str, degree: int, heads: int, device: torch.device, size: Size) -> OrderCase:
+    """Return the case of a mask for `degree` ranks."""
+    per_rank, head_dim = (32, 16) if size == "smallest" else (64, 32) if device.type == "cpu" else (160, 64)
+    per_rank = max(4, min(per_rank, 2048 // degree))  # so that all pairs of a sequence fit the memory in fp64
+    tokens = degree * per_rank - 5  # cut into chunks that differ by a token
+    draw = random.Random(degree)
+    starts = (0, *sorted(draw.sample(range(1, tokens), 5))) if kind == "documents" else (0,)
+    window = tokens // 3 if kind == "window" else None
+    generator = torch.Generator().manual_seed(degree)
+    tensors = tuple(
+        torch.randn((1, tokens, count, head_dim), generator=generator).to(device, torch.bfloat16)
+        for count in (heads, heads // 2, heads // 2, heads)
+    )
+    seen = visible(tokens, starts, window, device)
+    exact, plain = (by_definition(tensors, seen, dtype) for dtype in (torch.float64, torch.bfloat16))
+    return OrderCase(SeqLayout(((0, tokens),), starts), window, tensors, exact, plain)
+
+
+def grid_row(grid: CpGrid, group: CpGroup, cases: list[OrderCase], mesh: Mesh) -> Iterator[Row]:
+    """Yield the row of a grid on rank 0. Collective."""
+    started, worst, where = time.perf_counter(), 0.0, ""
+    for case in cases:
+        tokens, starts = case.layout.num_tokens, case.layout.document_starts
+        layouts = tuple(SeqLayout(zigzag(tokens, rank, group.size).runs, starts) for rank in range(group.size))
+        spec = AttentionSpec(grid, layouts, Visibility(window=case.window))
+        rows = layouts[group.rank].positions(mesh.device)
+        q, k, v, dout = (x[:, rows] for x in case.tensors)
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = context_attention(leaves[0], leaves[1], leaves[2], spec, group)
+        found = (out.detach(), *torch.autograd.grad(out, leaves, dout))
+        ratio, name = error_ratio(dict(zip(NAMES, found, strict=True)), case.plain, case.exact, rows)
+        if ratio > worst:
+            worst, where = ratio, name
+    seconds = time.perf_counter() - started
+    # Every replica of the degree runs the grid; the worst rank of all counts.
+    [worst] = largest([worst], mesh)
+    if mesh.rank == 0:
+        row: Row = {"cp": group.size, "grid": str(grid), "error": worst, "of": where, "ms": seconds * 1e3}
+        yield row | {"right": worst <= 1}
+
+
+def guard_rows(size: Size, seconds: float) -> Iterator[Row]:
+    """Yield a row for each named schedule: whether the guards that run before the first step let it pass. Collective.
+
+    With "auto" the links are probed and the cheapest grid is taken.
+    """
+    with joined(seconds) as mesh:
+        for schedule in ("auto", "token_ring") if size == "smallest" else ("auto", *NAMED):
+            say(mesh, f"guards of {schedule}")
+            recipe = guard_recipe(schedule, mesh)
+            lengths = [128 * max(mesh.neighbours)]
+            chosen, note = "", ""
+            try:
+                found = decide_grids(recipe, mesh, lengths)
+                bucket_layouts(recipe, mesh, lengths, found)
+                chosen = "; ".join(dict.fromkeys(map(str, found.values())))
+            except ValueError as error:
+                note = str(error)
+            if mesh.rank == 0:
+                yield {"schedule": schedule, "grids": chosen, "right": not note, "note": note}
+
+
+def guard_recipe(schedule: str, mesh: Mesh) -> Recipe:
+    """Return the demo's recipe over the ranks of a mesh, in bf16, with a schedule."""
+    largest_bucket = 128 * max(mesh.neighbours)
+    settings = [
+        *("model.num_heads=8", "model.num_kv_heads=4", "train.dtype=bfloat16", f"parallel.cp.schedule={schedule}"),
+        *("parallel.tokens_per_rank=128", f"data.max_bucket_tokens={largest_bucket}"),
+        f"train.global_batch_tokens={128 * mesh.world_size}",
+    ]
+    return load_recipe(RECIPE, settings)
+
+
+def memory_rows(size: Size, seconds: float) -> Iterator[Row]:
+    """Yield the memory of the communicators of each degree, on the rank where it is largest. Collective.
+
+    On a GPU it is the memory of the device outside torch's allocator, before and after the groups of a degree are
+    opened and every pair has talked; on a CPU that of the process.
+    """
+    with joined(seconds) as mesh:
+        for degree in degrees(mesh):
+            heads = num_heads(degree)
+            members = family(degree, heads, heads // 2, "smallest")
+            before = held_bytes(mesh.device)
+            group = open_group(mesh.neighbours[degree], members, timeout_s=seconds)
+            case = make_case("causal", degree, heads, mesh.device, size)
+            opened = held_bytes(mesh.device)
+            for grid in members:
+                say(mesh, f"cp {degree}, {grid}")
+                list(grid_row(grid, group, [case], mesh))
+            used = held_bytes(mesh.device)
+            groups = len(set(group.channels.values()))
+            figures = largest([x / 2**20 for x in (before, opened - before, used - opened)], mesh)
+            if mesh.rank == 0:
+                names = ("MiB_before", "MiB_opened", "MiB_used")
+                yield {"cp": degree, "communicators": groups} | dict(zip(names, figures, strict=True))
+
+
+def held_bytes(device: torch.device) -> int:
+    """Return the bytes of this GPU outside torch's allocator, of all its processes; on a CPU this process's bytes."""
+    dist.barrier()
+    if device.type == "cpu":
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
+def largest(values: list[float], mesh: Mesh) -> list[float]:
+    """Return the largest of each value over all ranks. Collective."""
+    found = torch.tensor(values, dtype=torch.float64, device=mesh.device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.tolist()
+
+
+def say(mesh: Mesh, text: str) -> None:
+    """Print what comes next, the last line of the log if it hangs."""
+    print(f"rank {mesh.rank}: {text}", flush=True)

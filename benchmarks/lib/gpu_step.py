@@ -1,0 +1,294 @@
+"""Sections of one rank: a training step of a model of about 1B parameters, and what a step consists of."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from longring.kernels.attention import attention
+from longring.kernels.layout import SeqLayout
+from longring.kernels.mask import make_mask
+from longring.launch.build import BucketLayout, bucket_layouts, build_engine
+from longring.launch.config import Recipe, load_recipe
+from longring.model.rope import rope_table
+from longring.parallel.mesh import Mesh, join
+from longring.parallel.zero import DeepSpeedEngine, set_learning_rate
+from torch import Tensor, nn
+
+from .gpu_training import RECIPE
+from .one_rank import be_the_only_rank
+from .script import Row, Size
+from .timing import elapsed_ms, moment, synchronize
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}
+"""Dense bf16 FLOP/s of the data sheets (SXM), by a part of the device's name; MFU is told for these devices alone."""
+TIMED = 3
+"""Timed micro-batches, after one that compiles."""
+
+
+class Sizes(NamedTuple):
+    """The model and the tokens of a micro-batch."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocabulary: int
+    tokens: int
+    lengths: tuple[int, ...]
+    """Bucket lengths: the same tokens, cut into sequences."""
+    packings: int
+    """Number of random packings of documents."""
+
+
+SIZES: dict[Size, Sizes] = {
+    "full": Sizes(16, 2048, 16, 8, 6144, 131_072, 16_384, (1024, 4096, 16_384), 40),
+    "quick": Sizes(4, 1024, 8, 4, 3072, 32_768, 4096, (1024, 4096), 10),
+    "smallest": Sizes(2, 64, 4, 2, 192, 512, 128, (32, 128), 3),
+}
+
+
+class Ready(NamedTuple):
+    """A model on one rank under DeepSpeed, over NCCL on a GPU."""
+
+    sizes: Sizes
+    recipe: Recipe
+    mesh: Mesh
+    engine: DeepSpeedEngine
+    layouts: dict[int, BucketLayout]
+
+    @property
+    def device(self) -> str:
+        """Type of the device."""
+        return self.mesh.device.type
+
+    @property
+    def model(self) -> nn.Module:
+        """The model without its engine."""
+        return self.engine.module  # type: ignore[return-value]
+
+    def inputs(self, length: int, document_starts: list[tuple[int, ...]] | None = None) -> tuple[Any, ...]:
+        """Return the inputs of a micro-batch of random tokens in sequences of `length`."""
+        rows = np.random.default_rng(0).integers(0, self.sizes.vocabulary, (self.sizes.tokens // length, length + 1))
+        return self.layouts[length].model_inputs(rows.astype(np.uint32), document_starts, self.mesh.device)
+
+    def both_passes(self, inputs: tuple[Any, ...]) -> None:
+        """Run forward and backward of a micro-batch."""
+        self.engine.backward(self.engine(*inputs).mean())
+
+
+def make_ready(size: Size) -> Ready:
+    """Return the model of a size on this process's rank, the only one."""
+    be_the_only_rank()
+    sizes = SIZES[size]
+    recipe = load_recipe(
+        RECIPE,
+        [
+            *(f"model.num_layers={sizes.layers}", f"model.hidden_size={sizes.hidden}"),
+            *(f"model.num_heads={sizes.heads}", f"model.num_kv_heads={sizes.kv_heads}"),
+            *(f"model.ffn_hidden_size={sizes.ffn}", "train.dtype=bfloat16"),
+            *(f"parallel.tokens_per_rank={sizes.tokens}", f"data.max_bucket_tokens={sizes.tokens}"),
+            *(f"data.min_bucket_tokens={min(sizes.lengths)}", "data.method=best_fit"),
+            # Two micro-batches a step: the engine then accumulates, as it does in training.
+            f"train.global_batch_tokens={2 * sizes.tokens}",
+        ],
+    )
+    mesh = join(recipe.parallel, 1)
+    engine = build_engine(recipe, sizes.vocabulary, mesh)
+    set_learning_rate(engine, 1e-4)
+    return Ready(sizes, recipe, mesh, engine, bucket_layouts(recipe, mesh, sizes.lengths, {}))
+
+
+def step_rows(size: Size, seconds: float) -> Iterator[Row]:
+    """Yield the parts of a training step of one rank, each bucket length with and without recompute, then the rest."""
+    started = time.perf_counter()
+    ready = make_ready(size)
+    parameters = sum(p.numel() for p in ready.model.parameters())
+    yield {
+        "part": "start of DeepSpeed and the mesh",
+        "ms": 1e3 * (time.perf_counter() - started),
+        "note": f"{parameters / 1e9:.2f}B parameters",
+    }
+    yield product_row(ready)
+    for recompute in (False, True):
+        for length in reversed(ready.sizes.lengths):
+            yield attempt(
+                f"bucket {length}{', recompute' if recompute else ''}", partial(bucket_row, ready, length, recompute)
+            )
+    yield attempt("optimizer step", partial(optimizer_row, ready))
+    yield attempt("loss head", partial(head_row, ready))
+    yield attempt("documents", partial(documents_row, ready))
+    yield from layer_rows(ready)
+
+
+def attempt(part: str, row: Callable[[], Row]) -> Row:
+    """Return a row, or one that says why there is none."""
+    try:
+        return {"part": part, **row()}
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        return {"part": part, "note": f"{part}: {str(error).splitlines()[0][:120]}"}
+
+
+def timed_ms(ready: Ready, work: Callable[[], object]) -> tuple[float, float]:
+    """Return the ms of a call on the device, and those after which the host was done with it; the median of `TIMED`."""
+    work()
+    found = []
+    for _ in range(TIMED):
+        synchronize(ready.device)
+        begin, first = time.perf_counter(), moment(ready.device)
+        work()
+        host, last = time.perf_counter() - begin, moment(ready.device)
+        synchronize(ready.device)
+        found.append((elapsed_ms(first, last), 1e3 * host))
+    return sorted(found)[TIMED // 2]
+
+
+def product_row(ready: Ready) -> Row:
+    """Return the rate of one large matrix product, the yardstick of every other rate here."""
+    n = 8192 if ready.device == "cuda" else 256
+    a, b = torch.randn(2, n, n, device=ready.mesh.device).to(torch.bfloat16)
+    ms, _ = timed_ms(ready, lambda: a @ b)
+    return {"part": f"product of {n} x {n}", "ms": ms, "TFLOPs": 2 * n**3 / ms / 1e9} | mfu(2 * n**3 / ms * 1e3)
+
+
+def flops_of(ready: Ready, length: int) -> float:
+    """Return the FLOPs of forward and backward of a micro-batch: products of weights, and attention's visible pairs."""
+    sizes = ready.sizes
+    weights = sum(p.numel() for name, p in ready.model.named_parameters() if p.dim() > 1 and "embedding" not in name)
+    pairs = sizes.tokens * (length + 1) / 2
+    return 6.0 * weights * sizes.tokens + 3 * 4.0 * sizes.hidden * pairs * sizes.layers
+
+
+def bucket_row(ready: Ready, length: int, recompute: bool) -> Row:
+    """Return the row of a micro-batch of one bucket: time, rate, and peak memory beyond weights and optimizer."""
+    for block in ready.model.blocks:  # type: ignore[union-attr]
+        block.recompute = recompute  # type: ignore[union-attr]
+    inputs = ready.inputs(length)
+    ready.both_passes(inputs)
+    before = None
+    if ready.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    ms, host_ms = timed_ms(ready, lambda: ready.both_passes(inputs))
+    row: Row = {"ms": ms, "host_ms": host_ms, "tokens_per_s": ready.sizes.tokens / ms * 1e3}
+    rate = flops_of(ready, length) / ms * 1e3
+    row |= {"TFLOPs": rate / 1e12} | mfu(rate)
+    if before is not None:
+        row["bytes_a_token"] = (torch.cuda.max_memory_allocated() - before) // ready.sizes.tokens
+    return row
+
+
+def mfu(rate: float) -> Row:
+    """Return the share of the data sheet's FLOP/s, where this device's are known."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name and "PCIe" not in name), None)
+    return {"mfu": rate / peak} if peak else {}
+
+
+def optimizer_row(ready: Ready) -> Row:
+    """Return the row of a whole step: two micro-batches and the update of all weights."""
+    inputs = ready.inputs(max(ready.sizes.lengths))
+
+    def step() -> None:
+        for _ in range(ready.engine.gradient_accumulation_steps()):
+            ready.both_passes(inputs)
+            ready.engine.step()
+
+    ms, host_ms = timed_ms(ready, step)
+    return {"ms": ms, "host_ms": host_ms, "note": "optimizer step: two micro-batches and the update"}
+
+
+def head_row(ready: Ready) -> Row:
+    """Return the row of the loss head alone, forward and backward of one micro-batch."""
+    sizes = ready.sizes
+    x = torch.randn(sizes.tokens, 1, sizes.hidden, device=ready.mesh.device).to(torch.bfloat16).requires_grad_()
+    targets = torch.randint(sizes.vocabulary, (1, sizes.tokens), device=ready.mesh.device)
+    weight = ready.model.head.weight  # type: ignore[union-attr]
+
+    def both() -> None:
+        torch.autograd.grad(ready.model.head(x, targets).sum(), (x, weight))  # type: ignore[operator]
+
+    ms, host_ms = timed_ms(ready, both)
+    flops = 6.0 * sizes.tokens * sizes.hidden * len(weight)  # type: ignore[arg-type]
+    return {"ms": ms, "host_ms": host_ms, "TFLOPs": flops / ms / 1e9} | mfu(flops / ms * 1e3)
+
+
+def documents_row(ready: Ready) -> Row:
+    """Return the row of random packings of documents, and how many kernels were compiled after the first."""
+    length, draw = max(ready.sizes.lengths), random.Random(0)
+    times, compiled = [], 0
+    for number in range(ready.sizes.packings):
+        count = draw.randrange(1, 30)
+        starts = (0, *sorted(draw.sample(range(1, length), count)))
+        known = num_compiled()
+        synchronize(ready.device)
+        begin = time.perf_counter()
+        ready.both_passes(ready.inputs(length, [starts]))
+        synchronize(ready.device)
+        if number:
+            times.append(1e3 * (time.perf_counter() - begin))
+            compiled += num_compiled() - known
+    return {"ms": sorted(times)[len(times) // 2], "slowest_ms": max(times), "compiled": compiled}
+
+
+def num_compiled() -> int:
+    """Return the number of kernels in Triton's cache; `gpu_check` gives each start an empty one."""
+    cache = Path(os.environ.get("TRITON_CACHE_DIR", "/nonexistent"))
+    return sum(1 for _ in cache.glob("*/*.cubin"))
+
+
+def layer_rows(ready: Ready) -> Iterator[Row]:
+    """Yield forward and backward of one layer: as it is, compiled by torch, and as a CUDA graph."""
+    sizes, device = ready.sizes, ready.mesh.device
+    block = ready.model.blocks[0]  # type: ignore[index]
+    block.recompute = False  # type: ignore[union-attr]
+    layout = SeqLayout.contiguous(sizes.tokens)
+    mask = make_mask(layout, layout, device=device)
+    rope = rope_table(layout.rotary_positions(device), sizes.hidden // sizes.heads, 1e5)
+    x = torch.randn(sizes.tokens, 1, sizes.hidden, device=device).to(torch.bfloat16).requires_grad_()
+    dout = torch.randn_like(x)
+    weights = [x, *block.parameters()]  # type: ignore[union-attr]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        return attention(q, k, v, mask)
+
+    def passes(layer: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(layer(x, rope, attend), weights, dout)
+
+    def captured() -> Callable[[], object]:
+        if ready.device != "cuda":
+            return lambda: passes(block)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                passes(block)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            passes(block)
+        return graph.replay
+
+    # Inductor compiles for half a minute on a CPU, where nothing is to be learnt of it.
+    backend = "inductor" if ready.device == "cuda" else "eager"
+    kinds: dict[str, Callable[[], Callable[[], object]]] = {
+        "layer": lambda: partial(passes, block),
+        "layer, compiled": lambda: partial(passes, torch.compile(block, backend=backend)),
+        "layer, CUDA graph": captured,
+    }
+    for part, make in kinds.items():
+        try:
+            ms, host_ms = timed_ms(ready, make())
+        except Exception as error:  # torch may refuse in any way; the layer as it is has been measured
+            yield {"part": part, "note": f"{part}: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}
+        else:
+            yield {"part": part, "ms": ms, "host_ms": host_ms}

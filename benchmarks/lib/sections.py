@@ -1,0 +1,192 @@
+"""Sections of a check: processes with a time limit, whose rows are kept although they hang or end early."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from .script import Row, make_table
+
+LEFT_OUT = 77
+"""Exit status of a section that cannot run here."""
+GRACE_S = 20.0
+"""Seconds that the other ranks of a section have to end after one has failed."""
+ABORT_S = 3.0
+"""Seconds that a process has to print its stacks before it is killed."""
+TAIL = 12
+"""Lines of a log that are shown when its section fails."""
+
+
+class Section(NamedTuple):
+    """A part of a check, in processes of its own."""
+
+    name: str
+    generator: str
+    """Generator of the rows, as MODULE:NAME; every process calls it."""
+    seconds: float
+    """Time limit, the start of the processes included."""
+    arguments: dict[str, Any]
+    """Keyword arguments of the generator, which can be written as JSON."""
+
+
+class Result(NamedTuple):
+    """What a section left: its rows, and the row about itself (section, status, seconds, note)."""
+
+    rows: list[Row]
+    section: Row
+
+    @property
+    def right(self) -> bool:
+        """Whether the section ended by itself, or was left out, and none of its rows is wrong."""
+        ended = self.section["status"] in ("done", "left out")
+        return ended and all(row.get("right") is not False for row in self.rows)
+
+
+def start(section: Section, processes: Sequence[Mapping[str, str]], logs: Path) -> list[subprocess.Popen]:
+    """Start a section on one process for each set of variables; the output of process n goes to `logs`/SECTION-n.log.
+
+    The processes end with this one.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    # -P: the columns of the house must not be importable from the root under their bare names.
+    module = [sys.executable, "-P", "-m", "lib.section_process"]
+    command = [*module, str(os.getpid()), section.generator, json.dumps(section.arguments)]
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    running = []
+    for number, variables in enumerate(processes):
+        rows_file = _file(logs, section, number, "rows")
+        rows_file.write_text("")
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path, **variables}
+        with _file(logs, section, number, "log").open("w") as log:
+            running.append(
+                subprocess.Popen([*command, rows_file], env=environment, stdout=log, stderr=log, start_new_session=True)
+            )
+    return running
+
+
+def run_section(
+    section: Section,
+    processes: Sequence[Mapping[str, str]],
+    logs: Path,
+    failed_elsewhere: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Run a section as `start` does, all of it killed at its limit; return what it left.
+
+    A process that is cut off prints its stacks to its log. When one process fails, here or (`failed_elsewhere`) on
+    another machine, the others have `GRACE_S` to end.
+    """
+    started = time.monotonic()
+    deadline, cut_off = started + section.seconds, False
+    running = start(section, processes, logs)
+    while any(process.poll() is None for process in running):
+        if any(process.poll() for process in running) or failed_elsewhere():
+            deadline = min(deadline, time.monotonic() + GRACE_S)
+        if time.monotonic() > deadline:
+            cut_off = time.monotonic() > started + section.seconds
+            _end(running)
+            break
+        time.sleep(0.1)
+    statuses = [process.wait() for process in running]
+    for process in running:
+        _kill_group(process)  # what a process has left behind, pytest's workers for example
+    rows = [
+        json.loads(line)
+        for number in range(len(running))
+        for line in _file(logs, section, number, "rows").read_text().splitlines()
+    ]
+    status, note = _judged(statuses, cut_off, section)
+    if status != "done":
+        number = next((n for n, found in enumerate(statuses) if found and found != -signal.SIGABRT), 0)
+        note = "; ".join(filter(None, [note, _last_line(_file(logs, section, number, "log"))]))
+    seconds = round(time.monotonic() - started, 1)
+    return Result(rows, {"section": section.name, "status": status, "seconds": seconds, "note": note})
+
+
+def _judged(statuses: Sequence[int], cut_off: bool, section: Section) -> tuple[str, str]:
+    """Return the status of a section and the exit statuses of its processes, in words."""
+    if cut_off:
+        ended = [number for number, status in enumerate(statuses) if status != -signal.SIGABRT]
+        note = f"processes {ended} had ended" if ended else ""
+        return f"cut off after {section.seconds:.0f} s", note
+    if not any(statuses):
+        return "done", ""
+    if LEFT_OUT in statuses:
+        return "left out", ""
+    return "failed", "exit statuses " + " ".join(map(str, statuses))
+
+
+def _file(logs: Path, section: Section, number: int, kind: str) -> Path:
+    return logs / f"{section.name}-{number}.{kind}"
+
+
+def _end(running: Sequence[subprocess.Popen]) -> None:
+    """Let the processes print their stacks, then kill them and all that they have started."""
+    for process in running:
+        if process.poll() is None:
+            process.send_signal(signal.SIGABRT)
+    deadline = time.monotonic() + ABORT_S
+    while any(process.poll() is None for process in running) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in running:
+        _kill_group(process)
+
+
+def _kill_group(process: subprocess.Popen) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def _last_line(log: Path) -> str:
+    """Return the last line that is no part of a stack."""
+    lines = log.read_text(errors="replace").splitlines()
+    said = [line for line in lines if line.strip() and not re.match(r"\s|Thread 0x|Current thread|Fatal Python", line)]
+    return said[-1][:300] if said else ""
+
+
+def show_result(result: Result, logs: Path, console: Console) -> None:
+    """Print a section's rows as a table and its status; the ends of its logs too if it is not done."""
+    section = result.section
+    if result.rows:
+        console.print(rows_table(section["section"], result.rows))
+    line = f"{section['section']}: {section['status']}, {section['seconds']:.0f} s"
+    console.print(line, style=None if result.right else "bold red", markup=False, highlight=False)
+    if section["note"]:
+        console.print(f"  {section['note']}", markup=False, highlight=False)
+    if section["status"] in ("done", "left out"):
+        return
+    for log in sorted(logs.glob(f"{section['section']}-*.log")):
+        console.print(f"  {log}:", markup=False, highlight=False)
+        for line in log.read_text(errors="replace").splitlines()[-TAIL:]:
+            console.print(f"    {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def rows_table(title: str, rows: Sequence[Row]):
+    """Return a table of rows: one column for each key, numbers with three or four digits, what is wrong in red."""
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "note"]
+    texts = [key for key in keys if any(isinstance(row.get(key), str) for row in rows)]
+    table = make_table(title, [key.replace("_", " ") for key in keys], left=[key.replace("_", " ") for key in texts])
+    for row in rows:
+        table.add_row(*(_cell(row.get(key)) for key in keys), style="red" if row.get("right") is False else None)
+    notes = dict.fromkeys(row["note"] for row in rows if row.get("note"))
+    table.caption, table.caption_justify = "\n".join(notes) or None, "left"
+    return table
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
