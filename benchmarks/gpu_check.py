@@ -61,19 +61,20 @@ def sections(folder: Path, device: str, size: Size) -> list[tuple[Section, list[
     training = {"recipe": str(RECIPE), "settings": documents_settings(folder, count, size)}
     alone = [{"TRITON_CACHE_DIR": str(folder / "triton")}]  # empty at first, so that it shows what is compiled
 
-    def on_ranks(name: str, generator: str, seconds: float, /, **arguments: Any) -> tuple[Section, list[dict[str, str]]]:
+    def on_ranks(
+        name: str, generator: str, seconds: float, /, **arguments: Any
+    ) -> tuple[Section, list[dict[str, str]]]:
         return Section(name, generator, seconds if gpu else CPU_S, arguments), ranks_on_one_gpu(count)
 
     def on_one(name: str, generator: str, seconds: float, /, **arguments: Any) -> tuple[Section, list[dict[str, str]]]:
         return Section(name, generator, seconds if gpu else CPU_S, arguments), alone
 
     killed = {**training, "processes": ranks_on_one_gpu(count), "logs": str(folder / "logs")}
-    measured = {"size": size, "seconds": CPU_S}
     return [
-        on_ranks("order", "lib.gpu_ranks:order_rows", 75, **measured),
-        on_ranks("guards", "lib.gpu_ranks:guard_rows", 55, **measured),
+        on_ranks("order", "lib.gpu_ranks:order_rows", 75, size=size),
+        on_ranks("guards", "lib.gpu_ranks:guard_rows", 55, size=size),
         on_ranks("train", "lib.gpu_training:train_rows", 60, **training, last=STEPS),
-        on_one("killed", "lib.gpu_training:killed_rows", 75, **killed, wait_s=40 if gpu else 300),
+        on_one("killed", "lib.gpu_training:killed_rows", 75, **killed),
         on_one("step", "lib.gpu_step:step_rows", 70, size=size),
         on_one("sizes", "lib.gpu_kernels:sizes_rows", 45, device=device, size=size),
         on_one("tests", "lib.gpu_kernels:tests_rows", 55, device=device, size=size),

@@ -62,7 +62,7 @@ def sections(folder: Path, world: World, device: str, size: Size, recipe: Path |
     run, again = folder / "run", folder / "again"
 
     def measured(name: str, generator: str, seconds: float) -> Section:
-        return Section(name, generator, seconds, {"size": size, "seconds": seconds})
+        return Section(name, generator, seconds, {"size": size})
 
     def training(name: str, directory: Path, until: int) -> Section:
         arguments = {"recipe": str(recipe or RECIPE), "settings": [*settings, f"run_directory={directory}"]}
@@ -129,6 +129,7 @@ def main() -> int:
     options = parser.parse_args()
     gpus = torch.cuda.device_count()
     if "RANK" not in os.environ:  # not under torchrun: all GPUs of this machine
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (gpus or CPU_RANKS))))
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus or CPU_RANKS)]
         os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
     device = "cuda" if gpus else "cpu"

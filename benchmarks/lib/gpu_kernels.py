@@ -12,6 +12,7 @@ from pathlib import Path
 
 from . import ROOT
 from .script import Row, Size
+from .sections import limit_s
 
 LANE = "not slow and not full"
 """Tests of `make test-quick`, one of every kind; `pytest tests/kernels` on the GPU runs them all."""
@@ -21,7 +22,7 @@ MARGIN_S = 25
 """Time that a section keeps for its start and for the case under way at its deadline."""
 
 
-def tests_rows(device: str, size: Size, seconds: float) -> Iterator[Row]:
+def tests_rows(device: str, size: Size) -> Iterator[Row]:
     """Run pytest on the kernels' tests and yield its row."""
     files = ["tests/kernels"]
     # benchmarks/lib as a plugin: where LongRing is not installed, it lets pytest's processes import it.
@@ -59,31 +60,31 @@ def tests_rows(device: str, size: Size, seconds: float) -> Iterator[Row]:
     yield {"tests": summary, "seconds": time.monotonic() - started, "right": done.returncode == 0, "note": note}
 
 
-def sizes_rows(device: str, size: Size, seconds: float) -> Iterator[Row]:
+def sizes_rows(device: str, size: Size) -> Iterator[Row]:
     """Yield the rows of benchmarks/full_sizes.py."""
     import full_sizes
 
-    yield from full_sizes.all_rows(device, "triton" if device == "cuda" else "auto", size, deadline(seconds))
+    yield from full_sizes.all_rows(device, "triton" if device == "cuda" else "auto", size, deadline())
 
 
-def family_rows(device: str, size: Size, seconds: float) -> Iterator[Row]:
+def family_rows(device: str, size: Size) -> Iterator[Row]:
     """Yield the rows of benchmarks/cp_virtual.py."""
     import cp_virtual
 
     backend = "triton" if device == "cuda" else "torch_cpu"
-    yield from cp_virtual.all_rows(device, backend, size, deadline(seconds))
+    yield from cp_virtual.all_rows(device, backend, size, deadline())
 
 
-def speed_rows(device: str, size: Size, seconds: float) -> Iterator[Row]:
+def speed_rows(device: str, size: Size) -> Iterator[Row]:
     """Yield the rows of benchmarks/attention.py."""
     import attention
 
     from .cases import cases_here
 
     cases, _, backend = cases_here(size)
-    yield from attention.all_rows(cases, device, backend, deadline(seconds))
+    yield from attention.all_rows(cases, device, backend, deadline())
 
 
-def deadline(seconds: float) -> float:
-    """Return the time (of `time.time`) after which no case begins in a section of `seconds`."""
-    return time.time() + seconds - MARGIN_S
+def deadline() -> float:
+    """Return the time (of `time.time`) after which no case of this section begins."""
+    return time.time() + limit_s() - MARGIN_S

@@ -23,25 +23,24 @@ from torch.profiler import ProfilerActivity, profile
 
 from .gpu_ranks import family, joined, largest, num_heads, say
 from .script import Row, Size
-
-Interval = tuple[float, float]
+from .trace import kind_of, length
 
 ROUNDS = 5
 """Timed rounds of a pattern, after one that connects; the fastest counts."""
 
 
-def channel_rows(size: Size, seconds: float) -> Iterator[Row]:
+def channel_rows(size: Size) -> Iterator[Row]:
     """Yield the bandwidth of each channel of the largest ring, alone and all at once. Collective.
 
     Every rank sends to its neighbour and receives from the other: GB/s are those of one direction of one rank.
     """
     num_bytes = {"full": 2**26, "quick": 2**22, "smallest": 2**16}[size]
-    with joined(seconds) as mesh:
+    with joined() as mesh:
         degree = max(mesh.neighbours)
         if degree == 1:
             return
         heads = num_heads(degree)
-        group = open_group(mesh.neighbours[degree], family(degree, heads, heads // 2, "smallest"), timeout_s=seconds)
+        group = open_group(mesh.neighbours[degree], family(degree, heads, heads // 2, "smallest"))
         buffers = {
             channel: torch.zeros(2, num_bytes, dtype=torch.uint8, device=mesh.device) for channel in group.channels
         }
@@ -77,29 +76,29 @@ def fastest(group: CpGroup, channels: Sequence[Any], buffers: dict[Any, torch.Te
     return min(times[1:])
 
 
-def overlap_rows(size: Size, seconds: float) -> Iterator[Row]:
+def overlap_rows(size: Size) -> Iterator[Row]:
     """Yield the share of communication time that compute covers, for each named grid of the largest ring. Collective.
 
     One forward and backward is profiled after one that compiles. The time of a communication kernel includes its wait
     for the other rank. The worst rank counts.
     """
     per_rank, heads, head_dim = {"full": (8192, 32, 128), "quick": (512, 8, 64), "smallest": (64, 8, 16)}[size]
-    with joined(seconds) as mesh:
+    with joined() as mesh:
         degree = max(mesh.neighbours)
         if degree == 1:
             return
-        named = dict.fromkeys(make(degree) for make in NAMED.values())
-        members = [grid for grid in named if grid.unfit(heads, heads // 4) is None]
-        group = open_group(mesh.neighbours[degree], members, timeout_s=seconds)
-        for grid in members:
-            say(mesh, str(grid))
+        named = {name: make(degree) for name, make in NAMED.items()}
+        members = {name: grid for name, grid in named.items() if grid.unfit(heads, heads // 4) is None}
+        group = open_group(mesh.neighbours[degree], members.values())
+        for name, grid in members.items():
+            say(mesh, name)
             shape = (1, per_rank, heads, head_dim)
             busy, total, covered = profiled(grid, group, shape, mesh)
             [busy, total] = largest([busy, total], mesh)
             [exposed] = largest([1 - covered], mesh)
             if mesh.rank == 0:
                 yield {
-                    **{"grid": str(grid), "ranks": degree, "tokens_a_rank": per_rank},
+                    **{"grid": name, "ranks": degree, "tokens_a_rank": per_rank},
                     **{"compute_ms": busy, "communication_ms": total, "covered": 1 - exposed},
                 }
 
@@ -127,7 +126,7 @@ def profiled(grid: CpGrid, group: CpGroup, shape: tuple[int, ...], mesh: Mesh) -
     with profile(activities=activities) as found:
         both_passes()
     device = torch.autograd.DeviceType.CUDA if mesh.device.type == "cuda" else torch.autograd.DeviceType.CPU  # type: ignore[attr-defined]
-    events = [event for event in found.events() if event.device_type == device]
+    events = [event for event in found.events() or () if event.device_type == device]
     of_messages, of_compute = [], []
     for event in events:
         if (kind := kind_of(event.name, mesh.device.type)) is not None:
@@ -136,23 +135,3 @@ def profiled(grid: CpGrid, group: CpGroup, shape: tuple[int, ...], mesh: Mesh) -
     total = length(of_messages)
     both = length(of_messages) + length(of_compute) - length([*of_messages, *of_compute])
     return length(of_compute), total, both / total if total else 1.0
-
-
-def kind_of(name: str, device: str) -> str | None:
-    """Return "communication", "compute" or None for an event of the profiler: kernels on CUDA, operators on a CPU."""
-    low = name.lower()
-    if device == "cpu":
-        messages = ("gloo:", "c10d::", "record_param_comms")
-        return "communication" if low.startswith(messages) else "compute" if low.startswith("aten::") else None
-    if "nccl" in low or "ptop" in low:  # NCCL's kernels, and copies from device to device
-        return "communication"
-    return None if low.startswith(("memcpy", "memset")) else "compute"
-
-
-def length(intervals: Sequence[Interval]) -> float:
-    """Return the total length of the union of intervals."""
-    total, until = 0.0, float("-inf")
-    for start, stop in sorted(intervals):
-        total += max(0.0, stop - max(start, until))
-        until = max(until, stop)
-    return total

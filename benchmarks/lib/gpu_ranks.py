@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -33,18 +33,20 @@ from torch import Tensor
 from .definition import NAMES, by_definition, error_ratio, visible
 from .gpu_training import RECIPE
 from .script import Row, Size
+from .sections import limit_s
 
 WHOLE_FAMILY = 8
 """Number of ranks up to which every member of the family runs; over more, its divisions and named members."""
+MASKS = ("causal", "documents", "window")
 
 
 @contextmanager
-def joined(seconds: float) -> Iterator[Mesh]:
+def joined() -> Iterator[Mesh]:
     """Join the ranks of a section, and leave them at the end unless they had joined before. Collective."""
     own, world = not dist.is_initialized(), World.from_environment()
     parallel = ParallelConfig(tokens_per_rank=1)
     # The largest ring: the largest power of two that divides the world.
-    mesh = join(parallel, world.size & -world.size, timeout_minutes=seconds / 60)
+    mesh = join(parallel, world.size & -world.size, timeout_minutes=limit_s() / 60)
     torch.manual_seed(0)
     yield mesh
     if own:
@@ -69,21 +71,23 @@ def degrees(mesh: Mesh) -> list[int]:
     return [degree for degree in mesh.neighbours if degree > 1]
 
 
-def order_rows(size: Size, seconds: float) -> Iterator[Row]:
+def order_rows(size: Size) -> Iterator[Row]:
     """Yield a row for each grid: its worst error over what plain PyTorch's allows, or nothing if it hangs. Collective.
 
-    Forward and backward run on a sequence in one document and on packed documents; every rank compares its rows with
-    attention by its definition, computed alone.
+    Forward and backward run with every mask of `MASKS`; each rank compares its rows with attention by its definition,
+    which it computes alone.
     """
-    with joined(seconds) as mesh:
+    with joined() as mesh:
         for degree in degrees(mesh):
             heads = num_heads(degree)
             members = family(degree, heads, heads // 2, size)
-            group = open_group(mesh.neighbours[degree], members, timeout_s=seconds)
-            cases = [make_case(kind, degree, heads, mesh.device, size) for kind in ("causal", "documents", "window")]
+            group = open_group(mesh.neighbours[degree], members)
+            cases = {kind: make_case(kind, degree, heads, mesh.device, size) for kind in MASKS}
             for grid in members:
                 say(mesh, f"cp {degree}, {grid}")
-                yield from grid_row(grid, group, cases[: 3 if grid in members[: len(NAMED)] else 2], mesh)
+                row = grid_row(grid, group, cases, mesh)
+                if mesh.rank == 0:
+                    yield row
 
 
 class OrderCase(NamedTuple):
@@ -115,10 +119,14 @@ def make_case(kind: str, degree: int, heads: int, device: torch.device, size: Si
     return OrderCase(SeqLayout(((0, tokens),), starts), window, tensors, exact, plain)
 
 
-def grid_row(grid: CpGrid, group: CpGroup, cases: list[OrderCase], mesh: Mesh) -> Iterator[Row]:
-    """Yield the row of a grid on rank 0. Collective."""
-    started, worst, where = time.perf_counter(), 0.0, ""
-    for case in cases:
+def grid_row(grid: CpGrid, group: CpGroup, cases: Mapping[str, OrderCase], mesh: Mesh) -> Row:
+    """Return the row of a grid, equal on all ranks: every replica runs it, and the worst error of all counts.
+
+    Collective.
+    """
+    started = time.perf_counter()
+    found: list[tuple[float, str]] = []
+    for kind, case in cases.items():
         tokens, starts = case.layout.num_tokens, case.layout.document_starts
         layouts = tuple(SeqLayout(zigzag(tokens, rank, group.size).runs, starts) for rank in range(group.size))
         spec = AttentionSpec(grid, layouts, Visibility(window=case.window))
@@ -126,24 +134,22 @@ def grid_row(grid: CpGrid, group: CpGroup, cases: list[OrderCase], mesh: Mesh) -
         q, k, v, dout = (x[:, rows] for x in case.tensors)
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         out = context_attention(leaves[0], leaves[1], leaves[2], spec, group)
-        found = (out.detach(), *torch.autograd.grad(out, leaves, dout))
-        ratio, name = error_ratio(dict(zip(NAMES, found, strict=True)), case.plain, case.exact, rows)
-        if ratio > worst:
-            worst, where = ratio, name
-    seconds = time.perf_counter() - started
-    # Every replica of the degree runs the grid; the worst rank of all counts.
-    [worst] = largest([worst], mesh)
-    if mesh.rank == 0:
-        row: Row = {"cp": group.size, "grid": str(grid), "error": worst, "of": where, "ms": seconds * 1e3}
-        yield row | {"right": worst <= 1}
+        got = (out.detach(), *torch.autograd.grad(out, leaves, dout))
+        ratio, name = error_ratio(dict(zip(NAMES, got, strict=True)), case.plain, case.exact, rows)
+        found.append((ratio, f"{name}, {kind}, rank {mesh.rank}"))
+    ms = 1e3 * (time.perf_counter() - started)
+    gathered: list[tuple[float, str]] = [(0.0, "")] * mesh.world_size
+    dist.all_gather_object(gathered, max(found))
+    worst, where = max(gathered)
+    return {"cp": group.size, "grid": str(grid), "error": worst, "of": where, "ms": ms, "right": worst <= 1}
 
 
-def guard_rows(size: Size, seconds: float) -> Iterator[Row]:
+def guard_rows(size: Size) -> Iterator[Row]:
     """Yield a row for each named schedule: whether the guards that run before the first step let it pass. Collective.
 
     With "auto" the links are probed and the cheapest grid is taken.
     """
-    with joined(seconds) as mesh:
+    with joined() as mesh:
         for schedule in ("auto", "token_ring") if size == "smallest" else ("auto", *NAMED):
             say(mesh, f"guards of {schedule}")
             recipe = guard_recipe(schedule, mesh)
@@ -170,23 +176,23 @@ def guard_recipe(schedule: str, mesh: Mesh) -> Recipe:
     return load_recipe(RECIPE, settings)
 
 
-def memory_rows(size: Size, seconds: float) -> Iterator[Row]:
+def memory_rows(size: Size) -> Iterator[Row]:
     """Yield the memory of the communicators of each degree, on the rank where it is largest. Collective.
 
     On a GPU it is the memory of the device outside torch's allocator, before and after the groups of a degree are
     opened and every pair has talked; on a CPU that of the process.
     """
-    with joined(seconds) as mesh:
+    with joined() as mesh:
         for degree in degrees(mesh):
             heads = num_heads(degree)
             members = family(degree, heads, heads // 2, "smallest")
             before = held_bytes(mesh.device)
-            group = open_group(mesh.neighbours[degree], members, timeout_s=seconds)
+            group = open_group(mesh.neighbours[degree], members)
             case = make_case("causal", degree, heads, mesh.device, size)
             opened = held_bytes(mesh.device)
             for grid in members:
                 say(mesh, f"cp {degree}, {grid}")
-                list(grid_row(grid, group, [case], mesh))
+                grid_row(grid, group, {"causal": case}, mesh)
             used = held_bytes(mesh.device)
             groups = len(set(group.channels.values()))
             figures = largest([x / 2**20 for x in (before, opened - before, used - opened)], mesh)

@@ -20,7 +20,7 @@ from longring.launch.config import Recipe, load_recipe
 from longring.model.rope import rope_table
 from longring.parallel.mesh import Mesh, join
 from longring.parallel.zero import DeepSpeedEngine, set_learning_rate
-from torch import Tensor, nn
+from torch import Tensor
 
 from .gpu_training import RECIPE
 from .one_rank import be_the_only_rank
@@ -71,9 +71,9 @@ class Ready(NamedTuple):
         return self.mesh.device.type
 
     @property
-    def model(self) -> nn.Module:
-        """The model without its engine."""
-        return self.engine.module  # type: ignore[return-value]
+    def model(self) -> Any:
+        """The model without its engine, a `Transformer`."""
+        return self.engine.module
 
     def inputs(self, length: int, document_starts: list[tuple[int, ...]] | None = None) -> tuple[Any, ...]:
         """Return the inputs of a micro-batch of random tokens in sequences of `length`."""
@@ -107,7 +107,7 @@ def make_ready(size: Size) -> Ready:
     return Ready(sizes, recipe, mesh, engine, bucket_layouts(recipe, mesh, sizes.lengths, {}))
 
 
-def step_rows(size: Size, seconds: float) -> Iterator[Row]:
+def step_rows(size: Size) -> Iterator[Row]:
     """Yield the parts of a training step of one rank, each bucket length with and without recompute, then the rest."""
     started = time.perf_counter()
     ready = make_ready(size)
@@ -118,13 +118,17 @@ def step_rows(size: Size, seconds: float) -> Iterator[Row]:
         "note": f"{parameters / 1e9:.2f}B parameters",
     }
     yield product_row(ready)
+    whole_ms = None
     for recompute in (False, True):
         for length in reversed(ready.sizes.lengths):
-            yield attempt(
-                f"bucket {length}{', recompute' if recompute else ''}", partial(bucket_row, ready, length, recompute)
-            )
+            part = f"bucket {length}{', recompute' if recompute else ''}"
+            yield (row := attempt(part, partial(bucket_row, ready, length, recompute)))
+            whole_ms = whole_ms or row.get("ms")
     yield attempt("optimizer step", partial(optimizer_row, ready))
-    yield attempt("loss head", partial(head_row, ready))
+    head = attempt("loss head", partial(head_row, ready))
+    if whole_ms and head.get("ms"):
+        head["note"] = f"loss head: {head['ms'] / whole_ms:.0%} of a micro-batch of the longest bucket"
+    yield head
     yield attempt("documents", partial(documents_row, ready))
     yield from layer_rows(ready)
 
@@ -170,8 +174,8 @@ def flops_of(ready: Ready, length: int) -> float:
 
 def bucket_row(ready: Ready, length: int, recompute: bool) -> Row:
     """Return the row of a micro-batch of one bucket: time, rate, and peak memory beyond weights and optimizer."""
-    for block in ready.model.blocks:  # type: ignore[union-attr]
-        block.recompute = recompute  # type: ignore[union-attr]
+    for block in ready.model.blocks:
+        block.recompute = recompute
     inputs = ready.inputs(length)
     ready.both_passes(inputs)
     before = None
@@ -212,13 +216,13 @@ def head_row(ready: Ready) -> Row:
     sizes = ready.sizes
     x = torch.randn(sizes.tokens, 1, sizes.hidden, device=ready.mesh.device).to(torch.bfloat16).requires_grad_()
     targets = torch.randint(sizes.vocabulary, (1, sizes.tokens), device=ready.mesh.device)
-    weight = ready.model.head.weight  # type: ignore[union-attr]
+    weight = ready.model.head.weight
 
     def both() -> None:
-        torch.autograd.grad(ready.model.head(x, targets).sum(), (x, weight))  # type: ignore[operator]
+        torch.autograd.grad(ready.model.head(x, targets).sum(), (x, weight))
 
     ms, host_ms = timed_ms(ready, both)
-    flops = 6.0 * sizes.tokens * sizes.hidden * len(weight)  # type: ignore[arg-type]
+    flops = 6.0 * sizes.tokens * sizes.hidden * len(weight)
     return {"ms": ms, "host_ms": host_ms, "TFLOPs": flops / ms / 1e9} | mfu(flops / ms * 1e3)
 
 
@@ -237,7 +241,7 @@ def documents_row(ready: Ready) -> Row:
         if number:
             times.append(1e3 * (time.perf_counter() - begin))
             compiled += num_compiled() - known
-    return {"ms": sorted(times)[len(times) // 2], "slowest_ms": max(times), "compiled": compiled}
+    return {"ms": sorted(times)[len(times) // 2], "slowest_ms": max(times), "compiled": compiled, "right": not compiled}
 
 
 def num_compiled() -> int:
@@ -249,14 +253,14 @@ def num_compiled() -> int:
 def layer_rows(ready: Ready) -> Iterator[Row]:
     """Yield forward and backward of one layer: as it is, compiled by torch, and as a CUDA graph."""
     sizes, device = ready.sizes, ready.mesh.device
-    block = ready.model.blocks[0]  # type: ignore[index]
-    block.recompute = False  # type: ignore[union-attr]
+    block: Any = ready.model.blocks[0]
+    block.recompute = False
     layout = SeqLayout.contiguous(sizes.tokens)
     mask = make_mask(layout, layout, device=device)
     rope = rope_table(layout.rotary_positions(device), sizes.hidden // sizes.heads, 1e5)
     x = torch.randn(sizes.tokens, 1, sizes.hidden, device=device).to(torch.bfloat16).requires_grad_()
     dout = torch.randn_like(x)
-    weights = [x, *block.parameters()]  # type: ignore[union-attr]
+    weights = [x, *block.parameters()]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         return attention(q, k, v, mask)

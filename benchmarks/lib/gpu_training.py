@@ -14,7 +14,7 @@ from typing import Any
 from . import ROOT
 from .process import free_port
 from .script import Row, Size
-from .sections import Section, start
+from .sections import Section, limit_s, start
 
 RECIPE = ROOT / "launch" / "recipes" / "demo.toml"
 LOST = 75
@@ -113,10 +113,8 @@ def equal_rows(run: str, reference: str, first: int, last: int) -> Iterator[Row]
     yield {"resumed and uninterrupted": f"steps {first} to {last}", "right": not differ, "note": "; ".join(differ[:2])}
 
 
-def killed_rows(
-    recipe: str, settings: list[str], processes: list[dict[str, str]], logs: str, wait_s: float
-) -> Iterator[Row]:
-    """Train, kill one rank with SIGKILL, and yield how the others ended within `wait_s`. One process."""
+def killed_rows(recipe: str, settings: list[str], processes: list[dict[str, str]], logs: str) -> Iterator[Row]:
+    """Train, kill one rank with SIGKILL, and yield how the others ended within half of the limit. One process."""
     from longring.launch.config import load_recipe
     from longring.launch.records import read_records
     from longring.launch.run_directory import RunDirectory
@@ -128,9 +126,10 @@ def killed_rows(
 
     begun = step()
     # A rank that is gone must be noticed soon; in the first start kernels are compiled for longer than that.
-    soon = [*settings, "faults.hang_minutes=0.3", "parallel.cp.timeout_s=10"]
+    soon = [*settings, "faults.hang_minutes=0.3"]
     arguments = {"recipe": recipe, "settings": soon, "last": 100_000}
-    running = start(Section("killed-ranks", "lib.gpu_training:train_rows", 0, arguments), processes, Path(logs))
+    wait_s = limit_s() / 2
+    running = start(Section("killed-ranks", "lib.gpu_training:train_rows", wait_s, arguments), processes, Path(logs))
     deadline = time.monotonic() + wait_s
     while step() < begun + 3:
         assert time.monotonic() < deadline, f"no three steps within {wait_s:.0f} s"

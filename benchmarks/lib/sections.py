@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
+from rich.table import Table
 
 from .script import Row, make_table
 
+LIMIT = "LONGRING_SECTION_SECONDS"
+"""Variable with the time limit of the section that a process belongs to."""
 LEFT_OUT = 77
 """Exit status of a section that cannot run here."""
 GRACE_S = 20.0
@@ -52,6 +55,11 @@ class Result(NamedTuple):
         return ended and all(row.get("right") is not False for row in self.rows)
 
 
+def limit_s() -> float:
+    """Return the time limit of this process's section, in seconds."""
+    return float(os.environ[LIMIT])
+
+
 def start(section: Section, processes: Sequence[Mapping[str, str]], logs: Path) -> list[subprocess.Popen]:
     """Start a section on one process for each set of variables; the output of process n goes to `logs`/SECTION-n.log.
 
@@ -66,7 +74,13 @@ def start(section: Section, processes: Sequence[Mapping[str, str]], logs: Path) 
     for number, variables in enumerate(processes):
         rows_file = _file(logs, section, number, "rows")
         rows_file.write_text("")
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path, **variables}
+        environment = {
+            **os.environ,
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": path,
+            LIMIT: str(section.seconds),
+            **variables,
+        }
         with _file(logs, section, number, "log").open("w") as log:
             running.append(
                 subprocess.Popen([*command, rows_file], env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -159,7 +173,8 @@ def show_result(result: Result, logs: Path, console: Console) -> None:
     """Print a section's rows as a table and its status; the ends of its logs too if it is not done."""
     section = result.section
     if result.rows:
-        console.print(rows_table(section["section"], result.rows))
+        console.print(f"\n[bold]{section['section']}[/]")
+        console.print(rows_table(result.rows))
     line = f"{section['section']}: {section['status']}, {section['seconds']:.0f} s"
     console.print(line, style=None if result.right else "bold red", markup=False, highlight=False)
     if section["note"]:
@@ -167,16 +182,16 @@ def show_result(result: Result, logs: Path, console: Console) -> None:
     if section["status"] in ("done", "left out"):
         return
     for log in sorted(logs.glob(f"{section['section']}-*.log")):
-        console.print(f"  {log}:", markup=False, highlight=False)
+        console.print(f"  {log}:", markup=False, highlight=False, soft_wrap=True)
         for line in log.read_text(errors="replace").splitlines()[-TAIL:]:
             console.print(f"    {line}", markup=False, highlight=False, soft_wrap=True)
 
 
-def rows_table(title: str, rows: Sequence[Row]):
+def rows_table(rows: Sequence[Row]) -> Table:
     """Return a table of rows: one column for each key, numbers with three or four digits, what is wrong in red."""
     keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "note"]
     texts = [key for key in keys if any(isinstance(row.get(key), str) for row in rows)]
-    table = make_table(title, [key.replace("_", " ") for key in keys], left=[key.replace("_", " ") for key in texts])
+    table = make_table("", [key.replace("_", " ") for key in keys], left=[key.replace("_", " ") for key in texts])
     for row in rows:
         table.add_row(*(_cell(row.get(key)) for key in keys), style="red" if row.get("right") is False else None)
     notes = dict.fromkeys(row["note"] for row in rows if row.get("note"))

@@ -23,7 +23,8 @@ def check_smallest_size(script: str, tmp_path: Path) -> None:
     """Run a benchmark at its smallest size; check its record and its pictures."""
     record = tmp_path / "record.json"
     pictures = {"cp_paper": ["--pictures", str(tmp_path)], "soak": ["--picture", str(tmp_path / "soak.png")]}
-    done = run(script, "--smallest", "--json", str(record), *pictures.get(script, []))
+    files = {**pictures, "gpu_node": ["--directory", str(tmp_path)]}
+    done = run(script, "--smallest", "--json", str(record), *files.get(script, []))
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(record.read_text())
     assert found["command"].startswith(f"python benchmarks/{script}.py --smallest")

@@ -1,0 +1,99 @@
+"""Sections of a check: what is kept of those that hang, end early, or lack a package."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from lib import sections
+from lib.sections import Result, Section, run_section
+from rich.console import Console
+
+GENERATORS = """
+import os, subprocess, sys, time
+from lib.sections import limit_s
+
+def two(right=True):
+    yield {"limit": limit_s(), "right": right}
+    yield {"rank": os.environ.get("RANK", "")}
+
+def hangs(child=False):
+    yield {"right": True}
+    if child:
+        print(subprocess.Popen(["sleep", "60"]).pid, flush=True)
+    time.sleep(60)
+
+def fails_on_rank_1():
+    yield {"right": True}
+    if os.environ["RANK"] == "1":
+        print("before")
+        raise RuntimeError("a rank is wrong")
+    time.sleep(60)
+
+def needs_a_package():
+    yield {"right": True}
+    import there_is_no_such_package
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    (tmp_path / "generators.py").write_text(GENERATORS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def run(name: str, seconds: float = 30.0, ranks: int = 1, **arguments) -> Result:
+        variables = [{"RANK": str(rank)} for rank in range(ranks)]
+        return run_section(Section(name, f"generators:{name}", seconds, arguments), variables, tmp_path / "logs")
+
+    return run
+
+
+@pytest.mark.full
+def test_rows_of_all_processes_are_returned(run):
+    result = run("two", ranks=2)
+    assert result.rows == [{"limit": 30.0, "right": True}, {"rank": "0"}, {"limit": 30.0, "right": True}, {"rank": "1"}]
+    assert result.section["status"] == "done" and result.right
+    assert not run("two", right=False).right, "a row that is not right makes its section wrong"
+
+
+@pytest.mark.full
+def test_a_hang_is_cut_off_with_its_rows_stacks_and_children(run, tmp_path):
+    result = run("hangs", seconds=2.0, child=True)
+    assert result.rows == [{"right": True}]
+    assert result.section["status"] == "cut off after 2 s" and not result.right
+    log = (tmp_path / "logs" / "hangs-0.log").read_text()
+    assert "generators.py" in log and "in hangs" in log, "the stacks say where it hangs"
+    child = int(log.split()[0])
+    time.sleep(0.1)
+    assert not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]
+
+
+@pytest.mark.full
+def test_a_rank_that_fails_ends_the_others_and_is_named(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(sections, "GRACE_S", 0.3)
+    started = time.monotonic()
+    result = run("fails_on_rank_1", ranks=2)
+    assert time.monotonic() - started < 20
+    assert result.section["status"] == "failed" and not result.right
+    assert "RuntimeError: a rank is wrong" in result.section["note"]
+    console = Console(width=80, record=True, quiet=False, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    sections.show_result(result, tmp_path / "logs", console)
+    assert "fails_on_rank_1-1.log" in console.export_text()
+
+
+@pytest.mark.full
+def test_a_missing_package_leaves_a_section_out(run):
+    result = run("needs_a_package")
+    assert result.section["status"] == "left out" and "there_is_no_such_package" in result.section["note"]
+    assert result.right
+
+
+def test_a_table_has_every_key_and_fits_80_columns():
+    rows = [{"grid": "heads=2, " * 9, "ms": 1234.5, "right": False}, {"grid": "kv", "bytes": 10**7, "note": "why"}]
+    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    console.print(sections.rows_table(rows))
+    text = console.export_text()
+    assert all(word in text for word in ("1,234", "10,000,000", "NO", "why"))
+    assert max(map(len, text.splitlines())) <= 80
