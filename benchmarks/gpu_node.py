@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_node.py --json rows.json   # all GPUs of this machine
     python benchmarks/gpu_node.py --quick            # few and small cases
-    torchrun ... benchmarks/gpu_node.py              # several nodes: slurm/README.md
+    torchrun ... benchmarks/gpu_node.py              # several: slurm/README.md
 
 The sections run in this order, each in processes of its own with a time limit, so that one that hangs or breaks leaves
 the others whole; rank 0 prints a table after each and writes the record:
