@@ -93,8 +93,8 @@ def write_tables(manifest: Manifest, folder: Path, number: int) -> None:
     if wrong := np.flatnonzero(parts["offset"] != expected).tolist():
         raise ValueError(
             f"{manifest.store.name}: record {origin[wrong[0], 0]} of input shard {number} has a part from pair "
-            f"{parts['offset'][wrong[0]]} and none from pair {expected[wrong[0]]}; prepare the data anew with "
-            "data.rest = 'pack'"
+            f"{parts['offset'][wrong[0]]} and none from pair {expected[wrong[0]]}, so the data was made wrongly; do "
+            f"not use it, or delete its directory and run `{manifest.command} RECIPE`"
         )
     documents = np.empty(len(first_parts), dtype=DOCUMENT_DTYPE)
     documents["record"], documents["held_out"] = origin[first_parts].T

@@ -85,7 +85,7 @@ def order(
         return ordered
     if ordered is not None and only:
         ordered.check_sizes()  # raises, as a repair takes all stages
-    _check_whole(data, prepared)
+    _check_number(data, prepared)
     manifest_file = Path(data.directory, MANIFEST_FILE)
     directory = WorkDirectory(data, config, read_patiently(manifest_file, lambda: sha256_of(manifest_file)))
     with ExitStack() as stack:
@@ -152,14 +152,8 @@ def _finished(data: DataConfig, config: OrderConfig) -> Manifest | None:
     return ordered
 
 
-def _check_whole(data: DataConfig, prepared: Manifest) -> None:
-    """Raise ValueError if the prepared data lacks tokens or has too many documents to number."""
-    for split, account in prepared.ledger.splits.items():
-        if lost := account.dropped_tokens.total():
-            raise ValueError(
-                f"data.directory = {data.directory}: lacks {lost} tokens of its {split} split; prepare the data with "
-                "data.rest = 'pack'"
-            )
+def _check_number(data: DataConfig, prepared: Manifest) -> None:
+    """Raise ValueError if the prepared data has too many records to number."""
     if (records := prepared.ledger.records) >= NO_DOCUMENT:
         raise ValueError(
             f"data.directory = {data.directory}: has {records} records, and ordered data numbers at most "

@@ -59,7 +59,7 @@ def _open(source: SourceConfig) -> "datasets.Dataset | datasets.IterableDataset"
         except _ERRORS as error:
             raise ValueError(
                 f"data.source.path = {source.path!r}: cannot read split {source.split!r} ({error}); correct "
-                "data.source.path, data.source.subset or data.source.split"
+                "data.source.path, data.source.subset or data.source.split, or repair the data set"
             ) from error
 
 

@@ -51,7 +51,9 @@ def step_buckets(
     Raises ValueError if there are no tokens, if `steps` is less than 1, or as `bucket_odds` does.
     """
     if sum(tokens_per_bucket) < 1 or steps < 1:
-        raise ValueError(f"steps = {steps}: {steps} steps among {sum(tokens_per_bucket)} tokens; both must be positive")
+        raise ValueError(
+            f"steps = {steps}: {steps} steps among {sum(tokens_per_bucket)} tokens; give at least 1 step and 1 token"
+        )
     odds = bucket_odds(config, len(tokens_per_bucket))
     shares = largest_remainder(tokens_per_bucket, steps)
     cycles = []

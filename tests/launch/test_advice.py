@@ -31,7 +31,7 @@ from longring.launch.loss_watch import LossWatch
 from longring.launch.preflight import Preflight, preflight
 from longring.launch.ranks.node import check_node
 from longring.launch.ranks.rank import as_rank
-from longring.launch.settings import parse_part
+from longring.launch.settings import MAX_BYTES, parse_part
 
 
 class Setting(NamedTuple):
@@ -52,14 +52,36 @@ IN_CONTEXT, PACKED = ("order.mode=in_context", "order.directory=ordered"), "data
 SETTINGS = [
     Setting(("train.stepz=9",), r"did you mean (train\.steps)\?", ("{0}=9",)),
     Setting(("trian.steps=9",), r"did you mean (train)\?", ("{0}.steps=9",)),
-    Setting(("nonsense=1",), "remove it", ()),
+    Setting(("nonsense=1",), r"remove it\. Known here: .*train", ()),
     Setting(("train.steps",), r"such as (train\.steps=20)", ("{0}",)),
     Setting(("train.steps.more=1",), "leave out what follows it", ("train.steps=9",)),
     Setting(("train.steps=9", "train.warmup_steps=9"), "lower it", ("train.steps=9", "train.warmup_steps=8")),
     Setting(("curriculum.odds=3",), "or numbers", ("curriculum.odds=[3, 2, 1, 1]",)),
     Setting(("curriculum.odds=[]",), "give one number for each bucket", ("curriculum.odds=[3, 2, 1, 1]",)),
     Setting(("knots.chunk_odds=[0]",), r"give the odds of 1, 2, \.\.\. chunks", ("knots.chunk_odds=[1, 2]",)),
-    Setting(("data.tokenizer.knot_chunks=1",), r"set it to (\d) for no knots", ("data.tokenizer.knot_chunks={0}",)),
+    Setting(("data.tokenizer.knot_chunks=1",), r"set it to (0) for no knots", ("data.tokenizer.knot_chunks={0}",)),
+    Setting(("data.directory=''",), "name the one for the prepared data", ("data.directory=prepared",)),
+    Setting(
+        ("data.sources.'a b'={kind = 'text', path = 'b'}",),
+        r"must consist of letters, digits, '-' and '_'; rename it",
+        (*NO_SOURCE, "data.sources.a-b={{kind = 'text', path = 'b'}}"),
+    ),
+    Setting(
+        ("knots.share=0.5",),
+        r"set it to (3) and prepare the data anew",
+        ("knots.share=0.5", "data.tokenizer.knot_chunks={0}"),
+    ),
+    Setting(("knots.share=0.5",), r"or set (knots\.share) = (0)", ("{0}={1}",)),
+    Setting(
+        ("model.window_tokens=8",),
+        "the first above 0 and the second above 1; without windowed layers set 0 and 1",
+        ("model.window_tokens=8", "model.full_attention_every=2"),
+    ),
+    Setting(
+        ("model.full_attention_every=2",),
+        r"without windowed layers set (0) and (1)",
+        ("model.window_tokens={0}", "model.full_attention_every={1}"),
+    ),
     Setting(("data.source.path=''",), "set it to a file, a directory", (TEXTS,)),
     Setting(
         ("data.source.kind=python_stdlib",),
@@ -83,8 +105,12 @@ SETTINGS = [
     ),
     Setting(("order.directory=ordered",), r"(remove it), or set order\.mode", ()),
     Setting(("order.mode=in_context",), "set it to the directory of the ordered data", (*IN_CONTEXT, PACKED)),
-    Setting(("order.mode=in_context", "order.directory=s3://a/b"), "name one, and copy", (*IN_CONTEXT, PACKED)),
-    Setting(IN_CONTEXT, r"set data\.method = '(\w+)' and data\.rest = '(\w+)'", (*IN_CONTEXT, "data.rest={1}")),
+    Setting(
+        ("order.mode=in_context", "order.directory=s3://a/b"),
+        "name one, and copy the ordered data",
+        (*IN_CONTEXT, PACKED),
+    ),
+    Setting(IN_CONTEXT, r"set data\.method = '(decompose)' and data\.rest = '(pack)'", (*IN_CONTEXT, "data.rest={1}")),
     Setting(
         (OVER_4, "parallel.cp.schedule_of={4='rings'}"),
         r"use one of these names or a grid such as '(query=2, kv=2)'",
@@ -347,7 +373,7 @@ CASES = {
     "no checkpoint: train first": Case(
         lambda sandbox: sandbox.begin(),
         command("evaluate", "{run}"),
-        "train first",
+        "train first, with `longring train`",
         lambda sandbox: make_checkpoint(sandbox.run.checkpoints, 5),
     ),
     "no torchrun: start with torchrun": Case(
@@ -377,7 +403,10 @@ CASES = {
         set_environment("NEEDED_GB", "0"),
     ),
     "no progress: submit again": Case(
-        requeue_thrice, requeue_again, "then submit again", set_environment("SLURM_JOB_ID", "8")
+        requeue_thrice,
+        requeue_again,
+        "look at the output and at .*, then submit again",
+        set_environment("SLURM_JOB_ID", "8"),
     ),
 }
 
@@ -406,7 +435,7 @@ def test_advice_about_a_run(name, recipe_file, tmp_path, capsys, monkeypatch, no
 ARGUMENTS = {
     "several nodes without a rendezvous": (
         ["train", "{recipe}", "--nodes", "2", "--ranks", "2", "run_directory={directory}/r"],
-        "need --rendezvous, --job and --address",
+        "need --rendezvous, --job and --address too; give them as in slurm/train.sbatch",
         ["--rendezvous", "n1:29500", "--job", "7-0", "--address", "n1"],
     ),
     "a rendezvous without a port": (
@@ -414,7 +443,7 @@ ARGUMENTS = {
             *("train", "{recipe}", "run_directory={directory}/r", "--nodes", "2", "--ranks", "2"),
             *("--job", "7-0", "--address", "n1", "--rendezvous", "n1"),
         ],
-        "must be HOST:PORT with a port from 1 to 65535",
+        "must be HOST:PORT with a port from 1 to 65535; give it as in slurm/train.sbatch",
         ["--rendezvous", "n1:29500"],
     ),
     "nothing to measure into": (
@@ -438,7 +467,11 @@ ARGUMENTS = {
         ["--topology", "full_mesh"],
     ),
     "one rank without links": (["topology", "--ranks", "1"], "with --ranks 2", ["--ranks", "2"]),
-    "no Slurm here": (["submit", "{recipe}", "--nodes", "1", "slurm.ranks_per_node=4"], "with --print", ["--print"]),
+    "no Slurm here": (
+        ["submit", "{recipe}", "--nodes", "1", "slurm.ranks_per_node=4"],
+        "or print the job with --print",
+        ["--print"],
+    ),
 }
 
 
@@ -502,3 +535,41 @@ def test_advice_about_a_part():
     with pytest.raises(ValueError, match="such as 0/8"):
         parse_part("3/3")
     assert parse_part("0/8") == (0, 8)
+
+
+RECIPES: dict[str, tuple[Callable[[str], str], str, Callable[[str], str]]] = {
+    "no TOML": (
+        lambda text: f"steps = = 3\n{text}",
+        "not valid TOML: .*; correct the file",
+        lambda text: text.removeprefix("steps = = 3\n"),
+    ),
+    "too long": (
+        lambda text: text + "#" * MAX_BYTES,
+        f"has more than {MAX_BYTES} bytes; name a TOML file with settings",
+        lambda text: text.rstrip("#"),
+    ),
+    "a key that is missing": (
+        lambda text: text.replace("num_layers = 2\n", ""),
+        r"model\.num_layers: missing, and it has no default; set it",
+        lambda text: text.replace("[model]\n", "[model]\nnum_layers = 3\n"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_advice_about_the_file_of_a_recipe(name, recipe_file, tmp_path, capsys):
+    sandbox = Sandbox(recipe_file, tmp_path, capsys)
+    spoil, advice, mend = RECIPES[name]
+    sandbox.recipe.write_text(spoil(sandbox.recipe.read_text()))
+    with pytest.raises(ValueError, match=advice):
+        sandbox.load()
+    sandbox.recipe.write_text(mend(sandbox.recipe.read_text()))
+    sandbox.load()
+
+
+@pytest.mark.parametrize("other", [("--slurm", "main"), ("--part", "0/2")], ids=" ".join)
+def test_advice_about_verify(other, recipe_file, tmp_path, capsys):
+    sandbox = Sandbox(recipe_file, tmp_path, capsys)
+    with pytest.raises(ValueError, match="leave out --slurm and --part"):
+        command("prepare", "{recipe}", "--verify", *other)(sandbox)
+    command("prepare", "{recipe}", "--verify", "--workers", "1")(sandbox)

@@ -56,6 +56,7 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(run, whole, fau
     assert statuses[fault.rank] == -9
     assert statuses[1 - fault.rank] == GO_ON_LATER
     assert "lost its connection to another rank at step" in run.said or fault.rank == 0
+    assert "the cause is the error of that rank, or the signal that ended it." in run.said or fault.rank == 0
     for path in complete_checkpoints(run.path / "checkpoints"):
         assert find_damage(path, read_checkpoint_manifest(path)) is None
     run.finish(whole)
@@ -290,7 +291,8 @@ def test_after_a_damaged_checkpoint_the_run_continues_from_the_one_before(run, w
 
 def test_the_watchdog_names_the_rank_that_is_behind():
     at = {rank: Position(40, 7, "summing over the ranks") for rank in range(12)}
-    assert "all ranks are at step 7, summing over the ranks" in diagnosis(at, 600)
+    stacks = "logs/*.hang.stacks has the stacks of each"
+    assert diagnosis(at, 600).endswith(f"all ranks are at step 7, summing over the ranks; {stacks}")
     behind = {**at, 3: Position(38, 7, "reading micro-batch 0 of bucket 64")}
     said = diagnosis(behind, 600)
     assert said.startswith(

@@ -135,6 +135,8 @@ def test_a_rank_that_divides_sequences_differently_is_named(on_ranks, recipe_fil
         assert "1 of 4 ranks, the first of them rank 2, disagree with rank 0 about the division of sequences" in said
         first, _, second = said.partition(" on rank 0, ")
         assert all(words in part for words, part in zip(OTHERS[other], (first, second), strict=True)), said
+        assert said.endswith("; start the same code with the same recipe on all nodes")
+    assert on_ranks(SIZE, divided, recipe_file, "the same") == ["passed"] * SIZE
 
 
 def guarded_slices(recipe_file) -> str:

@@ -5,10 +5,12 @@ import hashlib
 import io
 import json
 import pickle
+import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -52,8 +54,8 @@ NAMES = [
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path, words: Callable[..., str]) -> Path:
-    """Prepared data that no test changes."""
+def config(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path, words: Callable[..., str]) -> DataConfig:
+    """Return the settings of prepared data that no test changes."""
     folder = tmp_path_factory.mktemp("hostile")
     lines = [json.dumps({"text": words(90 + number, number)}) + "\n" for number in range(12)]
     (folder / "documents.jsonl").write_text("".join(lines))
@@ -66,6 +68,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path, words:
         shard_tokens=2048,
     )
     prepare(config, QUIET, workers=1)
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole(config: DataConfig) -> Path:
+    """Prepared data that no test changes."""
     return Path(config.directory)
 
 
@@ -164,6 +172,16 @@ def test_a_hash_in_the_manifest_leads_nowhere_else(whole: Path, tmp_path: Path, 
     assert "manifest.json: damaged (files = " in assert_refused(serve(forged), tmp_path)
 
 
+@pytest.mark.parametrize(("name", "sha256"), [("../outside", None), ("tokenizer.json", "../../outside")])
+def test_a_name_or_a_hash_becomes_a_path_only_as_prepared_data_has_it(
+    whole: Path, tmp_path: Path, name: str, sha256: str | None
+):
+    with pytest.raises(ValueError, match="do not use this data, or copy it again from where it was prepared"):
+        names.path_of(tmp_path, name, sha256)
+    for file, digest in json.loads(contents(whole)["manifest.json"])["files"].items():
+        assert names.path_of(tmp_path, file, digest).parent == tmp_path
+
+
 def test_a_link_out_of_a_local_directory_is_not_followed(whole: Path, tmp_path: Path):
     outside = write(contents(whole), tmp_path / "outside")
     (tmp_path / "link").symlink_to(outside)
@@ -172,7 +190,8 @@ def test_a_link_out_of_a_local_directory_is_not_followed(whole: Path, tmp_path: 
         data = write(contents(whole), tmp_path / name.replace("/", "-"))
         (data / name).rename(tmp_path / "aside")
         (data / name).symlink_to(outside / name)
-        assert "is a link out of" in assert_refused(data, tmp_path)
+        advice = "replace it by the file itself, or make the whole directory a link"
+        assert f"is a link out of {data}; {advice}" in assert_refused(data, tmp_path)
         (data / name).unlink()
         (tmp_path / "aside").rename(data / name)
         use(data, tmp_path / "cache")
@@ -363,6 +382,22 @@ def test_every_field_of_the_table_of_shards_has_its_bounds(whole: Path, tmp_path
             forged = write(forge_file(data, "shards.npy", file.read_bytes()), tmp_path / f"{name}-{number}")
             said = assert_refused(forged, tmp_path)
             assert "shard" in said, (name, value, said)
+
+
+def test_data_that_was_made_wrongly_is_deleted_and_made_again(config: DataConfig, whole: Path, tmp_path: Path):
+    """The index of a shard does not fit it, and the hash of the shard is the manifest's."""
+    table, directory = table_of(whole), tmp_path / "data"
+    name, begin = shards.shard_name(table[-1]).path(), int(table["index_offset"][-1])
+    content = bytearray((whole / name).read_bytes())
+    content[begin : begin + 8] = b"\xff" * 8
+    table["sha256"][-1] = hashlib.sha256(content).hexdigest().encode()
+    save_shard_table(tmp_path / "table.npy", table)
+    forged = forge_file(contents(whole), "shards.npy", (tmp_path / "table.npy").read_bytes())
+    said = assert_refused(write({**forged, name: bytes(content)}, directory), tmp_path, DamagedDataError)
+    assert "so the data was made wrongly; do not use it, or delete its directory and run `longring prepare" in said
+    shutil.rmtree(directory)
+    prepare(replace(config, directory=str(directory)), QUIET, workers=1)
+    use(directory, tmp_path / "cache")
 
 
 def one_shard(tmp_path: Path) -> tuple[Path, np.ndarray]:

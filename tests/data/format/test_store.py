@@ -120,7 +120,9 @@ def test_a_cache_that_is_removed_is_not_the_fault_of_the_store(
 
     monkeypatch.setattr(where, name, remove)
     for _ in range(2):
-        with pytest.raises(OSError, match=rf"^{tmp_path}/cache/\w+: the cache was removed .*; start again, which"):
+        with pytest.raises(
+            OSError, match=rf"^{tmp_path}/cache/\w+: the cache was removed .*; start again, which fills it"
+        ):
             store.path("tokenizer.json")
     monkeypatch.undo()
     assert store.path("tokenizer.json").read_bytes() == (prepared / "tokenizer.json").read_bytes()
@@ -224,10 +226,14 @@ def test_an_altered_remote_shard_is_named_with_both_hashes(prepared: Path, in_me
     assert not [file for file in kept(tmp_path) if file.name.startswith(shard.stem)]
 
 
-def test_a_shard_that_is_not_there(in_memory: str, tmp_path: Path):
+def test_a_shard_that_is_not_there(prepared: Path, in_memory: str, tmp_path: Path):
+    advice = "copy the prepared directory there"
     fsspec.filesystem("memory").rm(f"{in_memory}/shards", recursive=True)
-    with pytest.raises(ValueError, match=rf"{in_memory}/shards/.*tar: does not exist; copy the prepared"):
+    with pytest.raises(ValueError, match=rf"{in_memory}/shards/.*tar: does not exist; {advice}"):
         rows(in_memory, cached(tmp_path))
+    for file in prepared.rglob("*.tar"):
+        fsspec.filesystem("memory").pipe(f"{in_memory}/{file.relative_to(prepared)}", file.read_bytes())
+    assert rows(in_memory, cached(tmp_path)) == rows(prepared, LoaderConfig())
 
 
 def test_a_store_that_fails_is_asked_again(in_memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig, Sou
 from longring.data.files import sha256_of
 from longring.data.format.document import NO_DOCUMENT, SPLITS
 from longring.data.format.manifest import Manifest, open_prepared
+from longring.data.format.shards import BucketWriter
 from longring.data.inspect.cost import PAPER_1B
 from longring.data.inspect.inspect import inspect
 from longring.data.order import path, stages
@@ -214,7 +217,10 @@ def test_stages_alone_and_in_parts_make_the_same_bytes(prepared: DataConfig, tmp
     """Parts of a stage, done in any order as by the jobs of an array, give the same bytes."""
     reference, config = settings(tmp_path / "one"), settings(tmp_path / "parts")
     order(prepared, reference, QUIET, workers=1)
-    with pytest.raises(ValueError, match=r"--stage search: stage documents comes before it and lacks 5 of 5 tasks"):
+    advice = "run --stage documents first"
+    with pytest.raises(
+        ValueError, match=rf"--stage search: stage documents comes before it and lacks 5 of 5 tasks; {advice}"
+    ):
         order(prepared, config, QUIET, only="search")
     for stage in STAGES:
         for part in (2, 0, 1):
@@ -552,10 +558,49 @@ def test_data_that_lacks_documents_is_refused(prepared: DataConfig, tmp_path: Pa
         order(replace(prepared, method="best_fit"), settings(tmp_path, mode="fill_long_buckets"), QUIET)
     with pytest.raises(ValueError, match=r"order\.context_tokens = 48: .* from data\.min_bucket_tokens = 16 to"):
         order(prepared, settings(tmp_path, context_tokens=48), QUIET)
-    with pytest.raises(ValueError, match=r"order\.mode = 'off': nothing to order; set it"):
-        order(prepared, OrderConfig(), QUIET)
     with pytest.raises(ValueError, match="--stage walk: not a stage; name one of documents, split, fit, embed"):
         order(prepared, settings(tmp_path), QUIET, only="walk")
+
+
+def test_advice_about_the_mode(prepared: DataConfig, tmp_path: Path):
+    advice = "set it to '(in_context)' or '(fill_long_buckets)', and order.directory"
+    with pytest.raises(ValueError, match=rf"order\.mode = 'off': nothing to order; {advice}") as error:
+        order(prepared, OrderConfig(), QUIET)
+    found = re.search(advice, str(error.value))
+    assert found is not None
+    for mode in found.groups():
+        order(prepared, settings(tmp_path / mode, mode=mode), QUIET, workers=1, only="documents")
+
+
+def test_advice_about_too_many_records(prepared: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stages, "NO_DOCUMENT", 50)
+    advice = "prepare and order the sources in parts"
+    with pytest.raises(ValueError, match=f"has 92 records, and ordered data numbers at most 49; {advice}"):
+        order(prepared, settings(tmp_path), QUIET, workers=1, only="documents")
+    for part, files in enumerate(("[01].jsonl", "[234].jsonl")):
+        source = replace(prepared.source, path=f"{prepared.source.path}/{files}")
+        data = replace(prepared, source=source, directory=str(tmp_path / f"data-{part}"))
+        if prepare(data, QUIET, workers=1).ledger.records < 50:
+            order(data, settings(tmp_path / f"{part}"), QUIET, workers=1, only="documents")
+
+
+def test_advice_about_data_that_was_made_wrongly(prepared: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A preparation writes wrong offsets of the later pieces of documents."""
+    data, config = replace(prepared, directory=str(tmp_path / "data")), settings(tmp_path)
+    append = BucketWriter.append
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            BucketWriter,
+            "append",
+            lambda self, row, pieces: append(self, row, [(one, at + (at > 0), start) for one, at, start in pieces]),
+        )
+        prepare(data, QUIET, workers=1)
+    advice = r"do not use it, or delete its directory and run `longring prepare RECIPE`"
+    with pytest.raises(ValueError, match=f"and none from pair .*, so the data was made wrongly; {advice}"):
+        order(data, config, QUIET, workers=1, only="documents")
+    shutil.rmtree(data.directory)
+    prepare(data, QUIET, workers=1)
+    order(data, config, QUIET, workers=1, only="documents")
 
 
 @pytest.mark.parametrize(
@@ -563,7 +608,8 @@ def test_data_that_lacks_documents_is_refused(prepared: DataConfig, tmp_path: Pa
     [
         ({"mode": "off"}, r"order\.directory = .*: order\.mode is 'off'; remove it"),
         ({"directory": ""}, r"order\.directory = '': order\.mode is 'in_context'; set it"),
-        ({"directory": "s3://x/y"}, r"order\.directory = s3://x/y: must be a local directory"),
+        ({"directory": "s3://x/y"}, r"order\.directory = s3://x/y: must be a local directory; name one, and copy"),
+        ({"work_directory": "s3://x/y"}, r"order\.work_directory = s3://x/y: must be a local directory; name one"),
     ],
 )
 def test_bad_settings_are_named(tmp_path: Path, changed: dict[str, Any], message: str):

@@ -116,6 +116,21 @@ def test_an_unknown_boundary_names_one_that_works(make_config: MakeConfig, texts
     prepare(replace(config, tokenizer=replace(config.tokenizer, boundary=named[1])), console)
 
 
+@pytest.mark.parametrize("way", ["lower", "add"])
+@pytest.mark.parametrize(("method", "key", "lower"), [("decompose", "min", 2), ("concat", "max", 8)])
+def test_documents_too_short_to_train_on(
+    make_config: MakeConfig, texts: list[str], console: Console, method: str, key: str, lower: int, way: str
+):
+    config = make_config(["ring"] * 3, method=method, held_out_fraction=0.0)
+    advice = "give no training sequence of this length; lower it, or add documents"
+    refused(config, console, rf"data\.{key}_bucket_tokens = \d+: \d documents with \d+ tokens {advice}")
+    if way == "lower":
+        config = replace(config, **{f"{key}_bucket_tokens": lower})
+    else:
+        make_config([*texts, "ring"])
+    assert prepare(config, console).ledger.splits["train"].sequences
+
+
 @pytest.mark.parametrize("way", ["repair", "raise"])
 def test_too_many_bad_records(make_config: MakeConfig, texts: list[str], console: Console, way: str):
     config = make_config([*texts, ""], max_bad_fraction=0.05)

@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from helpers.files import tree
 from helpers.lanes import by_lane
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
+from longring.data.config import DataConfig, LoaderConfig, SourceConfig, TokenizerConfig
 from longring.data.format.document import NO_DOCUMENT, SPLITS, Split
 from longring.data.format.manifest import Manifest, open_prepared
 from longring.data.format.shards import shard_name
@@ -325,6 +326,12 @@ def test_too_many_bad_records_leave_nothing(make_config: MakeConfig, words: Word
     assert entries(tmp_path) == ["documents.jsonl"]
 
 
-def test_a_remote_directory_is_not_prepared(make_config: MakeConfig, console: Console):
-    with pytest.raises(ValueError, match=r"data\.directory = s3://bucket/data: is remote; prepare in a local"):
-        prepare(make_config(["x"], directory="s3://bucket/data"), console)
+def test_a_remote_directory_is_not_prepared(make_config: MakeConfig, words: Words, console: Console, tmp_path: Path):
+    config = make_config([words(200)] * 2, directory="memory://prepared-there/data")
+    advice = "prepare in a local directory, then copy it there"
+    with pytest.raises(ValueError, match=rf"data\.directory = {config.directory}: is remote; {advice}"):
+        prepare(config, console)
+    local = prepare(replace(config, directory=str(tmp_path / "prepared")), console)
+    fsspec.filesystem("memory").put(str(tmp_path / "prepared"), config.directory, recursive=True)
+    remote = open_prepared(config.directory, LoaderConfig(cache_directory=str(tmp_path / "cache")))
+    assert remote.files == local.files

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -110,8 +111,11 @@ def test_what_is_done_is_not_done_again(config: DataConfig, tmp_path: Path, monk
     assert entries(tmp_path) == ["corpus", "prepared"]
 
 
-def test_begun_with_other_settings_or_files(config: DataConfig, tmp_path: Path):
-    (tmp_path / "corpus" / "07.jsonl").write_text("x")
+@pytest.mark.parametrize("way", ["bring back", "delete"])
+def test_begun_with_other_settings_or_files(config: DataConfig, tmp_path: Path, way: str):
+    broken = tmp_path / "corpus" / "07.jsonl"
+    good = broken.read_text()
+    broken.write_text("x" * len(good))
     config = replace(config, max_bad_fraction=0.0)
     with pytest.raises(ValueError, match="1 of 1 records of source .documents. are bad"):
         prepare(config, Console(quiet=True), workers=1)
@@ -119,9 +123,14 @@ def test_begun_with_other_settings_or_files(config: DataConfig, tmp_path: Path):
         ValueError, match=r"data\.seed = 1: .*prepared\.partial is a preparation begun with 0; set it back"
     ):
         prepare(replace(config, seed=1), Console(quiet=True), workers=1)
-    (tmp_path / "corpus" / "07.jsonl").write_text('{"text": "mended"}\n')
-    with pytest.raises(ValueError, match=r"prepared\.partial is a preparation begun with other files or file sizes"):
+    broken.write_text('{"text": "mended"}\n')
+    advice = r"bring the files back to continue, or delete (\S+) and run `longring prepare RECIPE`"
+    with pytest.raises(ValueError, match=f"begun with other files or file sizes; {advice}") as error:
         prepare(config, Console(quiet=True), workers=1)
+    found = re.search(advice, str(error.value))
+    assert found is not None
+    broken.write_text(good) if way == "bring back" else shutil.rmtree(found[1])
+    assert prepare(config, Console(quiet=True), workers=1).ledger.records == (360 if way == "bring back" else 331)
 
 
 def test_a_merge_names_what_is_missing(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -125,6 +125,7 @@ def test_a_data_set_on_disk_and_one_by_name(tmp_path: Path):
     assert [text for _, text in read(kind="hub", path=str(tmp_path / "named"))] == texts
 
 
+ONE = b'{"text": "one"}\n'
 BAD_LINES = {
     b'{"text": \n': ("broken_json", "line 2 column 1"),
     b'{"body": "one", "id": 1}\n': ("missing_field", "no field 'text' among 'body', 'id'"),
@@ -195,9 +196,67 @@ def test_a_hopeless_file_stops_early(tmp_path: Path):
     ids=["gzip cut short", "no gzip", "no zst", "zst cut short", "no parquet"],
 )
 def test_a_file_that_cannot_be_read_to_its_end_is_named(tmp_path: Path, name: str, content: bytes):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"data\.source\.path = .*: cannot read .*{name} \(.*\); repair it or leave"):
-        read(kind="parquet" if name.endswith("parquet") else "json", path=str(tmp_path))
+    kind, ending = ("parquet", "parquet") if name.endswith("parquet") else ("json", name.partition(".")[2])
+    good = {"jsonl.gz": gzip.compress(ONE), "jsonl.zst": zstandard.compress(ONE), "parquet": b""}[ending]
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one"]}), tmp_path / "one.parquet")
+    good = good or (tmp_path / "one.parquet").read_bytes()
+    for file, text in (("one." + ending, good), (name, content)):
+        (tmp_path / file).write_bytes(text)
+    advice = "repair it or leave it out"
+    with pytest.raises(ValueError, match=rf"data\.source\.path = .*: cannot read .*{name} \(.*\); {advice}"):
+        read(kind=kind, path=str(tmp_path))
+    assert len(read(kind=kind, path=f"{tmp_path}/o*.{ending}")) == 1
+    (tmp_path / name).write_bytes(good)
+    assert len(read(kind=kind, path=str(tmp_path))) == 2
+
+
+def test_a_part_of_a_data_set_that_cannot_be_read(tmp_path: Path):
+    for number in range(2):
+        (tmp_path / f"{number}.jsonl").write_bytes(ONE)
+    (tmp_path / "1.jsonl").write_text('{"text": \n')
+    for mend in (lambda file: file.write_bytes(ONE), Path.unlink):
+        with pytest.raises(ValueError, match=r"cannot read .*\[train\], part 1 of 2 .*; repair it or leave it out"):
+            read(kind="hub", path=str(tmp_path))
+        mend(tmp_path / "1.jsonl")
+        assert {text for _, text in read(kind="hub", path=str(tmp_path))} == {"one"}
+        (tmp_path / "1.jsonl").write_text('{"text": \n')
+
+
+@pytest.fixture
+def in_splits(tmp_path: Path) -> dict[str, str]:
+    """Return the settings of a data set on disk."""
+    rows = datasets.Dataset.from_list([{"text": "one"}])
+    datasets.DatasetDict({"a": rows}).save_to_disk(str(tmp_path / "splits"))
+    (tmp_path / "named").mkdir()
+    (tmp_path / "named" / "0.jsonl").write_bytes(ONE)
+    return {"kind": "disk", "path": str(tmp_path / "splits"), "split": "a"}
+
+
+DECLARED = "correct data.source.path, data.source.subset or data.source.split, or repair the data set"
+
+
+@pytest.mark.parametrize("key", ["path", "split"])
+def test_a_data_set_that_is_not_there(in_splits: dict[str, str], key: str):
+    wrong = in_splits | {key: f"{in_splits[key]}-not"}
+    with pytest.raises(ValueError, match=f"data.source.path = '{wrong['path']}': cannot read split .*; {DECLARED}"):
+        read(**wrong)
+    assert [text for _, text in read(**in_splits)] == ["one"]
+
+
+def test_a_subset_that_is_not_there(in_splits: dict[str, str], tmp_path: Path):
+    with pytest.raises(ValueError, match=rf"cannot read split 'train' \(BuilderConfig 'other' not found.*; {DECLARED}"):
+        read(kind="hub", path=str(tmp_path / "named"), subset="other")
+    assert len(read(kind="hub", path=str(tmp_path / "named"), subset="default")) == 1
+
+
+def test_a_data_set_that_is_damaged(in_splits: dict[str, str]):
+    [file] = Path(in_splits["path"]).glob("a/*.arrow")
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=rf"cannot read split 'a' \(.*\); {DECLARED}"):
+        read(**in_splits)
+    file.write_bytes(content)
+    assert len(read(**in_splits)) == 1
 
 
 @pytest.mark.parametrize("path", ["missing.jsonl", "*.jsonl", "."])

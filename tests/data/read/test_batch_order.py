@@ -1,3 +1,4 @@
+import math
 import re
 from collections import Counter
 
@@ -125,8 +126,23 @@ def test_global_batch_must_be_a_multiple_of_the_largest_bucket(global_batch_toke
 
 
 def test_a_bucket_of_the_curriculum_must_have_sequences():
-    with pytest.raises(ValueError, match=r"step_buckets: bucket 16 has no sequences; give no step"):
-        BatchOrder((8, 16), [one_source(3, 0, 0), one_source(0, 0, 1)], np.array([0, 1], dtype=np.uint8), 16)
+    advice = "give no step to it, or prepare documents that fill it"
+    filled, empty = [one_source(3, 0, 0), one_source(1, 0, 1)], [one_source(3, 0, 0), one_source(0, 0, 1)]
+    with pytest.raises(ValueError, match=rf"step_buckets: bucket 16 has no sequences; {advice}"):
+        BatchOrder((8, 16), empty, np.array([0, 1], dtype=np.uint8), 16)
+    BatchOrder((8, 16), empty, np.array([0, 0], dtype=np.uint8), 16)
+    BatchOrder((8, 16), filled, np.array([0, 1], dtype=np.uint8), 16)
+
+
+@pytest.mark.parametrize("step", [1, STEPS])
+def test_replicas_that_do_not_divide_a_batch(step: int):
+    share = ReplicaShare(2, 3, 2)
+    with pytest.raises(ValueError, match=r"which 3 replicas with 2 sequences each do not divide; set it to") as error:
+        order().sequences(step, share)
+    found = re.search(r"set it to a multiple of (\d+)", str(error.value))
+    assert found is not None
+    right = order(global_batch_tokens=math.lcm(int(found[1]), LENGTHS[-1]))
+    assert right.sequences(step, share).shape[1] == 2
 
 
 @pytest.mark.parametrize("windows", [1, 3])

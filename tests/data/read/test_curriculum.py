@@ -158,5 +158,8 @@ def test_exact_log_is_the_logarithm(value: float):
 
 @pytest.mark.parametrize(("tokens", "steps"), [([0, 0], 5), ([1], 0)])
 def test_steps_or_tokens_that_are_missing(tokens: list[int], steps: int):
-    with pytest.raises(ValueError, match=f"{steps} steps among {sum(tokens)} tokens"):
+    advice = "give at least 1 step and 1 token"
+    with pytest.raises(ValueError, match=f"{steps} steps among {sum(tokens)} tokens; {advice}"):
         step_buckets(tokens, steps, curriculum(), 0)
+    least = [max(1, tokens[0]), *tokens[1:]]
+    assert step_buckets(least, max(1, steps), curriculum(), 0).tolist() == [0] * max(1, steps)

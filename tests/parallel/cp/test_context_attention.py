@@ -162,7 +162,8 @@ def test_a_failing_peer_is_named(failure, tmp_path):
         for rank in (0, 2):
             wanted = (
                 rf"rank {rank} of 3 could not (send|receive) \w+ of grid position \d (to|from) rank 1 "
-                r"\(posted at step \d, due at step \d\) within parallel.cp.timeout_s = 2"
+                r"\(posted at step \d, due at step \d\) within parallel.cp.timeout_s = 2: "
+                r"rank 1 of the group is dead or late; see the log of global rank 1"
             )
             told, until = "", time.monotonic() + 60
             while not re.search(wanted, told) and processes[rank].poll() is None and time.monotonic() < until:

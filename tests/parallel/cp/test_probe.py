@@ -178,14 +178,16 @@ def test_four_processes_find_the_same(on_ranks, measure, num_nodes):
 
 
 def test_uneven_nodes_are_refused_by_all(on_ranks):
+    """What their advice leads to, 2 ranks on each of 2 nodes, is probed by test_four_processes_find_the_same."""
     for message in on_ranks(4, uneven, [3, 3, 3, 1]):
-        assert "nodes have 1 to 3 ranks" in message
+        assert message.endswith("nodes have 1 to 3 ranks (LOCAL_WORLD_SIZE); start equally many on each node")
     for message in on_ranks(4, uneven, [3, 3, 3, 3]):
-        assert "unevenly" in message
+        assert "lie unevenly on nodes of 3 ranks; use equally many of each node, in order" in message
 
 
-def test_one_rank_alone_is_refused(on_ranks):
-    assert "one rank alone" in on_ranks(1, uneven, [1])[0]
+def test_one_rank_alone_is_refused_and_two_are_probed(on_ranks):
+    assert on_ranks(1, uneven, [1])[0].endswith("one rank alone has no links to measure; start 2 ranks or more")
+    assert on_ranks(2, uneven, [2, 2]) == ["", ""]
 
 
 @pytest.mark.parametrize("across", [None, Fabric("switch", 2.5, 1e-5, ends_per_port=4, full_duplex=False)])
