@@ -147,12 +147,12 @@ PLANTED = {
     "a constant": 'A = "paint the seventh wheel green"\ndef f(x):\n    raise OSError(f"{x}: is odd; {A}")',
     "a function": 'def a():\n    return "paint the seventh wheel green"\ndef f():\n    raise OSError(f"x: odd; {a()}")',
     "a helper": 'def f(x):\n    return ValueError(f"{x}: is odd; paint the " "seventh wheel green")',
-    "a choice": 'def f(x):\n    raise OSError("odd: " + ("x; wait" if x else "y; paint the seventh wheel green"))',
+    "a choice": 'def f(x):\n    raise OSError("x: " + ("odd; wait a while" if x else "y; paint the seventh wheel green"))',
     "a short one": 'def f(x):\n    raise ValueError(f"paint the seventh wheel = {x}: is odd; {x}")',
 }
 
 
 @pytest.mark.parametrize("source", PLANTED.values(), ids=PLANTED)
 def test_a_new_error_without_a_test_is_found(source):
-    assert len(untried({"new.py": source}, "paint the seventh door; wait")) == 1
-    assert not untried({"new.py": source}, "a test with paint the seventh wheel green; wait")
+    assert len(untried({"new.py": source}, "paint the seventh door; wait a while")) == 1
+    assert not untried({"new.py": source}, "a test with paint the seventh wheel green; wait a while")

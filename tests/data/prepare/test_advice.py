@@ -116,6 +116,7 @@ def test_an_unknown_boundary_names_one_that_works(make_config: MakeConfig, texts
     prepare(replace(config, tokenizer=replace(config.tokenizer, boundary=named[1])), console)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("way", ["lower", "add"])
 @pytest.mark.parametrize(("method", "key", "lower"), [("decompose", "min", 2), ("concat", "max", 8)])
 def test_documents_too_short_to_train_on(

@@ -111,7 +111,7 @@ def test_what_is_done_is_not_done_again(config: DataConfig, tmp_path: Path, monk
     assert entries(tmp_path) == ["corpus", "prepared"]
 
 
-@pytest.mark.parametrize("way", ["bring back", "delete"])
+@pytest.mark.parametrize("way", by_lane(["bring back", "delete"], quick=["bring back"]))
 def test_begun_with_other_settings_or_files(config: DataConfig, tmp_path: Path, way: str):
     broken = tmp_path / "corpus" / "07.jsonl"
     good = broken.read_text()

@@ -185,8 +185,12 @@ def test_uneven_nodes_are_refused_by_all(on_ranks):
         assert "lie unevenly on nodes of 3 ranks; use equally many of each node, in order" in message
 
 
-def test_one_rank_alone_is_refused_and_two_are_probed(on_ranks):
+def test_one_rank_alone_is_refused(on_ranks):
     assert on_ranks(1, uneven, [1])[0].endswith("one rank alone has no links to measure; start 2 ranks or more")
+
+
+@pytest.mark.full
+def test_two_ranks_are_probed(on_ranks):
     assert on_ranks(2, uneven, [2, 2]) == ["", ""]
 
 
