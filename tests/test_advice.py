@@ -147,7 +147,7 @@ PLANTED = {
     "a constant": 'A = "paint the seventh wheel green"\ndef f(x):\n    raise OSError(f"{x}: is odd; {A}")',
     "a function": 'def a():\n    return "paint the seventh wheel green"\ndef f():\n    raise OSError(f"x: odd; {a()}")',
     "a helper": 'def f(x):\n    return ValueError(f"{x}: is odd; paint the " "seventh wheel green")',
-    "a choice": 'def f(x):\n    raise OSError("x: " + ("odd; wait a while" if x else "y; paint the seventh wheel green"))',
+    "a choice": 'def f(x):\n  raise OSError("x: " + ("y; wait a while" if x else "z; paint the seventh wheel green"))',
     "a short one": 'def f(x):\n    raise ValueError(f"paint the seventh wheel = {x}: is odd; {x}")',
 }
 

@@ -223,7 +223,7 @@ def test_a_part_of_a_data_set_that_cannot_be_read(tmp_path: Path):
 
 
 @pytest.fixture
-def in_splits(tmp_path: Path) -> dict[str, str]:
+def in_splits(tmp_path: Path) -> dict[str, Any]:
     """Return the settings of a data set on disk."""
     rows = datasets.Dataset.from_list([{"text": "one"}])
     datasets.DatasetDict({"a": rows}).save_to_disk(str(tmp_path / "splits"))
@@ -236,20 +236,20 @@ DECLARED = "correct data.source.path, data.source.subset or data.source.split, o
 
 
 @pytest.mark.parametrize("key", ["path", "split"])
-def test_a_data_set_that_is_not_there(in_splits: dict[str, str], key: str):
+def test_a_data_set_that_is_not_there(in_splits: dict[str, Any], key: str):
     wrong = in_splits | {key: f"{in_splits[key]}-not"}
     with pytest.raises(ValueError, match=f"data.source.path = '{wrong['path']}': cannot read split .*; {DECLARED}"):
         read(**wrong)
     assert [text for _, text in read(**in_splits)] == ["one"]
 
 
-def test_a_subset_that_is_not_there(in_splits: dict[str, str], tmp_path: Path):
+def test_a_subset_that_is_not_there(in_splits: dict[str, Any], tmp_path: Path):
     with pytest.raises(ValueError, match=rf"cannot read split 'train' \(BuilderConfig 'other' not found.*; {DECLARED}"):
         read(kind="hub", path=str(tmp_path / "named"), subset="other")
     assert len(read(kind="hub", path=str(tmp_path / "named"), subset="default")) == 1
 
 
-def test_a_data_set_that_is_damaged(in_splits: dict[str, str]):
+def test_a_data_set_that_is_damaged(in_splits: dict[str, Any]):
     [file] = Path(in_splits["path"]).glob("a/*.arrow")
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
