@@ -2,9 +2,9 @@
 
 An error reads `key = value: what is wrong; what to do`. Here the source is read, and for each message that is raised,
 returned, yielded or assigned, the text behind its first semicolon is looked for in the strings of the tests: 20
-characters of it, or a whole literal piece of 12 to 19. Where the message has no such piece behind the semicolon, the
-text before it is looked for instead. Variables, constants and functions of the module are followed, and each text that
-they can make is looked for.
+characters of it that are not of one word, or a whole literal piece of 12 to 19. Where the message has no such piece
+behind the semicolon, the text before it is looked for instead. Variables, constants and functions of the module are
+followed, and each text that they can make is looked for.
 
 This holds that no message is added without a test that knows it. It does not hold that the test carries the advice out,
 that it tries every way of a message that names several, or that it means this message and not another one with equal
@@ -99,7 +99,7 @@ def untried(sources: Mapping[str, str], tests: str) -> list[str]:
         for node in tree.body:
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 constants.setdefault(node.targets[0].id, []).append(node.value)
-    known = {tests[start : start + NEEDED] for start in range(len(tests))}
+    known = {part for start in range(len(tests)) if " " in (part := tests[start : start + NEEDED]).strip()}
 
     def named(text: str) -> bool | None:
         pieces = [piece for part in text.split(UNKNOWN) if len(piece := plain(part)) >= SHORTEST]

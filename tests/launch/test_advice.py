@@ -60,6 +60,14 @@ SETTINGS = [
     Setting(("curriculum.odds=[]",), "give one number for each bucket", ("curriculum.odds=[3, 2, 1, 1]",)),
     Setting(("knots.chunk_odds=[0]",), r"give the odds of 1, 2, \.\.\. chunks", ("knots.chunk_odds=[1, 2]",)),
     Setting(("data.tokenizer.knot_chunks=1",), r"set it to (0) for no knots", ("data.tokenizer.knot_chunks={0}",)),
+    Setting(
+        ("data.shard_tokens=256",), r"set it to data\.max_bucket_tokens = (\d+) or more", ("data.shard_tokens={0}",)
+    ),
+    Setting(
+        (OVER_4, "parallel.cp.schedule=query=2"),
+        r"set (parallel\.cp\.schedule_of\.4) to a grid of 4 ranks",
+        (OVER_4, "parallel.cp.schedule=query=2", "{0}=query=4"),
+    ),
     Setting(("data.directory=''",), "name the one for the prepared data", ("data.directory=prepared",)),
     Setting(
         ("data.sources.'a b'={kind = 'text', path = 'b'}",),
@@ -336,6 +344,12 @@ CASES = {
         truncated_recipe,
         lambda sandbox: sandbox.run.recipe(),
         "remove it, and the next `longring train`",
+        lambda sandbox: (sandbox.run.recipe_file.unlink(), checked()(sandbox), sandbox.run.create(sandbox.load())),
+    ),
+    "a recipe.json without a table: remove it": Case(
+        lambda sandbox: (sandbox.begin(), sandbox.run.recipe_file.write_text("[]")),
+        lambda sandbox: sandbox.run.recipe(),
+        "it holds no table; remove it, and the next `longring train`",
         lambda sandbox: (sandbox.run.recipe_file.unlink(), checked()(sandbox), sandbox.run.create(sandbox.load())),
     ),
     "a damaged grids.json: remove it": Case(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,10 @@ from rich.console import Console
 def train_and_evaluate(recipe_file: Path, overrides: list[str]) -> None:
     recipe = load_recipe(recipe_file, overrides)
     train(recipe, Console(quiet=True), stop_after=2)
+    too_low = replace(recipe, evaluate=replace(recipe.evaluate, max_tokens_per_bucket=1))
+    advice = "raise it, or prepare other data with a larger data.held_out_fraction"
+    with pytest.raises(ValueError, match=f"no held-out sequence of .* is that short; {advice}"):
+        evaluate(too_low, Console(quiet=True))
     evaluate(recipe, Console(quiet=True))
 
 

@@ -7,6 +7,7 @@ import pytest
 from longring.data.config import TokenizerConfig
 from longring.data.format.document import BadRecord, Document
 from longring.data.format.tokenizer import THREAD_CHARACTERS, DocumentTokenizer
+from longring.data.format.tokenizer_file import TokenizerError
 from longring.data.prepare.train_tokenizer import train_tokenizer
 
 END = "<|endoftext|>"
@@ -31,6 +32,24 @@ def load(content: bytes, boundary: str = END) -> DocumentTokenizer:
 
 def stream(tokenizer: DocumentTokenizer, text: str) -> list[int]:
     return next(tokenizer.streams([document(0, "name", text)], reject, no_cut))[1].tolist()
+
+
+class Undecodable:
+    """Tokenizer that fails on every token."""
+
+    def decode(self, *_: object, **__: object) -> str:
+        raise TokenizerError("index out of bounds")
+
+
+def test_ids_that_cannot_be_decoded(content: bytes):
+    tokenizer = load(content)
+    ids = stream(tokenizer, "the ring")
+    tokenizer.tokenizer = Undecodable()  # type: ignore[assignment]
+    advice = r"prepare the data anew with another data\.tokenizer\.path"
+    with pytest.raises(ValueError, match=rf"tokenizer\.json: cannot decode \(index out of bounds\); {advice}"):
+        tokenizer.decode(ids)
+    another = load(train_tokenizer(TEXTS, TokenizerConfig(vocab_size=300)))
+    assert another.decode(stream(another, "the ring")) == f"{END}the ring{END}"
 
 
 @pytest.fixture(scope="module")

@@ -181,6 +181,18 @@ def test_a_damaged_manifest_or_file_beside_it_says_what_to_delete(
     assert tree(config.directory) == whole
 
 
+@pytest.mark.full
+def test_a_manifest_of_other_data_than_its_settings_make(config: DataConfig, whole: dict[str, bytes], console: Console):
+    manifest = open_prepared(config.directory)
+    replace(manifest, has_boundaries=True).write(Path(config.directory))
+    advice = f"delete {config.directory} and run `longring prepare RECIPE`"
+    with pytest.raises(ValueError, match=f"has_boundaries = True, and these settings make False; {advice}"):
+        prepare(config, console, workers=1)
+    shutil.rmtree(config.directory)
+    prepare(config, console, workers=1)
+    assert tree(config.directory) == whole
+
+
 def test_a_part_of_an_array_names_the_command_that_repairs(
     config: DataConfig, whole: dict[str, bytes], console: Console
 ):
