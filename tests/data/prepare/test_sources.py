@@ -237,7 +237,7 @@ DECLARED = "correct data.source.path, data.source.subset or data.source.split, o
 
 @pytest.mark.parametrize("key", ["path", "split"])
 def test_a_data_set_that_is_not_there(in_splits: dict[str, Any], key: str):
-    wrong = in_splits | {key: f"{in_splits[key]}-not"}
+    wrong: dict[str, Any] = in_splits | {key: f"{in_splits[key]}-not"}
     with pytest.raises(ValueError, match=f"data.source.path = '{wrong['path']}': cannot read split .*; {DECLARED}"):
         read(**wrong)
     assert [text for _, text in read(**in_splits)] == ["one"]
