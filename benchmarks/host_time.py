@@ -1,0 +1,198 @@
+"""Host time of context attention: the work of the processor in a pass, without kernels and messages.
+
+    python benchmarks/host_time.py --json rows.json
+    python benchmarks/host_time.py --against ../other  # beside other code
+
+The executor runs the plans of some ranks over a transport that sends nothing, and kernels are replaced by functions
+that do nothing, so what remains is Python and torch's own work on the host: views, buffers and the order of a pass.
+Tensors are small and lie on the CPU. A launch is timed apart: the kernels are compiled for sm_90 (the longest part of
+the run) and a driver that starts nothing takes them.
+
+With --against, both checkouts are loaded into one process and take turns pass by pass, so that both meet the same
+machine; ratio is the time here over the time there. Times are the least of many, since other load only adds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+import types
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel is not launched
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
+from lib import ROOT
+from lib.script import Row, Size, make_parser, make_table, write_record
+from lib.stub_driver import stub_driver
+from rich.console import Console
+
+HERE, THERE = "longring", "longring_there"
+TOKENS = 32
+"""Tokens of a rank: few, since only the work of the host counts."""
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
+MOST_RANKS = 8
+"""Ranks whose passes are timed; of larger groups every n-th."""
+
+
+class Pass(NamedTuple):
+    """One pass of some ranks of a grid under one checkout."""
+
+    run: Callable[[], object]
+    num_ranks: int
+    tiles_a_rank: float
+
+
+class Nowhere:
+    """Transport that sends nothing and waits for nothing."""
+
+    def post(self, sends: Any, receives: Any) -> None:
+        """Do nothing."""
+
+
+def load(name: str, root: Path) -> None:
+    """Make the checkout at `root` importable as the package `name`: its own imports are relative."""
+    package = types.ModuleType(name)
+    package.__path__ = [str(root)]
+    sys.modules[name] = package
+
+
+def part(package: str, module: str) -> Any:
+    """Return a module of a checkout."""
+    return importlib.import_module(f"{package}.{module}")
+
+
+def without_kernels(execute: Any) -> None:
+    """Replace the kernels that the executor calls by functions that leave its buffers as they are."""
+    execute.attention_forward = lambda q, *_, running=None, **__: running or (torch.empty_like(q), None)
+    execute.attention_backward = lambda *_, **__: None
+    execute.merge_ = lambda *_: None
+    execute.row_delta = lambda dout, out: dout.new_empty((dout.shape[0], dout.shape[2], dout.shape[1])).float()
+
+
+def passes(package: str, member: str, size: int) -> dict[str, Pass]:
+    """Return the forward and the backward of a member of the family over `size` ranks, with plans and masks made."""
+    execute, grid = part(package, "parallel.cp.execute"), part(package, "parallel.cp.grid").NAMED[member](size)
+    zigzag, visibility = part(package, "parallel.cp.layout").zigzag, part(package, "parallel.cp.visible").Visibility()
+    without_kernels(execute)
+    layouts = tuple(zigzag(TOKENS * size, rank, size) for rank in range(size))
+    spec = execute.AttentionSpec(grid, layouts, visibility)
+    q, dout = torch.randn(2, 1, TOKENS, HEADS, HEAD_DIM).bfloat16()
+    k, v = torch.randn(2, 1, TOKENS, KV_HEADS, HEAD_DIM).bfloat16()
+    ranks, transport = range(0, size, max(1, size // MOST_RANKS)), Nowhere()
+
+    def to_the_end(running: Any) -> Any:
+        while True:
+            try:
+                next(running)
+            except StopIteration as stop:
+                return stop.value
+
+    def forward() -> list[Any]:
+        return [to_the_end(execute.forward(spec, rank, q, k, v, transport))[1] for rank in ranks]
+
+    saved = forward()
+
+    def backward() -> None:
+        for rank, of_rank in zip(ranks, saved, strict=True):
+            to_the_end(execute.backward(spec, rank, dout, of_rank, KV_HEADS, transport))
+
+    backward()
+    plan = part(package, "parallel.cp.schedules").Schedule(grid, layouts, visibility, "forward").plan
+    tiles = sum(step.tile is not None for rank in ranks for step in plan(rank).steps) / len(ranks)
+    return {name: Pass(run, len(ranks), tiles) for name, run in (("forward", forward), ("backward", backward))}
+
+
+def launches(package: str) -> dict[str, Pass]:
+    """Return one launch of the forward and one of the backward, which has two kernels."""
+    kernels, attention = part(package, "kernels.triton_attention"), part(package, "kernels.attention")
+    kernels.blocks = lambda kernel, q: part(package, "kernels.blocks").tuned(kernel, "sm_90", q.itemsize, q.shape[-1])
+    layout = part(package, "kernels.layout").SeqLayout.contiguous(TOKENS)
+    mask = part(package, "kernels.mask").make_mask(layout, layout)
+    q, dout = torch.randn(2, 1, TOKENS, HEADS, 64).bfloat16()
+    k, v = torch.randn(2, 1, TOKENS, KV_HEADS, 64).bfloat16()
+    running, into = attention.no_result(q), tuple(attention.zeros_fp32(x) for x in (q, k, v))
+    lse, delta = torch.zeros(2, 1, HEADS, TOKENS)
+    calls = {
+        "forward": lambda: kernels.forward(q, k, v, mask, 0.125, 0.0, running),
+        "backward": lambda: kernels.backward(dout, q, k, v, None, lse, delta, mask, 0.125, 0.0, into),
+    }
+    for call in calls.values():
+        call()  # compiles
+    return {name: Pass(call, 1, 1.0) for name, call in calls.items()}
+
+
+def timed(members: dict[str, Pass], budget_s: float) -> dict[str, float]:
+    """Return by package the least ms of its pass on one rank, since other load only adds; the packages take turns."""
+    seconds: dict[str, list[float]] = {package: [] for package in members}
+    until = time.perf_counter() + budget_s
+    while time.perf_counter() < until or not seconds[HERE]:
+        for package, one in members.items():
+            started = time.perf_counter()
+            one.run()
+            seconds[package].append((time.perf_counter() - started) / one.num_ranks)
+    return {package: 1e3 * min(found) for package, found in seconds.items()}
+
+
+def row(what: str, size: int, direction: str, members: dict[str, Pass], budget_s: float) -> Row:
+    """Return the row of one pass: its time on one rank, and the ratio to the other checkout if there is one."""
+    found, tiles = timed(members, budget_s), members[HERE].tiles_a_rank
+    of_row: Row = {
+        "what": what,
+        "ranks": size,
+        "pass": direction,
+        "tiles": round(tiles, 1),
+        "ms": round(found[HERE], 4),
+    }
+    of_row["us_a_tile"] = round(1e3 * found[HERE] / tiles, 1)
+    if THERE in found:
+        of_row |= {"ms_there": round(found[THERE], 4), "ratio": round(found[HERE] / found[THERE], 3)}
+    return of_row
+
+
+def all_rows(packages: Sequence[str], size: Size) -> Iterable[Row]:
+    """Yield the rows of the executor, then those of a launch."""
+    questions = {
+        "full": (("token_ring", 8), ("grid", 8), ("token_ring", 32), ("grid", 64), ("ring", 8), ("ulysses", 8)),
+        "quick": (("token_ring", 8), ("grid", 8)),
+        "smallest": (("token_ring", 2),),
+    }[size]
+    budget_s = {"full": 6.0, "quick": 3.0, "smallest": 0.0}[size]
+    for member, ranks in questions:
+        by_package = {package: passes(package, member, ranks) for package in packages}
+        for direction in ("forward", "backward"):
+            yield row(member, ranks, direction, {name: by_package[name][direction] for name in packages}, budget_s)
+    with stub_driver("sm_90"):
+        by_package = {package: launches(package) for package in packages}
+        for direction in ("forward", "backward"):
+            yield row("launch", 1, direction, {name: by_package[name][direction] for name in packages}, budget_s / 3)
+
+
+def main() -> int:
+    parser = make_parser(__doc__ or "", quick="two grids of 8 ranks and the launches")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout of LongRing to compare with")
+    options = parser.parse_args()
+    packages = [HERE]
+    if options.against:
+        load(THERE, options.against.resolve())
+        packages.append(THERE)
+    torch.set_num_threads(1)
+    load(HERE, ROOT)
+    rows = list(all_rows(packages, options.size))
+    columns = ("what", "ranks", "pass", "tiles", "ms", "us a tile", "ms there", "ratio")
+    table = make_table("Host time of a pass on one rank", columns, left=("what", "pass"))
+    for of_row in rows:
+        table.add_row(*map(str, of_row.values()))
+    Console().print(table)
+    write_record(options.json, {"rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
