@@ -46,6 +46,8 @@ SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942":
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 TILED = ("forward", "backward_dkdv", "backward_dq")
 """Kernels whose block sizes are tuned; the others read and write once."""
+STRIDES = ("_n", "_b", "_s", "_h")
+"""Ends of the names of strides, as in `forward_kernel`."""
 Job = tuple[str, str, int, int, blocks.Blocks, bool]
 """Architecture, kernel, bits of an element, head dim, block sizes, and whether a running result is continued."""
 
@@ -70,11 +72,8 @@ def signature(
             types[argument] = f"*{element}" if argument in narrow else "*fp32"
         elif argument in ("scale", "softcap"):
             types[argument] = "fp32"
-        elif argument.endswith("_strides"):
-            num_dims = (3 if "lse" in argument else 4) + ("part" in argument)
-            types[argument] = ("i64",) * num_dims
         else:
-            types[argument] = "i32"
+            types[argument] = "i64" if argument[-2:] in STRIDES else "i32"
     return types, used
 
 
@@ -84,7 +83,11 @@ def compile_row(job: Job) -> Row:
     kernel = getattr(triton_kernels, f"{name}_kernel")
     types, constants = signature(kernel, name, bits, head_dim, at, continues)
     options = {"num_warps": at.num_warps, "num_stages": at.num_stages}
-    compiled = triton.compile(ASTSource(kernel, types, constants), target=TARGETS[arch], options=options)
+    # The pointers that a launch specializes: `triton_attention` passes only multiples of 16 bytes.
+    aligned = [x.num for x in kernel.params if types[x.name][0] == "*" and not x.do_not_specialize]
+    attributes = {(number,): [["tt.divisibility", 16]] for number in aligned}
+    source = ASTSource(kernel, types, constants, attributes)
+    compiled = triton.compile(source, target=TARGETS[arch], options=options)
     registers, spill_bytes = (_amd if arch.startswith("gfx") else _nvidia)(compiled, arch)
     return {
         "kernel": name + (" (running)" if continues else ""),

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from . import reference, torch_attention
-from .mask import Mask
+from .layout import SeqLayout
+from .mask import Mask, make_mask
+from .merge import merge_
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +115,22 @@ def attention_backward(
     _check(q, k, v, mask)
     chosen = BACKENDS[choose_backend(q, softcap, backend)]
     chosen.backward(dout, q, k, v, out, lse, delta, mask, _scale(q, scale), softcap, into)
+
+
+def launch_all(head_dim: int, dtype: torch.dtype, device: torch.device, backend: str = "auto") -> None:
+    """Launch once every kernel that attention of such inputs launches, over few tokens: none is compiled later.
+
+    The kernels are compiled for a dtype and a head dim, not for lengths, strides or numbers of heads.
+    """
+    layout = SeqLayout.contiguous(16)
+    mask = make_mask(layout, layout, device=device)
+    q, k, v, dout = torch.zeros(4, 1, 16, 2, head_dim, dtype=dtype, device=device)
+    out, lse = attention_forward(q, k, v, mask, backend=backend)
+    running = attention_forward(q, k, v, mask, running=no_result(q), backend=backend)
+    for part in (out, *running[:1]):  # results travel in the inputs' dtype or in fp32
+        merge_(*running, part[None], lse[None])
+    into = (zeros_fp32(q), zeros_fp32(k), zeros_fp32(v))
+    attention_backward(dout, q, k, v, lse, row_delta(dout, out), mask, into=into, backend=backend)
 
 
 def no_result(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ def blocks(kernel: str, q: Tensor) -> Blocks:
     return tuned(kernel, architecture(q.device), q.itemsize, q.shape[-1])
 
 
+@cache
 def architecture(device: torch.device) -> str:
     """Return the name under which `tuned.json` lists a device, for example "sm_90"; "interpreter" for a CPU."""
     if device.type != "cuda":

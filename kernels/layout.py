@@ -62,7 +62,9 @@ class SeqLayout:
         positions = self.positions(device)
         if self.position_starts == (0,):
             return positions
-        starts = torch.tensor(self.position_starts, device=device)
+        # From page-locked memory, so that the host does not wait for the copy to a GPU.
+        on_gpu = positions.device.type == "cuda"
+        starts = torch.tensor(self.position_starts, pin_memory=on_gpu).to(positions.device, non_blocking=True)
         # right=True: a position that is itself a start counts from itself.
         return positions - starts[torch.searchsorted(starts, positions, right=True) - 1]
 

@@ -9,10 +9,10 @@ two integers per row describe every mask, and the kernels need neither positions
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Literal
 
 import torch
@@ -39,6 +39,42 @@ class Mask:
         return int((stop - start).sum())
 
 
+@dataclass(frozen=True, eq=False)
+class HostMasks:
+    """Masks of several tiles in one tensor on the host, from which one copy brings all of them to a device."""
+
+    flat: Tensor
+    """For each tile `Mask.rows` and then `Mask.columns`, int32, end to end."""
+    shapes: tuple[tuple[int, int], ...]
+    """Number of queries and of keys of each tile."""
+
+    def on(self, device: torch.device) -> list[Mask]:
+        """Return the masks on a device. If they lie in page-locked memory, the host does not wait for the copy."""
+        flat, ends = self.flat.to(device, non_blocking=True), accumulate((2 * sum(x) for x in self.shapes), initial=0)
+        masks = []
+        for start, (s_q, s_k) in zip(ends, self.shapes, strict=False):
+            middle, stop = start + 2 * s_q, start + 2 * (s_q + s_k)
+            rows = slice(start, middle)
+            masks.append(Mask(flat[rows].view(2, s_q), flat[middle:stop].view(2, s_k), self.flat[rows].view(2, s_q)))
+        return masks
+
+
+def host_masks(
+    tiles: Sequence[tuple[SeqLayout, SeqLayout]],
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    pin_memory: bool = False,
+) -> HostMasks:
+    """Return the masks of tiles, each given by the layouts of its queries and keys; see `make_mask`.
+
+    With `pin_memory` they lie in page-locked memory. Raises ValueError as `make_mask` does.
+    """
+    parts = [part.flatten() for queries, keys in tiles for part in _intervals(queries, keys, causal, window)]
+    flat = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)
+    return HostMasks(flat.pin_memory() if pin_memory else flat, tuple((q.num_tokens, k.num_tokens) for q, k in tiles))
+
+
 @lru_cache(maxsize=256)
 def make_mask(
     queries: SeqLayout,
@@ -54,6 +90,12 @@ def make_mask(
     s_q queries and s_k keys give `Mask.rows` `[2, s_q]` and `Mask.columns` `[2, s_k]`. Raises ValueError if the
     layouts' documents differ, if window is below 1, or if a window is given without causal order.
     """
+    rows, columns = _intervals(queries, keys, causal, window)
+    return Mask(rows.to(device), columns.to(device), rows)
+
+
+def _intervals(queries: SeqLayout, keys: SeqLayout, causal: bool, window: int | None) -> tuple[Tensor, Tensor]:
+    """Return `Mask.rows` and `Mask.columns` on the host."""
     if queries.document_starts != keys.document_starts:
         raise ValueError(
             f"mask: queries in a context of {len(queries.document_starts)} documents, keys in one of "
@@ -77,8 +119,7 @@ def make_mask(
     # begin at or before j. Each is a cumulative histogram of one end, [s_k].
     num_keys = keys.num_tokens
     columns = torch.stack([end.bincount(minlength=num_keys + 1).cumsum(0)[:num_keys] for end in (rows[1], rows[0])])
-    host_rows = rows.int()
-    return Mask(host_rows.to(device), columns.int().to(device), host_rows)
+    return rows.int(), columns.int()
 
 
 def _num_before(layout: SeqLayout, positions: Tensor) -> Tensor:

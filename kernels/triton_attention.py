@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 
-from .blocks import blocks
+from .blocks import Blocks, blocks
 from .mask import Mask
 from .triton_kernels import backward_dkdv_kernel, backward_dq_kernel, delta_kernel, forward_kernel, merge_kernel
 
@@ -31,13 +33,10 @@ def forward(
     assert _addressable(out) is out, "running results must be laid out as no_result makes them"
     _give_scratch_memory(q.device)
     sizes = blocks("forward", q)
-    # One axis of programs: CUDA limits the others to 65,535.
-    forward_kernel[(triton.cdiv(s_q, sizes.block_m) * b * h,)](
-        q, k, v, out, lse, mask.rows, *(x.stride() for x in (q, k, v, out, lse)),
-        h, h // k.shape[2], s_q, k.shape[1], scale, softcap, HEAD_DIM=d, BLOCK_D=padded(d), BLOCK_M=sizes.block_m,
-        BLOCK_N=sizes.block_n, CONTINUES=running is not None, SOFTCAP=softcap > 0, DESCRIPTORS=q.itemsize == 2,
-        num_warps=sizes.num_warps, num_stages=sizes.num_stages,
-    )  # fmt: skip
+    numbers = (*_strides(q, k, v, out), *lse.stride()[:2], h, h // k.shape[2], s_q, k.shape[1], scale, softcap)
+    constants = (d, padded(d), sizes.block_m, sizes.block_n, running is not None, softcap > 0, q.itemsize == 2)
+    num_programs = triton.cdiv(s_q, sizes.block_m) * b * h
+    _launch(forward_kernel, num_programs, (q, k, v, out, lse, mask.rows), numbers, constants, sizes)
     return out, lse
 
 
@@ -61,7 +60,9 @@ def backward(
     q, k, v, dout = (_addressable(x) for x in (q, k, v, dout))
     if delta is None:
         delta = row_delta(dout, out)
-    lse, delta = lse.contiguous(), delta.contiguous()  # the kernels take one set of strides for both
+    # The kernels take one set of strides for both, and adjacent rows.
+    if lse.stride() != delta.stride() or lse.stride(2) != 1:
+        lse, delta = lse.contiguous(), delta.contiguous()
     b, s_q, h, d = q.shape
     s_k, h_kv = k.shape[1], k.shape[2]
     dq, dk, dv = into
@@ -69,29 +70,26 @@ def backward(
     _give_scratch_memory(q.device)
     # dk and dv: a program per block of keys, which sums over the query heads of its group.
     sizes = blocks("backward_dkdv", q)
-    backward_dkdv_kernel[(triton.cdiv(s_k, sizes.block_n) * b * h_kv,)](
-        q, k, v, dout, lse, delta, dk, dv, mask.columns, *(x.stride() for x in (q, k, v, dout, lse, dk, dv)),
-        h_kv, h // h_kv, s_q, s_k, scale, softcap, HEAD_DIM=d, BLOCK_D=padded(d), BLOCK_M=sizes.block_m,
-        BLOCK_N=sizes.block_n, SOFTCAP=softcap > 0, DESCRIPTORS=q.itemsize == 2,
-        num_warps=sizes.num_warps, num_stages=sizes.num_stages,
-    )  # fmt: skip
+    inputs, strides = (q, k, v, dout, lse, delta), (*_strides(q, k, v, dout), *lse.stride()[:2])
+    numbers = (*strides, *_strides(dk, dv), h_kv, h // h_kv, s_q, s_k, scale, softcap)
+    constants = (d, padded(d), sizes.block_m, sizes.block_n, softcap > 0, q.itemsize == 2)
+    num_programs = triton.cdiv(s_k, sizes.block_n) * b * h_kv
+    _launch(backward_dkdv_kernel, num_programs, (*inputs, dk, dv, mask.columns), numbers, constants, sizes)
     # dq: a program per block of queries.
     sizes = blocks("backward_dq", q)
-    backward_dq_kernel[(triton.cdiv(s_q, sizes.block_m) * b * h,)](
-        q, k, v, dout, lse, delta, dq, mask.rows, *(x.stride() for x in (q, k, v, dout, lse, dq)),
-        h, h // h_kv, s_q, s_k, scale, softcap, HEAD_DIM=d, BLOCK_D=padded(d), BLOCK_M=sizes.block_m,
-        BLOCK_N=sizes.block_n, SOFTCAP=softcap > 0, DESCRIPTORS=q.itemsize == 2,
-        num_warps=sizes.num_warps, num_stages=sizes.num_stages,
-    )  # fmt: skip
+    numbers = (*strides, *_strides(dq), h, h // h_kv, s_q, s_k, scale, softcap)
+    constants = (d, padded(d), sizes.block_m, sizes.block_n, softcap > 0, q.itemsize == 2)
+    num_programs = triton.cdiv(s_q, sizes.block_m) * b * h
+    _launch(backward_dq_kernel, num_programs, (*inputs, dq, mask.rows), numbers, constants, sizes)
 
 
 def row_delta(dout: Tensor, out: Tensor) -> Tensor:
     """Return rowsum(dout * out) `[b, h, s]` fp32 of dout, out `[b, s, h, d]`."""
+    dout, out = _addressable(dout), _addressable(out)
     b, s_q, h, d = dout.shape
     delta = torch.empty((b, h, s_q), dtype=torch.float32, device=dout.device)
-    delta_kernel[(triton.cdiv(s_q, rows_at_once(d)) * b * h,)](
-        dout, out, delta, dout.stride(), out.stride(), h, s_q, HEAD_DIM=d, BLOCK_D=padded(d), BLOCK_M=rows_at_once(d)
-    )
+    numbers, rows = (*_strides(dout, out), h, s_q), rows_at_once(d)
+    _launch(delta_kernel, triton.cdiv(s_q, rows) * b * h, (dout, out, delta), numbers, (d, padded(d), rows))
     return delta
 
 
@@ -101,10 +99,42 @@ def merge_(out: Tensor, lse: Tensor, part_outs: Tensor, part_lses: Tensor) -> No
     The result is that of `merge.merge_`.
     """
     b, s_q, h, d = out.shape
-    merge_kernel[(triton.cdiv(s_q, rows_at_once(d)) * b * h,)](
-        out, lse, part_outs, part_lses, *(x.stride() for x in (out, lse, part_outs, part_lses)),
-        len(part_outs), h, s_q, HEAD_DIM=d, BLOCK_D=padded(d), BLOCK_M=rows_at_once(d),
-    )  # fmt: skip
+    part_outs = _addressable(part_outs)
+    if part_lses.stride(3) != 1:  # the kernel reads adjacent rows
+        part_lses = part_lses.contiguous()
+    assert lse.stride(2) == 1 and _addressable(out) is out, "running results must be laid out as no_result makes them"
+    numbers = (*_strides(out), *lse.stride()[:2], *part_outs.stride()[:4], *part_lses.stride()[:3])
+    numbers, rows = (*numbers, len(part_outs), h, s_q), rows_at_once(d)
+    tensors = (out, lse, part_outs, part_lses)
+    _launch(merge_kernel, triton.cdiv(s_q, rows) * b * h, tensors, numbers, (d, padded(d), rows))
+
+
+_COMPILED: dict[tuple[Any, ...], Any] = {}
+"""Compiled kernels by kernel, device, constants, block sizes and dtypes."""
+
+
+def _launch(
+    kernel: Any,
+    num_programs: int,
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[float, ...],
+    constants: tuple[int, ...],
+    sizes: Blocks | None = None,
+) -> None:
+    """Launch a kernel, whose arguments are `tensors`, `numbers` and `constants` in this order.
+
+    Triton searches for the compiled kernel by looking at every argument, which takes longer than the launch. Here it is
+    known by less: numbers do not matter to it (`triton_kernels.VARYING`), nor do addresses (`_addressable`).
+    """
+    key = (kernel, tensors[0].device, constants, sizes, *(x.dtype for x in tensors))
+    compiled = _COMPILED.get(key)
+    if compiled is not None:
+        # One axis of programs: CUDA limits the others to 65,535.
+        compiled[num_programs, 1, 1](*tensors, *numbers, *constants)
+        return
+    options = {} if sizes is None else {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages}
+    # Triton returns the compiled kernel, but None where kernels are interpreted.
+    _COMPILED[key] = kernel[num_programs,](*tensors, *numbers, *constants, **options)
 
 
 def padded(head_dim: int) -> int:
@@ -117,12 +147,19 @@ def rows_at_once(head_dim: int) -> int:
     return 2048 // padded(head_dim)
 
 
-def _addressable(x: Tensor) -> Tensor:
-    """Return x `[b, s, h, d]`, copied if a TMA descriptor cannot address it.
+def _strides(*tensors: Tensor) -> list[int]:
+    """Return the strides of dims b, s and h of each tensor `[b, s, h, d]`, one after another."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
 
-    A descriptor needs a contiguous last dim, and a base address and other strides that are multiples of 16 bytes.
+
+def _addressable(x: Tensor) -> Tensor:
+    """Return x `[..., d]`, copied if a TMA descriptor cannot address it.
+
+    A descriptor needs a contiguous last dim, and a base address and other strides that are multiples of 16 bytes; all
+    kernels are compiled for such addresses.
     """
-    if x.stride(-1) == 1 and all(n % 16 == 0 for n in (x.data_ptr(), *(x.itemsize * n for n in x.stride()[:3]))):
+    *steps, last = x.stride()
+    if last == 1 and not (x.data_ptr() % 16 or any(x.itemsize * step % 16 for step in steps)):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

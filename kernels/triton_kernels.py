@@ -17,6 +17,11 @@ once.
 Products of fp32 inputs do not run on tensor cores; read from shared memory in TMA's order they would spill registers,
 so fp32 inputs are read by address. Offsets have 64 bits in both cases. All sums are fp32; probabilities enter the
 second product in the inputs' dtype.
+
+A kernel is compiled once for each dtype, head dim, block size and flag. Triton would also compile it anew for lengths
+and strides that are 1 or multiples of 16, which differ from micro-batch to micro-batch where documents do: `VARYING`
+names the arguments that it must take as they come. Strides are passed one by one, because Triton specializes what is
+inside a tuple in any case.
 """
 
 from __future__ import annotations
@@ -26,6 +31,12 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+VARYING = ["s_q", "s_k", "num_heads", "num_kv_heads", "group", "num_parts", "rows", "columns", "lse", "delta"]
+VARYING += ["part_lses", *(f"{x}_{dim}" for x in ("q", "k", "v", "out", "dout", "dq", "dk", "dv") for dim in "bsh")]
+VARYING += ["lse_b", "lse_h", *(f"{x}_{dim}" for x in ("part_out", "part_lse") for dim in "nbsh")]
+"""Arguments for whose values no kernel is compiled anew. Other pointers are always multiples of 16 bytes, which
+`triton_attention` sees to; stride `x_b` is that of dim b of x, in elements."""
 
 
 @triton.jit
@@ -66,14 +77,25 @@ def _masked_block(i, left, full, right, end, STEP: tl.constexpr):
 
 
 @triton.jit
+def _aligned(ptr, strides):
+    """Return strides (b, s, h), which are multiples of 16 bytes, in a form from which the compiler sees that they are.
+
+    Without it each load from global memory would be cut into single elements.
+    """
+    unit: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
+    return (strides[0] // unit * unit, strides[1] // unit * unit, strides[2] // unit * unit)
+
+
+@triton.jit
 def _head_rows(
     ptr, strides, batch, head, num_rows,
     DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr = True,
 ):  # fmt: skip
-    """Return one head of a `[b, s, h, d]` tensor as a two-dim view for `_load`."""
+    """Return one head of a `[b, s, h, d]` tensor with strides (b, s, h) as a two-dim view for `_load`."""
     if DESCRIPTORS:
-        base = ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[2]
-        return tl.make_tensor_descriptor(base, [num_rows, DIM], [strides[1], 1], [ROWS, WIDTH])
+        steps = _aligned(ptr, strides)
+        base = ptr + batch.to(tl.int64) * steps[0] + head.to(tl.int64) * steps[2]
+        return tl.make_tensor_descriptor(base, [num_rows, DIM], [steps[1], 1], [ROWS, WIDTH])
     else:
         return (ptr, strides, batch, head, num_rows)
 
@@ -94,16 +116,15 @@ def _all_heads(
     ptr, strides, batch, num_heads, num_rows,
     DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Return all heads of a `[b, s, h, d]` tensor as a three-dim view for `_load_head`.
+    """Return all heads of a `[b, s, h, d]` tensor with strides (b, s, h) as a three-dim view for `_load_head`.
 
     Blocks of this view must be reshaped. As the second factor of a product a reshaped block stays in shared memory; as
     the first factor Triton would pass it through registers, which are scarce, so `_head_rows` reads first factors.
     """
     if DESCRIPTORS:
-        base = ptr + batch.to(tl.int64) * strides[0]
-        return tl.make_tensor_descriptor(
-            base, [num_heads, num_rows, DIM], [strides[2], strides[1], 1], [1, ROWS, WIDTH]
-        )
+        steps = _aligned(ptr, strides)
+        base = ptr + batch.to(tl.int64) * steps[0]
+        return tl.make_tensor_descriptor(base, [num_heads, num_rows, DIM], [steps[2], steps[1], 1], [1, ROWS, WIDTH])
     else:
         return (ptr, strides, batch, num_rows)
 
@@ -122,9 +143,10 @@ def _load_head(
 
 @triton.jit
 def _pointers(ptr, strides, batch, head, row, dims):
-    """Return the 64-bit addresses `[rows, dims]` of rows of one head of a `[b, s, h, d]` tensor."""
-    base = ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[2]
-    return base + row.to(tl.int64)[:, None] * strides[1] + dims[None, :]
+    """Return the 64-bit addresses `[rows, dims]` of rows of one head of a `[b, s, h, d]` tensor, strides (b, s, h)."""
+    steps = _aligned(ptr, strides)
+    base = ptr + batch.to(tl.int64) * steps[0] + head.to(tl.int64) * steps[2]
+    return base + row.to(tl.int64)[:, None] * steps[1] + dims[None, :]
 
 
 @triton.jit
@@ -173,10 +195,12 @@ def _forward_step(
     return acc, new_peak, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
-    q, k, v, out, lse, rows, q_strides, k_strides, v_strides, out_strides, lse_strides,
-    num_heads, group, s_q, s_k, scale, softcap,
+    q, k, v, out, lse, rows,
+    q_b: tl.int64, q_s: tl.int64, q_h: tl.int64, k_b: tl.int64, k_s: tl.int64, k_h: tl.int64,
+    v_b: tl.int64, v_s: tl.int64, v_h: tl.int64, out_b: tl.int64, out_s: tl.int64, out_h: tl.int64,
+    lse_b: tl.int64, lse_h: tl.int64, num_heads, group, s_q, s_k, scale, softcap,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CONTINUES: tl.constexpr, SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
@@ -192,8 +216,8 @@ def forward_kernel(
     inside = row < s_q
     row_start = tl.load(rows + row, mask=inside, other=0)
     row_stop = tl.load(rows + s_q + row, mask=inside, other=0)
-    lse_ptrs = lse + batch.to(tl.int64) * lse_strides[0] + head.to(tl.int64) * lse_strides[1] + row
-    out_rows = _head_rows(out, out_strides, batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D)
+    lse_ptrs = lse + batch.to(tl.int64) * lse_b + head.to(tl.int64) * lse_h + row
+    out_rows = _head_rows(out, (out_b, out_s, out_h), batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D)
 
     if CONTINUES:
         # A running result is one key of score lse and value out: peak = lse, total = 1, acc = out.
@@ -209,11 +233,11 @@ def forward_kernel(
 
     # [BLOCK_M, BLOCK_D], held for the whole loop
     q_block = _load(
-        _head_rows(q, q_strides, batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS), first,
+        _head_rows(q, (q_b, q_s, q_h), batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS), first,
         HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS,
     )  # fmt: skip
-    k_rows = _head_rows(k, k_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
-    v_rows = _head_rows(v, v_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    k_rows = _head_rows(k, (k_b, k_s, k_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    v_rows = _head_rows(v, (v_b, v_s, v_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
     last = tl.minimum(first + BLOCK_M, s_q) - 1
     left, full, right, end = _loop_bounds(rows, rows + s_q, first, last, BLOCK_N)
     for start in tl.range(full, right, BLOCK_N):
@@ -275,11 +299,13 @@ def _dkdv_step(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def backward_dkdv_kernel(
     q, k, v, dout, lse, delta, dk, dv, columns,
-    q_strides, k_strides, v_strides, dout_strides, lse_strides, dk_strides, dv_strides,
-    num_kv_heads, group, s_q, s_k, scale, softcap,
+    q_b: tl.int64, q_s: tl.int64, q_h: tl.int64, k_b: tl.int64, k_s: tl.int64, k_h: tl.int64,
+    v_b: tl.int64, v_s: tl.int64, v_h: tl.int64, dout_b: tl.int64, dout_s: tl.int64, dout_h: tl.int64,
+    lse_b: tl.int64, lse_h: tl.int64, dk_b: tl.int64, dk_s: tl.int64, dk_h: tl.int64,
+    dv_b: tl.int64, dv_s: tl.int64, dv_h: tl.int64, num_kv_heads, group, s_q, s_k, scale, softcap,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
@@ -295,16 +321,16 @@ def backward_dkdv_kernel(
     column_stop = tl.load(columns + s_k + column, mask=inside, other=0)
     # Both [BLOCK_N, BLOCK_D], held for the whole loop
     k_block = _load(
-        _head_rows(k, k_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS), first,
+        _head_rows(k, (k_b, k_s, k_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS), first,
         HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
     )  # fmt: skip
     v_block = _load(
-        _head_rows(v, v_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS), first,
+        _head_rows(v, (v_b, v_s, v_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS), first,
         HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
     )  # fmt: skip
-    q_heads = _all_heads(q, q_strides, batch, num_kv_heads * group, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
+    q_heads = _all_heads(q, (q_b, q_s, q_h), batch, num_kv_heads * group, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
     dout_heads = _all_heads(
-        dout, dout_strides, batch, num_kv_heads * group, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS
+        dout, (dout_b, dout_s, dout_h), batch, num_kv_heads * group, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS
     )
     dk_block = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_block = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -318,7 +344,7 @@ def backward_dkdv_kernel(
         head = kv_head * group + i // num_masked
         start, stop = _masked_block(i % num_masked, left, full, right, end, BLOCK_M)
         dk_block, dv_block = _dkdv_step(
-            dk_block, dv_block, k_block, v_block, q_heads, dout_heads, lse, delta, lse_strides, batch, head, start,
+            dk_block, dv_block, k_block, v_block, q_heads, dout_heads, lse, delta, (lse_b, lse_h), batch, head, start,
             stop, s_q, column_start, column_stop, scale, softcap,
             True, SOFTCAP, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS,
         )  # fmt: skip
@@ -326,15 +352,15 @@ def backward_dkdv_kernel(
     for i in tl.range(0, group * num_full):
         head, start = kv_head * group + i // num_full, full + i % num_full * BLOCK_M
         dk_block, dv_block = _dkdv_step(
-            dk_block, dv_block, k_block, v_block, q_heads, dout_heads, lse, delta, lse_strides, batch, head, start,
+            dk_block, dv_block, k_block, v_block, q_heads, dout_heads, lse, delta, (lse_b, lse_h), batch, head, start,
             end, s_q, column_start, column_stop, scale, softcap,
             False, SOFTCAP, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS,
         )  # fmt: skip
 
     # A single program owns these rows, so it adds to them without atomics.
-    dk_rows = _head_rows(dk, dk_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D)
+    dk_rows = _head_rows(dk, (dk_b, dk_s, dk_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D)
     dk_rows.store([first, 0], dk_rows.load([first, 0]) + dk_block * scale)
-    dv_rows = _head_rows(dv, dv_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D)
+    dv_rows = _head_rows(dv, (dv_b, dv_s, dv_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D)
     dv_rows.store([first, 0], dv_rows.load([first, 0]) + dv_block)
 
 
@@ -357,9 +383,12 @@ def _dq_step(
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def backward_dq_kernel(
-    q, k, v, dout, lse, delta, dq, rows, q_strides, k_strides, v_strides, dout_strides, lse_strides, dq_strides,
+    q, k, v, dout, lse, delta, dq, rows,
+    q_b: tl.int64, q_s: tl.int64, q_h: tl.int64, k_b: tl.int64, k_s: tl.int64, k_h: tl.int64,
+    v_b: tl.int64, v_s: tl.int64, v_h: tl.int64, dout_b: tl.int64, dout_s: tl.int64, dout_h: tl.int64,
+    lse_b: tl.int64, lse_h: tl.int64, dq_b: tl.int64, dq_s: tl.int64, dq_h: tl.int64,
     num_heads, group, s_q, s_k, scale, softcap,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -373,19 +402,19 @@ def backward_dq_kernel(
     inside = row < s_q
     row_start = tl.load(rows + row, mask=inside, other=0)
     row_stop = tl.load(rows + s_q + row, mask=inside, other=0)
-    offset = batch.to(tl.int64) * lse_strides[0] + head.to(tl.int64) * lse_strides[1]
+    offset = batch.to(tl.int64) * lse_b + head.to(tl.int64) * lse_h
     lse_row = tl.load(lse + offset + row, mask=inside, other=float("inf"))
     delta_row = tl.load(delta + offset + row, mask=inside, other=0.0)
     q_block = _load(
-        _head_rows(q, q_strides, batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS), first,
+        _head_rows(q, (q_b, q_s, q_h), batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS), first,
         HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS,
     )  # fmt: skip
     dout_block = _load(
-        _head_rows(dout, dout_strides, batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS), first,
+        _head_rows(dout, (dout_b, dout_s, dout_h), batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS), first,
         HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS,
     )  # fmt: skip
-    k_rows = _head_rows(k, k_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
-    v_rows = _head_rows(v, v_strides, batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    k_rows = _head_rows(k, (k_b, k_s, k_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    v_rows = _head_rows(v, (v_b, v_s, v_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
     dq_block = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     last = tl.minimum(first + BLOCK_M, s_q) - 1
@@ -402,13 +431,14 @@ def backward_dq_kernel(
             scale, softcap, True, SOFTCAP, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
         )  # fmt: skip
 
-    dq_rows = _head_rows(dq, dq_strides, batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D)
+    dq_rows = _head_rows(dq, (dq_b, dq_s, dq_h), batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D)
     dq_rows.store([first, 0], dq_rows.load([first, 0]) + dq_block * scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def delta_kernel(
-    dout, out, delta, dout_strides, out_strides, num_heads, s_q,
+    dout, out, delta, dout_b: tl.int64, dout_s: tl.int64, dout_h: tl.int64,
+    out_b: tl.int64, out_s: tl.int64, out_h: tl.int64, num_heads, s_q,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Write delta[b, h, i] = sum over d of dout out, contiguous; programs are batch x heads x blocks of queries."""
@@ -416,30 +446,34 @@ def delta_kernel(
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     read = (row < s_q)[:, None] & (dims < HEAD_DIM)[None, :]
-    dout_block = tl.load(_pointers(dout, dout_strides, batch, head, row, dims), mask=read, other=0.0).to(tl.float32)
-    out_block = tl.load(_pointers(out, out_strides, batch, head, row, dims), mask=read, other=0.0).to(tl.float32)
+    dout_ptrs = _pointers(dout, (dout_b, dout_s, dout_h), batch, head, row, dims)
+    out_ptrs = _pointers(out, (out_b, out_s, out_h), batch, head, row, dims)
+    dout_block = tl.load(dout_ptrs, mask=read, other=0.0).to(tl.float32)
+    out_block = tl.load(out_ptrs, mask=read, other=0.0).to(tl.float32)
     delta_ptrs = delta + (batch.to(tl.int64) * num_heads + head) * s_q + row
     tl.store(delta_ptrs, tl.sum(dout_block * out_block, 1), mask=row < s_q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def merge_kernel(
-    out, lse, part_outs, part_lses, out_strides, lse_strides, part_out_strides, part_lse_strides,
-    num_parts, num_heads, s_q, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    out, lse, part_outs, part_lses, out_b: tl.int64, out_s: tl.int64, out_h: tl.int64, lse_b: tl.int64, lse_h: tl.int64,
+    part_out_n: tl.int64, part_out_b: tl.int64, part_out_s: tl.int64, part_out_h: tl.int64,
+    part_lse_n: tl.int64, part_lse_b: tl.int64, part_lse_h: tl.int64, num_parts, num_heads, s_q,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Merge num_parts partial results into the running one; programs are batch x heads x blocks of queries.
 
-    The first stride of part_outs and part_lses is that between parts.
+    Strides `_n` are those between parts.
     """
     block, batch, head = _program_index(s_q, num_heads, BLOCK_M)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     inside = row < s_q
     stored = inside[:, None] & (dims < HEAD_DIM)[None, :]
-    out_ptrs = _pointers(out, out_strides, batch, head, row, dims)
-    part_ptrs = _pointers(part_outs, part_out_strides[1:], batch, head, row, dims)
-    lse_ptrs = lse + batch.to(tl.int64) * lse_strides[0] + head.to(tl.int64) * lse_strides[1] + row
-    part_lse_ptrs = part_lses + batch.to(tl.int64) * part_lse_strides[1] + head.to(tl.int64) * part_lse_strides[2] + row
+    out_ptrs = _pointers(out, (out_b, out_s, out_h), batch, head, row, dims)
+    part_ptrs = _pointers(part_outs, (part_out_b, part_out_s, part_out_h), batch, head, row, dims)
+    lse_ptrs = lse + batch.to(tl.int64) * lse_b + head.to(tl.int64) * lse_h + row
+    part_lse_ptrs = part_lses + batch.to(tl.int64) * part_lse_b + head.to(tl.int64) * part_lse_h + row
     peak = tl.load(lse_ptrs, mask=inside, other=float("-inf"))
     seen = peak > float("-inf")
     total = tl.where(seen, 1.0, 0.0)
@@ -455,8 +489,8 @@ def merge_kernel(
         acc = acc * shrink[:, None] + part * weight[:, None]
         total = total * shrink + weight
         peak = new_peak
-        part_ptrs += part_out_strides[0]
-        part_lse_ptrs += part_lse_strides[0]
+        part_ptrs += part_out_n
+        part_lse_ptrs += part_lse_n
     seen = total > 0
     tl.store(out_ptrs, acc / tl.where(seen, total, 1.0)[:, None], mask=stored)
     tl.store(lse_ptrs, tl.where(seen, peak + tl.log2(total) * LN2, float("-inf")), mask=inside)

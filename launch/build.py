@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..kernels.attention import attention
+from ..kernels.attention import attention, launch_all
 from ..kernels.layout import SeqLayout
-from ..kernels.mask import make_mask
+from ..kernels.mask import Mask, host_masks
 from ..model.attention import AttentionFunction
+from ..model.fused import fused_ops
 from ..model.transformer import Transformer
 from ..parallel.cp.attention import context_attention
 from ..parallel.cp.execute import AttentionSpec
@@ -23,6 +25,7 @@ from ..parallel.cp.group import CpGroup, open_group
 from ..parallel.cp.layout import zigzag
 from ..parallel.cp.visible import Visibility
 from ..parallel.mesh import Mesh, megatron_config
+from ..parallel.world import World
 from ..parallel.zero import DeepSpeedEngine, zero_engine
 from .config import Recipe
 from .grids.choice import LayerKind
@@ -48,21 +51,17 @@ class BucketLayout:
     position_resets: bool
     """Whether RoPE counts positions from the start of each document."""
     attention: Callable[[SeqLayout], AttentionFunction]
-    """Function that returns attention over sequences of a layout."""
+    """Function that returns attention over sequences of a layout, with its plans and masks made; any thread may call
+    it."""
 
-    def model_inputs(
-        self, rows: NDArray[np.unsignedinteger], document_starts: Sequence[tuple[int, ...]] | None, device: torch.device
-    ) -> tuple[Tensor, Tensor, SeqLayout, AttentionFunction]:
-        """Return tokens, targets, layout and attention for this rank's share of `rows` `[b, length + 1]`.
+    def prepare(
+        self, num_rows: int, document_starts: Sequence[tuple[int, ...]] | None
+    ) -> tuple[SeqLayout, AttentionFunction]:
+        """Return layout and attention of a micro-batch of `num_rows` sequences, all that the host must compute for it.
 
-        Tokens and targets are `[b, s]` with s tokens of each sequence on this rank. With `document_starts`, a tuple a
-        row, whole sequences are laid end to end as one of `[1, b s]`, because a batch shares one mask. Positions run on
-        from row to row: RoPE depends on distances only.
+        With `document_starts`, a tuple a row, whole sequences are laid end to end as one, because a batch shares one
+        mask. Positions run on from row to row: RoPE depends on distances only.
         """
-        # Whole rows are copied as stored: from page-locked memory, the copy does not block.
-        whole = torch.from_numpy(rows).to(device, non_blocking=True).long()  # [b, length + 1]
-        positions = self.sequence.positions(device)
-        tokens, targets = whole[:, positions], whole[:, positions + 1]  # [b, s]
         layout = self.sequence
         if document_starts is not None:
             runs, whole_rows = layout.runs, (0,)
@@ -71,15 +70,33 @@ class BucketLayout:
             else:
                 # Each document start moves by the position of its row in the joined sequence.
                 length = layout.num_tokens
-                runs, whole_rows = ((0, len(rows) * length),), tuple(range(0, len(rows) * length, length))
+                runs, whole_rows = ((0, num_rows * length),), tuple(range(0, num_rows * length, length))
                 starts = tuple(
                     row + start for row, found in zip(whole_rows, document_starts, strict=True) for start in found
                 )
-                tokens, targets = tokens.reshape(1, -1), targets.reshape(1, -1)  # [1, b s]
             layout = SeqLayout(
                 runs, starts if self.document_masks else whole_rows, starts if self.position_resets else (0,)
             )
-        return tokens, targets, layout, self.attention(layout)
+        return layout, self.attention(layout)
+
+    def model_inputs(
+        self,
+        rows: NDArray[np.unsignedinteger],
+        document_starts: Sequence[tuple[int, ...]] | None,
+        device: torch.device,
+        prepared: tuple[SeqLayout, AttentionFunction] | None = None,
+    ) -> tuple[Tensor, Tensor, SeqLayout, AttentionFunction]:
+        """Return tokens, targets, layout and attention for this rank's share of `rows` `[b, length + 1]`.
+
+        Tokens and targets are `[b, s]` with s tokens of each sequence on this rank, or `[1, b s]` where `prepare` has
+        laid the sequences end to end. `prepared` is what it returned for them; None: it is called here.
+        """
+        layout, attention = prepared or self.prepare(len(rows), document_starts)
+        # Whole rows are copied as stored: from page-locked memory, the copy does not block.
+        whole = torch.from_numpy(rows).to(device, non_blocking=True).long()  # [b, length + 1]
+        positions = self.sequence.positions(device)
+        shape = (-1, layout.num_tokens)
+        return whole[:, positions].reshape(shape), whole[:, positions + 1].reshape(shape), layout, attention
 
     def trained(self, trained: NDArray[np.bool_] | None, losses: Tensor) -> Tensor:
         """Return 1 where a loss counts and 0 elsewhere, in the shape of `losses`.
@@ -89,7 +106,8 @@ class BucketLayout:
         if trained is None:
             return torch.ones_like(losses)
         positions = self.sequence.positions(losses.device)
-        return torch.from_numpy(trained).to(losses.device)[:, positions].to(losses.dtype).view_as(losses)
+        on_device = torch.from_numpy(trained).to(losses.device, non_blocking=True)
+        return on_device[:, positions].to(losses.dtype).view_as(losses)
 
 
 def bucket_layouts(
@@ -105,7 +123,8 @@ def bucket_layouts(
     for size in sorted({grid.size for grid in grids.values()}):
         used = [grid for grid in grids.values() if grid.size == size]
         groups[size] = open_group(mesh.neighbours[size], used, timeout_s=recipe.parallel.cp.timeout_s)
-    whole = partial(attention_on_one_rank, recipe.train.attention_backend, mesh.device)
+    all_windows = {recipe.model.attention_window(layer) for layer in range(recipe.model.num_layers)}
+    whole = attention_on_one_rank(recipe.train.attention_backend, mesh.device, all_windows)
     layouts = {}
     for length in lengths:
         degree = recipe.parallel.context_parallel(length)
@@ -114,7 +133,7 @@ def bucket_layouts(
         else:
             group = groups[degree]
             windows = {kind.window: grid for kind, grid in grids.items() if kind.sequence_tokens == length}
-            spread = partial(attention_over_ranks, recipe, group, windows)
+            spread = partial(attention_over_ranks, recipe, mesh.device, group, windows)
             if recipe.parallel.cp.guards:
                 check_attention(recipe, mesh, group, spread, whole)
             sequence, attention = zigzag(length, group.rank, degree), spread(length)
@@ -131,34 +150,78 @@ def bucket_layouts(
     return layouts
 
 
-def attention_on_one_rank(backend: str, device: torch.device, layout: SeqLayout) -> AttentionFunction:
-    """Return attention over sequences that this rank holds whole."""
+def compile_kernels(recipe: Recipe, mesh: Mesh, layouts: Iterable[BucketLayout]) -> None:
+    """Launch every Triton kernel of a run once, so that none is compiled in a step. Collective.
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        return attention(q, k, v, make_mask(layout, layout, window=window, device=device), backend=backend)
+    One rank of each node goes first; the others then find its kernels in the cache that they share.
+    """
+    for is_first in (True, False):
+        if (World.from_environment().local_rank == 0) is is_first:
+            _launch_kernels(recipe, mesh, layouts)
+        dist.barrier()
 
-    return attend
+
+def _launch_kernels(recipe: Recipe, mesh: Mesh, layouts: Iterable[BucketLayout]) -> None:
+    model, dtype = recipe.model, getattr(torch, recipe.train.dtype)
+    launch_all(model.head_dim, dtype, mesh.device, recipe.train.attention_backend)
+    # liger's kernels are compiled for numbers of sequences and tokens: [b, s], or [1, b s] where sequences are packed.
+    shapes = {(layout.sequences_per_replica, layout.sequence.num_tokens) for layout in layouts}
+    tensor = mesh.tensor_size
+    for b, s in shapes | {(1, b * s) for b, s in shapes}:
+
+        def zeros(*shape: int, of: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(shape, dtype=of, device=mesh.device, requires_grad=True)
+
+        x = zeros(s // tensor if recipe.parallel.sequence_parallel else s, b, model.hidden_size)
+        gate_up = zeros(s, b, 2 * model.ffn_hidden_size // tensor)
+        q, k = (zeros(b, s, heads // tensor, model.head_dim) for heads in (model.num_heads, model.num_kv_heads))
+        angles = zeros(s, model.head_dim // 2, of=torch.float32).detach()
+        ops = fused_ops(x)
+        results = ops.rms_norm(x, zeros(model.hidden_size), model.norm_epsilon), ops.swiglu(gate_up)
+        results += ops.rope(q.clone(), k.clone(), (angles, angles))  # clones: RoPE may overwrite what it is given
+        torch.autograd.backward(results, [torch.zeros_like(y) for y in results])
+
+
+def attention_on_one_rank(
+    backend: str, device: torch.device, windows: Collection[int | None]
+) -> Callable[[SeqLayout], AttentionFunction]:
+    """Return attention over sequences that this rank holds whole, for layers of some attention windows."""
+
+    @lru_cache(maxsize=16)  # micro-batches without documents have one layout a bucket
+    def attention_of(layout: SeqLayout) -> AttentionFunction:
+        tile, pin_memory = [(layout, layout)], device.type == "cuda"
+        prepared = {window: host_masks(tile, window=window, pin_memory=pin_memory) for window in windows}
+        masks: dict[int | None, Mask] = {}
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+            if window not in masks:
+                [masks[window]] = prepared[window].on(device)
+            return attention(q, k, v, masks[window], backend=backend)
+
+        return attend
+
+    return attention_of
 
 
 def attention_over_ranks(
-    recipe: Recipe, group: CpGroup, windows: Mapping[int | None, CpGrid], num_tokens: int
+    recipe: Recipe, device: torch.device, group: CpGroup, windows: Mapping[int | None, CpGrid], num_tokens: int
 ) -> Callable[[SeqLayout], AttentionFunction]:
     """Return attention over a sequence of `num_tokens` spread over a group, by the grid of each attention window."""
+    shares = [zigzag(num_tokens, rank, group.size).runs for rank in range(group.size)]
 
-    @lru_cache(maxsize=4)  # its plans serve all layers of a micro-batch, and all micro-batches without documents
-    def spec(document_starts: tuple[int, ...], window: int | None) -> AttentionSpec:
-        layouts = (zigzag(num_tokens, rank, group.size).runs for rank in range(group.size))
-        return AttentionSpec(
-            windows[window],
-            tuple(SeqLayout(runs, document_starts) for runs in layouts),
-            Visibility(window=window),
-            recipe.train.attention_backend,
-            recipe.parallel.cp.narrow_results,
-        )
-
+    @lru_cache(maxsize=1)  # all micro-batches without documents have one layout
     def attention_of(layout: SeqLayout) -> AttentionFunction:
+        layouts = tuple(SeqLayout(runs, layout.document_starts) for runs in shares)
+        backend, narrow = recipe.train.attention_backend, recipe.parallel.cp.narrow_results
+        specs = {
+            window: AttentionSpec(grid, layouts, Visibility(window=window), backend, narrow)
+            for window, grid in windows.items()
+        }
+        for spec in specs.values():
+            spec.prepare(group.rank, pin_memory=device.type == "cuda")
+
         def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-            return context_attention(q, k, v, spec(layout.document_starts, window), group)
+            return context_attention(q, k, v, specs[window], group)
 
         return attend
 

@@ -48,6 +48,8 @@ class StepMetrics:
     """Duration of the step on rank 0."""
     tokens_per_s: float
     """Throughput of all ranks together."""
+    compilations: int
+    """Number of kernels that all ranks compiled in this step, or loaded from a cache; 0 is expected."""
     outcome: str
     """"good", "spike", "non-finite" (skipped by all ranks) or "left out" (after a spike)."""
 

@@ -25,18 +25,20 @@ class Totals(NamedTuple):
     """Ranks that have written their part of the save in flight."""
     num_failed: int
     """Ranks that have failed to write it."""
+    compilations: int
+    """Kernels that the ranks have compiled since their last step."""
 
 
-def sum_over_ranks(loss_sum: Tensor, stopped: bool, saving: Status, mesh: Mesh) -> Totals:
+def sum_over_ranks(loss_sum: Tensor, stopped: bool, saving: Status, compilations: int, mesh: Mesh) -> Totals:
     """Return sums over the world, once a step, so that no rank stops, saves or gives up alone. Collective."""
     # One message for all numbers: a second sum would cost a second latency in every step.
-    votes = [stopped, saving == "written", saving == "failed"]
-    total = torch.tensor([0.0, *map(float, votes)], dtype=torch.float64, device=mesh.device)
+    counts = [stopped, saving == "written", saving == "failed", compilations]
+    total = torch.tensor([0.0, *map(float, counts)], dtype=torch.float64, device=mesh.device)
     if mesh.tensor_rank == 0:  # the ranks of a tensor-parallel group have the same losses
         total[0] = loss_sum
     dist.all_reduce(total)
-    loss, *counts = total.tolist()
-    return Totals(loss, *map(int, counts))
+    loss, *sums = total.tolist()
+    return Totals(loss, *map(int, sums))
 
 
 def trained_targets(micro_batches: Iterable[MicroBatch], context_parallel: int, mesh: Mesh) -> int:

@@ -25,7 +25,7 @@ from ..parallel.meet import meet
 from ..parallel.mesh import Mesh, join
 from ..parallel.world import World
 from ..parallel.zero import DeepSpeedEngine
-from .build import bucket_layouts, build_engine
+from .build import bucket_layouts, build_engine, compile_kernels
 from .checkpoint.format import TrainState
 from .checkpoint.load import load_last_good
 from .checkpoint.retention import clear_leftovers
@@ -118,6 +118,7 @@ def start(
     watchdog.at(state.step, "dividing attention among ranks")
     grids = decide_grids(recipe, mesh, order.lengths, console if rank_0 else None)
     layouts = bucket_layouts(recipe, mesh, order.lengths, grids)
+    compile_kernels(recipe, mesh, layouts.values())
     knots = Knots(recipe.knots, checked.manifest.tokenizer(), recipe.train.seed) if recipe.knots.share else None
     loader = Loader(
         checked.manifest,
@@ -126,6 +127,7 @@ def start(
         lambda length: share_of(layouts[length]),
         pin_memory=mesh.device.type == "cuda",
         knots=knots,
+        prepare=lambda length, num_rows, starts: layouts[length].prepare(num_rows, starts),
         hashed_by=(mesh.rank, mesh.world_size),
     )
     return Trainer(

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..data.format.damage import DamagedDataError
 from ..data.read.batch_order import ReplicaShare
 from ..data.read.loader import Loader, MicroBatch
+from ..kernels.compilations import Compilations
 from ..parallel.mesh import Mesh
 from ..parallel.replicas import drifted_ranks
 from ..parallel.zero import DeepSpeedEngine, gradient_norm, set_learning_rate
@@ -36,7 +37,7 @@ from .preflight import Preflight
 from .ranks.signals import StopSignals
 from .ranks.watchdog import Watchdog
 from .redact import redact
-from .totals import sum_over_ranks, trained_targets
+from .totals import Totals, sum_over_ranks, trained_targets
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Trainer:
     """Signal that ends this start, once all ranks know of it."""
 
     def __post_init__(self) -> None:
+        self._compilations = Compilations()
         self._micro_batches = self.loader.batches(self.state.step, self.last)
 
     def __enter__(self) -> Self:
@@ -108,8 +110,8 @@ class Trainer:
         else:
             loss_sum = self._compute_gradients_and_update(step, micro_batches, layout, targets)
 
-        loss_sum = self._sum_over_ranks(step, loss_sum)
-        loss, grad_norm, outcome = self._judge(step, loss_sum / targets)
+        totals = self._sum_over_ranks(step, loss_sum)
+        loss, grad_norm, outcome = self._judge(step, totals.loss_sum / targets)
 
         seconds = time.perf_counter() - started
         metrics = StepMetrics(
@@ -123,6 +125,7 @@ class Trainer:
             grad_norm=grad_norm,
             step_ms=seconds * 1e3,
             tokens_per_s=train.global_batch_tokens / seconds,
+            compilations=totals.compilations,
             outcome=outcome,
         )
         if self.writer is not None:
@@ -145,7 +148,8 @@ class Trainer:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for number, micro_batch in enumerate(micro_batches):
             self.watchdog.at(step, f"forward and backward of micro-batch {number} of bucket {micro_batch.length}")
-            inputs = layout.model_inputs(micro_batch.rows, micro_batch.document_starts, self.mesh.device)
+            rows, starts, prepared = micro_batch.rows, micro_batch.document_starts, micro_batch.prepared
+            inputs = layout.model_inputs(rows, starts, self.mesh.device, prepared)
             token_losses = self.engine(*inputs)  # [b, s]
             token_losses = token_losses * layout.trained(micro_batch.trained, token_losses)
             self.engine.backward(token_losses.sum() * loss_scale)
@@ -153,14 +157,15 @@ class Trainer:
             loss_sum += token_losses.detach().sum(dtype=torch.float64)
         return loss_sum
 
-    def _sum_over_ranks(self, step: int, loss_sum: Tensor) -> float:
-        """Return the sum of the losses over the ranks; act on signals and saves of any rank. Collective."""
+    def _sum_over_ranks(self, step: int, loss_sum: Tensor) -> Totals:
+        """Return the sums of a step over the ranks; act on signals and saves of any rank. Collective."""
         self.watchdog.at(step, "summing over the ranks")
-        totals = sum_over_ranks(loss_sum, self.signals.received is not None, self.saver.status, self.mesh)
+        compiled, self._compilations.count = self._compilations.count, 0
+        totals = sum_over_ranks(loss_sum, self.signals.received is not None, self.saver.status, compiled, self.mesh)
         if totals.num_stopped:
             self.stopped_by = self.signals.received or "a signal to another rank"
         self.saver.settle(totals.num_written, totals.num_failed)
-        return totals.loss_sum
+        return totals
 
     def _judge(self, step: int, loss: float) -> tuple[float, float, str]:
         """Count the step as done; return its loss, gradient norm and outcome, which are equal on all ranks."""

@@ -66,10 +66,10 @@ def join(
     if torch.cuda.is_available():
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
-        # Triton's cache goes to a local disk, one directory a rank: home directories on a network file system are slow,
-        # and ranks that compile the same kernel at once would write the same file.
-        cache = Path(tempfile.gettempdir(), f"triton-{os.getuid()}", f"rank-{device.index}")
-        os.environ.setdefault("TRITON_CACHE_DIR", str(cache))
+        # Triton's cache goes to a local disk, since home directories on a network file system are slow. One directory
+        # serves all ranks of the node: Triton writes each file beside its place and renames it, so no rank reads half
+        # of a file that another is writing.
+        os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir(), f"triton-{os.getuid()}")))
     else:
         device = torch.device("cpu")
         # megatron-core allocates on torch.cuda.current_device(); without CUDA that must be the CPU.

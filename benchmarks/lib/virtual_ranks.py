@@ -16,6 +16,7 @@ from longring.parallel.cp import execute, transports, visible
 from longring.parallel.cp import grid as grids
 from longring.parallel.cp import heads as cp_heads
 from longring.parallel.cp import layout as cp_layout
+from longring.parallel.cp import spec as specs
 from longring.parallel.cp.plan import Pass
 from torch import Tensor
 
@@ -160,7 +161,8 @@ class Tiles:
                 schedule, plan = spec.plan(direction, rank)
                 head_shard = rank - plan.position * heads  # ranks of one position follow one another
                 for tile in filter(None, (step.tile for step in plan.steps)):
-                    mask = execute.mask_of(tile, schedule.layouts, spec.visibility, device)
+                    sides = specs.sides_of(tile, schedule.layouts)
+                    mask = masks.make_mask(*sides, window=spec.visibility.window, device=device)
                     queries, keys = (owner * heads + head_shard for owner in (tile.query_owner, tile.key_owner))
                     calls.append(Call(queries, slice(*tile.query_rows), keys, slice(*tile.key_rows), mask))
             schedule, plan = spec.plan("forward", rank)

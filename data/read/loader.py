@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,9 @@ class MicroBatch:
     trained: NDArray[np.bool_] | None = None
     """Mask [sequences, length] of the targets that the loss counts; None counts all."""
 
+    prepared: Any = None
+    """Result of the loader's `prepare`, if it has one."""
+
 
 def training_order(
     manifest: Manifest,
@@ -66,9 +70,10 @@ class Loader:
     """Reader of the rows of one rank, in the order of the run.
 
     `share_of(length)` returns the part of a micro-batch that the rank takes. With `pin_memory` rows lie in page-locked
-    memory, from which a copy to the GPU is asynchronous. `knots` ties some sequences as they are read. The rank is one
-    of `hashed_by` = (rank, number of ranks), which share the hashing of a local directory's shards; those of a remote
-    one have been hashed where they are cached.
+    memory, from which a copy to the GPU is asynchronous. `knots` ties some sequences as they are read. The threads call
+    `prepare(length, number of rows, document_starts)` for each micro-batch; it does there what training would otherwise
+    wait for. The rank is one of `hashed_by` = (rank, number of ranks), which share the hashing of a local directory's
+    shards; those of a remote one have been hashed where they are cached.
     """
 
     def __init__(
@@ -80,11 +85,13 @@ class Loader:
         *,
         pin_memory: bool = False,
         knots: Knots | None = None,
+        prepare: Callable[[int, int, tuple[tuple[int, ...], ...] | None], Any] | None = None,
         hashed_by: tuple[int, int] = (0, 1),
     ):
         self.order = order
         self._needs_starts = manifest.needs_starts
         self._knots = knots
+        self._prepare = prepare
         self._config = config
         self._share_of = share_of
         self._pin_memory = pin_memory
@@ -144,6 +151,8 @@ class Loader:
             # numpy sees the page-locked memory of the tensor, into which the reader gathers the rows.
             rows = torch.empty(len(indices), reader.length + 1, dtype=dtype, pin_memory=True).numpy()
         rows, starts, trained = read_rows(reader, indices, self._needs_starts, self._knots, out=rows)
+        if self._pin_memory and trained is not None:
+            trained = torch.from_numpy(trained).pin_memory().numpy()
         return MicroBatch(
             step=step,
             micro_step=micro_step,
@@ -151,6 +160,7 @@ class Loader:
             rows=rows,
             document_starts=starts,
             trained=trained,
+            prepared=None if self._prepare is None else self._prepare(reader.length, len(rows), starts),
         )
 
 

@@ -161,7 +161,7 @@ def measure_passes(recipe: Recipe, grid: CpGrid, num_tokens: int, visibility: Vi
     # Ranks start each pass together, so that times of different ranks share an origin.
     def recorder(direction: Pass) -> Recorded:
         dist.barrier()
-        return Recorded(group, spec.plan(direction, group.rank)[1], traded=grid.heads > 1, origin_s=time.perf_counter())
+        return Recorded(group, spec.compiled(direction, group.rank), origin_s=time.perf_counter())
 
     # Every round replaces the events of the one before, so those of the last one are drawn.
     events: dict[Pass, list[Event]] = {}

@@ -111,8 +111,8 @@ class Price:
     sent_bytes: int
     """Bytes that all ranks send; a message counts once, however many links it takes."""
     peak_bytes: int
-    """Largest number of bytes that a rank holds at one time of foreign shares, of results for them, and of results on
-    their way."""
+    """Largest number of bytes that a rank holds at one time of foreign shares, of results for them, of results on
+    their way, and of copies of the own share on their way."""
     events: list[Event] = field(repr=False, default_factory=list)
 
     @property
@@ -146,7 +146,7 @@ def play(
     ready, compute_s, free = np.zeros(size), np.zeros(size), np.zeros(len(wires.names) + 1)
     begins, arrival = np.zeros((2, len(pair)))  # seconds, by message
     tiles: dict[int, tuple[Floats, Floats]] = {}  # by step: start and stop, each [ranks]
-    holds = _Holds(messages, weights, wide, grid, num_steps)
+    holds = _Holds(messages, weights, wide, schedule, num_steps)
     for half in range(2 * num_steps):
         # The order of a step: wait for what is due, post, and in the second half compute the tile.
         came = halves.due(half)
@@ -259,13 +259,22 @@ class _Holds:
     """Memory that ranks hold for others, by step.
 
     A foreign share is held from its post to its last use, or until the rank to which it is passed on has it. A result
-    is held from its post to its merge, and before its post, in fp32, from the first tile that adds to it.
+    is held from its post to its merge, and before its post, in fp32, from the first tile that adds to it. Several
+    tensors of the own share are copied into one message, which is held until it has been sent.
     """
 
     def __init__(
-        self, messages: Messages, weights: NDArray[np.int64], wide: NDArray[np.int64], grid: CpGrid, num_steps: int
+        self,
+        messages: Messages,
+        weights: NDArray[np.int64],
+        wide: NDArray[np.int64],
+        schedule: Schedule,
+        num_steps: int,
     ) -> None:
+        grid = schedule.grid
         self.messages, self.weights, self.wide, self.heads = messages, weights, wide, grid.heads
+        several = [flow == "keys" or (flow == "queries" and schedule.direction == "backward") for flow in FLOWS]
+        self.packed = np.array(several)[messages.flow] & (messages.owner == messages.source // grid.heads)
         self.change = np.zeros((num_steps + 1, grid.size), np.int64)  # bytes taken less bytes freed, [step, rank]
         self.last = np.zeros((2, grid.num_positions, grid.num_positions), np.int32)
         """Step at which a position last uses an owner's share, `[side, position, owner]`."""
@@ -291,6 +300,8 @@ class _Holds:
         for end, held in ((target, slice(None)), (source, ~share)):
             np.add.at(self.change, (posted[held], end[held]), self.weights[held])
             np.add.at(self.change, (until[held], end[held]), -self.weights[held])
+        np.add.at(self.change, (posted[self.packed], source[self.packed]), self.weights[self.packed])
+        np.add.at(self.change, (due[self.packed], source[self.packed]), -self.weights[self.packed])
         # Sums of results, at the source of their message: from the first tile, or the first result to be passed on.
         result = self.messages.is_result
         side, summing = flow[result] - FLOWS.index("query_results"), source[result]

@@ -3,68 +3,26 @@
 A pass is a generator that yields each message when it must wait for it; the transport that drives the generator does
 the waiting. So one process can run all ranks of a plan in turn, with the code that runs on a cluster.
 
-Tensors that travel, and tensors that sum up results, have the sequence on dim 1: `[b, s, h, d]`, and `[b, s, h]` for
-lse and delta, which are transposed views of the kernels' `[b, h, s]`.
+Tensors of one shape travel as one: k and v, q and dout, dk and dv are stacked to a *pack* `[b, s, n, h, d]`, lse and
+delta to `[b, n, h, s]`, in which a kernel finds the rows of a head side by side.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...kernels.attention import attention_backward, attention_forward, row_delta, zeros_fp32
-from ...kernels.layout import SeqLayout
-from ...kernels.mask import Mask, make_mask
 from ...kernels.merge import merge_
-from .grid import CpGrid
+from .compiled import CompiledPlan, Compute, Free, Merge, NewSum, Post, Send, View, Wait
 from .heads import heads_for_tokens, tokens_for_heads
-from .plan import Flow, Message, Pass, RankPlan, Share, Side, Tile
-from .schedules import Schedule
+from .plan import Flow, Message, Side
+from .spec import AttentionSpec
 from .transports import Transport
-from .visible import Rows, Visibility
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionSpec:
-    """Attention over a sequence that several ranks hold: the values that all of these ranks have in common.
-
-    Plans and masks are made once and kept here, for all layers and passes: keep the object as long as the documents of
-    the sequence stay the same.
-    """
-
-    grid: CpGrid
-    layouts: tuple[SeqLayout, ...]
-    """Layout of each rank."""
-    visibility: Visibility
-    backend: str = "auto"
-    """Attention kernels, as in `kernels.attention`."""
-    narrow_results: bool = True
-    """Send partial results in the dtype of the inputs; False: in fp32. Sums are fp32 in either case."""
-    masks: dict[Tile, Mask] = field(default_factory=dict, repr=False)
-    """Masks of the tiles computed so far, on the device of the first inputs."""
-    _made: dict[tuple[Pass, int], tuple[Schedule, RankPlan]] = field(default_factory=dict, repr=False)
-
-    def plan(self, direction: Pass, rank: int) -> tuple[Schedule, RankPlan]:
-        """Return the schedule of a pass and the plan of one rank; made once, then kept.
-
-        Raises ValueError if there is not one layout for each rank.
-        """
-        if (direction, rank) not in self._made:
-            schedule = Schedule(self.grid, self.layouts, self.visibility, direction)
-            self._made[direction, rank] = (schedule, schedule.plan(rank))
-        return self._made[direction, rank]
-
-
-def mask_of(tile: Tile, layouts: Sequence[SeqLayout], visibility: Visibility, device: torch.device | str) -> Mask:
-    """Return the mask of a tile; `layouts` has one layout for each grid position."""
-    queries = layouts[tile.query_owner].part(*tile.query_rows)
-    keys = layouts[tile.key_owner].part(*tile.key_rows)
-    return make_mask(queries, keys, causal=visibility.causal, window=visibility.window, device=device)
-
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """Tensors that the backward needs: q, k, v, out `[b, s, h, d]` and lse `[b, h, s]`, with all tokens of the rank's grid
@@ -78,16 +36,16 @@ def forward(
 
     Collective: every rank of the grid runs its own generator. Yields each message that must be waited for.
     """
-    schedule, plan = spec.plan("forward", rank)
-    if spec.grid.heads > 1:
-        q, k, v = yield from tokens_for_heads([q, k, v], plan, schedule, transport)
-    run = _Forward(spec, plan, schedule, transport, q, k, v)
-    yield from run.steps()
+    plan, heads = spec.compiled("forward", rank), spec.grid.heads
+    if heads > 1:
+        q, k, v = yield from tokens_for_heads([q, k, v], plan, heads, transport)
+    run = _Forward(spec, plan, transport, q, k, v)
+    yield from run.walk()
     out, lse = run.out.to(q.dtype), run.lse
     # Saved before heads are traded back: the backward needs the position's tokens with the rank's heads.
     saved = (q, k, v, out, lse)
-    if spec.grid.heads > 1:
-        (out,) = yield from heads_for_tokens([out], [q.shape[2] * spec.grid.heads], plan, schedule, transport)
+    if heads > 1:
+        (out,) = yield from heads_for_tokens([out], [q.shape[2] * heads], plan, heads, transport)
     return out, saved
 
 
@@ -98,220 +56,203 @@ def backward(
 
     Collective: every rank of the grid runs its own generator. Yields each message that must be waited for.
     """
-    schedule, plan = spec.plan("backward", rank)
+    plan, heads = spec.compiled("backward", rank), spec.grid.heads
     q, k, v, out, lse = saved
-    if spec.grid.heads > 1:
-        (dout,) = yield from tokens_for_heads([dout], plan, schedule, transport)
-    run = _Backward(spec, plan, schedule, transport, q, k, v, out, lse, dout)
-    yield from run.steps()
+    if heads > 1:
+        (dout,) = yield from tokens_for_heads([dout], plan, heads, transport)
+    run = _Backward(spec, plan, transport, q, k, v, out, lse, dout)
+    yield from run.walk()
     grads = [grad.to(q.dtype) for grad in (run.dq, run.dk, run.dv)]
-    if spec.grid.heads > 1:
-        num_heads = [q.shape[2] * spec.grid.heads, num_kv_heads, num_kv_heads]
-        grads = yield from heads_for_tokens(grads, num_heads, plan, schedule, transport)
+    if heads > 1:
+        num_heads = [q.shape[2] * heads, num_kv_heads, num_kv_heads]
+        grads = yield from heads_for_tokens(grads, num_heads, plan, heads, transport)
     dq, dk, dv = grads
     return dq, dk, dv
+
+
+class _Form(NamedTuple):
+    """Shape of the packs that hold a share, or results for it, but for the number of rows."""
+
+    wide: int
+    """Number of tensors `[b, rows, h, d]`."""
+    stats: int
+    """Number of tensors `[b, h, rows]`."""
+    heads: int
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> _Form:
+        """Return the form in which tensors are packed, those `[b, s, h, d]` before those `[b, h, s]`."""
+        wide = sum(x.dim() == 4 for x in tensors)
+        return cls(wide, len(tensors) - wide, tensors[0].shape[2] if tensors else 0)
+
+    def empty(self, q: Tensor, num_rows: int, dtype: torch.dtype) -> list[Tensor]:
+        """Return uninitialized packs for a number of rows, on the device of q `[b, s, h, d]`; stats are fp32."""
+        b, _, _, d = q.shape
+        packs = [q.new_empty((b, num_rows, self.wide, self.heads, d), dtype=dtype)]
+        if self.stats:
+            packs.append(q.new_empty((b, self.stats, self.heads, num_rows), dtype=_wide(q)))
+        return packs
 
 
 class _Run(ABC):
     """Pass of one rank over the query x kv grid, after its tokens have been traded for heads."""
 
-    own: dict[Side, list[Tensor]]
-    """Tensors of the position's own queries and keys, `[b, s, ...]`."""
-    home: dict[Side, list[Tensor]]
-    """Sums of the results for the own shares, fp32 `[b, s, ...]`; a side without results has none."""
-    narrow: torch.dtype
-    """Dtype in which partial results travel, unless they are summed on their way."""
-
-    def __init__(self, spec: AttentionSpec, plan: RankPlan, schedule: Schedule, transport: Transport) -> None:
-        self.spec, self.plan, self.layouts, self.transport = spec, plan, schedule.layouts, transport
-        self.routes: dict[Flow, str] = {
-            "query_results": spec.grid.query_route,
-            "key_results": spec.grid.kv_route,
-        }
-        self.held: dict[Share, tuple[list[Tensor], Rows]] = {}  # foreign shares, with the rows that were sent of them
-        self.partial: dict[Share, list[Tensor]] = {}  # sums of results for foreign shares
-        self.travelling: dict[Message, list[Tensor]] = {}  # buffers, from post to wait
-
-    @abstractmethod
-    def compute(
-        self, queries: list[Tensor], keys: list[Tensor], into: tuple[list[Tensor], list[Tensor]], mask: Mask
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        plan: CompiledPlan,
+        transport: Transport,
+        own: dict[Side, list[Tensor]],
+        home: dict[Side, list[Tensor]],
     ) -> None:
-        """Compute one tile and add it to the results `into` for its queries and for its keys, `[b, rows, ...]`."""
+        """Begin with the tensors of the own shares, and with sums of results for them, `[b, s, h, d]`, `[b, h, s]`."""
+        self.plan, self.transport, self.backend, self.q = plan, transport, spec.backend, own["queries"][0]
+        self.masks = spec.masks(plan.rank, self.q.device)
+        self.views: list[list[Tensor]] = [[] for _ in range(plan.num_slots)]
+        """Tensors of each slot, as kernels take them."""
+        self.views[:4] = own["queries"], own["keys"], home["queries"], home["keys"]
+        self.packs: dict[int, list[Tensor]] = {}
+        """Memory of the slots that are not views: buffers of messages, foreign shares and sums for them."""
+        self.forms: dict[Flow, _Form] = {"queries": _Form.of(own["queries"]), "keys": _Form.of(own["keys"])}
+        self.forms |= {"query_results": _Form.of(home["queries"]), "key_results": _Form.of(home["keys"])}
+        # Sums that grow on their way are not rounded.
+        narrow = _wide(self.q) if not spec.narrow_results else self.q.dtype
+        routes: dict[Flow, str] = {"query_results": spec.grid.query_route, "key_results": spec.grid.kv_route}
+        self.dtypes: dict[Flow, torch.dtype] = {"queries": self.q.dtype, "keys": self.q.dtype}
+        self.dtypes |= {flow: _wide(self.q) if route == "round" else narrow for flow, route in routes.items()}
 
     @abstractmethod
-    def merge(self, into: list[Tensor], part: list[Tensor]) -> None:
-        """Merge a partial result into `into`, which holds the same rows."""
+    def compute(self, operation: Compute) -> None:
+        """Compute a tile into the results for its queries and for its keys."""
 
     @abstractmethod
-    def nothing(self, like: list[Tensor]) -> list[Tensor]:
-        """Return the neutral element of `merge`, with shapes and dtypes of `like`."""
+    def merge(self, operation: Merge) -> None:
+        """Merge a partial result."""
 
-    def steps(self) -> Iterator[Message]:
-        """Run all steps; yields each message that must be waited for, in the order of the plan."""
-        for step in self.plan.steps:
-            for exchange in step.exchanges():
-                # Every wait of the exchange comes before its posts: both ends of a message keep this order.
-                for message in filter(_of_the_grid, exchange.due):
-                    yield message
-                    self._take(message)
-                for message in filter(_of_the_grid, exchange.sent):
-                    yield message
-                    del self.travelling[message]
-                # After the merges above: a partial result that is sent now holds all that has come for it.
-                receives = {message: self._buffers(message) for message in filter(_of_the_grid, exchange.receives)}
-                sends = {message: self._contents(message) for message in filter(_of_the_grid, exchange.sends)}
-                self.travelling |= receives | sends
-                self.transport.post(sends, receives)
-            if step.tile is not None:
-                self._compute(step.tile)
-            for share in step.done:
-                del self.held[share]
-        assert not self.held and not self.partial and not self.travelling, "the plan frees everything"
+    @abstractmethod
+    def clear(self, packs: list[Tensor]) -> None:
+        """Make packs of sums hold no result yet."""
 
-    def _compute(self, tile: Tile) -> None:
-        """Compute a tile from views of the shares into views of the results."""
-        queries, keys = Share("queries", tile.query_owner), Share("keys", tile.key_owner)
-        masks = self.spec.masks
-        if tile not in masks:
-            masks[tile] = mask_of(tile, self.layouts, self.spec.visibility, self.own["queries"][0].device)
-        self.compute(
-            self._rows_of(queries, tile.query_rows),
-            self._rows_of(keys, tile.key_rows),
-            (self._results_for(queries, tile.query_rows), self._results_for(keys, tile.key_rows)),
-            masks[tile],
-        )
+    def walk(self) -> Iterator[Message]:
+        """Run all operations; yields each message that must be waited for, in the order of the plan."""
+        run = {View: self.view, NewSum: self.new_sum, Post: self.post, Free: self.free}
+        run |= {Merge: self.merge, Compute: self.compute}
+        for operation in self.plan.operations:
+            if isinstance(operation, Wait):
+                yield operation.message
+            else:
+                run[type(operation)](operation)
+        assert not self.packs, "the plan frees everything"
 
-    def _rows_of(self, share: Share, rows: Rows) -> list[Tensor]:
-        """Return views of rows of a share, own or foreign."""
-        # held[0] is the row of the share at which the tensors begin: 0 for the own share.
-        tensors, held = (self.own[share.side], (0, 0)) if share.owner == self.plan.position else self.held[share]
-        return _cut(tensors, rows, held[0])
+    def view(self, operation: View) -> None:
+        """Cut rows out of the tensors of a slot."""
+        slot, source, start, num_rows = operation
+        # Rows are dim 1 of [b, s, h, d] and dim 2 of [b, h, s].
+        self.views[slot] = [x.narrow(1 if x.dim() == 4 else 2, start, num_rows) for x in self.views[source]]
 
-    def _results_for(self, share: Share, rows: Rows) -> list[Tensor]:
-        """Return views of rows of the results for a share, own or foreign; foreign ones are made at their first use."""
-        home = self.home[share.side]
-        if share.owner == self.plan.position:
-            return _cut(home, rows, 0)
-        if not home:
-            return []
-        start, stop = self.plan.results[share]
-        if share not in self.partial:
-            # [b, 1, ...] -> [b, rows, ...] without memory: `nothing` reads shape and dtype only.
-            self.partial[share] = self.nothing([x[:, :1].expand(-1, stop - start, *x.shape[2:]) for x in home])
-        return _cut(self.partial[share], rows, start)
+    def new_sum(self, operation: NewSum) -> None:
+        """Make sums of results for a foreign share."""
+        flow: Flow = "query_results" if operation.side == "queries" else "key_results"
+        packs = self.forms[flow].empty(self.q, operation.num_rows, _wide(self.q))
+        self.clear(packs)
+        self.packs[operation.slot], self.views[operation.slot] = packs, _unpacked(packs)
 
-    def _take(self, message: Message) -> None:
-        """Keep a share that has arrived, or merge a result that has arrived."""
-        tensors = self.travelling.pop(message)
-        if message.flow in ("queries", "keys"):
-            self.held[Share(message.flow, message.owner)] = (tensors, message.rows)
-        else:
-            self.merge(self._results_for(_share_of(message), message.rows), tensors)
+    def post(self, operation: Post) -> None:
+        """Start messages."""
+        receives: dict[Message, list[Tensor]] = {}
+        for message, slot in operation.receives:
+            start, stop = message.rows
+            packs = self.forms[message.flow].empty(self.q, stop - start, self.dtypes[message.flow])
+            receives[message] = self.packs[slot] = packs
+            if not message.is_result:
+                self.views[slot] = _unpacked(packs)
+        sends: dict[Message, list[Tensor]] = {}
+        for send in operation.sends:
+            sends[send.message] = self.packs[send.slot] = self.content(send)
+        self.transport.post(sends, receives)
 
-    def _contents(self, message: Message) -> list[Tensor]:
-        """Return the tensors to send, contiguous `[b, rows, ...]`."""
-        # A share is sent from where it lies; a result leaves once, complete, and its sum is freed.
-        if message.flow in ("queries", "keys"):
-            return [x.contiguous() for x in self._rows_of(_share_of(message), message.rows)]
-        tensors = self.partial.pop(_share_of(message))
-        return [x.to(y).contiguous() for x, y in zip(tensors, self._dtypes(message), strict=True)]
+    def content(self, send: Send) -> list[Tensor]:
+        """Return the packs to send, contiguous: a share from where it lies, a sum in the dtype in which it travels."""
+        if send.source not in self.packs:
+            return _packed(self.views[send.source])
+        packs = self.packs[send.source]
+        if send.message.is_result:
+            # lse, [b, n, h, s], is never rounded.
+            return [x.to(self.dtypes[send.message.flow]) if x.dim() == 5 else x for x in packs]
+        if send.rows is None:
+            return packs
+        start, num_rows = send.rows[0], send.rows[1] - send.rows[0]
+        return [x.narrow(1 if x.dim() == 5 else 3, start, num_rows).contiguous() for x in packs]
 
-    def _buffers(self, message: Message) -> list[Tensor]:
-        """Return empty tensors to receive into, `[b, rows, ...]`."""
-        side = _share_of(message).side
-        like = self.home[side] if message.is_result else self.own[side]
-        dtypes = self._dtypes(message) if message.is_result else [x.dtype for x in like]
-        num_rows = message.rows[1] - message.rows[0]
-        return [
-            torch.empty((x.shape[0], num_rows, *x.shape[2:]), dtype=dtype, device=x.device)
-            for x, dtype in zip(like, dtypes, strict=True)
-        ]
-
-    def _dtypes(self, message: Message) -> list[torch.dtype]:
-        """Return the dtypes of a message of results: sums that grow on their way are not rounded, and lse never is."""
-        home = self.home[_share_of(message).side]
-        wide = self.routes[message.flow] == "round" or not self.spec.narrow_results
-        return [x.dtype if wide or x.dim() == 3 else self.narrow for x in home]  # lse alone is [b, s, h]
+    def free(self, operation: Free) -> None:
+        """Drop the tensors of some slots."""
+        for slot in operation.slots:
+            self.views[slot] = []
+            self.packs.pop(slot, None)
 
 
 class _Forward(_Run):
     """Forward of one rank: results for queries are (out, lse), merged by lse; keys have no results."""
 
     def __init__(
-        self,
-        spec: AttentionSpec,
-        plan: RankPlan,
-        schedule: Schedule,
-        transport: Transport,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        self, spec: AttentionSpec, plan: CompiledPlan, transport: Transport, q: Tensor, k: Tensor, v: Tensor
     ) -> None:
-        super().__init__(spec, plan, schedule, transport)
         b, s, h, _ = q.shape
-        self.out = zeros_fp32(q)
         # Neutral for the kernels' running softmax: out = 0, lse = -inf.
-        self.lse = torch.full((b, h, s), -torch.inf, dtype=self.out.dtype, device=q.device)
-        self.own = {"queries": [q], "keys": [k, v]}
-        self.home = {"queries": [self.out, self.lse.transpose(1, 2)], "keys": []}
-        self.narrow = q.dtype
+        self.out, self.lse = zeros_fp32(q), torch.full((b, h, s), -torch.inf, dtype=_wide(q), device=q.device)
+        own: dict[Side, list[Tensor]] = {"queries": [q], "keys": [k, v]}
+        super().__init__(spec, plan, transport, own, {"queries": [self.out, self.lse], "keys": []})
 
-    def compute(self, queries, keys, into, mask):
-        (q,), (k, v), ((out, lse), _) = queries, keys, into
-        # lse [b, rows, h] is a view of the kernels' [b, h, rows]: transposed back, it is extended in place.
-        attention_forward(q, k, v, mask, running=(out, lse.transpose(1, 2)), backend=self.spec.backend)
+    def compute(self, operation):
+        (q,), (k, v), (out, lse) = (self.views[slot] for slot in operation[1:4])
+        attention_forward(q, k, v, self.masks[operation.tile], running=(out, lse), backend=self.backend)
 
-    def merge(self, into, part):
-        (out, lse), (part_out, part_lse) = into, part
-        # One part: [None] is the dim over which merge_ goes.
-        merge_(out, lse.transpose(1, 2), part_out[None], part_lse.transpose(1, 2)[None])
+    def merge(self, operation):
+        out, lse = self.views[operation.into]
+        outs, lses = self.packs[operation.part]
+        # The packs of one part, [b, s, 1, h, d] and [b, 1, h, s], are parts [1, b, s, h, d] and [1, b, h, s].
+        merge_(out, lse, outs.permute(2, 0, 1, 3, 4), lses.transpose(0, 1))
 
-    def nothing(self, like):
-        out, lse = like
-        # Contiguous as [b, h, rows], the order in which the kernels address lse.
-        empty = torch.full_like(lse.transpose(1, 2), -torch.inf, memory_format=torch.contiguous_format)
-        return [torch.zeros_like(out, memory_format=torch.contiguous_format), empty.transpose(1, 2)]
+    def clear(self, packs):
+        packs[1].fill_(-torch.inf)  # out is not read where lse is -inf
 
 
 class _Backward(_Run):
     """Backward of one rank: results are dQ for queries and (dK, dV) for keys, merged by addition."""
 
     def __init__(
-        self, spec: AttentionSpec, plan: RankPlan, schedule: Schedule, transport: Transport,
+        self, spec: AttentionSpec, plan: CompiledPlan, transport: Transport,
         q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor,
     ) -> None:  # fmt: skip
-        super().__init__(spec, plan, schedule, transport)
-        delta = row_delta(dout, out)  # [b, h, s]
         self.dq, self.dk, self.dv = zeros_fp32(q), zeros_fp32(k), zeros_fp32(v)
-        self.own = {"queries": [q, dout, lse.transpose(1, 2), delta.transpose(1, 2)], "keys": [k, v]}
-        self.home = {"queries": [self.dq], "keys": [self.dk, self.dv]}
-        self.narrow = q.dtype
+        own: dict[Side, list[Tensor]] = {"queries": [q, dout, lse, row_delta(dout, out)], "keys": [k, v]}
+        super().__init__(spec, plan, transport, own, {"queries": [self.dq], "keys": [self.dk, self.dv]})
 
-    def compute(self, queries, keys, into, mask):
-        (q, dout, lse, delta), (k, v), ((dq,), (dk, dv)) = queries, keys, into
-        attention_backward(
-            dout, q, k, v, lse.transpose(1, 2), delta.transpose(1, 2), mask,
-            into=(dq, dk, dv), backend=self.spec.backend,
-        )  # fmt: skip
+    def compute(self, operation):
+        (q, dout, lse, delta), (k, v), (dq,), (dk, dv) = (self.views[slot] for slot in operation[1:])
+        mask, into = self.masks[operation.tile], (dq, dk, dv)
+        attention_backward(dout, q, k, v, lse, delta, mask, into=into, backend=self.backend)
 
-    def merge(self, into, part):
-        for total, x in zip(into, part, strict=True):
-            total.add_(x)
+    def merge(self, operation):
+        (pack,) = self.packs[operation.part]
+        for total, part in zip(self.views[operation.into], pack.unbind(-3), strict=True):
+            total.add_(part)
 
-    def nothing(self, like):
-        return [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in like]
+    def clear(self, packs):
+        packs[0].zero_()
 
 
-def _of_the_grid(message: Message) -> bool:
-    """Return whether a message belongs to the query x kv grid; `heads` handles the others."""
-    return message.flow not in ("to_heads", "from_heads")
+def _wide(q: Tensor) -> torch.dtype:
+    """Return the dtype of sums and of stats: fp32, or fp64 for inputs q in fp64."""
+    return torch.promote_types(q.dtype, torch.float32)
 
 
-def _share_of(message: Message) -> Share:
-    """Return the share that a message carries, or for which it carries results."""
-    return Share("queries" if message.flow in ("queries", "query_results") else "keys", message.owner)
+def _packed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the packs of tensors `[b, s, h, d]` and `[b, h, s]`: contiguous, copied where there are several."""
+    kinds = [[x for x in tensors if x.dim() == dim] for dim in (4, 3)]
+    return [torch.stack(of, -3) if len(of) > 1 else of[0].contiguous().unsqueeze(-3) for of in kinds if of]
 
 
-def _cut(tensors: list[Tensor], rows: Rows, first: int) -> list[Tensor]:
-    """Return views of rows [start, stop) of a share, from tensors `[b, s, ...]` whose row 0 is row `first` of it."""
-    return [x[:, rows[0] - first : rows[1] - first] for x in tensors]
+def _unpacked(packs: list[Tensor]) -> list[Tensor]:
+    """Return the tensors in packs, as views."""
+    return [x for pack in packs for x in pack.unbind(-3)]

@@ -11,10 +11,10 @@ from collections.abc import Generator
 import torch
 from torch import Tensor
 
-from ...kernels.layout import SeqLayout
-from .plan import Message, RankPlan
-from .schedules import Schedule
+from .compiled import CompiledPlan
+from .plan import Message
 from .transports import Transport
+from .visible import Rows
 
 
 def heads_of(num_heads: int, rank: int, heads: int) -> slice:
@@ -25,32 +25,33 @@ def heads_of(num_heads: int, rank: int, heads: int) -> slice:
 
 
 def tokens_for_heads(
-    tensors: list[Tensor], plan: RankPlan, schedule: Schedule, transport: Transport
+    tensors: list[Tensor], plan: CompiledPlan, heads: int, transport: Transport
 ) -> Generator[Message, None, list[Tensor]]:
     """Trade this rank's tokens with all heads for all tokens of its grid position with the rank's heads.
 
     Each tensor `[b, s, h, d]` -> `[b, s of the position, h / heads, d]`, tokens in order. Collective among the ranks of
     a position; yields each message that must be waited for.
     """
-    heads, layout = schedule.grid.heads, schedule.layouts[plan.position]
-    sends, receives = plan.messages("to_heads")
-    mine = [x[:, :, heads_of(x.shape[2], plan.rank, heads)] for x in tensors]  # [b, s, h / heads, d]
-    whole = [x.new_empty((x.shape[0], layout.num_tokens, *x.shape[2:])) for x in mine]
-    arriving = {m: [_like(x, m) for x in mine] for m in receives}
-    leaving = {m: [x[:, :, heads_of(x.shape[2], m.target, heads)].contiguous() for x in tensors] for m in sends}
-    transport.post(leaving, arriving)
+    trade = plan.trades["to_heads"]
+    mine = _heads_for(tensors, plan.rank, heads)  # [b, s, heads of all tensors, d]
+    b, _, num_heads, d = mine.shape
+    whole = mine.new_empty((b, plan.num_tokens, num_heads, d))
+    arriving = {m: mine.new_empty((b, m.rows[1] - m.rows[0], num_heads, d)) for m in trade.receives}
+    leaving = {m: _heads_for(tensors, m.target, heads) for m in trade.sends}
+    transport.post(_as_contents(leaving), _as_contents(arriving))
     # The own tokens are copied while the messages travel.
-    _put_tokens(whole, layout, mine, schedule.rank_layouts[plan.rank])
-    for message, parts in arriving.items():
+    _put_tokens(whole, plan.rows_of[plan.rank], mine)
+    for message, part in arriving.items():
         yield message
-        _put_tokens(whole, layout, parts, schedule.rank_layouts[message.source])
+        _put_tokens(whole, plan.rows_of[message.source], part)
     for message in leaving:
         yield message
-    return whole
+    sizes = [x[:, :, heads_of(x.shape[2], plan.rank, heads)].shape[2] for x in tensors]
+    return list(whole.split(sizes, dim=2))
 
 
 def heads_for_tokens(
-    tensors: list[Tensor], num_heads: list[int], plan: RankPlan, schedule: Schedule, transport: Transport
+    tensors: list[Tensor], num_heads: list[int], plan: CompiledPlan, heads: int, transport: Transport
 ) -> Generator[Message, None, list[Tensor]]:
     """Trade back: all tokens of the position with the rank's heads for the rank's tokens with `num_heads` heads.
 
@@ -58,49 +59,47 @@ def heads_for_tokens(
     sums of several ranks for one kv head are added in fp32, in order of rank. Collective among the ranks of a position;
     yields each message that must be waited for.
     """
-    heads, layout = schedule.grid.heads, schedule.layouts[plan.position]
-    sends, receives = plan.messages("from_heads")
-    leaving = {m: [_tokens(x, layout, schedule.rank_layouts[m.target]) for x in tensors] for m in sends}
-    mine = [_tokens(x, layout, schedule.rank_layouts[plan.rank]) for x in tensors]  # [b, s, h / heads, d]
-    arriving = {m: [torch.empty_like(x) for x in mine] for m in receives}
-    transport.post(leaving, arriving)
-    whole = [
-        torch.zeros(
-            (x.shape[0], x.shape[1], n, x.shape[3]), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device
-        )
-        for x, n in zip(mine, num_heads, strict=True)
-    ]
+    trade, dtype = plan.trades["from_heads"], tensors[0].dtype
+    together = torch.cat(tensors, dim=2)  # [b, s of the position, heads of all tensors, d]
+    leaving = {m: _tokens(together, plan.rows_of[m.target]) for m in trade.sends}
+    mine = _tokens(together, plan.rows_of[plan.rank])
+    arriving = {m: torch.empty_like(mine) for m in trade.receives}
+    transport.post(_as_contents(leaving), _as_contents(arriving))
+    b, s, _, d = mine.shape
+    wide = torch.promote_types(dtype, torch.float32)
+    whole = [mine.new_zeros((b, s, n, d), dtype=wide) for n in num_heads]
     # By rank of the position: this rank's tokens, with the heads of that rank.
-    parts_of = {plan.rank: mine}
-    for message, parts in arriving.items():
+    part_of = {plan.rank: mine}
+    for message, part in arriving.items():
         yield message
-        parts_of[message.source] = parts
+        part_of[message.source] = part
     for message in leaving:
         yield message
+    sizes = [x.shape[2] for x in tensors]
     # In order of rank, whatever the order of arrival: equal runs are equal to the last bit.
-    for rank in sorted(parts_of):
-        for total, part in zip(whole, parts_of[rank], strict=True):
+    for rank in sorted(part_of):
+        for total, part in zip(whole, part_of[rank].split(sizes, dim=2), strict=True):
             total[:, :, heads_of(total.shape[2], rank, heads)] += part
-    return [total.to(x.dtype) for total, x in zip(whole, tensors, strict=True)]
+    return [total.to(dtype) for total in whole]
 
 
-def _like(x: Tensor, message: Message) -> Tensor:
-    """Return an empty tensor for the rows of a message, `[b, rows, h, d]`."""
-    start, stop = message.rows
-    return x.new_empty((x.shape[0], stop - start, *x.shape[2:]))
+def _heads_for(tensors: list[Tensor], rank: int, heads: int) -> Tensor:
+    """Return the heads of a rank, those of all tensors together: `[b, s, h, d]` each -> one `[b, s, heads, d]`."""
+    return torch.cat([x[:, :, heads_of(x.shape[2], rank, heads)] for x in tensors], dim=2)
 
 
-def _put_tokens(whole: list[Tensor], layout: SeqLayout, parts: list[Tensor], of: SeqLayout) -> None:
-    """Copy a rank's tokens (layout `of`) to their rows among the tokens of the position (`layout`)."""
+def _as_contents(tensors: dict[Message, Tensor]) -> dict[Message, list[Tensor]]:
+    return {message: [x] for message, x in tensors.items()}
+
+
+def _put_tokens(whole: Tensor, rows: tuple[Rows, ...], part: Tensor) -> None:
+    """Copy a rank's tokens to their rows among the tokens of the position."""
     at = 0
-    for start, stop in of.runs:
-        first = layout.row_of(start)
-        for x, part in zip(whole, parts, strict=True):
-            x[:, first : first + stop - start] = part[:, at : at + stop - start]
+    for start, stop in rows:
+        whole[:, start:stop] = part[:, at : at + stop - start]
         at += stop - start
 
 
-def _tokens(x: Tensor, layout: SeqLayout, of: SeqLayout) -> Tensor:
-    """Return a rank's tokens (layout `of`) out of the tokens of the position (`layout`): `[b, s, h, d]`."""
-    firsts = [(layout.row_of(start), stop - start) for start, stop in of.runs]
-    return torch.cat([x[:, first : first + length] for first, length in firsts], dim=1)
+def _tokens(x: Tensor, rows: tuple[Rows, ...]) -> Tensor:
+    """Return a rank's tokens out of the tokens x `[b, s, h, d]` of the position, in memory of their own."""
+    return torch.cat([x[:, start:stop] for start, stop in rows], dim=1)

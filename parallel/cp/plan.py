@@ -71,6 +71,16 @@ class Message(NamedTuple):
         return self.flow in ("query_results", "key_results")
 
     @property
+    def is_trade(self) -> bool:
+        """Whether the message trades heads; `heads` handles these, and all others belong to the query x kv grid."""
+        return self.flow in ("to_heads", "from_heads")
+
+    @property
+    def share(self) -> Share:
+        """Share that the message carries, or for which it carries results."""
+        return Share("queries" if self.flow in ("queries", "query_results") else "keys", self.owner)
+
+    @property
     def channel(self) -> Channel:
         """Channel on which the message travels."""
         return self.flow, "up" if self.target > self.source else "down"

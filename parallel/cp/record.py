@@ -8,9 +8,10 @@ from typing import TypeVar
 
 import torch
 
+from .compiled import CompiledPlan, Compute, Post
 from .cost import Event
 from .group import CpGroup
-from .plan import Message, RankPlan, Tile
+from .plan import Message, Tile
 from .transports import Contents, Distributed
 
 T = TypeVar("T")
@@ -20,16 +21,23 @@ class Recorded(Distributed):
     """`Distributed` that records the time of each message and each tile in `events`, in seconds since `origin_s`.
 
     A message counts from its post until it has been waited for, which is longer than the links carry it. A tile counts
-    from the second post of its step to the next wait or post, or to the end of the pass. On CUDA the host synchronizes
+    from the post before it to the next wait or post, or to the end of the pass. On CUDA the host synchronizes
     with the compute stream at each of these, so a recorded pass takes a little longer.
     """
 
-    def __init__(self, group: CpGroup, plan: RankPlan, *, traded: bool, origin_s: float) -> None:
+    def __init__(self, group: CpGroup, plan: CompiledPlan, *, origin_s: float) -> None:
         super().__init__(group)
         self.events: list[Event] = []
         self._origin_s = origin_s
-        # Tile that follows each post: posts are one to trade heads, two for each step, one to trade heads back.
-        self._tiles = [None] * traded + [tile for step in plan.steps for tile in (None, step.tile)] + [None] * traded
+        # Tile that follows each post; heads are traded by one post before those of the plan and one after.
+        traded = [None] * any(plan.trades[flow].sends for flow in ("to_heads", "from_heads"))
+        tiles: list[Tile | None] = []
+        for operation in plan.operations:
+            if isinstance(operation, Post):
+                tiles.append(None)
+            elif isinstance(operation, Compute):
+                tiles[-1] = operation.tile
+        self._tiles = [*traded, *tiles, *traded]
         self._posts = 0
         self._running: tuple[Tile, float] | None = None
         self._posted_s: dict[Message, float] = {}

@@ -9,7 +9,7 @@ from helpers.plain_attention import visible_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 from longring.kernels.layout import SeqLayout
-from longring.kernels.mask import BAND_ROWS, make_mask, mask_rects
+from longring.kernels.mask import BAND_ROWS, host_masks, make_mask, mask_rects
 
 
 @st.composite
@@ -101,3 +101,13 @@ def test_bad_document_starts_raise(starts):
 def test_bad_runs_raise():
     with pytest.raises(ValueError, match="layout.runs = .*: must be non-empty intervals in ascending order"):
         SeqLayout(((4, 8), (0, 4)))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_masks_of_several_tiles_in_one_tensor_are_those_of_each(window):
+    packed, late = SeqLayout.packed((3, 1, 7)), SeqLayout(((2, 4), (9, 11)), (0, 3, 4))
+    tiles = [(packed, packed), (late, packed), (packed, late)]
+    for mask, tile in zip(host_masks(tiles, window=window).on(torch.device("cpu")), tiles, strict=True):
+        alone = make_mask(*tile, window=window)
+        for name in ("rows", "columns", "host_rows"):
+            assert torch.equal(getattr(mask, name), getattr(alone, name))

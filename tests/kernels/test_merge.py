@@ -27,7 +27,8 @@ def exact_merge(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> tuple[tor
 @pytest.mark.parametrize("name", MERGES)
 @pytest.mark.parametrize("num_parts", [1, 2, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge_equals_softmax_over_parts(name, num_parts, dtype):
+@pytest.mark.parametrize("rows", ["adjacent", "apart"])
+def test_merge_equals_softmax_over_parts(name, num_parts, dtype, rows):
     generator = torch.Generator().manual_seed(num_parts)
     out = torch.randn((2, 37, 3, 80), generator=generator).to(DEVICE)
     lse = (4 * torch.randn((2, 3, 37), generator=generator)).to(DEVICE)
@@ -35,9 +36,11 @@ def test_merge_equals_softmax_over_parts(name, num_parts, dtype):
     part_lses = (4 * torch.randn((num_parts, 2, 3, 37), generator=generator)).to(DEVICE)
     lse[:, :, :5] = -torch.inf  # these rows have seen no key yet, so their out is arbitrary
     out[:, :5] = torch.nan
-    part_lses[0, :, :, 3:9] = -torch.inf  # these rows see no key in the first part, whose out is 0 there
-    parts[0, :, 3:9] = 0
+    part_lses[0, :, :, 3:9] = -torch.inf  # these rows see no key in the first part
+    parts[0, :, 3:9] = torch.nan
     exact, exact_lse = exact_merge([out, *parts], [lse, *part_lses])
+    if rows == "apart":  # the memory of [n, b, s, h]
+        part_lses = part_lses.transpose(2, 3).contiguous().transpose(2, 3)
     MERGES[name](out, lse, parts, part_lses)
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-6)

@@ -44,6 +44,8 @@ def test_deterministic_runs_are_equal_and_nothing_random_is_drawn(on_ranks, reci
         # A probe decides the grids, so a deterministic run does not measure; the other run must not either.
         words += [] if deterministic else ["parallel.cp.topology=full_mesh"]
         assert on_ranks(2, run_and_watch, recipe_file, words) == [(deterministic, 1)] * 2
-        metrics.append([[step[key] for key in EXACT] for step in read_records(run / "metrics.jsonl")])
+        steps = read_records(run / "metrics.jsonl")
+        assert {step["compilations"] for step in steps} == {0}
+        metrics.append([[step[key] for key in EXACT] for step in steps])
     assert metrics[0] == metrics[1]
     assert metrics[0] == metrics[2], "on a CPU the switch changes no result"

@@ -27,7 +27,7 @@ def gradients(recipe_file, recompute: bool, grid: CpGrid) -> tuple[list[torch.Te
     mesh = join(recipe.parallel, 1)
     group = open_group(range(dist.get_world_size()), [grid])
     layout = SeqLayout(zigzag(TOKENS, group.rank, group.size).runs, (0, 21))
-    attention = attention_over_ranks(recipe, group, {None: grid}, TOKENS)(layout)
+    attention = attention_over_ranks(recipe, mesh.device, group, {None: grid}, TOKENS)(layout)
     torch.manual_seed(0)
     model = Transformer(recipe.model, 100, megatron_config(recipe.parallel), recompute).to(mesh.device)
     tokens = torch.randint(100, (1, TOKENS + 1))

@@ -100,7 +100,7 @@ def compiled_and_eager() -> list[tuple[torch.Tensor, torch.Tensor]]:
     model = Transformer(ModelConfig(**SIZES), 100, megatron_config(parallel))
     tokens = torch.randint(0, 100, (2, 33))
     layout = SeqLayout.packed((12, 20))
-    attend = attention_on_one_rank("auto", torch.device("cpu"), layout)
+    attend = attention_on_one_rank("auto", torch.device("cpu"), [None])(layout)
 
     def results() -> list[torch.Tensor]:
         model.zero_grad()
@@ -128,7 +128,7 @@ def losses_of_two_sequences() -> tuple[torch.Tensor, torch.Tensor]:
     tokens = torch.randint(0, 100, (2, 33))
     tokens[1, :20] = tokens[0, :20]
     layout = SeqLayout.contiguous(32)
-    attend = attention_on_one_rank("auto", torch.device("cpu"), layout)
+    attend = attention_on_one_rank("auto", torch.device("cpu"), [None])(layout)
 
     losses = model(tokens[:, :-1], tokens[:, 1:], layout, attend).detach()
     return losses[0], losses[1]

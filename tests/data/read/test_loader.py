@@ -112,6 +112,18 @@ def test_an_error_in_the_order_reaches_the_consumer(manifest: Manifest, workers:
         list(found.batches(0, STEPS))
 
 
+def test_threads_prepare_what_training_would_wait_for(manifest: Manifest):
+    def prepare(length: int, num_rows: int, starts: object) -> tuple[str, int, int, object]:
+        return threading.current_thread().name, length, num_rows, starts
+
+    config, order = LoaderConfig(workers=2), loader(manifest, LoaderConfig()).order
+    found = Loader(manifest, order, config, lambda length: ReplicaShare(0, 1, 64 // length), prepare=prepare)
+    for batch in found.batches(0, STEPS):
+        thread, *given = batch.prepared
+        assert thread.startswith("loader")
+        assert given == [batch.length, len(batch.rows), batch.document_starts]
+
+
 def test_closing_early_ends_every_thread(manifest: Manifest):
     before = threading.active_count()
     batches = loader(manifest, LoaderConfig(workers=4, prefetch_batches=2)).batches(0, STEPS)

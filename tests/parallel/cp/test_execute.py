@@ -14,6 +14,9 @@ from helpers.plain_attention import answers, visible_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longring.kernels.layout import SeqLayout
+from longring.kernels.mask import host_masks
+from longring.parallel.cp import spec as specs
+from longring.parallel.cp.compiled import compile_plan
 from longring.parallel.cp.execute import AttentionSpec, backward, forward
 from longring.parallel.cp.grid import CpGrid, grids
 from longring.parallel.cp.heads import heads_for_tokens
@@ -190,6 +193,27 @@ def test_a_layout_for_each_rank():
         spec.plan("forward", 0)
 
 
+@pytest.mark.parametrize("grid", [CpGrid(query=3), CpGrid(2, 2, 1)], ids=str)
+def test_a_prepared_pass_makes_no_plan_and_no_mask(grid, monkeypatch):
+    case = Case(37, (0, 11, 30), Visibility(window=9), 4, 2)
+    alone = by_the_grid(case, grid)
+    init = AttentionSpec.__init__
+
+    def prepared(spec, *arguments, **options):
+        init(spec, *arguments, **options)
+        with monkeypatch.context() as allowed:
+            allowed.setattr(specs, "compile_plan", compile_plan)
+            allowed.setattr(specs, "host_masks", host_masks)
+            for rank in range(grid.size):
+                spec.prepare(rank)
+
+    monkeypatch.setattr(AttentionSpec, "__init__", prepared)
+    for name in ("compile_plan", "host_masks"):
+        monkeypatch.setattr(specs, name, None)
+    got = by_the_grid(case, grid)
+    assert all(torch.equal(got[name], alone[name]) for name in got)
+
+
 @pytest.mark.parametrize(("heads", "num_heads", "num_kv_heads", "fits"), [
     (4, 8, 8, True), (4, 8, 2, True), (4, 8, 1, True), (2, 12, 6, True), (4, 6, 2, False), (4, 12, 6, False),
 ])  # fmt: skip
@@ -217,9 +241,9 @@ def test_gradients_of_a_kv_head_of_many_ranks_are_summed_in_fp32():
     spec, transport = AttentionSpec(grid, layouts, Visibility()), InProcess()
 
     def back(rank: int):
-        schedule, plan = spec.plan("backward", rank)
+        plan = spec.compiled("backward", rank)
         part = torch.full((1, 16, 1, 4), 256.0 if rank == 0 else 0.5, dtype=torch.bfloat16)
-        return heads_for_tokens([part], [1], plan, schedule, transport)
+        return heads_for_tokens([part], [1], plan, grid.heads, transport)
 
     for (summed,) in transport.drive([back(rank) for rank in range(8)]):
         assert torch.equal(summed, torch.full((1, 2, 1, 4), 260.0, dtype=torch.bfloat16))

@@ -45,9 +45,8 @@ def recorded(text: str) -> dict[str, tuple[list[Event], float]]:
     found = {}
     passes: tuple[tuple[Pass, Any], ...] = (("forward", (out,)), ("backward", grads))
     for direction, results in passes:
-        plan = spec.plan(direction, group.rank)[1]
         dist.barrier()
-        transport = Recorded(group, plan, traded=grid.heads > 1, origin_s=time.perf_counter())
+        transport = Recorded(group, spec.compiled(direction, group.rank), origin_s=time.perf_counter())
         if direction == "forward":
             again = (transport.drive(forward(spec, group.rank, q, k, v, transport))[0],)
         else:

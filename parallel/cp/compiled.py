@@ -1,0 +1,244 @@
+"""Compiled plans: one rank's part of a pass as a flat list of operations on numbered slots.
+
+A plan says what a rank does in each step. `compile_plan` resolves once, for all layers and passes of a sequence, where
+every tensor of it lies and how long it lives; `execute` walks the list. A slot holds the tensors of a share, sums of
+results, the content of a message, or a view of some rows of another slot. Slots and rows are integers, so the list
+serves tensors of any shape, and needs no torch. It is what a CUDA graph of a pass would capture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ...kernels.layout import SeqLayout
+from .plan import Exchange, Flow, Message, RankPlan, Share, Side, Tile
+from .visible import Rows
+
+OWN: dict[Side, int] = {"queries": 0, "keys": 1}
+"""Slots of the tensors of the rank's own grid position."""
+HOME: dict[Side, int] = {"queries": 2, "keys": 3}
+"""Slots of the sums of all results for the own shares."""
+
+
+class View(NamedTuple):
+    """Let a slot be a view of rows of another one, counted from its first row."""
+
+    slot: int
+    source: int
+    start: int
+    num_rows: int
+
+
+class NewSum(NamedTuple):
+    """Let a slot hold sums of results for rows of a foreign share, without any result yet."""
+
+    slot: int
+    side: Side
+    num_rows: int
+
+
+class Send(NamedTuple):
+    """Content of a message, taken from the slot `source` and kept in `slot` until it has been sent."""
+
+    message: Message
+    slot: int
+    source: int
+    rows: Rows | None
+    """Rows of a foreign share that are passed on, counted from its first row held; None: all of `source`."""
+
+
+class Post(NamedTuple):
+    """Start the messages of one half of a step, in the order of their channels; each tile has a post before it."""
+
+    sends: tuple[Send, ...]
+    receives: tuple[tuple[Message, int], ...]
+    """Messages, and the slots of their buffers."""
+
+
+class Wait(NamedTuple):
+    """Wait for a message."""
+
+    message: Message
+
+
+class Merge(NamedTuple):
+    """Merge the results of a message, in the slot `part`, into a slot of the same rows."""
+
+    into: int
+    part: int
+
+
+class Compute(NamedTuple):
+    """Compute a tile from slots of queries and keys into slots of results for both."""
+
+    tile: Tile
+    queries: int
+    keys: int
+    query_results: int
+    key_results: int
+
+
+class Free(NamedTuple):
+    """Free slots."""
+
+    slots: tuple[int, ...]
+
+
+Operation = View | NewSum | Post | Wait | Merge | Compute | Free
+
+
+class Trade(NamedTuple):
+    """Messages by which this rank trades tokens for heads, or back."""
+
+    sends: tuple[Message, ...]
+    receives: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class CompiledPlan:
+    """One rank's part of a pass."""
+
+    rank: int
+    num_slots: int
+    operations: tuple[Operation, ...]
+    """Operations on the query x kv grid, between the trades."""
+    trades: dict[Flow, Trade]
+    """Trades of heads, by flow."""
+    rows_of: dict[int, tuple[Rows, ...]]
+    """Rows of each rank of the grid position among the position's tokens, in order."""
+    num_tokens: int
+    """Tokens of the grid position."""
+
+    @property
+    def tiles(self) -> list[Tile]:
+        """Tiles in the order of computation."""
+        return [operation.tile for operation in self.operations if isinstance(operation, Compute)]
+
+
+def compile_plan(plan: RankPlan, layout: SeqLayout, ranks: dict[int, SeqLayout]) -> CompiledPlan:
+    """Return the compiled plan of a rank whose grid position has `layout`; `ranks` are those of the position."""
+    compiler = _Compiler(plan, layout.num_tokens)
+    for step in plan.steps:
+        results, shares = step.exchanges()
+        compiler.exchange(results, always=False)
+        compiler.exchange(shares, always=step.tile is not None)
+        if step.tile is not None:
+            compiler.compute(step.tile)
+        for share in step.done:
+            compiler.free(compiler.shares.pop(share))
+    assert not compiler.shares and not compiler.sums and not compiler.travelling, "the plan frees everything"
+    flows: tuple[Flow, ...] = ("to_heads", "from_heads")
+    trades: dict[Flow, Trade] = {flow: Trade(*map(tuple, plan.messages(flow))) for flow in flows}
+    rows_of = {
+        rank: tuple((layout.row_of(start), layout.row_of(start) + stop - start) for start, stop in of.runs)
+        for rank, of in ranks.items()
+    }
+    return CompiledPlan(plan.rank, len(compiler.spans), tuple(compiler.operations), trades, rows_of, layout.num_tokens)
+
+
+@dataclass
+class _Compiler:
+    """Operations so far, and the slots that are in use."""
+
+    plan: RankPlan
+    num_tokens: int
+    operations: list[Operation] = field(default_factory=list)
+    spans: list[Rows] = field(init=False)
+    """Rows of the owner's share that each slot holds."""
+    views: dict[int, dict[Rows, int]] = field(default_factory=dict)
+    """Slots that are views of each slot, by their rows."""
+    shares: dict[Share, int] = field(default_factory=dict)
+    """Slots of foreign shares."""
+    sums: dict[Share, int] = field(default_factory=dict)
+    """Slots of sums of results for foreign shares."""
+    travelling: dict[Message, int] = field(default_factory=dict)
+    """Slots of the buffers of messages, from post to wait."""
+
+    def __post_init__(self) -> None:
+        self.spans = [(0, self.num_tokens)] * 4
+
+    def slot(self, rows: Rows) -> int:
+        """Return the number of a new slot for rows of a share."""
+        self.spans.append(rows)
+        return len(self.spans) - 1
+
+    def part(self, source: int, rows: Rows) -> int:
+        """Return the slot of `rows` of a share, of which `source` holds all or more; each view is made once."""
+        if rows == self.spans[source]:
+            return source
+        views = self.views.setdefault(source, {})
+        if rows not in views:
+            views[rows] = self.slot(rows)
+            self.operations.append(View(views[rows], source, rows[0] - self.spans[source][0], rows[1] - rows[0]))
+        return views[rows]
+
+    def free(self, slot: int) -> None:
+        """Free a slot and all views of it."""
+        self.operations.append(Free((slot, *self.views.pop(slot, {}).values())))
+
+    def share(self, share: Share, rows: Rows) -> int:
+        """Return the slot of rows of a share, own or foreign."""
+        return self.part(OWN[share.side] if share.owner == self.plan.position else self.shares[share], rows)
+
+    def results(self, share: Share, rows: Rows) -> int:
+        """Return the slot of rows of the results for a share; foreign sums begin at their first use."""
+        if share.owner == self.plan.position:
+            return self.part(HOME[share.side], rows)
+        if share not in self.plan.results:
+            return HOME["keys"]  # in the forward keys have no results
+        if share not in self.sums:
+            span = self.plan.results[share]
+            self.sums[share] = self.slot(span)
+            self.operations.append(NewSum(self.sums[share], share.side, span[1] - span[0]))
+        return self.part(self.sums[share], rows)
+
+    def exchange(self, exchange: Exchange, *, always: bool) -> None:
+        """Add the operations of one half of a step; a post without messages only if `always`."""
+        due, sent, sends, receives = ([m for m in found if not m.is_trade] for found in exchange)
+        # Every wait of the exchange comes before its posts: both ends of a message keep this order.
+        for message in due:
+            self.operations.append(Wait(message))
+            slot = self.travelling.pop(message)
+            if message.is_result:
+                self.operations.append(Merge(self.results(message.share, message.rows), slot))
+                self.free(slot)
+            else:
+                self.shares[message.share] = slot
+        for message in sent:
+            self.operations.append(Wait(message))
+            self.free(self.travelling.pop(message))
+        # After the merges above: a partial result that is sent now holds all that has come for it.
+        if sends or receives or always:
+            posted = [(message, self._travel(message)) for message in sorted(receives, key=_channel)]
+            post = Post(tuple(self._send(message) for message in sorted(sends, key=_channel)), tuple(posted))
+            self.operations.append(post)
+            for message in filter(lambda m: m.is_result, sends):
+                self.free(self.sums.pop(message.share))
+
+    def compute(self, tile: Tile) -> None:
+        """Add the operations of a tile."""
+        queries, keys = Share("queries", tile.query_owner), Share("keys", tile.key_owner)
+        slots = self.share(queries, tile.query_rows), self.share(keys, tile.key_rows)
+        results = self.results(queries, tile.query_rows), self.results(keys, tile.key_rows)
+        self.operations.append(Compute(tile, *slots, *results))
+
+    def _travel(self, message: Message) -> int:
+        self.travelling[message] = self.slot(message.rows)
+        return self.travelling[message]
+
+    def _send(self, message: Message) -> Send:
+        slot = self._travel(message)
+        if message.is_result:
+            return Send(message, slot, self.sums[message.share], None)
+        if message.owner == self.plan.position:
+            return Send(message, slot, self.share(message.share, message.rows), None)
+        source, (start, stop) = self.shares[message.share], message.rows
+        first = self.spans[source][0]
+        return Send(
+            message, slot, source, None if message.rows == self.spans[source] else (start - first, stop - first)
+        )
+
+
+def _channel(message: Message) -> tuple[str, str]:
+    return message.channel

@@ -1,0 +1,125 @@
+"""No kernel is compiled after those that a run launches before its first step: Triton's own keys are counted.
+
+No device is needed: Triton asks `jit_cache_hook` for each new variant, and the hook here says that there is nothing to
+compile. The kernels are a second copy of their modules, since the tests' own are interpreted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import random
+import sys
+import types
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton.experimental.gluon  # noqa: F401  (its first import, at a launch, would find interpreted functions)
+from longring import kernels as longring_kernels
+from longring.kernels import attention
+from longring.kernels.attention import no_result, zeros_fp32
+from longring.kernels.compilations import Compilations
+from longring.kernels.layout import SeqLayout
+from longring.kernels.mask import make_mask
+from longring.parallel.cp.grid import CpGrid
+from longring.parallel.cp.layout import zigzag
+from longring.parallel.cp.schedules import Schedule
+from longring.parallel.cp.visible import Visibility
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+RANKS, TOKENS = 4, 64
+"""Ranks of a sequence, and tokens of each."""
+
+
+@pytest.fixture
+def launched(monkeypatch) -> tuple[types.ModuleType, Counter[tuple[str, str]]]:
+    """Return the launch functions over a driver without a device, and the count of each variant they ask for."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    package = types.ModuleType("compiled_kernels")
+    package.__path__ = [str(Path(__file__).parents[2] / "kernels")]
+    monkeypatch.setitem(sys.modules, "compiled_kernels", package)
+    kernels = importlib.import_module("compiled_kernels.triton_attention")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the backend may run here
+    monkeypatch.setattr(longring_kernels, "triton_attention", kernels, raising=False)
+    monkeypatch.setattr(attention, "merge_", kernels.merge_)  # these two would choose torch's on the CPU
+    monkeypatch.setattr(attention, "row_delta", kernels.row_delta)
+    stub = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
+    monkeypatch.setattr(driver, "_active", stub)
+    asked: Counter[tuple[str, str]] = Counter()
+
+    def ask(*, fn, key, **_) -> bool:
+        asked[fn.name, key] += 1
+        return True  # there is nothing to compile
+
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", ask)
+    return kernels, asked
+
+
+def packing(rng: random.Random) -> tuple[tuple[int, ...], Visibility]:
+    """Return the document starts of a random packing of all tokens, and an attention window or none."""
+    starts = {0, *(rng.randrange(1, RANKS * TOKENS) for _ in range(rng.randrange(12)))}
+    return tuple(sorted(starts)), Visibility(window=rng.choice([None, rng.randrange(1, 2 * TOKENS)]))
+
+
+def launch_packing(kernels: types.ModuleType, starts: tuple[int, ...], visibility: Visibility) -> None:
+    """Launch the kernels of one rank of a ring for a packing, then those of a whole sequence on one rank."""
+    layouts = [SeqLayout(zigzag(RANKS * TOKENS, rank, RANKS).runs, starts) for rank in range(RANKS)]
+    schedule = Schedule(CpGrid.token_ring(RANKS), layouts, visibility, "forward")
+    # k and v are views of one projection, as in the model: their strides are not those of a tensor of their own.
+    q, dout = torch.zeros(2, 1, TOKENS, 4, 16, dtype=torch.bfloat16)
+    k, v = torch.zeros(1, TOKENS, 2, 6, 16, dtype=torch.bfloat16).split([3, 3], dim=3)
+    k, v = k[:, :, :, 0], v[:, :, :, 0]
+    out, lse = no_result(q)
+    into = tuple(zeros_fp32(x) for x in (q, k, v))
+    delta = kernels.row_delta(dout, q)
+    for tile in (step.tile for step in schedule.plan(1).steps):
+        if tile is None:
+            continue
+        queries, keys = slice(*tile.query_rows), slice(*tile.key_rows)
+        sides = layouts[tile.query_owner].part(*tile.query_rows), layouts[tile.key_owner].part(*tile.key_rows)
+        mask = make_mask(*sides, window=visibility.window)
+        part = (out[:, queries], lse[:, :, queries])
+        kernels.forward(q[:, queries], k[:, keys], v[:, keys], mask, 0.25, 0.0, part)
+        sums = (into[0][:, queries], into[1][:, keys], into[2][:, keys])
+        stats = (lse[:, :, queries], delta[:, :, queries])
+        kernels.backward(dout[:, queries], q[:, queries], k[:, keys], v[:, keys], None, *stats, mask, 0.25, 0.0, sums)
+        kernels.merge_(*part, part[0].bfloat16()[None], part[1][None])
+    # A rank that holds whole sequences: any number of tokens, no running result.
+    num_tokens = 1 + starts[-1]
+    whole = SeqLayout(((0, num_tokens),), starts)
+    q, k, v, dout = (torch.zeros(1, num_tokens, 4, 16, dtype=torch.bfloat16) for _ in range(4))
+    mask = make_mask(whole, whole, window=visibility.window)
+    out, lse = kernels.forward(q, k, v, mask, 0.25, 0.0, None)
+    kernels.backward(dout, q, k, v, out, lse, None, mask, 0.25, 0.0, tuple(zeros_fp32(x) for x in (q, k, v)))
+
+
+@pytest.mark.full
+def test_200_packings_need_no_kernel_beyond_those_launched_before(launched):
+    kernels, asked = launched
+    attention.launch_all(16, torch.bfloat16, torch.device("cpu"), "triton")
+    before = set(asked)
+    assert {name for name, _ in before} == {
+        f"{name}_kernel" for name in ("forward", "backward_dkdv", "backward_dq", "delta", "merge")
+    }
+    rng = random.Random(0)
+    for _ in range(200):
+        launch_packing(kernels, *packing(rng))
+    assert not Counter(name for name, _ in set(asked) - before)
+
+
+def test_compilations_are_counted_and_other_hooks_still_called(monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **compiled: told.append(compiled["repr"]))
+    compilations = Compilations()
+    for name in ("one", "two"):
+        knobs.runtime.jit_post_compile_hook(repr=name)
+    assert (compilations.count, told) == (2, ["one", "two"])
