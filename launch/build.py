@@ -254,4 +254,5 @@ def build_engine(recipe: Recipe, vocab_size: int, mesh: Mesh) -> DeepSpeedEngine
         accumulation_steps=recipe.accumulation_steps(mesh.world_size),
         clip_grad_norm=recipe.train.clip_grad_norm,
         dtype=recipe.train.dtype,
+        gradient_dtype=recipe.train.gradient_dtype,
     )

@@ -63,6 +63,9 @@ class TrainConfig:
     """Maximum norm of the gradient over all parameters; larger gradients are scaled down. 0: no clipping."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Data type of weights and activations. With bfloat16 the optimizer keeps fp32 master weights."""
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type in which gradients are summed over micro-batches and ranks. bfloat16 takes half the memory and traffic
+    of that sum, and its error grows with their number; docs/design.md has figures."""
     attention_backend: Literal["auto", "torch_cpu", "triton", "cudnn", "flash", "reference"] = "auto"
     """Attention kernel. "auto" takes the first that fits the device, dtype and head dim, and logs why."""
     recompute: bool = False
@@ -92,6 +95,11 @@ class TrainConfig:
             raise ValueError(
                 f"train.min_learning_rate = {self.min_learning_rate}: must be at most train.learning_rate = "
                 f"{self.learning_rate}; lower it"
+            )
+        if self.dtype == "float32" and self.gradient_dtype == "bfloat16":
+            raise ValueError(
+                'train.gradient_dtype = "bfloat16": is less exact than the gradients of train.dtype = "float32"; set '
+                'train.gradient_dtype = "float32"'
             )
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
@@ -123,13 +123,12 @@ def refresh(engine: DeepSpeedEngine, mesh: Mesh, num_updates: int) -> None:
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         optimizer.checkpoint_event_epilogue()
-    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer):
         optimizer.update_lp_params()
-    elif isinstance(optimizer, FP16_UnfusedOptimizer):
-        for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            for low_param, high_param in zip(low, high, strict=True):
-                low_param.data.copy_(high_param.data)
-    # ZeRO 0 in fp32 has nothing to copy: the views are the model's own weights.
+    else:
+        for param, flat, *_ in _ranges(engine, mesh):
+            if flat is not param:  # in fp32 the views are the model's own weights
+                param.copy_(flat)
 
 
 def _ranges(engine: DeepSpeedEngine, mesh: Mesh) -> Iterator[tuple[nn.Parameter, Tensor, int, int, int]]:
@@ -144,23 +143,23 @@ def _ranges(engine: DeepSpeedEngine, mesh: Mesh) -> Iterator[tuple[nn.Parameter,
                 inside = min(numel, param.ds_numel - start)  # the last ranks' partitions are padded
                 if inside > 0:
                     yield param, optimizer.fp32_partitioned_groups_flat[number], begin, start, inside
-    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer):
         # ZeRO 1 and 2 cut a group's concatenated parameters, so this rank may hold a part of a parameter, or nothing
-        # (`_hp_mapping` is None). "hp" (high precision) is the fp32 buffer, "lp" the parameter.
-        for params, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+        # (`_hp_mapping` is None). "hp" (high precision) is the fp32 buffer, "lp" the parameter. ZeRO 1 with bf16
+        # weights and fp32 gradients is a class of its own, with other names for the same two.
+        if isinstance(optimizer, BF16_Optimizer):
+            groups, flats = optimizer.bf16_groups, optimizer.fp32_groups_flat_partition
+        else:
+            groups, flats = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
+        for params, flat in zip(groups, flats, strict=True):
             for param in params:
                 if (mapping := param._hp_mapping) is not None:
                     in_buffer, in_param = mapping.hp_fragment_address, mapping.lp_fragment_address
                     yield param, flat, in_buffer.start, in_param.start, in_buffer.numel
-    elif isinstance(optimizer, FP16_UnfusedOptimizer):
-        # ZeRO 0 in bf16 keeps a whole fp32 copy of each parameter.
-        for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            for param, flat in zip(low, high, strict=True):
-                yield param, flat, 0, 0, flat.numel()
     else:
-        for group in optimizer.param_groups:
-            for param in group["params"]:
-                yield param, param, 0, 0, param.numel()
+        # ZeRO 0 steps each parameter's whole fp32 value, which is the parameter itself where that is fp32.
+        for param in engine.param_names:
+            yield param, getattr(param, "fp32_weight", param), 0, 0, param.numel()
 
 
 def _inner(engine: DeepSpeedEngine) -> torch.optim.AdamW:

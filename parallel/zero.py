@@ -47,6 +47,9 @@ class _Mpu:
         return self.mesh.data_group
 
 
+Dtype = Literal["float32", "bfloat16"]
+
+
 def zero_engine(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -55,45 +58,86 @@ def zero_engine(
     *,
     accumulation_steps: int,
     clip_grad_norm: float,
-    dtype: Literal["float32", "bfloat16"],
+    dtype: Dtype,
+    gradient_dtype: Dtype = "float32",
 ) -> DeepSpeedEngine:
     """Wrap a model and its AdamW optimizer in a DeepSpeed engine. Collective.
 
     The engine averages gradients over data ranks and accumulation steps, so the loss given to `engine.backward` must
     be this rank's sum times (data ranks x accumulation steps) / (trained tokens of the global batch). clip_grad_norm =
-    0 switches clipping off. bfloat16 keeps fp32 master weights. A step whose gradient norm is not finite changes
-    neither weights nor moments on any rank. Learning rates are 0 until `set_learning_rate`.
+    0 switches clipping off. bfloat16 keeps fp32 master weights. Gradients are summed over micro-batches and over ranks
+    in `gradient_dtype`. A step whose gradient norm is not finite changes neither weights nor moments on any rank.
+    Learning rates are 0 until `set_learning_rate`.
     """
     # Otherwise DeepSpeed compiles C++ on a CPU at start-up, for collectives that only its inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     mpu = _Mpu(mesh)
-    if parallel.zero_stage == 0 and dtype == "float32":
-        # In this case alone DeepSpeed steps the plain optimizer: it neither clips nor records a gradient norm.
-        max_norm = clip_grad_norm or math.inf
-
-        def clip_and_record(optimizer: Any, *_: object) -> None:
-            norm = optimizer._global_grad_norm = clip_grad_norm_(model.parameters(), max_norm, mpu=mpu)
-            if not math.isfinite(norm):
-                optimizer.zero_grad(set_to_none=True)  # AdamW skips parameters without a gradient
-
-        optimizer.register_step_pre_hook(clip_and_record)
+    if parallel.zero_stage == 0:
+        _step_whole_weights(model, optimizer, mpu, clip_grad_norm or math.inf, dtype, gradient_dtype)
         clip_grad_norm = 0.0
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": accumulation_steps,
-        "gradient_clipping": clip_grad_norm,
-        "zero_optimization": {"stage": parallel.zero_stage},
-        "bf16": {"enabled": dtype == "bfloat16"},
-        "steps_per_print": 2**62,
-    }
     for group in optimizer.param_groups:
         group["lr"] = 0.0
+    config = deepspeed_config(parallel, dtype, gradient_dtype) | {
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": clip_grad_norm,
+    }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)
-    # With ZeRO 0 in bf16 DeepSpeed takes one step without gradients to allocate the moments. Rate 0 keeps the weights;
-    # AdamW's step count, which corrects the moments' bias, must return to 0.
-    for state in optimizer.state.values():
-        state["step"].zero_()
     return engine
+
+
+def deepspeed_config(parallel: ParallelConfig, dtype: Dtype, gradient_dtype: Dtype) -> dict[str, Any]:
+    """Return the part of DeepSpeed's configuration that does not depend on the world or the batch."""
+    sums = {"float32": "fp32", "bfloat16": "bf16"}[gradient_dtype]
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": 2**62,
+        "zero_optimization": {"stage": parallel.zero_stage},
+        # By default gradients travel in the model's dtype, whatever the dtype of their sum.
+        "communication_data_type": sums,
+    }
+    if parallel.zero_stage and dtype == "bfloat16":
+        # With fp32 sums ZeRO 1 takes BF16_Optimizer, which adds each gradient to its fp32 sum as soon as the backward
+        # has it (immediate_grad_update), so that a bf16 copy of all gradients never exists.
+        config |= {"bf16": {"enabled": True, "immediate_grad_update": True}, "data_types": {"grad_accum_dtype": sums}}
+    return config
+
+
+def _step_whole_weights(
+    model: nn.Module, optimizer: torch.optim.Optimizer, mpu: _Mpu, max_norm: float, dtype: Dtype, gradient_dtype: Dtype
+) -> None:
+    """Make `optimizer` clip, record its gradient norm, and step fp32 weights of which `model` holds copies in `dtype`.
+
+    ZeRO 0 is a plain optimizer to DeepSpeed, which only sums the gradients over ranks. Its own optimizer for bf16
+    cannot sum in fp32, and its norm leaves out what the other tensor-parallel ranks hold.
+    """
+    weights: dict[nn.Parameter, nn.Parameter] = {}
+    for param in model.parameters():
+        weights[param] = param
+        if dtype != "float32":
+            param.data = param.data.to(getattr(torch, dtype))
+            weights[param] = nn.Parameter(param.detach().float())
+            vars(weights[param]).update(vars(param))  # megatron-core's marks, by which the norm counts each weight once
+            param.grad_dtype = getattr(torch, gradient_dtype)
+            param.fp32_weight = weights[param]  # type: ignore[attr-defined]
+    for group in optimizer.param_groups:
+        group["params"] = [weights[param] for param in group["params"]]
+
+    def clip_and_record(optimizer: Any, *_: object) -> None:
+        for param, weight in weights.items():
+            weight.grad = None if param.grad is None else param.grad.to(weight.dtype)
+        norm = optimizer._global_grad_norm = clip_grad_norm_(weights.values(), max_norm, mpu=mpu)
+        if not math.isfinite(norm):
+            optimizer.zero_grad(set_to_none=True)  # AdamW skips parameters without a gradient
+
+    @torch.no_grad()
+    def round_weights(*_: object) -> None:
+        for param, weight in weights.items():
+            if weight is not param:
+                param.copy_(weight)
+                weight.grad = None  # DeepSpeed clears the gradients of the model alone
+
+    optimizer.register_step_pre_hook(clip_and_record)
+    optimizer.register_step_post_hook(round_weights)
 
 
 def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
