@@ -18,6 +18,7 @@ from ..kernels.mask import Mask, host_masks
 from ..model.attention import AttentionFunction
 from ..model.fused import fused_ops
 from ..model.transformer import Transformer
+from ..model.weights import fill_weights
 from ..parallel.cp.attention import context_attention
 from ..parallel.cp.execute import AttentionSpec
 from ..parallel.cp.grid import CpGrid
@@ -26,7 +27,7 @@ from ..parallel.cp.layout import zigzag
 from ..parallel.cp.visible import Visibility
 from ..parallel.mesh import Mesh, megatron_config
 from ..parallel.world import World
-from ..parallel.zero import DeepSpeedEngine, zero_engine
+from ..parallel.zero import DeepSpeedEngine, partition_new, zero_engine
 from .config import Recipe
 from .grids.choice import LayerKind
 from .guards import check_attention
@@ -233,18 +234,22 @@ def build_engine(recipe: Recipe, vocab_size: int, mesh: Mesh) -> DeepSpeedEngine
 
     Raises ValueError if the ranks of the mesh cannot train the recipe.
     """
-    torch.manual_seed(recipe.train.seed)
-    model = Transformer(recipe.model, vocab_size, megatron_config(recipe.parallel), recipe.train.recompute).to(
-        mesh.device
-    )
-    # Norm weights, the only vectors, do not decay.
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    train = recipe.train
+    layers = megatron_config(recipe.parallel, train.deterministic)
+    model = Transformer(recipe.model, vocab_size, layers, train.recompute)
+    # Norm weights, the only vectors, do not decay. They are told apart before ZeRO 3 leaves flat parts of all.
+    vectors = {name for name, p in model.named_parameters() if p.dim() <= 1}
+    partition = partial(partition_new, parallel=recipe.parallel, mesh=mesh, dtype=train.dtype)
+    fill_weights(model, recipe.model, train.seed, mesh.device, getattr(torch, train.dtype), partition)
+    parameters = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(
-        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
-        lr=recipe.train.learning_rate,
-        betas=(recipe.train.beta1, recipe.train.beta2),
-        weight_decay=recipe.train.weight_decay,
+        [
+            {"params": [p for name, p in parameters.items() if name not in vectors]},
+            {"params": [p for name, p in parameters.items() if name in vectors], "weight_decay": 0.0},
+        ],
+        lr=train.learning_rate,
+        betas=(train.beta1, train.beta2),
+        weight_decay=train.weight_decay,
     )
     return zero_engine(
         model,
@@ -252,7 +257,7 @@ def build_engine(recipe: Recipe, vocab_size: int, mesh: Mesh) -> DeepSpeedEngine
         recipe.parallel,
         mesh,
         accumulation_steps=recipe.accumulation_steps(mesh.world_size),
-        clip_grad_norm=recipe.train.clip_grad_norm,
-        dtype=recipe.train.dtype,
-        gradient_dtype=recipe.train.gradient_dtype,
+        clip_grad_norm=train.clip_grad_norm,
+        dtype=train.dtype,
+        gradient_dtype=train.gradient_dtype,
     )

@@ -98,8 +98,8 @@ class TrainConfig:
             )
         if self.dtype == "float32" and self.gradient_dtype == "bfloat16":
             raise ValueError(
-                'train.gradient_dtype = "bfloat16": is less exact than the gradients of train.dtype = "float32"; set '
-                'train.gradient_dtype = "float32"'
+                f"train.gradient_dtype = {self.gradient_dtype!r}: is less exact than train.dtype = {self.dtype!r}; "
+                f"set it to {self.dtype}"
             )
 
 

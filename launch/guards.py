@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..kernels.layout import SeqLayout
 from ..model.attention import AttentionFunction
 from ..model.transformer import Transformer
+from ..model.weights import fill_weights
 from ..parallel.cp.group import CpGroup
 from ..parallel.cp.layout import zigzag
 from ..parallel.mesh import Mesh, megatron_config
@@ -97,14 +98,14 @@ def _make_sample(recipe: Recipe, mesh: Mesh, group: CpGroup) -> _Sample:
     divisor = recipe.parallel.tensor if recipe.parallel.sequence_parallel else 1
     num_tokens = group.size * math.ceil(TOKENS_PER_RANK / divisor) * divisor
     documents = (0, num_tokens // 3)
-    torch.manual_seed(0)
     # The weights are so large that attention is far from uniform at any width; else it would hardly affect the loss.
     num_layers = min(recipe.model.num_layers, recipe.model.full_attention_every)
     config = replace(recipe.model, num_layers=num_layers, init_std=recipe.model.hidden_size**-0.5)
     model = Transformer(config, VOCABULARY, megatron_config(recipe.parallel))
+    fill_weights(model, config, 0, mesh.device, getattr(torch, recipe.train.dtype))
     tokens = torch.randint(VOCABULARY, (1, num_tokens + 1), generator=torch.Generator().manual_seed(1))
     return _Sample(
-        model.to(mesh.device, getattr(torch, recipe.train.dtype)),
+        model,
         tokens.to(mesh.device),
         documents,
         SeqLayout(zigzag(num_tokens, group.rank, group.size).runs, documents),

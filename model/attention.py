@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
-import torch
 from megatron.core import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
 from .config import ModelConfig
 from .fused import fused_ops
+from .weights import values_later
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
 """A function (q `[b, s, h_q, d]`, k, v `[b, s, h_kv, d]`, attention window in tokens or None) -> out `[b, s, h_q, d]`.
@@ -30,22 +29,20 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.queries_per_kv = config.num_heads // config.num_kv_heads
-        init = partial(torch.nn.init.normal_, std=config.init_std)
-        init_out = partial(torch.nn.init.normal_, std=config.init_std / (2 * config.num_layers) ** 0.5)
         # One projection for q, k, v, with rows ordered by kv head (its queries, then its key, then its value), so that
         # tensor parallelism cuts between kv heads.
         self.qkv = ColumnParallelLinear(
             config.hidden_size,
             (config.num_heads + 2 * config.num_kv_heads) * config.head_dim,
             config=parallel,
-            init_method=init,
+            init_method=values_later,
             bias=False,
         )
         self.out = RowParallelLinear(
             config.num_heads * config.head_dim,
             config.hidden_size,
             config=parallel,
-            init_method=init_out,
+            init_method=values_later,
             bias=False,
             input_is_parallel=True,
             skip_bias_add=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .config import ModelConfig
+from .weights import values_later
 
 LOGIT_BYTES = 512 * 2**20
 """The largest number of bytes of one slice's fp32 logits on a rank; a bf16 model also holds a bf16 copy of them.
@@ -39,7 +39,7 @@ class LossHead(ColumnParallelLinear):
             config.hidden_size,
             vocab_rows,
             config=parallel,
-            init_method=partial(nn.init.normal_, std=config.init_std),
+            init_method=values_later,
             bias=False,
         )
 

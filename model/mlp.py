@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-import torch
 from megatron.core import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
 from .config import ModelConfig
 from .fused import fused_ops
+from .weights import values_later
 
 
 class SwiGLU(nn.Module):
@@ -23,7 +21,7 @@ class SwiGLU(nn.Module):
             config.hidden_size,
             2 * config.ffn_hidden_size,
             config=parallel,
-            init_method=partial(torch.nn.init.normal_, std=config.init_std),
+            init_method=values_later,
             bias=False,
             stride=2,
         )
@@ -31,7 +29,7 @@ class SwiGLU(nn.Module):
             config.ffn_hidden_size,
             config.hidden_size,
             config=parallel,
-            init_method=partial(torch.nn.init.normal_, std=config.init_std / (2 * config.num_layers) ** 0.5),
+            init_method=values_later,
             bias=False,
             input_is_parallel=True,
             skip_bias_add=True,

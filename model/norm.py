@@ -15,7 +15,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, epsilon: float, parallel: ModelParallelConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size, dtype=parallel.params_dtype))
+        self.weight = nn.Parameter(torch.empty(size, dtype=parallel.params_dtype))
         self.epsilon = epsilon
         self.sequence_parallel = parallel.sequence_parallel
 

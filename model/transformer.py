@@ -17,6 +17,7 @@ from .loss import LossHead
 from .mlp import SwiGLU
 from .norm import RMSNorm
 from .rope import rope_table
+from .weights import values_later
 
 
 class TransformerLayer(nn.Module):
@@ -43,8 +44,10 @@ class TransformerLayer(nn.Module):
         # q, k, v [b, s, heads / tp, d] hold all of s: attention needs the whole of this rank's positions.
         if not self.recompute:
             return self._after_attention(x, attention(*self._before_attention(x, rope), self.window))
-        q, k, v = checkpoint(self._before_attention, x, rope, use_reentrant=False)
-        return checkpoint(self._after_attention, x, attention(q, k, v, self.window), use_reentrant=False)
+        # Nothing in a layer is random; keeping the random state would wait for the GPU twice a layer.
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        q, k, v = again(self._before_attention, x, rope)
+        return again(self._after_attention, x, attention(q, k, v, self.window))
 
     def _before_attention(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k, v as `SelfAttention.project` does."""
@@ -59,8 +62,8 @@ class TransformerLayer(nn.Module):
 class Transformer(nn.Module):
     """A causal language model whose weights are divided over the tensor-parallel group.
 
-    Every weight is initialised whole on the CPU and then cut, so a seed gives the same model at every degree of tensor
-    parallelism. megatron-core's parallel state must be initialised before.
+    It is made on the meta device, without any memory; `fill_weights` gives it weights. megatron-core's parallel state
+    must be initialised before.
     """
 
     def __init__(
@@ -70,20 +73,22 @@ class Transformer(nn.Module):
         self.config = config
         self.sequence_parallel = parallel.sequence_parallel
         vocab_rows = config.padded_vocab_size(vocab_size)
-        self.embedding = VocabParallelEmbedding(
-            vocab_rows,
-            config.hidden_size,
-            init_method=partial(torch.nn.init.normal_, std=config.init_std),
-            reduce_scatter_embeddings=parallel.sequence_parallel,
-            config=parallel,
-        )
-        # Checkpoints name parameters by these attributes ("blocks.0.mlp.down.weight"): renaming one changes the format.
-        self.blocks = nn.ModuleList(
-            TransformerLayer(config, parallel, config.attention_window(layer), recompute)
-            for layer in range(config.num_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, parallel)
-        self.head = LossHead(config, vocab_rows, parallel)
+        # Checkpoints name parameters by these attributes ("blocks.0.mlp.down.weight"), and initial values depend on
+        # the names: renaming one changes both.
+        with torch.device("meta"):
+            self.embedding = VocabParallelEmbedding(
+                vocab_rows,
+                config.hidden_size,
+                init_method=values_later,
+                reduce_scatter_embeddings=parallel.sequence_parallel,
+                config=parallel,
+            )
+            self.blocks = nn.ModuleList(
+                TransformerLayer(config, parallel, config.attention_window(layer), recompute)
+                for layer in range(config.num_layers)
+            )
+            self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, parallel)
+            self.head = LossHead(config, vocab_rows, parallel)
 
     def forward(self, tokens: Tensor, targets: Tensor, layout: SeqLayout, attention: AttentionFunction) -> Tensor:
         """Return the loss of every token in nats, fp32 `[b, s]`.

@@ -65,6 +65,10 @@ def join(
     assert data_size % max_context_degree == 0, f"{data_size} data-parallel ranks, rings of {max_context_degree}"
     if torch.cuda.is_available():
         device = torch.device("cuda", world.local_rank)
+        # Streams that share one of the GPU's queues wait for each other, so each should have its own: computation, ZeRO
+        # and a ring's channels. But megatron-core lays a message of tensor parallelism over a product, and only a
+        # single queue, which keeps the host's order, starts the message before the product that fills the GPU.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1" if parallel.tensor > 1 else "32")
         torch.cuda.set_device(device)
         # Triton's cache goes to a local disk, since home directories on a network file system are slow. One directory
         # serves all ranks of the node: Triton writes each file beside its place and renames it, so no rank reads half
@@ -96,9 +100,11 @@ def join(
     return Mesh(world.rank, world.size, tensor_rank, parallel.tensor, data_rank, data_size, device, neighbours)
 
 
-def megatron_config(parallel: ParallelConfig) -> ModelParallelConfig:
-    """Return the configuration of megatron-core's layers. Weights are made in fp32; DeepSpeed converts them."""
+def megatron_config(parallel: ParallelConfig, deterministic: bool = False) -> ModelParallelConfig:
+    """Return the configuration of megatron-core's layers, which make their weights on torch's default device."""
     return ModelParallelConfig(
+        # Otherwise the backward of the embedding adds rows of the gradient by atomics on a GPU.
+        deterministic_mode=deterministic,
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=torch.float32,

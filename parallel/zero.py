@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
+from contextlib import redirect_stdout
 from typing import Any, Literal
 
 import torch
@@ -20,6 +22,9 @@ from deepspeed.runtime.utils import clip_grad_norm_
 
 from .config import ParallelConfig
 from .mesh import Mesh
+
+# Otherwise DeepSpeed compiles C++ on a CPU at start-up, for collectives that only its inference uses.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class _Mpu:
@@ -61,7 +66,7 @@ def zero_engine(
     dtype: Dtype,
     gradient_dtype: Dtype = "float32",
 ) -> DeepSpeedEngine:
-    """Wrap a model and its AdamW optimizer in a DeepSpeed engine. Collective.
+    """Wrap a model, whose weights are in `dtype`, and its AdamW optimizer in a DeepSpeed engine. Collective.
 
     The engine averages gradients over data ranks and accumulation steps, so the loss given to `engine.backward` must
     be this rank's sum times (data ranks x accumulation steps) / (trained tokens of the global batch). clip_grad_norm =
@@ -69,8 +74,6 @@ def zero_engine(
     in `gradient_dtype`. A step whose gradient norm is not finite changes neither weights nor moments on any rank.
     Learning rates are 0 until `set_learning_rate`.
     """
-    # Otherwise DeepSpeed compiles C++ on a CPU at start-up, for collectives that only its inference uses.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     mpu = _Mpu(mesh)
     if parallel.zero_stage == 0:
         _step_whole_weights(model, optimizer, mpu, clip_grad_norm or math.inf, dtype, gradient_dtype)
@@ -81,7 +84,8 @@ def zero_engine(
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": clip_grad_norm,
     }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)
+    with redirect_stdout(io.StringIO()):  # BF16_Optimizer prints the memory in use, five times over
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)
     return engine
 
 
@@ -91,7 +95,9 @@ def deepspeed_config(parallel: ParallelConfig, dtype: Dtype, gradient_dtype: Dty
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "steps_per_print": 2**62,
-        "zero_optimization": {"stage": parallel.zero_stage},
+        # Buckets are reduced while the backward computes the next, at every stage that has buckets; by default only
+        # ZeRO 3 does. There are two, and DeepSpeed's 5e8 elements would take 2 GB and seldom fill before the end.
+        "zero_optimization": {"stage": parallel.zero_stage, "overlap_comm": True, "reduce_bucket_size": 2**27},
         # By default gradients travel in the model's dtype, whatever the dtype of their sum.
         "communication_data_type": sums,
     }
@@ -102,10 +108,20 @@ def deepspeed_config(parallel: ParallelConfig, dtype: Dtype, gradient_dtype: Dty
     return config
 
 
+def partition_new(module: nn.Module, parallel: ParallelConfig, mesh: Mesh, dtype: Dtype) -> None:
+    """Divide a module's parameters, equal on all data ranks, among these ranks under ZeRO 3. Collective.
+
+    Called for one module of a new model after the other, it leaves no rank with more than its part and that module.
+    """
+    if parallel.zero_stage == 3:
+        config = deepspeed_config(parallel, dtype, "float32")
+        deepspeed.zero.Init(module, data_parallel_group=mesh.data_group, config_dict_or_path=config, mpu=_Mpu(mesh))
+
+
 def _step_whole_weights(
     model: nn.Module, optimizer: torch.optim.Optimizer, mpu: _Mpu, max_norm: float, dtype: Dtype, gradient_dtype: Dtype
 ) -> None:
-    """Make `optimizer` clip, record its gradient norm, and step fp32 weights of which `model` holds copies in `dtype`.
+    """Make `optimizer` clip, record its gradient norm, and step fp32 weights that `model` holds rounded to `dtype`.
 
     ZeRO 0 is a plain optimizer to DeepSpeed, which only sums the gradients over ranks. Its own optimizer for bf16
     cannot sum in fp32, and its norm leaves out what the other tensor-parallel ranks hold.
@@ -114,7 +130,6 @@ def _step_whole_weights(
     for param in model.parameters():
         weights[param] = param
         if dtype != "float32":
-            param.data = param.data.to(getattr(torch, dtype))
             weights[param] = nn.Parameter(param.detach().float())
             vars(weights[param]).update(vars(param))  # megatron-core's marks, by which the norm counts each weight once
             param.grad_dtype = getattr(torch, gradient_dtype)

@@ -8,7 +8,8 @@ from helpers.benchmarks import BENCHMARKS, check_smallest_size, run
 from helpers.lanes import by_lane
 from lib.lab_network import unavailable
 
-SCRIPTS = sorted({path.stem for path in BENCHMARKS.glob("*.py")} - {"soak"})  # test_soak.py has that one
+OWN_FILES = {"soak", "start_memory"}
+SCRIPTS = sorted({path.stem for path in BENCHMARKS.glob("*.py")} - OWN_FILES)
 ON_A_NETWORK = {"cp_lab_network", "gloo_links"}
 FAST = ["cp_paper", "cp_precision", "full_sizes", "gloo_links", "order", "tune_attention"]
 """Benchmarks of the quick and full lanes, a few seconds each; the others are slow."""

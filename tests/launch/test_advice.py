@@ -131,6 +131,7 @@ SETTINGS = [
     ),
     Setting(("knots.chunk_odds=2",), r"such as (\[1, 2\])", ("knots.chunk_odds={0}",)),
     Setting(("curriculum.weights=3",), r"such as {name = 1}", ("curriculum.weights={{documents = 1}}",)),
+    Setting(("train.gradient_dtype=bfloat16",), r"set it to (float32)", ("train.gradient_dtype={0}",)),
     Setting(
         ("train.global_batch_tokens=3000", "ranks=1"), r"set it to (\d+)", ("train.global_batch_tokens={0}", "ranks=1")
     ),

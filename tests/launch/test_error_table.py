@@ -67,6 +67,7 @@ SETTINGS: dict[str, str] = {
     "warm-up longer than the run": "train.warmup_steps=5000",
     "a minimum learning rate above the peak": "train.min_learning_rate=1.0",
     "a negative limit of the gradient norm": "train.clip_grad_norm=-1.0",
+    "bf16 sums of fp32 gradients": "train.gradient_dtype=bfloat16",
     "no checkpoint to keep": "train.keep_checkpoints=0",
     "a number that is not finite": "train.clip_grad_norm=nan",
     "a decay rate above one": "train.beta1=1.5",

@@ -11,6 +11,7 @@ from longring.kernels.layout import SeqLayout
 from longring.launch.build import attention_over_ranks
 from longring.launch.config import load_recipe
 from longring.model.transformer import Transformer
+from longring.model.weights import fill_weights
 from longring.parallel.cp.grid import CpGrid
 from longring.parallel.cp.group import open_group
 from longring.parallel.cp.layout import zigzag
@@ -29,7 +30,8 @@ def gradients(recipe_file, recompute: bool, grid: CpGrid) -> tuple[list[torch.Te
     layout = SeqLayout(zigzag(TOKENS, group.rank, group.size).runs, (0, 21))
     attention = attention_over_ranks(recipe, mesh.device, group, {None: grid}, TOKENS)(layout)
     torch.manual_seed(0)
-    model = Transformer(recipe.model, 100, megatron_config(recipe.parallel), recompute).to(mesh.device)
+    model = Transformer(recipe.model, 100, megatron_config(recipe.parallel), recompute)
+    fill_weights(model, recipe.model, 0, mesh.device, torch.float32)
     tokens = torch.randint(100, (1, TOKENS + 1))
     at = layout.positions()
 

@@ -12,6 +12,7 @@ from helpers.errors import assert_as_exact_as
 from longring.model import loss
 from longring.model.config import ModelConfig
 from longring.model.loss import LossHead
+from longring.model.weights import fill_weights
 from longring.parallel.config import ParallelConfig
 from longring.parallel.mesh import join, megatron_config
 from longring.parallel.zero import zero_engine
@@ -47,8 +48,9 @@ def results(losses: Tensor, x: Tensor, weight: Tensor, dlosses: Tensor) -> dict[
 def new_head(tensor: int, sequence_parallel: bool, dtype: torch.dtype) -> LossHead:
     parallel = ParallelConfig(tokens_per_rank=64, tensor=tensor, sequence_parallel=sequence_parallel)
     join(parallel, 1)
-    torch.manual_seed(0)
-    return LossHead(CONFIG, VOCAB_ROWS, megatron_config(parallel)).to(dtype)
+    head = LossHead(CONFIG, VOCAB_ROWS, megatron_config(parallel))
+    fill_weights(head, CONFIG, 0, torch.device("cpu"), dtype)
+    return head
 
 
 def head_results(
@@ -151,9 +153,9 @@ def under_zero3() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the results under ZeRO-3 of a head large enough for DeepSpeed to partition, and those of plain torch."""
     parallel = ParallelConfig(tokens_per_rank=64, zero_stage=3)
     mesh = join(parallel, 1)
-    torch.manual_seed(0)
     vocab_rows = 2**13  # times hidden_size: above DeepSpeed's stage3_param_persistence_threshold of 10^5 elements
     head = LossHead(CONFIG, vocab_rows, megatron_config(parallel))
+    fill_weights(head, CONFIG, 0, torch.device("cpu"), torch.float32)
     assert head.weight is not None
     weight = head.weight.detach().clone().requires_grad_()
     optimizer = torch.optim.AdamW(head.parameters())

@@ -15,10 +15,12 @@ from longring.model.config import ModelConfig
 from longring.model.fused import TORCH
 from longring.model.rope import rope_table
 from longring.model.transformer import Transformer
+from longring.model.weights import fill_weights
 from longring.parallel.config import ParallelConfig
 from longring.parallel.mesh import join, megatron_config
 from longring.parallel.zero import zero_engine
 
+CPU = torch.device("cpu")
 SIZES = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_hidden_size": 48}
 
 
@@ -67,13 +69,19 @@ def test_vocabulary_is_padded_to_128():
     assert [ModelConfig(**SIZES).padded_vocab_size(n) for n in (1, 128, 129, 50257)] == [128, 128, 256, 50304]
 
 
+def new_model(parallel: ParallelConfig, num_layers: int = 2, vocab_size: int = 100) -> Transformer:
+    """Return a model with initial weights, fp32."""
+    config = ModelConfig(**{**SIZES, "num_layers": num_layers})
+    model = Transformer(config, vocab_size, megatron_config(parallel))
+    fill_weights(model, config, 0, CPU, torch.float32)
+    return model
+
+
 def deviations() -> dict[str, float]:
     """Return the standard deviation of each matrix of a new model of 8 layers, over all layers, by its name."""
     parallel = ParallelConfig(tokens_per_rank=32)
     join(parallel, 1)
-    torch.manual_seed(0)
-    config = ModelConfig(**{**SIZES, "num_layers": 8})
-    model = Transformer(config, 1000, megatron_config(parallel))
+    model = new_model(parallel, num_layers=8, vocab_size=1000)
     matrices: dict[str, list[torch.Tensor]] = {}
     for name, weight in model.named_parameters():
         if weight.dim() > 1:
@@ -92,12 +100,27 @@ def test_the_matrices_that_write_to_the_residual_are_smaller_by_the_root_of_thei
         assert deviation == pytest.approx(expected, rel=0.05), name
 
 
+def embeddings_and_projections() -> list[dict[str, torch.Tensor]]:
+    """Return the embedding and first q, k, v projection of models with 2 and 3 layers."""
+    parallel = ParallelConfig(tokens_per_rank=32)
+    join(parallel, 1)
+    models = [new_model(parallel, num_layers=layers) for layers in (2, 3)]
+    names = ("embedding.weight", "blocks.0.attention.qkv.weight", "head.weight")
+    return [{name: dict(model.named_parameters())[name].detach() for name in names} for model in models]
+
+
+def test_a_weight_depends_on_its_name_and_on_no_other_weight(on_ranks):
+    [(first, second)] = on_ranks(1, embeddings_and_projections)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["embedding.weight"], first["head.weight"])
+
+
 def compiled_and_eager() -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return pairs of losses and gradients, from the model with compiled layers and from the same model uncompiled."""
     parallel = ParallelConfig(tokens_per_rank=32)
     join(parallel, 1)
+    model = new_model(parallel)
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**SIZES), 100, megatron_config(parallel))
     tokens = torch.randint(0, 100, (2, 33))
     layout = SeqLayout.packed((12, 20))
     attend = attention_on_one_rank("auto", torch.device("cpu"), [None])(layout)
@@ -123,8 +146,8 @@ def losses_of_two_sequences() -> tuple[torch.Tensor, torch.Tensor]:
     """Return the losses of two sequences, each `[s]`, that differ from token 20 on."""
     parallel = ParallelConfig(tokens_per_rank=32)
     join(parallel, 1)
+    model = new_model(parallel)
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**SIZES), 100, megatron_config(parallel))
     tokens = torch.randint(0, 100, (2, 33))
     tokens[1, :20] = tokens[0, :20]
     layout = SeqLayout.contiguous(32)
@@ -145,8 +168,7 @@ def weight_checksums(tensor: int) -> list[float]:
     """Return a checksum of this rank's part of the divided weights, and one of the replicated weights."""
     parallel = ParallelConfig(tokens_per_rank=32, tensor=tensor)
     mesh = join(parallel, 1)
-    torch.manual_seed(0)
-    model = Transformer(ModelConfig(**SIZES), 100, megatron_config(parallel))
+    model = new_model(parallel)
     optimizer = torch.optim.AdamW(model.parameters())
     zero_engine(model, optimizer, parallel, mesh, accumulation_steps=1, clip_grad_norm=1.0, dtype="float32")
     # The sum over this rank's part, which the caller adds up; norm weights are whole on every rank.

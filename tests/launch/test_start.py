@@ -1,0 +1,122 @@
+"""The start of a model: equal weights on every mesh, and the settings of the libraries below it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.lanes import by_lane
+from helpers.small_checkpoint import STATE, read_whole
+from longring.kernels.layout import SeqLayout
+from longring.launch.build import attention_on_one_rank, build_engine
+from longring.launch.checkpoint.save import Saver
+from longring.launch.config import load_recipe
+from longring.launch.run_directory import RunDirectory
+from longring.model import transformer
+from longring.model.transformer import Transformer
+from longring.parallel.mesh import join
+from torch.utils.checkpoint import checkpoint
+
+MESHES = {
+    "1 rank, ZeRO 0": (1, ["parallel.zero_stage=0"]),
+    "1 rank, ZeRO 3": (1, ["parallel.zero_stage=3"]),
+    "2 ranks, ZeRO 1": (2, ["parallel.zero_stage=1"]),
+    "3 ranks, ZeRO 2": (3, ["parallel.zero_stage=2", "train.global_batch_tokens=1536"]),
+    "4 ranks, tensor 2, ZeRO 3": (4, ["parallel.zero_stage=3", "parallel.tensor=2"]),
+}
+
+
+def save_first_weights(recipe_file: Path, overrides: list[str], target: Path) -> None:
+    """Save the weights of a run before its first step."""
+    recipe = load_recipe(recipe_file, overrides)
+    mesh = join(recipe.parallel, 1)
+    saver = Saver(build_engine(recipe, 500, mesh), RunDirectory(target), mesh, recipe.train, 1)
+    saver.begin(replace(STATE, step=1, skipped=(), tensor=mesh.tensor_size, world_size=mesh.world_size))
+    assert saver.finish()
+    saver.close()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "meshes"),
+    by_lane([("bfloat16", (0, 3, 4)), ("float32", range(5))], quick=[], slow=[("float32", range(5))]),
+)
+def test_initial_weights_are_equal_on_every_mesh(on_ranks, recipe_file, tmp_path, dtype, meshes):
+    first, *others = (list(MESHES)[number] for number in meshes)
+    found = {}
+    for name in (first, *others):
+        world_size, overrides = MESHES[name]
+        target = tmp_path / name
+        on_ranks(world_size, save_first_weights, recipe_file, [*overrides, f"train.dtype={dtype}"], target)
+        found[name] = read_whole(target / "checkpoints" / "step-00000001")
+    for name in others:
+        assert found[name].keys() == found[first].keys()
+        assert all(np.array_equal(found[name][key], value) for key, value in found[first].items()), name
+    matrices = [value for key, value in found[first].items() if key.endswith("weight/weight") and value.ndim > 1]
+    assert len({value.tobytes()[:64] for value in matrices}) == len(matrices), "each has its own values"
+
+
+def settings_of_libraries(recipe_file: Path) -> dict[str, list[object]]:
+    """Return what DeepSpeed, megatron-core and torch were told under ZeRO 1 to 3 with recomputation, by name."""
+    kept = []
+
+    def watched(*arguments, preserve_rng_state=True, **named):
+        kept.append(preserve_rng_state)
+        return checkpoint(*arguments, preserve_rng_state=preserve_rng_state, **named)
+
+    transformer.checkpoint = watched
+    overlapped, deterministic = [], []
+    for stage in (1, 2, 3):
+        words = [
+            f"parallel.zero_stage={stage}",
+            "train.recompute=true",
+            f"train.deterministic={str(stage > 1).lower()}",
+        ]
+        recipe = load_recipe(recipe_file, words)
+        mesh = join(recipe.parallel, 1)
+        engine = build_engine(recipe, 500, mesh)
+        overlapped.append(engine.zero_overlap_comm())
+        model = engine.module
+        assert isinstance(model, Transformer)
+        deterministic.append(model.embedding.deterministic_mode)
+        tokens, layout = torch.zeros(1, 65, dtype=torch.int64), SeqLayout.contiguous(64)
+        engine(tokens[:, :-1], tokens[:, 1:], layout, attention_on_one_rank("auto", mesh.device, layout))
+    return {"overlap_comm": overlapped, "deterministic_mode": deterministic, "preserve_rng_state": kept}
+
+
+@pytest.mark.full
+def test_the_libraries_are_told(on_ranks, recipe_file):
+    assert on_ranks(1, settings_of_libraries, recipe_file) == [
+        {
+            "overlap_comm": [True] * 3,
+            "deterministic_mode": [False, True, True],
+            "preserve_rng_state": [False] * 12,
+        }
+    ]
+
+
+def queues_when_the_gpu_starts(recipe_file: Path, tensor: int, own: str | None) -> str | None:
+    """Return CUDA_DEVICE_MAX_CONNECTIONS when a rank first uses its GPU, with the user's own value or None."""
+    os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
+    if own:
+        os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = own
+    found = []
+
+    def used(*_: object) -> None:
+        found.append(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"))
+        raise KeyboardInterrupt
+
+    torch.cuda.is_available, torch.cuda.set_device = lambda: True, used
+    with pytest.raises(KeyboardInterrupt):
+        join(load_recipe(recipe_file, [f"parallel.tensor={tensor}"]).parallel, 1)
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "own", "expected"), by_lane([(1, None, "32"), (2, None, "1"), (2, "8", "8")], quick=[(1, None, "32")])
+)
+def test_a_gpu_has_one_queue_under_tensor_parallelism(on_ranks, recipe_file, tensor, own, expected):
+    assert on_ranks(tensor, queues_when_the_gpu_starts, recipe_file, tensor, own) == [expected] * tensor
