@@ -42,7 +42,7 @@ def gradient(accumulations: int, dtype: str, gradient_dtype: str) -> Tensor:
     refresh(engine, mesh, 0)
     tokens = torch.randint(VOCABULARY, (1, TOKENS + 1), generator=torch.Generator().manual_seed(0)).to(mesh.device)
     layout = SeqLayout.contiguous(TOKENS)
-    attend = attention_on_one_rank("auto", mesh.device, layout)
+    attend = attention_on_one_rank("auto", mesh.device, [None])(layout)
     for _ in range(accumulations):
         engine.backward(engine(tokens[:, :-1], tokens[:, 1:], layout, attend).mean())
         engine.step()

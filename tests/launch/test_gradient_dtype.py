@@ -62,7 +62,7 @@ def weights_and_gradients(
         assert not said.getvalue(), "DeepSpeed prints over the table of steps"
         weights = {name: p.detach().clone() for p, name in engine.param_names.items()}
         layout = SeqLayout.contiguous(TOKENS)
-        attend = attention_on_one_rank("auto", mesh.device, layout)
+        attend = attention_on_one_rank("auto", mesh.device, [None])(layout)
         for number in range(accumulations):
             tokens = rows(mesh.data_rank, number)
             losses = engine(tokens[:, :-1], tokens[:, 1:], layout, attend)

@@ -83,7 +83,7 @@ def settings_of_libraries(recipe_file: Path) -> dict[str, list[object]]:
         assert isinstance(model, Transformer)
         deterministic.append(model.embedding.deterministic_mode)
         tokens, layout = torch.zeros(1, 65, dtype=torch.int64), SeqLayout.contiguous(64)
-        engine(tokens[:, :-1], tokens[:, 1:], layout, attention_on_one_rank("auto", mesh.device, layout))
+        engine(tokens[:, :-1], tokens[:, 1:], layout, attention_on_one_rank("auto", mesh.device, [None])(layout))
     return {"overlap_comm": overlapped, "deterministic_mode": deterministic, "preserve_rng_state": kept}
 
 
