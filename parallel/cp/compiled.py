@@ -48,12 +48,21 @@ class Send(NamedTuple):
     """Rows of a foreign share that are passed on, counted from its first row held; None: all of `source`."""
 
 
+class Receive(NamedTuple):
+    """Buffer of a message, in a slot."""
+
+    message: Message
+    slot: int
+    num_rows: int
+    is_share: bool
+    """Whether tiles read it; results are merged."""
+
+
 class Post(NamedTuple):
     """Start the messages of one half of a step, in the order of their channels; each tile has a post before it."""
 
     sends: tuple[Send, ...]
-    receives: tuple[tuple[Message, int], ...]
-    """Messages, and the slots of their buffers."""
+    receives: tuple[Receive, ...]
 
 
 class Wait(NamedTuple):
@@ -175,7 +184,11 @@ class _Compiler:
 
     def free(self, slot: int) -> None:
         """Free a slot and all views of it."""
-        self.operations.append(Free((slot, *self.views.pop(slot, {}).values())))
+        slots, last = (slot, *self.views.pop(slot, {}).values()), self.operations[-1]
+        if isinstance(last, Free):
+            self.operations[-1] = Free((*last.slots, *slots))
+        else:
+            self.operations.append(Free(slots))
 
     def share(self, share: Share, rows: Rows) -> int:
         """Return the slot of rows of a share, own or foreign."""
@@ -197,22 +210,25 @@ class _Compiler:
         """Add the operations of one half of a step; a post without messages only if `always`."""
         due, sent, sends, receives = ([m for m in found if not m.is_trade] for found in exchange)
         # Every wait of the exchange comes before its posts: both ends of a message keep this order.
+        spent: list[int] = []
         for message in due:
             self.operations.append(Wait(message))
             slot = self.travelling.pop(message)
             if message.is_result:
                 self.operations.append(Merge(self.results(message.share, message.rows), slot))
-                self.free(slot)
+                spent.append(slot)
             else:
                 self.shares[message.share] = slot
         for message in sent:
             self.operations.append(Wait(message))
-            self.free(self.travelling.pop(message))
+            spent.append(self.travelling.pop(message))
+        for slot in spent:
+            self.free(slot)
         # After the merges above: a partial result that is sent now holds all that has come for it.
         if sends or receives or always:
-            posted = [(message, self._travel(message)) for message in sorted(receives, key=_channel)]
-            post = Post(tuple(self._send(message) for message in sorted(sends, key=_channel)), tuple(posted))
-            self.operations.append(post)
+            into = tuple(self._receive(message) for message in sorted(receives, key=_channel))
+            out = tuple(self._send(message) for message in sorted(sends, key=_channel))
+            self.operations.append(Post(out, into))
             for message in filter(lambda m: m.is_result, sends):
                 self.free(self.sums.pop(message.share))
 
@@ -226,6 +242,10 @@ class _Compiler:
     def _travel(self, message: Message) -> int:
         self.travelling[message] = self.slot(message.rows)
         return self.travelling[message]
+
+    def _receive(self, message: Message) -> Receive:
+        start, stop = message.rows
+        return Receive(message, self._travel(message), stop - start, not message.is_result)
 
     def _send(self, message: Message) -> Send:
         slot = self._travel(message)

@@ -3,8 +3,8 @@
 A pass is a generator that yields each message when it must wait for it; the transport that drives the generator does
 the waiting. So one process can run all ranks of a plan in turn, with the code that runs on a cluster.
 
-Tensors of one shape travel as one: k and v, q and dout, dk and dv are stacked to a *pack* `[b, s, n, h, d]`, lse and
-delta to `[b, n, h, s]`, in which a kernel finds the rows of a head side by side.
+Tensors of one shape travel as one: k and v, q and dout, dk and dv are stacked to a *pack* `[b, s, 2, h, d]`, lse and
+delta to `[b, 2, h, s]`, in which a kernel finds the rows of a head side by side.
 """
 
 from __future__ import annotations
@@ -71,27 +71,40 @@ def backward(
 
 
 class _Form(NamedTuple):
-    """Shape of the packs that hold a share, or results for it, but for the number of rows."""
+    """Shapes of the packs that hold a share, or results for it, but for the number of rows."""
 
-    wide: int
+    num_wide: int
     """Number of tensors `[b, rows, h, d]`."""
-    stats: int
+    num_stats: int
     """Number of tensors `[b, h, rows]`."""
-    heads: int
+    batch: int
+    wide: tuple[int, ...]
+    """Dims of the first pack after its rows: h and d, before them n if it holds n > 1 tensors."""
+    stats: tuple[int, ...]
+    """Dims of the second pack before its rows: b and h, between them n if it holds n > 1 tensors."""
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> _Form:
-        """Return the form in which tensors are packed, those `[b, s, h, d]` before those `[b, h, s]`."""
-        wide = sum(x.dim() == 4 for x in tensors)
-        return cls(wide, len(tensors) - wide, tensors[0].shape[2] if tensors else 0)
+        """Return the form in which tensors are packed: any `[b, s, h, d]`, then any `[b, h, s]`."""
+        b, _, h, d = tensors[0].shape
+        num_wide = sum(x.dim() == 4 for x in tensors)
+        num_stats = len(tensors) - num_wide
+        wide = (num_wide, h, d) if num_wide > 1 else (h, d)
+        return cls(num_wide, num_stats, b, wide, (b, num_stats, h) if num_stats > 1 else (b, h))
 
     def empty(self, q: Tensor, num_rows: int, dtype: torch.dtype) -> list[Tensor]:
-        """Return uninitialized packs for a number of rows, on the device of q `[b, s, h, d]`; stats are fp32."""
-        b, _, _, d = q.shape
-        packs = [q.new_empty((b, num_rows, self.wide, self.heads, d), dtype=dtype)]
-        if self.stats:
-            packs.append(q.new_empty((b, self.stats, self.heads, num_rows), dtype=_wide(q)))
+        """Return uninitialized packs of a number of rows, on the device of q; stats are fp32."""
+        packs = [q.new_empty((self.batch, num_rows, *self.wide), dtype=dtype)]
+        if self.num_stats:
+            packs.append(q.new_empty((*self.stats, num_rows), dtype=_wide(q)))
         return packs
+
+    def tensors(self, packs: list[Tensor]) -> list[Tensor]:
+        """Return the tensors in packs, as views."""
+        found = list(packs[0].unbind(2)) if self.num_wide > 1 else packs[:1]
+        if self.num_stats:
+            found += packs[1].unbind(1) if self.num_stats > 1 else packs[1:]
+        return found
 
 
 class _Run(ABC):
@@ -114,7 +127,9 @@ class _Run(ABC):
         self.packs: dict[int, list[Tensor]] = {}
         """Memory of the slots that are not views: buffers of messages, foreign shares and sums for them."""
         self.forms: dict[Flow, _Form] = {"queries": _Form.of(own["queries"]), "keys": _Form.of(own["keys"])}
-        self.forms |= {"query_results": _Form.of(home["queries"]), "key_results": _Form.of(home["keys"])}
+        self.forms["query_results"] = _Form.of(home["queries"])
+        if home["keys"]:
+            self.forms["key_results"] = _Form.of(home["keys"])
         # Sums that grow on their way are not rounded.
         narrow = _wide(self.q) if not spec.narrow_results else self.q.dtype
         routes: dict[Flow, str] = {"query_results": spec.grid.query_route, "key_results": spec.grid.kv_route}
@@ -155,17 +170,16 @@ class _Run(ABC):
         flow: Flow = "query_results" if operation.side == "queries" else "key_results"
         packs = self.forms[flow].empty(self.q, operation.num_rows, _wide(self.q))
         self.clear(packs)
-        self.packs[operation.slot], self.views[operation.slot] = packs, _unpacked(packs)
+        self.packs[operation.slot], self.views[operation.slot] = packs, self.forms[flow].tensors(packs)
 
     def post(self, operation: Post) -> None:
         """Start messages."""
         receives: dict[Message, list[Tensor]] = {}
-        for message, slot in operation.receives:
-            start, stop = message.rows
-            packs = self.forms[message.flow].empty(self.q, stop - start, self.dtypes[message.flow])
-            receives[message] = self.packs[slot] = packs
-            if not message.is_result:
-                self.views[slot] = _unpacked(packs)
+        for message, slot, num_rows, is_share in operation.receives:
+            form = self.forms[message.flow]
+            receives[message] = self.packs[slot] = packs = form.empty(self.q, num_rows, self.dtypes[message.flow])
+            if is_share:
+                self.views[slot] = form.tensors(packs)
         sends: dict[Message, list[Tensor]] = {}
         for send in operation.sends:
             sends[send.message] = self.packs[send.slot] = self.content(send)
@@ -177,12 +191,12 @@ class _Run(ABC):
             return _packed(self.views[send.source])
         packs = self.packs[send.source]
         if send.message.is_result:
-            # lse, [b, n, h, s], is never rounded.
-            return [x.to(self.dtypes[send.message.flow]) if x.dim() == 5 else x for x in packs]
+            return [packs[0].to(self.dtypes[send.message.flow]), *packs[1:]]  # lse is never rounded
         if send.rows is None:
             return packs
         start, num_rows = send.rows[0], send.rows[1] - send.rows[0]
-        return [x.narrow(1 if x.dim() == 5 else 3, start, num_rows).contiguous() for x in packs]
+        # Rows are dim 1 of the first pack and the last dim of the second.
+        return [x.narrow(dim, start, num_rows).contiguous() for x, dim in zip(packs, (1, -1), strict=False)]
 
     def free(self, operation: Free) -> None:
         """Drop the tensors of some slots."""
@@ -209,9 +223,8 @@ class _Forward(_Run):
 
     def merge(self, operation):
         out, lse = self.views[operation.into]
-        outs, lses = self.packs[operation.part]
-        # The packs of one part, [b, s, 1, h, d] and [b, 1, h, s], are parts [1, b, s, h, d] and [1, b, h, s].
-        merge_(out, lse, outs.permute(2, 0, 1, 3, 4), lses.transpose(0, 1))
+        part_out, part_lse = self.packs[operation.part]
+        merge_(out, lse, part_out[None], part_lse[None])  # one part: [1, b, s, h, d] and [1, b, h, s]
 
     def clear(self, packs):
         packs[1].fill_(-torch.inf)  # out is not read where lse is -inf
@@ -234,8 +247,8 @@ class _Backward(_Run):
         attention_backward(dout, q, k, v, lse, delta, mask, into=into, backend=self.backend)
 
     def merge(self, operation):
-        (pack,) = self.packs[operation.part]
-        for total, part in zip(self.views[operation.into], pack.unbind(-3), strict=True):
+        totals, (pack,) = self.views[operation.into], self.packs[operation.part]
+        for total, part in zip(totals, pack.unbind(2) if len(totals) > 1 else (pack,), strict=True):
             total.add_(part)
 
     def clear(self, packs):
@@ -250,9 +263,4 @@ def _wide(q: Tensor) -> torch.dtype:
 def _packed(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the packs of tensors `[b, s, h, d]` and `[b, h, s]`: contiguous, copied where there are several."""
     kinds = [[x for x in tensors if x.dim() == dim] for dim in (4, 3)]
-    return [torch.stack(of, -3) if len(of) > 1 else of[0].contiguous().unsqueeze(-3) for of in kinds if of]
-
-
-def _unpacked(packs: list[Tensor]) -> list[Tensor]:
-    """Return the tensors in packs, as views."""
-    return [x for pack in packs for x in pack.unbind(-3)]
+    return [torch.stack(of, -3) if len(of) > 1 else of[0].contiguous() for of in kinds if of]

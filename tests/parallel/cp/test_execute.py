@@ -13,8 +13,10 @@ from helpers.lanes import by_lane
 from helpers.plain_attention import answers, visible_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from longring.kernels import triton_attention
 from longring.kernels.layout import SeqLayout
 from longring.kernels.mask import host_masks
+from longring.parallel.cp import execute
 from longring.parallel.cp import spec as specs
 from longring.parallel.cp.compiled import compile_plan
 from longring.parallel.cp.execute import AttentionSpec, backward, forward
@@ -191,6 +193,16 @@ def test_a_layout_for_each_rank():
     spec = AttentionSpec(CpGrid(query=4), tuple(zigzag(24, rank, 3) for rank in range(3)), Visibility())
     with pytest.raises(ValueError, match="query=4 is for 4 ranks, and there are 3 layouts"):
         spec.plan("forward", 0)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("grid", [CpGrid(query=3), CpGrid(2, 1, 2)], ids=str)
+def test_triton_kernels_read_what_travels(grid, monkeypatch):
+    """On CUDA tiles and merges are Triton kernels, which take strides of their own."""
+    monkeypatch.setattr(execute, "merge_", triton_attention.merge_)
+    case = Case(29, (0, 11), Visibility(), 4, 2)
+    got, exact = by_the_grid(case, grid, backend="triton"), expected(case)[1]
+    assert all(relative_rms(got[name], exact[name]) < 2e-6 for name in got)
 
 
 @pytest.mark.parametrize("grid", [CpGrid(query=3), CpGrid(2, 2, 1)], ids=str)
