@@ -103,8 +103,8 @@ def join(
 def megatron_config(parallel: ParallelConfig, deterministic: bool = False) -> ModelParallelConfig:
     """Return the configuration of megatron-core's layers, which make their weights on torch's default device."""
     return ModelParallelConfig(
-        # Otherwise the backward of the embedding adds rows of the gradient by atomics on a GPU.
-        deterministic_mode=deterministic,
+        # On a GPU torch's embedding adds the rows of its gradient in any order; megatron-core then indexes instead.
+        deterministic_mode=deterministic and torch.cuda.is_available(),
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=torch.float32,

@@ -15,9 +15,9 @@ from helpers.plain_model import plain_losses
 from longring.kernels.layout import SeqLayout
 from longring.launch.build import attention_on_one_rank, build_engine
 from longring.launch.config import Recipe, load_recipe
-from longring.parallel.fragments import owned
+from longring.parallel.fragments import owned, updates
 from longring.parallel.mesh import join
-from longring.parallel.zero import gradient_norm
+from longring.parallel.zero import gradient_norm, set_learning_rate
 from torch import Tensor
 
 VOCABULARY, TOKENS = 500, 64
@@ -154,3 +154,32 @@ def test_the_norm_counts_what_every_tensor_parallel_rank_holds(on_ranks, recipe_
     [[(*_, whole)]] = on_ranks(1, weights_and_gradients, recipe_file, 1, [words])
     split = on_ranks(2, weights_and_gradients, recipe_file, 1, [[*words, "parallel.tensor=2"]])
     assert [norm for [(*_, norm)] in split] == pytest.approx([whole] * 2, rel=0.01)
+
+
+def steps_without_finite_gradients(recipe_file: Path) -> list[tuple[bool, int, bool, int]]:
+    """Return, for each ZeRO stage, what a step without finite gradients does and what the next one does."""
+    found = []
+    for stage in range(4):
+        recipe = recipe_of(recipe_file, 2, 1, [f"parallel.zero_stage={stage}"])
+        mesh = join(recipe.parallel, 1)
+        engine = build_engine(recipe, VOCABULARY, mesh)
+        set_learning_rate(engine, 1e-2)
+        layout, tokens = SeqLayout.contiguous(TOKENS), rows(mesh.data_rank, 0)
+        attend = attention_on_one_rank("auto", mesh.device, [None])(layout)
+
+        def weights(engine=engine, mesh=mesh) -> list[Tensor]:
+            return [f.tensors["weight"].clone() for f in owned(engine, mesh)]
+
+        before = weights()
+        for factor in (math.inf if mesh.rank == 1 else 1.0, 1.0):
+            engine.backward(engine(tokens[:, :-1], tokens[:, 1:], layout, attend).mean() * factor)
+            engine.step()
+            same = all(torch.equal(x, y) for x, y in zip(weights(), before, strict=True))
+            found.append((math.isfinite(gradient_norm(engine)), updates(engine), same, stage))
+    return found
+
+
+@pytest.mark.full
+def test_a_step_without_finite_gradients_changes_nothing_on_any_rank(on_ranks, recipe_file):
+    expected = [step for stage in range(4) for step in ((False, 0, True, stage), (True, 1, False, stage))]
+    assert on_ranks(2, steps_without_finite_gradients, recipe_file) == [expected] * 2

@@ -17,8 +17,8 @@ from longring.launch.checkpoint.save import Saver
 from longring.launch.config import load_recipe
 from longring.launch.run_directory import RunDirectory
 from longring.model import transformer
-from longring.model.transformer import Transformer
-from longring.parallel.mesh import join
+from longring.parallel.config import ParallelConfig
+from longring.parallel.mesh import join, megatron_config
 from torch.utils.checkpoint import checkpoint
 
 MESHES = {
@@ -60,42 +60,38 @@ def test_initial_weights_are_equal_on_every_mesh(on_ranks, recipe_file, tmp_path
 
 
 def settings_of_libraries(recipe_file: Path) -> dict[str, list[object]]:
-    """Return what DeepSpeed, megatron-core and torch were told under ZeRO 1 to 3 with recomputation, by name."""
-    kept = []
+    """Return what DeepSpeed and torch were told under ZeRO 1 to 3 with recomputation, by name."""
+    kept, overlapped = [], []
 
     def watched(*arguments, preserve_rng_state=True, **named):
         kept.append(preserve_rng_state)
         return checkpoint(*arguments, preserve_rng_state=preserve_rng_state, **named)
 
     transformer.checkpoint = watched
-    overlapped, deterministic = [], []
     for stage in (1, 2, 3):
-        words = [
-            f"parallel.zero_stage={stage}",
-            "train.recompute=true",
-            f"train.deterministic={str(stage > 1).lower()}",
-        ]
-        recipe = load_recipe(recipe_file, words)
+        recipe = load_recipe(recipe_file, [f"parallel.zero_stage={stage}", "train.recompute=true"])
         mesh = join(recipe.parallel, 1)
         engine = build_engine(recipe, 500, mesh)
         overlapped.append(engine.zero_overlap_comm())
-        model = engine.module
-        assert isinstance(model, Transformer)
-        deterministic.append(model.embedding.deterministic_mode)
         tokens, layout = torch.zeros(1, 65, dtype=torch.int64), SeqLayout.contiguous(64)
-        engine(tokens[:, :-1], tokens[:, 1:], layout, attention_on_one_rank("auto", mesh.device, [None])(layout))
-    return {"overlap_comm": overlapped, "deterministic_mode": deterministic, "preserve_rng_state": kept}
+        attend = attention_on_one_rank("auto", mesh.device, [None])(layout)
+        engine(tokens[:, :-1], tokens[:, 1:], layout, attend)
+    return {"overlap_comm": overlapped, "preserve_rng_state": kept}
 
 
 @pytest.mark.full
-def test_the_libraries_are_told(on_ranks, recipe_file):
+def test_deepspeed_and_torch_are_told(on_ranks, recipe_file):
     assert on_ranks(1, settings_of_libraries, recipe_file) == [
-        {
-            "overlap_comm": [True] * 3,
-            "deterministic_mode": [False, True, True],
-            "preserve_rng_state": [False] * 12,
-        }
+        {"overlap_comm": [True] * 3, "preserve_rng_state": [False] * 12}
     ]
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_megatron_sums_in_a_fixed_order_on_a_gpu_if_asked(monkeypatch, cuda):
+    """On a CPU torch's own embedding does."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    parallel = ParallelConfig(tokens_per_rank=32)
+    assert [megatron_config(parallel, exact).deterministic_mode for exact in (False, True)] == [False, cuda]
 
 
 def queues_when_the_gpu_starts(recipe_file: Path, tensor: int, own: str | None) -> str | None:
