@@ -40,12 +40,15 @@ import cp_virtual
 import full_sizes
 import torch
 from lib.gpu_training import RECIPE, documents_settings, ranks_on_one_gpu
+from lib.process import versions
 from lib.script import Row, Size, about, make_parser, refuse, write_record
-from lib.sections import Section, run_section, show_result
+from lib.sections import Result, Section, run_section, show_result
 from rich.console import Console
 
 TOTAL_S = 520
 """Time of all sections together; starting and stopping processes takes the rest of 9 minutes."""
+LEAST_S = 20
+"""Least time for a section; with less left it does not run, which is an error."""
 CPU_S = 900
 """Time limit of each section without a GPU, where nothing is promised about the whole."""
 RANKS = 4
@@ -73,12 +76,12 @@ def sections(folder: Path, device: str, size: Size) -> list[tuple[Section, list[
     return [
         on_ranks("order", "lib.gpu_ranks:order_rows", 75, size=size),
         on_ranks("guards", "lib.gpu_ranks:guard_rows", 55, size=size),
-        on_ranks("train", "lib.gpu_training:train_rows", 60, **training, last=STEPS),
-        on_one("killed", "lib.gpu_training:killed_rows", 75, **killed),
-        on_one("step", "lib.gpu_step:step_rows", 70, size=size),
-        on_one("sizes", "lib.gpu_kernels:sizes_rows", 45, device=device, size=size),
-        on_one("tests", "lib.gpu_kernels:tests_rows", 55, device=device, size=size),
-        on_one("family", "lib.gpu_kernels:family_rows", 40, device=device, size=size),
+        on_ranks("train", "lib.gpu_training:train_rows", 75, **training, last=STEPS),
+        on_one("killed", "lib.gpu_training:killed_rows", 100, **killed),
+        on_one("step", "lib.gpu_step:step_rows", 65, size=size),
+        on_one("sizes", "lib.gpu_kernels:sizes_rows", 40, device=device, size=size),
+        on_one("tests", "lib.gpu_kernels:tests_rows", 45, device=device, size=size),
+        on_one("family", "lib.gpu_kernels:family_rows", 30, device=device, size=size),
         on_one("speed", "lib.gpu_kernels:speed_rows", TOTAL_S, device=device, size=size),
     ]
 
@@ -98,14 +101,17 @@ def main() -> int:
     found = sections(folder, device, options.size)
     if unknown := set(options.only or []) - {section.name for section, _ in found}:
         return refuse(f"--only {min(unknown)}: is none of {', '.join(section.name for section, _ in found)}")
-    record: Row = {"sections": []}
+    record: Row = {"versions": versions(), "sections": []}
     right = True
     for section, processes in found:
         if options.only and section.name not in options.only:
             continue
-        if device == "cuda":
-            section = section._replace(seconds=max(1.0, min(section.seconds, started + TOTAL_S - time.monotonic())))
-        result = run_section(section, processes, folder / "logs")
+        left_s = started + TOTAL_S - time.monotonic() if device == "cuda" else CPU_S
+        if left_s < LEAST_S:
+            result = Result([], {"section": section.name, "status": "not run", "seconds": 0.0, "note": "no time left"})
+        else:
+            limited = section._replace(seconds=min(section.seconds, left_s))
+            result = run_section(limited, processes, folder / "logs")
         right &= result.right
         record["sections"].append(result.section)
         record[section.name] = result.rows

@@ -35,7 +35,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
 import torch
 from lib.gpu_training import RECIPE, curriculum_settings
-from lib.process import free_port
+from lib.process import free_port, versions
 from lib.script import Row, Size, about, make_parser, refuse, write_record
 from lib.sections import Result, Section, run_section, show_result
 from longring.parallel.meet import meet
@@ -146,7 +146,7 @@ def main() -> int:
     console = Console(width=80, quiet=world.rank > 0)
     facts = {"ranks": world.size, "ranks_per_node": world.local_size, "directory": str(folder)}
     console.print({**about(device), **facts})
-    record: dict[str, Any] = {**facts, "sections": []}
+    record: dict[str, Any] = {**facts, "versions": versions(), "sections": []}
     right, started = True, time.monotonic()
     for section in chosen:
         if options.only and section.name not in options.only:

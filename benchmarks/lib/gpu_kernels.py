@@ -18,7 +18,7 @@ LANE = "not slow and not full"
 """Tests of `make test-quick`, one of every kind; `pytest tests/kernels` on the GPU runs them all."""
 CPU_SELECTION = "test_merge or running or strides or written"
 """Tests of --quick on a CPU, where interpreted kernels are slow."""
-MARGIN_S = 25
+MARGIN_S = 15
 """Time that a section keeps for its start and for the case under way at its deadline."""
 
 

@@ -126,7 +126,7 @@ def profiled(grid: CpGrid, group: CpGroup, shape: tuple[int, ...], mesh: Mesh) -
     with profile(activities=activities) as found:
         both_passes()
     device = torch.autograd.DeviceType.CUDA if mesh.device.type == "cuda" else torch.autograd.DeviceType.CPU  # type: ignore[attr-defined]
-    events = [event for event in found.events() or () if event.device_type == device]
+    events = [event for event in found.events() or () if event.device_type == device and not event.is_user_annotation]
     of_messages, of_compute = [], []
     for event in events:
         if (kind := kind_of(event.name, mesh.device.type)) is not None:

@@ -88,7 +88,7 @@ class Ready(NamedTuple):
 def make_ready(size: Size) -> Ready:
     """Return the model of a size on this process's rank, the only one."""
     be_the_only_rank()
-    sizes = SIZES[size]
+    sizes = SIZES[size if torch.cuda.is_available() else "smallest"]
     recipe = load_recipe(
         RECIPE,
         [
