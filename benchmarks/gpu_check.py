@@ -13,7 +13,7 @@ the others whole; the record is written after each:
 - train: ten steps of a small recipe with packed documents over four ranks;
 - killed: the same run goes on, one rank is killed, and the others must end with status 75;
 - step: a training step of 1B parameters on one rank, by bucket length, with and without recompute; its loss head,
-  optimizer and host time; kernels compiled after the first packing; a layer compiled and as a CUDA graph;
+  optimizer and host time; kernels compiled by random packings; a layer compiled and as a CUDA graph;
 - sizes: benchmarks/full_sizes.py, attention in full sizes against fp64;
 - tests: the kernels' tests;
 - family: benchmarks/cp_virtual.py, context parallelism on virtual ranks;
@@ -62,7 +62,7 @@ def sections(folder: Path, device: str, size: Size) -> list[tuple[Section, list[
     gpu = device == "cuda"
     count = 2 if size == "smallest" else RANKS
     training = {"recipe": str(RECIPE), "settings": documents_settings(folder, count, size)}
-    alone = [{"TRITON_CACHE_DIR": str(folder / "triton")}]  # empty at first, so that it shows what is compiled
+    alone = [{"TRITON_CACHE_DIR": str(folder / "triton")}]  # empty at first: the time to compile is that of a new node
 
     def on_ranks(
         name: str, generator: str, seconds: float, /, **arguments: Any

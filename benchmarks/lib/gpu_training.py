@@ -71,7 +71,8 @@ def train_rows(recipe: str, settings: list[str], last: int) -> Iterator[Row]:
         "first_ms": mine[0]["step_ms"],
         "median_ms": sorted(step["step_ms"] for step in mine)[len(mine) // 2],
         "tokens_per_s": max(step["tokens_per_s"] for step in mine),
-        "right": is_whole(steps, last),
+        "compiled": (compiled := sum(step["compilations"] for step in mine)),
+        "right": is_whole(steps, last) and not compiled,
     }
 
 
