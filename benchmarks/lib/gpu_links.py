@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from .gpu_ranks import family, joined, largest, num_heads, say
 from .script import Row, Size
-from .trace import kind_of, length
+from .trace import covered, kind_of, length
 
 ROUNDS = 5
 """Timed rounds of a pattern, after one that connects; the fastest counts."""
@@ -93,13 +93,12 @@ def overlap_rows(size: Size) -> Iterator[Row]:
         for name, grid in members.items():
             say(mesh, name)
             shape = (1, per_rank, heads, head_dim)
-            busy, total, covered = profiled(grid, group, shape, mesh)
-            [busy, total] = largest([busy, total], mesh)
-            [exposed] = largest([1 - covered], mesh)
+            busy, total, share = profiled(grid, group, shape, mesh)
+            busy, total, minus_share = largest([busy, total, -share], mesh)
             if mesh.rank == 0:
                 yield {
                     **{"grid": name, "ranks": degree, "tokens_a_rank": per_rank},
-                    **{"compute_ms": busy, "communication_ms": total, "covered": 1 - exposed},
+                    **{"compute_ms": busy, "communication_ms": total, "covered": -minus_share},
                 }
 
 
@@ -132,6 +131,4 @@ def profiled(grid: CpGrid, group: CpGroup, shape: tuple[int, ...], mesh: Mesh) -
         if (kind := kind_of(event.name, mesh.device.type)) is not None:
             chosen = of_messages if kind == "communication" else of_compute
             chosen.append((event.time_range.start / 1e3, event.time_range.end / 1e3))
-    total = length(of_messages)
-    both = length(of_messages) + length(of_compute) - length([*of_messages, *of_compute])
-    return length(of_compute), total, both / total if total else 1.0
+    return length(of_compute), length(of_messages), covered(of_messages, of_compute)

@@ -25,3 +25,10 @@ def length(intervals: Sequence[Interval]) -> float:
         total += max(0.0, stop - max(start, until))
         until = max(until, stop)
     return total
+
+
+def covered(messages: Sequence[Interval], compute: Sequence[Interval]) -> float:
+    """Return the share, 0 to 1, of the time of messages in which something is computed; 1 without messages."""
+    total = length(messages)
+    exposed = length([*messages, *compute]) - length(compute)
+    return min(1.0, max(0.0, 1 - exposed / total)) if total else 1.0
