@@ -8,15 +8,18 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from threading import Thread
 
 import torch
 import torch.distributed as dist
 
+from ...kernels.layout import SeqLayout
 from .grid import CpGrid
-from .plan import Channel, Flow, Message
+from .plan import Channel, Flow, Message, Pass
+from .schedules import Schedule
+from .visible import Visibility
 
 log = logging.getLogger(__name__)
 
@@ -87,31 +90,79 @@ class Watch(Thread):
 
 
 def open_group(global_ranks: Sequence[int], grids: Iterable[CpGrid], *, timeout_s: float = 600.0) -> CpGroup:
-    """Return the group of `global_ranks`, with all channels that `grids` need. Collective among these ranks."""
+    """Return the group of `global_ranks`, with all channels that `grids` need, connected.
+
+    Collective among these ranks.
+    """
+    grids = list(grids)
+    rank = list(global_ranks).index(dist.get_rank())
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    links = sorted({link for grid in grids for link in _links(grid, rank)})
     flows: set[Flow] = set()
     for grid in grids:
         flows |= {"to_heads", "from_heads"} if grid.heads > 1 else set()
         flows |= {"queries", "query_results"} if grid.query > 1 else set()
         flows |= {"keys", "key_results"} if grid.kv > 1 else set()
     channels: dict[Channel, dist.ProcessGroup] = {}
-    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     for flow in sorted(flows):
         for direction in ("up", "down"):
-            # Only members take part: with 1,024 ranks each makes the groups of its own sequence, not thousands.
-            group = dist.new_group(
-                list(global_ranks),
-                timeout=timedelta(seconds=timeout_s + 60),  # our own limit comes first and names the message
-                use_local_synchronization=True,
-                group_desc=f"{flow} {direction}",
-            )
-            assert isinstance(group, dist.ProcessGroup)
-            # NCCL makes the communicator at the first use and waits for all members, but not every member uses every
-            # channel: the "down" channel of a ring is used by its last and its first rank only.
-            dist.all_reduce(torch.zeros(1, device=device), group=group)
-            channels[flow, direction] = group
+            channels[flow, direction] = open_channel(global_ranks, f"{flow} {direction}", device, timeout_s + 60)
+    group = CpGroup(rank, tuple(global_ranks), channels, timeout_s)
+    _connect(group, links, device)
     # On the CPU a wait has a time limit of its own; on CUDA the host does not wait, so a thread watches.
-    watch = None
     if device.type == "cuda":
         watch = Watch(timeout_s)
         watch.start()
-    return CpGroup(list(global_ranks).index(dist.get_rank()), tuple(global_ranks), channels, timeout_s, watch)
+        group = replace(group, watch=watch)
+    return group
+
+
+def open_channel(global_ranks: Sequence[int], name: str, device: torch.device, timeout_s: float) -> dist.ProcessGroup:
+    """Return a new process group of `global_ranks`, its communicator made. Collective among these ranks."""
+    # A world that is bound to a device splits its communicator for each new group, which waits for all of its ranks;
+    # here only members take part: with 1,024 ranks each makes the groups of its own sequence, not thousands.
+    assert dist.group.WORLD is not None
+    assert dist.group.WORLD.bound_device_id is None, "init_process_group(device_id=...) makes new groups wait for ever"
+    group = dist.new_group(
+        list(global_ranks),
+        timeout=timedelta(seconds=timeout_s),
+        use_local_synchronization=True,
+        group_desc=name,
+    )
+    assert isinstance(group, dist.ProcessGroup)
+    # NCCL makes the communicator at the first use and waits for all members, but not every member uses every channel:
+    # the "down" channel of a ring is used by its last and its first rank only.
+    dist.all_reduce(torch.zeros(1, device=device), group=group)
+    return group
+
+
+def _links(grid: CpGrid, rank: int) -> set[tuple[Channel, int, int]]:
+    """Return (channel, source, target) of every message that a plan of `rank` may have, whatever is visible."""
+    # One token a rank, and every query sees every key: masks, windows and documents only take messages away.
+    layouts = [SeqLayout(((at, at + 1),)) for at in range(grid.size)]
+    passes: tuple[Pass, ...] = ("forward", "backward")
+    plans = [Schedule(grid, layouts, Visibility(causal=False), direction).plan(rank) for direction in passes]
+    return {
+        (message.channel, message.source, message.target)
+        for plan in plans
+        for step in plan.steps
+        for message in (*step.sends, *step.receives)
+    }
+
+
+def _connect(group: CpGroup, links: Iterable[tuple[Channel, int, int]], device: torch.device) -> None:
+    """Send one byte over each link of this rank. Collective.
+
+    NCCL connects a pair of ranks at its first message, and blocks the hosts of both until then: here, where no rank
+    computes, and not at the step at which a document first makes two ranks talk.
+    """
+    # Both ends of a link post it in the round of its channel and distance, and every rank goes through the rounds in
+    # increasing order, as in `transports.Distributed.post`. A round is at most one send and one receive.
+    rounds: dict[tuple[Channel, int], list[dist.P2POp]] = {}
+    for channel, source, target in links:
+        operation, peer = (dist.isend, target) if source == group.rank else (dist.irecv, source)
+        buffer = torch.zeros(1, dtype=torch.uint8, device=device)
+        op = dist.P2POp(operation, buffer, group=group.channels[channel], group_peer=peer)
+        rounds.setdefault((channel, target - source), []).append(op)
+    for work in [work for key in sorted(rounds) for work in dist.batch_isend_irecv(rounds[key])]:
+        work.wait()

@@ -31,7 +31,11 @@ class Distributed:
         self.works: dict[Message, list[dist.Work]] = {}
 
     def post(self, sends: Contents, receives: Contents) -> None:
-        """Start messages (see `Transport`), those of one channel together as one batch.
+        """Start messages (see `Transport`), those of one channel together as one batch, in order of channels.
+
+        The order holds on every rank: NCCL may block the host in a batch, or the device, until the other ends of its
+        messages are in theirs. Both ends of a message post it in the same pass, step, half of the step and channel, and
+        every rank goes through these in increasing order, so the ranks of the earliest batch never wait for each other.
 
         Receives go first: gloo sends a message after its target has said that it is ready, and this notice queues
         behind data posted before it (benchmarks/gloo_links.py: traffic in both directions then takes twice the time).
@@ -44,7 +48,8 @@ class Distributed:
                 group = self.group.channels[message.channel]
                 ops = [(message, dist.P2POp(operation, x, group=group, group_peer=peer)) for x in tensors]
                 batches.setdefault(message.channel, []).extend(ops)
-        for batch in batches.values():
+        for channel in sorted(batches):
+            batch = batches[channel]
             try:
                 works = dist.batch_isend_irecv([op for _, op in batch])
             except RuntimeError as error:

@@ -1,0 +1,46 @@
+"""All that a start and its steps ask of process groups, in an order in which no ranks wait for each other on NCCL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.lanes import by_lane
+from helpers.nccl_rules import Call, deadlock, messages_of, recorded
+from longring.data.prepare.prepare import prepare
+from longring.launch.config import load_recipe
+from longring.launch.train import train
+from rich.console import Console
+
+# The first of two layers has an attention window: it has a grid of its own, and sees few ranks.
+WINDOWED = ["model.window_tokens=40", "model.full_attention_every=2"]
+# Sequences of several documents.
+PACKED = ["data.rest=pack", "data.max_bucket_tokens=128", "parallel.tokens_per_rank=32"]
+HEADS = ["parallel.cp.schedule_of={2 = 'heads=2', 4 = 'heads=2, query=2'}"]
+RUNS = {
+    "probed": ["parallel.tokens_per_rank=128", *WINDOWED],
+    "heads-zero3": ["parallel.tokens_per_rank=128", "parallel.zero_stage=3", *HEADS],
+    "tensor-zero2": ["parallel.tokens_per_rank=256", "parallel.tensor=2", "parallel.zero_stage=2"],
+    "sequence-parallel": ["parallel.tokens_per_rank=256", "parallel.tensor=2", "parallel.sequence_parallel=true"],
+    "packed": [*PACKED, *WINDOWED, "parallel.cp.schedule=grid"],
+}
+"""Runs on four ranks: with buckets of 64 to 512 tokens, on rings of 1, 2 and 4 of them."""
+
+
+def calls_of_a_run(recipe_file: Path, overrides: list[str]) -> list[Call]:
+    with recorded() as calls:
+        train(load_recipe(recipe_file, overrides), Console(quiet=True))
+    return calls
+
+
+@pytest.mark.parametrize("name", by_lane(RUNS, quick=[], slow=[name for name in RUNS if name != "probed"]))
+def test_no_rank_waits_for_another_in_a_cycle(on_ranks, recipe_file, tmp_path, name):
+    """Probe, guards, DeepSpeed's and Megatron's collectives, rings of every size, saves: ten steps."""
+    overrides = [*RUNS[name], f"run_directory={tmp_path}/run", "train.steps=10", "train.checkpoint_every_steps=5"]
+    if name == "packed":
+        overrides.append(f"data.directory={tmp_path}/data")
+        prepare(load_recipe(recipe_file, overrides).data, Console(quiet=True))
+    ranks = on_ranks(4, calls_of_a_run, recipe_file, overrides)
+    assert all(messages_of(calls) for calls in ranks)
+    for rule in ("first use", "one queue"):
+        assert deadlock(ranks, rule) is None
