@@ -123,7 +123,7 @@ def bucket_layouts(
     # All ranks open process groups in the same order: here by size, whatever the order of the grids.
     for size in sorted({grid.size for grid in grids.values()}):
         used = [grid for grid in grids.values() if grid.size == size]
-        groups[size] = open_group(mesh.neighbours[size], used, timeout_s=recipe.parallel.cp.timeout_s)
+        groups[size] = open_group(mesh.neighbours[size], used, mesh.timeout)
     all_windows = {recipe.model.attention_window(layer) for layer in range(recipe.model.num_layers)}
     whole = attention_on_one_rank(recipe.train.attention_backend, mesh.device, all_windows)
     layouts = {}

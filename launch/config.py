@@ -123,7 +123,8 @@ class FaultsConfig:
     """Maximum number of consecutive failed saves, on a full disk for example; that many stop the run. Training goes on
     after a failed save until the next checkpoint is due."""
     hang_minutes: Annotated[float, Interval(ge=0, le=525_600)] = 10.0
-    """Minutes without progress after which a rank reports its position and ends the run. 0: never."""
+    """Minutes without progress after which a rank reports its position and ends the run; more than a step takes. 0:
+    never, and torch ends a collective after 10 minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)

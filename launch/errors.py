@@ -14,6 +14,9 @@ GO_ON_LATER = 75
 """Exit status (EX_TEMPFAIL) of a start that saved and stopped early; the same command continues the run."""
 USER_ERROR = 2
 """Exit status of an error that only a person can correct."""
+GPU_ERROR = 70
+"""Exit status (EX_SOFTWARE) after a GPU reported an error, such as an illegal memory access; the next start may
+succeed."""
 IO_ERROR = 74
 """Exit status (EX_IOERR) after a file could not be read or written; the next start may succeed."""
 

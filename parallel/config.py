@@ -32,8 +32,6 @@ class CpConfig:
     narrow_results: bool = True
     """Send partial results in the dtype of the activations; false sends them in fp32. Results that are summed along
     the route `round`, and lse, always travel in fp32, and all sums are fp32."""
-    timeout_s: Annotated[float, Interval(gt=0, le=604_800)] = 600.0
-    """Longest wait for a message, in seconds; after it the run ends with the peer's rank."""
     guards: bool = True
     """Check on a small sequence, before the first step, that no loss depends on a later token or on another document,
     and that loss and gradient equal those of one rank."""

@@ -38,6 +38,8 @@ class Mesh:
     device: torch.device
     neighbours: dict[int, tuple[int, ...]]
     """Global ranks that share a sequence with this rank, itself included, by context-parallel degree 1, 2, 4, ..."""
+    timeout: timedelta
+    """Time after which torch ends a collective, of any process group."""
 
     @property
     def tensor_group(self) -> dist.ProcessGroup:
@@ -78,15 +80,17 @@ def join(
         device = torch.device("cpu")
         # megatron-core allocates on torch.cuda.current_device(); without CUDA that must be the CPU.
         torch.cuda.current_device = lambda: device
+    timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
-        timeout = timedelta(minutes=timeout_minutes)
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = store or meet(world, timeout)
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor, create_gloo_process_groups=False
+        tensor_model_parallel_size=parallel.tensor,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=timeout_minutes,  # type: ignore[arg-type] (any number of minutes)
     )
 
     # Tensor-parallel ranks are adjacent; a context-parallel group is an aligned run of the data axis.
@@ -97,7 +101,7 @@ def join(
         first = data_rank - data_rank % degree
         neighbours[degree] = tuple((first + i) * parallel.tensor + tensor_rank for i in range(degree))
         degree *= 2
-    return Mesh(world.rank, world.size, tensor_rank, parallel.tensor, data_rank, data_size, device, neighbours)
+    return Mesh(world.rank, world.size, tensor_rank, parallel.tensor, data_rank, data_size, device, neighbours, timeout)
 
 
 def megatron_config(parallel: ParallelConfig, deterministic: bool = False) -> ModelParallelConfig:

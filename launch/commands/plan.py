@@ -145,7 +145,7 @@ def measure_passes(recipe: Recipe, grid: CpGrid, num_tokens: int, visibility: Vi
     """Run each pass on this group of ranks with random q, k, v; return a panel for each, on every rank. Collective."""
     # One group alone, without tensor parallelism: each rank has the heads of one tensor-parallel rank of a run.
     mesh = join(replace(recipe.parallel, tensor=1, sequence_parallel=False), grid.size)
-    group = open_group(range(grid.size), [grid], timeout_s=recipe.parallel.cp.timeout_s)
+    group = open_group(range(grid.size), [grid], mesh.timeout)
     shape, layout = attention_shape(recipe), zigzag(num_tokens, group.rank, grid.size)
     layouts = tuple(zigzag(num_tokens, rank, grid.size) for rank in range(grid.size))
     spec = AttentionSpec(grid, layouts, visibility, recipe.train.attention_backend, shape.narrow_results)

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import signal
 from collections.abc import Callable
 
-import torch
 import torch.distributed as dist
 
 from ...data.format.damage import DamagedDataError
 from ...data.processes import end_with_parent
-from ...parallel.cp.group import PeerError
+from ...parallel.failures import PeerError, full_memory, gpu_error
 from ...parallel.world import World
-from ..errors import GO_ON_LATER, IO_ERROR, USER_ERROR, CommonError, print_error
+from ..errors import GO_ON_LATER, GPU_ERROR, IO_ERROR, USER_ERROR, CommonError, print_error
 
 log = logging.getLogger(__name__)
 
 LAUNCHER = "LONGRING_LAUNCHER"
 """Environment variable in which `longring` tells its ranks its process id."""
-
-
-def is_lost_peer(error: RuntimeError) -> bool:
-    """Return whether a collective failed because another rank is gone."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
 
 
 def as_rank(function: Callable[[], int | None]) -> int:
@@ -65,12 +58,18 @@ def as_rank(function: Callable[[], int | None]) -> int:
 def _ending(error: Exception, number: int) -> tuple[int, str, bool] | None:
     """Return the exit status and the line of an error, and whether all ranks meet it; None: it is LongRing's own."""
     rank, text = f"rank {number}", str(error) or type(error).__name__
-    if (full := _full_memory(error)) is not None:
+    if (full := full_memory(error)) is not None:
         message = (
             f"{rank}: not enough {full}; lower parallel.tokens_per_rank, or raise parallel.zero_stage or "
             "parallel.tensor, and the same command continues"
         )
         return USER_ERROR, message, False
+    if (reason := gpu_error(error)) is not None:
+        message = (
+            f"{rank}: its GPU reports: {reason}; give the same command again, and exclude the machine if it happens "
+            "there again"
+        )
+        return GPU_ERROR, message, False
     if isinstance(error, dist.DistError):  # while the ranks join; later the watchdog makes it a ConnectionError
         reason = text.splitlines()[0]
         return GO_ON_LATER, f"{rank}: cannot reach the other ranks: {reason}; give the same command again", False
@@ -83,17 +82,3 @@ def _ending(error: Exception, number: int) -> tuple[int, str, bool] | None:
     if isinstance(error, ValueError | ArithmeticError):
         return USER_ERROR, text, not isinstance(error, DamagedDataError)
     return None
-
-
-def _full_memory(error: BaseException) -> str | None:
-    """Return the memory that was not enough, and the reason that the allocator gives; None for any other error."""
-    text = (str(error) or type(error).__name__).partition("\n")[0]
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"GPU memory: {text}"
-    if (
-        isinstance(error, MemoryError)
-        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-        or (isinstance(error, RuntimeError) and "allocate memory" in text)
-    ):
-        return f"memory: {text}"
-    return error.__cause__ and _full_memory(error.__cause__)

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ...parallel.failures import is_lost_peer
 from ..checkpoint.format import complete_checkpoints
 from ..errors import GO_ON_LATER, rank_names
 from ..run_directory import RunDirectory
-from .rank import is_lost_peer
 
 log = logging.getLogger(__name__)
 

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
-from threading import Thread
 
 import torch
 import torch.distributed as dist
@@ -20,12 +14,6 @@ from .grid import CpGrid
 from .plan import Channel, Flow, Message, Pass
 from .schedules import Schedule
 from .visible import Visibility
-
-log = logging.getLogger(__name__)
-
-
-class PeerError(RuntimeError):
-    """Another rank of a context-parallel group is dead or late."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +25,6 @@ class CpGroup:
     """Global rank of each member, in order."""
     channels: Mapping[Channel, dist.ProcessGroup]
     """A process group for each channel, which has its own NCCL communicator and stream, or its own gloo connections."""
-    timeout_s: float
-    """Longest wait for a message, in seconds."""
-    watch: Watch | None = None
-    """Thread that ends the process when a message is overdue; used on CUDA, where the device waits and the host does
-    not."""
 
     @property
     def size(self) -> int:
@@ -49,50 +32,22 @@ class CpGroup:
         return len(self.global_ranks)
 
     def explain(self, message: Message) -> str:
-        """Return the error text for an overdue message of this rank: rank, flow, steps and peer."""
+        """Return the error text for a message of this rank that failed: rank, flow, steps and peer."""
         if message.source == self.rank:
             peer, action, way = message.target, "send", "to"
         else:
             peer, action, way = message.source, "receive", "from"
         return (
             f"context parallelism: rank {self.rank} of {self.size} could not {action} {message.flow} of grid position "
-            f"{message.owner} {way} rank {peer} (posted at step {message.posted}, due at step {message.due}) within "
-            f"parallel.cp.timeout_s = {self.timeout_s:g}: rank {peer} of the group is dead or late; see the log of "
-            f"global rank {self.global_ranks[peer]}"
+            f"{message.owner} {way} rank {peer} (posted at step {message.posted}, due at step {message.due}): "
+            f"rank {peer} of the group is dead or late; see the log of global rank {self.global_ranks[peer]}"
         )
 
 
-class Watch(Thread):
-    """Thread that ends the process when a message for which only the device waits is overdue.
-
-    An exception would not help: the host may be waiting for the device, which waits for the dead rank.
-    """
-
-    def __init__(self, timeout_s: float, end: Callable[[int], None] = os._exit) -> None:
-        super().__init__(daemon=True, name="context-parallel watch")
-        self.timeout_s, self.end = timeout_s, end
-        self.expected: deque[tuple[float, Callable[[], bool], Callable[[], str]]] = deque()
-
-    def expect(self, is_done: Callable[[], bool], explain: Callable[[], str]) -> None:
-        """Watch a message: `is_done()` must become true within timeout_s from now, else `explain()` is printed."""
-        self.expected.append((time.monotonic() + self.timeout_s, is_done, explain))
-
-    def run(self) -> None:
-        """Check the oldest message until one is overdue; messages that came later are due later."""
-        while True:
-            while self.expected and self.expected[0][1]():
-                self.expected.popleft()
-            if self.expected and time.monotonic() > self.expected[0][0]:
-                log.critical(self.expected[0][2]())
-                print(f"error: {self.expected[0][2]()}", file=sys.stderr, flush=True)
-                return self.end(2)
-            time.sleep(min(1.0, self.timeout_s / 10))
-
-
-def open_group(global_ranks: Sequence[int], grids: Iterable[CpGrid], *, timeout_s: float = 600.0) -> CpGroup:
+def open_group(global_ranks: Sequence[int], grids: Iterable[CpGrid], timeout: timedelta | None = None) -> CpGroup:
     """Return the group of `global_ranks`, with all channels that `grids` need, connected.
 
-    Collective among these ranks.
+    A message that takes longer than `timeout` (None: torch's default) fails. Collective among these ranks.
     """
     grids = list(grids)
     rank = list(global_ranks).index(dist.get_rank())
@@ -106,29 +61,21 @@ def open_group(global_ranks: Sequence[int], grids: Iterable[CpGrid], *, timeout_
     channels: dict[Channel, dist.ProcessGroup] = {}
     for flow in sorted(flows):
         for direction in ("up", "down"):
-            channels[flow, direction] = open_channel(global_ranks, f"{flow} {direction}", device, timeout_s + 60)
-    group = CpGroup(rank, tuple(global_ranks), channels, timeout_s)
+            channels[flow, direction] = open_channel(global_ranks, f"{flow} {direction}", device, timeout)
+    group = CpGroup(rank, tuple(global_ranks), channels)
     _connect(group, links, device)
-    # On the CPU a wait has a time limit of its own; on CUDA the host does not wait, so a thread watches.
-    if device.type == "cuda":
-        watch = Watch(timeout_s)
-        watch.start()
-        group = replace(group, watch=watch)
     return group
 
 
-def open_channel(global_ranks: Sequence[int], name: str, device: torch.device, timeout_s: float) -> dist.ProcessGroup:
+def open_channel(
+    global_ranks: Sequence[int], name: str, device: torch.device, timeout: timedelta | None
+) -> dist.ProcessGroup:
     """Return a new process group of `global_ranks`, its communicator made. Collective among these ranks."""
     # A world that is bound to a device splits its communicator for each new group, which waits for all of its ranks;
     # here only members take part: with 1,024 ranks each makes the groups of its own sequence, not thousands.
     assert dist.group.WORLD is not None
     assert dist.group.WORLD.bound_device_id is None, "init_process_group(device_id=...) makes new groups wait for ever"
-    group = dist.new_group(
-        list(global_ranks),
-        timeout=timedelta(seconds=timeout_s),
-        use_local_synchronization=True,
-        group_desc=name,
-    )
+    group = dist.new_group(list(global_ranks), timeout=timeout, use_local_synchronization=True, group_desc=name)
     assert isinstance(group, dist.ProcessGroup)
     # NCCL makes the communicator at the first use and waits for all members, but not every member uses every channel:
     # the "down" channel of a ring is used by its last and its first rank only.

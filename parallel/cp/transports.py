@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from datetime import timedelta
 from typing import Protocol, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
-from .group import CpGroup, PeerError
+from ..failures import PeerError, is_lost_peer
+from .group import CpGroup
 from .plan import Channel, Message
 
 T = TypeVar("T")
@@ -53,6 +53,8 @@ class Distributed:
             try:
                 works = dist.batch_isend_irecv([op for _, op in batch])
             except RuntimeError as error:
+                if not is_lost_peer(error):
+                    raise
                 # gloo raises here if a peer has ended, without naming it: every peer of the batch is explained.
                 raise PeerError("; or ".join(dict.fromkeys(self.group.explain(m) for m, _ in batch))) from error
             for at, (message, _) in enumerate(batch):
@@ -69,19 +71,13 @@ class Distributed:
             return stop.value
 
     def _wait(self, message: Message) -> None:
-        works = self.works.pop(message)
-        if self.group.watch is not None:
-            # Without a time limit only the device waits; with one the host would wait too.
-            for work in works:
-                work.wait()
-            self.group.watch.expect(
-                lambda: all(work.is_completed() for work in works), lambda: self.group.explain(message)
-            )
-            return
+        # With NCCL only the device waits, and the watchdog of the run ends a wait that is too long.
         try:
-            for work in works:
-                work.wait(timedelta(seconds=self.group.timeout_s))
+            for work in self.works.pop(message):
+                work.wait()
         except RuntimeError as error:
+            if not is_lost_peer(error):
+                raise
             raise PeerError(self.group.explain(message)) from error
 
 

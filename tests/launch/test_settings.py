@@ -99,7 +99,7 @@ def test_a_number_outside_its_range_is_refused_in_one_line(key):
 @pytest.mark.parametrize(
     "setting",
     [
-        *("train.clip_grad_norm=nan", "model.norm_epsilon=-1", "model.rope_base=0", "parallel.cp.timeout_s=nan"),
+        *("train.clip_grad_norm=nan", "model.norm_epsilon=-1", "model.rope_base=0", "slurm.min_free_memory_gb=nan"),
         *("train.learning_rate=inf", "train.beta1=1.5", "train.beta2=1.5", "model.init_std=nan"),
         *("train.steps=9223372036854775808", "faults.hang_minutes=nan", "slurm.min_free_disk_gb=inf"),
         *("curriculum.weights={web=nan}", "curriculum.odds=[inf]", "knots.chunk_odds=[nan]"),
@@ -121,7 +121,7 @@ ENDS = {
     ),
     "highest": (
         *(f"train.seed={2**63 - 1}", "train.clip_grad_norm=1e9", "model.rope_base=1e12", "model.norm_epsilon=1"),
-        *("faults.hang_minutes=525600", "parallel.cp.timeout_s=604800", "faults.spike_window_steps=100000"),
+        *("faults.hang_minutes=525600", "faults.spike_window_steps=100000"),
         *("train.keep_checkpoints=99999999", "train.checkpoint_every_steps=99999999", "train.beta1=0.9999999"),
         *("curriculum.odds=[1e60, 1e60, 1e60, 1e60]", "loader.window_tokens=1125899906842624"),
     ),

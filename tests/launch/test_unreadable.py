@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.faulty import Fault, Run
 from helpers.ranks import variables_of
 from helpers.sandbox import Sandbox
@@ -28,13 +29,14 @@ from longring.launch.checkpoint.format import (
     read_checkpoint_manifest,
 )
 from longring.launch.config import load_recipe
-from longring.launch.errors import GO_ON_LATER, IO_ERROR, USER_ERROR, DamageError
+from longring.launch.errors import GO_ON_LATER, GPU_ERROR, IO_ERROR, USER_ERROR, DamageError
 from longring.launch.identity import tables_of
 from longring.launch.metrics import MetricsWriter
 from longring.launch.preflight import check_nothing_was_saved, preflight
 from longring.launch.ranks.rank import as_rank
 from longring.launch.records import append_record, put_bad_lines_aside, read_records
 from longring.launch.run_directory import RunDirectory
+from longring.parallel.failures import PeerError
 from rich.console import Console
 
 
@@ -314,6 +316,26 @@ def test_memory_is_recognized_in_each_of_its_errors(capsys, monkeypatch):
         assert line.startswith("error: rank 3: not enough memory: ")
     with pytest.raises(RuntimeError, match="another"):
         as_rank(lambda: raised(RuntimeError("another")))
+
+
+def test_an_error_of_a_gpu_and_a_dead_peer_have_statuses_of_their_own(capsys, monkeypatch):
+    for name, value in variables_of(3, 4, 29500).items():
+        monkeypatch.setenv(name, value)
+
+    def ends(error: Exception) -> tuple[int, str]:
+        def work():
+            raise error
+
+        return as_rank(work), capsys.readouterr().err
+
+    status, said = ends(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
+    assert status == GPU_ERROR
+    assert said.startswith("error: rank 3: its GPU reports: an illegal memory access was encountered; give the same")
+    status, said = ends(torch.AcceleratorError("CUDA error: out of memory"))
+    assert status == USER_ERROR
+    assert said.startswith("error: rank 3: not enough GPU memory: out of memory; lower parallel.tokens_per_rank")
+    status, said = ends(PeerError("rank 1 of the group is dead or late"))
+    assert (status, said) == (GO_ON_LATER, "error: rank 1 of the group is dead or late\n")
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ def stacks(draw) -> tuple[list[Layer], int]:
     return draw(st.lists(layer, min_size=2, max_size=3)), num_tokens
 
 
-@pytest.mark.parametrize("examples", by_lane([10, 200], quick=[], slow=[200]))
+@pytest.mark.parametrize("examples", by_lane([10, 60], quick=[], slow=[60]))
 def test_no_stack_of_layers_hangs(examples):
     @settings(max_examples=examples)
     @given(stacks())

@@ -1,0 +1,60 @@
+"""Failures that a rank meets, told apart: too little memory, an error of its GPU, or another rank that is gone."""
+
+from __future__ import annotations
+
+import errno
+import re
+
+import torch
+import torch.distributed as dist
+
+_CUDA = re.compile(r"(?:CUDA error: |Triton Error \[CUDA\]: |Cuda failure (?:\d+ )?')([^\n']+)")
+"""Reason that CUDA gives, in an error of torch, of Triton or of NCCL."""
+_FULL = re.compile("out of memory|CUBLAS_STATUS_ALLOC_FAILED")
+
+
+class PeerError(RuntimeError):
+    """Another rank of a context-parallel group is dead or late."""
+
+
+def full_memory(error: BaseException) -> str | None:
+    """Return the memory that was not enough, and the reason that its allocator gives; None for any other error."""
+    text = (str(error) or type(error).__name__).partition("\n")[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"GPU memory: {text}"
+    if (reason := _cuda(error)) and _FULL.search(reason):
+        return f"GPU memory: {reason}"
+    if (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and "allocate memory" in text)
+    ):
+        return f"memory: {text}"
+    return error.__cause__ and full_memory(error.__cause__)
+
+
+def gpu_error(error: BaseException) -> str | None:
+    """Return what a GPU reports, such as an illegal memory access; None for any other error, and for full memory."""
+    reason = _cuda(error)
+    if reason is not None:
+        return None if _FULL.search(reason) else reason
+    return error.__cause__ and gpu_error(error.__cause__)
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Return whether a message or a collective failed because another rank is gone.
+
+    torch's own errors are RuntimeErrors too, and NCCL reports errors of this rank's GPU among those of the network.
+    """
+    if full_memory(error) or gpu_error(error):
+        return False
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
+
+
+def _cuda(error: BaseException) -> str | None:
+    """Return the reason in an error of CUDA, from whichever library; None for any other error."""
+    if not isinstance(error, RuntimeError):
+        return None
+    if found := _CUDA.search(str(error)):
+        return found[1]
+    return str(error).partition("\n")[0] if isinstance(error, torch.AcceleratorError) else None
