@@ -53,6 +53,8 @@ def recorded() -> Iterator[list[Call]]:
     calls: list[Call] = []
     batch_of, originals = dist.batch_isend_irecv, {name: getattr(ProcessGroup, name) for name in COLLECTIVES}
     singles = {name: getattr(ProcessGroup, name) for name in ("send", "recv", "recv_anysource")}
+    # What the class holds binds to its objects; what getattr gives does not.
+    held = {name: vars(ProcessGroup)[name] for name in originals | singles}
     in_batch = False
 
     def note(group: ProcessGroup, what: str, messages: tuple[tuple[int, int], ...] | None) -> None:
@@ -93,7 +95,7 @@ def recorded() -> Iterator[list[Call]]:
         yield calls
     finally:
         dist.batch_isend_irecv = batch_of
-        for name, method in (originals | singles).items():
+        for name, method in held.items():
             setattr(ProcessGroup, name, method)
 
 
