@@ -63,7 +63,7 @@ def serve() -> int:
     group = groups.open_group(range(size), [CpGrid(2, 2, 2)])  # every channel
     print(flush=True)
 
-    alone = groups.CpGroup(0, (rank,), {}, 60.0)
+    alone = groups.CpGroup(0, (rank,), {})
     backward = None
     for line in sys.stdin:
         job = json.loads(line)

@@ -18,7 +18,7 @@ from longring.parallel.cp.schedules import Schedule
 from longring.parallel.cp.visible import Visibility
 
 WHOLE = SeqLayout.contiguous(8)
-ALONE = CpGroup(0, (0,), {}, 1.0)
+ALONE = CpGroup(0, (0,), {})
 
 
 def attend(num_tokens: int, grid: CpGrid) -> torch.Tensor:
