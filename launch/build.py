@@ -22,7 +22,7 @@ from ..model.weights import fill_weights
 from ..parallel.cp.attention import context_attention
 from ..parallel.cp.execute import AttentionSpec
 from ..parallel.cp.grid import CpGrid
-from ..parallel.cp.group import CpGroup, open_group
+from ..parallel.cp.group import CpGroup, open_rings
 from ..parallel.cp.layout import zigzag
 from ..parallel.cp.visible import Visibility
 from ..parallel.mesh import Mesh, megatron_config
@@ -119,11 +119,7 @@ def bucket_layouts(
     `grids` has the grid of every layer kind that is spread over ranks. Raises ValueError if attention over several
     ranks differs from attention on one.
     """
-    groups: dict[int, CpGroup] = {}
-    # All ranks open process groups in the same order: here by size, whatever the order of the grids.
-    for size in sorted({grid.size for grid in grids.values()}):
-        used = [grid for grid in grids.values() if grid.size == size]
-        groups[size] = open_group(mesh.neighbours[size], used, mesh.timeout)
+    groups = open_rings(mesh.neighbours, grids.values(), mesh.communicators) if grids else {}
     all_windows = {recipe.model.attention_window(layer) for layer in range(recipe.model.num_layers)}
     whole = attention_on_one_rank(recipe.train.attention_backend, mesh.device, all_windows)
     layouts = {}

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..kernels.layout import SeqLayout
@@ -45,7 +44,7 @@ class _Sample:
     """Position at which each document starts."""
     mine: SeqLayout
     """Share of this rank in the sequence."""
-    group: dist.ProcessGroup
+    group: CpGroup
 
     @property
     def num_tokens(self) -> int:
@@ -57,10 +56,10 @@ class _Sample:
         return self.model(tokens[:, at], tokens[:, at + 1], layout, attention)[0].float()
 
     def gathered(self, share: Tensor) -> Tensor:
-        """Return the losses of all ranks in order of position, [num_tokens]. Collective."""
+        """Return the losses of the group's ranks in order of position, [num_tokens]. Collective."""
         of_all = torch.zeros(self.num_tokens, device=share.device)
         of_all[self.mine.positions(share.device)] = share.detach()
-        dist.all_reduce(of_all, group=self.group)
+        self.group.add_up(of_all)
         return of_all
 
 
@@ -83,7 +82,7 @@ def check_attention(
     share = sample.losses(sample.tokens, sample.mine, attention)
     share.sum().backward()
     gradient = _gradient(sample.model)
-    dist.all_reduce(gradient, group=sample.group)
+    group.add_up(gradient)
     sample.model.zero_grad()
     everything = SeqLayout(((0, sample.num_tokens),), sample.documents)
     alone = sample.losses(sample.tokens, everything, whole(everything))
@@ -109,7 +108,7 @@ def _make_sample(recipe: Recipe, mesh: Mesh, group: CpGroup) -> _Sample:
         tokens.to(mesh.device),
         documents,
         SeqLayout(zigzag(num_tokens, group.rank, group.size).runs, documents),
-        next(iter(group.channels.values())),  # any channel of the group serves sums of losses and gradients
+        group,
     )
 
 

@@ -21,6 +21,7 @@ from megatron.core import ModelParallelConfig, parallel_state
 from torch._C._distributed_c10d import Store
 
 from .config import ParallelConfig
+from .cp.group import Communicators
 from .meet import meet
 from .world import World
 
@@ -38,8 +39,8 @@ class Mesh:
     device: torch.device
     neighbours: dict[int, tuple[int, ...]]
     """Global ranks that share a sequence with this rank, itself included, by context-parallel degree 1, 2, 4, ..."""
-    timeout: timedelta
-    """Time after which torch ends a collective, of any process group."""
+    communicators: Communicators
+    """Options of process groups of context parallelism; their timeout is that of all groups."""
 
     @property
     def tensor_group(self) -> dist.ProcessGroup:
@@ -101,7 +102,10 @@ def join(
         first = data_rank - data_rank % degree
         neighbours[degree] = tuple((first + i) * parallel.tensor + tensor_rank for i in range(degree))
         degree *= 2
-    return Mesh(world.rank, world.size, tensor_rank, parallel.tensor, data_rank, data_size, device, neighbours, timeout)
+    communicators = Communicators(parallel.cp.max_ctas, parallel.cp.high_priority, timeout)
+    return Mesh(
+        world.rank, world.size, tensor_rank, parallel.tensor, data_rank, data_size, device, neighbours, communicators
+    )
 
 
 def megatron_config(parallel: ParallelConfig, deterministic: bool = False) -> ModelParallelConfig:

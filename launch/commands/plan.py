@@ -21,7 +21,7 @@ from ...parallel.cp.choose import PricedGrid, Pricer, choose
 from ...parallel.cp.cost import ASSUMED, AttentionShape, Event, Speed, play
 from ...parallel.cp.execute import AttentionSpec, backward, forward
 from ...parallel.cp.grid import CpGrid
-from ...parallel.cp.group import open_group
+from ...parallel.cp.group import Link, channels_of, link_bytes, links_of, open_group
 from ...parallel.cp.layout import zigzag
 from ...parallel.cp.plan import Pass, Tile
 from ...parallel.cp.record import Recorded
@@ -98,12 +98,23 @@ def plan(
         # A grid that the recipe names is shown beside those that "auto" would choose from.
         choices = [choice._replace(others=_alternatives(recipe, choice, topology)) for choice in choices]
     console.print(grids_table(choices))
+    console.print(communicators_line(recipe, [choice.grid for choice in choices]), highlight=False, soft_wrap=True)
     if timeline is not None:
         last = choices[-1]
         asked = pricer(recipe, last.kind, topology, ASSUMED)
         draw([[panel] for panel in simulate_passes(asked, last.grid)], timeline, ranks_per_node=topology.ranks_per_node)
         console.print(f"drawn: {timeline}", soft_wrap=True)
     return choices[-1], preset
+
+
+def communicators_line(recipe: Recipe, grids: Sequence[CpGrid]) -> str:
+    """Return the number of communicators that the grids share, and an estimate of their memory."""
+    ctas = recipe.parallel.cp.max_ctas
+    links = set[Link]().union(*(links_of(grid, 0) for grid in set(grids)))
+    return (
+        f"{len(channels_of(grids))} communicators over {max(grid.size for grid in grids):,} ranks; NCCL takes up to "
+        f"{link_bytes(links, 0, ctas) / 2**30:.2g} GiB of a GPU for them (an estimate, parallel.cp.max_ctas = {ctas})"
+    )
 
 
 def check_picture(timeline: Path) -> None:
@@ -145,7 +156,7 @@ def measure_passes(recipe: Recipe, grid: CpGrid, num_tokens: int, visibility: Vi
     """Run each pass on this group of ranks with random q, k, v; return a panel for each, on every rank. Collective."""
     # One group alone, without tensor parallelism: each rank has the heads of one tensor-parallel rank of a run.
     mesh = join(replace(recipe.parallel, tensor=1, sequence_parallel=False), grid.size)
-    group = open_group(range(grid.size), [grid], mesh.timeout)
+    group = open_group(range(grid.size), [grid], mesh.communicators)
     shape, layout = attention_shape(recipe), zigzag(num_tokens, group.rank, grid.size)
     layouts = tuple(zigzag(num_tokens, rank, grid.size) for rank in range(grid.size))
     spec = AttentionSpec(grid, layouts, visibility, recipe.train.attention_backend, shape.narrow_results)

@@ -59,7 +59,7 @@ def measured_topology(recipe: Recipe, mesh: Mesh) -> tuple[Topology, Speed]:
         mesh.device,
         group=mesh.data_group,
         backend=recipe.train.attention_backend,
-        timeout=mesh.timeout,
+        made=mesh.communicators,
     )
     log.info("topology: %s", found.to_json())
     return found.topology, found.speed

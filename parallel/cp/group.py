@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ...kernels.layout import SeqLayout
 from .grid import CpGrid
 from .plan import Channel, Flow, Message, Pass
 from .schedules import Schedule
 from .visible import Visibility
+
+log = logging.getLogger(__name__)
+
+Link = tuple[Channel, int, int]
+"""Channel, source and target of messages: the ranks that one communicator connects, in one direction."""
+BYTES_PER_CTA = (2 << 20, 10 << 20)
+"""GPU memory of a link for each CTA of its communicator, of the sender and of the receiver: 64 and 320 MiB for 32 CTAs,
+as others measured on 8 H100 (github.com/NVIDIA/nccl/issues/1685). Links between nodes have fewer CTAs."""
+
+
+@dataclass(frozen=True)
+class Communicators:
+    """Options of the process groups of context parallelism; `max_ctas` and `high_priority` matter with NCCL only."""
+
+    max_ctas: int = 8
+    """Maximum number of thread blocks (CTAs) of one message: few leave the GPU to attention, and take less memory."""
+    high_priority: bool = True
+    """Whether messages run on streams of high priority, before waiting thread blocks of attention."""
+    timeout: timedelta | None = None
+    """Time after which torch ends a message; None: torch's default."""
+
+    def nccl_options(self) -> dist.ProcessGroupNCCL.Options:
+        """Return these options for one NCCL process group."""
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=self.high_priority)
+        options.config.max_ctas = self.max_ctas
+        if self.timeout is not None:
+            options._timeout = self.timeout
+        return options
 
 
 @dataclass(frozen=True)
@@ -24,12 +54,21 @@ class CpGroup:
     global_ranks: tuple[int, ...]
     """Global rank of each member, in order."""
     channels: Mapping[Channel, dist.ProcessGroup]
-    """A process group for each channel, which has its own NCCL communicator and stream, or its own gloo connections."""
+    """A process group for each channel, which has its own NCCL communicator and stream, or its own gloo connections.
+    Its ranks are those of the largest group that this one is a part of."""
 
     @property
     def size(self) -> int:
         """Number of members."""
         return len(self.global_ranks)
+
+    def add_up(self, x: Tensor) -> None:
+        """Add up `x` over the ranks of this group, in place. Collective among all ranks of the channels."""
+        channel = next(iter(self.channels.values()))  # any of them serves
+        members = dist.get_process_group_ranks(channel)
+        # One sum for each group of this size: of `x` for this rank's own, of nothing for the others.
+        for first in range(0, len(members), self.size):
+            dist.all_reduce(x if members[first] == self.global_ranks[0] else torch.zeros_like(x), group=channel)
 
     def explain(self, message: Message) -> str:
         """Return the error text for a message of this rank that failed: rank, flow, steps and peer."""
@@ -44,38 +83,51 @@ class CpGroup:
         )
 
 
-def open_group(global_ranks: Sequence[int], grids: Iterable[CpGrid], timeout: timedelta | None = None) -> CpGroup:
-    """Return the group of `global_ranks`, with all channels that `grids` need, connected.
+def open_rings(
+    rings: Mapping[int, Sequence[int]], grids: Iterable[CpGrid], made: Communicators | None = None
+) -> dict[int, CpGroup]:
+    """Return this rank's group for each size of `grids`, all on one set of connected channels.
 
-    A message that takes longer than `timeout` (None: torch's default) fails. Collective among these ranks.
+    `rings` has the global ranks of each group by size, aligned: each is a part of the next larger one. The channels
+    reach over the largest, so their number does not grow with the number of sizes. Collective among its ranks.
     """
-    grids = list(grids)
-    rank = list(global_ranks).index(dist.get_rank())
+    grids, made = list(grids), made or Communicators()
+    sizes = sorted({grid.size for grid in grids})
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-    links = sorted({link for grid in grids for link in _links(grid, rank)})
-    flows: set[Flow] = set()
-    for grid in grids:
-        flows |= {"to_heads", "from_heads"} if grid.heads > 1 else set()
-        flows |= {"queries", "query_results"} if grid.query > 1 else set()
-        flows |= {"keys", "key_results"} if grid.kv > 1 else set()
     channels: dict[Channel, dist.ProcessGroup] = {}
-    for flow in sorted(flows):
-        for direction in ("up", "down"):
-            channels[flow, direction] = open_channel(global_ranks, f"{flow} {direction}", device, timeout)
-    group = CpGroup(rank, tuple(global_ranks), channels)
-    _connect(group, links, device)
-    return group
+    for channel in channels_of(grids):
+        channels[channel] = open_channel(rings[sizes[-1]], " ".join(channel), device, made)
+    groups = {size: CpGroup(list(rings[size]).index(dist.get_rank()), tuple(rings[size]), channels) for size in sizes}
+    links: set[Link] = set()
+    for grid in grids:
+        members = rings[grid.size]
+        links |= {(channel, members[a], members[b]) for channel, a, b in links_of(grid, groups[grid.size].rank)}
+    _connect(channels, links, device)
+    gib = link_bytes(links, dist.get_rank(), made.max_ctas) / 2**30
+    log.info("%d communicators over %d ranks: %.2g GiB with NCCL (estimate)", len(channels), sizes[-1], gib)
+    return groups
+
+
+def open_group(global_ranks: Sequence[int], grids: Iterable[CpGrid], made: Communicators | None = None) -> CpGroup:
+    """Return the group of `global_ranks`, for grids of its size. Collective among these ranks."""
+    return open_rings({len(global_ranks): global_ranks}, grids, made)[len(global_ranks)]
 
 
 def open_channel(
-    global_ranks: Sequence[int], name: str, device: torch.device, timeout: timedelta | None
+    global_ranks: Sequence[int], name: str, device: torch.device, made: Communicators
 ) -> dist.ProcessGroup:
     """Return a new process group of `global_ranks`, its communicator made. Collective among these ranks."""
     # A world that is bound to a device splits its communicator for each new group, which waits for all of its ranks;
     # here only members take part: with 1,024 ranks each makes the groups of its own sequence, not thousands.
     assert dist.group.WORLD is not None
     assert dist.group.WORLD.bound_device_id is None, "init_process_group(device_id=...) makes new groups wait for ever"
-    group = dist.new_group(list(global_ranks), timeout=timeout, use_local_synchronization=True, group_desc=name)
+    group = dist.new_group(
+        list(global_ranks),
+        timeout=made.timeout,
+        pg_options=made.nccl_options() if device.type == "cuda" else None,
+        use_local_synchronization=True,
+        group_desc=name,
+    )
     assert isinstance(group, dist.ProcessGroup)
     # NCCL makes the communicator at the first use and waits for all members, but not every member uses every channel:
     # the "down" channel of a ring is used by its last and its first rank only.
@@ -83,7 +135,17 @@ def open_channel(
     return group
 
 
-def _links(grid: CpGrid, rank: int) -> set[tuple[Channel, int, int]]:
+def channels_of(grids: Iterable[CpGrid]) -> list[Channel]:
+    """Return the channels that plans of these grids use, in order."""
+    flows: set[Flow] = set()
+    for grid in grids:
+        flows |= {"to_heads", "from_heads"} if grid.heads > 1 else set()
+        flows |= {"queries", "query_results"} if grid.query > 1 else set()
+        flows |= {"keys", "key_results"} if grid.kv > 1 else set()
+    return [(flow, direction) for flow in sorted(flows) for direction in ("down", "up")]
+
+
+def links_of(grid: CpGrid, rank: int) -> set[Link]:
     """Return (channel, source, target) of every message that a plan of `rank` may have, whatever is visible."""
     # One token a rank, and every query sees every key: masks, windows and documents only take messages away.
     layouts = [SeqLayout(((at, at + 1),)) for at in range(grid.size)]
@@ -97,8 +159,13 @@ def _links(grid: CpGrid, rank: int) -> set[tuple[Channel, int, int]]:
     }
 
 
-def _connect(group: CpGroup, links: Iterable[tuple[Channel, int, int]], device: torch.device) -> None:
-    """Send one byte over each link of this rank. Collective.
+def link_bytes(links: Iterable[Link], rank: int, max_ctas: int) -> int:
+    """Return an estimate of the bytes of GPU memory, at most, that NCCL takes on `rank` for its links."""
+    return max_ctas * sum(BYTES_PER_CTA[source != rank] for _, source, _ in links)
+
+
+def _connect(channels: Mapping[Channel, dist.ProcessGroup], links: Iterable[Link], device: torch.device) -> None:
+    """Send one byte over each link of this rank, between global ranks. Collective.
 
     NCCL connects a pair of ranks at its first message, and blocks the hosts of both until then: here, where no rank
     computes, and not at the step at which a document first makes two ranks talk.
@@ -106,10 +173,10 @@ def _connect(group: CpGroup, links: Iterable[tuple[Channel, int, int]], device: 
     # Both ends of a link post it in the round of its channel and distance, and every rank goes through the rounds in
     # increasing order, as in `transports.Distributed.post`. A round is at most one send and one receive.
     rounds: dict[tuple[Channel, int], list[dist.P2POp]] = {}
-    for channel, source, target in links:
-        operation, peer = (dist.isend, target) if source == group.rank else (dist.irecv, source)
+    for channel, source, target in sorted(links):
+        operation, peer = (dist.isend, target) if source == dist.get_rank() else (dist.irecv, source)
         buffer = torch.zeros(1, dtype=torch.uint8, device=device)
-        op = dist.P2POp(operation, buffer, group=group.channels[channel], group_peer=peer)
+        op = dist.P2POp(operation, buffer, peer, channels[channel])
         rounds.setdefault((channel, target - source), []).append(op)
     for work in [work for key in sorted(rounds) for work in dist.batch_isend_irecv(rounds[key])]:
         work.wait()

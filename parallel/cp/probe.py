@@ -12,7 +12,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from statistics import median
 
 import torch
@@ -24,7 +23,7 @@ from ...kernels.mask import make_mask
 from ..world import World
 from .cost import Speed
 from .fit import Fit, Pattern, Timing, fabrics, fit, patterns
-from .group import open_channel
+from .group import Communicators, open_channel
 from .topology import Fabric, Topology
 
 SMALL_BYTES = 8
@@ -77,19 +76,18 @@ def probe(
     *,
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
-    timeout: timedelta | None = None,
+    made: Communicators | None = None,
 ) -> Probe:
     """Measure the links between the ranks of `group` (None: all) and their speed of attention. Collective.
 
-    Every rank returns the result of rank 0. A message that takes longer than `timeout` (None: torch's default) fails.
-    Raises ValueError on all ranks if there is only one, or if nodes do not have equally many ranks of the group, in
-    order.
+    Every rank returns the result of rank 0. `made` has the options of the communicators, as training has them. Raises
+    ValueError on all ranks if there is only one, or if nodes do not have equally many ranks of the group, in order.
     """
     started = time.perf_counter()
     members = dist.get_process_group_ranks(group or dist.group.WORLD)
     per_node = _ranks_per_node(members, group)
     num_nodes = len(members) // per_node
-    links = _Links(members, group, device, timeout)
+    links = _Links(members, group, device, made or Communicators())
     inside = links.measure(0, per_node) if per_node > 1 else []
     across = links.measure(per_node, num_nodes) if num_nodes > 1 else []
     speed = _speed(num_heads, num_kv_heads, head_dim, dtype, device, group, backend)
@@ -140,10 +138,10 @@ class _Links:
         members: Sequence[int],
         group: dist.ProcessGroup | None,
         device: torch.device,
-        timeout: timedelta | None,
+        made: Communicators,
     ) -> None:
         self.rank, self.size, self.group, self.device = dist.get_rank(group), len(members), group, device
-        self.ways = [open_channel(members, f"probe {way}", device, timeout) for way in ("up", "down")]
+        self.ways = [open_channel(members, f"probe {way}", device, made) for way in ("up", "down")]
 
     def measure(self, stride: int, num_sites: int) -> list[Fit]:
         """Return the fits for `num_sites` ranks of each node (stride 0), or nodes of `stride` ranks. Collective.

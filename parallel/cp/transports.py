@@ -45,8 +45,8 @@ class Distributed:
         for operation, messages in ((dist.irecv, receives), (dist.isend, sends)):
             for message, tensors in messages.items():
                 peer = message.target if operation is dist.isend else message.source
-                group = self.group.channels[message.channel]
-                ops = [(message, dist.P2POp(operation, x, group=group, group_peer=peer)) for x in tensors]
+                peer, group = self.group.global_ranks[peer], self.group.channels[message.channel]
+                ops = [(message, dist.P2POp(operation, x, peer, group)) for x in tensors]
                 batches.setdefault(message.channel, []).extend(ops)
         for channel in sorted(batches):
             batch = batches[channel]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from longring.launch import cli
 from longring.launch.commands import plan as planner
@@ -48,6 +50,11 @@ def test_every_bucket_over_several_ranks_has_the_cheapest_grid(capsys, recipe_fi
             assert f"{other.seconds * 1e3:.3g} {other.exposed_s * 1e3:.3g}" in text
             assert str(other.grid) in text
     assert " 128 1 " not in text
+    assert re.search(
+        r"\d communicators over 4 ranks; NCCL takes up to [\d.]+ GiB of a GPU for them \(an estimate, "
+        r"parallel.cp.max_ctas = 8\)",
+        text,
+    )
 
 
 def test_window_layers_have_rows_of_their_own(capsys, recipe_file, no_ranks):
