@@ -138,7 +138,7 @@ def with_a_failing_peer(rank: int, store: str, failure: str) -> None:
     if rank == 1:
         if failure == "ends":
             os._exit(1)
-        time.sleep(120)
+        time.sleep(200)
     if failure == "ends":
         time.sleep(1)  # rank 1 ends before anything is posted
     try:
@@ -146,7 +146,7 @@ def with_a_failing_peer(rank: int, store: str, failure: str) -> None:
         print("no error", flush=True)
     except PeerError as error:
         print(error, flush=True)
-    time.sleep(120)  # otherwise another rank could notice the end of this one
+    time.sleep(200)  # otherwise another rank could notice the end of this one
 
 
 @pytest.mark.full
@@ -166,7 +166,7 @@ def test_a_failing_peer_is_named(failure, tmp_path):
                 r"\(posted at step \d, due at step \d\): "
                 r"rank 1 of the group is dead or late; see the log of global rank 1"
             )
-            told, until = "", time.monotonic() + 60
+            told, until = "", time.monotonic() + 150
             while not re.search(wanted, told) and processes[rank].poll() is None and time.monotonic() < until:
                 time.sleep(0.1)
                 told = (tmp_path / f"rank-{rank}.log").read_text()
