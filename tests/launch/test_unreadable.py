@@ -330,7 +330,10 @@ def test_an_error_of_a_gpu_and_a_dead_peer_have_statuses_of_their_own(capsys, mo
 
     status, said = ends(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
     assert status == GPU_ERROR
-    assert said.startswith("error: rank 3: its GPU reports: an illegal memory access was encountered; give the same")
+    assert said == (
+        "error: rank 3: its GPU reports: an illegal memory access was encountered; give the same command again, and "
+        "exclude the machine if it happens there again\n"
+    )
     status, said = ends(torch.AcceleratorError("CUDA error: out of memory"))
     assert status == USER_ERROR
     assert said.startswith("error: rank 3: not enough GPU memory: out of memory; lower parallel.tokens_per_rank")
