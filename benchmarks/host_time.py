@@ -9,7 +9,8 @@ Tensors are small and lie on the CPU. A launch is timed apart: the kernels are c
 the run) and a driver that starts nothing takes them.
 
 With --against, both checkouts are loaded into one process and take turns pass by pass, so that both meet the same
-machine; ratio is the time here over the time there. Times are the least of many, since other load only adds.
+machine; ratio is the time here over the time there. Times are processor time of the thread, the least of many, since
+other load only adds.
 """
 
 from __future__ import annotations
@@ -129,14 +130,14 @@ def launches(package: str) -> dict[str, Pass]:
 
 
 def timed(members: dict[str, Pass], budget_s: float) -> dict[str, float]:
-    """Return by package the least ms of its pass on one rank, since other load only adds; the packages take turns."""
+    """Return by package the least ms of its pass on one rank; the packages take turns."""
     seconds: dict[str, list[float]] = {package: [] for package in members}
     until = time.perf_counter() + budget_s
     while time.perf_counter() < until or not seconds[HERE]:
         for package, one in members.items():
-            started = time.perf_counter()
+            started = time.thread_time()
             one.run()
-            seconds[package].append((time.perf_counter() - started) / one.num_ranks)
+            seconds[package].append((time.thread_time() - started) / one.num_ranks)
     return {package: 1e3 * min(found) for package, found in seconds.items()}
 
 

@@ -35,7 +35,7 @@ def forward(
     sizes = blocks("forward", q)
     numbers = (*_strides(q, k, v, out), *lse.stride()[:2], h, h // k.shape[2], s_q, k.shape[1], scale, softcap)
     constants = (d, padded(d), sizes.block_m, sizes.block_n, running is not None, softcap > 0, q.itemsize == 2)
-    num_programs = triton.cdiv(s_q, sizes.block_m) * b * h
+    num_programs = _num_blocks(s_q, sizes.block_m) * b * h
     _launch(forward_kernel, num_programs, (q, k, v, out, lse, mask.rows), numbers, constants, sizes)
     return out, lse
 
@@ -73,13 +73,13 @@ def backward(
     inputs, strides = (q, k, v, dout, lse, delta), (*_strides(q, k, v, dout), *lse.stride()[:2])
     numbers = (*strides, *_strides(dk, dv), h_kv, h // h_kv, s_q, s_k, scale, softcap)
     constants = (d, padded(d), sizes.block_m, sizes.block_n, softcap > 0, q.itemsize == 2)
-    num_programs = triton.cdiv(s_k, sizes.block_n) * b * h_kv
+    num_programs = _num_blocks(s_k, sizes.block_n) * b * h_kv
     _launch(backward_dkdv_kernel, num_programs, (*inputs, dk, dv, mask.columns), numbers, constants, sizes)
     # dq: a program per block of queries.
     sizes = blocks("backward_dq", q)
     numbers = (*strides, *_strides(dq), h, h // h_kv, s_q, s_k, scale, softcap)
     constants = (d, padded(d), sizes.block_m, sizes.block_n, softcap > 0, q.itemsize == 2)
-    num_programs = triton.cdiv(s_q, sizes.block_m) * b * h
+    num_programs = _num_blocks(s_q, sizes.block_m) * b * h
     _launch(backward_dq_kernel, num_programs, (*inputs, dq, mask.rows), numbers, constants, sizes)
 
 
@@ -89,7 +89,7 @@ def row_delta(dout: Tensor, out: Tensor) -> Tensor:
     b, s_q, h, d = dout.shape
     delta = torch.empty((b, h, s_q), dtype=torch.float32, device=dout.device)
     numbers, rows = (*_strides(dout, out), h, s_q), rows_at_once(d)
-    _launch(delta_kernel, triton.cdiv(s_q, rows) * b * h, (dout, out, delta), numbers, (d, padded(d), rows))
+    _launch(delta_kernel, _num_blocks(s_q, rows) * b * h, (dout, out, delta), numbers, (d, padded(d), rows))
     return delta
 
 
@@ -106,7 +106,7 @@ def merge_(out: Tensor, lse: Tensor, part_outs: Tensor, part_lses: Tensor) -> No
     numbers = (*_strides(out), *lse.stride()[:2], *part_outs.stride()[:4], *part_lses.stride()[:3])
     numbers, rows = (*numbers, len(part_outs), h, s_q), rows_at_once(d)
     tensors = (out, lse, part_outs, part_lses)
-    _launch(merge_kernel, triton.cdiv(s_q, rows) * b * h, tensors, numbers, (d, padded(d), rows))
+    _launch(merge_kernel, _num_blocks(s_q, rows) * b * h, tensors, numbers, (d, padded(d), rows))
 
 
 _COMPILED: dict[tuple[Any, ...], Any] = {}
@@ -147,6 +147,10 @@ def rows_at_once(head_dim: int) -> int:
     return 2048 // padded(head_dim)
 
 
+def _num_blocks(num_rows: int, block: int) -> int:
+    return -(-num_rows // block)
+
+
 def _strides(*tensors: Tensor) -> list[int]:
     """Return the strides of dims b, s and h of each tensor `[b, s, h, d]`, one after another."""
     return [stride for x in tensors for stride in x.stride()[:3]]
@@ -159,7 +163,10 @@ def _addressable(x: Tensor) -> Tensor:
     kernels are compiled for such addresses.
     """
     *steps, last = x.stride()
-    if last == 1 and not (x.data_ptr() % 16 or any(x.itemsize * step % 16 for step in steps)):
+    bits = 0  # of all strides together: a power of two divides each of them if it divides this
+    for step in steps:
+        bits |= step
+    if last == 1 and not (x.data_ptr() | bits * x.itemsize) % 16:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

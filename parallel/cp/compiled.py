@@ -116,8 +116,6 @@ class CompiledPlan:
     """Trades of heads, by flow."""
     rows_of: dict[int, tuple[Rows, ...]]
     """Rows of each rank of the grid position among the position's tokens, in order."""
-    num_tokens: int
-    """Tokens of the grid position."""
 
     @property
     def tiles(self) -> list[Tile]:
@@ -143,7 +141,7 @@ def compile_plan(plan: RankPlan, layout: SeqLayout, ranks: dict[int, SeqLayout])
         rank: tuple((layout.row_of(start), layout.row_of(start) + stop - start) for start, stop in of.runs)
         for rank, of in ranks.items()
     }
-    return CompiledPlan(plan.rank, len(compiler.spans), tuple(compiler.operations), trades, rows_of, layout.num_tokens)
+    return CompiledPlan(plan.rank, len(compiler.spans), tuple(compiler.operations), trades, rows_of)
 
 
 @dataclass

@@ -35,17 +35,16 @@ def tokens_for_heads(
     trade = plan.trades["to_heads"]
     mine = _heads_for(tensors, plan.rank, heads)  # [b, s, heads of all tensors, d]
     b, _, num_heads, d = mine.shape
-    whole = mine.new_empty((b, plan.num_tokens, num_heads, d))
     arriving = {m: mine.new_empty((b, m.rows[1] - m.rows[0], num_heads, d)) for m in trade.receives}
     leaving = {m: _heads_for(tensors, m.target, heads) for m in trade.sends}
     transport.post(_as_contents(leaving), _as_contents(arriving))
-    # The own tokens are copied while the messages travel.
-    _put_tokens(whole, plan.rows_of[plan.rank], mine)
+    part_of = {plan.rank: mine}
     for message, part in arriving.items():
         yield message
-        _put_tokens(whole, plan.rows_of[message.source], part)
+        part_of[message.source] = part
     for message in leaving:
         yield message
+    whole = torch.cat(_pieces(part_of, plan), dim=1)
     sizes = [x[:, :, heads_of(x.shape[2], plan.rank, heads)].shape[2] for x in tensors]
     return list(whole.split(sizes, dim=2))
 
@@ -92,14 +91,17 @@ def _as_contents(tensors: dict[Message, Tensor]) -> dict[Message, list[Tensor]]:
     return {message: [x] for message, x in tensors.items()}
 
 
-def _put_tokens(whole: Tensor, rows: tuple[Rows, ...], part: Tensor) -> None:
-    """Copy a rank's tokens to their rows among the tokens of the position."""
-    at = 0
-    for start, stop in rows:
-        whole[:, start:stop] = part[:, at : at + stop - start]
-        at += stop - start
+def _pieces(part_of: dict[int, Tensor], plan: CompiledPlan) -> list[Tensor]:
+    """Return the runs of all ranks' tokens, given by rank, in the order of the position's tokens."""
+    pieces: dict[int, Tensor] = {}
+    for rank, part in part_of.items():
+        at = 0
+        for start, stop in plan.rows_of[rank]:
+            pieces[start] = part.narrow(1, at, stop - start)
+            at += stop - start
+    return [pieces[start] for start in sorted(pieces)]
 
 
 def _tokens(x: Tensor, rows: tuple[Rows, ...]) -> Tensor:
     """Return a rank's tokens out of the tokens x `[b, s, h, d]` of the position, in memory of their own."""
-    return torch.cat([x[:, start:stop] for start, stop in rows], dim=1)
+    return torch.cat([x.narrow(1, start, stop - start) for start, stop in rows], dim=1)
