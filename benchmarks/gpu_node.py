@@ -9,7 +9,7 @@ the others whole; rank 0 prints a table after each and writes the record:
 
 - order: every grid over 2, 4, ... ranks, forward and backward in bf16, against plain PyTorch in fp64 on one; a grid
   that hangs is the last line of the log;
-- memory: the memory that the communicators of each degree take;
+- memory: the memory of the communicators, once opened and once used by attention over 2, 4, ... ranks;
 - guards: the checks before the first step, with the links probed and with every named schedule;
 - channels: the bandwidth of each channel between neighbours, alone and all at once;
 - overlap: the share of communication that compute covers, from a profile of one attention forward and backward;

@@ -21,7 +21,7 @@ from longring.parallel.cp.visible import Visibility
 from longring.parallel.mesh import Mesh
 from torch.profiler import ProfilerActivity, profile
 
-from .gpu_ranks import family, joined, largest, num_heads, say
+from .gpu_ranks import families, joined, largest, say
 from .script import Row, Size
 from .trace import covered, kind_of, length
 
@@ -39,8 +39,8 @@ def channel_rows(size: Size) -> Iterator[Row]:
         degree = max(mesh.neighbours)
         if degree == 1:
             return
-        heads = num_heads(degree)
-        group = open_group(mesh.neighbours[degree], family(degree, heads, heads // 2, "smallest"))
+        members = families(mesh, "smallest")[degree]
+        group = open_group(mesh.neighbours[degree], members, mesh.communicators)
         buffers = {
             channel: torch.zeros(2, num_bytes, dtype=torch.uint8, device=mesh.device) for channel in group.channels
         }
@@ -89,7 +89,7 @@ def overlap_rows(size: Size) -> Iterator[Row]:
             return
         named = {name: make(degree) for name, make in NAMED.items()}
         members = {name: grid for name, grid in named.items() if grid.unfit(heads, heads // 4) is None}
-        group = open_group(mesh.neighbours[degree], members.values())
+        group = open_group(mesh.neighbours[degree], members.values(), mesh.communicators)
         for name, grid in members.items():
             say(mesh, name)
             shape = (1, per_rank, heads, head_dim)

@@ -23,7 +23,7 @@ from longring.parallel.config import ParallelConfig
 from longring.parallel.cp.attention import context_attention
 from longring.parallel.cp.execute import AttentionSpec
 from longring.parallel.cp.grid import NAMED, CpGrid, divisions, grids
-from longring.parallel.cp.group import CpGroup, open_group
+from longring.parallel.cp.group import CpGroup, open_rings
 from longring.parallel.cp.layout import zigzag
 from longring.parallel.cp.visible import Visibility
 from longring.parallel.mesh import Mesh, join
@@ -66,9 +66,19 @@ def num_heads(degree: int) -> int:
     return min(16, max(8, degree))
 
 
-def degrees(mesh: Mesh) -> list[int]:
-    """Return the context-parallel degrees of a mesh that need messages."""
-    return [degree for degree in mesh.neighbours if degree > 1]
+def families(mesh: Mesh, size: Size) -> dict[int, list[CpGrid]]:
+    """Return the members that run over each number of ranks above 1."""
+    return {
+        degree: family(degree, num_heads(degree), num_heads(degree) // 2, size)
+        for degree in mesh.neighbours
+        if degree > 1
+    }
+
+
+def open_groups(mesh: Mesh, members: Mapping[int, list[CpGrid]]) -> dict[int, CpGroup]:
+    """Return the groups of some grids, opened as a run opens them. Collective."""
+    found = [grid for grids_of_degree in members.values() for grid in grids_of_degree]
+    return open_rings(mesh.neighbours, found, mesh.communicators) if found else {}
 
 
 def order_rows(size: Size) -> Iterator[Row]:
@@ -78,12 +88,11 @@ def order_rows(size: Size) -> Iterator[Row]:
     which it computes alone.
     """
     with joined() as mesh:
-        for degree in degrees(mesh):
-            heads = num_heads(degree)
-            members = family(degree, heads, heads // 2, size)
-            group = open_group(mesh.neighbours[degree], members)
-            cases = {kind: make_case(kind, degree, heads, mesh.device, size) for kind in MASKS}
-            for grid in members:
+        members = families(mesh, size)
+        groups = open_groups(mesh, members)
+        for degree, group in groups.items():
+            cases = {kind: make_case(kind, degree, mesh.device, size) for kind in MASKS}
+            for grid in members[degree]:
                 say(mesh, f"cp {degree}, {grid}")
                 row = grid_row(grid, group, cases, mesh)
                 if mesh.rank == 0:
@@ -101,7 +110,7 @@ class OrderCase(NamedTuple):
     plain: dict[str, Tensor]
 
 
-def make_case(kind: str, degree: int, heads: int, device: torch.device, size: Size) -> OrderCase:
+def make_case(kind: str, degree: int, device: torch.device, size: Size) -> OrderCase:
     """Return the case of a mask for `degree` ranks."""
     per_rank, head_dim = (32, 16) if size == "smallest" else (64, 32) if device.type == "cpu" else (160, 64)
     per_rank = max(4, min(per_rank, 2048 // degree))  # so that all pairs of a sequence fit the memory in fp64
@@ -112,7 +121,7 @@ def make_case(kind: str, degree: int, heads: int, device: torch.device, size: Si
     generator = torch.Generator().manual_seed(degree)
     tensors = tuple(
         torch.randn((1, tokens, count, head_dim), generator=generator).to(device, torch.bfloat16)
-        for count in (heads, heads // 2, heads // 2, heads)
+        for count in (num_heads(degree), num_heads(degree) // 2, num_heads(degree) // 2, num_heads(degree))
     )
     seen = visible(tokens, starts, window, device)
     exact, plain = (by_definition(tensors, seen, dtype) for dtype in (torch.float64, torch.bfloat16))
@@ -177,28 +186,34 @@ def guard_recipe(schedule: str, mesh: Mesh) -> Recipe:
 
 
 def memory_rows(size: Size) -> Iterator[Row]:
-    """Yield the memory of the communicators of each degree, on the rank where it is largest. Collective.
+    """Yield the memory after each stage, on the rank where it is largest. Collective.
 
-    On a GPU it is the memory of the device outside torch's allocator, before and after the groups of a degree are
-    opened and every pair has talked; on a CPU that of the process.
+    On a GPU it is the memory of the device outside torch's allocator, which is that of communicators, kernels and the
+    context; on a CPU that of the process.
     """
     with joined() as mesh:
-        for degree in degrees(mesh):
-            heads = num_heads(degree)
-            members = family(degree, heads, heads // 2, "smallest")
-            before = held_bytes(mesh.device)
-            group = open_group(mesh.neighbours[degree], members)
-            case = make_case("causal", degree, heads, mesh.device, size)
-            opened = held_bytes(mesh.device)
-            for grid in members:
+        members = families(mesh, "smallest")
+        yield from memory_row("ranks joined", mesh)
+        groups = open_groups(mesh, members)
+        yield from memory_row(f"{len(communicators(groups))} communicators opened and connected", mesh)
+        for degree, group in groups.items():
+            case = make_case("causal", degree, mesh.device, size)
+            for grid in members[degree]:
                 say(mesh, f"cp {degree}, {grid}")
                 grid_row(grid, group, {"causal": case}, mesh)
-            used = held_bytes(mesh.device)
-            groups = len(set(group.channels.values()))
-            figures = largest([x / 2**20 for x in (before, opened - before, used - opened)], mesh)
-            if mesh.rank == 0:
-                names = ("MiB_before", "MiB_opened", "MiB_used")
-                yield {"cp": degree, "communicators": groups} | dict(zip(names, figures, strict=True))
+            yield from memory_row(f"attention over {degree} ranks", mesh)
+
+
+def communicators(groups: Mapping[int, CpGroup]) -> set[dist.ProcessGroup]:
+    """Return the process groups behind the channels of some groups."""
+    return {made for group in groups.values() for made in group.channels.values()}
+
+
+def memory_row(stage: str, mesh: Mesh) -> Iterator[Row]:
+    """Yield the row of a stage on rank 0. Collective."""
+    [held] = largest([held_bytes(mesh.device) / 2**20], mesh)
+    if mesh.rank == 0:
+        yield {"after": stage, "MiB": held}
 
 
 def held_bytes(device: torch.device) -> int:

@@ -73,7 +73,8 @@ def test_sections_of_ranks_yield_rows_on_rank_0_alone(on_ranks):
     first, second = on_ranks(2, rows_of_ranks, False)
     assert not any(second.values())
     assert {row["right"] for row in first["order"]} == {True} and len(first["order"]) >= 4
-    assert [row["cp"] for row in first["memory"]] == [2]
+    stages = ["ranks joined", "communicators opened and connected", "attention over 2 ranks"]
+    assert [row["after"].lstrip("0123456789 ") for row in first["memory"]] == stages
     assert first["channels"][-1]["channel"] == "all channels at once" and len(first["channels"]) > 4
     assert [row for row in first["overlap"] if not (0 <= row["covered"] <= 1 and row["communication_ms"] > 0)] == []
 
