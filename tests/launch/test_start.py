@@ -12,11 +12,12 @@ import torch
 from helpers.lanes import by_lane
 from helpers.small_checkpoint import STATE, read_whole
 from longring.kernels.layout import SeqLayout
+from longring.launch import build
 from longring.launch.build import attention_on_one_rank, build_engine
 from longring.launch.checkpoint.save import Saver
 from longring.launch.config import load_recipe
 from longring.launch.run_directory import RunDirectory
-from longring.model import transformer
+from longring.model import transformer, weights
 from longring.parallel.config import ParallelConfig
 from longring.parallel.mesh import join, megatron_config
 from torch.utils.checkpoint import checkpoint
@@ -57,6 +58,31 @@ def test_initial_weights_are_equal_on_every_mesh(on_ranks, recipe_file, tmp_path
         assert all(np.array_equal(found[name][key], value) for key, value in found[first].items()), name
     matrices = [value for key, value in found[first].items() if key.endswith("weight/weight") and value.ndim > 1]
     assert len({value.tobytes()[:64] for value in matrices}) == len(matrices), "each has its own values"
+
+
+def whole_while_another_is_drawn(recipe_file: Path, stage: int) -> int:
+    """Return the largest number of elements in whole parameters of the model when a further parameter is drawn."""
+    models, found = [], []
+    fill, draw = build.fill_weights, weights._drawn
+
+    def filling(model, *arguments):
+        models.append(model)
+        fill(model, *arguments)
+
+    def drawing(*arguments):
+        found.append(sum(p.numel() for p in models[0].parameters() if p.device.type != "meta"))
+        return draw(*arguments)
+
+    build.fill_weights, weights._drawn = filling, drawing
+    recipe = load_recipe(recipe_file, [f"parallel.zero_stage={stage}", "train.dtype=bfloat16"])
+    build_engine(recipe, 500, join(recipe.parallel, 1))
+    return max(found)
+
+
+@pytest.mark.full
+def test_zero3_divides_a_parameter_before_the_next_is_drawn(on_ranks, recipe_file):
+    assert on_ranks(2, whole_while_another_is_drawn, recipe_file, 3) == [0, 0]
+    assert min(on_ranks(2, whole_while_another_is_drawn, recipe_file, 2)) > 0
 
 
 def settings_of_libraries(recipe_file: Path) -> dict[str, list[object]]:
