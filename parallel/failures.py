@@ -8,9 +8,13 @@ import re
 import torch
 import torch.distributed as dist
 
-_CUDA = re.compile(r"(?:CUDA error: |Triton Error \[CUDA\]: |Cuda failure (?:\d+ )?')([^\n']+)")
+_CUDA = re.compile(
+    r"(?:CUDA (?:driver )?error: |cuDNN error: |Triton Error \[CUDA\]: |Cuda failure (?:\d+ )?')([^\n']+)"
+)
 """Reason that CUDA gives, in an error of torch, of Triton or of NCCL."""
-_FULL = re.compile("out of memory|CUBLAS_STATUS_ALLOC_FAILED")
+_FULL = re.compile("out of memory|CU(?:BLAS|DNN)_STATUS_ALLOC_FAILED")
+_REMOTE = re.compile(r"remote (?:process|error)|network error|timed? ?out", re.IGNORECASE)
+"""Errors in which NCCL names another rank; its others, such as a full /dev/shm, are those of this rank."""
 
 
 class PeerError(RuntimeError):
@@ -48,6 +52,8 @@ def is_lost_peer(error: RuntimeError) -> bool:
     """
     if full_memory(error) or gpu_error(error):
         return False
+    if isinstance(error, dist.DistBackendError):
+        return _REMOTE.search(str(error)) is not None
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
 
 

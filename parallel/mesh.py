@@ -72,6 +72,8 @@ def join(
         # and a ring's channels. But megatron-core lays a message of tensor parallelism over a product, and only a
         # single queue, which keeps the host's order, starts the message before the product that fills the GPU.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1" if parallel.tensor > 1 else "32")
+        # torch ends a process whose thread of NCCL gives no sign; the run's watchdog comes first and tells more.
+        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(round(60 * timeout_minutes) + 60))
         torch.cuda.set_device(device)
         # Triton's cache goes to a local disk, since home directories on a network file system are slow. One directory
         # serves all ranks of the node: Triton writes each file beside its place and renames it, so no rank reads half

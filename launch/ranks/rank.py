@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ...data.format.damage import DamagedDataError
 from ...data.processes import end_with_parent
-from ...parallel.failures import PeerError, full_memory, gpu_error
+from ...parallel.failures import PeerError, full_memory, gpu_error, is_lost_peer
 from ...parallel.world import World
 from ..errors import GO_ON_LATER, GPU_ERROR, IO_ERROR, USER_ERROR, CommonError, print_error
 
@@ -70,11 +70,12 @@ def _ending(error: Exception, number: int) -> tuple[int, str, bool] | None:
             "there again"
         )
         return GPU_ERROR, message, False
-    if isinstance(error, dist.DistError):  # while the ranks join; later the watchdog makes it a ConnectionError
-        reason = text.splitlines()[0]
-        return GO_ON_LATER, f"{rank}: cannot reach the other ranks: {reason}; give the same command again", False
     if isinstance(error, PeerError):
         return GO_ON_LATER, text, False
+    # While the ranks join, or outside of training, where no watchdog makes it a ConnectionError.
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and is_lost_peer(error)):
+        reason = text.splitlines()[0]
+        return GO_ON_LATER, f"{rank}: cannot reach the other ranks: {reason}; give the same command again", False
     if isinstance(error, ConnectionError):
         return GO_ON_LATER, text, True
     if isinstance(error, OSError):

@@ -121,10 +121,11 @@ def _await_first_node(endpoint: str) -> None:
 def _status_of(failures: Sequence[ProcessFailure], stopped: bool) -> int:
     """Return the status closest to the cause: that of a signal, then of an error, then of a lost connection.
 
-    torchrun ends the remaining ranks with SIGTERM once one has failed, so SIGTERM counts only if there is nothing else.
+    torchrun ends the remaining ranks with SIGTERM once one has failed, and torch's thread of NCCL may end a rank by
+    SIGABRT once another is gone: these two count only if there is nothing else.
     """
-    own = [failure for failure in failures if failure.exitcode != -signal.SIGTERM] or failures
-    worst = min(own, key=lambda failure: failure.exitcode)
+    late = {-signal.SIGABRT: 1, -signal.SIGTERM: 2}
+    worst = min(failures, key=lambda failure: (late.get(failure.exitcode, 0), failure.exitcode))
     if worst.exitcode >= 0:
         return worst.exitcode
     if stopped:

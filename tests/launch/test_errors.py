@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from longring.launch.commands import submit as submit_module
 from longring.launch.config import load_recipe
 from longring.launch.errors import IO_ERROR
 from longring.launch.identity import tables_of
+from longring.launch.ranks import start as start_module
 from longring.launch.run_directory import RunDirectory
 
 COMMANDS = (
@@ -183,6 +185,16 @@ def test_a_job_is_submitted_where_shards_cannot_be_seen(capsys, recipe_file, tmp
     monkeypatch.setattr(submit_module.shutil, "which", lambda name: None)
     words = [str(sandbox.recipe), f"run_directory={sandbox.run.path}", "slurm.ranks_per_node=4", "--nodes", "1"]
     assert "sbatch: not on this machine" in error_of(capsys, "submit", *words)
+
+
+@pytest.mark.parametrize(
+    ("codes", "status"),
+    [([2, -6, -6], 2), ([-6, 70], 70), ([75, -6, -15], 75), ([-6, -9], 137), ([-6, -15], 134), ([75, 74, 1], 1)],
+)
+def test_the_status_of_a_start_is_closest_to_the_cause(codes, status):
+    """torch's thread of NCCL ends ranks by SIGABRT once another is gone, and torchrun the rest by SIGTERM."""
+    failures = [SimpleNamespace(exitcode=code, local_rank=rank) for rank, code in enumerate(codes)]
+    assert start_module._status_of(failures, stopped=False) == status  # type: ignore[arg-type]
 
 
 def test_a_rank_started_without_torchrun(capsys, recipe_file, monkeypatch):

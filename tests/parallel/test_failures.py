@@ -25,6 +25,7 @@ FULL = [
     dist.DistBackendError(f"{NCCL}Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("CUDA driver error: out of memory"),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
     OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
     MemoryError(),
@@ -35,13 +36,20 @@ GPU = [
     RuntimeError("Triton Error [CUDA]: misaligned address"),
     RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`"),
     torch.AcceleratorError("unspecified launch failure"),
+    RuntimeError("CUDA driver error: an illegal memory access was encountered"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
 ]
 PEER = [
     dist.DistBackendError("NCCL error in: NCCLUtils.cpp:94, remote process exited or there was a network error"),
     dist.DistNetworkError("Connection reset by peer"),
     RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5"),
 ]
-OTHER = [RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), ValueError("CUDA error: a word")]
+OTHER = [
+    RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
+    ValueError("CUDA error: a word"),
+    dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:3690, invalid usage\nDuplicate GPU detected : rank 0"),
+    dist.DistBackendError("NCCL error in: x.cpp:1, unhandled system error\nError: /dev/shm: No space left on device"),
+]
 
 
 @pytest.mark.parametrize("error", [*FULL, *GPU, *PEER, *OTHER], ids=lambda error: repr(error)[:60])
