@@ -1,6 +1,6 @@
 """Speed and memory of preparation on odd documents, beside ordinary text.
 
-    python benchmarks/prepare_odd.py --json rows.json   # fifteen minutes
+    python benchmarks/prepare_odd.py --json rows.json   # twenty minutes
     python benchmarks/prepare_odd.py --quick            # an eighth of the bytes
 
 Each row is one text in one JSON record (the first row: many), prepared as an input shard by a fresh process on one
