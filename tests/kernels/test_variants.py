@@ -13,6 +13,7 @@ import types
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -120,6 +121,7 @@ def test_compilations_are_counted_and_other_hooks_still_called(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **compiled: told.append(compiled["repr"]))
     compilations = Compilations()
+    hook: Any = knobs.runtime.jit_post_compile_hook
     for name in ("one", "two"):
-        knobs.runtime.jit_post_compile_hook(repr=name)
+        hook(repr=name)
     assert (compilations.count, told) == (2, ["one", "two"])
