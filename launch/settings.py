@@ -26,6 +26,10 @@ T = TypeVar("T")
 
 MAX_BYTES = 2**20
 """Largest TOML file that is read; reading takes time and memory far beyond its size."""
+MAX_TEXT = 3_000
+"""Maximum number of characters of a text: a path that names more cannot be opened."""
+MAX_NAME_BYTES = 200
+"""Maximum number of bytes between two slashes of a text; file systems allow 255, of which suffixes take some."""
 MAX_DOTS = 100
 _MANY_DOTS = re.compile(rf"^(?!\s*#)(?:[^.\n]*+\.){{{MAX_DOTS + 1}}}", re.MULTILINE)
 _LIMITS = {
@@ -196,6 +200,12 @@ def _check_text(value: str, path: str) -> None:
     """Raise ValueError for a text that cannot be written into one line, or that must not be recorded."""
     if CONTROL.search(value):
         raise ValueError(f"{path} = {shown(value)}: holds a line break or another control character; remove it")
+    longest = max(len(part.encode(errors="replace")) for part in value.split("/"))
+    if longest > MAX_NAME_BYTES or len(value) > MAX_TEXT:
+        raise ValueError(
+            f"{path} = {shown(value)}: has {len(value)} characters, {longest} bytes between two slashes: must have at "
+            f"most {MAX_TEXT} and {MAX_NAME_BYTES}; shorten it"
+        )
     if redact(value) != value:
         raise ValueError(
             f"{path}: holds a password, a key or a token, and recipes are recorded; put it in the environment instead, "

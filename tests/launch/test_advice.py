@@ -131,7 +131,6 @@ SETTINGS = [
     ),
     Setting(("knots.chunk_odds=2",), r"such as (\[1, 2\])", ("knots.chunk_odds={0}",)),
     Setting(("curriculum.weights=3",), r"such as {name = 1}", ("curriculum.weights={{documents = 1}}",)),
-    Setting(("train.gradient_dtype=bfloat16",), r"set it to (float32)", ("train.gradient_dtype={0}",)),
     Setting(
         ("train.global_batch_tokens=3000", "ranks=1"), r"set it to (\d+)", ("train.global_batch_tokens={0}", "ranks=1")
     ),
@@ -154,6 +153,16 @@ SETTINGS = [
         (OVER_4, "model.num_heads=2", "parallel.cp.schedule=ulysses"),
         r"set (parallel\.cp\.schedule) = (auto)",
         (OVER_4, "model.num_heads=2", "{0}={1}"),
+    ),
+    Setting(
+        (f"data.directory={'a' * 300}",),
+        r"300 bytes between two slashes: must have at most 3000 and (\d+); shorten it",
+        (f"data.directory={'a' * 200}",),
+    ),
+    Setting(
+        ("train.gradient_dtype=bfloat16",),
+        r"is less exact than train\.dtype = 'float32'; set it to '?(float32)",
+        ("train.gradient_dtype={0}",),
     ),
     Setting(("slurm.time=tomorrow",), r"look like (\S+) or", ("slurm.time={0}",)),
     Setting(("slurm.partition='gpu --wrap=x'",), "use no spaces and no quotes", ("slurm.partition=gpu",)),

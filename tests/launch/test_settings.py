@@ -153,6 +153,7 @@ FILES = {
     ),
     "a key of a million letters": (b"a" * 1_000_000 + b" = 1", "unknown key"),
     "a value of a million letters": (b'run_directory = 1\nx = "' + b"a" * 1_000_000 + b'"', "x: unknown key"),
+    "a path that no file system has": (b'run_directory = "' + b"a" * 300 + b'"', "at most 3000 and 200; shorten it"),
     "a hexadecimal integer of 40,000 bits": (b"run_directory = 0x" + b"f" * 10_000, "an integer of 40000 bits"),
     "a date": (b"run_directory = 2026-11-21", "must be of type str"),
 }
