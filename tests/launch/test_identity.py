@@ -165,6 +165,7 @@ def looking(recipe_file: Path, directory: Path) -> list[tuple[int, str]]:
     return [(checked.steps_done, checked.identity.run) for checked in both]
 
 
+@pytest.mark.full
 def test_one_rank_looks_into_the_last_checkpoint_for_all(on_ranks, recipe_file, tmp_path):
     """The last of two has lost a file, which other ranks do not know when they join."""
     recipe = load_recipe(recipe_file, [*SMALL, f"run_directory={tmp_path}"])

@@ -116,6 +116,7 @@ def test_a_full_disk_is_named_and_with_room_the_bytes_are_the_same(
     assert tree(there.directory) == whole
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("status", "error", "said"),
     [
