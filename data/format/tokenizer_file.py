@@ -33,7 +33,7 @@ _standard_error = 2  # its descriptor, which is another one while it is muted
 
 
 def odd_texts(length: int) -> tuple[str, ...]:
-    """Return texts on which tokenizers fail or are slow, with runs of `length` equal characters, or fewer with marks."""
+    """Return texts on which tokenizers fail or are slow, with runs of up to `length` equal characters."""
     runs = " " * length + "x", "a" * length + "!", "1" * length + "\n", "\n" * length, "e\u0301" * (length // 8)
     return "a b", "\x00", "\U0001f44b\r\n", *runs
 
