@@ -98,7 +98,7 @@ def plan(
         # A grid that the recipe names is shown beside those that "auto" would choose from.
         choices = [choice._replace(others=_alternatives(recipe, choice, topology)) for choice in choices]
     console.print(grids_table(choices))
-    console.print(communicators_line(recipe, [choice.grid for choice in choices]), highlight=False, soft_wrap=True)
+    console.print(communicators_line(recipe, [choice.grid for choice in choices]), highlight=False)
     if timeline is not None:
         last = choices[-1]
         asked = pricer(recipe, last.kind, topology, ASSUMED)

@@ -9,14 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.lanes import by_lane
 
 REPORT = Path(__file__).parents[2] / "benchmarks" / "compile_report.py"
 
 
-@pytest.mark.parametrize(
-    "arguments", by_lane([["--quick"], ["--only", "sm_90"]], quick=[], slow=[["--only", "sm_90"]]), ids=" ".join
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [["--quick"], ["--only", "sm_90"]], ids=" ".join)
 def test_kernels_compile(arguments, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(REPORT), *arguments, "--json", str(tmp_path / "rows.json")]

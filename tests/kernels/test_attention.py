@@ -123,7 +123,7 @@ THREE = ["documents", "window, documents", "zigzag, documents"]
         slow=[
             (kv_heads, dtype, mask_name)
             for kv_heads, dtype, mask_name in MATRIX
-            if mask_name not in THREE and (kv_heads != 2 or dtype == torch.float16)
+            if dtype == torch.float16 or (mask_name not in THREE and kv_heads != 2)
         ],
     ),
     ids=str,

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from helpers.faulty import Fault, start
-from helpers.lanes import by_lane
 from longring.launch.checkpoint.format import (
     checkpoint_name,
     complete_checkpoints,
@@ -45,7 +44,8 @@ def random_fault(chance: random.Random, done: int) -> Fault:
     return Fault(rank, action, step=step, operation="building" if step == done else chance.choice(OPERATIONS[1:]))
 
 
-@pytest.mark.parametrize("interruptions", by_lane([3, 50], quick=[], slow=[50]))
+@pytest.mark.slow
+@pytest.mark.parametrize("interruptions", [50])
 def test_a_run_interrupted_at_random_equals_an_uninterrupted_one(recipe_file, tmp_path, interruptions):
     seed = int(os.environ.get("LONGRING_SEED", "0")) or random.randrange(1, 2**32)
     chance = random.Random(seed)

@@ -91,7 +91,7 @@ def first_step(recipe_file: Path, overrides: list[str]) -> tuple[dict, np.ndarra
     return weights, batch.rows.astype(np.int64), batch.trained
 
 
-@pytest.mark.parametrize("division", by_lane(DIVISIONS, quick=[], slow=["dp4"]))
+@pytest.mark.parametrize("division", by_lane(DIVISIONS, quick=[], slow=["dp4", "tp2-cp2"]))
 def test_the_loss_is_the_mean_of_trained_targets_on_any_division(on_ranks, ordered, division, tmp_path):
     recipe_file, overrides = ordered
     [(weights, rows, trained)] = on_ranks(1, first_step, recipe_file, overrides)

@@ -155,7 +155,7 @@ def test_an_encoder_that_is_none_is_named(tmp_path: Path):
         embed.make_encoder(OrderConfig(encoder=str(tmp_path / "nothing-here")), Path("unused"), 0)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_order_with_an_encoder_is_the_same_for_any_number_of_workers(
     make_config: Callable[..., DataConfig], words: Words, tmp_path: Path, bert: Path
 ):

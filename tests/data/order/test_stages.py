@@ -200,8 +200,7 @@ def test_every_token_is_where_the_ledger_says(prepared: DataConfig, tmp_path: Pa
     assert set(found.lengths) == set(config.lengths(prepared))
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("mode", ["in_context", "fill_long_buckets"])
+@pytest.mark.parametrize("mode", by_lane(["in_context", "fill_long_buckets"], quick=[], slow=["fill_long_buckets"]))
 def test_any_number_of_workers_makes_the_same_bytes(prepared: DataConfig, tmp_path: Path, mode: str):
     reference = settings(tmp_path / "one", mode=mode)
     order(prepared, reference, QUIET, workers=1)
@@ -231,7 +230,8 @@ def test_stages_alone_and_in_parts_make_the_same_bytes(prepared: DataConfig, tmp
     assert tree(config.directory) == tree(reference.directory)
 
 
-@pytest.mark.parametrize("seed", by_lane([0, 1], quick=[], slow=[1]))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_killed_at_any_point_and_continued_gives_the_same_bytes(prepared: DataConfig, tmp_path: Path, seed: int):
     reference, config = settings(tmp_path / "one"), settings(tmp_path / "killed")
     order(prepared, reference, QUIET, workers=1)

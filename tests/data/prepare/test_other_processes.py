@@ -209,7 +209,7 @@ def test_a_second_ordering_is_refused(config: DataConfig, ordered: OrderConfig):
     assert order(config, ordered, QUIET, workers=1) is not None
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_a_full_disk_is_named_by_an_ordering(
     config: DataConfig, ordered: OrderConfig, tmp_path: Path, small_disk: Path
 ):

@@ -122,7 +122,7 @@ def test_an_impossible_plan_is_one_error_line(capsys, recipe_file, no_ranks, arg
     assert words in error
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_measured_passes_are_drawn_beside_simulated_ones(capfd, recipe_file, tmp_path):
     """Two ranks of this machine run the planned passes; the picture has both."""
     picture = tmp_path / "measured.png"

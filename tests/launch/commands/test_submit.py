@@ -253,12 +253,14 @@ def rank_processes(process: subprocess.Popen[str]) -> list[int]:
     return [int(child) for child in children]
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
     ("signal_name", "to_a_rank", "status", "said"),
     [
-        ("SIGTERM", False, 75, "saved; the same command continues the run"),
-        ("SIGKILL", True, 137, "ended by SIGKILL (out of memory, or sent by hand); the same command continues"),
+        pytest.param(*("SIGTERM", False, 75, "saved; the same command continues the run"), marks=pytest.mark.full),
+        pytest.param(
+            *("SIGKILL", True, 137, "ended by SIGKILL (out of memory, or sent by hand); the same command continues"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_launcher_forwards_signals_and_reports_killed_ranks(
