@@ -60,7 +60,7 @@ def serve() -> int:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
-    group = groups.open_group(range(size), [CpGrid(2, 2, 2)])  # every channel
+    group = groups.open_group(range(size), grid.grids(size))
     print(flush=True)
 
     alone = groups.CpGroup(0, (rank,), {})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -158,10 +159,10 @@ def guard_rows(size: Size) -> Iterator[Row]:
 
     With "auto" the links are probed and the cheapest grid is taken.
     """
-    with joined() as mesh:
+    with joined() as mesh, tempfile.TemporaryDirectory() as directory:
         for schedule in ("auto", "token_ring") if size == "smallest" else ("auto", *NAMED):
             say(mesh, f"guards of {schedule}")
-            recipe = guard_recipe(schedule, mesh)
+            recipe = guard_recipe(schedule, mesh, directory)
             lengths = [128 * max(mesh.neighbours)]
             chosen, note = "", ""
             try:
@@ -174,13 +175,13 @@ def guard_rows(size: Size) -> Iterator[Row]:
                 yield {"schedule": schedule, "grids": chosen, "right": not note, "note": note}
 
 
-def guard_recipe(schedule: str, mesh: Mesh) -> Recipe:
-    """Return the demo's recipe over the ranks of a mesh, in bf16, with a schedule."""
+def guard_recipe(schedule: str, mesh: Mesh, directory: str) -> Recipe:
+    """Return the demo's recipe over the ranks of a mesh, in bf16, with a schedule and a run directory."""
     largest_bucket = 128 * max(mesh.neighbours)
     settings = [
         *("model.num_heads=8", "model.num_kv_heads=4", "train.dtype=bfloat16", f"parallel.cp.schedule={schedule}"),
         *("parallel.tokens_per_rank=128", f"data.max_bucket_tokens={largest_bucket}"),
-        f"train.global_batch_tokens={128 * mesh.world_size}",
+        *(f"train.global_batch_tokens={128 * mesh.world_size}", f"run_directory={directory}"),
     ]
     return load_recipe(RECIPE, settings)
 
