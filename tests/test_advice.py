@@ -31,7 +31,7 @@ MOST_TEXTS = 64
 """Number of texts of one message that are looked for."""
 
 Values = Mapping[str, list[ast.expr]]
-"""What the names of a module may stand for: values assigned to a variable, or returned by a function."""
+"""Values of the names of a module: those assigned to a variable, or returned by a function."""
 
 
 def values_of(tree: ast.Module, constants: Values) -> Values:

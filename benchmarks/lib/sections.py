@@ -43,7 +43,7 @@ class Section(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a section left: its rows, and the row about itself (section, status, seconds, note)."""
+    """Result of a section: its rows, and the row about itself (section, status, seconds, note)."""
 
     rows: list[Row]
     section: Row

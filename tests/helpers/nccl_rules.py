@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import ProcessGroup
 
 Rule = Literal["first use", "one queue"]
-"""What blocks a rank.
+"""Rules of NCCL that block a rank.
 
 - first use: NCCL's src/transport.cc. The first call of a communicator, and the first message of a pair in a direction,
   block the host until the other ends are in the same call and have met their own other ends.

@@ -184,7 +184,7 @@ QUADRATIC = "[a ]+(?![a! x])"
 def test_a_pattern_whose_time_grows_with_the_square_of_a_text_is_refused(
     good: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
-    """In full, some 30 s for 65,536 characters; a fiftieth of the limit finds it at a length between."""
+    """The whole check takes some 30 s for it; a fiftieth of the limit finds it at a shorter length."""
     slow = load_tokenizer(changed(good, pattern(QUADRATIC)), "my.json")
     monkeypatch.setattr(tokenizer_file, "MAX_ODD_SECONDS", 0.1)
     with pytest.raises(ValueError, match=r"^my.json: takes more than 0.1 s for [\d,]+ characters that begin with '"):

@@ -178,7 +178,7 @@ def test_four_processes_find_the_same(on_ranks, measure, num_nodes):
 
 
 def test_uneven_nodes_are_refused_by_all(on_ranks):
-    """What their advice leads to, 2 ranks on each of 2 nodes, is probed by test_four_processes_find_the_same."""
+    """A layout that follows the advice, 2 ranks on each of 2 nodes, is in test_four_processes_find_the_same."""
     for message in on_ranks(4, uneven, [3, 3, 3, 1]):
         assert message.endswith("nodes have 1 to 3 ranks (LOCAL_WORLD_SIZE); start equally many on each node")
     for message in on_ranks(4, uneven, [3, 3, 3, 3]):
