@@ -173,9 +173,11 @@ def _launch_kernels(recipe: Recipe, mesh: Mesh, layouts: Iterable[BucketLayout])
         gate_up = zeros(s, b, 2 * model.ffn_hidden_size // tensor)
         q, k = (zeros(b, s, heads // tensor, model.head_dim) for heads in (model.num_heads, model.num_kv_heads))
         angles = zeros(s, model.head_dim // 2, of=torch.float32).detach()
+        normed = {"none": (), "head": (q, k), "projection": (q.flatten(2), k.flatten(2))}[model.qk_norm]
         ops = fused_ops(x)
         results = ops.rms_norm(x, zeros(model.hidden_size), model.norm_epsilon), ops.swiglu(gate_up)
         results += ops.rope(q.clone(), k.clone(), (angles, angles))  # clones: RoPE may overwrite what it is given
+        results += tuple(ops.rms_norm(y, zeros(y.shape[-1]), model.norm_epsilon) for y in normed)
         torch.autograd.backward(results, [torch.zeros_like(y) for y in results])
 
 

@@ -98,8 +98,14 @@ def _make_sample(recipe: Recipe, mesh: Mesh, group: CpGroup) -> _Sample:
     num_tokens = group.size * math.ceil(TOKENS_PER_RANK / divisor) * divisor
     documents = (0, num_tokens // 3)
     # The weights are so large that attention is far from uniform at any width; else it would hardly affect the loss.
-    num_layers = min(recipe.model.num_layers, recipe.model.full_attention_every)
-    config = replace(recipe.model, num_layers=num_layers, init_std=recipe.model.hidden_size**-0.5)
+    pattern = tuple(dict.fromkeys(recipe.model.kind_of(layer) for layer in range(recipe.model.num_layers)))
+    config = replace(
+        recipe.model,
+        num_layers=len(pattern),
+        layer_pattern=pattern,
+        window_tokens=recipe.model.window_tokens if "window" in pattern else 0,
+        init_std=recipe.model.hidden_size**-0.5,
+    )
     model = Transformer(config, VOCABULARY, megatron_config(recipe.parallel))
     fill_weights(model, config, 0, mesh.device, getattr(torch, recipe.train.dtype))
     tokens = torch.randint(VOCABULARY, (1, num_tokens + 1), generator=torch.Generator().manual_seed(1))

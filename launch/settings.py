@@ -100,6 +100,8 @@ def from_tree(kind: type[T], tree: Mapping[str, Any], *, prefix: str = "", sourc
     """
     if not isinstance(tree, Mapping):
         raise ValueError(f"{source}: holds {shown(tree)}: must hold tables")
+    if hasattr(kind, "translated"):  # settings that earlier recipes say in other words
+        tree = kind.translated(tree)  # type: ignore[attr-defined]
     hints = _hints(kind)
     known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     for key in tree:
@@ -167,9 +169,12 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             return tuple(_convert(get_args(numbers)[0], number, path) for number in value)
         return _chosen(get_args(name), value, path, ", or numbers")
     if get_origin(hint) is tuple:
+        element = get_args(hint)[0]
         if not isinstance(value, list | tuple):
-            raise ValueError(f"{path} = {shown(value)}: must be a list of numbers, such as [1, 2]")
-        return tuple(_convert(get_args(hint)[0], number, path) for number in value)
+            names = get_origin(element) is Literal
+            example = f"names, such as [{get_args(element)[0]!r}]" if names else "numbers, such as [1, 2]"
+            raise ValueError(f"{path} = {shown(value)}: must be a list of {example}")
+        return tuple(_convert(element, item, path) for item in value)
     if get_origin(hint) is Literal:
         return _chosen(get_args(hint), value, path)
     # bool is a subclass of int, but true is not a number here.

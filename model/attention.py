@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .fused import fused_ops
+from .norm import ProjectionNorm, RMSNorm
 from .weights import values_later
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
@@ -36,7 +37,10 @@ class SelfAttention(nn.Module):
             (config.num_heads + 2 * config.num_kv_heads) * config.head_dim,
             config=parallel,
             init_method=values_later,
-            bias=False,
+            bias=config.qkv_bias,
+        )
+        self.q_norm, self.k_norm = (
+            _head_norm(config, heads, parallel) for heads in (config.num_heads, config.num_kv_heads)
         )
         self.out = RowParallelLinear(
             config.num_heads * config.head_dim,
@@ -48,18 +52,21 @@ class SelfAttention(nn.Module):
             skip_bias_add=True,
         )
 
-    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q `[b, s, h_q / tp, d]` and k, v `[b, s, h_kv / tp, d]` of x, with RoPE applied to q and k.
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q `[b, s, h_q / tp, d]` and k, v `[b, s, h_kv / tp, d]` of x, with norms and RoPE applied to q and k.
 
         x is `[s, b, hidden]`, or under sequence parallelism this rank's `[s / tp, b, hidden]`; `rope` is the cos and
-        sin of `rope_table`, each `[s, d / 2]`. Collective over the tensor-parallel group.
+        sin of `rope_table`, each `[s, d / 2]`, or None for a layer without RoPE. Collective over the tensor-parallel
+        group.
         """
         qkv, _ = self.qkv(x)
         # [s, b, h_kv / tp * (queries_per_kv + 2) * d] -> [b, s, h_kv / tp, queries_per_kv + 2, d]
         qkv = qkv.unflatten(-1, (-1, self.queries_per_kv + 2, self.head_dim)).transpose(0, 1)
         q = qkv[:, :, :, :-2].flatten(2, 3)
         k, v = qkv[:, :, :, -2], qkv[:, :, :, -1]
-        q, k = fused_ops(q).rope(q, k, rope)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = fused_ops(q).rope(q, k, rope)
         return q, k, v
 
     def project_back(self, out: Tensor) -> Tensor:
@@ -70,3 +77,12 @@ class SelfAttention(nn.Module):
         """
         # [b, s, h_q / tp, d] -> [s, b, h_q / tp * d]
         return self.out(out.flatten(2).transpose(0, 1).contiguous())[0]
+
+
+def _head_norm(config: ModelConfig, num_heads: int, parallel: ModelParallelConfig) -> nn.Module:
+    """Return the norm of q or k `[b, s, h / tp, d]`, with the number of its heads on all ranks."""
+    if config.qk_norm == "head":
+        return RMSNorm(config.head_dim, config.norm_epsilon, parallel, of_heads=True)
+    if config.qk_norm == "projection":
+        return ProjectionNorm(num_heads * config.head_dim, config.norm_epsilon, parallel)
+    return nn.Identity()

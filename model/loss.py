@@ -31,17 +31,19 @@ take 500 FLOPs per byte moved, where a GPU balances at 200 to 300.
 class LossHead(ColumnParallelLinear):
     """The output projection and softmax cross entropy; tensor-parallel ranks divide the vocabulary rows.
 
+    The rows that pad the vocabulary to a multiple of 128 have no part in the softmax, and no gradient.
     Both are one module, so that ZeRO-3's hooks gather the weight around its forward and again around its backward.
     """
 
-    def __init__(self, config: ModelConfig, vocab_rows: int, parallel: ModelParallelConfig) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, parallel: ModelParallelConfig) -> None:
         super().__init__(
             config.hidden_size,
-            vocab_rows,
+            config.padded_vocab_size(vocab_size),
             config=parallel,
             init_method=values_later,
             bias=False,
         )
+        self.vocab_size, self.z_loss = vocab_size, config.z_loss
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
         """Return the loss of every token in nats, fp32 `[b, s]`. Collective over the tensor-parallel group.
@@ -55,12 +57,20 @@ class LossHead(ColumnParallelLinear):
         else:
             x = copy_to_tensor_model_parallel_region(x, group=self.tp_group)
         # x [s, b, hidden] -> [s * b, hidden]; targets [b, s] -> [s * b]; losses [s * b] -> [b, s]
-        losses = _LinearCrossEntropy.apply(x.flatten(0, 1), self.weight, targets.t().flatten(), self.tp_group)
+        losses, logs = _LinearCrossEntropy.apply(
+            x.flatten(0, 1), self.weight, targets.t().flatten(), self.vocab_size, self.tp_group
+        )
+        if self.z_loss:
+            # It has a gradient and no value: losses of runs with and without it compare.
+            squares = self.z_loss * logs.square()
+            losses = losses + (squares - squares.detach())
         return losses.view(x.shape[:2]).t()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The loss of each token `[n]` fp32 from x `[n, hidden]`, this rank's weight rows `[v, hidden]` and targets `[n]`.
+    """The loss of each token, from x `[n, hidden]`, this rank's weight rows `[v, hidden]` and targets `[n]`.
+
+    It returns losses and the logarithms of the softmax's denominators, both fp32 `[n]`.
 
     Logits are computed in the model's dtype and reduced in fp32. The backward computes each slice's logits again; its
     gradient of x is this rank's term of the sum over ranks.
@@ -71,14 +81,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, group: dist.ProcessGroup
+    ) -> tuple[Tensor, Tensor]:
         # Targets as rows of this rank's weight; `here` marks those that it holds.
         rows = targets - group.rank() * len(weight)
         here = (rows >= 0) & (rows < len(weight))
         rows = rows.where(here, 0)
         largest, sums, target_logits = torch.empty(3, len(x), dtype=torch.float32, device=x.device)
+        ctx.num_rows = max(0, vocab_size - group.rank() * len(weight))  # those after them are padding
         for part in _token_slices(len(x), len(weight)):
-            logits = (x[part] @ weight.t()).float()  # [slice, v]
+            logits = _logits(x[part], weight, ctx.num_rows)
             largest[part] = logits.amax(-1)
             logits.sub_(largest[part, None])
             target_logits[part] = logits.gather(1, rows[part, None])[:, 0]
@@ -93,25 +106,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total, target_logit = totals
         # The parameter itself is saved, not a view of it: ZeRO-3 gathers it again before the backward.
         ctx.save_for_backward(x, weight, overall, total, rows, here)
-        return total.log() - target_logit
+        return total.log() - target_logit, total.log() + overall
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor, dlog: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
         x, weight, overall, total, rows, here = ctx.saved_tensors
-        # dlogits = dloss * (softmax - onehot), where softmax = exp(logits - overall) / total.
-        onehot, softmax = dloss * here, dloss / total
+        # dlogits = (dloss + dlog) * softmax - dloss * onehot, where softmax = exp(logits - overall) / total.
+        onehot, softmax = dloss * here, (dloss + dlog) / total
         dx = torch.empty_like(x)
         dweight = torch.zeros_like(weight, dtype=torch.float32)
         for part in _token_slices(len(x), len(weight)):
-            dlogits = (x[part] @ weight.t()).float()  # [slice, v], the logits; the next two lines work in place
+            dlogits = _logits(x[part], weight, ctx.num_rows)  # [slice, v]; the next two lines work in place
             dlogits.sub_(overall[part, None]).exp_().mul_(softmax[part, None])
             dlogits[torch.arange(len(dlogits), device=x.device), rows[part]] -= onehot[part]
             dlogits = dlogits.to(x.dtype)
             dx[part] = dlogits @ weight
             dweight += dlogits.t() @ x[part]
             del dlogits
-        return dx, dweight.to(weight.dtype), None, None
+        return dx, dweight.to(weight.dtype), None, None, None
+
+
+def _logits(x: Tensor, weight: Tensor, num_rows: int) -> Tensor:
+    """Return the logits `[n, v]` of x `[n, hidden]` in fp32; those from `num_rows` on have no part in a softmax."""
+    logits = (x @ weight.t()).float()
+    logits[:, num_rows:] = torch.finfo(torch.float32).min  # -inf less -inf, on a rank of padding alone, would be nan
+    return logits
 
 
 def _token_slices(num_tokens: int, vocab_rows: int) -> Iterator[slice]:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels.layout import SeqLayout
 from .attention import AttentionFunction, SelfAttention
-from .config import ModelConfig
+from .config import ModelConfig, RopeScaling
 from .loss import LossHead
 from .mlp import SwiGLU
 from .norm import RMSNorm
@@ -21,25 +21,26 @@ from .weights import values_later
 
 
 class TransformerLayer(nn.Module):
-    """A pre-norm residual layer: attention, then SwiGLU.
+    """A residual layer: attention, then SwiGLU, with a norm before or after each of them.
 
     With `recompute` the backward computes everything but attention again, so that attention's messages between ranks
     are sent once per pass. The layer then keeps its input, q, k, v, and attention's out and lse.
     """
 
-    def __init__(self, config: ModelConfig, parallel: ModelParallelConfig, window: int | None, recompute: bool) -> None:
+    def __init__(self, config: ModelConfig, parallel: ModelParallelConfig, layer: int, recompute: bool) -> None:
         super().__init__()
-        self.window, self.recompute = window, recompute
+        self.window, self.rope_scaling = config.attention_window(layer), config.rope_scaling_of(layer)
+        self.norm_before, self.recompute = config.norm_order == "before", recompute
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon, parallel)
         self.attention = SelfAttention(config, parallel)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon, parallel)
         self.mlp = SwiGLU(config, parallel)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attention: AttentionFunction) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, attention: AttentionFunction) -> Tensor:
         """Return the layer's result for x `[s, b, hidden]`, or this rank's part of s, in the same shape.
 
-        `rope` is the cos and sin of `rope_table`, each `[s, d / 2]`. Collective over the tensor-parallel group, and
-        over the ranks that `attention` joins.
+        `rope` is the cos and sin of `rope_table` with the layer's `rope_scaling`, each `[s, d / 2]`; None if the layer
+        has no RoPE. Collective over the tensor-parallel group, and over the ranks that `attention` joins.
         """
         # q, k, v [b, s, heads / tp, d] hold all of s: attention needs the whole of this rank's positions.
         if not self.recompute:
@@ -49,14 +50,17 @@ class TransformerLayer(nn.Module):
         q, k, v = again(self._before_attention, x, rope)
         return again(self._after_attention, x, attention(q, k, v, self.window))
 
-    def _before_attention(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _before_attention(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k, v as `SelfAttention.project` does."""
-        return self.attention.project(self.attention_norm(x), rope)
+        return self.attention.project(self.attention_norm(x) if self.norm_before else x, rope)
 
     def _after_attention(self, x: Tensor, out: Tensor) -> Tensor:
         """Return the layer's result from its input x and attention's out `[b, s, h_q / tp, d]`."""
-        x = x + self.attention.project_back(out)
-        return x + self.mlp(self.mlp_norm(x))
+        if self.norm_before:
+            x = x + self.attention.project_back(out)
+            return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attention_norm(self.attention.project_back(out))
+        return x + self.mlp_norm(self.mlp(x))
 
 
 class Transformer(nn.Module):
@@ -84,11 +88,12 @@ class Transformer(nn.Module):
                 config=parallel,
             )
             self.blocks = nn.ModuleList(
-                TransformerLayer(config, parallel, config.attention_window(layer), recompute)
-                for layer in range(config.num_layers)
+                TransformerLayer(config, parallel, layer, recompute) for layer in range(config.num_layers)
             )
             self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, parallel)
-            self.head = LossHead(config, vocab_rows, parallel)
+            self.head = LossHead(config, vocab_size, parallel)
+            if config.tied_head:
+                self.head.weight = self.embedding.weight  # one parameter, which has the embedding's name
 
     def forward(self, tokens: Tensor, targets: Tensor, layout: SeqLayout, attention: AttentionFunction) -> Tensor:
         """Return the loss of every token in nats, fp32 `[b, s]`.
@@ -100,7 +105,10 @@ class Transformer(nn.Module):
         if not self.sequence_parallel:
             # [b, s, hidden] -> [s, b, hidden]; under sequence parallelism the embedding returns [s / tp, b, hidden].
             x = x.transpose(0, 1).contiguous()
-        rope = rope_table(layout.rotary_positions(tokens.device), self.config.head_dim, self.config.rope_base)
+        positions = layout.rotary_positions(tokens.device)
+        tables: dict[RopeScaling | None, tuple[Tensor, Tensor] | None] = {None: None}
+        for scaling in {layer.rope_scaling for layer in self.blocks} - {None}:
+            tables[scaling] = rope_table(positions, self.config.head_dim, self.config.rope_base, scaling)
         for layer in self.blocks:
-            x = layer(x, rope, attention)
+            x = layer(x, tables[layer.rope_scaling], attention)
         return self.head(self.norm(x), targets)

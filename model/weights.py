@@ -27,14 +27,18 @@ def fill_weights(
 ) -> None:
     """Replace each parameter of `model`, which may be on the meta device, by one of initial values in `dtype`.
 
-    Norm weights are 1, matrices are normal with `initial_std`. Equal seeds give equal values on any mesh: a matrix is
-    drawn whole in fp32, and a tensor-parallel rank keeps its part, so one whole matrix is the most that exists beside
-    the model. `filled` is called with each module whose own parameters have values. GPUs and CPUs draw different
-    numbers, and so do GPUs with different numbers of multiprocessors.
+    Norm weights are 1, biases 0, and matrices normal with `initial_std`. Equal seeds give equal values on any mesh: a
+    matrix is drawn whole in fp32, and a tensor-parallel rank keeps its part, so one whole matrix is the most that
+    exists beside the model. `filled` is called with each module whose own parameters have values. GPUs and CPUs draw
+    different numbers, and so do GPUs with different numbers of multiprocessors.
     """
+    made: dict[nn.Parameter, nn.Parameter] = {}  # a tied weight belongs to two modules
     for path, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         for leaf, before in own.items():
+            if before in made:
+                setattr(module, leaf, made[before])
+                continue
             name = f"{path}.{leaf}" if path else leaf
             group = module.tp_group if getattr(before, "tensor_model_parallel", False) else None
             values = torch.empty(before.shape, dtype=dtype, device=device)
@@ -42,6 +46,7 @@ def fill_weights(
             after = nn.Parameter(values)
             vars(after).update(vars(before))  # megatron-core's marks of how the parameter is divided
             setattr(module, leaf, after)
+            made[before] = after
         if own:
             filled(module)
 
@@ -58,7 +63,7 @@ def initial_std(name: str, config: ModelConfig) -> float:
 def _drawn(name: str, param: Any, std: float, seed: int, device: torch.device, group: Any) -> Tensor:
     """Return this rank's part of a parameter's initial values, fp32; `group` is None if the rank holds it whole."""
     if param.dim() == 1:
-        return torch.ones(param.shape, device=device)
+        return torch.full(param.shape, float(not name.endswith("bias")), device=device)
     key = hashlib.sha256(f"{seed} {name}".encode()).digest()[:8]
     generator = torch.Generator(device).manual_seed(int.from_bytes(key))
     shape, ranks = list(param.shape), group.size() if group else 1

@@ -10,10 +10,12 @@ from longring.model.config import ModelConfig
 from torch import Tensor
 
 
-def plain_losses(w: dict[str, Tensor], rows: Tensor, m: ModelConfig, positions: Tensor | None = None) -> Tensor:
+def plain_losses(
+    w: dict[str, Tensor], rows: Tensor, m: ModelConfig, positions: Tensor | None = None, vocab_size: int | None = None
+) -> Tensor:
     """Return the loss of every token, [b, L], of whole rows [b, L + 1], in the dtype of the weights.
 
-    RoPE rotates by `positions` [b, L]; None: 0 to L - 1.
+    RoPE rotates by `positions` [b, L]; None: 0 to L - 1. The head's rows from `vocab_size` on are padding; None: none.
     """
     tokens, targets = rows[:, :-1], rows[:, 1:]
     g, d, length = m.num_heads // m.num_kv_heads, m.head_dim, tokens.shape[1]
@@ -30,7 +32,7 @@ def plain_losses(w: dict[str, Tensor], rows: Tensor, m: ModelConfig, positions: 
     behind = torch.arange(length)[:, None] - torch.arange(length)
     for i in range(m.num_layers):
         unseen = behind < 0
-        if m.window_tokens and (i + 1) % m.full_attention_every:
+        if m.layer_pattern[i % len(m.layer_pattern)] == "window":
             unseen = unseen | (behind >= m.window_tokens)
         p = {name.removeprefix(f"blocks.{i}."): value for name, value in w.items() if name.startswith(f"blocks.{i}.")}
         qkv = norm(x, p["attention_norm.weight"]) @ p["attention.qkv.weight"].T
@@ -42,5 +44,5 @@ def plain_losses(w: dict[str, Tensor], rows: Tensor, m: ModelConfig, positions: 
         x = x + seen.flatten(2) @ p["attention.out.weight"].T
         gate, up = (norm(x, p["mlp_norm.weight"]) @ p["mlp.gate_up.weight"].T).chunk(2, -1)
         x = x + (gate * torch.sigmoid(gate) * up) @ p["mlp.down.weight"].T
-    logits = norm(x, w["norm.weight"]) @ w["head.weight"].T
+    logits = norm(x, w["norm.weight"]) @ w["head.weight"][:vocab_size].T
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)

@@ -82,13 +82,49 @@ SETTINGS = [
     Setting(("knots.share=0.5",), r"or set (knots\.share) = (0)", ("{0}={1}",)),
     Setting(
         ("model.window_tokens=8",),
-        "the first above 0 and the second above 1; without windowed layers set 0 and 1",
-        ("model.window_tokens=8", "model.full_attention_every=2"),
+        "the first above 0 and 'window' in the second; without windowed layers set 0 and",
+        ("model.window_tokens=8", "model.layer_pattern=['window', 'full']"),
     ),
     Setting(
-        ("model.full_attention_every=2",),
-        r"without windowed layers set (0) and (1)",
-        ("model.window_tokens={0}", "model.full_attention_every={1}"),
+        ("model.layer_pattern=['window']",),
+        r"without windowed layers set (0) and (\['full'\])",
+        ("model.window_tokens={0}", "model.layer_pattern={1}"),
+    ),
+    Setting(("model.layer_pattern=[]",), r"names no layer; set it to (\['full'\])", ("model.layer_pattern={0}",)),
+    Setting(("model.num_heads=7",), "change one of them, or set model.head_dim", ("model.num_heads=8",)),
+    Setting(
+        ("model.num_heads=6", "model.num_kv_heads=6"),
+        r"or set (model\.head_dim)",
+        ("model.num_heads=6", "model.num_kv_heads=6", "{0}=16"),
+    ),
+    Setting(("model.head_dim=7",), r"rotates pairs of dims; set it to (8)", ("model.head_dim={0}",)),
+    Setting(
+        ("model.rope_scaling.factor=8",),
+        "which takes no other setting; remove it, or set another kind",
+        ("model.rope_scaling.factor=8", "model.rope_scaling.kind=linear"),
+    ),
+    Setting(
+        ("model.rope_scaling={kind='linear', beta_fast=8}",), "which takes factor, full_layers_only; remove it", ()
+    ),
+    Setting(
+        ("model.rope_scaling={kind='yarn', factor=8}",),
+        "set it to the context length of the original training",
+        ("model.rope_scaling={{kind='yarn', factor=8, original_tokens=8192}}",),
+    ),
+    Setting(
+        ("model.rope_scaling={kind='llama3', factor=8, original_tokens=8192, low_frequency_factor=4}",),
+        r"must be below model\.rope_scaling\.high_frequency_factor = 4.0; lower it",
+        ("model.rope_scaling={{kind='llama3', factor=8, original_tokens=8192, low_frequency_factor=1}}",),
+    ),
+    Setting(
+        ("model.rope_base=1", "model.rope_scaling={kind='yarn', factor=8, original_tokens=8192}"),
+        "yarn needs a base above 1; raise it",
+        ("model.rope_base=2", "model.rope_scaling={{kind='yarn', factor=8, original_tokens=8192}}"),
+    ),
+    Setting(
+        ("model.head_dim=2", "model.rope_scaling={kind='ntk', factor=8}"),
+        "ntk has no frequency to change; set it to 4 or more",
+        ("model.head_dim=4", "model.rope_scaling={{kind='ntk', factor=8}}"),
     ),
     Setting(("data.source.path=''",), "set it to a file, a directory", (TEXTS,)),
     Setting(

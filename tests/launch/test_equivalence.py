@@ -39,7 +39,7 @@ DIVISIONS = {
 # Rests and short documents are packed: a sequence of the smallest bucket holds several documents.
 PACKED = ["data.rest=pack", "data.max_bucket_tokens=128"]
 # The first of two layers has an attention window of 40 tokens.
-WINDOWED = ["model.window_tokens=40", "model.full_attention_every=2"]
+WINDOWED = ["model.window_tokens=40", "model.layer_pattern=['window', 'full']"]
 
 Batch = list[np.ndarray]
 """The documents of one step, int64 arrays; each token but the first is the target of those before it."""
@@ -52,6 +52,7 @@ def initial_weights_and_batches(recipe_file: Path, overrides: list[str]) -> tupl
     module = build_engine(recipe, planned.manifest.vocab_size, mesh).module
     assert isinstance(module, torch.nn.Module)
     weights = {name: p.detach().clone() for name, p in module.named_parameters()}
+    weights["head.weight"] = weights["head.weight"][: planned.manifest.vocab_size]  # the rest is padding
     order = planned.order
     loader = Loader(planned.manifest, order, recipe.loader, lambda length: ReplicaShare(0, 1, 2048 // length))
     return weights, [documents(batch) for batch in loader.batches(0, recipe.train.steps)]

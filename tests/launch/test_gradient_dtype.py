@@ -80,7 +80,7 @@ def plain_gradient(weights: Gradient, recipe: Recipe, batches: list[Tensor], dty
     leaves = {name: weight.to(dtype).requires_grad_() for name, weight in weights.items()}
     total = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
     for batch in batches:
-        loss = plain_losses(leaves, batch, recipe.model).mean()
+        loss = plain_losses(leaves, batch, recipe.model, vocab_size=VOCABULARY).mean()
         for name, grad in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
             total[name] += grad.double() / len(batches)
     return total

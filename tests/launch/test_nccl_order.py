@@ -16,7 +16,7 @@ from longring.launch.train import train
 from rich.console import Console
 
 # The first of two layers has an attention window: it has a grid of its own, and sees few ranks.
-WINDOWED = ["model.window_tokens=40", "model.full_attention_every=2"]
+WINDOWED = ["model.window_tokens=40", "model.layer_pattern=['window', 'full']"]
 # Sequences of several documents.
 PACKED = ["data.rest=pack", "data.max_bucket_tokens=128", "parallel.tokens_per_rank=32"]
 HEADS = ["parallel.cp.schedule_of={2 = 'heads=2', 4 = 'heads=2, query=2'}"]

@@ -81,6 +81,7 @@ def first_step(recipe_file: Path, overrides: list[str]) -> tuple[dict, np.ndarra
     module = build_engine(recipe, planned.manifest.vocab_size, mesh).module
     assert isinstance(module, torch.nn.Module)
     weights = {name: p.detach().double() for name, p in module.named_parameters()}
+    weights["head.weight"] = weights["head.weight"][: planned.manifest.vocab_size]  # the rest is padding
     knots = Knots(recipe.knots, planned.manifest.tokenizer(), recipe.train.seed)
     loader = Loader(
         planned.manifest, planned.order, recipe.loader, lambda length: ReplicaShare(0, 1, 2048 // length), knots=knots
@@ -124,7 +125,8 @@ def test_the_loss_is_the_mean_of_trained_targets_on_any_division(on_ranks, order
         tied = knots.tie(rows[number], number)
         rows[number], mask = tied or (rows[number], np.ones(bucket.length, dtype=np.bool_))
         masks.append(mask)
-    losses = plain_losses(weights, torch.from_numpy(rows.astype(np.int64)), recipe.model).numpy()
+    whole_rows = torch.from_numpy(rows.astype(np.int64))
+    losses = plain_losses(weights, whole_rows, recipe.model, vocab_size=manifest.vocab_size).numpy()
     mask = np.array(masks)
     assert result["tokens"] == mask.sum() < mask.size
     assert result["loss"] == pytest.approx(losses[mask].mean(), rel=1e-5)
@@ -192,6 +194,7 @@ def with_resets(recipe_file: Path, overrides: list[str]) -> dict[str, Any]:
             parameter.mul_(12 if "qkv" in name else 4)
         losses = engine(*layout.model_inputs(rows, starts, mesh.device)).view(len(rows), -1)
     weights = {name: parameter.detach().double() for name, parameter in engine.module.named_parameters()}
+    weights["head.weight"] = weights["head.weight"][: manifest.vocab_size]  # the rest is padding
     positions = layout.sequence.positions().numpy()
     return {"weights": weights, "rows": rows, "starts": starts, "at": positions, "losses": losses.numpy()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -95,6 +96,41 @@ def test_loss_equals_plain_cross_entropy(on_ranks, tensor, sequence_parallel, dt
         runs.append(results(losses, x, w, dlosses.to(losses.dtype)))
     plain, exact = runs
     assert_as_exact_as(got, plain, exact, factor=1.5)
+
+
+Z_LOSS = 0.05
+
+
+def padded_results(tensor: int, vocab_size: int) -> dict[str, Tensor]:
+    """Return this rank's results of a head with padding and z-loss."""
+    parallel = ParallelConfig(tokens_per_rank=64, tensor=tensor)
+    join(parallel, 1)
+    config = replace(CONFIG, z_loss=Z_LOSS)
+    head = LossHead(config, vocab_size, megatron_config(parallel))
+    fill_weights(head, config, 0, torch.device("cpu"), torch.float32)
+    x, targets, dlosses = inputs(torch.float32)
+    x = x.requires_grad_()
+    assert head.weight is not None
+    losses = head(x, targets % vocab_size)
+    return {**results(losses, x, head.weight, dlosses), "weight": head.weight.detach()}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("vocab_size", [200, 130, 60])  # of 256, 256 and 128 rows; the second rank has 72, 2 and none
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_padding_has_no_part_and_z_loss_has_a_gradient_alone(on_ranks, tensor, vocab_size):
+    got = all_ranks(on_ranks(tensor, padded_results, tensor, vocab_size), False)
+    weight = got.pop("weight")
+    runs = []
+    for dtype in (torch.float32, torch.float64):
+        x, targets, dlosses = inputs(torch.float32)
+        x, w = x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        losses = plain_loss(x, w[:vocab_size], targets % vocab_size)
+        logs = (x @ w[:vocab_size].t()).transpose(0, 1).logsumexp(-1)
+        trained = losses + Z_LOSS * logs.square()
+        runs.append({**results(trained, x, w, dlosses.to(dtype)), "losses": losses.detach()})
+    assert_as_exact_as(got, *runs, factor=1.5)
+    assert not got["dweight"][vocab_size:].any()
 
 
 class Largest(TorchDispatchMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from longring.kernels.layout import SeqLayout
 from longring.launch.build import attention_on_one_rank
-from longring.model.config import ModelConfig
+from longring.launch.settings import from_tree
+from longring.model.config import UNSCALED, ModelConfig, RopeScaling
 from longring.model.fused import TORCH
-from longring.model.rope import rope_table
+from longring.model.rope import frequencies, rope_table
 from longring.model.transformer import Transformer
 from longring.model.weights import fill_weights
 from longring.parallel.config import ParallelConfig
@@ -51,18 +53,85 @@ def test_rope_scores_depend_on_distance_only(shift):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_heads": 5}, "model.hidden_size = 32 over model.num_heads = 5"),
-        ({"num_heads": 32, "num_kv_heads": 32}, "must be an even integer"),
+        (
+            {"num_heads": 5},
+            "model.hidden_size = 32 over model.num_heads = 5: the quotient, the head dim, must be an even",
+        ),
+        ({"num_heads": 32, "num_kv_heads": 32}, "model.head_dim = 1: must be even"),
         ({"num_kv_heads": 3}, "model.num_kv_heads = 3: must divide model.num_heads = 4"),
         (
             {"window_tokens": 8},
-            "model.window_tokens = 8 with model.full_attention_every = 1: windowed layers need both",
+            "model.window_tokens = 8 with model.layer_pattern of full: windowed layers need both",
         ),
     ],
 )
 def test_impossible_sizes_raise(change, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig(**{**SIZES, **change})
+
+
+def test_kinds_of_layers_repeat_up_to_the_last():
+    config = ModelConfig(
+        **{**SIZES, "num_layers": 6},
+        layer_pattern=("window", "full_no_rope", "full"),
+        window_tokens=8,
+        rope_scaling=RopeScaling(kind="linear", factor=2, full_layers_only=True),
+    )
+    assert [config.attention_window(layer) for layer in range(6)] == [8, None, None] * 2
+    assert [config.rope_scaling_of(layer) for layer in range(6)] == [UNSCALED, None, config.rope_scaling] * 2
+    assert ModelConfig(**SIZES).head_dim == 8
+    assert ModelConfig(**SIZES, head_dim=12).head_dim == 12
+
+
+def test_earlier_recipes_say_the_pattern_by_a_period():
+    tree = {**SIZES, "window_tokens": 8, "full_attention_every": 3}
+    assert from_tree(ModelConfig, tree).layer_pattern == ("window", "window", "full")
+    assert from_tree(ModelConfig, {**SIZES, "full_attention_every": 1}) == ModelConfig(**SIZES)
+    for wrong in ({"full_attention_every": 0}, {"full_attention_every": 3, "layer_pattern": ["full"]}):
+        with pytest.raises(ValueError, match="full_attention_every: unknown key"):
+            from_tree(ModelConfig, {**SIZES, **wrong})
+
+
+DIM, BASE, ORIGINAL = 64, 5e5, 8192
+
+
+def turns(table: RopeScaling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the turns of each plain frequency in the original context, and the factor by which it is divided."""
+    plain = frequencies(DIM, BASE, UNSCALED)
+    return ORIGINAL * plain / (2 * math.pi), plain / frequencies(DIM, BASE, table)
+
+
+def test_llama3_keeps_fast_frequencies_and_divides_slow_ones():
+    at, divided = turns(RopeScaling(kind="llama3", factor=8, original_tokens=ORIGINAL))
+    assert (divided[at > 4] == 1).all()
+    torch.testing.assert_close(divided[at < 1], torch.full_like(divided[at < 1], 8))
+    between = divided[(at > 1) & (at < 4)]
+    assert len(between) >= 2
+    assert ((between > 1) & (between < 8)).all()
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+def test_yarn_blends_along_the_index(truncate):
+    at, divided = turns(RopeScaling(kind="yarn", factor=8, original_tokens=ORIGINAL, truncate=truncate))
+    kept = (1 / divided - 1 / 8) / (1 - 1 / 8)
+    torch.testing.assert_close(kept[at > 50], torch.ones_like(kept[at > 50]))
+    torch.testing.assert_close(kept[at < 0.5], torch.zeros_like(kept[at < 0.5]), atol=1e-12, rtol=0)
+    steps = -kept.diff()
+    inner = steps[1:-1][(steps[:-2] > 1e-9) & (steps[2:] > 1e-9)]
+    torch.testing.assert_close(inner, inner.mean().expand_as(inner))  # a straight line
+
+
+def test_ntk_divides_the_slowest_frequency_by_the_factor():
+    _, divided = turns(RopeScaling(kind="ntk", factor=8))
+    assert divided[0] == 1
+    assert divided[-1] == pytest.approx(8)
+
+
+@pytest.mark.parametrize(("given", "factor"), [(0.0, 0.1 * math.log(8) + 1), (1.5, 1.5)])
+def test_yarn_multiplies_cos_and_sin(given, factor):
+    scaling = RopeScaling(kind="yarn", factor=8, original_tokens=ORIGINAL, attention_factor=given)
+    cos, sin = rope_table(torch.arange(5), DIM, BASE, scaling)
+    torch.testing.assert_close(cos.square() + sin.square(), torch.full_like(cos, factor**2))
 
 
 def test_vocabulary_is_padded_to_128():

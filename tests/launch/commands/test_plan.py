@@ -58,7 +58,7 @@ def test_every_bucket_over_several_ranks_has_the_cheapest_grid(capsys, recipe_fi
 
 
 def test_window_layers_have_rows_of_their_own(capsys, recipe_file, no_ranks):
-    windowed = ("model.window_tokens=64", "model.full_attention_every=2")
+    windowed = ("model.window_tokens=64", "model.layer_pattern=['window', 'full']")
     text = planned(capsys, recipe_file, *SPREAD, *windowed)
     assert "512 4 64 " in text
     assert "512 4 full" in text

@@ -1,0 +1,1 @@
+"""Published models: the config.json and the weight names of Hugging Face directories, in both directions."""
