@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel import (
     set_tensor_model_parallel_attributes,
 )
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.nn.functional import all_reduce
 
 from .fused import fused_ops
@@ -40,7 +41,7 @@ class ProjectionNorm(nn.Module):
 
     def __init__(self, size: int, epsilon: float, parallel: ModelParallelConfig) -> None:
         super().__init__()
-        self.tp_group = get_tensor_model_parallel_group()
+        self.tp_group: ProcessGroup = get_tensor_model_parallel_group()  # type: ignore[assignment]
         self.size, self.epsilon = size, epsilon
         self.weight = nn.Parameter(torch.empty(size // self.tp_group.size(), dtype=parallel.params_dtype))
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels.layout import SeqLayout
 from .attention import AttentionFunction, SelfAttention
-from .config import ModelConfig, RopeScaling
+from .config import ModelConfig
 from .loss import LossHead
 from .mlp import SwiGLU
 from .norm import RMSNorm
@@ -29,8 +29,8 @@ class TransformerLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, parallel: ModelParallelConfig, layer: int, recompute: bool) -> None:
         super().__init__()
-        self.window, self.rope_scaling = config.attention_window(layer), config.rope_scaling_of(layer)
-        self.norm_before, self.recompute = config.norm_order == "before", recompute
+        self.window, self.recompute = config.attention_window(layer), recompute
+        self.norm_before = config.norm_order == "before"
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon, parallel)
         self.attention = SelfAttention(config, parallel)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon, parallel)
@@ -39,8 +39,8 @@ class TransformerLayer(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, attention: AttentionFunction) -> Tensor:
         """Return the layer's result for x `[s, b, hidden]`, or this rank's part of s, in the same shape.
 
-        `rope` is the cos and sin of `rope_table` with the layer's `rope_scaling`, each `[s, d / 2]`; None if the layer
-        has no RoPE. Collective over the tensor-parallel group, and over the ranks that `attention` joins.
+        `rope` is the cos and sin of `rope_table`, each `[s, d / 2]`; None if the layer has no RoPE. Collective over the
+        tensor-parallel group, and over the ranks that `attention` joins.
         """
         # q, k, v [b, s, heads / tp, d] hold all of s: attention needs the whole of this rank's positions.
         if not self.recompute:
@@ -106,9 +106,11 @@ class Transformer(nn.Module):
             # [b, s, hidden] -> [s, b, hidden]; under sequence parallelism the embedding returns [s / tp, b, hidden].
             x = x.transpose(0, 1).contiguous()
         positions = layout.rotary_positions(tokens.device)
-        tables: dict[RopeScaling | None, tuple[Tensor, Tensor] | None] = {None: None}
-        for scaling in {layer.rope_scaling for layer in self.blocks} - {None}:
-            tables[scaling] = rope_table(positions, self.config.head_dim, self.config.rope_base, scaling)
-        for layer in self.blocks:
-            x = layer(x, tables[layer.rope_scaling], attention)
+        scalings = [self.config.rope_scaling_of(layer) for layer in range(self.config.num_layers)]
+        tables = {
+            scaling: scaling and rope_table(positions, self.config.head_dim, self.config.rope_base, scaling)
+            for scaling in set(scalings)
+        }
+        for layer, scaling in zip(self.blocks, scalings, strict=True):
+            x = layer(x, tables[scaling], attention)
         return self.head(self.norm(x), targets)

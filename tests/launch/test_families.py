@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 TOKENS, VOCABULARY = 64, 100  # 28 rows of the padded vocabulary are padding
 TOLERANCE = 1e-5
-SIZES = {
+SIZES: dict[str, Any] = {
     **{"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32, "rms_norm_eps": 1e-6},
     # The gradient of a padding token's embedding is 0 in transformers.

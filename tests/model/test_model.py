@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from longring.parallel.mesh import join, megatron_config
 from longring.parallel.zero import zero_engine
 
 CPU = torch.device("cpu")
-SIZES = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_hidden_size": 48}
+SIZES: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_hidden_size": 48}
 
 
 @pytest.mark.parametrize("start", [0, 1000, 2**20])

@@ -13,7 +13,7 @@ from longring.model.families.read import PublishedModel, read_config, shortest_p
 from longring.model.families.weights import to_ours, to_theirs, weights_of
 from longring.model.families.write import family_of, write_config
 
-SIZES = {"num_layers": 8, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_hidden_size": 48}
+SIZES: dict[str, Any] = {"num_layers": 8, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_hidden_size": 48}
 YARN = RopeScaling(kind="yarn", factor=8, original_tokens=8192)
 WINDOWS = ("window", "window", "window", "full")
 CONFIGS: dict[str, dict[str, Any]] = {
