@@ -49,10 +49,21 @@ class TrainConfig:
     """Tokens of one optimizer step, over all ranks and micro-batches. The same for every number of ranks."""
     learning_rate: Annotated[float, Interval(gt=0, le=1e3)]
     """Peak learning rate, reached after warm-up."""
-    min_learning_rate: Rate = 0.0
-    """Learning rate of the last step, where the cosine ends."""
+    initial_learning_rate: Rate = 0.0
+    """Learning rate from which warm-up rises; above 0 for a model that comes with weights."""
     warmup_steps: StepsOrNone = 0
-    """Number of first steps in which the learning rate rises linearly from 0. 0: start at the peak."""
+    """Number of first steps in which the learning rate rises linearly. 0: start at the peak."""
+    cooldown_steps: StepsOrNone = 0
+    """Number of steps after warm-up in which the learning rate falls from the peak to constant_learning_rate."""
+    constant_learning_rate: Rate = 0.0
+    """Learning rate between cool-down and decay. 0: the peak, without cool-down."""
+    decay_steps: StepsOrNone = 0
+    """Number of last steps in which the learning rate falls to min_learning_rate. 0: all after warm-up and cool-down.
+    A run may be made longer, or shorter, until its decay begins."""
+    decay: Literal["cosine", "linear", "sqrt", "exponential"] = "cosine"
+    """Form of the decay; "sqrt" is 1 - sqrt(progress), and "exponential" ends above 0 only."""
+    min_learning_rate: Rate = 0.0
+    """Learning rate of the last step, where the decay ends."""
     weight_decay: Rate = 0.1
     """Decoupled weight decay of AdamW. It applies to matrices, not to norm weights."""
     beta1: Decay = 0.9
@@ -87,14 +98,33 @@ class TrainConfig:
     """Number of ranks that `longring train` starts on this machine. 0: one for each GPU, or one without GPUs."""
 
     def __post_init__(self) -> None:
-        if self.warmup_steps >= self.steps:
+        if (self.cooldown_steps > 0) != (self.constant_learning_rate > 0):
             raise ValueError(
-                f"train.warmup_steps = {self.warmup_steps}: must be below train.steps = {self.steps}; lower it"
+                f"train.cooldown_steps = {self.cooldown_steps} with train.constant_learning_rate = "
+                f"{self.constant_learning_rate}: a cool-down needs both above 0; without one set both to 0"
             )
-        if self.min_learning_rate > self.learning_rate:
+        phases = self.warmup_steps + self.cooldown_steps + max(self.decay_steps, 1)
+        if self.steps < phases:
             raise ValueError(
-                f"train.min_learning_rate = {self.min_learning_rate}: must be at most train.learning_rate = "
-                f"{self.learning_rate}; lower it"
+                f"train.steps = {self.steps}: below the {phases} steps that train.warmup_steps = {self.warmup_steps}, "
+                f"train.cooldown_steps = {self.cooldown_steps} and train.decay_steps = {self.decay_steps} (at least 1) "
+                "take; lower them, or raise train.steps"
+            )
+        constant = "constant_learning_rate" if self.constant_learning_rate else "learning_rate"
+        for name, limit in (
+            ("initial_learning_rate", "learning_rate"),
+            ("constant_learning_rate", "learning_rate"),
+            ("min_learning_rate", constant),
+        ):
+            if getattr(self, name) > getattr(self, limit):
+                raise ValueError(
+                    f"train.{name} = {getattr(self, name)}: must be at most train.{limit} = {getattr(self, limit)}; "
+                    "lower it"
+                )
+        if self.decay == "exponential" and self.min_learning_rate == 0:
+            raise ValueError(
+                "train.decay = 'exponential' with train.min_learning_rate = 0.0: an exponential never ends at 0; raise "
+                "train.min_learning_rate, or set train.decay = 'linear'"
             )
         if self.dtype == "float32" and self.gradient_dtype == "bfloat16":
             raise ValueError(

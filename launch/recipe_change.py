@@ -25,7 +25,11 @@ FREE = (
 )
 """Beginnings of the keys that may always change. Run and data may be moved, as a checkpoint knows its data by hash. The
 ranks and kernels may divide the work in another way, with the same batches, and losses equal up to rounding."""
-RATES = ("train.steps", "train.learning_rate", "train.min_learning_rate", "train.warmup_steps")
+RATES = (
+    *("train.steps", "train.learning_rate", "train.initial_learning_rate", "train.warmup_steps"),
+    *("train.cooldown_steps", "train.constant_learning_rate"),
+    *("train.decay_steps", "train.decay", "train.min_learning_rate"),
+)
 """Keys that decide the learning rates of a run."""
 BATCHES = ("train.steps", "curriculum.", "loader.window_tokens")
 """Beginnings of the keys that decide which batches the steps of a run train on, the size of a batch aside."""

@@ -55,7 +55,27 @@ SETTINGS = [
     Setting(("nonsense=1",), r"remove it\. Known here: .*train", ()),
     Setting(("train.steps",), r"such as (train\.steps=20)", ("{0}",)),
     Setting(("train.steps.more=1",), "leave out what follows it", ("train.steps=9",)),
-    Setting(("train.steps=9", "train.warmup_steps=9"), "lower it", ("train.steps=9", "train.warmup_steps=8")),
+    Setting(("train.steps=9", "train.warmup_steps=9"), "lower them", ("train.steps=9", "train.warmup_steps=8")),
+    Setting(("train.steps=9", "train.decay_steps=6"), "or raise (train.steps)", ("{0}=10", "train.decay_steps=6")),
+    Setting(
+        ("train.cooldown_steps=2",),
+        "needs both above 0",
+        ("train.cooldown_steps=2", "train.constant_learning_rate=2e-3"),
+    ),
+    Setting(
+        ("train.constant_learning_rate=2e-3",), "without one set both to (0)", ("train.constant_learning_rate={0}",)
+    ),
+    Setting(("train.initial_learning_rate=1",), "lower it", ("train.initial_learning_rate=3e-3",)),
+    Setting(
+        ("train.decay=exponential", "train.min_learning_rate=0"),
+        r"raise (train\.min_learning_rate)",
+        ("train.decay=exponential", "{0}=1e-5"),
+    ),
+    Setting(
+        ("train.decay=exponential", "train.min_learning_rate=0"),
+        r"or set train\.decay = '(\w+)'",
+        ("train.decay={0}", "train.min_learning_rate=0"),
+    ),
     Setting(("curriculum.odds=3",), "or numbers", ("curriculum.odds=[3, 2, 1, 1]",)),
     Setting(("curriculum.odds=[]",), "give one number for each bucket", ("curriculum.odds=[3, 2, 1, 1]",)),
     Setting(("knots.chunk_odds=[0]",), r"give the odds of 1, 2, \.\.\. chunks", ("knots.chunk_odds=[1, 2]",)),

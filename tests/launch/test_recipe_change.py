@@ -50,7 +50,9 @@ SCHEDULES = {
     "train.steps": st.integers(8, 60),
     "train.learning_rate": st.sampled_from([1e-3, 3e-3]),
     "train.min_learning_rate": st.sampled_from([0.0, 1e-3]),
-    "train.warmup_steps": st.integers(0, 7),
+    "train.warmup_steps": st.integers(0, 4),
+    "train.decay_steps": st.integers(0, 4),
+    "train.decay": st.sampled_from(["cosine", "linear"]),
     "curriculum.odds": st.sampled_from(["uniform", "grow_p2", "grow_p100", [8, 4, 2, 1], [4, 4, 4, 4]]),
     "curriculum.draw": st.sampled_from(["odds_times_left", "odds", "odds_times_batches"]),
     "curriculum.cycles": st.integers(1, 2),
@@ -70,10 +72,13 @@ def changes(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
 
 BASE = {
     **{"train.steps": 20, "train.learning_rate": 1e-3, "train.min_learning_rate": 1e-3, "train.warmup_steps": 4},
+    **{"train.decay_steps": 0, "train.decay": "cosine"},
     **{"curriculum.odds": "grow_p2", "curriculum.draw": "odds", "curriculum.cycles": 1},
     "curriculum.weights.documents": 1.0,
     "loader.window_tokens": 0,
 }
+
+WSD = {"train.min_learning_rate": 0.0, "train.decay_steps": 4}
 
 
 @pytest.mark.full
@@ -81,6 +86,8 @@ BASE = {
 @example(both=(BASE, {**BASE, "train.steps": 21}), done=5)  # accepted: constant rates, and draws that do not move
 @example(both=(BASE, {**BASE, "train.steps": 8}), done=9)
 @example(both=({**BASE, "train.min_learning_rate": 0.0}, {**BASE, "train.steps": 21}), done=4)
+@example(both=({**BASE, **WSD}, {**BASE, **WSD, "train.steps": 40}), done=16)  # before the decay of the last 4 steps
+@example(both=({**BASE, **WSD}, {**BASE, **WSD, "train.steps": 40}), done=17)
 @example(both=(BASE, {**BASE, "curriculum.weights.documents": 2.0}), done=20)  # another key, and nothing else
 @example(both=(BASE, {**BASE, "loader.window_tokens": 2**40}), done=8)  # one shuffle window before and after
 @example(both=(BASE, {**BASE, "loader.window_tokens": 2048}), done=8)
@@ -111,6 +118,10 @@ def test_some_schedules_may_change_and_some_may_not(recipe_file, manifest):
     before = load_recipe(recipe_file, words(BASE))
     for changed, done in cases:
         check_change(before, load_recipe(recipe_file, words({**BASE, **changed})), done, partial(order_of, manifest))
+    longer = load_recipe(recipe_file, words({**BASE, **WSD, "train.steps": 40}))
+    check_change(load_recipe(recipe_file, words({**BASE, **WSD})), longer, 16, partial(order_of, manifest))
+    with pytest.raises(ValueError, match="train.steps = 40: was 20 in the 17 steps done, and step 17 would have had"):
+        check_change(load_recipe(recipe_file, words({**BASE, **WSD})), longer, 17, partial(order_of, manifest))
     now = load_recipe(recipe_file, words({**BASE, "train.min_learning_rate": 0.0}))
     with pytest.raises(
         ValueError,
