@@ -40,6 +40,21 @@ SBATCH_OPTIONS = frozenset(_OPTIONS.split())
 
 
 @dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Where the weights of a run come from before its first step."""
+
+    from_: str = ""
+    """Directory of a run or of one of its checkpoints, key `from`. Its weights begin this run, which may have other
+    data, lengths, RoPE, rates and ranks; of a run, it is the last checkpoint. Empty: random weights."""
+    moments: bool = False
+    """Take AdamW's moments and their number of updates from there as well."""
+
+    def __post_init__(self) -> None:
+        if self.moments and not self.from_:
+            raise ValueError("init.moments = True: needs init.from; name a run or a checkpoint, or set it to false")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Optimization: steps, batch, learning rate, precision, and when to save."""
 
@@ -227,6 +242,7 @@ class Recipe:
     curriculum: CurriculumConfig
     loader: LoaderConfig
     model: ModelConfig
+    init: InitConfig
     parallel: ParallelConfig
     train: TrainConfig
     faults: FaultsConfig

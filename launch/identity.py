@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ..data.files import sha256_of, sha256_of_json
 from .config import Recipe
-from .settings import flat
+from .settings import flat, to_tree
 
 COLUMNS = ("data", "kernels", "launch", "model", "parallel")
 PACKAGES = (
@@ -60,12 +59,7 @@ class Identity:
 
 def identity_of(recipe: Recipe, data: str, run: str) -> Identity:
     """Return the identity of a run with this recipe, data hash and run id, under the code and packages of today."""
-    return Identity(run=run, recipe=tables_of(recipe), data=data, code=code_hash(), packages=package_versions())
-
-
-def tables_of(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe as nested tables that JSON can hold, so that they equal themselves once written and read."""
-    return json.loads(json.dumps(asdict(recipe)))
+    return Identity(run=run, recipe=to_tree(recipe), data=data, code=code_hash(), packages=package_versions())
 
 
 def code_hash() -> str:

@@ -26,6 +26,7 @@ from .checkpoint.retention import leftovers
 from .config import Recipe
 from .grids.choice import check_named_grids
 from .identity import Identity, identity_of
+from .init_from import Origin, find_origin
 from .recipe_change import check_change
 from .records import read_records
 from .run_directory import RunDirectory
@@ -48,6 +49,8 @@ class Preflight:
     """Recipe, data, code and packages of this start, equal on all ranks."""
     steps_done: int
     """Number of steps in the last checkpoint that seems whole, whose hashes are checked when it is loaded; or 0."""
+    origin: Origin | None = None
+    """Checkpoint whose weights begin the run; None for random weights, and for a run that has a checkpoint."""
 
     def check_checkpoint(self, saved: CheckpointManifest, checkpoint: Path) -> None:
         """Raise ValueError unless this start may continue from a checkpoint.
@@ -101,9 +104,11 @@ def preflight(
     )
     if found:
         checked.check_checkpoint(found[1], found[0])
-    elif check_checkpoint:
-        check_nothing_was_saved(run)
-    return checked
+        return checked
+    if not check_checkpoint:
+        return checked
+    check_nothing_was_saved(run)
+    return replace(checked, origin=find_origin(recipe, manifest))
 
 
 def preflight_together(recipe: Recipe, store: Store, world: World, stop_after: int | None = None) -> Preflight:
@@ -124,13 +129,15 @@ def preflight_together(recipe: Recipe, store: Store, world: World, stop_after: i
             # Rank 0 has looked into the checkpoints, and at the first start every rank has made another id.
             "steps_done": checked.steps_done if decides else None,
             "run": checked.identity.run if decides else None,
+            "origin": checked.origin and checked.origin._asdict() if decides else None,
         }
     except Exception as error:  # whatever it is, no other rank waits for this one
         entries = error
     agreed = agree(store, world.rank, world.size, entries)
     assert checked is not None, "an error of any rank is raised on all"
     identity = replace(checked.identity, run=agreed["run"])
-    return replace(checked, identity=identity, steps_done=agreed["steps_done"])
+    origin = agreed["origin"] and Origin(**agreed["origin"])
+    return replace(checked, identity=identity, steps_done=agreed["steps_done"], origin=origin)
 
 
 def order_of(manifest: Manifest, recipe: Recipe) -> BatchOrder:

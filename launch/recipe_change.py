@@ -12,9 +12,9 @@ from typing import Any
 
 from ..data.read.batch_order import BatchOrder
 from .config import Recipe
-from .identity import changes, tables_of
+from .identity import changes
 from .learning_rate import learning_rate
-from .settings import flat
+from .settings import flat, to_tree
 
 FREE = (
     *("run_directory", "data.directory", "order.directory", "order.work_directory"),
@@ -41,7 +41,7 @@ def check_change(before: Recipe, now: Recipe, steps_done: int, order_of: Callabl
     The error names the keys, their values and the first step that would have been different. `order_of` returns the
     order of batches under a recipe.
     """
-    changed = changes(flat(tables_of(before)), flat(tables_of(now)))
+    changed = changes(flat(to_tree(before)), flat(to_tree(now)))
     judged = {key: values for key, values in changed.items() if not key.startswith(FREE)}
     for key, values in judged.items():
         if not key.startswith((*RATES, *BATCHES)):

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from ..data.lock import HeldError, held
 from ..parallel.world import World
 from .config import Recipe, load_recipe
 from .records import append_record, put_bad_lines_aside, read_records
-from .settings import apply_overrides, from_tree
+from .settings import apply_overrides, from_tree, to_tree
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +32,7 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.recipe_file = self.path / "recipe.json"
+        self.tokenizer_file = self.path / "tokenizer.json"
         self.lock_file = self.path / "lock"
         self.starts_file = self.path / "starts.jsonl"
         self.logs = self.path / "logs"
@@ -93,7 +93,7 @@ class RunDirectory:
     def create(self, recipe: Recipe) -> None:
         """Make the directory and write the resolved recipe into it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.recipe_file, json.dumps(asdict(recipe), indent=2) + "\n")
+        write_text(self.recipe_file, json.dumps(to_tree(recipe), indent=2) + "\n")
 
     @contextmanager
     def held(self) -> Iterator[None]:

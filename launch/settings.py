@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import operator
 import re
 import reprlib
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -103,27 +104,41 @@ def from_tree(kind: type[T], tree: Mapping[str, Any], *, prefix: str = "", sourc
     if hasattr(kind, "translated"):  # settings that earlier recipes say in other words
         tree = kind.translated(tree)  # type: ignore[attr-defined]
     hints = _hints(kind)
-    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    known = {_key_of(field.name): field for field in fields(kind)}  # type: ignore[arg-type]
     for key in tree:
         if key not in known:
             close = difflib.get_close_matches(key[:80], known, n=1)
             advice = f"did you mean {prefix}{close[0]}?" if close else "remove it."
             raise ValueError(f"{source}: {prefix}{_key(key)}: unknown key; {advice} Known here: {', '.join(known)}")
     values: dict[str, Any] = {}
-    for name, field in known.items():
-        path, hint = prefix + name, hints[name]
+    for key, field in known.items():
+        name, path, hint = field.name, prefix + key, hints[field.name]
         if is_dataclass(hint):
-            table = tree.get(name, {})
+            table = tree.get(key, {})
             if not isinstance(table, Mapping):
                 raise ValueError(f"{source}: {path} = {shown(table)}: must be a table, such as {{key = 1}}")
             values[name] = from_tree(hint, table, prefix=f"{path}.", source=source)  # type: ignore[arg-type]
-        elif name in tree and get_origin(hint) is dict:
-            values[name] = _named(get_args(hint)[1], tree[name], path, source)
-        elif name in tree:
-            values[name] = _convert(hint, tree[name], f"{source}: {path}")
+        elif key in tree and get_origin(hint) is dict:
+            values[name] = _named(get_args(hint)[1], tree[key], path, source)
+        elif key in tree:
+            values[name] = _convert(hint, tree[key], f"{source}: {path}")
         elif field.default is MISSING and field.default_factory is MISSING:
             raise ValueError(f"{source}: {path}: missing, and it has no default; set it")
     return kind(**values)
+
+
+def to_tree(settings: Any) -> dict[str, Any]:
+    """Return a dataclass as the nested tables from which `from_tree` makes it.
+
+    They are as JSON holds them, so that they equal themselves once written and read.
+    """
+    tree = asdict(settings, dict_factory=lambda values: {_key_of(name): value for name, value in values})
+    return json.loads(json.dumps(tree))
+
+
+def _key_of(name: str) -> str:
+    """Return the key of a field: `from`, a word of Python, is the field `from_`."""
+    return name.removesuffix("_")
 
 
 @functools.cache

@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from ..data.files import write_text
 from ..data.read.knots import Knots
 from ..data.read.loader import Loader
 from ..parallel.meet import meet
@@ -27,7 +29,7 @@ from ..parallel.world import World
 from ..parallel.zero import DeepSpeedEngine
 from .build import bucket_layouts, build_engine, compile_kernels
 from .checkpoint.format import TrainState
-from .checkpoint.load import load_last_good
+from .checkpoint.load import load_last_good, load_origin
 from .checkpoint.retention import clear_leftovers
 from .checkpoint.save import Saver
 from .config import Recipe, load_recipe
@@ -42,7 +44,6 @@ from .ranks.node import environment
 from .ranks.rank import as_rank
 from .ranks.signals import StopSignals
 from .ranks.watchdog import Watchdog
-from .run_directory import RunDirectory
 from .settings import flat
 from .together import on_all_ranks
 from .trainer import Trainer, share_of
@@ -108,7 +109,7 @@ def start(
     Raises ValueError if all checkpoints are damaged or fit other data, or if ranks would divide sequences differently.
     """
     run, order, rank_0 = checked.run, checked.order, mesh.rank == 0
-    on_all_ranks(mesh, lambda: open_run_directory(run, checked.identity.run, recipe, mesh))
+    on_all_ranks(mesh, lambda: open_run_directory(checked, mesh))
     watchdog.at(checked.steps_done, "building the model and loading the checkpoint")
     engine = build_engine(recipe, checked.manifest.vocab_size, mesh)
     state, changed = resume(engine, checked, mesh, console)
@@ -148,18 +149,20 @@ def start(
     )
 
 
-def open_run_directory(run: RunDirectory, run_id: str, recipe: Recipe, mesh: Mesh) -> None:
+def open_run_directory(checked: Preflight, mesh: Mesh) -> None:
     """Make the run directory and clear what a crash left; check on each node that what is saved later can be written.
 
     Raises OSError if it cannot, or if another start has begun the run while this one waited for its lock.
     """
+    run = checked.run
     if mesh.rank == 0:
-        if run.run_id() not in (None, run_id):
+        if run.run_id() not in (None, checked.identity.run):
             raise OSError(
                 f"run_directory = {run.path}: another start has begun this run since this one looked; give the same "
                 "command again, and it continues that run"
             )
-        run.create(recipe)
+        run.create(checked.recipe)
+        write_text(run.tokenizer_file, checked.manifest.tokenizer_json())
         clear_leftovers(run.checkpoints)
     if World.from_environment().local_rank == 0:
         run.check_writable()
@@ -184,6 +187,12 @@ def resume(
     if loaded is None:
         # Again, since a disk may have gone since the checks before this start.
         on_all_ranks(mesh, lambda: check_nothing_was_saved(checked.run) if mesh.rank == 0 else None)
+        if origin := checked.origin:
+            moments = checked.recipe.init.moments
+            load_origin(engine, Path(origin.checkpoint), origin.sha256, mesh, moments=moments)
+            if mesh.rank == 0:
+                what = "weights and moments" if moments else "weights"
+                console.print(f"{what} from step {origin.step} of {origin.checkpoint}", soft_wrap=True)
         return first, {}
     path, saved, damaged = loaded
     changed = changes({**flat(saved.recipe), **saved.software}, {**flat(first.recipe), **first.software})
@@ -214,6 +223,7 @@ def record(
             "from_step": state.step,
             "run": state.run,
             "identity": checked.identity.digest,
+            "origin": checked.origin and checked.origin._asdict(),
             "changed": {key: {"before": then, "now": now} for key, (then, now) in changed.items()},
             "world_size": world_size,
             "versions": checked.identity.software,

@@ -172,9 +172,12 @@ class Manifest:
 
     def tokenizer(self) -> DocumentTokenizer:
         """Return the tokenizer that made the tokens. Raises ValueError if its file is not a tokenizer."""
+        return DocumentTokenizer(self.tokenizer_json().encode(), self.boundary, f"{self.store.name}/{TOKENIZER_FILE}")
+
+    def tokenizer_json(self) -> str:
+        """Return the content of the `tokenizer.json` that made the tokens."""
         file = self.store.path(TOKENIZER_FILE, self.files[TOKENIZER_FILE])
-        content = read_patiently(file, file.read_bytes)
-        return DocumentTokenizer(content, self.boundary, f"{self.store.name}/{TOKENIZER_FILE}")
+        return read_patiently(file, lambda: file.read_text("utf-8"))
 
     def unigram(self) -> NDArray[np.int64]:
         """Return the number of times each token is a target in the train split, int64 [vocab_size]."""

@@ -8,7 +8,7 @@ range of elements from every stored slice that has some of these rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...parallel.fragments import Cut, Fragment, held, refresh
+from ...data.files import sha256_of
+from ...parallel.fragments import KINDS, Cut, Fragment, held, refresh
 from ...parallel.mesh import Mesh
 from ...parallel.zero import DeepSpeedEngine
 from ..errors import DamageError
 from ..together import from_rank_0, on_all_ranks
 from .format import (
+    MANIFEST_FILE,
     CheckpointManifest,
     TrainState,
     complete_checkpoints,
@@ -64,6 +66,28 @@ def load_last_good(
     return None
 
 
+def load_origin(engine: DeepSpeedEngine, path: Path, sha256: str, mesh: Mesh, *, moments: bool) -> None:
+    """Load the weights of a checkpoint of another run and, with `moments`, AdamW's moments and number of updates.
+
+    The ranks share the hashing. Raises ValueError on any rank if a file is damaged or the manifest has another SHA-256
+    than `sha256`, and CommonError if it cannot be read. Collective.
+    """
+
+    def verified() -> CheckpointManifest:
+        if (found := sha256_of(path / MANIFEST_FILE)) != sha256:
+            raise ValueError(
+                f"{path / MANIFEST_FILE}: has SHA-256 {found[:16]}..., and had {sha256[:16]}... when this start began; "
+                "mount the same directory on all machines, and start again"
+            )
+        try:
+            return _verified(path, mesh)
+        except DamageError as error:
+            raise ValueError(f"init.from: damaged: {error}; name another checkpoint") from error
+
+    manifest = on_all_ranks(mesh, verified)
+    load_checkpoint(engine, path, manifest, mesh, KINDS if moments else KINDS[:1])
+
+
 def _verified(path: Path, mesh: Mesh) -> CheckpointManifest:
     """Return the manifest of a checkpoint after hashing this rank's share of the files."""
     manifest = read_checkpoint_manifest(path)
@@ -73,9 +97,16 @@ def _verified(path: Path, mesh: Mesh) -> CheckpointManifest:
     return manifest
 
 
-def load_checkpoint(engine: DeepSpeedEngine, path: Path, manifest: CheckpointManifest, mesh: Mesh) -> None:
-    """Read weights and moments, written on any mesh and ZeRO stage, into the engine. Collective.
+def load_checkpoint(
+    engine: DeepSpeedEngine,
+    path: Path,
+    manifest: CheckpointManifest,
+    mesh: Mesh,
+    kinds: Collection[str] = KINDS,
+) -> None:
+    """Read tensors of these kinds, written on any mesh and ZeRO stage, into the engine. Collective.
 
+    Without moments, AdamW begins anew.
     Raises ValueError if the checkpoint is of another model or lacks part of a parameter, and CommonError if any rank
     cannot read a file.
     """
@@ -84,10 +115,10 @@ def load_checkpoint(engine: DeepSpeedEngine, path: Path, manifest: CheckpointMan
         with ExitStack() as files:
             reader = _Reader(path, manifest, files)
             for fragment in held(engine, mesh):
-                reader.fill(fragment, mesh.tensor_rank, mesh.tensor_size)
+                reader.fill(fragment, kinds, mesh.tensor_rank, mesh.tensor_size)
 
     on_all_ranks(mesh, fill)
-    refresh(engine, mesh, manifest.state.updates)
+    refresh(engine, mesh, manifest.state.updates if set(KINDS) <= set(kinds) else 0)
 
 
 class _Reader:
@@ -108,8 +139,8 @@ class _Reader:
                 found.setdefault((parameter, entry.slice), []).append((start, start + numel, name))
         return {key: sorted(ranges) for key, ranges in found.items()}
 
-    def fill(self, fragment: Fragment, tensor_rank: int, tensor_size: int) -> None:
-        """Copy the weight and both moments of a fragment into its views.
+    def fill(self, fragment: Fragment, kinds: Collection[str], tensor_rank: int, tensor_size: int) -> None:
+        """Copy the tensors of these kinds of a fragment into its views.
 
         Raises ValueError if the checkpoint has no parameter of this name and shape, or lacks part of it.
         """
@@ -127,7 +158,8 @@ class _Reader:
         # The mesh that saved may have cut the parameter along another dim, or into another number of slices.
         saved_cut, saved_size = entry.cut and Cut(*entry.cut), self._manifest.state.tensor
         inside = fragment.start - first * len(columns)
-        for kind, view in fragment.tensors.items():
+        for kind in kinds:
+            view = fragment.tensors[kind]
             needed = torch.full((last - first, len(columns)), math.nan)  # [rows, columns]
             # Invariant: `num_read` elements of `needed` have been read, each from the one slice that has it.
             num_read = 0

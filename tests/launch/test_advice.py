@@ -26,12 +26,11 @@ from longring.launch.commands.submit import requeue
 from longring.launch.config import FaultsConfig
 from longring.launch.grids.choice import check_named_grids
 from longring.launch.grids.remembered import recall_grids
-from longring.launch.identity import tables_of
 from longring.launch.loss_watch import LossWatch
 from longring.launch.preflight import Preflight, preflight
 from longring.launch.ranks.node import check_node
 from longring.launch.ranks.rank import as_rank
-from longring.launch.settings import MAX_BYTES, parse_part
+from longring.launch.settings import MAX_BYTES, parse_part, to_tree
 
 
 class Setting(NamedTuple):
@@ -309,7 +308,7 @@ def restore_data(sandbox: Sandbox) -> None:
 def begun_with_checkpoint(sandbox: Sandbox) -> None:
     hashed = sha256_of(sandbox.data / "manifest.json")
     sandbox.begin()
-    make_checkpoint(sandbox.run.checkpoints, 5, data=hashed, recipe=tables_of(sandbox.load()))
+    make_checkpoint(sandbox.run.checkpoints, 5, data=hashed, recipe=to_tree(sandbox.load()))
 
 
 def checkpoint_of_another_run(sandbox: Sandbox) -> None:
@@ -438,7 +437,7 @@ CASES = {
         checked(),
         "mount its disk or bring a copy back",
         lambda sandbox: make_checkpoint(
-            sandbox.run.checkpoints, 5, data=sha256_of(sandbox.data / "manifest.json"), recipe=tables_of(sandbox.load())
+            sandbox.run.checkpoints, 5, data=sha256_of(sandbox.data / "manifest.json"), recipe=to_tree(sandbox.load())
         ),
     ),
     "lost checkpoints: name another run_directory": Case(

@@ -28,11 +28,12 @@ from longring.launch import train as train_module
 from longring.launch.agreement import agree
 from longring.launch.commands.submit import requeue
 from longring.launch.config import FaultsConfig, load_recipe
-from longring.launch.identity import identity_of, tables_of
+from longring.launch.identity import identity_of
 from longring.launch.loss_watch import LossWatch
 from longring.launch.ranks.node import check_node
 from longring.launch.ranks.rank import as_rank
 from longring.launch.ranks.watchdog import Position, diagnosis
+from longring.launch.settings import to_tree
 from longring.parallel.meet import meet
 from longring.parallel.world import World
 from torch._C._distributed_c10d import HashStore
@@ -228,7 +229,7 @@ def with_five_steps(override: str, **state: Any) -> Case:
     def case(sandbox: Sandbox) -> str:
         sandbox.begin()
         data = sha256_of(sandbox.data / "manifest.json")
-        make_checkpoint(sandbox.run.checkpoints, 5, data=data, recipe=tables_of(sandbox.load()), **state)
+        make_checkpoint(sandbox.run.checkpoints, 5, data=data, recipe=to_tree(sandbox.load()), **state)
         sandbox.run.record_start({"run": STATE.run})
         return sandbox.train(override)
 

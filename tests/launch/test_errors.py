@@ -21,9 +21,9 @@ from longring.launch.checkpoint.format import last_good_checkpoint
 from longring.launch.commands import submit as submit_module
 from longring.launch.config import load_recipe
 from longring.launch.errors import IO_ERROR
-from longring.launch.identity import tables_of
 from longring.launch.ranks import start as start_module
 from longring.launch.run_directory import RunDirectory
+from longring.launch.settings import to_tree
 
 COMMANDS = (
     *("prepare", "plan", "order", "train", "submit", "requeue"),
@@ -135,7 +135,7 @@ def test_run_directory_of_another_recipe(capsys, recipe_file, tmp_path):
     run, recipe = RunDirectory(tmp_path / "other"), load_recipe(recipe_file)
     run.create(recipe)
     data = sha256_of(recipe_file.parent / "data" / "manifest.json")
-    make_checkpoint(run.checkpoints, 5, data=data, recipe=tables_of(recipe))
+    make_checkpoint(run.checkpoints, 5, data=data, recipe=to_tree(recipe))
     before = run.recipe_file.read_text()
     error = error_of(
         capsys, "train", str(recipe_file), f"run_directory={run.path}", "train.learning_rate=0.5", "--ranks", "4"
@@ -170,7 +170,7 @@ def test_every_node_refuses_a_recipe_that_does_not_fit_its_run(capsys, recipe_fi
     """No launcher waits for one that has ended, and Slurm sees one status."""
     recipe = load_recipe(recipe_file, [f"run_directory={tmp_path}"])
     data = sha256_of(Path(recipe.data.directory, "manifest.json"))
-    make_checkpoint(tmp_path / "checkpoints", 4, data=data, recipe=tables_of(recipe))
+    make_checkpoint(tmp_path / "checkpoints", 4, data=data, recipe=to_tree(recipe))
     several = ["--ranks", "2", "--nodes", "2", "--rendezvous", "localhost:9", "--job", "a", "--address", "localhost"]
     for node in ("0", "1"):
         words = [str(recipe_file), f"run_directory={tmp_path}", "train.seed=1", *several, "--node", node]

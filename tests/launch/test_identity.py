@@ -27,9 +27,9 @@ from longring.launch.checkpoint.format import (
     write_checkpoint_manifest,
 )
 from longring.launch.config import load_recipe
-from longring.launch.identity import tables_of
 from longring.launch.preflight import preflight_together
 from longring.launch.records import read_records
+from longring.launch.settings import to_tree
 from longring.parallel.meet import meet
 from longring.parallel.world import World
 from safetensors.torch import load_file
@@ -171,7 +171,7 @@ def test_one_rank_looks_into_the_last_checkpoint_for_all(on_ranks, recipe_file, 
     recipe = load_recipe(recipe_file, [*SMALL, f"run_directory={tmp_path}"])
     data = sha256_of(Path(recipe.data.directory, "manifest.json"))
     for step in (3, 6):
-        last = make_checkpoint(tmp_path / "checkpoints", step, data=data, recipe=tables_of(recipe))
+        last = make_checkpoint(tmp_path / "checkpoints", step, data=data, recipe=to_tree(recipe))
     next(last.glob("*.safetensors")).unlink()
     run = read_checkpoint_manifest(last).state.run
     assert on_ranks(2, looking, recipe_file, tmp_path) == [[(3, run)] * 2] * 2

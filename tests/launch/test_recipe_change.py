@@ -19,12 +19,11 @@ from longring.data.read.batch_order import BatchOrder, ReplicaShare
 from longring.data.read.bucket_order import BucketOrder, SourcePart
 from longring.launch.checkpoint.format import complete_checkpoints
 from longring.launch.config import Recipe, load_recipe
-from longring.launch.identity import tables_of
 from longring.launch.learning_rate import learning_rate
 from longring.launch.preflight import order_of
 from longring.launch.recipe_change import FREE, check_change
 from longring.launch.records import read_records
-from longring.launch.settings import flat
+from longring.launch.settings import flat, to_tree
 from safetensors.torch import load_file
 
 
@@ -197,7 +196,7 @@ def test_what_is_no_schedule_is_free_or_refused(recipe_file, manifest, key):
 
 
 def test_the_values_above_are_other_values_and_every_table_has_some(recipe_file):
-    known = flat(tables_of(load_recipe(recipe_file)))
+    known = flat(to_tree(load_recipe(recipe_file)))
     assert all(known.get(key) != value for key, value in OTHER_VALUES.items())
     assert {key.partition(".")[0] for key in known} == {key.partition(".")[0] for key in OTHER_VALUES} | {"curriculum"}
 

@@ -30,12 +30,12 @@ from longring.launch.checkpoint.format import (
 )
 from longring.launch.config import load_recipe
 from longring.launch.errors import GO_ON_LATER, GPU_ERROR, IO_ERROR, USER_ERROR, DamageError
-from longring.launch.identity import tables_of
 from longring.launch.metrics import MetricsWriter
 from longring.launch.preflight import check_nothing_was_saved, preflight
 from longring.launch.ranks.rank import as_rank
 from longring.launch.records import append_record, put_bad_lines_aside, read_records
 from longring.launch.run_directory import RunDirectory
+from longring.launch.settings import to_tree
 from longring.parallel.failures import PeerError
 from rich.console import Console
 
@@ -135,10 +135,10 @@ def test_a_command_that_cannot_read_ends_with_74(recipe_file, tmp_path, capsys, 
     sandbox = Sandbox(recipe_file, tmp_path, capsys)
     sandbox.begin()
     make_checkpoint(
-        sandbox.run.checkpoints, 5, data=sha256_of(sandbox.data / "manifest.json"), recipe=tables_of(sandbox.load())
+        sandbox.run.checkpoints, 5, data=sha256_of(sandbox.data / "manifest.json"), recipe=to_tree(sandbox.load())
     )
     path = make_checkpoint(
-        sandbox.run.checkpoints, 7, data=sha256_of(sandbox.data / "manifest.json"), recipe=tables_of(sandbox.load())
+        sandbox.run.checkpoints, 7, data=sha256_of(sandbox.data / "manifest.json"), recipe=to_tree(sandbox.load())
     )
     fail_to_open(monkeypatch, "rank-00001.safetensors", errno.EIO)
     arguments = ["checkpoints", str(sandbox.run.path), "--verify", "--prune", "--keep-last", "1"]
@@ -360,7 +360,7 @@ def test_a_run_that_has_saved_steps_is_not_started_over(lost, recipe_file, tmp_p
         preflight(recipe, 4)
     assert preflight(load_recipe(recipe_file, [f"run_directory={tmp_path}/another"]), 4).steps_done == 0
     make_checkpoint(
-        lost.checkpoints, 6, data=sha256_of(Path(recipe.data.directory, "manifest.json")), recipe=tables_of(recipe)
+        lost.checkpoints, 6, data=sha256_of(Path(recipe.data.directory, "manifest.json")), recipe=to_tree(recipe)
     )
     assert preflight(recipe, 4).steps_done == 6
 

@@ -17,8 +17,8 @@ from longring.data.files import sha256_of, sha256_of_json
 from longring.launch import cli
 from longring.launch.checkpoint import format as checkpoint_format
 from longring.launch.checkpoint.format import read_checkpoint_manifest
-from longring.launch.identity import tables_of
 from longring.launch.preflight import preflight
+from longring.launch.settings import to_tree
 
 FILE = "rank-00001.safetensors"
 HUGE = 10**400
@@ -117,7 +117,7 @@ def test_every_field_of_a_manifest_has_its_type_and_bounds(tmp_path: Path, name:
 def test_every_command_refuses_a_forged_manifest_in_one_line(name, recipe_file, tmp_path, capsys):
     sandbox = Sandbox(recipe_file, tmp_path, capsys)
     sandbox.begin()
-    state = {"data": sha256_of(sandbox.data / "manifest.json"), "recipe": tables_of(sandbox.load())}
+    state = {"data": sha256_of(sandbox.data / "manifest.json"), "recipe": to_tree(sandbox.load())}
     for step in (4, 5):
         make_checkpoint(sandbox.run.checkpoints, step, **state)
     path = sandbox.run.checkpoints / "step-00000005"
