@@ -22,11 +22,11 @@ from .checkpoint.format import (
     complete_checkpoints,
     last_good_checkpoint,
 )
+from .checkpoint.origin import Origin, find_origin
 from .checkpoint.retention import leftovers
 from .config import Recipe
 from .grids.choice import check_named_grids
 from .identity import Identity, identity_of
-from .init_from import Origin, find_origin
 from .recipe_change import check_change
 from .records import read_records
 from .run_directory import RunDirectory

@@ -75,6 +75,7 @@ SETTINGS = [
         r"or set train\.decay = '(\w+)'",
         ("train.decay={0}", "train.min_learning_rate=0"),
     ),
+    Setting(("init.moments=true",), "name a run or a checkpoint, or set it to (false)", ("init.moments={0}",)),
     Setting(("curriculum.odds=3",), "or numbers", ("curriculum.odds=[3, 2, 1, 1]",)),
     Setting(("curriculum.odds=[]",), "give one number for each bucket", ("curriculum.odds=[3, 2, 1, 1]",)),
     Setting(("knots.chunk_odds=[0]",), r"give the odds of 1, 2, \.\.\. chunks", ("knots.chunk_odds=[1, 2]",)),

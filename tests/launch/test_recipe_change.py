@@ -77,7 +77,7 @@ BASE = {
     "loader.window_tokens": 0,
 }
 
-WSD = {"train.min_learning_rate": 0.0, "train.decay_steps": 4}
+WSD = {"train.min_learning_rate": 0.0, "train.decay_steps": 16}
 
 
 @pytest.mark.full
@@ -85,8 +85,8 @@ WSD = {"train.min_learning_rate": 0.0, "train.decay_steps": 4}
 @example(both=(BASE, {**BASE, "train.steps": 21}), done=5)  # accepted: constant rates, and draws that do not move
 @example(both=(BASE, {**BASE, "train.steps": 8}), done=9)
 @example(both=({**BASE, "train.min_learning_rate": 0.0}, {**BASE, "train.steps": 21}), done=4)
-@example(both=({**BASE, **WSD}, {**BASE, **WSD, "train.steps": 40}), done=16)  # before the decay of the last 4 steps
-@example(both=({**BASE, **WSD}, {**BASE, **WSD, "train.steps": 40}), done=17)
+@example(both=({**BASE, **WSD}, {**BASE, **WSD, "train.steps": 21}), done=4)  # accepted: before the decay
+@example(both=({**BASE, **WSD}, {**BASE, **WSD, "train.steps": 21}), done=5)
 @example(both=(BASE, {**BASE, "curriculum.weights.documents": 2.0}), done=20)  # another key, and nothing else
 @example(both=(BASE, {**BASE, "loader.window_tokens": 2**40}), done=8)  # one shuffle window before and after
 @example(both=(BASE, {**BASE, "loader.window_tokens": 2048}), done=8)
@@ -117,10 +117,12 @@ def test_some_schedules_may_change_and_some_may_not(recipe_file, manifest):
     before = load_recipe(recipe_file, words(BASE))
     for changed, done in cases:
         check_change(before, load_recipe(recipe_file, words({**BASE, **changed})), done, partial(order_of, manifest))
-    longer = load_recipe(recipe_file, words({**BASE, **WSD, "train.steps": 40}))
-    check_change(load_recipe(recipe_file, words({**BASE, **WSD})), longer, 16, partial(order_of, manifest))
-    with pytest.raises(ValueError, match="train.steps = 40: was 20 in the 17 steps done, and step 17 would have had"):
-        check_change(load_recipe(recipe_file, words({**BASE, **WSD})), longer, 17, partial(order_of, manifest))
+    # The last 16 steps decay.
+    before, longer = (load_recipe(recipe_file, words({**BASE, **WSD, "train.steps": steps})) for steps in (20, 21))
+    check_change(before, longer, 4, partial(order_of, manifest))
+    with pytest.raises(ValueError, match="was 20 in the 5 steps done, and step 5 would have had learning rate"):
+        check_change(before, longer, 5, partial(order_of, manifest))
+    before = load_recipe(recipe_file, words(BASE))
     now = load_recipe(recipe_file, words({**BASE, "train.min_learning_rate": 0.0}))
     with pytest.raises(
         ValueError,
@@ -172,6 +174,7 @@ OTHER_VALUES = {
     "model.num_layers": 3,
     "model.rope_base": 5e4,
     "model.norm_epsilon": 1e-6,
+    "init.from": "elsewhere",
     "model.init_std": 0.01,
     "train.global_batch_tokens": 4096,
     "train.weight_decay": 0.2,

@@ -10,11 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ..data.files import read_patiently, sha256_of
-from ..data.format.manifest import Manifest
-from ..data.format.tokenizer_file import load_tokenizer
-from ..model.config import ModelConfig
-from .checkpoint.format import (
+from ...data.files import read_patiently, sha256_of
+from ...data.format.manifest import Manifest
+from ...data.format.tokenizer_file import load_tokenizer
+from ...model.config import ModelConfig
+from ..config import Recipe
+from ..identity import changes
+from ..run_directory import RunDirectory
+from ..settings import flat, from_tree, to_tree
+from .format import (
     MANIFEST_FILE,
     CheckpointManifest,
     find_damage,
@@ -22,10 +26,6 @@ from .checkpoint.format import (
     no_good_checkpoint,
     read_checkpoint_manifest,
 )
-from .config import Recipe
-from .identity import changes
-from .run_directory import RunDirectory
-from .settings import flat, from_tree, to_tree
 
 MAY_DIFFER = ("rope", "window_tokens", "full_attention_every", "init_std")
 """Beginnings of the keys of `model` that leave every weight its meaning."""
