@@ -27,7 +27,7 @@ from .format import (
     read_checkpoint_manifest,
 )
 
-MAY_DIFFER = ("rope", "window_tokens", "full_attention_every", "init_std")
+MAY_DIFFER = ("rope", "layer_pattern", "window_tokens", "z_loss", "init_std")
 """Beginnings of the keys of `model` that leave every weight its meaning."""
 
 
