@@ -133,8 +133,11 @@ def _launch(
         compiled[num_programs, 1, 1](*tensors, *numbers, *constants)
         return
     options = {} if sizes is None else {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages}
-    # Triton returns the compiled kernel, but None where kernels are interpreted.
-    _COMPILED[key] = kernel[num_programs,](*tensors, *numbers, *constants, **options)
+    compiled = kernel[num_programs,](*tensors, *numbers, *constants, **options)
+    # Triton returns the compiled kernel, but None where kernels are interpreted. On AMD it compiles a second one for
+    # tensors beyond 2 GiB, which the key does not tell from the first.
+    if torch.version.hip is None:
+        _COMPILED[key] = compiled
 
 
 def padded(head_dim: int) -> int:

@@ -21,7 +21,7 @@ second product in the inputs' dtype.
 A kernel is compiled once for each dtype, head dim, block size and flag. Triton would also compile it anew for lengths
 and strides that are 1 or multiples of 16, which differ from micro-batch to micro-batch where documents do: `VARYING`
 names the arguments that it must take as they come. Strides are passed one by one, because Triton specializes what is
-inside a tuple in any case.
+inside a tuple in any case. `scale` and `softcap` have a type, because it would take a whole number for an integer.
 """
 
 from __future__ import annotations
@@ -77,13 +77,19 @@ def _masked_block(i, left, full, right, end, STEP: tl.constexpr):
 
 
 @triton.jit
-def _aligned(ptr, strides):
-    """Return strides (b, s, h), which are multiples of 16 bytes, in a form from which the compiler sees that they are.
+def _aligned(ptr, stride):
+    """Return a stride of elements, which is a multiple of 16 bytes, in a form from which the compiler sees that it is.
 
     Without it each load from global memory would be cut into single elements.
     """
     unit: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
-    return (strides[0] // unit * unit, strides[1] // unit * unit, strides[2] // unit * unit)
+    return stride // unit * unit
+
+
+@triton.jit
+def _all_aligned(ptr, strides):
+    """Return `_aligned` of strides (b, s, h)."""
+    return (_aligned(ptr, strides[0]), _aligned(ptr, strides[1]), _aligned(ptr, strides[2]))
 
 
 @triton.jit
@@ -93,7 +99,7 @@ def _head_rows(
 ):  # fmt: skip
     """Return one head of a `[b, s, h, d]` tensor with strides (b, s, h) as a two-dim view for `_load`."""
     if DESCRIPTORS:
-        steps = _aligned(ptr, strides)
+        steps = _all_aligned(ptr, strides)
         base = ptr + batch.to(tl.int64) * steps[0] + head.to(tl.int64) * steps[2]
         return tl.make_tensor_descriptor(base, [num_rows, DIM], [steps[1], 1], [ROWS, WIDTH])
     else:
@@ -122,7 +128,7 @@ def _all_heads(
     the first factor Triton would pass it through registers, which are scarce, so `_head_rows` reads first factors.
     """
     if DESCRIPTORS:
-        steps = _aligned(ptr, strides)
+        steps = _all_aligned(ptr, strides)
         base = ptr + batch.to(tl.int64) * steps[0]
         return tl.make_tensor_descriptor(base, [num_heads, num_rows, DIM], [steps[2], steps[1], 1], [1, ROWS, WIDTH])
     else:
@@ -144,7 +150,7 @@ def _load_head(
 @triton.jit
 def _pointers(ptr, strides, batch, head, row, dims):
     """Return the 64-bit addresses `[rows, dims]` of rows of one head of a `[b, s, h, d]` tensor, strides (b, s, h)."""
-    steps = _aligned(ptr, strides)
+    steps = _all_aligned(ptr, strides)
     base = ptr + batch.to(tl.int64) * steps[0] + head.to(tl.int64) * steps[2]
     return base + row.to(tl.int64)[:, None] * steps[1] + dims[None, :]
 
@@ -200,7 +206,7 @@ def forward_kernel(
     q, k, v, out, lse, rows,
     q_b: tl.int64, q_s: tl.int64, q_h: tl.int64, k_b: tl.int64, k_s: tl.int64, k_h: tl.int64,
     v_b: tl.int64, v_s: tl.int64, v_h: tl.int64, out_b: tl.int64, out_s: tl.int64, out_h: tl.int64,
-    lse_b: tl.int64, lse_h: tl.int64, num_heads, group, s_q, s_k, scale, softcap,
+    lse_b: tl.int64, lse_h: tl.int64, num_heads, group, s_q, s_k, scale: tl.float32, softcap: tl.float32,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CONTINUES: tl.constexpr, SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
@@ -305,7 +311,8 @@ def backward_dkdv_kernel(
     q_b: tl.int64, q_s: tl.int64, q_h: tl.int64, k_b: tl.int64, k_s: tl.int64, k_h: tl.int64,
     v_b: tl.int64, v_s: tl.int64, v_h: tl.int64, dout_b: tl.int64, dout_s: tl.int64, dout_h: tl.int64,
     lse_b: tl.int64, lse_h: tl.int64, dk_b: tl.int64, dk_s: tl.int64, dk_h: tl.int64,
-    dv_b: tl.int64, dv_s: tl.int64, dv_h: tl.int64, num_kv_heads, group, s_q, s_k, scale, softcap,
+    dv_b: tl.int64, dv_s: tl.int64, dv_h: tl.int64,
+    num_kv_heads, group, s_q, s_k, scale: tl.float32, softcap: tl.float32,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
@@ -389,7 +396,7 @@ def backward_dq_kernel(
     q_b: tl.int64, q_s: tl.int64, q_h: tl.int64, k_b: tl.int64, k_s: tl.int64, k_h: tl.int64,
     v_b: tl.int64, v_s: tl.int64, v_h: tl.int64, dout_b: tl.int64, dout_s: tl.int64, dout_h: tl.int64,
     lse_b: tl.int64, lse_h: tl.int64, dq_b: tl.int64, dq_s: tl.int64, dq_h: tl.int64,
-    num_heads, group, s_q, s_k, scale, softcap,
+    num_heads, group, s_q, s_k, scale: tl.float32, softcap: tl.float32,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
@@ -478,6 +485,7 @@ def merge_kernel(
     seen = peak > float("-inf")
     total = tl.where(seen, 1.0, 0.0)
     acc = tl.load(out_ptrs, mask=stored & seen[:, None], other=0.0)
+    step = _aligned(part_outs, part_out_n)
     # Invariant: acc = sum of exp(lse - peak) out and total = sum of exp(lse - peak), over the results so far.
     for _ in range(num_parts):
         part_lse = tl.load(part_lse_ptrs, mask=inside, other=float("-inf"))
@@ -489,7 +497,7 @@ def merge_kernel(
         acc = acc * shrink[:, None] + part * weight[:, None]
         total = total * shrink + weight
         peak = new_peak
-        part_ptrs += part_out_n
+        part_ptrs += step
         part_lse_ptrs += part_lse_n
     seen = total > 0
     tl.store(out_ptrs, acc / tl.where(seen, total, 1.0)[:, None], mask=stored)

@@ -81,6 +81,7 @@ class Trainer:
             self.saver.finish()
         self.saver.close()
         self._micro_batches.close()
+        self._compilations.close()
         if self.writer is not None:
             self.writer.close()
 

@@ -1,4 +1,4 @@
-"""Every kernel compiles for GPUs that this machine lacks, and those for Hopper spill no registers."""
+"""Every kernel compiles for GPUs that this machine lacks; those for Hopper spill nothing and read whole vectors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_kernels_compile(arguments, tmp_path):
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     kernels = {row["kernel"] for row in rows}
     assert kernels == {"forward", "forward (running)", "backward_dkdv", "backward_dq", "delta", "merge"}
-    assert not [row for row in rows if row["architecture"] == "sm_90" and row["spill_bytes"]]
+    assert not [row for row in rows if row["architecture"] == "sm_90" and (row["spill_bytes"] or row["b16_loads"])]
     if "--quick" in arguments:
         assert {row["architecture"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     else:
