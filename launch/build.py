@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from ..parallel.zero import DeepSpeedEngine, partition_new, zero_engine
 from .config import Recipe
 from .grids.choice import LayerKind
 from .guards import check_attention
+from .together import on_all_ranks
 
 
 @dataclass(frozen=True)
@@ -147,22 +147,24 @@ def bucket_layouts(
     return layouts
 
 
-def compile_kernels(recipe: Recipe, mesh: Mesh, layouts: Iterable[BucketLayout]) -> None:
-    """Launch every Triton kernel of a run once, so that none is compiled in a step. Collective.
+def compile_kernels(recipe: Recipe, mesh: Mesh, lengths: Sequence[int]) -> None:
+    """Launch every Triton kernel of a run with buckets of these lengths, so that no step compiles one. Collective.
 
     One rank of each node goes first; the others then find its kernels in the cache that they share.
     """
-    for is_first in (True, False):
-        if (World.from_environment().local_rank == 0) is is_first:
-            _launch_kernels(recipe, mesh, layouts)
-        dist.barrier()
+    launch, is_first = partial(_launch_kernels, recipe, mesh, lengths), World.from_environment().local_rank == 0
+    for is_mine in (is_first, not is_first):
+        on_all_ranks(mesh, launch if is_mine else lambda: None)
 
 
-def _launch_kernels(recipe: Recipe, mesh: Mesh, layouts: Iterable[BucketLayout]) -> None:
+def _launch_kernels(recipe: Recipe, mesh: Mesh, lengths: Sequence[int]) -> None:
     model, dtype = recipe.model, getattr(torch, recipe.train.dtype)
     launch_all(model.head_dim, dtype, mesh.device, recipe.train.attention_backend)
     # liger's kernels are compiled for numbers of sequences and tokens: [b, s], or [1, b s] where sequences are packed.
-    shapes = {(layout.sequences_per_replica, layout.sequence.num_tokens) for layout in layouts}
+    shapes = {
+        (recipe.parallel.sequences_per_replica(length), length // recipe.parallel.context_parallel(length))
+        for length in lengths
+    }
     tensor = mesh.tensor_size
     for b, s in shapes | {(1, b * s) for b, s in shapes}:
 

@@ -116,10 +116,14 @@ def start(
     # Only now is the first step known: the checkpoint that seemed the last may have been damaged.
     if rank_0:
         record(checked, state, changed, mesh.world_size, console)
+    # First, since probe and guards launch some of them: all ranks of a node would compile these at once.
+    watchdog.at(state.step, "compiling kernels")
+    compile_kernels(recipe, mesh, order.lengths)
     watchdog.at(state.step, "dividing attention among ranks")
     grids = decide_grids(recipe, mesh, order.lengths, console if rank_0 else None)
     layouts = bucket_layouts(recipe, mesh, order.lengths, grids)
-    compile_kernels(recipe, mesh, layouts.values())
+    for layout in layouts.values():  # plans and masks of whole sequences are kept: no step of the run waits for them
+        layout.prepare(layout.sequences_per_replica, None)
     knots = Knots(recipe.knots, checked.manifest.tokenizer(), recipe.train.seed) if recipe.knots.share else None
     loader = Loader(
         checked.manifest,

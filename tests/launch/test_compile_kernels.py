@@ -1,0 +1,75 @@
+"""A start compiles its kernels before anything else launches one, one rank of a node before the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from longring.launch import build, train
+from longring.launch.build import compile_kernels
+from longring.launch.config import load_recipe
+from longring.launch.errors import CommonError
+from longring.launch.ranks.watchdog import Watchdog
+from longring.parallel.mesh import join
+from rich.console import Console
+
+
+def order_of_a_start(recipe_file: Path, run: Path) -> list[str]:
+    """Return what a start does after it has loaded its weights, and the positions of its watchdog, in order."""
+    done: list[str] = []
+
+    def noted(name: str):
+        original = getattr(train, name)
+
+        def note(*arguments):
+            done.append(name)
+            return original(*arguments)
+
+        return note
+
+    at = Watchdog.at
+    Watchdog.at = lambda self, step, operation: (done.append(operation), at(self, step, operation))[1]  # type: ignore
+    for name in ("compile_kernels", "decide_grids", "bucket_layouts"):
+        setattr(train, name, noted(name))
+
+    def enough(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    train.Loader = enough
+    with pytest.raises(KeyboardInterrupt):
+        train.train(load_recipe(recipe_file, [f"run_directory={run}"]), Console(quiet=True))
+    return done
+
+
+def test_kernels_are_compiled_before_probe_and_guards(on_ranks, recipe_file, tmp_path):
+    [done] = on_ranks(1, order_of_a_start, recipe_file, tmp_path / "run")
+    order = ["compiling kernels", "compile_kernels", "dividing attention among ranks", "decide_grids", "bucket_layouts"]
+    assert done[-len(order) :] == order
+
+
+def launched_in_turn(recipe_file: Path, file: Path, failing: int | None) -> str | None:
+    """Note in a file which rank launches; return the error that this rank then raises. Rank `failing` finds none."""
+    recipe = load_recipe(recipe_file)
+    mesh = join(recipe.parallel, 1)
+
+    def launch(*_: object) -> None:
+        with file.open("a") as opened:
+            opened.write(f"{mesh.rank} ")
+        if mesh.rank == failing:
+            raise OSError("the cache is full")
+
+    build._launch_kernels = launch
+    try:
+        compile_kernels(recipe, mesh, [64])
+    except CommonError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(("failing", "launches"), [(None, "0 1 "), (0, "0 "), (1, "0 1 ")])
+def test_one_rank_of_a_node_goes_first_and_all_end_with_the_one_that_cannot(
+    on_ranks, recipe_file, tmp_path, failing, launches
+):
+    error = None if failing is None else "the cache is full"
+    assert on_ranks(2, launched_in_turn, recipe_file, tmp_path / "launches", failing) == [error] * 2
+    assert (tmp_path / "launches").read_text() == launches
