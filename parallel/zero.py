@@ -17,11 +17,13 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 import deepspeed.ops
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import clip_grad_norm_
 
 from .config import ParallelConfig
 from .mesh import Mesh
+from .overlap import OverlappedSums
 
 # Otherwise DeepSpeed compiles C++ on a CPU at start-up, for collectives that only its inference uses.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -86,6 +88,8 @@ def zero_engine(
     }
     with redirect_stdout(io.StringIO()):  # BF16_Optimizer prints the memory in use, five times over
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        OverlappedSums(engine, mesh.data_group)
     return engine
 
 
@@ -95,8 +99,9 @@ def deepspeed_config(parallel: ParallelConfig, dtype: Dtype, gradient_dtype: Dty
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "steps_per_print": 2**62,
-        # Buckets are reduced while the backward computes the next, at every stage that has buckets; by default only
-        # ZeRO 3 does. There are two, and DeepSpeed's 5e8 elements would take 2 GB and seldom fill before the end.
+        # Buckets are reduced while the backward computes the next; by default only ZeRO 3 does. There are two, and
+        # DeepSpeed's 5e8 elements would take 2 GB and seldom fill before the end. (ZeRO 1 with fp32 sums of bf16
+        # gradients does not read this; see `overlap.py`.)
         "zero_optimization": {"stage": parallel.zero_stage, "overlap_comm": True, "reduce_bucket_size": 2**27},
         # By default gradients travel in the model's dtype, whatever the dtype of their sum.
         "communication_data_type": sums,

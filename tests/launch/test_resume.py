@@ -47,13 +47,14 @@ DIVISIONS = {
     "zero0": ["parallel.zero_stage=0"],
     "zero0-bf16": ["parallel.zero_stage=0", "train.dtype=bfloat16"],
     "zero1": ["parallel.zero_stage=1"],
+    "zero1-bf16": ["parallel.zero_stage=1", "train.dtype=bfloat16"],
     "zero2-bf16": ["parallel.zero_stage=2", "train.dtype=bfloat16"],
     "zero3": ["parallel.zero_stage=3"],
     "zero1-tp2": ["parallel.zero_stage=1", "parallel.tensor=2", "parallel.tokens_per_rank=256"],
 }
 
 
-@pytest.mark.parametrize("division", by_lane(DIVISIONS, quick=[], slow=["zero0"]))
+@pytest.mark.parametrize("division", by_lane(DIVISIONS, quick=[], slow=["zero0", "zero1"]))
 def test_interrupted_equals_uninterrupted(on_ranks, recipe_file, tmp_path, division):
     # The topology is named, since two runs that probe may choose different grids.
     steps = ["train.steps=12", "train.checkpoint_every_steps=5", "parallel.cp.topology=full_mesh"]
