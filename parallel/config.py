@@ -124,6 +124,14 @@ class ParallelConfig:
         """Return the number of sequences of this length in a micro-batch of one replica."""
         return max(1, self.tokens_per_rank // sequence_tokens)
 
+    @property
+    def gpu_queues(self) -> int:
+        """Number of queues of a GPU (CUDA_DEVICE_MAX_CONNECTIONS); streams that share one wait for each other."""
+        # Computation, ZeRO and each channel of a ring should have their own. But megatron-core lays a message of tensor
+        # parallelism over a product, and only a single queue, which keeps the host's order, starts the message before
+        # the product that fills the GPU.
+        return 1 if self.tensor > 1 else 32
+
     def data_size(self, world_size: int) -> int:
         """Return the number of ranks that hold equal weights: DeepSpeed's data-parallel ranks.
 

@@ -68,10 +68,8 @@ def join(
     assert data_size % max_context_degree == 0, f"{data_size} data-parallel ranks, rings of {max_context_degree}"
     if torch.cuda.is_available():
         device = torch.device("cuda", world.local_rank)
-        # Streams that share one of the GPU's queues wait for each other, so each should have its own: computation, ZeRO
-        # and a ring's channels. But megatron-core lays a message of tensor parallelism over a product, and only a
-        # single queue, which keeps the host's order, starts the message before the product that fills the GPU.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1" if parallel.tensor > 1 else "32")
+        # For ranks that nobody gave it: CUDA reads it when it starts, which an import may have done before.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(parallel.gpu_queues))
         # torch ends a process whose thread of NCCL gives no sign; the run's watchdog comes first and tells more.
         os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(round(60 * timeout_minutes) + 60))
         torch.cuda.set_device(device)

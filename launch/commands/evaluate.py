@@ -15,8 +15,9 @@ def start_evaluation(target: str, overrides: Sequence[str]) -> int:
     Raises ValueError if there is no run or no checkpoint, or for an override other than `evaluate.*`.
     """
     run, overrides = find_run(target, overrides)
-    run.recipe(overrides)
+    recipe = run.recipe(overrides)
     saved = last_good_checkpoint(run.checkpoints)
     if saved is None:
         raise no_good_checkpoint(run.checkpoints)
-    return start_ranks("longring.launch.evaluate", [str(run.path), *overrides], saved[1].state.world_size)
+    settings, queues = [str(run.path), *overrides], recipe.parallel.gpu_queues
+    return start_ranks("longring.launch.evaluate", settings, saved[1].state.world_size, gpu_queues=queues)

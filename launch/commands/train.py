@@ -42,4 +42,5 @@ def start_training(
             )
         meeting = Rendezvous(rendezvous, job, nodes, node, address)
     stop = ["--stop-after", str(stop_after)] if stop_after else []
-    return start_ranks("longring.launch.train", [*settings, *stop], count, meeting)
+    queues = recipe.parallel.gpu_queues
+    return start_ranks("longring.launch.train", [*settings, *stop], count, meeting, gpu_queues=queues)

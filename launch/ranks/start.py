@@ -68,13 +68,23 @@ def local_ranks(configured: int) -> int:
     return configured or torch.cuda.device_count() or 1
 
 
-def start_ranks(module: str, arguments: Sequence[str], count: int, rendezvous: Rendezvous | None = None) -> int:
+def start_ranks(
+    module: str,
+    arguments: Sequence[str],
+    count: int,
+    rendezvous: Rendezvous | None = None,
+    *,
+    gpu_queues: int = 32,
+) -> int:
     """Run `python -m module arguments` as `count` ranks under torchrun; return 0 or the exit status of a failed rank.
 
-    A stop signal is forwarded to the ranks, which save and exit with GO_ON_LATER.
+    Each GPU has `gpu_queues` queues, unless the environment says otherwise. A stop signal is forwarded to the ranks,
+    which save and exit with GO_ON_LATER.
     """
     # torchrun would set one thread for each rank, and print a notice about it.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    # CUDA reads it when it starts, in a rank's first import that looks for a GPU.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(gpu_queues))
     # A rank that fails has printed its error; the summary of torchrun would bury it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     stopped = False

@@ -16,6 +16,7 @@ from longring.launch import build
 from longring.launch.build import attention_on_one_rank, build_engine
 from longring.launch.checkpoint.save import Saver
 from longring.launch.config import load_recipe
+from longring.launch.ranks import start
 from longring.launch.run_directory import RunDirectory
 from longring.model import transformer, weights
 from longring.parallel.config import ParallelConfig
@@ -85,31 +86,27 @@ def test_zero3_divides_a_parameter_before_the_next_is_drawn(on_ranks, recipe_fil
     assert min(on_ranks(2, whole_while_another_is_drawn, recipe_file, 2)) > 0
 
 
-def settings_of_libraries(recipe_file: Path) -> dict[str, list[object]]:
-    """Return what DeepSpeed and torch were told under ZeRO 1 to 3 with recomputation, by name."""
-    kept, overlapped = [], []
+def random_states_kept(recipe_file: Path) -> list[bool]:
+    """Return, for each call of torch's checkpoint in a forward with recomputation, whether it keeps random states."""
+    kept = []
 
     def watched(*arguments, preserve_rng_state=True, **named):
         kept.append(preserve_rng_state)
         return checkpoint(*arguments, preserve_rng_state=preserve_rng_state, **named)
 
     transformer.checkpoint = watched
-    for stage in (1, 2, 3):
-        recipe = load_recipe(recipe_file, [f"parallel.zero_stage={stage}", "train.recompute=true"])
-        mesh = join(recipe.parallel, 1)
-        engine = build_engine(recipe, 500, mesh)
-        overlapped.append(engine.zero_overlap_comm())
-        tokens, layout = torch.zeros(1, 65, dtype=torch.int64), SeqLayout.contiguous(64)
-        attend = attention_on_one_rank("auto", mesh.device, [None])(layout)
-        engine(tokens[:, :-1], tokens[:, 1:], layout, attend)
-    return {"overlap_comm": overlapped, "preserve_rng_state": kept}
+    recipe = load_recipe(recipe_file, ["train.recompute=true"])
+    mesh = join(recipe.parallel, 1)
+    engine = build_engine(recipe, 500, mesh)
+    tokens, layout = torch.zeros(1, 65, dtype=torch.int64), SeqLayout.contiguous(64)
+    attend = attention_on_one_rank("auto", mesh.device, [None])(layout)
+    engine(tokens[:, :-1], tokens[:, 1:], layout, attend)
+    return kept
 
 
 @pytest.mark.full
-def test_deepspeed_and_torch_are_told(on_ranks, recipe_file):
-    assert on_ranks(1, settings_of_libraries, recipe_file) == [
-        {"overlap_comm": [True] * 3, "preserve_rng_state": [False] * 12}
-    ]
+def test_recomputation_keeps_no_random_state(on_ranks, recipe_file):
+    assert on_ranks(1, random_states_kept, recipe_file) == [[False] * 4]
 
 
 @pytest.mark.parametrize("cuda", [True, False])
@@ -120,15 +117,18 @@ def test_megatron_sums_in_a_fixed_order_on_a_gpu_if_asked(monkeypatch, cuda):
     assert [megatron_config(parallel, exact).deterministic_mode for exact in (False, True)] == [False, cuda]
 
 
+QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
+
+
 def queues_when_the_gpu_starts(recipe_file: Path, tensor: int, own: str | None) -> str | None:
     """Return CUDA_DEVICE_MAX_CONNECTIONS when a rank first uses its GPU, with the user's own value or None."""
-    os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
+    os.environ.pop(QUEUES, None)
     if own:
-        os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = own
+        os.environ[QUEUES] = own
     found = []
 
     def used(*_: object) -> None:
-        found.append(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"))
+        found.append(os.environ.get(QUEUES))
         raise KeyboardInterrupt
 
     torch.cuda.is_available, torch.cuda.set_device = lambda: True, used
@@ -142,3 +142,17 @@ def queues_when_the_gpu_starts(recipe_file: Path, tensor: int, own: str | None) 
 )
 def test_a_gpu_has_one_queue_under_tensor_parallelism(on_ranks, recipe_file, tensor, own, expected):
     assert on_ranks(tensor, queues_when_the_gpu_starts, recipe_file, tensor, own) == [expected] * tensor
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, "1"), ("8", "8")])
+def test_ranks_have_their_queues_before_they_import_anything(monkeypatch, own, expected):
+    """CUDA reads the variable when it starts, and DeepSpeed's import looks for a GPU."""
+    for name in (QUEUES, "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    if own:
+        monkeypatch.setenv(QUEUES, own)
+    found, parallel = [], ParallelConfig(tokens_per_rank=32, tensor=2)
+    monkeypatch.setattr(start, "run", lambda _: found.append(os.environ[QUEUES]))
+    assert start.start_ranks("longring.launch.train", [], 2, gpu_queues=parallel.gpu_queues) == 0
+    assert found == [expected]
