@@ -52,7 +52,7 @@ def sent_bytes(spec: AttentionSpec, case: Case) -> Row:
     found: Row = {}
     passes: tuple[Pass, ...] = ("forward", "backward")
     for direction in passes:
-        plans = [spec.plan(direction, rank)[1] for rank in range(spec.grid.size)]
+        plans = spec.schedule(direction).plans()
         sends = [message for plan in plans for step in plan.steps for message in step.sends]
         num_bytes = sum(shape.bytes_of(message, spec.grid, direction) for message in sends)
         found[f"{direction}_bytes"] = num_bytes // spec.grid.size

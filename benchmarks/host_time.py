@@ -11,17 +11,23 @@ the run) and a driver that starts nothing takes them.
 With --against, both checkouts are loaded into one process and take turns pass by pass, so that both meet the same
 machine; ratio is the time here over the time there. Times are processor time of the thread, the least of many, since
 other load only adds.
+
+A second table tells what it costs these passes that a thread of the loader makes a plan for a context of documents at
+the same time, since Python runs one thread at a time: wall time, the median of many.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import random
 import sys
 import time
 import types
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel is not launched
@@ -40,6 +46,8 @@ TOKENS = 32
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 MOST_RANKS = 8
 """Ranks whose passes are timed; of larger groups every n-th."""
+LAYERS, PACKED_TOKENS, DOCUMENT_TOKENS = 32, 8192, 1024
+"""Layers of a step, tokens of a rank for which a plan is made beside it, and mean tokens of a document."""
 
 
 class Pass(NamedTuple):
@@ -141,6 +149,54 @@ def timed(members: dict[str, Pass], budget_s: float) -> dict[str, float]:
     return {package: 1e3 * min(found) for package, found in seconds.items()}
 
 
+class Beside(NamedTuple):
+    """Passes of a rank, and a plan made beside them, under one checkout."""
+
+    step: Callable[[], object]
+    make_plan: Callable[[], object]
+
+
+def beside(package: str, member: str, size: int) -> Beside:
+    """Return `LAYERS` layers of one rank forward and backward, and the making of a plan for random documents."""
+    execute, grid = part(package, "parallel.cp.execute"), part(package, "parallel.cp.grid").NAMED[member](size)
+    layout, zigzag = part(package, "kernels.layout").SeqLayout, part(package, "parallel.cp.layout").zigzag
+    visibility, draw = part(package, "parallel.cp.visible").Visibility(), random.Random(0)
+    shares = [zigzag(PACKED_TOKENS * size, rank, size).runs for rank in range(size)]
+    of_passes = passes(package, member, size)
+    layers = [one for one in of_passes.values() for _ in range(round(LAYERS / one.num_ranks))]
+
+    def make_plan() -> None:
+        num_documents = PACKED_TOKENS * size // DOCUMENT_TOKENS
+        starts = (0, *sorted(draw.sample(range(1, PACKED_TOKENS * size), num_documents - 1)))
+        execute.AttentionSpec(grid, tuple(layout(runs, starts) for runs in shares), visibility).prepare(size // 2)
+
+    return Beside(lambda: [one.run() for one in layers], make_plan)
+
+
+def beside_row(member: str, size: int, packages: Sequence[str], budget_s: float) -> Row:
+    """Return the median ms of a step alone, of a plan alone, and of a step while a plan is made, by package."""
+    found = {package: beside(package, member, size) for package in packages}
+    seconds: dict[tuple[str, str], list[float]] = {}
+
+    def timed(name: str, package: str, work: Callable[[], object]) -> None:
+        started = time.perf_counter()
+        work()
+        seconds.setdefault((name, package), []).append(time.perf_counter() - started)
+
+    until = time.perf_counter() + budget_s
+    with ThreadPoolExecutor(1) as loader:
+        while time.perf_counter() < until or not seconds:
+            for package, (step, make_plan) in found.items():
+                timed("plan", package, make_plan)
+                timed("step", package, step)
+                plan = loader.submit(make_plan)
+                timed("both", package, step)
+                plan.result()
+    names = {HERE: "", THERE: "_there"}
+    medians = {f"{name}_ms{names[package]}": 1e3 * median(of) for (name, package), of in seconds.items()}
+    return {"what": member, "ranks": size, "layers": LAYERS, **{name: round(ms, 2) for name, ms in medians.items()}}
+
+
 def row(what: str, size: int, direction: str, members: dict[str, Pass], budget_s: float) -> Row:
     """Return the row of one pass: its time on one rank, and the ratio to the other checkout if there is one."""
     found, tiles = timed(members, budget_s), members[HERE].tiles_a_rank
@@ -191,7 +247,17 @@ def main() -> int:
     for of_row in rows:
         table.add_row(*map(str, of_row.values()))
     Console().print(table)
-    write_record(options.json, {"rows": rows})
+    questions = {"full": (("token_ring", 8), ("grid", 8), ("grid", 64)), "quick": (("token_ring", 8),)}
+    of_plans = [
+        beside_row(member, ranks, packages, 20.0 if options.size == "full" else 5.0)
+        for member, ranks in questions.get(options.size, ())
+    ]
+    if of_plans:
+        table = make_table("A plan made by another thread", [name.replace("_", " ") for name in of_plans[0]], ("what",))
+        for of_row in of_plans:
+            table.add_row(*map(str, of_row.values()))
+        Console().print(table)
+    write_record(options.json, {"rows": rows, "plans": of_plans})
     return 0
 
 

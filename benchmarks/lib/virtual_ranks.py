@@ -99,11 +99,10 @@ def joined(
         for name, part in zip(("out", "dq", "dk", "dv"), (out, *parts), strict=True):
             put_share(found[name], part, of)
     lses = [x[4].transpose(1, 2) for x in saved]
-    lse = lses[0].new_empty((1, q.shape[1], q.shape[2]))
+    lse, heads = lses[0].new_empty((1, q.shape[1], q.shape[2])), spec.grid.heads
+    of_positions = cp_layout.position_layouts(spec.layouts, heads)
     for rank, part in enumerate(lses):
-        schedule, plan = spec.plan("forward", rank)
-        mine = cp_heads.heads_of(q.shape[2], rank, spec.grid.heads)
-        put_share(lse[:, :, mine], part, schedule.layouts[plan.position])
+        put_share(lse[:, :, cp_heads.heads_of(q.shape[2], rank, heads)], part, of_positions[rank // heads])
     return found | {"lse": lse.transpose(1, 2)}
 
 
@@ -156,18 +155,17 @@ class Tiles:
         self.backend, heads = spec.backend, spec.grid.heads
         self.calls: dict[Pass, list[Call]] = {"forward": [], "backward": []}
         self.shares: list[list[Tensor]] = []
+        of_positions = cp_layout.position_layouts(spec.layouts, heads)
         for rank in range(spec.grid.size):
+            position, head_shard = divmod(rank, heads)  # ranks of one position follow one another
             for direction, calls in self.calls.items():
-                schedule, plan = spec.plan(direction, rank)
-                head_shard = rank - plan.position * heads  # ranks of one position follow one another
-                for tile in filter(None, (step.tile for step in plan.steps)):
-                    sides = specs.sides_of(tile, schedule.layouts)
+                for tile in spec.compiled(direction, rank).tiles:
+                    sides = specs.sides_of(tile, of_positions)
                     mask = masks.make_mask(*sides, window=spec.visibility.window, device=device)
                     queries, keys = (owner * heads + head_shard for owner in (tile.query_owner, tile.key_owner))
                     calls.append(Call(queries, slice(*tile.query_rows), keys, slice(*tile.key_rows), mask))
-            schedule, plan = spec.plan("forward", rank)
             mine = [x[:, :, cp_heads.heads_of(x.shape[2], rank, heads)] for x in tensors]  # [1, all tokens, heads, d]
-            self.shares.append([share_of(x, schedule.layouts[plan.position]).contiguous() for x in mine])
+            self.shares.append([share_of(x, of_positions[position]).contiguous() for x in mine])
 
     def num_pairs(self, direction: Pass) -> int:
         """Return the number of visible pairs, times the heads of a rank."""

@@ -114,8 +114,10 @@ class CompiledPlan:
     """Operations on the query x kv grid, between the trades."""
     trades: dict[Flow, Trade]
     """Trades of heads, by flow."""
-    rows_of: dict[int, tuple[Rows, ...]]
-    """Rows of each rank of the grid position among the position's tokens, in order."""
+    run_tokens: list[int]
+    """Number of tokens of each run of adjacent tokens that one rank holds, in the order of the position's tokens."""
+    runs_of: dict[int, list[int]]
+    """Runs of each rank of the grid position, by rank, in order."""
 
     @property
     def tiles(self) -> list[Tile]:
@@ -137,11 +139,10 @@ def compile_plan(plan: RankPlan, layout: SeqLayout, ranks: dict[int, SeqLayout])
     assert not compiler.shares and not compiler.sums and not compiler.travelling, "the plan frees everything"
     flows: tuple[Flow, ...] = ("to_heads", "from_heads")
     trades: dict[Flow, Trade] = {flow: Trade(*map(tuple, plan.messages(flow))) for flow in flows}
-    rows_of = {
-        rank: tuple((layout.row_of(start), layout.row_of(start) + stop - start) for start, stop in of.runs)
-        for rank, of in ranks.items()
-    }
-    return CompiledPlan(plan.rank, len(compiler.spans), tuple(compiler.operations), trades, rows_of)
+    runs = sorted(run for of in ranks.values() for run in of.runs)
+    runs_of = {rank: [runs.index(run) for run in of.runs] for rank, of in sorted(ranks.items())}
+    run_tokens = [stop - start for start, stop in runs]
+    return CompiledPlan(plan.rank, len(compiler.spans), tuple(compiler.operations), trades, run_tokens, runs_of)
 
 
 @dataclass

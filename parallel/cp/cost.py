@@ -260,7 +260,8 @@ class _Holds:
 
     A foreign share is held from its post to its last use, or until the rank to which it is passed on has it. A result
     is held from its post to its merge, and before its post, in fp32, from the first tile that adds to it. Several
-    tensors of the own share are copied into one message, which is held until it has been sent.
+    tensors of the own share are copied into one message, which is held until it has been sent; so are queries that
+    have been traded for heads, since their rows lie between those of keys and values.
     """
 
     def __init__(
@@ -273,8 +274,9 @@ class _Holds:
     ) -> None:
         grid = schedule.grid
         self.messages, self.weights, self.wide, self.heads = messages, weights, wide, grid.heads
-        several = [flow == "keys" or (flow == "queries" and schedule.direction == "backward") for flow in FLOWS]
-        self.packed = np.array(several)[messages.flow] & (messages.owner == messages.source // grid.heads)
+        alone = schedule.direction == "forward" and grid.heads == 1  # of queries: one tensor of contiguous rows
+        copied = [flow == "keys" or (flow == "queries" and not alone) for flow in FLOWS]
+        self.packed = np.array(copied)[messages.flow] & (messages.owner == messages.source // grid.heads)
         self.change = np.zeros((num_steps + 1, grid.size), np.int64)  # bytes taken less bytes freed, [step, rank]
         self.last = np.zeros((2, grid.num_positions, grid.num_positions), np.int32)
         """Step at which a position last uses an owner's share, `[side, position, owner]`."""

@@ -14,7 +14,6 @@ from torch import Tensor
 from .compiled import CompiledPlan
 from .plan import Message
 from .transports import Transport
-from .visible import Rows
 
 
 def heads_of(num_heads: int, rank: int, heads: int) -> slice:
@@ -33,20 +32,28 @@ def tokens_for_heads(
     a position; yields each message that must be waited for.
     """
     trade = plan.trades["to_heads"]
-    mine = _heads_for(tensors, plan.rank, heads)  # [b, s, heads of all tensors, d]
-    b, _, num_heads, d = mine.shape
-    arriving = {m: mine.new_empty((b, m.rows[1] - m.rows[0], num_heads, d)) for m in trade.receives}
-    leaving = {m: _heads_for(tensors, m.target, heads) for m in trade.sends}
-    transport.post(_as_contents(leaving), _as_contents(arriving))
-    part_of = {plan.rank: mine}
-    for message, part in arriving.items():
+    b, s, _, d = tensors[0].shape
+    counts = [max(1, x.shape[2] // heads) for x in tensors]
+    mine = tensors[0].new_empty((heads, b, s, sum(counts), d))  # by rank of the position: its heads of all tensors
+    for x, of_x, count in zip(tensors, mine.split(counts, dim=3), counts, strict=True):
+        # Fewer heads than ranks: each goes to as many ranks, [heads, ...] -> [h, ranks of one head, ...].
+        distinct = x.shape[2] // count
+        by_head = x.view(b, s, distinct, count, d).permute(2, 0, 1, 3, 4)
+        of_x.view(distinct, -1, b, s, count, d).copy_(by_head.unsqueeze(1))
+    part_of = dict(zip(plan.runs_of, mine.unbind(), strict=True))
+    leaving = {m: [part_of[m.target]] for m in trade.sends}
+    arriving = {m: [mine.new_empty((b, m.rows[1] - m.rows[0], sum(counts), d))] for m in trade.receives}
+    transport.post(leaving, arriving)
+    for message, [part] in arriving.items():
         yield message
         part_of[message.source] = part
     for message in leaving:
         yield message
-    whole = torch.cat(_pieces(part_of, plan), dim=1)
-    sizes = [x[:, :, heads_of(x.shape[2], plan.rank, heads)].shape[2] for x in tensors]
-    return list(whole.split(sizes, dim=2))
+    whole: list[Tensor] = [mine] * len(plan.run_tokens)
+    for rank, runs in plan.runs_of.items():
+        for run, tokens in zip(runs, part_of[rank].split([plan.run_tokens[run] for run in runs], dim=1), strict=True):
+            whole[run] = tokens
+    return list(torch.cat(whole, dim=1).split(counts, dim=2))
 
 
 def heads_for_tokens(
@@ -55,53 +62,28 @@ def heads_for_tokens(
     """Trade back: all tokens of the position with the rank's heads for the rank's tokens with `num_heads` heads.
 
     Each tensor `[b, s of the position, h / heads, d]` -> `[b, s, num_heads, d]`, for each its number of heads. Partial
-    sums of several ranks for one kv head are added in fp32, in order of rank. Collective among the ranks of a position;
-    yields each message that must be waited for.
+    sums of several ranks for one kv head are added in fp32. Collective among the ranks of a position; yields each
+    message that must be waited for.
     """
-    trade, dtype = plan.trades["from_heads"], tensors[0].dtype
-    together = torch.cat(tensors, dim=2)  # [b, s of the position, heads of all tensors, d]
-    leaving = {m: _tokens(together, plan.rows_of[m.target]) for m in trade.sends}
-    mine = _tokens(together, plan.rows_of[plan.rank])
-    arriving = {m: torch.empty_like(mine) for m in trade.receives}
-    transport.post(_as_contents(leaving), _as_contents(arriving))
-    b, s, _, d = mine.shape
-    wide = torch.promote_types(dtype, torch.float32)
-    whole = [mine.new_zeros((b, s, n, d), dtype=wide) for n in num_heads]
-    # By rank of the position: this rank's tokens, with the heads of that rank.
-    part_of = {plan.rank: mine}
-    for message, part in arriving.items():
-        yield message
-        part_of[message.source] = part
-    for message in leaving:
-        yield message
-    sizes = [x.shape[2] for x in tensors]
-    # In order of rank, whatever the order of arrival: equal runs are equal to the last bit.
-    for rank in sorted(part_of):
-        for total, part in zip(whole, part_of[rank].split(sizes, dim=2), strict=True):
-            total[:, :, heads_of(total.shape[2], rank, heads)] += part
-    return [total.to(dtype) for total in whole]
-
-
-def _heads_for(tensors: list[Tensor], rank: int, heads: int) -> Tensor:
-    """Return the heads of a rank, those of all tensors together: `[b, s, h, d]` each -> one `[b, s, heads, d]`."""
-    return torch.cat([x[:, :, heads_of(x.shape[2], rank, heads)] for x in tensors], dim=2)
-
-
-def _as_contents(tensors: dict[Message, Tensor]) -> dict[Message, list[Tensor]]:
-    return {message: [x] for message, x in tensors.items()}
-
-
-def _pieces(part_of: dict[int, Tensor], plan: CompiledPlan) -> list[Tensor]:
-    """Return the runs of all ranks' tokens, given by rank, in the order of the position's tokens."""
-    pieces: dict[int, Tensor] = {}
-    for rank, part in part_of.items():
-        at = 0
-        for start, stop in plan.rows_of[rank]:
-            pieces[start] = part.narrow(1, at, stop - start)
-            at += stop - start
-    return [pieces[start] for start in sorted(pieces)]
-
-
-def _tokens(x: Tensor, rows: tuple[Rows, ...]) -> Tensor:
-    """Return a rank's tokens out of the tokens x `[b, s, h, d]` of the position, in memory of their own."""
-    return torch.cat([x.narrow(1, start, stop - start) for start, stop in rows], dim=1)
+    trade, dtype, counts = plan.trades["from_heads"], tensors[0].dtype, [x.shape[2] for x in tensors]
+    together = torch.cat(tensors, dim=2) if len(tensors) > 1 else tensors[0]
+    runs = together.split(plan.run_tokens, dim=1)
+    by_rank = torch.cat([runs[run] for of_rank in plan.runs_of.values() for run in of_rank], dim=1)
+    num_tokens = [sum(plan.run_tokens[run] for run in of_rank) for of_rank in plan.runs_of.values()]
+    part_of = dict(zip(plan.runs_of, by_rank.split(num_tokens, dim=1), strict=True))
+    own = part_of[plan.rank]
+    theirs = own.new_empty((heads, *own.shape))  # by rank of the position: this rank's tokens with that rank's heads
+    slots = dict(zip(plan.runs_of, theirs.unbind(), strict=True))
+    leaving = {m: [part_of[m.target].contiguous()] for m in trade.sends}
+    arriving = {m: [slots[m.source]] for m in trade.receives}
+    transport.post(leaving, arriving)
+    slots[plan.rank].copy_(own)
+    yield from (*arriving, *leaving)
+    b, s, _, d = own.shape
+    found = []
+    for of_x, num, count in zip(theirs.split(counts, dim=3), num_heads, counts, strict=True):
+        by_head = of_x.view(num // count, -1, b, s, count, d)  # [h, ranks of one head, b, s, 1, d] if heads are few
+        if by_head.shape[1] > 1:
+            by_head = by_head.sum(1, keepdim=True, dtype=torch.promote_types(dtype, torch.float32)).to(dtype)
+        found.append(by_head.squeeze(1).permute(1, 2, 0, 3, 4).reshape(b, s, num, d))
+    return found

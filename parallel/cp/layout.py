@@ -46,3 +46,8 @@ def joined(layouts: Sequence[SeqLayout]) -> SeqLayout:
         else:
             runs.append((start, stop))
     return SeqLayout(tuple(runs), layouts[0].document_starts)
+
+
+def position_layouts(layouts: Sequence[SeqLayout], heads: int) -> list[SeqLayout]:
+    """Return the layout of each grid position, which `heads` ranks hold together, from those of all ranks."""
+    return [joined(layouts[first : first + heads]) for first in range(0, len(layouts), heads)]

@@ -14,7 +14,7 @@ import numpy as np
 
 from ...kernels.layout import SeqLayout
 from .grid import CpGrid, Order, Route
-from .layout import joined
+from .layout import position_layouts
 from .plan import Flow, Message, Messages, Pass, RankPlan, Share, Side, Step, Tile
 from .visible import Ints, Shares, Visibility, hull, visible_rows
 
@@ -84,7 +84,7 @@ class Schedule:
         self.grid: CpGrid = grid
         self.direction: Pass = direction
         self.rank_layouts = layouts
-        self.layouts = [joined(layouts[first : first + grid.heads]) for first in range(0, grid.size, grid.heads)]
+        self.layouts = position_layouts(layouts, grid.heads)
         """Layout of each grid position: the tokens of its ranks together, in order."""
         self.legs: dict[Side, tuple[Leg, ...]] = {
             "queries": legs(grid.query_route, grid.query, grid.in_flight),

@@ -11,7 +11,8 @@ from ...kernels.layout import SeqLayout
 from ...kernels.mask import HostMasks, Mask, host_masks
 from .compiled import CompiledPlan, compile_plan
 from .grid import CpGrid
-from .plan import Pass, RankPlan, Tile
+from .layout import position_layouts
+from .plan import Pass, Tile
 from .schedules import Schedule
 from .visible import Visibility
 
@@ -32,36 +33,31 @@ class AttentionSpec:
     """Attention kernels, as in `kernels.attention`."""
     narrow_results: bool = True
     """Send partial results in the dtype of the inputs; False: in fp32. Sums are fp32 in either case."""
-    _made: dict[tuple[Pass, int], tuple[Schedule, RankPlan]] = field(default_factory=dict, repr=False)
     _compiled: dict[tuple[Pass, int], CompiledPlan] = field(default_factory=dict, repr=False)
     _prepared: dict[int, tuple[tuple[Tile, ...], HostMasks]] = field(default_factory=dict, repr=False)
     """Tiles of a rank, and their masks on the host."""
     _masks: dict[int, dict[Tile, Mask]] = field(default_factory=dict, repr=False)
     """Masks of a rank's tiles, on the device of its first inputs."""
 
-    def plan(self, direction: Pass, rank: int) -> tuple[Schedule, RankPlan]:
-        """Return the schedule of a pass and the plan of one rank; made once, then kept.
-
-        Raises ValueError if there is not one layout for each rank.
-        """
-        if (direction, rank) not in self._made:
-            schedule = Schedule(self.grid, self.layouts, self.visibility, direction)
-            self._made[direction, rank] = (schedule, schedule.plan(rank))
-        return self._made[direction, rank]
+    def schedule(self, direction: Pass) -> Schedule:
+        """Return the schedule of a pass. Raises ValueError if there is not one layout for each rank."""
+        return Schedule(self.grid, self.layouts, self.visibility, direction)
 
     def compiled(self, direction: Pass, rank: int) -> CompiledPlan:
-        """Return the compiled plan of one rank; made once, then kept. Raises ValueError as `plan` does."""
+        """Return the compiled plan of one rank; made once, then kept. Raises ValueError as `schedule` does."""
         if (direction, rank) not in self._compiled:
-            schedule, plan = self.plan(direction, rank)
+            schedule = self.schedule(direction)
+            plan = schedule.plan(rank)
             first = plan.position * self.grid.heads
-            ranks = {at: schedule.rank_layouts[at] for at in range(first, first + self.grid.heads)}
+            ranks = {at: self.layouts[at] for at in range(first, first + self.grid.heads)}
             self._compiled[direction, rank] = compile_plan(plan, schedule.layouts[plan.position], ranks)
         return self._compiled[direction, rank]
 
     def prepare(self, rank: int, *, pin_memory: bool = False) -> None:
         """Make all that the passes of a rank need on the host, masks in page-locked memory if `pin_memory`."""
         tiles = tuple(dict.fromkeys((*self.compiled("forward", rank).tiles, *self.compiled("backward", rank).tiles)))
-        sides = [sides_of(tile, self.plan("forward", rank)[0].layouts) for tile in tiles]
+        of_positions = position_layouts(self.layouts, self.grid.heads)
+        sides = [sides_of(tile, of_positions) for tile in tiles]
         rules = {"causal": self.visibility.causal, "window": self.visibility.window}
         self._prepared[rank] = tiles, host_masks(sides, **rules, pin_memory=pin_memory)
 

@@ -51,7 +51,7 @@ def two_micro_batches(recipe_file: Path, overrides: list[str], elements: int) ->
         def sums() -> int:
             return sum("reduce" in call.what for call in calls)
 
-        first = next(iter(engine.module.parameters()))
+        first = next(iter(engine.param_names))
         first.register_hook(lambda _: early.append(sums() - before))
         for number in range(2):
             generator = torch.Generator().manual_seed(2 * mesh.rank + number)

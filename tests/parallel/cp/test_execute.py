@@ -192,7 +192,7 @@ def test_equal_runs_are_equal_to_the_last_bit(grid):
 def test_a_layout_for_each_rank():
     spec = AttentionSpec(CpGrid(query=4), tuple(zigzag(24, rank, 3) for rank in range(3)), Visibility())
     with pytest.raises(ValueError, match="query=4 is for 4 ranks, and there are 3 layouts"):
-        spec.plan("forward", 0)
+        spec.compiled("forward", 0)
 
 
 @pytest.mark.full
