@@ -41,6 +41,7 @@ def order_of_a_start(recipe_file: Path, run: Path) -> list[str]:
     return done
 
 
+@pytest.mark.full
 def test_kernels_are_compiled_before_probe_and_guards(on_ranks, recipe_file, tmp_path):
     [done] = on_ranks(1, order_of_a_start, recipe_file, tmp_path / "run")
     order = ["compiling kernels", "compile_kernels", "dividing attention among ranks", "decide_grids", "bucket_layouts"]
