@@ -16,7 +16,8 @@ DEMO = ROOT / "launch" / "recipes" / "demo.toml"
 @pytest.mark.parametrize("recipe", sorted((ROOT / "launch" / "recipes").glob("*.toml")), ids=lambda path: path.stem)
 def test_every_recipe_loads_and_fits_its_ranks(recipe):
     loaded = load_recipe(recipe)
-    assert loaded.accumulation_steps(max(1, loaded.train.ranks_per_node)) >= 1
+    least = loaded.max_context_parallel * loaded.parallel.tensor
+    assert loaded.accumulation_steps(max(least, loaded.train.ranks_per_node)) >= 1
 
 
 def test_overrides_win_over_the_file():
