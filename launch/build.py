@@ -119,7 +119,7 @@ def bucket_layouts(
     `grids` has the grid of every layer kind that is spread over ranks. Raises ValueError if attention over several
     ranks differs from attention on one.
     """
-    groups = open_rings(mesh.neighbours, grids.values(), mesh.communicators) if grids else {}
+    groups = open_rings(mesh.neighbours, grids.values(), mesh.communicator_options) if grids else {}
     all_windows = {recipe.model.attention_window(layer) for layer in range(recipe.model.num_layers)}
     whole = attention_on_one_rank(recipe.train.attention_backend, mesh.device, all_windows)
     layouts = {}

@@ -36,6 +36,13 @@ def on_all_ranks(mesh: Mesh, work: Callable[[], _T]) -> _T:
     return result
 
 
+def first_of_any(found: str | None) -> str | None:
+    """Return what the first rank has found, on every rank; None: no rank has found anything. Collective."""
+    gathered: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, found)
+    return next((text for text in gathered if text is not None), None)
+
+
 def from_rank_0(value: Any) -> Any:
     """Return the value of rank 0. Collective.
 

@@ -32,9 +32,9 @@ class CpConfig:
     narrow_results: bool = True
     """Send partial results in the dtype of the activations; false sends them in fp32. Results that are summed along
     the route `round`, and lse, always travel in fp32, and all sums are fp32."""
-    max_ctas: Annotated[int, Interval(ge=1, le=32)] = 8
+    max_ctas: Literal[1, 2, 4, 8, 16, 32] = 8
     """Maximum number of thread blocks (CTAs) of a GPU that one message takes; NCCL only. Few leave the GPU to attention
-    and take less memory."""
+    and take less memory. NCCL would take the next power of two for any other number."""
     high_priority: bool = True
     """Send messages on streams of high priority, before waiting thread blocks of attention; NCCL only."""
     guards: bool = True

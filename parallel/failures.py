@@ -18,7 +18,7 @@ _REMOTE = re.compile(r"remote (?:process|error)|network error|timed? ?out", re.I
 
 
 class PeerError(RuntimeError):
-    """Another rank of a context-parallel group is dead or late."""
+    """Another rank of a context-parallel group is gone or does not answer."""
 
 
 def full_memory(error: BaseException) -> str | None:

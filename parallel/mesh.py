@@ -10,7 +10,9 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +23,7 @@ from megatron.core import ModelParallelConfig, parallel_state
 from torch._C._distributed_c10d import Store
 
 from .config import ParallelConfig
-from .cp.group import Communicators
+from .cp.group import CommunicatorOptions
 from .meet import meet
 from .world import World
 
@@ -39,7 +41,7 @@ class Mesh:
     device: torch.device
     neighbours: dict[int, tuple[int, ...]]
     """Global ranks that share a sequence with this rank, itself included, by context-parallel degree 1, 2, 4, ..."""
-    communicators: Communicators
+    communicator_options: CommunicatorOptions
     """Options of process groups of context parallelism; their timeout is that of all groups."""
 
     @property
@@ -61,22 +63,14 @@ def join(
     The ranks find each other through `store`, the one of `meet` by default.
     CUDA processes use GPU LOCAL_RANK and NCCL, others the CPU and gloo. The caller has checked, before any rank waits
     for another, that the world divides by tensor x `max_context_degree` (`Recipe.accumulation_steps`). Raises
-    ValueError if parallel.tensor does not divide the world, and ConnectionError as `meet` does.
+    ValueError if parallel.tensor does not divide the world or Triton's default cache is another user's, and
+    ConnectionError as `meet` does.
     """
     world = World.from_environment()
     data_size = parallel.data_size(world.size)
     assert data_size % max_context_degree == 0, f"{data_size} data-parallel ranks, rings of {max_context_degree}"
     if torch.cuda.is_available():
-        device = torch.device("cuda", world.local_rank)
-        # For ranks that nobody gave it: CUDA reads it when it starts, which an import may have done before.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(parallel.gpu_queues))
-        # torch ends a process whose thread of NCCL gives no sign; the run's watchdog comes first and tells more.
-        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(round(60 * timeout_minutes) + 60))
-        torch.cuda.set_device(device)
-        # Triton's cache goes to a local disk, since home directories on a network file system are slow. One directory
-        # serves all ranks of the node: Triton writes each file beside its place and renames it, so no rank reads half
-        # of a file that another is writing.
-        os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir(), f"triton-{os.getuid()}")))
+        device = _this_gpu(parallel, world, timeout_minutes)
     else:
         device = torch.device("cpu")
         # megatron-core allocates on torch.cuda.current_device(); without CUDA that must be the CPU.
@@ -102,10 +96,42 @@ def join(
         first = data_rank - data_rank % degree
         neighbours[degree] = tuple((first + i) * parallel.tensor + tensor_rank for i in range(degree))
         degree *= 2
-    communicators = Communicators(parallel.cp.max_ctas, parallel.cp.high_priority, timeout)
-    return Mesh(
-        world.rank, world.size, tensor_rank, parallel.tensor, data_rank, data_size, device, neighbours, communicators
-    )
+    options = CommunicatorOptions(parallel.cp.max_ctas, parallel.cp.high_priority, timeout)
+    return Mesh(world.rank, world.size, tensor_rank, parallel.tensor, data_rank, data_size, device, neighbours, options)
+
+
+def _this_gpu(parallel: ParallelConfig, world: World, timeout_minutes: float) -> torch.device:
+    """Return this rank's GPU, with the environment that CUDA, NCCL and Triton read when they start."""
+    device = torch.device("cuda", world.local_rank)
+    # For ranks that nobody gave it: CUDA reads it when it starts, which an import may have done before.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(parallel.gpu_queues))
+    # torch ends a process whose thread of NCCL gives no sign; the run's watchdog comes first and tells more.
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(round(60 * timeout_minutes) + 60))
+    # NCCL gives all pairs of a communicator as many CTAs as the pair with the fewest. Across nodes it takes 1 to 4
+    # by itself, so that a ring inside a node, which shares its communicators with one across nodes, would too.
+    os.environ.setdefault("NCCL_NCHANNELS_PER_NET_PEER", str(parallel.cp.max_ctas))
+    torch.cuda.set_device(device)
+    # Triton's cache goes to a local disk, since home directories on a network file system are slow. One directory
+    # serves all ranks of the node: Triton writes each file beside its place and renames it, so no rank reads half
+    # of a file that another is writing. The files are code that this process runs: nobody else may write them.
+    if "TRITON_CACHE_DIR" not in os.environ:
+        own = private_directory(Path(tempfile.gettempdir(), f"triton-{os.getuid()}"))
+        os.environ["TRITON_CACHE_DIR"] = str(own)
+    return device
+
+
+def private_directory(path: Path) -> Path:
+    """Return `path`, made for this user alone if it is missing. Raises ValueError if it is another user's."""
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()  # of a link itself, which its owner can lead elsewhere
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise ValueError(
+            f"TRITON_CACHE_DIR: not set, and its default {path} is not a directory of user {os.getuid()}; set it to a "
+            "directory of your own on a local disk"
+        )
+    path.chmod(0o700)
+    return path
 
 
 def megatron_config(parallel: ParallelConfig, deterministic: bool = False) -> ModelParallelConfig:

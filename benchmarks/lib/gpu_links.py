@@ -19,9 +19,10 @@ from longring.parallel.cp.group import CpGroup, open_group
 from longring.parallel.cp.layout import zigzag
 from longring.parallel.cp.visible import Visibility
 from longring.parallel.mesh import Mesh
+from longring.parallel.world import World
 from torch.profiler import ProfilerActivity, profile
 
-from .gpu_ranks import families, joined, largest, say
+from .gpu_ranks import families, joined, largest, largest_ring, open_groups, say
 from .script import Row, Size
 from .trace import covered, kind_of, length
 
@@ -32,26 +33,35 @@ ROUNDS = 5
 def channel_rows(size: Size) -> Iterator[Row]:
     """Yield the bandwidth of each channel of the largest ring, alone and all at once. Collective.
 
-    Every rank sends to its neighbour and receives from the other: GB/s are those of one direction of one rank.
+    Every rank sends to its neighbour and receives from the other: GB/s are those of one direction of one rank. If the
+    ring spans nodes, the largest one inside a node follows, over the same communicators, as a run has it, and over
+    communicators of its own, for which no link across nodes counts.
     """
-    num_bytes = {"full": 2**26, "quick": 2**22, "smallest": 2**16}[size]
     with joined() as mesh:
-        degree = max(mesh.neighbours)
-        if degree == 1:
-            return
-        members = families(mesh, "smallest")[degree]
-        group = open_group(mesh.neighbours[degree], members, mesh.communicators)
-        buffers = {
-            channel: torch.zeros(2, num_bytes, dtype=torch.uint8, device=mesh.device) for channel in group.channels
-        }
-        names = sorted(group.channels)
-        for chosen in [*([name] for name in names), names]:
-            label = " ".join(chosen[0]) if len(chosen) == 1 else "all channels at once"
-            say(mesh, label)
-            [ms] = largest([1e3 * fastest(group, chosen, buffers, mesh)], mesh)
-            if mesh.rank == 0:
-                rate = len(chosen) * num_bytes / ms / 1e6
-                yield {"channel": label, "ranks": degree, "MiB": num_bytes / 2**20, "ms": ms, "GB_per_s": rate}
+        degree, inside = max(mesh.neighbours), largest_ring(World.from_environment().local_size)
+        members = families(mesh, "smallest")
+        groups = open_groups(mesh, {size: members[size] for size in {inside, degree} - {1}})
+        yield from ring_rows(groups[degree], degree, size, mesh)
+        if 1 < inside < degree:
+            alone = open_group(mesh.neighbours[inside], members[inside], mesh.communicator_options)
+            yield from ring_rows(groups[inside], degree, size, mesh)
+            yield from ring_rows(alone, inside, size, mesh)
+
+
+def ring_rows(group: CpGroup, over: int, size: Size, mesh: Mesh) -> Iterator[Row]:
+    """Yield the bandwidth of each channel of a ring whose communicators reach over `over` ranks. Collective."""
+    num_bytes = {"full": 2**26, "quick": 2**22, "smallest": 2**16}[size]
+    buffers = {channel: torch.zeros(2, num_bytes, dtype=torch.uint8, device=mesh.device) for channel in group.channels}
+    names = sorted(group.channels)
+    for chosen in [*([name] for name in names), names]:
+        label = " ".join(chosen[0]) if len(chosen) == 1 else "all channels at once"
+        say(mesh, f"ring of {group.size}, communicators of {over}: {label}")
+        [ms] = largest([1e3 * fastest(group, chosen, buffers, mesh)], mesh)
+        if mesh.rank == 0:
+            yield {
+                **{"channel": label, "ring": group.size, "communicators_over": over, "MiB": num_bytes / 2**20},
+                **{"ms": ms, "GB_per_s": len(chosen) * num_bytes / ms / 1e6},
+            }
 
 
 def fastest(group: CpGroup, channels: Sequence[Any], buffers: dict[Any, torch.Tensor], mesh: Mesh) -> float:
@@ -63,10 +73,9 @@ def fastest(group: CpGroup, channels: Sequence[Any], buffers: dict[Any, torch.Te
         works: list[dist.Work] = []
         for channel in channels:  # sorted, so that all ranks begin their batches in one order
             step = 1 if channel[1] == "up" else -1
-            to, source = (group.rank + step) % group.size, (group.rank - step) % group.size
-            of = group.channels[channel]
-            receive = dist.P2POp(dist.irecv, buffers[channel][0], group=of, group_peer=source)
-            send = dist.P2POp(dist.isend, buffers[channel][1], group=of, group_peer=to)
+            to, source = (group.global_ranks[(group.rank + away) % group.size] for away in (step, -step))
+            receive = dist.P2POp(dist.irecv, buffers[channel][0], source, group.channels[channel])
+            send = dist.P2POp(dist.isend, buffers[channel][1], to, group.channels[channel])
             works += dist.batch_isend_irecv([receive, send])
         for work in works:
             work.wait()
@@ -85,11 +94,9 @@ def overlap_rows(size: Size) -> Iterator[Row]:
     per_rank, heads, head_dim = {"full": (8192, 32, 128), "quick": (512, 8, 64), "smallest": (64, 8, 16)}[size]
     with joined() as mesh:
         degree = max(mesh.neighbours)
-        if degree == 1:
-            return
         named = {name: make(degree) for name, make in NAMED.items()}
         members = {name: grid for name, grid in named.items() if grid.unfit(heads, heads // 4) is None}
-        group = open_group(mesh.neighbours[degree], members.values(), mesh.communicators)
+        group = open_group(mesh.neighbours[degree], members.values(), mesh.communicator_options)
         for name, grid in members.items():
             say(mesh, name)
             shape = (1, per_rank, heads, head_dim)

@@ -46,12 +46,16 @@ def joined() -> Iterator[Mesh]:
     """Join the ranks of a section, and leave them at the end unless they had joined before. Collective."""
     own, world = not dist.is_initialized(), World.from_environment()
     parallel = ParallelConfig(tokens_per_rank=1)
-    # The largest ring: the largest power of two that divides the world.
-    mesh = join(parallel, world.size & -world.size, timeout_minutes=limit_s() / 60)
+    mesh = join(parallel, largest_ring(world.size), timeout_minutes=limit_s() / 60)
     torch.manual_seed(0)
     yield mesh
     if own:
         dist.destroy_process_group()
+
+
+def largest_ring(ranks: int) -> int:
+    """Return the largest power of two that divides a number of ranks."""
+    return ranks & -ranks
 
 
 def family(degree: int, heads: int, kv_heads: int, size: Size) -> list[CpGrid]:
@@ -79,7 +83,7 @@ def families(mesh: Mesh, size: Size) -> dict[int, list[CpGrid]]:
 def open_groups(mesh: Mesh, members: Mapping[int, list[CpGrid]]) -> dict[int, CpGroup]:
     """Return the groups of some grids, opened as a run opens them. Collective."""
     found = [grid for grids_of_degree in members.values() for grid in grids_of_degree]
-    return open_rings(mesh.neighbours, found, mesh.communicators) if found else {}
+    return open_rings(mesh.neighbours, found, mesh.communicator_options)
 
 
 def order_rows(size: Size) -> Iterator[Row]:

@@ -59,7 +59,7 @@ def measured_topology(recipe: Recipe, mesh: Mesh) -> tuple[Topology, Speed]:
         mesh.device,
         group=mesh.data_group,
         backend=recipe.train.attention_backend,
-        made=mesh.communicators,
+        options=mesh.communicator_options,
     )
     log.info("topology: %s", found.to_json())
     return found.topology, found.speed

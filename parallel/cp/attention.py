@@ -15,7 +15,7 @@ def context_attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, grou
 
     q `[b, s, h_q, d]` and k, v `[b, s, h_kv, d]` are this rank's tokens, in the order of `spec.layouts[group.rank]`;
     returns out, like q. Differentiable in q, k and v. All ranks pass the same b, h_q, h_kv and d. Raises ValueError if
-    the grid cannot divide the heads or s is not the layout's, and PeerError if another rank is dead or late.
+    the grid cannot divide the heads or s is not the layout's, and PeerError if another rank is gone or does not answer.
     """
     layout = spec.layouts[group.rank]
     if q.shape[1] != layout.num_tokens:

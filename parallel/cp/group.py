@@ -22,16 +22,17 @@ log = logging.getLogger(__name__)
 Link = tuple[Channel, int, int]
 """Channel, source and target of messages: the ranks that one communicator connects, in one direction."""
 BYTES_PER_CTA = (2 << 20, 10 << 20)
-"""GPU memory of a link for each CTA of its communicator, of the sender and of the receiver: 64 and 320 MiB for 32 CTAs,
-as others measured on 8 H100 (github.com/NVIDIA/nccl/issues/1685). Links between nodes have fewer CTAs."""
+"""Estimate of the GPU memory of a link for each CTA of its communicator, of the sender and of the receiver: 64 and 320
+MiB for 32 CTAs, as others measured inside a node of 8 H100 (github.com/NVIDIA/nccl/issues/1685)."""
 
 
 @dataclass(frozen=True)
-class Communicators:
+class CommunicatorOptions:
     """Options of the process groups of context parallelism; `max_ctas` and `high_priority` matter with NCCL only."""
 
     max_ctas: int = 8
-    """Maximum number of thread blocks (CTAs) of one message: few leave the GPU to attention, and take less memory."""
+    """Maximum number of thread blocks (CTAs) of one message, a power of two: few leave the GPU to attention, and take
+    less memory."""
     high_priority: bool = True
     """Whether messages run on streams of high priority, before waiting thread blocks of attention."""
     timeout: timedelta | None = None
@@ -63,12 +64,17 @@ class CpGroup:
         return len(self.global_ranks)
 
     def add_up(self, x: Tensor) -> None:
-        """Add up `x` over the ranks of this group, in place. Collective among all ranks of the channels."""
+        """Add up `x` over the ranks of this group, in place. Collective among all ranks of the channels.
+
+        The message holds a copy of `x` for each group of this size on the channels: `x` should be small.
+        """
         channel = next(iter(self.channels.values()))  # any of them serves
         members = dist.get_process_group_ranks(channel)
-        # One sum for each group of this size: of `x` for this rank's own, of nothing for the others.
-        for first in range(0, len(members), self.size):
-            dist.all_reduce(x if members[first] == self.global_ranks[0] else torch.zeros_like(x), group=channel)
+        of_groups = x.new_zeros(len(members) // self.size, *x.shape)
+        own = of_groups[members.index(self.global_ranks[0]) // self.size]
+        own.copy_(x)
+        dist.all_reduce(of_groups, group=channel)
+        x.copy_(own)
 
     def explain(self, message: Message) -> str:
         """Return the error text for a message of this rank that failed: rank, flow, steps and peer."""
@@ -79,42 +85,45 @@ class CpGroup:
         return (
             f"context parallelism: rank {self.rank} of {self.size} could not {action} {message.flow} of grid position "
             f"{message.owner} {way} rank {peer} (posted at step {message.posted}, due at step {message.due}): "
-            f"rank {peer} of the group is dead or late; see the log of global rank {self.global_ranks[peer]}"
+            f"rank {peer} of the group is gone or does not answer; see the log of global rank "
+            f"{self.global_ranks[peer]}"
         )
 
 
 def open_rings(
-    rings: Mapping[int, Sequence[int]], grids: Iterable[CpGrid], made: Communicators | None = None
+    rings: Mapping[int, Sequence[int]], grids: Iterable[CpGrid], options: CommunicatorOptions | None = None
 ) -> dict[int, CpGroup]:
     """Return this rank's group for each size of `grids`, all on one set of connected channels.
 
     `rings` has the global ranks of each group by size, aligned: each is a part of the next larger one. The channels
     reach over the largest, so their number does not grow with the number of sizes. Collective among its ranks.
     """
-    grids, made = list(grids), made or Communicators()
+    grids, options = list(grids), options or CommunicatorOptions()
     sizes = sorted({grid.size for grid in grids})
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     channels: dict[Channel, dist.ProcessGroup] = {}
     for channel in channels_of(grids):
-        channels[channel] = open_channel(rings[sizes[-1]], " ".join(channel), device, made)
+        channels[channel] = open_channel(rings[sizes[-1]], " ".join(channel), device, options)
     groups = {size: CpGroup(list(rings[size]).index(dist.get_rank()), tuple(rings[size]), channels) for size in sizes}
     links: set[Link] = set()
     for grid in grids:
         members = rings[grid.size]
         links |= {(channel, members[a], members[b]) for channel, a, b in links_of(grid, groups[grid.size].rank)}
     _connect(channels, links, device)
-    gib = link_bytes(links, dist.get_rank(), made.max_ctas) / 2**30
-    log.info("%d communicators over %d ranks: %.2g GiB with NCCL (estimate)", len(channels), sizes[-1], gib)
+    gib = link_bytes(links, dist.get_rank(), options.max_ctas) / 2**30
+    log.info("%d communicators over %d ranks: about %.2g GiB with NCCL (estimate)", len(channels), sizes[-1], gib)
     return groups
 
 
-def open_group(global_ranks: Sequence[int], grids: Iterable[CpGrid], made: Communicators | None = None) -> CpGroup:
+def open_group(
+    global_ranks: Sequence[int], grids: Iterable[CpGrid], options: CommunicatorOptions | None = None
+) -> CpGroup:
     """Return the group of `global_ranks`, for grids of its size. Collective among these ranks."""
-    return open_rings({len(global_ranks): global_ranks}, grids, made)[len(global_ranks)]
+    return open_rings({len(global_ranks): global_ranks}, grids, options)[len(global_ranks)]
 
 
 def open_channel(
-    global_ranks: Sequence[int], name: str, device: torch.device, made: Communicators
+    global_ranks: Sequence[int], name: str, device: torch.device, options: CommunicatorOptions
 ) -> dist.ProcessGroup:
     """Return a new process group of `global_ranks`, its communicator made. Collective among these ranks."""
     # A world that is bound to a device splits its communicator for each new group, which waits for all of its ranks;
@@ -123,8 +132,8 @@ def open_channel(
     assert dist.group.WORLD.bound_device_id is None, "init_process_group(device_id=...) makes new groups wait for ever"
     group = dist.new_group(
         list(global_ranks),
-        timeout=made.timeout,
-        pg_options=made.nccl_options() if device.type == "cuda" else None,
+        timeout=options.timeout,
+        pg_options=options.nccl_options() if device.type == "cuda" else None,
         use_local_synchronization=True,
         group_desc=name,
     )
@@ -160,7 +169,11 @@ def links_of(grid: CpGrid, rank: int) -> set[Link]:
 
 
 def link_bytes(links: Iterable[Link], rank: int, max_ctas: int) -> int:
-    """Return an estimate of the bytes of GPU memory, at most, that NCCL takes on `rank` for its links."""
+    """Return an estimate of the bytes of GPU memory that NCCL takes on `rank` for its links.
+
+    Every link counts `max_ctas` times `BYTES_PER_CTA`. The state of a communicator and the connections of its
+    collectives are left out.
+    """
     return max_ctas * sum(BYTES_PER_CTA[source != rank] for _, source, _ in links)
 
 

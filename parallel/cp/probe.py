@@ -23,7 +23,7 @@ from ...kernels.mask import make_mask
 from ..world import World
 from .cost import Speed
 from .fit import Fit, Pattern, Timing, fabrics, fit, patterns
-from .group import Communicators, open_channel
+from .group import CommunicatorOptions, open_channel
 from .topology import Fabric, Topology
 
 SMALL_BYTES = 8
@@ -76,18 +76,18 @@ def probe(
     *,
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
-    made: Communicators | None = None,
+    options: CommunicatorOptions | None = None,
 ) -> Probe:
     """Measure the links between the ranks of `group` (None: all) and their speed of attention. Collective.
 
-    Every rank returns the result of rank 0. `made` has the options of the communicators, as training has them. Raises
-    ValueError on all ranks if there is only one, or if nodes do not have equally many ranks of the group, in order.
+    Every rank returns the result of rank 0. `options` are those of training's communicators. Raises ValueError on
+    all ranks if there is only one, or if nodes do not have equally many ranks of the group, in order.
     """
     started = time.perf_counter()
     members = dist.get_process_group_ranks(group or dist.group.WORLD)
     per_node = _ranks_per_node(members, group)
     num_nodes = len(members) // per_node
-    links = _Links(members, group, device, made or Communicators())
+    links = _Links(members, group, device, options or CommunicatorOptions())
     inside = links.measure(0, per_node) if per_node > 1 else []
     across = links.measure(per_node, num_nodes) if num_nodes > 1 else []
     speed = _speed(num_heads, num_kv_heads, head_dim, dtype, device, group, backend)
@@ -138,10 +138,10 @@ class _Links:
         members: Sequence[int],
         group: dist.ProcessGroup | None,
         device: torch.device,
-        made: Communicators,
+        options: CommunicatorOptions,
     ) -> None:
         self.rank, self.size, self.group, self.device = dist.get_rank(group), len(members), group, device
-        self.ways = [open_channel(members, f"probe {way}", device, made) for way in ("up", "down")]
+        self.ways = [open_channel(members, f"probe {way}", device, options) for way in ("up", "down")]
 
     def measure(self, stride: int, num_sites: int) -> list[Fit]:
         """Return the fits for `num_sites` ranks of each node (stride 0), or nodes of `stride` ranks. Collective.

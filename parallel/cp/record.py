@@ -53,7 +53,7 @@ class Recorded(Distributed):
             self._running = (tile, self._now())
 
     def drive(self, running: Generator[Message, None, T]) -> T:
-        """Run a pass to its end and return its result. Raises PeerError if a rank is dead or late."""
+        """Run a pass to its end and return its result. Raises PeerError if a rank is gone or does not answer."""
         result = super().drive(running)
         self._now()  # the last tile ends here
         return result

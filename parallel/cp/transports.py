@@ -63,7 +63,7 @@ class Distributed:
                 self.works.setdefault(message, []).append(work)
 
     def drive(self, running: Generator[Message, None, T]) -> T:
-        """Run a pass to its end and return its result. Raises PeerError if a rank is dead or late."""
+        """Run a pass to its end and return its result. Raises PeerError if a rank is gone or does not answer."""
         try:
             while True:
                 self._wait(next(running))

@@ -18,11 +18,16 @@ from torch._C._distributed_c10d import ProcessGroup
 Rule = Literal["first use", "one queue"]
 """Rules of NCCL that block a rank.
 
-- first use: NCCL's src/transport.cc. The first call of a communicator, and the first message of a pair in a direction,
-  block the host until the other ends are in the same call and have met their own other ends.
+- first use: NCCL's src/transport.cc. The first call of a communicator, the first message of a pair in a direction, and
+  a collective by an algorithm that its communicator has not used before, block the host until the other ends are in the
+  same call and have met their own other ends. NCCL chooses the algorithm by the size, so every collective counts as one
+  that blocks: ranks that then end do so as well where some of them do not block.
 - one queue: all communicators of a rank share one queue of the device, where every call blocks until the other ends
   have started. This is the worst case of few hardware queues.
 """
+LARGEST_BATCH = 256
+"""Largest number of messages in a batch. NCCL may divide a larger one differently on the ranks, which then hang
+(github.com/pytorch/pytorch/pull/174942)."""
 COLLECTIVES = (
     *("_allgather_base", "_reduce_scatter_base", "all_gather_single", "all_gather_single_coalesced"),
     *("all_to_all_single", "allgather", "allgather_coalesced", "allgather_into_tensor_coalesced", "allreduce"),
@@ -48,7 +53,8 @@ class Call(NamedTuple):
 def recorded() -> Iterator[list[Call]]:
     """Note every call of this process to a process group, in order, while the context is open.
 
-    Raises AssertionError for a message outside a batch: NCCL opens a communicator of its own for each such pair.
+    Raises AssertionError for a message outside a batch, for whose pair NCCL opens a communicator of its own, and for a
+    batch of more than `LARGEST_BATCH`.
     """
     calls: list[Call] = []
     batch_of, originals = dist.batch_isend_irecv, {name: getattr(ProcessGroup, name) for name in COLLECTIVES}
@@ -63,6 +69,7 @@ def recorded() -> Iterator[list[Call]]:
 
     def batch(ops):
         nonlocal in_batch
+        assert len(ops) <= LARGEST_BATCH, f"{len(ops)} messages in a batch"
         rank = dist.get_rank()
         messages = tuple((rank, op.peer) if op.op is dist.isend else (op.peer, rank) for op in ops)
         note(ops[0].group, "batch", messages)
@@ -178,7 +185,7 @@ def _ends(rank: int, calls: Sequence[Call]) -> list[list[End]]:
             key = (call.group, message)
             count[key] += 1
             if message is None:
-                ends.append(End((*key, count[key]), others, "one queue"))
+                ends.append(End((*key, count[key]), others, None))
             else:
                 [other] = {*message} - {rank}
                 ends.append(End((*key, count[key]), [other], None if count[key] == 1 else "one queue"))

@@ -18,10 +18,11 @@ from longring.launch.grids.decide import decide_grids
 from longring.parallel.cp.attention import context_attention
 from longring.parallel.cp.execute import AttentionSpec
 from longring.parallel.cp.grid import CpGrid
-from longring.parallel.cp.group import CpGroup, open_group
+from longring.parallel.cp.group import CpGroup, open_rings
 from longring.parallel.cp.layout import contiguous, zigzag
 from longring.parallel.cp.visible import Visibility
 from longring.parallel.mesh import join
+from torch import nn
 
 SIZE = 4
 
@@ -32,10 +33,10 @@ def wrong(fault: str, group: CpGroup) -> Callable:
     def spread(num_tokens: int):
         def attention_of(layout: SeqLayout):
             starts = (0,) if fault == "documents" else layout.document_starts
-            layouts = [SeqLayout(zigzag(num_tokens, rank, SIZE).runs, starts) for rank in range(SIZE)]
+            layouts = [SeqLayout(zigzag(num_tokens, rank, group.size).runs, starts) for rank in range(group.size)]
             if fault == "order":  # two ranks are exchanged
                 layouts[1], layouts[2] = layouts[2], layouts[1]
-            spec = AttentionSpec(CpGrid.token_ring(SIZE), tuple(layouts), Visibility(causal=fault != "future"))
+            spec = AttentionSpec(CpGrid.token_ring(group.size), tuple(layouts), Visibility(causal=fault != "future"))
 
             def attend(q, k, v, window):
                 if fault == "scale":
@@ -65,11 +66,16 @@ def _mix_within(layout: SeqLayout, document: int, v: torch.Tensor, out: torch.Te
     out.data[:, inside] += total
 
 
-def guarded(recipe_file, fault: str, dtype: str) -> str:
-    """Return the error of the check on this rank, or "passed"."""
+def guarded(recipe_file, fault: str, dtype: str, size: int = SIZE) -> str:
+    """Return the error of the check on this rank, or "passed"; only the ring of rank 3, of `size` ranks, has the fault.
+
+    All rings share the channels of the largest, of all ranks.
+    """
     recipe = load_recipe(recipe_file, ["parallel.tokens_per_rank=128", f"train.dtype={dtype}"])
     mesh = join(recipe.parallel, SIZE)
-    group = open_group(mesh.neighbours[SIZE], [CpGrid.token_ring(SIZE)])
+    groups = open_rings(mesh.neighbours, [CpGrid.token_ring(2), CpGrid.token_ring(SIZE)])
+    group = groups[size]
+    fault = fault if 3 in group.global_ranks else ""
     whole = build.attention_on_one_rank("auto", torch.device("cpu"), [None])
     try:
         guards.check_attention(recipe, mesh, group, wrong(fault, group), whole)
@@ -95,6 +101,26 @@ FOUND = {
 def test_guards(on_ranks, recipe_file, fault, dtype):
     for said in on_ranks(SIZE, guarded, recipe_file, fault, dtype):
         assert any(words in said for words in FOUND.get(fault, "passed").split("|")), said
+
+
+@pytest.mark.parametrize("fault", by_lane(["gradient", "future", "scale"], quick=["gradient"]))
+def test_an_error_of_one_ring_is_raised_on_every_rank(on_ranks, recipe_file, fault):
+    found = on_ranks(SIZE, guarded, recipe_file, fault, "float32", 2)
+    assert len(set(found)) == 1 and found[0].startswith("context parallelism over 2 ranks: ")
+
+
+@pytest.mark.parametrize("kind", ["random", "constant", "of one weight", "of rank one"])
+def test_a_sketch_has_the_norm_of_the_gradient(kind):
+    model = nn.Linear(2048, 64, bias=False)
+    grad = torch.randn(64, 2048, generator=torch.Generator().manual_seed(0))
+    if kind == "constant":
+        grad = torch.ones(64, 2048)
+    elif kind == "of one weight":
+        grad = torch.zeros(64, 2048).index_put((torch.tensor(3), torch.tensor(7)), torch.tensor(5.0))
+    elif kind == "of rank one":
+        grad = grad[:, :1] * grad[:1]
+    model.weight.grad = grad
+    assert float(guards._sketch(model).norm()) == pytest.approx(float(grad.norm()), rel=0.15)
 
 
 OTHERS = {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.lanes import by_lane
 from helpers.small_checkpoint import STATE, read_whole
 from longring.kernels.layout import SeqLayout
@@ -20,7 +22,7 @@ from longring.launch.ranks import start
 from longring.launch.run_directory import RunDirectory
 from longring.model import transformer, weights
 from longring.parallel.config import ParallelConfig
-from longring.parallel.mesh import join, megatron_config
+from longring.parallel.mesh import join, megatron_config, private_directory
 from torch.utils.checkpoint import checkpoint
 
 MESHES = {
@@ -118,30 +120,34 @@ def test_megatron_sums_in_a_fixed_order_on_a_gpu_if_asked(monkeypatch, cuda):
 
 
 QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
+READ = (QUEUES, "NCCL_NCHANNELS_PER_NET_PEER")
 
 
-def queues_when_the_gpu_starts(recipe_file: Path, tensor: int, own: str | None) -> str | None:
-    """Return CUDA_DEVICE_MAX_CONNECTIONS when a rank first uses its GPU, with the user's own value or None."""
-    os.environ.pop(QUEUES, None)
-    if own:
-        os.environ[QUEUES] = own
+def environment_when_the_gpu_starts(recipe_file: Path, tensor: int, own: str | None) -> list[str]:
+    """Return the variables of `READ` when a rank first uses its GPU, with the user's own value of all or None."""
+    for name in READ:
+        os.environ.pop(name, None)
+        if own:
+            os.environ[name] = own
     found = []
 
     def used(*_: object) -> None:
-        found.append(os.environ.get(QUEUES))
+        found.extend(os.environ[name] for name in READ)
         raise KeyboardInterrupt
 
     torch.cuda.is_available, torch.cuda.set_device = lambda: True, used
     with pytest.raises(KeyboardInterrupt):
-        join(load_recipe(recipe_file, [f"parallel.tensor={tensor}"]).parallel, 1)
-    return found[0]
+        join(load_recipe(recipe_file, [f"parallel.tensor={tensor}", "parallel.cp.max_ctas=4"]).parallel, 1)
+    return found
 
 
 @pytest.mark.parametrize(
-    ("tensor", "own", "expected"), by_lane([(1, None, "32"), (2, None, "1"), (2, "8", "8")], quick=[(1, None, "32")])
+    ("tensor", "own", "expected"),
+    by_lane([(1, None, ["32", "4"]), (2, None, ["1", "4"]), (2, "8", ["8", "8"])], quick=[(1, None, ["32", "4"])]),
 )
-def test_a_gpu_has_one_queue_under_tensor_parallelism(on_ranks, recipe_file, tensor, own, expected):
-    assert on_ranks(tensor, queues_when_the_gpu_starts, recipe_file, tensor, own) == [expected] * tensor
+def test_cuda_and_nccl_are_told(on_ranks, recipe_file, tensor, own, expected):
+    """One queue under tensor parallelism, and as many CTAs across nodes as inside one."""
+    assert on_ranks(tensor, environment_when_the_gpu_starts, recipe_file, tensor, own) == [expected] * tensor
 
 
 @pytest.mark.parametrize(("own", "expected"), [(None, "1"), ("8", "8")])
@@ -156,3 +162,42 @@ def test_ranks_have_their_queues_before_they_import_anything(monkeypatch, own, e
     monkeypatch.setattr(start, "run", lambda _: found.append(os.environ[QUEUES]))
     assert start.start_ranks("longring.launch.train", [], 2, gpu_queues=parallel.gpu_queues) == 0
     assert found == [expected]
+
+
+def test_the_directory_of_compiled_kernels_is_of_this_user_alone(tmp_path, monkeypatch):
+    assert private_directory(tmp_path / "new").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "open").mkdir(mode=0o777)
+    (tmp_path / "link").symlink_to(tmp_path / "open")
+    assert private_directory(tmp_path / "open").stat().st_mode & 0o777 == 0o700
+    with pytest.raises(ValueError, match=r"link is not a directory of user \d+; set it to a directory of your own"):
+        private_directory(tmp_path / "link")
+    monkeypatch.setattr(os, "getuid", lambda: os.geteuid() + 1)
+    with pytest.raises(ValueError, match=r"TRITON_CACHE_DIR: not set, and its default .*open is not a directory of us"):
+        private_directory(tmp_path / "open")
+
+
+def triton_cache(recipe_file: Path, directory: Path, own: str | None) -> str:
+    """Return TRITON_CACHE_DIR as `join` leaves it on a GPU, or its error; `directory` holds another user's default."""
+    os.environ.pop("TRITON_CACHE_DIR", None)
+    if own:
+        os.environ["TRITON_CACHE_DIR"] = own
+    tempfile.tempdir = str(directory)
+    torch.cuda.is_available, torch.cuda.set_device = lambda: True, lambda _: None
+    dist.is_initialized = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+    try:
+        join(load_recipe(recipe_file).parallel, 1)
+    except ValueError as error:
+        return str(error)
+    except KeyboardInterrupt:
+        return os.environ["TRITON_CACHE_DIR"]
+    return "joined"
+
+
+@pytest.mark.full
+def test_a_cache_of_another_user_is_refused_and_the_advice_helps(on_ranks, recipe_file, tmp_path):
+    (tmp_path / f"triton-{os.getuid()}").symlink_to("/nowhere")
+    [said] = on_ranks(1, triton_cache, recipe_file, tmp_path, None)
+    assert "set it to a directory of your own on a local disk" in said
+    assert on_ranks(1, triton_cache, recipe_file, tmp_path, str(tmp_path / "mine")) == [str(tmp_path / "mine")]
+    (tmp_path / f"triton-{os.getuid()}").unlink()
+    assert on_ranks(1, triton_cache, recipe_file, tmp_path, None) == [str(tmp_path / f"triton-{os.getuid()}")]

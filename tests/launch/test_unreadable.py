@@ -337,8 +337,14 @@ def test_an_error_of_a_gpu_and_a_dead_peer_have_statuses_of_their_own(capsys, mo
     status, said = ends(torch.AcceleratorError("CUDA error: out of memory"))
     assert status == USER_ERROR
     assert said.startswith("error: rank 3: not enough GPU memory: out of memory; lower parallel.tokens_per_rank")
-    status, said = ends(PeerError("rank 1 of the group is dead or late"))
-    assert (status, said) == (GO_ON_LATER, "error: rank 1 of the group is dead or late\n")
+    status, said = ends(PeerError("rank 1 of the group is gone or does not answer"))
+    assert (status, said) == (GO_ON_LATER, "error: rank 1 of the group is gone or does not answer\n")
+    status, said = ends(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.1]:5\nraised"))
+    assert status == GO_ON_LATER
+    assert said == (
+        "error: rank 3: cannot reach the other ranks: [gloo/transport/tcp/pair.cc:547] Connection closed by peer "
+        "[10.0.0.1]:5; give the same command again\n"
+    )
 
 
 @pytest.fixture

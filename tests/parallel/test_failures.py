@@ -93,6 +93,6 @@ def test_a_transport_blames_a_peer_for_its_own_failures_only(monkeypatch, error,
         assert isinstance(raised.value, PeerError) == (error in PEER)
         assert error in (raised.value, raised.value.__cause__)
         if error in PEER:
-            assert "rank 1 of the group is dead or late; see the log of global rank 1" in str(raised.value)
+            assert "rank 1 of the group is gone or does not answer; see the log of global rank 1" in str(raised.value)
     finally:
         dist.destroy_process_group()

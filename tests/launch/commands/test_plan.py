@@ -51,8 +51,7 @@ def test_every_bucket_over_several_ranks_has_the_cheapest_grid(capsys, recipe_fi
             assert str(other.grid) in text
     assert " 128 1 " not in text
     assert re.search(
-        r"\d communicators over 4 ranks; NCCL takes up to [\d.]+ GiB of a GPU for them \(an estimate, "
-        r"parallel.cp.max_ctas = 8\)",
+        r"\d communicators over 4 ranks, about [\d.]+ GiB of a GPU \(estimate for parallel.cp.max_ctas = 8\)",
         text,
     )
 

@@ -21,7 +21,7 @@ from longring.kernels.layout import SeqLayout
 from longring.parallel.cp.attention import context_attention
 from longring.parallel.cp.execute import AttentionSpec, forward
 from longring.parallel.cp.grid import CpGrid
-from longring.parallel.cp.group import Communicators, open_group
+from longring.parallel.cp.group import CommunicatorOptions, open_group
 from longring.parallel.cp.layout import zigzag
 from longring.parallel.cp.transports import Distributed
 from longring.parallel.cp.visible import Visibility
@@ -130,7 +130,7 @@ def with_a_failing_peer(rank: int, store: str, failure: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=3, timeout=timedelta(seconds=60))
     grid = CpGrid.token_ring(3)
-    group = open_group(range(3), [grid], Communicators(timeout=timedelta(seconds=4)))
+    group = open_group(range(3), [grid], CommunicatorOptions(timeout=timedelta(seconds=4)))
     q = torch.ones(1, 8, 2, 16)
     spec = AttentionSpec(grid, tuple(zigzag(24, r, 3) for r in range(3)), Visibility())
     context_attention(q, q, q, spec, group)
@@ -164,7 +164,7 @@ def test_a_failing_peer_is_named(failure, tmp_path):
             wanted = (
                 rf"rank {rank} of 3 could not (send|receive) \w+ of grid position \d (to|from) rank 1 "
                 r"\(posted at step \d, due at step \d\): "
-                r"rank 1 of the group is dead or late; see the log of global rank 1"
+                r"rank 1 of the group is gone or does not answer; see the log of global rank 1"
             )
             told, until = "", time.monotonic() + 150
             while not re.search(wanted, told) and processes[rank].poll() is None and time.monotonic() < until:

@@ -13,7 +13,7 @@ from longring.parallel.cp import group as groups
 from longring.parallel.cp.attention import context_attention
 from longring.parallel.cp.execute import AttentionSpec
 from longring.parallel.cp.grid import CpGrid
-from longring.parallel.cp.group import Communicators, channels_of, link_bytes, links_of, open_channel, open_rings
+from longring.parallel.cp.group import CommunicatorOptions, channels_of, link_bytes, links_of, open_channel, open_rings
 from longring.parallel.cp.layout import zigzag
 from longring.parallel.cp.visible import Visibility
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -49,44 +49,48 @@ def test_rings_of_all_sizes_share_the_channels_of_the_largest():
         assert {call.members for call in passes} == {tuple(range(8))}
 
 
-def sums() -> list[float]:
+def sums() -> tuple[list[float], list[tuple[int, ...]]]:
+    """Return the sum over each of this rank's rings, and the members of every collective that they took."""
     rank = dist.get_rank()
     rings = {size: range(rank - rank % size, rank - rank % size + size) for size in (2, 4)}
     opened = open_rings(rings, [CpGrid.ring(2), CpGrid.ring(4)])
     found = []
-    for group in opened.values():
-        x = torch.tensor(10.0**rank)
-        group.add_up(x)
-        found.append(x.item())
-    return found
+    with recorded() as calls:
+        for group in opened.values():
+            x = torch.tensor(10.0**rank)
+            group.add_up(x)
+            found.append(x.item())
+    return found, [call.members for call in calls]
 
 
 @pytest.mark.full
-def test_a_sum_is_of_the_own_ring(on_ranks):
-    assert on_ranks(4, sums) == [[11, 1111], [11, 1111], [1100, 1111], [1100, 1111]]
+def test_a_sum_is_of_the_own_ring_and_takes_one_collective(on_ranks):
+    found, calls = zip(*on_ranks(4, sums), strict=True)
+    assert found == ([11, 1111], [11, 1111], [1100, 1111], [1100, 1111])
+    assert calls == ([(0, 1, 2, 3)] * 2,) * 4
 
 
 def test_nccl_gets_the_options(monkeypatch):
     """This machine has no NCCL: its class of options is replaced."""
     given = {}
 
-    def options(is_high_priority_stream: bool):
+    def nccl_options(is_high_priority_stream: bool):
         return SimpleNamespace(is_high_priority_stream=is_high_priority_stream, config=SimpleNamespace())
 
     def new_group(ranks, **kwargs):
         given.update(kwargs)
         return dist.group.WORLD
 
-    monkeypatch.setattr(groups.dist, "ProcessGroupNCCL", SimpleNamespace(Options=options), raising=False)
+    monkeypatch.setattr(groups.dist, "ProcessGroupNCCL", SimpleNamespace(Options=nccl_options), raising=False)
     monkeypatch.setattr(groups.dist, "new_group", new_group)
     monkeypatch.setattr(groups.torch, "zeros", lambda *_, **__: torch.ones(1))
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
-        made = Communicators(4, True, timedelta(minutes=7))
-        open_channel(range(2), "keys up", torch.device("cuda"), made)
+        options = CommunicatorOptions(4, True, timedelta(minutes=7))
+        open_channel(range(2), "keys up", torch.device("cuda"), options)
         found = given["pg_options"]
         assert (found.is_high_priority_stream, found.config.max_ctas, found._timeout) == (True, 4, given["timeout"])
-        open_channel(range(2), "keys up", torch.device("cpu"), made)
+        open_channel(range(2), "keys up", torch.device("cpu"), options)
         assert given["pg_options"] is None, "gloo has no such options"
     finally:
         dist.destroy_process_group()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from helpers.nccl_rules import Call, deadlock
+import torch
+import torch.distributed as dist
+from helpers.nccl_rules import Call, deadlock, recorded
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 ALL = (0, 1, 2)
 
@@ -58,6 +61,27 @@ def test_the_first_call_of_a_group_needs_all_its_members():
     assert deadlock(calls, "one queue") is None
     with pytest.raises(AssertionError, match="batch on up: never comes on ranks \\[2\\]"):
         deadlock(calls, "first use")
+
+
+@pytest.mark.parametrize("rule", ["first use", "one queue"])
+def test_a_collective_by_another_algorithm_blocks_as_well(rule):
+    """Ranks 0 and 1 have met on "up", and then meet first on "down": one of them before the collective."""
+    met = [*MADE, batch("up", (0, 1))]
+    crossed = [[batch("down", (0, 1)), collective("up")], [collective("up"), batch("down", (0, 1))], [collective("up")]]
+    ranks = [met + crossed[0], met + crossed[1], MADE + crossed[2]]
+    assert "allreduce on up" in (deadlock(ranks, rule) or "")
+
+
+def test_a_batch_that_nccl_could_divide_is_refused():
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        ops = [dist.P2POp(dist.isend, torch.zeros(1), 1)] * 257
+        with recorded():
+            dist.batch_isend_irecv(ops[:256])
+            with pytest.raises(AssertionError, match="257 messages in a batch"):
+                dist.batch_isend_irecv(ops)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_collective_that_a_member_leaves_out_is_named():
