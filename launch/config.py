@@ -169,7 +169,12 @@ class FaultsConfig:
     after a failed save until the next checkpoint is due."""
     hang_minutes: Annotated[float, Interval(ge=0, le=525_600)] = 10.0
     """Minutes without progress after which a rank reports its position and ends the run; more than a step takes. 0:
-    never, and torch ends a collective after 10 minutes."""
+    never; torch then ends a collective after 10 minutes, and nothing ends a host that NCCL lets wait."""
+
+    @property
+    def collective_minutes(self) -> float:
+        """Time limit of a collective. The watchdog tells more about a hang, so it comes first."""
+        return max(10.0, 2 * self.hang_minutes)
 
 
 @dataclass(frozen=True, kw_only=True)

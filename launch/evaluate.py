@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,10 @@ from .checkpoint.format import no_good_checkpoint
 from .checkpoint.load import load_last_good
 from .config import Recipe
 from .grids.decide import decide_grids
-from .preflight import preflight_together
+from .preflight import Preflight, preflight_together
 from .ranks.logs import open_log
 from .ranks.rank import as_rank
+from .ranks.watchdog import Watchdog
 from .run_directory import RunDirectory
 from .tables import plain_table
 
@@ -59,6 +61,8 @@ class Evaluator:
     """Edges of the position ranges: range r holds positions edges[r] <= p < edges[r + 1]."""
     unigram_losses: Tensor
     """`[vocab_size]`, fp64: the loss of each token under the train split's token counts plus one."""
+    alive: Callable[[], None]
+    """Records progress."""
 
     def sums_by_position(self, bucket: Bucket, num_sequences: int, layout: BucketLayout) -> Tensor:
         """Return sums over the first `num_sequences` of a bucket by range of positions. Collective.
@@ -73,6 +77,7 @@ class Evaluator:
         ranges = torch.bucketize(positions, torch.tensor(self.edges[1:], device=mesh.device), right=True)
         sums = torch.zeros(3, len(self.edges) - 1, dtype=torch.float64, device=mesh.device)
         for first in range(0, num_sequences, at_once):
+            self.alive()
             mine = first + layout.replica * layout.sequences_per_replica + np.arange(layout.sequences_per_replica)
             # The last micro-batch is filled up with sequence 0, which then does not count.
             indices = np.where(mine < num_sequences, mine, 0)
@@ -116,28 +121,49 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
     """Evaluate the last checkpoint of the recipe's run; return the content of evaluation.json on rank 0, else None.
 
     Losses are means over the tokens read, in nats. The unigram baseline knows the train split's token counts and
-    nothing of the context. Raises ValueError if there is no checkpoint, or no held-out sequence that is short enough.
-    Collective.
+    nothing of the context. Raises ValueError if there is no checkpoint, or no held-out sequence that is short enough,
+    and ConnectionError if another rank is gone. Collective.
     """
-    world = World.from_environment()
-    rank, store = world.rank, meet(world)
+    world, faults = World.from_environment(), recipe.faults
+    store = meet(world, timedelta(minutes=faults.collective_minutes))
     checked = preflight_together(recipe, store, world)
-    manifest, run, limit = checked.manifest, checked.run, recipe.evaluate.max_tokens_per_bucket
+    run, limit = checked.run, recipe.evaluate.max_tokens_per_bucket
     if not checked.steps_done:
         raise no_good_checkpoint(run.checkpoints)
-    buckets = manifest.buckets("held_out")
-    sequences = {bucket.length: min(bucket.sequences, limit // bucket.length) for bucket in buckets}
-    held_out = [bucket for bucket in buckets if sequences[bucket.length]]
+    buckets = checked.manifest.buckets("held_out")
+    numbers = [(bucket, min(bucket.sequences, limit // bucket.length)) for bucket in buckets]
+    held_out = [(bucket, number) for bucket, number in numbers if number]
     if not held_out:
         raise ValueError(
             f"evaluate.max_tokens_per_bucket = {limit}: no held-out sequence of {recipe.training_directory} is that "
             "short; raise it, or prepare other data with a larger data.held_out_fraction"
         )
-    open_log(run.log_file(rank))
-    mesh = join(recipe.parallel, recipe.max_context_parallel, store=store)
+    open_log(run.log_file(world.rank))
+    mesh = join(recipe.parallel, recipe.max_context_parallel, faults.collective_minutes, store)
+    with Watchdog(run, world.rank, world.size, 60 * faults.hang_minutes) as watchdog:
+        step, entries = evaluate_buckets(checked, mesh, watchdog, held_out)
+    if world.rank != 0:
+        return None
+    result = with_means(step, entries)
+    write_text(run.evaluation_file, json.dumps(result, indent=2) + "\n")
+    for table in evaluation_tables(result):
+        console.print(table)
+    return result
+
+
+def evaluate_buckets(
+    checked: Preflight, mesh: Mesh, watchdog: Watchdog, held_out: Sequence[tuple[Bucket, int]]
+) -> tuple[int, list[dict[str, Any]]]:
+    """Return the step of the run's last good checkpoint, and the entry of each bucket over a number of its sequences.
+
+    Collective.
+    """
+    recipe, manifest = checked.recipe, checked.manifest
+    watchdog.at(checked.steps_done, "building the model and loading the checkpoint")
     engine = build_engine(recipe, manifest.vocab_size, mesh)
-    loaded = load_last_good(engine, run.checkpoints, mesh, checked.check_checkpoint)
+    loaded = load_last_good(engine, checked.run.checkpoints, mesh, checked.check_checkpoint)
     assert loaded is not None, "preflight has found a checkpoint"
+    step = loaded[1].step
     engine.eval()
     # One more of each token: a token that the train split lacks then has a finite loss.
     counts = torch.from_numpy(manifest.unigram()).double() + 1
@@ -149,19 +175,16 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
         knots=Knots(recipe.knots, manifest.tokenizer(), recipe.train.seed) if tied else None,
         edges=position_edges(recipe.data.min_bucket_tokens, recipe.data.max_bucket_tokens),
         unigram_losses=(counts.sum().log() - counts.log()).to(mesh.device),
+        alive=watchdog.alive,
     )
-    lengths = [bucket.length for bucket in held_out]
+    watchdog.at(step, "dividing attention among ranks")
+    lengths = [bucket.length for bucket, _ in held_out]
     layouts = bucket_layouts(recipe, mesh, lengths, decide_grids(recipe, mesh, lengths))
-    entries = [
-        evaluator.evaluate_bucket(bucket, sequences[bucket.length], layouts[bucket.length]) for bucket in held_out
-    ]
-    if rank != 0:
-        return None
-    result = with_means(loaded[1].step, entries)
-    write_text(run.evaluation_file, json.dumps(result, indent=2) + "\n")
-    for table in evaluation_tables(result):
-        console.print(table)
-    return result
+    entries = []
+    for bucket, number in held_out:
+        watchdog.at(step, f"evaluating bucket {bucket.length}")
+        entries.append(evaluator.evaluate_bucket(bucket, number, layouts[bucket.length]))
+    return step, entries
 
 
 def with_means(step: int, entries: list[dict[str, Any]]) -> dict[str, Any]:

@@ -58,9 +58,7 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
     """
     world = World.from_environment()
     world_size, rank = world.size, world.rank
-    hang_minutes = recipe.faults.hang_minutes
-    # The watchdog reports more about a hang than a collective that times out, so it comes first.
-    timeout_minutes = max(10, 2 * hang_minutes)
+    hang_minutes, timeout_minutes = recipe.faults.hang_minutes, recipe.faults.collective_minutes
     store = meet(world, timedelta(minutes=timeout_minutes))
     checked = preflight_together(recipe, store, world, stop_after)
     run, last = checked.run, min(recipe.train.steps, stop_after or recipe.train.steps)

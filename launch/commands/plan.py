@@ -29,11 +29,12 @@ from ...parallel.cp.schedules import Schedule
 from ...parallel.cp.timeline import Panel, draw
 from ...parallel.cp.topology import PRESETS, Topology
 from ...parallel.cp.visible import Visibility, num_pairs
-from ...parallel.mesh import join
+from ...parallel.mesh import Mesh, join
 from ..config import Recipe, load_recipe
 from ..grids.choice import GridChoice, attention_shape, check_named_grids, choose_grids, pricer
 from ..grids.measure import named_topology
 from ..grids.table import grids_table
+from ..ranks.clock import Clock
 from ..ranks.rank import as_rank
 from ..ranks.start import start_ranks
 
@@ -112,8 +113,8 @@ def communicators_line(recipe: Recipe, grids: Sequence[CpGrid]) -> str:
     ctas = recipe.parallel.cp.max_ctas
     links = set[Link]().union(*(links_of(grid, 0) for grid in set(grids)))
     return (
-        f"{len(channels_of(grids))} communicators over {max(grid.size for grid in grids):,} ranks; NCCL takes up to "
-        f"{link_bytes(links, 0, ctas) / 2**30:.2g} GiB of a GPU for them (an estimate, parallel.cp.max_ctas = {ctas})"
+        f"{len(channels_of(grids))} communicators over {max(grid.size for grid in grids):,} ranks, about "
+        f"{link_bytes(links, 0, ctas) / 2**30:.2g} GiB of a GPU (estimate for parallel.cp.max_ctas = {ctas})"
     )
 
 
@@ -155,8 +156,24 @@ def simulate_passes(pricer: Pricer, grid: CpGrid) -> list[Panel]:
 def measure_passes(recipe: Recipe, grid: CpGrid, num_tokens: int, visibility: Visibility) -> list[Panel]:
     """Run each pass on this group of ranks with random q, k, v; return a panel for each, on every rank. Collective."""
     # One group alone, without tensor parallelism: each rank has the heads of one tensor-parallel rank of a run.
-    mesh = join(replace(recipe.parallel, tensor=1, sequence_parallel=False), grid.size)
-    group = open_group(range(grid.size), [grid], mesh.communicators)
+    alone = replace(recipe.parallel, tensor=1, sequence_parallel=False)
+    mesh = join(alone, grid.size, recipe.faults.collective_minutes)
+    with Clock(mesh.rank, 60 * recipe.faults.hang_minutes) as clock:
+        events = record_passes(recipe, grid, num_tokens, visibility, mesh, clock)
+    panels = []
+    for direction, mine in events.items():
+        gathered: list[list[Event]] = [[]] * grid.size
+        dist.all_gather_object(gathered, mine)
+        panels.append(Panel(grid, direction, "measured", [event for of_rank in gathered for event in of_rank]))
+    return panels
+
+
+def record_passes(
+    recipe: Recipe, grid: CpGrid, num_tokens: int, visibility: Visibility, mesh: Mesh, clock: Clock
+) -> dict[Pass, list[Event]]:
+    """Return the events of this rank in each pass. Collective."""
+    clock.at(0, "opening channels")
+    group = open_group(range(grid.size), [grid], mesh.communicator_options)
     shape, layout = attention_shape(recipe), zigzag(num_tokens, group.rank, grid.size)
     layouts = tuple(zigzag(num_tokens, rank, grid.size) for rank in range(grid.size))
     spec = AttentionSpec(grid, layouts, visibility, recipe.train.attention_backend, shape.narrow_results)
@@ -171,6 +188,7 @@ def measure_passes(recipe: Recipe, grid: CpGrid, num_tokens: int, visibility: Vi
 
     # Ranks start each pass together, so that times of different ranks share an origin.
     def recorder(direction: Pass) -> Recorded:
+        clock.at(0, f"measuring {direction} over {grid.size} ranks")
         dist.barrier()
         return Recorded(group, spec.compiled(direction, group.rank), origin_s=time.perf_counter())
 
@@ -182,12 +200,7 @@ def measure_passes(recipe: Recipe, grid: CpGrid, num_tokens: int, visibility: Vi
         second = recorder("backward")
         second.drive(backward(spec, group.rank, dout, saved, shape.num_kv_heads, second))
         events = {"forward": first.events, "backward": second.events}
-    panels = []
-    for direction, mine in events.items():
-        gathered: list[list[Event]] = [[]] * grid.size
-        dist.all_gather_object(gathered, mine)
-        panels.append(Panel(grid, direction, "measured", [event for of_rank in gathered for event in of_rank]))
-    return panels
+    return events
 
 
 def measured_speed(panels: Sequence[Panel], shape: AttentionShape, num_tokens: int, visibility: Visibility) -> Speed:

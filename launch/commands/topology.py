@@ -25,14 +25,15 @@ from ...parallel.cp.probe import Probe, probe
 from ...parallel.cp.topology import Fabric
 from ...parallel.meet import meet
 from ...parallel.world import World
-from ..config import load_recipe
+from ..config import FaultsConfig, load_recipe
 from ..grids.choice import attention_shape
+from ..ranks.clock import Clock
 from ..ranks.rank import as_rank
 from ..ranks.start import local_ranks, start_ranks
 from ..tables import plain_table
 
 TIMEOUT = timedelta(minutes=5)
-"""Longest wait for another rank."""
+"""Longest wait for another rank to start."""
 
 
 def start_probe(
@@ -53,20 +54,24 @@ def show_topology(recipe_file: str | None, overrides: Sequence[str], json_file: 
     Without a recipe, attention has the heads of Llama-3-8B, in bfloat16. Raises ValueError if the recipe cannot be
     read.
     """
-    heads, head_dim, dtype, backend = (32, 8), 128, torch.bfloat16, "auto"
+    heads, head_dim, dtype, backend, faults = (32, 8), 128, torch.bfloat16, "auto", FaultsConfig()
     if recipe_file is not None:
         recipe = load_recipe(recipe_file, overrides)
         shape = attention_shape(recipe)
         heads, head_dim = (shape.num_heads, shape.num_kv_heads), shape.head_dim
         dtype, backend = getattr(torch, recipe.train.dtype), recipe.train.attention_backend
+        faults = recipe.faults
     world, device = World.from_environment(), torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
     links = "nccl" if device.type == "cuda" else "gloo"
     store = meet(world, TIMEOUT)
-    dist.init_process_group(links, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
-    found = probe(*heads, head_dim, dtype, device, backend=backend)
+    timeout = timedelta(minutes=faults.collective_minutes)
+    dist.init_process_group(links, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+    with Clock(world.rank, 60 * faults.hang_minutes) as clock:
+        clock.at(0, "measuring the links")
+        found = probe(*heads, head_dim, dtype, device, backend=backend)
     if dist.get_rank() == 0:
         tile = f"{heads[0]} query and {heads[1]} kv heads of {head_dim}, {str(dtype).removeprefix('torch.')}"
         for table in topology_tables(found, tile, device.type):

@@ -134,8 +134,8 @@ def _status_of(failures: Sequence[ProcessFailure], stopped: bool) -> int:
     torchrun ends the remaining ranks with SIGTERM once one has failed, and torch's thread of NCCL may end a rank by
     SIGABRT once another is gone: these two count only if there is nothing else.
     """
-    late = {-signal.SIGABRT: 1, -signal.SIGTERM: 2}
-    worst = min(failures, key=lambda failure: (late.get(failure.exitcode, 0), failure.exitcode))
+    consequences = {-signal.SIGABRT: 1, -signal.SIGTERM: 2}
+    worst = min(failures, key=lambda failure: (consequences.get(failure.exitcode, 0), failure.exitcode))
     if worst.exitcode >= 0:
         return worst.exitcode
     if stopped:

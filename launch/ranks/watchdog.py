@@ -1,9 +1,9 @@
 """A watchdog that names the rank, the step and the operation that hang, and ends the run.
 
-A thread of each rank watches the position of the training loop. After too long without progress it writes a report to
-the run directory, waits for the reports of the other ranks, compares them and ends the process; progress meanwhile
-withdraws the report. A rank without a report is stopped or gone, and is named. Time is counted in polls of this thread:
-while a process is stopped it does not poll, so a stop counts for the ranks that wait, and not for the stopped one.
+A thread of each rank watches its position. After too long without progress it writes a report to the run directory,
+waits for the reports of the other ranks, compares them and ends the process; progress meanwhile withdraws the report. A
+rank without a report is stopped or gone, and is named. A stop counts for the ranks that wait, and not for the stopped
+one, which does not poll.
 """
 
 from __future__ import annotations
@@ -11,79 +11,48 @@ from __future__ import annotations
 import faulthandler
 import json
 import logging
-import os
 import sys
-import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.distributed as dist
 
 from ...parallel.failures import is_lost_peer
 from ..checkpoint.format import complete_checkpoints
-from ..errors import GO_ON_LATER, rank_names
+from ..errors import rank_names
 from ..run_directory import RunDirectory
+from .clock import Clock, Position
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Position:
-    """The position of a rank in the training loop. All ranks pass the same positions in the same order."""
-
-    number: int
-    """Number of positions passed before; a smaller number is further behind."""
-    step: int
-    """Step in progress, from 1; 0 before the first."""
-    operation: str
-    """Operation in progress, in words."""
-
-    def __str__(self) -> str:
-        return f"step {self.step}, {self.operation}"
-
-
-class Watchdog:
-    """A context that ends this process after `limit_s` seconds without progress; 0 never ends it."""
+class Watchdog(Clock):
+    """A clock of all ranks of a run, which report to its directory; 0 seconds never end this process."""
 
     def __init__(self, run: RunDirectory, rank: int, world_size: int, limit_s: float) -> None:
+        super().__init__(rank, limit_s)
         self._run = run
-        self._rank = rank
         self._world_size = world_size
-        self._limit_s = limit_s
-        self.position = Position(0, 0, "starting")
-        """Current position of the training loop."""
-        self._beats = 0  # grows with all progress
-        self._poll_s = min(5.0, limit_s / 4)
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        # The other ranks stopped moving at about the same time, so their reports follow within one poll.
+        self._reports_s = min(30.0, limit_s / 2) + 1
+        self._reported = False
 
-    def __enter__(self) -> Watchdog:
+    def __enter__(self) -> Self:
         if self._limit_s:
             self._report_file(self._rank).unlink(missing_ok=True)
-            self._thread.start()
-        return self
+        return super().__enter__()
 
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Raise ConnectionError with the position of this rank if a collective failed because another rank is gone."""
-        self._ended.set()
-        if self._limit_s:
-            self._thread.join()
+        super().__exit__(kind, error, trace)
         if isinstance(error, RuntimeError) and is_lost_peer(error):
             raise ConnectionError(
                 f"rank {self._rank}: lost its connection to another rank at {self.position}; the cause is the error of "
                 f"that rank, or the signal that ended it. The last checkpoint is {self._last_saved()}"
             ) from error
-
-    def at(self, step: int, operation: str) -> None:
-        """Record that the training loop begins an operation."""
-        self.position = Position(self.position.number + 1, step, operation)
-        self._beats += 1
-
-    def alive(self) -> None:
-        """Record progress within an operation; may be called from any thread."""
-        self._beats += 1
 
     def _last_saved(self) -> str:
         try:
@@ -94,25 +63,20 @@ class Watchdog:
     def _report_file(self, rank: int) -> Path:
         return self._run.logs / f"rank-{rank:05d}.hang.json"
 
-    def _watch(self) -> None:
-        """Poll for progress until the context is left; after too long without any, report and end the process."""
-        # The other ranks stopped moving at about the same time, so their reports follow within one poll.
-        reports_s = min(30.0, self._limit_s / 2) + 1
-        beats, idle_s, reported = 0, 0.0, False
-        while not self._ended.wait(self._poll_s):
-            if beats != self._beats:
-                beats, idle_s = self._beats, 0.0
-                if reported:
-                    log.warning("progress again at %s", self.position)
-                    self._report_file(self._rank).unlink(missing_ok=True)
-                    reported = False
-                continue
-            idle_s += self._poll_s
-            if idle_s > self._limit_s and not reported:
-                reported = True
-                self._report()
-            elif idle_s > self._limit_s + reports_s:
-                self._end()
+    def _moved(self, idle_s: float) -> None:
+        """Withdraw the report of a hang."""
+        if self._reported:
+            log.warning("progress again after %.0f s at %s", idle_s, self.position)
+            self._report_file(self._rank).unlink(missing_ok=True)
+            self._reported = False
+
+    def _idle(self, idle_s: float) -> None:
+        """Report a hang, and end this process once the reports of the other ranks are there."""
+        if idle_s > self._limit_s and not self._reported:
+            self._reported = True
+            self._report()
+        elif idle_s > self._limit_s + self._reports_s:
+            self._end()
 
     def _report(self) -> None:
         """Write the position of this rank and its traces, for the other ranks and for people."""
@@ -136,8 +100,7 @@ class Watchdog:
         except Exception:
             log.exception("the reports could not be compared")
             print(f"error: no progress for {self._limit_s:.0f} s at {self.position}", file=sys.stderr, flush=True)
-        # Exit handlers would wait for the stuck thread.
-        os._exit(GO_ON_LATER)
+        self._exit()
 
     def _read_report(self, rank: int) -> Position | None:
         try:

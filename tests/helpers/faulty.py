@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fnmatch
+import importlib
 import json
 import os
 import shutil
@@ -167,6 +168,15 @@ def start(
 
     `own` has further overrides of single ranks.
     """
+    stop = ["--stop-after", str(stop_after)] if stop_after else []
+    settings = [[*overrides, *(own or {}).get(rank, [])] for rank in range(world_size)]
+    return start_command("train", [[str(recipe_file), *words, *stop] for words in settings], output, faults, port)
+
+
+def start_command(
+    command: str, arguments: Sequence[Sequence[str]], output: Path, faults: Sequence[Fault] = (), port: int = 0
+) -> Started:
+    """Start the ranks of a command, a module of longring.launch, one for each list of arguments."""
     context = fork_server()
     if not port:
         with socket.socket() as found:
@@ -174,36 +184,37 @@ def start(
             port = found.getsockname()[1]
     output.parent.mkdir(parents=True, exist_ok=True)
     processes: list[BaseProcess] = []
-    for rank in range(world_size):
-        variables = {**os.environ, **variables_of(rank, world_size, port), "OMP_NUM_THREADS": "1"}
-        settings = [*overrides, *(own or {}).get(rank, [])]
-        arguments = [str(recipe_file), *settings, *(["--stop-after", str(stop_after)] if stop_after else [])]
-        process = context.Process(target=_rank, args=(variables, arguments, tuple(faults), output), daemon=True)
+    for rank, words in enumerate(arguments):
+        variables = {**os.environ, **variables_of(rank, len(arguments), port), "OMP_NUM_THREADS": "1"}
+        started = (variables, command, list(words), tuple(faults), output)
+        process = context.Process(target=_rank, args=started, daemon=True)
         process.start()
         processes.append(process)
     return Started(processes, output)
 
 
-def _rank(variables: dict[str, str], arguments: list[str], faults: tuple[Fault, ...], output: Path) -> None:
+def _rank(
+    variables: dict[str, str], command: str, arguments: list[str], faults: tuple[Fault, ...], output: Path
+) -> None:
     take_environment(variables)
     with output.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     import torch
-    from longring.launch import train
 
     torch.set_num_threads(1)
     mine = [fault for fault in faults if fault.rank == int(variables["RANK"])]
-    train.Watchdog = _watchdog_with(mine)
-    train.build_engine = _build_with(mine, train.build_engine)
+    module: Any = importlib.import_module(f"longring.launch.{command}")
+    for name in {"Watchdog", "Clock"} & vars(module).keys():
+        setattr(module, name, _clock_with(mine, getattr(module, name)))
+    if command == "train":
+        module.build_engine = _build_with(mine, module.build_engine)
     _break_files(mine)
-    sys.exit(train.main(arguments))
+    sys.exit(module.main(arguments))
 
 
-def _watchdog_with(faults: Sequence[Fault]) -> type:
-    from longring.launch.ranks.watchdog import Watchdog
-
-    class FaultyWatchdog(Watchdog):
+def _clock_with(faults: Sequence[Fault], clock: Any) -> type:
+    class FaultyClock(clock):
         chunks = 0
 
         def at(self, step: int, operation: str) -> None:
@@ -220,7 +231,7 @@ def _watchdog_with(faults: Sequence[Fault]) -> type:
                 if fault.chunk == self.chunks:
                     _act(fault)
 
-    return FaultyWatchdog
+    return FaultyClock
 
 
 def _break_files(faults: Sequence[Fault]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.ranks import variables_of
 from helpers.sandbox import Sandbox
 from helpers.small_checkpoint import STATE, make_checkpoint
@@ -28,6 +29,7 @@ from longring.launch import train as train_module
 from longring.launch.agreement import agree
 from longring.launch.commands.submit import requeue
 from longring.launch.config import FaultsConfig, load_recipe
+from longring.launch.errors import GO_ON_LATER, GPU_ERROR, USER_ERROR
 from longring.launch.identity import identity_of
 from longring.launch.loss_watch import LossWatch
 from longring.launch.ranks.node import check_node
@@ -46,8 +48,8 @@ Mistakes and faults, and the message of each on standard error after `error: `. 
 what is wrong with it, and after the semicolon what to do. Each row is a message that a test sees
 (`tests/launch/test_error_table.py`, which also writes this page); paths and hashes are shortened to `…`.
 `tests/launch/test_advice.py` and `tests/data/test_config.py` carry advice out and see the error gone. The status is
-2 for errors that only a person can correct, and 74 for files that cannot be read or written; [faults.md](faults.md) has
-the others.
+2 for errors that only a person can correct, and 74 for files that cannot be read or written; a row names any other, and
+[faults.md](faults.md) explains them all.
 """
 
 
@@ -89,6 +91,7 @@ SETTINGS: dict[str, str] = {
     "a tensor-parallel degree that does not divide the heads": "parallel.tensor=3",
     "a tensor-parallel degree that does not divide the kv heads": "parallel.tensor=4",
     "sequence parallelism without tensor parallelism": "parallel.sequence_parallel=true",
+    "a number of CTAs that is not a power of two": "parallel.cp.max_ctas=12",
     "heads that do not divide the width": "model.num_heads=7",
     "kv heads that do not divide the heads": "model.num_kv_heads=3",
     "no layers": "model.num_layers=0",
@@ -329,16 +332,21 @@ def unwritable_checkpoints(sandbox: Sandbox) -> str:
     return refused(sandbox.run.check_writable)
 
 
-def lacking_memory(sandbox: Sandbox) -> str:
-    def allocate() -> int:
-        raise MemoryError("Unable to allocate 8.00 GiB")
+def rank_that_meets(error: Exception, status: int) -> Case:
+    """Return the case of rank 3 of 4 that ends with `status` for an error."""
 
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in variables_of(3, 4, 29500).items():
-            patch.setenv(name, value)
-        sandbox.capsys.readouterr()
-        assert as_rank(allocate) == 2
-    return " ".join(sandbox.capsys.readouterr().err.split()).removeprefix("error: ")
+    def case(sandbox: Sandbox) -> str:
+        def fail() -> int:
+            raise error
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in variables_of(3, 4, 29500).items():
+                patch.setenv(name, value)
+            sandbox.capsys.readouterr()
+            assert as_rank(fail) == status
+        return " ".join(sandbox.capsys.readouterr().err.split()).removeprefix("error: ")
+
+    return case
 
 
 def no_torchrun(sandbox: Sandbox) -> str:
@@ -540,7 +548,13 @@ CASES: dict[str, dict[str, Case]] = {
         "too many spikes": spikes,
         "a rank that hangs": hang,
         "a rank that is stopped or gone": silence,
-        "too little memory on one rank": lacking_memory,
+        "too little memory on one rank": rank_that_meets(MemoryError("Unable to allocate 8.00 GiB"), USER_ERROR),
+        "an error of a GPU (status 70)": rank_that_meets(
+            torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), GPU_ERROR
+        ),
+        "a rank that is gone, in `longring evaluate`, `plan --measure` or `topology` (status 75)": rank_that_meets(
+            RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.1]:5"), GO_ON_LATER
+        ),
     },
     "Slurm": {
         "a job whose ranks cannot hold the longest sequence": lambda sandbox: sandbox.main(

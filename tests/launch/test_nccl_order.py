@@ -12,6 +12,7 @@ from helpers.lanes import by_lane
 from helpers.nccl_rules import Call, deadlock, messages_of, recorded
 from longring.data.prepare.prepare import prepare
 from longring.launch.config import load_recipe
+from longring.launch.evaluate import evaluate
 from longring.launch.train import train
 from longring.parallel import overlap
 from rich.console import Console
@@ -35,26 +36,37 @@ RUNS = {
 HANG_MINUTES = 40
 
 
-def calls_of_a_run(recipe_file: Path, overrides: list[str]) -> tuple[list[Call], list[timedelta]]:
-    """Train; return the calls of this rank, and the time limits of its process groups but the first."""
+def calls_of_a_start(
+    recipe_file: Path, overrides: list[str], stop_after: int | None
+) -> tuple[list[Call], list[timedelta]]:
+    """Train, or evaluate where no step is left; return this rank's calls, and the time limits of its process groups.
+
+    The limits are without that of the world's group, which the tests make.
+    """
     overlap.BUCKET_ELEMENTS = 2**13
+    recipe = load_recipe(recipe_file, overrides)
     with recorded() as calls:
-        train(load_recipe(recipe_file, overrides), Console(quiet=True))
+        if stop_after is None:
+            evaluate(recipe, Console(quiet=True))
+        else:
+            train(recipe, Console(quiet=True), stop_after)
     groups = [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]
     return calls, [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
 
 
 @pytest.mark.parametrize("name", by_lane(RUNS, quick=[], slow=[name for name in RUNS if name != "probed"]))
 def test_no_rank_waits_for_another_in_a_cycle(on_ranks, recipe_file, tmp_path, name):
-    """Probe, guards, DeepSpeed's and Megatron's collectives, rings of every size, saves: ten steps."""
+    """Probe, guards, DeepSpeed's and Megatron's collectives, rings of every size, saves: six steps, four resumed ones,
+    and an evaluation."""
     overrides = [*RUNS[name], f"run_directory={tmp_path}/run", "train.steps=10", "train.checkpoint_every_steps=5"]
     overrides.append(f"faults.hang_minutes={HANG_MINUTES}")
     if name == "packed":
         overrides.append(f"data.directory={tmp_path}/data")
         prepare(load_recipe(recipe_file, overrides).data, Console(quiet=True))
-    ranks, limits = zip(*on_ranks(4, calls_of_a_run, recipe_file, overrides), strict=True)
-    # The watchdog says more about a hang than a collective that runs out of time, so it comes first.
-    assert {limit for of_rank in limits for limit in of_rank} == {timedelta(minutes=2 * HANG_MINUTES)}
-    assert all(messages_of(calls) for calls in ranks)
-    for rule in ("first use", "one queue"):
-        assert deadlock(ranks, rule) is None
+    for stop_after in (6, 10, None):
+        ranks, limits = zip(*on_ranks(4, calls_of_a_start, recipe_file, overrides, stop_after), strict=True)
+        # The watchdog says more about a hang than a collective that runs out of time, so it comes first.
+        assert {limit for of_rank in limits for limit in of_rank} == {timedelta(minutes=2 * HANG_MINUTES)}
+        assert all(messages_of(calls) for calls in ranks)
+        for rule in ("first use", "one queue"):
+            assert deadlock(ranks, rule) is None

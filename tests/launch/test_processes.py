@@ -1,8 +1,10 @@
-"""Processes: no orphan outlives its launcher, a rank that was stopped goes on, and a taken port ends all ranks."""
+"""Processes: no orphan outlives its launcher, a stopped rank goes on, and all ranks end for a port or a dead rank."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,7 +15,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers.faulty import DEADLINE_S, Fault, Run, start
+from helpers.faulty import DEADLINE_S, Fault, Run, start, start_command
+from helpers.lanes import by_lane
 from helpers.ranks import variables_of
 from longring.launch import train as train_module
 from longring.launch.errors import GO_ON_LATER
@@ -119,3 +122,41 @@ def test_an_absurd_variable_ends_its_rank_with_one_line(name, recipe_file, capsy
 @pytest.fixture
 def run(recipe_file: Path, tmp_path: Path) -> Run:
     return Run(recipe_file, tmp_path)
+
+
+def arguments_of(command: str, recipe_file: Path, run: Run) -> list[str]:
+    """Return the arguments of each rank of a command, whose ranks count as hanging after three seconds."""
+    if command == "evaluate":
+        recipe = json.loads((run.path / "recipe.json").read_text())
+        recipe["faults"]["hang_minutes"] = 0.05
+        (run.path / "recipe.json").write_text(json.dumps(recipe))
+        return [str(run.path)]
+    settings = [str(recipe_file), "parallel.tokens_per_rank=256", "faults.hang_minutes=0.05"]
+    if command == "commands.topology":
+        return settings
+    return [*settings, "--grid=query=2", "--tokens=512", "--topology=full_mesh", f"--timeline={run.path}.png"]
+
+
+AT = {"evaluate": "evaluating bucket", "commands.plan": "measuring backward", "commands.topology": "measuring the"}
+ENDS = [(command, action) for command in AT for action in ("hang", "SIGKILL")]
+IN_FULL = [("evaluate", "hang"), ("commands.topology", "SIGKILL")]
+
+
+@pytest.mark.parametrize(
+    ("command", "action"), by_lane(ENDS, quick=[], slow=[case for case in ENDS if case not in IN_FULL])
+)
+def test_a_command_ends_where_one_of_its_ranks_hangs_or_is_gone(recipe_file, tmp_path, whole, command, action):
+    run = whole.copy(tmp_path)
+    fault = Fault(1, action, step=12 if command == "evaluate" else 0, operation=AT[command])
+    started = start_command(command, [arguments_of(command, recipe_file, run)] * 2, run.output, [fault])
+    started.processes[0].join(60)
+    assert started.processes[0].exitcode == GO_ON_LATER, run.said
+    started.end()
+    assert "Traceback" not in run.said and run.said.count("error:") == 1
+    if action == "SIGKILL":
+        assert re.search("lost its connection|cannot reach the other ranks", run.said)
+    elif command == "evaluate":
+        at = "step 12, evaluating bucket [0-9]+"
+        assert re.search(f"no progress for 3 s: rank 1 hangs at {at}; the others wait: rank 0 at {at}", run.said)
+    else:
+        assert f"error: rank 0: no progress for 3 s at {AT[command]}" in run.said
