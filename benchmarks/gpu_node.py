@@ -11,14 +11,15 @@ the others whole; rank 0 prints a table after each and writes the record:
   that hangs is the last line of the log;
 - memory: the memory of the communicators, once opened and once used by attention over 2, 4, ... ranks;
 - guards: the checks before the first step, with the links probed and with every named schedule;
-- channels: the bandwidth of each channel between neighbours, alone and all at once;
+- channels: the bandwidth of each channel between neighbours, alone and all at once; over several nodes also that of
+  a ring inside a node, on the run's communicators and on its own;
 - overlap: the share of communication that compute covers, from a profile of one attention forward and backward;
 - train, resume: 50 steps of a run with rings of 1 to all ranks, stopped after 25 and started again;
 - again, equal: the first 30 steps in one start, and whether steps 26 to 30 are equal to those resumed, bit for bit.
 
 Everything is written to a new folder of --directory, which all nodes must see. With --recipe the training sections take
 that recipe and its prepared data. Without GPUs all of it runs over gloo on the CPU, in small sizes. The exit status is
-1 when something is wrong or was cut off; slowness does not count.
+1 when something is wrong, was cut off or could not be checked; slowness does not count.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import torch
 from lib.gpu_training import RECIPE, curriculum_settings
 from lib.process import free_port, versions
 from lib.script import Row, Size, about, make_parser, refuse, write_record
-from lib.sections import Result, Section, run_section, show_result
+from lib.sections import Result, Section, run_section, show_result, verdict
 from longring.parallel.meet import meet
 from longring.parallel.world import World
 from rich.console import Console
@@ -99,7 +100,7 @@ def run_together(section: Section, store: Store, world: World, logs: Path) -> Re
     if result.section["status"] not in ("done", "left out"):
         store.set(failed, "")
     store.set(f"{name}: {world.rank} reports", json.dumps(result.section))
-    return result if world.rank else judged(result, reports(name, store, world))
+    return result if world.rank else judged(result, reports(name, store, world), world.size)
 
 
 def reports(name: str, store: Store, world: World) -> dict[int, Row]:
@@ -111,12 +112,18 @@ def reports(name: str, store: Store, world: World) -> dict[int, Row]:
     return {rank: json.loads(store.get(key)) for rank, key in enumerate(keys) if store.check([key])}
 
 
-def judged(result: Result, found: Mapping[int, Row]) -> Result:
-    """Return rank 0's result with the status and note of the rank that explains most: one that failed by itself."""
-    others = {rank: row for rank, row in found.items() if row["status"] not in ("done", "left out")}
+def judged(result: Result, found: Mapping[int, Row], ranks: int) -> Result:
+    """Return rank 0's result with the status and note of the rank that explains most: one that failed by itself.
+
+    A rank without a report has failed as well, and says least.
+    """
+    silent = {"status": "no report", "note": "its supervisor is gone or waits"}
+    rows = {rank: found.get(rank, silent) for rank in range(ranks)}
+    others = {rank: row for rank, row in rows.items() if row["status"] not in ("done", "left out")}
     if not others:
         return result
-    rank = min(others, key=lambda rank: (others[rank]["status"] != "failed", others[rank]["status"], rank))
+    order = {"failed": 0, "no report": 2}
+    rank = min(others, key=lambda rank: (order.get(others[rank]["status"], 1), rank))
     note = f"{len(others)} ranks are not done; rank {rank}: {others[rank]['note'] or 'see its log'}"
     return result._replace(section={**result.section, "status": others[rank]["status"], "note": note})
 
@@ -136,6 +143,8 @@ def main() -> int:
     if device == "cuda":
         os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels would be tested instead of compiled ones
     world = World.from_environment()
+    if world.size % 2:
+        return refuse(f"{world.size} ranks: rings have 2, 4, ... ranks; start an even number of ranks")
     store = meet(world, WAIT)
     if world.rank == 0:
         store.set("folder", str(options.directory.absolute() / datetime.now(UTC).strftime("%Y-%m-%d-%H%M%S")))
@@ -147,20 +156,20 @@ def main() -> int:
     facts = {"ranks": world.size, "ranks_per_node": world.local_size, "directory": str(folder)}
     console.print({**about(device), **facts})
     record: dict[str, Any] = {**facts, "versions": versions(), "sections": []}
-    right, started = True, time.monotonic()
+    results, started = list[Result](), time.monotonic()
     for section in chosen:
         if options.only and section.name not in options.only:
             continue
         result = run_together(section, store, world, folder / "logs")
         if world.rank:
             continue
-        right &= result.right
+        results.append(result)
         record["sections"].append(result.section)
         record[section.name] = result.rows
         write_record(options.json, record, device)
         show_result(result, folder / "logs" / "rank-00000", console)
-    console.print(f"{time.monotonic() - started:.0f} s in all; {'no errors' if right else 'errors: see above'}")
-    return 0 if right else 1
+    console.print(f"{time.monotonic() - started:.0f} s in all; {verdict(results)}", soft_wrap=True)
+    return 0 if all(result.right for result in results) else 1
 
 
 if __name__ == "__main__":

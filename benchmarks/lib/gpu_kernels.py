@@ -57,7 +57,8 @@ def tests_rows(device: str, size: Size) -> Iterator[Row]:
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     note = "; ".join([*notes, *failed[:5]])
     summary = lines[-1].strip("= ") if lines else "no output"
-    yield {"tests": summary, "seconds": time.monotonic() - started, "right": done.returncode == 0, "note": note}
+    right = done.returncode == 0 and " passed" in summary  # tests that are all skipped show nothing
+    yield {"tests": summary, "seconds": time.monotonic() - started, "right": right, "note": note}
 
 
 def sizes_rows(device: str, size: Size) -> Iterator[Row]:

@@ -22,12 +22,11 @@ from longring.parallel.zero import DeepSpeedEngine, set_learning_rate
 from torch import Tensor
 
 from .gpu_training import RECIPE
+from .mfu import mfu, peak_flops
 from .one_rank import be_the_only_rank
 from .script import Row, Size
 from .timing import elapsed_ms, moment, synchronize
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}
-"""Dense bf16 FLOP/s of the data sheets (SXM), by a part of the device's name; MFU is told for these devices alone."""
 TIMED = 3
 """Timed micro-batches, after one that compiles."""
 
@@ -110,12 +109,10 @@ def step_rows(size: Size) -> Iterator[Row]:
     """Yield the parts of a training step of one rank, each bucket length with and without recompute, then the rest."""
     started = time.perf_counter()
     ready = make_ready(size)
-    parameters = sum(p.numel() for p in ready.model.parameters())
-    yield {
-        "part": "start of DeepSpeed and the mesh",
-        "ms": 1e3 * (time.perf_counter() - started),
-        "note": f"{parameters / 1e9:.2f}B parameters",
-    }
+    note = f"{sum(p.numel() for p in ready.model.parameters()) / 1e9:.2f}B parameters"
+    if ready.device == "cuda" and peak_flops(name := torch.cuda.get_device_name()) is None:
+        note += f"; no MFU, since the peak FLOP/s of {name} are not known here"
+    yield {"part": "start of DeepSpeed and the mesh", "ms": 1e3 * (time.perf_counter() - started), "note": note}
     started = time.perf_counter()
     compile_kernels(ready.recipe, ready.mesh, list(ready.layouts))
     yield {"part": "kernels compiled before the first step", "ms": 1e3 * (time.perf_counter() - started)}
@@ -136,12 +133,12 @@ def step_rows(size: Size) -> Iterator[Row]:
 
 
 def attempt(part: str, row: Callable[[], Row]) -> Row:
-    """Return a row, or one that says why there is none."""
+    """Return a row, or one that says that the memory was not enough."""
     try:
         return {"part": part, **row()}
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
-        return {"part": part, "note": f"{part}: {str(error).splitlines()[0][:120]}"}
+        return {"part": part, "right": False, "note": f"{part}: {str(error).splitlines()[0][:120]}"}
 
 
 def timed_ms(ready: Ready, work: Callable[[], object]) -> tuple[float, float]:
@@ -191,13 +188,6 @@ def bucket_row(ready: Ready, length: int, recompute: bool) -> Row:
     if before is not None:
         row["bytes_a_token"] = (torch.cuda.max_memory_allocated() - before) // ready.sizes.tokens
     return row
-
-
-def mfu(rate: float) -> Row:
-    """Return the share of the data sheet's FLOP/s, where this device's are known."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name and "PCIe" not in name), None)
-    return {"mfu": rate / peak} if peak else {}
 
 
 def optimizer_row(ready: Ready) -> Row:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
+import importlib.util
 import json
 import resource
 import sys
@@ -32,9 +33,20 @@ def main() -> int:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
     except ModuleNotFoundError as error:
+        if not lacks_package(error.name or ""):
+            raise
         print(f"left out: this Python has no package {error.name}")
         return LEFT_OUT
     return 0
+
+
+def lacks_package(module: str) -> bool:
+    """Return whether a module is missing with the whole package of others that it is of.
+
+    A module that an installed package lacks is a wrong version, and one of LongRing's own an error.
+    """
+    package = module.partition(".")[0]
+    return package not in ("", "lib", "longring") and importlib.util.find_spec(package) is None
 
 
 if __name__ == "__main__":

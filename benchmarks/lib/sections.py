@@ -26,6 +26,8 @@ GRACE_S = 20.0
 """Seconds that the other ranks of a section have to end after one has failed."""
 ABORT_S = 3.0
 """Seconds that a process has to print its stacks before it is killed."""
+KILLED_S = 10.0
+"""Seconds within which a killed process is gone; one that waits in a driver may stay."""
 TAIL = 12
 """Lines of a log that are shown when its section fails."""
 
@@ -50,9 +52,12 @@ class Result(NamedTuple):
 
     @property
     def right(self) -> bool:
-        """Whether the section ended by itself, or was left out, and none of its rows is wrong."""
-        ended = self.section["status"] in ("done", "left out")
-        return ended and all(row.get("right") is not False for row in self.rows)
+        """Whether the section ended by itself with rows that are all right, or was left out.
+
+        A row whose `right` is None was to be checked, and was not.
+        """
+        ended = self.section["status"] == "left out" or (self.section["status"] == "done" and self.rows != [])
+        return ended and all(row.get("right", True) is True for row in self.rows)
 
 
 def limit_s() -> float:
@@ -110,9 +115,10 @@ def run_section(
             _end(running)
             break
         time.sleep(0.1)
-    statuses = [process.wait() for process in running]
     for process in running:
         _kill_group(process)  # what a process has left behind, pytest's workers for example
+    await_all(running, KILLED_S)
+    statuses = [process.poll() for process in running]
     rows = [
         json.loads(line)
         for number in range(len(running))
@@ -121,20 +127,29 @@ def run_section(
     status, note = _judged(statuses, cut_off, section)
     if status != "done":
         number = next((n for n, found in enumerate(statuses) if found and found != -signal.SIGABRT), 0)
-        note = "; ".join(filter(None, [note, _last_line(_file(logs, section, number, "log"))]))
+        alive = [process.pid for process in running if process.poll() is None]
+        survive = f"processes {alive} survive SIGKILL, which is a fault of the machine" if alive else ""
+        note = "; ".join(filter(None, [note, survive, _last_line(_file(logs, section, number, "log"))]))
     seconds = round(time.monotonic() - started, 1)
     return Result(rows, {"section": section.name, "status": status, "seconds": seconds, "note": note})
 
 
-def _judged(statuses: Sequence[int], cut_off: bool, section: Section) -> tuple[str, str]:
-    """Return the status of a section and the exit statuses of its processes, in words."""
+def await_all(running: Sequence[subprocess.Popen], seconds: float) -> None:
+    """Wait until all processes have ended, at most for some seconds."""
+    deadline = time.monotonic() + seconds
+    while any(process.poll() is None for process in running) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _judged(statuses: Sequence[int | None], cut_off: bool, section: Section) -> tuple[str, str]:
+    """Return the status of a section and the exit statuses of its processes, in words; None: it has not ended."""
     if cut_off:
         ended = [number for number, status in enumerate(statuses) if status != -signal.SIGABRT]
         note = f"processes {ended} had ended" if ended else ""
         return f"cut off after {section.seconds:.0f} s", note
-    if not any(statuses):
+    if set(statuses) == {0}:
         return "done", ""
-    if LEFT_OUT in statuses:
+    if set(statuses) == {LEFT_OUT}:
         return "left out", ""
     return "failed", "exit statuses " + " ".join(map(str, statuses))
 
@@ -144,15 +159,11 @@ def _file(logs: Path, section: Section, number: int, kind: str) -> Path:
 
 
 def _end(running: Sequence[subprocess.Popen]) -> None:
-    """Let the processes print their stacks, then kill them and all that they have started."""
+    """Let the processes print their stacks, and end."""
     for process in running:
         if process.poll() is None:
             process.send_signal(signal.SIGABRT)
-    deadline = time.monotonic() + ABORT_S
-    while any(process.poll() is None for process in running) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for process in running:
-        _kill_group(process)
+    await_all(running, ABORT_S)
 
 
 def _kill_group(process: subprocess.Popen) -> None:
@@ -169,13 +180,21 @@ def _last_line(log: Path) -> str:
     return said[-1][:300] if said else ""
 
 
-def show_result(result: Result, logs: Path, console: Console) -> None:
-    """Print a section's rows as a table and its status; the ends of its logs too if it is not done."""
+def show_rows(rows: Sequence[Row], console: Console) -> None:
+    """Print rows as a table."""
+    console.print(rows_table(rows))
+
+
+def show_result(
+    result: Result, logs: Path, console: Console, show: Callable[[list[Row], Console], None] = show_rows
+) -> None:
+    """Print a section's rows by `show`, and its status; the ends of its logs too if it is not done."""
     section = result.section
     if result.rows:
         console.print(f"\n[bold]{section['section']}[/]")
-        console.print(rows_table(result.rows))
-    line = f"{section['section']}: {section['status']}, {section['seconds']:.0f} s"
+        show(result.rows, console)
+    rows = "" if result.rows or section["status"] != "done" else " without a result"
+    line = f"{section['section']}: {section['status']}{rows}, {section['seconds']:.0f} s"
     console.print(line, style=None if result.right else "bold red", markup=False, highlight=False)
     if section["note"]:
         console.print(f"  {section['note']}", markup=False, highlight=False)
@@ -187,13 +206,22 @@ def show_result(result: Result, logs: Path, console: Console) -> None:
             console.print(f"    {line}", markup=False, highlight=False, soft_wrap=True)
 
 
+def verdict(results: Sequence[Result]) -> str:
+    """Return which sections are wrong and which were left out, in words."""
+    wrong = [result.section["section"] for result in results if not result.right]
+    left_out = [result.section["section"] for result in results if result.section["status"] == "left out"]
+    text = f"errors in {', '.join(wrong)}: see above" if wrong else "no errors"
+    return text + (f"; left out: {', '.join(left_out)}" if left_out else "")
+
+
 def rows_table(rows: Sequence[Row]) -> Table:
     """Return a table of rows: one column for each key, numbers with three or four digits, what is wrong in red."""
     keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "note"]
     texts = [key for key in keys if any(isinstance(row.get(key), str) for row in rows)]
     table = make_table("", [key.replace("_", " ") for key in keys], left=[key.replace("_", " ") for key in texts])
     for row in rows:
-        table.add_row(*(_cell(row.get(key)) for key in keys), style="red" if row.get("right") is False else None)
+        known = {**row, "right": "not checked"} if row.get("right", True) is None else row
+        table.add_row(*(_cell(known.get(key)) for key in keys), style=None if row.get("right", True) is True else "red")
     notes = dict.fromkeys(row["note"] for row in rows if row.get("note"))
     table.caption, table.caption_justify = "\n".join(notes) or None, "left"
     return table

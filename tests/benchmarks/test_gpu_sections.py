@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu_node import judged
 from helpers.plain_attention import answers, visible_pairs
 from lib.definition import NAMES, by_definition, error_ratio, visible
-from lib.gpu_training import EXACT, equal_rows, is_whole
+from lib.gpu_training import EXACT, LOST, equal_rows, is_whole
+from lib.mfu import peak_flops
+from lib.sections import Result
 from lib.trace import covered, kind_of, length
 from longring.kernels.layout import SeqLayout
 
@@ -83,6 +86,58 @@ def test_sections_of_ranks_yield_rows_on_rank_0_alone(on_ranks):
 def test_wrong_attention_is_seen_in_every_grid(on_ranks):
     [rows] = on_ranks(2, rows_of_ranks, True)[:1]
     assert {row["right"] for row in rows["order"]} == {False}
+
+
+def rows_of_two_nodes() -> list[dict]:
+    """Run the section of the channels on this rank of two nodes of two."""
+    sys.path.append(BENCHMARKS)
+    from lib.gpu_links import channel_rows
+    from lib.sections import LIMIT
+
+    os.environ.update({LIMIT: "120", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(int(os.environ["RANK"]) % 2)})
+    return list(channel_rows("smallest"))
+
+
+@pytest.mark.full
+def test_a_ring_inside_a_node_is_timed_on_shared_and_on_own_communicators(on_ranks):
+    rows = on_ranks(4, rows_of_two_nodes)[0]
+    found = dict.fromkeys((row["ring"], row["communicators_over"]) for row in rows)
+    assert list(found) == [(4, 4), (2, 4), (2, 2)]
+    assert {row["channel"] for row in rows} >= {"keys up", "keys down", "all channels at once"}
+    assert all(row["GB_per_s"] > 0 for row in rows)
+
+
+def test_ranks_that_are_left_may_end_by_an_error_or_by_the_thread_of_nccl():
+    assert {75, -6} <= LOST and not {0, 1, 2, 70, 137, -9, -15, None} & LOST
+
+
+def test_a_rank_without_a_report_has_failed():
+    done = {"section": "order", "status": "done", "seconds": 1.0, "note": ""}
+    result = Result([{"right": True}], done)
+    assert judged(result, {0: done, 1: done}, 2).right
+    silent = judged(result, {0: done}, 2)
+    assert not silent.right and silent.section["status"] == "no report" and "rank 1" in silent.section["note"]
+    failed = judged(result, {0: done, 2: {**done, "status": "failed", "note": "why"}}, 3)
+    assert failed.section["status"] == "failed" and failed.section["note"] == "2 ranks are not done; rank 2: why"
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA H20", 148e12),
+        ("NVIDIA A100-PCIE-40GB", 312e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA L4", None),
+    ],
+)
+def test_the_peak_of_a_device_is_that_of_its_form(name, peak):
+    assert peak_flops(name) == peak
 
 
 def test_lengths_of_intervals_count_overlaps_once():

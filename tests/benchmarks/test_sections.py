@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from lib import sections
+from lib.section_process import lacks_package
 from lib.sections import Result, Section, run_section
 from rich.console import Console
 
@@ -35,6 +36,27 @@ def fails_on_rank_1():
 def needs_a_package():
     yield {"right": True}
     import there_is_no_such_package
+
+def lacks_a_part_of_its_own():
+    yield {"right": True}
+    import longring.no_such_part
+
+def lacks_on_rank_1():
+    yield {"right": True}
+    if os.environ["RANK"] == "1":
+        import there_is_no_such_package
+    sys.exit(1)
+
+def yields_nothing():
+    return
+    yield
+
+def cannot_be_killed():
+    yield {"right": True}
+    import faulthandler, signal
+    faulthandler.disable()
+    signal.signal(signal.SIGABRT, signal.SIG_IGN)
+    time.sleep(60)
 """
 
 
@@ -56,6 +78,9 @@ def test_rows_of_all_processes_are_returned(run):
     assert result.rows == [{"limit": 30.0, "right": True}, {"rank": "0"}, {"limit": 30.0, "right": True}, {"rank": "1"}]
     assert result.section["status"] == "done" and result.right
     assert not run("two", right=False).right, "a row that is not right makes its section wrong"
+    assert not run("two", right=None).right, "and so does one that could not be checked"
+    empty = run("yields_nothing")
+    assert empty.section["status"] == "done" and not empty.right
 
 
 @pytest.mark.full
@@ -88,6 +113,43 @@ def test_a_missing_package_leaves_a_section_out(run):
     result = run("needs_a_package")
     assert result.section["status"] == "left out" and "there_is_no_such_package" in result.section["note"]
     assert result.right
+
+
+@pytest.mark.full
+def test_a_missing_part_of_a_package_that_is_here_is_an_error(run):
+    result = run("lacks_a_part_of_its_own")
+    assert result.section["status"] == "failed" and not result.right
+    assert lacks_package("there_is_no_such_package.part")
+    assert not any(map(lacks_package, ("longring.no_part", "lib.no_part", "rich.no_part", "")))
+
+
+@pytest.mark.full
+def test_a_section_is_left_out_by_all_of_its_processes_or_none(run):
+    assert run("lacks_on_rank_1", ranks=2).section["status"] == "failed"
+
+
+@pytest.mark.full
+def test_a_process_that_survives_its_end_is_told_and_not_waited_for(run, monkeypatch):
+    """A process in an uninterruptible call of a driver does; here none is sent SIGKILL."""
+    left = []
+    monkeypatch.setattr(sections, "_kill_group", left.append)
+    monkeypatch.setattr(sections, "ABORT_S", 0.1)
+    monkeypatch.setattr(sections, "KILLED_S", 0.1)
+    result = run("cannot_be_killed", seconds=3.0)
+    [process] = left
+    process.kill()
+    process.wait()
+    assert result.section["status"] == "cut off after 3 s" and not result.right
+    assert f"processes [{process.pid}] survive SIGKILL" in result.section["note"]
+
+
+def test_the_last_line_names_what_is_wrong_and_what_was_left_out():
+    def result(name: str, status: str = "done", right: bool = True) -> Result:
+        return Result([{"right": right}], {"section": name, "status": status})
+
+    assert sections.verdict([result("a"), result("b")]) == "no errors"
+    found = [result("a", right=False), result("b", "left out"), result("c", "failed"), result("d")]
+    assert sections.verdict(found) == "errors in a, c: see above; left out: b"
 
 
 def test_a_table_has_every_key_and_fits_80_columns():
