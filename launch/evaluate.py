@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -61,8 +62,8 @@ class Evaluator:
     """Edges of the position ranges: range r holds positions edges[r] <= p < edges[r + 1]."""
     unigram_losses: Tensor
     """`[vocab_size]`, fp64: the loss of each token under the train split's token counts plus one."""
-    alive: Callable[[], None]
-    """Records progress."""
+    at: Callable[[str], None]
+    """Records that an operation begins."""
 
     def sums_by_position(self, bucket: Bucket, num_sequences: int, layout: BucketLayout) -> Tensor:
         """Return sums over the first `num_sequences` of a bucket by range of positions. Collective.
@@ -77,7 +78,7 @@ class Evaluator:
         ranges = torch.bucketize(positions, torch.tensor(self.edges[1:], device=mesh.device), right=True)
         sums = torch.zeros(3, len(self.edges) - 1, dtype=torch.float64, device=mesh.device)
         for first in range(0, num_sequences, at_once):
-            self.alive()
+            self.at(f"evaluating sequence {first} of bucket {bucket.length} and those after it")
             mine = first + layout.replica * layout.sequences_per_replica + np.arange(layout.sequences_per_replica)
             # The last micro-batch is filled up with sequence 0, which then does not count.
             indices = np.where(mine < num_sequences, mine, 0)
@@ -92,6 +93,7 @@ class Evaluator:
             # [3, b, s]
             values = torch.stack([losses, self.unigram_losses[targets], torch.ones_like(losses)]) * counted
             sums.index_add_(1, ranges, values.sum(1))
+        self.at(f"summing bucket {bucket.length} over the ranks")
         # The ranks of a tensor-parallel group have equal sums, so they are not added.
         dist.all_reduce(sums, group=mesh.data_group)
         return sums
@@ -175,15 +177,12 @@ def evaluate_buckets(
         knots=Knots(recipe.knots, manifest.tokenizer(), recipe.train.seed) if tied else None,
         edges=position_edges(recipe.data.min_bucket_tokens, recipe.data.max_bucket_tokens),
         unigram_losses=(counts.sum().log() - counts.log()).to(mesh.device),
-        alive=watchdog.alive,
+        at=partial(watchdog.at, step),
     )
     watchdog.at(step, "dividing attention among ranks")
     lengths = [bucket.length for bucket, _ in held_out]
     layouts = bucket_layouts(recipe, mesh, lengths, decide_grids(recipe, mesh, lengths))
-    entries = []
-    for bucket, number in held_out:
-        watchdog.at(step, f"evaluating bucket {bucket.length}")
-        entries.append(evaluator.evaluate_bucket(bucket, number, layouts[bucket.length]))
+    entries = [evaluator.evaluate_bucket(bucket, number, layouts[bucket.length]) for bucket, number in held_out]
     return step, entries
 
 

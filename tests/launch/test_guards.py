@@ -103,7 +103,7 @@ def test_guards(on_ranks, recipe_file, fault, dtype):
         assert any(words in said for words in FOUND.get(fault, "passed").split("|")), said
 
 
-@pytest.mark.parametrize("fault", by_lane(["gradient", "future", "scale"], quick=["gradient"]))
+@pytest.mark.parametrize("fault", by_lane(["gradient", "future"], quick=["gradient"], slow=["future"]))
 def test_an_error_of_one_ring_is_raised_on_every_rank(on_ranks, recipe_file, fault):
     found = on_ranks(SIZE, guarded, recipe_file, fault, "float32", 2)
     assert len(set(found)) == 1 and found[0].startswith("context parallelism over 2 ranks: ")
