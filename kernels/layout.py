@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 import torch
+
+
+@lru_cache(maxsize=64)  # many layouts have the documents of one context
+def _ascend_from_0(starts: tuple[int, ...]) -> bool:
+    """Whether starts ascend strictly from 0."""
+    return starts[:1] == (0,) and all(a < b for a, b in pairwise(starts))
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class SeqLayout:
                 raise ValueError(f"layout.runs = {self.runs}: must be non-empty intervals in ascending order")
             previous_stop = stop
         for name, starts in (("document_starts", self.document_starts), ("position_starts", self.position_starts)):
-            if not starts or starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
+            if not _ascend_from_0(starts):
                 shown = f"{starts[:8]}{'...' * (len(starts) > 8)}"
                 raise ValueError(f"layout.{name} = {shown}: must ascend strictly from 0")
 

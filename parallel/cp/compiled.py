@@ -207,6 +207,8 @@ class _Compiler:
 
     def exchange(self, exchange: Exchange, *, always: bool) -> None:
         """Add the operations of one half of a step; a post without messages only if `always`."""
+        if not any(exchange) and not always:
+            return
         due, sent, sends, receives = ([m for m in found if not m.is_trade] for found in exchange)
         # Every wait of the exchange comes before its posts: both ends of a message keep this order.
         spent: list[int] = []

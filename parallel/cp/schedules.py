@@ -5,9 +5,10 @@ Both ends of a message derive it from the same arithmetic, so no rank ever asks 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from copy import copy
 from functools import cached_property
-from itertools import product
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,10 @@ from .grid import CpGrid, Order, Route
 from .layout import position_layouts
 from .plan import Flow, Message, Messages, Pass, RankPlan, Share, Side, Step, Tile
 from .visible import Ints, Shares, Visibility, hull, visible_rows
+
+ROWS_AT_ONCE = 2**14
+"""Number of owners and legs for which rows are computed at once: numpy's calls cost more than a few rows do, but 1,024
+ranks have a million."""
 
 
 class Leg(NamedTuple):
@@ -106,6 +111,14 @@ class Schedule:
         self._tile_owners = np.array([of[n] for of, n in zip(owners, np.array(self.tile_numbers).T, strict=True)])
         self.shares = Shares.of(self.layouts)
         self._visibility = visibility
+        self._needed_rows: dict[tuple[Side, bytes], Ints] = {}
+
+    def turned(self, direction: Pass) -> Schedule:
+        """Return the schedule of a pass of the same attention; it shares what does not depend on the direction."""
+        other = copy(self)
+        other.direction = direction
+        vars(other).pop("all_messages", None)  # of this direction
+        return other
 
     def plan(self, rank: int) -> RankPlan:
         """Return the plan of `rank`."""
@@ -170,44 +183,56 @@ class Schedule:
 
     def _along(self, side: Side, owners: Ints) -> list[Messages]:
         """Return the messages along an axis: shares of `owners` first, leg by leg, then the results for them."""
-        found, legs = [], self.legs[side]
+        legs = self.legs[side]
+        if not legs:
+            return []
         first_use, last_use = self.first_use[side], self.last_use[side]
-        # By leg, [owners, 2]: `needed` are the rows that the stop of the leg computes with, `onward` the hull of those
+        # [legs, owners, 2]: `needed` are the rows that the stop of the leg computes with, `onward` the hull of those
         # and of the rows that all later stops need, which must pass through this stop.
-        needed = {n: self._needed(side, owners, self._ahead(side, owners, -leg.owner)) for n, leg in enumerate(legs, 1)}
-        onward = dict(needed)
-        for number, leg in reversed(list(enumerate(legs, 1))):
+        needed = self._needed(side, owners)
+        onward = needed.copy()
+        for leg, rows in reversed(list(zip(legs, onward, strict=True))):
             if leg.onward is not None:
-                onward[number] = hull(np.stack([needed[number], onward[leg.onward]]), 0)
-        for number, leg in enumerate(legs, 1):
-            target = self._ahead(side, owners, -leg.owner)
-            source = self._ahead(side, target, leg.source)
-            posted, due = first_use[leg.after], first_use[number]
-            found.append(Messages.of(side, owners, onward[number], source, target, posted, due))
+                _extend(rows, onward[leg.onward - 1])
+        stops = self._ahead(side, owners, -_column(leg.owner for leg in legs))  # [legs, owners]
+        sources = self._ahead(side, stops, _column(leg.source for leg in legs))
+        posted = _column(first_use[leg.after] for leg in legs)
+        due = _column(first_use[number] for number in range(1, len(legs) + 1))
+        shares = Messages.of(side, owners, onward, sources, stops, posted, due)
         if side == "keys" and self.direction == "forward":
-            return found
+            return [shares]
+        rows, targets = needed, owners
+        if (self.grid.query_route if side == "queries" else self.grid.kv_route) == "round":
+            # To the next position, with the sum so far; from the last stop to the owner.
+            targets = self._ahead(side, owners, -_column(range(2, len(legs) + 2)))
+            rows = needed.copy()
+            for before, of_leg in pairwise(rows):
+                _extend(of_leg, before)
+            due = _column([*(last_use[number] + 1 for number in range(2, len(legs) + 1)), self.end])
+        else:
+            due = _column(self.end if leg.before is None else last_use[leg.before] + 1 for leg in legs)
         flow: Flow = "query_results" if side == "queries" else "key_results"
-        before = None
-        for number, leg in enumerate(legs, 1):
-            if (self.grid.query_route if side == "queries" else self.grid.kv_route) == "round":
-                # To the next position, with the sum so far; from the last stop to the owner.
-                target, rows = self._ahead(side, owners, -number - 1), needed[number]
-                before = rows = rows if before is None else hull(np.stack([before, rows]), 0)
-                due = last_use[number + 1] + 1 if number < len(legs) else self.end
-            else:
-                target, rows = owners, needed[number]
-                due = self.end if leg.before is None else last_use[leg.before] + 1
-            source = self._ahead(side, owners, -leg.owner)
-            found.append(Messages.of(flow, owners, rows, source, target, last_use[number] + 1, due))
-        return found
+        posted = _column(last_use[number] + 1 for number in range(1, len(legs) + 1))
+        return [shares, Messages.of(flow, owners, rows, stops, targets, posted, due)]
 
-    def _needed(self, side: Side, owners: Ints, stops: Ints) -> Ints:
-        """Return the rows of each owner's share that the tiles of its stop use: `[owners]` -> `[owners, 2]`."""
-        # [owners, 1] against all shares that the stop gathers along the other axis, [owners, axis].
-        shares = self.shares[owners[:, None]]
+    def _needed(self, side: Side, owners: Ints) -> Ints:
+        """Return the rows of each owner's share that the tiles of each stop use: `[owners]` -> `[legs, owners, 2]`."""
+        key = side, owners.tobytes()
+        if key not in self._needed_rows:
+            offsets = _column(leg.owner for leg in self.legs[side])
+            at_once = max(1, ROWS_AT_ONCE // owners.size)
+            parts = [self._rows(side, owners, offsets[n : n + at_once]) for n in range(0, len(offsets), at_once)]
+            self._needed_rows[key] = np.concatenate(parts)
+        return self._needed_rows[key]
+
+    def _rows(self, side: Side, owners: Ints, offsets: Ints) -> Ints:
+        """Return `_needed` of the legs whose shares come from offsets `[legs, 1]`."""
+        stops = self._ahead(side, owners, -offsets)  # [legs, owners]
+        # [1, owners, 1] against all shares that the stop gathers along the other axis, [legs, owners, axis].
+        shares = self.shares[owners[None, :, None]]
         if side == "queries":
-            return hull(visible_rows(shares, self.shares[self._line("keys", stops)], self._visibility), 1)[:, :2]
-        return hull(visible_rows(self.shares[self._line("queries", stops)], shares, self._visibility), 1)[:, 2:]
+            return hull(visible_rows(shares, self.shares[self._line("keys", stops)], self._visibility), 2)[..., :2]
+        return hull(visible_rows(self.shares[self._line("queries", stops)], shares, self._visibility), 2)[..., 2:]
 
     def _trades(self, positions: Ints) -> list[Messages]:
         """Return the messages that trade tokens for heads before the first tile, and back after the last."""
@@ -256,3 +281,14 @@ class Schedule:
             Step(tuple(due[at]), tuple(waited[at]), tuple(out[at]), tuple(into[at]), tile, tuple(done[at]))
             for at, tile in enumerate(tiles)
         )
+
+
+def _column(numbers: Iterable[int]) -> Ints:
+    """Return one number for each leg, `[legs, 1]`."""
+    return np.array(list(numbers), np.int64)[:, None]
+
+
+def _extend(rows: Ints, by: Ints) -> None:
+    """Make ranges `[..., 2]` the hulls of themselves and of `by`, in place."""
+    np.minimum(rows[..., 0], by[..., 0], out=rows[..., 0])
+    np.maximum(rows[..., 1], by[..., 1], out=rows[..., 1])

@@ -46,11 +46,12 @@ class AttentionSpec:
     def compiled(self, direction: Pass, rank: int) -> CompiledPlan:
         """Return the compiled plan of one rank; made once, then kept. Raises ValueError as `schedule` does."""
         if (direction, rank) not in self._compiled:
-            schedule = self.schedule(direction)
-            plan = schedule.plan(rank)
-            first = plan.position * self.grid.heads
-            ranks = {at: self.layouts[at] for at in range(first, first + self.grid.heads)}
-            self._compiled[direction, rank] = compile_plan(plan, schedule.layouts[plan.position], ranks)
+            forward, position = self.schedule("forward"), rank // self.grid.heads
+            ranks = range(position * self.grid.heads, (position + 1) * self.grid.heads)
+            layouts = {at: self.layouts[at] for at in ranks}
+            for schedule in (forward, forward.turned("backward")):
+                plan = compile_plan(schedule.plan(rank), schedule.layouts[position], layouts)
+                self._compiled[schedule.direction, rank] = plan
         return self._compiled[direction, rank]
 
     def prepare(self, rank: int, *, pin_memory: bool = False) -> None:

@@ -19,6 +19,7 @@ from helpers.plain_attention import visible_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 from longring.kernels.layout import SeqLayout
+from longring.parallel.cp import schedules
 from longring.parallel.cp.grid import NAMED, CpGrid, grids
 from longring.parallel.cp.layout import contiguous, zigzag
 from longring.parallel.cp.plan import Channel, Flow, Message, Pass, RankPlan, Share, Side
@@ -456,3 +457,21 @@ def test_a_window_moves_a_halo(window, direction):
 def test_a_layout_for_each_rank():
     with pytest.raises(ValueError, match="query=4 is for 4 ranks, and there are 3 layouts"):
         Schedule(CpGrid(query=4), layouts_of(12, 3), Visibility(), "forward")
+
+
+@pytest.mark.parametrize("grid", [CpGrid(query=6), CpGrid(kv=6, kv_route="both_ways"), CpGrid(2, 3, 2)], ids=str)
+def test_rows_of_many_ranks_are_computed_in_parts(monkeypatch, grid):
+    layouts = [SeqLayout(zigzag(97, rank, grid.size).runs, (0, 11, 60)) for rank in range(grid.size)]
+    at_once = Schedule(grid, layouts, Visibility(), "backward").plans()
+    monkeypatch.setattr(schedules, "ROWS_AT_ONCE", 1)
+    assert Schedule(grid, layouts, Visibility(), "backward").plans() == at_once
+
+
+def test_both_passes_of_one_schedule_have_the_plans_of_two():
+    layouts = [SeqLayout(zigzag(97, rank, 6).runs, (0, 11, 60)) for rank in range(6)]
+    forward = Schedule(CpGrid(2, 3, 1), layouts, Visibility(), "forward")
+    assert len(forward.all_messages.flow), "made before, and not those of the backward"
+    backward = forward.turned("backward")
+    alone = Schedule(CpGrid(2, 3, 1), layouts, Visibility(), "backward")
+    assert backward.plans() == alone.plans()
+    assert [x.tolist() for x in backward.all_messages] == [x.tolist() for x in alone.all_messages]
