@@ -10,6 +10,8 @@ the others whole; the record is written after each:
 - order: four ranks share the GPU over real NCCL (each a host of its own, messages over loopback sockets); every grid
   over 2 and 4 of them, forward and backward, against plain PyTorch in fp64;
 - guards: the checks before the first step, with the links probed and with every named schedule;
+- copies: copies between the ranks through torch's symmetric memory, without NCCL: every named grid against plain
+  PyTorch in fp64 and, bit for bit, against NCCL, and the times of both;
 - train: ten steps of a small recipe with packed documents over four ranks;
 - step: a training step of 1B parameters on one rank, by bucket length, with and without recompute; its loss head,
   optimizer and host time; kernels compiled by random packings; a layer compiled and as a CUDA graph;
@@ -74,10 +76,14 @@ def sections(folder: Path, device: str, size: Size) -> list[tuple[Section, list[
     def on_one(name: str, generator: str, seconds: float, /, **arguments: Any) -> tuple[Section, list[dict[str, str]]]:
         return Section(name, generator, seconds if gpu else CPU_S, arguments), alone
 
+    # Symmetric memory lets ranks share a GPU if it is told to, and has no multicast then.
+    shared = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+    sharing = [{**variables, **shared, "LOCAL_WORLD_SIZE": str(count)} for variables in ranks_on_one_gpu(count)]
     killed = {**training, "processes": ranks_on_one_gpu(count), "logs": str(folder / "logs")}
     return [
         on_ranks("order", "lib.gpu_ranks:order_rows", 180, size=size),
         on_ranks("guards", "lib.gpu_ranks:guard_rows", 90, size=size),
+        (Section("copies", "lib.gpu_copies:copies_rows", 60 if gpu else CPU_S, {"size": size}), sharing),
         on_ranks("train", "lib.gpu_training:train_rows", 100, **training, last=STEPS),
         on_one("step", "lib.gpu_step:step_rows", 80, size=size),
         on_one("sizes", "lib.gpu_kernels:sizes_rows", 40, device=device, size=size),

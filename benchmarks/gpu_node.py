@@ -11,6 +11,8 @@ the others whole; rank 0 prints a table after each and writes the record:
   that hangs is the last line of the log;
 - memory: the memory of the communicators, once opened and once used by attention over 2, 4, ... ranks;
 - guards: the checks before the first step, with the links probed and with every named schedule;
+- copies: copies between the GPUs of a node, without NCCL: every named grid against plain PyTorch in fp64 and, bit for
+  bit, against NCCL; times of messages and of attention by both;
 - channels: the bandwidth of each channel between neighbours, alone and all at once; over several nodes also that of
   a ring inside a node, on the run's communicators and on its own;
 - overlap: the share of communication that compute covers, from a profile of one attention forward and backward;
@@ -74,6 +76,7 @@ def sections(folder: Path, world: World, device: str, size: Size, recipe: Path |
         measured("order", "lib.gpu_ranks:order_rows", 900),
         measured("memory", "lib.gpu_ranks:memory_rows", 300),
         measured("guards", "lib.gpu_ranks:guard_rows", 300),
+        measured("copies", "lib.gpu_copies:copies_rows", 300),
         measured("channels", "lib.gpu_links:channel_rows", 300),
         measured("overlap", "lib.gpu_links:overlap_rows", 300),
         training("train", run, stop),

@@ -37,6 +37,10 @@ class CpConfig:
     and take less memory. NCCL would take the next power of two for any other number."""
     high_priority: bool = True
     """Send messages on streams of high priority, before waiting thread blocks of attention; NCCL only."""
+    peer_copies: Literal["auto", "always", "never"] = "auto"
+    """Send messages by copies between the GPUs of a node, without NCCL. auto does so in rings whose ranks all reach
+    each other's memory, without tensor parallelism; always does so on CPUs as well and refuses other rings; never uses
+    NCCL or gloo alone."""
     guards: bool = True
     """Check on a small sequence, before the first step, that no loss depends on a later token or on another document,
     and that loss and gradient equal those of one rank."""

@@ -21,6 +21,15 @@ class PeerError(RuntimeError):
     """Another rank of a context-parallel group is gone or does not answer."""
 
 
+class LostRank(dist.DistNetworkError):
+    """Another rank has ended, or does not answer in time."""
+
+    def __init__(self, rank: int, reason: str) -> None:
+        """Name the global rank, and what it does not do."""
+        super().__init__(f"rank {rank} {reason}")
+        self.rank = rank
+
+
 def full_memory(error: BaseException) -> str | None:
     """Return the memory that was not enough, and the reason that its allocator gives; None for any other error."""
     text = (str(error) or type(error).__name__).partition("\n")[0]

@@ -96,7 +96,9 @@ def join(
         first = data_rank - data_rank % degree
         neighbours[degree] = tuple((first + i) * parallel.tensor + tensor_rank for i in range(degree))
         degree *= 2
-    options = CommunicatorOptions(parallel.cp.max_ctas, parallel.cp.high_priority, timeout)
+    options = CommunicatorOptions(
+        parallel.cp.max_ctas, parallel.cp.high_priority, timeout, peer_copies=parallel.cp.peer_copies
+    )
     return Mesh(world.rank, world.size, tensor_rank, parallel.tensor, data_rank, data_size, device, neighbours, options)
 
 

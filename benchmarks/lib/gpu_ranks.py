@@ -20,7 +20,7 @@ from longring.kernels.layout import SeqLayout
 from longring.launch.build import bucket_layouts
 from longring.launch.config import Recipe, load_recipe
 from longring.launch.grids.decide import decide_grids
-from longring.parallel.config import ParallelConfig
+from longring.parallel.config import CpConfig, ParallelConfig
 from longring.parallel.cp.attention import context_attention
 from longring.parallel.cp.execute import AttentionSpec
 from longring.parallel.cp.grid import NAMED, CpGrid, divisions, grids
@@ -43,9 +43,12 @@ MASKS = ("causal", "documents", "window")
 
 @contextmanager
 def joined() -> Iterator[Mesh]:
-    """Join the ranks of a section, and leave them at the end unless they had joined before. Collective."""
+    """Join the ranks of a section, and leave them at the end unless they had joined before. Collective.
+
+    Messages go over NCCL or gloo alone; `gpu_copies` is the section of copies.
+    """
     own, world = not dist.is_initialized(), World.from_environment()
-    parallel = ParallelConfig(tokens_per_rank=1)
+    parallel = ParallelConfig(tokens_per_rank=1, cp=CpConfig(peer_copies="never"))
     mesh = join(parallel, largest_ring(world.size), timeout_minutes=limit_s() / 60)
     torch.manual_seed(0)
     yield mesh

@@ -21,9 +21,9 @@ from ...parallel.cp.choose import PricedGrid, Pricer, choose
 from ...parallel.cp.cost import ASSUMED, AttentionShape, Event, Speed, play
 from ...parallel.cp.execute import AttentionSpec, backward, forward
 from ...parallel.cp.grid import CpGrid
-from ...parallel.cp.group import Link, channels_of, link_bytes, links_of, open_group
+from ...parallel.cp.group import CommunicatorOptions, channels_of, link_bytes, links_of, open_group, slot_layout
 from ...parallel.cp.layout import zigzag
-from ...parallel.cp.plan import Pass, Tile
+from ...parallel.cp.plan import Link, Pass, Tile
 from ...parallel.cp.record import Recorded
 from ...parallel.cp.schedules import Schedule
 from ...parallel.cp.timeline import Panel, draw
@@ -99,7 +99,7 @@ def plan(
         # A grid that the recipe names is shown beside those that "auto" would choose from.
         choices = [choice._replace(others=_alternatives(recipe, choice, topology)) for choice in choices]
     console.print(grids_table(choices))
-    console.print(communicators_line(recipe, [choice.grid for choice in choices]), highlight=False)
+    console.print(transport_lines(recipe, [choice.grid for choice in choices], topology), highlight=False)
     if timeline is not None:
         last = choices[-1]
         asked = pricer(recipe, last.kind, topology, ASSUMED)
@@ -108,14 +108,29 @@ def plan(
     return choices[-1], preset
 
 
-def communicators_line(recipe: Recipe, grids: Sequence[CpGrid]) -> str:
-    """Return the number of communicators that the grids share, and an estimate of their memory."""
-    ctas = recipe.parallel.cp.max_ctas
-    links = set[Link]().union(*(links_of(grid, 0) for grid in set(grids)))
-    return (
-        f"{len(channels_of(grids))} communicators over {max(grid.size for grid in grids):,} ranks, about "
-        f"{link_bytes(links, 0, ctas) / 2**30:.2g} GiB of a GPU (estimate for parallel.cp.max_ctas = {ctas})"
-    )
+def transport_lines(recipe: Recipe, grids: Sequence[CpGrid], topology: Topology) -> str:
+    """Return the communicators and the copies by which the messages of grids travel, with their memory."""
+    settings, largest = recipe.parallel.cp, max(grid.size for grid in grids)
+    copied = settings.peer_copies == "always" or (settings.peer_copies == "auto" and recipe.parallel.gpu_queues > 1)
+    inside = [grid for grid in set(grids) if copied and grid.size <= topology.ranks_per_node]
+    wired = set(grids) - set(inside)
+    lines = [f"1 communicator over {largest:,} ranks, for sums"]
+    if wired:
+        links = set[Link]().union(*(links_of(grid, 0) for grid in wired))
+        count = len({channels_of(grids)[0], *channels_of(wired)})
+        lines = [
+            f"{count} communicators over {largest:,} ranks, about "
+            f"{link_bytes(links, 0, settings.max_ctas) / 2**30:.2g} GiB of a GPU (estimate for "
+            f"parallel.cp.max_ctas = {settings.max_ctas})"
+        ]
+    if inside:
+        most = max(grid.size for grid in inside)
+        layout = slot_layout(inside, range(most), CommunicatorOptions())
+        lines.append(
+            f"rings of up to {most} ranks: copies between GPUs of a node that reach each other's memory; each lends "
+            f"{layout.num_bytes / 2**30:.2g} GiB (parallel.cp.peer_copies = {settings.peer_copies})"
+        )
+    return "\n".join(lines)
 
 
 def check_picture(timeline: Path) -> None:

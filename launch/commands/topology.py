@@ -21,6 +21,7 @@ from rich.table import Table
 
 from ...data.files import write_text
 from ...parallel.cp.fit import Fit
+from ...parallel.cp.group import CommunicatorOptions
 from ...parallel.cp.probe import Probe, probe
 from ...parallel.cp.topology import Fabric
 from ...parallel.meet import meet
@@ -55,12 +56,15 @@ def show_topology(recipe_file: str | None, overrides: Sequence[str], json_file: 
     read.
     """
     heads, head_dim, dtype, backend, faults = (32, 8), 128, torch.bfloat16, "auto", FaultsConfig()
+    options = CommunicatorOptions()
     if recipe_file is not None:
         recipe = load_recipe(recipe_file, overrides)
         shape = attention_shape(recipe)
         heads, head_dim = (shape.num_heads, shape.num_kv_heads), shape.head_dim
         dtype, backend = getattr(torch, recipe.train.dtype), recipe.train.attention_backend
         faults = recipe.faults
+        cp = recipe.parallel.cp
+        options = CommunicatorOptions(cp.max_ctas, cp.high_priority, peer_copies=cp.peer_copies)
     world, device = World.from_environment(), torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", world.local_rank)
@@ -71,7 +75,7 @@ def show_topology(recipe_file: str | None, overrides: Sequence[str], json_file: 
     dist.init_process_group(links, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     with Clock(world.rank, 60 * faults.hang_minutes) as clock:
         clock.at(0, "measuring the links")
-        found = probe(*heads, head_dim, dtype, device, backend=backend)
+        found = probe(*heads, head_dim, dtype, device, backend=backend, options=options)
     if dist.get_rank() == 0:
         tile = f"{heads[0]} query and {heads[1]} kv heads of {head_dim}, {str(dtype).removeprefix('torch.')}"
         for table in topology_tables(found, tile, device.type):
@@ -86,9 +90,10 @@ def topology_tables(found: Probe, tile: str, device: str) -> list[Table]:
     summary = plain_table("Topology")
     summary.add_row("nodes", f"{found.num_nodes:,}")
     summary.add_row("ranks on a node", f"{topology.ranks_per_node:,} on {device}")
-    for side, fabric in (("inside a node", topology.inside), ("across nodes", topology.across)):
+    sides = {"inside a node": topology.inside, "inside, by copies": topology.copies, "across nodes": topology.across}
+    for side, fabric in sides.items():
         # One node has no links across nodes, and one rank on a node none inside it.
-        if fabric is not None and (side == "across nodes" or topology.ranks_per_node > 1):
+        if fabric is not None and (side != "inside a node" or topology.ranks_per_node > 1):
             summary.add_row(side, _name(fabric))
             summary.add_row("  a link and direction", f"{fabric.bytes_per_s / 1e9:.3g} GB/s")
             summary.add_row("  latency", f"{1e6 * fabric.latency_s:.0f} µs")
@@ -99,7 +104,7 @@ def topology_tables(found: Probe, tile: str, device: str) -> list[Table]:
     summary.add_row("duration of the probe", f"{found.seconds:.1f} s")
     title = "Error of each kind of fabric against the measured times"
     fits = plain_table(title, "where", "fabric", "GB/s", "error", left=["where", "fabric"])
-    for side, found_fits in (("inside", found.inside), ("across", found.across)):
+    for side, found_fits in (("inside", found.inside), ("copies", found.copies), ("across", found.across)):
         for one in found_fits:
             fits.add_row(side, *_row(one))
     return [summary, fits]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .execute import AttentionSpec, backward, forward
 from .group import CpGroup
-from .transports import Distributed
+from .transports import between_processes
 
 
 def context_attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, group: CpGroup) -> Tensor:
@@ -35,7 +35,7 @@ class _ContextAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, group: CpGroup) -> Tensor:  # type: ignore[override]
-        transport = Distributed(group)
+        transport = between_processes(group)
         out, saved = transport.drive(forward(spec, group.rank, q, k, v, transport))
         ctx.save_for_backward(*saved)  # tensors of this rank's grid position only
         ctx.spec, ctx.group, ctx.num_kv_heads = spec, group, k.shape[2]
@@ -43,6 +43,6 @@ class _ContextAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout: Tensor):  # type: ignore[override]
-        transport = Distributed(ctx.group)
+        transport = between_processes(ctx.group)
         running = backward(ctx.spec, ctx.group.rank, dout, ctx.saved_tensors, ctx.num_kv_heads, transport)
         return *transport.drive(running), None, None  # none for spec and group

@@ -12,15 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...kernels.layout import SeqLayout
+from .copies import Copies, SlotLayout
 from .grid import CpGrid
-from .plan import Channel, Flow, Message, Pass
+from .plan import FLOWS, Channel, Flow, Link, Message, Pass
+from .reach import PeerCopies, open_copies, sizes_in_reach
 from .schedules import Schedule
 from .visible import Visibility
 
 log = logging.getLogger(__name__)
 
-Link = tuple[Channel, int, int]
-"""Channel, source and target of messages: the ranks that one communicator connects, in one direction."""
+PASSES: tuple[Pass, ...] = ("forward", "backward")
 BYTES_PER_CTA = (2 << 20, 10 << 20)
 """Estimate of the GPU memory of a link for each CTA of its communicator, of the sender and of the receiver: 64 and 320
 MiB for 32 CTAs, as others measured inside a node of 8 H100 (github.com/NVIDIA/nccl/issues/1685)."""
@@ -37,6 +38,10 @@ class CommunicatorOptions:
     """Whether messages run on streams of high priority, before waiting thread blocks of attention."""
     timeout: timedelta | None = None
     """Time after which torch ends a message; None: torch's default."""
+    peer_copies: PeerCopies = "auto"
+    """Whether rings whose ranks reach each other's memory take copies instead of communicators (`reach.PeerCopies`)."""
+    slot_bytes: int = 8 << 20
+    """Bytes of a slot of a link that takes copies; a link has two."""
 
     def nccl_options(self) -> dist.ProcessGroupNCCL.Options:
         """Return these options for one NCCL process group."""
@@ -56,7 +61,9 @@ class CpGroup:
     """Global rank of each member, in order."""
     channels: Mapping[Channel, dist.ProcessGroup]
     """A process group for each channel, which has its own NCCL communicator and stream, or its own gloo connections.
-    Its ranks are those of the largest group that this one is a part of."""
+    Its ranks are those of the largest group that this one is a part of. With `copies` there may be only one."""
+    copies: Copies | None = None
+    """Links by which messages travel instead, where all members reach each other's memory."""
 
     @property
     def size(self) -> int:
@@ -100,17 +107,31 @@ def open_rings(
     """
     grids, options = list(grids), options or CommunicatorOptions()
     sizes = sorted({grid.size for grid in grids})
-    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    ranks = {size: tuple(rings[size]) for size in sizes}
+    on_gpu = dist.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     channels: dict[Channel, dist.ProcessGroup] = {}
-    for channel in channels_of(grids):
-        channels[channel] = open_channel(rings[sizes[-1]], " ".join(channel), device, options)
-    groups = {size: CpGroup(list(rings[size]).index(dist.get_rank()), tuple(rings[size]), channels) for size in sizes}
+    copied: set[int] = set()
+    copies = None
+    # One process group is always there: ranks add up over it, and learn by it who reaches whom.
+    for first in channels_of(grids)[:1]:
+        channels[first] = open_channel(ranks[sizes[-1]], " ".join(first), device, options)
+        copied, copies = _open_copies(grids, ranks, channels[first], device, options)
+    wired = [grid for grid in grids if grid.size not in copied]
+    for channel in channels_of(wired):
+        if channel not in channels:
+            channels[channel] = open_channel(ranks[sizes[-1]], " ".join(channel), device, options)
+    rank = dist.get_rank()
+    groups = {
+        size: CpGroup(ranks[size].index(rank), ranks[size], channels, copies if size in copied else None)
+        for size in sizes
+    }
     links: set[Link] = set()
-    for grid in grids:
+    for grid in wired:
         members = rings[grid.size]
         links |= {(channel, members[a], members[b]) for channel, a, b in links_of(grid, groups[grid.size].rank)}
     _connect(channels, links, device)
-    gib = link_bytes(links, dist.get_rank(), options.max_ctas) / 2**30
+    gib = link_bytes(links, rank, options.max_ctas) / 2**30
     log.info("%d communicators over %d ranks: about %.2g GiB with NCCL (estimate)", len(channels), sizes[-1], gib)
     return groups
 
@@ -156,16 +177,59 @@ def channels_of(grids: Iterable[CpGrid]) -> list[Channel]:
 
 def links_of(grid: CpGrid, rank: int) -> set[Link]:
     """Return (channel, source, target) of every message that a plan of `rank` may have, whatever is visible."""
-    # One token a rank, and every query sees every key: masks, windows and documents only take messages away.
-    layouts = [SeqLayout(((at, at + 1),)) for at in range(grid.size)]
-    passes: tuple[Pass, ...] = ("forward", "backward")
-    plans = [Schedule(grid, layouts, Visibility(causal=False), direction).plan(rank) for direction in passes]
+    layouts = _one_token_each(grid)
+    plans = [Schedule(grid, layouts, Visibility(causal=False), direction).plan(rank) for direction in PASSES]
     return {
         (message.channel, message.source, message.target)
         for plan in plans
         for step in plan.steps
         for message in (*step.sends, *step.receives)
     }
+
+
+def _open_copies(
+    grids: Sequence[CpGrid],
+    ranks: Mapping[int, Sequence[int]],
+    group: dist.ProcessGroup,
+    device: torch.device,
+    options: CommunicatorOptions,
+) -> tuple[set[int], Copies | None]:
+    """Return the sizes of rings that take copies, and the links of this rank. Collective among the largest ring.
+
+    `ranks` has the global ranks of this rank's ring of each size, and `group` those of the largest.
+    """
+    largest = ranks[max(ranks)]
+    copied = sizes_in_reach(sorted(ranks), largest, options.peer_copies, device, group)
+    if not copied:
+        return copied, None
+    members = ranks[max(copied)]
+    of_members = group if members == largest else open_channel(members, "copies", device, options)
+    layout = slot_layout([grid for grid in grids if grid.size in copied], members, options)
+    copies = open_copies(layout, members, of_members, device, options.timeout, high_priority=options.high_priority)
+    gib = layout.num_bytes / 2**30
+    log.info("copies between the ranks of rings of up to %d: %.2g GiB lent by each rank", max(copied), gib)
+    return copied, copies
+
+
+def slot_layout(grids: Iterable[CpGrid], members: Sequence[int], options: CommunicatorOptions) -> SlotLayout:
+    """Return the slots for the links of all rings of these grids among `members`, the same on every rank."""
+    links: set[Link] = set()
+    for grid in grids:
+        within = all_links(grid)
+        for ring in (members[at : at + grid.size] for at in range(0, len(members), grid.size)):
+            links |= {(channel, ring[source], ring[target]) for channel, source, target in within}
+    return SlotLayout(frozenset(links), options.slot_bytes)
+
+
+def all_links(grid: CpGrid) -> set[Link]:
+    """Return the links of all ranks of a grid: the union of `links_of`."""
+    found: set[Link] = set()
+    for direction in PASSES:
+        messages = Schedule(grid, _one_token_each(grid), Visibility(causal=False), direction).all_messages
+        columns = (messages.flow.tolist(), messages.source.tolist(), messages.target.tolist())
+        for flow, source, target in set(zip(*columns, strict=True)):
+            found.add(((FLOWS[flow], "up" if target > source else "down"), source, target))
+    return found
 
 
 def link_bytes(links: Iterable[Link], rank: int, max_ctas: int) -> int:
@@ -175,6 +239,14 @@ def link_bytes(links: Iterable[Link], rank: int, max_ctas: int) -> int:
     collectives are left out.
     """
     return max_ctas * sum(BYTES_PER_CTA[source != rank] for _, source, _ in links)
+
+
+def _one_token_each(grid: CpGrid) -> list[SeqLayout]:
+    """Return layouts in which, without a causal mask, every query sees every key.
+
+    Masks, windows and documents only take messages away.
+    """
+    return [SeqLayout(((at, at + 1),)) for at in range(grid.size)]
 
 
 def _connect(channels: Mapping[Channel, dist.ProcessGroup], links: Iterable[Link], device: torch.device) -> None:

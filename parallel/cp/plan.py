@@ -49,6 +49,8 @@ FLOWS: tuple[Flow, ...] = get_args(Flow)
 """All flows; arrays of messages hold indices into this."""
 Channel = tuple[Flow, Literal["up", "down"]]
 """Flow and direction: up to a higher rank, or down. Messages of different channels never wait for each other."""
+Link = tuple[Channel, int, int]
+"""Channel, source and target of messages."""
 
 
 class Message(NamedTuple):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 
 import torch
@@ -21,10 +21,14 @@ from ...kernels.attention import attention_backward, attention_forward, zeros_fp
 from ...kernels.layout import SeqLayout
 from ...kernels.mask import make_mask
 from ..world import World
+from .copies import SlotLayout
 from .cost import Speed
 from .fit import Fit, Pattern, Timing, fabrics, fit, patterns
-from .group import CommunicatorOptions, open_channel
+from .group import CommunicatorOptions, CpGroup, open_channel
+from .plan import Channel, Link, Message
+from .reach import open_copies, sizes_in_reach
 from .topology import Fabric, Topology
+from .transports import between_processes
 
 SMALL_BYTES = 8
 LARGE_BYTES = (1 << 18, 1 << 26)
@@ -51,6 +55,8 @@ class Probe:
     across: tuple[Fit, ...]
     seconds: float
     """Duration of the probe."""
+    copies: tuple[Fit, ...] = ()
+    """Fits inside nodes of messages that are copies; none if the ranks of a node do not take them."""
 
     def to_json(self) -> str:
         """Return the probe as JSON, which `from_json` reads."""
@@ -61,10 +67,10 @@ def from_json(text: str) -> Probe:
     """Return the probe that `Probe.to_json` wrote."""
     tree = json.loads(text)
     shape, speed = tree["topology"], Speed(**tree["speed"])
-    across = Fabric(**shape["across"]) if shape["across"] else None
-    topology = Topology(**{**shape, "inside": Fabric(**shape["inside"]), "across": across})
-    fits = {side: tuple(Fit(Fabric(**x["fabric"]), x["error"]) for x in tree[side]) for side in ("inside", "across")}
-    return Probe(topology, speed, tree["num_nodes"], **fits, seconds=tree["seconds"])
+    sides = ("inside", "across", "copies")
+    topology = Topology(**{**shape, **{side: Fabric(**shape[side]) for side in sides if shape.get(side)}})
+    fits = {side: tuple(Fit(Fabric(**x["fabric"]), x["error"]) for x in tree.get(side, ())) for side in sides}
+    return Probe(topology, speed, tree["num_nodes"], seconds=tree["seconds"], **fits)
 
 
 def probe(
@@ -87,14 +93,18 @@ def probe(
     members = dist.get_process_group_ranks(group or dist.group.WORLD)
     per_node = _ranks_per_node(members, group)
     num_nodes = len(members) // per_node
-    links = _Links(members, group, device, options or CommunicatorOptions())
-    inside = links.measure(0, per_node) if per_node > 1 else []
-    across = links.measure(per_node, num_nodes) if num_nodes > 1 else []
+    links = _Links(members, per_node, group, device, options or CommunicatorOptions())
+    inside = links.measure(links.wired, 0, per_node) if per_node > 1 else []
+    across = links.measure(links.wired, per_node, num_nodes) if num_nodes > 1 else []
+    copies = links.measure(links.copied, 0, per_node) if links.copied else []
     speed = _speed(num_heads, num_kv_heads, head_dim, dtype, device, group, backend)
     # With one rank a node there is no fabric inside; the one across stands for both.
     fabric = (inside or across)[0].fabric
-    topology = Topology("probe", per_node, fabric, across[0].fabric if across else None)
-    found = [Probe(topology, speed, num_nodes, tuple(inside), tuple(across), time.perf_counter() - started)]
+    topology = Topology(
+        "probe", per_node, fabric, across[0].fabric if across else None, copies[0].fabric if copies else None
+    )
+    seconds = time.perf_counter() - started
+    found = [Probe(topology, speed, num_nodes, tuple(inside), tuple(across), seconds, tuple(copies))]
     dist.broadcast_object_list(found, group=group, group_src=0, device=device)
     return found[0]
 
@@ -127,23 +137,37 @@ def _ranks_per_node(members: Sequence[int], group: dist.ProcessGroup | None) -> 
 
 
 class _Links:
-    """Timer of patterns of messages. Each direction has a process group of its own, as in `transports`.
+    """Timer of patterns of messages, by the transports of a run.
 
-    The groups are never destroyed: torch would give a later group of the same ranks the same name, under which the
-    store still has the addresses of the old one.
+    The process groups are never destroyed: torch would give a later group of the same ranks the same name, under which
+    the store still has the addresses of the old one.
     """
 
     def __init__(
         self,
         members: Sequence[int],
+        per_node: int,
         group: dist.ProcessGroup | None,
         device: torch.device,
         options: CommunicatorOptions,
     ) -> None:
-        self.rank, self.size, self.group, self.device = dist.get_rank(group), len(members), group, device
-        self.ways = [open_channel(members, f"probe {way}", device, options) for way in ("up", "down")]
+        self.rank, self.group, self.device = dist.get_rank(group), group, device
+        down, up = (open_channel(members, f"probe {way}", device, options) for way in ("down", "up"))
+        channels: dict[Channel, dist.ProcessGroup] = {("keys", "down"): down, ("keys", "up"): up}
+        self.wired = CpGroup(self.rank, tuple(members), channels)
+        """The members, joined by process groups."""
+        self.copied: CpGroup | None = None
+        """The members, with copies between those of a node."""
+        first = self.rank - self.rank % per_node
+        node = tuple(members)[first : first + per_node]
+        if per_node > 1 and sizes_in_reach([per_node], members, options.peer_copies, device, down):
+            links: set[Link] = {(("keys", "up" if b > a else "down"), a, b) for a in node for b in node if a != b}
+            of_node = open_channel(node, "probe copies", device, options)
+            layout = SlotLayout(frozenset(links), options.slot_bytes)
+            copies = open_copies(layout, node, of_node, device, options.timeout, high_priority=options.high_priority)
+            self.copied = replace(self.wired, copies=copies)
 
-    def measure(self, stride: int, num_sites: int) -> list[Fit]:
+    def measure(self, group: CpGroup, stride: int, num_sites: int) -> list[Fit]:
         """Return the fits for `num_sites` ranks of each node (stride 0), or nodes of `stride` ranks. Collective.
 
         The result is the same on all ranks.
@@ -152,57 +176,51 @@ class _Links:
         first = 0 if stride else self.rank - self.rank % num_sites  # all nodes measure at once
         ends = num_sites * width
         to_time = patterns(num_sites, width)
-        large_bytes = self._large_bytes(to_time[0], first)
+        large_bytes = self._large_bytes(group, to_time[0], first)
         timings = [
-            Timing(pattern, self._seconds(pattern, first, SMALL_BYTES), self._seconds(pattern, first, large_bytes))
+            Timing(pattern, *(self._seconds(group, pattern, first, size) for size in (SMALL_BYTES, large_bytes)))
             for pattern in to_time
         ]
         return fit(timings, ends, large_bytes - SMALL_BYTES, fabrics(num_sites, width))
 
-    def _large_bytes(self, pattern: Pattern, first: int) -> int:
+    def _large_bytes(self, group: CpGroup, pattern: Pattern, first: int) -> int:
         """Return the bytes of a large message, which takes `MESSAGE_S` and ten times a small one's time. Collective."""
         num_bytes, most = LARGE_BYTES if self.device.type == "cuda" else (LARGE_BYTES[0], LARGE_BYTES[1] >> 3)
-        enough = max(MESSAGE_S, 10 * self._seconds(pattern, first, SMALL_BYTES))
-        while num_bytes < most and self._seconds(pattern, first, num_bytes) < enough:
+        enough = max(MESSAGE_S, 10 * self._seconds(group, pattern, first, SMALL_BYTES))
+        while num_bytes < most and self._seconds(group, pattern, first, num_bytes) < enough:
             num_bytes *= 2
         return num_bytes
 
-    def _seconds(self, pattern: Pattern, first: int, num_bytes: int) -> float:
+    def _seconds(self, group: CpGroup, pattern: Pattern, first: int, num_bytes: int) -> float:
         """Return the seconds of one round of the pattern on the slowest rank, the fastest of `SAMPLES` samples.
 
         Collective.
         """
         # Two rounds open the connections and show how many rounds fill `SAMPLE_S`.
-        [warm] = _slowest(self._samples(pattern, first, num_bytes, 2, 1), self.device, self.group)
+        messages = [
+            Message("keys", source, (0, 1), first + source, first + target, 0, 0) for source, target in pattern.messages
+        ]
+        [warm] = _slowest(self._samples(group, messages, num_bytes, 2, 1), self.device, self.group)
         rounds = min(50, max(1, round(SAMPLE_S / warm)))
-        return min(_slowest(self._samples(pattern, first, num_bytes, rounds, SAMPLES), self.device, self.group))
+        return min(_slowest(self._samples(group, messages, num_bytes, rounds, SAMPLES), self.device, self.group))
 
-    def _samples(self, pattern: Pattern, first: int, num_bytes: int, rounds: int, num_samples: int) -> list[float]:
+    def _samples(
+        self, group: CpGroup, messages: Sequence[Message], num_bytes: int, rounds: int, num_samples: int
+    ) -> list[float]:
         """Return this rank's seconds a round for each sample; a sample is `rounds` rounds in sequence. Collective."""
-        # This rank's messages of the pattern: process group, whether it sends, the other end.
-        mine: list[tuple[dist.ProcessGroup, bool, int]] = []
-        for source, target in pattern.messages:
-            source, target = source + first, target + first
-            if self.rank in (source, target):
-                is_send = source == self.rank
-                mine.append((self.ways[int(target < source)], is_send, target if is_send else source))
-        mine.sort(key=lambda message: message[1])  # receives first: gloo sends after the receiver has said it is ready
-        buffers = [torch.zeros(num_bytes, dtype=torch.uint8, device=self.device) for _ in mine]
+        mine = [message for message in messages if self.rank in (message.source, message.target)]
+        buffers = {message: [torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)] for message in mine}
+        sends = {message: buffers[message] for message in mine if message.source == self.rank}
+        receives = {message: buffers[message] for message in mine if message.target == self.rank}
+        transport = between_processes(group)
         samples = []
         for _ in range(num_samples):
             _meet(self.device, self.group)
             started = time.perf_counter()
             for _ in range(rounds):
-                works: list[dist.Work] = []
-                for way in self.ways:
-                    ops = [
-                        dist.P2POp(dist.isend if is_send else dist.irecv, buffer, group=of, group_peer=peer)
-                        for buffer, (of, is_send, peer) in zip(buffers, mine, strict=True)
-                        if of is way
-                    ]
-                    works += dist.batch_isend_irecv(ops) if ops else []
-                for work in works:
-                    work.wait()
+                transport.post(sends, receives)
+                for message in mine:
+                    transport.wait(message)
             _finish(self.device)
             samples.append((time.perf_counter() - started) / rounds)
         return samples

@@ -12,13 +12,13 @@ from .compiled import CompiledPlan, Compute, Post
 from .cost import Event
 from .group import CpGroup
 from .plan import Message, Tile
-from .transports import Contents, Distributed
+from .transports import BetweenProcesses, Contents, between_processes
 
 T = TypeVar("T")
 
 
-class Recorded(Distributed):
-    """`Distributed` that records the time of each message and each tile in `events`, in seconds since `origin_s`.
+class Recorded(BetweenProcesses):
+    """Transport that records the time of each message and each tile in `events`, in seconds since `origin_s`.
 
     A message counts from its post until it has been waited for, which is longer than the links carry it. A tile counts
     from the post before it to the next wait or post, or to the end of the pass. On CUDA the host synchronizes
@@ -27,6 +27,7 @@ class Recorded(Distributed):
 
     def __init__(self, group: CpGroup, plan: CompiledPlan, *, origin_s: float) -> None:
         super().__init__(group)
+        self._carrier = between_processes(group)
         self.events: list[Event] = []
         self._origin_s = origin_s
         # Tile that follows each post; heads are traded by one post before those of the plan and one after.
@@ -46,7 +47,7 @@ class Recorded(Distributed):
         """Start messages (see `Transport`) and note the time."""
         now = self._now()
         self._posted_s |= dict.fromkeys((*sends, *receives), now)
-        super().post(sends, receives)
+        self._carrier.post(sends, receives)
         tile = self._tiles[self._posts]
         self._posts += 1
         if tile is not None:
@@ -58,9 +59,10 @@ class Recorded(Distributed):
         self._now()  # the last tile ends here
         return result
 
-    def _wait(self, message: Message) -> None:
+    def wait(self, message: Message) -> None:
+        """Let the computation wait for a message, and note the time. Raises PeerError as `drive` does."""
         self._now()  # a tile that was running ends before the wait
-        super()._wait(message)
+        self._carrier.wait(message)
         self.events.append(Event(self.group.rank, message, self._posted_s.pop(message), self._now()))
 
     def _now(self) -> float:

@@ -66,13 +66,16 @@ class Topology:
     ranks_per_node: int
     inside: Fabric
     across: Fabric | None = None
+    copies: Fabric | None = None
+    """Fabric inside a node for rings that fit into it, whose messages are copies; None: `inside` serves them too."""
 
     def path(self, size: int, source: int, target: int) -> Path:
         """Return the path between two of `size` ranks, which fill one node after the other."""
         # Each node has links of its own, named by its number; `min`: a ring inside a node closes among the ranks used.
         node, per_node = source // self.ranks_per_node, self.ranks_per_node
         if self.across is None or node == target // per_node:
-            return self.inside.path(min(size, per_node), source % per_node, target % per_node, node)
+            fabric = self.copies if self.copies and size <= per_node else self.inside
+            return fabric.path(min(size, per_node), source % per_node, target % per_node, node)
         return self.across.path(size, source, target, "across")
 
     def covers(self, size: int) -> bool:

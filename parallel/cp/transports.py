@@ -1,14 +1,16 @@
-"""Transports: messages over process groups, or by copies between ranks that all run in this process."""
+"""Transports: messages over process groups, by copies between processes, or between ranks of this process."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
-from ..failures import PeerError, is_lost_peer
+from ..failures import LostRank, PeerError, is_lost_peer
+from .copies import Copies
 from .group import CpGroup
 from .plan import Channel, Message
 
@@ -23,12 +25,54 @@ class Transport(Protocol):
         """Start messages. Their tensors are contiguous and must not change until the message has been waited for."""
 
 
-class Distributed:
+class Work(Protocol):
+    """Something that was started, such as `dist.Work`."""
+
+    def wait(self) -> object:
+        """Let the computation wait for it."""
+
+
+class BetweenProcesses(ABC):
     """Transport between processes, for one pass of one rank."""
 
     def __init__(self, group: CpGroup) -> None:
         self.group = group
-        self.works: dict[Message, list[dist.Work]] = {}
+        self.works: dict[Message, list[Work]] = {}
+
+    @abstractmethod
+    def post(self, sends: Contents, receives: Contents) -> None:
+        """Start messages (see `Transport`)."""
+
+    def wait(self, message: Message) -> None:
+        """Let the computation wait for a message. Raises PeerError if a rank is gone or does not answer.
+
+        On a GPU only the device waits, and the watchdog of the run ends a wait that is too long.
+        """
+        try:
+            for work in self.works.pop(message):
+                work.wait()
+        except RuntimeError as error:
+            if not is_lost_peer(error):
+                raise
+            raise PeerError(self.group.explain(self._blamed(message, error))) from error
+
+    def _blamed(self, message: Message, error: RuntimeError) -> Message:
+        """Return a message to or from the rank that an error names; `message` if it names none."""
+        ranks = self.group.global_ranks
+        lost = error.rank if isinstance(error, LostRank) else None
+        return next((m for m in (message, *self.works) if lost in (ranks[m.source], ranks[m.target])), message)
+
+    def drive(self, running: Generator[Message, None, T]) -> T:
+        """Run a pass to its end and return its result. Raises PeerError if a rank is gone or does not answer."""
+        try:
+            while True:
+                self.wait(next(running))
+        except StopIteration as stop:
+            return stop.value
+
+
+class Distributed(BetweenProcesses):
+    """Transport over process groups."""
 
     def post(self, sends: Contents, receives: Contents) -> None:
         """Start messages (see `Transport`), those of one channel together as one batch, in order of channels.
@@ -62,23 +106,28 @@ class Distributed:
                 work = works[at] if len(works) == len(batch) else works[0]
                 self.works.setdefault(message, []).append(work)
 
-    def drive(self, running: Generator[Message, None, T]) -> T:
-        """Run a pass to its end and return its result. Raises PeerError if a rank is gone or does not answer."""
-        try:
-            while True:
-                self._wait(next(running))
-        except StopIteration as stop:
-            return stop.value
 
-    def _wait(self, message: Message) -> None:
-        # With NCCL only the device waits, and the watchdog of the run ends a wait that is too long.
-        try:
-            for work in self.works.pop(message):
-                work.wait()
-        except RuntimeError as error:
-            if not is_lost_peer(error):
-                raise
-            raise PeerError(self.group.explain(message)) from error
+class Copied(BetweenProcesses):
+    """Transport by copies between ranks that reach each other's memory."""
+
+    def __init__(self, group: CpGroup, copies: Copies) -> None:
+        super().__init__(group)
+        self.copies = copies
+
+    def post(self, sends: Contents, receives: Contents) -> None:
+        """Start messages (see `Transport`), in an order that all ranks keep (see `copies`)."""
+        ranks = self.group.global_ranks
+        for message in sorted((*sends, *receives), key=lambda m: (m.channel, m.source, m.target, m)):
+            link = (message.channel, ranks[message.source], ranks[message.target])
+            if message.source == self.group.rank:
+                self.works[message] = [self.copies.send(link, sends[message])]
+            else:
+                self.works[message] = [self.copies.receive(link, receives[message])]
+
+
+def between_processes(group: CpGroup) -> BetweenProcesses:
+    """Return the transport of a group, for one pass."""
+    return Distributed(group) if group.copies is None else Copied(group, group.copies)
 
 
 class InProcess:

@@ -50,10 +50,25 @@ def test_every_bucket_over_several_ranks_has_the_cheapest_grid(capsys, recipe_fi
             assert f"{other.seconds * 1e3:.3g} {other.exposed_s * 1e3:.3g}" in text
             assert str(other.grid) in text
     assert " 128 1 " not in text
+    assert "1 communicator over 4 ranks, for sums" in text
     assert re.search(
-        r"\d communicators over 4 ranks, about [\d.]+ GiB of a GPU \(estimate for parallel.cp.max_ctas = 8\)",
+        r"rings of up to 4 ranks: copies between GPUs of a node that reach each other's memory; each lends "
+        r"0\.\d+ GiB \(parallel.cp.peer_copies = auto\)",
         text,
     )
+
+
+def test_the_transports_of_rings_inside_a_node_and_across(capsys, recipe_file, no_ranks):
+    """Rings of 16 ranks reach over two nodes of 8; tensor parallelism and never leave all to NCCL."""
+    wired = r"\d+ communicators over {} ranks, about [\d.]+ GiB of a GPU \(estimate for parallel.cp.max_ctas = 8\)"
+    across = ["parallel.tokens_per_rank=32", "--topology", "infiniband"]
+    text = planned(capsys, recipe_file, *across)
+    assert re.search(wired.format(16), text)
+    assert "rings of up to 8 ranks: copies" in text
+    for settings in (["parallel.cp.peer_copies=never"], ["parallel.tensor=2"]):
+        text = planned(capsys, recipe_file, *SPREAD, *settings)
+        assert re.search(wired.format(4), text)
+        assert "copies" not in text
 
 
 def test_window_layers_have_rows_of_their_own(capsys, recipe_file, no_ranks):

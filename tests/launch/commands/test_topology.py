@@ -38,18 +38,30 @@ def test_one_rank_has_no_links(arguments, capsys):
 def test_the_tables_of_a_cluster_fit_80_columns():
     inside = Fabric("switch", 450e9, 1e-5)
     across = Fabric("switch", 50e9, 3e-5, ends_per_port=8, full_duplex=False)
+    copies = Fabric("mesh", 40e9, 2e-5)
     found = Probe(
-        Topology("probe", 8, inside, across),
+        Topology("probe", 8, inside, across, copies),
         Speed(5e14, 4e14, 2e-5),
         128,
         (Fit(inside, 0.01),),
         (Fit(across, 0.4),),
         9.0,
+        (Fit(copies, 0.02),),
     )
     console = Console(width=80, record=True)
     for table in topology_tables(found, "32 query and 8 kv heads of 128, bfloat16", "cuda"):
         console.print(table)
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
-    for word in ("128", "450 GB/s", "50 GB/s", "500,000.0 GFLOP/s", "8 ranks a port, one direction at a time", "40%"):
+    for word in (
+        "128",
+        "450 GB/s",
+        "inside, by copies",
+        "40 GB/s",
+        "copies  mesh",
+        "50 GB/s",
+        "500,000.0 GFLOP/s",
+        "8 ranks a port, one direction at a time",
+        "40%",
+    ):
         assert word in text

@@ -23,7 +23,8 @@ from longring.parallel.cp.execute import AttentionSpec, forward
 from longring.parallel.cp.grid import CpGrid
 from longring.parallel.cp.group import CommunicatorOptions, open_group
 from longring.parallel.cp.layout import zigzag
-from longring.parallel.cp.transports import Distributed
+from longring.parallel.cp.reach import PeerCopies
+from longring.parallel.cp.transports import between_processes
 from longring.parallel.cp.visible import Visibility
 from longring.parallel.failures import PeerError
 
@@ -59,10 +60,12 @@ def inputs(num_tokens: int, num_heads: int, num_kv_heads: int, dtype: torch.dtyp
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
-def on_one_rank(grid: CpGrid, num_tokens: int) -> dict[tuple[str, str, torch.dtype], Results]:
+def on_one_rank(grid: CpGrid, num_tokens: int, peer_copies: PeerCopies) -> dict[tuple[str, str, torch.dtype], Results]:
     """Run each case twice on this rank and compare the runs to the last bit; lse is taken from the saved tensors."""
     rank = dist.get_rank()
-    group = open_group(range(grid.size), [grid])
+    # Slots of 1,000 bytes: most messages take several.
+    group = open_group(range(grid.size), [grid], CommunicatorOptions(peer_copies=peer_copies, slot_bytes=1000))
+    assert (group.copies is not None) == (peer_copies == "always" and grid.size > 1)
     results = {}
     for mask, (starts, visibility) in MASKS.items():
         layouts = tuple(SeqLayout(zigzag(num_tokens, r, grid.size).runs, starts) for r in range(grid.size))
@@ -77,7 +80,7 @@ def on_one_rank(grid: CpGrid, num_tokens: int) -> dict[tuple[str, str, torch.dty
                     grads = torch.autograd.grad(out, leaves, dout)
                     runs.append({"out": out.detach(), **dict(zip(("dq", "dk", "dv"), grads, strict=True))})
                 assert all(torch.equal(runs[0][x], runs[1][x]) for x in runs[0]), "two runs differ"
-                wires = Distributed(group)
+                wires = between_processes(group)
                 with torch.no_grad():
                     _, saved = wires.drive(forward(spec, rank, q, k, v, wires))
                 results[mask, name, dtype] = runs[0] | {"lse": saved[4]}
@@ -111,8 +114,28 @@ LARGE_IN_FULL = {
     ids=str,
 )
 def test_equals_one_process_in_fp64(on_ranks, size, grid):
+    check_against_fp64(on_ranks, size, grid, "never")
+
+
+IN_TURNS = {CpGrid.ring(2), CpGrid(2, 2), CpGrid(query=4, query_route="both_ways")}
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"),
+    by_lane(
+        COPIED := [(size, grid) for size, grid in ALL if 1 < size <= 4 or grid in LARGE_IN_FULL],
+        quick=[],
+        slow=[(size, grid) for size, grid in COPIED if grid not in IN_TURNS],
+    ),
+    ids=str,
+)
+def test_copies_equal_one_process_in_fp64(on_ranks, size, grid):
+    check_against_fp64(on_ranks, size, grid, "always")
+
+
+def check_against_fp64(on_ranks, size: int, grid: CpGrid, peer_copies: PeerCopies) -> None:
     num_tokens = 8 * size + 13  # not a multiple of 2 x size, except for size 1
-    shares = on_ranks(size, on_one_rank, grid, num_tokens)
+    shares = on_ranks(size, on_one_rank, grid, num_tokens, peer_copies)
     positions = [zigzag(num_tokens, position, grid.num_positions).positions() for position in range(grid.num_positions)]
     order = torch.cat([zigzag(num_tokens, rank, size).positions() for rank in range(size)]).argsort()
     for mask, name, dtype in shares[0]:
@@ -125,12 +148,12 @@ def test_equals_one_process_in_fp64(on_ranks, size, grid):
         assert_as_exact_as(got, *found, factor=2, what=f"{grid}, {mask}, {name}, {dtype}:")
 
 
-def with_a_failing_peer(rank: int, store: str, failure: str) -> None:
+def with_a_failing_peer(rank: int, store: str, failure: str, peer_copies: PeerCopies) -> None:
     """Run one rank in its own process: rank 1 joins the group and then sleeps or ends; the others print the error."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=3, timeout=timedelta(seconds=60))
     grid = CpGrid.token_ring(3)
-    group = open_group(range(3), [grid], CommunicatorOptions(timeout=timedelta(seconds=4)))
+    group = open_group(range(3), [grid], CommunicatorOptions(timeout=timedelta(seconds=4), peer_copies=peer_copies))
     q = torch.ones(1, 8, 2, 16)
     spec = AttentionSpec(grid, tuple(zigzag(24, r, 3) for r in range(3)), Visibility())
     context_attention(q, q, q, spec, group)
@@ -149,15 +172,21 @@ def with_a_failing_peer(rank: int, store: str, failure: str) -> None:
     time.sleep(200)  # otherwise another rank could notice the end of this one
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("failure", ["sleeps", "ends"])
-def test_a_failing_peer_is_named(failure, tmp_path):
+@pytest.mark.parametrize(
+    ("failure", "peer_copies"),
+    by_lane(
+        [(failure, wanted) for failure in ("sleeps", "ends") for wanted in ("never", "always")],
+        quick=[],
+        slow=[("sleeps", "always")],
+    ),
+)
+def test_a_failing_peer_is_named(failure, peer_copies, tmp_path):
     """The error names the peer. The processes belong to this test: the shared pool would not survive it."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     processes = []
     try:
         for rank in range(3):
-            command = [sys.executable, __file__, str(rank), f"file://{tmp_path}/store", failure]
+            command = [sys.executable, __file__, str(rank), f"file://{tmp_path}/store", failure, peer_copies]
             with (tmp_path / f"rank-{rank}.log").open("w") as log:
                 processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
         for rank in (0, 2):
@@ -179,4 +208,4 @@ def test_a_failing_peer_is_named(failure, tmp_path):
 
 
 if __name__ == "__main__":
-    with_a_failing_peer(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    with_a_failing_peer(int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4])  # type: ignore[arg-type]

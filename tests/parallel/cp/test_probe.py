@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from longring.parallel.cp.cost import Speed
 from longring.parallel.cp.fit import FEW, Fit, Timing, fabrics, fit, patterns
+from longring.parallel.cp.group import CommunicatorOptions
 from longring.parallel.cp.probe import Probe, from_json, probe
 from longring.parallel.cp.topology import Fabric, Topology
 
@@ -147,6 +148,10 @@ def on_nodes_of(local_size: int) -> Probe:
         return probed()
 
 
+def by_copies() -> Probe:
+    return probe(4, 2, 16, torch.float32, torch.device("cpu"), options=CommunicatorOptions(peer_copies="always"))
+
+
 def two_nodes() -> Probe:
     return on_nodes_of(2)
 
@@ -159,7 +164,9 @@ def uneven(told: list[int]) -> str:
     return ""
 
 
-@pytest.mark.parametrize(("measure", "num_nodes"), by_lane([(probed, 1), (two_nodes, 2)], quick=[(two_nodes, 2)]))
+@pytest.mark.parametrize(
+    ("measure", "num_nodes"), by_lane([(probed, 1), (by_copies, 1), (two_nodes, 2)], quick=[(two_nodes, 2)])
+)
 def test_four_processes_find_the_same(on_ranks, measure, num_nodes):
     found = on_ranks(4, measure)
     assert found == [found[0]] * 4
@@ -168,13 +175,14 @@ def test_four_processes_find_the_same(on_ranks, measure, num_nodes):
     assert topology.ranks_per_node == 4 // num_nodes
     assert topology.covers(4)
     assert (topology.across is None) == (num_nodes == 1)
-    for fabric in filter(None, (topology.inside, topology.across)):
+    for fabric in filter(None, (topology.inside, topology.across, topology.copies)):
         assert 0 < fabric.bytes_per_s < math.inf
         assert 0 < fabric.latency_s < math.inf
     assert 0 < speed.forward_flops < math.inf
     assert 0 < speed.backward_flops < math.inf
     assert 0 <= speed.tile_s < math.inf
     assert [x.error for x in found[0].inside] == sorted(x.error for x in found[0].inside)
+    assert (topology.copies is not None) == bool(found[0].copies) == (measure is by_copies)
 
 
 def test_uneven_nodes_are_refused_by_all(on_ranks):
@@ -194,9 +202,11 @@ def test_two_ranks_are_probed(on_ranks):
     assert on_ranks(2, uneven, [2, 2]) == ["", ""]
 
 
+@pytest.mark.parametrize("copies", [None, Fabric("mesh", 7.0, 1e-6)])
 @pytest.mark.parametrize("across", [None, Fabric("switch", 2.5, 1e-5, ends_per_port=4, full_duplex=False)])
-def test_json(across):
+def test_json(across, copies):
     inside = Fabric("ring", 1 / 3, 1e-6)
     fits = (Fit(inside, 0.25), Fit(replace(inside, kind="mesh"), 0.5))
-    found = Probe(Topology("probe", 4, inside, across), Speed(1e9, 2e9, 1e-4), 2, fits, fits[:1] if across else (), 1.5)
+    topology = Topology("probe", 4, inside, across, copies)
+    found = Probe(topology, Speed(1e9, 2e9, 1e-4), 2, fits, fits[:1] if across else (), 1.5, fits[1:] if copies else ())
     assert from_json(found.to_json()) == found

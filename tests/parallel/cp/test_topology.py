@@ -112,3 +112,10 @@ def test_every_way_is_short_and_mirrored(case):
 def test_links_of_two_names_are_two(kind):
     fabric = Fabric(kind, 1.0, 1.0)
     assert not set(fabric.path(4, 0, 1, "a").links) & set(fabric.path(4, 0, 1, "b").links)
+
+
+def test_rings_inside_a_node_take_copies_and_larger_ones_do_not():
+    topology = Topology("two nodes", 4, SWITCH, RING, copies=replace(MESH, bytes_per_s=9.0))
+    assert topology.path(4, 1, 3).links == ((0, "link", 1, 3),)
+    assert topology.path(2, 0, 1).bytes_per_s == 9.0
+    assert topology.path(8, 1, 3) == replace(topology, copies=None).path(8, 1, 3)

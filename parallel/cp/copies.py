@@ -1,0 +1,202 @@
+"""Copies between the ranks of one machine: messages through memory that a rank lends to its peers, without NCCL.
+
+A link is a channel from one rank to another. Its target lends the source `SLOTS` slots of memory, and a message goes
+through them in pieces of at most a slot:
+
+    source                                       target
+    wait for "free" (not at a slot's first use)
+    copy a piece into the slot
+    signal "full"                                wait for "full"
+                                                 copy the piece out
+                                                 signal "free"
+
+These operations run in queues beside the computation, one for what a channel sends and one for what it receives; the
+host only adds to them. A copy has one source and one target, so equal runs stay equal to the last bit.
+
+Every rank adds its messages in one total order (pass, step, half of the step, channel, source, target). The earliest
+message that is not finished is therefore at the front of its queues at both ends, and no ranks wait for each other,
+even where a device runs all queues of a rank as one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .plan import Channel, Link
+
+SLOTS = 2
+"""Slots of a link: the source fills one while the target empties the other."""
+Kind = Literal["full", "free"]
+
+
+class Done(Protocol):
+    """End of some operations of a queue."""
+
+    def query(self) -> bool:
+        """Return whether it has come."""
+        ...
+
+    def wait(self) -> None:
+        """Let the computation wait for them. Raises torch's DistError if a peer is gone or does not answer."""
+
+
+class Queue(Protocol):
+    """Operations that run one after the other, beside the computation; each method adds one and returns at once."""
+
+    def follow(self) -> None:
+        """Wait for all that the computation has been given so far."""
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Copy bytes."""
+
+    def signal(self, rank: int, number: int) -> None:
+        """Send a signal to a rank, after all earlier operations of this queue."""
+
+    def wait(self, rank: int, number: int) -> None:
+        """Wait for a signal from a rank, and take it."""
+
+    def mark(self) -> Done:
+        """Return the end of all operations so far."""
+        ...
+
+
+class PeerMemory(Protocol):
+    """Memory that each of some ranks lends to the others, and signals between them."""
+
+    def of(self, rank: int) -> Tensor:
+        """Return the bytes that a rank lends, uint8 [num_bytes]."""
+        ...
+
+    def queue(self) -> Queue:
+        """Return a new queue."""
+        ...
+
+
+class Signal(NamedTuple):
+    """Name of a signal. Its word is free again when it has been taken, and it is never sent before."""
+
+    source: int
+    target: int
+    number: int
+
+
+@dataclass(frozen=True)
+class SlotLayout:
+    """Position of every slot and number of every signal, the same on all ranks. Links are between global ranks."""
+
+    links: frozenset[Link]
+    slot_bytes: int
+
+    @cached_property
+    def _first_slots(self) -> dict[Link, int]:
+        count: Counter[int] = Counter()
+        first = {}
+        for link in sorted(self.links):
+            first[link] = SLOTS * count[link[2]]
+            count[link[2]] += 1
+        return first
+
+    @cached_property
+    def _channels(self) -> list[Channel]:
+        return sorted({channel for channel, _, _ in self.links})
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes that each rank lends: the most that any of them needs."""
+        return self.slot_bytes * (SLOTS + max(self._first_slots.values()))
+
+    @property
+    def num_signals(self) -> int:
+        """Number of signals that a rank can get from another one."""
+        return 2 * SLOTS * len(self._channels)
+
+    def bytes_of(self, link: Link, slot: int) -> slice:
+        """Return the bytes of a slot in the memory of the link's target."""
+        start = (self._first_slots[link] + slot) * self.slot_bytes
+        return slice(start, start + self.slot_bytes)
+
+    def number(self, channel: Channel, slot: int, kind: Kind) -> int:
+        """Return the number of the signal that a slot is full, to its target, or free, to its source."""
+        return 2 * (SLOTS * self._channels.index(channel) + slot) + (kind == "free")
+
+    def signals(self, kind: Kind) -> set[Signal]:
+        """Return all signals of a kind."""
+        return {
+            Signal(*((source, target) if kind == "full" else (target, source)), self.number(channel, slot, kind))
+            for channel, source, target in self.links
+            for slot in range(SLOTS)
+        }
+
+
+class Copies:
+    """Links of one rank to and from its peers. It lives as long as the run, since slots are used in turns."""
+
+    def __init__(self, layout: SlotLayout, memory: PeerMemory) -> None:
+        self.layout, self.memory = layout, memory
+        self._used: Counter[Link] = Counter()  # slots used so far
+        self._queues: dict[tuple[Channel, bool], Queue] = {}
+
+    def send(self, link: Link, tensors: Sequence[Tensor]) -> Done:
+        """Start a message from this rank. Its tensors are contiguous and must not change until it is done."""
+        channel, _, target = link
+        queue = self._queue(channel, is_send=True)
+        for content in contents(tensors, self.layout.slot_bytes):
+            slot, used = self._next_slot(link)
+            if used:
+                queue.wait(target, self.layout.number(channel, slot, "free"))
+            lent = self.memory.of(target)[self.layout.bytes_of(link, slot)]
+            for at, piece in content:
+                queue.copy(lent[at : at + len(piece)], piece)
+            queue.signal(target, self.layout.number(channel, slot, "full"))
+        return queue.mark()
+
+    def receive(self, link: Link, tensors: Sequence[Tensor]) -> Done:
+        """Start a message to this rank, into contiguous tensors."""
+        channel, source, target = link
+        queue = self._queue(channel, is_send=False)
+        for content in contents(tensors, self.layout.slot_bytes):
+            slot, _ = self._next_slot(link)
+            queue.wait(source, self.layout.number(channel, slot, "full"))
+            lent = self.memory.of(target)[self.layout.bytes_of(link, slot)]
+            for at, piece in content:
+                queue.copy(piece, lent[at : at + len(piece)])
+            queue.signal(source, self.layout.number(channel, slot, "free"))
+        return queue.mark()
+
+    def _next_slot(self, link: Link) -> tuple[int, bool]:
+        """Return the slot of the next piece, and whether it has been used before."""
+        count = self._used[link]
+        self._used[link] += 1
+        return count % SLOTS, count >= SLOTS
+
+    def _queue(self, channel: Channel, *, is_send: bool) -> Queue:
+        """Return the queue of what a channel sends or receives, behind the computation so far."""
+        if (channel, is_send) not in self._queues:
+            self._queues[channel, is_send] = self.memory.queue()
+        queue = self._queues[channel, is_send]
+        queue.follow()
+        return queue
+
+
+def contents(tensors: Sequence[Tensor], slot_bytes: int) -> Iterator[list[tuple[int, Tensor]]]:
+    """Yield what goes into each slot in turn: pieces of the tensors' bytes, and where each begins in its slot."""
+    content: list[tuple[int, Tensor]] = []
+    at = 0
+    for tensor in tensors:
+        left = tensor.detach().view(-1).view(torch.uint8)
+        while len(left):
+            piece, left = left[: slot_bytes - at], left[slot_bytes - at :]
+            content.append((at, piece))
+            at += len(piece)
+            if at == slot_bytes:
+                yield content
+                content, at = [], 0
+    if content:
+        yield content

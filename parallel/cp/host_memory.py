@@ -1,0 +1,194 @@
+"""Memory that ranks on one machine share through the system, with threads as queues: copies without a GPU.
+
+The memory is an anonymous file and a signal a byte in a pipe, which peers open through /proc. Neither has a name in a
+directory, so nothing is left behind however a rank ends; a rank that ends closes its pipes, and who waits for it is
+told at once.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..failures import LostRank
+from .copies import Signal, SlotLayout
+
+LOOK_S = 0.2
+"""Seconds after which a queue that waits looks for an error of another."""
+Operation = tuple[Callable[..., None], tuple[Any, ...]]
+"""Function and its arguments."""
+
+
+class HostMemory:
+    """Memory of some ranks on one machine, as one of them sees it."""
+
+    def __init__(
+        self,
+        rank: int,
+        members: Sequence[int],
+        layout: SlotLayout,
+        gather: Callable[[Any], list[Any]],
+        timeout_s: float,
+    ) -> None:
+        """Lend memory to all members and open theirs. `gather` returns what each member gives it, in order.
+
+        Collective. Raises OSError on every rank if one of them cannot open what another lends.
+        """
+        self.rank, self.timeout_s = rank, timeout_s
+        self._failure: LostRank | None = None  # of any queue: all of them end with it
+        file = os.memfd_create("longring")
+        os.ftruncate(file, layout.num_bytes)
+        self._full = layout.signals("full")
+        pipes = {signal: os.pipe() for signal in self._full | layout.signals("free") if signal.target == rank}
+        lent = gather((os.getpid(), file, {signal: end for signal, (_, end) in pipes.items()}))
+        self._memory: dict[int, Tensor] = {}
+        self._leaving: dict[Signal, int] = {}
+        failed = None
+        for member, (process, of_member, ends) in zip(members, lent, strict=True):
+            try:
+                self._memory[member] = _mapped(f"/proc/{process}/fd/{of_member}", layout.num_bytes)
+                for signal in (signal for signal in ends if signal.source == rank):
+                    self._leaving[signal] = os.open(f"/proc/{process}/fd/{ends[signal]}", os.O_WRONLY)
+            except OSError as error:
+                failed = failed or f"rank {rank} cannot open the memory of rank {member}: {error}"
+        errors = gather(failed)
+        # Everyone has opened all of it. The far ends of the pipes must be the only ones that can write, so that a pipe
+        # ends with its writer.
+        os.close(file)
+        self._arriving: dict[Signal, int] = {}
+        for signal, (end, far_end) in pipes.items():
+            self._arriving[signal] = end
+            os.close(far_end)
+        weakref.finalize(self, _close, (*self._arriving.values(), *self._leaving.values()))
+        if any(errors):
+            raise OSError(next(filter(None, errors)))
+
+    def of(self, rank: int) -> Tensor:
+        """Return the bytes that a rank lends, uint8 [num_bytes]."""
+        return self._memory[rank]
+
+    def queue(self) -> HostQueue:
+        """Return a new queue, with a thread of its own."""
+        return HostQueue(self)
+
+    def signal(self, rank: int, number: int) -> None:
+        """Send a signal to a rank. Raises LostRank if it has ended; one that has nothing more to send may end."""
+        signal = Signal(self.rank, rank, number)
+        try:
+            os.write(self._leaving[signal], b"\0")
+        except BrokenPipeError:
+            if signal in self._full:
+                raise self._lost(rank, "has ended") from None
+
+    def wait(self, rank: int, number: int) -> None:
+        """Wait for a signal from a rank. Raises LostRank if it has ended or is late, and the error of another queue."""
+        end = self._arriving[Signal(rank, self.rank, number)]
+        poll = select.poll()
+        poll.register(end, select.POLLIN)
+        deadline = time.monotonic() + self.timeout_s
+        while not poll.poll(1e3 * min(self.timeout_s, LOOK_S)):
+            if self._failure is not None:
+                raise self._failure
+            if time.monotonic() > deadline:
+                raise self._lost(rank, f"gave no signal for {self.timeout_s:g} s")
+        if not os.read(end, 1):
+            raise self._lost(rank, "has ended")
+
+    def _lost(self, rank: int, reason: str) -> LostRank:
+        """Return the first loss of a rank, which is this one if there was none."""
+        self._failure = self._failure or LostRank(rank, reason)
+        return self._failure
+
+
+class HostQueue:
+    """Queue of a thread, which ends with it. After an error it does nothing more, and every later mark raises it."""
+
+    def __init__(self, memory: HostMemory) -> None:
+        self._memory = memory
+        self._operations: SimpleQueue[Operation | HostDone | None] = SimpleQueue()
+        threading.Thread(target=_work, args=(self._operations,), name="copies", daemon=True).start()
+        weakref.finalize(self, self._operations.put, None)
+
+    def follow(self) -> None:
+        """Do nothing: a CPU has computed what it was given."""
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Copy bytes. numpy does it in this thread alone, where torch would start others for it."""
+        self._operations.put((np.copyto, (target.numpy(), source.numpy())))
+
+    def signal(self, rank: int, number: int) -> None:
+        """Send a signal to a rank, after all earlier operations of this queue."""
+        self._operations.put((self._memory.signal, (rank, number)))
+
+    def wait(self, rank: int, number: int) -> None:
+        """Wait for a signal from a rank, and take it."""
+        self._operations.put((self._memory.wait, (rank, number)))
+
+    def mark(self) -> HostDone:
+        """Return the end of all operations so far."""
+        done = HostDone()
+        self._operations.put(done)
+        return done
+
+
+class HostDone:
+    """End of some operations of a thread."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.error: Exception | None = None
+
+    def query(self) -> bool:
+        """Return whether it has come, with an error or without."""
+        return self.reached.is_set()
+
+    def wait(self) -> None:
+        """Wait for the operations, each of which has a time limit. Raises the error of the first that failed."""
+        self.reached.wait()
+        if self.error is not None:
+            raise self.error
+
+
+def _work(operations: SimpleQueue[Operation | HostDone | None]) -> None:
+    """Run operations one after the other until there is None."""
+    error: Exception | None = None
+    while (item := operations.get()) is not None:
+        if isinstance(item, HostDone):
+            item.error = error
+            item.reached.set()
+        elif error is None:
+            error = _failure(*item)
+        # While it waits, the thread holds nothing that others have dropped.
+        del item
+
+
+def _failure(operation: Callable[..., None], arguments: tuple[Any, ...]) -> Exception | None:
+    try:
+        operation(*arguments)
+    except Exception as error:  # whatever it is, the rank that waits for the operation must get it
+        return error
+    return None
+
+
+def _close(files: Iterable[int]) -> None:
+    for file in files:
+        os.close(file)
+
+
+def _mapped(path: str, num_bytes: int) -> Tensor:
+    file = os.open(path, os.O_RDWR)
+    try:
+        return torch.frombuffer(mmap.mmap(file, num_bytes), dtype=torch.uint8)
+    finally:
+        os.close(file)
