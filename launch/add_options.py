@@ -51,6 +51,20 @@ def order(parser: argparse.ArgumentParser) -> None:
     _verify(parser)
 
 
+def import_(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `longring import`."""
+    parser.add_argument("out", type=Path, metavar="OUT", help="new directory, for init.from of a recipe")
+
+
+def export(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `longring export`."""
+    parser.add_argument("out", type=Path, metavar="OUT", help="new directory for the model")
+    parser.add_argument("--family", default="", metavar="NAME", help="model_type (default: the first that fits)")
+    parser.add_argument(
+        "--dtype", choices=("F32", "BF16", "F16"), default="", help="data type (default: that of the run or import)"
+    )
+
+
 def train(parser: argparse.ArgumentParser) -> None:
     """Add the options of `longring train`."""
     parser.add_argument(

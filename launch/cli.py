@@ -14,7 +14,7 @@ from rich.console import Console
 from . import add_options
 from .config import load_recipe
 from .errors import IO_ERROR, USER_ERROR, print_error
-from .run_directory import find_run
+from .run_directory import RunDirectory, find_run
 
 # The functions below import their command when they are called: torch, DeepSpeed and datasets take seconds to import,
 # and --help and a mistyped recipe need none of them.
@@ -115,6 +115,23 @@ def _submit(options: argparse.Namespace) -> int:
     return 0
 
 
+def _import(options: argparse.Namespace) -> int:
+    from .weights.bring_in import describe, import_weights
+
+    config = import_weights(Path(options.target), options.out)
+    print(f"saved {options.out}; a recipe that begins from these weights has\n")
+    print(f'[init]\nfrom = "{options.out}"\n\n{describe(config)}')
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from .weights.give_out import export_weights
+
+    model = export_weights(RunDirectory(options.target), options.out, family=options.family, dtype=options.dtype)
+    print(f"saved {options.out}, a model of transformers of type {model.family}")
+    return 0
+
+
 def _requeue(options: argparse.Namespace) -> int:
     from .commands.submit import requeue
 
@@ -181,7 +198,12 @@ OVERRIDES = {
     "RUN|RECIPE": "evaluate.* settings; with a recipe also run_directory",
     "DATA|RUN|RECIPE": "settings of the recipe; of data alone, curriculum.* and loader.*",
 }
-TARGETS = {"RECIPE": "recipe, a TOML file", "RUN|RECIPE": "run directory, or its recipe"}
+TARGETS = {
+    "RECIPE": "recipe, a TOML file",
+    "RUN|RECIPE": "run directory, or its recipe",
+    "MODEL_DIR": "directory with config.json and safetensors files",
+    "RUN": "run directory, or what `longring import` has written",
+}
 COMMANDS = (
     Command(
         "prepare",
@@ -227,6 +249,24 @@ COMMANDS = (
         "The job saves before its time limit, and requeues itself until all steps are done.",
         f"{DEMO} --nodes 4 \\\n      slurm.partition=main slurm.time=8:00:00",
         add_options.submit,
+    ),
+    Command(
+        "import",
+        _import,
+        "MODEL_DIR",
+        "Make a Hugging Face model the beginning of runs.",
+        "Its weights become a checkpoint, which init.from of a recipe names; config.json is of a supported family.",
+        "models/Llama-3.1-8B runs/llama",
+        add_options.import_,
+    ),
+    Command(
+        "export",
+        _export,
+        "RUN",
+        "Write the last checkpoint of a run as a Hugging Face model.",
+        "transformers 4 and 5 read it: weights in safetensors, config.json, tokenizer and generation config.",
+        "runs/extended models/mine --dtype BF16",
+        add_options.export,
     ),
     Command(
         "requeue",
@@ -297,7 +337,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
             nargs=None if target == command.target else "?",
             help=TARGETS.get(target, "prepared data, run directory or recipe"),
         )
-        sub.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES.get(target, OVERRIDES["RECIPE"]))
+        if target not in ("MODEL_DIR", "RUN"):  # they have no settings
+            sub.add_argument(
+                "overrides", nargs="*", metavar="key=value", help=OVERRIDES.get(target, OVERRIDES["RECIPE"])
+            )
         sub.set_defaults(run=command.run)
         command.add_options(sub)
     return parser, parsers.choices

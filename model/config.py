@@ -108,6 +108,9 @@ class ModelConfig:
     residual stream (OLMo 2, arXiv 2501.00656)."""
     tied_head: bool = False
     """Use the embedding's weight as that of the output head (arXiv 1608.05859)."""
+    vocab_size: Annotated[int, Interval(ge=0, le=2**30)] = 0
+    """Least number of tokens of embedding and head; published models have more than their tokenizers. 0: the
+    tokenizer's."""
     rope_base: Annotated[float, Interval(ge=1, le=1e12)] = 100_000.0
     """Base of the RoPE frequencies; increase it with the context (1e5 for 8k tokens, 5e6 for 128k)."""
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
@@ -180,6 +183,10 @@ class ModelConfig:
             return None
         return UNSCALED if kind == "window" and self.rope_scaling.full_layers_only else self.rope_scaling
 
+    def num_tokens(self, vocab_size: int) -> int:
+        """Return the number of tokens that the softmax is over, with a tokenizer of `vocab_size` tokens."""
+        return max(vocab_size, self.vocab_size)
+
     def padded_vocab_size(self, vocab_size: int) -> int:
-        """Return the rows of embedding and head: vocab_size rounded up to a multiple of 128, for tensor parallelism."""
-        return -(-vocab_size // 128) * 128
+        """Return the rows of embedding and head: `num_tokens` up to a multiple of 128, for tensor parallelism."""
+        return -(-self.num_tokens(vocab_size) // 128) * 128

@@ -43,7 +43,7 @@ class LossHead(ColumnParallelLinear):
             init_method=values_later,
             bias=False,
         )
-        self.vocab_size, self.z_loss = vocab_size, config.z_loss
+        self.vocab_size, self.z_loss = config.num_tokens(vocab_size), config.z_loss
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
         """Return the loss of every token in nats, fp32 `[b, s]`. Collective over the tensor-parallel group.

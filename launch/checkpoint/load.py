@@ -8,8 +8,8 @@ range of elements from every stored slice that has some of these rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...data.files import sha256_of
-from ...parallel.fragments import KINDS, Cut, Fragment, held, refresh
+from ...parallel.fragments import KINDS, Cut, Fragment, Parameter, held, refresh
 from ...parallel.mesh import Mesh
 from ...parallel.zero import DeepSpeedEngine
 from ..errors import DamageError
@@ -119,6 +119,21 @@ def load_checkpoint(
 
     on_all_ranks(mesh, fill)
     refresh(engine, mesh, manifest.state.updates if set(KINDS) <= set(kinds) else 0)
+
+
+@contextmanager
+def whole_weights(path: Path, manifest: CheckpointManifest) -> Iterator[Callable[[str], Tensor]]:
+    """Yield a function from a parameter's name to its whole weight, fp32, of a checkpoint of any mesh."""
+    with ExitStack() as files:
+        reader = _Reader(path, manifest, files)
+
+        def read(name: str) -> Tensor:
+            shape = manifest.parameters[name].shape
+            weight = torch.empty(shape)
+            reader.fill(Fragment(Parameter(name, shape, None), 0, {"weight": weight.view(-1)}), KINDS[:1], 0, 1)
+            return weight
+
+        yield read
 
 
 class _Reader:

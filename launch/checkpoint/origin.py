@@ -57,6 +57,8 @@ def find_origin(recipe: Recipe, manifest: Manifest) -> Origin | None:
         _check_tokenizer(checkpoint, manifest)
     except ValueError as error:
         raise ValueError(f"init.from = {recipe.init.from_}: {error}") from error
+    if recipe.init.moments and not saved.state.step:
+        raise ValueError("init.moments = True: imported weights have no moments; set it to false")
     return Origin(str(checkpoint), sha256_of(checkpoint / MANIFEST_FILE), saved.state.step)
 
 

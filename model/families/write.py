@@ -29,12 +29,15 @@ def family_of(config: ModelConfig) -> str:
 
 
 def as_published(config: ModelConfig) -> ModelConfig:
-    """Return equal arithmetic in the settings that config.json can say: ntk is another base, z_loss is of training."""
+    """Return equal arithmetic in the settings that config.json can say: ntk is another base, z_loss is of training.
+
+    The size of the vocabulary is said elsewhere.
+    """
     base, scaling = config.rope_base, config.rope_scaling
     if scaling.kind == "ntk" and not scaling.full_layers_only:
         base, scaling = base * scaling.factor ** (config.head_dim / (config.head_dim - 2)), UNSCALED
     pattern = config.layer_pattern[: config.num_layers]
-    return replace(config, rope_base=base, rope_scaling=scaling, layer_pattern=pattern, z_loss=0.0)
+    return replace(config, rope_base=base, rope_scaling=scaling, layer_pattern=pattern, vocab_size=0, z_loss=0.0)
 
 
 def write_config(model: PublishedModel) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Weights from and to the directories of Hugging Face models."""

@@ -1,0 +1,149 @@
+"""`longring export`: the last checkpoint of a run as a Hugging Face directory."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...data.files import sync, write_text
+from ...data.format.tokenizer_file import load_tokenizer
+from ...model.families.family import FAMILIES
+from ...model.families.read import PublishedModel, read_config
+from ...model.families.weights import Weight, to_theirs, weights_of
+from ...model.families.write import family_of, write_config
+from ..checkpoint.format import CheckpointManifest, find_damage, last_good_checkpoint, no_good_checkpoint
+from ..checkpoint.load import whole_weights
+from ..run_directory import RunDirectory
+from .bring_in import DTYPES_FILE, PUBLISHED
+from .directory import CONFIG, INDEX, KEPT, WEIGHTS, read_json
+
+SHARD_BYTES = 5 * 10**9
+"""Largest number of bytes of one file of weights, if it has more than one tensor."""
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def export_weights(run: RunDirectory, out: Path, *, family: str = "", dtype: str = "") -> PublishedModel:
+    """Write the last checkpoint of a run, or imported weights, as a Hugging Face directory `out`; return the model.
+
+    `family` is its `model_type`, by default the first that has the settings; `dtype` its data type, by default that of
+    the run or of the import. One file of weights is held in memory at a time. Raises ValueError if there is no
+    checkpoint, if no family has the settings, and if `out` has content.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: has content; name a new directory")
+    if (found := last_good_checkpoint(run.checkpoints)) is None:
+        raise no_good_checkpoint(run.checkpoints)
+    checkpoint, manifest = found
+    if wrong := find_damage(checkpoint, manifest):
+        raise ValueError(f"{wrong}; bring back a copy of it, or remove {checkpoint} to export the checkpoint before")
+    imported = (run.path / PUBLISHED / CONFIG).is_file()
+    model = _imported(run) if imported else _trained(run, family)
+    dtypes: dict[str, str] = read_json(run.path / PUBLISHED / DTYPES_FILE) if imported else {}
+    default = dtype or ("BF16" if imported or run.recipe().train.dtype == "bfloat16" else "F32")
+    dtypes = {name: dtype or dtypes.get(name, default) for weight in weights_of(model) for name in weight.theirs}
+    _check_vocabulary(model, manifest)
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _write_weights(partial, model, dtypes, checkpoint, manifest)
+    _write_files(partial, run, model, imported and not dtype, default)
+    sync(partial)
+    if out.exists():
+        out.rmdir()  # an empty directory
+    partial.rename(out)
+    return model
+
+
+def _imported(run: RunDirectory) -> PublishedModel:
+    """Return the model of a directory that `longring import` has written."""
+    return read_config(read_json(run.path / PUBLISHED / CONFIG))
+
+
+def _trained(run: RunDirectory, family: str) -> PublishedModel:
+    """Return the model of a run as one of a family."""
+    recipe = run.recipe()
+    if family and family not in FAMILIES:
+        raise ValueError(f"--family {family}: must be one of {', '.join(FAMILIES)}")
+    tokenizer = load_tokenizer(run.tokenizer_file.read_bytes(), str(run.tokenizer_file))
+    boundary = tokenizer.token_to_id(recipe.data.tokenizer.boundary)
+    vocab_size = recipe.model.num_tokens(tokenizer.get_vocab_size(with_added_tokens=True))
+    return PublishedModel(
+        family=family or family_of(recipe.model),
+        config=recipe.model,
+        vocab_size=vocab_size,
+        max_tokens=recipe.data.max_bucket_tokens,
+        other={"bos_token_id": boundary, "eos_token_id": boundary, "pad_token_id": None, "use_cache": True},
+    )
+
+
+def _check_vocabulary(model: PublishedModel, manifest: CheckpointManifest) -> None:
+    rows = manifest.parameters["embedding.weight"].shape[0]
+    if rows != model.config.padded_vocab_size(model.vocab_size):
+        raise ValueError(
+            f"embedding.weight: has {rows} rows, and tokenizer.json has {model.vocab_size} tokens; bring back the "
+            "tokenizer.json of the run"
+        )
+
+
+def _write_weights(
+    directory: Path, model: PublishedModel, dtypes: dict[str, str], checkpoint: Path, manifest: CheckpointManifest
+) -> None:
+    """Write the files of weights and, if there are several, their index."""
+    shards = list(_shards(weights_of(model), dtypes))
+    places, total = {}, 0
+    with whole_weights(checkpoint, manifest) as read:
+        for number, shard in enumerate(shards, start=1):
+            file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors: dict[str, Tensor] = {}
+            for weight in shard:
+                for name, tensor in zip(weight.theirs, to_theirs(weight, read(weight.ours), model), strict=True):
+                    tensors[name] = tensor.to(_DTYPES[dtypes[name]], copy=True).contiguous()
+            save_file(tensors, directory / file, metadata={"format": "pt"})
+            places |= dict.fromkeys(tensors, file)
+            total += sum(tensor.nbytes for tensor in tensors.values())
+    if len(shards) > 1:
+        write_text(directory / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2))
+
+
+def _shards(weights: list[Weight], dtypes: dict[str, str]) -> Iterator[list[Weight]]:
+    """Yield the weights of each file, in order; a weight of ours is not divided between files."""
+    shard: list[Weight] = []
+    size = 0
+    for weight in weights:
+        num_bytes = sum(math.prod(shape) * _DTYPES[dtypes[name]].itemsize for name, shape in weight.theirs.items())
+        if shard and size + num_bytes > SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+        shard.append(weight)
+        size += num_bytes
+    yield shard
+
+
+def _write_files(directory: Path, run: RunDirectory, model: PublishedModel, unchanged: bool, dtype: str) -> None:
+    """Write config.json, the tokenizer's files and the generation config; `unchanged`: those that were imported."""
+    for name in sorted(KEPT):
+        if (run.path / PUBLISHED / name).is_file():
+            shutil.copyfile(run.path / PUBLISHED / name, directory / name)
+    if unchanged:
+        return
+    other = {**model.other, "torch_dtype": _NAMES[dtype], "dtype": _NAMES[dtype]}
+    write_text(directory / CONFIG, json.dumps(write_config(replace(model, other=other)), indent=2) + "\n")
+    if (directory / "tokenizer.json").is_file():
+        return
+    shutil.copyfile(run.tokenizer_file, directory / "tokenizer.json")
+    boundary = run.recipe().data.tokenizer.boundary
+    names: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.max_tokens}
+    names |= {"bos_token": boundary, "eos_token": boundary}
+    write_text(directory / "tokenizer_config.json", json.dumps(names, indent=2) + "\n")
+    ids = {key: model.other[key] for key in ("bos_token_id", "eos_token_id")}
+    write_text(directory / "generation_config.json", json.dumps(ids, indent=2) + "\n")
