@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
+from dataclasses import fields
 from itertools import groupby
 from pathlib import Path
 
 from ...data.files import sha256_of, write_text
-from ...model.config import ModelConfig
+from ...model.config import UNSCALED, ModelConfig
 from ...model.families.weights import Weight, to_ours, weights_of
 from ..checkpoint.format import (
     PARTIAL,
@@ -24,7 +25,7 @@ from ..checkpoint.format import (
 from ..checkpoint.save import write_safetensors
 from ..identity import code_hash, package_versions
 from ..settings import from_tree, to_tree
-from .directory import CONFIG, KEPT, MAX_BYTES, ModelDirectory
+from .directory import CONFIG, KEPT, MAX_BYTES, ModelDirectory, new_directory
 
 PUBLISHED = "published"
 """Directory, in that of a run, with the files that came with imported weights."""
@@ -38,14 +39,12 @@ def import_weights(source: Path, out: Path) -> ModelConfig:
     Its checkpoint has fp32 weights and no moments. One layer is held in memory at a time. Raises ValueError for a model
     that is not exactly supported, and if `out` has content.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: has content; name a new directory")
-    with ModelDirectory(source) as directory:
+    with new_directory(out) as partial, ModelDirectory(source) as directory:
         model = directory.model
         tree = {**to_tree(model.config), "vocab_size": model.vocab_size}
         config = from_tree(ModelConfig, tree, prefix="model.", source=str(source / CONFIG))
         weights = weights_of(model)
-        if extra := directory.names - {name for weight in weights for name in weight.theirs} - _derived(model.config):
+        if extra := directory.names - {name for weight in weights for name in weight.theirs} - _derived(config):
             raise ValueError(
                 f"{source}: has a tensor {min(extra)}, which {CONFIG} does not explain; import another model"
             )
@@ -58,20 +57,20 @@ def import_weights(source: Path, out: Path) -> ModelConfig:
             **{"step": 0, "world_size": 1, "tensor": 1, "zero_stage": 0},
         )
         manifest, dtypes = CheckpointManifest(state=state), {}
-        partial = out / "checkpoints" / (checkpoint_name(0) + PARTIAL)
-        partial.mkdir(parents=True)
+        checkpoint = partial / "checkpoints" / (checkpoint_name(0) + PARTIAL)
+        checkpoint.mkdir(parents=True)
         for number, (_, layer) in enumerate(groupby(weights, key=_layer)):
-            file = partial / f"rank-{number:05d}.safetensors"
+            file = checkpoint / f"rank-{number:05d}.safetensors"
             dtypes |= _write_layer(file, list(layer), directory, manifest)
-        (out / PUBLISHED).mkdir()
-        for name in sorted(KEPT):
+        write_checkpoint_manifest(checkpoint, manifest)
+        publish_checkpoint(checkpoint)
+        (partial / PUBLISHED).mkdir()
+        for name in KEPT:
             if (source / name).is_file() and (source / name).stat().st_size <= MAX_BYTES:
-                shutil.copyfile(source / name, out / PUBLISHED / name)
-        write_text(out / PUBLISHED / DTYPES_FILE, json.dumps(dtypes, indent=1))
+                shutil.copyfile(source / name, partial / PUBLISHED / name)
+        write_text(partial / PUBLISHED / DTYPES_FILE, json.dumps(dtypes, indent=1))
         if (source / "tokenizer.json").is_file():
-            shutil.copyfile(source / "tokenizer.json", out / "tokenizer.json")
-        write_checkpoint_manifest(partial, manifest)
-        publish_checkpoint(partial)  # last: what has no checkpoint is not finished
+            shutil.copyfile(source / "tokenizer.json", partial / "tokenizer.json")
     return config
 
 
@@ -106,26 +105,13 @@ def _write_layer(
 
 
 def describe(config: ModelConfig) -> str:
-    """Return the table [model] of a recipe for these weights."""
-    plain = to_tree(
-        ModelConfig(
-            **{name: getattr(config, name) for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads")},
-            ffn_hidden_size=config.ffn_hidden_size,
-        )
-    )
-    lines = ["[model]"]
+    """Return the table [model] of a recipe for these weights: all settings without a default, and those that differ."""
+    lines, defaults = ["[model]"], {field.name: field.default for field in fields(ModelConfig)}
     for key, value in to_tree(config).items():
-        if isinstance(value, dict):
-            inner = ", ".join(
-                f"{name} = {json.dumps(item)}" for name, item in value.items() if item != plain[key][name]
-            )
+        if key == "rope_scaling":
+            plain = to_tree(UNSCALED)
+            inner = ", ".join(f"{name} = {json.dumps(item)}" for name, item in value.items() if item != plain[name])
             lines += [f"{key} = {{ {inner} }}"] if inner else []
-        elif value != plain[key] or key in (
-            "num_layers",
-            "hidden_size",
-            "num_heads",
-            "num_kv_heads",
-            "ffn_hidden_size",
-        ):
+        elif value != json.loads(json.dumps(defaults[key], default=str)):
             lines.append(f"{key} = {json.dumps(value)}")
     return "\n".join(lines)

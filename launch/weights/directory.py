@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...data.files import sync
 from ...model.families.read import PublishedModel, read_config
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-KEPT = frozenset(
-    ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-) | frozenset(("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"))
+KEPT = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
+)
 """Files beside the weights that `longring import` keeps."""
 MAX_BYTES = 2**28
 """Largest file that is read whole or kept; tokenizers have about 10 MB."""
@@ -48,7 +51,7 @@ class ModelDirectory:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._files.close()
 
     @property
@@ -102,3 +105,26 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ValueError(f"{file}: holds no table; download it again")
     return tree
+
+
+@contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """Yield a directory beside `out`, which gets its name when all has been written without an error.
+
+    Raises ValueError if `out` has content.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: has content; name a new directory")
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a command that was ended
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync(partial)
+    if out.exists():
+        out.rmdir()
+    partial.rename(out)
+    sync(out.parent)

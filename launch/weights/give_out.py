@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...data.files import sync, write_text
+from ...data.files import write_text
 from ...data.format.tokenizer_file import load_tokenizer
 from ...model.families.family import FAMILIES
 from ...model.families.read import PublishedModel, read_config
@@ -24,7 +24,7 @@ from ..checkpoint.format import CheckpointManifest, find_damage, last_good_check
 from ..checkpoint.load import whole_weights
 from ..run_directory import RunDirectory
 from .bring_in import DTYPES_FILE, PUBLISHED
-from .directory import CONFIG, INDEX, KEPT, WEIGHTS, read_json
+from .directory import CONFIG, INDEX, KEPT, WEIGHTS, new_directory, read_json
 
 SHARD_BYTES = 5 * 10**9
 """Largest number of bytes of one file of weights, if it has more than one tensor."""
@@ -39,42 +39,37 @@ def export_weights(run: RunDirectory, out: Path, *, family: str = "", dtype: str
     the run or of the import. One file of weights is held in memory at a time. Raises ValueError if there is no
     checkpoint, if no family has the settings, and if `out` has content.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: has content; name a new directory")
+    if family and family not in FAMILIES:
+        raise ValueError(f"--family {family}: must be one of {', '.join(FAMILIES)}")
     if (found := last_good_checkpoint(run.checkpoints)) is None:
         raise no_good_checkpoint(run.checkpoints)
     checkpoint, manifest = found
     if wrong := find_damage(checkpoint, manifest):
         raise ValueError(f"{wrong}; bring back a copy of it, or remove {checkpoint} to export the checkpoint before")
     imported = (run.path / PUBLISHED / CONFIG).is_file()
-    model = _imported(run) if imported else _trained(run, family)
-    dtypes: dict[str, str] = read_json(run.path / PUBLISHED / DTYPES_FILE) if imported else {}
-    default = dtype or ("BF16" if imported or run.recipe().train.dtype == "bfloat16" else "F32")
-    dtypes = {name: dtype or dtypes.get(name, default) for weight in weights_of(model) for name in weight.theirs}
+    model = _imported(run, family) if imported else _trained(run, family)
+    as_was: dict[str, str] = read_json(run.path / PUBLISHED / DTYPES_FILE) if imported else {}
+    default = dtype or ("F32" if not imported and run.recipe().train.dtype == "float32" else "BF16")
+    dtypes = {name: dtype or as_was.get(name, default) for weight in weights_of(model) for name in weight.theirs}
     _check_vocabulary(model, manifest)
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _write_weights(partial, model, dtypes, checkpoint, manifest)
-    _write_files(partial, run, model, imported and not dtype, default)
-    sync(partial)
-    if out.exists():
-        out.rmdir()  # an empty directory
-    partial.rename(out)
+    with new_directory(out) as partial:
+        _write_weights(partial, model, dtypes, checkpoint, manifest)
+        _write_files(partial, run, model, imported and not dtype and not family, default)
     return model
 
 
-def _imported(run: RunDirectory) -> PublishedModel:
-    """Return the model of a directory that `longring import` has written."""
-    return read_config(read_json(run.path / PUBLISHED / CONFIG))
+def _imported(run: RunDirectory, family: str) -> PublishedModel:
+    """Return the model of a directory that `longring import` has written, as one of a family."""
+    model = read_config(read_json(run.path / PUBLISHED / CONFIG))
+    return replace(model, family=family or model.family)
 
 
 def _trained(run: RunDirectory, family: str) -> PublishedModel:
     """Return the model of a run as one of a family."""
-    recipe = run.recipe()
-    if family and family not in FAMILIES:
-        raise ValueError(f"--family {family}: must be one of {', '.join(FAMILIES)}")
-    tokenizer = load_tokenizer(run.tokenizer_file.read_bytes(), str(run.tokenizer_file))
+    recipe, file = run.recipe(), run.tokenizer_file
+    if not file.is_file():
+        raise ValueError(f"{file}: missing; copy tokenizer.json of the data that the run was trained on to there")
+    tokenizer = load_tokenizer(file.read_bytes(), str(file))
     boundary = tokenizer.token_to_id(recipe.data.tokenizer.boundary)
     vocab_size = recipe.model.num_tokens(tokenizer.get_vocab_size(with_added_tokens=True))
     return PublishedModel(
@@ -90,8 +85,8 @@ def _check_vocabulary(model: PublishedModel, manifest: CheckpointManifest) -> No
     rows = manifest.parameters["embedding.weight"].shape[0]
     if rows != model.config.padded_vocab_size(model.vocab_size):
         raise ValueError(
-            f"embedding.weight: has {rows} rows, and tokenizer.json has {model.vocab_size} tokens; bring back the "
-            "tokenizer.json of the run"
+            f"embedding.weight: has {rows} rows, and {model.vocab_size} tokens are said; bring back config.json or "
+            "tokenizer.json as they were"
         )
 
 
@@ -131,7 +126,7 @@ def _shards(weights: list[Weight], dtypes: dict[str, str]) -> Iterator[list[Weig
 
 def _write_files(directory: Path, run: RunDirectory, model: PublishedModel, unchanged: bool, dtype: str) -> None:
     """Write config.json, the tokenizer's files and the generation config; `unchanged`: those that were imported."""
-    for name in sorted(KEPT):
+    for name in KEPT:
         if (run.path / PUBLISHED / name).is_file():
             shutil.copyfile(run.path / PUBLISHED / name, directory / name)
     if unchanged:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -261,6 +262,25 @@ def test_defaults_of_transformers_that_are_safe():
     tree = with_keys("qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=6, layer_types=...)
     assert read_config(tree).config.layer_pattern == ("full",) * 6 + ("window",) * 2
     assert read_config(with_keys("qwen2", use_sliding_window=False, sliding_window=64)).config.window_tokens == 0
+
+
+ODD = (-1, 0, "x", [], {}, [[]], {"full_attention": 1}, math.inf, math.nan, True, 2**70, ["full_attention"] * 8)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_value_is_read_or_refused_in_one_line(family):
+    tree = write_config(published(family))
+    tables = [key for key, value in tree.items() if isinstance(value, dict)]
+    trees = [{**tree, key: odd} for key in (*tree, "partial_rotary_factor") for odd in ODD]
+    trees += [{**tree, key: {**tree[key], inner: odd}} for key in tables for inner in tree[key] for odd in ODD]
+    for changed in trees:
+        said = ""
+        try:
+            read_config(changed)
+        except ValueError as error:
+            said = str(error)
+        assert "\n" not in said
+        assert len(said) < 400
 
 
 def test_yarn_with_all_its_fields():
