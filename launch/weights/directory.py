@@ -38,15 +38,7 @@ class ModelDirectory:
         self._files = ExitStack()
         self._open: dict[str, Any] = {}
         self.model: PublishedModel = read_config(read_json(path / CONFIG))
-        if (path / INDEX).is_file():
-            self._file_of = read_json(path / INDEX).get("weight_map")
-        else:
-            self._file_of = dict.fromkeys(self._names(WEIGHTS), WEIGHTS)
-        if not isinstance(self._file_of, dict) or not all(
-            isinstance(file, str) and file == Path(file).name and file.endswith(".safetensors")
-            for file in self._file_of.values()
-        ):
-            raise ValueError(f"{path / INDEX}: no readable index of files; download it again")
+        self._file_of = self._files_by_name()
 
     def __enter__(self) -> Self:
         return self
@@ -78,8 +70,17 @@ class ModelDirectory:
         except SafetensorError as error:
             raise ValueError(f"{self.path / file}: not readable: {error}; download it again") from error
 
-    def _names(self, file: str) -> list[str]:
-        return list(self._opened(file).keys())
+    def _files_by_name(self) -> dict[str, str]:
+        """Return the file of every tensor, from the index if there is one."""
+        if not (self.path / INDEX).is_file():
+            return dict.fromkeys(self._opened(WEIGHTS).keys(), WEIGHTS)
+        found = read_json(self.path / INDEX).get("weight_map")
+        if not isinstance(found, dict) or not all(
+            isinstance(file, str) and file == Path(file).name and file.endswith(".safetensors")
+            for file in found.values()
+        ):
+            raise ValueError(f"{self.path / INDEX}: no readable index of files; download it again")
+        return found
 
     def _opened(self, file: str) -> Any:
         if file not in self._open:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...data.files import write_text
+from ...data.files import sync, write_text
 from ...data.format.tokenizer_file import load_tokenizer
 from ...model.families.family import FAMILIES
 from ...model.families.read import PublishedModel, read_config
@@ -104,6 +104,7 @@ def _write_weights(
                 for name, tensor in zip(weight.theirs, to_theirs(weight, read(weight.ours), model), strict=True):
                     tensors[name] = tensor.to(_DTYPES[dtypes[name]], copy=True).contiguous()
             save_file(tensors, directory / file, metadata={"format": "pt"})
+            sync(directory / file)
             places |= dict.fromkeys(tensors, file)
             total += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:

@@ -65,7 +65,8 @@ def to_ours(weight: Weight, tensors: Sequence[Tensor], model: PublishedModel) ->
     match weight.layout:
         case "vocabulary":
             [rows] = tensors
-            return torch.cat([rows, rows.new_zeros(_padding(model), *rows.shape[1:])])
+            padding = model.config.padded_vocab_size(model.vocab_size) - model.vocab_size
+            return torch.cat([rows, rows.new_zeros(padding, *rows.shape[1:])]) if padding else rows
         case "stacked":
             return torch.cat(list(tensors))
         case "by_kv_head":
@@ -89,7 +90,3 @@ def to_theirs(weight: Weight, ours: Tensor, model: PublishedModel) -> list[Tenso
             heads = ours.unflatten(0, (config.num_kv_heads, -1, config.head_dim))  # [h_kv, queries + 2, d, ...]
             return [part.flatten(0, 2) for part in heads.split([heads.shape[1] - 2, 1, 1], dim=1)]
     return [ours]
-
-
-def _padding(model: PublishedModel) -> int:
-    return model.config.padded_vocab_size(model.vocab_size) - model.vocab_size

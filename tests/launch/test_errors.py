@@ -27,7 +27,7 @@ from longring.launch.settings import to_tree
 
 COMMANDS = (
     *("prepare", "plan", "order", "train", "submit", "requeue"),
-    *("evaluate", "checkpoints", "inspect", "topology"),
+    *("evaluate", "checkpoints", "inspect", "topology", "import", "export"),
 )
 
 

@@ -158,7 +158,11 @@ def test_a_run_is_exported_imported_and_trained_on(on_ranks, recipe_file, tmp_pa
 
 def damaged(file: str, content: bytes) -> Callable[[Path], None]:
     """Return a mistake: a file of the model has other content."""
-    return lambda model: (model / file).write_bytes(content) and None
+
+    def mistake(model: Path) -> None:
+        (model / file).write_bytes(content)
+
+    return mistake
 
 
 def without(file: str) -> Callable[[Path], None]:
