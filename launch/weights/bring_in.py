@@ -54,7 +54,10 @@ def import_weights(source: Path, out: Path) -> ModelConfig:
             data=sha256_of(source / CONFIG),
             code=code_hash(),
             packages=package_versions(),
-            **{"step": 0, "world_size": 1, "tensor": 1, "zero_stage": 0},
+            step=0,
+            world_size=1,
+            tensor=1,
+            zero_stage=0,
         )
         manifest, dtypes = CheckpointManifest(state=state), {}
         checkpoint = partial / "checkpoints" / (checkpoint_name(0) + PARTIAL)

@@ -36,7 +36,7 @@ class ModelDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._files = ExitStack()
-        self._open: dict[str, Any] = {}
+        self._open: tuple[str, Any] = ("", None)
         self.model: PublishedModel = read_config(read_json(path / CONFIG))
         self._file_of = self._files_by_name()
 
@@ -83,14 +83,17 @@ class ModelDirectory:
         return found
 
     def _opened(self, file: str) -> Any:
-        if file not in self._open:
-            if not (self.path / file).is_file():
-                raise ValueError(f"{self.path / file}: missing; name a directory with safetensors files")
-            try:
-                self._open[file] = self._files.enter_context(safe_open(self.path / file, "pt"))
-            except SafetensorError as error:
-                raise ValueError(f"{self.path / file}: not readable: {error}; download it again") from error
-        return self._open[file]
+        """Return a file of weights; the one before is closed, so that its pages leave the memory."""
+        if file == self._open[0]:
+            return self._open[1]
+        self._files.close()
+        if not (self.path / file).is_file():
+            raise ValueError(f"{self.path / file}: missing; name a directory with safetensors files")
+        try:
+            self._open = file, self._files.enter_context(safe_open(self.path / file, "pt"))
+        except SafetensorError as error:
+            raise ValueError(f"{self.path / file}: not readable: {error}; download it again") from error
+        return self._open[1]
 
 
 def read_json(file: Path) -> dict[str, Any]:
