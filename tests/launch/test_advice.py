@@ -495,7 +495,7 @@ CASES = {
 def no_ranks(monkeypatch):
     """Let a command end where it would start ranks."""
     for module in (evaluate_command, plan_command, topology_command, train_command):
-        monkeypatch.setattr(module, "start_ranks", lambda *_: 0)
+        monkeypatch.setattr(module, "start_ranks", lambda *_, **__: 0)
 
 
 @pytest.mark.parametrize("name", CASES)
