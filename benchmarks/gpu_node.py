@@ -16,6 +16,7 @@ the others whole; rank 0 prints a table after each and writes the record:
 - channels: the bandwidth of each channel between neighbours, alone and all at once; over several nodes also that of
   a ring inside a node, on the run's communicators and on its own;
 - overlap: the share of communication that compute covers, from a profile of one attention forward and backward;
+- gradients: a step under ZeRO 1 and 2 whose gradients are summed over ranks during the last backward, and after it;
 - train, resume: 50 steps of a run with rings of 1 to all ranks, stopped after 25 and started again;
 - again, equal: the first 30 steps in one start, and whether steps 26 to 30 are equal to those resumed, bit for bit.
 
@@ -79,6 +80,7 @@ def sections(folder: Path, world: World, device: str, size: Size, recipe: Path |
         measured("copies", "lib.gpu_copies:copies_rows", 300),
         measured("channels", "lib.gpu_links:channel_rows", 300),
         measured("overlap", "lib.gpu_links:overlap_rows", 300),
+        measured("gradients", "lib.gpu_gradients:gradient_rows", 300),
         training("train", run, stop),
         training("resume", run, last),
         training("again", again, compared),

@@ -61,6 +61,7 @@ def rows_of_ranks(wrong: bool) -> dict[str, list[dict]]:
         right = ranks.context_attention
         ranks.context_attention = lambda q, k, v, spec, group: right(q, k * 1.05, v, spec, group)
         return {"order": list(ranks.order_rows("smallest"))}
+    import lib.gpu_gradients as gradients
     import lib.gpu_links as links
 
     return {
@@ -68,6 +69,7 @@ def rows_of_ranks(wrong: bool) -> dict[str, list[dict]]:
         "memory": list(ranks.memory_rows("smallest")),
         "channels": list(links.channel_rows("smallest")),
         "overlap": list(links.overlap_rows("smallest")),
+        "gradients": list(gradients.gradient_rows("smallest")),
     }
 
 
@@ -80,6 +82,7 @@ def test_sections_of_ranks_yield_rows_on_rank_0_alone(on_ranks):
     assert [row["after"].lstrip("0123456789 ") for row in first["memory"]] == stages
     assert first["channels"][-1]["channel"] == "all channels at once" and len(first["channels"]) > 4
     assert [row for row in first["overlap"] if not (0 <= row["covered"] <= 1 and row["communication_ms"] > 0)] == []
+    assert [row["zero_stage"] for row in first["gradients"]] == [1, 2]
 
 
 @pytest.mark.full

@@ -32,6 +32,9 @@ def order_of_a_start(recipe_file: Path, run: Path) -> list[str]:
     for name in ("compile_kernels", "decide_grids", "bucket_layouts"):
         setattr(train, name, noted(name))
 
+    prepare = build.BucketLayout.prepare
+    build.BucketLayout.prepare = lambda layout, *given: (done.append("prepare"), prepare(layout, *given))[1]  # type: ignore
+
     def enough(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -45,6 +48,7 @@ def order_of_a_start(recipe_file: Path, run: Path) -> list[str]:
 def test_kernels_are_compiled_before_probe_and_guards(on_ranks, recipe_file, tmp_path):
     [done] = on_ranks(1, order_of_a_start, recipe_file, tmp_path / "run")
     order = ["compiling kernels", "compile_kernels", "dividing attention among ranks", "decide_grids", "bucket_layouts"]
+    order += ["prepare"] * 4  # one for each bucket, before the loader's threads begin
     assert done[-len(order) :] == order
 
 
