@@ -111,12 +111,13 @@ def equal_rows(run: str, reference: str, first: int, last: int) -> Iterator[Row]
     if os.environ["RANK"] != "0":
         return
     ours, theirs = ({step["step"]: step for step in read_records(Path(x, "metrics.jsonl"))} for x in (run, reference))
-    differ = [
-        f"step {step}, {key}: {ours[step][key]} and {theirs[step][key]}"
-        for step in range(first, last + 1)
-        for key in EXACT
-        if ours[step][key] != theirs[step][key]
-    ]
+    differ = []
+    for step in range(first, last + 1):
+        one, other = ours.get(step, {}), theirs.get(step, {})
+        if not (one and other):
+            differ.append(f"step {step}: is missing")
+            continue
+        differ += [f"step {step}, {key}: {one[key]} and {other[key]}" for key in EXACT if one[key] != other[key]]
     yield {"resumed and uninterrupted": f"steps {first} to {last}", "right": not differ, "note": "; ".join(differ[:2])}
 
 

@@ -174,3 +174,5 @@ def test_a_step_that_differs_after_a_resume_is_named(tmp_path, monkeypatch):
     assert row["right"]
     [row] = equal_rows(run, again, 1, 2)
     assert not row["right"] and row["note"] == "step 2, loss: 2.0 and 2.0000001"
+    [row] = equal_rows(run, run, 2, 3)
+    assert not row["right"] and row["note"] == "step 3: is missing"
