@@ -9,13 +9,8 @@
 
 from __future__ import annotations
 
-import os
-import stat
-import tempfile
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -24,6 +19,7 @@ from torch._C._distributed_c10d import Store
 
 from .config import ParallelConfig
 from .cp.group import CommunicatorOptions
+from .device import this_device
 from .meet import meet
 from .world import World
 
@@ -69,10 +65,8 @@ def join(
     world = World.from_environment()
     data_size = parallel.data_size(world.size)
     assert data_size % max_context_degree == 0, f"{data_size} data-parallel ranks, rings of {max_context_degree}"
-    if torch.cuda.is_available():
-        device = _this_gpu(parallel, world, timeout_minutes)
-    else:
-        device = torch.device("cpu")
+    device = this_device(parallel, world, timeout_minutes)
+    if device.type == "cpu":
         # megatron-core allocates on torch.cuda.current_device(); without CUDA that must be the CPU.
         torch.cuda.current_device = lambda: device
     timeout = timedelta(minutes=timeout_minutes)
@@ -100,40 +94,6 @@ def join(
         parallel.cp.max_ctas, parallel.cp.high_priority, timeout, peer_copies=parallel.cp.peer_copies
     )
     return Mesh(world.rank, world.size, tensor_rank, parallel.tensor, data_rank, data_size, device, neighbours, options)
-
-
-def _this_gpu(parallel: ParallelConfig, world: World, timeout_minutes: float) -> torch.device:
-    """Return this rank's GPU, with the environment that CUDA, NCCL and Triton read when they start."""
-    device = torch.device("cuda", world.local_rank)
-    # For ranks that nobody gave it: CUDA reads it when it starts, which an import may have done before.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(parallel.gpu_queues))
-    # torch ends a process whose thread of NCCL gives no sign; the run's watchdog comes first and tells more.
-    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(round(60 * timeout_minutes) + 60))
-    # NCCL gives all pairs of a communicator as many CTAs as the pair with the fewest. Across nodes it takes 1 to 4
-    # by itself, so that a ring inside a node, which shares its communicators with one across nodes, would too.
-    os.environ.setdefault("NCCL_NCHANNELS_PER_NET_PEER", str(parallel.cp.max_ctas))
-    torch.cuda.set_device(device)
-    # Triton's cache goes to a local disk, since home directories on a network file system are slow. One directory
-    # serves all ranks of the node: Triton writes each file beside its place and renames it, so no rank reads half
-    # of a file that another is writing. The files are code that this process runs: nobody else may write them.
-    if "TRITON_CACHE_DIR" not in os.environ:
-        own = private_directory(Path(tempfile.gettempdir(), f"triton-{os.getuid()}"))
-        os.environ["TRITON_CACHE_DIR"] = str(own)
-    return device
-
-
-def private_directory(path: Path) -> Path:
-    """Return `path`, made for this user alone if it is missing. Raises ValueError if it is another user's."""
-    with suppress(FileExistsError):
-        path.mkdir(mode=0o700)
-    found = path.lstat()  # of a link itself, which its owner can lead elsewhere
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise ValueError(
-            f"TRITON_CACHE_DIR: not set, and its default {path} is not a directory of user {os.getuid()}; set it to a "
-            "directory of your own on a local disk"
-        )
-    path.chmod(0o700)
-    return path
 
 
 def megatron_config(parallel: ParallelConfig, deterministic: bool = False) -> ModelParallelConfig:

@@ -20,10 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ...data.files import write_text
+from ...parallel.config import ParallelConfig
 from ...parallel.cp.fit import Fit
 from ...parallel.cp.group import CommunicatorOptions
 from ...parallel.cp.probe import Probe, probe
 from ...parallel.cp.topology import Fabric
+from ...parallel.device import this_device
 from ...parallel.meet import meet
 from ...parallel.world import World
 from ..config import FaultsConfig, load_recipe
@@ -55,24 +57,22 @@ def show_topology(recipe_file: str | None, overrides: Sequence[str], json_file: 
     Without a recipe, attention has the heads of Llama-3-8B, in bfloat16. Raises ValueError if the recipe cannot be
     read.
     """
-    heads, head_dim, dtype, backend, faults = (32, 8), 128, torch.bfloat16, "auto", FaultsConfig()
-    options = CommunicatorOptions()
+    heads, head_dim, dtype, backend = (32, 8), 128, torch.bfloat16, "auto"
+    faults, parallel = FaultsConfig(), ParallelConfig(tokens_per_rank=1)
     if recipe_file is not None:
         recipe = load_recipe(recipe_file, overrides)
         shape = attention_shape(recipe)
         heads, head_dim = (shape.num_heads, shape.num_kv_heads), shape.head_dim
         dtype, backend = getattr(torch, recipe.train.dtype), recipe.train.attention_backend
-        faults = recipe.faults
-        cp = recipe.parallel.cp
-        options = CommunicatorOptions(cp.max_ctas, cp.high_priority, peer_copies=cp.peer_copies)
-    world, device = World.from_environment(), torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", world.local_rank)
-        torch.cuda.set_device(device)
+        faults, parallel = recipe.faults, recipe.parallel
+    world, minutes = World.from_environment(), faults.collective_minutes
+    device = this_device(parallel, world, minutes)
     links = "nccl" if device.type == "cuda" else "gloo"
     store = meet(world, TIMEOUT)
-    timeout = timedelta(minutes=faults.collective_minutes)
+    timeout = timedelta(minutes=minutes)
     dist.init_process_group(links, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+    cp = parallel.cp
+    options = CommunicatorOptions(cp.max_ctas, cp.high_priority, timeout, cp.peer_copies)
     with Clock(world.rank, 60 * faults.hang_minutes) as clock:
         clock.at(0, "measuring the links")
         found = probe(*heads, head_dim, dtype, device, backend=backend, options=options)

@@ -22,7 +22,8 @@ from longring.launch.ranks import start
 from longring.launch.run_directory import RunDirectory
 from longring.model import transformer, weights
 from longring.parallel.config import ParallelConfig
-from longring.parallel.mesh import join, megatron_config, private_directory
+from longring.parallel.device import private_directory
+from longring.parallel.mesh import join, megatron_config
 from torch.utils.checkpoint import checkpoint
 
 MESHES = {

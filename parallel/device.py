@@ -1,0 +1,53 @@
+"""This rank's device, and the environment that CUDA, NCCL and Triton read when they start on it."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from .config import ParallelConfig
+from .world import World
+
+
+def this_device(parallel: ParallelConfig, world: World, timeout_minutes: float) -> torch.device:
+    """Return GPU LOCAL_RANK with its environment set, or the CPU on a machine without GPUs.
+
+    `timeout_minutes` is the time limit of collectives. Raises ValueError if Triton's default cache is another user's.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", world.local_rank)
+    # For ranks that nobody gave it: CUDA reads it when it starts, which an import may have done before.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(parallel.gpu_queues))
+    # torch ends a process whose thread of NCCL gives no sign; the run's watchdog comes first and tells more.
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(round(60 * timeout_minutes) + 60))
+    # NCCL gives all pairs of a communicator as many CTAs as the pair with the fewest. Across nodes it takes 1 to 4
+    # by itself, so that a ring inside a node, which shares its communicators with one across nodes, would too.
+    os.environ.setdefault("NCCL_NCHANNELS_PER_NET_PEER", str(parallel.cp.max_ctas))
+    torch.cuda.set_device(device)
+    # Triton's cache goes to a local disk, since home directories on a network file system are slow. One directory
+    # serves all ranks of the node: Triton writes each file beside its place and renames it, so no rank reads half
+    # of a file that another is writing. The files are code that this process runs: nobody else may write them.
+    if "TRITON_CACHE_DIR" not in os.environ:
+        own = private_directory(Path(tempfile.gettempdir(), f"triton-{os.getuid()}"))
+        os.environ["TRITON_CACHE_DIR"] = str(own)
+    return device
+
+
+def private_directory(path: Path) -> Path:
+    """Return `path`, made for this user alone if it is missing. Raises ValueError if it is another user's."""
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()  # of a link itself, which its owner can lead elsewhere
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise ValueError(
+            f"TRITON_CACHE_DIR: not set, and its default {path} is not a directory of user {os.getuid()}; set it to a "
+            "directory of your own on a local disk"
+        )
+    path.chmod(0o700)
+    return path
