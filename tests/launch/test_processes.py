@@ -152,8 +152,9 @@ def test_a_command_ends_where_one_of_its_ranks_hangs_or_is_gone(recipe_file, tmp
     started.processes[0].join(60)
     assert started.processes[0].exitcode == GO_ON_LATER, run.said
     started.end()
-    assert "Traceback" not in run.said and run.said.count("error:") == 1
+    assert "Traceback" not in run.said
     if action == "SIGKILL":
+        assert run.said.count("error:") == 1
         assert re.search("lost its connection|cannot reach the other ranks", run.said)
     elif command == "evaluate":
         hangs = "rank 1 hangs at step 12, evaluating sequence 0 of bucket 64 and those after it"
