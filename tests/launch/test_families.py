@@ -17,9 +17,11 @@ from helpers.errors import relative_rms
 from helpers.lanes import by_lane
 from longring.kernels.layout import SeqLayout
 from longring.launch.build import attention_on_one_rank
+from longring.model.config import RopeScaling
 from longring.model.families.read import PublishedModel, read_config
 from longring.model.families.weights import Weight, to_ours, to_theirs, weights_of
 from longring.model.families.write import write_config
+from longring.model.rope import frequencies, rope_table
 from longring.model.transformer import Transformer
 from longring.model.weights import fill_weights
 from longring.parallel.config import ParallelConfig
@@ -260,6 +262,39 @@ def test_a_setting_that_differs_is_seen(on_ranks, case):
     head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
     with pytest.raises(AssertionError):
         check(results(case, ranks, tree, head, Division()), exact)
+
+
+REAL: dict[str, dict[str, Any]] = {
+    "llama-3.1": {**LLAMA3, "rope_theta": 5e5, "original_max_position_embeddings": 8192},
+    "llama-3.2": {**LLAMA3, "rope_theta": 5e5, "original_max_position_embeddings": 8192, "factor": 32.0},
+    "qwen": {**YARN, "rope_theta": 1e6, "original_max_position_embeddings": 32768},
+    "untruncated": {**YARN, "rope_theta": 5e5, "original_max_position_embeddings": 8192, "truncate": False},
+    "a short original": {**YARN, "original_max_position_embeddings": 4},
+    "betas": {**YARN, "original_max_position_embeddings": 8192, "beta_fast": 4.0, "beta_slow": 3.9},
+    "mscales": {**YARN, "factor": 40.0, "mscale": 0.707, "mscale_all_dim": 1.0},
+    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0},
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", REAL)
+def test_frequencies_equal_those_of_transformers_at_real_sizes(name):
+    """Also of its dynamic scaling, which for sequences of twice the length is NTK by 2 * factor - (factor - 1)."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    sizes = {**SIZES, "head_dim": 128, "max_position_embeddings": 131072, "rope_parameters": dict(REAL[name])}
+    config = transformers.AutoConfig.for_model("llama", **sizes)
+    theirs, their_factor = ROPE_INIT_FUNCTIONS[REAL[name]["rope_type"]](config, "cpu", seq_len=2 * 131072)
+    if name == "dynamic":
+        scaling = RopeScaling(kind="ntk", factor=2 * 8 - 7)
+    else:
+        scaling = read_config(json.loads(config.to_json_string())).config.rope_scaling
+    found = frequencies(128, REAL[name]["rope_theta"], scaling)
+    torch.testing.assert_close(found, theirs.double(), rtol=2e-6, atol=0)
+    cos, sin = rope_table(torch.tensor([3]), 128, REAL[name]["rope_theta"], scaling)
+    torch.testing.assert_close((cos.square() + sin.square()).sqrt(), torch.full_like(cos, their_factor))
 
 
 @pytest.mark.full

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.lanes import by_lane
 from helpers.small_checkpoint import read_whole
 from longring.launch.config import load_recipe
 from longring.launch.train import train
@@ -46,12 +45,9 @@ def metrics(run: Path) -> np.ndarray:
     return np.array([[step["loss"], step["grad_norm"]] for step in steps])
 
 
-EVERY = [(model, *pair) for model in MODELS for pair in PAIRS]
-
-
-@pytest.mark.parametrize(
-    ("model", "before", "after"), by_lane(EVERY, quick=[], slow=[case for case in EVERY if case != EVERY[0]])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), PAIRS)
+@pytest.mark.parametrize("model", MODELS)
 def test_a_run_changes_its_mesh_and_equals_one_rank(on_ranks, recipe_file, tmp_path, model, before, after):
     common = [*MODELS[model], "parallel.tokens_per_rank=512"]
     world, mesh = ONE

@@ -135,8 +135,18 @@ def test_yarn_multiplies_cos_and_sin(given, factor):
     torch.testing.assert_close(cos.square() + sin.square(), torch.full_like(cos, factor**2))
 
 
+def test_vectors_begin_without_effect():
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 4), "norm": torch.nn.RMSNorm(3)})
+    fill_weights(model, ModelConfig(**SIZES), 0, CPU, torch.float32)
+    assert not model["a"].bias.any()
+    assert (model["norm"].weight == 1).all()
+    assert model["a"].weight.any()
+
+
 def test_vocabulary_is_padded_to_128():
     assert [ModelConfig(**SIZES).padded_vocab_size(n) for n in (1, 128, 129, 50257)] == [128, 128, 256, 50304]
+    larger = ModelConfig(**SIZES, vocab_size=300)  # there is room for more tokens than a tokenizer of 250 has
+    assert (larger.num_tokens(250), larger.padded_vocab_size(250), larger.padded_vocab_size(400)) == (300, 384, 512)
 
 
 def new_model(parallel: ParallelConfig, num_layers: int = 2, vocab_size: int = 100) -> Transformer:
