@@ -238,18 +238,27 @@ def test_messages_weigh_what_is_sent(monkeypatch, base, num_heads, num_kv_heads,
 )
 @pytest.mark.parametrize("size", by_lane([3, 4, 6], quick=[3], slow=[6]))
 def test_the_peak_is_what_was_alive(monkeypatch, size, dtype):
-    """Of the trades of heads the peak counts the messages: nothing else is on its way then."""
     for grid in grids(size):
-        shape = AttentionShape(2 * grid.heads, grid.heads, head_dim=8, itemsize=dtype.itemsize)
-        layouts = tuple(zigzag(12 * size, rank, size) for rank in range(size))
-        spec = execute.AttentionSpec(grid, layouts, Visibility())
-        for direction, (transport, held) in executed(monkeypatch, spec, shape, dtype).items():
-            found = play(spec.schedule(direction), Visibility(), switch(1e9), shape, PAIR_A_SECOND)
-            traded: Counter[tuple[str, int]] = Counter()
-            for (is_send, message), sent in transport.bytes_of.items():
-                if message.is_trade:
-                    traded[message.flow, message.source if is_send else message.target] += sent
-            assert found.peak_bytes == max([*held.values(), *traded.values()]), f"{grid}, {direction}"
+        check_peak(monkeypatch, grid, dtype)
+
+
+def test_queries_between_other_heads_are_copied_for_each_message(monkeypatch):
+    """After a trade of heads their rows lie between those of keys and values; here three messages leave at once."""
+    check_peak(monkeypatch, CpGrid(2, 4, 1, query_route="direct"), torch.bfloat16)
+
+
+def check_peak(monkeypatch, grid: CpGrid, dtype: torch.dtype) -> None:
+    """Check that the priced peak is what was alive; of trades of heads it counts the messages."""
+    size, shape = grid.size, AttentionShape(2 * grid.heads, grid.heads, head_dim=8, itemsize=dtype.itemsize)
+    layouts = tuple(zigzag(12 * size, rank, size) for rank in range(size))
+    spec = execute.AttentionSpec(grid, layouts, Visibility())
+    for direction, (transport, held) in executed(monkeypatch, spec, shape, dtype).items():
+        found = play(spec.schedule(direction), Visibility(), switch(1e9), shape, PAIR_A_SECOND)
+        traded: Counter[tuple[str, int]] = Counter()
+        for (is_send, message), sent in transport.bytes_of.items():
+            if message.is_trade:
+                traded[message.flow, message.source if is_send else message.target] += sent
+        assert found.peak_bytes == max([*held.values(), *traded.values()]), f"{grid}, {direction}"
 
 
 SPEED = Speed(forward_flops=1e12, backward_flops=2e12, tile_s=1e-6)
