@@ -172,14 +172,8 @@ def with_a_failing_peer(rank: int, store: str, failure: str, peer_copies: PeerCo
     time.sleep(200)  # otherwise another rank could notice the end of this one
 
 
-@pytest.mark.parametrize(
-    ("failure", "peer_copies"),
-    by_lane(
-        [(failure, wanted) for failure in ("sleeps", "ends") for wanted in ("never", "always")],
-        quick=[],
-        slow=[("sleeps", "always")],
-    ),
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("failure", "peer_copies"), [("sleeps", "never"), ("ends", "never"), ("ends", "always")])
 def test_a_failing_peer_is_named(failure, peer_copies, tmp_path):
     """The error names the peer. The processes belong to this test: the shared pool would not survive it."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}

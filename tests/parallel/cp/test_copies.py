@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from datetime import timedelta
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -28,6 +29,7 @@ from longring.parallel.cp.layout import zigzag
 from longring.parallel.cp.plan import Link
 from longring.parallel.cp.transports import InProcess
 from longring.parallel.cp.visible import Visibility
+from longring.parallel.failures import LostRank
 from torch import Tensor
 
 Tensors = list[Tensor]
@@ -241,6 +243,28 @@ def test_copies_that_fail_are_refused_at_the_start(on_ranks, fault):
     assert found[0].startswith("parallel.cp.peer_copies: rank ")
     assert found[0].endswith('; set parallel.cp.peer_copies = "never"')
     assert on_ranks(2, copies_that_fail, fault, "never") == ["", ""]
+
+
+def late() -> str:
+    """Wait for a message that rank 0 never sends; return the error."""
+    rank = dist.get_rank()
+    options = CommunicatorOptions(timeout=timedelta(seconds=2), peer_copies="always")
+    copies = open_rings(rings_of(rank, (2,)), [CpGrid.ring(2)], options)[2].copies
+    assert copies is not None
+    found = ""
+    if rank == 1:
+        first, second = (copies.receive((("keys", "up"), 0, 1), [torch.zeros(3)]) for _ in range(2))
+        for done in (first, second):
+            with pytest.raises(LostRank) as raised:
+                done.wait()
+            found += f"{raised.value}; "
+    dist.barrier()
+    return found
+
+
+@pytest.mark.full
+def test_a_wait_has_a_clock(on_ranks):
+    assert on_ranks(2, late)[1] == 2 * "rank 0 gave no signal for 2 s; "
 
 
 def leftovers() -> tuple[int, int, set[str]]:
