@@ -116,10 +116,12 @@ def bucket_layouts(
 ) -> dict[int, BucketLayout]:
     """Return the layout of the buckets of these lengths, and open the process groups that they need. Collective.
 
-    `grids` has the grid of every layer kind that is spread over ranks. Raises ValueError if attention over several
-    ranks differs from attention on one.
+    `grids` has the grid of every layer kind that is spread over ranks. Raises ValueError, on every rank, if
+    attention over several ranks differs from attention on one, or if a ring cannot open its copies.
     """
-    groups = open_rings(mesh.neighbours, grids.values(), mesh.communicator_options) if grids else {}
+    # A fault within one ring, which may have no rank that prints, is an error of all ranks.
+    opened = partial(open_rings, mesh.neighbours, grids.values(), mesh.communicator_options)
+    groups = on_all_ranks(mesh, opened) if grids else {}
     all_windows = {recipe.model.attention_window(layer) for layer in range(recipe.model.num_layers)}
     whole = attention_on_one_rank(recipe.train.attention_backend, mesh.device, all_windows)
     layouts = {}

@@ -13,7 +13,8 @@ import select
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from queue import SimpleQueue
 from typing import Any
 
@@ -28,6 +29,8 @@ LOOK_S = 0.2
 """Seconds after which a queue that waits looks for an error of another."""
 Operation = tuple[Callable[..., None], tuple[Any, ...]]
 """Function and its arguments."""
+Offer = tuple[int, int, dict[Signal, int]]
+"""Process that lends, and its descriptors: the file of its memory, and the far ends of the pipes to it."""
 
 
 class HostMemory:
@@ -43,36 +46,52 @@ class HostMemory:
     ) -> None:
         """Lend memory to all members and open theirs. `gather` returns what each member gives it, in order.
 
-        Collective. Raises OSError on every rank if one of them cannot open what another lends.
+        Collective. Raises OSError on every rank if one of them cannot lend memory, or cannot open what another lends.
         """
         self.rank, self.timeout_s = rank, timeout_s
         self._failure: LostRank | None = None  # of any queue: all of them end with it
-        file = os.memfd_create("longring")
-        os.ftruncate(file, layout.num_bytes)
         self._full = layout.signals("full")
-        pipes = {signal: os.pipe() for signal in self._full | layout.signals("free") if signal.target == rank}
-        lent = gather((os.getpid(), file, {signal: end for signal, (_, end) in pipes.items()}))
         self._memory: dict[int, Tensor] = {}
-        self._leaving: dict[Signal, int] = {}
-        failed = None
-        for member, (process, of_member, ends) in zip(members, lent, strict=True):
-            try:
-                self._memory[member] = _mapped(f"/proc/{process}/fd/{of_member}", layout.num_bytes)
-                for signal in (signal for signal in ends if signal.source == rank):
-                    self._leaving[signal] = os.open(f"/proc/{process}/fd/{ends[signal]}", os.O_WRONLY)
-            except OSError as error:
-                failed = failed or f"rank {rank} cannot open the memory of rank {member}: {error}"
-        errors = gather(failed)
-        # Everyone has opened all of it. The far ends of the pipes must be the only ones that can write, so that a pipe
-        # ends with its writer.
-        os.close(file)
         self._arriving: dict[Signal, int] = {}
-        for signal, (end, far_end) in pipes.items():
-            self._arriving[signal] = end
-            os.close(far_end)
+        self._leaving: dict[Signal, int] = {}
+        # Everyone opens all of it before it is closed here. The far ends of the pipes must then be the only ones that
+        # can write, so that a pipe ends with its writer.
+        with ExitStack() as lent:
+            failed, offer = None, None
+            try:
+                offer = self._lend(layout, lent)
+            except OSError as error:
+                failed = f"rank {rank} cannot lend memory: {error}"
+            offers = dict(zip(members, gather(offer), strict=True))
+            if all(offers.values()):
+                failed = self._open(offers, layout.num_bytes)
+            errors = [error for error in gather(failed) if error]
         weakref.finalize(self, _close, (*self._arriving.values(), *self._leaving.values()))
-        if any(errors):
-            raise OSError(next(filter(None, errors)))
+        if errors:
+            raise OSError(errors[0])
+
+    def _lend(self, layout: SlotLayout, lent: ExitStack) -> Offer:
+        """Make the memory and the pipes to this rank; what only others use is closed with `lent`."""
+        file = os.memfd_create("longring")
+        lent.callback(os.close, file)
+        os.ftruncate(file, layout.num_bytes)
+        far_ends = {}
+        for signal in self._full | layout.signals("free"):
+            if signal.target == self.rank:
+                self._arriving[signal], far_ends[signal] = os.pipe()
+                lent.callback(os.close, far_ends[signal])
+        return os.getpid(), file, far_ends
+
+    def _open(self, offers: Mapping[int, Offer], num_bytes: int) -> str | None:
+        """Open what all members lend; return what is wrong, or None."""
+        for member, (process, file, far_ends) in offers.items():
+            try:
+                self._memory[member] = _mapped(f"/proc/{process}/fd/{file}", num_bytes)
+                for signal in (signal for signal in far_ends if signal.source == self.rank):
+                    self._leaving[signal] = os.open(f"/proc/{process}/fd/{far_ends[signal]}", os.O_WRONLY)
+            except OSError as error:
+                return f"rank {self.rank} cannot open the memory of rank {member}: {error}"
+        return None
 
     def of(self, rank: int) -> Tensor:
         """Return the bytes that a rank lends, uint8 [num_bytes]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 
 import pytest
@@ -184,3 +185,41 @@ def guarded_slices(recipe_file) -> str:
 
 def test_tensor_parallel_ranks_divide_the_sequence_too(on_ranks, recipe_file):
     assert on_ranks(8, guarded_slices, recipe_file) == ["2 ranks passed"] * 8
+
+
+def opened_without_descriptors(recipe_file, peer_copies: str) -> str:
+    """Open the rings of 2 of 4 ranks, where rank 3 may open no more files; return the error of this rank."""
+    recipe = load_recipe(
+        recipe_file,
+        [
+            "parallel.tokens_per_rank=256",
+            "parallel.cp.schedule=token_ring",
+            f"parallel.cp.peer_copies={peer_copies}",
+            "parallel.cp.guards=false",
+        ],
+    )
+    mesh = join(recipe.parallel, recipe.max_context_parallel)
+    grids = decide_grids(recipe, mesh, [512])
+    with pytest.MonkeyPatch.context() as patch:
+        if mesh.rank == 3:
+            patch.setattr(os, "pipe", too_many_files)
+        try:
+            build.bucket_layouts(recipe, mesh, [512], grids)
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+def too_many_files() -> None:
+    raise OSError(24, "Too many open files")
+
+
+@pytest.mark.full
+def test_copies_that_fail_in_one_ring_are_an_error_of_every_rank(on_ranks, recipe_file):
+    """Rank 0, which prints the errors of its node, is in the other ring."""
+    [said] = set(on_ranks(SIZE, opened_without_descriptors, recipe_file, "always"))
+    assert said == (
+        "parallel.cp.peer_copies: rank 3 cannot lend memory: [Errno 24] Too many open files; "
+        'set parallel.cp.peer_copies = "never"'
+    )
+    assert on_ranks(SIZE, opened_without_descriptors, recipe_file, "never") == [""] * SIZE

@@ -208,6 +208,10 @@ def refused(*_: object) -> int:
     raise PermissionError(13, "Permission denied")
 
 
+def too_many(*_: object) -> int:
+    raise OSError(24, "Too many open files")
+
+
 def copies_that_fail(fault: str, peer_copies: str) -> str:
     """Open a ring whose rank 1 cannot open memory, sends no signals, or copies nothing; return the error."""
     rank = dist.get_rank()
@@ -215,6 +219,7 @@ def copies_that_fail(fault: str, peer_copies: str) -> str:
         patch.setattr(reach, "try_links", partial(reach.try_links, limit_s=0.5))
         if rank == 1:
             at, name, value = {
+                "rank 1 cannot lend memory: [Errno 24] Too many open files": (os, "pipe", too_many),
                 "cannot open the memory of rank 0": (os, "open", refused),
                 "took more than 0 s": (HostMemory, "signal", lambda *_: None),
                 "wrong bytes arrived from rank 1": (HostQueue, "copy", lambda *_: None),
@@ -231,7 +236,12 @@ def copies_that_fail(fault: str, peer_copies: str) -> str:
 @pytest.mark.parametrize(
     "fault",
     by_lane(
-        ["cannot open the memory of rank 0", "took more than 0 s", "wrong bytes arrived from rank 1"],
+        [
+            "rank 1 cannot lend memory: [Errno 24] Too many open files",
+            "cannot open the memory of rank 0",
+            "took more than 0 s",
+            "wrong bytes arrived from rank 1",
+        ],
         quick=["wrong bytes arrived from rank 1"],
     ),
 )
