@@ -9,6 +9,8 @@ from dataclasses import fields
 from itertools import groupby
 from pathlib import Path
 
+import torch
+
 from ...data.files import sha256_of, write_text
 from ...model.config import UNSCALED, ModelConfig
 from ...model.families.weights import Weight, to_ours, weights_of
@@ -32,6 +34,8 @@ PUBLISHED = "published"
 DTYPES_FILE = "dtypes.json"
 """File there with the data type of every tensor that was imported."""
 
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 
 def import_weights(source: Path, out: Path) -> ModelConfig:
     """Write the weights of a Hugging Face directory into the new directory `out`; return the model.
@@ -48,6 +52,8 @@ def import_weights(source: Path, out: Path) -> ModelConfig:
             raise ValueError(
                 f"{source}: has a tensor {min(extra)}, which {CONFIG} does not explain; import another model"
             )
+        if config.tied_head and _HEAD in directory.names:
+            _check_tied(directory)
         state = TrainState(
             run=uuid.uuid4().hex,
             recipe={"model": to_tree(config)},
@@ -80,7 +86,18 @@ def import_weights(source: Path, out: Path) -> ModelConfig:
 def _derived(config: ModelConfig) -> set[str]:
     """Return the names of tensors that some files have beside the weights they repeat."""
     buffers = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(config.num_layers)}
-    return buffers | ({"lm_head.weight"} if config.tied_head else set())
+    return buffers | ({_HEAD} if config.tied_head else set())
+
+
+def _check_tied(directory: ModelDirectory) -> None:
+    """Raise ValueError unless the head that is in the files is the embedding; transformers 5 would not tie it."""
+    shape = (directory.model.vocab_size, directory.model.config.hidden_size)
+    (embedding, _), (head, _) = (directory.tensor(name, shape) for name in (_EMBEDDING, _HEAD))
+    if not torch.equal(embedding, head):
+        raise ValueError(
+            f"{directory.path}: {_HEAD} differs from {_EMBEDDING}, and tie_word_embeddings of {CONFIG} says that they "
+            "are one; set it to false"
+        )
 
 
 def _layer(weight: Weight) -> str:

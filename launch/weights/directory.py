@@ -54,7 +54,7 @@ class ModelDirectory:
     def tensor(self, name: str, shape: tuple[int, ...]) -> tuple[Tensor, str]:
         """Return a tensor and its data type in the words of safetensors.
 
-        Raises ValueError if there is none of this name and shape, or if it is of no type for weights.
+        Raises ValueError if there is none of this name and shape, if it is of no type for weights, and if it has NaN.
         """
         if (file := self._file_of.get(name)) is None:
             raise ValueError(f"{self.path}: has no tensor {name}; name a directory with all files of the model")
@@ -66,9 +66,12 @@ class ModelDirectory:
                     f"{self.path / file}: {name} is {dtype} of shape {list(found)}, and {CONFIG} says {list(shape)} of "
                     f"{' or '.join(DTYPES)}; bring the two together"
                 )
-            return self._opened(file).get_tensor(name), dtype
+            tensor = self._opened(file).get_tensor(name)
         except SafetensorError as error:
             raise ValueError(f"{self.path / file}: not readable: {error}; download it again") from error
+        if not tensor.isfinite().all():
+            raise ValueError(f"{self.path / file}: {name} has values that are not finite; download it again")
+        return tensor, dtype
 
     def _files_by_name(self) -> dict[str, str]:
         """Return the file of every tensor, from the index if there is one."""
@@ -119,6 +122,7 @@ def new_directory(out: Path) -> Iterator[Path]:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: has content; name a new directory")
+    out = out.resolve()  # a name, also of "." and of a link without a target
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a command that was ended
     partial.mkdir(parents=True)

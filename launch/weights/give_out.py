@@ -134,7 +134,7 @@ def _write_files(directory: Path, run: RunDirectory, model: PublishedModel, unch
         return
     other = {**model.other, "torch_dtype": _NAMES[dtype], "dtype": _NAMES[dtype]}
     write_text(directory / CONFIG, json.dumps(write_config(replace(model, other=other)), indent=2) + "\n")
-    if (directory / "tokenizer.json").is_file():
+    if (run.path / PUBLISHED).is_dir():
         return
     shutil.copyfile(run.tokenizer_file, directory / "tokenizer.json")
     boundary = run.recipe().data.tokenizer.boundary

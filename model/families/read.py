@@ -122,8 +122,8 @@ class _Keys:
 def _sizes(keys: _Keys, name: str) -> dict[str, Any]:
     """Return the settings that config.json says in one key each."""
     sizes = {ours: (theirs, keys.get(theirs)) for theirs, ours in SIZES.items()}
-    # Values that transformers 4 and 5 take where there is no key; Qwen 3's head_dim would be 128.
-    if sizes["num_kv_heads"][1] is None:
+    # Values that transformers 4 and 5 take for null; without the key, some families have other numbers.
+    if keys.has("num_key_value_heads") and sizes["num_kv_heads"][1] is None:
         sizes["num_kv_heads"] = sizes["num_heads"]
     if sizes["tied_head"][1] is None:
         sizes["tied_head"] = ("tie_word_embeddings", FAMILIES[name].tied_by_default)
@@ -202,8 +202,9 @@ def _rope(keys: _Keys, length: int, *, nested: bool) -> tuple[float, RopeScaling
                     "scaling; import another model"
                 )
         found.append(_parameters(parameters, theta, length, where))
-    if theta is not None and (scaling is not None or not found):  # transformers 4
-        found.append(_parameters({} if scaling is None else scaling, theta, length, "rope_scaling"))
+    base = found[0][0] if found and theta is None else theta
+    if base is not None and (scaling is not None or not found):  # transformers 4
+        found.append(_parameters({} if scaling is None else scaling, base, length, "rope_scaling"))
     if not found:
         raise ValueError("config.json: rope_theta: missing, and transformers 4 and 5 differ in what it then is; add it")
     if any(other != found[0] for other in found) or theta not in (None, found[0][0]):

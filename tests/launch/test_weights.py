@@ -201,6 +201,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
         with_tensors(lambda tensors: tensors.update({"model.norm.weight": torch.ones(32, dtype=torch.int32)})),
         "model.norm.weight is I32 .* of F32 or BF16 or F16; bring the two together",
     ),
+    "values that are not finite": (
+        with_tensors(lambda tensors: tensors["model.norm.weight"].fill_(math.nan)),
+        "model.safetensors: model.norm.weight has values that are not finite; download it again",
+    ),
     "another tensor": (
         with_tensors(lambda tensors: tensors.update({"model.layers.0.self_attn.sinks": torch.ones(4)})),
         "has a tensor model.layers.0.self_attn.sinks, which config.json does not explain; import another model",
@@ -220,6 +224,43 @@ def test_a_directory_that_is_not_whole_is_refused_and_nothing_is_left(tmp_path, 
     assert error.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"model", "other"}
     assert cli.main(["import", f"{tmp_path}/other", f"{tmp_path}/run"]) == 0
+
+
+def test_a_head_beside_a_tied_embedding_must_equal_it(tmp_path):
+    tensors = make_model(tmp_path / "model", "qwen2")
+    file, embedding = tmp_path / "model" / "model.safetensors", tensors["model.embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": embedding + 1}, file)
+    with pytest.raises(ValueError, match="lm_head.weight differs from .* tie_word_embeddings .*; set it to false"):
+        import_weights(tmp_path / "model", tmp_path / "run")
+    save_file({**tensors, "lm_head.weight": embedding.clone()}, file)
+    assert import_weights(tmp_path / "model", tmp_path / "run").tied_head
+    save_file({**tensors, "lm_head.weight": embedding + 1}, file)
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": False}))
+    assert not import_weights(tmp_path / "model", tmp_path / "untied").tied_head
+
+
+def test_a_model_without_tokenizer_json_is_exported_in_another_dtype(tmp_path):
+    make_model(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").rename(tmp_path / "model" / "tokenizer.model")
+    import_weights(tmp_path / "model", tmp_path / "run")
+    export_weights(RunDirectory(tmp_path / "run"), tmp_path / "again", dtype="F16")
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {
+        path.name for path in (tmp_path / "model").iterdir()
+    }
+
+
+@pytest.mark.parametrize("name", [".", "link", "a/../run"])
+def test_a_new_directory_has_any_name(tmp_path, monkeypatch, name):
+    make_model(tmp_path / "model")
+    (tmp_path / "here" / "a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    if name == ".":
+        (tmp_path / "here" / "a").rmdir()
+    if name == "link":
+        Path(name).symlink_to("target")
+    import_weights(tmp_path / "model", Path(name))
+    assert (tmp_path / "here" / name / "tokenizer.json").is_file()
 
 
 def test_what_export_needs(tmp_path):

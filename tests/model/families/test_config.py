@@ -158,6 +158,11 @@ REFUSED = [
         {"rope_parameters": None},
         "rope_theta = 0.0: must be from 1 to 1000000000000.0; correct it",
     ),
+    (
+        {"rope_theta": ..., "rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_scaling": None},
+        "rope_parameters: differs from rope_theta and rope_scaling; remove one of them",
+    ),
     ({"rope_parameters": "yarn"}, {"rope_parameters": None}, "rope_parameters = 'yarn': must be a table; correct it"),
     (
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2}},
@@ -242,6 +247,7 @@ OF_FAMILIES = [
     ("smollm3", {"no_rope_layers": [1]}, {"no_rope_layers": None}, "no_rope_layers: must have 8 entries; correct it"),
     ("smollm3", {"use_sliding_window": True}, {"use_sliding_window": False}, "only False is supported"),
     ("qwen3", {"head_dim": ...}, {}, "head_dim: missing; add it"),
+    ("mistral", {"num_key_value_heads": ...}, {}, "num_key_value_heads: missing; add it"),
 ]
 
 
@@ -253,7 +259,7 @@ def test_what_a_family_lacks_is_refused_with_its_key(family, wrong, right, messa
 
 
 def test_defaults_of_transformers_that_are_safe():
-    tree = with_keys("smollm3", no_rope_layers=..., layer_types=..., tie_word_embeddings=..., num_key_value_heads=...)
+    tree = with_keys("smollm3", no_rope_layers=..., layer_types=..., tie_word_embeddings=..., num_key_value_heads=None)
     config = read_config(tree).config
     assert config.layer_pattern == ("full", "full", "full", "full_no_rope")
     assert config.tied_head
