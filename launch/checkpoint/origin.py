@@ -66,9 +66,11 @@ def _checkpoint_at(path: Path) -> tuple[Path, CheckpointManifest]:
     """Return the checkpoint at `path`, or the last one of the run there, and its manifest."""
     if not (path / MANIFEST_FILE).is_file():
         run = RunDirectory(path)
-        if (path / "config.json").is_file():
-            raise ValueError(f"a Hugging Face directory; run `longring import {path} OUT`, and set init.from to OUT")
         if not run.recipe_file.is_file() and not run.checkpoints.is_dir():
+            if (path / "config.json").is_file():
+                raise ValueError(
+                    f"a Hugging Face directory; run `longring import {path} OUT`, and set init.from to OUT"
+                )
             raise ValueError("neither a run nor a checkpoint; name a directory that `longring train` has written")
         if (found := last_good_checkpoint(run.checkpoints)) is None:
             raise no_good_checkpoint(run.checkpoints)

@@ -135,10 +135,9 @@ def test_what_cannot_begin_a_run_is_named_with_a_way_out(recipe_file, whole, tmp
         f"init.from = {tmp_path}: neither a run nor a checkpoint; name a directory that `longring train` has written"
     )
 
-    (base.path / "config.json").write_text("{}")
-    said = refused(recipe_file, begin)
-    assert said.endswith(f"Hugging Face directory; run `longring import {base.path} OUT`, and set init.from to OUT")
-    (base.path / "config.json").unlink()
+    (tmp_path / "config.json").write_text("{}")
+    said = refused(recipe_file, [run, f"init.from={tmp_path}"])
+    assert said.endswith(f"a Hugging Face directory; run `longring import {tmp_path} OUT`, and set init.from to OUT")
 
     said = refused(recipe_file, [*begin, "model.num_kv_heads=4", "model.num_heads=4", "model.rope_base=1e6"])
     assert "has model.num_kv_heads = 2, and this run has model.num_kv_heads = 4; set model.num_kv_heads = 2" in said
