@@ -337,7 +337,10 @@ class SymmetricMemory:
 
 
 def test_symmetric_memory_is_asked_for_enough(monkeypatch):
-    """Peers are counted within the group, and the words of all signals of all of them fit the pad."""
+    """Peers are counted within the group, and the words of all signals of all of them fit the pad.
+
+    A message begins behind the computation so far, and ends with its own stream.
+    """
     memory = SymmetricMemory()
     symmetric = SimpleNamespace(
         get_signal_pad_size=lambda: memory.pad_bytes,
@@ -345,11 +348,12 @@ def test_symmetric_memory_is_asked_for_enough(monkeypatch):
         empty=lambda size, dtype, device: torch.zeros(size, dtype=dtype),
         rendezvous=lambda own, group: memory,
     )
-    stream, event = SimpleNamespace(wait_stream=lambda _: None), SimpleNamespace(record=lambda _: None)
+    stream = SimpleNamespace(wait_stream=lambda other: memory.calls.append(("follow", other)))
+    event = SimpleNamespace(record=lambda of: memory.calls.append(("mark", of)))
     monkeypatch.setattr(device_memory, "symmetric", symmetric)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: stream)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "computation")
     monkeypatch.setattr(torch.cuda, "stream", lambda _: torch.no_grad())
     members = range(40, 56)
     layout = slot_layout([CpGrid(2, 4, 2)], members, CommunicatorOptions(slot_bytes=64))
@@ -360,6 +364,7 @@ def test_symmetric_memory_is_asked_for_enough(monkeypatch):
     peer = link[2] - 40
     full, free = ([layout.number(link[0], slot, kind) for slot in (0, 1)] for kind in ("full", "free"))
     put = [("put", peer, number) for number in full]
-    assert memory.calls == [*put, ("wait", peer, free[0]), put[0]]
+    message = [*put, ("wait", peer, free[0]), put[0]]
+    assert memory.calls == [("follow", "computation"), *message, ("mark", stream)]
     assert found.of(link[2])[layout.bytes_of(link, 1)].view(torch.float32).eq(1).all()
     assert max(signal.number for signal in layout.signals("free")) * len(members) + 15 < memory.pad_bytes // 4
