@@ -6,7 +6,8 @@ blocks of attention wait for it. A signal and a wait for one are kernels of one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,15 +23,29 @@ class DeviceMemory:
     """Memory of some GPUs, as the rank of one of them sees it."""
 
     def __init__(
-        self, members: Sequence[int], layout: SlotLayout, group: dist.ProcessGroup, device: torch.device, priority: int
+        self,
+        members: Sequence[int],
+        layout: SlotLayout,
+        gather: Callable[[Any], list[Any]],
+        group: dist.ProcessGroup,
+        device: torch.device,
+        priority: int,
     ) -> None:
-        """Lend memory to all members, which are those of `group`, and open theirs. Collective."""
+        """Lend memory to all members, which are those of `group`, and open theirs; `gather` is that of `HostMemory`.
+
+        Collective. Raises RuntimeError on every rank if one of them cannot lend memory.
+        """
         self.members, self.priority, self.device = list(members), priority, device
-        # Each memory begins with a word for every signal of every rank.
-        enough = SIGNAL_BYTES * layout.num_signals * len(members)
-        if symmetric.get_signal_pad_size() < enough:
-            symmetric.set_signal_pad_size(enough)
-        self._own = symmetric.empty(layout.num_bytes, dtype=torch.uint8, device=device)
+        failed = None
+        try:
+            self._own = _lend(layout.num_bytes, SIGNAL_BYTES * layout.num_signals * len(members), device)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            failed = f"rank {dist.get_rank()} cannot lend memory: {reason}"
+        # A rank that has nothing to lend must not be waited for in the rendezvous.
+        errors = [error for error in gather(failed) if error]
+        if errors:
+            raise RuntimeError(errors[0])
         self.handle = symmetric.rendezvous(self._own, group)
         self._memory = [self.handle.get_buffer(at, (layout.num_bytes,), torch.uint8) for at in range(len(self.members))]
 
@@ -74,3 +89,10 @@ class DeviceQueue:
         event = torch.cuda.Event()
         event.record(self._stream)
         return event
+
+
+def _lend(num_bytes: int, signal_bytes: int, device: torch.device) -> Tensor:
+    """Return memory that other ranks can open, which begins with a word for every signal of every rank."""
+    if symmetric.get_signal_pad_size() < signal_bytes:
+        symmetric.set_signal_pad_size(signal_bytes)
+    return symmetric.empty(num_bytes, dtype=torch.uint8, device=device)

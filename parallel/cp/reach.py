@@ -89,7 +89,7 @@ def open_copies(
     copies, failed = None, None
     try:
         if device.type == "cuda":
-            memory = DeviceMemory(members, layout, group, device, priority=-1 if high_priority else 0)
+            memory = DeviceMemory(members, layout, gather, group, device, priority=-1 if high_priority else 0)
         else:
             memory = HostMemory(dist.get_rank(), members, layout, gather, (timeout or TIMEOUT).total_seconds())
         copies = Copies(layout, memory)

@@ -27,6 +27,7 @@ from longring.parallel.cp.group import CommunicatorOptions, all_links, links_of,
 from longring.parallel.cp.host_memory import HostMemory, HostQueue
 from longring.parallel.cp.layout import zigzag
 from longring.parallel.cp.plan import Link
+from longring.parallel.cp.reach import open_copies
 from longring.parallel.cp.transports import InProcess
 from longring.parallel.cp.visible import Visibility
 from longring.parallel.failures import LostRank
@@ -255,6 +256,37 @@ def test_copies_that_fail_are_refused_at_the_start(on_ranks, fault):
     assert on_ranks(2, copies_that_fail, fault, "never") == ["", ""]
 
 
+def full_gpu(rank: int) -> str:
+    """Open copies between GPUs where one has no memory left, and the meeting would wait for its rank."""
+
+    def empty(*_: object, **__: object) -> None:
+        if dist.get_rank() == rank:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64 MiB.\nMore lines")
+
+    def rendezvous(*_: object) -> None:
+        raise RuntimeError("the meeting waits for ever")
+
+    made = SimpleNamespace(get_signal_pad_size=lambda: 2048, empty=empty, rendezvous=rendezvous)
+    layout = slot_layout([CpGrid.ring(2)], range(2), CommunicatorOptions())
+    assert dist.group.WORLD is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device_memory, "symmetric", made)
+        try:
+            open_copies(layout, range(2), dist.group.WORLD, torch.device("cuda", 0), None, high_priority=True)
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.full
+def test_a_gpu_without_memory_to_lend_is_one_error_of_all_ranks(on_ranks):
+    """The advice is that of other copies that fail, which carries it out."""
+    assert on_ranks(2, full_gpu, 1) == 2 * [
+        "parallel.cp.peer_copies: rank 1 cannot lend memory: CUDA out of memory. Tried to allocate 64 MiB.; "
+        'set parallel.cp.peer_copies = "never"'
+    ]
+
+
 def late() -> str:
     """Wait for a message that rank 0 never sends; return the error."""
     rank = dist.get_rank()
@@ -357,7 +389,14 @@ def test_symmetric_memory_is_asked_for_enough(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda _: torch.no_grad())
     members = range(40, 56)
     layout = slot_layout([CpGrid(2, 4, 2)], members, CommunicatorOptions(slot_bytes=64))
-    found = device_memory.DeviceMemory(members, layout, None, torch.device("cuda", 0), -1)  # type: ignore[arg-type]
+    found = device_memory.DeviceMemory(
+        members,
+        layout,
+        lambda mine: [mine],
+        None,
+        torch.device("cuda", 0),
+        -1,  # type: ignore[arg-type]
+    )
     copies = Copies(layout, found)
     [link] = [link for link in layout.links if link[0] == ("keys", "up") and link[1] == 40][:1]
     assert copies.send(link, [torch.ones(48)]) is event
