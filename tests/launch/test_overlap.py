@@ -24,11 +24,11 @@ ELEMENTS = 2**14
 Found = tuple[list[int], list[int], list[torch.Tensor]]
 
 
-def two_micro_batches(recipe_file: Path, overrides: list[str], elements: int) -> Found:
-    """Train a step of two micro-batches.
+def two_steps(recipe_file: Path, overrides: list[str], elements: int) -> Found:
+    """Train two steps of two micro-batches.
 
     Returns the number of sums over ranks that each backward issues before the first parameter of the model has its
-    gradient, the number that it issues in all, and this rank's fp32 weights after the step.
+    gradient, the number that it issues in all, and this rank's fp32 weights at the end.
     """
     config = zero.deepspeed_config
 
@@ -53,8 +53,8 @@ def two_micro_batches(recipe_file: Path, overrides: list[str], elements: int) ->
 
         first = next(iter(engine.param_names))
         first.register_hook(lambda _: early.append(sums() - before))
-        for number in range(2):
-            generator = torch.Generator().manual_seed(2 * mesh.rank + number)
+        for number in range(4):
+            generator = torch.Generator().manual_seed(4 * mesh.rank + number)
             tokens = torch.randint(VOCABULARY, (1, TOKENS + 1), generator=generator)
             loss = engine(tokens[:, :-1], tokens[:, 1:], layout, attend).mean()
             before = sums()
@@ -75,8 +75,8 @@ OVERLAPPED = {
 
 @pytest.mark.parametrize("name", by_lane(OVERLAPPED, quick=[], slow=list(OVERLAPPED)[1:]))
 def test_gradients_are_summed_while_the_backward_computes_others(on_ranks, recipe_file, name):
-    [(early, in_all, _), _] = on_ranks(2, two_micro_batches, recipe_file, OVERLAPPED[name], ELEMENTS)
-    first, last = early
+    [(early, in_all, _), _] = on_ranks(2, two_steps, recipe_file, OVERLAPPED[name], ELEMENTS)
+    first, last, *_ = early
     assert last >= 3, "several buckets are on their way before the last gradient"
     # ZeRO 1 sums once a step; ZeRO 2 and 3 keep no more than their part of a sum, so they sum after each micro-batch.
     assert (first == 0) == (in_all[0] == 0) == name.startswith("zero1")
@@ -86,8 +86,9 @@ def test_gradients_are_summed_while_the_backward_computes_others(on_ranks, recip
 @pytest.mark.full
 def test_sums_in_buckets_are_those_of_the_whole(on_ranks, recipe_file):
     """Two numbers have one sum, so not a bit may differ."""
-    cut, whole = (on_ranks(2, two_micro_batches, recipe_file, ["train.dtype=bfloat16"], n) for n in (ELEMENTS, 2**30))
+    cut, whole = (on_ranks(2, two_steps, recipe_file, ["train.dtype=bfloat16"], n) for n in (ELEMENTS, 2**30))
     for (_, of_cut, a), (_, of_whole, b) in zip(cut, whole, strict=True):
         assert of_whole[1] == 2, "one for each group of parameters"
         assert of_cut[1] >= 6
+        assert of_cut[2:] == of_cut[:2], "each step sums anew"
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
