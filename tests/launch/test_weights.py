@@ -10,12 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.small_checkpoint import read_whole
+from longring.data.format.manifest import open_prepared
 from longring.launch import cli
 from longring.launch.checkpoint.format import read_checkpoint_manifest
-from longring.launch.config import load_recipe
+from longring.launch.config import Recipe, load_recipe
+from longring.launch.evaluate import evaluate
 from longring.launch.preflight import preflight
 from longring.launch.run_directory import RunDirectory
 from longring.launch.settings import from_tree
@@ -92,6 +95,8 @@ def test_what_is_imported_is_exported_bit_by_bit(tmp_path, monkeypatch, family):
     assert index["weight_map"].keys() == tensors.keys()
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
     assert len(set(index["weight_map"].values())) > 2
+    for file in set(index["weight_map"].values()):
+        assert sum(tensor.nbytes for tensor in load_file(tmp_path / "again" / file).values()) <= 30_000
     for name, file in index["weight_map"].items():
         assert name in load_file(tmp_path / "again" / file)
 
@@ -128,6 +133,23 @@ def run_steps(recipe_file: Path, overrides: list[str]) -> None:
     train(load_recipe(recipe_file, overrides), Console(quiet=True))
 
 
+def run_and_evaluate(recipe_file: Path, overrides: list[str]) -> None:
+    run_steps(recipe_file, overrides)
+    evaluate(load_recipe(recipe_file, overrides), Console(quiet=True))
+
+
+def check_losses(recipe: Recipe, model: Any) -> None:
+    """Check that a model of transformers has the losses of `longring evaluate`, by bucket."""
+    manifest = open_prepared(recipe.data.directory)
+    found = json.loads((Path(recipe.run_directory) / "evaluation.json").read_text())["buckets"]
+    for bucket, entry in zip(manifest.buckets("held_out"), found, strict=True):
+        rows = torch.from_numpy(manifest.reader(bucket).read(np.arange(bucket.sequences))).long()
+        with torch.no_grad():
+            logits = model(rows[:, :-1]).logits
+        exact = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), rows[:, 1:].flatten())
+        assert entry["loss"] == pytest.approx(exact.item(), rel=1e-5)
+
+
 MODEL = ["model.qk_norm=head", "model.tied_head=true", "model.vocab_size=600"]
 
 
@@ -136,7 +158,8 @@ def test_a_run_is_exported_imported_and_trained_on(on_ranks, recipe_file, tmp_pa
     """transformers loads the exported model, and a run that begins from it, imported again, has its weights."""
     transformers = pytest.importorskip("transformers")
     first = [*MODEL, "train.steps=5", "parallel.tensor=2", "parallel.zero_stage=3"]
-    on_ranks(2, run_steps, recipe_file, [*first, f"run_directory={tmp_path}/first"])
+    first += [f"run_directory={tmp_path}/first"]
+    on_ranks(2, run_and_evaluate, recipe_file, first)
     export, again = tmp_path / "model", tmp_path / "imported"
     assert cli.main(["export", f"{tmp_path}/first", str(export), "--dtype", "F32"]) == 0
     saved = read_whole(tmp_path / "first" / "checkpoints" / "step-00000005")
@@ -146,6 +169,7 @@ def test_a_run_is_exported_imported_and_trained_on(on_ranks, recipe_file, tmp_pa
     assert model.config.vocab_size == 600
     embedding = model.get_input_embeddings().weight.detach()
     assert torch.equal(embedding, torch.from_numpy(saved["embedding.weight/weight"])[:600])
+    check_losses(load_recipe(recipe_file, first), model)
     assert cli.main(["import", str(export), str(again)]) == 0
     # Steps of a rate that rounds away leave the weights as they are.
     second = [*MODEL, "train.steps=2", "train.warmup_steps=1", "train.learning_rate=1e-30", "train.min_learning_rate=0"]

@@ -289,6 +289,14 @@ def test_any_value_is_read_or_refused_in_one_line(family):
         assert len(said) < 400
 
 
+def test_the_lengths_of_yarn_have_its_factor_as_ratio():
+    """transformers 4 takes their ratio for the factor."""
+    model = PublishedModel(
+        family="qwen2", config=ModelConfig(**SIZES, qkv_bias=True, rope_scaling=YARN), vocab_size=100, max_tokens=4096
+    )
+    assert write_config(model)["max_position_embeddings"] == 8 * 8192
+
+
 def test_yarn_with_all_its_fields():
     table = {**YARN_KEYS, "beta_fast": 16, "beta_slow": 2, "truncate": False, "mscale": 2.0, "mscale_all_dim": 1.0}
     scaling = read_config(
