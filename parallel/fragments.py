@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from .mesh import Mesh
+from .zero import DeepSpeedEngine  # before the imports below: it tells DeepSpeed its device
+
+# isort: split
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 """Tensors of a fragment: the fp32 value of the parameter, AdamW's first moment, AdamW's second moment."""
