@@ -175,11 +175,12 @@ def measure_passes(recipe: Recipe, grid: CpGrid, num_tokens: int, visibility: Vi
     mesh = join(alone, grid.size, recipe.faults.collective_minutes)
     with Clock(mesh.rank, 60 * recipe.faults.hang_minutes) as clock:
         events = record_passes(recipe, grid, num_tokens, visibility, mesh, clock)
-    panels = []
-    for direction, mine in events.items():
-        gathered: list[list[Event]] = [[]] * grid.size
-        dist.all_gather_object(gathered, mine)
-        panels.append(Panel(grid, direction, "measured", [event for of_rank in gathered for event in of_rank]))
+        clock.at(0, "gathering events")
+        panels = []
+        for direction, mine in events.items():
+            gathered: list[list[Event]] = [[]] * grid.size
+            dist.all_gather_object(gathered, mine)
+            panels.append(Panel(grid, direction, "measured", [event for of_rank in gathered for event in of_rank]))
     return panels
 
 
