@@ -18,7 +18,8 @@ GPU_ERROR = 70
 """Exit status (EX_SOFTWARE) after a GPU reported an error, such as an illegal memory access; the next start may
 succeed."""
 IO_ERROR = 74
-"""Exit status (EX_IOERR) after a file could not be read or written; the next start may succeed."""
+"""Exit status (EX_IOERR) after a file could not be read or written, or NCCL failed on a rank; the next start may
+succeed."""
 
 
 class CommonError(OSError):

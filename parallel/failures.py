@@ -1,4 +1,4 @@
-"""Failures that a rank meets, told apart: too little memory, an error of its GPU, or another rank that is gone."""
+"""Failures that a rank meets, told apart: too little memory, an error of its GPU or of NCCL here, or a lost rank."""
 
 from __future__ import annotations
 
@@ -52,6 +52,15 @@ def gpu_error(error: BaseException) -> str | None:
     if reason is not None:
         return None if _FULL.search(reason) else reason
     return error.__cause__ and gpu_error(error.__cause__)
+
+
+def local_nccl_error(error: BaseException) -> str | None:
+    """Return NCCL's reason for a failure of this rank, such as two ranks on one GPU; None for any other error."""
+    text = str(error)
+    if not isinstance(error, dist.DistBackendError) or not text.startswith("NCCL error in: ") or is_lost_peer(error):
+        return None
+    # torch prints the file, the kind of error and the version first; without a last error all of it is the reason.
+    return None if full_memory(error) or gpu_error(error) else text.rpartition("Last error:")[2].strip() or text
 
 
 def is_lost_peer(error: RuntimeError) -> bool:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ...data.format.damage import DamagedDataError
 from ...data.processes import end_with_parent
-from ...parallel.failures import PeerError, full_memory, gpu_error, is_lost_peer
+from ...parallel.failures import PeerError, full_memory, gpu_error, is_lost_peer, local_nccl_error
 from ...parallel.world import World
 from ..errors import GO_ON_LATER, GPU_ERROR, IO_ERROR, USER_ERROR, CommonError, print_error
 
@@ -70,6 +70,10 @@ def _ending(error: Exception, number: int) -> tuple[int, str, bool] | None:
             "there again"
         )
         return GPU_ERROR, message, False
+    if (reason := local_nccl_error(error)) is not None:
+        # No start succeeds with, for example, two ranks on one GPU; a full /dev/shm may be another's, and pass.
+        status = USER_ERROR if "invalid" in text.splitlines()[0] else IO_ERROR
+        return status, f"{rank}: NCCL fails on this rank: {reason}; mend this and give the same command again", False
     if isinstance(error, PeerError):
         return GO_ON_LATER, text, False
     # While the ranks join, or outside of training, where no watchdog makes it a ConnectionError.

@@ -8,6 +8,8 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from longring.launch.errors import GO_ON_LATER, IO_ERROR, USER_ERROR
+from longring.launch.ranks.rank import _ending
 from longring.parallel.cp import transports
 from longring.parallel.cp.attention import context_attention
 from longring.parallel.cp.execute import AttentionSpec
@@ -56,6 +58,35 @@ OTHER = [
 def test_each_failure_is_one_kind(error):
     found = (bool(full_memory(error)), bool(gpu_error(error)), is_lost_peer(error))
     assert found == (error in FULL, error in GPU, error in PEER)
+
+
+LOCAL = [
+    (OTHER[2], USER_ERROR, "Duplicate GPU detected : rank 0"),
+    (OTHER[3], IO_ERROR, "/dev/shm: No space left on device"),
+    (
+        dist.DistBackendError(
+            "NCCL error in: x.cpp:1, invalid argument (run with NCCL_DEBUG=WARN), NCCL version 2.29.7\n"
+            "ncclInvalidArgument: Invalid value for an argument.\nLast error:\nInvalid config blocking attribute 7\n"
+        ),
+        USER_ERROR,
+        "rank 3: NCCL fails on this rank: Invalid config blocking attribute 7; ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "reason"), LOCAL, ids=["usage", "system", "argument"])
+def test_a_failure_of_nccl_on_one_rank_blames_no_other(error, status, reason):
+    ending = _ending(error, 3)
+    assert ending is not None
+    assert (ending[0], ending[2]) == (status, False)
+    assert reason in ending[1] and "other ranks" not in ending[1]
+
+
+def test_a_store_that_another_rank_left_is_a_lost_rank():
+    error = dist.DistBackendError("[3] is setting up NCCL communicator, but store->get('0') got error: Broken pipe")
+    ending = _ending(error, 3)
+    assert ending is not None
+    assert ending[0] == GO_ON_LATER and "cannot reach the other ranks" in ending[1]
 
 
 def test_a_cause_is_recognized():
