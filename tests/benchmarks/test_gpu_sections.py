@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from gpu_node import judged
+from gpu_node import REPORT_S, judged, sections
 from helpers.plain_attention import answers, visible_pairs
 from lib.definition import NAMES, by_definition, error_ratio, visible
 from lib.gpu_training import EXACT, LOST, equal_rows, is_whole
@@ -17,8 +18,17 @@ from lib.mfu import peak_flops
 from lib.sections import Result
 from lib.trace import covered, kind_of, length
 from longring.kernels.layout import SeqLayout
+from longring.parallel.world import World
 
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
+
+
+def test_the_documented_job_is_long_enough_for_sections_that_all_hang(tmp_path):
+    together = sections(tmp_path, World(0, 8, 0, 8, "localhost", 1, hosted=True), "cuda", "full", None)
+    needed = sum(section.seconds + REPORT_S for section in together)
+    commands = (Path(BENCHMARKS).parent / "slurm" / "README.md").read_text().split("```bash")
+    [minutes] = [re.findall(r"--exclusive --time=(\d+)", text) for text in commands if "gpu_node.py --json" in text]
+    assert len(minutes) == 2 and all(60 * int(limit) >= needed for limit in minutes)
 
 
 @pytest.mark.parametrize(("starts", "window"), [((0,), None), ((0, 3, 9), None), ((0,), 4)])
