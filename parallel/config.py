@@ -8,7 +8,10 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 
 from .cp.grid import NAMED, CpGrid
-from .cp.topology import PRESETS
+from .cp.topology import PRESETS, PeerCopies
+
+GPU_QUEUES = 32
+"""Number of queues of a GPU without tensor parallelism, the most that CUDA offers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,7 @@ class CpConfig:
     and take less memory. NCCL would take the next power of two for any other number."""
     high_priority: bool = True
     """Send messages on streams of high priority, before waiting thread blocks of attention; NCCL only."""
-    peer_copies: Literal["auto", "always", "never"] = "auto"
+    peer_copies: PeerCopies = "auto"
     """Send messages by copies between the GPUs of a node, without NCCL. auto does so in rings whose ranks all reach
     each other's memory, without tensor parallelism; always does so on CPUs as well and refuses other rings; never uses
     NCCL or gloo alone."""
@@ -134,7 +137,7 @@ class ParallelConfig:
         # Computation, ZeRO and each channel of a ring should have their own. But megatron-core lays a message of tensor
         # parallelism over a product, and only a single queue, which keeps the host's order, starts the message before
         # the product that fills the GPU.
-        return 1 if self.tensor > 1 else 32
+        return 1 if self.tensor > 1 else GPU_QUEUES
 
     def data_size(self, world_size: int) -> int:
         """Return the number of ranks that hold equal weights: DeepSpeed's data-parallel ranks.

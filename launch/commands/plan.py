@@ -21,7 +21,15 @@ from ...parallel.cp.choose import PricedGrid, Pricer, choose
 from ...parallel.cp.cost import ASSUMED, AttentionShape, Event, Speed, play
 from ...parallel.cp.execute import AttentionSpec, backward, forward
 from ...parallel.cp.grid import CpGrid
-from ...parallel.cp.group import CommunicatorOptions, channels_of, link_bytes, links_of, open_group, slot_layout
+from ...parallel.cp.group import (
+    CommunicatorOptions,
+    all_links,
+    channels_of,
+    link_bytes,
+    links_of,
+    open_group,
+    slot_layout,
+)
 from ...parallel.cp.layout import zigzag
 from ...parallel.cp.plan import Link, Pass, Tile
 from ...parallel.cp.record import Recorded
@@ -116,7 +124,7 @@ def transport_lines(recipe: Recipe, grids: Sequence[CpGrid], topology: Topology)
     wired = set(grids) - set(inside)
     lines = [f"1 communicator over {largest:,} ranks, for sums"]
     if wired:
-        links = set[Link]().union(*(links_of(grid, 0) for grid in wired))
+        links = set[Link]().union(*(links_of(all_links(grid), 0) for grid in wired))
         count = len({channels_of(grids)[0], *channels_of(wired)})
         lines = [
             f"{count} communicators over {largest:,} ranks, about "

@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args, run
 
+from ...parallel.config import GPU_QUEUES
 from ...parallel.meet import FREE_PORT, reach
 from ..errors import GO_ON_LATER, print_error
 from .rank import LAUNCHER
@@ -74,7 +75,7 @@ def start_ranks(
     count: int,
     rendezvous: Rendezvous | None = None,
     *,
-    gpu_queues: int = 32,
+    gpu_queues: int = GPU_QUEUES,
 ) -> int:
     """Run `python -m module arguments` as `count` ranks under torchrun; return 0 or the exit status of a failed rank.
 

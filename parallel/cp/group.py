@@ -15,8 +15,9 @@ from ...kernels.layout import SeqLayout
 from .copies import Copies, SlotLayout
 from .grid import CpGrid
 from .plan import FLOWS, Channel, Flow, Link, Message, Pass
-from .reach import PeerCopies, open_copies, sizes_in_reach
+from .reach import open_copies, sizes_in_reach
 from .schedules import Schedule
+from .topology import PeerCopies
 from .visible import Visibility
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class CommunicatorOptions:
     timeout: timedelta | None = None
     """Time after which torch ends a message; None: torch's default."""
     peer_copies: PeerCopies = "auto"
-    """Whether rings whose ranks reach each other's memory take copies instead of communicators (`reach.PeerCopies`)."""
+    """Rings that take copies instead of communicators."""
     slot_bytes: int = 8 << 20
     """Bytes of a slot of a link that takes copies; a link has two."""
 
@@ -63,7 +64,7 @@ class CpGroup:
     """A process group for each channel, which has its own NCCL communicator and stream, or its own gloo connections.
     Its ranks are those of the largest group that this one is a part of. With `copies` there may be only one."""
     copies: Copies | None = None
-    """Links by which messages travel instead, where all members reach each other's memory."""
+    """Links that carry the messages in place of the channels, if all members reach each other's memory; else None."""
 
     @property
     def size(self) -> int:
@@ -129,7 +130,8 @@ def open_rings(
     links: set[Link] = set()
     for grid in wired:
         members = rings[grid.size]
-        links |= {(channel, members[a], members[b]) for channel, a, b in links_of(grid, groups[grid.size].rank)}
+        own = links_of(all_links(grid), groups[grid.size].rank)
+        links |= {(channel, members[a], members[b]) for channel, a, b in own}
     _connect(channels, links, device)
     gib = link_bytes(links, rank, options.max_ctas) / 2**30
     log.info("%d communicators over %d ranks: about %.2g GiB with NCCL (estimate)", len(channels), sizes[-1], gib)
@@ -175,16 +177,22 @@ def channels_of(grids: Iterable[CpGrid]) -> list[Channel]:
     return [(flow, direction) for flow in sorted(flows) for direction in ("down", "up")]
 
 
-def links_of(grid: CpGrid, rank: int) -> set[Link]:
-    """Return (channel, source, target) of every message that a plan of `rank` may have, whatever is visible."""
-    layouts = _one_token_each(grid)
-    plans = [Schedule(grid, layouts, Visibility(causal=False), direction).plan(rank) for direction in PASSES]
-    return {
-        (message.channel, message.source, message.target)
-        for plan in plans
-        for step in plan.steps
-        for message in (*step.sends, *step.receives)
-    }
+def all_links(grid: CpGrid) -> set[Link]:
+    """Return (channel, source, target) of every message that a plan of the grid may have, whatever is visible."""
+    # Without a causal mask every query sees every key: masks, windows and documents only take messages away.
+    layouts = [SeqLayout(((at, at + 1),)) for at in range(grid.size)]
+    found: set[Link] = set()
+    for direction in PASSES:
+        messages = Schedule(grid, layouts, Visibility(causal=False), direction).all_messages
+        columns = (messages.flow.tolist(), messages.source.tolist(), messages.target.tolist())
+        for flow, source, target in set(zip(*columns, strict=True)):
+            found.add(((FLOWS[flow], "up" if target > source else "down"), source, target))
+    return found
+
+
+def links_of(links: Iterable[Link], rank: int) -> set[Link]:
+    """Return the links that begin or end at a rank."""
+    return {link for link in links if rank in link[1:]}
 
 
 def _open_copies(
@@ -221,17 +229,6 @@ def slot_layout(grids: Iterable[CpGrid], members: Sequence[int], options: Commun
     return SlotLayout(frozenset(links), options.slot_bytes)
 
 
-def all_links(grid: CpGrid) -> set[Link]:
-    """Return the links of all ranks of a grid: the union of `links_of`."""
-    found: set[Link] = set()
-    for direction in PASSES:
-        messages = Schedule(grid, _one_token_each(grid), Visibility(causal=False), direction).all_messages
-        columns = (messages.flow.tolist(), messages.source.tolist(), messages.target.tolist())
-        for flow, source, target in set(zip(*columns, strict=True)):
-            found.add(((FLOWS[flow], "up" if target > source else "down"), source, target))
-    return found
-
-
 def link_bytes(links: Iterable[Link], rank: int, max_ctas: int) -> int:
     """Return an estimate of the bytes of GPU memory that NCCL takes on `rank` for its links.
 
@@ -239,14 +236,6 @@ def link_bytes(links: Iterable[Link], rank: int, max_ctas: int) -> int:
     collectives are left out.
     """
     return max_ctas * sum(BYTES_PER_CTA[source != rank] for _, source, _ in links)
-
-
-def _one_token_each(grid: CpGrid) -> list[SeqLayout]:
-    """Return layouts in which, without a causal mask, every query sees every key.
-
-    Masks, windows and documents only take messages away.
-    """
-    return [SeqLayout(((at, at + 1),)) for at in range(grid.size)]
 
 
 def _connect(channels: Mapping[Channel, dist.ProcessGroup], links: Iterable[Link], device: torch.device) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,21 +15,14 @@ import torch.distributed as dist
 from .copies import SLOTS, Copies, SlotLayout
 from .device_memory import DeviceMemory
 from .host_memory import HostMemory
+from .topology import PeerCopies
 
-PeerCopies = Literal["auto", "always", "never"]
-"""When a ring takes copies instead of communicators.
-
-| value | rings |
-|---|---|
-| auto | on GPUs, rings whose ranks all reach each other, unless the GPU has a single queue |
-| always | all rings, on CPUs too; refused if two ranks of one do not reach each other |
-| never | none |
-"""
 OVERLAPPING = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 """Variable with which torch's symmetric memory lets several ranks share a GPU."""
 QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 """Variable with the number of queues of a GPU, 1 under tensor parallelism (`ParallelConfig.gpu_queues`)."""
 TIMEOUT = timedelta(minutes=30)
+"""Longest wait for a message if the group has no limit of its own."""
 TRIAL_S = 60.0
 """Longest wait for the first messages of all links."""
 
@@ -39,8 +32,9 @@ def sizes_in_reach(
 ) -> set[int]:
     """Return the sizes of rings that take copies, the same on all `members`: the global ranks of the largest ring.
 
-    A size takes copies if each of its rings does. Collective, unless there is nothing to ask. Raises ValueError on
-    every rank if `wanted` says always and two ranks of a ring do not reach each other.
+    A size takes copies if all ranks of every ring of that size reach each other. Collective, unless `wanted` or the
+    device rules copies out. Raises ValueError on every rank if `wanted` is always and two ranks of a ring do not reach
+    each other.
     """
     # A single queue of the GPU holds all behind a copy that waits: computation would wait for each message.
     if wanted == "never" or (wanted == "auto" and (device.type == "cpu" or os.environ.get(QUEUES) == "1")):

@@ -7,6 +7,15 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 GB = 1e9
+PeerCopies = Literal["auto", "always", "never"]
+"""When a ring takes copies instead of communicators.
+
+| value | rings |
+|---|---|
+| auto | on GPUs, rings whose ranks all reach each other, unless the GPU has a single queue |
+| always | all rings, on CPUs too; refused if two ranks of one do not reach each other |
+| never | none |
+"""
 
 
 class Path(NamedTuple):

@@ -23,7 +23,7 @@ from longring.parallel.cp.execute import AttentionSpec, forward
 from longring.parallel.cp.grid import CpGrid
 from longring.parallel.cp.group import CommunicatorOptions, open_group
 from longring.parallel.cp.layout import zigzag
-from longring.parallel.cp.reach import PeerCopies
+from longring.parallel.cp.topology import PeerCopies
 from longring.parallel.cp.transports import between_processes
 from longring.parallel.cp.visible import Visibility
 from longring.parallel.failures import PeerError

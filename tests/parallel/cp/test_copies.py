@@ -23,11 +23,12 @@ from longring.parallel.cp import device_memory, reach
 from longring.parallel.cp.copies import Copies, Queue, contents
 from longring.parallel.cp.execute import AttentionSpec, backward, forward
 from longring.parallel.cp.grid import CpGrid, grids
-from longring.parallel.cp.group import CommunicatorOptions, all_links, links_of, open_rings, slot_layout
+from longring.parallel.cp.group import PASSES, CommunicatorOptions, all_links, open_rings, slot_layout
 from longring.parallel.cp.host_memory import HostMemory, HostQueue
 from longring.parallel.cp.layout import zigzag
 from longring.parallel.cp.plan import Link
 from longring.parallel.cp.reach import open_copies
+from longring.parallel.cp.schedules import Schedule
 from longring.parallel.cp.transports import InProcess
 from longring.parallel.cp.visible import Visibility
 from longring.parallel.failures import LostRank
@@ -162,11 +163,20 @@ def test_the_content_of_slots_is_all_bytes_in_order(sizes, slot_bytes):
     assert not tensors or torch.equal(torch.cat(together), torch.cat(tensors).view(torch.uint8))
 
 
+def links_of_plans(grid: CpGrid) -> set[Link]:
+    """Return the links of all messages of all ranks' plans, where every query sees every key."""
+    layouts = [SeqLayout(((at, at + 1),)) for at in range(grid.size)]
+    schedules = [Schedule(grid, layouts, Visibility(causal=False), direction) for direction in PASSES]
+    steps = [step for schedule in schedules for rank in range(grid.size) for step in schedule.plan(rank).steps]
+    messages = [message for step in steps for message in (*step.sends, *step.receives)]
+    return {(message.channel, message.source, message.target) for message in messages}
+
+
 @pytest.mark.parametrize("size", by_lane([2, 4, 8], quick=[2], slow=[8]))
 def test_the_slots_of_all_ranks(size):
-    """Links of all ranks are those of each; no two slots share bytes, no two signals a word."""
+    """Links are those of all plans; no two slots share bytes, no two signals a word."""
     for grid in grids(size):
-        assert all_links(grid) == set().union(*(links_of(grid, rank) for rank in range(size)))
+        assert all_links(grid) == links_of_plans(grid)
         layout = slot_layout([grid, CpGrid.ring(2)], range(size), CommunicatorOptions(slot_bytes=10))
         for rank in range(size):
             starts = [layout.bytes_of(link, at).start for link in layout.links if link[2] == rank for at in (0, 1)]
@@ -389,14 +399,8 @@ def test_symmetric_memory_is_asked_for_enough(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda _: torch.no_grad())
     members = range(40, 56)
     layout = slot_layout([CpGrid(2, 4, 2)], members, CommunicatorOptions(slot_bytes=64))
-    found = device_memory.DeviceMemory(
-        members,
-        layout,
-        lambda mine: [mine],
-        None,
-        torch.device("cuda", 0),
-        -1,  # type: ignore[arg-type]
-    )
+    group: Any = None
+    found = device_memory.DeviceMemory(members, layout, lambda mine: [mine], group, torch.device("cuda", 0), -1)
     copies = Copies(layout, found)
     [link] = [link for link in layout.links if link[0] == ("keys", "up") and link[1] == 40][:1]
     assert copies.send(link, [torch.ones(48)]) is event

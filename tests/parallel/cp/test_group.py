@@ -13,7 +13,15 @@ from longring.parallel.cp import group as groups
 from longring.parallel.cp.attention import context_attention
 from longring.parallel.cp.execute import AttentionSpec
 from longring.parallel.cp.grid import CpGrid
-from longring.parallel.cp.group import CommunicatorOptions, channels_of, link_bytes, links_of, open_channel, open_rings
+from longring.parallel.cp.group import (
+    CommunicatorOptions,
+    all_links,
+    channels_of,
+    link_bytes,
+    links_of,
+    open_channel,
+    open_rings,
+)
 from longring.parallel.cp.layout import zigzag
 from longring.parallel.cp.visible import Visibility
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -98,5 +106,5 @@ def test_nccl_gets_the_options(monkeypatch):
 
 def test_the_estimate_counts_every_link_of_a_rank():
     """A ring sends and receives keys and their gradients: two links each way, of 2 and of 10 MiB a CTA."""
-    links = links_of(CpGrid.ring(4), 1)
+    links = links_of(all_links(CpGrid.ring(4)), 1)
     assert link_bytes(links, 1, 8) == 8 * 2 * (2 + 10) << 20
