@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 class Compilations:
-    """Counter of kernels that Triton compiles, or loads from its cache, in this process until `close`.
+    """Counter of kernels that Triton compiles, or loads from its cache, in this process, while it is entered.
 
     Both stop the host, and with it all ranks that wait for this one. Every kernel counts, also those of libraries.
     """
@@ -20,14 +20,17 @@ class Compilations:
     def __init__(self) -> None:
         self.count = 0
         self._counts = torch.cuda.is_available()  # elsewhere nothing is compiled, and triton need not be loaded
+        self._before: Callable[..., Any] | None = None
+
+    def __enter__(self) -> Self:
         if self._counts:
             from triton import knobs
 
-            self._before: Callable[..., Any] | None = knobs.runtime.jit_post_compile_hook
+            self._before = knobs.runtime.jit_post_compile_hook
             knobs.runtime.jit_post_compile_hook = self._add
+        return self
 
-    def close(self) -> None:
-        """Count no more, and give Triton the hook back that it had before."""
+    def __exit__(self, *_: object) -> None:
         if self._counts:
             from triton import knobs
 

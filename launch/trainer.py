@@ -74,14 +74,15 @@ class Trainer:
         self._micro_batches = self.loader.batches(self.state.step, self.last)
 
     def __enter__(self) -> Self:
+        self._compilations.__enter__()
         return self
 
-    def __exit__(self, _: object, error: BaseException | None, __: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
         if isinstance(error, ArithmeticError):  # raised by all ranks alike, so the save in flight can be finished
             self.saver.finish()
         self.saver.close()
         self._micro_batches.close()
-        self._compilations.close()
+        self._compilations.__exit__(kind, error, traceback)
         if self.writer is not None:
             self.writer.close()
 

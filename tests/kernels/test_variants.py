@@ -211,12 +211,11 @@ def test_compilations_are_counted_and_other_hooks_still_called(monkeypatch):
     told: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **compiled: told.append(compiled["repr"]))
-    compilations = Compilations()
-    hook: Any = knobs.runtime.jit_post_compile_hook
-    for name in ("one", "two"):
-        hook(repr=name)
-    assert (compilations.count, told) == (2, ["one", "two"])
-    compilations.close()
+    with Compilations() as compilations:
+        hook: Any = knobs.runtime.jit_post_compile_hook
+        for name in ("one", "two"):
+            hook(repr=name)
+        assert (compilations.count, told) == (2, ["one", "two"])
     hook = knobs.runtime.jit_post_compile_hook
     hook(repr="three")
     assert (compilations.count, told[2:]) == (2, ["three"])
