@@ -59,10 +59,8 @@ def sections(folder: Path, world: World, device: str, size: Size, recipe: Path |
     stop, last, compared = (25, 50, 30) if size == "full" else (3, 6, 5)
     settings = [] if recipe else curriculum_settings(folder, world.size, device, size)
     settings += [f"train.steps={last}", "train.warmup_steps=2"] if recipe is None else []
-    settings += [
-        "train.deterministic=true",
-        "train.checkpoint_every_steps=1000",
-    ]  # saved where it stops, and there only
+    # The run is saved where it stops, and there only.
+    settings += ["train.deterministic=true", "train.checkpoint_every_steps=1000"]
     run, again = folder / "run", folder / "again"
 
     def measured(name: str, generator: str, seconds: float) -> Section:

@@ -90,7 +90,7 @@ class BucketLayout:
         """Return tokens, targets, layout and attention for this rank's share of `rows` `[b, length + 1]`.
 
         Tokens and targets are `[b, s]` with s tokens of each sequence on this rank, or `[1, b s]` where `prepare` has
-        laid the sequences end to end. `prepared` is what it returned for them; None: it is called here.
+        laid the sequences end to end. `prepared` is the result of `prepare` for these rows; None: it is called here.
         """
         layout, attention = prepared or self.prepare(len(rows), document_starts)
         # Whole rows are copied as stored: from page-locked memory, the copy does not block.

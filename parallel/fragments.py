@@ -45,7 +45,7 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     cut: Cut | None
-    """None if every tensor-parallel rank holds the whole parameter."""
+    """Division over the tensor-parallel ranks; None if every one of them holds the whole parameter."""
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,8 @@ def partition_new(module: nn.Module, parallel: ParallelConfig, mesh: Mesh, dtype
     Called for one module of a new model after the other, it leaves no rank with more than its part and that module.
     """
     if parallel.zero_stage == 3:
-        config = deepspeed_config(parallel, dtype, "float32")
+        # The dtype of gradients has no part in the division of weights; the engine is given the recipe's.
+        config = deepspeed_config(parallel, dtype, gradient_dtype="float32")
         deepspeed.zero.Init(module, data_parallel_group=mesh.data_group, config_dict_or_path=config, mpu=_Mpu(mesh))
 
 

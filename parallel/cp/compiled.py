@@ -22,7 +22,7 @@ HOME: dict[Side, int] = {"queries": 2, "keys": 3}
 
 
 class View(NamedTuple):
-    """Let a slot be a view of rows of another one, counted from its first row."""
+    """Slot that is a view of rows of another one, counted from its first row."""
 
     slot: int
     source: int
@@ -31,7 +31,7 @@ class View(NamedTuple):
 
 
 class NewSum(NamedTuple):
-    """Let a slot hold sums of results for rows of a foreign share, without any result yet."""
+    """Slot for sums of results for rows of a foreign share, without any result yet."""
 
     slot: int
     side: Side
@@ -55,31 +55,31 @@ class Receive(NamedTuple):
     slot: int
     num_rows: int
     is_share: bool
-    """Whether tiles read it; results are merged."""
+    """Whether it is a share, which tiles read; otherwise a result, which is merged."""
 
 
 class Post(NamedTuple):
-    """Start the messages of one half of a step, in the order of their channels; each tile has a post before it."""
+    """Start of the messages of one half of a step, in the order of their channels; each tile has a post before it."""
 
     sends: tuple[Send, ...]
     receives: tuple[Receive, ...]
 
 
 class Wait(NamedTuple):
-    """Wait for a message."""
+    """Point at which a message must have been sent, or have arrived."""
 
     message: Message
 
 
 class Merge(NamedTuple):
-    """Merge the results of a message, in the slot `part`, into a slot of the same rows."""
+    """Merging of the results of a message, in the slot `part`, into a slot of the same rows."""
 
     into: int
     part: int
 
 
 class Compute(NamedTuple):
-    """Compute a tile from slots of queries and keys into slots of results for both."""
+    """Computation of a tile from slots of queries and keys into slots of results for both."""
 
     tile: Tile
     queries: int
@@ -89,7 +89,7 @@ class Compute(NamedTuple):
 
 
 class Free(NamedTuple):
-    """Free slots."""
+    """Release of the tensors in some slots."""
 
     slots: tuple[int, ...]
 

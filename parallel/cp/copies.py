@@ -80,7 +80,7 @@ class PeerMemory(Protocol):
 
 
 class Signal(NamedTuple):
-    """Name of a signal. Its word is free again when it has been taken, and it is never sent before."""
+    """Name of a signal, which is sent again only after its target has taken it: one word of memory is enough for it."""
 
     source: int
     target: int
@@ -92,7 +92,9 @@ class SlotLayout:
     """Position of every slot and number of every signal, the same on all ranks. Links are between global ranks."""
 
     links: frozenset[Link]
+    """Links among all ranks, not those of one alone."""
     slot_bytes: int
+    """Size of every slot; a longer message takes several in turn."""
 
     @cached_property
     def _first_slots(self) -> dict[Link, int]:
@@ -140,7 +142,8 @@ class Copies:
 
     def __init__(self, layout: SlotLayout, memory: PeerMemory) -> None:
         self.layout, self.memory = layout, memory
-        self._used: Counter[Link] = Counter()  # slots used so far
+        self._used: Counter[Link] = Counter()
+        """Number of pieces of all messages so far, by link."""
         self._queues: dict[tuple[Channel, bool], Queue] = {}
 
     def send(self, link: Link, tensors: Sequence[Tensor]) -> Done:

@@ -73,35 +73,35 @@ def backward(
 class _Form(NamedTuple):
     """Shapes of the packs that hold a share, or results for it, but for the number of rows."""
 
-    num_wide: int
+    num_vectors: int
     """Number of tensors `[b, rows, h, d]`."""
     num_stats: int
     """Number of tensors `[b, h, rows]`."""
     batch: int
-    wide: tuple[int, ...]
+    vector_dims: tuple[int, ...]
     """Dims of the first pack after its rows: h and d, before them n if it holds n > 1 tensors."""
-    stats: tuple[int, ...]
+    stat_dims: tuple[int, ...]
     """Dims of the second pack before its rows: b and h, between them n if it holds n > 1 tensors."""
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> _Form:
         """Return the form in which tensors are packed: any `[b, s, h, d]`, then any `[b, h, s]`."""
         b, _, h, d = tensors[0].shape
-        num_wide = sum(x.dim() == 4 for x in tensors)
-        num_stats = len(tensors) - num_wide
-        wide = (num_wide, h, d) if num_wide > 1 else (h, d)
-        return cls(num_wide, num_stats, b, wide, (b, num_stats, h) if num_stats > 1 else (b, h))
+        num_vectors = sum(x.dim() == 4 for x in tensors)
+        num_stats = len(tensors) - num_vectors
+        vector_dims = (num_vectors, h, d) if num_vectors > 1 else (h, d)
+        return cls(num_vectors, num_stats, b, vector_dims, (b, num_stats, h) if num_stats > 1 else (b, h))
 
     def empty(self, q: Tensor, num_rows: int, dtype: torch.dtype) -> list[Tensor]:
         """Return uninitialized packs of a number of rows, on the device of q; stats are fp32."""
-        packs = [q.new_empty((self.batch, num_rows, *self.wide), dtype=dtype)]
+        packs = [q.new_empty((self.batch, num_rows, *self.vector_dims), dtype=dtype)]
         if self.num_stats:
-            packs.append(q.new_empty((*self.stats, num_rows), dtype=_wide(q)))
+            packs.append(q.new_empty((*self.stat_dims, num_rows), dtype=_sum_dtype(q)))
         return packs
 
     def tensors(self, packs: list[Tensor]) -> list[Tensor]:
         """Return the tensors in packs, as views."""
-        found = list(packs[0].unbind(2)) if self.num_wide > 1 else packs[:1]
+        found = list(packs[0].unbind(2)) if self.num_vectors > 1 else packs[:1]
         if self.num_stats:
             found += packs[1].unbind(1) if self.num_stats > 1 else packs[1:]
         return found
@@ -131,10 +131,10 @@ class _Run(ABC):
         if home["keys"]:
             self.forms["key_results"] = _Form.of(home["keys"])
         # Sums that grow on their way are not rounded.
-        narrow = _wide(self.q) if not spec.narrow_results else self.q.dtype
+        narrow = _sum_dtype(self.q) if not spec.narrow_results else self.q.dtype
         routes: dict[Flow, str] = {"query_results": spec.grid.query_route, "key_results": spec.grid.kv_route}
         self.dtypes: dict[Flow, torch.dtype] = {"queries": self.q.dtype, "keys": self.q.dtype}
-        self.dtypes |= {flow: _wide(self.q) if route == "round" else narrow for flow, route in routes.items()}
+        self.dtypes |= {flow: _sum_dtype(self.q) if route == "round" else narrow for flow, route in routes.items()}
 
     @abstractmethod
     def compute(self, operation: Compute) -> None:
@@ -168,7 +168,7 @@ class _Run(ABC):
     def new_sum(self, operation: NewSum) -> None:
         """Make sums of results for a foreign share."""
         flow: Flow = "query_results" if operation.side == "queries" else "key_results"
-        packs = self.forms[flow].empty(self.q, operation.num_rows, _wide(self.q))
+        packs = self.forms[flow].empty(self.q, operation.num_rows, _sum_dtype(self.q))
         self.clear(packs)
         self.packs[operation.slot], self.views[operation.slot] = packs, self.forms[flow].tensors(packs)
 
@@ -213,7 +213,7 @@ class _Forward(_Run):
     ) -> None:
         b, s, h, _ = q.shape
         # Neutral for the kernels' running softmax: out = 0, lse = -inf.
-        self.out, self.lse = zeros_fp32(q), torch.full((b, h, s), -torch.inf, dtype=_wide(q), device=q.device)
+        self.out, self.lse = zeros_fp32(q), torch.full((b, h, s), -torch.inf, dtype=_sum_dtype(q), device=q.device)
         own: dict[Side, list[Tensor]] = {"queries": [q], "keys": [k, v]}
         super().__init__(spec, plan, transport, own, {"queries": [self.out, self.lse], "keys": []})
 
@@ -255,7 +255,7 @@ class _Backward(_Run):
         packs[0].zero_()
 
 
-def _wide(q: Tensor) -> torch.dtype:
+def _sum_dtype(q: Tensor) -> torch.dtype:
     """Return the dtype of sums and of stats: fp32, or fp64 for inputs q in fp64."""
     return torch.promote_types(q.dtype, torch.float32)
 
