@@ -28,6 +28,9 @@ from .clock import Clock, Position
 
 log = logging.getLogger(__name__)
 
+BLOCKED_S = 60.0
+"""Time after which a process ends whose own report, or comparison of reports, blocks."""
+
 
 class Watchdog(Clock):
     """A clock of all ranks of a run, which report to its directory; 0 seconds never end this process."""
@@ -48,6 +51,8 @@ class Watchdog(Clock):
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Raise ConnectionError with the position of this rank if a collective failed because another rank is gone."""
         super().__exit__(kind, error, trace)
+        if self._reported:
+            faulthandler.cancel_dump_traceback_later()
         if isinstance(error, RuntimeError) and is_lost_peer(error):
             raise ConnectionError(
                 f"rank {self._rank}: lost its connection to another rank at {self.position}; the cause is the error of "
@@ -67,6 +72,7 @@ class Watchdog(Clock):
         """Withdraw the report of a hang."""
         if self._reported:
             log.warning("progress again after %.0f s at %s", idle_s, self.position)
+            faulthandler.cancel_dump_traceback_later()
             self._report_file(self._rank).unlink(missing_ok=True)
             self._reported = False
 
@@ -80,6 +86,9 @@ class Watchdog(Clock):
 
     def _report(self) -> None:
         """Write the position of this rank and its traces, for the other ranks and for people."""
+        # NCCL or a file system may block this thread too, even with Python's lock held: a thread of C, which needs no
+        # lock, then prints the stacks and ends the process with status 1.
+        faulthandler.dump_traceback_later(self._reports_s + BLOCKED_S, exit=True)
         log.error("no progress for %.0f s at %s", self._limit_s, self.position)
         try:
             self._report_file(self._rank).write_text(json.dumps(asdict(self.position)))  # no fsync: it may never return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -287,6 +289,43 @@ def test_after_a_damaged_checkpoint_the_run_continues_from_the_one_before(run, w
     assert "going back to step-00000006" in run.said
     assert [event["event"] for event in run.events] == ["damaged checkpoint"]
     run.finish(whole)
+
+
+BLOCKED = """
+import ctypes, sys, threading
+from pathlib import Path
+import torch.distributed as dist
+from longring.launch.ranks import watchdog
+from longring.launch.run_directory import RunDirectory
+
+def dump():
+    print("dumps", flush=True)
+    if sys.argv[2] == "blocks":
+        ctypes.PyDLL(None).pause()  # never returns, and no other thread of Python runs meanwhile
+    released.set()
+    return b""
+
+released = threading.Event()
+dist.is_initialized, dist.get_backend = lambda: True, lambda: "nccl"
+watchdog.torch._C._distributed_c10d._dump_nccl_trace = dump
+watchdog.BLOCKED_S = 1.0
+run = RunDirectory(sys.argv[1])
+run.logs.mkdir()
+with watchdog.Watchdog(run, 0, 1, 0.4) as clock:
+    released.wait()
+    clock.alive()
+if sys.argv[2] == "returns":
+    threading.Event().wait(3)  # longer than the time after which a blocked process ends
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("dump", "status"), [("blocks", 1), ("returns", 0)])
+def test_a_report_that_blocks_does_not_keep_a_process_alive(tmp_path, dump, status):
+    command = [sys.executable, "-c", BLOCKED, str(tmp_path), dump]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (status, "dumps\n"), ended.stderr
+    assert ("_leave_traces" in ended.stderr) == (dump == "blocks")
 
 
 def test_the_watchdog_names_the_rank_that_is_behind():
