@@ -141,6 +141,9 @@ def _find_leak(sample: _Sample, attention: AttentionFunction) -> str | None:
         other = sample.tokens.clone()
         other[0, changed] = (other[0, changed] + 1) % VOCABULARY
         after = sample.gathered(sample.losses(other, sample.mine, attention))
+        # Bits are compared, since a leak through one small weight is far below TOLERANCE. It is assumed that equal
+        # inputs give equal bits: no kernel of the forward adds atomically, shares merge in the plan's order, matmuls
+        # are on one stream, for which cuBLAS promises it, and NCCL sums tensor-parallel parts of one size in one order.
         moved = (after != before).nonzero().flatten().tolist()
         # Position p predicts token p + 1: the loss at changed - 1 has another target.
         leaked = [position for position in moved if not changed - 1 <= position < stop]
