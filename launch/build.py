@@ -9,6 +9,7 @@ from functools import lru_cache, partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
 from torch import Tensor
 
 from ..kernels.attention import attention, launch_all
@@ -29,6 +30,7 @@ from ..parallel.world import World
 from ..parallel.zero import DeepSpeedEngine, partition_new, zero_engine
 from .config import Recipe
 from .grids.choice import LayerKind
+from .grids.decide import decide_grids
 from .guards import check_attention
 from .together import on_all_ranks
 
@@ -109,6 +111,21 @@ class BucketLayout:
         positions = self.sequence.positions(losses.device)
         on_device = torch.from_numpy(trained).to(losses.device, non_blocking=True)
         return on_device[:, positions].to(losses.dtype).view_as(losses)
+
+
+def open_layouts(
+    recipe: Recipe, mesh: Mesh, lengths: Sequence[int], at: Callable[[str], None], console: Console | None = None
+) -> dict[int, BucketLayout]:
+    """Return the layout of the buckets of these lengths, once their kernels are compiled and grids chosen. Collective.
+
+    `at` is told each operation as it begins; rank 0 prints the grids to `console`. Raises ValueError as `decide_grids`
+    and `bucket_layouts` do.
+    """
+    # First, since probe and guards launch some of them: all ranks of a node would compile these at once.
+    at("compiling kernels")
+    compile_kernels(recipe, mesh, lengths)
+    at("dividing attention among ranks")
+    return bucket_layouts(recipe, mesh, lengths, decide_grids(recipe, mesh, lengths, console))
 
 
 def bucket_layouts(

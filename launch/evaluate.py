@@ -27,11 +27,10 @@ from ..parallel.meet import meet
 from ..parallel.mesh import Mesh, join
 from ..parallel.world import World
 from ..parallel.zero import DeepSpeedEngine
-from .build import BucketLayout, bucket_layouts, build_engine
+from .build import BucketLayout, build_engine, open_layouts
 from .checkpoint.format import no_good_checkpoint
 from .checkpoint.load import load_last_good
 from .config import Recipe
-from .grids.decide import decide_grids
 from .preflight import Preflight, preflight_together
 from .ranks.logs import open_log
 from .ranks.rank import as_rank
@@ -179,9 +178,7 @@ def evaluate_buckets(
         unigram_losses=(counts.sum().log() - counts.log()).to(mesh.device),
         at=partial(watchdog.at, step),
     )
-    watchdog.at(step, "dividing attention among ranks")
-    lengths = [bucket.length for bucket, _ in held_out]
-    layouts = bucket_layouts(recipe, mesh, lengths, decide_grids(recipe, mesh, lengths))
+    layouts = open_layouts(recipe, mesh, [bucket.length for bucket, _ in held_out], evaluator.at)
     entries = [evaluator.evaluate_bucket(bucket, number, layouts[bucket.length]) for bucket, number in held_out]
     return step, entries
 

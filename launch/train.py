@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,13 @@ from ..parallel.meet import meet
 from ..parallel.mesh import Mesh, join
 from ..parallel.world import World
 from ..parallel.zero import DeepSpeedEngine
-from .build import bucket_layouts, build_engine, compile_kernels
+from .build import build_engine, open_layouts
 from .checkpoint.format import TrainState
 from .checkpoint.load import load_last_good, load_origin
 from .checkpoint.retention import clear_leftovers
 from .checkpoint.save import Saver
 from .config import Recipe, load_recipe
 from .errors import GO_ON_LATER
-from .grids.decide import decide_grids
 from .identity import changes
 from .loss_watch import LossWatch
 from .metrics import MetricsWriter
@@ -114,12 +114,8 @@ def start(
     # Only now is the first step known: the checkpoint that seemed the last may have been damaged.
     if rank_0:
         record(checked, state, changed, mesh.world_size, console)
-    # First, since probe and guards launch some of them: all ranks of a node would compile these at once.
-    watchdog.at(state.step, "compiling kernels")
-    compile_kernels(recipe, mesh, order.lengths)
-    watchdog.at(state.step, "dividing attention among ranks")
-    grids = decide_grids(recipe, mesh, order.lengths, console if rank_0 else None)
-    layouts = bucket_layouts(recipe, mesh, order.lengths, grids)
+    at = partial(watchdog.at, state.step)
+    layouts = open_layouts(recipe, mesh, order.lengths, at, console if rank_0 else None)
     for layout in layouts.values():  # plans and masks of whole sequences are kept: no step of the run waits for them
         layout.prepare(layout.sequences_per_replica, None)
     knots = Knots(recipe.knots, checked.manifest.tokenizer(), recipe.train.seed) if recipe.knots.share else None

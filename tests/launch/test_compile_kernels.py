@@ -1,11 +1,13 @@
-"""A start compiles its kernels before anything else launches one, one rank of a node before the others."""
+"""Starts and evaluations compile kernels before anything else launches one, one rank of a node before the others."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
-from longring.launch import build, train
+from longring.launch import build, evaluate, train
 from longring.launch.build import compile_kernels
 from longring.launch.config import load_recipe
 from longring.launch.errors import CommonError
@@ -19,7 +21,7 @@ def order_of_a_start(recipe_file: Path, run: Path) -> list[str]:
     done: list[str] = []
 
     def noted(name: str):
-        original = getattr(train, name)
+        original = getattr(build, name)
 
         def note(*arguments):
             done.append(name)
@@ -30,7 +32,7 @@ def order_of_a_start(recipe_file: Path, run: Path) -> list[str]:
     at = Watchdog.at
     Watchdog.at = lambda self, step, operation: (done.append(operation), at(self, step, operation))[1]  # type: ignore
     for name in ("compile_kernels", "decide_grids", "bucket_layouts"):
-        setattr(train, name, noted(name))
+        setattr(build, name, noted(name))
 
     prepare = build.BucketLayout.prepare
     build.BucketLayout.prepare = lambda layout, *given: (done.append("prepare"), prepare(layout, *given))[1]  # type: ignore
@@ -50,6 +52,26 @@ def test_kernels_are_compiled_before_probe_and_guards(on_ranks, recipe_file, tmp
     order = ["compiling kernels", "compile_kernels", "dividing attention among ranks", "decide_grids", "bucket_layouts"]
     order += ["prepare"] * 4  # one for each bucket, before the loader's threads begin
     assert done[-len(order) :] == order
+
+
+class EnoughError(Exception):
+    """An evaluation has come as far as the test looks."""
+
+
+def test_an_evaluation_compiles_before_probe_and_guards(monkeypatch):
+    done, checked, loaded = [], MagicMock(), (None, MagicMock(step=3))
+    checked.recipe.data.min_bucket_tokens = checked.recipe.data.max_bucket_tokens = 64
+    checked.recipe.evaluate.knots, checked.manifest.unigram.return_value = False, np.ones(4)
+    monkeypatch.setattr(evaluate, "build_engine", MagicMock())
+    monkeypatch.setattr(evaluate, "load_last_good", MagicMock(return_value=loaded))
+    monkeypatch.setattr(build, "compile_kernels", lambda recipe, mesh, lengths: done.append(("compile", lengths)))
+    monkeypatch.setattr(build, "decide_grids", MagicMock(side_effect=EnoughError))
+    watchdog = MagicMock()
+    with pytest.raises(EnoughError):
+        evaluate.evaluate_buckets(checked, MagicMock(device="cpu"), watchdog, [(MagicMock(length=64), 1)])
+    assert done == [("compile", [64])]
+    said = [call.args for call in watchdog.at.mock_calls[1:]]
+    assert said == [(3, "compiling kernels"), (3, "dividing attention among ranks")]
 
 
 def launched_in_turn(recipe_file: Path, file: Path, failing: int | None) -> str | None:
