@@ -33,6 +33,7 @@ class RunDirectory:
         self.path = Path(path)
         self.recipe_file = self.path / "recipe.json"
         self.tokenizer_file = self.path / "tokenizer.json"
+        self.published = self.path / "published"  # files beside the weights of an imported model
         self.lock_file = self.path / "lock"
         self.starts_file = self.path / "starts.jsonl"
         self.logs = self.path / "logs"

@@ -31,6 +31,7 @@ from ..parallel.zero import DeepSpeedEngine
 from .build import build_engine, open_layouts
 from .checkpoint.format import TrainState
 from .checkpoint.load import load_last_good, load_origin
+from .checkpoint.origin import keep_published
 from .checkpoint.retention import clear_leftovers
 from .checkpoint.save import Saver
 from .config import Recipe, load_recipe
@@ -161,6 +162,8 @@ def open_run_directory(checked: Preflight, mesh: Mesh) -> None:
             )
         run.create(checked.recipe)
         write_text(run.tokenizer_file, checked.manifest.tokenizer_json())
+        if checked.origin:
+            keep_published(checked.origin, run)
         clear_leftovers(run.checkpoints)
     if World.from_environment().local_rank == 0:
         run.check_writable()

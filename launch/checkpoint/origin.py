@@ -6,6 +6,7 @@ weights, and what a token id stands for, must be the same.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -60,6 +61,16 @@ def find_origin(recipe: Recipe, manifest: Manifest) -> Origin | None:
     if recipe.init.moments and not saved.state.step:
         raise ValueError("init.moments = True: imported weights have no moments; set it to false")
     return Origin(str(checkpoint), sha256_of(checkpoint / MANIFEST_FILE), saved.state.step)
+
+
+def keep_published(origin: Origin, run: RunDirectory) -> None:
+    """Copy the files that a published model has beside its weights to a run that goes back to it, for its exports.
+
+    Raises OSError if they cannot be read or written.
+    """
+    published = RunDirectory(Path(origin.checkpoint).absolute().parent.parent).published
+    if published.is_dir():
+        shutil.copytree(published, run.published, dirs_exist_ok=True)
 
 
 def _checkpoint_at(path: Path) -> tuple[Path, CheckpointManifest]:

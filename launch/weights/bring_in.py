@@ -26,13 +26,12 @@ from ..checkpoint.format import (
 )
 from ..checkpoint.save import write_safetensors
 from ..identity import code_hash, package_versions
+from ..run_directory import RunDirectory
 from ..settings import from_tree, to_tree
 from .directory import CONFIG, KEPT, MAX_BYTES, ModelDirectory, new_directory
 
-PUBLISHED = "published"
-"""Directory, in that of a run, with the files that came with imported weights."""
 DTYPES_FILE = "dtypes.json"
-"""File there with the data type of every tensor that was imported."""
+"""File beside the published ones with the data type of every tensor that was imported."""
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -73,11 +72,12 @@ def import_weights(source: Path, out: Path) -> ModelConfig:
             dtypes |= _write_layer(file, list(layer), directory, manifest)
         write_checkpoint_manifest(checkpoint, manifest)
         publish_checkpoint(checkpoint)
-        (partial / PUBLISHED).mkdir()
+        published = RunDirectory(partial).published
+        published.mkdir()
         for name in KEPT:
             if (source / name).is_file() and (source / name).stat().st_size <= MAX_BYTES:
-                shutil.copyfile(source / name, partial / PUBLISHED / name)
-        write_text(partial / PUBLISHED / DTYPES_FILE, json.dumps(dtypes, indent=1))
+                shutil.copyfile(source / name, published / name)
+        write_text(published / DTYPES_FILE, json.dumps(dtypes, indent=1))
         if (source / "tokenizer.json").is_file():
             shutil.copyfile(source / "tokenizer.json", partial / "tokenizer.json")
     return config

@@ -23,7 +23,7 @@ from ...model.families.write import family_of, write_config
 from ..checkpoint.format import CheckpointManifest, find_damage, last_good_checkpoint, no_good_checkpoint
 from ..checkpoint.load import whole_weights
 from ..run_directory import RunDirectory
-from .bring_in import DTYPES_FILE, PUBLISHED
+from .bring_in import DTYPES_FILE
 from .directory import CONFIG, INDEX, KEPT, WEIGHTS, new_directory, read_json
 
 SHARD_BYTES = 5 * 10**9
@@ -46,9 +46,9 @@ def export_weights(run: RunDirectory, out: Path, *, family: str = "", dtype: str
     checkpoint, manifest = found
     if wrong := find_damage(checkpoint, manifest):
         raise ValueError(f"{wrong}; bring back a copy of it, or remove {checkpoint} to export the checkpoint before")
-    imported = (run.path / PUBLISHED / CONFIG).is_file()
+    imported = not run.recipe_file.is_file() and (run.published / CONFIG).is_file()
     model = _imported(run, family) if imported else _trained(run, family)
-    as_was: dict[str, str] = read_json(run.path / PUBLISHED / DTYPES_FILE) if imported else {}
+    as_was: dict[str, str] = read_json(run.published / DTYPES_FILE) if imported else {}
     default = dtype or ("F32" if not imported and run.recipe().train.dtype == "float32" else "BF16")
     dtypes = {name: dtype or as_was.get(name, default) for weight in weights_of(model) for name in weight.theirs}
     _check_vocabulary(model, manifest)
@@ -60,24 +60,28 @@ def export_weights(run: RunDirectory, out: Path, *, family: str = "", dtype: str
 
 def _imported(run: RunDirectory, family: str) -> PublishedModel:
     """Return the model of a directory that `longring import` has written, as one of a family."""
-    model = read_config(read_json(run.path / PUBLISHED / CONFIG))
+    model = read_config(read_json(run.published / CONFIG))
     return replace(model, family=family or model.family)
 
 
 def _trained(run: RunDirectory, family: str) -> PublishedModel:
-    """Return the model of a run as one of a family."""
+    """Return the model of a run as one of a family; one that began from a published model keeps its words and ids."""
     recipe, file = run.recipe(), run.tokenizer_file
     if not file.is_file():
         raise ValueError(f"{file}: missing; copy tokenizer.json of the data that the run was trained on to there")
     tokenizer = load_tokenizer(file.read_bytes(), str(file))
     boundary = tokenizer.token_to_id(recipe.data.tokenizer.boundary)
     vocab_size = recipe.model.num_tokens(tokenizer.get_vocab_size(with_added_tokens=True))
+    other = {"bos_token_id": boundary, "eos_token_id": boundary, "pad_token_id": None, "use_cache": True}
+    if (run.published / CONFIG).is_file():
+        before = _imported(run, family)
+        family, other = before.family, dict(before.other)
     return PublishedModel(
         family=family or family_of(recipe.model),
         config=recipe.model,
         vocab_size=vocab_size,
         max_tokens=recipe.data.max_bucket_tokens,
-        other={"bos_token_id": boundary, "eos_token_id": boundary, "pad_token_id": None, "use_cache": True},
+        other=other,
     )
 
 
@@ -128,15 +132,16 @@ def _shards(weights: list[Weight], dtypes: dict[str, str]) -> Iterator[list[Weig
 def _write_files(directory: Path, run: RunDirectory, model: PublishedModel, unchanged: bool, dtype: str) -> None:
     """Write config.json, the tokenizer's files and the generation config; `unchanged`: those that were imported."""
     for name in KEPT:
-        if (run.path / PUBLISHED / name).is_file():
-            shutil.copyfile(run.path / PUBLISHED / name, directory / name)
+        if (run.published / name).is_file():
+            shutil.copyfile(run.published / name, directory / name)
     if unchanged:
         return
     other = {**model.other, "torch_dtype": _NAMES[dtype], "dtype": _NAMES[dtype]}
     write_text(directory / CONFIG, json.dumps(write_config(replace(model, other=other)), indent=2) + "\n")
-    if (run.path / PUBLISHED).is_dir():
+    if run.tokenizer_file.is_file():  # with the marks of knots, if the run has them
+        shutil.copyfile(run.tokenizer_file, directory / "tokenizer.json")
+    if run.published.is_dir():
         return
-    shutil.copyfile(run.tokenizer_file, directory / "tokenizer.json")
     boundary = run.recipe().data.tokenizer.boundary
     names: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.max_tokens}
     names |= {"bos_token": boundary, "eos_token": boundary}

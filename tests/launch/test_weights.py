@@ -170,6 +170,11 @@ def test_a_run_is_exported_imported_and_trained_on(on_ranks, recipe_file, tmp_pa
     embedding = model.get_input_embeddings().weight.detach()
     assert torch.equal(embedding, torch.from_numpy(saved["embedding.weight/weight"])[:600])
     check_losses(load_recipe(recipe_file, first), model)
+    # What published models have beside their weights, and a run knows nothing of.
+    (export / "chat_template.jinja").write_text("{{ messages }}")
+    (export / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    config = json.loads((export / "config.json").read_text())
+    (export / "config.json").write_text(json.dumps({**config, "eos_token_id": [3, 4]}))
     assert cli.main(["import", str(export), str(again)]) == 0
     # Steps of a rate that rounds away leave the weights as they are.
     second = [*MODEL, "train.steps=2", "train.warmup_steps=1", "train.learning_rate=1e-30", "train.min_learning_rate=0"]
@@ -178,6 +183,13 @@ def test_a_run_is_exported_imported_and_trained_on(on_ranks, recipe_file, tmp_pa
     for name in (name for name in saved if name.endswith("/weight")):
         rows = 600 if "embedding" in name else None  # the rest is padding, zeros in an imported model
         assert (kept[name][:rows] == saved[name][:rows]).all(), name
+    # The next export has them still, and the run's own lengths.
+    longer = tmp_path / "longer"
+    assert cli.main(["export", f"{tmp_path}/second", str(longer), "--dtype", "F32"]) == 0
+    for file in ("chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (longer / file).read_bytes() == (export / file).read_bytes(), file
+    assert json.loads((longer / "config.json").read_text())["eos_token_id"] == [3, 4]
+    assert transformers.AutoModelForCausalLM.from_pretrained(longer).config.vocab_size == 600
 
 
 def damaged(file: str, content: bytes) -> Callable[[Path], None]:
