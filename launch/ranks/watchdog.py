@@ -12,6 +12,7 @@ import faulthandler
 import json
 import logging
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 BLOCKED_S = 60.0
 """Time after which a process ends whose own report, or comparison of reports, blocks."""
+TELL_S = 3.0
+"""Time for the rank that tells of a hang to do so before the others end, whose connections it would lose."""
 
 
 class Watchdog(Clock):
@@ -106,6 +109,8 @@ class Watchdog(Clock):
             if self._rank == min(rank for rank, position in found.items() if position):
                 self._run.record_event("hang", self.position.step, message)
                 print(f"error: {message}", file=sys.stderr, flush=True)
+            else:
+                time.sleep(TELL_S)
         except Exception:
             log.exception("the reports could not be compared")
             print(f"error: no progress for {self._limit_s:.0f} s at {self.position}", file=sys.stderr, flush=True)

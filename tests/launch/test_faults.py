@@ -9,10 +9,12 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from helpers.faulty import Fault, Run, assert_equal, start
 from helpers.lanes import by_lane
+from helpers.ranks import variables_of
 from helpers.small_checkpoint import STATE
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +23,7 @@ from longring.launch.config import FaultsConfig
 from longring.launch.errors import GO_ON_LATER
 from longring.launch.loss_watch import LossWatch
 from longring.launch.metrics import MetricsWriter, StepMetrics
+from longring.launch.ranks import watchdog
 from longring.launch.ranks.watchdog import Position, diagnosis
 from longring.launch.records import read_records
 from longring.launch.run_directory import RunDirectory
@@ -317,6 +320,23 @@ with watchdog.Watchdog(run, 0, 1, 0.4) as clock:
 if sys.argv[2] == "returns":
     threading.Event().wait(3)  # longer than the time after which a blocked process ends
 """
+
+
+def test_the_rank_that_tells_of_a_hang_ends_before_the_others(tmp_path, monkeypatch):
+    """Its connections break when another rank ends, and it would end as after a lost peer, without a word."""
+    run, ended = RunDirectory(tmp_path), []
+    run.logs.mkdir()
+    for name, value in variables_of(0, 2).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(watchdog, "faulthandler", MagicMock())  # no timer in the process of the tests
+    monkeypatch.setattr(watchdog.Watchdog, "_exit", lambda self: ended.append(self._rank))
+    ranks = [watchdog.Watchdog(run, rank, 2, 3.0) for rank in range(2)]
+    monkeypatch.setattr(watchdog.time, "sleep", lambda _: ranks[0]._end())
+    for rank in ranks:
+        rank._report()
+    ranks[1]._end()
+    assert ended == [0, 1]
+    assert [event["event"] for event in read_records(run.events_file)] == ["hang"]
 
 
 @pytest.mark.full

@@ -32,8 +32,8 @@ def two_steps(recipe_file: Path, overrides: list[str], elements: int) -> Found:
     """
     config = zero.deepspeed_config
 
-    def with_buckets(*arguments):
-        found = config(*arguments)
+    def with_buckets(*arguments, **named):
+        found = config(*arguments, **named)
         found["zero_optimization"]["reduce_bucket_size"] = elements
         return found
 
