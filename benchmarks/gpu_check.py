@@ -9,7 +9,8 @@ the others whole; the record is written after each:
 
 - order: four ranks share the GPU over real NCCL (each a host of its own, messages over loopback sockets); every grid
   over 2 and 4 of them, forward and backward, against plain PyTorch in fp64;
-- guards: the checks before the first step, with the links probed and with every named schedule;
+- guards, copied_guards: the checks before the first step, with the links probed and with every named schedule, by
+  messages of NCCL and by copies between the ranks;
 - copies: copies between the ranks through torch's symmetric memory, without NCCL: every named grid against plain
   PyTorch in fp64 and, bit for bit, against NCCL, and the times of both;
 - train: ten steps of a small recipe with packed documents over four ranks;
@@ -29,7 +30,6 @@ something is wrong, was cut off or could not be checked; slowness does not count
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import tempfile
@@ -41,11 +41,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONS
 import attention
 import cp_virtual
 import full_sizes
-import torch
+from lib.check import check_device, check_parser, chosen, run_check
 from lib.gpu_training import RECIPE, documents_settings, ranks_on_one_gpu
-from lib.process import versions
-from lib.script import Row, Size, about, make_parser, refuse, write_record
-from lib.sections import Result, Section, run_section, show_result, show_rows, verdict
+from lib.script import Size, about, refuse
+from lib.sections import Result, Section, run_section
 from rich.console import Console
 
 TOTAL_S = 520
@@ -79,10 +78,12 @@ def sections(folder: Path, device: str, size: Size) -> list[tuple[Section, list[
     # Symmetric memory lets ranks share a GPU if it is told to, and has no multicast then.
     shared = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
     sharing = [{**variables, **shared, "LOCAL_WORLD_SIZE": str(count)} for variables in ranks_on_one_gpu(count)]
+    by_copies = {"size": size, "peer_copies": "always"}
     killed = {**training, "processes": ranks_on_one_gpu(count), "logs": str(folder / "logs")}
     return [
         on_ranks("order", "lib.gpu_ranks:order_rows", 180, size=size),
         on_ranks("guards", "lib.gpu_ranks:guard_rows", 90, size=size),
+        (Section("copied_guards", "lib.gpu_ranks:guard_rows", 90 if gpu else CPU_S, by_copies), sharing),
         (Section("copies", "lib.gpu_copies:copies_rows", 60 if gpu else CPU_S, {"size": size}), sharing),
         on_ranks("train", "lib.gpu_training:train_rows", 100, **training, last=STEPS),
         on_one("step", "lib.gpu_step:step_rows", 80, size=size),
@@ -95,40 +96,30 @@ def sections(folder: Path, device: str, size: Size) -> list[tuple[Section, list[
 
 
 def main() -> int:
-    parser = make_parser(__doc__ or "", quick="small sizes and few cases")
-    parser.add_argument("--only", metavar="SECTION", action="append", help="run this section; may be repeated")
+    parser = check_parser(__doc__ or "", quick="small sizes and few cases")
     parser.add_argument("--directory", type=Path, metavar="DIR", help="keep the data, the runs and all logs here")
     options = parser.parse_args()
-    started = time.monotonic()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels would be tested instead of compiled ones
-    console = Console(width=100)
+    started, device, console = time.monotonic(), check_device(), Console(width=100)
     console.print(about(device))
     folder = Path(options.directory or tempfile.mkdtemp(prefix="gpu-check-")).absolute()
+    logs = folder / "logs"
     found = sections(folder, device, options.size)
-    if unknown := set(options.only or []) - {section.name for section, _ in found}:
-        return refuse(f"--only {min(unknown)}: is none of {', '.join(section.name for section, _ in found)}")
-    record: Row = {"versions": versions(), "sections": []}
-    results: list[Result] = []
-    for section, processes in found:
-        if options.only and section.name not in options.only:
-            continue
+    processes = {section.name: variables for section, variables in found}
+    try:
+        to_run = chosen([section for section, _ in found], options.only)
+    except ValueError as error:
+        return refuse(str(error))
+
+    def run(section: Section) -> Result:
         left_s = started + TOTAL_S - time.monotonic() if device == "cuda" else CPU_S
         if left_s < LEAST_S:
-            result = Result([], {"section": section.name, "status": "not run", "seconds": 0.0, "note": "no time left"})
-        else:
-            limited = section._replace(seconds=min(section.seconds, left_s))
-            result = run_section(limited, processes, folder / "logs")
-        results.append(result)
-        record["sections"].append(result.section)
-        record[section.name] = result.rows
-        write_record(options.json, record, device)
-        show_result(result, folder / "logs", console, TABLES.get(section.name, show_rows))
+            return Result([], {"section": section.name, "status": "not run", "seconds": 0.0, "note": "no time left"})
+        return run_section(section._replace(seconds=min(section.seconds, left_s)), processes[section.name], logs)
+
+    status = run_check(to_run, run, logs, console, options.json, {}, TABLES)
     if options.directory is None:
         shutil.rmtree(folder, ignore_errors=True)
-    console.print(f"{time.monotonic() - started:.0f} s in all; {verdict(results)}", soft_wrap=True)
-    return 0 if all(result.right for result in results) else 1
+    return status
 
 
 if __name__ == "__main__":

@@ -33,15 +33,16 @@ import sys
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
 import torch
+from lib.check import check_device, check_parser, chosen, run_check
 from lib.gpu_training import RECIPE, curriculum_settings
-from lib.process import free_port, versions
-from lib.script import Row, Size, about, make_parser, refuse, write_record
-from lib.sections import Result, Section, run_section, show_result, verdict
+from lib.process import free_port
+from lib.script import Row, Size, about, refuse
+from lib.sections import Result, Section, run_section
 from longring.parallel.meet import meet
 from longring.parallel.world import World
 from rich.console import Console
@@ -132,47 +133,36 @@ def judged(result: Result, found: Mapping[int, Row], ranks: int) -> Result:
 
 
 def main() -> int:
-    parser = make_parser(__doc__ or "", quick="few and small cases")
-    parser.add_argument("--only", metavar="SECTION", action="append", help="run this section; may be repeated")
+    parser = check_parser(__doc__ or "", quick="few and small cases")
     parser.add_argument("--directory", type=Path, default=Path("runs/gpu-node"), metavar="DIR", help="all nodes see it")
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="recipe of the training sections, with its data")
     options = parser.parse_args()
-    gpus = torch.cuda.device_count()
     if "RANK" not in os.environ:  # not under torchrun: all GPUs of this machine
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (gpus or CPU_RANKS))))
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus or CPU_RANKS)]
+        count = torch.cuda.device_count() or CPU_RANKS
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
         os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
-    device = "cuda" if gpus else "cpu"
-    if device == "cuda":
-        os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels would be tested instead of compiled ones
-    world = World.from_environment()
+    world, device = World.from_environment(), check_device()
     if world.size % 2:
         return refuse(f"{world.size} ranks: rings have 2, 4, ... ranks; start an even number of ranks")
     store = meet(world, WAIT)
     if world.rank == 0:
         store.set("folder", str(options.directory.absolute() / datetime.now(UTC).strftime("%Y-%m-%d-%H%M%S")))
     folder = Path(store.get("folder").decode())
-    chosen = sections(folder, world, device, options.size, options.recipe)
-    if unknown := set(options.only or []) - {section.name for section in chosen}:
-        return refuse(f"--only {min(unknown)}: is none of {', '.join(section.name for section in chosen)}")
-    console = Console(width=80, quiet=world.rank > 0)
+    logs = folder / "logs"
+    try:
+        to_run = chosen(sections(folder, world, device, options.size, options.recipe), options.only)
+    except ValueError as error:
+        return refuse(str(error))
+    run = partial(run_together, store=store, world=world, logs=logs)
+    if world.rank:
+        for section in to_run:
+            run(section)
+        return 0
+    console = Console(width=80)
     facts = {"ranks": world.size, "ranks_per_node": world.local_size, "directory": str(folder)}
     console.print({**about(device), **facts})
-    record: dict[str, Any] = {**facts, "versions": versions(), "sections": []}
-    results, started = list[Result](), time.monotonic()
-    for section in chosen:
-        if options.only and section.name not in options.only:
-            continue
-        result = run_together(section, store, world, folder / "logs")
-        if world.rank:
-            continue
-        results.append(result)
-        record["sections"].append(result.section)
-        record[section.name] = result.rows
-        write_record(options.json, record, device)
-        show_result(result, folder / "logs" / "rank-00000", console)
-    console.print(f"{time.monotonic() - started:.0f} s in all; {verdict(results)}", soft_wrap=True)
-    return 0 if all(result.right for result in results) else 1
+    return run_check(to_run, run, logs / "rank-00000", console, options.json, facts, {})
 
 
 if __name__ == "__main__":

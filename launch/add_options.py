@@ -75,7 +75,9 @@ def train(parser: argparse.ArgumentParser) -> None:
     several.add_argument("--nodes", type=_positive, default=1, metavar="N", help="number of nodes")
     several.add_argument("--node", type=_not_negative, default=0, metavar="I", help="index of this node, from 0")
     several.add_argument("--rendezvous", metavar="HOST:PORT", help="address on the first node where launchers meet")
-    several.add_argument("--job", metavar="NAME", help="name of this start, the same on all nodes")
+    several.add_argument(
+        "--job", metavar="NAME", help="name of this start, the same on all nodes; status 250 then stands for 2"
+    )
     several.add_argument("--address", metavar="NAME", help="name at which other nodes reach this one")
     several.add_argument("--check-node", action="store_true", help="first check the devices, memory and disk")
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from . import add_options
 from .config import load_recipe
-from .errors import IO_ERROR, USER_ERROR, print_error
+from .errors import IO_ERROR, NODE_USER_ERROR, USER_ERROR, print_error
 from .run_directory import RunDirectory, find_run
 
 # The functions below import their command when they are called: torch, DeepSpeed and datasets take seconds to import,
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command; return its exit status.
 
     An error is printed in one line; the status is then IO_ERROR for a file that could not be read or written, and
-    USER_ERROR for all others.
+    USER_ERROR for all others, which is NODE_USER_ERROR at a node of a job.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser, commands = _parsers()
@@ -34,12 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         options = parser.parse_args(arguments)
     try:
-        return options.run(options)
+        status = options.run(options)
     except (ValueError, OSError) as error:
         print_error(str(error))
-        return IO_ERROR if isinstance(error, OSError) else USER_ERROR
+        status = IO_ERROR if isinstance(error, OSError) else USER_ERROR
     except KeyboardInterrupt:
         return 130
+    return NODE_USER_ERROR if status == USER_ERROR and vars(options).get("job") else status
 
 
 def _prepare(options: argparse.Namespace) -> int:

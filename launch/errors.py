@@ -14,6 +14,9 @@ GO_ON_LATER = 75
 """Exit status (EX_TEMPFAIL) of a start that saved and stopped early; the same command continues the run."""
 USER_ERROR = 2
 """Exit status of an error that only a person can correct."""
+NODE_USER_ERROR = 250
+"""Exit status that stands for USER_ERROR at a node of a job: srun reports the highest status of all nodes, and 2 would
+be hidden by that of a node that lost its peer. `slurm/train.sbatch` makes it 2 again."""
 GPU_ERROR = 70
 """Exit status (EX_SOFTWARE) after a GPU reported an error, such as an illegal memory access; the next start may
 succeed."""

@@ -26,6 +26,7 @@ from longring.parallel.cp.execute import AttentionSpec
 from longring.parallel.cp.grid import NAMED, CpGrid, divisions, grids
 from longring.parallel.cp.group import CpGroup, open_rings
 from longring.parallel.cp.layout import zigzag
+from longring.parallel.cp.topology import PeerCopies
 from longring.parallel.cp.visible import Visibility
 from longring.parallel.mesh import Mesh, join
 from longring.parallel.world import World
@@ -42,13 +43,13 @@ MASKS = ("causal", "documents", "window")
 
 
 @contextmanager
-def joined() -> Iterator[Mesh]:
+def joined(peer_copies: PeerCopies = "never") -> Iterator[Mesh]:
     """Join the ranks of a section, and leave them at the end unless they had joined before. Collective.
 
-    Messages go over NCCL or gloo alone; `gpu_copies` is the section of copies.
+    Messages go over NCCL or gloo alone, unless `peer_copies` says otherwise.
     """
     own, world = not dist.is_initialized(), World.from_environment()
-    parallel = ParallelConfig(tokens_per_rank=1, cp=CpConfig(peer_copies="never"))
+    parallel = ParallelConfig(tokens_per_rank=1, cp=CpConfig(peer_copies=peer_copies))
     mesh = join(parallel, largest_ring(world.size), timeout_minutes=limit_s() / 60)
     torch.manual_seed(0)
     yield mesh
@@ -161,12 +162,12 @@ def grid_row(grid: CpGrid, group: CpGroup, cases: Mapping[str, OrderCase], mesh:
     return {"cp": group.size, "grid": str(grid), "error": worst, "of": where, "ms": ms, "right": worst <= 1}
 
 
-def guard_rows(size: Size) -> Iterator[Row]:
+def guard_rows(size: Size, peer_copies: PeerCopies = "never") -> Iterator[Row]:
     """Yield a row for each named schedule: whether the guards that run before the first step let it pass. Collective.
 
     With "auto" the links are probed and the cheapest grid is taken.
     """
-    with joined() as mesh, tempfile.TemporaryDirectory() as directory:
+    with joined(peer_copies) as mesh, tempfile.TemporaryDirectory() as directory:
         for schedule in ("auto", "token_ring") if size == "smallest" else ("auto", *NAMED):
             say(mesh, f"guards of {schedule}")
             recipe = guard_recipe(schedule, mesh, directory)

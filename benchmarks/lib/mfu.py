@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from .script import Row
 
 PEAK_FLOPS = {
-    **{"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H800 PCIe": 756e12},
-    **{"H100": 989e12, "H200": 989e12, "H800": 989e12, "H20": 148e12},
-    **{"A100": 312e12, "A800": 312e12, "GB200": 2500e12, "B200": 2250e12},
+    # https://www.nvidia.com/en-us/data-center/h100/: 1,979, 1,671 and 1,513 TFLOPS with sparsity
+    r"NVIDIA H100 80GB HBM3": 989e12,
+    r"NVIDIA H100 NVL": 835e12,
+    r"NVIDIA H100 PCIe": 756e12,
+    # https://www.nvidia.com/en-us/data-center/h200/, H200 SXM: 1,979 TFLOPS with sparsity
+    r"NVIDIA H200": 989e12,
+    # https://www.nvidia.com/en-us/data-center/a100/: 312 TFLOPS, 624 with sparsity, in every form
+    r"NVIDIA A100\b.*": 312e12,
+    # https://nvdam.widen.net/s/wwnsxrhm2w/blackwell-datasheet-3384703: HGX B200 4.5, GB200 5 PFLOPS with sparsity
+    r"NVIDIA B200": 2250e12,
+    r"NVIDIA GB200": 2500e12,
 }
-"""Dense bf16 FLOP/s of the data sheets by a part of the device's name, of which the first that fits counts; MFU is told
-for these devices alone."""
+"""Dense bf16 FLOP/s of NVIDIA's data sheets, half of those with sparsity, by a pattern of the device's whole name. MFU
+is told for these devices alone."""
 
 
 def mfu(rate: float) -> Row:
@@ -23,4 +33,4 @@ def mfu(rate: float) -> Row:
 
 def peak_flops(name: str) -> float | None:
     """Return the dense bf16 FLOP/s of a device's data sheet; None: they are not known here."""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.fullmatch(pattern, name)), None)

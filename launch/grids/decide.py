@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from ...parallel.cp.layout import zigzag
 from ...parallel.mesh import Mesh
 from ..config import Recipe
 from ..run_directory import RunDirectory
+from ..together import on_all_ranks
 from .choice import LayerKind, choose_grids, named_grids
 from .measure import measured_topology, named_topology, topology_name
 from .remembered import division, recall_grids, remember_grids
@@ -30,7 +32,7 @@ def decide_grids(
 
     For a grid that the recipe does not name, rank 0 recalls the grid of an earlier start, or prices all grids on the
     topology and prints a table to `console`. Raises ValueError, on every rank, if ranks would divide sequences
-    differently.
+    differently, or if the probe fails on any of them.
     """
     wanted = named_grids(recipe, lengths)
     open_kinds = [kind for kind, grid in wanted.items() if grid is None]
@@ -45,7 +47,7 @@ def decide_grids(
     taken, priced_on = shared[0]
     if priced_on is not None:  # the same on every rank
         if priced_on == "probe":
-            topology, speed = measured_topology(recipe, mesh)
+            topology, speed = on_all_ranks(mesh, partial(measured_topology, recipe, mesh))
         else:
             topology, speed = named_topology(priced_on, recipe, mesh.world_size)
         if mesh.rank == 0:

@@ -87,7 +87,8 @@ def probe(
     """Measure the links between the ranks of `group` (None: all) and their speed of attention. Collective.
 
     Every rank returns the result of rank 0. `options` are those of training's communicators. Raises ValueError on
-    all ranks if there is only one, or if nodes do not have equally many ranks of the group, in order.
+    all ranks if there is only one, if nodes do not have equally many ranks of the group, in order, or if the ranks of
+    a node cannot open their copies.
     """
     started = time.perf_counter()
     members = dist.get_process_group_ranks(group or dist.group.WORLD)
@@ -164,7 +165,9 @@ class _Links:
             links: set[Link] = {(("keys", "up" if b > a else "down"), a, b) for a in node for b in node if a != b}
             of_node = open_channel(node, "probe copies", device, options)
             layout = SlotLayout(frozenset(links), options.slot_bytes)
-            copies = open_copies(layout, node, of_node, device, options.timeout, high_priority=options.high_priority)
+            copies = open_copies(
+                layout, node, of_node, device, options.timeout, high_priority=options.high_priority, waiting=down
+            )
             self.copied = replace(self.wired, copies=copies)
 
     def measure(self, group: CpGroup, stride: int, num_sites: int) -> list[Fit]:

@@ -71,10 +71,12 @@ def open_copies(
     timeout: timedelta | None,
     *,
     high_priority: bool,
+    waiting: dist.ProcessGroup | None = None,
 ) -> Copies:
     """Return the links of this rank to the other `members`, which are those of `group`; each was tried. Collective.
 
-    Raises ValueError on every rank if the memory of a peer cannot be opened, or if a message arrives wrong or late.
+    Raises ValueError if the memory of a peer cannot be opened, or if a message arrives wrong or late: on every rank of
+    `waiting` (None: of `group`), all of which open copies at once.
     """
 
     def gather(mine: Any) -> list[Any]:
@@ -90,7 +92,7 @@ def open_copies(
         failed = try_links(copies, dist.get_rank(), device)
     except (OSError, RuntimeError) as error:
         failed = str(error)
-    errors = [error for error in gather(failed) if error]
+    errors = [error for error in _gathered(failed, waiting or group) if error]
     if copies is None or errors:
         raise ValueError(f'parallel.cp.peer_copies: {errors[0]}; set parallel.cp.peer_copies = "never"')
     return copies

@@ -25,9 +25,11 @@ JOB = {
 GONE = "<not set>"
 
 
-def run(directory: Path, variables: dict[str, str], script: str = "train.sbatch") -> tuple[int, str, str]:
+def run(
+    directory: Path, variables: dict[str, str], script: str = "train.sbatch", srun: str = SRUN
+) -> tuple[int, str, str]:
     """Run a script in a job with a false srun and a false Python; return its status and output."""
-    for name, content in (("srun", SRUN), ("scontrol", "#!/bin/bash\necho localhost\n"), ("python", PYTHON)):
+    for name, content in (("srun", srun), ("scontrol", "#!/bin/bash\necho localhost\n"), ("python", PYTHON)):
         (directory / name).write_text(content)
         (directory / name).chmod(0o755)
     (directory / "recipe.toml").touch()
@@ -37,6 +39,52 @@ def run(directory: Path, variables: dict[str, str], script: str = "train.sbatch"
         ["bash", str(SCRIPTS / script), "recipe.toml"], cwd=directory, env=environment, capture_output=True, text=True
     )
     return done.returncode, done.stdout, done.stderr
+
+
+TWO_NODES = """#!/bin/bash
+# srun: runs the task of each node, and reports the highest status
+while [[ $1 == --* ]]; do shift; done
+worst=0
+for SLURM_NODEID in 0 1; do
+  export SLURM_NODEID SLURMD_NODENAME=localhost
+  "$@" && status=0 || status=$?
+  [[ $status -lt $worst ]] || worst=$status
+done
+exit "$worst"
+"""
+LAUNCHER = """#!/bin/bash
+case $3 in
+requeue) echo "asked to requeue"; exit 1 ;;
+*) statuses=(STATUSES); exit "${statuses[SLURM_NODEID]}" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("others", [75, 134, 137])
+def test_an_error_to_correct_is_not_hidden_by_the_status_of_another_node(others, tmp_path):
+    """The node with the error ends with the status that `longring train --job` has for it."""
+    wrong = cli.main(["train", str(tmp_path / "none.toml"), "--job", "71-0"])
+    assert cli.main(["train", str(tmp_path / "none.toml")]) == 2
+    launcher = tmp_path / "launcher"
+    local = {"LONGRING_PYTHON": str(launcher), "LONGRING_LOCAL_DIR": str(tmp_path)}
+    for statuses, expected in ((f"{others} {wrong}", 2), (f"{wrong} {others}", 2), (f"75 {others}", others)):
+        launcher.write_text(LAUNCHER.replace("STATUSES", statuses))
+        launcher.chmod(0o755)
+        status, said, error = run(tmp_path, local, srun=TWO_NODES)
+        assert status == expected
+        assert ("nothing is requeued" in error) == (expected == 2)
+        assert ("asked to requeue" in said) == (expected != 2)
+
+
+def test_a_node_without_python_ends_the_job(tmp_path):
+    """The first node has a launcher that loses the other; it is gone when the second node looks for it."""
+    launcher = tmp_path / "launcher"
+    launcher.write_text('#!/bin/bash\nrm "$0"; exit 75\n')
+    launcher.chmod(0o755)
+    local = {"LONGRING_PYTHON": str(launcher), "LONGRING_LOCAL_DIR": str(tmp_path)}
+    status, _, error = run(tmp_path, local, srun=TWO_NODES)
+    assert status == 2
+    assert f"no python at {launcher} on node localhost" in error and "nothing is requeued" in error
 
 
 def test_a_job_starts_its_nodes(tmp_path):

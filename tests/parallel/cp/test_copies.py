@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Generator
 from datetime import timedelta
 from functools import partial
 from itertools import accumulate
@@ -26,7 +27,7 @@ from longring.parallel.cp.grid import CpGrid, grids
 from longring.parallel.cp.group import PASSES, CommunicatorOptions, all_links, open_rings, slot_layout
 from longring.parallel.cp.host_memory import HostMemory, HostQueue
 from longring.parallel.cp.layout import zigzag
-from longring.parallel.cp.plan import Link
+from longring.parallel.cp.plan import Link, Message
 from longring.parallel.cp.reach import open_copies
 from longring.parallel.cp.schedules import Schedule
 from longring.parallel.cp.transports import InProcess
@@ -106,6 +107,23 @@ def test_any_interleaving_gives_the_same_bits_and_none_hangs(examples, most, one
             assert_equal(by_copies(machine, spec, of_ranks, seed + turn), wanted)
 
     check()
+
+
+def test_both_ends_post_messages_in_one_order():
+    """Each rank sends more than all slots hold: if both sent first on their only queue, they would wait for ever."""
+    there, back = (Message("keys", rank, (0, 1), rank, 1 - rank, 0, 0) for rank in (0, 1))
+    machine = Machine(slot_layout([CpGrid(kv=2)], range(2), CommunicatorOptions(slot_bytes=8)), 2, one_queue=True)
+    wires = machine.transports()
+
+    def exchange(rank: int, sent: Message, received: Message) -> Generator[Message, None, Tensor]:
+        own, other = torch.full((8,), float(rank)), torch.empty(8)
+        wires[rank].post({sent: [own]}, {received: [other]})
+        yield sent
+        yield received
+        return other
+
+    got = machine.drive([exchange(0, there, back), exchange(1, back, there)], wires, lambda _: 0)
+    assert [x.tolist() for x in got] == [[1.0] * 8, [0.0] * 8]
 
 
 class Reordered:
@@ -344,12 +362,20 @@ def leftovers() -> tuple[int, int, set[str]]:
     assert rank == 0 or torch.equal(x, y)
     assert held()[1]
     while_open = {path.name for path in Path("/dev/shm").iterdir()} - named
-    dist.barrier()
+    # Rank 0 has ended its copies when rank 1 takes its last message and tells it which slots are free.
+    if rank == 1:
+        dist.barrier()
+        copies.receive(link, [y[:20]]).wait()
+        assert torch.equal(y[:20], x[:20] + 1)
+    else:
+        copies.send(link, [x[:20] + 1]).wait()
     del copies, open_again, done
     gc.collect()
     deadline = time.monotonic() + 10
     while held()[1] and time.monotonic() < deadline:
         time.sleep(0.01)
+    if rank == 0:
+        dist.barrier()
     return held()[0] - before[0], held()[1], while_open
 
 

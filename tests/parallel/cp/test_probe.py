@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from longring.parallel.cp.cost import Speed
 from longring.parallel.cp.fit import FEW, Fit, Timing, fabrics, fit, patterns
 from longring.parallel.cp.group import CommunicatorOptions
+from longring.parallel.cp.host_memory import HostQueue
 from longring.parallel.cp.probe import Probe, from_json, probe
 from longring.parallel.cp.topology import Fabric, Topology
 
@@ -140,12 +141,12 @@ def probed() -> Probe:
     return probe(4, 2, 16, torch.float32, torch.device("cpu"))
 
 
-def on_nodes_of(local_size: int) -> Probe:
+def on_nodes_of(local_size: int, measure: Callable[[], Probe] = probed) -> Probe:
     """Probe with torchrun's variables for nodes of this size."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_WORLD_SIZE", str(local_size))
         patch.setenv("LOCAL_RANK", str(int(os.environ["RANK"]) % local_size))
-        return probed()
+        return measure()
 
 
 def by_copies() -> Probe:
@@ -162,6 +163,25 @@ def uneven(told: list[int]) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def copies_of_one_node_fail() -> str:
+    """Probe two nodes; a rank of the second copies nothing. Return the error."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ["RANK"] == "3":
+            patch.setattr(HostQueue, "copy", lambda *_: None)
+        try:
+            on_nodes_of(2, by_copies)
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+def test_a_failure_of_one_node_is_an_error_of_all(on_ranks):
+    """The other node does not wait in the first measurement. The advice is that of test_copies."""
+    found = on_ranks(4, copies_of_one_node_fail)
+    advice = 'set parallel.cp.peer_copies = "never"'
+    assert found == 4 * [f"parallel.cp.peer_copies: rank 2: wrong bytes arrived from rank 3; {advice}"]
 
 
 @pytest.mark.parametrize(
