@@ -62,6 +62,12 @@ class SourceConfig:
     """Number of records to read from the start of the source; later records are neither read nor counted in the
     ledger. 0: all. A source with a limit is one input shard, so a single process reads it."""
 
+    min_tokens: Annotated[int, Interval(ge=0, le=2**50)] = 0
+    """Minimum number of tokens of a document, its end included; shorter documents are left out. 0: no minimum."""
+
+    max_tokens: Annotated[int, Interval(ge=0, le=2**50)] = 0
+    """Maximum number of tokens of a document, its end included; longer documents are left out. 0: no maximum."""
+
     def __post_init__(self) -> None:
         if self.kind == "python_stdlib" and self.path:
             raise ValueError(
@@ -77,6 +83,11 @@ class SourceConfig:
             raise ValueError(
                 f"data.source.tokens_field = {self.tokens_field!r}: data.source.kind = {self.kind!r} reads whole "
                 "files, which have no fields; leave it empty, or use a kind with fields, such as 'json'"
+            )
+        if 0 < self.max_tokens < self.min_tokens:
+            raise ValueError(
+                f"data.source.max_tokens = {self.max_tokens}: is below data.source.min_tokens = {self.min_tokens}, "
+                "which leaves no document; raise it, or lower data.source.min_tokens"
             )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from ..files import read_patiently
 from .ledger import Ledger
 from .names import MAX_BYTES, is_name, is_sha256
+from .settings import with_defaults
 
 MAX_LENGTH = 1 << 40
 MAX_VOCABULARY = 1 << 28
@@ -31,10 +32,14 @@ def read_json(file: Path, name: str) -> Any:
 
 
 def checked_content(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of `Manifest` from the JSON value of a manifest without its hash.
+    """Return the fields of `Manifest` from the JSON value of a manifest without its hash; versions 2 and 3 are read.
 
     Raises ValueError, TypeError, KeyError or AttributeError for a field that is not what it must be.
     """
+    if content["format_version"] == 2:
+        joined = ", ".join(content["sources"])
+        kept = {name: value for name, value in content.items() if name != "ledger"}
+        content = {**kept, "format_version": 3, "ledgers": {joined: content["ledger"]}}
     for name, is_right in _FIELDS.items():
         if not is_right(content[name]):
             raise ValueError(f"{name} = {content[name]!r:.80}")
@@ -47,12 +52,14 @@ def checked_content(content: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"it names a file {name[:80]!r}, and prepared data has none of this name")
     if content["order"] is not None and not {"order.json", "placement.npy"} <= content["files"].keys():
         raise ValueError("it lacks the files of ordered data")
-    ledger = Ledger.from_json(content["ledger"])
+    ledgers = {name: Ledger.from_json(one) for name, one in content["ledgers"].items()}
     try:
-        ledger.check()
+        for ledger in ledgers.values():
+            ledger.check()
     except AssertionError as error:
         raise ValueError("its ledger does not add up") from error
-    return {**content, "lengths": tuple(content["lengths"]), "ledger": ledger}
+    config = with_defaults(content["config"])
+    return {**content, "config": config, "lengths": tuple(content["lengths"]), "ledgers": ledgers}
 
 
 def read_inputs(file: Path, num_lines: int | None) -> list[dict[str, Any]]:
@@ -120,6 +127,6 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "has_boundaries": lambda value: isinstance(value, bool),
     "sources": _are_sources,
     "order": lambda value: value is None or _has("by", "mode", "position_resets")(value),
-    "ledger": lambda value: isinstance(value, dict),
+    "ledgers": lambda value: isinstance(value, dict) and len(value) > 0,
 }
 """Check of each field."""

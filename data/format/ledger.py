@@ -11,6 +11,9 @@ Rule = Literal["short_document", "remainder", "end_of_input_shard", "near_duplic
 the end of a longer document, beyond its last piece. end_of_input_shard: tokens that did not fill a last sequence of
 concat-and-chunk. near_duplicate: a whole document, near-duplicate of one that is kept."""
 
+Filter = Literal["not_sampled", "too_short", "too_long"]
+"""Setting of a source by which a good document is left out before it is counted in a split."""
+
 
 @dataclass(kw_only=True)
 class SplitLedger:
@@ -66,13 +69,20 @@ def _new_splits() -> dict[Split, SplitLedger]:
 
 @dataclass(kw_only=True)
 class Ledger:
-    """Account of records and tokens. In each split, tokens entered + filler = tokens written + tokens dropped."""
+    """Account of records and tokens. Records read = documents entered + documents left out + bad records; in each
+    split, tokens entered + filler = tokens written + tokens dropped."""
 
     records: int = 0
     """Number of records read from the sources."""
 
     bad: BadRecords = field(default_factory=BadRecords)
-    """Records left out, by kind."""
+    """Bad records, by kind."""
+
+    left_out_documents: Counter[Filter] = field(default_factory=Counter)
+    """Number of good documents left out by a setting of their source."""
+
+    left_out_tokens: Counter[Filter] = field(default_factory=Counter)
+    """Number of tokens of these documents; a document that is not sampled is not tokenized, and counts none."""
 
     splits: dict[Split, SplitLedger] = field(default_factory=_new_splits)
     """Account of each split."""
@@ -94,6 +104,11 @@ class Ledger:
         """Number of tokens that entered."""
         return sum(split.tokens for split in self.splits.values())
 
+    def leave_out(self, rule: Filter, num_pairs: int = 0) -> None:
+        """Count a good document of `num_pairs` tokens that a setting of its source leaves out."""
+        self.left_out_documents[rule] += 1
+        self.left_out_tokens[rule] += num_pairs
+
     def enter_word_cut(self, name: str, byte: int) -> None:
         """Count a cut inside a word of the record `name`, before byte `byte` of its text."""
         self.word_cuts += 1
@@ -102,7 +117,8 @@ class Ledger:
 
     def check(self) -> None:
         """Raise AssertionError unless the account adds up, which would be an error of LongRing."""
-        assert self.records == self.documents + self.bad.counts.total(), self
+        left_out = self.left_out_documents.total()
+        assert self.records == self.documents + left_out + self.bad.counts.total(), self
         for split in self.splits.values():
             assert split.tokens + split.filler_tokens == split.sequence_tokens() + split.dropped_tokens.total(), split
             assert split.documents == split.document_lengths.total(), split
@@ -110,8 +126,10 @@ class Ledger:
             assert split.dropped_documents.total() <= split.documents, split
 
     def add(self, other: "Ledger") -> None:
-        """Add the ledger of another input shard to this one."""
+        """Add the ledger of another input shard or source to this one."""
         self.records += other.records
+        self.left_out_documents.update(other.left_out_documents)
+        self.left_out_tokens.update(other.left_out_tokens)
         self.bad.counts.update(other.bad.counts)
         for kind, names in other.bad.examples.items():
             known = self.bad.examples.setdefault(kind, [])
@@ -132,6 +150,8 @@ class Ledger:
         return {
             "records": self.records,
             "bad": {"counts": dict(self.bad.counts), "examples": self.bad.examples},
+            "left_out_documents": dict(self.left_out_documents),
+            "left_out_tokens": dict(self.left_out_tokens),
             "splits": {split: dict(vars(account)) for split, account in self.splits.items()},
             "word_cuts": {"count": self.word_cuts, "examples": self.word_cut_examples},
         }
@@ -147,10 +167,13 @@ class Ledger:
             return SplitLedger(**{**entry, **counters})
 
         bad = BadRecords(counts=Counter(value["bad"]["counts"]), examples=value["bad"]["examples"])
-        cuts = value.get("word_cuts", {"count": 0, "examples": []})  # data of earlier versions has none
+        # Data of earlier versions has no word cuts and leaves nothing out.
+        cuts = value.get("word_cuts", {"count": 0, "examples": []})
         return cls(
             records=value["records"],
             bad=bad,
+            left_out_documents=Counter(value.get("left_out_documents", {})),
+            left_out_tokens=Counter(value.get("left_out_tokens", {})),
             splits={split: split_ledger(value["splits"][split]) for split in SPLITS},
             word_cuts=cuts["count"],
             word_cut_examples=cuts["examples"],

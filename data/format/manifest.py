@@ -8,7 +8,8 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,15 @@ from .damage import DamagedDataError, wrong_hash, wrong_size
 from .document import Split
 from .ledger import Ledger
 from .reader import SequenceReader
+from .settings import differences, settings_of
 from .shards import load_shard_table, shard_name
 from .store import LocalStore, Store, open_store
 from .tokenizer import TOKENIZER_FILE, DocumentTokenizer
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""Version 2 had one ledger for all sources, and mixed them in ordered data; both versions are read."""
+
+READ_VERSIONS = (2, FORMAT_VERSION)
 MANIFEST_FILE = "manifest.json"
 SHARDS_FILE = "shards.npy"
 INPUTS_FILE = "inputs.jsonl"
@@ -70,20 +75,29 @@ class Manifest:
     """Whether sequences may hold several documents that attention must keep apart."""
 
     sources: dict[str, int]
-    """Number of input shards of each source, in order. Ordered data has a single source, as its contexts mix them."""
+    """Number of input shards of each source, in order; of ordered data, the number of its parts."""
 
     order: dict[str, Any] | None = None
     """OrderConfig of data made by `longring order`, without the directories; None for data made by `longring prepare`.
     The documents of ordered data are numbered as records of all input shards, in the order of inputs.jsonl."""
 
-    ledger: Ledger
-    """Account of every record and token."""
+    ledgers: dict[str, Ledger]
+    """Account of every record and token of each source, by name. Data of format version 2 has one account for all its
+    sources, under their names joined."""
 
     shards: NDArray[np.void] = field(repr=False)
     """Table of all shards, SHARD_DTYPE [shards]."""
 
     store: Store = field(repr=False)
     """Storage of the data."""
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """Account of every record and token of all sources."""
+        total = Ledger()
+        for ledger in self.ledgers.values():
+            total.add(ledger)
+        return total
 
     @property
     def needs_starts(self) -> bool:
@@ -92,8 +106,10 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write `manifest.json` to `directory` by `write_whole`, after flushing the `files` there to the disk."""
-        content = {**vars(self), "ledger": self.ledger.to_json()}
-        del content["shards"], content["store"]
+        content = {
+            field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("shards", "store")
+        }
+        content["ledgers"] = {name: ledger.to_json() for name, ledger in self.ledgers.items()}
         content["sha256"] = sha256_of_json(json.loads(json.dumps(content)))  # as it will be read: JSON keys are text
         for name in self.files:
             sync(directory / name)
@@ -119,7 +135,7 @@ class Manifest:
         try:
             content = read_json(file, MANIFEST_FILE)
             version = content["format_version"]
-            if version == FORMAT_VERSION:
+            if version in READ_VERSIONS:
                 # Data prepared by earlier versions has no SHA-256 of its own.
                 if (claimed := content.pop("sha256", None)) not in (None, (found := sha256_of_json(content))):
                     raise ValueError(f"SHA-256 is {found}, {claimed} in the manifest itself")
@@ -127,7 +143,7 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{where}: damaged ({reason:.300}); {_advice(store, content)}") from error
-        if version != FORMAT_VERSION:
+        if version not in READ_VERSIONS:
             raise ValueError(
                 f"{where}: format_version = {version!r:.40}, and this LongRing reads version {FORMAT_VERSION}; "
                 f"{_advice(store, content)}"
@@ -281,20 +297,6 @@ def open_prepared(directory: str | Path, loader: LoaderConfig | None = None, *, 
     if check_shards and isinstance(manifest.store, LocalStore):
         manifest.check_sizes()
     return manifest
-
-
-def settings_of(config: DataConfig | OrderConfig) -> dict[str, Any]:
-    """Return the settings that decide the content of prepared or ordered data: all but the directories."""
-    return {key: value for key, value in asdict(config).items() if key not in ("directory", "work_directory")}
-
-
-def differences(path: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (dotted key, value before, value now) of each setting that differs."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in now | before:
-            yield from differences(f"{path}.{key}", before.get(key), now.get(key))
-    elif before != now:
-        yield path, before, now
 
 
 def file_hashes(directory: Path, *others: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from ..format.manifest import Manifest
 from ..read.bucket_order import bucket_orders, bucket_tokens
 from ..read.curriculum import step_buckets
 from .cost import ModelSize, attention_share, speed_up
-from .ledger import print_ledger
+from .ledger import print_ledgers
 from .ordered import show_order
 from .tables import bar, make_table
 
@@ -51,7 +51,7 @@ def inspect(
 
     _verify(manifest, console)
     train = manifest.buckets("train")
-    print_ledger(manifest.ledger, console)
+    print_ledgers(manifest, console)
     console.print(_document_table(manifest))
     console.print(_bucket_table(manifest, train, model))
     # The same functions as in training: the table shows the steps that a run would take.

@@ -1,45 +1,96 @@
-"""The ledger of prepared data as a table."""
+"""The ledgers of prepared data as tables."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..format.ledger import Ledger
-from .tables import make_table
+from ..format.ledger import Ledger, SplitLedger
+from ..format.manifest import Manifest
+from .tables import make_table, shortened
+
+NAME = 24
+"""Maximum characters of a source's name in the first column; its rules are about as long."""
 
 
-def print_ledger(ledger: Ledger, console: Console) -> None:
-    """Print the ledger as a table, with notes."""
-    console.print(ledger_table(ledger))
-    for note in _notes(ledger):
+def print_ledgers(manifest: Manifest, console: Console) -> None:
+    """Print the account of all sources with its notes and, if there are several, the account of each."""
+    console.print(ledger_table(manifest.ledger))
+    for note in _notes(manifest.ledger):
         console.print(escape(note), highlight=False)
+    if len(manifest.ledgers) > 1:
+        console.print()
+        console.print(sources_table(manifest.ledgers))
     console.print()
+
+
+class _Rows:
+    """Rows of documents, sequences and tokens in a table titled `title`; `all_tokens` is 100% of the last column."""
+
+    def __init__(self, title: str, all_tokens: int):
+        self.table = make_table(title, "", "documents", "sequences", "tokens", "share")
+        self._all = max(all_tokens, 1)
+
+    def add(self, name: str, documents: int | None, sequences: int | None, tokens: int | None) -> None:
+        """Add a row; a count that is None is left empty."""
+        counts = ("" if count is None else f"{count:,}" for count in (documents, sequences, tokens))
+        self.table.add_row(name, *counts, "" if tokens is None else f"{tokens / self._all:.2%}")
+
+    def add_left_out(self, ledger: Ledger) -> None:
+        """Add the documents that settings of the sources leave out, and the bad records."""
+        for rule, count in sorted(ledger.left_out_documents.items()):
+            self.add(f"  left out: {_words(rule)}", count, None, ledger.left_out_tokens[rule] or None)
+        for kind, count in sorted(ledger.bad.counts.items()):
+            self.add(f"  left out: {_words(kind)}", count, None, None)
+
+    def add_written(self, accounts: Collection[SplitLedger]) -> None:
+        """Add the sequences and filler of splits by bucket, and what is dropped."""
+        for length, count in sorted(_sum(account.sequences for account in accounts).items()):
+            self.add(f"  bucket {length:,}", None, count, length * count)
+        if filler := sum(account.filler_tokens for account in accounts):
+            self.add("  of it filler", None, None, -filler)
+        documents = _sum(account.dropped_documents for account in accounts)
+        for rule, tokens in sorted(_sum(account.dropped_tokens for account in accounts).items()):
+            self.add(f"  dropped: {_words(rule)}", documents[rule] or None, None, tokens)
 
 
 def ledger_table(ledger: Ledger) -> Table:
     """Return the ledger as a table; the tokens of its parts sum to those of its first row."""
-    table = make_table("Ledger", "", "documents", "sequences", "tokens", "share")
-
-    def row(name: str, documents: int | None, sequences: int | None, tokens: int | None) -> None:
-        counts = ("" if count is None else f"{count:,}" for count in (documents, sequences, tokens))
-        table.add_row(name, *counts, "" if tokens is None else f"{tokens / max(ledger.tokens, 1):.2%}")
-
-    row("records read", ledger.records, None, ledger.tokens)
-    for kind, count in sorted(ledger.bad.counts.items()):
-        row(f"  left out: {kind.replace('_', ' ')}", count, None, None)
+    tokens = ledger.tokens + ledger.left_out_tokens.total()
+    rows = _Rows("Ledger", tokens)
+    rows.add("records read", ledger.records, None, tokens)
+    rows.add_left_out(ledger)
     for split, account in ledger.splits.items():
-        table.add_section()
-        row(split.replace("_", " "), account.documents, None, account.tokens)
-        for length, count in sorted(account.sequences.items()):
-            row(f"  bucket {length:,}", None, count, length * count)
-        if account.filler_tokens:
-            row("  of it filler", None, None, -account.filler_tokens)
-        for rule in sorted(account.dropped_tokens):
-            documents = account.dropped_documents[rule] or None
-            row(f"  dropped: {rule.replace('_', ' ')}", documents, None, account.dropped_tokens[rule])
-    return table
+        rows.table.add_section()
+        rows.add(_words(split), account.documents, None, account.tokens)
+        rows.add_written([account])
+    return rows.table
+
+
+def sources_table(ledgers: Mapping[str, Ledger]) -> Table:
+    """Return the account of each source as a table: the records read, with both splits' sequences and drops."""
+    totals = {name: ledger.tokens + ledger.left_out_tokens.total() for name, ledger in ledgers.items()}
+    rows = _Rows("Ledger by source", sum(totals.values()))
+    for name, ledger in ledgers.items():
+        rows.table.add_section()
+        rows.add(escape(shortened(name, NAME)), ledger.records, None, totals[name])
+        rows.add_left_out(ledger)
+        rows.add_written(ledger.splits.values())
+    return rows.table
+
+
+def _sum(counters: Iterable[Counter]) -> Counter:
+    """Return the sum of counters, with the keys whose count is 0."""
+    total = Counter()
+    for counter in counters:
+        total.update(counter)
+    return total
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _notes(ledger: Ledger) -> Iterator[str]:
@@ -51,4 +102,4 @@ def _notes(ledger: Ledger) -> Iterator[str]:
         cut_at = "; ".join(ledger.word_cut_examples)
         yield f"{ledger.word_cuts:,} cuts inside words too long to tokenize as a whole, first at {cut_at}"
     for kind in sorted(ledger.bad.examples):
-        yield f"First record left out as {kind.replace('_', ' ')}: {ledger.bad.examples[kind][0]}"
+        yield f"First record left out as {_words(kind)}: {ledger.bad.examples[kind][0]}"

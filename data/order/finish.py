@@ -23,7 +23,8 @@ from ..config import DataConfig
 from ..files import write_text
 from ..format.document import NO_DOCUMENT, SPLITS
 from ..format.ledger import Ledger, SplitLedger
-from ..format.manifest import INPUTS_FILE, MANIFEST_FILE, REPORT_FILE, Manifest, file_hashes, settings_of
+from ..format.manifest import INPUTS_FILE, MANIFEST_FILE, REPORT_FILE, Manifest, file_hashes
+from ..format.settings import settings_of
 from ..format.shards import BucketWriter, ShardName
 from ..format.store import LocalStore
 from ..format.tokenizer import TOKENIZER_FILE
@@ -165,7 +166,7 @@ def finish(
             has_boundaries=order.document_masks,
             sources={"ordered": num_parts(partial)},
             order=settings_of(order),
-            ledger=ledger,
+            ledgers={"ordered": ledger},
             shards=table,
             store=LocalStore(partial),
         )

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ..config import DataConfig
 from ..format.document import SPLITS, Document, Split
-from ..format.ledger import Ledger
+from ..format.ledger import Filter, Ledger
 from ..format.shards import BucketWriter, ShardName
 from ..format.tokenizer import TOKENIZER_FILE, DocumentTokenizer
 from .decompose import Piece, decompose, split_of
@@ -67,7 +67,8 @@ class _InputShardWriter:
         self.counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
         self._config = config
         self._tokenizer = tokenizer
-        self._reader = RecordReader(shard, config.named_sources[shard.source], config.max_bad_fraction)
+        self._source = config.named_sources[shard.source]
+        self._reader = RecordReader(shard, self._source, config.max_bad_fraction)
         # One writer per split and bucket. Packers and chains serve the methods that put several documents in a row.
         self._writers = {
             (split, length): BucketWriter(
@@ -94,6 +95,9 @@ class _InputShardWriter:
             for writer in self._writers.values():
                 stack.enter_context(writer)
             for document, stream in self._streams():
+                if rule := self._outside(len(stream) - 1):
+                    self.ledger.leave_out(rule, len(stream) - 1)
+                    continue
                 split = split_of(document.digest, self._config.seed, self._config.held_out_fraction)
                 self.ledger.splits[split].enter(len(stream) - 1)
                 match self._config.method:
@@ -108,6 +112,12 @@ class _InputShardWriter:
         self._reader.check()
         self.ledger.records, self.ledger.bad = self._reader.records, self._reader.bad
         self.ledger.check()
+
+    def _outside(self, num_pairs: int) -> Filter | None:
+        """Return the limit of the source that a document of `num_pairs` tokens does not keep, or None."""
+        if num_pairs < self._source.min_tokens:
+            return "too_short"
+        return "too_long" if 0 < self._source.max_tokens < num_pairs else None
 
     def _progress(self) -> str:
         return f"{self.ledger.documents} {self.ledger.tokens} {self._tokenizer.at}"

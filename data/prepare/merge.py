@@ -28,8 +28,8 @@ from ..format.manifest import (
     Manifest,
     file_hashes,
     open_prepared,
-    settings_of,
 )
+from ..format.settings import settings_of
 from ..format.shards import SHARD_DTYPE, save_shard_table
 from ..format.store import LocalStore
 from ..format.tokenizer import TOKENIZER_FILE, DocumentTokenizer
@@ -152,19 +152,12 @@ def _write_manifest(config: DataConfig, partial: Path) -> None:
             "to continue"
         )
     ledgers, table = merge_parts(partial, len(inputs), tokenizer.vocab_size)
-    ledger = Ledger()
+    by_source = {name: Ledger() for name in config.named_sources}
     with (partial / INPUTS_FILE).open("w", encoding="utf-8") as lines:
         for shard, one in zip(inputs, ledgers, strict=True):
-            ledger.add(one)
+            by_source[shard["source"]].add(one)
             entry = {**shard, "records": one.records, "documents": one.documents, "tokens": one.tokens}
             lines.write(json.dumps(entry) + "\n")
-    ledger.check()
-    if not ledger.splits["train"].sequences:
-        key = "min_bucket_tokens" if config.method == "decompose" else "max_bucket_tokens"
-        raise ValueError(
-            f"data.{key} = {config.lengths[0]}: {ledger.documents} documents with {ledger.tokens} tokens give no "
-            "training sequence of this length; lower it, or add documents"
-        )
     # The input shards of a source are adjacent, so that their number alone gives the source of a shard.
     counts = Counter(shard["source"] for shard in inputs)
     manifest = Manifest(
@@ -177,10 +170,18 @@ def _write_manifest(config: DataConfig, partial: Path) -> None:
         lengths=config.lengths,
         has_boundaries=config.has_boundaries,
         sources={name: counts[name] for name in config.named_sources},
-        ledger=ledger,
+        ledgers=by_source,
         shards=table,
         store=LocalStore(partial),
     )
+    ledger = manifest.ledger
+    ledger.check()
+    if not ledger.splits["train"].sequences:
+        key = "min_bucket_tokens" if config.method == "decompose" else "max_bucket_tokens"
+        raise ValueError(
+            f"data.{key} = {config.lengths[0]}: {ledger.documents} documents with {ledger.tokens} tokens give no "
+            "training sequence of this length; lower it, or add documents"
+        )
     manifest.write(partial)
 
 

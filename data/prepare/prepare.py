@@ -25,7 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..config import DataConfig
 from ..files import full_disk_named, write_text, write_whole
-from ..format.manifest import INPUTS_FILE, MANIFEST_FILE, Manifest, differences, open_prepared, settings_of
+from ..format.manifest import INPUTS_FILE, MANIFEST_FILE, Manifest, open_prepared
+from ..format.settings import differences, settings_of, with_defaults
 from ..format.store import LocalStore
 from ..format.tokenizer import TOKENIZER_FILE, DocumentTokenizer
 from ..format.tokenizer_file import STUCK_STATUS
@@ -226,7 +227,7 @@ def _write_job(config: DataConfig, partial: Path, inputs: list[InputShard]) -> N
     delete = f"or delete {partial} and run `longring prepare RECIPE`"
     if (work / JOB_FILE).exists():
         before = json.loads((work / JOB_FILE).read_text())
-        for key, then, now in differences("data", before["data"], json.loads(json.dumps(job["data"]))):
+        for key, then, now in differences("data", with_defaults(before["data"]), job["data"]):
             raise ValueError(
                 f"{key} = {now!r}: {partial} is a preparation begun with {then!r}; set it back to continue, {delete}"
             )

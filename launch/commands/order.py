@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from ...data.inspect.ledger import print_ledger
+from ...data.inspect.ledger import print_ledgers
 from ...data.order.stages import order
 from ..config import Recipe
 from ..settings import parse_part
@@ -20,4 +20,4 @@ def order_recipe(recipe: Recipe, console: Console, *, workers: int, only: str, p
         recipe.data, recipe.order, console, workers=workers, only=only, part=parse_part(part), verify=verify
     )
     if ordered is not None:
-        print_ledger(ordered.ledger, console)
+        print_ledgers(ordered, console)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from ...data.inspect.ledger import print_ledger
+from ...data.inspect.ledger import print_ledgers
 from ...data.prepare.prepare import prepare, prepare_part
 from ..config import Recipe
 from ..settings import parse_part
@@ -35,4 +35,4 @@ def prepare_recipe(
     elif part:
         prepare_part(recipe.data, console, *parse_part(part), workers=workers)
     else:
-        print_ledger(prepare(recipe.data, console, workers=workers, verify=verify).ledger, console)
+        print_ledgers(prepare(recipe.data, console, workers=workers, verify=verify), console)

@@ -67,6 +67,12 @@ def test_data_settings_that_do_not_fit(settings: dict[str, Any], words: list[str
             {"tokens_field": ""},
         ),
         (SourceConfig, {"path": "x", "tokens_field": "ids", "kind": "text"}, ["such as 'json'"], {"kind": "json"}),
+        (
+            SourceConfig,
+            {"max_tokens": 9, "min_tokens": 10},
+            ["data.source.max_tokens = 9", "leaves no document; raise it, or lower data.source.min_tokens"],
+            {"min_tokens": 9},
+        ),
         (CurriculumConfig, {"odds": ()}, ["curriculum.odds = []"], {"odds": (1.0,)}),
     ],
 )

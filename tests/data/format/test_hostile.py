@@ -240,7 +240,9 @@ def test_every_field_of_a_manifest_has_its_type_and_bounds(whole: Path, tmp_path
 @pytest.mark.parametrize("key", ["records", "splits", "bad"])
 def test_a_ledger_of_any_content(whole: Path, tmp_path: Path, key: str):
     for value in (None, -5, "x", [], {}, {"train": {}}):
-        forged = forge(contents(whole), lambda manifest, value=value: manifest["ledger"].update({key: value}))
+        forged = forge(
+            contents(whole), lambda manifest, value=value: manifest["ledgers"]["documents"].update({key: value})
+        )
         assert "manifest.json: damaged" in assert_refused(serve(forged), tmp_path)
 
 
@@ -248,7 +250,7 @@ def test_a_ledger_of_any_content(whole: Path, tmp_path: Path, key: str):
     "content",
     [
         b"[" * 1_000_000,
-        b'{"format_version": 2, "config": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_001,
+        b'{"format_version": 3, "config": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_001,
         b'{"format_version": ' + b"9" * 100_000 + b"}",
         b'{"format_version": 1e999}',
         b"\xff\xfe",

@@ -109,10 +109,10 @@ def test_missing_file(prepared: Path, name: str):
 def test_another_format_version(prepared: Path):
     file = prepared / "manifest.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 99}))
-    assert f"{file}: format_version = 99, and this LongRing reads version 2" in refusal(prepared)
+    assert f"{file}: format_version = 99, and this LongRing reads version 3" in refusal(prepared)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format_version": 2}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format_version": 2}', '{"format_version": 3}'])
 def test_damaged_manifest(prepared: Path, content: str):
     (prepared / "manifest.json").write_text(content)
     assert f"{prepared / 'manifest.json'}: damaged" in refusal(prepared)

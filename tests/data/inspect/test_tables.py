@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from longring.data.format.ledger import Ledger
-from longring.data.inspect.ledger import ledger_table
+from longring.data.inspect.ledger import ledger_table, sources_table
 from longring.data.inspect.ordered import TITLE, duplicates_table, neighbors_table
 from longring.data.inspect.tables import bar, make_table, shortened
 from rich.console import Console
@@ -27,6 +27,7 @@ def large_ledger() -> Ledger:
     ledger = Ledger()
     ledger.records = DOCUMENTS
     ledger.bad.counts["invalid_utf8"] = DOCUMENTS // 10
+    ledger.left_out_documents["too_long"], ledger.left_out_tokens["too_long"] = DOCUMENTS, TOKENS
     for split in ledger.splits.values():
         split.documents, split.tokens, split.filler_tokens = DOCUMENTS, TOKENS, DOCUMENTS
         split.document_lengths[10], split.length_tokens[10] = DOCUMENTS, TOKENS
@@ -39,6 +40,8 @@ def test_a_large_ledger_is_whole():
     text = printed(ledger_table(large_ledger()))
     assert all(f"{number:,}" in text for number in (DOCUMENTS, TOKENS, 1 << 17))
     assert "dropped: near duplicate" in text
+    by_source = printed(sources_table({f"web {number}": large_ledger() for number in range(3)}))
+    assert f"{2 * TOKENS:,}" in by_source
 
 
 @pytest.mark.parametrize(("threshold", "chosen"), [(0.8, "0.80"), (1.01, "none")])

@@ -16,7 +16,7 @@ from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
 from longring.data.format.document import NO_DOCUMENT
 from longring.data.format.manifest import Manifest, open_prepared
 from longring.data.format.spans import SPAN_CHARACTERS
-from longring.data.inspect.ledger import print_ledger
+from longring.data.inspect.ledger import print_ledgers
 from longring.data.prepare import progress as progress_module
 from longring.data.prepare import train_tokenizer as module
 from longring.data.prepare.prepare import prepare
@@ -70,7 +70,7 @@ def texts_of(manifest: Manifest) -> dict[int, str]:
 
 def note(manifest: Manifest) -> str:
     console = Console(width=1_000, record=True, file=io.StringIO())
-    print_ledger(manifest.ledger, console)
+    print_ledgers(manifest, console)
     return console.export_text()
 
 
