@@ -44,8 +44,9 @@ class InitConfig:
     """Where the weights of a run come from before its first step."""
 
     from_: str = ""
-    """Directory of a run or of one of its checkpoints, key `from`. Its weights begin this run, which may have other
-    data, lengths, RoPE, rates and ranks; of a run, it is the last checkpoint. Empty: random weights."""
+    """Directory of a run, of one of its checkpoints or of a Hugging Face model, key `from`. Its weights begin this run,
+    which may have other data, lengths, RoPE, rates and ranks; of a run, it is the last checkpoint. Empty: random
+    weights."""
     moments: bool = False
     """Take AdamW's moments and their number of updates from there as well."""
 

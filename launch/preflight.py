@@ -22,7 +22,6 @@ from .checkpoint.format import (
     complete_checkpoints,
     last_good_checkpoint,
 )
-from .checkpoint.origin import Origin, find_origin
 from .checkpoint.retention import leftovers
 from .config import Recipe
 from .grids.choice import check_named_grids
@@ -31,6 +30,7 @@ from .recipe_change import check_change
 from .records import read_records
 from .run_directory import RunDirectory
 from .settings import from_tree
+from .weights.origin import Origin, find_origin
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Preflight:
     steps_done: int
     """Number of steps in the last checkpoint that seems whole, whose hashes are checked when it is loaded; or 0."""
     origin: Origin | None = None
-    """Checkpoint whose weights begin the run; None for random weights, and for a run that has a checkpoint."""
+    """Weights that begin the run; None for random ones, and for a run that has a checkpoint."""
 
     def check_checkpoint(self, saved: CheckpointManifest, checkpoint: Path) -> None:
         """Raise ValueError unless this start may continue from a checkpoint.

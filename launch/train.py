@@ -15,7 +15,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +29,7 @@ from ..parallel.world import World
 from ..parallel.zero import DeepSpeedEngine
 from .build import build_engine, open_layouts
 from .checkpoint.format import TrainState
-from .checkpoint.load import load_last_good, load_origin
-from .checkpoint.origin import keep_published
+from .checkpoint.load import load_last_good
 from .checkpoint.retention import clear_leftovers
 from .checkpoint.save import Saver
 from .config import Recipe, load_recipe
@@ -48,6 +46,7 @@ from .ranks.watchdog import Watchdog
 from .settings import flat
 from .together import on_all_ranks
 from .trainer import Trainer, share_of
+from .weights.origin import keep_published, load_origin
 
 
 def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> int:
@@ -190,7 +189,7 @@ def resume(
         on_all_ranks(mesh, lambda: check_nothing_was_saved(checked.run) if mesh.rank == 0 else None)
         if origin := checked.origin:
             moments = checked.recipe.init.moments
-            load_origin(engine, Path(origin.checkpoint), origin.sha256, mesh, moments=moments)
+            load_origin(engine, origin, mesh, moments=moments)
             if mesh.rank == 0:
                 what = "weights and moments" if moments else "weights"
                 console.print(f"{what} from step {origin.step} of {origin.checkpoint}", soft_wrap=True)

@@ -7,12 +7,9 @@ all have, the thread of rank 0 writes the manifest and renames the directory. No
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import shutil
-import struct
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -42,11 +39,11 @@ from .format import (
     write_checkpoint_manifest,
 )
 from .retention import prune_checkpoints
+from .tensors import write_safetensors
 
 log = logging.getLogger(__name__)
 
 Status = Literal["idle", "writing", "written", "failed"]
-_CHUNK_BYTES = 1 << 24
 _MAX_WARNINGS = 8
 """If more ranks than this could not save, only rank 0 prints a warning; the events record every rank."""
 
@@ -232,36 +229,3 @@ class Saver:
             self._progress()
         write_checkpoint_manifest(partial, manifest)
         log.info("saved %s", publish_checkpoint(partial))
-
-
-def write_safetensors(file: Path, tensors: Mapping[str, Tensor], progress: Callable[[], None]) -> tuple[int, str]:
-    """Write fp32 host tensors in the safetensors format and flush them; return the size in bytes and the SHA-256.
-
-    `progress` is called after every chunk. The library's own writer would hold a second copy of all tensors, and the
-    file would have to be read again for its hash.
-    """
-    header, offset = {}, 0
-    for name, tensor in tensors.items():
-        assert tensor.dtype == torch.float32 and tensor.is_contiguous()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.nbytes]}
-        offset += tensor.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8 bytes
-    digest, num_bytes = hashlib.sha256(), 0
-    with file.open("wb") as stream:
-
-        def put(part: bytes | memoryview) -> None:
-            nonlocal num_bytes
-            stream.write(part)
-            digest.update(part)
-            num_bytes += len(part)
-            progress()
-
-        put(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            view = tensor.view(-1).numpy().data.cast("B")  # bytes, without a copy
-            for start in range(0, len(view), _CHUNK_BYTES):
-                put(view[start : start + _CHUNK_BYTES])
-        stream.flush()
-        os.fsync(stream.fileno())
-    return num_bytes, digest.hexdigest()

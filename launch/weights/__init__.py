@@ -1,1 +1,1 @@
-"""Weights from and to the directories of Hugging Face models."""
+"""Weights that begin a run, and weights from and to the directories of Hugging Face models."""

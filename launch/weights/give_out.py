@@ -5,30 +5,30 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ...data.files import sync, write_text
+from ...data.files import write_text
 from ...data.format.tokenizer_file import load_tokenizer
 from ...model.families.family import FAMILIES
 from ...model.families.read import PublishedModel, read_config
 from ...model.families.weights import Weight, to_theirs, weights_of
 from ...model.families.write import family_of, write_config
 from ..checkpoint.format import CheckpointManifest, find_damage, last_good_checkpoint, no_good_checkpoint
-from ..checkpoint.load import whole_weights
+from ..checkpoint.load import CheckpointFiles
+from ..checkpoint.stored import read_whole
+from ..checkpoint.tensors import DTYPES, write_one_by_one
 from ..run_directory import RunDirectory
 from .bring_in import DTYPES_FILE
-from .directory import CONFIG, INDEX, KEPT, WEIGHTS, new_directory, read_json
+from .directory import CONFIG, INDEX, WEIGHTS, keep_files, read_json
+from .new_directory import new_directory
 
 SHARD_BYTES = 5 * 10**9
 """Largest number of bytes of one file of weights, if it has more than one tensor."""
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -36,7 +36,7 @@ def export_weights(run: RunDirectory, out: Path, *, family: str = "", dtype: str
     """Write the last checkpoint of a run, or imported weights, as a Hugging Face directory `out`; return the model.
 
     `family` is its `model_type`, by default the first that has the settings; `dtype` its data type, by default that of
-    the run or of the import. One file of weights is held in memory at a time. Raises ValueError if there is no
+    the run or of the import. One weight is held in memory at a time. Raises ValueError if there is no
     checkpoint, if no family has the settings, and if `out` has content.
     """
     if family and family not in FAMILIES:
@@ -52,8 +52,8 @@ def export_weights(run: RunDirectory, out: Path, *, family: str = "", dtype: str
     default = dtype or ("F32" if not imported and run.recipe().train.dtype == "float32" else "BF16")
     dtypes = {name: dtype or as_was.get(name, default) for weight in weights_of(model) for name in weight.theirs}
     _check_vocabulary(model, manifest)
-    with new_directory(out) as partial:
-        _write_weights(partial, model, dtypes, checkpoint, manifest)
+    with new_directory(out) as partial, CheckpointFiles(checkpoint, manifest) as stored:
+        _write_weights(partial, model, dtypes, stored)
         _write_files(partial, run, model, imported and not dtype and not family, default)
     return model
 
@@ -94,33 +94,47 @@ def _check_vocabulary(model: PublishedModel, manifest: CheckpointManifest) -> No
         )
 
 
-def _write_weights(
-    directory: Path, model: PublishedModel, dtypes: dict[str, str], checkpoint: Path, manifest: CheckpointManifest
-) -> None:
+def _write_weights(directory: Path, model: PublishedModel, dtypes: Mapping[str, str], stored: CheckpointFiles) -> None:
     """Write the files of weights and, if there are several, their index."""
     shards = list(_shards(weights_of(model), dtypes))
-    places, total = {}, 0
-    with whole_weights(checkpoint, manifest) as read:
-        for number, shard in enumerate(shards, start=1):
-            file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            tensors: dict[str, Tensor] = {}
-            for weight in shard:
-                for name, tensor in zip(weight.theirs, to_theirs(weight, read(weight.ours), model), strict=True):
-                    tensors[name] = tensor.to(_DTYPES[dtypes[name]], copy=True).contiguous()
-            save_file(tensors, directory / file, metadata={"format": "pt"})
-            sync(directory / file)
-            places |= dict.fromkeys(tensors, file)
-            total += sum(tensor.nbytes for tensor in tensors.values())
+    file_of, total = {}, 0
+    for number, shard in enumerate(shards, start=1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        total += _write_shard(directory / file, shard, dtypes, stored)
+        file_of |= {name: file for weight in shard for name in weight.theirs}
     if len(shards) > 1:
-        write_text(directory / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2))
+        write_text(directory / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": file_of}, indent=2))
 
 
-def _shards(weights: list[Weight], dtypes: dict[str, str]) -> Iterator[list[Weight]]:
+def _write_shard(file: Path, shard: list[Weight], dtypes: Mapping[str, str], stored: CheckpointFiles) -> int:
+    """Write one file of weights; return the bytes of its tensors."""
+    weight_of = {name: weight for weight in shard for name in weight.theirs}
+    names = sorted(weight_of, key=lambda name: -DTYPES[dtypes[name]].itemsize)
+    described = {name: (dtypes[name], weight_of[name].theirs[name]) for name in names}
+
+    def tensors() -> Iterator[Tensor]:
+        read, parts = None, {}
+        for name in names:
+            if weight_of[name] is not read:
+                read, parts = weight_of[name], {}  # before the next is read: only one is held
+                parts = to_theirs(read, read_whole(stored, read.ours))
+            tensor = parts.pop(name).to(DTYPES[dtypes[name]])
+            if not tensor.isfinite().all():
+                raise ValueError(
+                    f"--dtype {dtypes[name]}: {name} has values beyond its largest; export with --dtype BF16 or F32"
+                )
+            yield tensor
+
+    write_one_by_one(file, described, tensors(), metadata={"format": "pt"})
+    return sum(math.prod(shape) * DTYPES[dtype].itemsize for dtype, shape in described.values())
+
+
+def _shards(weights: list[Weight], dtypes: Mapping[str, str]) -> Iterator[list[Weight]]:
     """Yield the weights of each file, in order; a weight of ours is not divided between files."""
     shard: list[Weight] = []
     size = 0
     for weight in weights:
-        num_bytes = sum(math.prod(shape) * _DTYPES[dtypes[name]].itemsize for name, shape in weight.theirs.items())
+        num_bytes = sum(math.prod(shape) * DTYPES[dtypes[name]].itemsize for name, shape in weight.theirs.items())
         if shard and size + num_bytes > SHARD_BYTES:
             yield shard
             shard, size = [], 0
@@ -131,9 +145,7 @@ def _shards(weights: list[Weight], dtypes: dict[str, str]) -> Iterator[list[Weig
 
 def _write_files(directory: Path, run: RunDirectory, model: PublishedModel, unchanged: bool, dtype: str) -> None:
     """Write config.json, the tokenizer's files and the generation config; `unchanged`: those that were imported."""
-    for name in KEPT:
-        if (run.published / name).is_file():
-            shutil.copyfile(run.published / name, directory / name)
+    keep_files(run.published, directory)
     if unchanged:
         return
     other = {**model.other, "torch_dtype": _NAMES[dtype], "dtype": _NAMES[dtype]}

@@ -68,6 +68,8 @@ def shortest_pattern(kinds: Sequence[str]) -> tuple[str, ...]:
     return ("full",)
 
 
+_OLMO3_WINDOWED_BASE = 500_000.0
+"""RoPE base that transformers 5 gives windowed layers of OLMo 3 where config.json has no rope_parameters."""
 _POSITIVE = Annotated[int, Interval(ge=1, le=2**40)]
 _HINTS = {kind: get_type_hints(kind, include_extras=True) for kind in (ModelConfig, RopeScaling)}
 
@@ -202,6 +204,12 @@ def _rope(keys: _Keys, length: int, *, nested: bool) -> tuple[float, RopeScaling
                     "scaling; import another model"
                 )
         found.append(_parameters(parameters, theta, length, where))
+    elif nested and theta not in (None, _OLMO3_WINDOWED_BASE):
+        raise ValueError(
+            f"config.json: rope_theta = {theta!r:.80}: transformers 4 takes it for all layers, and 5 takes "
+            f"{_OLMO3_WINDOWED_BASE:.0f} for those with a window; add rope_parameters, with full_attention and "
+            "sliding_attention"
+        )
     base = found[0][0] if found and theta is None else theta
     if base is not None and (scaling is not None or not found):  # transformers 4
         found.append(_parameters({} if scaling is None else scaling, base, length, "rope_scaling"))

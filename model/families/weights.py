@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .family import FAMILIES
 from .read import PublishedModel
+
+
+class Rows(NamedTuple):
+    """Adjacent rows of a tensor of transformers."""
+
+    name: str
+    """Name of the tensor in safetensors files; empty: rows of zeros, which only pad."""
+    first: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -21,9 +30,14 @@ class Weight:
     """Name in `Transformer`."""
     theirs: dict[str, tuple[int, ...]]
     """Shapes of these tensors, by their names in safetensors files."""
-    layout: Literal["same", "vocabulary", "stacked", "by_kv_head"]
-    """Way from theirs to ours: same takes one as it is; vocabulary pads its rows with zeros; stacked lays them one
-    below the other; by_kv_head orders the rows of q, k and v by kv head, each with its queries first."""
+    rows: tuple[Rows, ...]
+    """Rows of theirs that follow one another in ours."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter."""
+        [rest, *_] = (shape[1:] for shape in self.theirs.values())
+        return (sum(rows.number for rows in self.rows), *rest)
 
 
 def weights_of(model: PublishedModel) -> list[Weight]:
@@ -31,62 +45,67 @@ def weights_of(model: PublishedModel) -> list[Weight]:
     config, norms, hidden = model.config, FAMILIES[model.family].norms, model.config.hidden_size
     q, kv = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
     q_norm, k_norm = (config.head_dim, config.head_dim) if config.qk_norm == "head" else (q, kv)
-    inner, rows = (config.ffn_hidden_size, hidden), (model.vocab_size, hidden)
-    found = [Weight("embedding.weight", {"model.embed_tokens.weight": rows}, "vocabulary")]
+    inner = (config.ffn_hidden_size, hidden)
+    found = [_vocabulary("embedding.weight", "model.embed_tokens.weight", model)]
     for layer in range(config.num_layers):
         ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
         heads = {f"{theirs}.self_attn.{name}_proj": size for name, size in (("q", q), ("k", kv), ("v", kv))}
-        qkv = {f"{name}.weight": (size, hidden) for name, size in heads.items()}
-        found.append(Weight(f"{ours}.attention.qkv.weight", qkv, "by_kv_head"))
-        if config.qkv_bias:
-            bias = {f"{name}.bias": (size,) for name, size in heads.items()}
-            found.append(Weight(f"{ours}.attention.qkv.bias", bias, "by_kv_head"))
-        gate_up = {f"{theirs}.mlp.{name}_proj.weight": inner for name in ("gate", "up")}
-        found.append(Weight(f"{ours}.mlp.gate_up.weight", gate_up, "stacked"))
+        for kind, rest in (("weight", (hidden,)), ("bias", ())) if config.qkv_bias else (("weight", (hidden,)),):
+            shapes = {f"{name}.{kind}": (size, *rest) for name, size in heads.items()}
+            found.append(_by_kv_head(f"{ours}.attention.qkv.{kind}", shapes, config.num_kv_heads))
         same = {
-            "attention_norm": (norms[0], (hidden,)),
-            "attention.out": ("self_attn.o_proj", (hidden, q)),
-            "mlp_norm": (norms[1], (hidden,)),
-            "mlp.down": ("mlp.down_proj", inner[::-1]),
+            "mlp.gate_up": {"mlp.gate_proj": inner, "mlp.up_proj": inner},
+            "attention_norm": {norms[0]: (hidden,)},
+            "attention.out": {"self_attn.o_proj": (hidden, q)},
+            "mlp_norm": {norms[1]: (hidden,)},
+            "mlp.down": {"mlp.down_proj": inner[::-1]},
         }
         if config.qk_norm != "none":
-            same |= {"attention.q_norm": ("self_attn.q_norm", (q_norm,))}
-            same |= {"attention.k_norm": ("self_attn.k_norm", (k_norm,))}
-        for name, (other, shape) in same.items():
-            found.append(Weight(f"{ours}.{name}.weight", {f"{theirs}.{other}.weight": shape}, "same"))
-    found.append(Weight("norm.weight", {"model.norm.weight": (hidden,)}, "same"))
+            same |= {"attention.q_norm": {"self_attn.q_norm": (q_norm,)}}
+            same |= {"attention.k_norm": {"self_attn.k_norm": (k_norm,)}}
+        for name, others in same.items():
+            shapes = {f"{theirs}.{other}.weight": shape for other, shape in others.items()}
+            found.append(_stacked(f"{ours}.{name}.weight", shapes))
+    found.append(_stacked("norm.weight", {"model.norm.weight": (hidden,)}))
     if not config.tied_head:
-        found.append(Weight("head.weight", {"lm_head.weight": rows}, "vocabulary"))
+        found.append(_vocabulary("head.weight", "lm_head.weight", model))
     return found
 
 
-def to_ours(weight: Weight, tensors: Sequence[Tensor], model: PublishedModel) -> Tensor:
-    """Return LongRing's parameter, whole, from the tensors of transformers in the order of `weight.theirs`."""
-    match weight.layout:
-        case "vocabulary":
-            [rows] = tensors
-            padding = model.config.padded_vocab_size(model.vocab_size) - model.vocab_size
-            return torch.cat([rows, rows.new_zeros(padding, *rows.shape[1:])]) if padding else rows
-        case "stacked":
-            return torch.cat(list(tensors))
-        case "by_kv_head":
-            # [h * d, ...] -> [h_kv, h / h_kv, d, ...], joined along the heads of one kv head
-            config = model.config
-            parts = [x.unflatten(0, (config.num_kv_heads, -1, config.head_dim)) for x in tensors]
-            return torch.cat(parts, dim=1).flatten(0, 2)
-    [same] = tensors
-    return same
+def _stacked(ours: str, shapes: dict[str, tuple[int, ...]]) -> Weight:
+    """Return a weight that holds tensors one below the other."""
+    return Weight(ours, shapes, tuple(Rows(name, 0, shape[0]) for name, shape in shapes.items()))
 
 
-def to_theirs(weight: Weight, ours: Tensor, model: PublishedModel) -> list[Tensor]:
-    """Return the tensors of transformers, in the order of `weight.theirs`, from LongRing's whole parameter."""
-    match weight.layout:
-        case "vocabulary":
-            return [ours[: model.vocab_size]]
-        case "stacked":
-            return list(ours.chunk(len(weight.theirs)))
-        case "by_kv_head":
-            config = model.config
-            heads = ours.unflatten(0, (config.num_kv_heads, -1, config.head_dim))  # [h_kv, queries + 2, d, ...]
-            return [part.flatten(0, 2) for part in heads.split([heads.shape[1] - 2, 1, 1], dim=1)]
-    return [ours]
+def _vocabulary(ours: str, theirs: str, model: PublishedModel) -> Weight:
+    """Return a weight with a row for each token, and rows of padding."""
+    padding = model.config.padded_vocab_size(model.vocab_size) - model.vocab_size
+    rows = (Rows(theirs, 0, model.vocab_size), *([Rows("", 0, padding)] if padding else []))
+    return Weight(ours, {theirs: (model.vocab_size, model.config.hidden_size)}, rows)
+
+
+def _by_kv_head(ours: str, shapes: dict[str, tuple[int, ...]], num_kv_heads: int) -> Weight:
+    """Return a weight that holds, for each kv head, the rows of its queries, of its key and of its value."""
+    counts = {name: shape[0] // num_kv_heads for name, shape in shapes.items()}
+    rows = [Rows(name, head * count, count) for head in range(num_kv_heads) for name, count in counts.items()]
+    return Weight(ours, shapes, tuple(rows))
+
+
+def to_ours(weight: Weight, theirs: Mapping[str, Tensor]) -> Tensor:
+    """Return LongRing's parameter, whole, from tensors of transformers by name."""
+    some = theirs[next(iter(weight.theirs))]
+    return torch.cat(
+        [
+            theirs[name][first : first + number] if name else some.new_zeros(number, *some.shape[1:])
+            for name, first, number in weight.rows
+        ]
+    )
+
+
+def to_theirs(weight: Weight, ours: Tensor) -> dict[str, Tensor]:
+    """Return the tensors of transformers by name from LongRing's whole parameter, of which they may be views."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in weight.theirs}
+    for rows, part in zip(weight.rows, ours.split([rows.number for rows in weight.rows]), strict=True):
+        if rows.name:
+            parts[rows.name].append(part)  # in the order of the tensor
+    return {name: torch.cat(found) if len(found) > 1 else found[0] for name, found in parts.items()}

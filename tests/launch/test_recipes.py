@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from longring.launch import cli
-from longring.launch.checkpoint.origin import MAY_DIFFER
 from longring.launch.config import Recipe, load_recipe
 from longring.launch.learning_rate import learning_rate
 from longring.launch.settings import flat, to_tree
+from longring.launch.weights.origin import MAY_DIFFER
 from longring.model.families.read import PublishedModel
 from longring.model.families.weights import weights_of
 from longring.model.families.write import family_of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import resource
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from helpers.small_checkpoint import read_whole
 from longring.data.format.manifest import open_prepared
 from longring.launch import cli
+from longring.launch.checkpoint import stored
 from longring.launch.checkpoint.format import read_checkpoint_manifest
 from longring.launch.config import Recipe, load_recipe
 from longring.launch.evaluate import evaluate
@@ -25,15 +27,17 @@ from longring.launch.settings import from_tree
 from longring.launch.train import train
 from longring.launch.weights import give_out
 from longring.launch.weights.bring_in import describe, import_weights
+from longring.launch.weights.directory import ModelDirectory
 from longring.launch.weights.give_out import export_weights
 from longring.model.config import ModelConfig, RopeScaling
 from longring.model.families.read import PublishedModel
-from longring.model.families.weights import weights_of
+from longring.model.families.weights import to_ours, weights_of
 from longring.model.families.write import write_config
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+INDEX = "model.safetensors.index.json"
 SIZES: dict[str, Any] = {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_hidden_size": 48}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"rope_scaling": RopeScaling(kind="llama3", factor=8, original_tokens=8192)},
@@ -120,6 +124,28 @@ def test_the_described_model_is_that_of_the_weights(tmp_path):
     assert from_tree(ModelConfig, tomllib.loads(describe(config))["model"]) == config
 
 
+@pytest.mark.full
+def test_a_single_file_wins_over_an_index_as_in_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    make_model(tmp_path / "model", "qwen2", num_files=2)
+    tensors = {name: torch.ones_like(tensor) for name, tensor in read_model(tmp_path / "model").items()}
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert (model.get_input_embeddings().weight == 1).all()
+    with ModelDirectory(tmp_path / "model") as directory:
+        assert (stored.read_whole(directory, "embedding.weight")[:300] == 1).all()
+
+
+@pytest.mark.parametrize("block", [1, 100, 1 << 22])
+def test_a_directory_is_read_in_blocks_of_any_size(tmp_path, monkeypatch, block):
+    """Rows of q, k and v are interleaved, those of gate and up follow each other, and the vocabulary is padded."""
+    tensors = make_model(tmp_path / "model", "qwen2", num_files=2)
+    monkeypatch.setattr(stored, "BLOCK_ELEMENTS", block)
+    with ModelDirectory(tmp_path / "model") as directory:
+        for name, weight in directory.weights.items():
+            assert stored.read_whole(directory, name).equal(to_ours(weight, tensors).float())
+
+
 def test_a_dtype_may_be_chosen(tmp_path):
     tensors = make_model(tmp_path / "model")
     import_weights(tmp_path / "model", tmp_path / "run")
@@ -176,20 +202,23 @@ def test_a_run_is_exported_imported_and_trained_on(on_ranks, recipe_file, tmp_pa
     config = json.loads((export / "config.json").read_text())
     (export / "config.json").write_text(json.dumps({**config, "eos_token_id": [3, 4]}))
     assert cli.main(["import", str(export), str(again)]) == 0
-    # Steps of a rate that rounds away leave the weights as they are.
+    # Steps of a rate that rounds away leave the weights as they are, whether they come by an import or as they are.
     second = [*MODEL, "train.steps=2", "train.warmup_steps=1", "train.learning_rate=1e-30", "train.min_learning_rate=0"]
-    on_ranks(1, run_steps, recipe_file, [*second, f"init.from={again}", f"run_directory={tmp_path}/second"])
-    kept = read_whole(tmp_path / "second" / "checkpoints" / "step-00000002")
-    for name in (name for name in saved if name.endswith("/weight")):
-        rows = 600 if "embedding" in name else None  # the rest is padding, zeros in an imported model
-        assert (kept[name][:rows] == saved[name][:rows]).all(), name
-    # The next export has them still, and the run's own lengths.
-    longer = tmp_path / "longer"
-    assert cli.main(["export", f"{tmp_path}/second", str(longer), "--dtype", "F32"]) == 0
-    for file in ("chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-        assert (longer / file).read_bytes() == (export / file).read_bytes(), file
-    assert json.loads((longer / "config.json").read_text())["eos_token_id"] == [3, 4]
-    assert transformers.AutoModelForCausalLM.from_pretrained(longer).config.vocab_size == 600
+    divided = ["parallel.tensor=2", "parallel.zero_stage=3", "parallel.sequence_parallel=true"]
+    for ranks, origin, mesh in ((1, again, []), (2, export, divided)):
+        name, longer = f"from-{origin.name}", tmp_path / f"longer-{origin.name}"
+        settings = [*second, *mesh, f"init.from={origin}", f"run_directory={tmp_path}/{name}"]
+        on_ranks(ranks, run_steps, recipe_file, settings)
+        kept = read_whole(tmp_path / name / "checkpoints" / "step-00000002")
+        for weight in (weight for weight in saved if weight.endswith("/weight")):
+            rows = 600 if "embedding" in weight else None  # the rest is padding, zeros in an imported model
+            assert (kept[weight][:rows] == saved[weight][:rows]).all(), weight
+        # The next export has them still, and the run's own lengths.
+        assert cli.main(["export", f"{tmp_path}/{name}", str(longer), "--dtype", "F32"]) == 0
+        for file in ("chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+            assert (longer / file).read_bytes() == (export / file).read_bytes(), file
+        assert json.loads((longer / "config.json").read_text())["eos_token_id"] == [3, 4]
+        assert transformers.AutoModelForCausalLM.from_pretrained(longer).config.vocab_size == 600
 
 
 def damaged(file: str, content: bytes) -> Callable[[Path], None]:
@@ -205,6 +234,16 @@ def without(file: str) -> Callable[[Path], None]:
     return lambda model: (model / file).unlink()
 
 
+def indexed(content: bytes) -> Callable[[Path], None]:
+    """Return a mistake: the model has an index of this content instead of a single file."""
+
+    def mistake(model: Path) -> None:
+        (model / "model.safetensors").unlink()
+        (model / INDEX).write_bytes(content)
+
+    return mistake
+
+
 def with_tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
     def mistake(model: Path) -> None:
         tensors = load_file(model / "model.safetensors")
@@ -214,7 +253,6 @@ def with_tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Pat
     return mistake
 
 
-INDEX = "model.safetensors.index.json"
 MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (without("config.json"), "bytes; name the directory of a Hugging Face model"),
     "config of text": (damaged("config.json", b"a"), "config.json: not JSON: .*; download it again"),
@@ -222,11 +260,11 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (without("model.safetensors"), "missing; name a directory with safetensors files"),
     "weights of text": (damaged("model.safetensors", b"text" * 9), "not readable: .*; download it again"),
     "an index that leads out": (
-        damaged(INDEX, b'{"weight_map": {"a": "../b.safetensors"}}'),
+        indexed(b'{"weight_map": {"a": "../b.safetensors"}}'),
         "no readable index of files; download it again",
     ),
     "an index without tensors": (
-        damaged(INDEX, b'{"weight_map": {}}'),
+        indexed(b'{"weight_map": {}}'),
         "has no tensor model.embed_tokens.weight; name a directory with all files of the model",
     ),
     "another shape": (
@@ -284,6 +322,42 @@ def test_a_model_without_tokenizer_json_is_exported_in_another_dtype(tmp_path):
     assert {path.name for path in (tmp_path / "again").iterdir()} == {
         path.name for path in (tmp_path / "model").iterdir()
     }
+
+
+def test_values_beyond_those_of_a_dtype_are_refused(tmp_path):
+    make_model(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"][0, 0] = 70_000
+    save_file(tensors, file, metadata={"format": "pt"})
+    import_weights(tmp_path / "model", tmp_path / "run")
+    run, out = RunDirectory(tmp_path / "run"), tmp_path / "out"
+    with pytest.raises(ValueError, match="lm_head.weight has values beyond its largest; export with --dtype BF16 or"):
+        export_weights(run, out, dtype="F16")
+    assert not list(tmp_path.glob("out*"))
+    export_weights(run, out, dtype="BF16")
+    assert load_file(out / "model.safetensors")["lm_head.weight"][0, 0] == 70_144
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_a_file_that_cannot_be_written_is_named_with_a_way_out(tmp_path, command):
+    make_model(tmp_path / "model")
+    import_weights(tmp_path / "model", tmp_path / "run")
+    out, source = tmp_path / "out", {"import": "model", "export": "run"}[command]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"^{out}: File too large; raise the limit on the size of files ") as error:
+            write(command, tmp_path / source, out)
+        assert str(error.value).endswith("(`ulimit -f unlimited`), and give the same command again")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.glob("out*"))
+    write(command, tmp_path / source, out)
+
+
+def write(command: str, source: Path, out: Path) -> None:
+    import_weights(source, out) if command == "import" else export_weights(RunDirectory(source), out)
 
 
 @pytest.mark.parametrize("name", [".", "link", "a/../run"])

@@ -14,12 +14,11 @@ from helpers.small_checkpoint import read_whole
 from longring.data.files import sha256_of
 from longring.data.prepare.prepare import prepare
 from longring.launch.checkpoint.format import complete_checkpoints
-from longring.launch.checkpoint.load import load_origin
-from longring.launch.checkpoint.origin import find_origin
 from longring.launch.config import load_recipe
 from longring.launch.preflight import preflight
 from longring.launch.records import read_records
 from longring.launch.train import train
+from longring.launch.weights.origin import Origin, find_origin, load_origin
 from longring.parallel.mesh import join
 from rich.console import Console
 
@@ -132,12 +131,9 @@ def test_what_cannot_begin_a_run_is_named_with_a_way_out(recipe_file, whole, tmp
 
     said = refused(recipe_file, [run, f"init.from={tmp_path}"])
     assert said == (
-        f"init.from = {tmp_path}: neither a run nor a checkpoint; name a directory that `longring train` has written"
+        f"init.from = {tmp_path}: neither a run, a checkpoint nor a Hugging Face model; name a directory that "
+        "`longring train` has written, or one with config.json"
     )
-
-    (tmp_path / "config.json").write_text("{}")
-    said = refused(recipe_file, [run, f"init.from={tmp_path}"])
-    assert said.endswith(f"a Hugging Face directory; run `longring import {tmp_path} OUT`, and set init.from to OUT")
 
     said = refused(recipe_file, [*begin, "model.num_kv_heads=4", "model.num_heads=4", "model.rope_base=1e6"])
     assert "has model.num_kv_heads = 2, and this run has model.num_kv_heads = 4; set model.num_kv_heads = 2" in said
@@ -197,7 +193,7 @@ def load_another(recipe_file: Path, checkpoint: Path) -> str:
     mesh = join(load_recipe(recipe_file).parallel, 1)
     sha256 = "0" * 64 if mesh.rank else sha256_of(checkpoint / "manifest.json")
     with pytest.raises(ValueError, match="mount the same directory on all machines, and start again") as error:
-        load_origin(None, checkpoint, sha256, mesh, moments=False)  # type: ignore[arg-type]
+        load_origin(None, Origin(str(checkpoint), sha256, 0), mesh, moments=False)  # type: ignore[arg-type]
     return str(error.value)
 
 

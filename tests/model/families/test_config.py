@@ -26,6 +26,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "olmo3": {
         **{"qk_norm": "projection", "norm_order": "after", "layer_pattern": WINDOWS, "window_tokens": 16},
         "rope_scaling": RopeScaling(kind="yarn", factor=8, original_tokens=8192, full_layers_only=True),
+        "rope_base": 5e5,
     },
     "smollm3": {"layer_pattern": ("full", "full", "full", "full_no_rope"), "tied_head": True},
 }
@@ -240,7 +241,12 @@ OF_FAMILIES = [
         "sliding_attention: must have the rope_theta of full_attention and no scaling; import another model",
     ),
     (
-        *("olmo3", {"rope_parameters": None, "rope_theta": 1e6, "rope_scaling": {**YARN_KEYS, "truncate": False}}),
+        *("olmo3", {"rope_parameters": None, "rope_theta": 1e6}, {"rope_theta": 5e5}),
+        "takes 500000 for those with a window; add rope_parameters, with full_attention and sliding_attention",
+    ),
+    (
+        "olmo3",
+        {"rope_parameters": None, "rope_scaling": {**YARN_KEYS, "rope_theta": 5e5, "truncate": False}},
         {"rope_scaling": None},
         "truncate = false: transformers ignores it in this family; remove it",
     ),
@@ -328,8 +334,11 @@ def test_weights_are_themselves_after_a_way_there_and_back(family):
     generator = torch.Generator().manual_seed(0)
     seen: set[str] = set()
     for weight in weights_of(model):
-        theirs = [torch.randn(shape, generator=generator).bfloat16() for shape in weight.theirs.values()]
-        back = to_theirs(weight, to_ours(weight, theirs, model), model)
-        assert all(torch.equal(*pair) for pair in zip(back, theirs, strict=True)), weight
+        theirs = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in weight.theirs.items()}
+        ours = to_ours(weight, theirs)
+        back = to_theirs(weight, ours)
+        assert ours.shape == weight.shape
+        assert back.keys() == theirs.keys()
+        assert all(torch.equal(back[name], theirs[name]) for name in theirs), weight
         assert not seen & set(weight.theirs)
         seen |= set(weight.theirs)

@@ -1,0 +1,50 @@
+"""A directory that appears with all its content: whose unfinished files are kept, removed or in the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from longring.launch.weights.new_directory import LOCK, new_directory
+
+
+def test_unfinished_files_belong_to_the_command_that_writes_them(tmp_path):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "notes").touch()
+    with (
+        pytest.raises(ValueError, match=r"out.partial: is needed for unfinished files and .*; move it away"),
+        new_directory(out),
+    ):
+        pass
+    assert (partial / "notes").exists()
+    partial.rename(tmp_path / "moved")
+    with new_directory(out) as mine:
+        (mine / "a").touch()
+        with (
+            pytest.raises(ValueError, match="out: is being written by process .*; wait for its end, or name another"),
+            new_directory(out),
+        ):
+            pass
+    assert {path.name for path in out.iterdir()} == {"a"}
+    assert not partial.exists()
+    # What a command that was ended has left is removed by the next one.
+    partial.mkdir()
+    for name in (LOCK, "old"):
+        (partial / name).touch()
+    (partial / "checkpoints" / "x").mkdir(parents=True)
+    (out / "a").unlink()
+    with new_directory(out) as mine:
+        (mine / "b").touch()
+    assert {path.name for path in out.iterdir()} == {"b"}
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
+    with (
+        pytest.raises(ValueError, match="is a mount point, which .*; name a directory inside"),
+        new_directory(tmp_path),
+    ):
+        pass
+    with new_directory(tmp_path / "inside"):
+        pass
