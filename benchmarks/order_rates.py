@@ -120,7 +120,7 @@ def index_rates(folder: Path, count: int) -> Row:
     duplicates.histogram(iter([(queries, ids, cosines)]), lambda _: tokens, 0.7)  # the first call takes the samples
     again = [(queries, ids, cosines)] * 20
     timed("histogram", lambda: duplicates.histogram(iter(again), lambda _: tokens, 0.7))
-    recall = timed("recall", lambda: neighbors.recall(found, numbers, lambda one: ids[row_of[one]], COUNT))
+    hits, exact = timed("recall", lambda: neighbors.recall(found, numbers, lambda one: ids[row_of[one]], COUNT))
     return {
         "vectors": count,
         "lists": index.nlist,
@@ -129,7 +129,7 @@ def index_rates(folder: Path, count: int) -> Row:
         "fill_per_s": count / clock["fill"],
         "search_per_s": len(queries) / clock["search"],
         "bytes_per_vector": (part.stat().st_size - trained.stat().st_size) / count,
-        "recall": recall,
+        "recall": hits / exact,
         "recall_vectors_per_s": count / clock["recall"],
         "histogram_pairs_per_s": ids.size * len(again) / clock["histogram"],
     }

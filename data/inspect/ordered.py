@@ -30,8 +30,6 @@ def show_order(manifest: Manifest, console: Console) -> None:
     how = "by IVF-PQ" if report["approximate"] else "exactly"
     recall = ", ".join(f"{split.replace('_', ' ')} {report['recall'][split]:.1%}" for split in SPLITS)
     console.print(f"Neighbours were searched {how}; recall of the exact ones: {recall}.\n", highlight=False)
-    if len(report["sources"]) > 1:
-        console.print(_sources_table(report["sources"]))
     console.print(duplicates_table(report["duplicates"]))
     console.print(neighbors_table(report["neighbors"]))
     path, contexts = report["path"], report["contexts"]
@@ -60,15 +58,6 @@ def duplicates_table(found: dict[str, Any]) -> Table:
         table.add_row(f"{edge:.2f}", f"{pairs:,}", f"{sampled}", share, bar(pairs / most, BAR) + note)
     chosen = f"{found['threshold']:.2f}" if found["threshold"] <= 1 else "none, as too few pairs are near-duplicates"
     table.caption = f"threshold: {chosen}"
-    return table
-
-
-def _sources_table(sources: dict[str, dict[str, int]]) -> Table:
-    """Return the documents of each source, and the dropped near-duplicates among them."""
-    columns = ("source", "documents", "tokens", "near-duplicates", "their tokens")
-    table = make_table("Sources, mixed in the contexts", *columns, text=("source",))
-    for name, counts in sources.items():
-        table.add_row(escape(name), *(f"{count:,}" for count in counts.values()))
     return table
 
 

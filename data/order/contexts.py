@@ -32,7 +32,7 @@ OWN_DTYPE = np.dtype([("document", "<u4"), ("offset", "<i8")])
 
 
 class Layout(NamedTuple):
-    """Layout of a split: the sequence in which each pair lies."""
+    """Layout of one source's documents in a split: the sequence in which each pair lies."""
 
     members: NDArray[np.void]
     """OWN_DTYPE [members], the documents of the joined stream, along the path, and their first pairs in it."""
@@ -68,6 +68,11 @@ class Layout(NamedTuple):
             {length: read(f"own-{length}") for length in lengths},
             {length: read(f"contexts-{length}") for length in lengths},
         )
+
+
+def layout_folder(partial: Path, source: int) -> Path:
+    """Return the folder of the layouts of the source with this index, of ordered data made in `partial`."""
+    return partial / "work" / "layout" / f"{source}"
 
 
 def lay_in_context(path: NDArray[np.uint32], pairs: NDArray[np.int64], length: int) -> Layout:

@@ -119,6 +119,7 @@ class Documents:
         """int64 [input shards + 1], the first document of each input shard, then the number of documents."""
         self.first_record = np.cumsum([0, *(entry["records"] for entry in inputs)], dtype=np.int64)
         """int64 [input shards + 1], the first of all records in each input shard, then the number of records."""
+        self._first_shard = np.cumsum([0, *self.manifest.sources.values()], dtype=np.int64)  # [sources + 1]
         # Each mapped file holds a descriptor, and many systems allow a process 1,024 of them.
         self._opened = lru_cache(maxsize=MAX_OPEN_SHARDS)(self._open)
         self._readers = {
@@ -139,6 +140,23 @@ class Documents:
     def of_shard(self, number: int) -> range:
         """Return the documents of an input shard."""
         return range(int(self.first[number]), int(self.first[number + 1]))
+
+    def shards_of(self, source: int) -> range:
+        """Return the input shards of the source with this index; they are adjacent, and so are their documents."""
+        return range(int(self._first_shard[source]), int(self._first_shard[source + 1]))
+
+    def of_source(self, source: int) -> range:
+        """Return the documents of the source with this index."""
+        return range(*self.first[self._first_shard[source : source + 2]].tolist())
+
+    def source_of_shard(self, number: int) -> int:
+        """Return the index of the source of an input shard."""
+        return int(np.searchsorted(self._first_shard, number, side="right")) - 1
+
+    def sources_of(self, numbers: NDArray[np.integer]) -> NDArray[np.uint16]:
+        """Return the index of the source of each of documents `numbers` [n], uint16 [n]."""
+        ends = self.first[self._first_shard[1:]]  # [sources]
+        return np.searchsorted(ends.astype(numbers.dtype), numbers, side="right").astype(np.uint16)
 
     def shard_column(self, number: int, name: str) -> NDArray:
         """Return the field `name` of DOCUMENT_DTYPE of an input shard's documents, [documents of the shard]."""

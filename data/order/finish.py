@@ -3,8 +3,8 @@
 They work in `<directory>.partial/`:
 
     shards/000012/               tar shards of part 12
-    work/layout/                 layout of both splits
-    work/parts.json              number of parts; written last, so the layout is done
+    work/layout/3/               layout of both splits of source 3
+    work/parts.json              number of parts of each source; written last, so the layouts are done
     work/placement/000012.npy    documents that begin in part 12, and the sequences in which they begin
     work/counts, work/ledgers    other results of each part (prepare/merge.py)
 """
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ..config import DataConfig
 from ..files import write_text
-from ..format.document import NO_DOCUMENT, SPLITS
+from ..format.document import NO_DOCUMENT, SPLITS, Split
 from ..format.ledger import Ledger, SplitLedger
 from ..format.manifest import INPUTS_FILE, MANIFEST_FILE, REPORT_FILE, Manifest, file_hashes
 from ..format.settings import settings_of
@@ -30,7 +30,7 @@ from ..format.store import LocalStore
 from ..format.tokenizer import TOKENIZER_FILE
 from ..order_config import OrderConfig
 from ..prepare.merge import give_name, merge_parts, publish_part
-from .contexts import Layout, lay_in_context, lay_long_buckets, read_sequence, stored
+from .contexts import Layout, lay_in_context, lay_long_buckets, layout_folder, read_sequence, stored
 from .documents import Documents, save
 from .neighbors import Embeddings
 from .report import make_report
@@ -48,24 +48,31 @@ SEQUENCES_PER_REPORT = 256
 
 
 def lay(data: DataConfig, order: OrderConfig, documents: Documents, path: NDArray[np.uint32], partial: Path) -> None:
-    """Write the layout of both splits and the number of parts; `path` is the documents in order, uint32 [steps]."""
+    """Write the layout of both splits of each source and the number of its parts.
+
+    `path` is the documents in order, source by source, uint32 [steps]. Sequences of two sources are never joined.
+    """
     pairs, held_out = documents.column("pairs"), documents.column("held_out")
-    lengths, tokens = order.lengths(data), 0
-    for split in SPLITS:
-        here = path[held_out[path] == (split == "held_out")]
-        if order.mode == "in_context":
-            layout = lay_in_context(here, pairs, lengths[0])
-        else:
-            layout = lay_long_buckets(here, pairs, lengths, (order.seed, split))
-        layout.save(partial / "work" / "layout", split)
-        tokens += sum(length * layout.sequences(length) for length in lengths)
-    # Parts are equal shares of the sequences, so that each is about PART_SHARDS full shards.
-    parts = max(1, round(tokens / (PART_SHARDS * data.shard_tokens)))
+    lengths, parts = order.lengths(data), []
+    for source in range(len(documents.manifest.sources)):
+        mine, tokens = documents.of_source(source), 0
+        # Sources ascend along the path, so comparing with a source's ends is monotonic, and bisection finds its steps.
+        here = path[slice(*np.searchsorted(path, np.array([mine.start, mine.stop], dtype=path.dtype)).tolist())]
+        for split in SPLITS:
+            some = here[held_out[here] == (split == "held_out")]
+            if order.mode == "in_context":
+                layout = lay_in_context(some, pairs, lengths[0])
+            else:
+                layout = lay_long_buckets(some, pairs, lengths, (order.seed, split))
+            layout.save(layout_folder(partial, source), split)
+            tokens += sum(length * layout.sequences(length) for length in lengths)
+        # Parts are equal shares of a source's sequences, so that each is about PART_SHARDS full shards.
+        parts.append(max(int(tokens > 0), round(tokens / (PART_SHARDS * data.shard_tokens))))
     write_text(partial / "work" / "parts.json", json.dumps(parts))
 
 
-def num_parts(partial: Path) -> int:
-    """Return the number of parts into which the sequences are divided for writing."""
+def parts_of(partial: Path) -> list[int]:
+    """Return the number of parts into which the sequences of each source are divided for writing, [sources]."""
     return json.loads((partial / "work" / "parts.json").read_text())
 
 
@@ -77,23 +84,26 @@ def make_part(
     number: int,
     on_progress: Callable[[float], None],
 ) -> None:
-    """Write part `number` of every bucket of both splits: placement and shards, then the ledger.
+    """Write part `number` of every bucket of both splits of its source: placement and shards, then the ledger.
 
     `on_progress` gets the fraction that is done.
     """
-    manifest, parts = documents.manifest, num_parts(partial)
+    manifest, first_parts = documents.manifest, np.cumsum([0, *parts_of(partial)])  # [sources + 1]
+    source = int(np.searchsorted(first_parts, number, side="right")) - 1
+    nth, parts = number - int(first_parts[source]), int(first_parts[source + 1] - first_parts[source])
     begun = partial / "work" / f"part-{number:06d}"
     shutil.rmtree(begun, ignore_errors=True)
     begun.mkdir(parents=True)
     ledger, counts = Ledger(), np.zeros(manifest.vocab_size, dtype=np.int64)
-    begins: list[tuple[int, int, int]] = []  # (document, bucket, index of the sequence in which it begins)
+    # (document, bucket, index among the source's sequences of the one in which the document begins)
+    begins: list[tuple[int, int, int]] = []
     tables = []
     buckets = len(SPLITS) * len(order.lengths(data))
     for split in SPLITS:
-        layout = Layout.load(partial / "work" / "layout", split, order.lengths(data))
+        layout = Layout.load(layout_folder(partial, source), split, order.lengths(data))
         for length in order.lengths(data):
-            # The part holds the stored sequences [first, last) of the bucket.
-            first, last = (layout.sequences(length) * (number + side) // parts for side in (0, 1))
+            # The part holds the stored sequences [first, last) of the source in the bucket.
+            first, last = (layout.sequences(length) * (nth + side) // parts for side in (0, 1))
             name, dtype = ShardName(number, split, length, 0), np.dtype(manifest.dtype)
             writer = BucketWriter(begun, name, dtype, data.shard_tokens, counts if split == "train" else None)
             sequences = stored(layout, length, order.seed, split, np.arange(first, last))
@@ -152,9 +162,8 @@ def finish(
     if not (partial / MANIFEST_FILE).exists():
         for name in (TOKENIZER_FILE, INPUTS_FILE):
             shutil.copyfile(Path(data.directory, name), partial / name)
-        ledger, table = _sum_up(documents, partial, dropped)
-        by_source = {"sources": _by_source(documents, dropped)}
-        make_report(data, order, documents, embeddings, partial, path, lists, {**measured, **by_source})
+        ledgers, table = _sum_up(documents, partial, dropped)
+        make_report(data, order, documents, embeddings, partial, path, lists, measured)
         manifest = Manifest(
             files=file_hashes(partial, PLACEMENT_FILE, REPORT_FILE),
             vocab_size=prepared.vocab_size,
@@ -164,9 +173,9 @@ def finish(
             config=prepared.config,
             lengths=order.lengths(data),
             has_boundaries=order.document_masks,
-            sources={"ordered": num_parts(partial)},
+            sources=dict(zip(prepared.sources, parts_of(partial), strict=True)),
             order=settings_of(order),
-            ledgers={"ordered": ledger},
+            ledgers=ledgers,
             shards=table,
             store=LocalStore(partial),
         )
@@ -174,53 +183,66 @@ def finish(
     give_name(partial, Path(order.directory))
 
 
-def _by_source(documents: Documents, dropped: NDArray[np.uint32]) -> dict[str, dict[str, int]]:
-    """Return the number of documents and tokens of each source, and of the dropped near-duplicates among them."""
-    pairs, gone = documents.column("pairs"), np.sort(dropped[:, 0])
-    found, shard = {}, 0
-    for name, num_shards in documents.manifest.sources.items():
-        # The input shards of a source are adjacent, and so are its documents.
-        begin, end = documents.first[[shard, shard + num_shards]].tolist()
-        mine = gone[slice(*np.searchsorted(gone, [begin, end]).tolist())]
-        found[name] = {
-            "documents": end - begin,
-            "tokens": int(pairs[begin:end].sum()),
-            "near_duplicate_documents": len(mine),
-            "near_duplicate_tokens": int(pairs[mine].sum()),
-        }
-        shard += num_shards
-    return found
-
-
-def _sum_up(documents: Documents, partial: Path, left_out: NDArray[np.uint32]) -> tuple[Ledger, NDArray[np.void]]:
-    """Write the tables of all parts; return the ledger, which adds up, and the table of shards [shards].
+def _sum_up(
+    documents: Documents, partial: Path, left_out: NDArray[np.uint32]
+) -> tuple[dict[str, Ledger], NDArray[np.void]]:
+    """Write the tables of all parts; return the ledger of each source, which adds up, and the table of shards [shards].
 
     `left_out` is (dropped document, kept document) [n, 2].
     """
-    ledger = Ledger.from_json(documents.manifest.ledger.to_json())
     # Records and documents are those of the prepared data; the sequences are counted anew from the parts.
-    for account in ledger.splits.values():
+    ledgers = {name: Ledger.from_json(ledger.to_json()) for name, ledger in documents.manifest.ledgers.items()}
+    for account in (account for ledger in ledgers.values() for account in ledger.splits.values()):
         account.sequences, account.packed_sequences, account.filler_tokens = Counter(), 0, 0
-    ledgers, table = merge_parts(partial, num_parts(partial), documents.manifest.vocab_size)
-    placement = np.zeros(len(documents), dtype=PLACEMENT_DTYPE)
+    # Data of format version 2 has one ledger for all sources.
+    ledger_of = [ledgers.get(name, next(iter(ledgers.values()))) for name in documents.manifest.sources]
+    parts = parts_of(partial)
+    of_parts, table = merge_parts(partial, sum(parts), documents.manifest.vocab_size)
+    sources = np.repeat(np.arange(len(parts)), parts).tolist()  # [parts]
+    for source, one in zip(sources, of_parts, strict=True):
+        ledger_of[source].add(one)
+    pairs, held_out, gone = documents.column("pairs"), documents.column("held_out"), left_out[:, 0].astype(np.int64)
+    for source, ledger in enumerate(ledger_of):
+        mine = gone[documents.sources_of(gone) == source]
+        for split in SPLITS:
+            chosen = pairs[mine[held_out[mine] == (split == "held_out")]]
+            if len(chosen):
+                ledger.splits[split].dropped_documents["near_duplicate"] += len(chosen)
+                ledger.splits[split].dropped_tokens["near_duplicate"] += int(chosen.sum())
+    for ledger in ledgers.values():
+        ledger.check()
+    np.save(partial / PLACEMENT_FILE, _placement(documents, partial, sources, of_parts, left_out))
+    return ledgers, table
+
+
+def _placement(
+    documents: Documents, partial: Path, sources: list[int], ledgers: list[Ledger], left_out: NDArray[np.uint32]
+) -> NDArray[np.void]:
+    """Return the placement of all documents, PLACEMENT_DTYPE [documents].
+
+    `sources` [parts] and `ledgers` [parts] are the source and the account of each part; `left_out` is (dropped
+    document, kept document) [n, 2].
+    """
+    placement, held_out = np.zeros(len(documents), dtype=PLACEMENT_DTYPE), documents.column("held_out")
     first_records = np.repeat(documents.first_record[:-1], np.diff(documents.first))
     placement["record"] = first_records + documents.column("record")
-    for number, one in enumerate(ledgers):
-        ledger.add(one)
+    # Sequences of each bucket written by all parts so far, and by those of the sources before.
+    written: dict[Split, Counter[int]] = {split: Counter() for split in SPLITS}
+    before, source = written, -1
+    for number, ledger in enumerate(ledgers):
+        if sources[number] != source:
+            before, source = {split: counts.copy() for split, counts in written.items()}, sources[number]
         document, length, sequence = np.load(partial / "work" / "placement" / f"{number:06d}.npy").T
+        for split in SPLITS:
+            here = held_out[document] == (split == "held_out")
+            for bucket, count in before[split].items():
+                sequence[here & (length == bucket)] += count
+            written[split].update(ledger.splits[split].sequences)
         placement["length"][document], placement["sequence"][document] = length, sequence
     gone, kept = left_out.T.astype(np.int64)
     # A dropped document keeps length 0 and points to the record that is kept.
     placement["sequence"][gone] = placement["record"][kept]
-    pairs, held_out = documents.column("pairs")[gone], documents.column("held_out")[gone]
-    for split in SPLITS:
-        chosen = pairs[held_out == (split == "held_out")]
-        if len(chosen):
-            ledger.splits[split].dropped_documents["near_duplicate"] = len(chosen)
-            ledger.splits[split].dropped_tokens["near_duplicate"] = int(chosen.sum())
-    ledger.check()
     assert np.count_nonzero(placement["length"]) == len(documents) - len(gone), (
         "each document that is kept begins in one sequence"
     )
-    np.save(partial / PLACEMENT_FILE, placement)
-    return ledger, table
+    return placement

@@ -183,14 +183,14 @@ def recall(
     *,
     at_once: int = 1 << 16,
     on_progress: Callable[[float], None] = lambda _: None,
-) -> float:
-    """Return the recall of a search: the fraction of the exact nearest neighbours that `found_of(document)` has.
+) -> tuple[int, int]:
+    """Return the number of exact nearest neighbours of documents that `found_of(document)` has, and of all of them.
 
-    It is measured on RECALL_QUERIES of documents `numbers` [n], with `count` neighbours each; it is 1 if there are no
-    documents. `at_once` documents are compared at a time, and `on_progress` gets the fraction that has been compared.
+    They are counted for RECALL_QUERIES of documents `numbers` [n], with `count` neighbours each. `at_once` documents
+    are compared at a time, and `on_progress` gets the fraction that has been compared.
     """
     if not len(numbers):
-        return 1.0
+        return 0, 0
     sample = numbers[np.unique(np.linspace(0, len(numbers) - 1, RECALL_QUERIES).astype(np.int64))].astype(np.int64)
     queries = embeddings[sample]
     # [queries, count]: the nearest neighbours among the documents compared so far.
@@ -212,4 +212,4 @@ def recall(
         len(set(exact[exact >= 0]) & set(found_of(int(query)).tolist()))
         for query, exact in zip(sample, ids, strict=True)
     )
-    return hits / max(np.count_nonzero(ids >= 0), 1)
+    return hits, int(np.count_nonzero(ids >= 0))

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..config import DataConfig
 from ..files import write_text
 from ..format.manifest import REPORT_FILE, Manifest
 from ..order_config import OrderConfig
-from .contexts import Layout, stored
+from .contexts import Layout, layout_folder, stored
 from .documents import Documents
 from .neighbors import Embeddings
 from .path import NO_NEIGHBOR
@@ -54,21 +55,23 @@ def make_report(
             "cosine_from": [round(float(edge), 2) for edge in edges[:-1]],
             "steps": counts.tolist(),
         },
-        "contexts": context_similarity(data, order, embeddings, partial),
+        "contexts": context_similarity(data, order, len(documents.manifest.sources), embeddings, partial),
         "neighbors": _neighbor_pairs(documents, lists),
     }
     write_text(partial / REPORT_FILE, json.dumps(report, indent=1) + "\n")
 
 
-def context_similarity(data: DataConfig, order: OrderConfig, embeddings: Embeddings, partial: Path) -> dict[str, float]:
+def context_similarity(
+    data: DataConfig, order: OrderConfig, num_sources: int, embeddings: Embeddings, partial: Path
+) -> dict[str, float]:
     """Return the mean cosine of two documents of one train context, and of two contexts that are stored side by side.
 
-    Up to SAMPLED_CONTEXTS joined contexts of each bucket are measured, evenly spaced. "documents" is their mean number
-    of documents.
+    Up to SAMPLED_CONTEXTS joined contexts of each bucket of each source are measured, evenly spaced. "documents" is
+    their mean number of documents.
     """
-    layout = Layout.load(partial / "work" / "layout", "train", order.lengths(data))
     inside, across, sizes = [], [], []
-    for length in order.lengths(data):
+    for source, length in product(range(num_sources), order.lengths(data)):
+        layout = Layout.load(layout_folder(partial, source), "train", order.lengths(data))
         own, count = len(layout.own[length]), layout.sequences(length)
         if not len(layout.contexts[length]):
             continue

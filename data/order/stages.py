@@ -27,7 +27,7 @@ from ..order_config import OrderConfig
 from ..prepare.merge import ledger_file, restore_parts
 from ..processes import process_pool
 from . import neighbors, tasks
-from .finish import num_parts
+from .finish import parts_of
 from .tasks import OnProgress
 from .work_directory import WorkDirectory
 
@@ -254,7 +254,7 @@ def _one(_: WorkDirectory) -> int:
     return 1
 
 
-def _splits(directory: WorkDirectory) -> int:
+def _groups(directory: WorkDirectory) -> int:
     return len(directory.approximate())
 
 
@@ -267,8 +267,8 @@ def _index(name: str) -> Callable[[WorkDirectory, int], Path]:
 
 
 def _filled(directory: WorkDirectory, number: int) -> Path:
-    split, shard = tasks.fill_task(directory, number)
-    return directory.index(split, f"{shard:06d}")
+    group, shard = tasks.fill_tasks(directory)[number]
+    return directory.index(group, f"{shard:06d}")
 
 
 STAGES = (
@@ -288,16 +288,10 @@ STAGES = (
         tasks.fit_encoder,
     ),
     Stage("embed", "embedding", _input_shards, _in("embed"), tasks.embed_shard),
-    # Only a split with more than `exact_documents` documents has an index: the next three stages may have no task.
-    Stage("train", "training the index", _splits, _index("trained"), tasks.train_index),
-    Stage(
-        "fill",
-        "filling the index",
-        lambda directory: _splits(directory) * directory.num_shards,
-        _filled,
-        tasks.fill_index,
-    ),
-    Stage("merge", "merging the index", _splits, _index("merged"), tasks.merge_index),
+    # Only a group with more than `exact_documents` documents has an index: the next three stages may have no task.
+    Stage("train", "training the index", _groups, _index("trained"), tasks.train_index),
+    Stage("fill", "filling the index", lambda directory: len(tasks.fill_tasks(directory)), _filled, tasks.fill_index),
+    Stage("merge", "merging the index", _groups, _index("merged"), tasks.merge_index),
     Stage("search", "searching neighbours", _input_shards, _in("neighbors"), tasks.search_shard),
     Stage("recall", "measuring recall", _one, _in("neighbors", "recall.json"), tasks.measure_recall),
     Stage("threshold", "near-duplicates: threshold", _one, _in("duplicates", "histogram.json"), tasks.choose_threshold),
@@ -313,7 +307,7 @@ STAGES = (
     Stage(
         "contexts",
         "writing contexts",
-        lambda directory: num_parts(directory.partial),
+        lambda directory: sum(parts_of(directory.partial)),
         lambda directory, number: ledger_file(directory.partial, number),
         tasks.write_part,
     ),

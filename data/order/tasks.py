@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..files import write_text, write_whole
-from ..format.document import SPLITS, Split
+from ..format.document import SPLITS
 from ..format.manifest import open_prepared
 from . import duplicates, embed, neighbors, path
 from .documents import Documents, load, save, write_tables
 from .finish import finish, lay, make_part
-from .work_directory import WorkDirectory
+from .work_directory import Group, WorkDirectory
 
 OnProgress = Callable[[float], None]
 """A function that a task calls with the fraction that is done, in [0, 1]."""
@@ -69,37 +69,49 @@ def embed_shard(directory: WorkDirectory, number: int, on_progress: OnProgress) 
 
 
 def train_index(directory: WorkDirectory, number: int, _: OnProgress) -> None:
-    """Write the trained, empty index of a split that is searched approximately."""
-    split = directory.approximate()[number]
-    train = partial(neighbors.train_index, directory.embeddings(), directory.split_numbers(split))
-    write_whole(directory.index(split, "trained"), train)
+    """Write the trained, empty index of a group that is searched approximately."""
+    group = directory.approximate()[number]
+    train = partial(neighbors.train_index, directory.embeddings(), directory.group_numbers(group))
+    write_whole(directory.index(group, "trained"), train)
 
 
-def fill_task(directory: WorkDirectory, number: int) -> tuple[Split, int]:
-    """Return the split and the input shard of a task of stage fill."""
-    split, shard = divmod(number, directory.num_shards)
-    return directory.approximate()[split], shard
+def fill_tasks(directory: WorkDirectory) -> list[tuple[Group, int]]:
+    """Return the group and the input shard of each task of stage fill."""
+    documents = directory.documents()
+
+    def shards(source: int | None) -> range:
+        return range(documents.num_shards) if source is None else documents.shards_of(source)
+
+    return [(group, shard) for group in directory.approximate() for shard in shards(group.source)]
 
 
 def fill_index(directory: WorkDirectory, number: int, _: OnProgress) -> None:
-    """Write a copy of the trained index with one input shard's documents of one split."""
-    split, shard = fill_task(directory, number)
+    """Write a copy of the trained index with one input shard's documents of one group."""
+    group, shard = fill_tasks(directory)[number]
     numbers = np.array(directory.documents().of_shard(shard), dtype=np.int64)
-    numbers = numbers[directory.documents().shard_column(shard, "held_out") == (split == "held_out")]
-    trained, vectors = directory.index(split, "trained"), directory.embeddings()[numbers]
-    write_whole(directory.index(split, f"{shard:06d}"), partial(neighbors.fill_index, trained, vectors, numbers))
+    numbers = numbers[directory.documents().shard_column(shard, "held_out") == (group.split == "held_out")]
+    trained, vectors = directory.index(group, "trained"), directory.embeddings()[numbers]
+    write_whole(directory.index(group, f"{shard:06d}"), partial(neighbors.fill_index, trained, vectors, numbers))
 
 
 def merge_index(directory: WorkDirectory, number: int, _: OnProgress) -> None:
-    """Merge the filled copies of a split's index on disk."""
-    split = directory.approximate()[number]
-    parts = [directory.index(split, f"{shard:06d}") for shard in range(directory.num_shards)]
-    trained, merged = directory.index(split, "trained"), directory.index(split, "merged")
+    """Merge the filled copies of a group's index on disk."""
+    group = directory.approximate()[number]
+    parts = [directory.index(group, f"{shard:06d}") for one, shard in fill_tasks(directory) if one == group]
+    trained, merged = directory.index(group, "trained"), directory.index(group, "merged")
     write_whole(merged, partial(neighbors.merge_index, trained, parts, merged.with_suffix(".lists")))
 
 
 def search_shard(directory: WorkDirectory, number: int, on_progress: OnProgress) -> None:
-    """Write the neighbours of an input shard's documents, each searched within its own split."""
+    """Write the neighbours of an input shard's documents, each searched within its split and every scope."""
+    scopes = directory.scopes(directory.documents().source_of_shard(number))
+    for index, (prefix, source) in enumerate(scopes.items()):
+        found = _nearest(directory, number, source, lambda part, i=index: on_progress((i + part) / len(scopes)))
+        save(directory.folder("neighbors") / f"{prefix}{number:06d}.npy", found)
+
+
+def _nearest(directory: WorkDirectory, number: int, source: int | None, on_progress: OnProgress) -> NDArray[np.void]:
+    """Return the neighbours, in one source or in all, of an input shard's documents: (ids, cosines) [documents]."""
     documents, embeddings, count = directory.documents(), directory.embeddings(), directory.order.neighbors
     numbers = np.array(documents.of_shard(number), dtype=np.int64)
     found = np.empty(len(numbers), dtype=[("ids", "<u4", (count,)), ("cosines", "<f4", (count,))])
@@ -109,46 +121,53 @@ def search_shard(directory: WorkDirectory, number: int, on_progress: OnProgress)
         [here] = np.nonzero(held_out == (split == "held_out"))  # a document has neighbours of its own split only
         if not len(here):
             continue
-        exact = split not in directory.approximate()
+        group = Group(source, split)
+        exact = group not in directory.approximate()
         if exact:
-            index = neighbors.exact_index(embeddings, directory.split_numbers(split).astype(np.int64))
+            index = neighbors.exact_index(embeddings, directory.group_numbers(group).astype(np.int64))
         else:
-            index = neighbors.merged_index(directory.index(split, "merged"))
+            index = neighbors.merged_index(directory.index(group, "merged"))
         for some in np.array_split(here, -(-len(here) // neighbors.QUERIES_AT_ONCE)):
             nearest = neighbors.nearest(index, embeddings, numbers[some], count, exact=exact)
             found["ids"][some], found["cosines"][some] = nearest  # [documents, k] each
             done += len(some)
             on_progress(done / len(numbers))
-    save(directory.folder("neighbors") / f"{number:06d}.npy", found)
+    return found
 
 
 def measure_recall(directory: WorkDirectory, _: int, on_progress: OnProgress) -> None:
-    """Write the recall of the search: the fraction of the exact neighbours of sampled documents that it found."""
+    """Write the recall of the search: the fraction of the exact neighbours of sampled documents that it found.
+
+    The same number of documents is sampled in each source.
+    """
     documents = directory.documents()
 
     def found_of(document: int) -> NDArray[np.uint32]:
         shard, index = documents.locate(document)
         return directory.neighbor_list(shard)[1][index]
 
-    recalls = {}
-    for number, split in enumerate(SPLITS):
-        recalls[split] = neighbors.recall(
+    groups = [Group(source, split) for split in SPLITS for source in range(len(documents.manifest.sources))]
+    counts = dict.fromkeys(SPLITS, np.zeros(2, dtype=np.int64))  # (found, exact neighbours)
+    for number, group in enumerate(groups):
+        counts[group.split] = counts[group.split] + neighbors.recall(
             directory.embeddings(),
-            directory.split_numbers(split),
+            directory.group_numbers(group),
             found_of,
             directory.order.neighbors,
-            on_progress=lambda part, number=number: on_progress((number + part) / len(SPLITS)),
+            on_progress=lambda part, number=number: on_progress((number + part) / len(groups)),
         )
-    measured = {"recall": recalls, "approximate": directory.approximate()}
+    # A split without documents has nothing to find.
+    recalls = {split: found / exact if exact else 1.0 for split, (found, exact) in counts.items()}
+    searched = {group.split for group in directory.approximate()}
+    measured = {"recall": recalls, "approximate": [split for split in SPLITS if split in searched]}
     _save_json(directory.folder("neighbors") / "recall.json", measured)
 
 
 def choose_threshold(directory: WorkDirectory, _: int, on_progress: OnProgress) -> None:
     """Write the histogram of neighbours' cosines, and the cosine from which pairs are compared."""
     order, documents = directory.order, directory.documents()
-    histogram = duplicates.histogram(
-        _neighbor_lists(directory, on_progress), _text_of(documents), order.duplicate_overlap
-    )
+    lists = _neighbor_lists(directory, on_progress, all_sources=True)
+    histogram = duplicates.histogram(lists, _text_of(documents), order.duplicate_overlap)
     chosen = order.duplicate_similarity or histogram.threshold()
     _save_json(
         directory.folder("duplicates") / "histogram.json",
@@ -161,10 +180,10 @@ def choose_threshold(directory: WorkDirectory, _: int, on_progress: OnProgress) 
 
 
 def _neighbor_lists(
-    directory: WorkDirectory, on_progress: OnProgress
+    directory: WorkDirectory, on_progress: OnProgress, *, all_sources: bool = False
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]]:
     """Yield `directory.neighbor_lists()` and report the progress after each."""
-    for number, found in enumerate(directory.neighbor_lists(), start=1):
+    for number, found in enumerate(directory.neighbor_lists(all_sources=all_sources), start=1):
         yield found
         on_progress(number / directory.documents().num_shards)
 
@@ -174,7 +193,7 @@ def confirm_duplicates(directory: WorkDirectory, number: int, _: OnProgress) -> 
     folder = directory.folder("duplicates")
     threshold = json.loads((folder / "histogram.json").read_text())["threshold"]
     pairs = duplicates.confirmed_pairs(
-        *directory.neighbor_list(number),
+        *directory.neighbor_list(number, all_sources=True),
         _text_of(directory.documents()),
         threshold,
         directory.order.duplicate_overlap,
@@ -188,8 +207,9 @@ def _text_of(documents: Documents) -> duplicates.Tokens:
 
 
 def walk_path(directory: WorkDirectory, _: int, on_progress: OnProgress) -> None:
-    """Write the path: all documents but the dropped near-duplicates, in order.
+    """Write the path: all documents but the dropped near-duplicates, in order, source by source.
 
+    The graph has no edge between two sources, so the part of each is the path that the walk takes through it alone.
     With order.by = "path" the walk is saved every few seconds, and a task that was killed resumes it.
     """
     order = directory.order
@@ -202,7 +222,7 @@ def walk_path(directory: WorkDirectory, _: int, on_progress: OnProgress) -> None
         for done in path.greedy_path(graph, dropped, unfinished):
             on_progress(done / num_steps)
         # The walk has no state but this file, so the finished path is its content.
-        steps = np.fromfile(unfinished, dtype=path.STEP_DTYPE)
+        steps = _by_source(directory.documents(), np.fromfile(unfinished, dtype=path.STEP_DTYPE))
     else:
         steps = np.empty(num_steps, dtype=path.STEP_DTYPE)
         if order.by == "knn":
@@ -210,9 +230,19 @@ def walk_path(directory: WorkDirectory, _: int, on_progress: OnProgress) -> None
             steps["document"] = path.nearest_groups(ids, dropped, order.seed)
         else:
             steps["document"] = path.random_order(len(dropped), dropped, order.seed)
+        steps = _by_source(directory.documents(), steps)
         _fill_similarities(steps, directory.embeddings(), on_progress)
+        sources = directory.documents().sources_of(steps["document"])
+        steps["similarity"][1:][np.diff(sources) > 0] = np.nan  # the path of another source begins
     save(directory.folder("path") / "path.npy", steps)
     unfinished.unlink(missing_ok=True)
+
+
+def _by_source(documents: Documents, steps: NDArray[np.void]) -> NDArray[np.void]:
+    """Return steps [n] source by source, in the same order within each."""
+    if len(documents.manifest.sources) == 1:  # 10^9 steps need not be moved
+        return steps
+    return steps[np.argsort(documents.sources_of(steps["document"]), kind="stable")]
 
 
 def _kept_neighbors(

@@ -6,7 +6,8 @@ with other settings for contexts therefore reuses the embeddings, neighbours and
     <data.directory>.order/
       documents-<hash>/000012.npy     tables of the documents of input shard 12; train.npy and held_out.npy list a split
       embed-<hash>/000012.npy         vectors of these documents, float16; encoder.npz is the fitted default encoder
-      neighbors-<hash>/000012.npy     neighbours of these documents; also the index, its parts and recall.json
+      neighbors-<hash>/000012.npy     neighbours of these documents within their source; also the indexes, their parts
+                                      and recall.json; all-000012.npy has those of all sources, if there are several
       duplicates-<hash>/000012.npy    near-duplicate pairs of these documents; also histogram.json
       path-<hash>/path.npy            the path
     <order.directory>.partial/        the layout, the shards and, last, the manifest
@@ -17,7 +18,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,15 @@ from . import duplicates, neighbors
 from .documents import Documents, load, opened
 
 NEIGHBOR_FIELDS = ("ids", "cosines")
+
+
+class Group(NamedTuple):
+    """Documents among which neighbours are searched: those of one source, or of all, in one split."""
+
+    source: int | None
+    """Index of the source; None for all sources."""
+    split: Split
+    """Split of the documents."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ class WorkDirectory:
         settings_of: dict[str, tuple[Any, ...]] = {
             "documents": (),
             "embed": (order.encoder, order.embedding_dimensions, order.long_documents, order.window_tokens),
-            "neighbors": (order.neighbors, order.exact_documents),
+            "neighbors": ("within a source", order.neighbors, order.exact_documents),
             "duplicates": (order.duplicate_similarity, order.duplicate_overlap),
             "path": (order.by, order.seed if order.by != "path" else None),
         }
@@ -92,23 +102,50 @@ class WorkDirectory:
         """Return the documents of a split, ascending, uint32 [documents], mapped: 10^9 documents take 4 GB."""
         return load(self.split_file(split), mapped=True)
 
-    def approximate(self) -> list[Split]:
-        """Return the splits with more than `exact_documents` documents, which are searched approximately."""
-        accounts = self.documents().manifest.ledger.splits
-        return [split for split in SPLITS if accounts[split].documents > self.order.exact_documents]
+    def group_numbers(self, group: Group) -> NDArray[np.uint32]:
+        """Return the documents of a group, ascending, uint32 [documents], mapped; stage split must be done."""
+        numbers = self.split_numbers(group.split)
+        if group.source is None:
+            return numbers
+        mine = self.documents().of_source(group.source)
+        return numbers[slice(*np.searchsorted(numbers, [mine.start, mine.stop]).tolist())]
 
-    def index(self, split: Split, name: str) -> Path:
-        """Return a file of a split's IVF-PQ index; `name` is trained, merged, or the number of an input shard."""
-        return self.folder("neighbors") / f"{split}-{name}.faiss"
+    def scopes(self, source: int) -> dict[str, int | None]:
+        """Return what the neighbours of a source's documents are searched in, by the beginning of the file's name.
 
-    def neighbor_lists(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]]:
+        Near-duplicates are searched in all sources; the path takes neighbours within the source, whose file comes last.
+        """
+        several = len(self.documents().manifest.sources) > 1
+        return {**({"all-": None} if several else {}), "": source}
+
+    def approximate(self) -> list[Group]:
+        """Return the groups with more than `exact_documents` documents, which are searched approximately."""
+        sources = range(len(self.documents().manifest.sources))
+        scopes = dict.fromkeys(scope for source in sources for scope in self.scopes(source).values())
+        groups = [Group(scope, split) for scope in scopes for split in SPLITS]
+        return [group for group in groups if len(self.group_numbers(group)) > self.order.exact_documents]
+
+    def index(self, group: Group, name: str) -> Path:
+        """Return a file of a group's IVF-PQ index; `name` is trained, merged, or the number of an input shard."""
+        source = "all" if group.source is None else f"{group.source:06d}"
+        return self.folder("neighbors") / f"{source}-{group.split}-{name}.faiss"
+
+    def neighbor_lists(
+        self, *, all_sources: bool = False
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]]:
         """Yield `neighbor_list` of every input shard."""
         for number in range(self.documents().num_shards):
-            yield self.neighbor_list(number)
+            yield self.neighbor_list(number, all_sources=all_sources)
 
-    def neighbor_list(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]:
-        """Return an input shard's documents [n], their neighbours [n, k] and the cosines of these [n, k]."""
-        found = load(self.folder("neighbors") / f"{number:06d}.npy", mapped=True)
+    def neighbor_list(
+        self, number: int, *, all_sources: bool = False
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]:
+        """Return an input shard's documents [n], their neighbours [n, k] and the cosines of these [n, k].
+
+        Neighbours are of the document's own source, with `all_sources` of any.
+        """
+        prefix = next(iter(self.scopes(0))) if all_sources else ""  # the widest scope comes first
+        found = load(self.folder("neighbors") / f"{prefix}{number:06d}.npy", mapped=True)
         return np.array(self.documents().of_shard(number)), *(found[field] for field in NEIGHBOR_FIELDS)
 
     def dropped(self) -> NDArray[np.uint32]:

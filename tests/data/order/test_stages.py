@@ -165,7 +165,7 @@ def check_ordered(manifest: Manifest, data: DataConfig, config: OrderConfig) -> 
     for split, books in manifest.ledger.splits.items():
         before = prepared.ledger.splits[split]
         assert (books.documents, books.tokens) == (before.documents, before.tokens)
-        assert books.filler_tokens == filler[split] < config.lengths(data)[0]
+        assert books.filler_tokens == filler[split] < len(manifest.sources) * config.lengths(data)[0]
         assert books.dropped_tokens["near_duplicate"] == gone[split] == books.dropped_tokens.total()
         assert books.sequence_tokens() == before.tokens - gone[split] + filler[split]
     assert sum(books.packed_sequences for books in manifest.ledger.splits.values()) == several
@@ -364,13 +364,15 @@ def test_identical_settings_are_reused_and_others_refused(prepared: DataConfig, 
 
 
 def test_an_index_for_many_documents_goes_through_all_stages(tmp_path: Path, tokenizer_file: Path):
-    """A split with more documents than are searched exactly gets an index, whose recall is measured."""
-    texts = [sentences(number % 4, number, 12) for number in range(1_300)]
-    source = tmp_path / "documents.jsonl"
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    """A group with more documents than are searched exactly gets an index, whose recall is measured."""
+    sources = {}
+    for name, numbers in (("many", range(1_300)), ("few", range(1_300, 1_340))):
+        lines = (json.dumps({"text": sentences(number % 4, number, 12)}) + "\n" for number in numbers)
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+        sources[name] = SourceConfig(kind="json", path=str(tmp_path / f"{name}.jsonl"))
     data = DataConfig(
         directory=str(tmp_path / "data"),
-        source=SourceConfig(kind="json", path=str(source)),
+        sources=sources,
         tokenizer=TokenizerConfig(path=str(tokenizer_file)),
         min_bucket_tokens=64,
         max_bucket_tokens=128,
@@ -384,6 +386,8 @@ def test_an_index_for_many_documents_goes_through_all_stages(tmp_path: Path, tok
     check_ordered(manifest, data, config)
     report = json.loads(Path(config.directory, "order.json").read_text())
     assert report["approximate"] == ["train"]
+    indexes = {file.name.removesuffix("-merged.faiss") for file in Path(config.work_directory).rglob("*-merged.faiss")}
+    assert indexes == {"all-train", "000000-train"}, "one source is searched exactly"
     assert report["recall"]["held_out"] == 1
     assert 0.8 < report["recall"]["train"] < 1
 
@@ -461,40 +465,78 @@ def test_inspect_shows_pairs_path_and_a_context(
             assert text[:30].strip() in part
 
 
-def test_each_source_finds_its_documents_again(prepared: DataConfig, tmp_path: Path):
-    """The report counts each of two sources; one of them has planted near-duplicates."""
-    kept = [{"text": sentences(number % 4, number, 30)} for number in range(40)]
-    copies = [*kept[:6], *({"text": sentences(number % 4, number + 500, 30)} for number in range(12))]
+@pytest.fixture(scope="module")
+def apart(prepared: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    """Return the settings of two sources of the same topics; the second one begins with copies from the first."""
+    folder = tmp_path_factory.mktemp("apart")
+    kept = [{"text": sentences(number % 4, number, 30 + 130 * (number % 9 == 0))} for number in range(60)]
+    copies = [*kept[:6], *({"text": sentences(number % 4, number + 500, 30)} for number in range(24))]
     for name, records in (("first", kept), ("second", copies)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
-    data = replace(
-        prepared,
-        directory=str(tmp_path / "data"),
-        source=SourceConfig(),
-        sources={name: SourceConfig(kind="json", path=str(tmp_path / f"{name}.jsonl")) for name in ("first", "second")},
-        held_out_fraction=0.0,
-    )
+        for part in range(2):
+            (folder / name).mkdir(exist_ok=True)
+            lines = (json.dumps(one) + "\n" for one in records[part::2])
+            (folder / name / f"{part}.jsonl").write_text("".join(lines))
+    sources = {name: SourceConfig(kind="json", path=str(folder / name)) for name in ("first", "second")}
+    data = replace(prepared, directory=str(folder / "data"), source=SourceConfig(), sources=sources)
     prepare(data, QUIET)
-    config = settings(tmp_path)
-    manifest = order(data, config, QUIET, workers=1)
+    return data
+
+
+@pytest.mark.parametrize("by", by_lane(["path", "knn", "random"], quick=["path"]))
+def test_sources_stay_apart(apart: DataConfig, tmp_path: Path, by: str):
+    config = settings(tmp_path, by=by, mode="fill_long_buckets" if by == "knn" else "in_context")
+    manifest = order(apart, config, QUIET, workers=1)
     assert manifest is not None
-    sources = json.loads(Path(config.directory, "order.json").read_text())["sources"]
-    documents = streams(data)
+    check_ordered(manifest, apart, config)
+    inputs = manifest.inputs()
+    owner = [entry["source"] for entry in inputs for _ in range(entry["records"])]
+    assert [*manifest.sources] == ["first", "second"]
+    assert min(manifest.sources.values()) >= 1 < max(manifest.sources.values()), "one has several parts"
+    for split in SPLITS:
+        for bucket in manifest.buckets(split):
+            numbers = iter(manifest.reader(bucket).pieces(range(bucket.sequences)))
+            for part in bucket.parts:
+                assert manifest.ledgers[part.source].splits[split].sequences[bucket.length] == part.sequences
+                for _ in range(part.sequences):
+                    records = [record for record in next(numbers)[:, 1].tolist() if record != NO_DOCUMENT]
+                    assert {owner[record] for record in records} == {part.source}
+    # A copy in another source is a near-duplicate all the same, and the account of its own source drops it.
     placement = np.load(Path(config.directory, "placement.npy"))
-    gone = set(placement["record"][placement["length"] == 0].tolist())
-    assert gone == set(range(40, 46))
-    for name, records in (("first", range(40)), ("second", range(40, 58))):
-        assert sources[name] == {
-            "documents": len(records),
-            "tokens": sum(len(documents[record]) - 1 for record in records),
-            "near_duplicate_documents": len(gone & set(records)),
-            "near_duplicate_tokens": sum(len(documents[record]) - 1 for record in gone & set(records)),
-        }
-    books = manifest.ledger.splits["train"]
-    assert sum(one["tokens"] for one in sources.values()) == books.tokens
-    assert sum(one["near_duplicate_tokens"] for one in sources.values()) == books.dropped_tokens["near_duplicate"]
-    assert "source 'second'" in manifest.origin(0, 45)
-    assert "source 'first'" in manifest.origin(0, 39)
+    gone = placement[placement["length"] == 0]
+    assert {(owner[record], owner[kept]) for record, _, kept in gone.tolist()} == {("second", "first")}
+    for name, ledger in manifest.ledgers.items():
+        before = open_prepared(apart.directory).ledgers[name]
+        assert (ledger.records, ledger.documents, ledger.tokens) == (before.records, before.documents, before.tokens)
+        dropped = sum(books.dropped_documents["near_duplicate"] for books in ledger.splits.values())
+        assert dropped == (len(gone) if name == "second" else 0) >= 0
+    assert len(gone) == 6
+    assert "source 'second'" in manifest.origin(0, 61)
+    assert "source 'first'" in manifest.origin(0, 59)
+
+
+@pytest.mark.full
+def test_the_path_of_a_source_is_that_of_the_source_alone(apart: DataConfig, tmp_path: Path):
+    config = settings(tmp_path)
+    order(apart, config, QUIET, workers=1)
+    directory = WorkDirectory(apart, config, sha256_of(Path(apart.directory, "manifest.json")))
+    documents, dropped = directory.documents(), np.zeros(90, dtype=np.bool_)
+    dropped[directory.dropped()[:, 0]] = True
+    steps = np.load(directory.folder("path") / "path.npy")
+    done = 0
+    for source in range(2):
+        mine = documents.of_source(source)
+        lists = [directory.neighbor_list(shard) for shard in documents.shards_of(source)]
+        ids, cosines = np.concatenate([one[1] for one in lists]), np.concatenate([one[2] for one in lists])
+        assert set(ids.ravel().tolist()) <= {*mine, path.NO_NEIGHBOR}, "neighbours are of the same source"
+        # The source alone, whose documents are numbered from 0.
+        alone = np.where(ids == path.NO_NEIGHBOR, ids, ids - np.uint32(mine.start))
+        path.remove_dropped(alone, gone := dropped[mine.start : mine.stop])
+        list(path.greedy_path(path.make_graph(alone, cosines), gone, tmp_path / f"{source}"))
+        expected = np.fromfile(tmp_path / f"{source}", dtype=path.STEP_DTYPE)
+        expected["document"] += np.uint32(mine.start)
+        assert steps[done : done + len(expected)].tobytes() == expected.tobytes()
+        done += len(expected)
+    assert done == len(steps) == 84
 
 
 @pytest.mark.parametrize("stage", by_lane(["documents", "embed", "neighbors", "duplicates", "path"], quick=[]))
