@@ -65,6 +65,20 @@ def export(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def evaluate(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `longring evaluate`."""
+    parser.add_argument(
+        "--data", default="", metavar="DATA|RECIPE", help="prepared data, or a recipe with its data and division"
+    )
+    parser.add_argument(
+        "--ranks",
+        type=_positive,
+        metavar="N",
+        help="number of ranks to start here (default: those of the last checkpoint; with --data one for each GPU)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the losses to FILE as well")
+
+
 def train(parser: argparse.ArgumentParser) -> None:
     """Add the options of `longring train`."""
     parser.add_argument(

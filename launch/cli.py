@@ -144,7 +144,9 @@ def _requeue(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from .commands.evaluate import start_evaluation
 
-    return start_evaluation(options.target, options.overrides)
+    return start_evaluation(
+        options.target, options.overrides, data=options.data, ranks=options.ranks, json_file=options.json
+    )
 
 
 def _checkpoints(options: argparse.Namespace) -> int:
@@ -197,11 +199,13 @@ DEMO = "launch/recipes/demo.toml"
 OVERRIDES = {
     "RECIPE": "settings that replace those of the recipe",
     "RUN|RECIPE": "evaluate.* settings; with a recipe also run_directory",
+    "RUN|RECIPE|WEIGHTS": "evaluate.* settings; with --data also parallel.*, train.dtype and model.rope*",
     "DATA|RUN|RECIPE": "settings of the recipe; of data alone, curriculum.* and loader.*",
 }
 TARGETS = {
     "RECIPE": "recipe, a TOML file",
     "RUN|RECIPE": "run directory, or its recipe",
+    "RUN|RECIPE|WEIGHTS": "run directory, or its recipe; with --data also a checkpoint, import or Hugging Face model",
     "MODEL_DIR": "directory with config.json and safetensors files",
     "RUN": "run directory, or what `longring import` has written",
 }
@@ -280,10 +284,11 @@ COMMANDS = (
     Command(
         "evaluate",
         _evaluate,
-        "RUN|RECIPE",
-        "Compute the held-out loss of the last checkpoint of a run.",
+        "RUN|RECIPE|WEIGHTS",
+        "Compute the held-out loss of the last checkpoint of a run, or of any weights.",
         "It is given by bucket and by position in the context.",
-        "runs/demo evaluate.max_tokens_per_bucket=100000",
+        "models/Llama-3.1-8B --data runs/demo-data \\\n      --ranks 8 --json losses.json",
+        add_options.evaluate,
     ),
     Command(
         "checkpoints",

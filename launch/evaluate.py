@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch._C._distributed_c10d import Store
 
 from ..data.files import write_text
 from ..data.format.bucket import Bucket
@@ -28,15 +30,13 @@ from ..parallel.mesh import Mesh, join
 from ..parallel.world import World
 from ..parallel.zero import DeepSpeedEngine
 from .build import BucketLayout, build_engine, open_layouts
-from .checkpoint.format import no_good_checkpoint
-from .checkpoint.load import load_last_good
-from .config import Recipe
-from .preflight import Preflight, preflight_together
+from .config import FaultsConfig, Recipe
 from .ranks.logs import open_log
 from .ranks.rank import as_rank
 from .ranks.watchdog import Watchdog
 from .run_directory import RunDirectory
 from .tables import plain_table
+from .target import Target, target_of_run, target_of_weights
 
 
 def position_edges(min_tokens: int, max_tokens: int) -> list[int]:
@@ -125,13 +125,33 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
     nothing of the context. Raises ValueError if there is no checkpoint, or no held-out sequence that is short enough,
     and ConnectionError if another rank is gone. Collective.
     """
-    world, faults = World.from_environment(), recipe.faults
-    store = meet(world, timedelta(minutes=faults.collective_minutes))
-    checked = preflight_together(recipe, store, world)
-    run, limit = checked.run, recipe.evaluate.max_tokens_per_bucket
-    if not checked.steps_done:
-        raise no_good_checkpoint(run.checkpoints)
-    buckets = checked.manifest.buckets("held_out")
+    world = World.from_environment()
+    store = meet(world, timedelta(minutes=recipe.faults.collective_minutes))
+    target = target_of_run(recipe, store, world)
+    result = _evaluate(target, world, store, console)
+    if result is not None:
+        write_text(target.run.evaluation_file, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def evaluate_weights(
+    path: Path, data: str, overrides: Sequence[str], logs: Path, console: Console
+) -> dict[str, Any] | None:
+    """Evaluate weights on other data, as `target_of_weights` says; return the result on rank 0, else None. Collective.
+
+    Raises ValueError and ConnectionError as `evaluate` does.
+    """
+    world = World.from_environment()
+    store = meet(world, timedelta(minutes=FaultsConfig().collective_minutes))
+    target = target_of_weights(path, data, overrides, RunDirectory(logs), store, world)
+    return _evaluate(target, world, store, console)
+
+
+def _evaluate(target: Target, world: World, store: Store, console: Console) -> dict[str, Any] | None:
+    """Evaluate a target and print its tables; return the result on rank 0, else None. Collective."""
+    recipe, faults = target.recipe, target.recipe.faults
+    limit = recipe.evaluate.max_tokens_per_bucket
+    buckets = target.manifest.buckets("held_out")
     numbers = [(bucket, min(bucket.sequences, limit // bucket.length)) for bucket in buckets]
     held_out = [(bucket, number) for bucket, number in numbers if number]
     if not held_out:
@@ -139,32 +159,26 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
             f"evaluate.max_tokens_per_bucket = {limit}: no held-out sequence of {recipe.training_directory} is that "
             "short; raise it, or prepare other data with a larger data.held_out_fraction"
         )
-    open_log(run.log_file(world.rank))
+    open_log(target.run.log_file(world.rank))
     mesh = join(recipe.parallel, recipe.max_context_parallel, faults.collective_minutes, store)
-    with Watchdog(run, world.rank, world.size, 60 * faults.hang_minutes) as watchdog:
-        step, entries = evaluate_buckets(checked, mesh, watchdog, held_out)
+    with Watchdog(target.run, world.rank, world.size, 60 * faults.hang_minutes) as watchdog:
+        step, entries = evaluate_buckets(target, mesh, watchdog, held_out)
     if world.rank != 0:
         return None
-    result = with_means(step, entries)
-    write_text(run.evaluation_file, json.dumps(result, indent=2) + "\n")
+    result = with_means(target.name, step, entries)
     for table in evaluation_tables(result):
         console.print(table)
     return result
 
 
 def evaluate_buckets(
-    checked: Preflight, mesh: Mesh, watchdog: Watchdog, held_out: Sequence[tuple[Bucket, int]]
+    target: Target, mesh: Mesh, watchdog: Watchdog, held_out: Sequence[tuple[Bucket, int]]
 ) -> tuple[int, list[dict[str, Any]]]:
-    """Return the step of the run's last good checkpoint, and the entry of each bucket over a number of its sequences.
-
-    Collective.
-    """
-    recipe, manifest = checked.recipe, checked.manifest
-    watchdog.at(checked.steps_done, "building the model and loading the checkpoint")
+    """Return the step of the weights, and the entry of each bucket over a number of its sequences. Collective."""
+    recipe, manifest = target.recipe, target.manifest
+    watchdog.at(0, "building the model and loading the weights")
     engine = build_engine(recipe, manifest.vocab_size, mesh)
-    loaded = load_last_good(engine, checked.run.checkpoints, mesh, checked.check_checkpoint)
-    assert loaded is not None, "preflight has found a checkpoint"
-    step = loaded[1].step
+    step = target.load(engine, mesh)
     engine.eval()
     # One more of each token: a token that the train split lacks then has a finite loss.
     counts = torch.from_numpy(manifest.unigram()).double() + 1
@@ -183,16 +197,16 @@ def evaluate_buckets(
     return step, entries
 
 
-def with_means(step: int, entries: list[dict[str, Any]]) -> dict[str, Any]:
+def with_means(target: str, step: int, entries: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the content of evaluation.json: the entries of the buckets, and the means over all their tokens."""
     tokens = sum(entry["tokens"] for entry in entries)
     loss, unigram = (sum(e[name] * e["tokens"] for e in entries) / tokens for name in ("loss", "unigram_loss"))
-    return {"step": step, "tokens": tokens, "loss": loss, "unigram_loss": unigram, "buckets": entries}
+    return {"target": target, "step": step, "tokens": tokens, "loss": loss, "unigram_loss": unigram, "buckets": entries}
 
 
 def evaluation_tables(result: dict[str, Any]) -> list[Table]:
     """Return the held-out loss as two tables: by bucket, and by bucket and range of positions."""
-    title = f"Held-out loss at step {result['step']}, nats per token"
+    title = f"Held-out loss of {result['target']} at step {result['step']}, nats per token"
     by_bucket = plain_table(title, "bucket", "cp", "tokens", "unigram", "loss")
     for entry in result["buckets"]:
         losses = f"{entry['unigram_loss']:.3f}", f"{entry['loss']:.3f}"
@@ -224,12 +238,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="One rank of an evaluation; start it by torchrun, or use `longring evaluate`.",
         epilog="example: torchrun --nproc-per-node 4 -m longring.launch.evaluate runs/demo",
     )
-    parser.add_argument("run", help="run directory")
-    parser.add_argument("overrides", nargs="*", metavar="evaluate.key=value", help="settings that replace the run's")
-    options = parser.parse_args(arguments)
+    parser.add_argument("target", help="run directory, or with --data any weights")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the run's")
+    parser.add_argument("--data", default="", help="prepared data or a recipe, instead of the run's own data")
+    parser.add_argument("--logs", type=Path, default=Path("logs-of-evaluation"), help="directory of logs with --data")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the losses to FILE")
+    options = parser.parse_intermixed_args(arguments)
 
     def work() -> None:
-        evaluate(RunDirectory(options.run).recipe(options.overrides), Console())
+        if options.data:
+            result = evaluate_weights(Path(options.target), options.data, options.overrides, options.logs, Console())
+        else:
+            result = evaluate(RunDirectory(options.target).recipe(options.overrides), Console())
+        if result is not None and options.json:
+            write_text(options.json, json.dumps(result, indent=2) + "\n")
 
     return as_rank(work)
 

@@ -59,16 +59,16 @@ class EnoughError(Exception):
 
 
 def test_an_evaluation_compiles_before_probe_and_guards(monkeypatch):
-    done, checked, loaded = [], MagicMock(), (None, MagicMock(step=3))
-    checked.recipe.data.min_bucket_tokens = checked.recipe.data.max_bucket_tokens = 64
-    checked.recipe.evaluate.knots, checked.manifest.unigram.return_value = False, np.ones(4)
+    done, target = [], MagicMock()
+    target.load.return_value = 3
+    target.recipe.data.min_bucket_tokens = target.recipe.data.max_bucket_tokens = 64
+    target.recipe.evaluate.knots, target.manifest.unigram.return_value = False, np.ones(4)
     monkeypatch.setattr(evaluate, "build_engine", MagicMock())
-    monkeypatch.setattr(evaluate, "load_last_good", MagicMock(return_value=loaded))
     monkeypatch.setattr(build, "compile_kernels", lambda recipe, mesh, lengths: done.append(("compile", lengths)))
     monkeypatch.setattr(build, "decide_grids", MagicMock(side_effect=EnoughError))
     watchdog = MagicMock()
     with pytest.raises(EnoughError):
-        evaluate.evaluate_buckets(checked, MagicMock(device="cpu"), watchdog, [(MagicMock(length=64), 1)])
+        evaluate.evaluate_buckets(target, MagicMock(device="cpu"), watchdog, [(MagicMock(length=64), 1)])
     assert done == [("compile", [64])]
     said = [call.args for call in watchdog.at.mock_calls[1:]]
     assert said == [(3, "compiling kernels"), (3, "dividing attention among ranks")]

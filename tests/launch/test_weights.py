@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.published import write_model
 from helpers.small_checkpoint import read_whole
 from longring.data.format.manifest import open_prepared
 from longring.launch import cli
 from longring.launch.checkpoint import stored
 from longring.launch.checkpoint.format import read_checkpoint_manifest
 from longring.launch.config import Recipe, load_recipe
-from longring.launch.evaluate import evaluate
+from longring.launch.evaluate import evaluate, evaluate_weights
 from longring.launch.preflight import preflight
 from longring.launch.run_directory import RunDirectory
 from longring.launch.settings import from_tree
@@ -31,8 +32,7 @@ from longring.launch.weights.directory import ModelDirectory
 from longring.launch.weights.give_out import export_weights
 from longring.model.config import ModelConfig, RopeScaling
 from longring.model.families.read import PublishedModel
-from longring.model.families.weights import to_ours, weights_of
-from longring.model.families.write import write_config
+from longring.model.families.weights import to_ours
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -56,27 +56,10 @@ def published(family: str) -> PublishedModel:
 
 
 def make_model(directory: Path, family: str = "llama", num_files: int = 1) -> dict[str, Tensor]:
-    """Write a Hugging Face directory with random weights in bf16, norms in fp32; return its tensors."""
-    directory.mkdir()
-    model = published(family)
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for weight in weights_of(model):
-        for name, shape in weight.theirs.items():
-            values = torch.randn(shape, generator=generator)
-            tensors[name] = values if "norm" in name else values.bfloat16()
-    (directory / "config.json").write_text(json.dumps(write_config(model), indent=2))
+    """Write a Hugging Face directory with files beside the weights; return its tensors."""
+    tensors = write_model(directory, published(family), num_files)
     (directory / "tokenizer.json").write_text('{"some": "tokenizer"}')
     (directory / "generation_config.json").write_text('{"do_sample": true}')
-    files: dict[str, dict[str, Tensor]] = {}
-    for number, (name, tensor) in enumerate(tensors.items()):
-        file = "model.safetensors" if num_files == 1 else f"model-{number % num_files:05d}.safetensors"
-        files.setdefault(file, {})[name] = tensor
-    for file, part in files.items():
-        save_file(part, directory / file, metadata={"format": "pt"})
-    if num_files > 1:
-        index = {"weight_map": {name: file for file, part in files.items() for name in part}}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return tensors
 
 
@@ -176,6 +159,28 @@ def check_losses(recipe: Recipe, model: Any) -> None:
         assert entry["loss"] == pytest.approx(exact.item(), rel=1e-5)
 
 
+def evaluate_as(path: Path, data: str, *overrides: str) -> dict[str, Any] | None:
+    return evaluate_weights(path, data, overrides, path.parent / "logs", Console(quiet=True))
+
+
+def check_evaluations(on_ranks: Any, recipe_file: Path, recipe: Recipe, targets: list[Path]) -> None:
+    """Check that weights have the losses of their run on its data, on any ranks, and that settings change them."""
+    expected = json.loads((Path(recipe.run_directory) / "evaluation.json").read_text())
+    data = recipe.data.directory
+    divisions = [(1, data, []), (2, data, []), (2, str(recipe_file), ["parallel.tensor=2", "parallel.zero_stage=3"])]
+    for path, (ranks, source, settings) in zip(targets, divisions, strict=True):
+        found, *others = on_ranks(ranks, evaluate_as, path, source, *settings)
+        assert others == [None] * (ranks - 1)
+        assert found["target"] == path.name
+        assert found["buckets"][-1]["cp"] == (ranks if source == data else 1)
+        for ours, theirs in zip(found["buckets"], expected["buckets"], strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+            assert ours["unigram_loss"] == pytest.approx(theirs["unigram_loss"], rel=1e-9)
+    [other] = on_ranks(1, evaluate_as, targets[0], data, "model.rope_base=1e3", "evaluate.max_tokens_per_bucket=512")
+    assert other["tokens"] < expected["tokens"]
+    assert other["loss"] != pytest.approx(expected["loss"], rel=1e-6)
+
+
 MODEL = ["model.qk_norm=head", "model.tied_head=true", "model.vocab_size=600"]
 
 
@@ -202,6 +207,7 @@ def test_a_run_is_exported_imported_and_trained_on(on_ranks, recipe_file, tmp_pa
     config = json.loads((export / "config.json").read_text())
     (export / "config.json").write_text(json.dumps({**config, "eos_token_id": [3, 4]}))
     assert cli.main(["import", str(export), str(again)]) == 0
+    check_evaluations(on_ranks, recipe_file, load_recipe(recipe_file, first), [export, again, tmp_path / "first"])
     # Steps of a rate that rounds away leave the weights as they are, whether they come by an import or as they are.
     second = [*MODEL, "train.steps=2", "train.warmup_steps=1", "train.learning_rate=1e-30", "train.min_learning_rate=0"]
     divided = ["parallel.tensor=2", "parallel.zero_stage=3", "parallel.sequence_parallel=true"]
