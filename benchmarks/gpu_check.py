@@ -14,7 +14,7 @@ the others whole; the record is written after each:
 - copies: copies between the ranks through torch's symmetric memory, without NCCL: every named grid against plain
   PyTorch in fp64 and, bit for bit, against NCCL, and the times of both;
 - train: ten steps of a small recipe with packed documents over four ranks;
-- step: a training step of 1B parameters on one rank, by bucket length, with and without recompute; its loss head,
+- step: a training step of 1B parameters on one rank, by bucket length and by level of recomputation; its loss head,
   optimizer and host time; kernels compiled by random packings; a layer compiled and as a CUDA graph;
 - sizes: benchmarks/full_sizes.py, attention in full sizes against fp64;
 - tests: the kernels' tests;

@@ -255,7 +255,7 @@ def build_engine(recipe: Recipe, vocab_size: int, mesh: Mesh) -> DeepSpeedEngine
     """
     train = recipe.train
     layers = megatron_config(recipe.parallel, train.deterministic)
-    model = Transformer(recipe.model, vocab_size, layers, train.recompute)
+    model = Transformer(recipe.model, vocab_size, layers, train.memory)
     # Norm weights, the only vectors, do not decay. They are told apart before ZeRO 3 leaves flat parts of all.
     vectors = {name for name, p in model.named_parameters() if p.dim() <= 1}
     partition = partial(partition_new, parallel=recipe.parallel, mesh=mesh, dtype=train.dtype)

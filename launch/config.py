@@ -17,7 +17,7 @@ from annotated_types import Interval
 
 from ..data.config import CurriculumConfig, DataConfig, LoaderConfig
 from ..data.order_config import KnotsConfig, OrderConfig
-from ..model.config import ModelConfig
+from ..model.config import MemoryConfig, ModelConfig
 from ..parallel.config import ParallelConfig
 from .settings import apply_overrides, from_tree, read_toml
 
@@ -95,9 +95,7 @@ class TrainConfig:
     of that sum, and its error grows with their number; docs/design.md has figures."""
     attention_backend: Literal["auto", "torch_cpu", "triton", "cudnn", "flash", "reference"] = "auto"
     """Attention kernel. "auto" takes the first that fits the device, dtype and head dim, and logs why."""
-    recompute: bool = False
-    """Recompute activations in the backward pass instead of keeping them. The results of attention are kept, so no
-    message is sent twice."""
+    memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
     seed: Annotated[int, Interval(ge=0, lt=2**63)] = 0
     """Seed of the initial weights and of the order of sequences."""
     checkpoint_every_steps: Steps = 1000

@@ -79,6 +79,21 @@ UNSCALED = RopeScaling()
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """Memory of activations and logits between forward and backward, and what is computed twice or copied for it."""
+
+    activations: Literal["keep", "recompute_mlp", "recompute_layer", "offload"] = "keep"
+    """Activations of a layer that are kept for its backward. keep: all; recompute_mlp: all but those of SwiGLU and its
+    norm; recompute_layer: its input, q, k, v and the result of attention; offload: the same, in the memory of the host.
+    Attention is never computed twice, and sends nothing twice."""
+    mlp_tile_tokens: Annotated[int, Interval(ge=0, le=2**30)] = 0
+    """Number of tokens of a micro-batch for which SwiGLU has its intermediate activations at a time; its backward
+    computes them again. 0: all tokens."""
+    kept_logits_gb: Annotated[float, Interval(ge=0, le=1e5)] = 1.0
+    """Gigabytes of logits that a rank keeps from the forward for the backward; beyond it they are computed again."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder with RMSNorm, RoPE, grouped-query attention and SwiGLU; without further settings Llama's.
 

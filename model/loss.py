@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -35,7 +36,9 @@ class LossHead(ColumnParallelLinear):
     Both are one module, so that ZeRO-3's hooks gather the weight around its forward and again around its backward.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, parallel: ModelParallelConfig) -> None:
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, parallel: ModelParallelConfig, kept_logit_bytes: int = 0
+    ) -> None:
         super().__init__(
             config.hidden_size,
             config.padded_vocab_size(vocab_size),
@@ -44,6 +47,7 @@ class LossHead(ColumnParallelLinear):
             bias=False,
         )
         self.vocab_size, self.z_loss = config.num_tokens(vocab_size), config.z_loss
+        self.kept_logit_bytes = kept_logit_bytes
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
         """Return the loss of every token in nats, fp32 `[b, s]`. Collective over the tensor-parallel group.
@@ -58,7 +62,7 @@ class LossHead(ColumnParallelLinear):
             x = copy_to_tensor_model_parallel_region(x, group=self.tp_group)
         # x [s, b, hidden] -> [s * b, hidden]; targets [b, s] -> [s * b]; losses [s * b] -> [b, s]
         losses, logs = _LinearCrossEntropy.apply(
-            x.flatten(0, 1), self.weight, targets.t().flatten(), self.vocab_size, self.tp_group
+            x.flatten(0, 1), self.weight, targets.t().flatten(), self.vocab_size, self.tp_group, self.kept_logit_bytes
         )
         if self.z_loss:
             # It has a gradient and no value: losses of runs with and without it compare.
@@ -72,8 +76,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     It returns losses and the logarithms of the softmax's denominators, both fp32 `[n]`.
 
-    Logits are computed in the model's dtype and reduced in fp32. The backward computes each slice's logits again; its
-    gradient of x is this rank's term of the sum over ranks.
+    Logits are computed in the model's dtype and reduced in fp32. The logits of the first slices are kept, up to
+    `kept_bytes`, and the backward computes the others again, with the same bits; its gradient of x is this rank's term
+    of the sum over ranks.
 
     liger's and torch's own losses do not serve: they have no tensor parallelism (and liger's per-token loss saves a
     detached weight, which ZeRO-3 cannot free), or they sum the weight's gradient over slices in bf16 (liger's
@@ -82,7 +87,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, group: dist.ProcessGroup
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        group: dist.ProcessGroup,
+        kept_bytes: int,
     ) -> tuple[Tensor, Tensor]:
         # Targets as rows of this rank's weight; `here` marks those that it holds.
         rows = targets - group.rank() * len(weight)
@@ -90,8 +101,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = rows.where(here, 0)
         largest, sums, target_logits = torch.empty(3, len(x), dtype=torch.float32, device=x.device)
         ctx.num_rows = max(0, vocab_size - group.rank() * len(weight))  # those after them are padding
+        kept: list[Tensor] = []
         for part in _token_slices(len(x), len(weight)):
-            logits = _logits(x[part], weight, ctx.num_rows)
+            products = x[part] @ weight.t()
+            kept_bytes -= products.nbytes
+            is_kept = kept_bytes >= 0 and ctx.needs_input_grad[0]
+            kept += [products] * is_kept
+            logits = _logits(products, ctx.num_rows, is_kept)
+            del products
             largest[part] = logits.amax(-1)
             logits.sub_(largest[part, None])
             target_logits[part] = logits.gather(1, rows[part, None])[:, 0]
@@ -105,31 +122,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dist.all_reduce(totals, dist.ReduceOp.SUM, group)
         total, target_logit = totals
         # The parameter itself is saved, not a view of it: ZeRO-3 gathers it again before the backward.
-        ctx.save_for_backward(x, weight, overall, total, rows, here)
+        ctx.save_for_backward(x, weight, overall, total, rows, here, *kept)
         return total.log() - target_logit, total.log() + overall
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor, dlog: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
-        x, weight, overall, total, rows, here = ctx.saved_tensors
+    def backward(ctx: Any, dloss: Tensor, dlog: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:  # type: ignore[override]
+        x, weight, overall, total, rows, here, *kept = ctx.saved_tensors
         # dlogits = (dloss + dlog) * softmax - dloss * onehot, where softmax = exp(logits - overall) / total.
         onehot, softmax = dloss * here, (dloss + dlog) / total
         dx = torch.empty_like(x)
         dweight = torch.zeros_like(weight, dtype=torch.float32)
-        for part in _token_slices(len(x), len(weight)):
-            dlogits = _logits(x[part], weight, ctx.num_rows)  # [slice, v]; the next two lines work in place
+        for part, products in zip_longest(_token_slices(len(x), len(weight)), kept):
+            again = x[part] @ weight.t() if products is None else products
+            dlogits = _logits(again, ctx.num_rows, products is not None)  # [slice, v]; the next two lines work in place
+            del again
             dlogits.sub_(overall[part, None]).exp_().mul_(softmax[part, None])
             dlogits[torch.arange(len(dlogits), device=x.device), rows[part]] -= onehot[part]
             dlogits = dlogits.to(x.dtype)
             dx[part] = dlogits @ weight
             dweight += dlogits.t() @ x[part]
             del dlogits
-        return dx, dweight.to(weight.dtype), None, None, None
+        return dx, dweight.to(weight.dtype), None, None, None, None
 
 
-def _logits(x: Tensor, weight: Tensor, num_rows: int) -> Tensor:
-    """Return the logits `[n, v]` of x `[n, hidden]` in fp32; those from `num_rows` on have no part in a softmax."""
-    logits = (x @ weight.t()).float()
+def _logits(products: Tensor, num_rows: int, is_kept: bool) -> Tensor:
+    """Return logits `[n, v]` in fp32, which may be changed; those from `num_rows` on have no part in a softmax."""
+    logits = products.to(torch.float32, copy=is_kept)
     logits[:, num_rows:] = torch.finfo(torch.float32).min  # -inf less -inf, on a rank of padding alone, would be nan
     return logits
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from megatron.core import ModelParallelConfig
@@ -12,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels.layout import SeqLayout
 from .attention import AttentionFunction, SelfAttention
-from .config import ModelConfig
+from .config import MemoryConfig, ModelConfig
+from .host_copies import HostCopies
 from .loss import LossHead
 from .mlp import SwiGLU
 from .norm import RMSNorm
@@ -23,18 +26,21 @@ from .weights import values_later
 class TransformerLayer(nn.Module):
     """A residual layer: attention, then SwiGLU, with a norm before or after each of them.
 
-    With `recompute` the backward computes everything but attention again, so that attention's messages between ranks
-    are sent once per pass. The layer then keeps its input, q, k, v, and attention's out and lse.
+    A layer that is recomputed keeps its input, q, k, v, and attention's out and lse: the backward computes everything
+    but attention again, so that attention's messages between ranks are sent once per pass.
     """
 
-    def __init__(self, config: ModelConfig, parallel: ModelParallelConfig, layer: int, recompute: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, parallel: ModelParallelConfig, layer: int, memory: MemoryConfig | None = None
+    ) -> None:
         super().__init__()
-        self.window, self.recompute = config.attention_window(layer), recompute
+        memory = memory or MemoryConfig()
+        self.window, self.activations = config.attention_window(layer), memory.activations
         self.norm_before = config.norm_order == "before"
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon, parallel)
         self.attention = SelfAttention(config, parallel)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon, parallel)
-        self.mlp = SwiGLU(config, parallel)
+        self.mlp = SwiGLU(config, parallel, memory.mlp_tile_tokens)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, attention: AttentionFunction) -> Tensor:
         """Return the layer's result for x `[s, b, hidden]`, or this rank's part of s, in the same shape.
@@ -43,12 +49,24 @@ class TransformerLayer(nn.Module):
         tensor-parallel group, and over the ranks that `attention` joins.
         """
         # q, k, v [b, s, heads / tp, d] hold all of s: attention needs the whole of this rank's positions.
-        if not self.recompute:
-            return self._after_attention(x, attention(*self._before_attention(x, rope), self.window))
+        if self.activations in ("keep", "recompute_mlp"):
+            x = self._add_attention(x, attention(*self._before_attention(x, rope), self.window))
+            return self._add_mlp(x) if self.activations == "keep" else self._again(self._add_mlp, x)
+        q, k, v = self._again(self._before_attention, x, rope)
+        return self._again(self._after_attention, x, attention(q, k, v, self.window))
+
+    def _again(self, half: Callable[..., Any], *inputs: Any) -> Any:
+        """Return the result of half a layer, of which the backward computes again what it needs."""
+        # The values of SwiGLU's result are needed again only where a norm follows it.
+        skipped = self.mlp.skipped() if self.norm_before else nullcontext()
         # Nothing in a layer is random; keeping the random state would wait for the GPU twice a layer.
-        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        q, k, v = again(self._before_attention, x, rope)
-        return again(self._after_attention, x, attention(q, k, v, self.window))
+        return checkpoint(
+            half,
+            *inputs,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), skipped),
+        )
 
     def _before_attention(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k, v as `SelfAttention.project` does."""
@@ -56,11 +74,16 @@ class TransformerLayer(nn.Module):
 
     def _after_attention(self, x: Tensor, out: Tensor) -> Tensor:
         """Return the layer's result from its input x and attention's out `[b, s, h_q / tp, d]`."""
-        if self.norm_before:
-            x = x + self.attention.project_back(out)
-            return x + self.mlp(self.mlp_norm(x))
-        x = x + self.attention_norm(self.attention.project_back(out))
-        return x + self.mlp_norm(self.mlp(x))
+        return self._add_mlp(self._add_attention(x, out))
+
+    def _add_attention(self, x: Tensor, out: Tensor) -> Tensor:
+        """Return the residual stream after attention, from the layer's input x and attention's out."""
+        result = self.attention.project_back(out)
+        return x + (result if self.norm_before else self.attention_norm(result))
+
+    def _add_mlp(self, x: Tensor) -> Tensor:
+        """Return the residual stream after SwiGLU, from that after attention."""
+        return x + (self.mlp(self.mlp_norm(x)) if self.norm_before else self.mlp_norm(self.mlp(x)))
 
 
 class Transformer(nn.Module):
@@ -71,10 +94,14 @@ class Transformer(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, vocab_size: int, parallel: ModelParallelConfig, recompute: bool = False
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        parallel: ModelParallelConfig,
+        memory: MemoryConfig | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.memory = config, memory or MemoryConfig()
         self.sequence_parallel = parallel.sequence_parallel
         vocab_rows = config.padded_vocab_size(vocab_size)
         # Checkpoints name parameters by these attributes ("blocks.0.mlp.down.weight"), and initial values depend on
@@ -88,10 +115,10 @@ class Transformer(nn.Module):
                 config=parallel,
             )
             self.blocks = nn.ModuleList(
-                TransformerLayer(config, parallel, layer, recompute) for layer in range(config.num_layers)
+                TransformerLayer(config, parallel, layer, self.memory) for layer in range(config.num_layers)
             )
             self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, parallel)
-            self.head = LossHead(config, vocab_size, parallel)
+            self.head = LossHead(config, vocab_size, parallel, int(self.memory.kept_logits_gb * 1e9))
             if config.tied_head:
                 self.head.weight = self.embedding.weight  # one parameter, which has the embedding's name
 
@@ -111,6 +138,8 @@ class Transformer(nn.Module):
             scaling: scaling and rope_table(positions, self.config.head_dim, self.config.rope_base, scaling)
             for scaling in set(scalings)
         }
-        for layer, scaling in zip(self.blocks, scalings, strict=True):
-            x = layer(x, tables[scaling], attention)
+        host = HostCopies() if self.memory.activations == "offload" else None
+        for number, (layer, scaling) in enumerate(zip(self.blocks, scalings, strict=True), 1):
+            with host.of_layer(is_last=number == len(self.blocks)) if host else nullcontext():
+                x = layer(x, tables[scaling], attention)
         return self.head(self.norm(x), targets)

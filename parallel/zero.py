@@ -20,6 +20,7 @@ import deepspeed.ops
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import clip_grad_norm_
+from deepspeed.utils import set_z3_leaf_module
 
 from .config import ParallelConfig
 from .mesh import Mesh
@@ -86,6 +87,9 @@ def zero_engine(
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": clip_grad_norm,
     }
+    for module in model.modules():
+        if getattr(module, "uses_weights_of_children", False):
+            set_z3_leaf_module(module, True)  # ZeRO 3 gathers them around this module, not around its children
     with redirect_stdout(io.StringIO()):  # BF16_Optimizer prints the memory in use, five times over
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)
     if isinstance(engine.optimizer, BF16_Optimizer):

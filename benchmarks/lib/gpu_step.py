@@ -106,7 +106,7 @@ def make_ready(size: Size) -> Ready:
 
 
 def step_rows(size: Size) -> Iterator[Row]:
-    """Yield the parts of a training step of one rank, each bucket length with and without recompute, then the rest."""
+    """Yield the parts of a training step of one rank, each bucket length by what its layers keep, then the rest."""
     started = time.perf_counter()
     ready = make_ready(size)
     note = f"{sum(p.numel() for p in ready.model.parameters()) / 1e9:.2f}B parameters"
@@ -118,10 +118,10 @@ def step_rows(size: Size) -> Iterator[Row]:
     yield {"part": "kernels compiled before the first step", "ms": 1e3 * (time.perf_counter() - started)}
     yield product_row(ready)
     whole_ms = None
-    for recompute in (False, True):
+    for activations in ("keep", "recompute_mlp", "recompute_layer"):
         for length in reversed(ready.sizes.lengths):
-            part = f"bucket {length}{', recompute' if recompute else ''}"
-            yield (row := attempt(part, partial(bucket_row, ready, length, recompute)))
+            part = f"bucket {length}, {activations}"
+            yield (row := attempt(part, partial(bucket_row, ready, length, activations)))
             whole_ms = whole_ms or row.get("ms")
     yield attempt("optimizer step", partial(optimizer_row, ready))
     head = attempt("loss head", partial(head_row, ready))
@@ -171,10 +171,10 @@ def flops_of(ready: Ready, length: int) -> float:
     return 6.0 * weights * sizes.tokens + 3 * 4.0 * sizes.hidden * pairs * sizes.layers
 
 
-def bucket_row(ready: Ready, length: int, recompute: bool) -> Row:
+def bucket_row(ready: Ready, length: int, activations: str) -> Row:
     """Return the row of a micro-batch of one bucket: time, rate, and peak memory beyond weights and optimizer."""
     for block in ready.model.blocks:
-        block.recompute = recompute
+        block.activations = activations
     inputs = ready.inputs(length)
     ready.both_passes(inputs)
     before = None
@@ -243,7 +243,7 @@ def layer_rows(ready: Ready) -> Iterator[Row]:
     """Yield forward and backward of one layer: as it is, compiled by torch, and as a CUDA graph."""
     sizes, device = ready.sizes, ready.mesh.device
     block: Any = ready.model.blocks[0]
-    block.recompute = False
+    block.activations = "keep"
     layout = SeqLayout.contiguous(sizes.tokens)
     mask = make_mask(layout, layout, device=device)
     rope = rope_table(layout.rotary_positions(device), sizes.hidden // sizes.heads, 1e5)

@@ -201,7 +201,7 @@ def test_every_schedule_with_windows_and_recomputation(
         *PACKED,
         *WINDOWED,
         "parallel.tokens_per_rank=32",
-        "train.recompute=true",
+        "train.memory.activations=recompute_layer",
         f"parallel.zero_stage={zero_stage}",
         f"parallel.cp.schedule={schedule}",
         "parallel.cp.topology=full_mesh",

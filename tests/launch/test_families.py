@@ -17,7 +17,7 @@ from helpers.errors import relative_rms
 from helpers.lanes import by_lane
 from longring.kernels.layout import SeqLayout
 from longring.launch.build import attention_on_one_rank
-from longring.model.config import RopeScaling
+from longring.model.config import MemoryConfig, RopeScaling
 from longring.model.families.read import PublishedModel, read_config
 from longring.model.families.weights import Weight, to_ours, to_theirs, weights_of
 from longring.model.families.write import write_config
@@ -84,16 +84,23 @@ class Division(NamedTuple):
     sequence_parallel: bool = False
     zero_stage: int = 0
     grid: str = "token_ring"
+    memory: MemoryConfig = MemoryConfig()
+
+
+def memory(activations: Any, tile_tokens: int = 0, kept_logits_gb: float = 0.0) -> MemoryConfig:
+    return MemoryConfig(activations=activations, mlp_tile_tokens=tile_tokens, kept_logits_gb=kept_logits_gb)
 
 
 DIVISIONS = {
     "one": Division(),
-    "cp2": Division(cp=2, grid="ulysses"),
-    "cp4": Division(cp=4),
-    "tp2": Division(tensor=2),
-    "tp2-sp": Division(tensor=2, sequence_parallel=True),
-    "zero3": Division(cp=2, zero_stage=3),
-    "tp2-sp-cp2-zero3": Division(cp=2, tensor=2, sequence_parallel=True, zero_stage=3),
+    "cp2": Division(cp=2, grid="ulysses", memory=memory("recompute_layer")),
+    "cp4": Division(cp=4, memory=memory("recompute_layer", 5)),
+    "tp2": Division(tensor=2, memory=memory("recompute_mlp", 7)),
+    "tp2-sp": Division(tensor=2, sequence_parallel=True, memory=memory("keep", 24, 1e-9)),
+    "zero3": Division(cp=2, zero_stage=3, memory=memory("offload")),
+    "tp2-sp-cp2-zero3": Division(
+        cp=2, tensor=2, sequence_parallel=True, zero_stage=3, memory=memory("offload", 10, 1.0)
+    ),
 }
 
 
@@ -131,7 +138,7 @@ def ours(tree: dict[str, Any], theirs: dict[str, Tensor], tokens: Tensor, name: 
         zero_stage=division.zero_stage,  # type: ignore[arg-type]
     )
     mesh = join(parallel, division.cp)
-    net = Transformer(model.config, model.vocab_size, megatron_config(parallel), recompute=division.cp > 1)
+    net = Transformer(model.config, model.vocab_size, megatron_config(parallel), division.memory)
     fill_weights(net, model.config, 0, device, torch.float32)
     parameters: dict[str, Any] = dict(net.named_parameters())
     assert set(parameters) == {weight.ours for weight in weights_of(model)}

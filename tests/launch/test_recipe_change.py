@@ -164,7 +164,7 @@ OTHER_VALUES = {
     "train.keep_checkpoint_every_steps": 2,
     "train.deterministic": True,
     "train.attention_backend": "reference",
-    "train.recompute": True,
+    "train.memory.activations": "offload",
     # Not free:
     "data.seed": 1,
     "data.held_out_fraction": 0.2,

@@ -98,7 +98,7 @@ def random_states_kept(recipe_file: Path) -> list[bool]:
         return checkpoint(*arguments, preserve_rng_state=preserve_rng_state, **named)
 
     transformer.checkpoint = watched
-    recipe = load_recipe(recipe_file, ["train.recompute=true"])
+    recipe = load_recipe(recipe_file, ["train.memory.activations=recompute_layer"])
     mesh = join(recipe.parallel, 1)
     engine = build_engine(recipe, 500, mesh)
     tokens, layout = torch.zeros(1, 65, dtype=torch.int64), SeqLayout.contiguous(64)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_grad
+from helpers.dispatch import Largest, Operators
 from helpers.errors import assert_as_exact_as
 from longring.model import loss
 from longring.model.config import ModelConfig
@@ -18,7 +19,6 @@ from longring.parallel.config import ParallelConfig
 from longring.parallel.mesh import join, megatron_config
 from longring.parallel.zero import zero_engine
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 CONFIG = ModelConfig(num_layers=1, hidden_size=32, num_heads=2, num_kv_heads=1, ffn_hidden_size=8, init_std=1.0)
@@ -55,10 +55,11 @@ def new_head(tensor: int, sequence_parallel: bool, dtype: torch.dtype) -> LossHe
 
 
 def head_results(
-    tensor: int, sequence_parallel: bool, dtype: torch.dtype, scale: float, slice_tokens: int
+    tensor: int, sequence_parallel: bool, dtype: torch.dtype, scale: float, slice_tokens: int, kept_bytes: int = 0
 ) -> dict[str, Tensor]:
     """Return this rank's losses of all tokens, dx of its part of s, and weight and dweight of its vocabulary rows."""
     head = new_head(tensor, sequence_parallel, dtype)
+    head.kept_logit_bytes = kept_bytes
     x, targets, dlosses = inputs(dtype, scale)
     if sequence_parallel:
         x = x.chunk(tensor)[torch.distributed.get_rank()]
@@ -98,6 +99,23 @@ def test_loss_equals_plain_cross_entropy(on_ranks, tensor, sequence_parallel, dt
     assert_as_exact_as(got, plain, exact, factor=1.5)
 
 
+def passes_of(kept_bytes: int) -> tuple[dict[str, Tensor], int]:
+    """Return the results of a head that keeps logits, and the number of products of both passes."""
+    with Operators() as counted:
+        found = head_results(1, False, torch.bfloat16, 0.2, 8, kept_bytes)
+    return found, counted.number("mm")
+
+
+@pytest.mark.parametrize("kept_slices", [0, 1, 4, 6])
+def test_logits_that_are_kept_are_not_computed_again(on_ranks, kept_slices):
+    """There are 6 slices of at most 8 tokens, of 2 bytes a logit, with three products each."""
+    [(none, without)] = on_ranks(1, passes_of, 0)
+    [(kept, products)] = on_ranks(1, passes_of, kept_slices * 8 * 2 * VOCAB_ROWS)
+    assert without == 6 * 4
+    assert products == without - kept_slices
+    assert all(torch.equal(none[name], kept[name]) for name in none)
+
+
 Z_LOSS = 0.05
 
 
@@ -131,19 +149,6 @@ def test_padding_has_no_part_and_z_loss_has_a_gradient_alone(on_ranks, tensor, v
         runs.append({**results(trained, x, w, dlosses.to(dtype)), "losses": losses.detach()})
     assert_as_exact_as(got, *runs, factor=1.5)
     assert not got["dweight"][vocab_size:].any()
-
-
-class Largest(TorchDispatchMode):
-    """A mode that records the element count of the largest tensor that any operator returns, also in a backward."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return out
 
 
 def largest_tensors(slice_tokens: int) -> tuple[int, int]:
