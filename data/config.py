@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-SourceKind = Literal["python_stdlib", "text", "json", "parquet", "hub", "disk"]
+SourceKind = Literal[
+    "python_stdlib", "text", "json", "csv", "parquet", "arrow", "webdataset", "tokens", "megatron", "hub", "disk"
+]
 Method = Literal["decompose", "concat", "concat_masked", "best_fit"]
 Cut = Literal["largest_first", "random"]
 Rest = Literal["drop", "pack"]
@@ -20,6 +22,9 @@ BucketTokens = Annotated[int, Interval(ge=1, le=2**30)]
 Bytes = Annotated[int, Interval(ge=1, le=2**60)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]
 Seed = Annotated[int, Interval(ge=0, lt=2**63)]
+
+_WITHOUT_IDS: tuple[SourceKind, ...] = ("python_stdlib", "text", "csv", "tokens", "megatron")
+"""Kinds whose records have no field with token ids."""
 
 BYTES_AND_BOUNDARY = 257
 """Smallest byte-level vocabulary: 256 bytes and the boundary token."""
@@ -35,19 +40,39 @@ class SourceConfig:
 
     kind: SourceKind = "python_stdlib"
     """Format of the source. python_stdlib: the standard library of this interpreter, one document per module.
-    text: one document per file. json: JSON lines or a JSON array, plain, .gz or .zst. parquet: one document per row.
-    hub: a data set of the Hugging Face Hub. disk: a data set written by `datasets`' save_to_disk."""
+    text: one document per file. json: JSON lines or a JSON array. csv: a header, then one document per row.
+    parquet, arrow (IPC files and streams): one document per row. webdataset: tar files, one document per sample.
+    tokens: files that are one stream of token ids each, .npy or without a header. megatron: .bin with .idx.
+    hub: a data set of the Hugging Face Hub. disk: a data set written by `datasets`' save_to_disk.
+    text, json, csv and webdataset may be compressed, .gz or .zst."""
 
     path: str = ""
     """File, directory or glob, local or as fsspec addresses it (s3://...); the data set's name for kind "hub".
     Empty for python_stdlib, required for every other kind."""
 
     text_field: str = "text"
-    """Field that holds the text of a document (json, parquet, hub, disk)."""
+    """Field that holds the text of a document (json, csv, parquet, arrow, webdataset, hub, disk)."""
 
     tokens_field: str = ""
-    """Field that holds the token ids of documents already tokenized by data.tokenizer.path. Empty: tokenize
-    text_field."""
+    """Field that holds the token ids of documents already tokenized by data.tokenizer.path (json, parquet, arrow,
+    webdataset, hub, disk). Empty: tokenize text_field."""
+
+    record_holds: Literal["document", "documents", "stream"] = "document"
+    """Content of the token ids of one record. document: one document. documents: whole documents, each but the last
+    ended by `eos`. stream: a part of a stream of documents, each ended by `eos`, which the next record of the same file
+    continues; rows of one length usually are. kind "tokens" holds streams anyway."""
+
+    bos: str = ""
+    """Special token with which documents of token ids may begin. Empty: the one that the tokenizer's template adds, if
+    it adds one."""
+
+    eos: str = ""
+    """Special token with which documents of token ids may end, and which separates those of a stream. Empty:
+    data.tokenizer.boundary."""
+
+    dtype: Literal["", "uint16", "uint32", "int32", "int64"] = ""
+    """Data type of the ids in files of kind "tokens" without a header, little endian. Empty: uint16 if the tokenizer's
+    ids fit in it, else uint32."""
 
     subset: str = ""
     """Configuration of a hub data set that has several. Empty: its default."""
@@ -79,16 +104,28 @@ class SourceConfig:
                 f"data.source.path = '': data.source.kind = {self.kind!r} needs a path; set it to a file, a directory, "
                 "a glob or a data set's name"
             )
-        if self.tokens_field and self.kind in ("python_stdlib", "text"):
+        if self.tokens_field and self.kind in _WITHOUT_IDS:
             raise ValueError(
-                f"data.source.tokens_field = {self.tokens_field!r}: data.source.kind = {self.kind!r} reads whole "
-                "files, which have no fields; leave it empty, or use a kind with fields, such as 'json'"
+                f"data.source.tokens_field = {self.tokens_field!r}: data.source.kind = {self.kind!r} has no fields "
+                "with token ids; leave it empty, or use a kind with fields, such as 'json'"
             )
         if 0 < self.max_tokens < self.min_tokens:
             raise ValueError(
                 f"data.source.max_tokens = {self.max_tokens}: is below data.source.min_tokens = {self.min_tokens}, "
                 "which leaves no document; raise it, or lower data.source.min_tokens"
             )
+        for key in ("record_holds", "bos", "eos", "dtype"):
+            value, default = getattr(self, key), type(self).__dataclass_fields__[key].default
+            if value != default and not self.holds_tokens:
+                raise ValueError(
+                    f"data.source.{key} = {value!r}: says how token ids lie, and this source holds text; leave it out, "
+                    "or name the field of the ids in data.source.tokens_field"
+                )
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether the documents are token ids and not text."""
+        return bool(self.tokens_field) or self.kind in ("tokens", "megatron")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,10 +294,9 @@ class DataConfig:
                 f"data.shard_tokens = {self.shard_tokens}: a shard holds at least one sequence; set it to "
                 f"data.max_bucket_tokens = {self.max_bucket_tokens} or more"
             )
-        if not self.tokenizer.path and any(source.tokens_field for source in self.named_sources.values()):
+        if not self.tokenizer.path and any(source.holds_tokens for source in self.named_sources.values()):
             raise ValueError(
-                "data.tokenizer.path = '': a source holds token ids (tokens_field); set it to the tokenizer that made "
-                "them"
+                "data.tokenizer.path = '': a source holds token ids; set it to the tokenizer that made them"
             )
 
     @property

@@ -13,7 +13,9 @@ SPLITS: tuple[Split, ...] = ("train", "held_out")
 NO_DOCUMENT = 2**32 - 1
 """Number that stands for the document of filler, which belongs to no document."""
 
-BadKind = Literal["empty", "broken_json", "missing_field", "wrong_type", "invalid_utf8", "bad_tokens", "not_tokenized"]
+BadKind = Literal[
+    "empty", "broken_json", "broken_csv", "missing_field", "wrong_type", "invalid_utf8", "bad_tokens", "not_tokenized"
+]
 
 EXAMPLES = 3
 """Number of bad records of each kind that are kept by name."""
@@ -29,7 +31,7 @@ class Document(NamedTuple):
     """File and line, or another name of the record, for messages."""
 
     content: str | NDArray[np.int64]
-    """Text, or token ids [tokens]."""
+    """Text, or token ids [tokens] without BOS, EOS and boundary."""
 
     digest: bytes
     """BLAKE2b hash of the content, 16 bytes; it decides the split."""

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,19 @@ def knot_tokens(max_chunks: int) -> list[str]:
     return [*marks, *(f"<|tail_{cut}|>" for cut in cuts), *(f"<|head_{cut + 1}|>" for cut in cuts)]
 
 
+class TokenMarks(NamedTuple):
+    """Special tokens around the documents of a source of token ids, which are no part of their content."""
+
+    end: int
+    """Id of the token that ends a document of a stream."""
+
+    names: dict[int, str]
+    """Name of each mark by its id: the boundary, BOS and EOS."""
+
+    dtype: np.dtype
+    """Smallest type that holds the tokenizer's ids."""
+
+
 class DocumentTokenizer:
     """Tokenizer that encloses every document in boundary tokens.
 
@@ -44,13 +58,16 @@ class DocumentTokenizer:
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
         boundary_id = vocabulary.get(boundary)
         special = [token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
-        choices = f"name a special token ({', '.join(map(repr, special)) or 'it has none'})"
+        self._choices = f"name a special token ({', '.join(map(repr, special)) or 'it has none'})"
         if boundary_id is None:
-            raise ValueError(f"data.tokenizer.boundary = {boundary!r}: not in the tokenizer's vocabulary; {choices}")
+            raise ValueError(
+                f"data.tokenizer.boundary = {boundary!r}: not in the tokenizer's vocabulary; {self._choices}"
+            )
         shared = [token for token, number in vocabulary.items() if number == boundary_id and token != boundary]
         if shared:
             raise ValueError(
-                f"data.tokenizer.boundary = {boundary!r}: {shared[0]!r} of {file} has its id {boundary_id}; {choices}"
+                f"data.tokenizer.boundary = {boundary!r}: {shared[0]!r} of {file} has its id {boundary_id}; "
+                f"{self._choices}"
             )
         self._file = file
         self.at = ""
@@ -73,8 +90,8 @@ class DocumentTokenizer:
         """Yield each document with its stream B x1 ... xn B, [n + 2], of type `dtype`.
 
         Long texts are tokenized in spans (spans.py); `on_word_cut` gets the document's name and the byte of its text
-        at each cut where ids may differ from those of the whole. Documents on which the tokenizer fails, with token ids
-        outside the vocabulary, or with a boundary inside, go to `reject`. Raises ValueError if a text encodes to the
+        at each cut where ids may differ from those of the whole. Documents on which the tokenizer fails, or with
+        token ids outside the vocabulary, go to `reject`. Raises ValueError if a text encodes to the
         boundary token, which would then no longer be a boundary.
         """
         for batch in _by_size(documents):
@@ -93,6 +110,26 @@ class DocumentTokenizer:
                     reject(document.name, stream)
                 else:
                     yield document, stream
+
+    def marks(self, bos: str, eos: str) -> TokenMarks:
+        """Return the marks of documents given as token ids: the boundary, and `bos` and `eos` if they are not empty.
+
+        Without `bos`, the special tokens that the tokenizer's template puts around a text are marks as well. Raises
+        ValueError if a name is not in the vocabulary.
+        """
+        names = {self.boundary_id: self.boundary}
+        if bos:
+            names[self._id_of("bos", bos)] = bos
+        else:
+            template = self.tokenizer.encode("")
+            names |= dict(zip(template.ids, template.tokens, strict=True))
+        end = self._id_of("eos", eos) if eos else self.boundary_id
+        return TokenMarks(end, {**names, end: eos or self.boundary}, self.dtype)
+
+    def _id_of(self, key: str, name: str) -> int:
+        if (found := self.tokenizer.token_to_id(name)) is None:
+            raise ValueError(f"data.source.{key} = {name!r}: not in the tokenizer's vocabulary; {self._choices}")
+        return found
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of `ids`, with special tokens by name. Raises ValueError if the tokenizer fails on them."""
@@ -169,16 +206,10 @@ class DocumentTokenizer:
         return stream
 
     def _from_ids(self, tokens: NDArray[np.int64]) -> NDArray[np.unsignedinteger] | BadRecord:
-        """Return the stream of a document given as token ids [tokens], with or without boundaries at its ends."""
+        """Return the stream of a document given as token ids [tokens], whose marks are removed."""
         if tokens.min() < 0 or tokens.max() >= self.vocab_size:
             return BadRecord("bad_tokens", f"ids span [{tokens.min()}, {tokens.max()}], vocabulary {self.vocab_size}")
-        # `inside` is the text without a boundary at either end; another boundary would end the document early.
-        inside = tokens[int(tokens[0] == self.boundary_id) : len(tokens) - int(tokens[-1] == self.boundary_id)]
-        if np.any(inside == self.boundary_id):
-            return BadRecord("bad_tokens", f"the boundary token {self.boundary_id} is inside")
-        if not inside.size:
-            return BadRecord("empty", "")
-        return np.concatenate([[self.boundary_id], inside, [self.boundary_id]]).astype(self.dtype)
+        return np.concatenate([[self.boundary_id], tokens, [self.boundary_id]]).astype(self.dtype)
 
 
 def _threads() -> int:

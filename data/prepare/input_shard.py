@@ -67,8 +67,9 @@ class _InputShardWriter:
         self.counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
         self._config = config
         self._tokenizer = tokenizer
-        self._source = config.named_sources[shard.source]
-        self._reader = RecordReader(shard, self._source, config.max_bad_fraction)
+        self._source = source = config.named_sources[shard.source]
+        marks = tokenizer.marks(source.bos, source.eos) if source.holds_tokens else None
+        self._reader = RecordReader(shard, source, config.max_bad_fraction, marks)
         # One writer per split and bucket. Packers and chains serve the methods that put several documents in a row.
         self._writers = {
             (split, length): BucketWriter(

@@ -214,7 +214,9 @@ def begin(config: DataConfig, partial: Path, progress: Progress) -> int:
     _write_job(config, partial, inputs)
     if not (partial / TOKENIZER_FILE).exists():
         tokenizer = make_tokenizer(config, inputs, progress)
-        DocumentTokenizer(tokenizer, config.tokenizer.boundary, named(config.tokenizer))  # raises ValueError
+        made = DocumentTokenizer(tokenizer, config.tokenizer.boundary, named(config.tokenizer))  # raises ValueError
+        for source in config.named_sources.values():
+            made.marks(source.bos, source.eos)  # raises ValueError
         write_whole(partial / TOKENIZER_FILE, lambda path: path.write_bytes(tokenizer))
     return len(inputs)
 

@@ -1,24 +1,28 @@
 """Reading of records: good ones become documents, bad ones are counted by kind and left out."""
 
 import hashlib
-import io
-import json
 import re
+import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from itertools import islice
-from typing import IO, Any
+from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow
-import pyarrow.parquet
 from numpy.typing import NDArray
 
 from ..config import SourceConfig
 from ..format.document import BadRecord, BadRecords, Document
+from ..format.tokenizer import TokenMarks
+from .kinds.columns import arrow_rows, parquet_rows
+from .kinds.files import UnreadableError
+from .kinds.megatron import megatron_rows
+from .kinds.samples import tar_rows
+from .kinds.text import csv_rows, json_rows, whole_file
+from .kinds.token_streams import stream_rows
 from .sources import InputShard
+from .token_documents import documents_of, ids_of
 
 HASHED_CHARACTERS = 1 << 20
 """Number of characters of a text that are encoded and hashed at once: a copy of a long text would double its memory."""
@@ -29,31 +33,48 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 FIRST_CHECK = 1_000
 """Number of records after which each bad one checks the fraction; fewer records would say little."""
 
+_READERS: dict[str, Callable[[str, SourceConfig], Iterator[tuple[str, Any]]]] = {
+    "python_stdlib": whole_file,
+    "text": whole_file,
+    "json": json_rows,
+    "csv": csv_rows,
+    "parquet": parquet_rows,
+    "arrow": arrow_rows,
+    "webdataset": tar_rows,
+}
+"""Readers of files with records, by kind of the source."""
+
+_UNREADABLE = (OSError, EOFError, zlib.error, pyarrow.ArrowException, tarfile.TarError, UnreadableError)
+"""Errors of a file that is cut, damaged, or of another kind."""
+
 
 class RecordReader:
     """Reader of the documents of one input shard; `records` and `bad` count the records read so far.
 
-    Raises ValueError if a file cannot be read or decompressed to its end, or if too many records are bad.
+    `marks` are those of token ids, and None for text. Raises ValueError if a file cannot be read or decompressed to its
+    end, or if too many records are bad.
     """
 
-    def __init__(self, shard: InputShard, source: SourceConfig, max_bad_fraction: float):
+    def __init__(
+        self, shard: InputShard, source: SourceConfig, max_bad_fraction: float, marks: TokenMarks | None = None
+    ):
         self.bad = BadRecords()
         self.records = 0
         self._shard = shard
         self._source = source
         self._max_bad_fraction = max_bad_fraction
+        self._marks = marks
 
     def documents(self) -> Iterator[Document]:
         """Yield the good records as documents, in order."""
-        make = _tokens if self._source.tokens_field else _text
-        for number, (name, record) in enumerate(islice(self._rows(), self._source.limit_documents or None)):
+        contents = (found for rows in self._files() for found in self._contents(rows))
+        for number, (name, content) in enumerate(islice(contents, self._source.limit_documents or None)):
             # Counted before the record is judged: `reject` takes the fraction of the records so far, this one included.
             self.records = number + 1
-            content = record if isinstance(record, BadRecord) else make(record, self._source)
             if isinstance(content, BadRecord):
                 self.reject(name, content)
             else:
-                yield Document(number, name, *content)
+                yield Document(number, name, content, digest_of(content))
         self.check()
 
     def reject(self, name: str, bad: BadRecord) -> None:
@@ -69,30 +90,47 @@ class RecordReader:
         """
         self.bad.check(self.records, self._shard.source, self._max_bad_fraction)
 
-    def _rows(self) -> Iterator[tuple[str, Any]]:
-        """Yield (name, record) of every record: a parsed value, or a BadRecord."""
-        match self._source.kind:
-            case "hub" | "disk":
-                from .data_sets import data_set_rows  # the import takes a second, which files need not spend
+    def _contents(self, rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, str | NDArray[np.int64] | BadRecord]]:
+        """Yield (name, content) of each document of the rows of one file, good or bad."""
+        source = self._source
+        if not source.holds_tokens:
+            return ((name, _text(record, source)) for name, record in rows)
+        assert self._marks is not None, "a source of token ids comes with its tokenizer"
+        if source.kind == "tokens":
+            return documents_of(rows, "stream", self._marks, from_start=False)
+        ids = ((name, _ids(record, source)) for name, record in rows)
+        return documents_of(ids, source.record_holds, self._marks)
 
-                yield from data_set_rows(self._source, self._shard.part, self._shard.parts)
-            case kind:
-                read: dict[str, Callable[[str, SourceConfig], Iterator[tuple[str, Any]]]] = {
-                    "json": _json_rows,
-                    "parquet": _parquet_rows,
-                }
-                for file in self._shard.files:
-                    try:
-                        yield from read.get(kind, _whole_file)(file, self._source)
-                    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
-                        raise ValueError(
-                            f"data.source.path = {self._source.path!r}: cannot read {file} ({error}); repair it "
-                            "or leave it out"
-                        ) from error
+    def _files(self) -> Iterator[Iterator[tuple[str, Any]]]:
+        """Yield the rows of each file, or of the part of a data set: (name, record)."""
+        source, shard = self._source, self._shard
+        if source.kind in ("hub", "disk"):
+            from .kinds.data_sets import data_set_rows  # the import takes a second, which files need not spend
+
+            yield data_set_rows(source, shard.part, shard.parts)
+        for file in shard.files:
+            yield self._readable(file, self._rows(file))
+
+    def _rows(self, file: str) -> Iterator[tuple[str, Any]]:
+        source, shard = self._source, self._shard
+        if source.kind == "megatron":
+            return megatron_rows(file, shard.part, shard.parts)
+        if source.kind == "tokens":
+            assert self._marks is not None, "a source of token ids comes with its tokenizer"
+            return stream_rows(file, source, self._marks, shard.part, shard.parts)
+        return _READERS[source.kind](file, source)
+
+    def _readable(self, file: str, rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        try:
+            yield from rows
+        except _UNREADABLE as error:
+            raise ValueError(
+                f"data.source.path = {self._source.path!r}: cannot read {file} ({error}); repair it or leave it out"
+            ) from error
 
 
-def _text(record: Any, source: SourceConfig) -> tuple[str, bytes] | BadRecord:
-    """Return the text of a record and its digest, or the reason for which the record is bad."""
+def _text(record: Any, source: SourceConfig) -> str | BadRecord:
+    """Return the text of a record, or the reason for which the record is bad."""
     text = _field(record, source.text_field)
     if isinstance(text, BadRecord):
         return text
@@ -100,32 +138,18 @@ def _text(record: Any, source: SourceConfig) -> tuple[str, bytes] | BadRecord:
         return BadRecord("wrong_type", f"field {source.text_field!r} is {type(text).__name__}, not str")
     if lone := LONE_SURROGATE.search(text):
         return BadRecord("invalid_utf8", f"a lone surrogate at character {lone.start()}")
-    starts = range(0, len(text), HASHED_CHARACTERS)
-    digest = _digest(text[start : start + HASHED_CHARACTERS].encode() for start in starts)
-    return (text, digest) if text else BadRecord("empty", "")
+    return text or BadRecord("empty", "")
 
 
-def _tokens(record: Any, source: SourceConfig) -> tuple[NDArray[np.int64], bytes] | BadRecord:
-    """Return the token ids [tokens] of a record and their digest, or the reason for which the record is bad."""
-    tokens = _field(record, source.tokens_field)
-    if isinstance(tokens, BadRecord):
-        return tokens
-    # numpy finds one type for all elements, so a single check of `dtype` replaces a check of each.
-    numbers = np.array(tokens) if isinstance(tokens, list) and not any(map(np.iterable, tokens)) else np.array("")
-    if numbers.size and numbers.dtype.kind not in "iu":
-        return BadRecord("wrong_type", f"field {source.tokens_field!r} is not a list of integers")
-    numbers = numbers.astype(np.int64)
-    return (numbers, _digest([numbers.tobytes()])) if numbers.size else BadRecord("empty", "")
-
-
-def _digest(parts: Iterable[bytes]) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(part)
-    return digest.digest()
+def _ids(record: Any, source: SourceConfig) -> NDArray[np.int64] | BadRecord:
+    """Return the token ids [tokens] of a record, or the reason for which the record is bad."""
+    ids = record if isinstance(record, np.ndarray) else _field(record, source.tokens_field)
+    return ids if isinstance(ids, BadRecord) else ids_of(ids, source.tokens_field)
 
 
 def _field(record: Any, name: str) -> Any:
+    if isinstance(record, BadRecord):
+        return record
     if not isinstance(record, dict):
         return BadRecord("wrong_type", f"the record is {type(record).__name__}, not an object")
     if name not in record:
@@ -133,74 +157,15 @@ def _field(record: Any, name: str) -> Any:
     return record[name]
 
 
-@contextmanager
-def _open(file: str) -> Iterator[IO[bytes]]:
-    """Open a file that may be compressed; reading raises OSError or EOFError at the cut of a compressed stream."""
-    zst = file.endswith(".zst")
-    with fsspec.open(file, "rb", compression=None if zst else "infer") as stream:
-        # Arrow's zst reader reads all frames and notices a cut; those of zstandard and fsspec do neither.
-        yield io.BufferedReader(pyarrow.CompressedInputStream(stream, "zstd")) if zst else stream  # type: ignore[arg-type]
+def digest_of(content: str | NDArray[np.int64]) -> bytes:
+    """Return the BLAKE2b hash of a text or of token ids, 16 bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    parts: Iterable[bytes] = [content.tobytes()] if isinstance(content, np.ndarray) else _encoded(content)
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
 
 
-def _whole_file(file: str, source: SourceConfig) -> Iterator[tuple[str, Any]]:
-    with _open(file) as stream:
-        text = _decoded(stream.read())
-    yield file, text if isinstance(text, BadRecord) else {source.text_field: text}
-
-
-def _decoded(content: bytes) -> str | BadRecord:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        return BadRecord("invalid_utf8", f"byte {error.start}")
-
-
-def _json_rows(file: str, _: SourceConfig) -> Iterator[tuple[str, Any]]:
-    """Yield (name, record) of JSON lines, or of one array, which is read whole, if the file begins with "["."""
-    with _open(file) as stream:
-        # A compressed stream cannot go back, so the first byte is put before what follows.
-        first = stream.read(1)
-        if first == b"[":
-            yield from _array_rows(file, first + stream.read())
-            return
-        line = first + stream.readline()
-        number = 0  # of the line, from 1; empty lines count and are no records
-        while line:
-            number += 1
-            if not line.isspace():
-                record = _parsed(line)
-                line = b""  # a long one is not kept while its record is used
-                yield f"{file}:{number}", record
-            line = stream.readline()
-
-
-def _array_rows(file: str, content: bytes) -> Iterator[tuple[str, Any]]:
-    rows = _parsed(content)
-    if isinstance(rows, BadRecord):
-        yield file, rows
-    else:
-        yield from ((f"{file}:{number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _parsed(line: bytes) -> Any:
-    text = _decoded(line)
-    if isinstance(text, BadRecord):
-        return text
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:  # a number of 4,301 digits is no JSONDecodeError
-        return BadRecord("broken_json", str(error))
-    return record
-
-
-def _parquet_rows(file: str, source: SourceConfig) -> Iterator[tuple[str, Any]]:
-    field_name = source.tokens_field or source.text_field
-    with fsspec.open(file, "rb") as stream, pyarrow.parquet.ParquetFile(stream) as parquet:
-        names = parquet.schema_arrow.names
-        # Without the field every row is bad, and its message names the columns that exist.
-        columns = [field_name] if field_name in names else names
-        number = 0
-        for batch in parquet.iter_batches(batch_size=1_000, columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{file}:{number}", row
+def _encoded(text: str) -> Iterator[bytes]:
+    starts = range(0, len(text), HASHED_CHARACTERS)
+    return (text[start : start + HASHED_CHARACTERS].encode() for start in starts)

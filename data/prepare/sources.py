@@ -1,4 +1,4 @@
-"""Division of sources into input shards: runs of adjacent files, or parts of a data set, each for one process.
+"""Division of sources into input shards: runs of adjacent files, or parts of a file or data set, each for one process.
 
 Files are sorted by path. This order and `input_shard_bytes` alone decide the runs, so that any number of processes
 makes the same shards.
@@ -6,7 +6,7 @@ makes the same shards.
 
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,14 +17,22 @@ from ..config import DataConfig, SourceConfig
 SUFFIXES = {
     "text": ("",),
     "json": (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst"),
+    "csv": (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.zst", ".tsv.zst"),
     "parquet": (".parquet",),
+    "arrow": (".arrow", ".feather"),
+    "webdataset": (".tar", ".tar.gz", ".tar.zst"),
+    "tokens": (".npy", ".bin", ".raw"),
+    "megatron": (".bin",),
 }
 """Endings of the files that are read from a directory, by kind."""
+
+DIVISIBLE = ("tokens", "megatron")
+"""Kinds of which one file may be read in parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputShard:
-    """Input of one process: a run of files, or part `part` of the `parts` of a data set."""
+    """Input of one process: a run of files, or part `part` of the `parts` of a file or data set."""
 
     source: str
     """Name of the source."""
@@ -36,10 +44,10 @@ class InputShard:
     """Size of all files as stored; 0 if unknown."""
 
     part: int = 0
-    """Index of the part of a data set."""
+    """Index of the part of the one file, or of a data set."""
 
     parts: int = 1
-    """Number of parts of the data set."""
+    """Number of parts of the file or data set; 1 for several files."""
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> Self:
@@ -56,13 +64,16 @@ def input_shards(config: DataConfig) -> list[InputShard]:
     shards = []
     for name, source in config.named_sources.items():
         if source.kind in ("hub", "disk"):
-            from .data_sets import num_parts  # the import takes a second, which files need not spend
+            from .kinds.data_sets import num_parts  # the import takes a second, which files need not spend
 
             parts = 1 if source.limit_documents else num_parts(source, config.input_shard_bytes)
             shards += [InputShard(source=name, part=part, parts=parts) for part in range(parts)]
         else:
             limit = float("inf") if source.limit_documents else config.input_shard_bytes
-            shards += list(_runs(name, _sized_files(source), limit))
+            for run in _runs(name, _sized_files(source), limit):
+                divided = source.kind in DIVISIBLE and run.size_bytes > limit  # then it is one file
+                parts = -(-run.size_bytes // config.input_shard_bytes) if divided else 1
+                shards += [replace(run, part=part, parts=parts) for part in range(parts)]
     return shards
 
 
@@ -85,6 +96,8 @@ def _sized_files(source: SourceConfig) -> list[tuple[str, int]]:
         return [(str(file), file.stat().st_size) for file in _standard_library()]
     try:
         filesystem, path = url_to_fs(source.path)
+        if source.kind == "megatron" and not filesystem.isdir(path):
+            path = path.removesuffix(".idx").removesuffix(".bin") + ".bin"  # Megatron's own tools name neither
         if filesystem.isfile(path):
             found = {path: filesystem.info(path)}
         elif filesystem.isdir(path):

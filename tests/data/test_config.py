@@ -30,6 +30,11 @@ WEB = SourceConfig(kind="json", path="x")
             ["data.shard_tokens = 1000", "data.max_bucket_tokens = 2048"],
             {"shard_tokens": 2048},
         ),
+        (
+            {"source": SourceConfig(kind="megatron", path="x")},
+            ["data.tokenizer.path = ''"],
+            {"tokenizer": TokenizerConfig(path="t.json")},
+        ),
         ({"source": TOKENS}, ["data.tokenizer.path = ''", "token ids"], {"tokenizer": TokenizerConfig(path="t.json")}),
         (
             {"source": WEB, "sources": {"books": WEB}},
@@ -72,6 +77,24 @@ def test_data_settings_that_do_not_fit(settings: dict[str, Any], words: list[str
             {"max_tokens": 9, "min_tokens": 10},
             ["data.source.max_tokens = 9", "leaves no document; raise it, or lower data.source.min_tokens"],
             {"min_tokens": 9},
+        ),
+        (
+            SourceConfig,
+            {"path": "x", "tokens_field": "ids", "kind": "tokens"},
+            ["no fields with token ids"],
+            {"tokens_field": ""},
+        ),
+        (
+            SourceConfig,
+            {"path": "x", "kind": "json", "eos": "</s>"},
+            ["data.source.eos = '</s>'", "leave it out"],
+            {"eos": ""},
+        ),
+        (
+            SourceConfig,
+            {"path": "x", "kind": "json", "record_holds": "stream"},
+            ["data.source.record_holds = 'stream'", "or name the field of the ids in data.source.tokens_field"],
+            {"tokens_field": "ids"},
         ),
         (CurriculumConfig, {"odds": ()}, ["curriculum.odds = []"], {"odds": (1.0,)}),
     ],

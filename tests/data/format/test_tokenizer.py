@@ -9,6 +9,7 @@ from longring.data.format.document import BadRecord, Document
 from longring.data.format.tokenizer import THREAD_CHARACTERS, DocumentTokenizer
 from longring.data.format.tokenizer_file import TokenizerError
 from longring.data.prepare.train_tokenizer import train_tokenizer
+from tokenizers import Tokenizer, processors
 
 END = "<|endoftext|>"
 TEXTS = ["the ring turns, the ring returns", "Grüße, 世界 \U0001f44b\n\ttabs", "x = 1  # two spaces\r\n"]
@@ -117,14 +118,30 @@ def test_large_vocabulary_takes_four_bytes(content: bytes):
 
 def test_given_token_ids_are_checked_and_enclosed(content: bytes):
     tokenizer = load(content)
-    given = [[5, 6], [0, 5, 6, 0], [5, 6, 0], [0], [5, 0, 6], [5, 280], [5, -1], [7]]
+    given = [[5, 6], [5, 280], [5, -1], [7]]
     rejected: dict[str, BadRecord] = {}
     documents = [document(number, str(number), np.array(ids)) for number, ids in enumerate(given)]
     found = list(tokenizer.streams(documents, rejected.__setitem__, no_cut))
-    assert {one.number: tokens.tolist() for one, tokens in found} == {
-        0: [0, 5, 6, 0], 1: [0, 5, 6, 0], 2: [0, 5, 6, 0], 7: [0, 7, 0],
-    }  # fmt: skip
-    assert {name: bad.kind for name, bad in rejected.items()} == {
-        "3": "empty", "4": "bad_tokens", "5": "bad_tokens", "6": "bad_tokens",
-    }  # fmt: skip
-    assert "[5, 280], vocabulary 280" in rejected["5"].detail
+    assert {one.number: tokens.tolist() for one, tokens in found} == {0: [0, 5, 6, 0], 3: [0, 7, 0]}
+    assert {name: bad.kind for name, bad in rejected.items()} == {"1": "bad_tokens", "2": "bad_tokens"}
+    assert "[5, 280], vocabulary 280" in rejected["1"].detail
+
+
+def test_marks_are_the_boundary_the_named_ones_and_those_of_the_template(content: bytes):
+    library = Tokenizer.from_str(content.decode())
+    library.add_special_tokens(["<s>", "</s>"])
+    bos, eos = library.token_to_id("<s>"), library.token_to_id("</s>")
+    plain = load(library.to_str().encode())
+    assert plain.marks("", "")[:2] == (0, {0: END})
+    assert plain.marks("<s>", "</s>")[:2] == (eos, {0: END, bos: "<s>", eos: "</s>"})
+    template = {"single": "<s> $A </s>", "special_tokens": [("<s>", bos), ("</s>", eos)]}
+    library.post_processor = processors.TemplateProcessing(**template)
+    adds = load(library.to_str().encode())
+    assert adds.marks("", "")[:2] == (0, {0: END, bos: "<s>", eos: "</s>"})
+    # Text is tokenized without the template: LongRing's own boundary is all that is around it.
+    assert stream(adds, "the ring") == stream(plain, "the ring")
+    for key, names in (("bos", ("<x>", "")), ("eos", ("", "<x>"))):
+        with pytest.raises(
+            ValueError, match=rf"data\.source\.{key} = '<x>': not in the .*; name a special token \(.*'</s>'"
+        ):
+            adds.marks(*names)

@@ -14,6 +14,7 @@ import pytest
 import zstandard
 from longring.data.config import DataConfig, SourceConfig
 from longring.data.format.document import BadRecords
+from longring.data.format.tokenizer import TokenMarks
 from longring.data.prepare.records import RecordReader
 from longring.data.prepare.sources import InputShard, input_shards
 
@@ -27,8 +28,11 @@ def shards_of(source: SourceConfig, shard_bytes: int = 2**28) -> list[InputShard
 TOKENIZER = DataConfig(directory="x").tokenizer.__class__(path="unused")
 
 
+MARKS = TokenMarks(end=0, names={0: "<|endoftext|>"}, dtype=np.dtype("<u2"))
+
+
 def readers(source: SourceConfig, shard_bytes: int = 2**28, limit: float = 1.0) -> Iterator[RecordReader]:
-    return (RecordReader(shard, source, limit) for shard in shards_of(source, shard_bytes))
+    return (RecordReader(shard, source, limit, MARKS) for shard in shards_of(source, shard_bytes))
 
 
 def read(shard_bytes: int = 2**28, **settings: Any) -> list[tuple[str, Any]]:
@@ -235,12 +239,23 @@ def in_splits(tmp_path: Path) -> dict[str, Any]:
 DECLARED = "correct data.source.path, data.source.subset or data.source.split, or repair the data set"
 
 
-@pytest.mark.parametrize("key", ["path", "split"])
-def test_a_data_set_that_is_not_there(in_splits: dict[str, Any], key: str):
-    wrong: dict[str, Any] = in_splits | {key: f"{in_splits[key]}-not"}
+def test_a_data_set_that_is_not_there(in_splits: dict[str, Any]):
+    wrong: dict[str, Any] = in_splits | {"path": f"{in_splits['path']}-not"}
     with pytest.raises(ValueError, match=f"data.source.path = '{wrong['path']}': cannot read split .*; {DECLARED}"):
         read(**wrong)
     assert [text for _, text in read(**in_splits)] == ["one"]
+
+
+def test_a_split_that_is_not_there(in_splits: dict[str, Any], tmp_path: Path):
+    with pytest.raises(ValueError, match=r"data\.source\.split = 'b': .* has the split 'a'; name one of them"):
+        read(kind="disk", path=in_splits["path"], split="b")
+    assert len(read(kind="disk", path=in_splits["path"], split="a")) == 1
+    # A data set that was saved without the others still knows which split it is.
+    rows = datasets.load_dataset("json", data_files=str(tmp_path / "named" / "0.jsonl"), split="train")
+    rows.save_to_disk(str(tmp_path / "one"))  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="has the split 'train'; name one of them"):
+        read(kind="disk", path=str(tmp_path / "one"), split="test")
+    assert len(read(kind="disk", path=str(tmp_path / "one"))) == 1
 
 
 def test_a_subset_that_is_not_there(in_splits: dict[str, Any], tmp_path: Path):

@@ -8,7 +8,8 @@ import datasets
 import datasets.exceptions
 import pyarrow
 
-from ..config import SourceConfig
+from ...config import SourceConfig
+from .columns import BATCH_ROWS, field_of, rows_of
 
 # Errors of the library for a data set that is missing, unreadable or other than declared.
 _ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, datasets.exceptions.DatasetsError)
@@ -32,8 +33,8 @@ def data_set_rows(source: SourceConfig, part: int, parts: int) -> Iterator[tuple
         mine = data_set.shard(num_shards=parts, index=part)  # the parts are its files
     else:
         mine = data_set.shard(num_shards=parts, index=part, contiguous=True)
-    rows = enumerate(mine, start=1)
     where = f"{source.path}[{source.split}], part {part} of {parts}"
+    rows = enumerate(rows_of(_batches(mine, source), source), start=1)
     with _quiet():
         while True:
             try:
@@ -47,6 +48,15 @@ def data_set_rows(source: SourceConfig, part: int, parts: int) -> Iterator[tuple
             yield f"{where}: row {number}", row
 
 
+def _batches(data_set: "datasets.Dataset | datasets.IterableDataset", source: SourceConfig) -> Iterator[Any]:
+    """Yield the record batches of a data set, with the one field of the source if it has it."""
+    if field_of(source) in (data_set.column_names or ()):
+        data_set = data_set.select_columns([field_of(source)])
+    tables: Any = data_set.with_format("arrow").iter(BATCH_ROWS)
+    for table in tables:
+        yield from table.to_batches()
+
+
 def _open(source: SourceConfig) -> "datasets.Dataset | datasets.IterableDataset":
     with _quiet():
         try:
@@ -55,12 +65,18 @@ def _open(source: SourceConfig) -> "datasets.Dataset | datasets.IterableDataset"
                     source.path, source.subset or None, split=source.split, streaming=source.streaming
                 )
             loaded = datasets.load_from_disk(source.path)
-            return loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
         except _ERRORS as error:
             raise ValueError(
                 f"data.source.path = {source.path!r}: cannot read split {source.split!r} ({error}); correct "
                 "data.source.path, data.source.subset or data.source.split, or repair the data set"
             ) from error
+    splits = loaded if isinstance(loaded, datasets.DatasetDict) else {str(loaded.split or source.split): loaded}
+    if source.split not in splits:
+        raise ValueError(
+            f"data.source.split = {source.split!r}: {source.path} has the split {', '.join(map(repr, splits))}; name "
+            "one of them"
+        )
+    return splits[source.split]
 
 
 @contextmanager
