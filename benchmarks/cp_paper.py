@@ -67,7 +67,7 @@ def rows_of(num_gpus: int, num_tokens: int) -> Iterator[Row]:
         for direction in PASSES if fit else ():
             schedule = schedules.Schedule(grid, layouts, visibility, direction)
             for (model, shape), (name, topology) in fit:
-                price = costs.play(schedule, visibility, topology, shape, costs.ASSUMED)
+                price = costs.play(schedule, topology, shape, costs.ASSUMED)
                 prices.setdefault((model, name), {})[direction] = price
         for (model, name), passes in prices.items():
             yield row_of(num_gpus, num_tokens, model, name, member, choosing.PricedGrid(grid, passes))

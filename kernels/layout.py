@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -84,12 +85,11 @@ class SeqLayout:
             row += stop - start
         raise ValueError(f"position = {position}: must lie in the layout's runs {self.runs}")
 
-    def part(self, start_row: int, stop_row: int) -> SeqLayout:
-        """Return the layout of the rows `[start_row, stop_row)` of the sequence dim."""
+    def part(self, rows: Sequence[tuple[int, int]]) -> SeqLayout:
+        """Return the layout of some rows of the sequence dim, given as ascending half-open runs."""
         runs, row = [], 0  # row: tokens of the runs before this one
         for start, stop in self.runs:
-            first, last = max(start, start + start_row - row), min(stop, start + stop_row - row)
-            if first < last:
-                runs.append((first, last))
+            found = ((max(start, start + a - row), min(stop, start + b - row)) for a, b in rows)
+            runs += [(first, last) for first, last in found if first < last]
             row += stop - start
         return SeqLayout(tuple(runs), self.document_starts, self.position_starts)

@@ -124,7 +124,10 @@ def _intervals(queries: SeqLayout, keys: SeqLayout, causal: bool, window: int | 
 
 def _num_before(layout: SeqLayout, positions: Tensor) -> Tensor:
     """Return the number of the layout's tokens before each of `positions` `[n]`, int64 `[n]`."""
-    return sum(((positions - start).clamp(0, stop - start) for start, stop in layout.runs), torch.zeros_like(positions))
+    start, stop = torch.tensor(layout.runs).T.contiguous()
+    ends = (stop - start).cumsum(0)
+    run = torch.searchsorted(start, positions).sub_(1).clamp_(min=0)  # the last run that begins before the position
+    return ends[run] - (stop[run] - positions).clamp_(min=0).minimum((stop - start)[run])
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ class Call(NamedTuple):
 
 
 class Tiles:
-    """The kernel calls of all ranks of a spec, on the slices that the executor makes, without messages.
+    """The kernel calls of all ranks of a spec, on slices of whole shares, without messages.
 
     `shares` are the tensors of each rank: the tokens of its grid position, its heads. The results of all ranks for one
     share are added to one running result: no rank waits, and the sum is the attention of the whole sequence.
@@ -160,10 +160,14 @@ class Tiles:
             position, head_shard = divmod(rank, heads)  # ranks of one position follow one another
             for direction, calls in self.calls.items():
                 for tile in spec.compiled(direction, rank).tiles:
-                    sides = specs.sides_of(tile, of_positions)
+                    queries, keys = (slice(rows[0][0], rows[-1][1]) for rows in (tile.query_rows, tile.key_rows))
+                    sides = (
+                        of_positions[tile.query_owner].part([(queries.start, queries.stop)]),
+                        of_positions[tile.key_owner].part([(keys.start, keys.stop)]),
+                    )
                     mask = masks.make_mask(*sides, window=spec.visibility.window, device=device)
-                    queries, keys = (owner * heads + head_shard for owner in (tile.query_owner, tile.key_owner))
-                    calls.append(Call(queries, slice(*tile.query_rows), keys, slice(*tile.key_rows), mask))
+                    of_query, of_key = (owner * heads + head_shard for owner in (tile.query_owner, tile.key_owner))
+                    calls.append(Call(of_query, queries, of_key, keys, mask))
             mine = [x[:, :, cp_heads.heads_of(x.shape[2], rank, heads)] for x in tensors]  # [1, all tokens, heads, d]
             self.shares.append([share_of(x, of_positions[position]).contiguous() for x in mine])
 

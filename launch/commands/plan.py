@@ -36,7 +36,7 @@ from ...parallel.cp.record import Recorded
 from ...parallel.cp.schedules import Schedule
 from ...parallel.cp.timeline import Panel, draw
 from ...parallel.cp.topology import PRESETS, Topology
-from ...parallel.cp.visible import Visibility, num_pairs
+from ...parallel.cp.visible import Visibility
 from ...parallel.mesh import Mesh, join
 from ..config import Recipe, load_recipe
 from ..grids.choice import GridChoice, attention_shape, check_named_grids, choose_grids, pricer
@@ -171,7 +171,7 @@ def simulate_passes(pricer: Pricer, grid: CpGrid) -> list[Panel]:
     panels = []
     for direction in pricer.passes:
         schedule = Schedule(grid, layouts, pricer.visibility, direction)
-        price = play(schedule, pricer.visibility, pricer.topology, pricer.shape, pricer.speed, record=True)
+        price = play(schedule, pricer.topology, pricer.shape, pricer.speed, record=True)
         panels.append(Panel(grid, direction, f"simulated on {pricer.topology.name}", price.events))
     return panels
 
@@ -233,14 +233,12 @@ def measured_speed(panels: Sequence[Panel], shape: AttentionShape, num_tokens: i
     for panel in panels:
         grid = panel.grid
         layouts = [zigzag(num_tokens, rank, grid.size) for rank in range(grid.size)]
-        shares = Schedule(grid, layouts, visibility, panel.direction).shares
+        pairs = Schedule(grid, layouts, visibility, panel.direction).pairs
         tiles = [event for event in panel.events if isinstance(event.item, Tile)]
         # The tiles at unit speed take as many seconds as they have FLOPs.
         owners = [(e.item.query_owner, e.item.key_owner) for e in tiles if isinstance(e.item, Tile)]
         queries, keys = torch.tensor(owners).T.numpy()
-        at_one = Speed(1.0, 1.0).seconds(
-            num_pairs(shares[queries], shares[keys], visibility), shape, grid, panel.direction
-        )
+        at_one = Speed(1.0, 1.0).seconds(pairs[queries, keys], shape, grid, panel.direction)
         rates[panel.direction] = float(at_one.sum()) / sum(event.stop_s - event.start_s for event in tiles)
     return Speed(rates["forward"], rates["backward"])
 

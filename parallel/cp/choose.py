@@ -66,7 +66,7 @@ class Pricer:
 
         def played(direction: Pass) -> Price:
             schedule = Schedule(grid, layouts, self.visibility, direction)
-            return play(schedule, self.visibility, self.topology, self.shape, self.speed)
+            return play(schedule, self.topology, self.shape, self.speed)
 
         return PricedGrid(grid, {direction: played(direction) for direction in self.passes})
 

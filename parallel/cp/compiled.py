@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ...kernels.layout import SeqLayout
 from .plan import Exchange, Flow, Message, RankPlan, Share, Side, Tile
-from .visible import Rows
+from .rows import Rows, num_rows, packed
 
 OWN: dict[Side, int] = {"queries": 0, "keys": 1}
 """Slots of the tensors of the rank's own grid position."""
@@ -22,7 +22,7 @@ HOME: dict[Side, int] = {"queries": 2, "keys": 3}
 
 
 class View(NamedTuple):
-    """Slot that is a view of rows of another one, counted from its first row."""
+    """Slot that is a view of adjacent rows of another one, counted from its first row."""
 
     slot: int
     source: int
@@ -45,7 +45,7 @@ class Send(NamedTuple):
     slot: int
     source: int
     rows: Rows | None
-    """Rows of a foreign share that are passed on, counted from its first row held; None: all of `source`."""
+    """Rows of `source`, counted from its first; None: all."""
 
 
 class Receive(NamedTuple):
@@ -72,10 +72,12 @@ class Wait(NamedTuple):
 
 
 class Merge(NamedTuple):
-    """Merging of the results of a message, in the slot `part`, into a slot of the same rows."""
+    """Merging of adjacent results of a message, in the slot `part` from row `start` on, into a slot of their rows."""
 
     into: int
     part: int
+    start: int
+    num_rows: int
 
 
 class Compute(NamedTuple):
@@ -153,9 +155,9 @@ class _Compiler:
     num_tokens: int
     operations: list[Operation] = field(default_factory=list)
     spans: list[Rows] = field(init=False)
-    """Rows of the owner's share that each slot holds."""
-    views: dict[int, dict[Rows, int]] = field(default_factory=dict)
-    """Slots that are views of each slot, by their rows."""
+    """Rows of the owner's share that each slot holds, but for views."""
+    views: dict[int, dict[tuple[int, int], int]] = field(default_factory=dict)
+    """Slots that are views of each slot, by their rows, counted from its first."""
     shares: dict[Share, int] = field(default_factory=dict)
     """Slots of foreign shares."""
     sums: dict[Share, int] = field(default_factory=dict)
@@ -164,7 +166,7 @@ class _Compiler:
     """Slots of the buffers of messages, from post to wait."""
 
     def __post_init__(self) -> None:
-        self.spans = [(0, self.num_tokens)] * 4
+        self.spans = [((0, self.num_tokens),)] * 4
 
     def slot(self, rows: Rows) -> int:
         """Return the number of a new slot for rows of a share."""
@@ -172,14 +174,20 @@ class _Compiler:
         return len(self.spans) - 1
 
     def part(self, source: int, rows: Rows) -> int:
-        """Return the slot of `rows` of a share, of which `source` holds all or more; each view is made once."""
-        if rows == self.spans[source]:
+        """Return the slot of `rows` of a share, which lie side by side in `source`."""
+        [run] = packed(self.spans[source], rows)
+        return self.view(source, run)
+
+    def view(self, source: int, run: tuple[int, int]) -> int:
+        """Return the slot of adjacent rows of `source`, counted from its first; each view is made once."""
+        start, stop = run
+        if (start, stop) == (0, num_rows(self.spans[source])):
             return source
         views = self.views.setdefault(source, {})
-        if rows not in views:
-            views[rows] = self.slot(rows)
-            self.operations.append(View(views[rows], source, rows[0] - self.spans[source][0], rows[1] - rows[0]))
-        return views[rows]
+        if run not in views:
+            views[run] = self.slot(())
+            self.operations.append(View(views[run], source, start, stop - start))
+        return views[run]
 
     def free(self, slot: int) -> None:
         """Free a slot and all views of it."""
@@ -193,17 +201,28 @@ class _Compiler:
         """Return the slot of rows of a share, own or foreign."""
         return self.part(OWN[share.side] if share.owner == self.plan.position else self.shares[share], rows)
 
-    def results(self, share: Share, rows: Rows) -> int:
-        """Return the slot of rows of the results for a share; foreign sums begin at their first use."""
+    def sum_of(self, share: Share) -> int:
+        """Return the slot of the results for a share; foreign sums begin at their first use."""
         if share.owner == self.plan.position:
-            return self.part(HOME[share.side], rows)
-        if share not in self.plan.results:
-            return HOME["keys"]  # in the forward keys have no results
+            return HOME[share.side]
         if share not in self.sums:
-            span = self.plan.results[share]
-            self.sums[share] = self.slot(span)
-            self.operations.append(NewSum(self.sums[share], share.side, span[1] - span[0]))
-        return self.part(self.sums[share], rows)
+            rows = self.plan.results[share]
+            self.sums[share] = self.slot(rows)
+            self.operations.append(NewSum(self.sums[share], share.side, num_rows(rows)))
+        return self.sums[share]
+
+    def results(self, share: Share, rows: Rows) -> int:
+        """Return the slot of rows of the results for a share."""
+        if share.owner != self.plan.position and share not in self.plan.results:
+            return HOME["keys"]  # in the forward keys have no results
+        return self.part(self.sum_of(share), rows)
+
+    def merge(self, message: Message, part: int) -> None:
+        """Add the operations that merge the results of a message, each run of rows by itself."""
+        into, at = self.sum_of(message.share), 0
+        for run in packed(self.spans[into], message.rows):
+            self.operations.append(Merge(self.view(into, run), part, at, run[1] - run[0]))
+            at += run[1] - run[0]
 
     def exchange(self, exchange: Exchange, *, always: bool) -> None:
         """Add the operations of one half of a step; a post without messages only if `always`."""
@@ -216,7 +235,7 @@ class _Compiler:
             self.operations.append(Wait(message))
             slot = self.travelling.pop(message)
             if message.is_result:
-                self.operations.append(Merge(self.results(message.share, message.rows), slot))
+                self.merge(message, slot)
                 spent.append(slot)
             else:
                 self.shares[message.share] = slot
@@ -245,20 +264,17 @@ class _Compiler:
         return self.travelling[message]
 
     def _receive(self, message: Message) -> Receive:
-        start, stop = message.rows
-        return Receive(message, self._travel(message), stop - start, not message.is_result)
+        return Receive(message, self._travel(message), num_rows(message.rows), not message.is_result)
 
     def _send(self, message: Message) -> Send:
         slot = self._travel(message)
         if message.is_result:
             return Send(message, slot, self.sums[message.share], None)
-        if message.owner == self.plan.position:
+        if message.owner == self.plan.position and len(message.rows) == 1:
             return Send(message, slot, self.share(message.share, message.rows), None)
-        source, (start, stop) = self.shares[message.share], message.rows
-        first = self.spans[source][0]
-        return Send(
-            message, slot, source, None if message.rows == self.spans[source] else (start - first, stop - first)
-        )
+        source = OWN[message.share.side] if message.owner == self.plan.position else self.shares[message.share]
+        held = self.spans[source]
+        return Send(message, slot, source, None if message.rows == held else packed(held, message.rows))
 
 
 def _channel(message: Message) -> tuple[str, str]:

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from .grid import CpGrid
 from .plan import FLOWS, Message, Messages, Pass, Tile
+from .rows import num_rows
 from .schedules import Schedule
 from .topology import Topology
-from .visible import Ints, Visibility, num_pairs
+from .visible import Ints
 
 Floats = NDArray[np.float64]
 
@@ -41,11 +42,8 @@ class AttentionShape:
 
     def bytes_of(self, message: Message, grid: CpGrid, direction: Pass) -> int:
         """Return the size of a message in bytes."""
-        return (
-            self.batch
-            * (message.rows[1] - message.rows[0])
-            * int(self.row_bytes(grid, direction)[FLOWS.index(message.flow)])
-        )
+        row_bytes = int(self.row_bytes(grid, direction)[FLOWS.index(message.flow)])
+        return self.batch * num_rows(message.rows) * row_bytes
 
     def row_bytes(self, grid: CpGrid, direction: Pass) -> Ints:
         """Return the bytes per row of a message, `[flows]` in the order of `FLOWS`."""
@@ -123,7 +121,6 @@ class Price:
 
 def play(
     schedule: Schedule,
-    visibility: Visibility,
     topology: Topology,
     shape: AttentionShape,
     speed: Speed,
@@ -138,7 +135,7 @@ def play(
     num_steps = int(max(schedule.end, schedule.all_messages.due.max(initial=0) + 1))
     halves = _Halves(schedule.all_messages, num_steps)
     messages = halves.messages
-    rows = (messages.stop - messages.start) * shape.batch
+    rows = messages.num_rows * shape.batch
     weights = shape.row_bytes(grid, schedule.direction)[messages.flow] * rows
     wide = replace(shape, narrow_results=False).row_bytes(grid, schedule.direction)[messages.flow] * rows
     wires, pair = wires_of(topology, size), messages.source * size + messages.target
@@ -159,7 +156,7 @@ def play(
             begins[now], arrival[now] = _carry(begins[now], weights[now], pair[now], wires, free)
         if half % 2 and 0 <= step - schedule.first < len(schedule.tile_numbers):
             query, key = schedule.tiles(step, np.arange(grid.num_positions))  # owners, [positions]
-            pairs = num_pairs(schedule.shares[query], schedule.shares[key], visibility)
+            pairs = schedule.pairs[query, key]
             holds.use(step, query, key, pairs > 0)
             # [positions] -> [ranks]: the ranks of a position compute the same tile, each with its heads.
             seconds = np.where(pairs > 0, speed.seconds(pairs, shape, grid, schedule.direction), 0).repeat(grid.heads)
@@ -260,8 +257,8 @@ class _Holds:
 
     A foreign share is held from its post to its last use, or until the rank to which it is passed on has it. A result
     is held from its post to its merge, and before its post, in fp32, from the first tile that adds to it. Several
-    tensors of the own share are copied into one message, which is held until it has been sent; so are queries that
-    have been traded for heads, since their rows lie between those of keys and values.
+    tensors of the own share are copied into one message, which is held until it has been sent; so are rows of several
+    runs, and queries that have been traded for heads, since their rows lie between those of keys and values.
     """
 
     def __init__(
@@ -276,7 +273,10 @@ class _Holds:
         self.messages, self.weights, self.wide, self.heads = messages, weights, wide, grid.heads
         alone = schedule.direction == "forward" and grid.heads == 1  # of queries: one tensor of contiguous rows
         copied = [flow == "keys" or (flow == "queries" and not alone) for flow in FLOWS]
-        self.packed = np.array(copied)[messages.flow] & (messages.owner == messages.source // grid.heads)
+        share = (messages.flow == FLOWS.index("queries")) | (messages.flow == FLOWS.index("keys"))
+        in_runs = share & (messages.num_rows < messages.stop - messages.start)
+        own = messages.owner == messages.source // grid.heads
+        self.packed = (np.array(copied)[messages.flow] & own) | in_runs
         self.change = np.zeros((num_steps + 1, grid.size), np.int64)  # bytes taken less bytes freed, [step, rank]
         self.last = np.zeros((2, grid.num_positions, grid.num_positions), np.int32)
         """Step at which a position last uses an owner's share, `[side, position, owner]`."""
@@ -292,7 +292,7 @@ class _Holds:
 
     def peak_bytes(self) -> int:
         """Return the largest number of bytes that a rank holds at one step."""
-        flow, owner, _, _, source, target, posted, due = self.messages
+        flow, owner, *_, source, target, posted, due = self.messages
         share = (flow == FLOWS.index("queries")) | (flow == FLOWS.index("keys"))
         for end, step in ((target, due), (source, due - 1)):
             np.maximum.at(self.last, (flow[share], end[share] // self.heads, owner[share]), step[share])
@@ -319,7 +319,7 @@ def _events(
 ) -> list[Event]:
     """Return the events of all ranks: each message at both ends, each tile."""
     events = []
-    for message, start_s, stop_s in zip(messages.one_by_one(), begins.tolist(), arrival.tolist(), strict=True):
+    for message, start_s, stop_s in zip(schedule.one_by_one(messages), begins.tolist(), arrival.tolist(), strict=True):
         events += [Event(end, message, start_s, stop_s) for end in (message.source, message.target)]
     for plan in schedule.plans():
         for number, step in enumerate(plan.steps):

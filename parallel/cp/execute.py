@@ -20,9 +20,11 @@ from ...kernels.attention import attention_backward, attention_forward, row_delt
 from ...kernels.merge import merge_
 from .compiled import CompiledPlan, Compute, Free, Merge, NewSum, Post, Send, View, Wait
 from .heads import heads_for_tokens, tokens_for_heads
-from .plan import Flow, Message, Side
+from .plan import Flow, Message
+from .rows import Rows
 from .spec import AttentionSpec
 from .transports import Transport
+from .visible import Side
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """Tensors that the backward needs: q, k, v, out `[b, s, h, d]` and lse `[b, h, s]`, with all tokens of the rank's grid
@@ -188,15 +190,18 @@ class _Run(ABC):
     def content(self, send: Send) -> list[Tensor]:
         """Return the packs to send, contiguous: a share from where it lies, a sum in the dtype in which it travels."""
         if send.source not in self.packs:
-            return _packed(self.views[send.source])
+            own = self.views[send.source]
+            # Rows are dim 1 of [b, s, h, d] and dim 2 of [b, h, s].
+            return _packed(
+                own if send.rows is None else [_rows_of(x, 1 if x.dim() == 4 else 2, send.rows) for x in own]
+            )
         packs = self.packs[send.source]
         if send.message.is_result:
             return [packs[0].to(self.dtypes[send.message.flow]), *packs[1:]]  # lse is never rounded
         if send.rows is None:
             return packs
-        start, num_rows = send.rows[0], send.rows[1] - send.rows[0]
         # Rows are dim 1 of the first pack and the last dim of the second.
-        return [x.narrow(dim, start, num_rows).contiguous() for x, dim in zip(packs, (1, -1), strict=False)]
+        return [_rows_of(x, dim, send.rows) for x, dim in zip(packs, (1, -1), strict=False)]
 
     def free(self, operation: Free) -> None:
         """Drop the tensors of some slots."""
@@ -224,6 +229,8 @@ class _Forward(_Run):
     def merge(self, operation):
         out, lse = self.views[operation.into]
         part_out, part_lse = self.packs[operation.part]
+        part_out = part_out.narrow(1, operation.start, operation.num_rows)
+        part_lse = part_lse.narrow(2, operation.start, operation.num_rows)
         merge_(out, lse, part_out[None], part_lse[None])  # one part: [1, b, s, h, d] and [1, b, h, s]
 
     def clear(self, packs):
@@ -248,6 +255,7 @@ class _Backward(_Run):
 
     def merge(self, operation):
         totals, (pack,) = self.views[operation.into], self.packs[operation.part]
+        pack = pack.narrow(1, operation.start, operation.num_rows)
         for total, part in zip(totals, pack.unbind(2) if len(totals) > 1 else (pack,), strict=True):
             total.add_(part)
 
@@ -258,6 +266,12 @@ class _Backward(_Run):
 def _sum_dtype(q: Tensor) -> torch.dtype:
     """Return the dtype of sums and of stats: fp32, or fp64 for inputs q in fp64."""
     return torch.promote_types(q.dtype, torch.float32)
+
+
+def _rows_of(x: Tensor, dim: int, rows: Rows) -> Tensor:
+    """Return some rows of a tensor, contiguous."""
+    parts = [x.narrow(dim, start, stop - start) for start, stop in rows]
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0].contiguous()
 
 
 def _packed(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .compiled import CompiledPlan
 from .plan import Message
+from .rows import num_rows
 from .transports import Transport
 
 
@@ -42,7 +43,7 @@ def tokens_for_heads(
         of_x.view(distinct, -1, b, s, count, d).copy_(by_head.unsqueeze(1))
     part_of = dict(zip(plan.runs_of, mine.unbind(), strict=True))
     leaving = {m: [part_of[m.target]] for m in trade.sends}
-    arriving = {m: [mine.new_empty((b, m.rows[1] - m.rows[0], sum(counts), d))] for m in trade.receives}
+    arriving = {m: [mine.new_empty((b, num_rows(m.rows), sum(counts), d))] for m in trade.receives}
     transport.post(leaving, arriving)
     for message, [part] in arriving.items():
         yield message

@@ -29,10 +29,10 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from .visible import Ints, Rows
+from .rows import Rows
+from .visible import Ints, Side
 
 Pass = Literal["forward", "backward"]
-Side = Literal["queries", "keys"]
 Flow = Literal["queries", "keys", "query_results", "key_results", "to_heads", "from_heads"]
 """Content of a message.
 
@@ -95,18 +95,24 @@ class Messages(NamedTuple):
     """Index into `FLOWS`."""
     owner: Ints
     start: Ints
+    """First row."""
     stop: Ints
+    """Row after the last; between the two rows may be left out."""
+    num_rows: Ints
+    leg: Ints
+    """Number of the leg, from 0; 0 for trades of heads."""
     source: Ints
     target: Ints
     posted: Ints
     due: Ints
 
     @classmethod
-    def of(cls, flow: Flow, owner: Any, rows: Ints, source: Any, target: Any, posted: Any, due: Any) -> Messages:
-        """Return the messages of one flow that have rows. `rows` is `[..., 2]`; other fields broadcast to `[...]`."""
-        columns = (FLOWS.index(flow), owner, rows[..., 0], rows[..., 1], source, target, posted, due)
+    def of(cls, flow: Flow, owner: Any, span: Ints, num_rows: Ints, leg: Any, source: Any, target: Any,
+           posted: Any, due: Any) -> Messages:  # fmt: skip
+        """Return the messages of one flow that have rows. `span` is `[..., 2]`; other fields broadcast to `[...]`."""
+        columns = (FLOWS.index(flow), owner, span[..., 0], span[..., 1], num_rows, leg, source, target, posted, due)
         # Where no rows are visible nothing is sent.
-        not_empty = rows[..., 0] < rows[..., 1]
+        not_empty = span[..., 0] < span[..., 1]
         return cls(*(np.broadcast_to(column, not_empty.shape)[not_empty] for column in columns))
 
     @classmethod
@@ -123,14 +129,6 @@ class Messages(NamedTuple):
     def select(self, index: Any) -> Messages:
         """Return the messages at a numpy index (a slice, a mask or numbers)."""
         return Messages(*(column[index] for column in self))
-
-    def one_by_one(self) -> list[Message]:
-        """Return each message as a `Message`."""
-        # tolist: Python integers, so that rows can index tensors and messages print plainly.
-        return [
-            Message(FLOWS[flow], owner, (start, stop), *rest)
-            for flow, owner, start, stop, *rest in zip(*(column.tolist() for column in self), strict=True)
-        ]
 
 
 class Tile(NamedTuple):

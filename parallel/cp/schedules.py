@@ -5,7 +5,7 @@ Both ends of a message derive it from the same arithmetic, so no rank ever asks 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from functools import cached_property
 from itertools import pairwise, product
@@ -16,12 +16,13 @@ import numpy as np
 from ...kernels.layout import SeqLayout
 from .grid import CpGrid, Order, Route
 from .layout import position_layouts
-from .plan import Flow, Message, Messages, Pass, RankPlan, Share, Side, Step, Tile
-from .visible import Ints, Shares, Visibility, hull, visible_rows
+from .plan import FLOWS, Flow, Message, Messages, Pass, RankPlan, Share, Side, Step, Tile
+from .rows import Rows, within
+from .visible import Ints, Pieces, Tokens, TravellingRows, Visibility, hull, pairs_between, rows_needed
 
 ROWS_AT_ONCE = 2**14
-"""Number of owners and legs for which rows are computed at once: numpy's calls cost more than a few rows do, but 1,024
-ranks have a million."""
+"""Number of pieces and lines for which rows are computed at once: numpy's calls cost more than a few rows do, but 1,024
+ranks have two million."""
 
 
 class Leg(NamedTuple):
@@ -109,25 +110,34 @@ class Schedule:
         # [side, tile]: offsets of the owners of a tile's queries and of its keys, in the order of the tiles.
         owners = [np.array([0, *(leg.owner for leg in self.legs[side])]) for side in ("queries", "keys")]
         self._tile_owners = np.array([of[n] for of, n in zip(owners, np.array(self.tile_numbers).T, strict=True)])
-        self.shares = Shares.of(self.layouts)
-        self._visibility = visibility
+        self.visibility = visibility
+        self._all_pieces = Pieces.of(self.layouts)
+        self._pieces = self._all_pieces.of_shared_documents()
+        position = np.arange(grid.num_positions)
+        self._lines: dict[Side, Ints] = {"queries": position // grid.query, "keys": position % grid.query}
+        """Line of each position along the axis on which queries, or keys, travel."""
         self._needed_rows: dict[tuple[Side, bytes], Ints] = {}
 
     def turned(self, direction: Pass) -> Schedule:
         """Return the schedule of a pass of the same attention; it shares what does not depend on the direction."""
         other = copy(self)
         other.direction = direction
-        vars(other).pop("all_messages", None)  # of this direction
+        vars(other).pop("_all", None)  # of this direction
         return other
+
+    @cached_property
+    def pairs(self) -> Ints:
+        """Number of visible pairs of each tile, `[owner of queries, owner of keys]`."""
+        return pairs_between(self._all_pieces, self.grid.num_positions, self.visibility)
 
     def plan(self, rank: int) -> RankPlan:
         """Return the plan of `rank`."""
         position = rank // self.grid.heads
         # Shares that travel along an axis through a position are owned by positions of the same line of the grid.
         owners: dict[Side, Ints] = {side: self._line(side, np.array(position)) for side in self.legs}
-        found = self._messages(owners, np.array([position]))
-        sends = found.select(found.source == rank).one_by_one()
-        receives = found.select(found.target == rank).one_by_one()
+        found, travelling = self._messages(owners, np.array([position]))
+        sends = _one_by_one(found.select(found.source == rank), travelling)
+        receives = _one_by_one(found.select(found.target == rank), travelling)
         results = {
             Share("queries" if m.flow == "query_results" else "keys", m.owner): m.rows
             for m in sends
@@ -139,28 +149,42 @@ class Schedule:
         """Return the plans of all ranks."""
         return [self.plan(rank) for rank in range(self.grid.size)]
 
-    @cached_property
+    @property
     def all_messages(self) -> Messages:
         """Messages of all ranks in the whole pass."""
+        return self._all[0]
+
+    def one_by_one(self, messages: Messages) -> list[Message]:
+        """Return each of some of `all_messages` as a `Message`."""
+        return _one_by_one(messages, self._all[1])
+
+    @cached_property
+    def _all(self) -> tuple[Messages, dict[Side, _Travelling]]:
         positions = np.arange(self.grid.num_positions)
         return self._messages({"queries": positions, "keys": positions}, positions)
 
-    def _messages(self, owners: dict[Side, Ints], traders: Ints) -> Messages:
+    def _messages(self, owners: dict[Side, Ints], traders: Ints) -> tuple[Messages, dict[Side, _Travelling]]:
         """Return the messages for shares of `owners`, and the trades of heads at the positions `traders`.
 
-        `owners` has arrays of grid positions of any shape, by the axis on which their shares travel.
+        `owners` has arrays `[owners]` of grid positions, by the axis on which their shares travel. With the messages
+        come the rows of these shares that travel.
         """
-        parts = [message for side in ("queries", "keys") for message in self._along(side, owners[side])]
+        parts: list[Messages] = []
+        travelling: dict[Side, _Travelling] = {}
+        for side in self.legs:
+            if self.legs[side]:
+                found, travelling[side] = self._along(side, owners[side])
+                parts += found
         heads = self.grid.heads
         if heads == 1:
-            return Messages.joined(parts)
+            return Messages.joined(parts), travelling
         # A message between positions is one message for each part of the heads, between ranks of the same index.
         of_ranks = [
             part._replace(source=part.source * heads + index, target=part.target * heads + index)
             for part in parts
             for index in range(heads)
         ]
-        return Messages.joined([*of_ranks, *self._trades(traders)])
+        return Messages.joined([*of_ranks, *self._trades(traders)]), travelling
 
     def tiles(self, step: Any, position: Any) -> tuple[Ints, Ints]:
         """Return the owners of the queries and of the keys that each position multiplies at each step.
@@ -181,58 +205,61 @@ class Schedule:
         """Return all positions along the axis through each position, starting with it: `[...]` -> `[..., axis]`."""
         return self._ahead(side, position[..., None], np.arange(self.grid.query if side == "queries" else self.grid.kv))
 
-    def _along(self, side: Side, owners: Ints) -> list[Messages]:
+    def _along(self, side: Side, owners: Ints) -> tuple[list[Messages], _Travelling]:
         """Return the messages along an axis: shares of `owners` first, leg by leg, then the results for them."""
-        legs = self.legs[side]
-        if not legs:
-            return []
-        first_use, last_use = self.first_use[side], self.last_use[side]
-        # [legs, owners, 2]: `needed` are the rows that the stop of the leg computes with, `onward` the hull of those
-        # and of the rows that all later stops need, which must pass through this stop.
+        legs, (first_use, last_use) = self.legs[side], (self.first_use[side], self.last_use[side])
+        has_results = side == "queries" or self.direction == "backward"
+        summed = has_results and (self.grid.query_route if side == "queries" else self.grid.kv_route) == "round"
+        # [legs, pieces, 2]: rows that the stop of the leg computes with, and these with all that later stops need, which
+        # must pass through this stop. Of both the hulls, [legs, owners, 2].
+        owner = self._pieces.of_owners(owners).owner
         needed = self._needed(side, owners)
-        onward = needed.copy()
-        for leg, rows in reversed(list(zip(legs, onward, strict=True))):
-            if leg.onward is not None:
-                _extend(rows, onward[leg.onward - 1])
+        onward = _passed_on(legs, needed)
+        spans, result_spans = (hull(rows, owner, len(owners)) for rows in (onward, needed))
+        if summed:
+            # Sums for rows of earlier stops pass through this one, and a sum lies where its rows lie: each leg has a part
+            # of what any stop needs.
+            onward = np.broadcast_to(np.stack([needed[..., 0].min(0), needed[..., 1].max(0)], -1), needed.shape)
+        rows = TravellingRows(onward, owner, len(owners))
         stops = self._ahead(side, owners, -_column(leg.owner for leg in legs))  # [legs, owners]
         sources = self._ahead(side, stops, _column(leg.source for leg in legs))
         posted = _column(first_use[leg.after] for leg in legs)
         due = _column(first_use[number] for number in range(1, len(legs) + 1))
-        shares = Messages.of(side, owners, onward, sources, stops, posted, due)
-        if side == "keys" and self.direction == "forward":
-            return [shares]
-        rows, targets = needed, owners
-        if (self.grid.query_route if side == "queries" else self.grid.kv_route) == "round":
+        number = _column(range(len(legs)))
+        shares = Messages.of(side, owners, spans, rows.count(spans), number, sources, stops, posted, due)
+        travelling = _Travelling(dict(zip(owners.tolist(), range(len(owners)), strict=True)), rows)
+        if not has_results:
+            return [shares], travelling
+        targets = owners
+        if summed:
             # To the next position, with the sum so far; from the last stop to the owner.
             targets = self._ahead(side, owners, -_column(range(2, len(legs) + 2)))
-            rows = needed.copy()
-            for before, of_leg in pairwise(rows):
+            for before, of_leg in pairwise(result_spans):
                 _extend(of_leg, before)
             due = _column([*(last_use[number] + 1 for number in range(2, len(legs) + 1)), self.end])
         else:
             due = _column(self.end if leg.before is None else last_use[leg.before] + 1 for leg in legs)
         flow: Flow = "query_results" if side == "queries" else "key_results"
         posted = _column(last_use[number] + 1 for number in range(1, len(legs) + 1))
-        return [shares, Messages.of(flow, owners, rows, stops, targets, posted, due)]
+        results = Messages.of(flow, owners, result_spans, rows.count(result_spans), number, stops, targets, posted, due)
+        return [shares, results], travelling
 
     def _needed(self, side: Side, owners: Ints) -> Ints:
-        """Return the rows of each owner's share that the tiles of each stop use: `[owners]` -> `[legs, owners, 2]`."""
+        """Return the rows of the pieces of `owners` that the tiles of each stop use: `[legs, pieces, 2]`."""
         key = side, owners.tobytes()
         if key not in self._needed_rows:
-            offsets = _column(leg.owner for leg in self.legs[side])
-            at_once = max(1, ROWS_AT_ONCE // owners.size)
-            parts = [self._rows(side, owners, offsets[n : n + at_once]) for n in range(0, len(offsets), at_once)]
-            self._needed_rows[key] = np.concatenate(parts)
+            # A stop computes with all shares that it gathers along the other axis: those of one line.
+            other: Side = "keys" if side == "queries" else "queries"
+            pieces, tokens = self._pieces.of_owners(owners), Tokens(self._pieces, self._lines[other])
+            lines = np.arange(self.grid.query if side == "queries" else self.grid.kv)
+            at_once = max(1, ROWS_AT_ONCE // max(1, len(pieces.start)))
+            of_lines = np.concatenate([
+                rows_needed(pieces, side, tokens, lines[n : n + at_once], self.visibility)
+                for n in range(0, len(lines), at_once)
+            ])  # fmt: skip
+            stops = self._ahead(side, owners[pieces.owner], -_column(leg.owner for leg in self.legs[side]))
+            self._needed_rows[key] = of_lines[self._lines[other][stops], np.arange(len(pieces.start))]
         return self._needed_rows[key]
-
-    def _rows(self, side: Side, owners: Ints, offsets: Ints) -> Ints:
-        """Return `_needed` of the legs whose shares come from offsets `[legs, 1]`."""
-        stops = self._ahead(side, owners, -offsets)  # [legs, owners]
-        # [1, owners, 1] against all shares that the stop gathers along the other axis, [legs, owners, axis].
-        shares = self.shares[owners[None, :, None]]
-        if side == "queries":
-            return hull(visible_rows(shares, self.shares[self._line("keys", stops)], self._visibility), 2)[..., :2]
-        return hull(visible_rows(self.shares[self._line("queries", stops)], shares, self._visibility), 2)[..., 2:]
 
     def _trades(self, positions: Ints) -> list[Messages]:
         """Return the messages that trade tokens for heads before the first tile, and back after the last."""
@@ -242,8 +269,8 @@ class Schedule:
         source, target = (positions[:, None, None] * heads + pairs).reshape(-1, 2).T
         held = np.array([[0, layout.num_tokens] for layout in self.rank_layouts])
         return [
-            Messages.of("to_heads", source, held[source], source, target, 0, 1),
-            Messages.of("from_heads", target, held[target], source, target, self.end, self.end + 1),
+            Messages.of("to_heads", source, held[source], held[source, 1], 0, source, target, 0, 1),
+            Messages.of("from_heads", target, held[target], held[target, 1], 0, source, target, self.end, self.end + 1),
         ]
 
     def _steps(self, position: int, sends: list[Message], receives: list[Message]) -> tuple[Step, ...]:
@@ -251,12 +278,9 @@ class Schedule:
         num_steps = max([self.end, *(m.due + 1 for m in (*sends, *receives))])
         due, waited, out, into = ([[] for _ in range(num_steps)] for _ in range(4))
         tiles: list[Tile | None] = [None] * num_steps
-        at = np.arange(self.first, self.first + len(self.tile_numbers))
-        pairs = self.tiles(at, position)
-        rows = visible_rows(self.shares[pairs[0]], self.shares[pairs[1]], self._visibility)
-        for step, query, key, (*of_query, start, stop) in zip(*(x.tolist() for x in (at, *pairs, rows)), strict=True):
-            if start < stop:
-                tiles[step] = Tile(query, tuple(of_query), key, (start, stop))
+        held = {m.share: m.rows for m in receives if m.flow in ("queries", "keys")}
+        for step, tile in enumerate(self._tiles(position, held), self.first):
+            tiles[step] = tile
         # A foreign share is freed after its last use: its arrival, the last tile, or the last time it is passed on.
         last_use: dict[Share, int] = {}
         for message in receives:
@@ -282,10 +306,73 @@ class Schedule:
             for at, tile in enumerate(tiles)
         )
 
+    def _tiles(self, position: int, held: dict[Share, Rows]) -> Iterator[Tile | None]:
+        """Yield the tiles of a position in order; None: nothing is visible. `held` has the rows of foreign shares."""
+        owners: dict[Side, Ints] = {side: self._line(side, np.array(position)) for side in self.legs}
+        # By side the rows that are visible in a tile, [owners of the other side, owners of this side, 2].
+        spans = {"queries": self._spans("queries", *owners.values()), "keys": self._spans("keys", *owners.values())}
+        lists = {side: of.tolist() for side, of in owners.items()}
+        for query, key in (self._tile_owners % [[self.grid.query], [self.grid.kv]]).T.tolist():
+            if not query and not key:  # the own tile: every token sees itself
+                whole = ((0, self.layouts[position].num_tokens),)
+                yield Tile(position, whole, position, whole)
+                continue
+            of_query, of_key = spans["queries"][key, query].tolist(), spans["keys"][query, key].tolist()
+            if of_query[0] >= of_query[1]:
+                yield None
+                continue
+            rows = [
+                # Own rows are one view; of a foreign share only the rows that came are here.
+                within(held[Share(side, lists[side][number])], *span) if number else (tuple(span),)
+                for side, number, span in (("queries", query, of_query), ("keys", key, of_key))
+            ]
+            yield Tile(lists["queries"][query], rows[0], lists["keys"][key], rows[1])
+
+    def _spans(self, side: Side, queries: Ints, keys: Ints) -> Ints:
+        """Return the hull of the rows of each owner of a side that are visible in each tile of these owners.
+
+        `[owners of the other side, owners of this side, 2]`.
+        """
+        mine, others = (queries, keys) if side == "queries" else (keys, queries)
+        pieces, of_others = self._pieces.of_owners(mine), self._pieces.of_owners(others)
+        lines = np.arange(len(others))
+        rows = rows_needed(pieces, side, Tokens(of_others, lines), lines, self.visibility)
+        return hull(rows, pieces.owner, len(mine))
+
+
+class _Travelling(NamedTuple):
+    """Rows that travel of the shares of some owners."""
+
+    number: dict[int, int]
+    """Number of each owner."""
+    rows: TravellingRows
+
+
+def _one_by_one(messages: Messages, travelling: dict[Side, _Travelling]) -> list[Message]:
+    """Return each message as a `Message`."""
+    found = []
+    # tolist: Python integers, so that rows can index tensors and messages print plainly.
+    for flow, owner, start, stop, _, leg, *rest in zip(*(column.tolist() for column in messages), strict=True):
+        name, rows = FLOWS[flow], ((start, stop),)
+        if name not in ("to_heads", "from_heads"):
+            of = travelling["queries" if name in ("queries", "query_results") else "keys"]
+            rows = of.rows.runs(leg, of.number[owner], start, stop)
+        found.append(Message(name, owner, rows, *rest))
+    return found
+
 
 def _column(numbers: Iterable[int]) -> Ints:
     """Return one number for each leg, `[legs, 1]`."""
     return np.array(list(numbers), np.int64)[:, None]
+
+
+def _passed_on(legs: Sequence[Leg], rows: Ints) -> Ints:
+    """Return the hull of what each leg's stop needs and of what all later stops need that it passes on to."""
+    found = rows.copy()
+    for leg, of_leg in reversed(list(zip(legs, found, strict=True))):
+        if leg.onward is not None:
+            _extend(of_leg, found[leg.onward - 1])
+    return found
 
 
 def _extend(rows: Ints, by: Ints) -> None:

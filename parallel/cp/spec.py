@@ -74,4 +74,4 @@ class AttentionSpec:
 
 def sides_of(tile: Tile, layouts: Sequence[SeqLayout]) -> tuple[SeqLayout, SeqLayout]:
     """Return the layouts of a tile's queries and keys; `layouts` has one layout for each grid position."""
-    return layouts[tile.query_owner].part(*tile.query_rows), layouts[tile.key_owner].part(*tile.key_rows)
+    return layouts[tile.query_owner].part(tile.query_rows), layouts[tile.key_owner].part(tile.key_rows)

@@ -1,29 +1,34 @@
-"""Visibility between shares in closed form: rows of two shares that see each other, and the number of visible pairs.
+"""Visibility between shares in closed form: rows of a share that others need, and the number of visible pairs.
 
 The rules are those of `kernels.mask`: same document, no key after its query if causal, fewer than `window` tokens
-before it. They are applied to whole runs of positions on the host, so the cost does not grow with the number of tokens,
-and to many pairs of shares at once, so that 1,024 ranks are planned in seconds.
+before it. They are applied to whole pieces of documents on the host, so the cost does not grow with the number of
+tokens, and to many pieces and shares at once, so that 1,024 ranks are planned in seconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...kernels.layout import SeqLayout
+from .rows import Rows
 
-Rows = tuple[int, int]
-"""Half-open range of rows: indices into the sequence dim of one share."""
+Side = Literal["queries", "keys"]
 Ints = NDArray[np.int64]
 
-_FAR = 2**62  # a position that no context reaches
-NONE = np.array([_FAR, 0, _FAR, 0])
-"""Value of `visible_rows` for shares that do not see each other: the neutral element of `hull`."""
+_FAR = 2**40
+"""A position that no context reaches; 2^20 of them fit into an integer."""
+NONE = np.array([_FAR, 0])
+"""An empty range of rows: the neutral element of `hull`."""
+PAIRS_AT_ONCE = 2**20
+"""Number of pairs of pieces that are counted at once."""
+GAP = 128
+"""Runs of rows with at most this many rows between them travel as one. A row costs a link what it takes, 2 KB for 4 kv
+heads of 128 in 16 bit, and a run costs the host a view in each layer: 128 rows take 5 us on a port of 50 GB/s."""
 
 
 @dataclass(frozen=True)
@@ -45,106 +50,186 @@ class Visibility:
 
 
 @dataclass(frozen=True, eq=False)
-class Shares:
-    """Runs of positions that shares of one context hold, as arrays `[..., runs]`, padded with empty runs."""
+class Pieces:
+    """Pieces of documents that the shares of one context hold, in order of owner and position: arrays `[pieces]`."""
 
+    owner: Ints
+    """Number of the share."""
     start: Ints
-    """First position of each run."""
+    """First position."""
     stop: Ints
-    """Position after the last of each run."""
+    """Position after the last."""
     row: Ints
-    """Row of the share at which each run begins."""
-    document_starts: Ints
-    """Positions at which documents begin, ascending from 0, `[documents]`."""
+    """Row of the share at which the piece begins."""
+    document: Ints
+    """Number of the document."""
+    first: Ints
+    """First position of the document."""
+    last: Ints
+    """Position after the last of the document."""
 
     @classmethod
-    def of(cls, layouts: Sequence[SeqLayout]) -> Shares:
-        """Return the shares of some layouts of one context: arrays `[layouts, runs]`."""
-        # [start | stop | row, layout, run]
-        runs = np.zeros((3, len(layouts), max(len(layout.runs) for layout in layouts)), np.int64)
-        for rank, layout in enumerate(layouts):
-            rows = accumulate((stop - start for start, stop in layout.runs), initial=0)
-            for number, ((start, stop), row) in enumerate(zip(layout.runs, rows, strict=False)):
-                runs[:, rank, number] = start, stop, row
-        return cls(runs[0], runs[1], runs[2], np.array(layouts[0].document_starts))
+    def of(cls, layouts: Sequence[SeqLayout]) -> Pieces:
+        """Return the pieces of the shares of some layouts of one context."""
+        runs = np.array([run for layout in layouts for run in layout.runs], np.int64).reshape(-1, 2)
+        owner = np.repeat(np.arange(len(layouts)), [len(layout.runs) for layout in layouts])
+        # Rows before each run: tokens of all runs before it, less those of other owners.
+        before = np.cumsum(runs[:, 1] - runs[:, 0]) - (runs[:, 1] - runs[:, 0])
+        row = before - before[np.searchsorted(owner, owner)]
+        starts = np.array(layouts[0].document_starts)
+        first_document = np.searchsorted(starts, runs[:, 0], side="right") - 1
+        count = np.searchsorted(starts, runs[:, 1], side="left") - first_document  # documents that a run meets
+        run, document = np.repeat(np.arange(len(runs)), count), _ranges(first_document, count)
+        first, last = starts[document], np.append(starts[1:], _FAR - 1)[document]
+        start, stop = np.maximum(runs[run, 0], first), np.minimum(runs[run, 1], last)
+        return cls(owner[run], start, stop, row[run] + start - runs[run, 0], document, first, last)
 
-    def __getitem__(self, ranks: Any) -> Shares:
-        return Shares(self.start[ranks], self.stop[ranks], self.row[ranks], self.document_starts)
+    def select(self, index: Any) -> Pieces:
+        """Return the pieces at a numpy index."""
+        return Pieces(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def of_shared_documents(self) -> Pieces:
+        """Return the pieces of the documents that several shares hold: only these see anything of another share."""
+        least, most = np.full((2, int(self.document.max()) + 1), -1)
+        least[self.document[::-1]] = self.owner[::-1]  # owners ascend: the first wins
+        most[self.document] = self.owner
+        return self.select(least[self.document] < most[self.document])
+
+    def of_owners(self, owners: Ints) -> Pieces:
+        """Return the pieces of some owners, who are numbered anew from 0 in this order."""
+        first = np.searchsorted(self.owner, owners)
+        count = np.searchsorted(self.owner, owners, side="right") - first
+        return replace(self.select(_ranges(first, count)), owner=np.repeat(np.arange(len(owners)), count))
 
 
-def visible_rows(queries: Shares, keys: Shares, visibility: Visibility) -> Ints:
-    """Return the smallest range of query rows that see a key, and of key rows that a query sees.
+class Tokens:
+    """The tokens that several lines of shares hold, each line as if it were one share, to be searched."""
 
-    The shares broadcast; the result is `[..., 4]` (query start, query stop, key start, key stop), or `NONE`. A range is
-    a hull: if two runs of a share take part, the rows between them are inside.
+    def __init__(self, pieces: Pieces, line: Ints) -> None:
+        """Take the tokens of `pieces`, of which those of owner n are in line `line[n]`."""
+        # A position of line n is the number n x _FAR + position; runs ascend in it.
+        start = line[pieces.owner] * _FAR + pieces.start
+        order, far = start.argsort(kind="stable"), np.iinfo(np.int64).max
+        self._start = np.append(start[order], far)
+        self._stop = np.append((start + pieces.stop - pieces.start)[order], far)
+
+    def first_from(self, line: Any, position: Ints) -> Ints:
+        """Return the first position of a line at or after `position`, or one beyond any context; they broadcast."""
+        at = line * _FAR + position
+        return np.maximum(at, self._start[np.searchsorted(self._stop[:-1], at, side="right")]) - line * _FAR
+
+    def last_before(self, line: Any, position: Ints) -> Ints:
+        """Return the last position of a line before `position`; there must be one. The arguments broadcast."""
+        at = line * _FAR + position
+        return np.minimum(at, self._stop[np.searchsorted(self._start[:-1], at) - 1]) - 1 - line * _FAR
+
+
+def rows_needed(pieces: Pieces, side: Side, others: Tokens, lines: Ints, visibility: Visibility) -> Ints:
+    """Return the rows of each piece, of queries or of keys, that see or are seen by the other side's tokens in a line.
+
+    `[lines, pieces, 2]`: the smallest range (start, stop), or `NONE`.
     """
-    starts = queries.document_starts
-    # Query runs [..., q, 1] against key runs [..., 1, k].
-    a, b, row = (x[..., :, None] for x in (queries.start, queries.stop, queries.row))
-    c, d, column = (x[..., None, :] for x in (keys.start, keys.stop, keys.row))
-    if visibility.causal:
-        # Visibility is monotone in both positions: a key before query a is seen by the run if a sees it, and a query
-        # after key d - 1 sees a key of the run if it sees d - 1.
-        first_key, stop_key = np.maximum(c, _first_seen(a, starts, visibility)), np.minimum(d, b)
-        first_query, stop_query = np.maximum(a, c), np.minimum(b, _stop_seeing(d - 1, starts, visibility))
+    line = lines[:, None]
+    a, b = pieces.start, pieces.stop
+    if not visibility.causal:
+        seen = others.first_from(line, pieces.first) < pieces.last
+        start, stop = a[None], b[None]
     else:
-        first_key = np.maximum(c, _document(a, starts)[0])
-        stop_key = np.minimum(d, _document(b - 1, starts)[1])
-        first_query = np.maximum(a, _document(c, starts)[0])
-        stop_query = np.minimum(b, _document(d - 1, starts)[1])
-    seen = (first_key < stop_key) & (first_query < stop_query)
-    to_row, to_column = row - a, column - c  # from positions to rows
-    ranges = (first_query + to_row, stop_query + to_row, first_key + to_column, stop_key + to_column)
-    # [..., q, k, 4] -> [..., 4]
-    return hull(np.stack([np.where(seen, x, none) for x, none in zip(ranges, NONE, strict=True)], axis=-1), (-3, -2))
+        # Visibility is monotone in both positions, so the ends of the range follow from the nearest tokens.
+        reach = (visibility.window or _FAR) - 1  # distance from a query to the first key that it sees
+        if side == "queries":  # a query sees the keys from `reach` before it, in its document, to itself
+            low, high = np.maximum(pieces.first, a - reach), b
+        else:  # a key is seen by the queries from itself to `reach` after it, in its document
+            low, high = a, np.minimum(pieces.last, b + reach)
+        nearest = others.first_from(line, low)
+        seen = nearest < high
+        farthest = others.last_before(line, high)
+        if side == "queries":
+            start, stop = np.maximum(a, nearest), np.minimum(b, farthest + reach + 1)
+        else:
+            start, stop = np.maximum(a, nearest - reach), np.minimum(b, farthest + 1)
+    to_row = pieces.row - a
+    return np.stack([np.where(seen, x + to_row, none) for x, none in zip((start, stop), NONE, strict=True)], axis=-1)
 
 
-def hull(ranges: Ints, axis: int | tuple[int, ...]) -> Ints:
-    """Return the smallest ranges that contain all ranges along `axis`: `[..., axis, ..., 2 n]` -> `[..., 2 n]`.
+def hull(ranges: Ints, owner: Ints, num_owners: int) -> Ints:
+    """Return the smallest range of each owner that contains those of its pieces: `[..., pieces, 2]` -> `[..., owners, 2]`."""
+    found = np.broadcast_to(NONE, (*ranges.shape[:-2], num_owners, 2)).copy()
+    if owner.size:
+        first = np.flatnonzero(np.diff(owner, prepend=-1))  # of the pieces of each owner that has some
+        found[..., owner[first], 0] = np.minimum.reduceat(ranges[..., 0], first, axis=-1)
+        found[..., owner[first], 1] = np.maximum.reduceat(ranges[..., 1], first, axis=-1)
+    return found
 
-    Even indices of the last dim are starts, odd ones stops.
+
+class TravellingRows:
+    """Rows of some owners' shares that travel on each leg, in runs, those near each other joined."""
+
+    def __init__(self, ranges: Ints, owner: Ints, num_owners: int) -> None:
+        """Take the rows needed of each piece, `[legs, pieces, 2]`, and the owners of the pieces, `[pieces]`."""
+        start, stop = ranges[..., 0], ranges[..., 1]
+        shift = owner * _FAR  # rows of different owners never meet
+        before = np.maximum.accumulate(np.where(start < stop, stop + shift, -_FAR), axis=-1)
+        before = (
+            np.concatenate([np.full((len(ranges), 1), -_FAR), before[:, :-1]], axis=-1) - shift
+        )  # end of the last run
+        near = (start < stop) & (start - before <= GAP)
+        self._ranges = np.stack([np.where(near, before, start), stop], axis=-1)
+        self._owner = owner
+        # Of each owner, the first of its pieces.
+        self._offsets = np.searchsorted(owner, np.arange(num_owners + 1)).tolist()
+
+    def count(self, spans: Ints) -> Ints:
+        """Return the number of rows within one span of each leg and owner: `[legs, owners, 2]` -> `[legs, owners]`."""
+        of_piece = spans[:, self._owner]
+        start, stop = (
+            np.maximum(self._ranges[..., 0], of_piece[..., 0]),
+            np.minimum(self._ranges[..., 1], of_piece[..., 1]),
+        )
+        total = np.cumsum(np.maximum(stop - start, 0), axis=-1)
+        total = np.concatenate([np.zeros((len(total), 1), np.int64), total], axis=-1)[:, self._offsets]
+        return np.diff(total, axis=-1)
+
+    def runs(self, leg: int, owner: int, start: int, stop: int) -> Rows:
+        """Return the rows from `start` to before `stop` that travel on a leg."""
+        found: list[tuple[int, int]] = []
+        for a, b in self._ranges[leg, self._offsets[owner] : self._offsets[owner + 1]].tolist():
+            a, b = max(a, start), min(b, stop)
+            if a < b:
+                found[-1:] = [(found[-1][0], b)] if found and found[-1][1] == a else [*found[-1:], (a, b)]
+        return tuple(found)
+
+
+def pairs_between(pieces: Pieces, num_owners: int, visibility: Visibility) -> Ints:
+    """Return the number of visible (query, key) pairs between shares, `[owner of queries, owner of keys]`.
+
+    The FLOPs of a tile are proportional to it. The shares have no token in common.
     """
-    starts, stops = ranges[..., 0::2].min(axis), ranges[..., 1::2].max(axis)
-    return np.stack([starts, stops], axis=-1).reshape(*starts.shape[:-1], -1)
+    of = pieces.select(np.lexsort((pieces.start, pieces.document)))
+    index = np.arange(len(of.start))
+    first = np.searchsorted(of.document, of.document)
+    stop = index + 1 if visibility.causal else np.searchsorted(of.document, of.document, side="right")
+    count, pairs = stop - first, np.zeros(num_owners**2, np.int64)
+    ends = np.cumsum(count)
+    for at in range(0, int(ends[-1]), PAIRS_AT_ONCE):
+        # Pieces of queries whose pairs begin in this part.
+        q = index[(ends - count >= at) & (ends - count < at + PAIRS_AT_ONCE)]
+        k, q = _ranges(first[q], count[q]), np.repeat(q, count[q])
+        i0, i1, j0, j1 = of.start[q], of.stop[q], of.start[k], of.stop[k]
+        if visibility.causal:
+            found = _pairs_not_after(i0, i1, j0, j1)
+            if visibility.window is not None:
+                found = found - _pairs_not_after(i0 - visibility.window, i1 - visibility.window, j0, j1)
+        else:
+            found = (i1 - i0) * (j1 - j0)
+        np.add.at(pairs, of.owner[q] * num_owners + of.owner[k], found)
+    return pairs.reshape(num_owners, num_owners)
 
 
-def num_pairs(queries: Shares, keys: Shares, visibility: Visibility) -> Ints:
-    """Return the number of visible (query, key) pairs, `[...]`, to which the FLOPs of a tile are proportional.
-
-    The shares broadcast.
-    """
-    a, b = (x[..., :, None] for x in (queries.start, queries.stop))
-    c, d = (x[..., None, :] for x in (keys.start, keys.stop))
-    pairs = np.zeros(np.broadcast_shapes(a.shape, c.shape), np.int64)  # [..., q, k]
-    # Documents are independent: clip both runs to each, and count causal pairs less those beyond the attention window.
-    for start, stop in pairwise([*queries.document_starts.tolist(), _FAR]):
-        i0, i1, j0, j1 = np.maximum(a, start), np.minimum(b, stop), np.maximum(c, start), np.minimum(d, stop)
-        i1, j1 = np.maximum(i0, i1), np.maximum(j0, j1)
-        if not visibility.causal:
-            pairs += (i1 - i0) * (j1 - j0)
-            continue
-        pairs += _pairs_not_after(i0, i1, j0, j1)
-        if visibility.window is not None:
-            pairs -= _pairs_not_after(i0 - visibility.window, i1 - visibility.window, j0, j1)
-    return pairs.sum((-2, -1))
-
-
-def _document(positions: Ints, starts: Ints) -> tuple[Ints, Ints]:
-    """Return first position and stop of the document of each position."""
-    index = np.searchsorted(starts, positions, side="right")
-    return starts[index - 1], np.append(starts, _FAR)[index]
-
-
-def _first_seen(queries: Ints, starts: Ints, visibility: Visibility) -> Ints:
-    """Return the first position that each query sees; it ascends with the query."""
-    first = _document(queries, starts)[0]
-    return first if visibility.window is None else np.maximum(first, queries - visibility.window + 1)
-
-
-def _stop_seeing(keys: Ints, starts: Ints, visibility: Visibility) -> Ints:
-    """Return the first position after each key whose query does not see the key; it ascends with the key."""
-    stop = _document(keys, starts)[1]
-    return stop if visibility.window is None else np.minimum(stop, keys + visibility.window)
+def _ranges(first: Ints, count: Ints) -> Ints:
+    """Return first, first + 1, ..., `count` numbers, for each element, end to end."""
+    ends = np.cumsum(count)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - count), count)
 
 
 def _pairs_not_after(i0: Ints, i1: Ints, j0: Ints, j1: Ints) -> Ints:

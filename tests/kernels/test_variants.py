@@ -99,8 +99,9 @@ def launch_packing(kernels: types.ModuleType, starts: tuple[int, ...], visibilit
     for tile in (step.tile for step in schedule.plan(1).steps):
         if tile is None:
             continue
-        queries, keys = slice(*tile.query_rows), slice(*tile.key_rows)
-        sides = layouts[tile.query_owner].part(*tile.query_rows), layouts[tile.key_owner].part(*tile.key_rows)
+        sides = layouts[tile.query_owner].part(tile.query_rows), layouts[tile.key_owner].part(tile.key_rows)
+        queries, keys = (slice(rows[0][0], rows[0][0] + side.num_tokens)
+                         for rows, side in zip((tile.query_rows, tile.key_rows), sides, strict=True))  # fmt: skip
         mask = make_mask(*sides, window=visibility.window)
         part = (out[:, queries], lse[:, :, queries])
         kernels.forward(q[:, queries], k[:, keys], v[:, keys], mask, 0.25, 0.0, part)

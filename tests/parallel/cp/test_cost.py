@@ -10,21 +10,23 @@ import numpy as np
 import pytest
 import torch
 from helpers.lanes import by_lane
+from helpers.layouts import scattered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longring.kernels.layout import SeqLayout
 from longring.parallel.cp import choose as choosing
-from longring.parallel.cp import execute
+from longring.parallel.cp import execute, visible
 from longring.parallel.cp.choose import PricedGrid, Pricer, _best_of_each, choose
 from longring.parallel.cp.compiled import Post
 from longring.parallel.cp.cost import AttentionShape, Price, Speed, play
 from longring.parallel.cp.grid import NAMED, CpGrid, divisions, grids
 from longring.parallel.cp.layout import contiguous, zigzag
 from longring.parallel.cp.plan import FLOWS, Message, Messages, Pass
+from longring.parallel.cp.rows import num_rows
 from longring.parallel.cp.schedules import Schedule
 from longring.parallel.cp.topology import PRESETS, Fabric, Topology
 from longring.parallel.cp.transports import InProcess
-from longring.parallel.cp.visible import Shares, Visibility
+from longring.parallel.cp.visible import Visibility
 
 ALL_PAIRS = Visibility(causal=False)
 ONE = AttentionShape(num_heads=1, num_kv_heads=1, head_dim=1)
@@ -40,7 +42,7 @@ def played(grid: CpGrid, topology: Topology, direction: Pass = "forward", speed=
     """Return the price with four tokens a rank: every tile has 16 pairs."""
     layouts = [contiguous(4 * grid.size, rank, grid.size) for rank in range(grid.size)]
     schedule = Schedule(grid, layouts, ALL_PAIRS, direction)
-    return play(schedule, ALL_PAIRS, topology, ONE, speed)
+    return play(schedule, topology, ONE, speed)
 
 
 def test_keys_travel_under_the_own_tile():
@@ -73,12 +75,12 @@ def test_ulysses_trades_before_and_after():
     """Two heads, one a rank: 4 rows x (2 + 4) bytes to trade, 64 pairs of one head, 4 rows x 2 bytes to trade back."""
     layouts = [contiguous(8, rank, 2) for rank in range(2)]
     schedule = Schedule(CpGrid.ulysses(2), layouts, ALL_PAIRS, "forward")
-    found = play(schedule, ALL_PAIRS, switch(4.0), AttentionShape(2, 2, 1), PAIR_A_SECOND)
+    found = play(schedule, switch(4.0), AttentionShape(2, 2, 1), PAIR_A_SECOND)
     assert found.seconds == (24 / 4 + 0.5) + 64 + (8 / 4 + 0.5)
 
 
 def keys(source: int, target: int, rows: int, posted: int = 0, due: int = 1) -> Message:
-    return Message("keys", source, (0, rows), source, target, posted, due)
+    return Message("keys", source, ((0, rows),), source, target, posted, due)
 
 
 class HandMade(Schedule):
@@ -87,14 +89,23 @@ class HandMade(Schedule):
     def __init__(self, size: int, messages: list[Message], tiles: Sequence[tuple[int, int]]) -> None:
         held = [SeqLayout(((0, 8),), (0, 8))] * size
         super().__init__(CpGrid(kv=size), held, ALL_PAIRS, "forward")
-        columns = [(FLOWS.index(m.flow), m.owner, *m.rows, m.source, m.target, m.posted, m.due) for m in messages]
-        self.all_messages = Messages(*np.array(columns).T)
-        # One more share, of another document: a rank that is paired with it has no tile.
-        self.shares = Shares.of([*held, SeqLayout(((8, 16),), (0, 8))])
+        columns = [
+            (FLOWS.index(m.flow), m.owner, *m.rows[0], num_rows(m.rows), 0, m.source, m.target, m.posted, m.due)
+            for m in messages
+        ]
+        self._all = Messages(*np.array(columns).T), {}
+        # One more share: a rank that is paired with it has no tile.
+        self.pairs = np.pad(np.full((size, size), 64), ((0, 0), (0, 1)))
         self.made = set(tiles)
 
     def tiles(self, step, position):
         return position, np.array([rank if (rank, step) in self.made else len(position) for rank in position])
+
+    def one_by_one(self, messages):
+        columns = zip(*(column.tolist() for column in messages), strict=True)
+        return [
+            Message(FLOWS[flow], owner, ((start, stop),), *rest) for flow, owner, start, stop, _, _, *rest in columns
+        ]
 
     def plans(self):
         return []
@@ -103,7 +114,7 @@ class HandMade(Schedule):
 def arrivals(topology: Topology, size: int, messages: list[Message], tiles=()) -> list[float]:
     """Return the arrival time of each message; a row of keys takes one second on a link of 4 bytes/s."""
     made = HandMade(size, messages, tiles)
-    found = play(made, ALL_PAIRS, topology, ONE, PAIR_A_SECOND, record=True)
+    found = play(made, topology, ONE, PAIR_A_SECOND, record=True)
     stops = {event.item: event.stop_s for event in found.events}
     return [stops[message] for message in messages]
 
@@ -247,18 +258,26 @@ def test_queries_between_other_heads_are_copied_for_each_message(monkeypatch):
     check_peak(monkeypatch, CpGrid(2, 4, 1, query_route="direct"), torch.bfloat16)
 
 
-def check_peak(monkeypatch, grid: CpGrid, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("grid", [CpGrid(query=4), CpGrid(kv=4, kv_route="both_ways"), CpGrid.ring(4)], ids=str)
+def test_rows_of_several_runs_are_alive_no_longer_than_priced(monkeypatch, grid):
+    monkeypatch.setattr(visible, "GAP", 0)
+    check_peak(monkeypatch, grid, torch.bfloat16, scattered)
+
+
+def check_peak(monkeypatch, grid: CpGrid, dtype: torch.dtype, cut=zigzag) -> None:
     """Check that the priced peak is what was alive; of trades of heads it counts the messages."""
     size, shape = grid.size, AttentionShape(2 * grid.heads, grid.heads, head_dim=8, itemsize=dtype.itemsize)
-    layouts = tuple(zigzag(12 * size, rank, size) for rank in range(size))
+    layouts = tuple(cut(12 * size, rank, size) for rank in range(size))
     spec = execute.AttentionSpec(grid, layouts, Visibility())
     for direction, (transport, held) in executed(monkeypatch, spec, shape, dtype).items():
-        found = play(spec.schedule(direction), Visibility(), switch(1e9), shape, PAIR_A_SECOND)
+        found = play(spec.schedule(direction), switch(1e9), shape, PAIR_A_SECOND)
         traded: Counter[tuple[str, int]] = Counter()
         for (is_send, message), sent in transport.bytes_of.items():
             if message.is_trade:
                 traded[message.flow, message.source if is_send else message.target] += sent
-        assert found.peak_bytes == max([*held.values(), *traded.values()]), f"{grid}, {direction}"
+        alive = max([*held.values(), *traded.values()])
+        # Rows of several runs are priced as a copy until they have been sent, also where all of a share is passed on.
+        assert found.peak_bytes == alive or (cut is scattered and found.peak_bytes > alive), f"{grid}, {direction}"
 
 
 SPEED = Speed(forward_flops=1e12, backward_flops=2e12, tile_s=1e-6)
@@ -308,7 +327,7 @@ def test_all_bytes_are_on_links():
         schedule = Schedule(grid, layouts, Visibility(), direction)
         sent = sum(shape.bytes_of(m, grid, direction) for plan in schedule.plans() for s in plan.steps for m in s.sends)
         for fabric, links in (("mesh", 1), ("switch", 2)):
-            found = play(schedule, Visibility(), FABRICS[fabric], shape, SPEED)
+            found = play(schedule, FABRICS[fabric], shape, SPEED)
             assert sum(found.bytes_by_link.values()) == links * sent
 
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from helpers.errors import assert_as_exact_as, relative_rms
 from helpers.lanes import by_lane
+from helpers.layouts import scattered
 from helpers.plain_attention import answers, visible_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longring.kernels import triton_attention
 from longring.kernels.layout import SeqLayout
 from longring.kernels.mask import host_masks
-from longring.parallel.cp import execute
+from longring.parallel.cp import execute, visible
 from longring.parallel.cp import spec as specs
 from longring.parallel.cp.compiled import compile_plan
 from longring.parallel.cp.execute import AttentionSpec, backward, forward
@@ -94,13 +95,14 @@ def check(case: Case, grid: CpGrid, cut=zigzag, **options) -> Tensors:
 
 
 MASKS = {
-    "one document": ((0,), Visibility()),
+    "one document": ((0,), Visibility(), zigzag),
     # Documents that end inside a chunk, one of a single token, one that begins at the last token.
-    "packed": ((0, 5, 6, 31, 60), Visibility()),
-    "window": ((0,), Visibility(window=9)),
-    "packed, window": ((0, 17, 40), Visibility(window=12)),
-    "full": ((0,), Visibility(causal=False)),
-    "packed, full": ((0, 5, 6, 31), Visibility(causal=False)),
+    "packed": ((0, 5, 6, 31, 60), Visibility(), zigzag),
+    "window": ((0,), Visibility(window=9), zigzag),
+    "packed, window": ((0, 17, 40), Visibility(window=12), zigzag),
+    "full": ((0,), Visibility(causal=False), zigzag),
+    "packed, full": ((0, 5, 6, 31), Visibility(causal=False), scattered),
+    "packed, scattered": ((0, 5, 6, 31, 60), Visibility(), scattered),
 }
 
 
@@ -124,13 +126,14 @@ def fitting(grid: CpGrid) -> dict[str, tuple[int, int]]:
         slow=[(size, mask) for size in (6, 8) for mask in MASKS if (size, mask) != (6, "packed, window")],
     ),
 )
-def test_every_grid_equals_fp64(size, mask, dtype):
-    starts, visibility = MASKS[mask]
+def test_every_grid_equals_fp64(size, mask, dtype, monkeypatch):
+    starts, visibility, cut = MASKS[mask]
+    monkeypatch.setattr(visible, "GAP", 1)  # so few rows would always be joined
     for number, grid in enumerate(grids(size)):
         heads = list(fitting(grid).values())
         for num_heads, num_kv_heads in heads if size <= 4 else [heads[number % 3]]:
             case = Case(61, starts, visibility, num_heads, num_kv_heads, dtype=dtype)
-            check(case, grid)
+            check(case, grid, cut)
 
 
 NARROWING = [
@@ -145,8 +148,8 @@ NARROWING = [
 @pytest.mark.parametrize("mask", by_lane(MASKS, quick=["packed, window"]))
 @pytest.mark.parametrize("grid", NARROWING, ids=str)
 def test_narrow_and_wide_results_are_held_to_one_bound(grid, mask, narrow):
-    starts, visibility = MASKS[mask]
-    check(Case(61, starts, visibility, 4, 2, dtype=torch.bfloat16), grid, narrow_results=narrow)
+    starts, visibility, cut = MASKS[mask]
+    check(Case(61, starts, visibility, 4, 2, dtype=torch.bfloat16), grid, cut, narrow_results=narrow)
 
 
 @pytest.mark.parametrize("grid", [CpGrid(kv=4), CpGrid(query=4, query_route="round")], ids=str)
@@ -174,18 +177,20 @@ def test_any_grid_any_documents(data):
         st.sampled_from([Visibility(), Visibility(causal=False), Visibility(window=3), Visibility(window=num_tokens)])
     )
     heads = data.draw(st.sampled_from(list(fitting(grid).values())))
-    got = by_the_grid(
-        Case(num_tokens, starts, visibility, *heads), grid, data.draw(st.sampled_from([zigzag, contiguous]))
-    )
+    cut = data.draw(st.sampled_from([zigzag, contiguous, scattered]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(visible, "GAP", data.draw(st.sampled_from([0, 2, 128])))
+        got = by_the_grid(Case(num_tokens, starts, visibility, *heads), grid, cut)
     exact = expected(Case(num_tokens, starts, visibility, *heads))[1]
     # With so few numbers plain torch may be exact by chance: the bound is absolute here.
     assert all(relative_rms(got[name], exact[name]) < 2e-6 for name in got)
 
 
+@pytest.mark.parametrize("cut", [zigzag, scattered])
 @pytest.mark.parametrize("grid", [CpGrid(query=4), CpGrid(2, 2, 2), CpGrid(kv=4, kv_route="both_ways")], ids=str)
-def test_equal_runs_are_equal_to_the_last_bit(grid):
+def test_equal_runs_are_equal_to_the_last_bit(grid, cut):
     case = Case(61, (0, 20), Visibility(), 4, 2, dtype=torch.bfloat16)
-    one, two = by_the_grid(case, grid), by_the_grid(case, grid)
+    one, two = by_the_grid(case, grid, cut), by_the_grid(case, grid, cut)
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -200,8 +205,9 @@ def test_a_layout_for_each_rank():
 def test_triton_kernels_read_what_travels(grid, monkeypatch):
     """On CUDA tiles and merges are Triton kernels, which take strides of their own."""
     monkeypatch.setattr(execute, "merge_", triton_attention.merge_)
+    monkeypatch.setattr(visible, "GAP", 0)
     case = Case(29, (0, 11), Visibility(), 4, 2)
-    got, exact = by_the_grid(case, grid, backend="triton"), expected(case)[1]
+    got, exact = by_the_grid(case, grid, scattered, backend="triton"), expected(case)[1]
     assert all(relative_rms(got[name], exact[name]) < 2e-6 for name in got)
 
 

@@ -123,6 +123,6 @@ def test_part_holds_the_positions_of_the_rows(layout, data):
     positions = held(layout)
     start = data.draw(st.integers(0, len(positions) - 1))
     stop = data.draw(st.integers(start + 1, len(positions)))
-    part = layout.part(start, stop)
+    part = layout.part([(start, stop)])
     assert held(part) == positions[start:stop]
     assert part.document_starts == layout.document_starts

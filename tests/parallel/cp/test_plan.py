@@ -7,7 +7,7 @@ carries what its source holds at that moment, and the results are compared with 
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.lanes import by_lane
+from helpers.layouts import scattered
 from helpers.plain_attention import visible_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 from longring.kernels.layout import SeqLayout
-from longring.parallel.cp import schedules
+from longring.parallel.cp import schedules, visible
 from longring.parallel.cp.grid import NAMED, CpGrid, grids
 from longring.parallel.cp.layout import contiguous, zigzag
 from longring.parallel.cp.plan import Channel, Flow, Message, Pass, RankPlan, Share, Side
+from longring.parallel.cp.rows import Rows
 from longring.parallel.cp.schedules import Schedule, tile_order
 from longring.parallel.cp.visible import Visibility
 
@@ -60,8 +62,9 @@ class Player:
         ]
         self.tokens = {plan.rank: self.mine}  # tokens of the grid position that are here, by rank
         own = self.of_position[plan.position]
-        self.held: dict[Share, tuple[np.ndarray, int]] = {Share("queries", plan.position): (own, 0)}
-        self.held[Share("keys", plan.position)] = (own, 0)
+        self.held: dict[Share, tuple[np.ndarray, np.ndarray]] = {}
+        """Positions and rows that are here of each share, both ascending."""
+        self.held[Share("queries", plan.position)] = self.held[Share("keys", plan.position)] = own, np.arange(len(own))
         self.sides: tuple[Side, ...] = ("queries",) if direction == "forward" else ("queries", "keys")
         self.home = {side: np.zeros((len(own), len(visible)), int) for side in self.sides}
         self.partial: dict[Share, np.ndarray] = {}
@@ -96,9 +99,9 @@ class Player:
             if step.tile is not None:
                 self._compute(step.tile)
             for share in step.done:
-                rows = self.held.pop(share)
-                first, last = rows[1], rows[1] + len(rows[0])
-                assert hull(self.used.pop((share, "share"))) == (first, last), "rows that no rank needs were sent"
+                _, rows = self.held.pop(share)
+                used = hull(self.used.pop((share, "share")))
+                assert used == (rows[0], rows[-1] + 1), "rows that no rank needs were sent"
         assert set(self.held) == {Share("queries", position), Share("keys", position)}, "shares are never freed"
         assert not self.partial and not self.used, "results never left"
         final[rank] = {side: self._rows_of_mine(side) for side in self.sides}
@@ -114,29 +117,32 @@ class Player:
 
     def _contents(self, message: Message) -> object:
         if message.flow == "to_heads":
-            assert message.rows == (0, len(self.mine))
+            assert message.rows == ((0, len(self.mine)),)
             return self.mine
         if message.flow == "from_heads":
-            assert message.rows == (0, len(self.of_rank[message.target]))
+            assert message.rows == ((0, len(self.of_rank[message.target])),)
             return {side: self._rows_of_mine(side, message.target) for side in self.sides}
-        start, stop = message.rows
-        assert start < stop
         if message.flow in ("queries", "keys"):
             share = Share(message.flow, message.owner)
             self._all_tokens_are_here()
-            tokens, first = self.held[share]
-            assert first <= start and stop <= first + len(tokens), "rows that are not held cannot be sent"
             if share.owner != self.plan.position:
-                self.used[share, "share"].append(message.rows)
-            return tokens[start - first : stop - first]
+                self.used[share, "share"].append(hull(message.rows))
+            return self._tokens(share, message.rows)
         share = Share("queries" if message.flow == "query_results" else "keys", message.owner)
         assert share not in self.sent, "a result must be sent once"
-        assert message.rows == self.plan.results[share] == hull(self.used.pop((share, "results")))
+        assert message.rows == self.plan.results[share] and hull(message.rows) == hull(
+            self.used.pop((share, "results"))
+        )
         self.sent.add(share)
         return self.partial.pop(share)
 
+    def _tokens(self, share: Share, rows: Rows) -> np.ndarray:
+        """Return the positions of some rows of a share."""
+        tokens, held = self.held[share]
+        assert set(flat(rows)) <= set(held.tolist()), "rows that are not held cannot be used"
+        return tokens[np.searchsorted(held, flat(rows))]
+
     def _take(self, message: Message, payload, final: dict[int, dict[Side, np.ndarray]]) -> None:
-        start, stop = message.rows
         if message.flow == "to_heads":
             self.tokens[message.source] = payload
         elif message.flow == "from_heads":
@@ -145,23 +151,24 @@ class Player:
         elif message.flow in ("queries", "keys"):
             share = Share(message.flow, message.owner)
             assert share not in self.held
-            assert np.array_equal(payload, self.of_position[message.owner][start:stop])
-            self.held[share] = (payload, start)
+            rows = np.array(flat(message.rows))
+            assert np.array_equal(payload, self.of_position[message.owner][rows])
+            self.held[share] = (payload, rows)
         else:
-            self._add(Share("queries" if message.flow == "query_results" else "keys", message.owner), start, payload)
+            share = Share("queries" if message.flow == "query_results" else "keys", message.owner)
+            self._add(share, message.rows, payload)
 
-    def _add(self, share: Share, start: int, counts: np.ndarray) -> None:
-        """Add counts to the results for a share, from row `start` on."""
-        rows = (start, start + len(counts))
+    def _add(self, share: Share, rows: Rows, counts: np.ndarray) -> None:
+        """Add counts to the results for some rows of a share."""
         if share.owner == self.plan.position:
-            self.home[share.side][slice(*rows)] += counts
+            self.home[share.side][flat(rows)] += counts
             return
         assert share not in self.sent, "a result was sent before it was complete"
-        first, last = self.plan.results[share]
-        assert first <= rows[0] and rows[1] <= last
-        into = self.partial.setdefault(share, np.zeros((last - first, len(self.visible)), int))
-        into[rows[0] - first : rows[1] - first] += counts
-        self.used[share, "results"].append(rows)
+        summed = flat(self.plan.results[share])
+        at = np.searchsorted(summed, flat(rows))
+        assert [summed[n] for n in at] == flat(rows) and list(at) == list(range(at[0], at[-1] + 1)), "one view of a sum"
+        self.partial.setdefault(share, np.zeros((len(summed), len(self.visible)), int))[at] += counts
+        self.used[share, "results"].append(hull(rows))
 
     def _compute(self, tile) -> None:
         self._all_tokens_are_here()
@@ -171,21 +178,19 @@ class Player:
             (Share("queries", tile.query_owner), tile.query_rows),
             (Share("keys", tile.key_owner), tile.key_rows),
         ):
-            tokens, first = self.held[share]
-            assert first <= rows[0] < rows[1] <= first + len(tokens), "rows that are not held cannot be computed"
             if share.owner != self.plan.position:
-                self.used[share, "share"].append(rows)
-            ends.append((share, rows[0], tokens[rows[0] - first : rows[1] - first]))
-        (query, query_row, queries), (key, key_row, keys) = ends
+                self.used[share, "share"].append(hull(rows))
+            ends.append((share, rows, self._tokens(share, rows)))
+        (query, query_rows, queries), (key, key_rows, keys) = ends
         seen = self.visible[np.ix_(queries, keys)]
         assert seen[[0, -1]].any(1).all() and seen[:, [0, -1]].any(0).all(), "a row at a tile's edge takes no part"
         counts = np.zeros((len(queries), len(self.visible)), int)
         counts[:, keys] = seen
-        self._add(query, query_row, counts)
+        self._add(query, query_rows, counts)
         if "keys" in self.sides:
             counts = np.zeros((len(keys), len(self.visible)), int)
             counts[:, queries] = seen.T
-            self._add(key, key_row, counts)
+            self._add(key, key_rows, counts)
 
 
 class Wires:
@@ -263,7 +268,11 @@ def play(grid: CpGrid, layouts: Layouts, visibility: Visibility, direction: Pass
     return players
 
 
-def hull(ranges: list[tuple[int, int]]) -> tuple[int, int]:
+def flat(rows: Rows) -> list[int]:
+    return [row for start, stop in rows for row in range(start, stop)]
+
+
+def hull(ranges: Sequence[tuple[int, int]]) -> tuple[int, int]:
     return min(start for start, _ in ranges), max(stop for _, stop in ranges)
 
 
@@ -272,12 +281,15 @@ PROBLEMS = [
     (contiguous, Visibility(causal=False), False),
     (zigzag, Visibility(window=5), False),
     (zigzag, Visibility(), True),
+    (scattered, Visibility(), True),
+    (scattered, Visibility(window=5), False),
 ]
 
 
 @pytest.mark.parametrize("size", by_lane(range(1, 17), quick=range(1, 6), slow=[9, 10, 12, 15, 16]))
-def test_every_grid_keeps_its_promises(size):
+def test_every_grid_keeps_its_promises(size, monkeypatch):
     for number, grid in enumerate(grids(size)):
+        monkeypatch.setattr(visible, "GAP", (0, 2, 128)[number % 7 % 3])  # so few rows would always be joined
         cut, visibility, packed = PROBLEMS[number % len(PROBLEMS)]
         num_tokens = 2 * size + 5
         starts = (0, 3, 4, num_tokens // 2) if packed else (0,)
@@ -294,12 +306,39 @@ def problems(draw) -> tuple[CpGrid, Layouts, Visibility]:
     starts = (0, *sorted(draw(st.sets(st.integers(1, num_tokens - 1), max_size=6))))
     windows = st.builds(Visibility, st.just(True), st.integers(1, num_tokens))
     visibility = draw(st.one_of(st.just(Visibility()), st.just(Visibility(causal=False)), windows))
-    return grid, layouts_of(num_tokens, size, starts, draw(st.sampled_from([zigzag, contiguous]))), visibility
+    cut = draw(st.sampled_from([zigzag, contiguous, scattered]))
+    return grid, layouts_of(num_tokens, size, starts, cut), visibility
 
 
-@given(problems(), st.sampled_from(PASSES))
-def test_any_documents_any_mask(problem: tuple[CpGrid, Layouts, Visibility], direction: Pass):
-    play(*problem, direction)
+@given(problems(), st.sampled_from(PASSES), st.sampled_from([0, 1, 128]))
+def test_any_documents_any_mask_any_runs(problem: tuple[CpGrid, Layouts, Visibility], direction: Pass, gap: int):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(visible, "GAP", gap)
+        play(*problem, direction)
+
+
+@pytest.mark.parametrize("flow", ["keys", "queries"])
+@pytest.mark.parametrize("gap", [0, 3])
+def test_messages_carry_the_rows_that_are_needed(flow, gap, monkeypatch):
+    """Of a share with many runs a rank gets the rows that one of its tokens sees, or is seen by, and short gaps."""
+    monkeypatch.setattr(visible, "GAP", gap)
+    size, num_tokens, starts = 4, 400, tuple(range(0, 400, 23))
+    grid = CpGrid(
+        **{"kv" if flow == "keys" else "query": size, f"{'kv' if flow == 'keys' else 'query'}_route": "direct"}
+    )
+    layouts = layouts_of(num_tokens, size, starts, scattered)
+    seen = whole(num_tokens, starts, Visibility())
+    messages = sent(Schedule(grid, layouts, Visibility(), "forward").plans(), flow)
+    assert max(len(message.rows) for message in messages) > 3
+    for message in messages:
+        mine, theirs = positions(layouts[message.owner]), positions(layouts[message.target])
+        pairs = seen[np.ix_(theirs, mine)].any(0) if flow == "keys" else seen[np.ix_(mine, theirs)].any(1)
+        needed = np.flatnonzero(pairs).tolist()
+        assert set(needed) <= set(flat(message.rows)), "a row is missing"
+        between = [a for (_, a), (b, _) in pairwise(message.rows) for a in [b - a]]
+        assert all(rows > gap for rows in between), "runs that near are one"
+        gaps = sum(after - row - 1 for row, after in pairwise(needed) if after - row - 1 <= gap)
+        assert len(flat(message.rows)) == len(needed) + gaps, "rows that are not needed travel"
 
 
 def sent(plans: list[RankPlan], flow: str) -> list[Message]:
@@ -307,7 +346,7 @@ def sent(plans: list[RankPlan], flow: str) -> list[Message]:
 
 
 def num_rows(messages: list[Message]) -> int:
-    return sum(message.rows[1] - message.rows[0] for message in messages)
+    return sum(len(flat(message.rows)) for message in messages)
 
 
 @pytest.mark.parametrize("direction", PASSES)
@@ -449,7 +488,7 @@ def test_a_window_moves_a_halo(window, direction):
                     grid, layouts_of(tokens * size, size, cut=cut), Visibility(window=window), direction
                 ).plans()
                 edges = size - 1 if cut is contiguous else 2 * size - 2  # the middle one lies within the last rank
-                stops = Counter({message: message.rows[1] - message.rows[0] for message in sent(plans, flow)})
+                stops = Counter({message: num_rows([message]) for message in sent(plans, flow)})
                 assert set(stops.values()) <= {window - 1}
                 assert len(stops) == (edges if window > 1 else 0)
 

@@ -7,7 +7,9 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
+from helpers.layouts import scattered
 from longring.kernels.layout import SeqLayout
+from longring.kernels.mask import make_mask
 from longring.parallel.cp.choose import Pricer, choose
 from longring.parallel.cp.cost import AttentionShape, Event, Speed, play, wires_of
 from longring.parallel.cp.grid import CpGrid, grids
@@ -15,7 +17,7 @@ from longring.parallel.cp.layout import zigzag
 from longring.parallel.cp.plan import Message, Tile
 from longring.parallel.cp.schedules import Schedule
 from longring.parallel.cp.topology import Fabric, Topology, ethernet, full_mesh, infiniband
-from longring.parallel.cp.visible import Shares, Visibility, num_pairs
+from longring.parallel.cp.visible import Pieces, Visibility, pairs_between
 
 SIZES = (1, 2, 3, 4, 6)
 SHAPE = AttentionShape(12, 12, 64)
@@ -25,8 +27,8 @@ HALF_DUPLEX = Topology(
 )
 
 
-def layouts_of(size: int, num_tokens: int, starts: tuple[int, ...] = (0,)) -> list[SeqLayout]:
-    return [SeqLayout(zigzag(num_tokens, rank, size).runs, starts) for rank in range(size)]
+def layouts_of(size: int, num_tokens: int, starts: tuple[int, ...] = (0,), cut=zigzag) -> list[SeqLayout]:
+    return [SeqLayout(cut(num_tokens, rank, size).runs, starts) for rank in range(size)]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -35,10 +37,11 @@ def test_messages_of_the_whole_pass_are_those_of_the_ranks(size, direction):
     for number, grid in enumerate(grids(size)):
         starts = (0,) if number % 2 else (0, 37, 40, 101)
         visibility = (Visibility(), Visibility(causal=False), Visibility(window=33))[number % 3]
-        schedule = Schedule(grid, layouts_of(size, 17 * size + 90, starts), visibility, direction)
+        cut = (zigzag, scattered)[number % 5 % 2]
+        schedule = Schedule(grid, layouts_of(size, 17 * size + 90, starts, cut), visibility, direction)
         sends = [message for plan in schedule.plans() for step in plan.steps for message in step.sends]
         receives = [message for plan in schedule.plans() for step in plan.steps for message in step.receives]
-        assert sorted(sends) == sorted(receives) == sorted(schedule.all_messages.one_by_one())
+        assert sorted(sends) == sorted(receives) == sorted(schedule.one_by_one(schedule.all_messages))
 
 
 def played_by_hand(schedule: Schedule, visibility: Visibility, topology: Topology) -> tuple[float, dict]:
@@ -76,9 +79,9 @@ def played_by_hand(schedule: Schedule, visibility: Visibility, topology: Topolog
         for plan in plans:
             tile = plan.steps[number].tile if number < len(plan.steps) else None
             if tile is not None:
-                shares = [Shares.of([schedule.layouts[owner]]) for owner in (tile.query_owner, tile.key_owner)]
-                pairs = num_pairs(shares[0], shares[1], visibility)
-                ready[plan.rank] += float(SPEED.seconds(pairs, SHAPE, grid, schedule.direction)[0])
+                sides = schedule.layouts[tile.query_owner], schedule.layouts[tile.key_owner]
+                mask = make_mask(*sides, causal=visibility.causal, window=visibility.window)
+                ready[plan.rank] += float(SPEED.seconds(np.array(mask.num_pairs), SHAPE, grid, schedule.direction))
     return max(ready), dict(carried)
 
 
@@ -91,9 +94,10 @@ def test_all_ranks_at_once_are_played_as_one_by_one(topology, direction):
         for grid in chosen.sample(found, min(len(found), 12)):
             starts = chosen.choice([(0,), (0, 61, 500)])
             visibility = chosen.choice([Visibility(), Visibility(causal=False), Visibility(window=100)])
-            schedule = Schedule(grid, layouts_of(size, 128 * size + 3, starts), visibility, direction)
+            cut = chosen.choice([zigzag, scattered])
+            schedule = Schedule(grid, layouts_of(size, 128 * size + 3, starts, cut), visibility, direction)
             seconds, carried = played_by_hand(schedule, visibility, topology)
-            price = play(schedule, visibility, topology, SHAPE, SPEED)
+            price = play(schedule, topology, SHAPE, SPEED)
             assert price.seconds == pytest.approx(seconds, rel=1e-12), grid
             assert price.bytes_by_link == carried, grid
             every = [m for plan in schedule.plans() for step in plan.steps for m in step.sends]
@@ -104,7 +108,7 @@ def test_two_ranks_by_arithmetic():
     """A ring of two in the forward: one message, hidden under the own tile, then the other tile."""
     num_tokens, rate, latency = 4096, 64e9, 10e-6
     schedule = Schedule(CpGrid.ring(2), layouts_of(2, num_tokens), Visibility(), "forward")
-    price = play(schedule, Visibility(), full_mesh(2), SHAPE, SPEED, record=True)
+    price = play(schedule, full_mesh(2), SHAPE, SPEED, record=True)
     rows, own = num_tokens // 2, num_tokens // 4  # the later chunk of rank 0 meets all keys of rank 1's first
     pairs_own = [own * (own + 1) // 2 * 2 + own * own] * 2
     pairs_other = [own * own * 2] * 2
@@ -125,9 +129,9 @@ def test_two_ranks_by_arithmetic():
 
 def test_events_are_recorded_at_both_ends_and_only_when_asked_for():
     schedule = Schedule(CpGrid(heads=2, query=2, kv=2), layouts_of(8, 1024), Visibility(), "backward")
-    assert play(schedule, Visibility(), full_mesh(8), SHAPE, SPEED).events == []
-    events = play(schedule, Visibility(), full_mesh(8), SHAPE, SPEED, record=True).events
-    messages = schedule.all_messages.one_by_one()
+    assert play(schedule, full_mesh(8), SHAPE, SPEED).events == []
+    events = play(schedule, full_mesh(8), SHAPE, SPEED, record=True).events
+    messages = schedule.one_by_one(schedule.all_messages)
     assert sorted(e.item for e in events if isinstance(e.item, Message)) == sorted(messages * 2)
     by_message: dict[Message, list[Event]] = defaultdict(list)
     for event in events:
@@ -163,9 +167,6 @@ def test_beyond_sixteen_ranks_the_ring_is_priced_too():
 def test_a_thousand_ranks_share_the_pairs_evenly():
     """Zigzag gives each of 1,024 ranks the same number of pairs, together those of the causal mask."""
     size, num_tokens = 1024, 2**20
-    shares = Shares.of(layouts_of(size, num_tokens))
-    pairs = np.zeros(size, int)
-    for by in range(size):
-        pairs += num_pairs(shares, shares[np.roll(np.arange(size), by)], Visibility())
+    pairs = pairs_between(Pieces.of(layouts_of(size, num_tokens)), size, Visibility()).sum(1)
     assert pairs.min() == pairs.max()
     assert int(pairs.sum()) == num_tokens * (num_tokens + 1) // 2

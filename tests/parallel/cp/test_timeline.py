@@ -85,9 +85,7 @@ def test_a_recorded_pass_has_all_of_its_plan_and_the_same_results(on_ranks, text
 
 def panel_of(grid: CpGrid) -> Panel:
     schedule = Schedule(grid, [zigzag(4096, rank, grid.size) for rank in range(grid.size)], Visibility(), "backward")
-    price = play(
-        schedule, Visibility(), full_mesh(grid.size), AttentionShape(8, 8, 64), Speed(1e12, 1e12, 1e-5), record=True
-    )
+    price = play(schedule, full_mesh(grid.size), AttentionShape(8, 8, 64), Speed(1e12, 1e12, 1e-5), record=True)
     panel = Panel(grid, "backward", "simulated", price.events)
     assert panel.total_s == pytest.approx(price.seconds)
     assert panel.exposed_s == pytest.approx(price.exposed_s)

@@ -1,28 +1,28 @@
-"""Visibility between two shares in closed form, compared with every pair of positions checked by itself."""
+"""Visibility between shares in closed form, compared with every pair of positions checked by itself."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from helpers.plain_attention import visible_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 from longring.kernels.layout import SeqLayout
-from longring.parallel.cp.layout import zigzag
-from longring.parallel.cp.visible import Shares, Visibility, num_pairs, visible_rows
+from longring.parallel.cp.layout import joined, zigzag
+from longring.parallel.cp.visible import NONE, Pieces, Tokens, Visibility, hull, pairs_between, rows_needed
 
 NUM_TOKENS = 40
+OWNERS = 3
 
 
 @st.composite
-def shares(draw) -> tuple[SeqLayout, SeqLayout]:
-    """Draw two shares of one context, with arbitrary runs, which may overlap, and arbitrary documents."""
+def shares(draw) -> list[SeqLayout]:
+    """Draw the shares of one context, with arbitrary runs and documents; some positions may be in none of them."""
     starts = (0, *sorted(draw(st.sets(st.integers(1, NUM_TOKENS - 1), max_size=6))))
-
-    def runs() -> tuple[tuple[int, int], ...]:
-        edges = sorted(draw(st.sets(st.integers(0, NUM_TOKENS), min_size=2, max_size=8)))
-        return tuple(zip(edges[::2], edges[1::2], strict=False))
-
-    return SeqLayout(runs(), starts), SeqLayout(runs(), starts)
+    owners = draw(st.lists(st.integers(0, OWNERS), min_size=NUM_TOKENS, max_size=NUM_TOKENS))
+    owners[:OWNERS] = range(OWNERS)  # no share is empty
+    of = [[SeqLayout(((p, p + 1),), starts) for p in range(NUM_TOKENS) if owners[p] == n] for n in range(OWNERS)]
+    return [joined(runs) for runs in of]
 
 
 visibilities = st.one_of(
@@ -32,32 +32,43 @@ visibilities = st.one_of(
 )
 
 
-def rows_of(
-    queries: SeqLayout, keys: SeqLayout, visibility: Visibility
-) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """Return `visible_rows` of one pair of shares."""
-    a, b, c, d = visible_rows(Shares.of([queries]), Shares.of([keys]), visibility)[0].tolist()
-    return ((a, b), (c, d)) if a < b else None
+@given(shares(), visibilities, st.lists(st.integers(0, 1), min_size=OWNERS, max_size=OWNERS), st.booleans())
+def test_rows_are_the_smallest_ranges_that_take_part(layouts: list[SeqLayout], visibility, line, all_documents):
+    """Of each piece of a document, against the tokens of each line of shares together; `hull` is that of a share."""
+    pieces = Pieces.of(layouts) if all_documents else Pieces.of(layouts).of_shared_documents()
+    lines = np.array(line)
+    for side in ("queries", "keys"):
+        found = rows_needed(pieces, side, Tokens(pieces, lines), np.arange(2), visibility)
+        hulls = hull(found, pieces.owner, OWNERS)
+        for number in range(2):
+            others = [layout for layout, at in zip(layouts, line, strict=True) if at == number]
+            for owner, mine in enumerate(layouts):
+                seen = np.zeros(mine.num_tokens, bool)
+                for other in others:
+                    if not all_documents and other is mine:
+                        continue  # pieces of documents that this share holds alone are left out
+                    pair = (mine, other) if side == "queries" else (other, mine)
+                    exact = visible_pairs(*pair, visibility.causal, visibility.window).numpy()
+                    seen |= exact.any(1) if side == "queries" else exact.any(0)
+                if not all_documents and any(other is mine for other in others):
+                    continue
+                at = pieces.owner == owner
+                lengths = (pieces.stop - pieces.start)[at].tolist()
+                for row, length, got in zip(pieces.row[at].tolist(), lengths, found[number, at], strict=True):
+                    assert got.tolist() == span_of(seen, row, row + length)
+                assert hulls[number, owner].tolist() == span_of(seen, 0, len(seen))
 
 
-def pairs_of(queries: SeqLayout, keys: SeqLayout, visibility: Visibility) -> int:
-    """Return `num_pairs` of one pair of shares."""
-    return int(num_pairs(Shares.of([queries]), Shares.of([keys]), visibility)[0])
+def span_of(seen: np.ndarray, start: int, stop: int) -> list[int]:
+    rows = np.flatnonzero(seen[start:stop])
+    return [start + int(rows[0]), start + int(rows[-1]) + 1] if len(rows) else NONE.tolist()
 
 
 @given(shares(), visibilities)
-def test_rows_are_the_smallest_ranges_that_take_part(share: tuple[SeqLayout, SeqLayout], visibility):
-    exact = visible_pairs(*share, visibility.causal, visibility.window)
-    if not exact.any():
-        assert rows_of(*share, visibility) is None
-        return
-    queries, keys = exact.any(1).nonzero().flatten().tolist(), exact.any(0).nonzero().flatten().tolist()
-    assert rows_of(*share, visibility) == ((queries[0], queries[-1] + 1), (keys[0], keys[-1] + 1))
-
-
-@given(shares(), visibilities)
-def test_pairs_are_counted(share: tuple[SeqLayout, SeqLayout], visibility):
-    assert pairs_of(*share, visibility) == int(visible_pairs(*share, visibility.causal, visibility.window).sum())
+def test_pairs_are_counted(layouts: list[SeqLayout], visibility):
+    found = pairs_between(Pieces.of(layouts), OWNERS, visibility)
+    exact = [[int(visible_pairs(a, b, visibility.causal, visibility.window).sum()) for b in layouts] for a in layouts]
+    assert found.tolist() == exact
 
 
 @pytest.mark.parametrize("visibility", [Visibility(), Visibility(window=4096)], ids=["causal", "window"])
@@ -65,8 +76,8 @@ def test_the_whole_is_counted_at_a_million_tokens(visibility):
     """The tiles of all ranks together have all visible pairs; a million tokens need no loop over tokens."""
     num_tokens, size = 2**20, 16
     starts = (0, 4096, 5000, 500_001, num_tokens - 1)
-    shares = [SeqLayout(zigzag(num_tokens, rank, size).runs, starts) for rank in range(size)]
-    pairs = sum(pairs_of(queries, keys, visibility) for queries in shares for keys in shares)
+    layouts = [SeqLayout(zigzag(num_tokens, rank, size).runs, starts) for rank in range(size)]
+    pairs = int(pairs_between(Pieces.of(layouts), size, visibility).sum())
     width = visibility.window or num_tokens
     lengths = [b - a for a, b in zip(starts, (*starts[1:], num_tokens), strict=True)]
     full = [min(length, width) for length in lengths]

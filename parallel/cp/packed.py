@@ -1,0 +1,128 @@
+"""Layouts of packed documents by work: which rank holds which tokens of which document.
+
+Objective: every rank holds the tokens that zigzag would give it, and as much work (visible pairs) as the mean; then as
+few ranks as possible take part in each document, because a rank that holds late tokens of a document needs all of its
+earlier keys.
+
+A document of n tokens is cut from both ends inwards: a *slice* has as many tokens at the front of what is left as at
+its end. The k-th token from the front sees k keys and the k-th from the end n + 1 - k, so a slice of t tokens has
+t (n + 1) / 2 pairs, wherever it is cut: a document is a quantity of n tokens of equal density (n + 1) / 2.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from .layout import zigzag
+
+Runs = tuple[tuple[int, int], ...]
+"""Half-open intervals of positions, in ascending order."""
+
+
+class _Document:
+    """Tokens of a document that no rank has taken yet."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        self.start, self.stop = start, stop
+        self.density = (stop - start + 1) / 2
+        """Visible pairs of a token, in the mean."""
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens left."""
+        return self.stop - self.start
+
+    def take(self, num_tokens: int) -> Runs:
+        """Return the runs of a slice; two that may touch, or be empty."""
+        front = num_tokens // 2
+        taken = (self.start, self.start + front), (self.stop - (num_tokens - front), self.stop)
+        self.start, self.stop = taken[0][1], taken[1][0]
+        return taken
+
+
+def balanced(num_tokens: int, document_starts: Sequence[int], size: int) -> list[Runs]:
+    """Return the runs of each of `size` ranks, with equal work on all of them, up to some tokens.
+
+    All tokens stand in a line, documents in order of density. Rank after rank takes t - x tokens from the light end of
+    the line and x from the heavy end. The work of both grows with x, from at most the mean of what is left (x = 0) to
+    at least that (x = t), so there is always an x that gives the rank its mean. The heaviest document, which several
+    ranks must share, meets the lightest company: each of them holds as much of it as its work allows. A rank cuts two
+    documents at most. Raises ValueError as `zigzag` does.
+    """
+    line = sorted(_documents(num_tokens, document_starts), key=lambda document: document.num_tokens)
+    # By document: tokens and work of all before it in the line.
+    edges = list(accumulate((document.num_tokens for document in line), initial=0))
+    works = list(accumulate((document.density * document.num_tokens for document in line), initial=0.0))
+
+    def work(stop: int) -> float:
+        """Return the work of the first `stop` tokens of the line."""
+        at = bisect_right(edges, stop) - 1
+        return works[at] + ((stop - edges[at]) * line[at].density if at < len(line) else 0.0)
+
+    first, last, found = 0, num_tokens, []  # [first, last): the part of the line that is left
+    for tokens in _tokens_of_ranks(num_tokens, size):
+        mean = (work(last) - work(first)) * tokens / (last - first)
+
+        def both_ends(heavy: int, light: int = first + tokens, last: int = last, none: float = work(first)) -> float:
+            """Return the work of the rank with a number of tokens from the heavy end."""
+            return work(light - heavy) - none + work(last) - work(last - heavy)
+
+        heavy = bisect_left(range(tokens), mean, key=both_ends)
+        runs: list[tuple[int, int]] = []
+        for start, stop in ((first, first + tokens - heavy), (last - heavy, last)):
+            at = bisect_right(edges, start) - 1
+            while start < stop:
+                until = min(stop, edges[at + 1])
+                runs += line[at].take(until - start)
+                start, at = until, at + 1
+        first, last = first + tokens - heavy, last - heavy
+        found.append(_joined(runs))
+    return found
+
+
+def whole_documents(num_tokens: int, document_starts: Sequence[int], size: int) -> list[Runs]:
+    """Return the runs of each of `size` ranks, with every document on one rank if it still fits there.
+
+    Longest documents first, each goes whole to the rank with the least work among those that have room for it, else in
+    slices to the ranks with the most room. Raises ValueError as `zigzag` does.
+    """
+    room, work = np.array(_tokens_of_ranks(num_tokens, size)), np.zeros(size)
+    taken: list[list[tuple[int, int]]] = [[] for _ in range(size)]
+    for document in sorted(_documents(num_tokens, document_starts), key=lambda document: -document.num_tokens):
+        fits = room >= document.num_tokens
+        ranks = (
+            [int(np.where(fits, work, np.inf).argmin())] if fits.any() else np.argsort(-room, kind="stable").tolist()
+        )
+        for rank in ranks:
+            tokens = min(int(room[rank]), document.num_tokens)
+            taken[rank] += document.take(tokens)
+            room[rank] -= tokens
+            work[rank] += tokens * document.density
+            if not document.num_tokens:
+                break
+    return [_joined(runs) for runs in taken]
+
+
+def _documents(num_tokens: int, document_starts: Sequence[int]) -> list[_Document]:
+    return [_Document(start, stop) for start, stop in pairwise([*document_starts, num_tokens])]
+
+
+def _tokens_of_ranks(num_tokens: int, size: int) -> list[int]:
+    return [zigzag(num_tokens, rank, size).num_tokens for rank in range(size)]
+
+
+def _joined(runs: list[tuple[int, int]]) -> Runs:
+    """Return runs in ascending order, touching ones merged and empty ones left out."""
+    found: list[tuple[int, int]] = []
+    for start, stop in sorted(runs):
+        if start == stop:
+            continue
+        if found and found[-1][1] == start:
+            found[-1] = (found[-1][0], stop)
+        else:
+            found.append((start, stop))
+    return tuple(found)
