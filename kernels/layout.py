@@ -63,7 +63,10 @@ class SeqLayout:
 
     def positions(self, device: torch.device | str | None = None) -> torch.Tensor:
         """Return the positions in the context, int64 `[num_tokens]`."""
-        return torch.cat([torch.arange(start, stop, device=device) for start, stop in self.runs])
+        positions = torch.cat([torch.arange(start, stop) for start, stop in self.runs])
+        # From page-locked memory, so that the host does not wait for the copy to a GPU.
+        on_gpu = device is not None and torch.device(device).type == "cuda"
+        return (positions.pin_memory() if on_gpu else positions).to(device, non_blocking=True)
 
     def rotary_positions(self, device: torch.device | str | None = None) -> torch.Tensor:
         """Return the positions for RoPE, int64 `[num_tokens]`, each counted from the last position start before it."""

@@ -23,7 +23,7 @@ from ..parallel.cp.attention import context_attention
 from ..parallel.cp.execute import AttentionSpec
 from ..parallel.cp.grid import CpGrid
 from ..parallel.cp.group import CpGroup, open_rings
-from ..parallel.cp.layout import zigzag
+from ..parallel.cp.packed import Runs, divided
 from ..parallel.cp.visible import Visibility
 from ..parallel.mesh import Mesh, megatron_config
 from ..parallel.world import World
@@ -47,15 +47,19 @@ class BucketLayout:
     """Number of replicas."""
     sequences_per_replica: int
     """Number of sequences of a micro-batch on each replica."""
-    sequence: SeqLayout
-    """Positions of one sequence that this rank holds, as if the sequence were one document."""
+    length: int
+    """Number of tokens of a sequence."""
+    index: int
+    """Index of this rank among the ranks that share a sequence."""
+    divide: Callable[[tuple[int, ...]], Sequence[Runs]]
+    """Function of the document starts of a sequence: positions that each rank of the replica holds."""
     document_masks: bool
     """Whether attention keeps the documents of a sequence apart."""
     position_resets: bool
     """Whether RoPE counts positions from the start of each document."""
-    attention: Callable[[SeqLayout], AttentionFunction]
-    """Function that returns attention over sequences of a layout, with its plans and masks made; any thread may call
-    it."""
+    attention: Callable[[tuple[SeqLayout, ...]], AttentionFunction]
+    """Function that returns attention over sequences of these layouts, one for each rank of the replica, with its plans
+    and masks made; any thread may call it."""
 
     def prepare(
         self, num_rows: int, document_starts: Sequence[tuple[int, ...]] | None
@@ -65,22 +69,24 @@ class BucketLayout:
         With `document_starts`, a tuple a row, whole sequences are laid end to end as one, because a batch shares one
         mask. Positions run on from row to row: RoPE depends on distances only.
         """
-        layout = self.sequence
-        if document_starts is not None:
-            runs, whole_rows = layout.runs, (0,)
-            if self.context_parallel > 1:
-                [starts] = document_starts  # the ranks of a ring hold one sequence at a time
-            else:
-                # Each document start moves by the position of its row in the joined sequence.
-                length = layout.num_tokens
-                runs, whole_rows = ((0, num_rows * length),), tuple(range(0, num_rows * length, length))
-                starts = tuple(
-                    row + start for row, found in zip(whole_rows, document_starts, strict=True) for start in found
-                )
-            layout = SeqLayout(
-                runs, starts if self.document_masks else whole_rows, starts if self.position_resets else (0,)
+        starts, whole_rows, divide = (0,), (0,), self.divide
+        if document_starts is not None and self.context_parallel > 1:
+            [starts] = document_starts  # the ranks of a ring hold one sequence at a time
+        elif document_starts is not None:
+            # Each document start moves by the position of its row in the joined sequence.
+            num_tokens = num_rows * self.length
+            whole_rows, divide = tuple(range(0, num_tokens, self.length)), lambda _: [((0, num_tokens),)]
+            starts = tuple(
+                row + start for row, found in zip(whole_rows, document_starts, strict=True) for start in found
             )
-        return layout, self.attention(layout)
+        documents = starts if self.document_masks else whole_rows
+        resets = starts if self.position_resets else (0,)
+        layouts = tuple(SeqLayout(runs, documents, resets) for runs in divide(documents))
+        return layouts[self.index], self.attention(layouts)
+
+    def positions(self, layout: SeqLayout, device: torch.device) -> Tensor:
+        """Return the positions in a sequence that this rank holds of each, `[s]`; `layout` is that of `prepare`."""
+        return torch.arange(self.length, device=device) if self.context_parallel == 1 else layout.positions(device)
 
     def model_inputs(
         self,
@@ -97,18 +103,18 @@ class BucketLayout:
         layout, attention = prepared or self.prepare(len(rows), document_starts)
         # Whole rows are copied as stored: from page-locked memory, the copy does not block.
         whole = torch.from_numpy(rows).to(device, non_blocking=True).long()  # [b, length + 1]
-        positions = self.sequence.positions(device)
+        positions = self.positions(layout, device)
         shape = (-1, layout.num_tokens)
         return whole[:, positions].reshape(shape), whole[:, positions + 1].reshape(shape), layout, attention
 
-    def trained(self, trained: NDArray[np.bool_] | None, losses: Tensor) -> Tensor:
-        """Return 1 where a loss counts and 0 elsewhere, in the shape of `losses`.
+    def trained(self, trained: NDArray[np.bool_] | None, losses: Tensor, layout: SeqLayout) -> Tensor:
+        """Return 1 where a loss counts and 0 elsewhere, in the shape of `losses`, which are those of a layout.
 
         `trained` `[b, length]` marks the targets of whole sequences; None counts all.
         """
         if trained is None:
             return torch.ones_like(losses)
-        positions = self.sequence.positions(losses.device)
+        positions = self.positions(layout, losses.device)
         on_device = torch.from_numpy(trained).to(losses.device, non_blocking=True)
         return on_device[:, positions].to(losses.dtype).view_as(losses)
 
@@ -145,20 +151,21 @@ def bucket_layouts(
     for length in lengths:
         degree = recipe.parallel.context_parallel(length)
         if degree == 1:
-            sequence, attention = SeqLayout.contiguous(length), whole
+            index, attention = 0, lambda layouts: whole(*layouts)
         else:
             group = groups[degree]
             windows = {kind.window: grid for kind, grid in grids.items() if kind.sequence_tokens == length}
-            spread = partial(attention_over_ranks, recipe, mesh.device, group, windows)
+            index, attention = group.rank, attention_over_ranks(recipe, mesh.device, group, windows)
             if recipe.parallel.cp.guards:
-                check_attention(recipe, mesh, group, spread, whole)
-            sequence, attention = zigzag(length, group.rank, degree), spread(length)
+                check_attention(recipe, mesh, group, attention, whole)
         layouts[length] = BucketLayout(
             context_parallel=degree,
             replica=mesh.data_rank // degree,
             num_replicas=mesh.data_size // degree,
             sequences_per_replica=recipe.parallel.sequences_per_replica(length),
-            sequence=sequence,
+            length=length,
+            index=index,
+            divide=partial(divided, recipe.parallel.cp.layout, length, size=degree),
             document_masks=recipe.order.mode == "off" or recipe.order.document_masks,
             position_resets=recipe.order.position_resets,
             attention=attention,
@@ -224,14 +231,12 @@ def attention_on_one_rank(
 
 
 def attention_over_ranks(
-    recipe: Recipe, device: torch.device, group: CpGroup, windows: Mapping[int | None, CpGrid], num_tokens: int
-) -> Callable[[SeqLayout], AttentionFunction]:
-    """Return attention over a sequence of `num_tokens` spread over a group, by the grid of each attention window."""
-    shares = [zigzag(num_tokens, rank, group.size).runs for rank in range(group.size)]
+    recipe: Recipe, device: torch.device, group: CpGroup, windows: Mapping[int | None, CpGrid]
+) -> Callable[[tuple[SeqLayout, ...]], AttentionFunction]:
+    """Return attention over sequences spread over a group, by the grid of each attention window."""
 
     @lru_cache(maxsize=1)  # all micro-batches without documents have one layout
-    def attention_of(layout: SeqLayout) -> AttentionFunction:
-        layouts = tuple(SeqLayout(runs, layout.document_starts) for runs in shares)
+    def attention_of(layouts: tuple[SeqLayout, ...]) -> AttentionFunction:
         backend, narrow = recipe.train.attention_backend, recipe.parallel.cp.narrow_results
         specs = {
             window: AttentionSpec(grid, layouts, Visibility(window=window), backend, narrow)

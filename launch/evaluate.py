@@ -72,9 +72,7 @@ class Evaluator:
         mesh, reader = self.mesh, self.manifest.reader(bucket)
         # Sequences of one micro-batch of all replicas; replica r takes the r-th part of each.
         at_once = layout.num_replicas * layout.sequences_per_replica
-        positions = layout.sequence.positions(mesh.device)  # [s]
-        # [s]: the range of each position; with right=True a position on an edge is in the range that begins there.
-        ranges = torch.bucketize(positions, torch.tensor(self.edges[1:], device=mesh.device), right=True)
+        edges = torch.tensor(self.edges[1:], device=mesh.device)
         sums = torch.zeros(3, len(self.edges) - 1, dtype=torch.float64, device=mesh.device)
         for first in range(0, num_sequences, at_once):
             self.at(f"evaluating sequence {first} of bucket {bucket.length} and those after it")
@@ -87,10 +85,12 @@ class Evaluator:
                 losses = self.engine(*inputs)
             # Packed rows come back as one sequence of b = 1: [1, b s] -> [b, s].
             real = torch.from_numpy(mine < num_sequences).to(mesh.device).double()[:, None]
-            counted = real * layout.trained(trained, losses).double().view(len(mine), -1)
+            counted = real * layout.trained(trained, losses, inputs[2]).double().view(len(mine), -1)
             losses, targets = losses.double().view(len(mine), -1), inputs[1].view(len(mine), -1)
             # [3, b, s]
             values = torch.stack([losses, self.unigram_losses[targets], torch.ones_like(losses)]) * counted
+            # [s]: the range of each position; with right=True a position on an edge is in the range that begins there.
+            ranges = torch.bucketize(layout.positions(inputs[2], mesh.device), edges, right=True)
             sums.index_add_(1, ranges, values.sum(1))
         self.at(f"summing bucket {bucket.length} over the ranks")
         # The ranks of a tensor-parallel group have equal sums, so they are not added.

@@ -19,7 +19,7 @@ from ..model.attention import AttentionFunction
 from ..model.transformer import Transformer
 from ..model.weights import fill_weights
 from ..parallel.cp.group import CpGroup
-from ..parallel.cp.layout import zigzag
+from ..parallel.cp.packed import divided
 from ..parallel.mesh import Mesh, megatron_config
 from .config import Recipe
 from .together import first_of_any
@@ -48,9 +48,13 @@ class _Sample:
     """[1, num_tokens + 1]"""
     documents: tuple[int, int]
     """Position at which each document starts."""
-    mine: SeqLayout
-    """Share of this rank in the sequence."""
+    layouts: tuple[SeqLayout, ...]
+    """Layout of each rank of the group."""
     group: CpGroup
+
+    @property
+    def mine(self) -> SeqLayout:
+        return self.layouts[self.group.rank]
 
     @property
     def num_tokens(self) -> int:
@@ -73,16 +77,16 @@ def check_attention(
     recipe: Recipe,
     mesh: Mesh,
     group: CpGroup,
-    spread: Callable[[int], Callable[[SeqLayout], AttentionFunction]],
+    spread: Callable[[tuple[SeqLayout, ...]], AttentionFunction],
     whole: Callable[[SeqLayout], AttentionFunction],
 ) -> None:
     """Raise ValueError, on every rank of the world, unless a small model gives equal results over all groups and alone.
 
-    `spread(tokens)` and `whole` return attention for a layout, over the group and on this rank alone. No loss may
+    `spread` returns attention over the group, for the layouts of its ranks, and `whole` on this rank alone. No loss may
     depend on a later token or on another document, and losses and gradients must equal those of one rank. Collective.
     """
     sample = _make_sample(recipe, mesh, group)
-    attention = spread(sample.num_tokens)(sample.mine)
+    attention = spread(sample.layouts)
     leak = _find_leak(sample, attention)
 
     share = sample.losses(sample.tokens, sample.mine, attention)
@@ -106,6 +110,7 @@ def _make_sample(recipe: Recipe, mesh: Mesh, group: CpGroup) -> _Sample:
     divisor = recipe.parallel.tensor if recipe.parallel.sequence_parallel else 1
     num_tokens = group.size * math.ceil(TOKENS_PER_RANK / divisor) * divisor
     documents = (0, num_tokens // 3)
+    runs = divided(recipe.parallel.cp.layout, num_tokens, documents, group.size)
     # The weights are so large that attention is far from uniform at any width; else it would hardly affect the loss.
     pattern = tuple(dict.fromkeys(recipe.model.kind_of(layer) for layer in range(recipe.model.num_layers)))
     config = replace(
@@ -122,7 +127,7 @@ def _make_sample(recipe: Recipe, mesh: Mesh, group: CpGroup) -> _Sample:
         model,
         tokens.to(mesh.device),
         documents,
-        SeqLayout(zigzag(num_tokens, group.rank, group.size).runs, documents),
+        tuple(SeqLayout(of_rank, documents) for of_rank in runs),
         group,
     )
 

@@ -153,7 +153,7 @@ class Trainer:
             rows, starts, prepared = micro_batch.rows, micro_batch.document_starts, micro_batch.prepared
             inputs = layout.model_inputs(rows, starts, self.mesh.device, prepared)
             token_losses = self.engine(*inputs)  # [b, s]
-            token_losses = token_losses * layout.trained(micro_batch.trained, token_losses)
+            token_losses = token_losses * layout.trained(micro_batch.trained, token_losses, inputs[2])
             self.engine.backward(token_losses.sum() * loss_scale)
             self.engine.step()  # changes the weights after the last micro-batch only
             loss_sum += token_losses.detach().sum(dtype=torch.float64)

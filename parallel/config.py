@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 
 from .cp.grid import NAMED, CpGrid
+from .cp.packed import Layout
 from .cp.topology import PRESETS, PeerCopies
 
 GPU_QUEUES = 32
@@ -29,6 +30,10 @@ class CpConfig:
     schedule_of: dict[str, str] = field(default_factory=dict)
     """Exceptions to `schedule` by context-parallel degree, with the same values: {"8" = "ulysses"} is used by the
     buckets that 8 ranks share."""
+    layout: Layout = "zigzag"
+    """Division of a sequence of several documents that attention keeps apart: zigzag cuts it as if it were one
+    document; balanced gives every rank equal work; documents keeps a document on one rank where it fits. A sequence of
+    one document is always cut in zigzag."""
     topology: str = "probe"
     """Links between the ranks, for pricing grids. probe measures links and attention speed when a run starts; the
     presets nvswitch, full_mesh, pcie_pairs, infiniband and ethernet assume the links and the speed of H100 GPUs."""

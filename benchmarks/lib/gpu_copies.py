@@ -70,7 +70,7 @@ def message_row(groups: Mapping[str, CpGroup], num_bytes: int, mesh: Mesh, size:
     """Yield the time of a message to each neighbour and from each at once, by each transport. Collective."""
     count, rank = groups["groups"].size, groups["groups"].rank
     both_ways = {(source, (source + way) % count) for source in range(count) for way in (1, -1)}
-    messages = [Message("keys", a, (0, 1), a, b, 0, 0) for a, b in sorted(both_ways) if rank in (a, b)]
+    messages = [Message("keys", a, ((0, 1),), a, b, 0, 0) for a, b in sorted(both_ways) if rank in (a, b)]
     buffers = {message: [torch.zeros(num_bytes, dtype=torch.uint8, device=mesh.device)] for message in messages}
 
     def exchange(group: CpGroup) -> None:

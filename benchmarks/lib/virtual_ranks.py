@@ -16,7 +16,6 @@ from longring.parallel.cp import execute, transports, visible
 from longring.parallel.cp import grid as grids
 from longring.parallel.cp import heads as cp_heads
 from longring.parallel.cp import layout as cp_layout
-from longring.parallel.cp import spec as specs
 from longring.parallel.cp.plan import Pass
 from torch import Tensor
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from ...parallel.cp.grid import CpGrid
-from ...parallel.cp.layout import zigzag
+from ...parallel.cp.packed import divided
 from ...parallel.mesh import Mesh
 from ..config import Recipe
 from ..run_directory import RunDirectory
@@ -84,7 +84,7 @@ def check_agreement(recipe: Recipe, lengths: Sequence[int], grids: Mapping[Layer
             mine.append(f"{length} tokens on one rank")
             continue
         # The layouts are hashed: as text they would be long, and equal hashes mean equal layouts.
-        layouts = repr([zigzag(length, rank, degree).runs for rank in range(degree)]).encode()
+        layouts = repr(divided(recipe.parallel.cp.layout, length, (0, length // 3), degree)).encode()
         taken = {kind.window: str(grid or "auto") for kind, grid in grids.items() if kind.sequence_tokens == length}
         mine.append(
             f"{length} tokens over {degree} ranks, layouts {hashlib.sha256(layouts).hexdigest()[:16]}, grids by window "

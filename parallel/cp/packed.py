@@ -14,11 +14,13 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import Literal
 
 import numpy as np
 
 from .layout import zigzag
 
+Layout = Literal["zigzag", "balanced", "documents"]
 Runs = tuple[tuple[int, int], ...]
 """Half-open intervals of positions, in ascending order."""
 
@@ -42,6 +44,17 @@ class _Document:
         taken = (self.start, self.start + front), (self.stop - (num_tokens - front), self.stop)
         self.start, self.stop = taken[0][1], taken[1][0]
         return taken
+
+
+def divided(layout: Layout, num_tokens: int, document_starts: Sequence[int], size: int) -> list[Runs]:
+    """Return the runs of each of `size` ranks under a named layout; one document is always in zigzag.
+
+    Raises ValueError as `zigzag` does.
+    """
+    if layout == "zigzag" or len(document_starts) == 1:
+        return [zigzag(num_tokens, rank, size).runs for rank in range(size)]
+    by_work = balanced if layout == "balanced" else whole_documents
+    return by_work(num_tokens, document_starts, size)
 
 
 def balanced(num_tokens: int, document_starts: Sequence[int], size: int) -> list[Runs]:

@@ -201,7 +201,8 @@ class _Links:
         """
         # Two rounds open the connections and show how many rounds fill `SAMPLE_S`.
         messages = [
-            Message("keys", source, (0, 1), first + source, first + target, 0, 0) for source, target in pattern.messages
+            Message("keys", source, ((0, 1),), first + source, first + target, 0, 0)
+            for source, target in pattern.messages
         ]
         [warm] = _slowest(self._samples(group, messages, num_bytes, 2, 1), self.device, self.group)
         rounds = min(50, max(1, round(SAMPLE_S / warm)))

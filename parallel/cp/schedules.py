@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from functools import cached_property
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ...kernels.layout import SeqLayout
-from .grid import CpGrid, Order, Route
+from .grid import CpGrid
 from .layout import position_layouts
+from .legs import Leg, legs, tile_order
 from .plan import FLOWS, Flow, Message, Messages, Pass, RankPlan, Share, Side, Step, Tile
 from .rows import Rows, within
 from .visible import Ints, Pieces, Tokens, TravellingRows, Visibility, hull, pairs_between, rows_needed
@@ -23,56 +24,6 @@ from .visible import Ints, Pieces, Tokens, TravellingRows, Visibility, hull, pai
 ROWS_AT_ONCE = 2**14
 """Number of pieces and lines for which rows are computed at once: numpy's calls cost more than a few rows do, but 1,024
 ranks have two million."""
-
-
-class Leg(NamedTuple):
-    """Journey of one share to one position; leg n brings the share of the position's n-th row (or column) of tiles.
-
-    `owner` and `source` are offsets along the axis, counted from the position that receives the share.
-    """
-
-    owner: int
-    """Offset of the position that owns the share."""
-    source: int
-    """Offset of the position that sends it here: the owner, or a neighbour that passes it on."""
-    after: int
-    """Number of the leg whose share is first used at the step at which this one is posted; 0 is the own share."""
-    before: int | None
-    """Number of the leg after whose last tile the results of this leg are due; None: at the end of the pass."""
-    onward: int | None
-    """Number of the leg on which the share is passed on from here; None: this is its last stop."""
-
-
-def legs(route: Route, size: int, in_flight: int) -> tuple[Leg, ...]:
-    """Return legs 1, 2, ..., size - 1 of an axis of `size` positions."""
-    if route == "both_ways":
-        owners = [(number + 1) // 2 * (1 if number % 2 else -1) for number in range(1, size)]  # 1, -1, 2, -2, ...
-        turn = 2  # shares of the two directions alternate
-    else:
-        owners = list(range(1, size))
-        turn = in_flight if route == "direct" else 1
-    found = []
-    for number, owner in enumerate(owners, 1):
-        before = number + turn if number + turn < size else None
-        if route == "direct":
-            found.append(Leg(owner, owner, max(0, number - turn), before, None))
-        else:
-            found.append(Leg(owner, 1 if owner > 0 else -1, max(0, number - turn), before, before))
-    return tuple(found)
-
-
-def tile_order(query: int, kv: int, order: Order) -> list[tuple[int, int]]:
-    """Return (row number, column number) of a position's tiles in the order of computation; (0, 0) is first.
-
-    Number 0 is the position's own row or column, number n that of leg n.
-    """
-    by_rows = order.startswith("rows")
-    lines, tiles_of_a_line = (query, kv) if by_rows else (kv, query)
-    walk = list(product(range(lines), range(tiles_of_a_line)))
-    # The own tile needs no message; the rest of the own line is moved to the end, where results are on their way.
-    if not order.endswith("own_first"):
-        walk = walk[:1] + walk[tiles_of_a_line:] + walk[1:tiles_of_a_line]
-    return walk if by_rows else [(u, t) for t, u in walk]
 
 
 class Schedule:
@@ -210,15 +161,15 @@ class Schedule:
         legs, (first_use, last_use) = self.legs[side], (self.first_use[side], self.last_use[side])
         has_results = side == "queries" or self.direction == "backward"
         summed = has_results and (self.grid.query_route if side == "queries" else self.grid.kv_route) == "round"
-        # [legs, pieces, 2]: rows that the stop of the leg computes with, and these with all that later stops need, which
-        # must pass through this stop. Of both the hulls, [legs, owners, 2].
+        # [legs, pieces, 2]: rows that the stop of the leg computes with, and these with all that later stops need and
+        # that must pass through this stop. Of both the hulls, [legs, owners, 2].
         owner = self._pieces.of_owners(owners).owner
         needed = self._needed(side, owners)
         onward = _passed_on(legs, needed)
         spans, result_spans = (hull(rows, owner, len(owners)) for rows in (onward, needed))
         if summed:
-            # Sums for rows of earlier stops pass through this one, and a sum lies where its rows lie: each leg has a part
-            # of what any stop needs.
+            # Sums for rows of earlier stops pass through this one, and sums lie side by side as their rows do: each leg
+            # has a range of what any stop needs.
             onward = np.broadcast_to(np.stack([needed[..., 0].min(0), needed[..., 1].max(0)], -1), needed.shape)
         rows = TravellingRows(onward, owner, len(owners))
         stops = self._ahead(side, owners, -_column(leg.owner for leg in legs))  # [legs, owners]
@@ -311,7 +262,7 @@ class Schedule:
         owners: dict[Side, Ints] = {side: self._line(side, np.array(position)) for side in self.legs}
         # By side the rows that are visible in a tile, [owners of the other side, owners of this side, 2].
         spans = {"queries": self._spans("queries", *owners.values()), "keys": self._spans("keys", *owners.values())}
-        lists = {side: of.tolist() for side, of in owners.items()}
+        of_queries, of_keys = ([Share(side, owner) for owner in of.tolist()] for side, of in owners.items())
         for query, key in (self._tile_owners % [[self.grid.query], [self.grid.kv]]).T.tolist():
             if not query and not key:  # the own tile: every token sees itself
                 whole = ((0, self.layouts[position].num_tokens),)
@@ -321,12 +272,10 @@ class Schedule:
             if of_query[0] >= of_query[1]:
                 yield None
                 continue
-            rows = [
-                # Own rows are one view; of a foreign share only the rows that came are here.
-                within(held[Share(side, lists[side][number])], *span) if number else (tuple(span),)
-                for side, number, span in (("queries", query, of_query), ("keys", key, of_key))
-            ]
-            yield Tile(lists["queries"][query], rows[0], lists["keys"][key], rows[1])
+            # Own rows are one view; of a foreign share only the rows that came are here.
+            query_rows = within(held[of_queries[query]], *of_query) if query else (tuple(of_query),)
+            key_rows = within(held[of_keys[key]], *of_key) if key else (tuple(of_key),)
+            yield Tile(of_queries[query].owner, query_rows, of_keys[key].owner, key_rows)
 
     def _spans(self, side: Side, queries: Ints, keys: Ints) -> Ints:
         """Return the hull of the rows of each owner of a side that are visible in each tile of these owners.

@@ -153,7 +153,10 @@ def rows_needed(pieces: Pieces, side: Side, others: Tokens, lines: Ints, visibil
 
 
 def hull(ranges: Ints, owner: Ints, num_owners: int) -> Ints:
-    """Return the smallest range of each owner that contains those of its pieces: `[..., pieces, 2]` -> `[..., owners, 2]`."""
+    """Return the smallest range that contains those of all pieces of an owner, or `NONE`.
+
+    `[..., pieces, 2]` -> `[..., owners, 2]`; `owner` is `[pieces]`, ascending.
+    """
     found = np.broadcast_to(NONE, (*ranges.shape[:-2], num_owners, 2)).copy()
     if owner.size:
         first = np.flatnonzero(np.diff(owner, prepend=-1))  # of the pieces of each owner that has some

@@ -170,12 +170,16 @@ def test_twenty_steps_in_bfloat16(on_ranks, recipe_file, bfloat16_oracle, divisi
     check(tmp_path / "run", bfloat16_oracle)
 
 
-@pytest.mark.parametrize("tokens_per_rank", by_lane([256, 32], quick=[], slow=[256, 32]))
-def test_packed_documents_are_trained_as_if_alone(on_ranks, packed_recipe_file, tokens_per_rank, tmp_path):
+ON_RANKS = [(256, "zigzag"), (32, "zigzag"), (32, "balanced"), (32, "documents")]
+
+
+@pytest.mark.parametrize(("tokens_per_rank", "layout"), by_lane(ON_RANKS, quick=[], slow=ON_RANKS))
+def test_packed_documents_are_trained_as_if_alone(on_ranks, packed_recipe_file, tokens_per_rank, layout, tmp_path):
     """With 256 tokens a rank, sequences are laid end to end on one rank; with 32, 2 and 4 ranks share each."""
     oracle = oracle_of(on_ranks, packed_recipe_file, PACKED)
     assert any(len(document) < 64 for batch in oracle["batches"] for document in batch), "some documents are packed"
-    overrides = [*PACKED, f"parallel.tokens_per_rank={tokens_per_rank}", f"run_directory={tmp_path}/run"]
+    overrides = [*PACKED, f"parallel.tokens_per_rank={tokens_per_rank}", f"parallel.cp.layout={layout}"]
+    overrides.append(f"run_directory={tmp_path}/run")
     on_ranks(4, run_steps, packed_recipe_file, overrides)
     check(tmp_path / "run", oracle)
 
@@ -186,15 +190,21 @@ def windowed_oracle(packed_recipe_file, on_ranks) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "zero_stage"),
+    ("schedule", "layout", "zero_stage"),
     by_lane(
-        [("token_ring", 3), ("ring", 1), ("ulysses", 1), ("grid", 2), ("auto", 0)],
+        SCHEDULES := [
+            ("token_ring", "balanced", 3),
+            ("ring", "balanced", 1),
+            ("ulysses", "documents", 1),
+            ("grid", "zigzag", 2),
+            ("auto", "documents", 0),
+        ],
         quick=[],
-        slow=[("ring", 1), ("ulysses", 1), ("grid", 2), ("auto", 0)],
+        slow=SCHEDULES[1:],
     ),
 )
 def test_every_schedule_with_windows_and_recomputation(
-    on_ranks, packed_recipe_file, windowed_oracle, schedule, zero_stage, tmp_path
+    on_ranks, packed_recipe_file, windowed_oracle, schedule, layout, zero_stage, tmp_path
 ):
     """Packed documents over 2 and 4 ranks, one layer with an attention window and one without, and recomputation."""
     overrides = [
@@ -204,6 +214,7 @@ def test_every_schedule_with_windows_and_recomputation(
         "train.memory.activations=recompute_layer",
         f"parallel.zero_stage={zero_stage}",
         f"parallel.cp.schedule={schedule}",
+        f"parallel.cp.layout={layout}",
         "parallel.cp.topology=full_mesh",
         f"run_directory={tmp_path}/run",
     ]

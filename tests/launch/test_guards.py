@@ -20,7 +20,7 @@ from longring.parallel.cp.attention import context_attention
 from longring.parallel.cp.execute import AttentionSpec
 from longring.parallel.cp.grid import CpGrid
 from longring.parallel.cp.group import CpGroup, open_rings
-from longring.parallel.cp.layout import contiguous, zigzag
+from longring.parallel.cp.packed import divided
 from longring.parallel.cp.visible import Visibility
 from longring.parallel.mesh import join
 from torch import nn
@@ -31,29 +31,26 @@ SIZE = 4
 def wrong(fault: str, group: CpGroup) -> Callable:
     """Return attention over the group, with a fault."""
 
-    def spread(num_tokens: int):
-        def attention_of(layout: SeqLayout):
-            starts = (0,) if fault == "documents" else layout.document_starts
-            layouts = [SeqLayout(zigzag(num_tokens, rank, group.size).runs, starts) for rank in range(group.size)]
-            if fault == "order":  # two ranks are exchanged
-                layouts[1], layouts[2] = layouts[2], layouts[1]
-            spec = AttentionSpec(CpGrid.token_ring(group.size), tuple(layouts), Visibility(causal=fault != "future"))
+    def spread(right: tuple[SeqLayout, ...]):
+        starts = (0,) if fault == "documents" else right[0].document_starts
+        layouts = [SeqLayout(layout.runs, starts) for layout in right]
+        if fault == "order":  # two ranks are exchanged
+            layouts[1], layouts[2] = layouts[2], layouts[1]
+        spec = AttentionSpec(CpGrid.token_ring(group.size), tuple(layouts), Visibility(causal=fault != "future"))
 
-            def attend(q, k, v, window):
-                if fault == "scale":
-                    q = q * 1.5
-                if fault == "gradient":
-                    k = k.detach()
-                if fault == "nan" and k.requires_grad:
-                    k.register_hook(lambda gradient: gradient * math.nan)
-                out = context_attention(q, k, v, spec, group)
-                if fault in ("first", "second"):
-                    _mix_within(layout, ("first", "second").index(fault), v, out, group)
-                return out
+        def attend(q, k, v, window):
+            if fault == "scale":
+                q = q * 1.5
+            if fault == "gradient":
+                k = k.detach()
+            if fault == "nan" and k.requires_grad:
+                k.register_hook(lambda gradient: gradient * math.nan)
+            out = context_attention(q, k, v, spec, group)
+            if fault in ("first", "second"):
+                _mix_within(right[group.rank], ("first", "second").index(fault), v, out, group)
+            return out
 
-            return attend
-
-        return attention_of
+        return attend
 
     return spread
 
@@ -67,12 +64,13 @@ def _mix_within(layout: SeqLayout, document: int, v: torch.Tensor, out: torch.Te
     out.data[:, inside] += total
 
 
-def guarded(recipe_file, fault: str, dtype: str, size: int = SIZE) -> str:
+def guarded(recipe_file, fault: str, dtype: str, size: int = SIZE, layout: str = "zigzag") -> str:
     """Return the error of the check on this rank, or "passed"; only the ring of rank 3, of `size` ranks, has the fault.
 
     All rings share the channels of the largest, of all ranks. The tolerance has the margin that its docstring states.
     """
-    recipe = load_recipe(recipe_file, ["parallel.tokens_per_rank=128", f"train.dtype={dtype}"])
+    overrides = ["parallel.tokens_per_rank=128", f"train.dtype={dtype}", f"parallel.cp.layout={layout}"]
+    recipe = load_recipe(recipe_file, overrides)
     mesh = join(recipe.parallel, SIZE)
     groups = open_rings(mesh.neighbours, [CpGrid.token_ring(2), CpGrid.token_ring(SIZE)])
     group = groups[size]
@@ -104,6 +102,13 @@ FOUND = {
 @pytest.mark.parametrize("fault", by_lane(["", *FOUND], quick=["", "documents", "first"]))
 def test_guards(on_ranks, recipe_file, fault, dtype):
     for said in on_ranks(SIZE, guarded, recipe_file, fault, dtype):
+        assert any(words in said for words in FOUND.get(fault, "passed").split("|")), said
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("fault", ["", "order", "documents"])
+def test_guards_of_layouts_by_work(on_ranks, recipe_file, fault):
+    for said in on_ranks(SIZE, guarded, recipe_file, fault, "float32", SIZE, "balanced"):
         assert any(words in said for words in FOUND.get(fault, "passed").split("|")), said
 
 
@@ -139,7 +144,7 @@ OTHERS = {
 """The setting in which rank 2 differs, and the descriptions of rank 0 and of rank 2 in the error."""
 
 
-def divided(recipe_file, other: str) -> str:
+def divided_by_grids(recipe_file, other: str) -> str:
     """Return the error of this rank, or "passed"."""
     settings = ["parallel.tokens_per_rank=128", "parallel.cp.schedule=token_ring"]
     lengths = [64, 256, 512]
@@ -147,7 +152,8 @@ def divided(recipe_file, other: str) -> str:
     if dist.get_rank() == 2:
         settings += [other] * ("=" in other)
         lengths = [64, 512] if other == "length" else lengths
-        decide.zigzag = contiguous if other == "layout" else zigzag
+        if other == "layout":
+            decide.divided = lambda *_: []
         if other == "taken":
             decide.named_grids = lambda *arguments: dict.fromkeys(named_grids(*arguments), CpGrid.ring(2))
     try:
@@ -155,18 +161,18 @@ def divided(recipe_file, other: str) -> str:
     except ValueError as error:
         return str(error)
     finally:
-        decide.zigzag, decide.named_grids = zigzag, named_grids
+        decide.divided, decide.named_grids = divided, named_grids
     return "passed"
 
 
 @pytest.mark.parametrize("other", by_lane(OTHERS, quick=["layout"]))
 def test_a_rank_that_divides_sequences_differently_is_named(on_ranks, recipe_file, other):
-    for said in on_ranks(SIZE, divided, recipe_file, other):
+    for said in on_ranks(SIZE, divided_by_grids, recipe_file, other):
         assert "1 of 4 ranks, the first of them rank 2, disagree with rank 0 about the division of sequences" in said
         first, _, second = said.partition(" on rank 0, ")
         assert all(words in part for words, part in zip(OTHERS[other], (first, second), strict=True)), said
         assert said.endswith("; start the same code with the same recipe on all nodes")
-    assert on_ranks(SIZE, divided, recipe_file, "the same") == ["passed"] * SIZE
+    assert on_ranks(SIZE, divided_by_grids, recipe_file, "the same") == ["passed"] * SIZE
 
 
 def guarded_slices(recipe_file) -> str:

@@ -28,7 +28,7 @@ RUNS = {
     "heads-zero3": ["parallel.tokens_per_rank=128", "parallel.zero_stage=3", *HEADS],
     "tensor-zero2": ["parallel.tokens_per_rank=256", "parallel.tensor=2", "parallel.zero_stage=2"],
     "sequence-parallel": ["parallel.tokens_per_rank=256", "parallel.tensor=2", "parallel.sequence_parallel=true"],
-    "packed": [*PACKED, *WINDOWED, "parallel.cp.schedule=grid"],
+    "packed": [*PACKED, *WINDOWED, "parallel.cp.schedule=grid", "parallel.cp.layout=balanced"],
 }
 """Runs on four ranks: with buckets of 64 to 512 tokens, on rings of 1, 2 and 4 of them."""
 

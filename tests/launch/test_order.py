@@ -189,13 +189,14 @@ def with_resets(recipe_file: Path, overrides: list[str]) -> dict[str, Any]:
     layout = layout_of(recipe, mesh, bucket.length)
     numbers = numbers[: 2 if layout.context_parallel == 1 else 1]
     rows, starts, _ = read_rows(reader, numbers, manifest.needs_starts, None)
+    inputs = layout.model_inputs(rows, starts, mesh.device)
     with torch.no_grad():
         for name, parameter in engine.module.named_parameters():
             parameter.mul_(12 if "qkv" in name else 4)
-        losses = engine(*layout.model_inputs(rows, starts, mesh.device)).view(len(rows), -1)
+        losses = engine(*inputs).view(len(rows), -1)
     weights = {name: parameter.detach().double() for name, parameter in engine.module.named_parameters()}
     weights["head.weight"] = weights["head.weight"][: manifest.vocab_size]  # the rest is padding
-    positions = layout.sequence.positions().numpy()
+    positions = layout.positions(inputs[2], mesh.device).numpy()
     return {"weights": weights, "rows": rows, "starts": starts, "at": positions, "losses": losses.numpy()}
 
 

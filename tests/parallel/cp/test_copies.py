@@ -111,7 +111,7 @@ def test_any_interleaving_gives_the_same_bits_and_none_hangs(examples, most, one
 
 def test_both_ends_post_messages_in_one_order():
     """Each rank sends more than all slots hold: if both sent first on their only queue, they would wait for ever."""
-    there, back = (Message("keys", rank, (0, 1), rank, 1 - rank, 0, 0) for rank in (0, 1))
+    there, back = (Message("keys", rank, ((0, 1),), rank, 1 - rank, 0, 0) for rank in (0, 1))
     machine = Machine(slot_layout([CpGrid(kv=2)], range(2), CommunicatorOptions(slot_bytes=8)), 2, one_queue=True)
     wires = machine.transports()
 

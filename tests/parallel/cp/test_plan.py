@@ -23,9 +23,10 @@ from longring.kernels.layout import SeqLayout
 from longring.parallel.cp import schedules, visible
 from longring.parallel.cp.grid import NAMED, CpGrid, grids
 from longring.parallel.cp.layout import contiguous, zigzag
+from longring.parallel.cp.legs import tile_order
 from longring.parallel.cp.plan import Channel, Flow, Message, Pass, RankPlan, Share, Side
 from longring.parallel.cp.rows import Rows
-from longring.parallel.cp.schedules import Schedule, tile_order
+from longring.parallel.cp.schedules import Schedule
 from longring.parallel.cp.visible import Visibility
 
 Layouts = list[SeqLayout]
