@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from .layout import zigzag
+from .layout import joined, zigzag
 
 Layout = Literal["zigzag", "balanced", "documents"]
 Runs = tuple[tuple[int, int], ...]
@@ -52,7 +52,7 @@ def divided(layout: Layout, num_tokens: int, document_starts: Sequence[int], siz
     Raises ValueError as `zigzag` does.
     """
     if layout == "zigzag" or len(document_starts) == 1:
-        return [zigzag(num_tokens, rank, size).runs for rank in range(size)]
+        return [joined([zigzag(num_tokens, rank, size)]).runs for rank in range(size)]
     by_work = balanced if layout == "balanced" else whole_documents
     return by_work(num_tokens, document_starts, size)
 

@@ -87,7 +87,7 @@ def test_a_document_longer_than_a_rank_is_cut_from_both_ends():
 
 @pytest.mark.parametrize("layout", ["zigzag", "balanced", "documents"])
 def test_one_document_is_in_zigzag(layout):
-    assert divided(layout, 60, (0,), 4) == [zigzag(60, rank, 4).runs for rank in range(4)]
+    assert divided(layout, 60, (0,), 4) == [joined([zigzag(60, rank, 4)]).runs for rank in range(4)]
 
 
 @given(st.integers(1, 12), st.integers(1, 20))
