@@ -1,7 +1,8 @@
 """Settings from text: tables read into frozen dataclasses, overrides such as `train.steps=20`, and `I/N`.
 
 The text is from outside. A number must lie in the range that stands with its field, as `Annotated[int, Interval(...)]`;
-a text holds no control character and no secret; what cannot be read is refused in one line.
+a text holds no control character and no secret, and one that begins with "~/" is a path below the home directory; what
+cannot be read is refused in one line.
 """
 
 from __future__ import annotations
@@ -198,6 +199,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(f"{path} = {shown(value)}: must be of type {hint.__name__}")
     if isinstance(value, str):
+        value = str(Path(value).expanduser()) if value.startswith("~/") else value
         _check_text(value, path)
     return value
 

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..format.document import SPLITS
 from ..format.ledger import Ledger, SplitLedger
 from ..format.manifest import Manifest
 from .tables import make_table, shortened
@@ -18,7 +19,7 @@ NAME = 24
 def print_ledgers(manifest: Manifest, console: Console) -> None:
     """Print the account of all sources with its notes and, if there are several, the account of each."""
     console.print(ledger_table(manifest.ledger))
-    for note in _notes(manifest.ledger):
+    for note in (*_notes(manifest.ledger), *_empty(manifest)):
         console.print(escape(note), highlight=False)
     if len(manifest.ledgers) > 1:
         console.print()
@@ -103,3 +104,19 @@ def _notes(ledger: Ledger) -> Iterator[str]:
         yield f"{ledger.word_cuts:,} cuts inside words too long to tokenize as a whole, first at {cut_at}"
     for kind in sorted(ledger.bad.examples):
         yield f"First record left out as {_words(kind)}: {ledger.bad.examples[kind][0]}"
+
+
+def _empty(manifest: Manifest) -> Iterator[str]:
+    """Yield what the settings ask for and the documents do not give: held-out data, and sequences of each length."""
+    train, held_out = (manifest.ledger.splits[split].sequences for split in SPLITS)
+    fraction = manifest.config.get("held_out_fraction", 0)
+    if fraction and not held_out.total():
+        yield (
+            f"data.held_out_fraction = {fraction}: gives no held-out sequence, so there is nothing to evaluate on; "
+            "raise it, or set it to 0"
+        )
+    if lengths := [f"{length:,}" for length in manifest.lengths if not train[length]]:
+        yield (
+            f"No training sequence has {' or '.join(lengths)} tokens, so no step trains on this length; lower "
+            "data.max_bucket_tokens, or add longer documents"
+        )

@@ -211,3 +211,13 @@ def test_an_override_that_cannot_be_read_is_one_short_line(override, said):
     with pytest.raises(ValueError, match=re.escape(said)) as error:
         load_recipe(DEMO, [override])
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_path_below_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    overrides = ["data.directory=~/data", "data.tokenizer.path=~/a b/tokenizer.json", "data.source.kind=json"]
+    recipe = load_recipe(DEMO, [*overrides, "data.source.path=~/corpus/**/*.jsonl", "run_directory=a~/b"])
+    assert recipe.data.directory == f"{tmp_path}/data"
+    assert recipe.data.tokenizer.path == f"{tmp_path}/a b/tokenizer.json"
+    assert recipe.data.source.path == f"{tmp_path}/corpus/**/*.jsonl"
+    assert recipe.run_directory == "a~/b"

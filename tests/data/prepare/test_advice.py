@@ -1,5 +1,6 @@
 """The advice of the errors of `longring prepare` works: after it is carried out, the error is gone."""
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from longring.data.config import DataConfig, TokenizerConfig
+from longring.data.inspect.ledger import print_ledgers
 from longring.data.prepare.prepare import prepare
 from rich.console import Console
 
@@ -164,3 +166,20 @@ def test_a_document_on_which_the_tokenizer_fails(
     ledger = prepare(replace(config, max_bad_fraction=0.1), console).ledger
     assert ledger.bad.counts == {"not_tokenized": 1}
     assert ledger.documents == 9
+
+
+def test_what_the_documents_do_not_give_is_said_at_the_end(make_config: MakeConfig, texts: list[str], tmp_path: Path):
+    def said(**settings: Any) -> str:
+        config = make_config(texts, directory=str(tmp_path / str(len(list(tmp_path.iterdir())))), **settings)
+        printer = Console(width=300, record=True, file=io.StringIO())
+        print_ledgers(prepare(config, printer), printer)
+        return printer.export_text()
+
+    none_held_out = "gives no held-out sequence, so there is nothing to evaluate on; raise it, or set it to 0"
+    assert f"data.held_out_fraction = 1e-09: {none_held_out}" in said(held_out_fraction=1e-9)
+    too_long = "so no step trains on this length; lower data.max_bucket_tokens, or add longer documents"
+    assert f"No training sequence has 256 or 512 or 1,024 tokens, {too_long}" in said(
+        max_bucket_tokens=1024, shard_tokens=1024
+    )
+    for settings in ({"held_out_fraction": 0.3}, {"held_out_fraction": 0.0}, {"max_bucket_tokens": 32}):
+        assert not any(advice in said(**settings) for advice in (none_held_out, too_long))

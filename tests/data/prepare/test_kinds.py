@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow
 import pyarrow.ipc
@@ -20,7 +21,10 @@ import zstandard
 from helpers.lanes import by_lane
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
 from longring.data.format.manifest import Manifest
+from longring.data.format.tokenizer import TokenMarks
 from longring.data.prepare.prepare import prepare
+from longring.data.prepare.records import RecordReader
+from longring.data.prepare.sources import input_shards
 from rich.console import Console
 from tokenizers import Tokenizer, processors
 
@@ -323,3 +327,34 @@ def test_each_kind_of_token_ids_gives_the_bytes_of_text(
     made, expected = prepare(config, console), reference(0.0)
     assert account(made) | {"word_cuts": 0} == account(expected) | {"word_cuts": 0}
     assert shards(made) == shards(expected)
+
+
+REMOTE = ["json zst", "csv", "text", "parquet", "arrow stream", "arrow file", "webdataset json", "disk"]
+
+
+@pytest.mark.parametrize("variant", by_lane([*REMOTE, "tokens raw", "tokens npy", "megatron"], quick=["megatron"]))
+def test_each_kind_is_read_from_a_store(texts: list[str], tmp_path: Path, variant: str):
+    """The same documents through fsspec: by address, by glob, and from a folder in a folder."""
+    store, folder = fsspec.filesystem("memory"), f"/{tmp_path.name}"
+    kind, how = variant.split()[0], {}
+    if variant == "disk":
+        datasets.Dataset.from_list(text_rows(texts)).save_to_disk(str(tmp_path / "in"))
+    else:
+        files = TEXT_FILES[variant](texts) if variant in TEXT_FILES else TOKEN_FILES[variant][0](Corpus([[5, 6]], 1, 2))
+        how = {} if variant in TEXT_FILES else {"eos": "</s>"}
+        (tmp_path / "in").mkdir()
+        for name, content in files.items():
+            (tmp_path / "in" / name).write_bytes(content)
+    store.put(str(tmp_path / "in"), f"{folder}/in", recursive=True)
+    marks = TokenMarks(end=2, names={0: "", 1: BOS, 2: EOS}, dtype=np.dtype("<u2"))
+
+    def read(path: str) -> list[bytes]:
+        source = SourceConfig(kind=kind, path=path, **how)  # type: ignore[arg-type]
+        inputs = input_shards(settings(tmp_path, source=source))
+        return [one.digest for shard in inputs for one in RecordReader(shard, source, 1.0, marks).documents()]
+
+    expected = read(str(tmp_path / "in"))
+    assert len(expected) == (len([text for text in texts if text]) if variant not in TOKEN_FILES else 1)
+    assert read(f"memory:/{folder}/in") == read(f"file://{tmp_path}/in") == expected
+    if kind != "disk":
+        assert read(f"memory:/{folder}/**/*") == expected
