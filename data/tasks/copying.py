@@ -1,0 +1,51 @@
+"""Sequences that stand twice in a row, and sequences after a prefix of their own or of another document."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from .draws import Draws
+from .material import Material
+from .sample import BASELINE, FIRST_REFERENCE, Sample, Segment, TooShortError, join
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A sequence that stands twice in a row: whether a model can use its context at all.
+
+    The loss of the first time is the baseline of the second. The first token of either is not counted.
+    """
+
+    kind: Literal["documents", "random"]
+    """Text, or random tokens of the vocabulary."""
+    any_order: bool = False
+
+    def make(self, material: Material, length: int, number: int, distractors: int, draws: Draws) -> Sample:
+        """Return a sample, as `Task.make` says, without distractors."""
+        half = length // 2
+        if half < 2:
+            raise TooShortError(f"length = {length}: a copy takes at least 4 tokens; raise it")
+        text = (
+            material.random_tokens(half, draws) if self.kind == "random" else material.haystack(self.kind, half, draws)
+        )
+        odd = Segment(np.full(length - 2 * half, material.boundary_id))
+        prompt = [odd, Segment(text[:1]), Segment(text[1:], BASELINE), Segment(text[:1])]
+        return join(length, material.boundary_id, prompt, [[Segment(text[1:], FIRST_REFERENCE)]], None)
+
+
+@dataclass(frozen=True)
+class RelatedPrefix:
+    """The end of a held-out sequence behind its own prefix, and behind that of another one, as the distractor."""
+
+    any_order: bool = False
+
+    def make(self, material: Material, length: int, number: int, distractors: int, draws: Draws) -> Sample:
+        """Return a sample, as `Task.make` says. Raises ValueError without held-out documents."""
+        if material.documents is None:
+            raise ValueError("there are no held-out documents; name prepared data, or leave out the prefix")
+        row, other, cut = material.documents.continued(length, draws)
+        rows = np.stack([row, np.concatenate([other[:cut], row[cut:]])])
+        parts = np.zeros((2, length), dtype=np.uint8)
+        parts[:, cut:] = FIRST_REFERENCE  # targets behind the first token after the cut, in both rows alike
+        return Sample(rows, parts)

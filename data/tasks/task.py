@@ -1,0 +1,96 @@
+"""The interface of a task, and what several tasks share."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from .draws import Draws
+from .material import Material
+from .sample import Sample, Segment, Tokens, TooShortError, join, references, room
+
+DEPTHS = np.linspace(0, 1, 40).tolist()
+"""Depths at which needles are hidden."""
+
+
+class Task(Protocol):
+    """A kind of question. Samples are a pure function of the task and of the arguments of `make`."""
+
+    @property
+    def any_order(self) -> bool:
+        """Whether other orders of the references are as right: teacher forcing, which knows one, is a lower bound."""
+        ...
+
+    def make(self, material: Material, length: int, number: int, distractors: int, draws: Draws) -> Sample:
+        """Return sample `number` with `length` targets and this many distractors.
+
+        Raises TooShortError if the length does not hold the task, and ValueError if the material does not suit it.
+        """
+        ...
+
+
+def depths(number: int, count: int, draws: Draws) -> list[float]:
+    """Return `count` different depths. The first depends on the sample's number alone: 40 samples have each depth."""
+    first = 17 * number % len(DEPTHS)
+    others = [index for index in draws.distinct(len(DEPTHS), count) if index != first]
+    return [DEPTHS[index] for index in (first, *others[: count - 1])]
+
+
+def hide(haystack: Tokens, cuts: Tokens, needles: Sequence[Tokens], at: Sequence[float]) -> list[Segment]:
+    """Return the haystack with each needle before the first of the `cuts` at or behind its depth."""
+    places = cuts[np.searchsorted(cuts, [depth * len(haystack) for depth in at])].tolist()
+    found, done = [], 0
+    for place, needle in sorted(zip(places, needles, strict=True), key=lambda pair: pair[0]):
+        found += [Segment(haystack[done:place]), Segment(needle)]
+        done = place
+    return [*found, Segment(haystack[done:])]
+
+
+def fitting(material: Material, tokens: int, unit: Callable[[], str]) -> list[Tokens]:
+    """Return as many units of text as fit into a number of tokens, each drawn by `unit` and encoded as a line.
+
+    There are none for a negative number, which the caller finds to be too small.
+    """
+    found: list[Tokens] = []
+    while tokens >= 0:
+        for ids in material.encode([unit() for _ in range(1 + tokens // 16)]):
+            if len(ids) > tokens:
+                return found
+            tokens -= len(ids)
+            found.append(ids)
+    return found
+
+
+def question(
+    material: Material,
+    length: int,
+    ends: tuple[Sequence[Segment], Sequence[Segment]],
+    answers: Sequence[Sequence[Segment]],
+    context: Callable[[int], Sequence[Segment]],
+    depth: float | None = None,
+) -> Sample:
+    """Return the sample of a context between the two `ends` of its prompt, and the answers.
+
+    `context` gets the number of tokens that are left for it and returns at most as many; noise before the prompt fills
+    what remains.
+    """
+    head, tail = ends
+    inside = context(room(length, [*head, *tail], answers))
+    prompt = [*head, *inside, *tail]
+    return join(length, material.boundary_id, [filler(material, length, prompt, answers), *prompt], answers, depth)
+
+
+def filler(material: Material, length: int, prompt: Sequence[Segment], answers: Sequence[Sequence[Segment]]) -> Segment:
+    """Return noise that fills a row, to stand before its prompt: less than one unit of its context."""
+    return Segment(material.haystack("noise", room(length, prompt, answers), Draws("filler")))
+
+
+def listed(material: Material, texts: Sequence[str], before: str, separator: str = ",") -> list[Segment]:
+    """Return an answer of several references, each after a space, and a separator before all but the first."""
+    following = [f"{separator if index else ''} {text}" for index, text in enumerate(texts)]
+    return references([*material.encode(following[:1], before), *material.encode(following[1:], "a")])
+
+
+def too_short(length: int, what: str) -> TooShortError:
+    """Return the error of a length that leaves no room for `what`."""
+    return TooShortError(f"length = {length}: too short for {what}; raise it")
