@@ -1,6 +1,7 @@
 """The content of manifest.json and inputs.jsonl as it is read: every field has its type and is within bounds."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from .names import MAX_BYTES, is_name, is_sha256
 from .settings import with_defaults
 
 MAX_LENGTH = 1 << 40
+_DIRECTORY = re.compile(r"[^/\0-\x1f]{1,255}")
 MAX_VOCABULARY = 1 << 28
 
 
@@ -39,7 +41,7 @@ def checked_content(content: dict[str, Any]) -> dict[str, Any]:
     if content["format_version"] == 2:
         joined = ", ".join(content["sources"])
         kept = {name: value for name, value in content.items() if name != "ledger"}
-        content = {**kept, "format_version": 3, "ledgers": {joined: content["ledger"]}}
+        content = {**kept, "format_version": 3, "extends": None, "ledgers": {joined: content["ledger"]}}
     for name, is_right in _FIELDS.items():
         if not is_right(content[name]):
             raise ValueError(f"{name} = {content[name]!r:.80}")
@@ -127,6 +129,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "has_boundaries": lambda value: isinstance(value, bool),
     "sources": _are_sources,
     "order": lambda value: value is None or _has("by", "mode", "position_resets")(value),
+    "extends": lambda value: value is None or (isinstance(value, str) and _DIRECTORY.fullmatch(value) is not None),
     "ledgers": lambda value: isinstance(value, dict) and len(value) > 0,
 }
 """Check of each field."""

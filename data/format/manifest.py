@@ -81,6 +81,9 @@ class Manifest:
     """OrderConfig of data made by `longring order`, without the directories; None for data made by `longring prepare`.
     The documents of ordered data are numbered as records of all input shards, in the order of inputs.jsonl."""
 
+    extends: str | None = None
+    """Name of the directory, beside that of this data, with the data of fewer sources that it was extended from."""
+
     ledgers: dict[str, Ledger]
     """Account of every record and token of each source, by name. Data of format version 2 has one account for all its
     sources, under their names joined."""
@@ -159,6 +162,10 @@ class Manifest:
         """The command that made the data, and that repairs it."""
         return _command(self.order)
 
+    def named_sources(self) -> dict[str, Any]:
+        """Return the settings of the sources by name, as `DataConfig.named_sources` has them."""
+        return self.config["sources"] or {"documents": self.config["source"]}
+
     def buckets(self, split: Split) -> tuple[Bucket, ...]:
         """Return the buckets of a split, shortest first, including buckets without sequences."""
         ends = np.cumsum(list(self.sources.values()))
@@ -220,7 +227,7 @@ class Manifest:
             record -= int(first[input_shard])
         shard = inputs[input_shard]
         where = f"record {record} of source {shard['source']!r}, input shard {input_shard}"
-        source = (self.config["sources"] or {"documents": self.config["source"]}).get(shard["source"], {})
+        source = self.named_sources().get(shard["source"], {})
         files = shard["files"]
         if source.get("kind") in ("python_stdlib", "text") and record < len(files):  # one document per file
             return f"{where}: {files[record]}"
@@ -228,14 +235,21 @@ class Manifest:
 
     def check_made_from(self, config: DataConfig, order: OrderConfig | None = None) -> None:
         """Raise ValueError, naming the first setting that differs, unless `config` and `order` describe this data."""
+        if self.extends and (fewer := config.named_sources.keys()) < self.named_sources().keys():
+            added = ", ".join(name for name in self.named_sources() if name not in fewer)
+            beside, slash, _ = self.store.name.rstrip("/").rpartition("/")
+            raise ValueError(
+                f"data.directory = {config.directory}: has been extended by {added}; set it to "
+                f"{beside}{slash}{self.extends}, the data before, or add these sources to the recipe"
+            )
         now, name, directory = {"data": settings_of(config), "order": None}, "data.directory", config.directory
         if order is not None and order.mode != "off":
             now["order"], name, directory = settings_of(order), "order.directory", order.directory
         for table, before in (("data", self.config), ("order", self.order)):
             for key, then, wanted in differences(table, before, now[table]):
                 raise ValueError(
-                    f"{key} = {wanted!r}: {name} = {directory} was made with {then!r:.200}; set it back, name another "
-                    f"{name}, or delete {directory} and run `{_command(now['order'])} RECIPE`"
+                    f"{key} = {wanted!r:.200}: {name} = {directory} was made with {then!r:.200}; set it back, name "
+                    f"another {name}, or delete {directory} and run `{_command(now['order'])} RECIPE`"
                 )
         follow = {"lengths": config.lengths, "has_boundaries": config.has_boundaries}
         if self.order is not None and order is not None:

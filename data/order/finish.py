@@ -197,7 +197,7 @@ def _sum_up(
     # Data of format version 2 has one ledger for all sources.
     ledger_of = [ledgers.get(name, next(iter(ledgers.values()))) for name in documents.manifest.sources]
     parts = parts_of(partial)
-    of_parts, table = merge_parts(partial, sum(parts), documents.manifest.vocab_size)
+    of_parts, table = merge_parts(partial, range(sum(parts)), documents.manifest.vocab_size)
     sources = np.repeat(np.arange(len(parts)), parts).tolist()  # [parts]
     for source, one in zip(sources, of_parts, strict=True):
         ledger_of[source].add(one)

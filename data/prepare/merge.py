@@ -33,6 +33,7 @@ from ..format.settings import settings_of
 from ..format.shards import SHARD_DTYPE, save_shard_table
 from ..format.store import LocalStore
 from ..format.tokenizer import TOKENIZER_FILE, DocumentTokenizer
+from .extend import extended_by, kept_name, link_shards
 
 
 def ledger_file(partial: Path, number: int) -> Path:
@@ -68,12 +69,17 @@ def read_part(partial: Path, number: int) -> tuple[Ledger, NDArray[np.void]]:
     return Ledger.from_json(content["ledger"]), table
 
 
-def merge_parts(partial: Path, num_parts: int, vocab_size: int) -> tuple[list[Ledger], NDArray[np.void]]:
-    """Write unigram.npy and shards.npy of all parts; return the ledger of each part, and the table [shards]."""
-    unigram = np.zeros(vocab_size, dtype=np.int64)
-    ledgers, tables = [], []
+def merge_parts(
+    partial: Path, numbers: Iterable[int], vocab_size: int, base: Manifest | None = None
+) -> tuple[list[Ledger], NDArray[np.void]]:
+    """Write unigram.npy and shards.npy of the parts of `base`, if it is given, and of parts `numbers`, which follow.
+
+    Return the ledger of each of `numbers`, and the table of all shards [shards].
+    """
+    unigram = np.zeros(vocab_size, dtype=np.int64) if base is None else base.unigram()
+    ledgers, tables = [], [] if base is None else [base.shards]
     # One part at a time, in order: the table is sorted by part, and memory holds one part's counts.
-    for number in range(num_parts):
+    for number in numbers:
         ledger, table = read_part(partial, number)
         ledgers.append(ledger)
         tables.append(table)
@@ -116,50 +122,55 @@ def cannot_restore(manifest: Manifest, directory: Path, reason: object) -> Value
 def merge(config: DataConfig, partial: Path) -> Manifest:
     """Write the manifest of a preparation and rename `partial` to its directory; no shard is read or moved.
 
-    The merge may be killed and repeated at any point. Raises ValueError if an input shard is not done, or if there is
-    no training sequence.
+    The shards of the data that is extended, if any, are linked. The merge may be killed and repeated at any point.
+    Raises ValueError if an input shard is not done, or if there is no training sequence.
     """
     directory = Path(config.directory)
     if not (partial / MANIFEST_FILE).exists():
         _write_manifest(config, partial)
-    give_name(partial, directory)
+    give_name(partial, directory, Manifest.load(LocalStore(partial)).extends)
     return open_prepared(directory)
 
 
-def give_name(partial: Path, directory: Path) -> None:
+def give_name(partial: Path, directory: Path, before: str | None = None) -> None:
     """Rename `partial`, which has its manifest, to `directory`, and remove its folder `work`.
 
-    Raises OSError if `directory` exists and is not empty.
+    Data in `directory` that is extended gets the name `before` beside it. Raises OSError if `directory` exists and is
+    not empty.
     """
     sync(partial)
     # The manifest is written, so a merge that is killed here and repeated reads nothing in `work`.
     shutil.rmtree(partial / "work", ignore_errors=True)
-    if directory.exists():
+    if before is not None and (directory / MANIFEST_FILE).exists():
+        directory.rename(directory.with_name(before))
+    elif directory.exists():
         directory.rmdir()
     partial.rename(directory)
     sync(directory.parent)
 
 
 def _write_manifest(config: DataConfig, partial: Path) -> None:
+    base = extended_by(config)
     tokenizer = DocumentTokenizer((partial / TOKENIZER_FILE).read_bytes(), config.tokenizer.boundary)
     with (partial / "work" / INPUTS_FILE).open(encoding="utf-8") as lines:
         inputs = [json.loads(line) for line in lines]
-    missing = [number for number in range(len(inputs)) if not ledger_file(partial, number).exists()]
-    if missing:
+    first = 0 if base is None else sum(base.sources.values())
+    if missing := [number for number in range(first, len(inputs)) if not ledger_file(partial, number).exists()]:
         raise ValueError(
             f"data.directory = {config.directory}: input shards {', '.join(map(str, missing[:5]))}"
             f"{' and others' if missing[5:] else ''} of {len(inputs)} are not prepared; run `longring prepare RECIPE` "
             "to continue"
         )
-    ledgers, table = merge_parts(partial, len(inputs), tokenizer.vocab_size)
-    by_source = {name: Ledger() for name in config.named_sources}
-    with (partial / INPUTS_FILE).open("w", encoding="utf-8") as lines:
-        for shard, one in zip(inputs, ledgers, strict=True):
-            by_source[shard["source"]].add(one)
-            entry = {**shard, "records": one.records, "documents": one.documents, "tokens": one.tokens}
-            lines.write(json.dumps(entry) + "\n")
-    # The input shards of a source are adjacent, so that their number alone gives the source of a shard.
-    counts = Counter(shard["source"] for shard in inputs)
+    ledgers, table = merge_parts(partial, range(first, len(inputs)), tokenizer.vocab_size, base)
+    entries = [] if base is None else base.inputs()
+    by_source = {} if base is None else dict(base.ledgers)
+    for shard, one in zip(inputs[first:], ledgers, strict=True):
+        by_source.setdefault(shard["source"], Ledger()).add(one)
+        entries.append({**shard, "records": one.records, "documents": one.documents, "tokens": one.tokens})
+    (partial / INPUTS_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    _check_trained(config, by_source)
+    if base is not None:
+        link_shards(base, partial)
     manifest = Manifest(
         files=file_hashes(partial),
         vocab_size=tokenizer.vocab_size,
@@ -169,20 +180,28 @@ def _write_manifest(config: DataConfig, partial: Path) -> None:
         config=settings_of(config),
         lengths=config.lengths,
         has_boundaries=config.has_boundaries,
-        sources={name: counts[name] for name in config.named_sources},
+        # The input shards of a source are adjacent, so that their number alone gives the source of a shard. Sources
+        # that are added come last, wherever they stand in the recipe.
+        sources=dict(Counter(entry["source"] for entry in entries)),
+        extends=None if base is None else kept_name(base, Path(config.directory)),
         ledgers=by_source,
         shards=table,
         store=LocalStore(partial),
     )
-    ledger = manifest.ledger
-    ledger.check()
-    if not ledger.splits["train"].sequences:
-        key = "min_bucket_tokens" if config.method == "decompose" else "max_bucket_tokens"
-        raise ValueError(
-            f"data.{key} = {config.lengths[0]}: {ledger.documents} documents with {ledger.tokens} tokens give no "
-            "training sequence of this length; lower it, or add documents"
-        )
     manifest.write(partial)
+
+
+def _check_trained(config: DataConfig, ledgers: dict[str, Ledger]) -> None:
+    """Raise ValueError if the data has no training sequence; `ledgers` are those of its sources, and add up."""
+    for ledger in ledgers.values():
+        ledger.check()
+    if not any(ledger.splits["train"].sequences for ledger in ledgers.values()):
+        key = "min_bucket_tokens" if config.method == "decompose" else "max_bucket_tokens"
+        documents, tokens = (sum(getattr(one, name) for one in ledgers.values()) for name in ("documents", "tokens"))
+        raise ValueError(
+            f"data.{key} = {config.lengths[0]}: {documents} documents with {tokens} tokens give no training sequence "
+            "of this length; lower it, or add documents"
+        )
 
 
 def _counts_file(partial: Path, number: int) -> Path:

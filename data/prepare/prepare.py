@@ -32,6 +32,7 @@ from ..format.tokenizer import TOKENIZER_FILE, DocumentTokenizer
 from ..format.tokenizer_file import STUCK_STATUS
 from ..lock import HeldError, held
 from ..processes import process_pool
+from .extend import extended_by, new_sources
 from .input_shard import prepare_input_shard
 from .merge import cannot_restore, merge, restore_parts
 from .progress import shown
@@ -70,6 +71,7 @@ def prepare(config: DataConfig, console: Console, workers: int = 0, *, verify: b
     """Make `config.directory`, or repair it if it was made from the same settings; return its manifest.
 
     Input shards are prepared in `workers` processes, or one per CPU if 0; the result does not depend on it. Finished
+    data that lacks some of the sources is extended by them (extend.py), and stays beside the result. Other finished
     data is left as it is, but shards that are missing or have another size are made again; with `verify` every shard
     is read, and those with another SHA-256 are made again too.
 
@@ -93,10 +95,13 @@ def prepare(config: DataConfig, console: Console, workers: int = 0, *, verify: b
         if _finished(config) is not None:  # by the process that has just released the lock
             return open_prepared(directory)
         with _progress(console) as progress, full_disk_named(partial):
-            count = begin(config, partial, progress)
-            if count:
-                _run_here(config, partial, workers, range(count), progress)
-            return merge(config, partial)
+            if numbers := begin(config, partial, progress):
+                _run_here(config, partial, workers, numbers, progress)
+            manifest = merge(config, partial)
+    if manifest.extends:
+        before = directory.with_name(manifest.extends)
+        console.print(f"{directory} is extended; the data before is {before}", markup=False, soft_wrap=True)
+    return manifest
 
 
 @contextmanager
@@ -145,9 +150,10 @@ def prepare_part(config: DataConfig, console: Console, part: int, num_parts: int
                 time.sleep(1)
             progress.remove_task(task)
         with full_disk_named(partial):
-            count = begin(config, partial, progress)
+            numbers = begin(config, partial, progress)
+            count = len(numbers)
             # Parts are contiguous ranges that differ by at most one input shard.
-            if mine := range(count * part // num_parts, count * (part + 1) // num_parts):
+            if mine := numbers[count * part // num_parts : count * (part + 1) // num_parts]:
                 _run_here(config, partial, workers, mine, progress)
     console.print(f"part {part} of {num_parts}: {len(mine)} of {count} input shards are done", highlight=False)
 
@@ -164,9 +170,10 @@ def _progress(console: Console) -> Progress:
 
 
 def _finished(config: DataConfig) -> Manifest | None:
-    """Return the manifest of finished data made from `config`, or None if `config.directory` is absent or empty.
+    """Return the manifest of finished data made from `config`.
 
-    Raises ValueError if the directory holds anything else or is remote, or if the manifest is damaged.
+    None if `config.directory` is absent or empty, or if its data is to be extended. Raises ValueError if the directory
+    holds anything else or is remote, or if the manifest is damaged.
     """
     directory = Path(config.directory)
     if "://" in config.directory:
@@ -180,6 +187,8 @@ def _finished(config: DataConfig) -> Manifest | None:
             f"data.directory = {directory}: exists and is not prepared data; name another directory, or delete "
             "this one if nothing in it is needed"
         )
+    if extended_by(config) is not None:
+        return None
     manifest = open_prepared(directory, check_shards=False)
     manifest.check_made_from(config)
     return manifest
@@ -201,24 +210,27 @@ def partial_directory(directory: Path) -> Path:
     return directory.with_name(f"{directory.name}.partial")
 
 
-def begin(config: DataConfig, partial: Path, progress: Progress) -> int:
-    """List the input shards and make the tokenizer, unless an earlier attempt has; return the number of input shards.
+def begin(config: DataConfig, partial: Path, progress: Progress) -> range:
+    """List the input shards and make the tokenizer, unless an earlier attempt has; return the numbers to prepare.
 
-    The number is 0 if only the last rename is missing. Raises ValueError if the earlier attempt had other settings or
-    other files, if a source cannot be read, or if the tokenizer is not usable.
+    These are all input shards but those of the data that is extended, and none if only the last renames are missing.
+    Raises ValueError if the earlier attempt had other settings or other files, if a source cannot be read, or if the
+    tokenizer is not usable.
     """
     if (partial / MANIFEST_FILE).exists():
         Manifest.load(LocalStore(partial)).check_made_from(config)
-        return 0
-    inputs = input_shards(config)
+        return range(0)
+    base = extended_by(config)
+    before = [] if base is None else [InputShard.from_json(entry) for entry in base.inputs()]
+    inputs = [*before, *input_shards(config if base is None else new_sources(config, base))]
     _write_job(config, partial, inputs)
     if not (partial / TOKENIZER_FILE).exists():
-        tokenizer = make_tokenizer(config, inputs, progress)
+        tokenizer = make_tokenizer(config, inputs, progress) if base is None else base.tokenizer_json().encode()
         made = DocumentTokenizer(tokenizer, config.tokenizer.boundary, named(config.tokenizer))  # raises ValueError
         for source in config.named_sources.values():
             made.marks(source.bos, source.eos)  # raises ValueError
         write_whole(partial / TOKENIZER_FILE, lambda path: path.write_bytes(tokenizer))
-    return len(inputs)
+    return range(len(before), len(inputs))
 
 
 def _write_job(config: DataConfig, partial: Path, inputs: list[InputShard]) -> None:

@@ -81,7 +81,7 @@ def executors(
                 "@%+=:,./-_; name another, or prepare without --slurm"
             )
     partial = partial_directory(directory)
-    count = begin(config, partial, progress)
+    numbers = begin(config, partial, progress)
     # Without PYTHONSAFEPATH the folders data/, model/ and so on of a checkout would shadow packages of those names.
     environment = f"export PYTHONSAFEPATH=1 PATH={python}:$PATH"
     common: dict[str, Any] = {
@@ -94,8 +94,8 @@ def executors(
     }
     logs = directory.with_name(f"{directory.name}.slurm")
     tasks = SlurmPipelineExecutor(
-        pipeline=[PrepareStep(config, partial, range(count), threads=1)],
-        tasks=max(count, 1),
+        pipeline=[PrepareStep(config, partial, numbers, threads=1)],
+        tasks=max(len(numbers), 1),
         workers=workers or -1,
         job_name="longring-prepare",
         logging_dir=str(logs / "tasks"),
@@ -108,7 +108,7 @@ def executors(
         job_name="longring-merge",
         logging_dir=str(logs / "merge"),
         skip_completed=False,
-        depends=tasks if count else None,  # without tasks, only the last rename is missing
+        depends=tasks if numbers else None,  # without tasks, only the last renames are missing
         **common,
     )
     return tasks, merging

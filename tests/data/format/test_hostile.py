@@ -225,6 +225,7 @@ def test_every_field_of_a_manifest_has_its_type_and_bounds(whole: Path, tmp_path
         "has_boundaries": {"True"},
         "boundary": {"'x'", "'|O'", repr("9" * 10**6)},
         "order": {"None"},
+        "extends": {"None", "'x'", "'|O'"},
     }
     folder = write(data, tmp_path / "data")
     for name in json.loads(data["manifest.json"]):
