@@ -23,6 +23,22 @@ class HeldError(Exception):
     """Another process holds the lock; the text says which one and since when."""
 
 
+def holder(file: Path) -> str | None:
+    """Return the process that holds the lock of `file`, in words, or None if nobody does.
+
+    Raises OSError on a file system without locks.
+    """
+    try:
+        with file.open() as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return stream.read().strip() or "another process"
+    except FileNotFoundError:
+        pass
+    return None
+
+
 @contextmanager
 def held(file: Path, *, wait_s: int = 0) -> Iterator[None]:
     """Hold the lock of `file`, which is made if absent. A file system without locks refuses nobody.

@@ -108,6 +108,29 @@ def submit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--print", action="store_true", help="print the job script and do not submit it")
 
 
+def watch(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `longring watch`."""
+    parser.add_argument(
+        "--every", type=_positive, default=2, metavar="SECONDS", help="time between two looks (default: 2)"
+    )
+    parser.add_argument("--once", action="store_true", help="show the state now, and end")
+    parser.add_argument("--json", action="store_true", help="print the state now as JSON, and end")
+
+
+def report(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `longring report`."""
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: report.html in the run)")
+    parser.add_argument(
+        "--follow",
+        type=_positive,
+        nargs="?",
+        const=30,
+        default=0,
+        metavar="SECONDS",
+        help="write it again every SECONDS (default: 30) until the run ends; the browser reads it again",
+    )
+
+
 def checkpoints(parser: argparse.ArgumentParser) -> None:
     """Add the options of `longring checkpoints`."""
     parser.add_argument("--verify", action="store_true", help="read every file and compare its SHA-256")

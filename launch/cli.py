@@ -164,6 +164,20 @@ def _checkpoints(options: argparse.Namespace) -> int:
     )
 
 
+def _report(options: argparse.Namespace) -> int:
+    run, _ = find_run(options.target, options.overrides)
+    from .commands.report import report
+
+    return report(run, options.out, Console(), follow_s=options.follow)
+
+
+def _watch(options: argparse.Namespace) -> int:
+    run, _ = find_run(options.target, options.overrides)
+    from .commands.watch import watch
+
+    return watch(run, Console(), every_s=options.every, once=options.once, as_json=options.json)
+
+
 def _inspect(options: argparse.Namespace) -> int:
     from .commands.inspect import inspect_target
 
@@ -289,6 +303,24 @@ COMMANDS = (
         "It is given by bucket and by position in the context.",
         "models/Llama-3.1-8B --data runs/demo-data \\\n      --ranks 8 --json losses.json",
         add_options.evaluate,
+    ),
+    Command(
+        "watch",
+        _watch,
+        "RUN|RECIPE",
+        "Show the state of a run until it ends.",
+        "It shows the last steps, time left, events, checkpoint and whether ranks go on; in a pipe, a line a change.",
+        "runs/demo",
+        add_options.watch,
+    ),
+    Command(
+        "report",
+        _report,
+        "RUN|RECIPE",
+        "Write the page of a run: one HTML file that opens without a server.",
+        "It has losses, rates, throughput, the plan beside what was measured, evaluations, ledger, starts and events.",
+        "runs/demo --follow",
+        add_options.report,
     ),
     Command(
         "checkpoints",

@@ -14,7 +14,7 @@ from rich.table import Table
 from . import cli
 from .config import Recipe, load_recipe
 from .records import read_records
-from .report import draw_run
+from .report.picture import draw_run
 from .run_directory import RunDirectory
 from .tables import plain_table
 

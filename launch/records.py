@@ -69,10 +69,11 @@ def put_bad_lines_aside(file: Path) -> str | None:
 def _parsed(file: Path) -> list[tuple[bytes, Record | None]]:
     """Return every line of `file` with its record, or with None if it holds none."""
     content = read_patiently(file, lambda: file.read_bytes() if file.exists() else b"")
-    return [(line, _record(line)) for line in content.splitlines(keepends=True)]
+    return [(line, parse_record(line)) for line in content.splitlines(keepends=True)]
 
 
-def _record(line: bytes) -> Record | None:
+def parse_record(line: bytes) -> Record | None:
+    """Return the record of a line, or None if it holds none."""
     try:
         record = json.loads(line.decode())
     except (ValueError, RecursionError):

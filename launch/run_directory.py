@@ -47,6 +47,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.evaluation_file = self.path / "evaluation.json"
         self.picture_file = self.path / "loss.png"
+        self.report_file = self.path / "report.html"
 
     def log_file(self, rank: int) -> Path:
         """Return the log file of a rank."""

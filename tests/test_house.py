@@ -173,7 +173,7 @@ def test_wheel_holds_every_module_and_recipe(tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     expected = (
         {str(module) for module in MODULES}
-        | {"kernels/tuned.json", "slurm/train.sbatch", "slurm/prepare.sbatch"}
+        | {"kernels/tuned.json", "launch/report/page.html", "slurm/train.sbatch", "slurm/prepare.sbatch"}
         | {str(path.relative_to(ROOT)) for path in (ROOT / "launch" / "recipes").glob("*.toml")}
     )
     site = tmp_path / "site" / "longring"

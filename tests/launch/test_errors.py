@@ -27,7 +27,7 @@ from longring.launch.settings import to_tree
 
 COMMANDS = (
     *("prepare", "plan", "order", "train", "submit", "requeue"),
-    *("evaluate", "checkpoints", "inspect", "topology", "import", "export"),
+    *("evaluate", "watch", "report", "checkpoints", "inspect", "topology", "import", "export"),
 )
 
 

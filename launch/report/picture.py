@@ -10,8 +10,8 @@ matplotlib.use("Agg")  # pictures go to files, no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .records import read_records
-from .run_directory import RunDirectory
+from ..records import read_records
+from ..run_directory import RunDirectory
 
 
 def resume_steps(run: RunDirectory) -> list[int]:

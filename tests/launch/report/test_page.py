@@ -1,0 +1,120 @@
+"""The page of a run: one file with everything in it, whatever the files of the run hold."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+
+import pytest
+from helpers.small_run import append, evaluation, make_run, step_record
+from longring.data.lock import held
+from longring.launch import cli
+from longring.launch.commands import report as report_module
+from longring.launch.report import history
+
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+LOADING = {"src", "href", "xlink:href", "data", "srcset", "action", "poster"}
+
+
+class Page(HTMLParser):
+    """The text of a page, after a check of its tags, ids and links."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.open, self.ids, self.used, self.words, self.tags = [], [], [], [], []
+        self.feed(source)
+        assert not self.open, f"not closed: {self.open}"
+        assert len(set(self.ids)) == len(self.ids), "an id names one element"
+        assert {name.removeprefix("#") for name in self.used} <= set(self.ids), "all links stay within the page"
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        self.ids += [value for name, value in attrs if name == "id"]
+        self.used += [value for name, value in attrs if name in LOADING]
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+
+def page_of(run, *options: str) -> Page:
+    assert cli.main(["report", str(run.path), *options]) == 0
+    source = run.report_file.read_text()
+    assert "@import" not in source
+    assert "<script" not in source
+    return Page(source)
+
+
+@pytest.fixture(scope="module")
+def run(recipe_file, tmp_path_factory):
+    return make_run(recipe_file, tmp_path_factory.mktemp("page") / "run", 12)
+
+
+def test_a_page_holds_the_run(run):
+    page = page_of(run)
+    for words in ("of 20, 60.0%", "stopped", "Loss by bucket", "Held-out loss by position", "Gradient norm", "Ledger"):
+        assert words in page.text
+    assert "train.steps: 10 to 20" in page.text
+    assert "gradients are <b>not</b> finite [red]here[/]" in page.text, "shown as it is, not as markup"
+    assert "b" not in page.tags[page.tags.index("section") :]
+    assert "0.001" in page.text, "the recipe"
+
+
+def test_a_page_of_files_that_are_damaged_or_absent(recipe_file, tmp_path):
+    run = make_run(recipe_file, tmp_path / "run", 0, "data.directory=/nowhere")
+    page = page_of(run)
+    assert "cannot be read from here: /nowhere/manifest.json" in page.text
+    for file in (run.starts_file, run.saves_file, run.events_file, run.evaluation_file):
+        file.unlink()
+    nan = step_record(1, loss=None, grad_norm=None, outcome="non-finite")
+    append(run.metrics_file, nan, {"step": "x"}, {"step": 2}, {"step": 3, "bucket": 64, "tokens": 9, "buckets": [1]})
+    run.grids_file.write_text("{")
+    page = page_of(run)
+    assert "1 non-finite" in page.text
+    assert "Loss by bucket" in page.text
+
+
+@pytest.mark.full
+def test_a_long_run_has_a_small_page(recipe_file, tmp_path):
+    """As many points are drawn for 2,000 steps as for 2,000,000."""
+    run = make_run(recipe_file, tmp_path / "run", 2000, "train.steps=2000")
+    assert "finished" in page_of(run).text
+    assert run.report_file.stat().st_size < 600_000
+
+
+@pytest.mark.full
+def test_a_page_is_written_again_until_the_run_ends(recipe_file, tmp_path, monkeypatch, capsys):
+    run = make_run(recipe_file, tmp_path / "run", 4)
+    pages, running = [], held(run.lock_file)
+
+    def sleep(seconds: int) -> None:
+        pages.append(run.report_file.read_text())
+        append(run.metrics_file, step_record(4 + len(pages)))
+        if len(pages) == 2:
+            running.__exit__(None, None, None)
+
+    monkeypatch.setattr(report_module.time, "sleep", sleep)
+    running.__enter__()
+    page_of(run, "--follow", "7")
+    pages.append(run.report_file.read_text())
+    assert ['http-equiv="refresh" content="7"' in page for page in pages] == [True, True, False]
+    assert [f"<b>{step}</b>" in page for page, step in zip(pages, (4, 5, 6), strict=True)] == [True] * 3
+    assert capsys.readouterr().out.count("saved ") == 3
+
+
+@pytest.mark.full
+def test_several_evaluations_are_drawn_over_time(run, monkeypatch):
+    monkeypatch.setattr(history, "evaluations", lambda _: [evaluation(4), evaluation(8)])
+    text = page_of(run).text
+    assert "Held-out loss by bucket" in text
+    assert "Held-out loss by position over time" in text
