@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -20,17 +21,20 @@ from ..model.fused import fused_ops
 from ..model.transformer import Transformer
 from ..model.weights import fill_weights
 from ..parallel.cp.attention import context_attention
+from ..parallel.cp.choose_layout import LayersOf, LayoutPricer
+from ..parallel.cp.cost import Speed
 from ..parallel.cp.execute import AttentionSpec
 from ..parallel.cp.grid import CpGrid
 from ..parallel.cp.group import CpGroup, open_rings
 from ..parallel.cp.packed import Runs, divided
+from ..parallel.cp.topology import Topology
 from ..parallel.cp.visible import Visibility
 from ..parallel.mesh import Mesh, megatron_config
 from ..parallel.world import World
 from ..parallel.zero import DeepSpeedEngine, partition_new, zero_engine
 from .config import Recipe
-from .grids.choice import LayerKind
-from .grids.decide import decide_grids
+from .grids.choice import LayerKind, attention_shape
+from .grids.decide import decide_grids, decide_links
 from .guards import check_attention
 from .together import on_all_ranks
 
@@ -147,15 +151,19 @@ def bucket_layouts(
     groups = on_all_ranks(mesh, opened) if grids else {}
     all_windows = {recipe.model.attention_window(layer) for layer in range(recipe.model.num_layers)}
     whole = attention_on_one_rank(recipe.train.attention_backend, mesh.device, all_windows)
+    # Layouts are priced in the loader's threads, without a word between ranks: all price on the same links.
+    links = decide_links(recipe, mesh) if recipe.parallel.cp.layout == "auto" and grids else None
     layouts = {}
     for length in lengths:
         degree = recipe.parallel.context_parallel(length)
         if degree == 1:
             index, attention = 0, lambda layouts: whole(*layouts)
+            divide: Callable[[tuple[int, ...]], Sequence[Runs]] = partial(divided, "zigzag", length, size=1)
         else:
             group = groups[degree]
             windows = {kind.window: grid for kind, grid in grids.items() if kind.sequence_tokens == length}
             index, attention = group.rank, attention_over_ranks(recipe, mesh.device, group, windows)
+            divide = _division(recipe, length, windows, links)
             if recipe.parallel.cp.guards:
                 check_attention(recipe, mesh, group, attention, whole)
         layouts[length] = BucketLayout(
@@ -165,12 +173,25 @@ def bucket_layouts(
             sequences_per_replica=recipe.parallel.sequences_per_replica(length),
             length=length,
             index=index,
-            divide=partial(divided, recipe.parallel.cp.layout, length, size=degree),
+            divide=divide,
             document_masks=recipe.order.mode == "off" or recipe.order.document_masks,
             position_resets=recipe.order.position_resets,
             attention=attention,
         )
     return layouts
+
+
+def _division(
+    recipe: Recipe, length: int, windows: Mapping[int | None, CpGrid], links: tuple[Topology, Speed] | None
+) -> Callable[[tuple[int, ...]], Sequence[Runs]]:
+    """Return the function that divides sequences by their documents; `links` has links and speed to price layouts."""
+    layout, size = recipe.parallel.cp.layout, recipe.parallel.context_parallel(length)
+    if layout != "auto":
+        return partial(divided, layout, length, size=size)
+    assert links is not None, "auto prices layouts on links"
+    of_layers = Counter(recipe.model.attention_window(layer) for layer in range(recipe.model.num_layers))
+    layers = tuple(LayersOf(windows[window], window, number) for window, number in of_layers.items())
+    return LayoutPricer(length, layers, attention_shape(recipe), *links).choose
 
 
 def compile_kernels(recipe: Recipe, mesh: Mesh, lengths: Sequence[int]) -> None:

@@ -110,7 +110,7 @@ def _make_sample(recipe: Recipe, mesh: Mesh, group: CpGroup) -> _Sample:
     divisor = recipe.parallel.tensor if recipe.parallel.sequence_parallel else 1
     num_tokens = group.size * math.ceil(TOKENS_PER_RANK / divisor) * divisor
     documents = (0, num_tokens // 3)
-    runs = divided(recipe.parallel.cp.layout, num_tokens, documents, group.size)
+    runs = divided(recipe.parallel.cp.checked_layout, num_tokens, documents, group.size)
     # The weights are so large that attention is far from uniform at any width; else it would hardly affect the loss.
     pattern = tuple(dict.fromkeys(recipe.model.kind_of(layer) for layer in range(recipe.model.num_layers)))
     config = replace(

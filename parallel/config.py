@@ -30,10 +30,10 @@ class CpConfig:
     schedule_of: dict[str, str] = field(default_factory=dict)
     """Exceptions to `schedule` by context-parallel degree, with the same values: {"8" = "ulysses"} is used by the
     buckets that 8 ranks share."""
-    layout: Layout = "zigzag"
+    layout: Literal["auto", "zigzag", "balanced", "documents"] = "zigzag"
     """Division of a sequence of several documents that attention keeps apart: zigzag cuts it as if it were one
-    document; balanced gives every rank equal work; documents keeps a document on one rank where it fits. A sequence of
-    one document is always cut in zigzag."""
+    document; balanced gives every rank equal work; documents keeps a document on one rank where it fits; auto takes
+    the cheapest for each sequence, priced on the topology. A sequence of one document is always cut in zigzag."""
     topology: str = "probe"
     """Links between the ranks, for pricing grids. probe measures links and attention speed when a run starts; the
     presets nvswitch, full_mesh, pcie_pairs, infiniband and ethernet assume the links and the speed of H100 GPUs."""
@@ -72,6 +72,11 @@ class CpConfig:
                 )
         if self.topology != "probe" and self.topology not in PRESETS:
             raise ValueError(f"parallel.cp.topology = {self.topology!r}: must be one of probe, {', '.join(PRESETS)}")
+
+    @property
+    def checked_layout(self) -> Layout:
+        """The layout of a small sequence that shows whether attention is right; balanced has most runs."""
+        return "balanced" if self.layout == "auto" else self.layout
 
     def named_grid(self, size: int) -> CpGrid | None:
         """Return the configured grid for `size` ranks, or None for auto.

@@ -11,15 +11,17 @@ from itertools import zip_longest
 import torch.distributed as dist
 from rich.console import Console
 
+from ...parallel.cp.cost import Speed
 from ...parallel.cp.grid import CpGrid
 from ...parallel.cp.packed import divided
+from ...parallel.cp.topology import Topology
 from ...parallel.mesh import Mesh
 from ..config import Recipe
 from ..run_directory import RunDirectory
 from ..together import on_all_ranks
 from .choice import LayerKind, choose_grids, named_grids
 from .measure import measured_topology, named_topology, topology_name
-from .remembered import division, recall_grids, remember_grids
+from .remembered import division, recall_grids, recall_links, remember_grids, remember_links
 from .table import grids_table
 
 log = logging.getLogger(__name__)
@@ -46,10 +48,7 @@ def decide_grids(
     dist.broadcast_object_list(shared)
     taken, priced_on = shared[0]
     if priced_on is not None:  # the same on every rank
-        if priced_on == "probe":
-            topology, speed = on_all_ranks(mesh, partial(measured_topology, recipe, mesh))
-        else:
-            topology, speed = named_topology(priced_on, recipe, mesh.world_size)
+        topology, speed = decide_links(recipe, mesh)
         if mesh.rank == 0:
             choices = choose_grids(recipe, lengths, topology, speed)
             # Grids of an earlier start stay: only new layer kinds get a grid now.
@@ -72,6 +71,24 @@ def decide_grids(
     return {kind: grid for kind, grid in grids.items() if grid is not None}
 
 
+def decide_links(recipe: Recipe, mesh: Mesh) -> tuple[Topology, Speed]:
+    """Return the links and the speed on which grids and layouts are priced: equal on all ranks, in all starts of a run.
+
+    Collective. What a probe measures is kept in the run's directory: another probe would differ, and so would layouts.
+    """
+    if (name := topology_name(recipe)) != "probe":
+        return named_topology(name, recipe, mesh.world_size)
+    file, key = RunDirectory(recipe.run_directory).grids_file, division(recipe, mesh)
+    known = [recall_links(file, key) if mesh.rank == 0 else None]
+    dist.broadcast_object_list(known)
+    if known[0] is not None:
+        return known[0]
+    measured = on_all_ranks(mesh, partial(measured_topology, recipe, mesh))
+    if mesh.rank == 0:
+        remember_links(file, key, *measured)
+    return measured
+
+
 def check_agreement(recipe: Recipe, lengths: Sequence[int], grids: Mapping[LayerKind, CpGrid | None]) -> None:
     """Raise ValueError, on every rank of the world, unless all ranks divide sequences alike. Collective.
 
@@ -84,10 +101,11 @@ def check_agreement(recipe: Recipe, lengths: Sequence[int], grids: Mapping[Layer
             mine.append(f"{length} tokens on one rank")
             continue
         # The layouts are hashed: as text they would be long, and equal hashes mean equal layouts.
-        layouts = repr(divided(recipe.parallel.cp.layout, length, (0, length // 3), degree)).encode()
+        cut = repr(divided(recipe.parallel.cp.checked_layout, length, (0, length // 3), degree)).encode()
+        layouts = f"{recipe.parallel.cp.layout} {hashlib.sha256(cut).hexdigest()[:16]}"
         taken = {kind.window: str(grid or "auto") for kind, grid in grids.items() if kind.sequence_tokens == length}
         mine.append(
-            f"{length} tokens over {degree} ranks, layouts {hashlib.sha256(layouts).hexdigest()[:16]}, grids by window "
+            f"{length} tokens over {degree} ranks, layouts {layouts}, grids by window "
             f"{taken}, {recipe.train.dtype}, narrow_results = {recipe.parallel.cp.narrow_results}"
         )
     gathered: list[list[str]] = [[]] * dist.get_world_size()

@@ -1,18 +1,24 @@
-"""The grids of a run, kept in its directory: a start divided like an earlier one takes the same grids."""
+"""Grids and measured links of a run, kept in its directory: a start divided like an earlier one takes the same."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ...data.files import write_text
+from ...parallel.cp.cost import Speed
 from ...parallel.cp.grid import CpGrid
+from ...parallel.cp.topology import Fabric, Topology
 from ...parallel.mesh import Mesh
 from ..config import Recipe
 from .choice import LayerKind
 from .measure import topology_name
+
+SIDES = ("inside", "across", "copies")
+"""The fabrics of a topology."""
 
 
 def division(recipe: Recipe, mesh: Mesh) -> str:
@@ -41,7 +47,26 @@ def remember_grids(file: Path, division: str, grids: Mapping[LayerKind, CpGrid])
     write_text(file, json.dumps(kept, indent=2) + "\n")
 
 
-def _all_divisions(file: Path) -> dict[str, list[dict[str, Any]]]:
+def recall_links(file: Path, division: str) -> tuple[Topology, Speed] | None:
+    """Return what a probe measured in an earlier start with the same division; None: there was none.
+
+    Raises ValueError if the file is damaged.
+    """
+    found = _all_divisions(file).get(f"links, {division}")
+    if found is None:
+        return None
+    fabrics = {side: Fabric(**found["topology"][side]) for side in SIDES if found["topology"][side]}
+    return Topology(**{**found["topology"], **fabrics}), Speed(**found["speed"])
+
+
+def remember_links(file: Path, division: str, topology: Topology, speed: Speed) -> None:
+    """Record what a probe measured for one division."""
+    kept = _all_divisions(file)
+    kept[f"links, {division}"] = {"topology": asdict(topology), "speed": asdict(speed)}
+    write_text(file, json.dumps(kept, indent=2) + "\n")
+
+
+def _all_divisions(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text()) if file.exists() else {}
     except ValueError as error:

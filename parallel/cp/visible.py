@@ -79,7 +79,7 @@ class Pieces:
         starts = np.array(layouts[0].document_starts)
         first_document = np.searchsorted(starts, runs[:, 0], side="right") - 1
         count = np.searchsorted(starts, runs[:, 1], side="left") - first_document  # documents that a run meets
-        run, document = np.repeat(np.arange(len(runs)), count), _ranges(first_document, count)
+        run, document = np.repeat(np.arange(len(runs)), count), count_up(first_document, count)
         first, last = starts[document], np.append(starts[1:], _FAR - 1)[document]
         start, stop = np.maximum(runs[run, 0], first), np.minimum(runs[run, 1], last)
         return cls(owner[run], start, stop, row[run] + start - runs[run, 0], document, first, last)
@@ -99,7 +99,7 @@ class Pieces:
         """Return the pieces of some owners, who are numbered anew from 0 in this order."""
         first = np.searchsorted(self.owner, owners)
         count = np.searchsorted(self.owner, owners, side="right") - first
-        return replace(self.select(_ranges(first, count)), owner=np.repeat(np.arange(len(owners)), count))
+        return replace(self.select(count_up(first, count)), owner=np.repeat(np.arange(len(owners)), count))
 
 
 class Tokens:
@@ -217,7 +217,7 @@ def pairs_between(pieces: Pieces, num_owners: int, visibility: Visibility) -> In
     for at in range(0, int(ends[-1]), PAIRS_AT_ONCE):
         # Pieces of queries whose pairs begin in this part.
         q = index[(ends - count >= at) & (ends - count < at + PAIRS_AT_ONCE)]
-        k, q = _ranges(first[q], count[q]), np.repeat(q, count[q])
+        k, q = count_up(first[q], count[q]), np.repeat(q, count[q])
         i0, i1, j0, j1 = of.start[q], of.stop[q], of.start[k], of.stop[k]
         if visibility.causal:
             found = _pairs_not_after(i0, i1, j0, j1)
@@ -229,7 +229,7 @@ def pairs_between(pieces: Pieces, num_owners: int, visibility: Visibility) -> In
     return pairs.reshape(num_owners, num_owners)
 
 
-def _ranges(first: Ints, count: Ints) -> Ints:
+def count_up(first: Ints, count: Ints) -> Ints:
     """Return first, first + 1, ..., `count` numbers, for each element, end to end."""
     ends = np.cumsum(count)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - count), count)

@@ -197,7 +197,7 @@ def windowed_oracle(packed_recipe_file, on_ranks) -> dict[str, Any]:
             ("ring", "balanced", 1),
             ("ulysses", "documents", 1),
             ("grid", "zigzag", 2),
-            ("auto", "documents", 0),
+            ("auto", "auto", 0),
         ],
         quick=[],
         slow=SCHEDULES[1:],
