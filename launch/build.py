@@ -295,6 +295,8 @@ def build_engine(recipe: Recipe, vocab_size: int, mesh: Mesh) -> DeepSpeedEngine
         lr=train.learning_rate,
         betas=(train.beta1, train.beta2),
         weight_decay=train.weight_decay,
+        # On the host the default, a loop over parameters, would pass over each of them many times.
+        fused=recipe.parallel.zero.offload_optimizer == "cpu" or None,
     )
     return zero_engine(
         model,

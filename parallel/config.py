@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
 from annotated_types import Interval
@@ -97,6 +97,62 @@ class CpConfig:
         return grid
 
 
+Elements = Annotated[int, Interval(ge=1, le=2**40)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroConfig:
+    """Settings of DeepSpeed's ZeRO, under DeepSpeed's own names; its documentation describes them at length."""
+
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """cpu keeps AdamW's moments and the fp32 weights in the memory of the host, where AdamW then runs; ZeRO 1 to 3."""
+    offload_param: Literal["none", "cpu"] = "none"
+    """cpu keeps this rank's part of the weights in the memory of the host; ZeRO 3."""
+    overlap_comm: bool = True
+    """Sum gradients over ranks while the backward computes others; ZeRO 1 to 3."""
+    reduce_bucket_size: Elements = 2**25
+    """Number of gradient elements that are summed over ranks at once, 128 MiB in fp32; ZeRO 1 to 3."""
+    allgather_bucket_size: Elements = 500_000_000
+    """Number of elements of updated weights that ranks send each other at once; ZeRO 1 and 2."""
+    round_robin_gradients: bool = False
+    """Divide gradients among the copies to the host of several ranks; ZeRO 1 and 2 with offload_optimizer."""
+    stage3_prefetch_bucket_size: Elements = 50_000_000
+    """Number of elements of weights that are gathered before they are needed; ZeRO 3."""
+    stage3_param_persistence_threshold: Elements = 100_000
+    """Parameters with fewer elements are not divided among ranks; ZeRO 3."""
+    stage3_max_live_parameters: Elements = 1_000_000_000
+    """Maximum number of elements of gathered weights at a time; ZeRO 3."""
+    stage3_max_reuse_distance: Elements = 1_000_000_000
+    """Weights that are needed again within this number of elements stay gathered; ZeRO 3."""
+    sub_group_size: Elements = 1_000_000_000
+    """Number of elements that the optimizer steps at a time; ZeRO 3."""
+    zero_hpz_partition_size: Annotated[int, Interval(ge=1, le=2**16)] = 1
+    """Number of ranks, those of a node, among which a second copy of the weights is divided, so that the backward
+    gathers within them (ZeRO++, arXiv 2306.10209); ZeRO 3."""
+    zero_quantized_weights: bool = False
+    """Gather weights in 8 bits (ZeRO++); ZeRO 3, on GPUs."""
+    zero_quantized_gradients: bool = False
+    """Sum gradients over ranks in 4 bits (ZeRO++); ZeRO 3, on GPUs."""
+
+    def check(self, stage: int) -> None:
+        """Raise ValueError for a setting that has no effect in a ZeRO stage."""
+        for setting in fields(self):
+            stages = _STAGES.get(setting.name, (3,))
+            value = getattr(self, setting.name)
+            if value != setting.default and stage not in stages:
+                raise ValueError(
+                    f"parallel.zero.{setting.name} = {value!r}: has no effect with parallel.zero_stage = {stage}; "
+                    f"remove it, or set parallel.zero_stage to {' or '.join(map(str, stages))}"
+                )
+
+
+_STAGES = {
+    **dict.fromkeys(("offload_optimizer", "overlap_comm", "reduce_bucket_size"), (1, 2, 3)),
+    **dict.fromkeys(("allgather_bucket_size", "round_robin_gradients"), (1, 2)),
+}
+"""Stages in which a setting of ZeRO has an effect; those that are not here: 3 alone."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """Degrees of parallelism. The context-parallel degree is not set: it is the sequence length / tokens_per_rank.
@@ -115,9 +171,11 @@ class ParallelConfig:
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed's ZeRO stage: 0 partitions nothing over the data-parallel ranks, 1 the optimizer state, 2 also the
     gradients, 3 also the weights."""
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
     cp: CpConfig = field(default_factory=CpConfig)
 
     def __post_init__(self) -> None:
+        self.zero.check(self.zero_stage)
         # A power of two has one bit set. Bucket lengths are powers of two as well, so every ratio of the two is whole.
         if self.tokens_per_rank & (self.tokens_per_rank - 1):
             raise ValueError(f"parallel.tokens_per_rank = {self.tokens_per_rank}: must be a power of two")

@@ -17,9 +17,16 @@ from .world import World
 def this_device(parallel: ParallelConfig, world: World, timeout_minutes: float) -> torch.device:
     """Return GPU LOCAL_RANK with its environment set, or the CPU on a machine without GPUs.
 
-    `timeout_minutes` is the time limit of collectives. Raises ValueError if Triton's default cache is another user's.
+    `timeout_minutes` is the time limit of collectives. Raises ValueError if Triton's default cache is another user's,
+    and on a CPU for quantized collectives.
     """
     if not torch.cuda.is_available():
+        for name in ("zero_quantized_weights", "zero_quantized_gradients"):
+            if getattr(parallel.zero, name):
+                raise ValueError(
+                    f"parallel.zero.{name} = True: DeepSpeed's quantized collectives need GPUs; set it to false on a "
+                    "machine without them"
+                )
         return torch.device("cpu")
     device = torch.device("cuda", world.local_rank)
     # For ranks that nobody gave it: CUDA reads it when it starts, which an import may have done before.

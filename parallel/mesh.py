@@ -59,7 +59,7 @@ def join(
     The ranks find each other through `store`, the one of `meet` by default.
     CUDA processes use GPU LOCAL_RANK and NCCL, others the CPU and gloo. The caller has checked, before any rank waits
     for another, that the world divides by tensor x `max_context_degree` (`Recipe.accumulation_steps`). Raises
-    ValueError if parallel.tensor does not divide the world or Triton's default cache is another user's, and
+    ValueError if parallel.tensor does not divide the world, and as `this_device` does, and
     ConnectionError as `meet` does.
     """
     world = World.from_environment()

@@ -14,9 +14,6 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
-BUCKET_ELEMENTS = 2**25
-"""Smallest number of elements that are summed at once, 128 MiB, but for the rest of a buffer."""
-
 
 class Bucket(NamedTuple):
     """Range of a flat fp32 buffer, and the parameters whose gradients it holds."""
@@ -31,10 +28,12 @@ class OverlappedSums:
     All ranks begin the buckets in one order, from the last parameters of the model to the first, as a backward goes.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, group: dist.ProcessGroup) -> None:
+    def __init__(self, engine: DeepSpeedEngine, group: dist.ProcessGroup, bucket_elements: int) -> None:
+        """Sum at least `bucket_elements` elements at once, but for the rest of a buffer."""
         assert isinstance(engine.optimizer, BF16_Optimizer)
         self._engine, self._group = engine, group
-        self._buckets = _buckets(engine.optimizer, {param: at for at, param in enumerate(engine.param_names)})
+        order = {param: at for at, param in enumerate(engine.param_names)}
+        self._buckets = _buckets(engine.optimizer, order, bucket_elements)
         self._bucket_of = {param: number for number, (_, held) in enumerate(self._buckets) for param in held}
         self._works: list[dist.Work] = []
         self._reset()
@@ -71,7 +70,7 @@ class OverlappedSums:
         self._reset()
 
 
-def _buckets(optimizer: BF16_Optimizer, order: dict[nn.Parameter, int]) -> list[Bucket]:
+def _buckets(optimizer: BF16_Optimizer, order: dict[nn.Parameter, int], bucket_elements: int) -> list[Bucket]:
     """Cut the flat buffers into buckets, given the position of each parameter in the model; the last come first."""
     found = []
     for parameters, flat in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients_flat, strict=True):
@@ -80,7 +79,7 @@ def _buckets(optimizer: BF16_Optimizer, order: dict[nn.Parameter, int]) -> list[
         for param in reversed(parameters):
             held.append(param)
             start -= param.numel()
-            if stop - start >= BUCKET_ELEMENTS or start == 0:
+            if stop - start >= bucket_elements or start == 0:
                 found.append(Bucket(flat[start:stop], held))
                 held, stop = [], start
     # A bucket is complete with the gradient of the earliest of its parameters.

@@ -6,6 +6,7 @@ import io
 import math
 import os
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.utils import set_z3_leaf_module
 
-from .config import ParallelConfig
+from .config import ParallelConfig, ZeroConfig
 from .mesh import Mesh
 from .overlap import OverlappedSums
 
@@ -92,8 +93,8 @@ def zero_engine(
             set_z3_leaf_module(module, True)  # ZeRO 3 gathers them around this module, not around its children
     with redirect_stdout(io.StringIO()):  # BF16_Optimizer prints the memory in use, five times over
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)
-    if isinstance(engine.optimizer, BF16_Optimizer):
-        OverlappedSums(engine, mesh.data_group)
+    if isinstance(engine.optimizer, BF16_Optimizer) and parallel.zero.overlap_comm:
+        OverlappedSums(engine, mesh.data_group, parallel.zero.reduce_bucket_size)
     return engine
 
 
@@ -105,8 +106,9 @@ def deepspeed_config(parallel: ParallelConfig, dtype: Dtype, gradient_dtype: Dty
         "steps_per_print": 2**62,
         # Buckets are reduced while the backward computes the next; by default only ZeRO 3 does. There are two, and
         # DeepSpeed's 5e8 elements would take 2 GB and seldom fill before the end. (ZeRO 1 with fp32 sums of bf16
-        # gradients does not read this; see `overlap.py`.)
-        "zero_optimization": {"stage": parallel.zero_stage, "overlap_comm": True, "reduce_bucket_size": 2**27},
+        # gradients reads neither; see `overlap.py`.)
+        "zero_optimization": {"stage": parallel.zero_stage, **_zero_settings(parallel.zero)},
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW runs on the host as well, and needs no compiler
         # By default gradients travel in the model's dtype, whatever the dtype of their sum.
         "communication_data_type": sums,
     }
@@ -115,6 +117,14 @@ def deepspeed_config(parallel: ParallelConfig, dtype: Dtype, gradient_dtype: Dty
         # has it (immediate_grad_update), so that a bf16 copy of all gradients never exists.
         config |= {"bf16": {"enabled": True, "immediate_grad_update": True}, "data_types": {"grad_accum_dtype": sums}}
     return config
+
+
+def _zero_settings(zero: ZeroConfig) -> dict[str, Any]:
+    """Return DeepSpeed's settings of ZeRO, in which an offload is a table."""
+    found = asdict(zero)
+    for name in ("offload_optimizer", "offload_param"):
+        found[name] = {"device": found[name]}
+    return found
 
 
 def partition_new(module: nn.Module, parallel: ParallelConfig, mesh: Mesh, dtype: Dtype) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from longring.launch import cli
 from longring.launch.config import Recipe, load_recipe
+from longring.launch.errors import NODE_USER_ERROR, USER_ERROR
 from longring.launch.run_directory import RunDirectory
 
 
@@ -46,9 +47,9 @@ class Sandbox:
         self.capsys.readouterr()
         status = cli.main(list(arguments))
         output = self.capsys.readouterr()
-        assert status in (1, 2), output
+        assert status in (1, NODE_USER_ERROR if "--job" in arguments else USER_ERROR), output
         assert "Traceback" not in output.err
-        text = output.err if status == 2 else re.split(r"(?=damaged: |unreadable: )", output.out, maxsplit=1)[1]
+        text = output.err if status != 1 else re.split(r"(?=damaged: |unreadable: )", output.out, maxsplit=1)[1]
         return re.sub(r"^(error|damaged|unreadable): ", "", " ".join(text.split()))
 
     def train(self, *overrides: str, ranks: int = 4) -> str:

@@ -163,9 +163,16 @@ def bfloat16_oracle(recipe_file, on_ranks) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("division", "zero_stage"), [("dp4", 1), ("cp4", 2), ("tp2-cp2-sp", 3), ("tp2-cp2", 0)])
-def test_twenty_steps_in_bfloat16(on_ranks, recipe_file, bfloat16_oracle, division, zero_stage, tmp_path):
+@pytest.mark.parametrize(
+    ("division", "zero_stage", "on_host"),
+    [
+        *(("dp4", 1, []), ("cp4", 2, []), ("tp2-cp2-sp", 3, []), ("tp2-cp2", 0, [])),
+        *(("cp4", 1, ["offload_optimizer"]), ("tp2-cp2-sp", 3, ["offload_optimizer", "offload_param"])),
+    ],
+)
+def test_twenty_steps_in_bfloat16(on_ranks, recipe_file, bfloat16_oracle, division, zero_stage, on_host, tmp_path):
     overrides = [*DIVISIONS[division], f"parallel.zero_stage={zero_stage}", "train.dtype=bfloat16"]
+    overrides += [f"parallel.zero.{name}=cpu" for name in on_host]
     on_ranks(4, run_steps, recipe_file, [*overrides, f"run_directory={tmp_path}/run"])
     check(tmp_path / "run", bfloat16_oracle)
 

@@ -20,7 +20,7 @@ from longring.launch import train as train_module
 from longring.launch.checkpoint.format import last_good_checkpoint
 from longring.launch.commands import submit as submit_module
 from longring.launch.config import load_recipe
-from longring.launch.errors import IO_ERROR
+from longring.launch.errors import IO_ERROR, NODE_USER_ERROR, USER_ERROR
 from longring.launch.ranks import start as start_module
 from longring.launch.run_directory import RunDirectory
 from longring.launch.settings import to_tree
@@ -39,7 +39,7 @@ def data(recipe_file, tmp_path) -> Path:
 
 def error_of(capsys, *arguments: str) -> str:
     """Run a command; return the one error that it prints."""
-    assert cli.main(list(arguments)) == 2
+    assert cli.main(list(arguments)) == (NODE_USER_ERROR if "--job" in arguments else USER_ERROR)
     error = capsys.readouterr().err
     assert error.count("error:") == 1
     assert "Traceback" not in error

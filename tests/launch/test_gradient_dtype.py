@@ -112,6 +112,20 @@ def measure(
     return gradients, plain, exact
 
 
+OFFLOADED = [
+    *([f"parallel.zero_stage={stage}", "parallel.zero.offload_optimizer=cpu"] for stage in (1, 2, 3)),
+    ["parallel.zero_stage=3", "parallel.zero.offload_optimizer=cpu", "parallel.zero.offload_param=cpu"],
+]
+
+
+@pytest.mark.full
+def test_gradients_are_as_exact_with_the_optimizer_or_the_weights_on_the_host(on_ranks, recipe_file):
+    """On a CPU the host's memory is the same, and the code of DeepSpeed another."""
+    gradients, plain, exact = measure(on_ranks, recipe_file, 2, 32, OFFLOADED)
+    for settings, gradient in zip(OFFLOADED, gradients, strict=True):
+        assert_as_exact_as(gradient, plain, exact, 1.5, str(settings))
+
+
 SLOW = [(world_size, n, (0, 1, 2, 3)) for world_size, n in ((1, 1), (1, 256), (2, 256), (3, 16), (4, 1), (4, 256))]
 
 

@@ -14,7 +14,6 @@ from longring.data.prepare.prepare import prepare
 from longring.launch.config import load_recipe
 from longring.launch.evaluate import evaluate
 from longring.launch.train import train
-from longring.parallel import overlap
 from rich.console import Console
 
 # The first of two layers has an attention window: it has a grid of its own, and sees few ranks.
@@ -43,8 +42,7 @@ def calls_of_a_start(
 
     The limits are without that of the world's group, which the tests make.
     """
-    overlap.BUCKET_ELEMENTS = 2**13
-    recipe = load_recipe(recipe_file, overrides)
+    recipe = load_recipe(recipe_file, ["parallel.zero.reduce_bucket_size=8192", *overrides])
     with recorded() as calls:
         if stop_after is None:
             evaluate(recipe, Console(quiet=True))

@@ -11,7 +11,6 @@ from helpers.nccl_rules import recorded
 from longring.kernels.layout import SeqLayout
 from longring.launch.build import attention_on_one_rank, build_engine
 from longring.launch.config import load_recipe
-from longring.parallel import overlap, zero
 from longring.parallel.fragments import owned
 from longring.parallel.mesh import join
 from longring.parallel.zero import set_learning_rate
@@ -30,15 +29,7 @@ def two_steps(recipe_file: Path, overrides: list[str], elements: int) -> Found:
     Returns the number of sums over ranks that each backward issues before the first parameter of the model has its
     gradient, the number that it issues in all, and this rank's fp32 weights at the end.
     """
-    config = zero.deepspeed_config
-
-    def with_buckets(*arguments, **named):
-        found = config(*arguments, **named)
-        found["zero_optimization"]["reduce_bucket_size"] = elements
-        return found
-
-    zero.deepspeed_config, overlap.BUCKET_ELEMENTS = with_buckets, elements
-    recipe = load_recipe(recipe_file, overrides)
+    recipe = load_recipe(recipe_file, [*overrides, f"parallel.zero.reduce_bucket_size={elements}"])
     mesh = join(recipe.parallel, 1)
     engine = build_engine(recipe, VOCABULARY, mesh)
     assert engine.gradient_accumulation_steps() == 2

@@ -173,7 +173,15 @@ MESHES = {
     "4 ranks, tensor 2, ZeRO 1": (4, ["parallel.zero_stage=1", "parallel.tensor=2"]),
     "2 ranks, tensor 2, ZeRO 3": (2, ["parallel.zero_stage=3", "parallel.tensor=2"]),
     "4 ranks, ZeRO 3": (4, ["parallel.zero_stage=3"]),
+    **{
+        f"2 ranks, ZeRO {stage} on the host": (
+            2,
+            [f"parallel.zero_stage={stage}", "parallel.zero.offload_optimizer=cpu"],
+        )
+        for stage in (1, 2, 3)
+    },
 }
+MESHES["2 ranks, ZeRO 3 on the host"][1].append("parallel.zero.offload_param=cpu")
 
 
 def accepted(manifest: CheckpointManifest, checkpoint: Path) -> None:
