@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
+from ..data.format.manifest import open_prepared
 from . import add_options
 from .config import load_recipe
 from .errors import IO_ERROR, NODE_USER_ERROR, USER_ERROR, print_error
@@ -89,6 +90,11 @@ def _order(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.target, options.overrides)
+    # Without torch: a mistake in the recipe or its data is told at once.
+    if ranks := options.ranks or recipe.train.ranks_per_node:
+        recipe.accumulation_steps(ranks * options.nodes)
+    manifest = open_prepared(recipe.training_directory, recipe.loader, check_shards=False)
+    manifest.check_made_from(recipe.data, recipe.order)
     from .commands.train import start_training
 
     return start_training(

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from .cp.grid import NAMED, CpGrid
-from .cp.packed import Layout
+from .cp.grid import NAMED, CpGrid, Layout
 from .cp.topology import PRESETS, PeerCopies
 
 GPU_QUEUES = 32

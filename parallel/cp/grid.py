@@ -22,6 +22,9 @@ Order = Literal["rows", "rows_own_first", "columns", "columns_own_first"]
 keys). The rank's own row or column comes last, to hide the results on their way, or first (`_own_first`), to hide the
 shares on their way; its own tile is the first in every order."""
 
+Layout = Literal["zigzag", "balanced", "documents"]
+"""Division of the tokens of a sequence among ranks; `packed.divided` computes it."""
+
 
 @dataclass(frozen=True)
 class CpGrid:

@@ -14,13 +14,12 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Literal
 
 import numpy as np
 
+from .grid import Layout
 from .layout import joined, zigzag
 
-Layout = Literal["zigzag", "balanced", "documents"]
 Runs = tuple[tuple[int, int], ...]
 """Half-open intervals of positions, in ascending order."""
 

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -164,6 +166,34 @@ def test_evaluate_without_a_run_or_a_checkpoint(capsys, recipe_file, tmp_path):
     assert said in error_of(capsys, "evaluate", str(run.path))
     (checkpoint / "manifest.json").write_text(manifest)
     assert last_good_checkpoint(run.checkpoints) is not None, "the advice works"
+
+
+PLAIN = """
+import sys
+from longring.launch import cli
+recipe, *mistakes = sys.argv[1:]
+for mistake in mistakes:
+    assert cli.main(["train", recipe, *mistake.split()]) == 2, mistake
+    assert not {"torch", "transformers", "datasets"} & set(sys.modules), mistake
+"""
+
+
+def test_a_mistake_is_told_before_torch_is_imported(recipe_file, tmp_path):
+    """A key or value that is wrong, two that contradict, ranks that do not divide a batch, data of other settings."""
+    mistakes = {
+        "train.stepz=3": "did you mean train.steps?",
+        "train.steps=0": "must be at least 1",
+        "train.warmup_steps=30": "train.steps = 20: below the 31 steps",
+        "parallel.tokens_per_rank=512 --ranks 3": "of one micro-batch on 3 ranks",
+        f"data.directory={tmp_path}": "run `longring prepare RECIPE`",
+        "data.min_bucket_tokens=128": "longring prepare",
+    }
+    words = [sys.executable, "-c", PLAIN, str(recipe_file), *mistakes]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = done.stderr.splitlines()
+    assert len(said) == len(mistakes)
+    assert all(text in line for text, line in zip(mistakes.values(), said, strict=True)), said
 
 
 def test_every_node_refuses_a_recipe_that_does_not_fit_its_run(capsys, recipe_file, tmp_path):
