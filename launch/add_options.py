@@ -133,6 +133,7 @@ def report(parser: argparse.ArgumentParser) -> None:
 
 def checkpoints(parser: argparse.ArgumentParser) -> None:
     """Add the options of `longring checkpoints`."""
+    parser.add_argument("--json", action="store_true", help="print the table as JSON")
     parser.add_argument("--verify", action="store_true", help="read every file and compare its SHA-256")
     parser.add_argument(
         "--prune",

@@ -6,6 +6,7 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser, commands = _parsers()
+    if not arguments:
+        parser.print_help()
+        return 0
     if arguments and arguments[0] in commands:
         # Only a parser without sub-parsers takes options before, between and after the key=value settings.
         options = commands[arguments[0]].parse_intermixed_args(arguments[1:])
@@ -167,6 +171,7 @@ def _checkpoints(options: argparse.Namespace) -> int:
         prune=options.prune,
         keep_last=options.keep_last or train.keep_checkpoints,
         keep_every_steps=train.keep_checkpoint_every_steps if options.keep_every is None else options.keep_every,
+        as_json=options.json,
     )
 
 
@@ -182,6 +187,20 @@ def _watch(options: argparse.Namespace) -> int:
     from .commands.watch import watch
 
     return watch(run, Console(), every_s=options.every, once=options.once, as_json=options.json)
+
+
+def _completion(options: argparse.Namespace) -> int:
+    import shtab
+
+    if options.target not in shtab.SUPPORTED_SHELLS:
+        raise ValueError(f"{options.target}: must be one of {', '.join(shtab.SUPPORTED_SHELLS)}")
+    parser, commands = _parsers()
+    for command in commands.values():
+        for action in command._actions:
+            if action.dest in ("target", "out") and action.metavar != "SHELL":
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+    print(shtab.complete(parser, options.target))
+    return 0
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -228,6 +247,7 @@ TARGETS = {
     "RUN|RECIPE|WEIGHTS": "run directory, or its recipe; with --data also a checkpoint, import or Hugging Face model",
     "MODEL_DIR": "directory with config.json and safetensors files",
     "RUN": "run directory, or what `longring import` has written",
+    "SHELL": "bash, zsh, fish or tcsh",
 }
 COMMANDS = (
     Command(
@@ -355,6 +375,14 @@ COMMANDS = (
         f"{DEMO} --ranks 4",
         add_options.topology,
     ),
+    Command(
+        "completion",
+        _completion,
+        "SHELL",
+        "Print the script that completes commands, options and files in a shell.",
+        "Sourced once, or kept where the shell looks for completions, it works in every later shell.",
+        "bash > \\\n      ~/.local/share/bash-completion/completions/longring",
+    ),
 )
 
 
@@ -365,6 +393,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
         description="Pre-train language models on long contexts, on many GPUs.",
         epilog="`longring COMMAND --help` describes a command and gives an example.",
     )
+    parser.add_argument("--version", action="version", version=f"longring {version('longring')}")
     parsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         sub = parsers.add_parser(
@@ -381,7 +410,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
             nargs=None if target == command.target else "?",
             help=TARGETS.get(target, "prepared data, run directory or recipe"),
         )
-        if target not in ("MODEL_DIR", "RUN"):  # they have no settings
+        if target not in ("MODEL_DIR", "RUN", "SHELL"):  # they have no settings
             sub.add_argument(
                 "overrides", nargs="*", metavar="key=value", help=OVERRIDES.get(target, OVERRIDES["RECIPE"])
             )

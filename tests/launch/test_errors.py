@@ -17,7 +17,7 @@ from helpers.faulty import start
 from helpers.sandbox import Sandbox
 from helpers.small_checkpoint import make_checkpoint
 from longring.data.files import sha256_of
-from longring.launch import cli
+from longring.launch import cli, errors
 from longring.launch import train as train_module
 from longring.launch.checkpoint.format import last_good_checkpoint
 from longring.launch.commands import submit as submit_module
@@ -29,7 +29,7 @@ from longring.launch.settings import to_tree
 
 COMMANDS = (
     *("prepare", "plan", "order", "train", "submit", "requeue"),
-    *("evaluate", "watch", "report", "checkpoints", "inspect", "topology", "import", "export"),
+    *("completion", "evaluate", "watch", "report", "checkpoints", "inspect", "topology", "import", "export"),
 )
 
 
@@ -248,6 +248,42 @@ def test_help_of_every_command_has_an_example_and_fits_80_columns(capsys, monkey
         text = capsys.readouterr().out
         assert f"example: longring {command} " in " ".join(text.split())
         assert max(map(len, text.splitlines())) <= 80
+
+
+def test_longring_alone_prints_its_help(capsys):
+    assert cli.main([]) == 0
+    assert capsys.readouterr().out.startswith("usage: longring ")
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.startswith("longring ")
+
+
+def test_a_shell_completes_commands_options_and_files(capsys, tmp_path):
+    assert cli.main(["completion", "bash"]) == 0
+    script = tmp_path / "completion.sh"
+    script.write_text(capsys.readouterr().out)
+    (tmp_path / "mine.toml").touch()
+    for words, expected in (
+        (["longring", "eval"], "evaluate"),
+        (["longring", "checkpoints", "--ver"], "--verify"),
+        (["longring", "plan", "min"], "mine.toml"),
+    ):
+        typed = " ".join(f"'{word}'" for word in words)
+        code = (
+            f"source {script}; COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; "
+            f"_shtab_longring longring '{words[-1]}' '{words[-2]}'; echo ${{COMPREPLY[*]}}"
+        )
+        done = subprocess.run(["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert done.stdout.split() == [expected], done
+    assert "cmd: must be one of bash" in error_of(capsys, "completion", "cmd")
+
+
+def test_every_exit_status_is_on_its_page():
+    page = (Path(__file__).parents[2] / "docs" / "exit-statuses.md").read_text()
+    statuses = {name: value for name, value in vars(errors).items() if name.isupper() and isinstance(value, int)}
+    assert len(statuses) >= 4
+    for name, value in statuses.items():
+        assert f"| {value} | `{name}` |" in page
 
 
 def test_inspect_of_data_takes_only_a_curriculum_and_a_loader(capsys, recipe_file, data):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import pytest
 from helpers.small_checkpoint import make_checkpoint
@@ -56,6 +57,10 @@ def test_the_checkpoints_of_a_long_run(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "2 / tensor 1, ZeRO 1" in text
     assert "…" not in text
+    assert list_checkpoints(tmp_path, console, **settings, as_json=True) == 0
+    whole, partial = json.loads(capsys.readouterr().out)
+    assert (whole["step"], whole["state"], whole["world_size"], whole["zero_stage"]) == (12_345_678, "whole", 2, 1)
+    assert (partial["step"], partial["state"], partial["bytes"]) == (12_345_679, "partial", None)
 
 
 @pytest.mark.full
