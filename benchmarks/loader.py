@@ -31,14 +31,16 @@ from webdataset.compat import WebDataset
 sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
 from lib.process import peak_megabytes
 from lib.script import Row, make_parser, make_table, write_record
-from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig
+from longring.data.config import DataConfig, LoaderConfig
+from longring.data.curriculum_config import CurriculumConfig
 from longring.data.format.bucket import Bucket
 from longring.data.format.manifest import Manifest, open_prepared
 from longring.data.format.shards import shard_name
 from longring.data.prepare.prepare import prepare
 from longring.data.read.batch_order import BatchOrder, ReplicaShare
 from longring.data.read.bucket_order import bucket_orders
-from longring.data.read.loader import Loader, training_order
+from longring.data.read.loader import Loader
+from longring.data.read.mix import training_order
 from rich.console import Console
 
 RANK_TOKENS = 32_768

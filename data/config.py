@@ -1,4 +1,4 @@
-"""Settings of prepared data, of the curriculum and of the loader.
+"""Settings of prepared data and of the loader.
 
 The classes are frozen; making one raises ValueError if its settings do not fit each other. The range of a number stands
 with its field, and launch/settings.py holds it for numbers from outside.
@@ -15,8 +15,6 @@ SourceKind = Literal[
 Method = Literal["decompose", "concat", "concat_masked", "best_fit"]
 Cut = Literal["largest_first", "random"]
 Rest = Literal["drop", "pack"]
-Odds = Literal["uniform", "natural", "grow_linear", "grow_p2", "grow_p100", "shrink_p100"]
-Draw = Literal["odds_times_left", "odds_times_batches", "odds"]
 
 BucketTokens = Annotated[int, Interval(ge=1, le=2**30)]
 Bytes = Annotated[int, Interval(ge=1, le=2**60)]
@@ -168,32 +166,6 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurriculumConfig:
-    """Order in which sequence lengths are trained on (Dataset Decomposition, arXiv 2405.13226, section 3)."""
-
-    odds: Odds | tuple[Annotated[float, Interval(ge=1e-60, le=1e60)], ...] = "grow_p2"
-    """Odds of the n buckets, shortest first: a name, or n numbers. uniform and natural: 1, ..., 1. grow_linear: n,
-    ..., 1. grow_p2: 2^(n-1), ..., 1. grow_p100: 100^(n-1), ..., 1. shrink_p100: 1, ..., 100^(n-1)."""
-
-    draw: Draw = "odds_times_left"
-    """Chance of a bucket as long as it has batches left. odds_times_left: its odds times the batches it has left in
-    the cycle, so that under equal odds buckets of unequal size end together. odds_times_batches: its odds times the
-    batches it has in the whole cycle, as the paper's released code does. odds: its odds alone, as the paper's
-    Algorithm 1 does. The odds "natural" are a plain shuffle under each of the three."""
-
-    cycles: Annotated[int, Interval(ge=1, le=100_000)] = 1
-    """Number of times the run goes through the curriculum."""
-
-    weights: dict[str, Annotated[float, Interval(ge=1e-9, le=1e9)]] = field(default_factory=dict)
-    """Relative share of the trained tokens that each source gets, by source name. Empty: in proportion to the tokens
-    of each source."""
-
-    def __post_init__(self) -> None:
-        if not self.odds:
-            raise ValueError("curriculum.odds = []: must not be empty; give one number for each bucket, shortest first")
-
-
-@dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
     """Reading of the prepared data by a rank; only `window_tokens` decides which sequences are read."""
 
@@ -280,6 +252,11 @@ class DataConfig:
             raise ValueError(
                 f"data.source.kind = {self.source.kind!r}: data.sources is set as well, and only one may be; "
                 "move data.source to data.sources under a name"
+            )
+        if wrong := [name for name in self.sources if "@" in name]:
+            raise ValueError(
+                f"data.sources.{wrong[0]}: '@' stands before a bucket in curriculum.shares; name it "
+                f"{wrong[0].replace('@', '-')}"
             )
         for key in ("min_bucket_tokens", "max_bucket_tokens"):
             if not _is_power_of_two(getattr(self, key)):

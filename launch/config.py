@@ -15,7 +15,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from ..data.config import CurriculumConfig, DataConfig, LoaderConfig
+from ..data.config import DataConfig, LoaderConfig
+from ..data.curriculum_config import CurriculumConfig, next_divisor
 from ..data.order_config import KnotsConfig, OrderConfig
 from ..model.config import MemoryConfig, ModelConfig
 from ..parallel.config import ParallelConfig
@@ -256,12 +257,7 @@ class Recipe:
     def __post_init__(self) -> None:
         self.order.check(self.data)
         self.knots.check(self.data)
-        if self.train.global_batch_tokens % self.data.max_bucket_tokens:
-            raise ValueError(
-                f"train.global_batch_tokens = {self.train.global_batch_tokens}: must be a multiple of "
-                f"data.max_bucket_tokens = {self.data.max_bucket_tokens}, since a batch holds whole sequences; "
-                f"set it to {_next_multiple(self.train.global_batch_tokens, self.data.max_bucket_tokens)}"
-            )
+        self.curriculum.tokens_of_slot(self.lengths, self.train.global_batch_tokens)
         divisor = math.gcd(
             self.parallel.tensor, self.model.num_heads, self.model.num_kv_heads, self.model.ffn_hidden_size
         )
@@ -276,9 +272,9 @@ class Recipe:
                 f"parallel.tensor = {self.parallel.tensor}: must divide model.ffn_hidden_size = "
                 f"{self.model.ffn_hidden_size}; set it to {divisor}"
             )
-        if self.parallel.sequence_parallel and self.data.min_bucket_tokens % self.parallel.tensor:
+        if self.parallel.sequence_parallel and min(self.lengths) % self.parallel.tensor:
             raise ValueError(
-                f"data.min_bucket_tokens = {self.data.min_bucket_tokens}: must be a multiple of parallel.tensor = "
+                f"data.min_bucket_tokens = {min(self.lengths)}: must be a multiple of parallel.tensor = "
                 f"{self.parallel.tensor}, by which sequence parallelism divides sequences; set "
                 "parallel.sequence_parallel = false"
             )
@@ -289,9 +285,15 @@ class Recipe:
         return self.order.directory or self.data.directory
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """Lengths of the buckets that the run uses, ascending, in tokens."""
+        ordered = self.order.mode != "off"
+        return self.curriculum.lengths_in_use(self.order.lengths(self.data) if ordered else self.data.lengths)
+
+    @property
     def max_context_parallel(self) -> int:
-        """Context-parallel degree of the largest bucket."""
-        return self.parallel.context_parallel(self.data.max_bucket_tokens)
+        """Context-parallel degree of the longest bucket in use."""
+        return self.parallel.context_parallel(max(self.lengths))
 
     def accumulation_steps(self, world_size: int) -> int:
         """Return the number of micro-batches of one step on `world_size` ranks.
@@ -302,7 +304,7 @@ class Recipe:
         if data_size % self.max_context_parallel:
             needed = self.max_context_parallel * self.parallel.tensor
             raise ValueError(
-                f"world of {world_size} ranks: cannot hold data.max_bucket_tokens = {self.data.max_bucket_tokens} at "
+                f"world of {world_size} ranks: cannot hold the longest bucket in use, {max(self.lengths)} tokens, at "
                 f"parallel.tokens_per_rank = {self.parallel.tokens_per_rank}; start a multiple of {needed} ranks, or "
                 "raise parallel.tokens_per_rank"
             )
@@ -313,6 +315,13 @@ class Recipe:
                 f"{micro_batch_tokens} tokens of one micro-batch on {world_size} ranks ({data_size} data-parallel x "
                 f"{self.parallel.tokens_per_rank} parallel.tokens_per_rank); set it to "
                 f"{_next_multiple(self.train.global_batch_tokens, micro_batch_tokens)}"
+            )
+        slot = self.curriculum.tokens_of_slot(self.lengths, self.train.global_batch_tokens)
+        if slot % micro_batch_tokens:
+            raise ValueError(
+                f"curriculum.slot_tokens = {slot}: must be a multiple of the {micro_batch_tokens} tokens of one "
+                f"micro-batch on {world_size} ranks, which are all of one bucket; set it to "
+                f"{next_divisor(self.train.global_batch_tokens, micro_batch_tokens, slot)}"
             )
         return self.train.global_batch_tokens // micro_batch_tokens
 

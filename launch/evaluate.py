@@ -151,7 +151,7 @@ def _evaluate(target: Target, world: World, store: Store, console: Console) -> d
     """Evaluate a target and print its tables; return the result on rank 0, else None. Collective."""
     recipe, faults = target.recipe, target.recipe.faults
     limit = recipe.evaluate.max_tokens_per_bucket
-    buckets = target.manifest.buckets("held_out")
+    buckets = [bucket for bucket in target.manifest.buckets("held_out") if bucket.length in recipe.lengths]
     numbers = [(bucket, min(bucket.sequences, limit // bucket.length)) for bucket in buckets]
     held_out = [(bucket, number) for bucket, number in numbers if number]
     if not held_out:
@@ -188,7 +188,7 @@ def evaluate_buckets(
         manifest,
         mesh,
         knots=Knots(recipe.knots, manifest.tokenizer(), recipe.train.seed) if tied else None,
-        edges=position_edges(recipe.data.min_bucket_tokens, recipe.data.max_bucket_tokens),
+        edges=position_edges(min(recipe.lengths), max(recipe.lengths)),
         unigram_losses=(counts.sum().log() - counts.log()).to(mesh.device),
         at=partial(watchdog.at, step),
     )

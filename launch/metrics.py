@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -25,6 +26,16 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
+class BucketMetrics:
+    """The part of one bucket in a step."""
+
+    targets: int
+    """Number of targets that the loss counts."""
+    loss: float
+    """Mean over them, nats per token; null as that of the step."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepMetrics:
     """The metrics of one step: one line of metrics.jsonl."""
 
@@ -37,9 +48,11 @@ class StepMetrics:
     loss: float
     """Mean over the targets of the batch, nats per token; null if it is not finite or the batch was left out."""
     bucket: int
-    """Sequence length of the batch, in tokens."""
+    """Sequence length of the batch, in tokens; the longest, if its slots have several."""
     cp: int
-    """Context-parallel degree of the bucket."""
+    """Context-parallel degree of that bucket."""
+    buckets: dict[int, BucketMetrics]
+    """Part of each bucket of the step, by sequence length."""
     learning_rate: float
     """Learning rate of this step."""
     grad_norm: float
@@ -98,10 +111,7 @@ class MetricsWriter:
     def write(self, metrics: StepMetrics) -> None:
         """Record one step and show it. Raises OSError, with the directory, if the record cannot be written."""
         # JSON has no numbers for NaN and infinity.
-        values = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in asdict(metrics).items()
-        }
+        values = finite(asdict(metrics))
         try:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
@@ -110,6 +120,9 @@ class MetricsWriter:
             for name, value in values.items():
                 if isinstance(value, int | float) and name != "step":
                     self._tensorboard.add_scalar(f"train/{name}", value, metrics.step)
+            for length, part in metrics.buckets.items():
+                if math.isfinite(part.loss):
+                    self._tensorboard.add_scalar(f"loss by bucket/{length}", part.loss, metrics.step)
         except OSError as error:
             raise OSError(
                 f"step {metrics.step}: cannot be recorded in {self._file_name.parent}: {error.strerror or error}; "
@@ -119,8 +132,10 @@ class MetricsWriter:
         self._seconds += metrics.step_ms / 1e3
         # Mean over the steps of this start; earlier starts may have run on other ranks.
         left = (self._total_steps - metrics.step) * self._seconds / (metrics.step - self._first_step + 1)
+        several = len(metrics.buckets) > 1
+        bucket = f"{len(metrics.buckets)} buckets" if several else f"bucket {metrics.bucket}"
         line = (
-            f"loss {metrics.loss:.3f}  {metrics.tokens_per_s:,.0f} tok/s  bucket {metrics.bucket}  cp {metrics.cp}  "
+            f"loss {metrics.loss:.3f}  {metrics.tokens_per_s:,.0f} tok/s  {bucket}  cp {metrics.cp}  "
             f"{metrics.step_ms:,.0f} ms  {timedelta(seconds=round(left))} left"
         )
         self._progress.update(self._task, completed=metrics.step, line=line)
@@ -131,23 +146,41 @@ class MetricsWriter:
             self._console.print(f"step {metrics.step}/{self._total_steps}  {line}", highlight=False, soft_wrap=True)
 
 
-def trained_table(trained: Sequence[Trained]) -> Table:
-    """Return a table of the tokens trained from each bucket.
+def finite(values: Any) -> Any:
+    """Return `values`, a tree of tables, with None for every number that JSON does not have."""
+    if isinstance(values, Mapping):
+        return {name: finite(value) for name, value in values.items()}
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
-    Trained tokens are reached + repeated; the tokens of a bucket are reached + not reached.
+
+def trained_table(trained: Sequence[Trained]) -> Table:
+    """Return a table of the tokens trained of each bucket, and of each source if there are several.
+
+    Trained tokens are reached + repeated; the tokens of a row are reached + not reached.
     """
-    columns = ("bucket", "trained", "passes", "reached", "repeated", "not reached")
-    table = plain_table("Tokens of the training data", *columns)
-    for row in trained:
-        counts = (row.reached_tokens, row.repeated_tokens, row.not_reached_tokens)
-        table.add_row(f"{row.length:,}", f"{row.tokens:,}", f"{row.passes:.2f}", *(f"{count:,}" for count in counts))
-    totals = (
-        sum(getattr(row, name) for row in trained)
-        for name in ("reached_tokens", "repeated_tokens", "not_reached_tokens")
-    )
+    columns = ("", "trained", "passes", "reached", "repeated", "not reached")
+    table = plain_table("Tokens of the training data", *columns, left=("",))
+
+    def row(name: str, cells: Sequence[Trained]) -> None:
+        sequences, available = (sum(getattr(cell, key) * cell.length for cell in cells) for key in _IN_SEQUENCES)
+        counts = (sum(getattr(cell, key) for cell in cells) for key in _IN_TOKENS)
+        passes = f"{sequences / available:.2f}" if available else ""
+        table.add_row(name, f"{sequences:,}", passes, *(f"{count:,}" for count in counts))
+
+    for length in sorted({cell.length for cell in trained}):
+        row(f"{length:,}", [cell for cell in trained if cell.length == length])
+    sources = list(dict.fromkeys(cell.source for cell in trained))
+    if len(sources) > 1:
+        table.add_section()
+        for source in sources:
+            row(source, [cell for cell in trained if cell.source == source])
     table.add_section()
-    table.add_row("all", f"{sum(row.tokens for row in trained):,}", "", *(f"{total:,}" for total in totals))
+    row("all", trained)
     return table
+
+
+_IN_SEQUENCES = ("sequences", "available")
+_IN_TOKENS = ("reached_tokens", "repeated_tokens", "not_reached_tokens")
 
 
 def keep_steps(file: Path, last_step: int) -> None:

@@ -12,7 +12,7 @@ from torch._C._distributed_c10d import Store
 from ..data.files import read_patiently, sha256_of
 from ..data.format.manifest import MANIFEST_FILE, Manifest, open_prepared
 from ..data.read.batch_order import BatchOrder
-from ..data.read.loader import training_order
+from ..data.read.mix import training_order
 from ..parallel.world import World
 from .agreement import LAST_SAVED, agree
 from .checkpoint.format import (

@@ -58,7 +58,7 @@ def check_change(before: Recipe, now: Recipe, steps_done: int, order_of: Callabl
         orders = order_of(before), order_of(now)
         step = orders[0].first_difference(orders[1], last)
         if step is not None:
-            then, wanted = (order.lengths[order.bucket(step)] for order in orders)
+            then, wanted = (lengths_of(order, step) for order in orders)
             batch = f"of bucket {wanted}, and had one of {then}" if wanted != then else "of other sequences"
             found.append((step, BATCHES, f"would have had a batch {batch}"))
     if last < steps_done:
@@ -66,6 +66,14 @@ def check_change(before: Recipe, now: Recipe, steps_done: int, order_of: Callabl
     if found:
         step, keys, said = min(found)
         raise _refusal({key: judged[key] for key in judged if key.startswith(keys)}, steps_done, step, said)
+
+
+def lengths_of(order: BatchOrder, step: int) -> str:
+    """Return the buckets of a step as text, longest first: "2048", or "2048 x 2, 512 x 32" with their sequences."""
+    batch = order.batch(step)
+    if len(batch) == 1:
+        return str(order.lengths[batch[0].bucket])
+    return ", ".join(f"{order.lengths[stretch.bucket]} x {stretch.sequences}" for stretch in batch)
 
 
 def _first_other_rate(before: Recipe, now: Recipe, last: int) -> int | None:

@@ -165,7 +165,7 @@ def _named(hint: Any, table: Any, path: str, source: str) -> dict[str, Any]:
 
 def _key(name: str) -> str:
     """Return a key as a message shows it: as it is if it is a short word, else quoted."""
-    return name if re.fullmatch(r"[\w-]{1,80}", name) else shown(name)
+    return name if re.fullmatch(r"[\w@-]{1,80}", name) else shown(name)
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
@@ -178,14 +178,20 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         # Before the conversion: an integer may be too large for a float.
         if isinstance(value, int | float) and not isinstance(value, bool):
             _check_range(value, bounds, path)
-    # A union is a name or a tuple of numbers: "grow_p2" or [4, 2, 1].
+    # A union is one value or a tuple: "grow_p2" or [4, 2, 1]; 0.3 or [[0, 0.2], [1, 0.4]].
     if get_origin(hint) in (Union, UnionType):
-        name, numbers = get_args(hint)
+        one, several = get_args(hint)
         if isinstance(value, list | tuple):
-            return tuple(_convert(get_args(numbers)[0], number, path) for number in value)
-        return _chosen(get_args(name), value, path, ", or numbers")
+            return _convert(several, value, path)
+        if get_origin(one) is Literal:
+            return _chosen(get_args(one), value, path, ", or numbers")
+        return _convert(one, value, path)
     if get_origin(hint) is tuple:
-        element = get_args(hint)[0]
+        element, *others = get_args(hint)
+        if others != [...]:
+            if not isinstance(value, list | tuple) or len(value) != 1 + len(others):
+                raise ValueError(f"{path} = {shown(value)}: must be a list of {1 + len(others)} numbers: [0.5, 0.3]")
+            return tuple(map(_convert, get_args(hint), value, [path] * len(value)))
         if not isinstance(value, list | tuple):
             names = get_origin(element) is Literal
             example = f"names, such as [{get_args(element)[0]!r}]" if names else "numbers, such as [1, 2]"

@@ -129,7 +129,7 @@ def recipe_of_weights(weights: Weights, data: str, overrides: Sequence[str], num
         }
         if manifest.order is not None:
             tree["order"] = {**manifest.order, "directory": data}
-    tree |= {"model": to_tree(weights.config), "init": {}, "run_directory": "none"}
+    tree |= {"model": to_tree(weights.config), "init": {}, "curriculum": {}, "run_directory": "none"}
     # A batch that any number of ranks can divide; none is trained.
     tree["train"]["global_batch_tokens"] = tree["data"]["max_bucket_tokens"] * num_ranks
     apply_overrides(tree, overrides)

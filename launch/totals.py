@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -11,14 +11,15 @@ from torch import Tensor
 
 from ..data.read.loader import MicroBatch
 from ..parallel.mesh import Mesh
+from .build import BucketLayout
 from .checkpoint.save import Status
 
 
 class Totals(NamedTuple):
     """Sums over the ranks at the end of a step, equal on all of them."""
 
-    loss_sum: float
-    """Sum of the losses of all trained targets, in nats."""
+    loss_sums: tuple[float, ...]
+    """Sum of the losses of all trained targets of each bucket, in nats."""
     num_stopped: int
     """Ranks that have received a signal."""
     num_written: int
@@ -29,21 +30,29 @@ class Totals(NamedTuple):
     """Kernels that the ranks have compiled since their last step."""
 
 
-def sum_over_ranks(loss_sum: Tensor, stopped: bool, saving: Status, compilations: int, mesh: Mesh) -> Totals:
-    """Return sums over the world, once a step, so that no rank stops, saves or gives up alone. Collective."""
+def sum_over_ranks(loss_sums: Tensor, stopped: bool, saving: Status, compilations: int, mesh: Mesh) -> Totals:
+    """Return sums over the world, once a step, so that no rank stops, saves or gives up alone. Collective.
+
+    `loss_sums` `[buckets]` are this rank's.
+    """
     # One message for all numbers: a second sum would cost a second latency in every step.
-    counts = [stopped, saving == "written", saving == "failed", compilations]
-    total = torch.tensor([0.0, *map(float, counts)], dtype=torch.float64, device=mesh.device)
-    if mesh.tensor_rank == 0:  # the ranks of a tensor-parallel group have the same losses
-        total[0] = loss_sum
+    counts = torch.tensor(
+        [stopped, saving == "written", saving == "failed", compilations], dtype=torch.float64, device=mesh.device
+    )
+    # The ranks of a tensor-parallel group have the same losses.
+    total = torch.cat([counts, loss_sums if mesh.tensor_rank == 0 else torch.zeros_like(loss_sums)])
     dist.all_reduce(total)
-    loss, *sums = total.tolist()
-    return Totals(loss, *map(int, sums))
+    sums = total.tolist()
+    return Totals(tuple(sums[len(counts) :]), *map(int, sums[: len(counts)]))
 
 
-def trained_targets(micro_batches: Iterable[MicroBatch], context_parallel: int, mesh: Mesh) -> int:
-    """Return the number of targets of a step's global batch that the loss counts. Collective."""
-    count = torch.tensor(sum(int(batch.trained.sum()) for batch in micro_batches if batch.trained is not None))
-    count = count.to(mesh.device)
-    dist.all_reduce(count, group=mesh.data_group)
-    return int(count) // context_parallel  # each rank of a ring has counted the whole sequence
+def trained_targets(micro_batches: Iterable[MicroBatch], layouts: Mapping[int, BucketLayout], mesh: Mesh) -> list[int]:
+    """Return the number of targets of a step's global batch that the loss counts, by bucket. Collective."""
+    counts = dict.fromkeys(layouts, 0)
+    for micro_batch in micro_batches:
+        if micro_batch.trained is not None:
+            counts[micro_batch.length] += int(micro_batch.trained.sum())
+    total = torch.tensor(list(counts.values())).to(mesh.device)
+    dist.all_reduce(total, group=mesh.data_group)
+    # Each rank of a ring has counted the whole sequence.
+    return [count // layout.context_parallel for count, layout in zip(total.tolist(), layouts.values(), strict=True)]

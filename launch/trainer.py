@@ -32,7 +32,7 @@ from .config import Recipe
 from .errors import CommonError, rank_names
 from .learning_rate import learning_rate
 from .loss_watch import LossWatch
-from .metrics import MetricsWriter, StepMetrics, trained_table
+from .metrics import BucketMetrics, MetricsWriter, StepMetrics, trained_table
 from .preflight import Preflight
 from .ranks.signals import StopSignals
 from .ranks.watchdog import Watchdog
@@ -94,35 +94,41 @@ class Trainer:
         """
         started = time.perf_counter()
         step, order, train = self.state.step + 1, self.checked.order, self.recipe.train
-        length = order.lengths[order.bucket(step)]
-        layout = self.layouts[length]
         rate = learning_rate(step, train)
         set_learning_rate(self.engine, rate)
 
         # Lazy: a micro-batch is taken from the loader once the one before it has been computed.
         micro_batches: Iterable[MicroBatch] = self._read(step)
-        targets = train.global_batch_tokens
+        sequences = {order.lengths[stretch.bucket]: stretch.sequences for stretch in order.batch(step)}
+        targets = [length * sequences.get(length, 0) for length in self.layouts]
         if self.recipe.knots.share:  # knots leave targets out, and the loss is a mean over those that count
             micro_batches = list(micro_batches)
-            targets = trained_targets(micro_batches, layout.context_parallel, self.mesh)
+            targets = trained_targets(micro_batches, self.layouts, self.mesh)
         if step in self.left_out:
             for _ in micro_batches:  # the loader yields every step in turn, so this one is read as well
                 pass
-            loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+            loss_sums = self._no_losses()
         else:
-            loss_sum = self._compute_gradients_and_update(step, micro_batches, layout, targets)
+            loss_sums = self._compute_gradients_and_update(step, micro_batches, sum(targets))
 
-        totals = self._sum_over_ranks(step, loss_sum)
-        loss, grad_norm, outcome = self._judge(step, totals.loss_sum / targets)
+        totals = self._sum_over_ranks(step, loss_sums)
+        loss, grad_norm, outcome = self._judge(step, sum(totals.loss_sums) / sum(targets))
+        computed = step not in self.left_out
+        buckets = {
+            length: BucketMetrics(targets=count, loss=loss_sum / count if count and computed else math.nan)
+            for length, count, loss_sum in zip(self.layouts, targets, totals.loss_sums, strict=True)
+            if length in sequences
+        }
 
         seconds = time.perf_counter() - started
         metrics = StepMetrics(
             step=step,
             tokens=self.state.updates * train.global_batch_tokens,
-            targets=targets,
+            targets=sum(targets),
             loss=loss,
-            bucket=length,
-            cp=layout.context_parallel,
+            bucket=max(buckets),
+            cp=self.layouts[max(buckets)].context_parallel,
+            buckets=buckets,
             learning_rate=rate,
             grad_norm=grad_norm,
             step_ms=seconds * 1e3,
@@ -140,30 +146,36 @@ class Trainer:
             self.watchdog.at(step, f"reading micro-batch {number}")
             yield read(self._micro_batches, step, self.mesh.rank)
 
-    def _compute_gradients_and_update(
-        self, step: int, micro_batches: Iterable[MicroBatch], layout: BucketLayout, targets: int
-    ) -> Tensor:
-        """Take the micro-batches through forward and backward, then update; return this rank's fp64 sum of losses."""
+    def _no_losses(self) -> Tensor:
+        """Return zeros, fp64 `[buckets]`."""
+        return torch.zeros(len(self.layouts), dtype=torch.float64, device=self.mesh.device)
+
+    def _compute_gradients_and_update(self, step: int, micro_batches: Iterable[MicroBatch], targets: int) -> Tensor:
+        """Take the micro-batches through forward and backward, then update; `targets` are those of the global batch.
+
+        Returns this rank's sums of losses by bucket, fp64 `[buckets]`.
+        """
         # The engine averages gradients over data ranks and accumulation steps; the loss of a step is the mean over the
         # trained targets of the global batch, wherever they lie.
         loss_scale = self.mesh.data_size * self.recipe.accumulation_steps(self.mesh.world_size) / targets
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        loss_sums, index = self._no_losses(), {length: index for index, length in enumerate(self.layouts)}
         for number, micro_batch in enumerate(micro_batches):
             self.watchdog.at(step, f"forward and backward of micro-batch {number} of bucket {micro_batch.length}")
+            layout = self.layouts[micro_batch.length]
             rows, starts, prepared = micro_batch.rows, micro_batch.document_starts, micro_batch.prepared
             inputs = layout.model_inputs(rows, starts, self.mesh.device, prepared)
             token_losses = self.engine(*inputs)  # [b, s]
             token_losses = token_losses * layout.trained(micro_batch.trained, token_losses, inputs[2])
             self.engine.backward(token_losses.sum() * loss_scale)
             self.engine.step()  # changes the weights after the last micro-batch only
-            loss_sum += token_losses.detach().sum(dtype=torch.float64)
-        return loss_sum
+            loss_sums[index[micro_batch.length]] += token_losses.detach().sum(dtype=torch.float64)
+        return loss_sums
 
-    def _sum_over_ranks(self, step: int, loss_sum: Tensor) -> Totals:
+    def _sum_over_ranks(self, step: int, loss_sums: Tensor) -> Totals:
         """Return the sums of a step over the ranks; act on signals and saves of any rank. Collective."""
         self.watchdog.at(step, "summing over the ranks")
         compiled, self._compilations.count = self._compilations.count, 0
-        totals = sum_over_ranks(loss_sum, self.signals.received is not None, self.saver.status, compiled, self.mesh)
+        totals = sum_over_ranks(loss_sums, self.signals.received is not None, self.saver.status, compiled, self.mesh)
         if totals.num_stopped:
             self.stopped_by = self.signals.received or "a signal to another rank"
         self.saver.settle(totals.num_written, totals.num_failed)
@@ -256,10 +268,13 @@ class Trainer:
 
     def _tell_of_non_finite(self, step: int) -> None:
         order = self.checked.order
-        length = order.lengths[order.bucket(step)]
-        sequences = order.sequences(step, share_of(self.layouts[length])).tolist()
-        log.warning("step %d is not finite; sequences %s of bucket %d", step, sequences, length)
-        self.tell("step skipped", step, f"gradients are not finite, bucket {length}; logs/ name its sequences")
+        batch = order.batch(step)
+        for stretch in batch:
+            length = order.lengths[stretch.bucket]
+            sequences = order.micro_batches(stretch, share_of(self.layouts[length])).tolist()
+            log.warning("step %d is not finite; sequences %s of bucket %d", step, sequences, length)
+        lengths = ", ".join(str(order.lengths[stretch.bucket]) for stretch in batch)
+        self.tell("step skipped", step, f"gradients are not finite, bucket {lengths}; logs/ name its sequences")
 
     def report(self) -> None:
         """Print where the last checkpoint is and, at the end of a run, what was trained. Rank 0 only."""

@@ -3,19 +3,20 @@
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
-from ..config import CurriculumConfig, LoaderConfig
+from ..config import LoaderConfig
+from ..curriculum_config import CurriculumConfig
 from ..format.bucket import Bucket
 from ..format.manifest import Manifest
-from ..read.bucket_order import bucket_orders, bucket_tokens
-from ..read.curriculum import step_buckets
+from ..read.batch_order import BatchOrder
+from ..read.mix import training_order
 from .cost import ModelSize, attention_share, speed_up
 from .ledger import print_ledgers
+from .mix import mix_tables
 from .ordered import show_order
 from .tables import bar, make_table
 
@@ -40,12 +41,14 @@ def inspect(
     loader: LoaderConfig,
     model: ModelSize,
     steps: int,
+    global_batch_tokens: int,
     seed: int,
 ) -> Path:
     """Check every SHA-256, print tables of the data, draw it, and return the path of the picture.
 
-    The tables include `steps` steps of `curriculum` with the seed `seed`, and their FLOPs for `model`. Raises
-    ValueError if the data is not what its manifest says (see `Manifest.verify`).
+    The tables include `steps` steps of `curriculum` with the seed `seed`, and their FLOPs for `model`.
+    `global_batch_tokens` are the tokens of a step; 0: 64 sequences of the longest bucket in use. Raises ValueError if
+    the data is not what its manifest says (see `Manifest.verify`).
     """
     from .picture import draw  # the import of matplotlib takes a second
 
@@ -54,17 +57,19 @@ def inspect(
     print_ledgers(manifest, console)
     console.print(_document_table(manifest))
     console.print(_bucket_table(manifest, train, model))
-    # The same functions as in training: the table shows the steps that a run would take.
-    orders = bucket_orders(train, curriculum.weights, loader.window_tokens, seed)
-    buckets = step_buckets(bucket_tokens(manifest.lengths, orders), steps, curriculum, seed)
-    console.print(_curriculum_table(manifest.lengths, buckets, curriculum))
-    _print_cost(manifest, model, buckets, console)
+    # The same function as in training: the tables show the steps that a run would take.
+    batch = global_batch_tokens or 64 * max(curriculum.lengths_in_use(manifest.lengths))
+    order = training_order(manifest, curriculum, loader, steps=steps, global_batch_tokens=batch, seed=seed)
+    console.print(_curriculum_table(order, curriculum))
+    for mixed in mix_tables(order, curriculum.shares):
+        console.print(mixed)
+    _print_cost(order, model, console)
     _print_samples(manifest, train, console)
     if manifest.order is not None:
         show_order(manifest, console)
     name = manifest.store.name.rstrip("/").rpartition("/")[2] if "://" in manifest.store.name else manifest.store.name
     picture = Path(f"{name}.png")
-    draw(manifest, buckets, picture)
+    draw(manifest, order, picture)
     console.print(f"\npicture: {picture}", soft_wrap=True)
     return picture
 
@@ -136,28 +141,26 @@ def average_context(manifest: Manifest, bucket: Bucket) -> float:
     return float((sizes * (sizes - 1) / 2).sum() / sizes.sum())
 
 
-def _curriculum_table(lengths: tuple[int, ...], buckets: NDArray[np.uint8], curriculum: CurriculumConfig) -> Table:
-    """Return the share of each bucket in the steps of each tenth of a run, in percent.
-
-    `buckets` [steps] is the bucket of each step.
-    """
+def _curriculum_table(order: BatchOrder, curriculum: CurriculumConfig) -> Table:
+    """Return the share of each bucket in the tokens of each tenth of a run, in percent."""
     odds = curriculum.odds if isinstance(curriculum.odds, str) else ", ".join(f"{value:g}" for value in curriculum.odds)
-    title = f"Curriculum: {len(buckets):,} steps of {odds} in {curriculum.cycles} cycles, % of each tenth"
-    table = make_table(title, "bucket", "steps", *(str(part + 1) for part in range(PARTS)))
-    for bucket, length in enumerate(lengths):
-        shares = [np.mean(part == bucket) if len(part) else 0 for part in np.array_split(buckets, PARTS)]
+    cycles = curriculum.num_cycles(len(order.lengths), *order.slots.shape)
+    title = f"Curriculum: {len(order.slots):,} steps of {odds} in {cycles} cycles, % of each tenth"
+    table = make_table(title, "bucket", "tokens", *(str(part + 1) for part in range(PARTS)))
+    for bucket, length in enumerate(order.lengths):
+        shares = [np.mean(part == bucket) if len(part) else 0 for part in np.array_split(order.slots, PARTS)]
         cells = (f"{share:.0%}".rstrip("%") if share else "·" for share in shares)
-        table.add_row(f"{length:,}", f"{np.count_nonzero(buckets == bucket):,}", *cells)
+        table.add_row(f"{length:,}", f"{np.mean(order.slots == bucket):.1%}", *cells)
     return table
 
 
-def _print_cost(manifest: Manifest, model: ModelSize, buckets: NDArray[np.uint8], console: Console) -> None:
-    """Print attention's share of the FLOPs of the steps on `buckets` [steps], and the speed-up over one length."""
-    steps = np.bincount(buckets, minlength=len(manifest.lengths)).tolist()
+def _print_cost(order: BatchOrder, model: ModelSize, console: Console) -> None:
+    """Print attention's share of the FLOPs of an order's steps, and the speed-up over one length."""
+    slots = order.slots_before(len(order.slots) + 1).tolist()
     console.print(
-        f"Attention is {attention_share(model, steps, manifest.lengths):.1%} of the FLOPs of these steps. "
-        f"Concat-and-chunk of as many tokens at {max(manifest.lengths):,} takes "
-        f"{speed_up(model, steps, manifest.lengths):.2f} times the FLOPs.",
+        f"Attention is {attention_share(model, slots, order.lengths):.1%} of the FLOPs of these steps. "
+        f"Concat-and-chunk of as many tokens at {max(order.lengths):,} takes "
+        f"{speed_up(model, slots, order.lengths):.2f} times the FLOPs.",
         highlight=False,
     )
 

@@ -1,5 +1,6 @@
 """The picture of prepared data: lengths of documents, tokens by bucket, and the curriculum of a run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -11,13 +12,16 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from ..format.manifest import Manifest
+from ..read.batch_order import BatchOrder
 
 CURRICULUM_BINS = 100
 """Number of equal stretches of a run in which the curriculum is drawn."""
+MIX_BINS = 50
+"""Number of equal stretches of a run in which the shares of sources are drawn."""
 
 
-def draw(manifest: Manifest, buckets: NDArray[np.uint8], file: Path) -> None:
-    """Write the picture of the data and of a curriculum; `buckets` [steps] is the bucket of each step."""
+def draw(manifest: Manifest, order: BatchOrder, file: Path) -> None:
+    """Write the picture of the data and of the curriculum of a run."""
     figure = plt.figure(figsize=(10, 6.5), layout="constrained")
     axes = figure.subplot_mosaic([["documents", "buckets"], ["curriculum", "curriculum"]])
     _draw_documents(axes["documents"], manifest)
@@ -31,25 +35,54 @@ def draw(manifest: Manifest, buckets: NDArray[np.uint8], file: Path) -> None:
     axes["buckets"].set_title("Train split by bucket")
     axes["buckets"].tick_params(axis="x", rotation=45 if len(names) > 6 else 0)
 
-    # [bucket, bin]: share of each bucket in the steps of equal stretches of the run.
-    parts = np.array_split(buckets, min(CURRICULUM_BINS, len(buckets)))
-    shares = np.array([np.bincount(part, minlength=len(names)) / len(part) for part in parts]).T
-    edges = np.linspace(0, len(buckets), len(parts) + 1)
-    below = np.zeros(len(parts))
-    # Bars are stacked: `below` [bins] is the height reached by the shorter buckets.
-    for share, colour, name in zip(shares, colours, names, strict=True):
-        axes["curriculum"].bar(edges[:-1], share, np.diff(edges), below, align="edge", color=colour, label=name)
-        below += share
-    axes["curriculum"].set_xlim(0, len(buckets))
-    axes["curriculum"].set_ylim(0, 1)
-    axes["curriculum"].set_xlabel("step")
-    axes["curriculum"].set_ylabel("share of steps")
-    axes["curriculum"].set_title("Curriculum: bucket of the steps")
-    axes["curriculum"].legend(
-        title="bucket", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True, fontsize="small"
-    )
+    draw_by_bucket(axes["curriculum"], order)
     figure.savefig(file, dpi=120)
     plt.close(figure)
+
+
+def draw_mix(order: BatchOrder, file: Path) -> None:
+    """Write the picture of a run's mix: the shares of its tokens by bucket and by source over its steps."""
+    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(10, 6.5), layout="constrained")
+    draw_by_bucket(above, order)
+    above.set_xlabel("")
+    edges = np.linspace(0, len(order.slots), min(MIX_BINS, len(order.slots)) + 1).astype(np.int64)
+    # [edges, sources]: tokens of each source in the steps before.
+    lengths = np.array(order.lengths)
+    given = np.diff([lengths @ order.given(int(edge)) for edge in edges], axis=0)
+    sources = [part.source for part in order.orders[0].parts]
+    _draw_stacked(below, edges, (given / given.sum(axis=1, keepdims=True)).T, sources, "tab20")
+    below.set_title("Source of the tokens")
+    below.legend(title="source", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True, fontsize="small")
+    below.set_xlabel("step")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def draw_by_bucket(axes: Axes, order: BatchOrder) -> None:
+    """Draw the share of each bucket in the tokens of equal stretches of a run."""
+    parts = np.array_split(order.slots, min(CURRICULUM_BINS, len(order.slots)))
+    edges = np.cumsum([0, *map(len, parts)])
+    # [bucket, bin]
+    shares = np.array([np.bincount(part.ravel(), minlength=len(order.lengths)) / part.size for part in parts]).T
+    _draw_stacked(axes, edges, shares, [f"{length:,}" for length in order.lengths], "viridis")
+    axes.set_xlabel("step")
+    axes.set_title("Curriculum: bucket of the tokens")
+    axes.legend(title="bucket", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True, fontsize="small")
+
+
+def _draw_stacked(
+    axes: Axes, edges: NDArray[np.int64], shares: NDArray[np.float64], names: Sequence[str], colours: str
+) -> None:
+    """Draw `shares` [names, bins] as stacked bars between `edges` [bins + 1]."""
+    below = np.zeros(len(edges) - 1)
+    chosen = plt.colormaps[colours](np.linspace(0.1, 0.9, len(names)))
+    # `below` [bins] is the height reached by the names before.
+    for share, colour, name in zip(shares, chosen, names, strict=True):
+        axes.bar(edges[:-1], share, np.diff(edges), below, align="edge", color=colour, label=name)
+        below += share
+    axes.set_xlim(0, edges[-1])
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("share of tokens")
 
 
 def _draw_documents(axes: Axes, manifest: Manifest) -> None:

@@ -1,7 +1,8 @@
 """The order of training: the sequences that each step, micro-step and replica reads, by arithmetic alone.
 
-Every bucket has an endless stream of sequences (`bucket_order.py`), and the c-th batch of the bucket takes its next n
-positions. There is no state: a step's batch is the same for any number of replicas and after any restart.
+Every slot of a step trains on one bucket (`curriculum.py`). A bucket has an endless stream of sequences
+(`bucket_order.py`), and its c-th slot takes the next n positions. There is no state: a step's batch is the same for any
+number of replicas and after any restart.
 """
 
 from collections.abc import Sequence
@@ -13,33 +14,47 @@ from numpy.typing import NDArray
 
 from .bucket_order import BucketOrder
 
+STRIDE = 256
+"""Number of steps between those for which the earlier slots of each bucket are kept."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """The part of one bucket that the steps of a run have trained on."""
+    """The part of one cell, the sequences of a source in a bucket, that the steps of a run have trained on."""
 
+    source: str
+    """Name of the source."""
     length: int
-    """Tokens of each sequence of the bucket."""
-
+    """Tokens of each sequence."""
     sequences: int
     """Sequences trained on, repetitions included."""
+    available: int
+    """Sequences of the cell."""
 
-    passes: float
-    """`sequences` divided by the number of positions in a pass."""
+    @property
+    def passes(self) -> float:
+        """Number of passes over the cell."""
+        return self.sequences / self.available if self.available else 0.0
 
-    tokens: int
-    """Tokens trained on, repetitions included."""
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on, repetitions included."""
+        return self.sequences * self.length
 
-    reached_tokens: int
-    """Tokens of distinct sequences trained on."""
-
-    not_reached_tokens: int
-    """Tokens of the bucket not trained on yet; `reached_tokens` and these add up to the whole bucket."""
+    @property
+    def reached_tokens(self) -> int:
+        """Tokens of distinct sequences trained on: no sequence comes again before all others of its cell have come."""
+        return min(self.sequences, self.available) * self.length
 
     @property
     def repeated_tokens(self) -> int:
         """Tokens trained on for the second time or later."""
         return self.tokens - self.reached_tokens
+
+    @property
+    def not_reached_tokens(self) -> int:
+        """Tokens of the cell not trained on yet; `reached_tokens` and these add up to the whole cell."""
+        return self.available * self.length - self.reached_tokens
 
 
 class ReplicaShare(NamedTuple):
@@ -52,111 +67,140 @@ class ReplicaShare(NamedTuple):
     """Number of sequences that each replica reads."""
 
 
+class Stretch(NamedTuple):
+    """Adjacent positions of one bucket's stream that a step trains on."""
+
+    bucket: int
+    """Index of the bucket."""
+    first: int
+    """First position."""
+    sequences: int
+    """Number of positions."""
+
+
 class BatchOrder:
     """Order of a run: the sequences of each step's global batch; steps count from 1.
 
-    `lengths` are the buckets' in tokens, `step_buckets` [steps] the bucket of every step (see
-    `curriculum.step_buckets`). Every global batch has `global_batch_tokens` tokens of one length. Raises ValueError
-    unless that is a multiple of the longest bucket and every bucket of the curriculum has sequences.
+    `lengths` are those of the buckets in use, in tokens, ascending. `slots` [steps, slots of a step] is the bucket of
+    every slot, in any order within a step; each slot has `slot_tokens` tokens. Every bucket with slots has sequences.
     """
 
     def __init__(
-        self,
-        lengths: Sequence[int],
-        orders: Sequence[BucketOrder],
-        step_buckets: NDArray[np.uint8],
-        global_batch_tokens: int,
+        self, lengths: Sequence[int], orders: Sequence[BucketOrder], slots: NDArray[np.uint8], slot_tokens: int
     ):
-        if global_batch_tokens < 1 or global_batch_tokens % max(lengths):
-            next_multiple = max(1, -(-global_batch_tokens // max(lengths))) * max(lengths)
-            raise ValueError(
-                f"train.global_batch_tokens = {global_batch_tokens}: must be a positive multiple of the longest "
-                f"bucket, {max(lengths)} tokens; set it to {next_multiple}"
-            )
-        for bucket in np.unique(step_buckets):
-            if not orders[bucket].positions:
-                raise ValueError(
-                    f"step_buckets: bucket {lengths[bucket]} has no sequences; give no step to it, or "
-                    "prepare documents that fill it"
-                )
         self.lengths = tuple(lengths)
-        self.step_buckets = step_buckets
-        self._orders = tuple(orders)
-        self._global_batch_tokens = global_batch_tokens
-        # [steps]: number of earlier steps that train on the same bucket.
-        self._earlier = np.empty(len(step_buckets), dtype=np.int64)
-        for bucket in range(len(lengths)):
-            chosen = np.flatnonzero(step_buckets == bucket)
-            self._earlier[chosen] = np.arange(len(chosen))
+        self.orders = tuple(orders)
+        self.slots = slots
+        self.slot_tokens = slot_tokens
+        # [steps / STRIDE, buckets]: slots of each bucket before every STRIDE-th step.
+        counts = [self._count(slots[first : first + STRIDE]) for first in range(0, len(slots), STRIDE)]
+        self._earlier = np.cumsum(counts, axis=0) - counts
 
-    def bucket(self, step: int) -> int:
-        """Return the index of the bucket that `step` trains on; its length is `lengths[bucket]`.
+    def _count(self, slots: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """Return the number of `slots`, of any shape, that each bucket has, [buckets]."""
+        return np.bincount(slots.ravel(), minlength=len(self.lengths))
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of every global batch."""
+        return self.slots.shape[1] * self.slot_tokens
+
+    def slots_before(self, step: int) -> NDArray[np.int64]:
+        """Return the number of slots that each bucket has in the steps before `step`, [buckets]."""
+        block = min((step - 1) // STRIDE, len(self._earlier) - 1)
+        return self._earlier[block] + self._count(self.slots[block * STRIDE : step - 1])
+
+    def batch(self, step: int) -> tuple[Stretch, ...]:
+        """Return the global batch of `step`, the longest bucket first.
 
         Raises IndexError unless `step` is in 1, ..., steps.
         """
-        if not 1 <= step <= len(self.step_buckets):
-            raise IndexError(f"step = {step}: must be in 1, ..., {len(self.step_buckets)}")
-        return int(self.step_buckets[step - 1])
+        if not 1 <= step <= len(self.slots):
+            raise IndexError(f"step = {step}: must be in 1, ..., {len(self.slots)}")
+        before, here = self.slots_before(step).tolist(), self._count(self.slots[step - 1]).tolist()
+        rows = [self.slot_tokens // length for length in self.lengths]
+        return tuple(
+            Stretch(bucket, before[bucket] * rows[bucket], here[bucket] * rows[bucket])
+            for bucket in reversed(range(len(rows)))
+            if here[bucket]
+        )
 
-    def batch_sequences(self, step: int) -> int:
-        """Return the number of sequences in the global batch of `step`, counted from 1."""
-        return self._global_batch_tokens // self.lengths[self.bucket(step)]
+    def sequences(self, stretch: Stretch) -> NDArray[np.int64]:
+        """Return the sequences of the bucket at a stretch, int64 [sequences]."""
+        return self.orders[stretch.bucket].at(stretch.first + np.arange(stretch.sequences))
 
-    def sequences(self, step: int, share: ReplicaShare) -> NDArray[np.int64]:
-        """Return the bucket's sequences that one replica reads in `step`, int64 [micro-steps, share.sequences].
+    def micro_batches(self, stretch: Stretch, share: ReplicaShare) -> NDArray[np.int64]:
+        """Return the sequences at a stretch that one replica reads, int64 [micro-steps, share.sequences].
 
-        The index into the global batch is (micro-step x replicas + replica) x share.sequences + row, so that the batch
-        is the same for any division. Raises ValueError unless replicas x share.sequences divides the global batch, and
-        IndexError for a step or replica outside the run.
+        The index into the stretch is (micro-step x replicas + replica) x share.sequences + row, so that a batch is the
+        same for any division. Raises ValueError unless replicas x share.sequences divides a slot, and IndexError for a
+        replica outside the run.
         """
-        batch = self.batch_sequences(step)
-        per_micro_step = share.num_replicas * share.sequences
-        if batch % per_micro_step:
+        length, together = self.lengths[stretch.bucket], share.num_replicas * share.sequences
+        if self.slot_tokens // length % together:
             raise ValueError(
-                f"train.global_batch_tokens = {self._global_batch_tokens}: makes {batch} sequences of step {step}, "
-                f"which {share.num_replicas} replicas with {share.sequences} sequences each do not divide; set it to a "
-                f"multiple of {per_micro_step * self.lengths[self.bucket(step)]}"
+                f"train.global_batch_tokens = {self.batch_tokens}: has slots of {self.slot_tokens} tokens, which "
+                f"{share.num_replicas} replicas with {share.sequences} sequences of {length} tokens each do not "
+                f"divide; set it to a multiple of {together * length}, and curriculum.slot_tokens as well if it is set"
             )
         if not 0 <= share.replica < share.num_replicas:
             raise IndexError(f"replica = {share.replica}: must be in 0, ..., {share.num_replicas - 1}")
-        micro_steps = np.arange(batch // per_micro_step)[:, None] * per_micro_step
-        in_batch = micro_steps + share.replica * share.sequences + np.arange(share.sequences)  # [micro-step, row]
-        positions = int(self._earlier[step - 1]) * batch + in_batch
-        return self._orders[self.bucket(step)].at(positions.ravel()).reshape(positions.shape)
+        micro_steps = np.arange(stretch.sequences // together)[:, None] * together
+        # [micro-step, row]
+        positions = stretch.first + micro_steps + share.replica * share.sequences + np.arange(share.sequences)
+        return self.orders[stretch.bucket].at(positions.ravel()).reshape(positions.shape)
 
     def first_difference(self, other: "BatchOrder", last: int) -> int | None:
         """Return the first of steps 1 to `last` whose global batches differ between two orders of the same data.
 
         None means that all are equal. Both orders have at least `last` steps and global batches of one size.
         """
-        ours, theirs = self.step_buckets[:last], other.step_buckets[:last]
-        unlike = np.flatnonzero(ours != theirs)
+        tokens = self._tokens_by_length(last), other._tokens_by_length(last)
+        lengths = sorted({*self.lengths, *other.lengths})
+        none = np.zeros(last, dtype=np.int64)
+        ours, theirs = (np.stack([one.get(length, none) for length in lengths]) for one in tokens)  # [lengths, steps]
+        unlike = np.flatnonzero((ours != theirs).any(axis=0))
         first = int(unlike[0]) + 1 if len(unlike) else last + 1
-        # Before `first` both take the same number of batches from each bucket, so equal streams give equal batches.
-        streams = zip(self._orders, other._orders, strict=True)
-        differing = [bucket for bucket, (a, b) in enumerate(streams) if not a.is_stream_of(b)]
-        for index in np.flatnonzero(np.isin(ours[: first - 1], differing)).tolist():
-            whole = ReplicaShare(0, 1, self.batch_sequences(index + 1))
-            if not np.array_equal(self.sequences(index + 1, whole), other.sequences(index + 1, whole)):
-                return index + 1
+        # Before `first` both take the same number of positions from each bucket, so equal streams give equal batches.
+        for length, taken in zip(lengths, ours[:, : first - 1], strict=True):
+            if not taken.any():
+                continue
+            a, b = (order.orders[order.lengths.index(length)] for order in (self, other))
+            if (equal := a.equal_positions(b)) is None:
+                continue
+            ends = np.cumsum(taken) // length
+            for index in np.flatnonzero((taken > 0) & (ends > equal)).tolist():
+                positions = np.arange(ends[index] - taken[index] // length, ends[index])
+                if not np.array_equal(a.at(positions), b.at(positions)):
+                    first = min(first, index + 1)
+                    break
         return first if first <= last else None
 
+    def _tokens_by_length(self, last: int) -> dict[int, NDArray[np.int64]]:
+        """Return the tokens that each of the first `last` steps takes from each bucket, [steps] by length."""
+        return {
+            length: np.count_nonzero(self.slots[:last] == bucket, axis=1) * self.slot_tokens
+            for bucket, length in enumerate(self.lengths)
+        }
+
+    def given(self, steps_done: int) -> NDArray[np.int64]:
+        """Return the sequences of each cell in the first `steps_done` steps, [buckets, sources]."""
+        taken = zip(self.orders, self.lengths, self.slots_before(steps_done + 1).tolist(), strict=True)
+        return np.stack(
+            [
+                order.given(slots * (self.slot_tokens // length)) if slots else np.zeros(len(order.parts), np.int64)
+                for order, length, slots in taken
+            ]
+        )
+
     def trained(self, steps_done: int) -> tuple[Trained, ...]:
-        """Return the part of each bucket that the first `steps_done` steps train on."""
-        taken = np.bincount(self.step_buckets[:steps_done], minlength=len(self.lengths)).tolist()
-        entries = []
-        for length, order, steps in zip(self.lengths, self._orders, taken, strict=True):
-            sequences = steps * (self._global_batch_tokens // length)
-            available = sum(part.sequences for part in order.parts)
-            reached = order.reached(sequences)
-            entries.append(
-                Trained(
-                    length=length,
-                    sequences=sequences,
-                    passes=sequences / order.positions if order.positions else 0.0,
-                    tokens=sequences * length,
-                    reached_tokens=reached * length,
-                    not_reached_tokens=(available - reached) * length,
-                )
-            )
-        return tuple(entries)
+        """Return the part of each cell of the buckets in use that the first `steps_done` steps train on.
+
+        Cells without sequences are left out; the shortest bucket comes first.
+        """
+        return tuple(
+            Trained(source=part.source, length=length, sequences=count, available=part.sequences)
+            for length, order, counts in zip(self.lengths, self.orders, self.given(steps_done).tolist(), strict=True)
+            for part, count in zip(order.parts, counts, strict=True)
+            if part.sequences
+        )

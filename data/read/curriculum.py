@@ -1,11 +1,15 @@
-"""The curriculum: the bucket that each step trains on, by Algorithm 1 of Dataset Decomposition (arXiv 2405.13226).
+"""The curriculum: the bucket of every slot of a run, by Algorithm 1 of Dataset Decomposition (arXiv 2405.13226).
 
-The whole global batch of a step comes from one bucket and has the same number of tokens for every bucket.
+A slot is a part of a step that trains on one bucket: the whole step, or under mix "micro_batch" one of several. All
+slots have the same number of tokens. A run is cut into cycles of near-equal numbers of steps, in each of which the mix
+is constant, and a cycle's slots are divided among the buckets before they are put into an order.
 
 Drawing buckets without replacement is equivalent to sorting independent random times, so one sort gives a whole cycle.
-Each of a bucket's n batches draws an exponential time E of rate 1. Where the probability of a bucket is proportional to
-odds x batches left, the batches' times are E / odds (Efraimidis and Spirakis, IPL 2006). Where a bucket has a constant
-rate while any batch is left, its times are the running sums of E / rate (superposed Poisson processes).
+Each of a bucket's n slots draws an exponential time E of rate 1. Where the probability of a bucket is proportional to
+odds x slots left, the slots' times are E / odds (Efraimidis and Spirakis, IPL 2006). Where a bucket has a constant
+rate while any slot is left, its times are the running sums of E / rate (superposed Poisson processes). Mix
+"micro_batch" takes the quantiles of these times instead: slot k of n is at the time by which the bucket has given
+k + 1/2 slots on average.
 """
 
 from collections.abc import Sequence
@@ -13,7 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import CurriculumConfig
+from ..curriculum_config import CurriculumConfig
+from .shares import WEIGHT_SUM
 
 
 def bucket_odds(config: CurriculumConfig, num_buckets: int) -> tuple[float, ...]:
@@ -38,46 +43,72 @@ def bucket_odds(config: CurriculumConfig, num_buckets: int) -> tuple[float, ...]
             return odds
 
 
-def step_buckets(
-    tokens_per_bucket: Sequence[int], steps: int, config: CurriculumConfig, seed: int
-) -> NDArray[np.uint8]:
-    """Return the index of each step's bucket, uint8 [steps]; element 0 belongs to step 1.
+def cycle_begins(total: int, cycles: int) -> list[int]:
+    """Return the index at which each of the cycles of `total` steps begins, and `total` at the end, [cycles + 1]."""
+    return [total * cycle // cycles for cycle in range(cycles + 1)]
 
-    `tokens_per_bucket` are the tokens of a pass over each bucket, shortest bucket first. The steps are divided among
-    the buckets in proportion to them, and each bucket's share into `config.cycles` near-equal parts. Within a cycle
-    buckets are drawn without replacement, with the probabilities that `config.draw` names. If a share exceeds the
-    bucket's own batches, its next pass begins.
 
-    Raises ValueError if there are no tokens, if `steps` is less than 1, or as `bucket_odds` does.
+def divide_slots(slots: Sequence[int], weights: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return how many of each cycle's slots every bucket gets, [cycles][buckets].
+
+    `slots` [cycles] are the numbers of slots; `weights` [cycles][buckets] are shares in parts of WEIGHT_SUM. Each slot
+    goes to the bucket that is furthest behind its due, the sum of its shares of all slots so far. A cycle depends on
+    those before it alone, and the buckets never drift: of B buckets, none is after any cycle more than 1 - 1/B slots
+    ahead of its due, or more than 1/2 + 1/3 + ... + 1/B behind it. Ahead: the slots still to be given are the sum of
+    what is due, so the largest is at least 1/B. Behind: let f(k) be the most that k buckets can be behind in all, at
+    first 0. The bucket chosen is not behind k others unless it is further behind than their mean, so
+    f(k) <= k/(k + 1) (f(k + 1) + 1), and f(B) = 0 gives f(1).
     """
-    if sum(tokens_per_bucket) < 1 or steps < 1:
-        raise ValueError(
-            f"steps = {steps}: {steps} steps among {sum(tokens_per_bucket)} tokens; give at least 1 step and 1 token"
-        )
-    odds = bucket_odds(config, len(tokens_per_bucket))
-    shares = largest_remainder(tokens_per_bucket, steps)
+    due = [0] * len(weights[0])
+    result = []
+    for count, shares in zip(slots, weights, strict=True):
+        due = [late + count * share for late, share in zip(due, shares, strict=True)]
+        # The slots that leave a bucket at least B - 1 behind are among the first `count`, whatever the others' dues.
+        given = [max(0, late // WEIGHT_SUM - len(due) + 1) for late in due]
+        due = [late - slot * WEIGHT_SUM for late, slot in zip(due, given, strict=True)]
+        for _ in range(count - sum(given)):
+            chosen = due.index(max(due))
+            given[chosen] += 1
+            due[chosen] -= WEIGHT_SUM
+        result.append(given)
+    return result
+
+
+def draw_slots(
+    counts: Sequence[Sequence[int]], lengths: Sequence[int], config: CurriculumConfig, seed: int
+) -> NDArray[np.uint8]:
+    """Return the index of the bucket of every slot of a run, in order, uint8 [slots].
+
+    `counts` [cycles][buckets] are the slots that each bucket gets in each cycle, and `lengths` the buckets', shortest
+    first. Within a cycle buckets are drawn without replacement, with the probabilities that `config.draw` names. With
+    quantiles, for mix "micro_batch", every bucket has after any slot given, within 1/2, its average number of slots at
+    one time common to all. Raises ValueError as `bucket_odds` does.
+    """
+    odds = bucket_odds(config, len(lengths))
     cycles = []
-    for cycle in range(config.cycles):
-        # [buckets]: steps of each bucket in this cycle; the parts of all cycles sum to its share.
-        part = [share * (cycle + 1) // config.cycles - share * cycle // config.cycles for share in shares]
+    for cycle, part in enumerate(counts):
         times = [
-            # Each (cycle, bucket) has its own key, so its draws do not depend on the number of draws of the others.
-            _times(count, odds[bucket], config, np.random.SeedSequence(seed, spawn_key=(cycle, bucket)))
+            # Each (cycle, length) has its own key, so its draws do not depend on the number of draws of the others.
+            _times(count, odds[bucket], config, np.random.SeedSequence(seed, spawn_key=(cycle, lengths[bucket])))
             for bucket, count in enumerate(part)
         ]
-        buckets = np.repeat(np.arange(len(part), dtype=np.uint8), part)  # [steps of the cycle], as `times`
+        buckets = np.repeat(np.arange(len(part), dtype=np.uint8), part)  # [slots of the cycle], as `times`
         cycles.append(buckets[np.argsort(np.concatenate(times), kind="stable")])
     return np.concatenate(cycles)
 
 
 def _times(count: int, odds: float, config: CurriculumConfig, seed: np.random.SeedSequence) -> NDArray[np.float64]:
-    """Return the times at which a bucket's `count` batches of a cycle are drawn, float64 [count]."""
-    # Uniform on (0, 1] in steps of 2^-53.
-    uniform = 1.0 - np.random.Generator(np.random.Philox(seed)).random(count)
-    exponential = -exact_log(uniform)
-    if config.odds == "natural" or config.draw == "odds_times_left":
-        return exponential / odds
-    return np.cumsum(exponential) / (odds * count if config.draw == "odds_times_batches" else odds)
+    """Return the times at which a bucket's `count` slots of a cycle are drawn, float64 [count]."""
+    left = config.odds == "natural" or config.draw == "odds_times_left"
+    if config.mix == "micro_batch":
+        middles = (np.arange(count) + 0.5) / max(count, 1)
+        times = -exact_log(1.0 - middles) if left else middles * count
+    else:
+        # Uniform on (0, 1] in steps of 2^-53.
+        uniform = 1.0 - np.random.Generator(np.random.Philox(seed)).random(count)
+        exponential = -exact_log(uniform)
+        times = exponential if left else np.cumsum(exponential)
+    return times / (odds * count if not left and config.draw == "odds_times_batches" else odds)
 
 
 def exact_log(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -97,13 +128,3 @@ def exact_log(values: NDArray[np.float64]) -> NDArray[np.float64]:
     for power in range(21, 0, -2):
         series = series * square + 1 / power
     return (exponent - low) * 0.6931471805599453 + 2 * ratio * series
-
-
-def largest_remainder(weights: Sequence[int], total: int) -> list[int]:
-    """Return integers in proportion to `weights` whose sum is `total`; of equal remainders the first is rounded up."""
-    weight_sum = sum(weights)
-    shares = [total * weight // weight_sum for weight in weights]
-    by_remainder = sorted(range(len(weights)), key=lambda index: -(total * weights[index] % weight_sum))
-    for index in by_remainder[: total - sum(shares)]:
-        shares[index] += 1
-    return shares

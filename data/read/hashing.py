@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..format.reader import CHUNK_BYTES, SequenceReader
-from .batch_order import BatchOrder, ReplicaShare
+from .batch_order import BatchOrder, Stretch
 
 log = logging.getLogger(__name__)
 
@@ -84,20 +84,23 @@ class Hashing:
     def _run(self) -> None:
         try:
             while (step := self._steps.get()) is not None and not self._stop.is_set():
-                bucket = self._order.bucket(step)
-                left, reader = self._left[bucket], self._readers[bucket]
-                if not left.any():
-                    continue
-                whole = ReplicaShare(0, 1, self._order.batch_sequences(step))
-                read = np.unique(reader.shards_of(self._order.sequences(step, whole)))
-                for shard in read[left[read]].tolist():
-                    where = f", and step {step} reads it, so checkpoints from step {step} on may have trained on it"
-                    reader.verify(shard, where, self._wait)
-                    left[shard] = False
+                for stretch in self._order.batch(step):
+                    self._hash(step, stretch)
         except _StoppedError:
             pass
         except Exception as error:
             self._failure = error
+
+    def _hash(self, step: int, stretch: Stretch) -> None:
+        """Hash the shards of a stretch of `step` that are left."""
+        left, reader = self._left[stretch.bucket], self._readers[stretch.bucket]
+        if not left.any():
+            return
+        read = np.unique(reader.shards_of(self._order.sequences(stretch)))
+        for shard in read[left[read]].tolist():
+            where = f", and step {step} reads it, so checkpoints from step {step} on may have trained on it"
+            reader.verify(shard, where, self._wait)
+            left[shard] = False
 
     def _wait(self, seconds: float) -> None:
         """Wait, after a chunk that took `seconds`, for the rest of its time. Raises _StoppedError to end the thread."""

@@ -5,20 +5,18 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..config import CurriculumConfig, LoaderConfig
+from ..config import LoaderConfig
 from ..format.manifest import Manifest
 from ..format.reader import SequenceReader
 from ..format.store import LocalStore
 from .batch_order import BatchOrder, ReplicaShare
-from .bucket_order import bucket_orders, bucket_tokens
-from .curriculum import step_buckets
 from .hashing import Hashing, shards_of_rank
 from .knots import Knots
 
@@ -46,24 +44,6 @@ class MicroBatch:
 
     prepared: Any = None
     """Result of the loader's `prepare`, if it has one."""
-
-
-def training_order(
-    manifest: Manifest,
-    curriculum: CurriculumConfig,
-    loader: LoaderConfig,
-    *,
-    steps: int,
-    global_batch_tokens: int,
-    seed: int,
-) -> BatchOrder:
-    """Return the order of a run of `steps` steps, a function of these arguments alone.
-
-    Raises ValueError if the curriculum or the global batch does not fit the data.
-    """
-    orders = bucket_orders(manifest.buckets("train"), curriculum.weights, loader.window_tokens, seed)
-    chosen = step_buckets(bucket_tokens(manifest.lengths, orders), steps, curriculum, seed)
-    return BatchOrder(manifest.lengths, orders, chosen, global_batch_tokens)
 
 
 class Loader:
@@ -95,7 +75,8 @@ class Loader:
         self._config = config
         self._share_of = share_of
         self._pin_memory = pin_memory
-        self._readers = [manifest.reader(bucket) for bucket in manifest.buckets("train")]
+        buckets = {bucket.length: bucket for bucket in manifest.buckets("train")}
+        self._readers = [manifest.reader(buckets[length]) for length in order.lengths]
         self._hashes = isinstance(manifest.store, LocalStore) and config.hash_bytes_per_s > 0
         self._to_hash = shards_of_rank(self._readers, *hashed_by)
 
@@ -138,10 +119,12 @@ class Loader:
                 hashing.add(step)
                 if step == last:
                     hashing.finish()
-            bucket = self.order.bucket(step)
-            indices = self.order.sequences(step, self._share_of(self.order.lengths[bucket]))
-            for micro_step, of_micro_step in enumerate(indices):  # [sequences]
-                yield partial(self._read, step, micro_step, bucket, of_micro_step)
+            micro_steps = count()
+            # The longest bucket first, on all ranks: they are always in the same bucket.
+            for stretch in self.order.batch(step):
+                share = self._share_of(self.order.lengths[stretch.bucket])
+                for indices in self.order.micro_batches(stretch, share):  # [sequences]
+                    yield partial(self._read, step, next(micro_steps), stretch.bucket, indices)
 
     def _read(self, step: int, micro_step: int, bucket: int, indices: NDArray[np.int64]) -> MicroBatch:
         reader = self._readers[bucket]

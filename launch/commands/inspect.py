@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ...data.config import CurriculumConfig, LoaderConfig
+from ...data.config import LoaderConfig
+from ...data.curriculum_config import CurriculumConfig
 from ...data.format.manifest import MANIFEST_FILE, open_prepared
 from ...data.inspect.cost import PAPER_1B, ModelSize
 from ...data.inspect.inspect import inspect
@@ -37,6 +38,7 @@ def inspect_target(target: Path, overrides: Sequence[str], console: Console) -> 
             loader=recipe.loader,
             model=model_size(recipe.model, manifest.vocab_size),
             steps=recipe.train.steps,
+            global_batch_tokens=recipe.train.global_batch_tokens,
             seed=recipe.train.seed,
         )
         return
@@ -54,6 +56,7 @@ def inspect_target(target: Path, overrides: Sequence[str], console: Console) -> 
         loader=loader,
         model=PAPER_1B,
         steps=1_000,
+        global_batch_tokens=0,
         seed=0,
     )
 

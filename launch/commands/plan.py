@@ -84,7 +84,7 @@ def plan(
     preset, origin = preset_of(recipe, world_size, preset)
     (topology, _), shape = named_topology(preset, recipe, world_size), attention_shape(recipe)
     console.print(
-        f"{world_size:,} ranks, {recipe.parallel.tokens_per_rank:,} tokens on each\n"
+        f"{world_size:,} ranks, {recipe.parallel.tokens_per_rank:,} tokens on each\n{slots_line(recipe)}\n"
         f"topology: {topology.name} ({origin})\n"
         f"one layer on one rank: {shape.num_heads} query heads and {shape.num_kv_heads} kv heads of {shape.head_dim}, "
         f"{shape.itemsize} bytes a number\n"
@@ -96,14 +96,14 @@ def plan(
     if recipe.max_context_parallel == 1:
         if timeline is not None:
             raise ValueError(
-                f"--timeline {timeline}: nothing to draw, since data.max_bucket_tokens = "
-                f"{recipe.data.max_bucket_tokens} fits one rank; lower parallel.tokens_per_rank = "
+                f"--timeline {timeline}: nothing to draw, since the longest bucket in use, {max(recipe.lengths)} "
+                f"tokens, fits one rank; lower parallel.tokens_per_rank = "
                 f"{recipe.parallel.tokens_per_rank}"
             )
         console.print("every bucket fits one rank, so attention needs no grid")
         return None
     with console.status("pricing grids"):
-        choices = choose_grids(recipe, recipe.data.lengths, topology, ASSUMED)
+        choices = choose_grids(recipe, recipe.lengths, topology, ASSUMED)
         # A grid that the recipe names is shown beside those that "auto" would choose from.
         choices = [choice._replace(others=_alternatives(recipe, choice, topology)) for choice in choices]
     console.print(grids_table(choices))
@@ -114,6 +114,14 @@ def plan(
         draw([[panel] for panel in simulate_passes(asked, last.grid)], timeline, ranks_per_node=topology.ranks_per_node)
         console.print(f"drawn: {timeline}", soft_wrap=True)
     return choices[-1], preset
+
+
+def slots_line(recipe: Recipe) -> str:
+    """Return the slots of a step as text, with the ranks among which one may be divided."""
+    slot = recipe.curriculum.tokens_of_slot(recipe.lengths, recipe.train.global_batch_tokens)
+    count = recipe.train.global_batch_tokens // slot
+    ranks = slot // recipe.parallel.tokens_per_rank * recipe.parallel.tensor
+    return f"slots of {slot:,} tokens of one bucket, {count:,} in a step, on at most {ranks:,} ranks"
 
 
 def transport_lines(recipe: Recipe, grids: Sequence[CpGrid], topology: Topology) -> str:

@@ -80,7 +80,7 @@ def _trained(run: RunDirectory, family: str) -> PublishedModel:
         family=family or family_of(recipe.model),
         config=recipe.model,
         vocab_size=vocab_size,
-        max_tokens=recipe.data.max_bucket_tokens,
+        max_tokens=max(recipe.lengths),
         other=other,
     )
 

@@ -4,7 +4,8 @@ import re
 from typing import Any
 
 import pytest
-from longring.data.config import CurriculumConfig, DataConfig, SourceConfig, TokenizerConfig
+from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
+from longring.data.curriculum_config import CurriculumConfig
 
 TOKENS = SourceConfig(kind="json", path="x", tokens_field="ids")
 WEB = SourceConfig(kind="json", path="x")

@@ -186,7 +186,27 @@ SETTINGS = [
         (OVER_4, "parallel.cp.schedule_of={{4='{0}=4'}}"),
     ),
     Setting(("knots.chunk_odds=2",), r"such as (\[1, 2\])", ("knots.chunk_odds={0}",)),
-    Setting(("curriculum.weights=3",), r"such as {name = 1}", ("curriculum.weights={{documents = 1}}",)),
+    Setting(("curriculum.shares=3",), r"such as {name = 1}", ("curriculum.shares={{documents = 1}}",)),
+    Setting(
+        ("curriculum.mix='micro_batch'", "curriculum.slot_tokens=512", "ranks=2"),
+        r"one micro-batch on 2 ranks, which are all of one bucket; set it to (\d+)",
+        ("curriculum.mix='micro_batch'", "curriculum.slot_tokens={0}", "ranks=2"),
+    ),
+    Setting(
+        ("curriculum.slot_tokens=512", "ranks=1"),
+        r"has one slot in a step; set it to (0), or set (curriculum.mix) = '(micro_batch)'",
+        ("curriculum.slot_tokens=512", "{1}={2}", "ranks=1"),
+    ),
+    Setting(
+        ("curriculum.min_bucket_tokens=256", "curriculum.max_bucket_tokens=128"),
+        r"exceeds curriculum.max_bucket_tokens = (\d+); lower the first",
+        ("curriculum.min_bucket_tokens={0}", "curriculum.max_bucket_tokens=128"),
+    ),
+    Setting(
+        ("curriculum.shares.documents=[0, 1]",),
+        r"must be a list of 2 numbers: (\[.*\])",
+        ("curriculum.shares.documents=[{0}]",),
+    ),
     Setting(
         ("train.global_batch_tokens=3000", "ranks=1"), r"set it to (\d+)", ("train.global_batch_tokens={0}", "ranks=1")
     ),

@@ -151,10 +151,10 @@ def test_advice_about_a_part_that_waits_for_part_0(sandbox, tmp_path, monkeypatc
     assert open_prepared(tmp_path / "new").files == open_prepared(sandbox.data).files
 
 
-def test_advice_about_weights_shows_what_was_given(sandbox):
-    with pytest.raises(
-        ValueError, match=r"curriculum\.weights = {'web': 1\.0}: .* are documents; give a weight to each"
-    ):
-        preflight(sandbox.load("curriculum.weights={web=1}"), 4)
-    for right in ("curriculum.weights={documents=1}", "curriculum.weights={}"):
-        preflight(sandbox.load(right), 4)
+def test_advice_about_shares_names_what_the_data_has(sandbox):
+    for wrong in ("documets=1", "documents@65=0.2"):
+        with pytest.raises(ValueError, match=r"did you mean (\S+)\?$") as error:
+            preflight(sandbox.load(f"curriculum.shares.{wrong}"), 4)
+        found = re.search(r"did you mean (\S+)\?$", str(error.value))
+        assert found is not None
+        preflight(sandbox.load(f"curriculum.shares.{found[1]}={wrong.partition('=')[2]}"), 4)

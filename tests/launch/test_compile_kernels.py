@@ -61,7 +61,7 @@ class EnoughError(Exception):
 def test_an_evaluation_compiles_before_probe_and_guards(monkeypatch):
     done, target = [], MagicMock()
     target.load.return_value = 3
-    target.recipe.data.min_bucket_tokens = target.recipe.data.max_bucket_tokens = 64
+    target.recipe.lengths = (64,)
     target.recipe.evaluate.knots, target.manifest.unigram.return_value = False, np.ones(4)
     monkeypatch.setattr(evaluate, "build_engine", MagicMock())
     monkeypatch.setattr(build, "compile_kernels", lambda recipe, mesh, lengths: done.append(("compile", lengths)))

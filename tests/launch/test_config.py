@@ -44,7 +44,7 @@ def test_overrides_win_over_the_file():
         ),
         (
             "train.global_batch_tokens=3000",
-            "3000: must be a multiple of data.max_bucket_tokens = 2048, .* set it to 4096",
+            "3000: must be a positive multiple of the longest bucket in use, 2048 tokens; set it to 4096",
         ),
         ("parallel.tensor=3", "parallel.tensor = 3: must divide model.num_heads = 4, .* set it to 1"),
         ("parallel.tensor=4", "parallel.tensor = 4: must divide model.num_kv_heads = 2, .* set it to 2"),
@@ -78,7 +78,7 @@ def test_missing_and_broken_files(tmp_path):
 @pytest.mark.parametrize(
     ("world_size", "overrides", "message"),
     [
-        (3, [], "world of 3 ranks: cannot hold data.max_bucket_tokens = 2048 .* start a multiple of 4 ranks"),
+        (3, [], "world of 3 ranks: cannot hold the longest bucket in use, 2048 tokens, .* start a multiple of 4 ranks"),
         (3, ["parallel.tensor=2"], "parallel.tensor = 2: does not divide a world of 3 ranks"),
         (4, ["parallel.tensor=2"], "start a multiple of 8 ranks"),
         (
@@ -126,7 +126,8 @@ def test_tables_with_keys_of_the_users_choice_and_lists(recipe_file):
             "data.source={}",
             'data.sources.web={kind="json", path="a"}',
             'data.sources.books={kind="parquet", path="b"}',
-            "curriculum.weights={web=3, books=1.5}",
+            'curriculum.shares={web=0.3, "@65536"=[[0, 0.5], [1, 1]]}',
+            "curriculum.shares.books@512=0.1",
             "curriculum.odds=[4, 2, 1, 0.5]",
         ],
     )
@@ -134,7 +135,8 @@ def test_tables_with_keys_of_the_users_choice_and_lists(recipe_file):
         ("web", "json"),
         ("books", "parquet"),
     ]
-    assert recipe.curriculum.weights == {"web": 3.0, "books": 1.5}
+    shares = {"web": 0.3, "@65536": ((0.0, 0.5), (1.0, 1.0)), "books@512": 0.1}
+    assert recipe.curriculum.shares == shares
     assert recipe.curriculum.odds == (4.0, 2.0, 1.0, 0.5)
 
 
@@ -143,7 +145,10 @@ def test_tables_with_keys_of_the_users_choice_and_lists(recipe_file):
     [
         ("data.sources.web={kynd=1}", r"data\.sources\.web\.kynd: unknown key; did you mean data\.sources\.web\.kind"),
         ("data.sources=3", r"data\.sources = 3: must be a table"),
-        ('curriculum.weights={web="a"}', r"curriculum\.weights\.web = 'a': must be of type float"),
+        ('curriculum.shares={web="a"}', r"curriculum\.shares\.web = 'a': must be of type float"),
+        ("curriculum.shares.web=[[0, 1, 2]]", r"curriculum\.shares\.web = \[0, 1, 2\]: must be a list of 2 numbers"),
+        ("curriculum.shares.web=[0, 1]", r"curriculum\.shares\.web = 0: must be a list of 2 numbers"),
+        ("curriculum.shares.web=1.5", r"curriculum\.shares\.web = 1\.5: must be at least 0 and at most 1"),
         ("curriculum.odds=grow", r"curriculum\.odds = 'grow': must be one of 'uniform', .*, or numbers"),
         ('curriculum.odds=["a"]', r"curriculum\.odds = 'a': must be of type float"),
     ],

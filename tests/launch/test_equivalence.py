@@ -54,8 +54,13 @@ def initial_weights_and_batches(recipe_file: Path, overrides: list[str]) -> tupl
     weights = {name: p.detach().clone() for name, p in module.named_parameters()}
     weights["head.weight"] = weights["head.weight"][: planned.manifest.vocab_size]  # the rest is padding
     order = planned.order
-    loader = Loader(planned.manifest, order, recipe.loader, lambda length: ReplicaShare(0, 1, 2048 // length))
-    return weights, [documents(batch) for batch in loader.batches(0, recipe.train.steps)]
+    loader = Loader(
+        planned.manifest, order, recipe.loader, lambda length: ReplicaShare(0, 1, order.slot_tokens // length)
+    )
+    batches: list[Batch] = [[] for _ in range(recipe.train.steps)]
+    for batch in loader.batches(0, recipe.train.steps):  # a micro-batch for each slot
+        batches[batch.step - 1] += documents(batch)
+    return weights, batches
 
 
 def documents(batch: MicroBatch) -> Batch:
@@ -155,6 +160,42 @@ def test_twenty_steps_equal_plain_pytorch(on_ranks, recipe_file, oracle, divisio
     steps = check(tmp_path / "run", oracle)
     if division == "cp4":
         assert {step["cp"] for step in steps} >= {1, 4}, "some steps have context parallelism, others none"
+
+
+# The shares change over the run, and every step has several lengths.
+MIXED = ["curriculum.mix=micro_batch", "curriculum.cycles=4", "curriculum.shares.@512=[[0, 0.2], [1, 0.6]]"]
+
+
+@pytest.fixture(scope="session")
+def mixed_oracle(recipe_file, on_ranks) -> dict[str, Any]:
+    return oracle_of(on_ranks, recipe_file, MIXED)
+
+
+@pytest.mark.parametrize(
+    ("division", "zero_stage"),
+    by_lane(
+        [("one", 1), ("cp4", 1), ("cp4", 2), ("cp4", 3), ("tp2-cp2", 0), ("tp2-cp2-sp", 3)],
+        quick=[],
+        slow=[("cp4", 1), ("cp4", 3), ("tp2-cp2", 0)],
+    ),
+)
+def test_steps_of_several_lengths_equal_plain_pytorch(
+    on_ranks, recipe_file, mixed_oracle, division, zero_stage, tmp_path
+):
+    """The gradients of a step are those of its sequences of all lengths together, over rings of 1, 2 and 4 ranks."""
+    world, settings = (1, []) if division == "one" else (4, DIVISIONS[division])
+    overrides = [*MIXED, *settings, f"parallel.zero_stage={zero_stage}", f"run_directory={tmp_path}/run"]
+    on_ranks(world, run_steps, recipe_file, overrides)
+    steps = check(tmp_path / "run", mixed_oracle)
+    for step, batch in zip(steps, mixed_oracle["batches"], strict=True):
+        lengths = [len(row) - 1 for row in batch]
+        assert {int(length): part["targets"] for length, part in step["buckets"].items()} == {
+            length: length * lengths.count(length) for length in lengths
+        }
+        total = sum(part["loss"] * part["targets"] for part in step["buckets"].values())
+        assert total == pytest.approx(step["loss"] * step["targets"], rel=1e-12)
+        assert step["bucket"] == max(lengths)
+    assert sum(len(step["buckets"]) > 1 for step in steps) > 15, "most steps have several lengths"
 
 
 @pytest.fixture(scope="session")

@@ -108,7 +108,12 @@ SETTINGS: dict[str, str] = {
     "no cycle": "curriculum.cycles=0",
     "unknown odds": "curriculum.odds=grow",
     "negative odds": "curriculum.odds=[1,-2]",
-    "a weight of zero": "curriculum.weights={web=0}",
+    "a share above 1": "curriculum.shares={web=2}",
+    "points of a share that do not ascend": "curriculum.shares.web=[[0.5, 0.1], [0, 0.3]]",
+    "a slot in a step of one bucket": "curriculum.slot_tokens=512",
+    "a slot that does not divide a step": "curriculum={mix='micro_batch', slot_tokens=1536}",
+    "buckets that the data lacks": "curriculum.min_bucket_tokens=1024",
+    "a shortest bucket above the longest": "curriculum={min_bucket_tokens=256, max_bucket_tokens=128}",
     "no micro-batch read ahead": "loader.prefetch_batches=0",
     "a negative bandwidth of hashing": "loader.hash_bytes_per_s=-1",
     "an evaluation of no tokens": "evaluate.max_tokens_per_bucket=0",
@@ -473,7 +478,12 @@ CASES: dict[str, dict[str, Case]] = {
         "a changed tokenizer": another_tokenizer,
         "a missing table of shards": missing_table,
         "data prepared with other settings": lambda sandbox: sandbox.train("data.max_bucket_tokens=256"),
-        "a weight of an unknown source": lambda sandbox: sandbox.train("curriculum.weights={web=1}"),
+        "a share of an unknown source": lambda sandbox: sandbox.train("curriculum.shares={web=1}"),
+        "a share of a bucket that is not in use": lambda sandbox: sandbox.train("curriculum.shares.@1024=0.5"),
+        "shares that sum to more than 1": lambda sandbox: sandbox.train("curriculum.shares={'@64'=0.7, '@128'=0.4}"),
+        "shares that contradict each other": lambda sandbox: sandbox.train(
+            "curriculum.shares={'@64'=0.5, 'documents@64'=0.4}"
+        ),
         "odds for another number of buckets": lambda sandbox: sandbox.train("curriculum.odds=[1,2]"),
         "a second preparation at the same time": second_preparation,
         "a missing source": lambda sandbox: sandbox.main(

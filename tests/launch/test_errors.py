@@ -62,7 +62,7 @@ def test_unknown_key(capsys, recipe_file, tmp_path):
 
 def test_impossible_world_size(capsys, recipe_file, tmp_path):
     error = train_error(capsys, recipe_file, tmp_path, "parallel.tokens_per_rank=128", ranks=3)
-    assert "world of 3 ranks: cannot hold data.max_bucket_tokens = 512" in error
+    assert "world of 3 ranks: cannot hold the longest bucket in use, 512 tokens" in error
     assert "start a multiple of 4 ranks" in error
 
 

@@ -15,8 +15,9 @@ from helpers.faulty import start
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from longring.data.format.manifest import Manifest, open_prepared
-from longring.data.read.batch_order import BatchOrder, ReplicaShare
-from longring.data.read.bucket_order import BucketOrder, SourcePart
+from longring.data.read.batch_order import BatchOrder
+from longring.data.read.bucket_order import BucketOrder, Knot, SourcePart
+from longring.data.read.shares import WEIGHT_SUM
 from longring.launch.checkpoint.format import complete_checkpoints
 from longring.launch.config import Recipe, load_recipe
 from longring.launch.learning_rate import learning_rate
@@ -32,14 +33,13 @@ def manifest(recipe_file) -> Manifest:
     return open_prepared(recipe_file.parent / "data")
 
 
-def replayed(recipe: Recipe, manifest: Manifest, steps: int) -> list[tuple[float, int, list[int]]]:
+def replayed(recipe: Recipe, manifest: Manifest, steps: int) -> list[tuple[float, list[tuple[int, list[int]]]]]:
     """Return rate, bucket and sequences of the first steps, each as a training step has them."""
     order = order_of(manifest, recipe)
     return [
         (
             learning_rate(step, recipe.train),
-            order.bucket(step),
-            order.sequences(step, ReplicaShare(0, 1, order.batch_sequences(step))).ravel().tolist(),
+            [(order.lengths[stretch.bucket], order.sequences(stretch).tolist()) for stretch in order.batch(step)],
         )
         for step in range(1, min(steps, recipe.train.steps) + 1)
     ]
@@ -55,7 +55,8 @@ SCHEDULES = {
     "curriculum.odds": st.sampled_from(["uniform", "grow_p2", "grow_p100", [8, 4, 2, 1], [4, 4, 4, 4]]),
     "curriculum.draw": st.sampled_from(["odds_times_left", "odds", "odds_times_batches"]),
     "curriculum.cycles": st.integers(1, 2),
-    "curriculum.weights.documents": st.sampled_from([1.0, 2.0]),
+    "curriculum.shares.@64": st.sampled_from([0.2, [[0.6, 0.2], [0.9, 0.5]]]),
+    "curriculum.mix": st.sampled_from(["step", "micro_batch"]),
     "loader.window_tokens": st.sampled_from([0, 2048, 2**40]),
 }
 
@@ -72,8 +73,9 @@ def changes(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
 BASE = {
     **{"train.steps": 20, "train.learning_rate": 1e-3, "train.min_learning_rate": 1e-3, "train.warmup_steps": 4},
     **{"train.decay_steps": 0, "train.decay": "cosine"},
-    **{"curriculum.odds": "grow_p2", "curriculum.draw": "odds", "curriculum.cycles": 1},
-    "curriculum.weights.documents": 1.0,
+    **{"curriculum.odds": "grow_p2", "curriculum.draw": "odds", "curriculum.cycles": 4},
+    "curriculum.shares.@64": 0.2,
+    "curriculum.mix": "step",
     "loader.window_tokens": 0,
 }
 
@@ -87,7 +89,7 @@ WSD = {"train.min_learning_rate": 0.0, "train.decay_steps": 16}
 @example(both=({**BASE, "train.min_learning_rate": 0.0}, {**BASE, "train.steps": 21}), done=4)
 @example(both=({**BASE, **WSD}, {**BASE, **WSD, "train.steps": 21}), done=4)  # accepted: before the decay
 @example(both=({**BASE, **WSD}, {**BASE, **WSD, "train.steps": 21}), done=5)
-@example(both=(BASE, {**BASE, "curriculum.weights.documents": 2.0}), done=20)  # another key, and nothing else
+@example(both=(BASE, {**BASE, "curriculum.shares.@64": [[0.6, 0.2], [0.9, 0.5]]}), done=8)  # accepted: later shares
 @example(both=(BASE, {**BASE, "loader.window_tokens": 2**40}), done=8)  # one shuffle window before and after
 @example(both=(BASE, {**BASE, "loader.window_tokens": 2048}), done=8)
 @given(both=changes(), done=st.integers(1, 8))
@@ -112,8 +114,9 @@ def test_a_schedule_may_change_exactly_where_the_steps_done_stay_the_same(recipe
 
 def test_some_schedules_may_change_and_some_may_not(recipe_file, manifest):
     """The oracle of the test above meets both."""
-    cases = [({"train.steps": 21}, 5), ({"train.steps": 40}, 4), ({"train.min_learning_rate": 0.0}, 4)]
+    cases = [({"train.steps": 21}, 5), ({"train.steps": 40}, 3), ({"train.min_learning_rate": 0.0}, 4)]
     cases.append(({"loader.window_tokens": 2**40}, 8))
+    cases.append(({"curriculum.shares.@64": [[0.6, 0.2], [0.9, 0.5]]}, 8))
     before = load_recipe(recipe_file, words(BASE))
     for changed, done in cases:
         check_change(before, load_recipe(recipe_file, words({**BASE, **changed})), done, partial(order_of, manifest))
@@ -211,8 +214,9 @@ def test_a_million_steps_are_compared(recipe_file):
     longer = replace(recipe, train=replace(recipe.train, steps=1_000_500))
 
     def order(key: int) -> BatchOrder:
-        stream = BucketOrder([SourcePart(first_sequence=0, shard_sequences=(9,), positions=9)], 1, (key,))
-        return BatchOrder((64,), [stream], np.zeros(1_000_500, dtype=np.uint8), 2048)
+        part = SourcePart(source="documents", first_sequence=0, shard_sequences=(9,))
+        stream = BucketOrder([part], [Knot(0, (WEIGHT_SUM,))], (key,))
+        return BatchOrder((64,), [stream], np.zeros((1_000_500, 1), dtype=np.uint8), 2048)
 
     one, other = order(0), order(1)
     check_change(recipe, longer, 1_000_000, lambda _: one)

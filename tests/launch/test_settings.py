@@ -41,7 +41,8 @@ def numbers(hint: Any, path: str) -> Iterator[tuple[str, Interval | None]]:
     elif get_origin(hint) is dict:
         yield from numbers(get_args(hint)[1], f"{path}.web")
     elif get_origin(hint) is tuple:
-        yield from numbers(get_args(hint)[0], f"{path}[0]")
+        pair = "" if get_args(hint)[-1] is Ellipsis else ",0"
+        yield from numbers(get_args(hint)[0], f"{path}[0{pair}]")
     elif get_origin(hint) in (Union, UnionType):
         for inner in get_args(hint):
             yield from numbers(inner, path)
@@ -53,11 +54,14 @@ NUMBERS = dict(numbers(Recipe, ""))
 def with_setting(key: str, value: object) -> dict[str, Any]:
     """Return the demo's recipe as tables, with one value; the key `a.b[0]` is the list `a.b` of one number."""
     tree = copy.deepcopy(TREE)
-    *tables, name = key.replace("[0]", "").split(".")
+    name, *lists = key.replace("]", "").split("[")
+    *tables, name = name.split(".")
     table = tree
     for part in tables:
         table = table.setdefault(part, {})
-    table[name] = [value] if "[0]" in key else value
+    for numbers_in in reversed(lists):
+        value = [value] * (1 + numbers_in.count(","))
+    table[name] = value
     return tree
 
 
@@ -88,10 +92,10 @@ def test_a_number_outside_its_range_is_refused_in_one_line(key):
         except ValueError as error:
             said = str(error)
         if is_inside(value, bounds):
-            assert not (RANGE.search(said) and f" {key.removesuffix('[0]')} = " in said), said
+            assert not (RANGE.search(said) and f" {key.partition('[')[0]} = " in said), said
         else:
             refused += 1
-            assert said.startswith(f"recipe.toml: {key.removesuffix('[0]')} = ") and RANGE.search(said), (value, said)
+            assert said.startswith(f"recipe.toml: {key.partition('[')[0]} = ") and RANGE.search(said), (value, said)
             assert "\n" not in said and len(said) < 300
     assert refused >= 6
 
@@ -102,7 +106,7 @@ def test_a_number_outside_its_range_is_refused_in_one_line(key):
         *("train.clip_grad_norm=nan", "model.norm_epsilon=-1", "model.rope_base=0", "slurm.min_free_memory_gb=nan"),
         *("train.learning_rate=inf", "train.beta1=1.5", "train.beta2=1.5", "model.init_std=nan"),
         *("train.steps=9223372036854775808", "faults.hang_minutes=nan", "slurm.min_free_disk_gb=inf"),
-        *("curriculum.weights={web=nan}", "curriculum.odds=[inf]", "knots.chunk_odds=[nan]"),
+        *("curriculum.shares={web=nan}", "curriculum.odds=[inf]", "knots.chunk_odds=[nan]"),
     ],
 )
 def test_nonsense_is_one_line_of_the_command(capsys, setting):
@@ -204,7 +208,7 @@ def test_a_text_of_a_recipe_stays_in_its_line(text, key):
         ("train.steps=" + "[" * 100_000, "nested too deeply; give a simpler value"),
         ("data.sources={a" + ".a" * 200 + "=1}", "a line has more than 100 dots; give a simpler value"),
         ("parallel.zero_stage=1.0", "parallel.zero_stage = 1.0: must be one of 0, 1, 2, 3"),
-        ("curriculum.weights.a b=1", r"curriculum.weights.'a b': must consist of letters"),
+        ("curriculum.shares.a b=1", r"curriculum.shares.'a b': must consist of letters"),
     ],
 )
 def test_an_override_that_cannot_be_read_is_one_short_line(override, said):

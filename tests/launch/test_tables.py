@@ -41,11 +41,12 @@ def test_a_cell_that_does_not_fit_is_folded():
 
 def test_the_tokens_of_a_long_run():
     rows = [
-        Trained(length=2**power, sequences=9, passes=1.5, tokens=10**15, reached_tokens=10**15, not_reached_tokens=7)
+        Trained(source=source, length=2**power, sequences=10**15 >> power, available=10**15 >> power)
         for power in range(11, 18)
+        for source in ("web", "a-source-with-a-long-name")
     ]
     text = cells(printed(trained_table(rows)))
-    assert text.count("0") >= 7 * 2 * 15
+    assert text.count("9") >= 7 * 2 * 8
 
 
 def test_the_checkpoints_of_a_long_run(tmp_path, capsys):

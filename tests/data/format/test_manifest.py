@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig, SourceConfig
+from longring.data.config import DataConfig, LoaderConfig, SourceConfig
+from longring.data.curriculum_config import CurriculumConfig
 from longring.data.files import sha256_of
 from longring.data.format.document import BadKind, BadRecord, BadRecords
 from longring.data.format.ledger import Ledger

@@ -17,7 +17,8 @@ import fsspec
 import numpy as np
 import pytest
 from longring.data import files as files_module
-from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig
+from longring.data.config import DataConfig, LoaderConfig
+from longring.data.curriculum_config import CurriculumConfig
 from longring.data.files import sha256_of
 from longring.data.format import store as store_module
 from longring.data.format.manifest import open_prepared
@@ -25,7 +26,8 @@ from longring.data.format.shards import ShardName
 from longring.data.format.store import CachedStore
 from longring.data.prepare.prepare import prepare
 from longring.data.read.batch_order import ReplicaShare
-from longring.data.read.loader import Loader, training_order
+from longring.data.read.loader import Loader
+from longring.data.read.mix import training_order
 from rich.console import Console
 
 

@@ -21,7 +21,8 @@ import pytest
 from helpers.died import Died, die_after
 from helpers.files import tree
 from helpers.lanes import by_lane
-from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig, SourceConfig, TokenizerConfig
+from longring.data.config import DataConfig, LoaderConfig, SourceConfig, TokenizerConfig
+from longring.data.curriculum_config import CurriculumConfig
 from longring.data.files import sha256_of
 from longring.data.format.document import NO_DOCUMENT, SPLITS
 from longring.data.format.manifest import Manifest, open_prepared
@@ -35,7 +36,8 @@ from longring.data.order.work_directory import WorkDirectory
 from longring.data.order_config import KnotsConfig, OrderConfig
 from longring.data.prepare.prepare import prepare
 from longring.data.read.knots import Knots
-from longring.data.read.loader import read_rows, training_order
+from longring.data.read.loader import read_rows
+from longring.data.read.mix import training_order
 from rich.console import Console
 
 QUIET = Console(quiet=True)

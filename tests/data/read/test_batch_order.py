@@ -1,163 +1,31 @@
-import math
+"""The order of a run: any division and any restart reads the same batches, which hold the shares of their cycle."""
+
 import re
-from collections import Counter
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from longring.data.config import CurriculumConfig
+from longring.data.config import LoaderConfig
+from longring.data.curriculum_config import CurriculumConfig
 from longring.data.format.bucket import Bucket, Part
 from longring.data.format.shards import SHARD_DTYPE
-from longring.data.read.batch_order import BatchOrder, ReplicaShare
-from longring.data.read.bucket_order import BucketOrder, SourcePart, bucket_orders, bucket_tokens
-from longring.data.read.curriculum import step_buckets
+from longring.data.read.batch_order import STRIDE, BatchOrder, ReplicaShare
+from longring.data.read.mix import Mix, order_of_mix, plan_mix
 
-LENGTHS, SEQUENCES, STEPS = (8, 16, 32), (10, 7, 5), 60
-
-
-def one_source(sequences: int, seed: int, bucket: int, windows: int = 1) -> BucketOrder:
-    """Return the order of a bucket with one source, in shards of 3 sequences."""
-    shards = tuple([3] * (sequences // 3) + [sequences % 3] * (sequences % 3 > 0))
-    part = SourcePart(first_sequence=0, shard_sequences=shards, positions=sequences)
-    return BucketOrder([part], windows, (seed, bucket))
+LENGTHS, STEPS = (8, 16, 32), 60
+SHARDS = {"web": ([3, 3, 4], [3, 4], [5]), "books": ([], [2], [6, 5]), "code": ([9], [], [1])}
+"""Sequences in the shards of each source, by bucket."""
 
 
-def order(seed: int = 0, global_batch_tokens: int = 256, windows: int = 1) -> BatchOrder:
-    orders = [one_source(count, seed, bucket, windows) for bucket, count in enumerate(SEQUENCES)]
-    chosen = step_buckets(bucket_tokens(LENGTHS, orders), STEPS, CurriculumConfig(cycles=2), seed)
-    return BatchOrder(LENGTHS, orders, chosen, global_batch_tokens)
-
-
-def whole_batch(batches: BatchOrder, step: int) -> list[int]:
-    [micro_batch] = batches.sequences(step, ReplicaShare(0, 1, batches.batch_sequences(step))).tolist()
-    return micro_batch
-
-
-@pytest.mark.full
-@settings(max_examples=20)
-@given(st.integers(0, 2**64), st.sampled_from([32, 64, 96, 256]), st.integers(1, 6))
-def test_every_sequence_once_in_every_pass(seed: int, global_batch_tokens: int, windows: int):
-    batches = order(seed, global_batch_tokens, windows)
-    streams: list[list[int]] = [[], [], []]
-    for step in range(1, STEPS + 1):
-        batch = whole_batch(batches, step)
-        assert len(batch) * LENGTHS[batches.bucket(step)] == global_batch_tokens
-        streams[batches.bucket(step)] += batch
-    for count, stream in zip(SEQUENCES, streams, strict=True):
-        passes = [stream[start : start + count] for start in range(0, len(stream), count)]
-        assert all(sorted(one) == list(range(count)) for one in passes[:-1])
-        assert len(set(passes[-1])) == len(passes[-1])
-
-
-@pytest.mark.full
-def test_each_pass_and_each_seed_has_its_own_order():
-    zero, one = ([whole_batch(order(seed), step) for step in range(1, STEPS + 1)] for seed in (0, 1))
-    assert zero != one
-    for windows in (1, 4):
-        batches = BatchOrder((8,), [one_source(64, 0, 0, windows)], np.zeros(4, dtype=np.uint8), 8 * 64)
-        assert len({tuple(whole_batch(batches, step)) for step in range(1, 5)}) == 4
-
-
-@pytest.mark.parametrize(
-    ("windows", "expected"),
-    [
-        (1, {1: [2, 0], 2: [3], 3: [1], 4: [1], 5: [3, 0], 30: [8, 2, 2, 3], 59: [3], 60: [4]}),
-        (3, {1: [0, 1], 2: [4], 3: [1], 4: [0], 5: [5, 0], 30: [8, 7, 2, 4], 59: [2], 60: [4]}),
-    ],
-)
-def test_known_answer(windows: int, expected: dict[int, list[int]]):
-    """The order is part of the format of a run: replica 1 of 2 reads these sequences at these steps, for ever."""
-    batches = order(0, 64, windows)
-    assert {step: batches.sequences(step, ReplicaShare(1, 2, 1)).ravel().tolist() for step in expected} == expected
-
-
-def test_known_answer_of_weighted_sources():
-    weights = {"a": 1.0, "b": 2.0, "c": 1.0}
-    windowed, _ = bucket_orders(BUCKETS, weights, 50, 3)
-    whole, _ = bucket_orders(BUCKETS, weights, 0, 3)
-    assert stream(windowed, 12) == [16, 14, 1, 17, 15, 0, 18, 22, 19, 21, 3, 2]
-    assert windowed.at(np.arange(10_000, 10_012)).tolist() == [7, 29, 9, 33, 32, 10, 30, 34, 31, 36, 11, 37]
-    assert stream(whole, 12) == [30, 53, 2, 5, 28, 25, 34, 7, 16, 15, 51, 24]
-
-
-@pytest.mark.parametrize("step", [0, -1, STEPS + 1])
-def test_steps_count_from_1(step: int):
-    batches = order()
-    for ask in (batches.bucket, batches.batch_sequences, lambda step: batches.sequences(step, ReplicaShare(0, 1, 1))):
-        with pytest.raises(IndexError, match=rf"step = {step}: must be in 1, \.\.\., {STEPS}"):
-            ask(step)
-
-
-@pytest.mark.full
-@settings(max_examples=40)
-@given(
-    st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4]), st.integers(1, STEPS), st.integers(0, 9),
-    st.integers(1, 4),
-)  # fmt: skip
-def test_any_world_and_any_restart_reads_the_same(
-    num_replicas: int, sequences: int, step: int, seed: int, windows: int
-):
-    """A new BatchOrder gives the same batch at any step; the replicas' shares, in order, are the whole batch."""
-    expected = whole_batch(order(seed, windows=windows), step)
-    batches = order(seed, windows=windows)
-    size = batches.batch_sequences(step)
-    shares = [ReplicaShare(replica, num_replicas, sequences) for replica in range(num_replicas)]
-    if size % (num_replicas * sequences):
-        with pytest.raises(ValueError, match=f"makes {size} sequences of step {step}, which {num_replicas} replicas"):
-            batches.sequences(step, shares[0])
-        return
-    rows = np.stack([batches.sequences(step, share) for share in shares], axis=1)
-    assert rows.ravel().tolist() == expected
-
-
-@pytest.mark.parametrize("replica", [2, -1])
-def test_a_replica_outside_the_run(replica: int):
-    with pytest.raises(IndexError, match=rf"replica = {replica}: must be in 0, \.\.\., 1"):
-        order().sequences(1, ReplicaShare(replica, 2, 1))
-
-
-@pytest.mark.parametrize("global_batch_tokens", [0, 16, 48])
-def test_global_batch_must_be_a_multiple_of_the_largest_bucket(global_batch_tokens: int):
-    with pytest.raises(
-        ValueError, match=rf"train\.global_batch_tokens = {global_batch_tokens}: .* 32 tokens; set it to (32|64)"
-    ):
-        order(global_batch_tokens=global_batch_tokens)
-
-
-def test_a_bucket_of_the_curriculum_must_have_sequences():
-    advice = "give no step to it, or prepare documents that fill it"
-    filled, empty = [one_source(3, 0, 0), one_source(1, 0, 1)], [one_source(3, 0, 0), one_source(0, 0, 1)]
-    with pytest.raises(ValueError, match=rf"step_buckets: bucket 16 has no sequences; {advice}"):
-        BatchOrder((8, 16), empty, np.array([0, 1], dtype=np.uint8), 16)
-    BatchOrder((8, 16), empty, np.array([0, 0], dtype=np.uint8), 16)
-    BatchOrder((8, 16), filled, np.array([0, 1], dtype=np.uint8), 16)
-
-
-@pytest.mark.parametrize("step", [1, STEPS])
-def test_replicas_that_do_not_divide_a_batch(step: int):
-    share = ReplicaShare(2, 3, 2)
-    with pytest.raises(ValueError, match=r"which 3 replicas with 2 sequences each do not divide; set it to") as error:
-        order().sequences(step, share)
-    found = re.search(r"set it to a multiple of (\d+)", str(error.value))
-    assert found is not None
-    right = order(global_batch_tokens=math.lcm(int(found[1]), LENGTHS[-1]))
-    assert right.sequences(step, share).shape[1] == 2
-
-
-@pytest.mark.parametrize("windows", [1, 3])
-@pytest.mark.parametrize("step", [0, 1, 7, STEPS])
-def test_trained_counts_what_was_read(step: int, windows: int):
-    batches = order(global_batch_tokens=32, windows=windows)
-    seen: list[list[int]] = [[], [], []]
-    for earlier in range(1, step + 1):
-        seen[batches.bucket(earlier)] += whole_batch(batches, earlier)
-    for entry, length, count, read in zip(batches.trained(step), LENGTHS, SEQUENCES, seen, strict=True):
-        assert (entry.length, entry.sequences, entry.tokens) == (length, len(read), len(read) * length)
-        assert entry.reached_tokens == len(set(read)) * length
-        assert entry.not_reached_tokens == (count - len(set(read))) * length
-        assert entry.repeated_tokens == (len(read) - len(set(read))) * length
-        assert entry.passes == len(read) / count
+def buckets(shards: Mapping[str, tuple[list[int], ...]] = SHARDS) -> tuple[Bucket, ...]:
+    """Return buckets of LENGTHS; `shards` are the numbers of sequences in the shards of each source and bucket."""
+    return tuple(
+        bucket(length, {name: of[index] for name, of in shards.items()}) for index, length in enumerate(LENGTHS)
+    )
 
 
 def bucket(length: int, shards: dict[str, list[int]]) -> Bucket:
@@ -171,75 +39,266 @@ def bucket(length: int, shards: dict[str, list[int]]) -> Bucket:
     return Bucket(length=length, shards=table, parts=tuple(parts))
 
 
-BUCKETS = (bucket(8, {"a": [5, 9], "b": [40], "c": []}), bucket(16, {"a": [3], "b": [6, 1], "c": [8]}))
-# Tokens: a 160, b 432, c 128; 720 in all.
+def planned(
+    seed: int = 0,
+    batch: int = 256,
+    window: int = 0,
+    steps: int = STEPS,
+    of: tuple[Bucket, ...] | None = None,
+    **settings: Any,
+) -> tuple[BatchOrder, Mix]:
+    """Return the order and the mix of a run."""
+    config, of = CurriculumConfig(**settings), of or buckets()
+    slot = config.tokens_of_slot(LENGTHS, batch)
+    mix = plan_mix(of, config, steps, batch // slot)
+    return order_of_mix(mix, of, config, LoaderConfig(window_tokens=window), batch // slot, slot, seed), mix
 
 
-def stream(chosen: BucketOrder, positions: int) -> list[int]:
-    return chosen.at(np.arange(positions)).tolist()
+def order(**settings: Any) -> BatchOrder:
+    return planned(**settings)[0]
 
 
-@pytest.mark.parametrize("window_tokens", [0, 50, 10_000])
-def test_sources_without_weights_come_once_each(window_tokens: int):
-    for chosen, entry in zip(bucket_orders(BUCKETS, {}, window_tokens, 3), BUCKETS, strict=True):
-        assert chosen.positions == entry.sequences
-        two = stream(chosen, 2 * entry.sequences)
-        assert sorted(two[: entry.sequences]) == sorted(two[entry.sequences :]) == list(range(entry.sequences))
-        assert two[: entry.sequences] != two[entry.sequences :]
+def whole_batch(batches: BatchOrder, step: int) -> list[tuple[int, list[int]]]:
+    """Return (length, sequences) of each stretch of a step."""
+    return [(batches.lengths[s.bucket], batches.sequences(s).tolist()) for s in batches.batch(step)]
 
 
-@pytest.mark.parametrize("window_tokens", [0, 50])
-def test_weights_are_shares_of_tokens(window_tokens: int):
-    weights = {"a": 1.0, "b": 2.0, "c": 1.0}
-    tokens: Counter[str] = Counter()
-    for chosen, entry in zip(bucket_orders(BUCKETS, weights, window_tokens, 3), BUCKETS, strict=True):
-        # Six passes: each sequence of a source comes equally often, up to one.
-        seen = Counter(stream(chosen, 6 * chosen.positions))
-        assert chosen.reached(6 * chosen.positions) == len(seen)
-        first = 0
-        for part in entry.parts:
-            counts = [seen[number] for number in range(first, first + part.sequences)]
-            assert not counts or max(counts) - min(counts) <= 1
-            tokens[part.source] += sum(counts) * entry.length
-            first += part.sequences
-    assert tokens.total() == pytest.approx(6 * 720, rel=0.03)
-    for name, weight in weights.items():
-        assert tokens[name] / tokens.total() == pytest.approx(weight / 4, abs=0.02)
+MIXED = {"mix": "micro_batch", "shares": {"books": ((0.0, 0.1), (1.0, 0.6)), "@8": 0.3}, "cycles": 4}
 
 
-def test_every_shuffle_window_holds_its_share_of_every_source():
-    """A source has its share of every run of positions, up to one sequence."""
-    [chosen, _] = bucket_orders((bucket(8, {"a": [300], "b": [50] * 14}), BUCKETS[1]), {}, 400, 0)
-    is_a = np.array(stream(chosen, 1_000)) < 300
-    for start in range(0, 1_000, 50):
-        assert abs(is_a[start : start + 50].sum() - 15) <= 1
+def test_known_answer():
+    """The order is part of the format of a run: these steps have these sequences, for ever."""
+    found = {step: whole_batch(order(batch=64, cycles=2), step) for step in (1, 2, 30, 60)}
+    assert found == {
+        1: [(32, [8, 1])],
+        2: [(8, [2, 10, 1, 18, 9, 11, 7, 12])],
+        30: [(32, [2, 7])],
+        60: [(32, [12, 16])],
+    }
+    found = {step: whole_batch(order(batch=64, window=40, **MIXED), step) for step in (1, 60)}
+    assert found == {1: [(32, [0]), (8, [9, 13, 7, 16])], 60: [(32, [15, 8])]}
 
 
-def test_a_shuffle_window_reads_few_shards():
-    parts = [SourcePart(first_sequence=0, shard_sequences=(10,) * 50, positions=500)]
-    numbers = np.array(stream(BucketOrder(parts, 25, (0, 0)), 500)) // 10
-    assert max(len(set(numbers[start : start + 20])) for start in range(0, 500, 20)) == 2
-    assert numbers[::10].tolist() != sorted(numbers[::10].tolist()), "shards come in an order of their own"
-    assert len(set(np.array(stream(BucketOrder(parts, 1, (0, 0)), 20)) // 10)) > 10
+@pytest.mark.parametrize("step", [0, -1, STEPS + 1])
+def test_steps_count_from_1(step: int):
+    with pytest.raises(IndexError, match=rf"step = {step}: must be in 1, \.\.\., {STEPS}"):
+        order().batch(step)
 
 
-def test_reached_counts_distinct_sequences_of_a_repeated_source():
-    chosen, _ = bucket_orders(BUCKETS, {"a": 5.0, "b": 1.0, "c": 1.0}, 0, 0)
-    for positions in (0, 1, 10, 50, 100, 1_000):
-        assert chosen.reached(positions) == len(set(stream(chosen, positions)))
+@pytest.mark.full
+@settings(max_examples=40)
+@given(
+    st.sampled_from([1, 2, 4, 8]), st.sampled_from([8, 16, 32]), st.integers(1, STEPS), st.integers(0, 9),
+    st.sampled_from([{}, MIXED]), st.sampled_from([0, 40]),
+)  # fmt: skip
+def test_any_world_and_any_restart_reads_the_same(
+    ranks: int, rank_tokens: int, step: int, seed: int, settings: dict[str, Any], window: int
+):
+    """A new BatchOrder gives the same batch at any step; the replicas' shares, in order, are the whole batch."""
+    one, again = (order(seed=seed, window=window, **settings) for _ in range(2))
+    for stretch, (length, sequences) in zip(again.batch(step), whole_batch(one, step), strict=True):
+        degree = max(1, length // rank_tokens)
+        count = max(1, rank_tokens // length)
+        if degree > ranks:
+            continue
+        shares = [ReplicaShare(replica, ranks // degree, count) for replica in range(ranks // degree)]
+        if one.slot_tokens % (ranks * rank_tokens):
+            with pytest.raises(ValueError, match="divide; set it to a multiple of"):
+                again.micro_batches(stretch, shares[0])
+            continue
+        rows = np.stack([again.micro_batches(stretch, share) for share in shares], axis=1)
+        assert rows.ravel().tolist() == sequences
 
 
-@pytest.mark.parametrize("weights", [{"a": 1.0}, {"a": 1.0, "b": 1.0, "c": 1.0, "d": 1.0}])
-def test_weights_name_every_source(weights: dict[str, float]):
-    with pytest.raises(ValueError, match=re.escape(f"curriculum.weights = {weights}: ") + ".* are a, b, c;"):
-        bucket_orders(BUCKETS, weights, 0, 0)
+@pytest.mark.parametrize("replica", [2, -1])
+def test_a_replica_outside_the_run(replica: int):
+    batches = order()
+    with pytest.raises(IndexError, match=rf"replica = {replica}: must be in 0, \.\.\., 1"):
+        batches.micro_batches(batches.batch(1)[0], ReplicaShare(replica, 2, 1))
 
 
-def test_the_curriculum_follows_the_weighted_tokens():
-    """Source c has sequences in the long bucket alone, so its weight gives that bucket more tokens."""
-    even, weighted = (
-        bucket_tokens((8, 16), bucket_orders(BUCKETS, weights, 0, 0))
-        for weights in ({}, {"a": 1.0, "b": 1.0, "c": 8.0})
-    )
-    assert even == [432, 288]
-    assert weighted[1] > 500
+def test_replicas_that_do_not_divide_a_batch():
+    batches = order()
+    with pytest.raises(
+        ValueError, match=r"which 3 replicas with 2 sequences of \d+ tokens each do not divide"
+    ) as error:
+        batches.micro_batches(batches.batch(1)[0], ReplicaShare(2, 3, 2))
+    found = re.search(r"set it to a multiple of (\d+)", str(error.value))
+    assert found is not None
+    right = order(batch=int(found[1]) * 32)
+    assert right.micro_batches(right.batch(1)[0], ReplicaShare(2, 3, 2)).shape[1] == 2
+
+
+@pytest.mark.parametrize("settings", [{}, MIXED], ids=["step", "micro_batch"])
+@pytest.mark.parametrize("step", [0, 1, 7, STEPS])
+def test_trained_counts_what_was_read(step: int, settings: dict[str, Any]):
+    batches, of = order(batch=64, **settings), buckets()
+    seen: dict[tuple[str, int], list[int]] = {}
+    for earlier in range(1, step + 1):
+        for length, sequences in whole_batch(batches, earlier):
+            parts = of[LENGTHS.index(length)].parts
+            names = np.repeat([part.source for part in parts], [part.sequences for part in parts])
+            for number in sequences:
+                seen.setdefault((names[number], length), []).append(number)
+    cells = {(entry.source, entry.length): entry for entry in batches.trained(step)}
+    assert {cell: sum(of[index]) for cell, of, index in _cells()} == {cell: e.available for cell, e in cells.items()}
+    for (source, length), entry in cells.items():
+        read = seen.get((source, length), [])
+        assert (entry.sequences, entry.tokens) == (len(read), len(read) * length)
+        assert entry.reached_tokens == len(set(read)) * length
+        assert entry.repeated_tokens == (len(read) - len(set(read))) * length
+        assert entry.reached_tokens + entry.not_reached_tokens == entry.available * length
+        assert entry.passes == len(read) / entry.available
+
+
+def _cells() -> list[tuple[tuple[str, int], tuple[list[int], ...], int]]:
+    return [
+        ((name, length), of, index) for index, length in enumerate(LENGTHS) for name, of in SHARDS.items() if of[index]
+    ]
+
+
+@st.composite
+def shares(draw: st.DrawFn) -> dict[str, Any]:
+    """Return shares that fit BUCKETS: of some sources, or of some buckets, constant or changing over the run."""
+    names = draw(st.sampled_from([("web", "books"), ("@8", "@32"), ("books", "@8"), ("code",), ("web@16", "@8"), ()]))
+    share = st.floats(0.01, 0.3)
+    points = st.lists(st.tuples(st.floats(0, 1), share), min_size=1, max_size=3).map(lambda found: tuple(sorted(found)))
+    return {name: draw(st.one_of(share, points)) for name in names}
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> dict[str, Any]:
+    """Return the settings of a run over BUCKETS."""
+    mix, slot = draw(st.sampled_from([("step", 0), ("micro_batch", 0), ("micro_batch", 64)]))
+    return {
+        "steps": draw(st.integers(1, 300)),
+        "batch": draw(st.sampled_from([64, 128, 256, 1024])),
+        "window": draw(st.sampled_from([0, 40, 10_000])),
+        "seed": draw(st.integers(0, 3)),
+        "odds": draw(st.sampled_from(["natural", "grow_p2", "shrink_p100"])),
+        "draw": draw(st.sampled_from(["odds", "odds_times_left", "odds_times_batches"])),
+        "cycles": draw(st.integers(1, 12)),
+        "mix": mix,
+        "slot_tokens": slot,
+        "shares": draw(shares()),
+    }
+
+
+def check_shares(settings: dict[str, Any]) -> None:
+    """Check the tokens of every cell after every cycle against the sums of its shares, within the bound.
+
+    The slots of B buckets are at most h = max(1 - 1/B, 1/2 + ... + 1/B) from their dues. Where a source's part w of its
+    bucket changes by V in all, that is (w + V) h slots of the source, and the bucket's stream adds the error of its
+    own: 1/2 + w (S/2 + 1) sequences (`bucket_order`).
+    """
+    batches, mix = planned(**settings)
+    most = max(1 - 1 / len(LENGTHS), sum(1 / k for k in range(2, len(LENGTHS) + 1)))
+    of_all = np.array(mix.shares)  # [cycles, buckets, sources]
+    of_bucket = of_all.sum(axis=2, keepdims=True)
+    # In a cycle without slots of a bucket nothing changes.
+    parts = np.divide(of_all, of_bucket, out=np.zeros_like(of_all), where=of_bucket > 0)
+    target = np.zeros(of_all.shape[1:])
+    for cycle, (first, last) in enumerate(pairwise(mix.begins)):
+        target += (last - first) * batches.batch_tokens * of_all[cycle]
+        counted = batches.given(last) * np.array(LENGTHS)[:, None]
+        largest = parts[: cycle + 2].max(axis=0)
+        changes = np.abs(np.diff(parts[: cycle + 1], axis=0)).sum(axis=0)
+        margin = 0.5 + largest * (len(mix.cells.sources) / 2 + 1)
+        bound = most * batches.slot_tokens * (largest + changes) + np.array(LENGTHS)[:, None] * margin
+        assert (np.abs(counted - target) <= bound + 1e-6).all()
+        assert counted.sum() == last * batches.batch_tokens
+
+
+def check_first_difference(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Check the first step with another batch against a comparison of all batches."""
+    a, b = order(**one), order(**other)
+    last = min(one["steps"], other["steps"])
+    unlike = (step for step in range(1, last + 1) if whole_batch(a, step) != whole_batch(b, step))
+    assert a.first_difference(b, last) == b.first_difference(a, last) == next(unlike, None)
+
+
+def check_pair(both: tuple[dict[str, Any], dict[str, Any]], changed: set[str]) -> None:
+    """Check a configuration, and one that has other values of some settings."""
+    one, new = both
+    check_shares(one)
+    other = {**one, **{key: new[key] for key in changed}}
+    if other["mix"] == "step":
+        other["slot_tokens"] = 0
+    check_first_difference(one, {**other, "batch": one["batch"]})
+
+
+KEYS = st.sets(st.sampled_from(["shares", "cycles", "steps", "window", "draw", "mix"]), max_size=2)
+
+
+@settings(max_examples=25)
+@given(st.tuples(configurations(), configurations()), KEYS)
+def test_runs_hold_their_shares_and_first_differences(both, changed):
+    check_pair(both, changed)
+
+
+@pytest.mark.slow
+@settings(max_examples=1_000)
+@given(st.tuples(configurations(), configurations()), KEYS)
+def test_a_thousand_runs_hold_their_shares_and_first_differences(both, changed):
+    check_pair(both, changed)
+
+
+def test_a_change_of_later_shares_leaves_the_steps_before_it():
+    """A run whose shares were natural so far gets others for its last quarter."""
+    later = {"books": ((0.0, 0.27), (0.75, 0.27), (0.75, 0.6))}
+    one, other = order(steps=2 * STRIDE, shares={"books": 0.27}), order(steps=2 * STRIDE, shares=later)
+    found = one.first_difference(other, 2 * STRIDE)
+    assert found is not None
+    assert 2 * STRIDE * 3 // 4 < found < 2 * STRIDE * 3 // 4 + 60
+
+
+@pytest.mark.parametrize(("least", "most"), [(16, 0), (0, 16), (16, 16), (9, 31)])
+def test_a_run_uses_the_buckets_it_names(least: int, most: int):
+    config = CurriculumConfig(min_bucket_tokens=least, max_bucket_tokens=most)
+    lengths = config.lengths_in_use(LENGTHS)
+    assert lengths == tuple(length for length in LENGTHS if least <= length <= (most or 32))
+    chosen = tuple(one for one in buckets() if one.length in lengths)
+    mix = plan_mix(chosen, config, STEPS, 1)
+    restricted = order_of_mix(mix, chosen, config, LoaderConfig(), 1, 64, 0)
+    assert {length for step in range(1, STEPS + 1) for length, _ in whole_batch(restricted, step)} == set(lengths)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "right"),
+    [
+        (
+            {"min_bucket_tokens": 33},
+            r"min_bucket_tokens = 33: leaves none of .* 8, 16, 32 tokens; set it to (\d+)",
+            "min",
+        ),
+        ({"max_bucket_tokens": 7}, r"max_bucket_tokens = 7: leaves none of .*; set it to (\d+)", "max"),
+        ({"min_bucket_tokens": 9, "max_bucket_tokens": 15}, r"min_bucket_tokens = 9: .*; set it to (\d+)", "min"),
+    ],
+)
+def test_buckets_that_the_data_lacks(settings: dict[str, Any], message: str, right: str):
+    with pytest.raises(ValueError, match=message) as error:
+        CurriculumConfig(**settings).lengths_in_use(LENGTHS)
+    found = re.search(message, str(error.value))
+    assert found is not None
+    assert CurriculumConfig(**{**settings, f"{right}_bucket_tokens": int(found[1])}).lengths_in_use(LENGTHS)
+
+
+@pytest.mark.parametrize(("slot", "batch"), [(48, 192), (128, 192), (1000, 192), (8, 96), (96, 64)])
+def test_slots_that_do_not_fit_name_one_that_does(slot: int, batch: int):
+    with pytest.raises(ValueError, match=r"curriculum\.slot_tokens = \d+: .* set it to (\d+)") as error:
+        CurriculumConfig(mix="micro_batch", slot_tokens=slot).tokens_of_slot(LENGTHS, batch)
+    found = re.search(r"set it to (\d+)", str(error.value))
+    assert found is not None
+    right = CurriculumConfig(mix="micro_batch", slot_tokens=int(found[1]))
+    assert right.tokens_of_slot(LENGTHS, batch) == int(found[1])
+
+
+@pytest.mark.parametrize("batch", [0, 16, 48])
+def test_global_batch_must_be_a_multiple_of_the_longest_bucket(batch: int):
+    with pytest.raises(ValueError, match=rf"global_batch_tokens = {batch}: .* in use, 32 tokens; set it to (32|64)"):
+        CurriculumConfig().tokens_of_slot(LENGTHS, batch)
+
+
+def test_data_without_sequences():
+    with pytest.raises(ValueError, match=r"no training sequence of 8 to 32 tokens; use other buckets, or prepare"):
+        plan_mix(buckets({"web": ([], [], [])}), CurriculumConfig(), 10, 1)

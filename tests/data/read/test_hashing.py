@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from longring.data import files as files_module
-from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig
+from longring.data.config import DataConfig, LoaderConfig
+from longring.data.curriculum_config import CurriculumConfig
 from longring.data.files import sha256_of
 from longring.data.format import shard_file
 from longring.data.format.damage import DamagedDataError
@@ -20,7 +21,8 @@ from longring.data.format.shards import INDEX_DTYPE, shard_name
 from longring.data.prepare.prepare import prepare
 from longring.data.read import hashing
 from longring.data.read.batch_order import ReplicaShare
-from longring.data.read.loader import Loader, MicroBatch, training_order
+from longring.data.read.loader import Loader, MicroBatch
+from longring.data.read.mix import training_order
 from rich.console import Console
 
 STEPS, BATCH_TOKENS = 24, 256
@@ -56,9 +58,9 @@ def path_of(manifest: Manifest, number: int) -> Path:
 def first_read(manifest: Manifest) -> tuple[Path, int]:
     """Return the file and the index in the table of the shard that step 1 reads first."""
     found = loader(manifest)
-    bucket = found.order.bucket(1)
-    shard = int(found._readers[bucket].shards_of(found.order.sequences(1, ReplicaShare(0, 1, 1))[0])[0])
-    path = found._readers[bucket].path(shard)
+    stretch = found.order.batch(1)[0]
+    reader = found._readers[stretch.bucket]
+    path = reader.path(int(reader.shards_of(found.order.sequences(stretch))[0]))
     names = [path_of(manifest, number) for number in range(len(manifest.shards))]
     return path, names.index(path)
 
@@ -92,9 +94,9 @@ def test_each_shard_that_is_read_is_hashed_once_by_one_rank(
         list(mine.batches(0, STEPS))
     whole = loader(manifest)
     for step in range(1, STEPS + 1):
-        reader = whole._readers[whole.order.bucket(step)]
-        share = ReplicaShare(0, 1, whole.order.batch_sequences(step))
-        read |= {reader.path(number) for number in np.unique(reader.shards_of(whole.order.sequences(step, share)))}
+        for stretch in whole.order.batch(step):
+            reader = whole._readers[stretch.bucket]
+            read |= {reader.path(number) for number in np.unique(reader.shards_of(whole.order.sequences(stretch)))}
     assert sorted(hashed) == sorted(read)
     assert len(read) > 10
 

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from longring.data.config import CurriculumConfig, DataConfig, LoaderConfig
+from longring.data.config import DataConfig, LoaderConfig
+from longring.data.curriculum_config import CurriculumConfig, Mix
 from longring.data.format.manifest import Manifest, open_prepared
 from longring.data.format.reader import SequenceReader
 from longring.data.prepare.prepare import prepare
 from longring.data.read.batch_order import ReplicaShare
-from longring.data.read.loader import Loader, MicroBatch, training_order
+from longring.data.read.loader import Loader, MicroBatch
+from longring.data.read.mix import training_order
 from rich.console import Console
 
 STEPS, BATCH_TOKENS, TOKENS_PER_RANK = 24, 256, 32
@@ -30,21 +32,24 @@ def manifest(
     return prepare(make_config([words(20 + 9 * number, number) for number in range(40)], **settings), console)
 
 
-def loader(manifest: Manifest, config: LoaderConfig, replica: int = 0, num_replicas: int = 1) -> Loader:
-    order = training_order(
-        manifest, CurriculumConfig(cycles=2), config, steps=STEPS, global_batch_tokens=BATCH_TOKENS, seed=5
-    )
+def loader(
+    manifest: Manifest, config: LoaderConfig, replica: int = 0, num_replicas: int = 1, mix: Mix = "step"
+) -> Loader:
+    curriculum = CurriculumConfig(cycles=2, mix=mix, slot_tokens=64 if mix == "micro_batch" else 0)
+    order = training_order(manifest, curriculum, config, steps=STEPS, global_batch_tokens=BATCH_TOKENS, seed=5)
     return Loader(
         manifest, order, config, lambda length: ReplicaShare(replica, num_replicas, TOKENS_PER_RANK // length)
     )
 
 
-def test_every_number_of_workers_and_ranks_reads_the_same(manifest: Manifest):
+@pytest.mark.parametrize("mix", ["step", "micro_batch"])
+def test_every_number_of_workers_and_ranks_reads_the_same(manifest: Manifest, mix: Mix):
+    worlds = (1, 2, 4, 8) if mix == "step" else (1, 2)  # as many as a slot of 64 tokens holds
     whole: dict[int, list] = {}
     for workers in (0, 1, 4):
-        for world in (1, 2, 4, 8):
+        for world in worlds:
             ranks = [
-                list(loader(manifest, LoaderConfig(workers=workers), rank, world).batches(0, STEPS))
+                list(loader(manifest, LoaderConfig(workers=workers), rank, world, mix).batches(0, STEPS))
                 for rank in range(world)
             ]
             assert all(
@@ -58,7 +63,11 @@ def test_every_number_of_workers_and_ranks_reads_the_same(manifest: Manifest):
                     steps.setdefault(batch.step, []).extend(zip(batch.rows.tolist(), starts, strict=True))
             whole = whole or steps
             assert steps == whole
-    assert all(len(rows) * (len(rows[0][0]) - 1) == BATCH_TOKENS for rows in whole.values())
+    tokens = [[len(row) - 1 for row, _ in rows] for rows in whole.values()]
+    assert all(sum(lengths) == BATCH_TOKENS for lengths in tokens)
+    several = any(len(set(lengths)) > 1 for lengths in tokens)
+    assert several == (mix == "micro_batch" and len(manifest.lengths) > 1)
+    assert all(lengths == sorted(lengths, reverse=True) for lengths in tokens), "the longest bucket first"
 
 
 def test_rows_follow_the_order_and_starts_are_those_of_documents(manifest: Manifest):
@@ -66,9 +75,10 @@ def test_rows_follow_the_order_and_starts_are_those_of_documents(manifest: Manif
     buckets = manifest.buckets("train")
     several = 0
     for batch in found.batches(0, STEPS):
-        bucket = buckets[found.order.bucket(batch.step)]
+        [stretch] = found.order.batch(batch.step)
+        bucket = buckets[stretch.bucket]
         share = ReplicaShare(0, 1, TOKENS_PER_RANK // bucket.length)
-        wanted = found.order.sequences(batch.step, share)[batch.micro_step]
+        wanted = found.order.micro_batches(stretch, share)[batch.micro_step]
         assert batch.length == bucket.length
         assert np.array_equal(batch.rows, manifest.reader(bucket).read(wanted))
         assert (batch.document_starts is not None) == manifest.has_boundaries
@@ -108,7 +118,7 @@ def test_an_error_in_reading_reaches_the_consumer(manifest: Manifest, workers: i
 def test_an_error_in_the_order_reaches_the_consumer(manifest: Manifest, workers: int):
     order = loader(manifest, LoaderConfig()).order
     found = Loader(manifest, order, LoaderConfig(workers=workers), lambda length: ReplicaShare(0, 3, 1))
-    with pytest.raises(ValueError, match="3 replicas with 1 sequences each do not divide"):
+    with pytest.raises(ValueError, match="3 replicas with 1 sequences of .* tokens each do not divide"):
         list(found.batches(0, STEPS))
 
 

@@ -1,0 +1,126 @@
+"""Settings of the curriculum: how much a run trains of which length and source, and in which order of lengths.
+
+The class is frozen, and making one raises ValueError if its settings do not fit each other. The methods fit them to the
+buckets of data and to the size of a batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+
+from .config import Fraction
+
+Odds = Literal["uniform", "natural", "grow_linear", "grow_p2", "grow_p100", "shrink_p100"]
+Draw = Literal["odds_times_left", "odds_times_batches", "odds"]
+Mix = Literal["step", "micro_batch"]
+Share = Fraction | tuple[tuple[Fraction, Fraction], ...]
+"""A share of the trained tokens, or points [progress of the run, share] between which it goes in straight lines."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurriculumConfig:
+    """Order in which sequence lengths are trained on (Dataset Decomposition, arXiv 2405.13226, section 3)."""
+
+    odds: Odds | tuple[Annotated[float, Interval(ge=1e-60, le=1e60)], ...] = "grow_p2"
+    """Odds of the n buckets, shortest first: a name, or n numbers. uniform and natural: 1, ..., 1. grow_linear: n,
+    ..., 1. grow_p2: 2^(n-1), ..., 1. grow_p100: 100^(n-1), ..., 1. shrink_p100: 1, ..., 100^(n-1)."""
+
+    draw: Draw = "odds_times_batches"
+    """Chance of a bucket as long as it has batches left in the cycle. odds_times_batches: its odds times the batches it
+    has in the whole cycle, as the paper's released code does; for buckets of one size this is its Algorithm 1. odds:
+    its odds alone, as Algorithm 1 says. odds_times_left: its odds times the batches it has left, so that under equal
+    odds buckets of unequal size end together. The odds "natural" are a plain shuffle under each of the three."""
+
+    cycles: Annotated[int, Interval(ge=1, le=100_000)] = 8
+    """Number of times the run goes through the curriculum. A run too short for them has as many cycles as leave each at
+    least one slot for every bucket in use (`num_cycles`)."""
+
+    mix: Mix = "step"
+    """Lengths in a step. step: one bucket, as in the paper. micro_batch: every slot of curriculum.slot_tokens has a
+    bucket of its own, and the slots of a few steps have the buckets' shares as exactly as whole slots can."""
+
+    slot_tokens: Annotated[int, Interval(ge=0, le=2**50)] = 0
+    """Tokens of one slot of mix "micro_batch": a multiple of the longest bucket in use and of the tokens that all ranks
+    hold at once, and a divisor of train.global_batch_tokens. 0: the longest bucket in use."""
+
+    min_bucket_tokens: Annotated[int, Interval(ge=0, le=2**30)] = 0
+    """Length of the shortest sequences that the run uses, in tokens. 0: that of the data."""
+
+    max_bucket_tokens: Annotated[int, Interval(ge=0, le=2**30)] = 0
+    """Length of the longest sequences that the run uses, in tokens. 0: that of the data."""
+
+    shares: dict[str, Share] = field(default_factory=dict)
+    """Shares of the trained tokens by name: "books" is a source, "@65536" a bucket, "books@65536" the sequences of a
+    source in a bucket. A share is a number, or a list of points [progress, share] that are joined by straight lines,
+    with progress from 0 to 1 over the run; it holds for a cycle at a time, as it is at the middle of the cycle. What
+    has no name here keeps its proportions to the rest, those of its tokens."""
+
+    def __post_init__(self) -> None:
+        if not self.odds:
+            raise ValueError("curriculum.odds = []: must not be empty; give one number for each bucket, shortest first")
+        if 0 < self.max_bucket_tokens < self.min_bucket_tokens:
+            raise ValueError(
+                f"curriculum.min_bucket_tokens = {self.min_bucket_tokens}: exceeds curriculum.max_bucket_tokens = "
+                f"{self.max_bucket_tokens}; lower the first or raise the second"
+            )
+        if self.slot_tokens and self.mix == "step":
+            raise ValueError(
+                f"curriculum.slot_tokens = {self.slot_tokens}: curriculum.mix = 'step' has one slot in a step; set it "
+                "to 0, or set curriculum.mix = 'micro_batch'"
+            )
+        for name, share in self.shares.items():
+            points = [] if isinstance(share, int | float) else [progress for progress, _ in share]
+            if not isinstance(share, int | float) and (not points or points != sorted(points)):
+                raise ValueError(
+                    f"curriculum.shares.{name} = {[list(point) for point in share]}: must be points [progress, share] "
+                    "of ascending progress; sort them"
+                )
+
+    def lengths_in_use(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        """Return those of the data's bucket `lengths` that the run uses, ascending. Raises ValueError if none is."""
+        least, most = self.min_bucket_tokens, self.max_bucket_tokens or max(lengths)
+        found = tuple(sorted(length for length in lengths if least <= length <= most))
+        if not found:
+            key = "max" if self.max_bucket_tokens and self.max_bucket_tokens < min(lengths) else "min"
+            nearest = min(lengths) if key == "max" else max(length for length in lengths if length <= most)
+            raise ValueError(
+                f"curriculum.{key}_bucket_tokens = {getattr(self, f'{key}_bucket_tokens')}: leaves none of the data's "
+                f"buckets, {', '.join(map(str, sorted(lengths)))} tokens; set it to {nearest}"
+            )
+        return found
+
+    def tokens_of_slot(self, lengths: Sequence[int], global_batch_tokens: int) -> int:
+        """Return the tokens of one slot for buckets of `lengths` in use: sequences of one bucket.
+
+        Raises ValueError unless a slot holds whole sequences of every bucket, and a global batch whole slots.
+        """
+        longest = max(lengths)
+        if global_batch_tokens < 1 or global_batch_tokens % longest:
+            raise ValueError(
+                f"train.global_batch_tokens = {global_batch_tokens}: must be a positive multiple of the longest bucket "
+                f"in use, {longest} tokens; set it to {max(1, -(-global_batch_tokens // longest)) * longest}"
+            )
+        if self.mix == "step":
+            return global_batch_tokens
+        slot = self.slot_tokens or longest
+        if slot % longest or global_batch_tokens % slot:
+            raise ValueError(
+                f"curriculum.slot_tokens = {slot}: must be a multiple of the longest bucket in use, {longest} tokens, "
+                f"that divides train.global_batch_tokens = {global_batch_tokens}; set it to "
+                f"{next_divisor(global_batch_tokens, longest, slot)}"
+            )
+        return slot
+
+    def num_cycles(self, num_buckets: int, steps: int, slots_per_step: int) -> int:
+        """Return the number of cycles of a run: whole steps, with a slot for each bucket in use in each cycle."""
+        return max(1, min(self.cycles, steps, steps * slots_per_step // num_buckets))
+
+
+def next_divisor(number: int, multiple: int, least: int) -> int:
+    """Return the smallest divisor of `number` of at least `least` that is a multiple of `multiple`, or `number`."""
+    times = number // multiple
+    small = [count for count in range(1, min(times, 2**16) + 1) if times % count == 0]
+    counts = sorted({*small, *(times // count for count in small)})
+    return next((multiple * count for count in counts if multiple * count >= least), number)

@@ -1,0 +1,92 @@
+"""The mix of a run, cycle by cycle, and the order of training that follows from it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from ..config import LoaderConfig
+from ..curriculum_config import CurriculumConfig
+from ..format.bucket import Bucket
+from ..format.manifest import Manifest
+from .batch_order import BatchOrder
+from .bucket_order import BucketOrder, Knot, source_parts
+from .curriculum import cycle_begins, divide_slots, draw_slots
+from .shares import Cells, Shares, cycle_shares, integer_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """The shares that a run trains of each cell, cycle by cycle."""
+
+    cells: Cells
+    """Tokens of the data."""
+    begins: tuple[int, ...]
+    """Number of steps before each cycle, and of all steps at the end, [cycles + 1]."""
+    shares: tuple[Shares, ...]
+    """Shares of the trained tokens, [cycles][buckets][sources]."""
+
+
+def buckets_in_use(manifest: Manifest, curriculum: CurriculumConfig) -> tuple[Bucket, ...]:
+    """Return the buckets of the train split that a run uses, shortest first. Raises ValueError if there is none."""
+    lengths = curriculum.lengths_in_use(manifest.lengths)
+    return tuple(bucket for bucket in manifest.buckets("train") if bucket.length in lengths)
+
+
+def plan_mix(buckets: Sequence[Bucket], curriculum: CurriculumConfig, steps: int, slots_per_step: int) -> Mix:
+    """Return the mix of a run of `steps` steps over these buckets.
+
+    Raises ValueError if the shares do not fit the data or each other.
+    """
+    cells = Cells.of(buckets)
+    begins = cycle_begins(steps, curriculum.num_cycles(len(buckets), steps, slots_per_step))
+    middles = [(first + last) / 2 / steps for first, last in pairwise(begins)]
+    shares = cycle_shares(cells, curriculum, middles)
+    return Mix(cells=cells, begins=tuple(begins), shares=tuple(shares))
+
+
+def training_order(
+    manifest: Manifest,
+    curriculum: CurriculumConfig,
+    loader: LoaderConfig,
+    *,
+    steps: int,
+    global_batch_tokens: int,
+    seed: int,
+) -> BatchOrder:
+    """Return the order of a run of `steps` steps, a function of these arguments alone.
+
+    Raises ValueError if the curriculum or the global batch does not fit the data.
+    """
+    buckets = buckets_in_use(manifest, curriculum)
+    slot_tokens = curriculum.tokens_of_slot([bucket.length for bucket in buckets], global_batch_tokens)
+    mix = plan_mix(buckets, curriculum, steps, global_batch_tokens // slot_tokens)
+    return order_of_mix(mix, buckets, curriculum, loader, global_batch_tokens // slot_tokens, slot_tokens, seed)
+
+
+def order_of_mix(
+    mix: Mix,
+    buckets: Sequence[Bucket],
+    curriculum: CurriculumConfig,
+    loader: LoaderConfig,
+    slots_per_step: int,
+    slot_tokens: int,
+    seed: int,
+) -> BatchOrder:
+    """Return the order of a run with a mix; what its steps train on depends on their cycle and those before alone."""
+    lengths = mix.cells.lengths
+    by_bucket = [integer_weights([sum(bucket) for bucket in shares]) for shares in mix.shares]
+    counts = divide_slots([slots_per_step * (last - first) for first, last in pairwise(mix.begins)], by_bucket)
+    slots = draw_slots(counts, lengths, curriculum, seed).reshape(-1, slots_per_step)
+    orders = []
+    for index, bucket in enumerate(buckets):
+        # The weights of a cycle hold from the first position that its slots take.
+        taken = np.cumsum([0, *(count[index] for count in counts)]) * (slot_tokens // bucket.length)
+        knots = [
+            Knot(position, integer_weights(shares[index]))
+            for position, shares in zip(taken.tolist(), mix.shares, strict=False)
+            if any(shares[index])
+        ]
+        orders.append(BucketOrder(source_parts(bucket, loader.window_tokens), knots, (seed, bucket.length)))
+    return BatchOrder(lengths, orders, slots, slot_tokens)
