@@ -41,8 +41,8 @@ def inspect(
     loader: LoaderConfig,
     model: ModelSize,
     steps: int,
-    global_batch_tokens: int,
     seed: int,
+    global_batch_tokens: int = 0,
 ) -> Path:
     """Check every SHA-256, print tables of the data, draw it, and return the path of the picture.
 

@@ -56,7 +56,6 @@ def inspect_target(target: Path, overrides: Sequence[str], console: Console) -> 
         loader=loader,
         model=PAPER_1B,
         steps=1_000,
-        global_batch_tokens=0,
         seed=0,
     )
 

@@ -46,7 +46,7 @@ def test_the_tokens_of_a_long_run():
         for source in ("web", "a-source-with-a-long-name")
     ]
     text = cells(printed(trained_table(rows)))
-    assert text.count("9") >= 7 * 2 * 8
+    assert text.count("9") >= 7 * 2 * 7
 
 
 def test_the_checkpoints_of_a_long_run(tmp_path, capsys):
