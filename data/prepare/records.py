@@ -1,10 +1,9 @@
 """Reading of records: good ones become documents, bad ones are counted by kind and left out."""
 
 import hashlib
-import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -26,9 +25,6 @@ from .token_documents import documents_of, ids_of
 
 HASHED_CHARACTERS = 1 << 20
 """Number of characters of a text that are encoded and hashed at once: a copy of a long text would double its memory."""
-
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-"""A character that has no UTF-8."""
 
 FIRST_CHECK = 1_000
 """Number of records after which each bad one checks the fraction; fewer records would say little."""
@@ -73,8 +69,10 @@ class RecordReader:
             self.records = number + 1
             if isinstance(content, BadRecord):
                 self.reject(name, content)
+            elif isinstance(digest := digest_of(content), BadRecord):
+                self.reject(name, digest)
             else:
-                yield Document(number, name, content, digest_of(content))
+                yield Document(number, name, content, digest)
         self.check()
 
     def reject(self, name: str, bad: BadRecord) -> None:
@@ -136,8 +134,6 @@ def _text(record: Any, source: SourceConfig) -> str | BadRecord:
         return text
     if not isinstance(text, str):
         return BadRecord("wrong_type", f"field {source.text_field!r} is {type(text).__name__}, not str")
-    if lone := LONE_SURROGATE.search(text):
-        return BadRecord("invalid_utf8", f"a lone surrogate at character {lone.start()}")
     return text or BadRecord("empty", "")
 
 
@@ -157,15 +153,15 @@ def _field(record: Any, name: str) -> Any:
     return record[name]
 
 
-def digest_of(content: str | NDArray[np.int64]) -> bytes:
-    """Return the BLAKE2b hash of a text or of token ids, 16 bytes."""
+def digest_of(content: str | NDArray[np.int64]) -> bytes | BadRecord:
+    """Return the BLAKE2b hash of a text or of token ids, 16 bytes; a text with a character that has no UTF-8 is bad."""
     digest = hashlib.blake2b(digest_size=16)
-    parts: Iterable[bytes] = [content.tobytes()] if isinstance(content, np.ndarray) else _encoded(content)
-    for part in parts:
-        digest.update(part)
+    if isinstance(content, np.ndarray):
+        digest.update(content.tobytes())
+        return digest.digest()
+    for start in range(0, len(content), HASHED_CHARACTERS):
+        try:
+            digest.update(content[start : start + HASHED_CHARACTERS].encode())
+        except UnicodeEncodeError as error:
+            return BadRecord("invalid_utf8", f"a lone surrogate at character {start + error.start}")
     return digest.digest()
-
-
-def _encoded(text: str) -> Iterator[bytes]:
-    starts = range(0, len(text), HASHED_CHARACTERS)
-    return (text[start : start + HASHED_CHARACTERS].encode() for start in starts)

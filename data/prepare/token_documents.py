@@ -15,11 +15,16 @@ NamedIds = Iterator[tuple[str, Ids | BadRecord]]
 
 def ids_of(value: Any, field: str) -> Ids | BadRecord:
     """Return the token ids [tokens] of the value of a field, or the reason for which it holds none."""
-    # numpy finds one type for all elements, so a single check of `dtype` replaces a check of each.
-    is_flat = isinstance(value, list) and not any(map(np.iterable, value))
-    numbers = np.array(value) if is_flat or isinstance(value, np.ndarray) else np.array("")
-    if numbers.size and numbers.dtype.kind not in "iu":
-        return BadRecord("wrong_type", f"field {field!r} is not a list of integers")
+    bad = BadRecord("wrong_type", f"field {field!r} is not a list of integers")
+    if not isinstance(value, list | np.ndarray):
+        return bad
+    try:
+        # numpy finds one type for all elements, so a single check of `dtype` replaces a check of each.
+        numbers = np.asarray(value)
+    except ValueError:  # lists of several lengths
+        return bad
+    if numbers.size and (numbers.dtype.kind not in "iu" or (isinstance(value, list) and numbers.ndim > 1)):
+        return bad
     return numbers.ravel().astype(np.int64)
 
 

@@ -60,7 +60,9 @@ def test_whole_documents_end_with_their_row_and_those_of_a_stream_do_not():
 
 
 @pytest.mark.parametrize(
-    "value", [None, 7, "ids", [1, 2.5], ["a"], [[1], [2]], [True], np.array([1.5]), np.array(["a"])], ids=str
+    "value",
+    [None, 7, "ids", [1, 2.5], ["a"], [[1], [2]], [[1], [2, 3]], [2**70], [True], np.array([1.5]), np.array(["a"])],
+    ids=str,
 )
 def test_a_value_that_is_no_list_of_ids(value: Any):
     found = ids_of(value, "ids")
