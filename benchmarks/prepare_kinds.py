@@ -1,7 +1,7 @@
 """Speed of preparation by kind of corpus, on one and two cores, and of ten million short documents.
 
     python benchmarks/prepare_kinds.py --json rows.json   # fifteen minutes
-    python benchmarks/prepare_kinds.py --quick            # a quarter of the text, a hundredth of the documents
+    python benchmarks/prepare_kinds.py --quick            # two minutes
 
 The text is Python's own standard library, the tokenizer a byte-level BPE of 8,192 trained on it. The same documents
 are written in every kind, and each member prepares them as one input shard, with hashes and ledger:
