@@ -37,6 +37,7 @@ from .errors import GO_ON_LATER
 from .identity import changes
 from .loss_watch import LossWatch
 from .metrics import MetricsWriter
+from .opening import opening
 from .preflight import Preflight, check_nothing_was_saved, preflight_together
 from .ranks.logs import open_log
 from .ranks.node import environment
@@ -114,6 +115,8 @@ def start(
     # Only now is the first step known: the checkpoint that seemed the last may have been damaged.
     if rank_0:
         record(checked, state, changed, mesh.world_size, console)
+        for line in opening(recipe, order, engine, mesh):
+            console.print(line, soft_wrap=True, highlight=False)
     at = partial(watchdog.at, state.step)
     layouts = open_layouts(recipe, mesh, order.lengths, at, console if rank_0 else None)
     for layout in layouts.values():  # plans and masks of whole sequences are kept: no step of the run waits for them

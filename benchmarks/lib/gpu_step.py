@@ -16,6 +16,7 @@ from longring.kernels.layout import SeqLayout
 from longring.kernels.mask import make_mask
 from longring.launch.build import BucketLayout, bucket_layouts, build_engine, compile_kernels
 from longring.launch.config import Recipe, load_recipe
+from longring.model.config import MemoryConfig
 from longring.model.rope import rope_table
 from longring.parallel.mesh import Mesh, join
 from longring.parallel.zero import DeepSpeedEngine, set_learning_rate
@@ -78,6 +79,12 @@ class Ready(NamedTuple):
         rows = np.random.default_rng(0).integers(0, self.sizes.vocabulary, (self.sizes.tokens // length, length + 1))
         return self.layouts[length].model_inputs(rows.astype(np.uint32), document_starts, self.mesh.device)
 
+    def take(self, memory: MemoryConfig) -> None:
+        """Let the layers of the model keep, recompute or offload their activations."""
+        self.model.memory = memory
+        for block in self.model.blocks:
+            block.activations, block.mlp.tile_tokens = memory.activations, memory.mlp_tile_tokens
+
     def both_passes(self, inputs: tuple[Any, ...]) -> None:
         """Run forward and backward of a micro-batch."""
         self.engine.backward(self.engine(*inputs).mean())
@@ -106,7 +113,7 @@ def make_ready(size: Size) -> Ready:
 
 
 def step_rows(size: Size) -> Iterator[Row]:
-    """Yield the parts of a training step of one rank, each bucket length by what its layers keep, then the rest."""
+    """Yield the parts of a training step of one rank, buckets by length and by what is kept, then the rest."""
     started = time.perf_counter()
     ready = make_ready(size)
     note = f"{sum(p.numel() for p in ready.model.parameters()) / 1e9:.2f}B parameters"
@@ -118,13 +125,21 @@ def step_rows(size: Size) -> Iterator[Row]:
     yield {"part": "kernels compiled before the first step", "ms": 1e3 * (time.perf_counter() - started)}
     yield product_row(ready)
     whole_ms = None
-    for activations in ("keep", "recompute_mlp", "recompute_layer"):
-        for length in reversed(ready.sizes.lengths):
-            part = f"bucket {length}, {activations}"
-            yield (row := attempt(part, partial(bucket_row, ready, length, activations)))
+    longest, *others = reversed(ready.sizes.lengths)
+    tile = ready.sizes.tokens // 4
+    for memory in (
+        *(MemoryConfig(activations=level) for level in ("keep", "recompute_mlp", "recompute_layer", "offload")),
+        *(MemoryConfig(activations=level, mlp_tile_tokens=tile) for level in ("keep", "recompute_layer")),
+    ):
+        tiles = f", tiles of {tile}" if memory.mlp_tile_tokens else ""
+        for length in [longest, *(others if memory == MemoryConfig() else [])]:
+            part = f"bucket {length}, {memory.activations}{tiles}"
+            yield (row := attempt(part, partial(bucket_row, ready, length, memory)))
             whole_ms = whole_ms or row.get("ms")
+    ready.take(MemoryConfig())
     yield attempt("optimizer step", partial(optimizer_row, ready))
-    head = attempt("loss head", partial(head_row, ready))
+    yield attempt("loss head, no logits kept", partial(head_row, ready, 0))
+    head = attempt("loss head", partial(head_row, ready, 10**11))
     if whole_ms and head.get("ms"):
         head["note"] = f"loss head: {head['ms'] / whole_ms:.0%} of a micro-batch of the longest bucket"
     yield head
@@ -171,10 +186,9 @@ def flops_of(ready: Ready, length: int) -> float:
     return 6.0 * weights * sizes.tokens + 3 * 4.0 * sizes.hidden * pairs * sizes.layers
 
 
-def bucket_row(ready: Ready, length: int, activations: str) -> Row:
+def bucket_row(ready: Ready, length: int, memory: MemoryConfig) -> Row:
     """Return the row of a micro-batch of one bucket: time, rate, and peak memory beyond weights and optimizer."""
-    for block in ready.model.blocks:
-        block.activations = activations
+    ready.take(memory)
     inputs = ready.inputs(length)
     ready.both_passes(inputs)
     before = None
@@ -203,8 +217,9 @@ def optimizer_row(ready: Ready) -> Row:
     return {"ms": ms, "host_ms": host_ms, "note": "optimizer step: two micro-batches and the update"}
 
 
-def head_row(ready: Ready) -> Row:
+def head_row(ready: Ready, kept_logit_bytes: int) -> Row:
     """Return the row of the loss head alone, forward and backward of one micro-batch."""
+    ready.model.head.kept_logit_bytes = kept_logit_bytes
     sizes = ready.sizes
     x = torch.randn(sizes.tokens, 1, sizes.hidden, device=ready.mesh.device).to(torch.bfloat16).requires_grad_()
     targets = torch.randint(sizes.vocabulary, (1, sizes.tokens), device=ready.mesh.device)
@@ -243,7 +258,6 @@ def layer_rows(ready: Ready) -> Iterator[Row]:
     """Yield forward and backward of one layer: as it is, compiled by torch, and as a CUDA graph."""
     sizes, device = ready.sizes, ready.mesh.device
     block: Any = ready.model.blocks[0]
-    block.activations = "keep"
     layout = SeqLayout.contiguous(sizes.tokens)
     mask = make_mask(layout, layout, device=device)
     rope = rope_table(layout.rotary_positions(device), sizes.hidden // sizes.heads, 1e5)

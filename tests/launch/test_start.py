@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from longring.launch import build
 from longring.launch.build import attention_on_one_rank, build_engine
 from longring.launch.checkpoint.save import Saver
 from longring.launch.config import load_recipe
+from longring.launch.opening import opening
+from longring.launch.preflight import preflight
 from longring.launch.ranks import start
 from longring.launch.run_directory import RunDirectory
 from longring.model import transformer, weights
@@ -202,3 +205,27 @@ def test_a_cache_of_another_user_is_refused_and_the_advice_helps(on_ranks, recip
     assert on_ranks(1, triton_cache, recipe_file, tmp_path, str(tmp_path / "mine")) == [str(tmp_path / "mine")]
     (tmp_path / f"triton-{os.getuid()}").unlink()
     assert on_ranks(1, triton_cache, recipe_file, tmp_path, None) == [str(tmp_path / f"triton-{os.getuid()}")]
+
+
+def opened(recipe_file: Path) -> list[str]:
+    settings = ["parallel.zero_stage=3", "parallel.tensor=2", "train.memory.activations=offload"]
+    recipe = load_recipe(recipe_file, [*settings, "train.dtype=bfloat16", "parallel.tokens_per_rank=256"])
+    mesh = join(recipe.parallel, 2)
+    order = preflight(recipe, mesh.world_size).order
+    return opening(recipe, order, build_engine(recipe, 500, mesh), mesh)
+
+
+@pytest.mark.full
+def test_a_start_tells_what_it_is_about_to_train(on_ranks, recipe_file):
+    layer = 8 * 16 * 64 + 64 * 64 + 3 * 96 * 64 + 2 * 64
+    ranks, parameters, step, passes = on_ranks(4, opened, recipe_file)[0]
+    assert ranks == "ranks: 4 (2 data-parallel x 2 tensor-parallel), rings of up to 2, ZeRO 3"
+    assert parameters.startswith(
+        f"parameters: {2 * 512 * 64 + 2 * layer + 64:,} in bfloat16, gradients summed in float32"
+    )
+    assert parameters.endswith("activations: offload")
+    assert step == "a step: 2,048 tokens, as 4 micro-batches of 256 tokens on each data-parallel rank"
+    found = dict(re.findall(r"(\d+): ([\d.]+)", passes.partition(" steps: ")[2]))
+    order = preflight(load_recipe(recipe_file), 1).order
+    assert found == {str(bucket.length): f"{bucket.passes:.3g}" for bucket in order.trained(20)}
+    assert list(found) == ["64", "128", "256", "512"]
