@@ -177,6 +177,7 @@ def copies_of_one_node_fail() -> str:
     return ""
 
 
+@pytest.mark.full
 def test_a_failure_of_one_node_is_an_error_of_all(on_ranks):
     """The other node does not wait in the first measurement. The advice is that of test_copies."""
     found = on_ranks(4, copies_of_one_node_fail)
