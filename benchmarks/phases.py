@@ -4,8 +4,9 @@
     python benchmarks/phases.py --quick               # a sixth of the steps
 
 The chain is that of docs/phases.md: prepare, train, prepare, extend, export, by the commands that a user would type and
-the recipes small-512 and small-4096, on two ranks. The row "before" has the weights with which the second phase begins,
-and its RoPE.
+the recipes small-512 and small-4096, on two ranks. The first row has the weights with which the second phase begins,
+with the RoPE that they were trained with, the second the same weights with the RoPE of the second phase. The exported
+model is loaded by transformers, if that is installed, and must have the losses of `longring evaluate`.
 """
 
 from __future__ import annotations
@@ -15,16 +16,21 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
+import numpy as np
+import torch
+import torch.nn.functional as F
 from lib import ROOT
 from lib.script import Row, make_parser, make_table, write_record
+from longring.data.format.manifest import open_prepared
+from longring.launch.config import load_recipe
 from rich.console import Console
 
 RECIPES = ROOT / "launch" / "recipes"
-STILL = ["train.steps=1", "train.learning_rate=1e-30", "train.initial_learning_rate=0"]
-"""Settings of a run whose one step changes nothing."""
 SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "full": ([], []),
     "quick": (
@@ -60,10 +66,10 @@ def longring(folder: Path, *words: str) -> None:
     done.check_returncode()
 
 
-def losses(folder: Path, run: str) -> Row:
-    """Return the held-out losses of a run: of all buckets, and of the longest by position."""
-    longring(folder, "evaluate", run)
-    found = json.loads((folder / run / "evaluation.json").read_text())
+def losses(folder: Path, *words: str) -> Row:
+    """Return the held-out losses that a command prints: of all buckets, and of the longest by position."""
+    longring(folder, "evaluate", *words, "--json", "losses.json")
+    found = json.loads((folder / "losses.json").read_text())
     longest = max(found["buckets"], key=lambda entry: entry["bucket"])
     return {
         "all": found["loss"],
@@ -75,37 +81,71 @@ def losses(folder: Path, run: str) -> Row:
     }
 
 
+def losses_in_transformers(folder: Path, row: Row) -> Row:
+    """Return the losses of the exported model in transformers on the sequences of `row`, by the same positions."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "exported", dtype=torch.float32)
+    data = open_prepared(folder / "runs" / "small-4096-data")
+    bucket = max(data.buckets("held_out"), key=lambda bucket: bucket.length)
+    reader, found = data.reader(bucket), []
+    for sequence in range(row["longest_tokens"] // bucket.length):
+        tokens = torch.from_numpy(reader.read(np.array([sequence]))).long()
+        with torch.no_grad():
+            found.append(F.cross_entropy(model(tokens[:, :-1]).logits[0], tokens[0, 1:], reduction="none"))
+    by_position = torch.stack(found).double().mean(0)
+    edges = [0, *(int(below[1:]) for below in row["by_position"])]
+    parts = {f"<{stop}": by_position[first:stop].mean().item() for first, stop in pairwise(edges)}
+    return {"longest": by_position.mean().item(), "longest_tokens": row["longest_tokens"], "by_position": parts}
+
+
 def main() -> int:
     parser = make_parser(__doc__ or "", "a sixth of the steps, three minutes")
     options = parser.parse_args()
     first, second = SETTINGS[options.size]
     short, long = str(RECIPES / "small-512.toml"), str(RECIPES / "small-4096.toml")
-    before_run = [*second, "run_directory=runs/before", *STILL]
+    recipe = load_recipe(long, second)
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         for words in (
             ["prepare", short, *first],
             ["train", short, *first],
             ["prepare", long, *second],
-            ["train", long, *before_run],
             ["train", long, *second],
             ["export", "runs/small-4096", "exported"],
         ):
             Console(stderr=True).print(f"longring {' '.join(words)}", highlight=False, soft_wrap=True)
             longring(folder, *words)
-        assert (folder / "exported" / "config.json").is_file()
+        limit = f"evaluate.max_tokens_per_bucket={recipe.evaluate.max_tokens_per_bucket}"
+        on_data = ["--data", recipe.data.directory, "--ranks", "2", limit]
         rows = [
-            {"when": when, **losses(folder, f"runs/{run}")}
-            for when, run in (("before", "before"), ("after", "small-4096"))
+            {"when": "before", **losses(folder, recipe.init.from_, *on_data)},
+            {
+                "when": "before, new RoPE",
+                **losses(folder, recipe.init.from_, *on_data, f"model.rope_base={recipe.model.rope_base}"),
+            },
+            {"when": "after", **losses(folder, "runs/small-4096")},
+            {"when": "exported", **losses(folder, "exported", *on_data)},
         ]
+        if find_spec("transformers"):
+            rows.append({"when": "in transformers", **losses_in_transformers(folder, rows[-1])})
+    check_equal(rows[2:])
     table = make_table(
         "Held-out loss, nats a token", ["when", "all", "longest", *rows[0]["by_position"]], left={"when"}
     )
     for row in rows:
-        table.add_row(row["when"], *(f"{x:.3f}" for x in (row["all"], row["longest"], *row["by_position"].values())))
+        found = (row.get("all"), row["longest"], *row["by_position"].values())
+        table.add_row(row["when"], *("" if x is None else f"{x:.3f}" for x in found))
     Console().print(table)
     write_record(options.json, {"rows": rows})
     return 0
+
+
+def check_equal(rows: list[Row]) -> None:
+    """Check that the trained model has the same losses as what was exported, wherever it is evaluated."""
+    for row in rows[1:]:
+        for below, loss in row["by_position"].items():
+            assert abs(loss - rows[0]["by_position"][below]) <= 1e-5 * loss, (row["when"], below)
 
 
 if __name__ == "__main__":

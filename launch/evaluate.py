@@ -241,13 +241,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("target", help="run directory, or with --data any weights")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the run's")
     parser.add_argument("--data", default="", help="prepared data or a recipe, instead of the run's own data")
-    parser.add_argument("--logs", type=Path, default=Path("logs-of-evaluation"), help="directory of logs with --data")
+    parser.add_argument(
+        "--reports", type=Path, default=Path("evaluation-reports"), metavar="DIR", help="logs, with --data"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the losses to FILE")
     options = parser.parse_intermixed_args(arguments)
 
     def work() -> None:
         if options.data:
-            result = evaluate_weights(Path(options.target), options.data, options.overrides, options.logs, Console())
+            result = evaluate_weights(Path(options.target), options.data, options.overrides, options.reports, Console())
         else:
             result = evaluate(RunDirectory(options.target).recipe(options.overrides), Console())
         if result is not None and options.json:

@@ -49,7 +49,7 @@ def _start_on_other_data(arguments: Sequence[str], data: str, ranks: int | None)
         recipe = load_recipe(data)
         count, queues = ranks or local_ranks(recipe.train.ranks_per_node), recipe.parallel.gpu_queues
     logs = tempfile.mkdtemp(prefix="longring-evaluate-")
-    status = start_ranks(_MODULE, [*arguments, "--logs", logs], count, gpu_queues=queues)
+    status = start_ranks(_MODULE, [*arguments, "--reports", logs], count, gpu_queues=queues)
     if status and any(Path(logs).iterdir()):
         print_error(f"the logs of the ranks are in {logs}")
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import uuid
 from dataclasses import fields
@@ -21,7 +22,7 @@ from ..checkpoint.format import (
     write_checkpoint_manifest,
 )
 from ..checkpoint.stored import read_whole
-from ..checkpoint.tensors import write_safetensors
+from ..checkpoint.tensors import write_one_by_one
 from ..identity import code_hash, package_versions
 from ..run_directory import RunDirectory
 from ..settings import to_tree
@@ -35,8 +36,8 @@ DTYPES_FILE = "dtypes.json"
 def import_weights(source: Path, out: Path) -> ModelConfig:
     """Write the weights of a Hugging Face directory into the new directory `out`; return the model.
 
-    Its checkpoint has fp32 weights and no moments. One layer is held in memory at a time. Raises ValueError for a model
-    that is not exactly supported, and if `out` has content.
+    Its checkpoint has fp32 weights and no moments. One weight is held in memory at a time. Raises ValueError for a
+    model that is not exactly supported, and if `out` has content.
     """
     with new_directory(out) as partial, ModelDirectory(source) as directory:
         config = directory.config
@@ -68,10 +69,12 @@ def import_weights(source: Path, out: Path) -> ModelConfig:
 
 
 def _write_layer(file: Path, names: list[str], directory: ModelDirectory, manifest: CheckpointManifest) -> None:
-    """Write the weights of one layer, and add them to the manifest."""
-    tensors = {f"{name}/weight": read_whole(directory, name).view(-1) for name in names}
-    num_bytes, sha256 = write_safetensors(file, tensors)
-    ranges = {name.removesuffix("/weight"): (0, tensor.numel()) for name, tensor in tensors.items()}
+    """Write the weights of one layer, each when it is read, and add their file to the manifest."""
+    shapes = {name: (math.prod(directory.parameters[name].shape),) for name in names}
+    described = {f"{name}/weight": ("F32", shape) for name, shape in shapes.items()}
+    weights = (read_whole(directory, name).view(-1) for name in names)
+    num_bytes, sha256 = write_one_by_one(file, described, weights)
+    ranges = {name: (0, numel) for name, [numel] in shapes.items()}
     manifest.files[file.name] = FileEntry(bytes=num_bytes, sha256=sha256, slice=0, ranges=ranges)
 
 

@@ -18,6 +18,7 @@ from longring.launch.weights.origin import weights_at
 from longring.model.families.read import PublishedModel
 from longring.parallel.world import World
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.run import parse_args
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, address="localhost", port=1, hosted=False)
 
@@ -87,9 +88,10 @@ def test_the_command_starts_ranks_on_other_data(recipe_file, model, monkeypatch,
     assert "; name the directory of a run, or with --data the data that other weights" in capsys.readouterr().err
 
     def start(module: str, arguments: list[str], count: int, *, gpu_queues: int) -> int:
-        logs = Path(arguments[arguments.index("--logs") + 1])
+        parse_args(["--nproc-per-node", "1", "--module", module, *arguments])  # torchrun looks for its own in them
+        logs = Path(arguments[arguments.index("--reports") + 1])
         assert logs.is_dir()
-        started.append((arguments[: arguments.index("--logs")], count, logs))
+        started.append((arguments[: arguments.index("--reports")], count, logs))
         (logs / "rank-00000.log").touch()
         return len(started) - 1
 
