@@ -104,13 +104,15 @@ DIVISIONS = {
 }
 
 
-def oracle_of(case: str) -> tuple[dict[str, Any], dict[str, Tensor], Tensor, dict[str, Tensor]]:
-    """Return config.json, weights and tokens `[1, TOKENS + 1]` of a model of transformers, and its results in fp64."""
+def oracle_of(
+    case: str, dtype: torch.dtype = torch.float64
+) -> tuple[dict[str, Any], dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    """Return config.json, weights and tokens `[1, TOKENS + 1]` of a model of transformers, and its results."""
     transformers = pytest.importorskip("transformers")
     sizes = {**SIZES, **CASES[case]}
     # A copy: transformers writes into the tables that it is given.
     config = transformers.AutoConfig.for_model(case.partition("-")[0], **json.loads(json.dumps(sizes)))
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float64)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -236,17 +238,29 @@ EVERY = [(case, division) for case in CASES for division in DIVISIONS]
 @pytest.mark.parametrize(
     ("case", "division"), by_lane(EVERY, quick=[], slow=[pair for pair in EVERY if pair not in COVERING])
 )
-def test_a_family_equals_transformers(on_ranks, case, division):
+def test_a_family_equals_transformers(on_ranks, case, division, record_property):
     tree, weights, tokens, exact = oracle_of(case)
     at = DIVISIONS[division]
     ranks = on_ranks(at.cp * at.tensor, ours, tree, weights, tokens, division)
     head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
-    check(results(case, ranks, tree, head, at), exact)
+    errors = errors_of(results(case, ranks, tree, head, at), exact)
+    record_property("errors", json.dumps(errors))  # for benchmarks/family_parity.py
+    if division == "one":
+        record_property("transformers", json.dumps(errors_of(oracle_of(case, torch.float32)[-1], exact)))
+    check(errors)
 
 
-def check(got: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+def errors_of(got: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """Return the relative error of each result; of the logits, also within and beyond the original context."""
     assert got.keys() == exact.keys()
     errors = {name: relative_rms(got[name], exact[name]) for name in exact}
+    original = SIZES["max_position_embeddings"]
+    for name, part in (("logits within", slice(original)), ("logits beyond", slice(original, None))):
+        errors[name] = relative_rms(got["logits"][part], exact["logits"][part])
+    return errors
+
+
+def check(errors: dict[str, float]) -> None:
     assert max(errors.values()) <= TOLERANCE, {name: e for name, e in errors.items() if e > TOLERANCE}
 
 
@@ -268,7 +282,7 @@ def test_a_setting_that_differs_is_seen(on_ranks, case):
     ranks = on_ranks(1, ours, changed, weights, tokens, "one")
     head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
     with pytest.raises(AssertionError):
-        check(results(case, ranks, tree, head, Division()), exact)
+        check(errors_of(results(case, ranks, tree, head, Division()), exact))
 
 
 REAL: dict[str, dict[str, Any]] = {
