@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_grad
 from helpers.errors import relative_rms
 from helpers.lanes import by_lane
+from helpers.published import PUBLISHED, scaled_down
 from longring.kernels.layout import SeqLayout
 from longring.launch.build import attention_on_one_rank
 from longring.model.config import MemoryConfig, RopeScaling
@@ -109,9 +110,12 @@ def oracle_of(
 ) -> tuple[dict[str, Any], dict[str, Tensor], Tensor, dict[str, Tensor]]:
     """Return config.json, weights and tokens `[1, TOKENS + 1]` of a model of transformers, and its results."""
     transformers = pytest.importorskip("transformers")
-    sizes = {**SIZES, **CASES[case]}
+    if case in PUBLISHED:
+        sizes = scaled_down(PUBLISHED[case][0])
+    else:
+        sizes = {**SIZES, **CASES[case], "model_type": case.partition("-")[0]}
     # A copy: transformers writes into the tables that it is given.
-    config = transformers.AutoConfig.for_model(case.partition("-")[0], **json.loads(json.dumps(sizes)))
+    config = transformers.AutoConfig.for_model(**json.loads(json.dumps(sizes)))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -126,7 +130,7 @@ def oracle_of(
     losses.mean().backward()
     found = {"losses": losses.detach(), "logits": result.logits[0].detach()}
     found |= {name: weight.grad for name, weight in model.named_parameters()}
-    tree = json.loads(config.to_json_string(use_diff=True))
+    tree = sizes if case in PUBLISHED else json.loads(config.to_json_string(use_diff=True))
     return tree, {name: weight.detach().float() for name, weight in model.named_parameters()}, tokens, found
 
 
@@ -195,7 +199,7 @@ def attention_of(model: PublishedModel, mesh: Mesh, division: Division) -> tuple
 def results(case: str, ranks: list[dict[str, Any]], tree: dict[str, Any], head: Tensor, division: Division):
     """Return the results of all ranks as one rank alone would have them, by the names of transformers."""
     model = read_config(tree)
-    losses, states = torch.zeros(TOKENS), torch.zeros(TOKENS, SIZES["hidden_size"])
+    losses, states = torch.zeros(TOKENS), torch.zeros(TOKENS, model.config.hidden_size)
     for first in range(0, len(ranks), division.tensor):
         group = ranks[first : first + division.tensor]  # they hold the same tokens
         losses[group[0]["at"]] = group[0]["losses"]
@@ -248,6 +252,16 @@ def test_a_family_equals_transformers(on_ranks, case, division, record_property)
     if division == "one":
         record_property("transformers", json.dumps(errors_of(oracle_of(case, torch.float32)[-1], exact)))
     check(errors)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_scaled_down_equal_transformers(on_ranks, name):
+    """Their config.json has the words of transformers 4, which LongRing reads and transformers 5 here."""
+    tree, weights, tokens, exact = oracle_of(name)
+    ranks = on_ranks(1, ours, tree, weights, tokens, "one")
+    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+    check(errors_of(results(name, ranks, tree, head, Division()), exact))
 
 
 def errors_of(got: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.published import PUBLISHED
 from longring.model.config import ModelConfig, RopeScaling
 from longring.model.families.family import FAMILIES
 from longring.model.families.read import PublishedModel, read_config, shortest_pattern
@@ -76,34 +77,23 @@ def test_a_model_of_no_family_is_refused_with_its_settings():
     write_config(published("qwen2"))
 
 
-LLAMA_3_1_8B = {
-    **{"architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0},
-    **{"bos_token_id": 128000, "eos_token_id": 128001, "hidden_act": "silu", "hidden_size": 4096},
-    **{"initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": False},
-    **{"model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8},
-    **{"pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "tie_word_embeddings": False},
-    **{"torch_dtype": "bfloat16", "transformers_version": "4.43.0.dev0", "use_cache": True, "vocab_size": 128256},
-    "rope_scaling": {
-        **{"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3"},
-        "original_max_position_embeddings": 8192,
-    },
-}
-"""config.json of Llama 3.1 8B, as transformers 4 wrote it."""
-
-
-def test_llama_3_1_8b():
-    model = read_config(LLAMA_3_1_8B)
-    assert model.config == ModelConfig(
-        num_layers=32,
-        hidden_size=4096,
-        num_heads=32,
-        num_kv_heads=8,
-        ffn_hidden_size=14336,
-        rope_base=5e5,
-        rope_scaling=RopeScaling(kind="llama3", factor=8, original_tokens=8192),
-    )
-    assert model.config.head_dim == 128
-    assert sum(torch.Size(shape).numel() for w in weights_of(model) for shape in w.theirs.values()) == 8_030_261_248
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model(name):
+    tree, num_parameters = PUBLISHED[name]
+    model = read_config(tree)
+    assert sum(torch.Size(shape).numel() for w in weights_of(model) for shape in w.theirs.values()) == num_parameters
+    assert read_config(write_config(model)).config == model.config
+    if name == "Llama 3.1 8B":
+        assert model.config == ModelConfig(
+            num_layers=32,
+            hidden_size=4096,
+            num_heads=32,
+            num_kv_heads=8,
+            ffn_hidden_size=14336,
+            rope_base=5e5,
+            rope_scaling=RopeScaling(kind="llama3", factor=8, original_tokens=8192),
+        )
+        assert model.config.head_dim == 128
 
 
 def with_keys(family: str, **changes: Any) -> dict[str, Any]:
