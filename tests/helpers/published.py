@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 _YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192, "beta_fast": 32, "beta_slow": 1}
-_COMMON = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "tie_word_embeddings": False}
+_COMMON = {"hidden_act": "silu", "attention_dropout": 0.0, "tie_word_embeddings": False}
 _COMMON |= {"initializer_range": 0.02, "rms_norm_eps": 1e-6, "use_cache": True, "torch_dtype": "bfloat16"}
+_NO_BIAS = {"attention_bias": False}
 _LLAMA_3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA_3 |= {"original_max_position_embeddings": 8192}
 _LLAMA = {"bos_token_id": 128000, "eos_token_id": 128001, "mlp_bias": False, "pretraining_tp": 1, "rms_norm_eps": 1e-5}
@@ -32,6 +33,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     "Llama 3.1 8B": (
         {
             **_COMMON,
+            **_NO_BIAS,
             **_LLAMA,
             **_sizes(32, 4096, 32, 8, 14336),
             "model_type": "llama",
@@ -42,6 +44,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     "Llama 3.2 1B": (
         {
             **_COMMON,
+            **_NO_BIAS,
             **_LLAMA,
             **_sizes(16, 2048, 32, 8, 8192),
             **{"model_type": "llama", "head_dim": 64, "tie_word_embeddings": True},
@@ -71,9 +74,15 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     "Qwen 3 8B": (
         {
             **_COMMON,
+            **_NO_BIAS,
             **_QWEN,
             **_sizes(36, 4096, 32, 8, 12288),
-            **{"model_type": "qwen3", "rope_theta": 1e6, "vocab_size": 151936, "max_position_embeddings": 32768},
+            **{
+                "model_type": "qwen3",
+                "rope_theta": 1e6,
+                "vocab_size": 151936,
+                "max_position_embeddings": 32768,
+            },
             **{"head_dim": 128, "max_window_layers": 36},
         },
         8_190_735_360,
@@ -81,8 +90,14 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     "OLMo 2 7B": (
         {
             **_COMMON,
+            **_NO_BIAS,
             **_sizes(32, 4096, 32, 32, 11008),
-            **{"model_type": "olmo2", "rope_theta": 5e5, "rope_scaling": None, "vocab_size": 100352},
+            **{
+                "model_type": "olmo2",
+                "rope_theta": 5e5,
+                "rope_scaling": None,
+                "vocab_size": 100352,
+            },
             **{"max_position_embeddings": 4096, "pad_token_id": 100277, "eos_token_id": 100257},
         },
         7_298_617_344,
@@ -90,8 +105,14 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     "OLMo 3 7B": (
         {
             **_COMMON,
+            **_NO_BIAS,
             **_sizes(32, 4096, 32, 32, 11008),
-            **{"model_type": "olmo3", "rope_theta": 5e5, "vocab_size": 100278, "max_position_embeddings": 65536},
+            **{
+                "model_type": "olmo3",
+                "rope_theta": 5e5,
+                "vocab_size": 100278,
+                "max_position_embeddings": 65536,
+            },
             **{"sliding_window": 4096, "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 8},
             **{"pad_token_id": 100277, "eos_token_id": 100257},
             "rope_scaling": {**_YARN, "attention_factor": 1.2079441541679836},
@@ -101,8 +122,14 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     "SmolLM 3 3B": (
         {
             **_COMMON,
+            **_NO_BIAS,
             **_sizes(36, 2048, 16, 4, 11008),
-            **{"model_type": "smollm3", "rope_theta": 5e6, "rope_scaling": None, "vocab_size": 128256},
+            **{
+                "model_type": "smollm3",
+                "rope_theta": 5e6,
+                "rope_scaling": None,
+                "vocab_size": 128256,
+            },
             **{"tie_word_embeddings": True, "max_position_embeddings": 65536, "mlp_bias": False},
             **{"no_rope_layers": [1, 1, 1, 0] * 9, "no_rope_layer_interval": 4, "use_sliding_window": False},
             **{"layer_types": ["full_attention"] * 36, "sliding_window": None, "pretraining_tp": 2},
@@ -123,7 +150,7 @@ def scaled_down(tree: dict[str, Any]) -> dict[str, Any]:
     head_dim = tree["hidden_size"] // tree["num_attention_heads"] // 8
     small = {**tree, **_sizes(4, heads * head_dim, heads, kv_heads, tree["intermediate_size"] // 128)}
     small |= {"vocab_size": 100, "max_position_embeddings": max(16, tree["max_position_embeddings"] // 256)}
-    small |= {key: None for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in tree}
+    small |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     small |= {key: tree[key][:4] for key in ("layer_types", "no_rope_layers") if key in tree}
     if "head_dim" in tree:
         small["head_dim"] = tree["head_dim"] // 8

@@ -88,6 +88,22 @@ def test_what_is_imported_is_exported_bit_by_bit(tmp_path, monkeypatch, family):
         assert name in load_file(tmp_path / "again" / file)
 
 
+def test_another_directory_has_another_hash(tmp_path):
+    """Config, files, names, types and positions count; ranks compare the hash before they load."""
+    hashes = set()
+    for name, family, num_files in (("a", "llama", 1), ("b", "llama", 2), ("c", "qwen2", 1)):
+        make_model(tmp_path / name, family, num_files)
+        with ModelDirectory(tmp_path / name) as directory:
+            hashes.add(directory.sha256)
+    file = tmp_path / "a" / "model.safetensors"
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = {**load_file(file), "model.norm.weight": torch.ones(32, dtype=dtype)}
+        save_file(tensors, file, {"format": "pt"})
+        with ModelDirectory(tmp_path / "a") as directory:
+            hashes.add(directory.sha256)
+    assert len(hashes) == 4  # the first change is of values alone
+
+
 def test_imported_weights_are_a_checkpoint_after_no_step(tmp_path):
     tensors = make_model(tmp_path / "model")
     config = import_weights(tmp_path / "model", tmp_path / "run")
@@ -417,6 +433,11 @@ def test_what_a_run_needs_to_be_exported_and_to_begin_from_imported_weights(on_r
         export_weights(run, tmp_path / "model")
     run.tokenizer_file.write_bytes(tokenizer)
     assert export_weights(run, tmp_path / "model").family == "llama"
+    assert {tensor.dtype for tensor in read_model(tmp_path / "model").values()} == {torch.float32}
+    recipe = json.loads(run.recipe_file.read_text())
+    run.recipe_file.write_text(json.dumps({**recipe, "train": {**recipe["train"], "dtype": "bfloat16"}}))
+    export_weights(run, tmp_path / "narrow")
+    assert {tensor.dtype for tensor in read_model(tmp_path / "narrow").values()} == {torch.bfloat16}
     import_weights(tmp_path / "model", tmp_path / "imported")
     begin = [f"init.from={tmp_path}/imported", "model.vocab_size=500", f"run_directory={tmp_path}/second"]
     with pytest.raises(ValueError, match="imported weights have no moments; set it to false"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,17 @@ from helpers.faulty import Run, start
 from helpers.lanes import by_lane
 from helpers.small_checkpoint import read_whole
 from longring.data.files import sha256_of
+from longring.data.format.manifest import open_prepared
 from longring.data.prepare.prepare import prepare
-from longring.launch.checkpoint.format import complete_checkpoints
+from longring.launch.build import build_engine
+from longring.launch.checkpoint.format import complete_checkpoints, read_checkpoint_manifest
 from longring.launch.config import load_recipe
 from longring.launch.preflight import preflight
 from longring.launch.records import read_records
 from longring.launch.train import train
-from longring.launch.weights.origin import Origin, find_origin, load_origin
+from longring.launch.weights.origin import MAY_DIFFER, Origin, find_origin, load_origin
+from longring.model.config import ModelConfig
+from longring.parallel.fragments import updates
 from longring.parallel.mesh import join
 from rich.console import Console
 
@@ -50,6 +55,16 @@ def run_all(recipe_file: Path, overrides: list[str]) -> None:
     train(load_recipe(recipe_file, overrides), Console(quiet=True))
 
 
+def updates_after_loading(recipe_file: Path, settings: list[str], checkpoint: Path, moments: bool) -> int:
+    """Return AdamW's number of updates after weights, and moments or not, have been loaded."""
+    recipe = load_recipe(recipe_file, settings)
+    mesh = join(recipe.parallel, recipe.max_context_parallel)
+    engine = build_engine(recipe, open_prepared(recipe.data.directory).vocab_size, mesh)
+    origin = Origin(str(checkpoint), sha256_of(checkpoint / "manifest.json"), 12)
+    load_origin(engine, origin, mesh, moments=moments)
+    return updates(engine)
+
+
 @pytest.mark.parametrize("division", by_lane(DIVISIONS, quick=[], slow=["zero3-tp2"]))
 def test_a_run_begins_with_the_weights_of_another(on_ranks, recipe_file, whole, longer, tmp_path, division):
     num_ranks, settings = DIVISIONS[division]
@@ -75,6 +90,11 @@ def test_a_run_begins_with_the_weights_of_another(on_ranks, recipe_file, whole, 
         "sha256": first["origin"]["sha256"],
         "step": 12,
     }
+    # AdamW's number of updates goes on with the moments alone; a resume from the new run's checkpoint begins with both.
+    assert [on_ranks(num_ranks, updates_after_loading, recipe_file, settings, last, m)[0] for m in (True, False)] == [
+        read_checkpoint_manifest(last).state.updates,
+        0,
+    ]
 
 
 @pytest.mark.full
@@ -148,6 +168,12 @@ def test_what_cannot_begin_a_run_is_named_with_a_way_out(recipe_file, whole, tmp
 
     shutil.rmtree(base.path / "checkpoints")
     assert "no checkpoint yet; train first, with `longring train`" in refused(recipe_file, begin)
+
+
+def test_settings_that_may_differ_from_those_of_the_weights():
+    """RoPE, attention windows, and what training alone has; all others change what the weights are, or their use."""
+    differ = {field.name for field in fields(ModelConfig) if field.name.startswith(MAY_DIFFER)}
+    assert differ == {"rope_base", "rope_scaling", "layer_pattern", "window_tokens", "z_loss", "init_std"}
 
 
 @pytest.mark.full

@@ -61,6 +61,14 @@ def test_transformers_4_and_5_say_the_same_in_other_words(family):
     assert "rope_theta" in json.dumps(five)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_the_first_windowed_layer_is_written_for_readers_without_layer_types(family):
+    windows = {"layer_pattern": ("full",) * 5 + ("window",) * 3, "window_tokens": 16}
+    config = ModelConfig(**{**SIZES, **CONFIGS[family], **windows})
+    tree = write_config(published(family, config=config))
+    assert read_config({key: value for key, value in tree.items() if key != "layer_types"}).config == config
+
+
 def test_ntk_is_written_as_another_base_and_z_loss_not_at_all():
     model = published("llama")
     config = ModelConfig(**SIZES, rope_scaling=RopeScaling(kind="ntk", factor=4), rope_base=1e4, z_loss=1e-4)
