@@ -1,7 +1,8 @@
 """Logits of models that LongRing writes in transformers 4, beside those of the installed transformers 5.
 
-    pip install --target old --no-deps 'transformers==4.57.*' 'huggingface_hub<1' 'tokenizers<0.23'
-    python benchmarks/transformers_4.py --packages old --json rows.json    # two minutes
+    pip install --target old --no-deps 'transformers==4.57.*' \\
+        'huggingface_hub<1' 'tokenizers<0.23'
+    python benchmarks/transformers_4.py --packages old    # a minute
 
 The models are those of tests/launch/test_families.py: every family and scaling, small and random. config.json is what
 LongRing writes for them. Both versions compute in fp64 with RoPE angles in fp32.
