@@ -109,6 +109,10 @@ class TrainConfig:
     deterministic: bool = False
     """Use only operations whose results are bitwise reproducible on the same machines, and choose grids without
     measuring. docs/faults.md has the cost."""
+    profile: str = ""
+    """First and last step of a trace of torch's profiler, such as "120-124". Empty: none."""
+    profile_ranks: tuple[Annotated[int, Interval(ge=0, lt=2**20)], ...] = (0,)
+    """Ranks that write the trace, into logs/."""
     ranks_per_node: Annotated[int, Interval(ge=0, le=1024)] = 0
     """Number of ranks that `longring train` starts on this machine. 0: one for each GPU, or one without GPUs."""
 
@@ -117,6 +121,12 @@ class TrainConfig:
             raise ValueError(
                 f"train.cooldown_steps = {self.cooldown_steps} with train.constant_learning_rate = "
                 f"{self.constant_learning_rate}: a cool-down needs both above 0; without one set both to 0"
+            )
+        first, last = self.profile_steps
+        if self.profile and not 1 <= first <= last:
+            raise ValueError(
+                f"train.profile = {self.profile!r}: must be a first and a last step, such as 120-124; the trace of a "
+                "few steps has many megabytes"
             )
         phases = self.warmup_steps + self.cooldown_steps + max(self.decay_steps, 1)
         if self.steps < phases:
@@ -146,6 +156,12 @@ class TrainConfig:
                 f"train.gradient_dtype = {self.gradient_dtype!r}: is less exact than train.dtype = {self.dtype!r}; "
                 f"set it to {self.dtype}"
             )
+
+    @property
+    def profile_steps(self) -> tuple[int, int]:
+        """First and last step of the trace, 0 and 0 if there is none; the last is below the first if malformed."""
+        found = re.fullmatch(r"(\d{1,8})-(\d{1,8})", self.profile, re.ASCII)
+        return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,6 +61,19 @@ class StepMetrics:
     """Duration of the step on rank 0."""
     tokens_per_s: float
     """Throughput of all ranks together."""
+    tflops: float
+    """TFLOP/s of each device, by visible pairs of the true documents and windows; nothing counts twice."""
+    mfu: float
+    """The same as a share of the device's dense bf16 peak; null where that is not known, and above 1."""
+    mfu_dense: float
+    """Share of the peak if every token saw its whole sequence, as torchtitan and OLMo-core count it; may exceed 1."""
+    bits_per_byte: float
+    """Loss in bits, divided by the mean bytes of a training target; null for a tokenizer that is not byte-level."""
+    ms: dict[str, float]
+    """Time of each part on rank 0: data (waiting for the loader), forward, backward, optimizer, sum (over the ranks,
+    with the wait for them), save (of the checkpoint after the step before, beside the duration of this one)."""
+    memory: dict[str, float]
+    """Peaks of torch's allocator on rank 0 in this step, peak_gib and reserved_gib; empty without a GPU."""
     compilations: int
     """Number of kernels that all ranks compiled in this step, or loaded from a cache; 0 is expected."""
     outcome: str
@@ -120,6 +133,9 @@ class MetricsWriter:
             for name, value in values.items():
                 if isinstance(value, int | float) and name != "step":
                     self._tensorboard.add_scalar(f"train/{name}", value, metrics.step)
+            for table in ("ms", "memory"):
+                for name, value in (values[table] or {}).items():
+                    self._tensorboard.add_scalar(f"{table}/{name}", value, metrics.step)
             for length, part in metrics.buckets.items():
                 if math.isfinite(part.loss):
                     self._tensorboard.add_scalar(f"loss by bucket/{length}", part.loss, metrics.step)

@@ -18,6 +18,8 @@ from .checkpoint.save import Status
 class Totals(NamedTuple):
     """Sums over the ranks at the end of a step, equal on all of them."""
 
+    attention_flops: float
+    """FLOPs of attention, forward and backward."""
     loss_sums: tuple[float, ...]
     """Sum of the losses of all trained targets of each bucket, in nats."""
     num_stopped: int
@@ -30,20 +32,24 @@ class Totals(NamedTuple):
     """Kernels that the ranks have compiled since their last step."""
 
 
-def sum_over_ranks(loss_sums: Tensor, stopped: bool, saving: Status, compilations: int, mesh: Mesh) -> Totals:
+def sum_over_ranks(
+    loss_sums: Tensor, attention_flops: float, stopped: bool, saving: Status, compilations: int, mesh: Mesh
+) -> Totals:
     """Return sums over the world, once a step, so that no rank stops, saves or gives up alone. Collective.
 
-    `loss_sums` `[buckets]` are this rank's.
+    `loss_sums` `[buckets]` and `attention_flops` are this rank's, for all heads.
     """
     # One message for all numbers: a second sum would cost a second latency in every step.
     counts = torch.tensor(
         [stopped, saving == "written", saving == "failed", compilations], dtype=torch.float64, device=mesh.device
     )
-    # The ranks of a tensor-parallel group have the same losses.
-    total = torch.cat([counts, loss_sums if mesh.tensor_rank == 0 else torch.zeros_like(loss_sums)])
+    # The ranks of a tensor-parallel group have the same losses and pairs.
+    mine = torch.cat([loss_sums.new_tensor([attention_flops]), loss_sums])
+    total = torch.cat([counts, mine if mesh.tensor_rank == 0 else torch.zeros_like(mine)])
     dist.all_reduce(total)
     sums = total.tolist()
-    return Totals(tuple(sums[len(counts) :]), *map(int, sums[: len(counts)]))
+    flops, *losses = sums[len(counts) :]
+    return Totals(flops, tuple(losses), *map(int, sums[: len(counts)]))
 
 
 def trained_targets(micro_batches: Iterable[MicroBatch], layouts: Mapping[int, BucketLayout], mesh: Mesh) -> list[int]:

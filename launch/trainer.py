@@ -32,8 +32,10 @@ from .config import Recipe
 from .errors import CommonError, rank_names
 from .learning_rate import learning_rate
 from .loss_watch import LossWatch
+from .meter import Meter
 from .metrics import BucketMetrics, MetricsWriter, StepMetrics, trained_table
 from .preflight import Preflight
+from .profile import StepProfiler
 from .ranks.signals import StopSignals
 from .ranks.watchdog import Watchdog
 from .redact import redact
@@ -71,6 +73,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._compilations = Compilations()
+        self._meter = Meter(self.recipe, self.checked.manifest, self.mesh)
+        self._profiler = StepProfiler(self.recipe.train, self.checked.run.logs, self.mesh.rank)
         self._micro_batches = self.loader.batches(self.state.step, self.last)
 
     def __enter__(self) -> Self:
@@ -80,6 +84,7 @@ class Trainer:
     def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
         if isinstance(error, ArithmeticError):  # raised by all ranks alike, so the save in flight can be finished
             self.saver.finish()
+        self._profiler.close()
         self.saver.close()
         self._micro_batches.close()
         self._compilations.__exit__(kind, error, traceback)
@@ -94,6 +99,7 @@ class Trainer:
         """
         started = time.perf_counter()
         step, order, train = self.state.step + 1, self.checked.order, self.recipe.train
+        self._profiler.before(step)
         rate = learning_rate(step, train)
         set_learning_rate(self.engine, rate)
 
@@ -121,6 +127,8 @@ class Trainer:
         }
 
         seconds = time.perf_counter() - started
+        self._profiler.after(step)
+        tokens = {length: length * number for length, number in sequences.items()} if computed else {}
         metrics = StepMetrics(
             step=step,
             tokens=self.state.updates * train.global_batch_tokens,
@@ -133,6 +141,10 @@ class Trainer:
             grad_norm=grad_norm,
             step_ms=seconds * 1e3,
             tokens_per_s=train.global_batch_tokens / seconds,
+            **self._meter.utilization(totals.attention_flops, tokens, seconds)._asdict(),
+            bits_per_byte=self._meter.bits_per_byte(loss),
+            ms=self._meter.parts.take(),
+            memory=self._meter.parts.memory(),
             compilations=totals.compilations,
             outcome=outcome,
         )
@@ -144,7 +156,9 @@ class Trainer:
         """Yield the step's micro-batches, each read when it is asked for."""
         for number in range(self.recipe.accumulation_steps(self.mesh.world_size)):
             self.watchdog.at(step, f"reading micro-batch {number}")
-            yield read(self._micro_batches, step, self.mesh.rank)
+            with self._meter.parts.part("data", on_host=True):
+                micro_batch = read(self._micro_batches, step, self.mesh.rank)
+            yield micro_batch
 
     def _no_losses(self) -> Tensor:
         """Return zeros, fp64 `[buckets]`."""
@@ -158,16 +172,21 @@ class Trainer:
         # The engine averages gradients over data ranks and accumulation steps; the loss of a step is the mean over the
         # trained targets of the global batch, wherever they lie.
         loss_scale = self.mesh.data_size * self.recipe.accumulation_steps(self.mesh.world_size) / targets
+        part = self._meter.parts.part
         loss_sums, index = self._no_losses(), {length: index for index, length in enumerate(self.layouts)}
         for number, micro_batch in enumerate(micro_batches):
             self.watchdog.at(step, f"forward and backward of micro-batch {number} of bucket {micro_batch.length}")
             layout = self.layouts[micro_batch.length]
             rows, starts, prepared = micro_batch.rows, micro_batch.document_starts, micro_batch.prepared
             inputs = layout.model_inputs(rows, starts, self.mesh.device, prepared)
-            token_losses = self.engine(*inputs)  # [b, s]
+            self._meter.add(micro_batch, layout)
+            with part("forward"):
+                token_losses = self.engine(*inputs)  # [b, s]
             token_losses = token_losses * layout.trained(micro_batch.trained, token_losses, inputs[2])
-            self.engine.backward(token_losses.sum() * loss_scale)
-            self.engine.step()  # changes the weights after the last micro-batch only
+            with part("backward"):
+                self.engine.backward(token_losses.sum() * loss_scale)
+            with part("optimizer"):
+                self.engine.step()  # changes the weights after the last micro-batch only
             loss_sums[index[micro_batch.length]] += token_losses.detach().sum(dtype=torch.float64)
         return loss_sums
 
@@ -175,7 +194,9 @@ class Trainer:
         """Return the sums of a step over the ranks; act on signals and saves of any rank. Collective."""
         self.watchdog.at(step, "summing over the ranks")
         compiled, self._compilations.count = self._compilations.count, 0
-        totals = sum_over_ranks(loss_sums, self.signals.received is not None, self.saver.status, compiled, self.mesh)
+        flops, stopped = self._meter.take_attention_flops(), self.signals.received is not None
+        with self._meter.parts.part("sum", on_host=True):
+            totals = sum_over_ranks(loss_sums, flops, stopped, self.saver.status, compiled, self.mesh)
         if totals.num_stopped:
             self.stopped_by = self.signals.received or "a signal to another rank"
         self.saver.settle(totals.num_written, totals.num_failed)
@@ -236,7 +257,8 @@ class Trainer:
         self.watchdog.at(self.state.step, "saving")
         self.saver.finish()  # there is one set of buffers, so one save at a time
         self._check_replicas()
-        waited = self.saver.begin(replace(self.state, recent_losses=self.losses.recent))
+        with self._meter.parts.part("save", on_host=True):
+            waited = self.saver.begin(replace(self.state, recent_losses=self.losses.recent))
         log.info("saving step %d: training waited %.0f ms", self.state.step, waited * 1e3)
 
     def _check_replicas(self) -> None:

@@ -16,6 +16,7 @@ from longring.kernels.layout import SeqLayout
 from longring.kernels.mask import make_mask
 from longring.launch.build import BucketLayout, bucket_layouts, build_engine, compile_kernels
 from longring.launch.config import Recipe, load_recipe
+from longring.launch.flops import peak_flops
 from longring.model.config import MemoryConfig
 from longring.model.rope import rope_table
 from longring.parallel.mesh import Mesh, join
@@ -23,7 +24,7 @@ from longring.parallel.zero import DeepSpeedEngine, set_learning_rate
 from torch import Tensor
 
 from .gpu_training import RECIPE
-from .mfu import mfu, peak_flops
+from .mfu import mfu
 from .one_rank import be_the_only_rank
 from .script import Row, Size
 from .timing import elapsed_ms, moment, synchronize

@@ -15,6 +15,7 @@ from ...data.inspect.cost import PAPER_1B, ModelSize
 from ...data.inspect.inspect import inspect
 from ...model.config import ModelConfig
 from ..config import load_recipe
+from ..flops import ModelFlops
 from ..run_directory import RunDirectory
 from ..settings import apply_overrides, from_tree
 
@@ -62,13 +63,10 @@ def inspect_target(target: Path, overrides: Sequence[str], console: Console) -> 
 
 def model_size(model: ModelConfig, vocab_size: int) -> ModelSize:
     """Return the sizes that determine the FLOPs of a model."""
-    width = model.num_heads * model.head_dim
-    # q and out, then k and v; the MLP has gate, up and down.
-    projections = 2 * width + 2 * model.num_kv_heads * model.head_dim
-    layer = model.hidden_size * (projections + 3 * model.ffn_hidden_size)
+    flops = ModelFlops.of(model, vocab_size)
     return ModelSize(
         name=f"{model.num_layers} layers of {model.hidden_size:,}, vocabulary {vocab_size:,}",
-        parameters=model.num_layers * layer + model.hidden_size * vocab_size,
+        parameters=flops.parameters,
         num_layers=model.num_layers,
-        attention_width=width,
+        attention_width=flops.attention_width,
     )

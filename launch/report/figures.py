@@ -57,8 +57,12 @@ def pictures(history: History) -> Iterator[Picture]:
         ("Learning rate", _rate, ""),
         ("Gradient norm", _grad_norm, "Before clipping."),
         ("Throughput", _throughput, "All ranks together, by the longest bucket of a step."),
-        ("Model FLOP utilization", _mfu, "Of the devices' peak, by visible pairs of query and key."),
-        ("Memory", _memory, "Largest rank, GiB."),
+        (
+            "Model FLOP utilization",
+            _mfu,
+            "Share of the devices' peak, by visible pairs and the longest bucket.",
+        ),
+        ("Memory", _memory, "Peaks of torch's allocator on rank 0 in a step."),
         ("Time of a step", _parts, "Mean of each part on rank 0."),
     ):
         figure = Figure(figsize=SIZE, layout="constrained")

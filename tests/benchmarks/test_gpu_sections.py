@@ -14,10 +14,10 @@ from gpu_node import REPORT_S, judged, sections
 from helpers.plain_attention import answers, visible_pairs
 from lib.definition import NAMES, by_definition, error_ratio, visible
 from lib.gpu_training import EXACT, LOST, equal_rows, is_whole
-from lib.mfu import peak_flops
 from lib.sections import Result
 from lib.trace import covered, kind_of, length
 from longring.kernels.layout import SeqLayout
+from longring.launch.flops import peak_flops
 from longring.parallel.world import World
 
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
