@@ -64,10 +64,10 @@ def arrow(new: Callable[..., Any]) -> bytes:
     return content.getvalue()
 
 
-def index(code: int = 8, bounds: tuple[int, ...] = (0, 1, 2), pointers: tuple[int, ...] = (0, 4)) -> bytes:
-    """Return the .idx of two documents of 2 and 3 ids."""
+def index(code: int = 8, lengths: tuple[int, int] = (2, 3), bounds: tuple[int, ...] = (0, 1, 2)) -> bytes:
+    """Return the .idx of two documents, of 2 and 3 ids, whose second piece begins at byte 4."""
     head = struct.pack("<9sQBQQ", b"MMIDIDX", 1, code, 2, len(bounds))
-    return head + struct.pack(f"<2i2q{len(bounds)}q", 2, 3, *pointers, *bounds)
+    return head + struct.pack(f"<2i2q{len(bounds)}q", *lengths, 0, 4, *bounds)
 
 
 SAMPLES = tar({"a.txt": b"one", "b.txt": b"two", "c.txt": b"three"})  # headers and contents of 512 bytes each
@@ -99,7 +99,9 @@ UNREADABLE: dict[str, tuple[str, str, bytes, bytes, str]] = {
     "idx of floats": ("megatron", "a.idx", index(), index(code=7), "not an index of version 1 of integers"),
     "idx with images": ("megatron", "a.idx", index(), index() + bytes(2), "describes more than texts"),
     "idx out of order": ("megatron", "a.idx", index(), index(bounds=(0, 2, 1, 2)), "one soon after it, is not in"),
-    "idx with a gap": ("megatron", "a.idx", index(), index(pointers=(2, 4)), "one soon after it, is not in the .bin"),
+    "idx with a gap": ("megatron", "a.idx", index(), index(lengths=(1, 3)), "one soon after it, is not in the .bin"),
+    "idx of a long piece": ("megatron", "a.idx", index(), index(lengths=(2, 2**31 - 1)), "it has 10 bytes, and"),
+    "idx of no piece": ("megatron", "a.idx", index(), index(bounds=(0, 1, 2**62)), "one soon after it, is not in"),
 }
 
 

@@ -7,6 +7,7 @@ import json
 import struct
 import tarfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -358,3 +359,24 @@ def test_each_kind_is_read_from_a_store(texts: list[str], tmp_path: Path, varian
     assert read(f"memory:/{folder}/in") == read(f"file://{tmp_path}/in") == expected
     if kind != "disk":
         assert read(f"memory:/{folder}/**/*") == expected
+
+
+@pytest.mark.parametrize("variant", ["tokens raw", "megatron pieces"])
+def test_a_large_file_of_ids_is_divided_into_input_shards(
+    family_tokenizer: Path, tmp_path: Path, console: Console, variant: str
+):
+    """Input shards of one file hold each of its documents once, in order."""
+    draw = np.random.default_rng(0)
+    ids = [draw.integers(3, 200, length).tolist() for length in draw.integers(0, 90, 200)]
+    make, how = TOKEN_FILES[variant]
+    (tmp_path / "corpus").mkdir()
+    vocabulary = Tokenizer.from_file(str(family_tokenizer)).get_vocab()
+    for name, content in make(Corpus(ids, vocabulary[BOS], vocabulary[EOS])).items():
+        (tmp_path / "corpus" / name).write_bytes(content)
+    source = SourceConfig(kind=variant.split()[0], path=str(tmp_path / "corpus"), **how)  # type: ignore[arg-type]
+    config = settings(family_tokenizer, source=source, directory=str(tmp_path / "whole"), method="concat_masked")
+    whole = prepare(config, console)
+    parts = prepare(replace(config, directory=str(tmp_path / "parts"), input_shard_bytes=2_000), console, workers=1)
+    assert whole.sources["documents"] == 1 and parts.sources["documents"] > 5
+    assert parts.ledger.documents == whole.ledger.documents == sum(map(bool, ids))
+    assert (parts.ledger.records, parts.ledger.tokens) == (whole.ledger.records, whole.ledger.tokens)
