@@ -8,6 +8,7 @@ from typing import NamedTuple
 from ...parallel.cp.choose import PricedGrid, Pricer, choose
 from ...parallel.cp.cost import AttentionShape, Speed
 from ...parallel.cp.grid import CpGrid
+from ...parallel.cp.packed import typical_packing
 from ...parallel.cp.topology import Topology
 from ...parallel.cp.visible import Visibility
 from ..config import Recipe
@@ -63,8 +64,14 @@ def attention_shape(recipe: Recipe) -> AttentionShape:
 
 
 def pricer(recipe: Recipe, kind: LayerKind, topology: Topology, speed: Speed) -> Pricer:
-    """Return the cost model of the grids of one layer kind."""
-    return Pricer(kind.sequence_tokens, attention_shape(recipe), topology, speed, Visibility(window=kind.window))
+    """Return the cost model of the grids of one layer kind.
+
+    Grids are priced over one document, or, if the recipe has another layout than zigzag, over a packing of documents as
+    long as a rank's tokens in the mean.
+    """
+    visibility, packed = Visibility(window=kind.window), recipe.parallel.cp.layout != "zigzag"
+    starts = typical_packing(kind.sequence_tokens, recipe.parallel.tokens_per_rank) if packed else (0,)
+    return Pricer(kind.sequence_tokens, attention_shape(recipe), topology, speed, visibility, document_starts=starts)
 
 
 def check_named_grids(recipe: Recipe) -> None:

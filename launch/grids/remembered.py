@@ -25,10 +25,11 @@ def division(recipe: Recipe, mesh: Mesh) -> str:
     """Return a description of all settings that decide the cheapest grid and may change between starts."""
     # The model, the data and the dtype are not here: they stay the same in all starts of a run.
     parallel = recipe.parallel
+    packed = "" if parallel.cp.layout == "zigzag" else ", packed documents"
     copies = "" if parallel.cp.peer_copies == "auto" else f", copies {parallel.cp.peer_copies}"
     return (
         f"{mesh.world_size} ranks, tensor {parallel.tensor}, {parallel.tokens_per_rank} tokens a rank, "
-        f"{topology_name(recipe)}, results {'narrow' if parallel.cp.narrow_results else 'in fp32'}{copies}"
+        f"{topology_name(recipe)}, results {'narrow' if parallel.cp.narrow_results else 'in fp32'}{copies}{packed}"
     )
 
 

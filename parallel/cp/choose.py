@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from ...kernels.layout import SeqLayout
 from .cost import AttentionShape, Price, Speed, play
 from .grid import CpGrid, divisions, variants
-from .layout import zigzag
+from .packed import divided
 from .plan import Pass
 from .schedules import Schedule
 from .topology import Topology
@@ -47,7 +48,7 @@ class PricedGrid:
 
 @dataclass(frozen=True)
 class Pricer:
-    """Everything but the grid that determines a price: one layer's attention over one document in zigzag layout."""
+    """Everything but the grid that determines a price: one layer's attention, with equal work on all ranks."""
 
     num_tokens: int
     """Tokens of the sequence."""
@@ -56,13 +57,16 @@ class Pricer:
     speed: Speed
     visibility: Visibility = field(default_factory=Visibility)
     passes: tuple[Pass, ...] = ("forward", "backward")
+    document_starts: tuple[int, ...] = (0,)
+    """Positions at which documents begin."""
 
     def price(self, grid: CpGrid) -> PricedGrid:
         """Return the grid with its price.
 
         Raises ValueError if the sequence has fewer than 2 tokens a rank.
         """
-        layouts = [zigzag(self.num_tokens, rank, grid.size) for rank in range(grid.size)]
+        shares = divided("balanced", self.num_tokens, self.document_starts, grid.size)
+        layouts = [SeqLayout(runs, self.document_starts) for runs in shares]
 
         def played(direction: Pass) -> Price:
             schedule = Schedule(grid, layouts, self.visibility, direction)

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from ...kernels.layout import SeqLayout
 from .cost import AttentionShape, Speed, wires_of
-from .grid import CpGrid
+from .grid import CpGrid, Layout
 from .legs import Leg
-from .packed import Layout, Runs, divided
+from .packed import Runs, divided
 from .plan import FLOWS, Messages, Pass, Side
 from .schedules import Schedule
 from .topology import Topology
@@ -30,8 +30,8 @@ from .visible import Ints, Pieces, Visibility, count_up, pairs_between
 MARGIN = 0.9
 """Another layout is taken where it is priced below this part of zigzag's price: a price is no simulation."""
 IN_STEP = 0.6
-"""Weight of the upper bound in the price, where ranks wait for each other. With both numbers as they are, the choice is
-at most 2% slower than zigzag in 213 of 216 simulated cases (docs/context-parallelism-results.md)."""
+"""Weight of the upper bound in the price, where ranks wait for each other; docs/context-parallelism-results.md has how
+often the choice is then wrong."""
 
 
 class LayersOf(NamedTuple):

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from heapq import heappop, heappush
 from itertools import accumulate, pairwise
-
-import numpy as np
+from math import exp
+from statistics import NormalDist
 
 from .grid import Layout
 from .layout import joined, zigzag
 
+GOLDEN = (5**0.5 - 1) / 2
 Runs = tuple[tuple[int, int], ...]
 """Half-open intervals of positions, in ascending order."""
 
@@ -38,7 +40,10 @@ class _Document:
         return self.stop - self.start
 
     def take(self, num_tokens: int) -> Runs:
-        """Return the runs of a slice; two that may touch, or be empty."""
+        """Return the runs of a slice; one may be empty."""
+        if num_tokens == self.stop - self.start:
+            start, self.start = self.start, self.stop
+            return ((start, self.stop),)
         front = num_tokens // 2
         taken = (self.start, self.start + front), (self.stop - (num_tokens - front), self.stop)
         self.start, self.stop = taken[0][1], taken[1][0]
@@ -96,26 +101,45 @@ def balanced(num_tokens: int, document_starts: Sequence[int], size: int) -> list
     return found
 
 
+def typical_packing(num_tokens: int, mean_tokens: int) -> tuple[int, ...]:
+    """Return the document starts of a packing of lognormal lengths (sigma 1) with a mean, on which grids are priced.
+
+    Lengths are quantiles of the distribution in a fixed order without trend, so equal arguments give equal packings.
+    """
+    number = max(1, num_tokens // mean_tokens)
+    quantiles = [exp(NormalDist().inv_cdf((n + 0.5) / number)) for n in range(number)]
+    mixed = sorted(range(number), key=lambda n: n * GOLDEN % 1.0)
+    ends = list(accumulate(quantiles[n] for n in mixed))
+    return (0, *sorted({round(num_tokens * end / ends[-1]) for end in ends[:-1]} - {0, num_tokens}))
+
+
 def whole_documents(num_tokens: int, document_starts: Sequence[int], size: int) -> list[Runs]:
     """Return the runs of each of `size` ranks, with every document on one rank if it still fits there.
 
     Longest documents first, each goes whole to the rank with the least work among those that have room for it, else in
     slices to the ranks with the most room. Raises ValueError as `zigzag` does.
     """
-    room, work = np.array(_tokens_of_ranks(num_tokens, size)), np.zeros(size)
+    room, work = _tokens_of_ranks(num_tokens, size), [0.0] * size
     taken: list[list[tuple[int, int]]] = [[] for _ in range(size)]
+    # Each rank with room is in one heap: by its work if the document may fit there, else by its room.
+    by_work: list[tuple[float, int]] = [(0.0, rank) for rank in range(size)]
+    by_room: list[tuple[float, int]] = []
     for document in sorted(_documents(num_tokens, document_starts), key=lambda document: -document.num_tokens):
-        fits = room >= document.num_tokens
-        ranks = (
-            [int(np.where(fits, work, np.inf).argmin())] if fits.any() else np.argsort(-room, kind="stable").tolist()
-        )
-        for rank in ranks:
-            tokens = min(int(room[rank]), document.num_tokens)
+        left = document.num_tokens
+        while by_room and -by_room[0][0] >= left:
+            rank = heappop(by_room)[1]
+            heappush(by_work, (work[rank], rank))
+        while by_work and room[by_work[0][1]] < left:
+            rank = heappop(by_work)[1]
+            heappush(by_room, (-room[rank], rank))
+        while left:
+            rank = heappop(by_work or by_room)[1]
+            tokens = min(room[rank], left)
             taken[rank] += document.take(tokens)
-            room[rank] -= tokens
-            work[rank] += tokens * document.density
-            if not document.num_tokens:
-                break
+            left -= tokens
+            room[rank], work[rank] = room[rank] - tokens, work[rank] + tokens * document.density
+            if room[rank]:
+                heappush(by_work, (work[rank], rank))
     return [_joined(runs) for runs in taken]
 
 

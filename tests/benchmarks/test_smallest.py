@@ -10,8 +10,8 @@ from lib.lab_network import unavailable
 
 OWN_FILES = {"soak", "start_memory"}
 SCRIPTS = sorted({path.stem for path in BENCHMARKS.glob("*.py")} - OWN_FILES)
-ON_A_NETWORK = {"cp_lab_network", "gloo_links"}
-FAST = ["cp_paper", "cp_precision", "full_sizes", "gloo_links", "order", "tune_attention"]
+ON_A_NETWORK = {"cp_lab_network", "cp_layouts_network", "gloo_links"}
+FAST = ["cp_layouts", "cp_paper", "cp_precision", "full_sizes", "gloo_links", "order", "tune_attention"]
 """Benchmarks of the quick and full lanes, a few seconds each; the others are slow."""
 
 

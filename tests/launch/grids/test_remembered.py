@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch.distributed as dist
 from longring.launch.config import load_recipe
 from longring.launch.grids import decide
 from longring.launch.grids.choice import LayerKind
-from longring.launch.grids.decide import decide_grids
-from longring.launch.grids.remembered import recall_grids
+from longring.launch.grids.decide import decide_grids, decide_links
+from longring.launch.grids.remembered import recall_grids, recall_links, remember_links
+from longring.parallel.cp.cost import Speed
 from longring.parallel.cp.grid import CpGrid
+from longring.parallel.cp.topology import Fabric, Topology
 from longring.parallel.mesh import join
 
 SIZE = 4
@@ -79,3 +82,31 @@ def test_a_damaged_file_of_grids_is_reported(tmp_path):
     file.write_text("{")
     with pytest.raises(ValueError, match=f"{file}: damaged: .*; remove it"):
         recall_grids(file, "4 ranks")
+
+
+def links(recipe_file, directory: str, layout: str) -> list[tuple[Topology, Speed]]:
+    """Return the links on which this rank prices layouts, asked for twice."""
+    settings = [f"run_directory={directory}", "parallel.tokens_per_rank=256", f"parallel.cp.layout={layout}"]
+    recipe = load_recipe(recipe_file, settings)
+    mesh = join(recipe.parallel, recipe.max_context_parallel)
+    return [decide_links(recipe, mesh) for _ in range(2)]
+
+
+@pytest.mark.full
+def test_links_are_measured_once_and_equal_on_all_ranks_and_starts(on_ranks, recipe_file, tmp_path):
+    """Ranks price layouts without a word: a rank on other links could take another layout."""
+    first = on_ranks(2, links, recipe_file, str(tmp_path), "auto")
+    assert len({of for rank in first for of in rank}) == 1 and first[0][0][0].name == "probe"
+    assert on_ranks(2, links, recipe_file, str(tmp_path), "auto") == first
+
+
+def test_links_are_recalled_whole(tmp_path):
+    file, speed = tmp_path / "grids.json", Speed(1e12, 2e12, 1e-5)
+    topology = Topology(
+        "probe", 8, Fabric("mesh", 1e9, 1e-6), Fabric("switch", 1e8, 1e-5, 2), Fabric("ring", 2e9, 1e-7)
+    )
+    for of, kept in (("one", topology), ("other", replace(topology, across=None, copies=None))):
+        assert recall_links(file, of) is None
+        remember_links(file, of, kept, speed)
+        assert recall_links(file, of) == (kept, speed)
+        assert recall_grids(file, of) == {}

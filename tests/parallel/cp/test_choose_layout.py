@@ -13,7 +13,8 @@ from longring.parallel.cp.choose import Pricer, choose
 from longring.parallel.cp.choose_layout import LayersOf, LayoutPricer
 from longring.parallel.cp.cost import ASSUMED, AttentionShape, Speed, play
 from longring.parallel.cp.grid import CpGrid
-from longring.parallel.cp.packed import Runs, divided
+from longring.parallel.cp.packed import Runs, divided, typical_packing
+from longring.parallel.cp.plan import Pass
 from longring.parallel.cp.schedules import Schedule
 from longring.parallel.cp.topology import PRESETS, full_mesh
 from longring.parallel.cp.visible import Visibility
@@ -74,6 +75,21 @@ def test_the_choice_is_never_much_slower_than_zigzag(preset, mean):
             for shares in (pricer.choose(starts), divided("zigzag", num_tokens, starts, size))
         )
         assert chosen <= 1.02 * zigzag, (grid, seed)
+
+
+def test_a_grid_priced_for_packings_hides_messages_under_unequal_tiles():
+    """Where links allow, balanced work takes at most 1.15 of the mean rank's compute on it."""
+    size, num_tokens, topology = 8, 8 * 8192, PRESETS["nvswitch"](8)
+    pricer = Pricer(num_tokens, SHAPE, topology, ASSUMED, document_starts=typical_packing(num_tokens, 8192))
+    grid = choose(size, pricer)[0].grid
+    for seed in range(4):
+        starts = lognormal(8000, num_tokens, seed)
+        layouts = LayoutPricer(num_tokens, (LayersOf(grid, None, 1),), SHAPE, topology, ASSUMED)
+        shares = divided("balanced", num_tokens, starts, size)
+        work = Schedule(grid, [SeqLayout(runs, starts) for runs in shares], Visibility(), "forward").pairs.sum()
+        passes: tuple[Pass, ...] = ("forward", "backward")
+        mean = sum(float(ASSUMED.seconds(work / grid.num_positions, SHAPE, grid, of)) for of in passes)
+        assert simulated(grid, shares, starts, layouts) <= 1.15 * mean
 
 
 def test_work_decides_on_fast_links_and_rows_on_slow_ones():

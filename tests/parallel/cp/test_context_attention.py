@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 from helpers.errors import assert_as_exact_as
 from helpers.lanes import by_lane
+from helpers.layouts import scattered
 from helpers.plain_attention import answers, visible_pairs
 from longring.kernels.layout import SeqLayout
 from longring.parallel.cp.attention import context_attention
 from longring.parallel.cp.execute import AttentionSpec, forward
 from longring.parallel.cp.grid import CpGrid
 from longring.parallel.cp.group import CommunicatorOptions, open_group
-from longring.parallel.cp.layout import zigzag
+from longring.parallel.cp.layout import position_layouts, zigzag
 from longring.parallel.cp.topology import PeerCopies
 from longring.parallel.cp.transports import between_processes
 from longring.parallel.cp.visible import Visibility
@@ -30,9 +31,9 @@ from longring.parallel.failures import PeerError
 
 Results = dict[str, torch.Tensor]
 MASKS = {
-    "one document": ((0,), Visibility()),
-    "packed": ((0, 5, 6, 19), Visibility()),
-    "window": ((0,), Visibility(window=7)),
+    "one document": ((0,), Visibility(), zigzag),
+    "packed": ((0, 5, 6, 19), Visibility(), scattered),
+    "window": ((0,), Visibility(window=7), zigzag),
 }
 SIZES = (1, 2, 3, 4, 6, 8)
 
@@ -67,8 +68,8 @@ def on_one_rank(grid: CpGrid, num_tokens: int, peer_copies: PeerCopies) -> dict[
     group = open_group(range(grid.size), [grid], CommunicatorOptions(peer_copies=peer_copies, slot_bytes=1000))
     assert (group.copies is not None) == (peer_copies == "always" and grid.size > 1)
     results = {}
-    for mask, (starts, visibility) in MASKS.items():
-        layouts = tuple(SeqLayout(zigzag(num_tokens, r, grid.size).runs, starts) for r in range(grid.size))
+    for mask, (starts, visibility, cut) in MASKS.items():
+        layouts = tuple(SeqLayout(cut(num_tokens, r, grid.size).runs, starts) for r in range(grid.size))
         spec = AttentionSpec(grid, layouts, visibility)
         for name, heads in heads_for(grid).items():
             for dtype in (torch.float32, torch.bfloat16):
@@ -89,7 +90,7 @@ def on_one_rank(grid: CpGrid, num_tokens: int, peer_copies: PeerCopies) -> dict[
 
 @lru_cache
 def expected(num_tokens: int, mask: str, heads: tuple[int, int], dtype: torch.dtype) -> tuple[Results, Results]:
-    starts, visibility = MASKS[mask]
+    starts, visibility, _ = MASKS[mask]
     whole = SeqLayout(((0, num_tokens),), starts)
     *qkv, dout = inputs(num_tokens, *heads, dtype)
     return answers(qkv, dout, visible_pairs(whole, whole, visibility.causal, visibility.window))
@@ -136,9 +137,10 @@ def test_copies_equal_one_process_in_fp64(on_ranks, size, grid):
 def check_against_fp64(on_ranks, size: int, grid: CpGrid, peer_copies: PeerCopies) -> None:
     num_tokens = 8 * size + 13  # not a multiple of 2 x size, except for size 1
     shares = on_ranks(size, on_one_rank, grid, num_tokens, peer_copies)
-    positions = [zigzag(num_tokens, position, grid.num_positions).positions() for position in range(grid.num_positions)]
-    order = torch.cat([zigzag(num_tokens, rank, size).positions() for rank in range(size)]).argsort()
     for mask, name, dtype in shares[0]:
+        layouts = [MASKS[mask][2](num_tokens, rank, size) for rank in range(size)]
+        positions = [layout.positions() for layout in position_layouts(layouts, grid.heads)]
+        order = torch.cat([layout.positions() for layout in layouts]).argsort()
         parts = [share[mask, name, dtype] for share in shares]
         got = {x: torch.cat([part[x] for part in parts], dim=1)[:, order] for x in ("out", "dq", "dk", "dv")}
         # A rank saves the lse of its heads over the tokens of its grid position.

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.lanes import by_lane
+from helpers.layouts import scattered
 from helpers.simulated_peers import Machine
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,8 +72,10 @@ def assert_equal(got: list[Tensors], wanted: list[Tensors]) -> None:
         assert all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True))
 
 
-def spec_of(grid: CpGrid, num_tokens: int, starts: tuple[int, ...] = (0,), window: int | None = None) -> AttentionSpec:
-    layouts = tuple(SeqLayout(zigzag(num_tokens, rank, grid.size).runs, starts) for rank in range(grid.size))
+def spec_of(
+    grid: CpGrid, num_tokens: int, starts: tuple[int, ...] = (0,), window: int | None = None, cut=zigzag
+) -> AttentionSpec:
+    layouts = tuple(SeqLayout(cut(num_tokens, rank, grid.size).runs, starts) for rank in range(grid.size))
     return AttentionSpec(grid, layouts, Visibility(window=window))
 
 
@@ -84,7 +87,8 @@ def cases(draw, most: int) -> tuple[AttentionSpec, int, int, torch.dtype]:
     num_tokens = draw(st.integers(2 * size, 6 * size))
     lengths = draw(st.lists(st.integers(1, num_tokens), max_size=3))
     starts = tuple(start for start in accumulate(lengths, initial=0) if start < num_tokens)
-    spec = spec_of(grid, num_tokens, starts, draw(st.none() | st.integers(1, num_tokens)))
+    window = draw(st.none() | st.integers(1, num_tokens))
+    spec = spec_of(grid, num_tokens, starts, window, draw(st.sampled_from([zigzag, scattered])))
     return spec, grid.heads, draw(st.integers(40, 2000)), draw(st.sampled_from([torch.float32, torch.bfloat16]))
 
 

@@ -16,14 +16,16 @@ from hypothesis import strategies as st
 from longring.kernels.layout import SeqLayout
 from longring.parallel.cp.attention import context_attention
 from longring.parallel.cp.execute import AttentionSpec
-from longring.parallel.cp.grid import CpGrid, grids
+from longring.parallel.cp.grid import CpGrid, Layout, grids
 from longring.parallel.cp.group import open_group
 from longring.parallel.cp.layout import zigzag
+from longring.parallel.cp.packed import divided
 from longring.parallel.cp.visible import Visibility
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 Layer = tuple[CpGrid, tuple[int, ...], int | None]
 """Grid, document starts, attention window."""
+LAYOUTS: tuple[Layout, ...] = ("zigzag", "balanced", "documents")
 
 
 def calls_of(rank: int, layers: Sequence[Layer], num_tokens: int) -> tuple[list[Call], list[Call]]:
@@ -40,7 +42,8 @@ def calls_of(rank: int, layers: Sequence[Layer], num_tokens: int) -> tuple[list[
             heads = lcm(*(grid.heads for grid, _, _ in layers))
             out = torch.zeros(1, zigzag(num_tokens, rank, size).num_tokens, heads, 8, requires_grad=True)
             for grid, starts, window in layers:
-                layouts = tuple(SeqLayout(zigzag(num_tokens, at, size).runs, starts) for at in range(size))
+                cut: Layout = LAYOUTS[len(starts) % len(LAYOUTS)]
+                layouts = tuple(SeqLayout(runs, starts) for runs in divided(cut, num_tokens, starts, size))
                 spec = AttentionSpec(grid, layouts, Visibility(window=window))
                 out = context_attention(out, out, out, spec, group)
             out.sum().backward()

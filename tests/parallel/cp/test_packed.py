@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from longring.kernels.layout import SeqLayout
 from longring.parallel.cp.layout import joined, zigzag
-from longring.parallel.cp.packed import Runs, balanced, divided, whole_documents
+from longring.parallel.cp.packed import Runs, balanced, divided, typical_packing, whole_documents
 from longring.parallel.cp.visible import Pieces, Visibility, pairs_between
 
 
@@ -67,6 +67,15 @@ def test_balanced_work_is_within_five_percent_where_zigzag_is_not(mean, size):
         starts = lognormal(mean, 8192 * size, seed)
         work = work_of(balanced(8192 * size, starts, size), starts)
         assert work.max() <= 1.002 * work.mean()
+
+
+@given(st.integers(2, 10**6), st.integers(1, 10**5))
+def test_a_typical_packing_ascends_from_0_and_has_the_mean(num_tokens, mean):
+    starts = typical_packing(num_tokens, mean)
+    assert starts[0] == 0 and all(a < b for a, b in pairwise((*starts, num_tokens)))
+    assert len(starts) <= max(1, num_tokens // mean)
+    if mean > 1000 and num_tokens < 100 * mean:
+        assert len(starts) == max(1, num_tokens // mean)
 
 
 def test_documents_that_fit_are_whole():

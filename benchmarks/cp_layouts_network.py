@@ -1,0 +1,186 @@
+"""Times of packed documents under each layout, with messages on a shaped network and tiles as waits.
+
+    python benchmarks/cp_layouts_network.py --json rows.json  # 8 min
+    python benchmarks/cp_layouts_network.py --quick           # a minute
+
+Needs root and iproute2. Ranks are hosts of benchmarks/lib/lab_network.py behind one switch, each with a port of
+50 Mbit/s. Their messages are real; a tile is a wait as long as a GPU would compute it, so that ranks do not take cores
+from each other and the busiest rank shows. Everything is a cluster of H100 scaled down: 512 tokens a rank for 8,192,
+documents 16 times shorter, and waits so long that a row of keys on a port takes as much of a row's computation as on
+50 GB/s beside 500 TFLOP/s (forward; 350 backward). All lengths are multiples of 2 cp. The grid sends all keys at once
+(kv = N, direct). A time is the median of repeats, of the slowest rank, forward and backward of one layer; layouts take
+turns. `time` is over the waits of the mean rank.
+
+"all keys gathered": each rank gets the keys and values of all others, whatever is visible, before it computes, and in
+the backward gets them again and sends their gradients at the end. "auto" is what `choose_layout.LayoutPricer` takes on
+these links.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
+from lib import packings
+from lib.lab_hosts import LabHosts
+from lib.lab_network import PAYLOAD_SHARE, Network, unavailable
+from lib.script import Row, make_parser, make_table, refuse, write_record
+from longring.kernels.layout import SeqLayout
+from longring.parallel.cp import choose_layout, cost, schedules, topology, visible
+from longring.parallel.cp.grid import CpGrid
+from longring.parallel.cp.plan import Pass
+from rich.console import Console
+
+MBIT_PER_S = 50
+TOKENS = 512
+SCALE = 16
+"""Documents are shorter than those of 8,192 tokens a rank by this factor."""
+SHAPE = cost.AttentionShape(8, 2, 64, itemsize=4)
+KEY_BYTES = 2 * 8 * 128 * 2
+"""Bytes of a row of keys and values of the model that is scaled down: 8 kv heads of 128 in 16 bit."""
+BYTES_PER_S = MBIT_PER_S * 1e6 / 8 * PAYLOAD_SHARE
+SLOWER = (2 * SHAPE.num_kv_heads * SHAPE.head_dim * SHAPE.itemsize / BYTES_PER_S) / (KEY_BYTES / 50e9)
+"""Seconds of a row of keys here over those of a port of 50 GB/s."""
+PAIR_S = SLOWER * SCALE * 4 * 128 * 32 / 500e12
+"""Seconds of a visible pair in the forward."""
+WAITS: dict[Pass, float] = {"forward": PAIR_S, "backward": PAIR_S * (10 / 350) / (4 / 500)}
+SPEED = cost.Speed(
+    4 * SHAPE.head_dim * SHAPE.num_heads / WAITS["forward"], 10 * SHAPE.head_dim * SHAPE.num_heads / WAITS["backward"]
+)
+
+
+def serve() -> int:
+    """Be a rank: run the passes that each line of the input asks for, and answer with their seconds."""
+    import torch
+    import torch.distributed as dist
+    from longring.parallel.cp import attention, execute
+    from longring.parallel.cp import group as groups
+
+    def wait(mask, direction: Pass) -> None:
+        time.sleep(mask.num_pairs * WAITS[direction])
+
+    execute.attention_forward = lambda q, k, v, mask, **_: wait(mask, "forward")  # type: ignore[assignment]
+    execute.attention_backward = lambda dout, q, k, v, lse, delta, mask, **_: wait(mask, "backward")  # type: ignore[assignment]
+    visible.GAP = visible.GAP // SCALE
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    grid = CpGrid(kv=size, kv_route="direct", in_flight=size - 1)
+    group = groups.open_group(range(size), [grid])
+    print(flush=True)
+
+    def everything(k: torch.Tensor, v: torch.Tensor) -> None:
+        """Get the keys and values of all ranks."""
+        own = torch.stack([k, v])
+        others = [torch.empty_like(own) for _ in range(size)]
+        _exchange({r: own for r in range(size) if r != rank}, {r: x for r, x in enumerate(others) if r != rank})
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        starts, shares = tuple(job["starts"]), [tuple(map(tuple, runs)) for runs in job["shares"]]
+        layouts = tuple(SeqLayout(runs, starts) for runs in shares)
+        heads = (SHAPE.num_heads, SHAPE.num_kv_heads, SHAPE.num_kv_heads)
+        q, k, v = (torch.randn(1, layouts[rank].num_tokens, n, SHAPE.head_dim, requires_grad=True) for n in heads)
+        spec = execute.AttentionSpec(grid, layouts, visible.Visibility())
+        spec.prepare(rank)
+        dist.barrier()
+        started = time.perf_counter()
+        if job["gathered"]:
+            for direction in ("forward", "backward"):
+                everything(k.detach(), v.detach())
+                time.sleep(job["pairs"][rank] * WAITS[direction])
+            parts = {r: torch.zeros(2, *k.shape) for r in range(size) if r != rank}
+            _exchange(parts, {r: torch.empty_like(x) for r, x in parts.items()})
+        else:
+            out = attention.context_attention(q, k, v, spec, group)
+            out.backward(torch.ones_like(out))
+        print(time.perf_counter() - started, flush=True)
+    return 0
+
+
+def _exchange(sends: dict[int, Any], receives: dict[int, Any]) -> None:
+    import torch.distributed as dist
+
+    operations = [dist.P2POp(dist.irecv, x, peer) for peer, x in receives.items()]
+    operations += [dist.P2POp(dist.isend, x, peer) for peer, x in sends.items()]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+
+
+def rows_of(size: int, means: list[int], num_packings: int, repeats: int) -> Iterator[Row]:
+    """Yield a row for each distribution of lengths and each layout."""
+    num_tokens = size * TOKENS
+    grid = CpGrid(kv=size, kv_route="direct", in_flight=size - 1)
+    links = topology.Topology("switch", size, topology.Fabric("switch", BYTES_PER_S, 5e-4))
+    pricer = choose_layout.LayoutPricer(num_tokens, (choose_layout.LayersOf(grid, None, 1),), SHAPE, links, SPEED)
+    with Network("switch", size, MBIT_PER_S) as network:
+        hosts = LabHosts(network, __file__)
+        for of in means:
+            found: dict[str, list[Row]] = {}
+            for seed in range(num_packings):
+                starts = packings.lognormal(of // SCALE, num_tokens, seed, 2 * size)
+                members = packings.layouts(num_tokens, starts, size)
+                chosen = pricer.choose(starts)
+                members["all keys gathered"] = members["zigzag"]
+                jobs, works = {}, {}
+                for name, shares in members.items():
+                    layouts = [SeqLayout(runs, starts) for runs in shares]
+                    schedule = schedules.Schedule(grid, layouts, visible.Visibility(), "forward")
+                    works[name] = schedule.pairs.sum(1)
+                    jobs[name] = {
+                        "starts": starts, "shares": shares, "gathered": name == "all keys gathered",
+                        "pairs": works[name].tolist(),
+                    }  # fmt: skip
+                hosts.answers(jobs["zigzag"])  # the first pass of hosts that have just met is slow
+                seconds: dict[str, list[float]] = {name: [] for name in jobs}
+                for _ in range(repeats):
+                    for name, job in jobs.items():
+                        seconds[name].append(max(hosts.answers(job)))
+                seconds["auto"] = next(seconds[name] for name in packings.LAYOUTS if members[name] == chosen)
+                works["auto"] = next(works[name] for name in packings.LAYOUTS if members[name] == chosen)
+                zigzag = median(seconds["zigzag"])
+                for name, of_name in seconds.items():
+                    work = works[name]
+                    ideal = float(work.mean()) * sum(WAITS.values())
+                    row = {
+                        "work": work.max() / work.mean(),
+                        "ms": 1e3 * median(of_name),
+                        "time": median(of_name) / ideal,
+                    }
+                    found.setdefault(name, []).append(row | {"over_zigzag": median(of_name) / zigzag})
+            for name, rows in found.items():
+                values = {key: round(float(mean(row[key] for row in rows)), 3) for key in rows[0]}
+                worst = round(max(row["over_zigzag"] for row in rows), 3)
+                yield {"ranks": size, "lengths": of, "layout": name, **values, "worst_over_zigzag": worst}
+
+
+def main() -> int:
+    options = make_parser(__doc__ or "", quick="4 ranks, 2 packings each, once: a minute").parse_args()
+    if reason := unavailable():
+        return refuse(reason)
+    sizes, means, num_packings, repeats = [4, 8], [2_000, 8_000, 20_000], 3, 3
+    if options.size != "full":
+        sizes, num_packings, repeats = [4], 2, 1
+    if options.size == "smallest":
+        means, num_packings = [2_000], 1
+    columns = ["ranks", "lengths", "layout", "work", "ms", "time", "over_zigzag", "worst_over_zigzag"]
+    console, rows = Console(width=100), []
+    table = make_table(f"Packed documents on ports of {MBIT_PER_S} Mbit/s", columns, left=("layout",))
+    with console.status("measuring"):
+        for size in sizes:
+            for row in rows_of(size, means, num_packings, repeats):
+                rows.append(row)
+                table.add_row(*(str(row[column]) for column in columns))
+                write_record(options.json, {"rows": rows})
+    console.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(serve() if sys.argv[1:] == ["--serve"] else main())
