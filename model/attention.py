@@ -67,7 +67,8 @@ class SelfAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = fused_ops(q).rope(q, k, rope)
-        return q, k, v
+        # A view would keep the memory of all three until the backward.
+        return q.contiguous(), k.contiguous(), v.contiguous()
 
     def project_back(self, out: Tensor) -> Tensor:
         """Return the output projection `[s, b, hidden]` of attention's result `[b, s, h_q / tp, d]`.
