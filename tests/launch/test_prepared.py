@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from longring.kernels.layout import SeqLayout
 from longring.launch import build
+from longring.parallel.cp.packed import divided
 
 CPU = torch.device("cpu")
 
@@ -43,3 +46,33 @@ def test_a_prepared_batch_needs_no_mask_on_the_training_thread(monkeypatch):
     monkeypatch.setattr(build, "host_masks", None)
     *_, attend = layout.model_inputs(rows, starts, CPU, prepared)
     assert all(torch.equal(attend(q, k, v, w), out) for w, out in zip((None, 4), expected, strict=True))
+
+
+def test_ranks_of_a_ring_take_the_tokens_that_the_layout_of_their_documents_gives_them():
+    """Tokens, targets and marks are those of the micro-batch's layout, whatever the layout of other micro-batches."""
+    rows = np.arange(100, 117, dtype=np.uint16)[None]
+    marks = np.random.default_rng(0).random((1, 16)) < 0.5
+    seen: list[int] = []
+    for index in range(2):
+        ring = build.BucketLayout(
+            context_parallel=2,
+            replica=0,
+            num_replicas=1,
+            sequences_per_replica=1,
+            length=16,
+            index=index,
+            divide=partial(divided, "balanced", 16, size=2),
+            document_masks=True,
+            position_resets=True,
+            attention=lambda layouts: layouts,  # type: ignore[arg-type, return-value]
+        )
+        for starts in (None, ((0, 12),)):
+            found: Any = ring.model_inputs(rows, starts, CPU)
+            tokens, targets, layout, layouts = found
+            at = ring.positions(layout, CPU).tolist()
+            assert tokens[0].tolist() == [100 + position for position in at]
+            assert torch.equal(targets, tokens + 1)
+            assert ring.trained(marks, torch.zeros(1, 8), layout)[0].tolist() == marks[0, at].tolist()
+            assert layouts[index] == layout and layouts[0].document_starts == (starts[0] if starts else (0,))
+        seen += at
+    assert sorted(seen) == list(range(16)) and seen[:8] != [0, 1, 2, 3, 12, 13, 14, 15], "not zigzag"
