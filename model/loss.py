@@ -49,11 +49,12 @@ class LossHead(ColumnParallelLinear):
         self.vocab_size, self.z_loss = config.num_tokens(vocab_size), config.z_loss
         self.kept_logit_bytes = kept_logit_bytes
 
-    def forward(self, x: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, targets: Tensor, greedy: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Return the loss of every token in nats, fp32 `[b, s]`. Collective over the tensor-parallel group.
 
         x is `[s, b, hidden]`, or under sequence parallelism this rank's `[s / tp, b, hidden]`; targets are int64
-        `[b, s]`, equal on all tensor-parallel ranks.
+        `[b, s]`, equal on all tensor-parallel ranks. `greedy`, int64 `[b, s]`, is filled with the tokens of the largest
+        logits, one of equals.
         """
         # Each rank computes the gradient of x from its own vocabulary rows; the backward of these functions sums them.
         if self.sequence_parallel:
@@ -61,9 +62,13 @@ class LossHead(ColumnParallelLinear):
         else:
             x = copy_to_tensor_model_parallel_region(x, group=self.tp_group)
         # x [s, b, hidden] -> [s * b, hidden]; targets [b, s] -> [s * b]; losses [s * b] -> [b, s]
+        best = None if greedy is None else torch.empty_like(targets.t().flatten())
         losses, logs = _LinearCrossEntropy.apply(
-            x.flatten(0, 1), self.weight, targets.t().flatten(), self.vocab_size, self.tp_group, self.kept_logit_bytes
+            *(x.flatten(0, 1), self.weight, targets.t().flatten(), best),
+            *(self.vocab_size, self.tp_group, self.kept_logit_bytes),
         )
+        if greedy is not None and best is not None:
+            greedy.copy_(best.view(x.shape[:2]).t())
         if self.z_loss:
             # It has a gradient and no value: losses of runs with and without it compare.
             squares = self.z_loss * logs.square()
@@ -74,7 +79,8 @@ class LossHead(ColumnParallelLinear):
 class _LinearCrossEntropy(torch.autograd.Function):
     """The loss of each token, from x `[n, hidden]`, this rank's weight rows `[v, hidden]` and targets `[n]`.
 
-    It returns losses and the logarithms of the softmax's denominators, both fp32 `[n]`.
+    It returns losses and the logarithms of the softmax's denominators, both fp32 `[n]`, and writes the tokens of the
+    largest logits into `best`, int64 `[n]`, if given.
 
     Logits are computed in the model's dtype and reduced in fp32. The logits of the first slices are kept, up to
     `kept_bytes`, and the backward computes the others again, with the same bits; its gradient of x is this rank's term
@@ -91,6 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         targets: Tensor,
+        best: Tensor | None,
         vocab_size: int,
         group: dist.ProcessGroup,
         kept_bytes: int,
@@ -110,6 +117,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = _logits(products, ctx.num_rows, is_kept)
             del products
             largest[part] = logits.amax(-1)
+            if best is not None:
+                best[part] = logits.argmax(-1) + group.rank() * len(weight)
             logits.sub_(largest[part, None])
             target_logits[part] = logits.gather(1, rows[part, None])[:, 0]
             sums[part] = logits.exp_().sum(-1)
@@ -117,6 +126,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Ranks reduce once, after the last slice: each shifts its sum of exponentials to the largest logit of all.
         overall = largest.clone()
         dist.all_reduce(overall, dist.ReduceOp.MAX, group)
+        if best is not None:
+            best.masked_fill_(largest < overall, torch.iinfo(best.dtype).max)  # another rank has the largest logit
+            dist.all_reduce(best, dist.ReduceOp.MIN, group)
         shift = largest - overall
         totals = torch.stack([sums * shift.exp(), (target_logits + shift).where(here, 0)])
         dist.all_reduce(totals, dist.ReduceOp.SUM, group)
@@ -127,7 +139,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor, dlog: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor, dlog: Tensor) -> tuple[Tensor, Tensor, *tuple[None, ...]]:  # type: ignore[override]
         x, weight, overall, total, rows, here, *kept = ctx.saved_tensors
         # dlogits = (dloss + dlog) * softmax - dloss * onehot, where softmax = exp(logits - overall) / total.
         onehot, softmax = dloss * here, (dloss + dlog) / total
@@ -143,7 +155,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dx[part] = dlogits @ weight
             dweight += dlogits.t() @ x[part]
             del dlogits
-        return dx, dweight.to(weight.dtype), None, None, None, None
+        return dx, dweight.to(weight.dtype), None, None, None, None, None
 
 
 def _logits(products: Tensor, num_rows: int, is_kept: bool) -> Tensor:

@@ -122,11 +122,19 @@ class Transformer(nn.Module):
             if config.tied_head:
                 self.head.weight = self.embedding.weight  # one parameter, which has the embedding's name
 
-    def forward(self, tokens: Tensor, targets: Tensor, layout: SeqLayout, attention: AttentionFunction) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        layout: SeqLayout,
+        attention: AttentionFunction,
+        greedy: Tensor | None = None,
+    ) -> Tensor:
         """Return the loss of every token in nats, fp32 `[b, s]`.
 
         tokens and targets are int64 `[b, s]`. `layout` gives the positions of s in the context; `attention` must be
-        made for the same layout. Collective over the tensor-parallel group, and over the ranks that `attention` joins.
+        made for the same layout. `greedy`, int64 `[b, s]`, is filled with the most likely token of each position, one
+        of equally likely ones. Collective over the tensor-parallel group, and over the ranks that `attention` joins.
         """
         x = self.embedding(tokens)
         if not self.sequence_parallel:
@@ -142,4 +150,4 @@ class Transformer(nn.Module):
         for number, (layer, scaling) in enumerate(zip(self.blocks, scalings, strict=True), 1):
             with host.of_layer(is_last=number == len(self.blocks)) if host else nullcontext():
                 x = layer(x, tables[scaling], attention)
-        return self.head(self.norm(x), targets)
+        return self.head(self.norm(x), targets, greedy)

@@ -38,7 +38,7 @@ class Needles:
         return self.values * self.queries > 1
 
     def make(self, material: Material, length: int, number: int, distractors: int, draws: Draws) -> Sample:
-        """Return a sample, as `Task.make` says; its depth is that of the first statement that is asked for."""
+        """Return a sample, as `Task.make` says; its depth is that of the statement, if only one is asked for."""
         named = {"word": "word", "number": "number", "uuid": "code"}[self.value]
         keys = different(lambda: _drawn(self.key, draws), self.keys)
         num_values = (self.keys + distractors * self.queries) * self.values
@@ -79,7 +79,8 @@ class Needles:
             return _among(lines, needles, at)
 
         ends = [Segment(material.one(head))], [Segment(material.one(tail, "."))]
-        return question(material, length, ends, [listed(material, answer, verb) for answer in answers], context, at[0])
+        depth = None if self.any_order else at[0]
+        return question(material, length, ends, [listed(material, answer, verb) for answer in answers], context, depth)
 
     def _statement(self, named: str, key: str, value: str) -> str:
         return f"The secret {named} of {key} is {value}.\n"

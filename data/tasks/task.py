@@ -29,11 +29,16 @@ class Task(Protocol):
         ...
 
 
+def first_depth(number: int) -> float:
+    """Return the depth of sample `number` of a task whose samples have one: any 40 in succession have every depth."""
+    return DEPTHS[17 * number % len(DEPTHS)]
+
+
 def depths(number: int, count: int, draws: Draws) -> list[float]:
-    """Return `count` different depths. The first depends on the sample's number alone: 40 samples have each depth."""
-    first = 17 * number % len(DEPTHS)
-    others = [index for index in draws.distinct(len(DEPTHS), count) if index != first]
-    return [DEPTHS[index] for index in (first, *others[: count - 1])]
+    """Return `count` different depths, the first of which is `first_depth(number)`."""
+    first = first_depth(number)
+    others = [depth for index in draws.distinct(len(DEPTHS), count) if (depth := DEPTHS[index]) != first]
+    return [first, *others[: count - 1]]
 
 
 def hide(haystack: Tokens, cuts: Tokens, needles: Sequence[Tokens], at: Sequence[float]) -> list[Segment]:

@@ -67,18 +67,20 @@ def head_results(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss, "LOGIT_BYTES", slice_tokens * 4 * VOCAB_ROWS // tensor)
         x = x.requires_grad_()
-        losses = head(x, targets)
+        losses = head(x, targets, greedy := torch.empty_like(targets))
         assert losses.dtype == torch.float32
         assert head.weight is not None
-        return {**results(losses, x, head.weight, dlosses), "weight": head.weight.detach()}
+        return {**results(losses, x, head.weight, dlosses), "weight": head.weight.detach(), "greedy": greedy}
 
 
 def all_ranks(parts: list[dict[str, Tensor]], sequence_parallel: bool) -> dict[str, Tensor]:
     """Assemble the parts of all ranks into the results that one rank alone would have."""
     for part in parts[1:]:
         assert torch.equal(part["losses"], parts[0]["losses"])
+        assert torch.equal(part["greedy"], parts[0]["greedy"])
         assert sequence_parallel or torch.equal(part["dx"], parts[0]["dx"])
     whole = {name: torch.cat([part[name] for part in parts]) for name in ("dx", "weight", "dweight")}
+    whole["greedy"] = parts[0]["greedy"]
     return {**whole, "losses": parts[0]["losses"]} | ({} if sequence_parallel else {"dx": parts[0]["dx"]})
 
 
@@ -89,7 +91,11 @@ def all_ranks(parts: list[dict[str, Tensor]], sequence_parallel: bool) -> dict[s
 def test_loss_equals_plain_cross_entropy(on_ranks, tensor, sequence_parallel, dtype, scale, slice_tokens):
     parts = on_ranks(tensor, head_results, tensor, sequence_parallel, dtype, scale, slice_tokens)
     got = all_ranks(parts, sequence_parallel)
-    weight = got.pop("weight")
+    weight, greedy = got.pop("weight"), got.pop("greedy")
+    x, _, _ = inputs(dtype, scale)
+    logits = (x.double() @ weight.double().t()).transpose(0, 1)  # [b, s, vocabulary]
+    behind = logits.amax(-1) - logits.gather(-1, greedy[..., None])[..., 0]
+    assert (behind <= 2 * torch.finfo(dtype).eps * logits.abs().amax(-1)).all(), "the largest but for rounding"
     runs = []
     for oracle_dtype in (dtype, torch.float64):
         x, targets, dlosses = inputs(dtype, scale)
@@ -130,8 +136,8 @@ def padded_results(tensor: int, vocab_size: int) -> dict[str, Tensor]:
     x, targets, dlosses = inputs(torch.float32)
     x = x.requires_grad_()
     assert head.weight is not None
-    losses = head(x, targets % vocab_size)
-    return {**results(losses, x, head.weight, dlosses), "weight": head.weight.detach()}
+    losses = head(x, targets % vocab_size, greedy := torch.empty_like(targets))
+    return {**results(losses, x, head.weight, dlosses), "weight": head.weight.detach(), "greedy": greedy}
 
 
 @pytest.mark.full
@@ -139,7 +145,8 @@ def padded_results(tensor: int, vocab_size: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_padding_has_no_part_and_z_loss_has_a_gradient_alone(on_ranks, tensor, vocab_size):
     got = all_ranks(on_ranks(tensor, padded_results, tensor, vocab_size), False)
-    weight = got.pop("weight")
+    weight, greedy = got.pop("weight"), got.pop("greedy")
+    assert greedy.max() < vocab_size
     runs = []
     for dtype in (torch.float32, torch.float64):
         x, targets, dlosses = inputs(torch.float32)

@@ -1,0 +1,113 @@
+"""What context is worth: the loss of the same tokens behind prefixes of several lengths, and LongPPL."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...data.format.bucket import Bucket
+from ...data.format.manifest import Manifest
+from ...data.format.reader import SequenceReader
+from .score import Row, Scorer
+
+EIGHTHS = 8
+"""Number of parts of a sequence: the last is scored, and 0, 1, ..., 7 parts before it are visible."""
+
+LONG_SHORT_NATS = 2.0
+"""LongPPL: a key token's loss with a short context is more than this above that with the whole one (alpha)."""
+LONG_NATS = 2.0
+"""LongPPL: a key token's loss with the whole context is below this (-beta)."""
+
+
+@dataclass(frozen=True)
+class HeldOutRows:
+    """Held-out sequences of one bucket as rows."""
+
+    manifest: Manifest
+    reader: SequenceReader
+
+    @classmethod
+    def of(cls, manifest: Manifest, bucket: Bucket) -> HeldOutRows:
+        """Return the rows of a bucket."""
+        return cls(manifest, manifest.reader(bucket))
+
+    def row(self, number: int, parts: NDArray[np.uint8], cuts: tuple[int, ...] = ()) -> Row:
+        """Return a sequence in which nothing before a cut is visible behind it.
+
+        Documents that the data keep apart see nothing of each other either.
+        """
+        [tokens] = self.reader.read([number]).astype(np.int64)
+        starts = {0, *cuts}
+        if self.manifest.has_boundaries:
+            starts.update(*self.reader.document_starts([number]))
+        return Row(tokens, parts, tuple(sorted(starts)))
+
+
+def gain_of_context(scorer: Scorer, rows: HeldOutRows, num_sequences: int) -> dict[str, Any]:
+    """Return the loss of the last eighth of sequences, by the eighths before it that are visible. Collective.
+
+    `losses` are means in nats per token; `gain` is the first loss less the last, with the standard error of its mean
+    over the sequences.
+    """
+    length = scorer.layout.length
+    begin = length - length // EIGHTHS
+    parts = (np.arange(length) >= begin).astype(np.uint8)
+
+    def row(number: int) -> Row:
+        sequence, visible = divmod(number, EIGHTHS)
+        cut = begin - visible * length // EIGHTHS
+        return rows.row(sequence, parts, (cut,) if cut > 0 else ())
+
+    sums = scorer.sums(num_sequences * EIGHTHS, 2, row)[:, 1].reshape(num_sequences, EIGHTHS, 3)
+    losses = sums[..., 0] / sums[..., 2]  # [sequences, visible eighths]
+    gains = losses[:, 0] - losses[:, -1]
+    error = float(gains.std(ddof=1) / math.sqrt(num_sequences)) if num_sequences > 1 else None
+    return {
+        "length": length,
+        "sequences": num_sequences,
+        "losses": losses.mean(0).tolist(),
+        "gain": float(gains.mean()),
+        "gain_error": error,
+    }
+
+
+def long_ppl(scorer: Scorer, rows: HeldOutRows, num_sequences: int, short: int, stride: int) -> dict[str, Any]:
+    """Return LongPPL (arXiv 2410.23771) of sequences, with the model itself as the judge of key tokens. Collective.
+
+    A token's short context begins between `short - stride` and `short` tokens before it. A key token's loss with the
+    short context is LONG_SHORT_NATS or more above that with the whole one, which is below LONG_NATS; none is among the
+    first `short` tokens. LongPPL is the exponential of the mean loss of key tokens; None without any.
+    """
+    length = scorer.layout.length
+    passes = short // stride
+    none = np.zeros(length, dtype=np.uint8)
+    # Pass j cuts at j * stride, j * stride + short, ...; of its tokens, the last `stride` before each cut are taken.
+    # The last pass cuts nowhere.
+    cuts = [tuple(range(number * stride, length, short)) for number in range(passes)] + [()]
+    taken = (np.arange(length) // stride + 1) % passes  # [length], the pass from which a token is taken
+
+    def row(number: int) -> Row:
+        sequence, which = divmod(number, passes + 1)
+        return rows.row(sequence, none, cuts[which])
+
+    losses = scorer.losses(num_sequences * (passes + 1), row)
+    key_loss, keys, tokens = 0.0, 0, 0
+    for _ in range(num_sequences):
+        *by_pass, whole = (next(losses) for _ in range(passes + 1))
+        brief = np.choose(taken, by_pass)
+        key = (brief - whole > LONG_SHORT_NATS) & (whole < LONG_NATS)
+        key[:short] = False
+        key_loss, keys, tokens = key_loss + whole[key].sum(), keys + int(key.sum()), tokens + length - short
+    return {
+        "length": length,
+        "sequences": num_sequences,
+        "short": short,
+        "stride": stride,
+        "key_tokens": keys,
+        "tokens": tokens,
+        "long_ppl": math.exp(key_loss / keys) if keys else None,
+    }
