@@ -11,8 +11,9 @@ are written in every kind, and each member prepares them as one input shard, wit
 - kinds of token ids: the same without tokenizing.
 
 The members run in turns on one core, in CPU seconds, and the fastest turn of each counts. Then JSON lines in eight
-input shards are prepared by one process and by two, in seconds and in CPU seconds of all. Last, fresh processes
-prepare short documents (24 ids on average) from a Megatron .bin with its .idx: first a tenth of them, then all.
+input shards are prepared by one process and by two, in seconds, which mean something without other load only. Last,
+fresh processes prepare short documents (24 ids on average) from a Megatron .bin with its .idx: first a tenth of them,
+then all.
 """
 
 from __future__ import annotations
@@ -201,21 +202,18 @@ def by_kind(folder: Path, texts: list[str], rounds: int) -> list[Row]:
 
 
 def on_cores(folder: Path, rounds: int) -> Row:
-    """Return seconds and CPU seconds in which one process and two prepare JSON lines in eight input shards."""
+    """Return the seconds in which one process and two prepare JSON lines in eight input shards."""
     lines = (folder / "a.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "parts").mkdir()
     for part in range(8):
         (folder / "parts" / f"{part}.jsonl").write_bytes(b"".join(lines[part::8]))
     source = SourceConfig(kind="json", path=str(folder / "parts"))
-    found: Row = {"seconds": {}, "cpu_s": {}}
+    found: dict[int, list[float]] = {1: [], 2: []}
     for turn in range(rounds):
-        for processes in (1, 2):
+        for processes, seconds in found.items():
             config = replace(settings(folder, f"on {processes} {turn}", source), input_shard_bytes=1)
-            before = sum(os.times()[:4])  # of this process and of its children that have ended
-            seconds = seconds_of(lambda c=config, n=processes: prepare(c, Console(quiet=True), n))
-            for key, value in (("seconds", seconds), ("cpu_s", sum(os.times()[:4]) - before)):
-                found[key][processes] = min(value, found[key].get(processes, value))
-    return found
+            seconds.append(seconds_of(lambda c=config, n=processes: prepare(c, Console(quiet=True), n)))
+    return {"seconds": {processes: min(seconds) for processes, seconds in found.items()}}
 
 
 def short_documents(folder: Path, documents: int) -> Row:
@@ -257,9 +255,8 @@ def show(figures: Row) -> None:
     console = Console()
     console.print(table)
     console.print(f"goal for text: {GOAL} of the bare tokenizer", highlight=False)
-    for key, title in (("seconds", "seconds"), ("cpu_s", "CPU seconds")):
-        one, two = figures["cores"][key].values()
-        console.print(f"{title} of one process {one:.2f}, of two {two:.2f}", highlight=False)
+    one, two = figures["processes"]["seconds"].values()
+    console.print(f"seconds of one process {one:.2f}, of two {two:.2f}", highlight=False)
     for row in figures["short_documents"]:
         console.print(
             f"{row['documents']:,} short documents: {row['cpu_s']:.1f} CPU s, {row['cpu_us_per_document']:.1f} µs "
@@ -290,7 +287,7 @@ def main() -> int:
         figures: Row = {"rows": by_kind(folder, texts, rounds)}
         figures["short_documents"] = [short_documents(folder, documents // 10), short_documents(folder, documents)]
         os.sched_setaffinity(0, cores)
-        figures["cores"] = on_cores(folder, rounds)
+        figures["processes"] = on_cores(folder, rounds)
     show(figures)
     write_record(options.json, figures)
     return 0

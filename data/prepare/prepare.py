@@ -228,7 +228,8 @@ def begin(config: DataConfig, partial: Path, progress: Progress) -> range:
         tokenizer = make_tokenizer(config, inputs, progress) if base is None else base.tokenizer_json().encode()
         made = DocumentTokenizer(tokenizer, config.tokenizer.boundary, named(config.tokenizer))  # raises ValueError
         for source in config.named_sources.values():
-            made.marks(source.bos, source.eos)  # raises ValueError
+            if source.holds_tokens:
+                made.marks(source.bos, source.eos)  # raises ValueError
         write_whole(partial / TOKENIZER_FILE, lambda path: path.write_bytes(tokenizer))
     return range(len(before), len(inputs))
 
