@@ -21,6 +21,7 @@ from ..data.order_config import KnotsConfig, OrderConfig
 from ..model.config import MemoryConfig, ModelConfig
 from ..parallel.config import ParallelConfig
 from .settings import apply_overrides, from_tree, read_toml
+from .trackers import TrackConfig
 
 MAX_STEPS = 99_999_999
 """Most steps of a run: names of checkpoints have eight digits."""
@@ -125,8 +126,8 @@ class TrainConfig:
         first, last = self.profile_steps
         if self.profile and not 1 <= first <= last:
             raise ValueError(
-                f"train.profile = {self.profile!r}: must be a first and a last step, such as 120-124; the trace of a "
-                "few steps has many megabytes"
+                f"train.profile = {self.profile!r}: not a first and a last step; set it to a few steps such as "
+                "'120-124', or leave it empty"
             )
         phases = self.warmup_steps + self.cooldown_steps + max(self.decay_steps, 1)
         if self.steps < phases:
@@ -269,6 +270,7 @@ class Recipe:
     faults: FaultsConfig
     slurm: SlurmConfig
     evaluate: EvaluateConfig
+    track: TrackConfig
 
     def __post_init__(self) -> None:
         self.order.check(self.data)

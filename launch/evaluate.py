@@ -34,6 +34,7 @@ from .config import FaultsConfig, Recipe
 from .ranks.logs import open_log
 from .ranks.rank import as_rank
 from .ranks.watchdog import Watchdog
+from .records import append_record
 from .run_directory import RunDirectory
 from .tables import plain_table
 from .target import Target, target_of_run, target_of_weights
@@ -131,6 +132,7 @@ def evaluate(recipe: Recipe, console: Console) -> dict[str, Any] | None:
     result = _evaluate(target, world, store, console)
     if result is not None:
         write_text(target.run.evaluation_file, json.dumps(result, indent=2) + "\n")
+        append_record(target.run.evaluations_file, result)
     return result
 
 

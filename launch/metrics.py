@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard and the progress line. Rank 0 only."""
+"""Metrics of a run: metrics.jsonl, trackers and the progress line. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
-from torch.utils.tensorboard import SummaryWriter
 
 from ..data.files import read_patiently
 from ..data.read.batch_order import Trained
-from .records import keep_records
+from .records import keep_records, numbers_of
 from .run_directory import RunDirectory
 from .tables import plain_table
+from .trackers import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -83,12 +83,13 @@ class StepMetrics:
 class MetricsWriter:
     """Writer of the metrics of a run, from step `from_step` on; call `close` at the end."""
 
-    def __init__(self, run: RunDirectory, from_step: int, total_steps: int, console: Console) -> None:
+    def __init__(
+        self, run: RunDirectory, trackers: Sequence[Tracker], from_step: int, total_steps: int, console: Console
+    ) -> None:
         self._file_name = run.metrics_file
         keep_steps(self._file_name, from_step)
         self._file = self._file_name.open("a")
-        # An earlier start may have gone beyond its last checkpoint: TensorBoard then hides its steps from here on.
-        self._tensorboard = SummaryWriter(str(run.tensorboard), purge_step=from_step + 1)
+        self._trackers = trackers
         self._console = console
         self._total_steps = total_steps
         self._print_every = max(1, total_steps // 20)
@@ -108,18 +109,19 @@ class MetricsWriter:
         """End the progress line and close the files."""
         self._progress.stop()
         self._file.close()
-        try:
-            self._tensorboard.close()
-        except OSError as error:  # every step is in metrics.jsonl; the error that ended the run must be seen
-            log.warning("%s cannot be completed: %s", self._tensorboard.log_dir, error)
+        for tracker in self._trackers:
+            try:
+                tracker.close()
+            except OSError as error:  # every step is in metrics.jsonl; the error that ended the run must be seen
+                log.warning("%s cannot be completed: %s", type(tracker).__name__, error)
 
     def rewind(self, step: int) -> None:
         """Remove the records of all steps after `step`."""
         self._file.close()
         keep_steps(self._file_name, step)
         self._file = self._file_name.open("a")
-        self._tensorboard.close()
-        self._tensorboard = SummaryWriter(self._tensorboard.log_dir, purge_step=step + 1)
+        for tracker in self._trackers:
+            tracker.rewind(step)
 
     def write(self, metrics: StepMetrics) -> None:
         """Record one step and show it. Raises OSError, with the directory, if the record cannot be written."""
@@ -130,15 +132,9 @@ class MetricsWriter:
             self._file.flush()
             # The open file would go on being written in a directory that has been moved away.
             read_patiently(self._file_name, self._file_name.stat)
-            for name, value in values.items():
-                if isinstance(value, int | float) and name != "step":
-                    self._tensorboard.add_scalar(f"train/{name}", value, metrics.step)
-            for table in ("ms", "memory"):
-                for name, value in (values[table] or {}).items():
-                    self._tensorboard.add_scalar(f"{table}/{name}", value, metrics.step)
-            for length, part in metrics.buckets.items():
-                if math.isfinite(part.loss):
-                    self._tensorboard.add_scalar(f"loss by bucket/{length}", part.loss, metrics.step)
+            tracked = {name: value for name, value in numbers_of(values) if name != "step"}
+            for tracker in self._trackers:
+                tracker.log(metrics.step, tracked)
         except OSError as error:
             raise OSError(
                 f"step {metrics.step}: cannot be recorded in {self._file_name.parent}: {error.strerror or error}; "

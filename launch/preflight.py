@@ -30,6 +30,7 @@ from .recipe_change import check_change
 from .records import read_records
 from .run_directory import RunDirectory
 from .settings import from_tree
+from .trackers import check_trackers
 from .weights.origin import Origin, find_origin
 
 
@@ -85,6 +86,8 @@ def preflight(
     # The recipe alone comes first: these checks read no file. Then come the data, the run and its last checkpoint.
     recipe.accumulation_steps(world_size)
     check_named_grids(recipe)
+    if check_checkpoint:
+        check_trackers(recipe.track)
     manifest = open_prepared(recipe.training_directory, recipe.loader, check_shards=check_shards)
     manifest.check_made_from(recipe.data, recipe.order)
     run = RunDirectory(recipe.run_directory)

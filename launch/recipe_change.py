@@ -18,7 +18,7 @@ from .settings import flat, to_tree
 
 FREE = (
     *("run_directory", "data.directory", "order.directory", "order.work_directory"),
-    *("evaluate.", "faults.", "parallel.", "slurm."),
+    *("evaluate.", "faults.", "parallel.", "slurm.", "track."),
     *("loader.workers", "loader.prefetch_batches", "loader.cache_", "loader.hash_"),
     *("train.ranks_per_node", "train.checkpoint_every_steps", "train.keep_checkpoint", "train.deterministic"),
     *("train.attention_backend", "train.memory.", "train.profile"),

@@ -6,7 +6,7 @@ No run stops for a log: lines without a record are named and put aside, and all 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from ..data.lock import now
 from .redact import redact_all
 
 Record = dict[str, Any]
+LARGEST = 1e300
+"""Bound of the numbers of a record: what is larger is no measure, and sums of it may be infinite."""
 
 
 def append_record(file: Path, record: Record) -> None:
@@ -84,3 +86,13 @@ def parse_record(line: bytes) -> Record | None:
 def _write_lines(file: Path, lines: list[bytes]) -> None:
     """Replace the lines of `file`, each with its end."""
     write_whole(file, lambda begun: begun.write_bytes(b"".join(line.rstrip(b"\n") + b"\n" for line in lines)))
+
+
+def numbers_of(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yield name and value of every finite number of a record; tables within it join their names by `/`."""
+    for key, value in record.items():
+        if type(value) is int or type(value) is float:
+            if -LARGEST < value < LARGEST:
+                yield prefix + key, value
+        elif type(value) is dict:
+            yield from numbers_of(value, f"{prefix}{key}/")

@@ -46,6 +46,7 @@ class RunDirectory:
         self.grids_file = self.path / "grids.json"
         self.checkpoints = self.path / "checkpoints"
         self.evaluation_file = self.path / "evaluation.json"
+        self.evaluations_file = self.path / "evaluations.jsonl"
         self.picture_file = self.path / "loss.png"
         self.report_file = self.path / "report.html"
 
@@ -141,7 +142,10 @@ class RunDirectory:
 
     def put_bad_records_aside(self) -> list[str]:
         """Move the lines of all records that hold none into files of their own; return a sentence for each file."""
-        files = (self.starts_file, self.saves_file, self.events_file, self.metrics_file, self.requeues_file)
+        files = (
+            *(self.starts_file, self.saves_file, self.events_file, self.metrics_file, self.requeues_file),
+            self.evaluations_file,
+        )
         return [moved for file in files if (moved := put_bad_lines_aside(file)) is not None]
 
     def check_writable(self) -> None:

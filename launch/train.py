@@ -44,8 +44,9 @@ from .ranks.node import environment
 from .ranks.rank import as_rank
 from .ranks.signals import StopSignals
 from .ranks.watchdog import Watchdog
-from .settings import flat
+from .settings import flat, to_tree
 from .together import on_all_ranks
+from .trackers import open_trackers
 from .trainer import Trainer, share_of
 from .weights.origin import keep_published, load_origin
 
@@ -145,9 +146,16 @@ def start(
         loader=loader,
         losses=LossWatch(recipe.faults, state.recent_losses),
         saver=Saver(engine, run, mesh, recipe.train, recipe.faults.max_failed_saves, progress=watchdog.alive),
-        writer=MetricsWriter(run, state.step, recipe.train.steps, console) if rank_0 else None,
+        writer=open_writer(checked, state, console) if rank_0 else None,
         state=state,
     )
+
+
+def open_writer(checked: Preflight, state: TrainState, console: Console) -> MetricsWriter:
+    """Return the writer of the metrics after the steps done, with the trackers of the recipe. Rank 0 only."""
+    recipe, run = checked.recipe, checked.run
+    trackers = open_trackers(recipe.track, run.tensorboard, state.run, state.step, to_tree(recipe))
+    return MetricsWriter(run, trackers, state.step, recipe.train.steps, console)
 
 
 def open_run_directory(checked: Preflight, mesh: Mesh) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 MOST_BINS = 400
 """Maximum number of points of a curve. A figure of the page is about as many pixels wide."""
-_LARGEST = 1e300
 
 
 class Bin(NamedTuple):
@@ -115,13 +114,3 @@ def _joined(first: Bin, second: Bin) -> Bin:
         min(first.low, second.low),
         max(first.high, second.high),
     )
-
-
-def numbers_of(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Yield name and value of every finite number of a record; tables within it join their names by `/`."""
-    for key, value in record.items():
-        if type(value) is int or type(value) is float:
-            if -_LARGEST < value < _LARGEST:
-                yield prefix + key, value
-        elif type(value) is dict:
-            yield from numbers_of(value, f"{prefix}{key}/")

@@ -10,9 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..records import Record, read_records
+from ..records import Record, numbers_of, read_records
 from ..run_directory import RunDirectory
-from .curves import Curves, numbers_of
+from .curves import Curves
 from .tail import Tail
 
 _PER_OCTAVE = 32
@@ -110,8 +110,9 @@ _BY_BUCKET = ("tokens_per_s", "mfu", "mfu_dense")
 
 def evaluations(run: RunDirectory) -> list[dict[str, Any]]:
     """Return the evaluations of a run by step, ascending; the last of each step."""
-    found = []
+    found: list[Any] = []
     with suppress(OSError, ValueError):  # none yet, or damaged
         found.append(json.loads(run.evaluation_file.read_text()))
+    found += read_records(run.evaluations_file)
     whole = [e for e in found if isinstance(e, dict) and isinstance(e.get("step"), int) and e.get("buckets")]
     return list({entry["step"]: entry for entry in sorted(whole, key=lambda entry: entry["step"])}.values())

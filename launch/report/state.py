@@ -80,7 +80,7 @@ class RunState:
         if self.idle_s is None or self.step_s is None:
             return "before the first step"
         if self.idle_s > max(60.0, 20 * self.step_s):
-            return f"no step for {in_words(self.idle_s)}; logs/ and events.jsonl may say why"
+            return f"no step for {in_words(self.idle_s)} (logs/ and events.jsonl may say why)"
         return f"all ranks took part in the last step, {in_words(self.idle_s)} ago"
 
     def to_json(self) -> dict[str, Any]:

@@ -156,3 +156,12 @@ def test_tables_with_keys_of_the_users_choice_and_lists(recipe_file):
 def test_a_mistake_in_tables_and_lists_is_named(recipe_file, override: str, message: str):
     with pytest.raises(ValueError, match=message):
         load_recipe(recipe_file, [override])
+
+
+@pytest.mark.parametrize("steps", ["120", "124-120", "0-3", "a-b"])
+def test_the_steps_of_a_trace(recipe_file, steps):
+    with pytest.raises(ValueError, match=f"train.profile = '{steps}': not a first and a last step") as error:
+        load_recipe(recipe_file, [f"train.profile='{steps}'"])
+    assert str(error.value).endswith("; set it to a few steps such as '120-124', or leave it empty")
+    assert load_recipe(recipe_file, ["train.profile=120-124"]).train.profile_steps == (120, 124)
+    assert load_recipe(recipe_file, ["train.profile=''"]).train.profile_steps == (0, 0)

@@ -249,7 +249,7 @@ def test_a_disk_that_stays_full_stops_the_run(run, whole):
 
 
 def test_metrics_that_cannot_be_written_are_reported_with_their_directory(tmp_path):
-    writer = MetricsWriter(RunDirectory(tmp_path), 0, 10, Console(quiet=True))
+    writer = MetricsWriter(RunDirectory(tmp_path), [], 0, 10, Console(quiet=True))
     writer._file = Path("/dev/full").open("w")  # noqa: SIM115 (closing it would raise again)
     zeros: dict[str, Any] = {field.name: 0 for field in fields(StepMetrics)} | {"step": 7, "outcome": "good"}
     with pytest.raises(OSError, match=f"step 7: cannot be recorded in {tmp_path}: .*No space left on device"):

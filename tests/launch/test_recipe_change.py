@@ -145,6 +145,8 @@ OTHER_VALUES = {
     "run_directory": "elsewhere",
     "data.directory": "elsewhere",
     "order.work_directory": "elsewhere",
+    "track.tensorboard": False,
+    "train.profile": "2-3",
     "evaluate.max_tokens_per_bucket": 4096,
     "evaluate.knots": True,
     "faults.spike_deviations": 5.0,

@@ -36,6 +36,7 @@ from longring.launch.ranks.rank import as_rank
 from longring.launch.records import append_record, put_bad_lines_aside, read_records
 from longring.launch.run_directory import RunDirectory
 from longring.launch.settings import to_tree
+from longring.launch.trackers import TrackConfig, open_trackers
 from longring.parallel.failures import PeerError
 from rich.console import Console
 
@@ -478,8 +479,9 @@ def test_a_picture_that_cannot_be_completed_hides_no_error(tmp_path, monkeypatch
     """TensorBoard opens its file again to write the rest, and raises where the directory is gone."""
     run = RunDirectory(tmp_path / "run")
     run.path.mkdir()
-    writer = MetricsWriter(run, 0, 10, Console(quiet=True))
-    monkeypatch.setattr(writer._tensorboard, "close", lambda: (run.path / "none" / "file").open())
+    [board] = open_trackers(TrackConfig(), run.tensorboard, "1" * 32, 0, {})
+    writer = MetricsWriter(run, [board], 0, 10, Console(quiet=True))
+    monkeypatch.setattr(board, "close", lambda: (run.path / "none" / "file").open())
     writer.close()
 
 

@@ -9,7 +9,8 @@ import pytest
 from helpers.small_run import append
 from hypothesis import given
 from hypothesis import strategies as st
-from longring.launch.report.curves import Curves, numbers_of
+from longring.launch.records import numbers_of
+from longring.launch.report.curves import Curves
 from longring.launch.report.tail import Tail
 
 VALUES = st.dictionaries(st.sampled_from("ab"), st.floats(-1e9, 1e9), max_size=2)

@@ -9,7 +9,6 @@ from helpers.small_run import append, evaluation, make_run, step_record
 from longring.data.lock import held
 from longring.launch import cli
 from longring.launch.commands import report as report_module
-from longring.launch.report import history
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 LOADING = {"src", "href", "xlink:href", "data", "srcset", "action", "poster"}
@@ -113,8 +112,9 @@ def test_a_page_is_written_again_until_the_run_ends(recipe_file, tmp_path, monke
 
 
 @pytest.mark.full
-def test_several_evaluations_are_drawn_over_time(run, monkeypatch):
-    monkeypatch.setattr(history, "evaluations", lambda _: [evaluation(4), evaluation(8)])
+def test_several_evaluations_are_drawn_over_time(recipe_file, tmp_path):
+    run = make_run(recipe_file, tmp_path / "run", 12)
+    append(run.evaluations_file, evaluation(4), evaluation(8), {"step": 9})
     text = page_of(run).text
     assert "Held-out loss by bucket" in text
     assert "Held-out loss by position over time" in text

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import time
 
 import pytest
 from helpers.small_run import append, make_run, step_record
 from longring.data.lock import held, holder
 from longring.launch import cli
 from longring.launch.commands import watch as watch_module
+from longring.launch.report.state import Observer
 from longring.launch.run_directory import RunDirectory
 from rich.console import Console
 
@@ -40,6 +43,17 @@ def test_the_state_of_a_run(run, capsys):
     assert holder(run.lock_file) is None
     append(run.metrics_file, *map(step_record, range(13, 21)))
     assert state_of(run, capsys)["state"] == "finished"
+
+
+def test_what_the_files_tell_about_the_ranks(run):
+    assert Observer(run).state().pulse == "no rank runs"
+    with held(run.lock_file):
+        assert Observer(run).state().pulse.startswith("all ranks took part in the last step, ")
+        hour_ago = time.time() - 3600
+        os.utime(run.metrics_file, (hour_ago, hour_ago))
+        assert Observer(run).state().pulse.startswith("no step for 1:00:0")
+        append(run.starts_file, {"from_step": 12})
+        assert Observer(run).state().pulse == "before the first step"
 
 
 def test_lines_in_a_pipe(run, capsys, monkeypatch):
