@@ -24,6 +24,9 @@ Seed = Annotated[int, Interval(ge=0, lt=2**63)]
 _WITHOUT_IDS: tuple[SourceKind, ...] = ("python_stdlib", "text", "csv", "tokens", "megatron")
 """Kinds whose records have no field with token ids."""
 
+_WITHOUT_FIELDS: tuple[SourceKind, ...] = ("python_stdlib", "text", "tokens", "megatron")
+"""Kinds whose documents have no fields."""
+
 BYTES_AND_BOUNDARY = 257
 """Smallest byte-level vocabulary: 256 bytes and the boundary token."""
 
@@ -85,6 +88,22 @@ class SourceConfig:
     """Number of records to read from the start of the source; later records are neither read nor counted in the
     ledger. 0: all. A source with a limit is one input shard, so a single process reads it."""
 
+    score_field: str = ""
+    """Field that holds a number that says how good a document is (json, csv, parquet, arrow, webdataset, hub, disk). A
+    record without one is bad. Empty: none."""
+
+    score_edges: tuple[Annotated[float, Interval(ge=-1e300, le=1e300)], ...] = ()
+    """Ascending scores that divide the source NAME into sources NAME.0 (below the first edge), NAME.1 (from the first
+    edge on), and so on, each with a ledger and a share of its own. Empty: one source."""
+
+    sample_fraction: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    """Fraction of the source's documents that are kept. They are drawn without replacement with odds
+    exp(score / score_temperature), as in QuRating, and with equal odds without a score_field."""
+
+    score_temperature: Annotated[float, Interval(ge=1e-9, le=1e9)] = 1.0
+    """Difference of scores that makes a document e times as likely to be drawn. QuRating uses 2 standard deviations;
+    towards 0 the best documents are taken."""
+
     min_tokens: Annotated[int, Interval(ge=0, le=2**50)] = 0
     """Minimum number of tokens of a document, its end included; shorter documents are left out. 0: no minimum."""
 
@@ -112,6 +131,17 @@ class SourceConfig:
                 f"data.source.max_tokens = {self.max_tokens}: is below data.source.min_tokens = {self.min_tokens}, "
                 "which leaves no document; raise it, or lower data.source.min_tokens"
             )
+        if self.score_field and (self.kind in _WITHOUT_FIELDS or self.record_holds != "document"):
+            raise ValueError(
+                f"data.source.score_field = {self.score_field!r}: data.source.kind = {self.kind!r} with "
+                f"data.source.record_holds = {self.record_holds!r} has no field beside each document; leave it empty, "
+                "or use a kind with fields, such as 'json', of one document each"
+            )
+        if self.score_edges and (not self.score_field or list(self.score_edges) != sorted(set(self.score_edges))):
+            raise ValueError(
+                f"data.source.score_edges = {list(self.score_edges)}: divides the scores of data.source.score_field = "
+                f"{self.score_field!r}; name the field, and give the edges in ascending order"
+            )
         for key in ("record_holds", "bos", "eos", "dtype"):
             value, default = getattr(self, key), type(self).__dataclass_fields__[key].default
             if value != default and not self.holds_tokens:
@@ -119,6 +149,12 @@ class SourceConfig:
                     f"data.source.{key} = {value!r}: says how token ids lie, and this source holds text; leave it out, "
                     "or name the field of the ids in data.source.tokens_field"
                 )
+
+    def bins(self, name: str) -> dict[str, int | None]:
+        """Return the names under which the source `name` is prepared, with the score bin of each; None without bins."""
+        if not self.score_edges:
+            return {name: None}
+        return {f"{name}.{number}": number for number in range(len(self.score_edges) + 1)}
 
     @property
     def holds_tokens(self) -> bool:

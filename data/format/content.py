@@ -73,9 +73,9 @@ def read_inputs(file: Path, num_lines: int | None) -> list[dict[str, Any]]:
     for number, line in enumerate(read_patiently(file, file.read_bytes).splitlines(), start=1):
         try:
             entry = json.loads(line)
-            if not all(check(entry[name]) for name, check in _INPUT_FIELDS.items()):
+            if not all(check(entry.get(name)) for name, check in _INPUT_FIELDS.items()):
                 raise ValueError("a field has another type or is out of range")
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{file}: line {number} does not describe an input shard") from error
         found.append(entry)
     if num_lines not in (None, len(found)):
@@ -113,6 +113,9 @@ def _are_texts(value: Any) -> bool:
 _INPUT_FIELDS: dict[str, Callable[[Any], bool]] = {
     "source": lambda value: isinstance(value, str),
     "files": _are_texts,
+    # Only the two that follow may be missing, as in data of earlier versions.
+    "bin": lambda value: value is None or whole(0, 1 << 32)(value),
+    "keep_from": lambda value: value is None or type(value) is float,
     **dict.fromkeys(("size_bytes", "part", "parts", "records", "documents", "tokens"), whole(0, 1 << 62)),
 }
 """Check of each field of an input shard."""

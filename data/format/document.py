@@ -36,6 +36,9 @@ class Document(NamedTuple):
     digest: bytes
     """BLAKE2b hash of the content, 16 bytes; it decides the split."""
 
+    score: float = 0.0
+    """Number in the record's score field; 0 without one."""
+
 
 class BadRecord(NamedTuple):
     """Reason for which a record is left out."""

@@ -227,7 +227,7 @@ class Manifest:
             record -= int(first[input_shard])
         shard = inputs[input_shard]
         where = f"record {record} of source {shard['source']!r}, input shard {input_shard}"
-        source = self.named_sources().get(shard["source"], {})
+        source = self.named_sources().get(shard["source"].partition(".")[0], {})  # "web.1" is a score bin of web
         files = shard["files"]
         if source.get("kind") in ("python_stdlib", "text") and record < len(files):  # one document per file
             return f"{where}: {files[record]}"

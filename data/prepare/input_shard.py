@@ -30,6 +30,7 @@ from .merge import ledger_file, publish_part
 from .packing import BestFitPacker, Concatenator, Row, Segment
 from .progress import progress_file, written
 from .records import RecordReader
+from .sampling import sampled
 from .sources import InputShard
 
 
@@ -67,7 +68,8 @@ class _InputShardWriter:
         self.counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
         self._config = config
         self._tokenizer = tokenizer
-        self._source = source = config.named_sources[shard.source]
+        self._shard = shard
+        self._source = source = config.named_sources[shard.recipe_source]
         marks = tokenizer.marks(source.bos, source.eos) if source.holds_tokens else None
         self._reader = RecordReader(shard, source, config.max_bad_fraction, marks)
         # One writer per split and bucket. Packers and chains serve the methods that put several documents in a row.
@@ -124,7 +126,10 @@ class _InputShardWriter:
         return f"{self.ledger.documents} {self.ledger.tokens} {self._tokenizer.at}"
 
     def _streams(self) -> Iterator[tuple[Document, NDArray]]:
-        return self._tokenizer.streams(self._reader.documents(), self._reader.reject, self.ledger.enter_word_cut)
+        documents = sampled(
+            self._reader.documents(), self._shard, self._source, self._config.seed, self.ledger.leave_out
+        )
+        return self._tokenizer.streams(documents, self._reader.reject, self.ledger.enter_word_cut)
 
     def _decompose(self, split: Split, document: Document, stream: NDArray) -> None:
         num_pairs = len(stream) - 1

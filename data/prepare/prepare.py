@@ -6,8 +6,6 @@ is written, so a preparation that was killed continues from there; `merge` then 
 finished data whose tar shards are missing or damaged are prepared again.
 """
 
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -15,18 +13,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..config import DataConfig
-from ..files import full_disk_named, write_text, write_whole
-from ..format.manifest import INPUTS_FILE, MANIFEST_FILE, Manifest, open_prepared
-from ..format.settings import differences, settings_of, with_defaults
+from ..files import full_disk_named, write_whole
+from ..format.manifest import MANIFEST_FILE, Manifest, open_prepared
 from ..format.store import LocalStore
 from ..format.tokenizer import TOKENIZER_FILE, DocumentTokenizer
 from ..format.tokenizer_file import STUCK_STATUS
@@ -34,16 +30,12 @@ from ..lock import HeldError, held
 from ..processes import process_pool
 from .extend import extended_by, new_sources
 from .input_shard import prepare_input_shard
+from .job import begin_job, is_listed, list_inputs, listed_shard
 from .merge import cannot_restore, merge, restore_parts
 from .progress import shown
+from .sampling import with_thresholds
 from .sources import InputShard, input_shards
 from .train_tokenizer import make_tokenizer, named
-
-JOB_FILE = "job.json"
-
-OFFSETS_FILE = "offsets.bin"
-"""File of the byte offset of each input shard's line in the job's inputs.jsonl, then the size of that file: int64
-[input shards + 1]."""
 
 PART_0_SECONDS = 3600
 """Seconds that the other parts wait for part 0 to list the input shards and train the tokenizer."""
@@ -64,7 +56,7 @@ class PrepareStep:
         """Prepare input shard `numbers[rank]`, unless its ledger says that it is done."""
         os.environ.setdefault("RAYON_NUM_THREADS", str(self.threads))
         number = self.numbers[rank]
-        prepare_input_shard(self.config, self.partial, number, _listed_shard(self.partial, number))
+        prepare_input_shard(self.config, self.partial, number, listed_shard(self.partial, number))
 
 
 def prepare(config: DataConfig, console: Console, workers: int = 0, *, verify: bool = False) -> Manifest:
@@ -95,7 +87,7 @@ def prepare(config: DataConfig, console: Console, workers: int = 0, *, verify: b
         if _finished(config) is not None:  # by the process that has just released the lock
             return open_prepared(directory)
         with _progress(console) as progress, full_disk_named(partial):
-            if numbers := begin(config, partial, progress):
+            if numbers := begin(config, partial, progress, workers):
                 _run_here(config, partial, workers, numbers, progress)
             manifest = merge(config, partial)
     if manifest.extends:
@@ -117,8 +109,8 @@ def _held(config: DataConfig) -> Iterator[None]:
             try:
                 yield
             finally:
-                # Without a shard there is nothing to continue from; after a success `partial` has been renamed.
-                if partial.is_dir() and not any((partial / "shards").glob("*/*.tar")):
+                # Without a shard or key there is nothing to continue from; after a success `partial` has been renamed.
+                if not any(any(partial.glob(kept)) for kept in ("shards/*/*.tar", "work/sampling/*.npy")):
                     shutil.rmtree(partial, ignore_errors=True)
                 lock.unlink(missing_ok=True)
     except HeldError as error:
@@ -139,18 +131,18 @@ def prepare_part(config: DataConfig, console: Console, part: int, num_parts: int
     partial = partial_directory(Path(config.directory))
     with _progress(console) as progress:
         if part:
-            task = progress.add_task("waiting for the tokenizer of part 0", total=None, line="")
+            task = progress.add_task("waiting for part 0", total=None, line="")
             deadline = time.monotonic() + PART_0_SECONDS
-            while not (partial / TOKENIZER_FILE).exists():
+            while not is_listed(partial):
                 if time.monotonic() > deadline:
                     raise ValueError(
-                        f"--part {part}/{num_parts}: part 0 has not made {partial / TOKENIZER_FILE} within "
+                        f"--part {part}/{num_parts}: part 0 has not listed the input shards in {partial} within "
                         f"{PART_0_SECONDS} s; start it by --part 0/{num_parts}, then this one again"
                     )
                 time.sleep(1)
             progress.remove_task(task)
         with full_disk_named(partial):
-            numbers = begin(config, partial, progress)
+            numbers = begin(config, partial, progress, workers)
             count = len(numbers)
             # Parts are contiguous ranges that differ by at most one input shard.
             if mine := numbers[count * part // num_parts : count * (part + 1) // num_parts]:
@@ -210,9 +202,10 @@ def partial_directory(directory: Path) -> Path:
     return directory.with_name(f"{directory.name}.partial")
 
 
-def begin(config: DataConfig, partial: Path, progress: Progress) -> range:
+def begin(config: DataConfig, partial: Path, progress: Progress, workers: int = 0) -> range:
     """List the input shards and make the tokenizer, unless an earlier attempt has; return the numbers to prepare.
 
+    Sources that are sampled are read once before, in `workers` processes, or one per CPU if 0.
     These are all input shards but those of the data that is extended, and none if only the last renames are missing.
     Raises ValueError if the earlier attempt had other settings or other files, if a source cannot be read, or if the
     tokenizer is not usable.
@@ -223,7 +216,7 @@ def begin(config: DataConfig, partial: Path, progress: Progress) -> range:
     base = extended_by(config)
     before = [] if base is None else [InputShard.from_json(entry) for entry in base.inputs()]
     inputs = [*before, *input_shards(config if base is None else new_sources(config, base))]
-    _write_job(config, partial, inputs)
+    begin_job(config, partial, inputs)
     if not (partial / TOKENIZER_FILE).exists():
         tokenizer = make_tokenizer(config, inputs, progress) if base is None else base.tokenizer_json().encode()
         made = DocumentTokenizer(tokenizer, config.tokenizer.boundary, named(config.tokenizer))  # raises ValueError
@@ -231,41 +224,9 @@ def begin(config: DataConfig, partial: Path, progress: Progress) -> range:
             if source.holds_tokens:
                 made.marks(source.bos, source.eos)  # raises ValueError
         write_whole(partial / TOKENIZER_FILE, lambda path: path.write_bytes(tokenizer))
+    if not is_listed(partial):
+        list_inputs(partial, with_thresholds(config, partial, inputs, len(before), workers, progress))
     return range(len(before), len(inputs))
-
-
-def _write_job(config: DataConfig, partial: Path, inputs: list[InputShard]) -> None:
-    """Write the settings and input shards of a preparation. Raises ValueError if `partial` was begun with others."""
-    lines = [json.dumps(asdict(shard)).encode() + b"\n" for shard in inputs]
-    job = {"data": settings_of(config), "inputs": hashlib.sha256(b"".join(lines)).hexdigest()}
-    work = partial / "work"
-    delete = f"or delete {partial} and run `longring prepare RECIPE`"
-    if (work / JOB_FILE).exists():
-        before = json.loads((work / JOB_FILE).read_text())
-        for key, then, now in differences("data", with_defaults(before["data"]), job["data"]):
-            raise ValueError(
-                f"{key} = {now!r}: {partial} is a preparation begun with {then!r}; set it back to continue, {delete}"
-            )
-        if before["inputs"] != job["inputs"]:
-            raise ValueError(
-                f"data.directory = {config.directory}: {partial} is a preparation begun with other files or file "
-                f"sizes; bring the files back to continue, {delete}"
-            )
-    else:
-        write_whole(work / INPUTS_FILE, lambda path: path.write_bytes(b"".join(lines)))
-        offsets = np.cumsum([0, *map(len, lines)])  # [input shards + 1]
-        write_whole(work / OFFSETS_FILE, lambda path: path.write_bytes(offsets.astype("<i8").tobytes()))
-        write_text(work / JOB_FILE, json.dumps(job))  # last: a process that finds it finds the other two
-
-
-def _listed_shard(partial: Path, number: int) -> InputShard:
-    """Return input shard `number` of the job; the lines of the others, which may be many, are not read."""
-    with (partial / "work" / OFFSETS_FILE).open("rb") as offsets:
-        offsets.seek(8 * number)
-        first, last = np.frombuffer(offsets.read(16), dtype="<i8").tolist()
-    with (partial / "work" / INPUTS_FILE).open("rb") as lines:
-        lines.seek(first)
-        return InputShard.from_json(json.loads(lines.read(last - first)))
 
 
 def _repair(config: DataConfig, manifest: Manifest, numbers: list[int], workers: int, progress: Progress) -> None:
@@ -281,7 +242,8 @@ def _repair(config: DataConfig, manifest: Manifest, numbers: list[int], workers:
     for shard in inputs:
         if others := [file for file in shard.files if (shard.source, file) not in known]:
             raise cannot_restore(manifest, directory, f"{others[0]} is not among them")
-    _write_job(config, partial, inputs)
+    begin_job(config, partial, inputs)
+    list_inputs(partial, inputs)
     shutil.copyfile(directory / TOKENIZER_FILE, partial / TOKENIZER_FILE)
     try:
         _run_here(config, partial, workers, numbers, progress)

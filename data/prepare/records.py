@@ -1,9 +1,12 @@
 """Reading of records: good ones become documents, bad ones are counted by kind and left out."""
 
 import hashlib
+import math
 import tarfile
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -22,6 +25,9 @@ from .kinds.text import csv_rows, json_rows, whole_file
 from .kinds.token_streams import stream_rows
 from .sources import InputShard
 from .token_documents import documents_of, ids_of
+
+Content = str | NDArray[np.int64]
+"""Text, or token ids [tokens]."""
 
 HASHED_CHARACTERS = 1 << 20
 """Number of characters of a text that are encoded and hashed at once: a copy of a long text would double its memory."""
@@ -56,6 +62,7 @@ class RecordReader:
     ):
         self.bad = BadRecords()
         self.records = 0
+        self._read = 0  # records of all bins
         self._shard = shard
         self._source = source
         self._max_bad_fraction = max_bad_fraction
@@ -63,22 +70,31 @@ class RecordReader:
 
     def documents(self) -> Iterator[Document]:
         """Yield the good records as documents, in order."""
-        contents = (found for rows in self._files() for found in self._contents(rows))
-        for number, (name, content) in enumerate(islice(contents, self._source.limit_documents or None)):
+        found = (one for rows in self._files() for one in self._scored(rows))
+        for name, content, score in islice(found, self._source.limit_documents or None):
+            self._read += 1
+            if self._bin(score) != self._shard.bin:
+                continue  # another input shard reads the same files for it
             # Counted before the record is judged: `reject` takes the fraction of the records so far, this one included.
-            self.records = number + 1
+            self.records += 1
             if isinstance(content, BadRecord):
                 self.reject(name, content)
             elif isinstance(digest := digest_of(content), BadRecord):
                 self.reject(name, digest)
             else:
-                yield Document(number, name, content, digest)
+                yield Document(self.records - 1, name, content, digest, score or 0.0)
         self.check()
+
+    def _bin(self, score: float | None) -> int | None:
+        """Return the score bin of a record; a record without a score is a bad record of the lowest bin."""
+        if self._shard.bin is None:
+            return None
+        return 0 if score is None else bisect_right(self._source.score_edges, score)
 
     def reject(self, name: str, bad: BadRecord) -> None:
         """Count a bad record. Raises ValueError if too many are bad, from FIRST_CHECK records on."""
         self.bad.enter(name, bad)
-        if self.records >= FIRST_CHECK:
+        if self._read >= FIRST_CHECK:
             self.check()
 
     def check(self) -> None:
@@ -86,9 +102,22 @@ class RecordReader:
 
         A caller that rejects documents checks at its end, as the last ones may be rejected after `documents` has ended.
         """
-        self.bad.check(self.records, self._shard.source, self._max_bad_fraction)
+        # The records of other bins count: bad ones without a score would be many among those of the lowest alone.
+        self.bad.check(self._read, self._shard.source, self._max_bad_fraction)
 
-    def _contents(self, rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, str | NDArray[np.int64] | BadRecord]]:
+    def _scored(self, rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Content | BadRecord, float | None]]:
+        """Yield (name, content, score) of each document of the rows of one file; the content may be a bad record."""
+        if not self._source.score_field:
+            yield from ((name, content, None) for name, content in self._contents(rows))
+            return
+        for name, record in rows:
+            score = _score(record, self._source)
+            if isinstance(score, BadRecord):
+                yield name, score, None
+            else:
+                yield from ((*found, score) for found in self._contents(iter([(name, record)])))
+
+    def _contents(self, rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Content | BadRecord]]:
         """Yield (name, content) of each document of the rows of one file, good or bad."""
         source = self._source
         if not source.holds_tokens:
@@ -127,6 +156,18 @@ class RecordReader:
             ) from error
 
 
+def _score(record: Any, source: SourceConfig) -> float | BadRecord:
+    """Return the score of a record, or the reason for which it has none; the values of CSV are texts."""
+    value = _field(record, source.score_field)
+    if isinstance(value, BadRecord):
+        return value
+    with suppress(ValueError, OverflowError):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if (is_number or (isinstance(value, str) and source.kind == "csv")) and math.isfinite(score := float(value)):
+            return score
+    return BadRecord("wrong_type", f"field {source.score_field!r} is {type(value).__name__}, not a finite number")
+
+
 def _text(record: Any, source: SourceConfig) -> str | BadRecord:
     """Return the text of a record, or the reason for which the record is bad."""
     text = _field(record, source.text_field)
@@ -153,7 +194,7 @@ def _field(record: Any, name: str) -> Any:
     return record[name]
 
 
-def digest_of(content: str | NDArray[np.int64]) -> bytes | BadRecord:
+def digest_of(content: Content) -> bytes | BadRecord:
     """Return the BLAKE2b hash of a text or of token ids, 16 bytes; a text with a character that has no UTF-8 is bad."""
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(content, np.ndarray):

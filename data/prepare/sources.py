@@ -35,7 +35,7 @@ class InputShard:
     """Input of one process: a run of files, or part `part` of the `parts` of a file or data set."""
 
     source: str
-    """Name of the source."""
+    """Name of the source; "web.1" is score bin 1 of the source `web` of the recipe."""
 
     files: tuple[str, ...] = ()
     """Paths or addresses, in order; empty for a data set."""
@@ -49,11 +49,23 @@ class InputShard:
     parts: int = 1
     """Number of parts of the file or data set; 1 for several files."""
 
+    bin: int | None = None
+    """Score bin whose records are read; None: the source has no bins, or the records of all are read."""
+
+    keep_from: float | None = None
+    """Smallest sampling key of a document that is kept; None: all documents are."""
+
+    @property
+    def recipe_source(self) -> str:
+        """Name of the source in the recipe."""
+        return self.source.partition(".")[0]  # no name in a recipe has a dot
+
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> Self:
         """Return the input shard of a line of inputs.jsonl, in the job or beside a manifest."""
-        names = {field.name for field in fields(cls)}
-        return cls(**{**{name: entry[name] for name in names}, "files": tuple(entry["files"])})
+        # A line of an earlier version lacks the fields that came later.
+        kept = {field.name: entry[field.name] for field in fields(cls) if field.name in entry}
+        return cls(**{**kept, "files": tuple(entry["files"])})
 
 
 def input_shards(config: DataConfig) -> list[InputShard]:
@@ -63,18 +75,25 @@ def input_shards(config: DataConfig) -> list[InputShard]:
     """
     shards = []
     for name, source in config.named_sources.items():
-        if source.kind in ("hub", "disk"):
-            from .kinds.data_sets import num_parts  # the import takes a second, which files need not spend
-
-            parts = 1 if source.limit_documents else num_parts(source, config.input_shard_bytes)
-            shards += [InputShard(source=name, part=part, parts=parts) for part in range(parts)]
-        else:
-            limit = float("inf") if source.limit_documents else config.input_shard_bytes
-            for run in _runs(name, _sized_files(source), limit):
-                divided = source.kind in DIVISIBLE and run.size_bytes > limit  # then it is one file
-                parts = -(-run.size_bytes // config.input_shard_bytes) if divided else 1
-                shards += [replace(run, part=part, parts=parts) for part in range(parts)]
+        runs = list(_input_shards(name, source, config.input_shard_bytes))
+        for part, one in source.bins(name).items():
+            shards += [replace(run, source=part, bin=one) for run in runs]
     return shards
+
+
+def _input_shards(name: str, source: SourceConfig, input_shard_bytes: int) -> Iterator[InputShard]:
+    """Yield the input shards that read every record of a source once."""
+    if source.kind in ("hub", "disk"):
+        from .kinds.data_sets import num_parts  # the import takes a second, which files need not spend
+
+        parts = 1 if source.limit_documents else num_parts(source, input_shard_bytes)
+        yield from (InputShard(source=name, part=part, parts=parts) for part in range(parts))
+        return
+    limit = float("inf") if source.limit_documents else input_shard_bytes
+    for run in _runs(name, _sized_files(source), limit):
+        divided = source.kind in DIVISIBLE and run.size_bytes > limit  # then it is one file
+        parts = -(-run.size_bytes // input_shard_bytes) if divided else 1
+        yield from (replace(run, part=part, parts=parts) for part in range(parts))
 
 
 def _runs(name: str, files: list[tuple[str, int]], run_bytes: float) -> Iterator[InputShard]:

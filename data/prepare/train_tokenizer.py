@@ -1,6 +1,7 @@
 """Tokenizer of a preparation: an existing one, or a byte-level BPE trained on the documents."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from rich.progress import Progress
@@ -54,8 +55,9 @@ def _training_texts(config: DataConfig, inputs: list[InputShard], read: Callable
 
 def _documents(config: DataConfig, source: str, inputs: list[InputShard]) -> Iterator[Document]:
     for shard in inputs:
-        if shard.source == source:
-            yield from RecordReader(shard, config.named_sources[source], config.max_bad_fraction).documents()
+        if shard.recipe_source == source and not shard.bin:  # one input shard reads the records of all bins
+            every = replace(shard, bin=None)
+            yield from RecordReader(every, config.named_sources[source], config.max_bad_fraction).documents()
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:

@@ -25,8 +25,8 @@ def parquet_rows(file: str, source: SourceConfig) -> Iterator[tuple[str, Any]]:
     """Yield (name, record) of the rows of a parquet file."""
     with fsspec.open(file, "rb") as stream, pyarrow.parquet.ParquetFile(stream) as parquet:
         names = parquet.schema_arrow.names
-        # Without the field every row is bad, and its message names the columns that exist.
-        columns = [wanted] if (wanted := field_of(source)) in names else names
+        # Without a field every row is bad, and its message names the columns that exist.
+        columns = wanted if set(wanted := fields_of(source)) <= set(names) else names
         batches = parquet.iter_batches(batch_size=BATCH_ROWS, columns=columns)
         yield from _named(file, rows_of(batches, source))
 
@@ -58,21 +58,23 @@ def _named(file: str, rows: Iterator[Any]) -> Iterator[tuple[str, Any]]:
     return ((f"{file}:{number}", row) for number, row in enumerate(rows, start=1))
 
 
-def field_of(source: SourceConfig) -> str:
-    """Return the name of the one field that a source is read for."""
-    return source.tokens_field or source.text_field
+def fields_of(source: SourceConfig) -> list[str]:
+    """Return the names of the fields that a source is read for: the content, and the score if it has one."""
+    content = source.tokens_field or source.text_field
+    return list(dict.fromkeys([content, *([source.score_field] if source.score_field else [])]))
 
 
 def rows_of(batches: Iterable[pyarrow.RecordBatch], source: SourceConfig) -> Iterator[Any]:
-    """Yield the records of Arrow batches, with the one field of the source if they have it.
+    """Yield the records of Arrow batches, with the fields of the source alone if they have them all.
 
     Lists of numbers become arrays. A text that is no UTF-8 is a bad record.
     """
-    wanted = field_of(source)
+    wanted = fields_of(source)
     for batch in batches:
-        if wanted in batch.schema.names:
-            values = _values(batch.column(wanted))
-            yield from (value if isinstance(value, BadRecord) else {wanted: value} for value in values)
+        if set(wanted) <= set(batch.schema.names):
+            for values in zip(*(_values(batch.column(name)) for name in wanted), strict=True):
+                bad = next((value for value in values if isinstance(value, BadRecord)), None)
+                yield bad or dict(zip(wanted, values, strict=True))
         else:
             yield from batch.to_pylist()
 

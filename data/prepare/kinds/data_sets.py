@@ -9,7 +9,7 @@ import datasets.exceptions
 import pyarrow
 
 from ...config import SourceConfig
-from .columns import BATCH_ROWS, field_of, rows_of
+from .columns import BATCH_ROWS, fields_of, rows_of
 
 # Errors of the library for a data set that is missing, unreadable or other than declared.
 _ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, datasets.exceptions.DatasetsError)
@@ -49,9 +49,9 @@ def data_set_rows(source: SourceConfig, part: int, parts: int) -> Iterator[tuple
 
 
 def _batches(data_set: "datasets.Dataset | datasets.IterableDataset", source: SourceConfig) -> Iterator[Any]:
-    """Yield the record batches of a data set, with the one field of the source if it has it."""
-    if field_of(source) in (data_set.column_names or ()):
-        data_set = data_set.select_columns([field_of(source)])
+    """Yield the record batches of a data set, with the fields of the source alone if it has them all."""
+    if set(wanted := fields_of(source)) <= set(data_set.column_names or ()):
+        data_set = data_set.select_columns(wanted)
     tables: Any = data_set.with_format("arrow").iter(BATCH_ROWS)
     for table in tables:
         yield from table.to_batches()
