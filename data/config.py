@@ -289,11 +289,17 @@ class DataConfig:
                 f"data.source.kind = {self.source.kind!r}: data.sources is set as well, and only one may be; "
                 "move data.source to data.sources under a name"
             )
-        if wrong := [name for name in self.sources if "@" in name]:
-            raise ValueError(
-                f"data.sources.{wrong[0]}: '@' stands before a bucket in curriculum.shares; name it "
-                f"{wrong[0].replace('@', '-')}"
-            )
+        for name in self.sources:
+            if "@" in name:
+                raise ValueError(
+                    f"data.sources.{name}: '@' stands before a bucket in curriculum.shares; name it "
+                    f"{name.replace('@', '-')}"
+                )
+            if "." in name:
+                raise ValueError(
+                    f"data.sources.{name}: has a dot, and NAME.0 is a score bin of the source NAME; rename it, as "
+                    f"{name.replace('.', '-')}"
+                )
         for key in ("min_bucket_tokens", "max_bucket_tokens"):
             if not _is_power_of_two(getattr(self, key)):
                 raise ValueError(f"data.{key} = {getattr(self, key)}: must be a power of two")

@@ -165,7 +165,7 @@ def _named(hint: Any, table: Any, path: str, source: str) -> dict[str, Any]:
 
 def _key(name: str) -> str:
     """Return a key as a message shows it: as it is if it is a short word, else quoted."""
-    return name if re.fullmatch(r"[\w@-]{1,80}", name) else shown(name)
+    return name if re.fullmatch(r"[\w@.-]{1,80}", name) else shown(name)
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:

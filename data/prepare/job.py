@@ -31,7 +31,8 @@ def begin_job(config: DataConfig, partial: Path, inputs: Sequence[InputShard]) -
     if not file.exists():
         write_text(file, json.dumps(job))
         return
-    before, delete = json.loads(file.read_text()), f"or delete {partial} and run `longring prepare RECIPE`"
+    before = json.loads(file.read_text())
+    delete = f"or delete {partial} and run `longring prepare RECIPE`"
     for key, then, now in differences("data", with_defaults(before["data"]), job["data"]):
         raise ValueError(
             f"{key} = {now!r}: {partial} is a preparation begun with {then!r}; set it back to continue, {delete}"

@@ -97,6 +97,30 @@ def test_data_settings_that_do_not_fit(settings: dict[str, Any], words: list[str
             ["data.source.record_holds = 'stream'", "or name the field of the ids in data.source.tokens_field"],
             {"tokens_field": "ids"},
         ),
+        (
+            SourceConfig,
+            {"kind": "text", "path": "x", "score_field": "quality"},
+            ["data.source.score_field = 'quality'", "or use a kind with fields, such as 'json', of one document each"],
+            {"kind": "json"},
+        ),
+        (
+            SourceConfig,
+            {"kind": "json", "path": "x", "score_edges": (1.0, 2.0)},
+            ["data.source.score_edges = [1.0, 2.0]", "name the field, and give the edges in ascending order"],
+            {"score_field": "quality"},
+        ),
+        (
+            SourceConfig,
+            {"kind": "json", "path": "x", "score_field": "quality", "score_edges": (2.0, 1.0)},
+            ["data.source.score_edges = [2.0, 1.0]"],
+            {"score_edges": (1.0, 2.0)},
+        ),
+        (
+            DataConfig,
+            {"directory": "x", "sources": {"a.b": WEB}},
+            ["data.sources.a.b: ", "is a score bin of the source NAME; rename it, as a-b"],
+            {"sources": {"a-b": WEB}},
+        ),
         (CurriculumConfig, {"odds": ()}, ["curriculum.odds = []"], {"odds": (1.0,)}),
     ],
 )
