@@ -3,7 +3,7 @@
 A preparation works in `<directory>.partial/`. Besides the results of its parts (merge.py) the directory holds
 
     tokenizer.json             tokenizer
-    work/job.json              settings, and the hash of inputs.jsonl; a later attempt must have the same
+    work/job.json              settings, and a hash of the files; a later attempt must have the same (job.py)
     work/inputs.jsonl          the input shards; offsets.bin, the first byte of each line
     work/progress/000012       documents and tokens done of input shard 12, and the document at work
     work/000012.<host>.<pid>/  unfinished tar shards of input shard 12
