@@ -225,3 +225,8 @@ def test_a_path_below_home(monkeypatch, tmp_path):
     assert recipe.data.tokenizer.path == f"{tmp_path}/a b/tokenizer.json"
     assert recipe.data.source.path == f"{tmp_path}/corpus/**/*.jsonl"
     assert recipe.run_directory == "a~/b"
+
+
+def test_shares_name_score_bins():
+    recipe = from_tree(Recipe, with_setting("curriculum.shares", {"web.0": 0.5, "web.2@128": 0.1}))
+    assert recipe.curriculum.shares == {"web.0": 0.5, "web.2@128": 0.1}

@@ -23,6 +23,7 @@ from longring.data.format.manifest import Manifest, open_prepared
 from longring.data.prepare import input_shard, sampling
 from longring.data.prepare.prepare import prepare, prepare_part
 from longring.data.prepare.sampling import sampling_key, threshold
+from longring.data.read.shares import Cells
 from rich.console import Console
 from scipy import stats
 
@@ -103,6 +104,10 @@ def test_bins_are_sources_and_their_ledgers_add_up(config: DataConfig, records: 
         assert (books.documents, books.tokens) == (other.documents, other.tokens)
         assert books.document_lengths == other.document_lengths
     assert sum(entry["records"] for entry in manifest.inputs()) == manifest.ledger.records
+    # Shares of the run name the bins.
+    cells = Cells.of(manifest.buckets("train"))
+    for name in ("web.0", "web.2@32"):
+        assert cells.named(name)
     # Missing shards of a bin are made again.
     before = tree(binned.directory)
     for file in Path(binned.directory).glob("shards/000005/*.tar"):
