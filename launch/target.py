@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,7 @@ def target_of_weights(
     agree(store, world.rank, world.size, entries)
     assert found is not None, "an error of any rank is raised on all"
     weights, recipe, manifest = found
+    recipe = replace(recipe, run_directory=str(logs.path))  # measured grids are kept there, no longer than the logs
 
     def load(engine: DeepSpeedEngine, mesh: Mesh) -> int:
         load_origin(engine, weights.origin, mesh, moments=False)
@@ -129,7 +130,7 @@ def recipe_of_weights(weights: Weights, data: str, overrides: Sequence[str], num
         }
         if manifest.order is not None:
             tree["order"] = {**manifest.order, "directory": data}
-    tree |= {"model": to_tree(weights.config), "init": {}, "curriculum": {}, "run_directory": "none"}
+    tree |= {"model": to_tree(weights.config), "init": {}, "curriculum": {}, "run_directory": "logs"}
     # A batch that any number of ranks can divide; none is trained.
     tree["train"]["global_batch_tokens"] = tree["data"]["max_bucket_tokens"] * num_ranks
     apply_overrides(tree, overrides)

@@ -41,7 +41,8 @@ def target(path: Path, data: str, *overrides: str) -> Recipe:
 def test_weights_without_the_tokens_of_the_data_are_refused(recipe_file, model):
     data, file = load_recipe(recipe_file).data.directory, model / "tokenizer.json"
     content = file.read_text()
-    target(model, data)
+    # What a run keeps, such as measured grids, is kept with the logs and nowhere else.
+    assert target(model, data).run_directory == str(model / "logs")
     file.unlink()
     with pytest.raises(
         ValueError, match=f"^{model}: has no {file}; copy tokenizer.json of the data that it was trained"
