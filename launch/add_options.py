@@ -76,6 +76,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of ranks to start here (default: those of the last checkpoint; with --data one for each GPU)",
     )
+    parser.add_argument("--tasks", default="", metavar="TASK,...", help="score these tasks too: needle,uuid,copy,...")
     parser.add_argument("--json", metavar="FILE", help="write the losses to FILE as well")
 
 

@@ -154,8 +154,9 @@ def _requeue(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from .commands.evaluate import start_evaluation
 
+    tasks = [f"evaluate.tasks={options.tasks.split(',')}"] if options.tasks else []
     return start_evaluation(
-        options.target, options.overrides, data=options.data, ranks=options.ranks, json_file=options.json
+        options.target, [*options.overrides, *tasks], data=options.data, ranks=options.ranks, json_file=options.json
     )
 
 

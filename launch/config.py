@@ -202,6 +202,16 @@ class EvaluateConfig:
     """Maximum number of tokens to read from the start of each bucket."""
     knots: bool = False
     """Apply the training `knots` to held-out sequences as well; the marks are left out of the loss."""
+    tasks: tuple[str, ...] = ()
+    """Tasks to score at the length of every bucket, by name or by the beginning of names up to an underscore."""
+    samples: Annotated[int, Interval(ge=1, le=100_000)] = 40
+    """Number of samples of each task and length; 40 cover all depths of a needle."""
+    distractors: Annotated[int, Interval(ge=0, le=3)] = 1
+    """Number of wrong answers of each sample; each takes one more forward pass."""
+    context_sequences: Annotated[int, Interval(ge=0, le=2**40)] = 0
+    """Maximum number of held-out sequences of each bucket for the gain of context and LongPPL. 0: neither."""
+    short_tokens: Annotated[int, Interval(ge=4, le=2**30)] = 4096
+    """LongPPL: length of the short context."""
 
 
 @dataclass(frozen=True, kw_only=True)

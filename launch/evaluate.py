@@ -25,12 +25,16 @@ from ..data.format.bucket import Bucket
 from ..data.format.manifest import Manifest
 from ..data.read.knots import Knots
 from ..data.read.loader import read_rows
+from ..data.tasks.catalog import chosen_tasks
 from ..parallel.meet import meet
 from ..parallel.mesh import Mesh, join
 from ..parallel.world import World
 from ..parallel.zero import DeepSpeedEngine
 from .build import BucketLayout, build_engine, open_layouts
 from .config import FaultsConfig, Recipe
+from .evaluation.long_context import long_context
+from .evaluation.score import Scorer
+from .evaluation.show import long_context_tables
 from .ranks.logs import open_log
 from .ranks.rank import as_rank
 from .ranks.watchdog import Watchdog
@@ -164,20 +168,24 @@ def _evaluate(target: Target, world: World, store: Store, console: Console) -> d
     open_log(target.run.log_file(world.rank))
     mesh = join(recipe.parallel, recipe.max_context_parallel, faults.collective_minutes, store)
     with Watchdog(target.run, world.rank, world.size, 60 * faults.hang_minutes) as watchdog:
-        step, entries = evaluate_buckets(target, mesh, watchdog, held_out)
+        step, entries, long_context = evaluate_buckets(target, mesh, watchdog, held_out)
     if world.rank != 0:
         return None
-    result = with_means(target.name, step, entries)
-    for table in evaluation_tables(result):
+    result = {**with_means(target.name, step, entries), **long_context}
+    for table in [*evaluation_tables(result), *long_context_tables(long_context)]:
         console.print(table)
     return result
 
 
 def evaluate_buckets(
     target: Target, mesh: Mesh, watchdog: Watchdog, held_out: Sequence[tuple[Bucket, int]]
-) -> tuple[int, list[dict[str, Any]]]:
-    """Return the step of the weights, and the entry of each bucket over a number of its sequences. Collective."""
+) -> tuple[int, list[dict[str, Any]], dict[str, Any]]:
+    """Return the step of the weights, the entry of each bucket over a number of its sequences, and `long_context`.
+
+    Collective.
+    """
     recipe, manifest = target.recipe, target.manifest
+    chosen_tasks(recipe.evaluate.tasks)  # a wrong name is told before the model is built
     watchdog.at(0, "building the model and loading the weights")
     engine = build_engine(recipe, manifest.vocab_size, mesh)
     step = target.load(engine, mesh)
@@ -196,7 +204,8 @@ def evaluate_buckets(
     )
     layouts = open_layouts(recipe, mesh, [bucket.length for bucket, _ in held_out], evaluator.at)
     entries = [evaluator.evaluate_bucket(bucket, number, layouts[bucket.length]) for bucket, number in held_out]
-    return step, entries
+    scorers = [Scorer(engine, mesh, layouts[bucket.length], evaluator.at) for bucket, _ in held_out]
+    return step, entries, long_context(recipe.evaluate, manifest, scorers)
 
 
 def with_means(target: str, step: int, entries: list[dict[str, Any]]) -> dict[str, Any]:

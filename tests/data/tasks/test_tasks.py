@@ -100,6 +100,24 @@ def test_text_is_encoded_as_it_follows_other_text():
             assert found.one(text, before).tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("copy_text", ": a copy takes at least 4 tokens; raise it"),
+        ("needle_single_2", ": question and answer alone take [0-9]+ tokens; raise it"),
+        ("thread_multiple", ": too short for 9 pairs and those of the distractors; raise it"),
+    ],
+)
+def test_a_task_that_is_too_long_for_a_row_fits_a_longer_one(name, reason):
+    def sample(length: int) -> Sample:
+        return TASKS[name].make(material(byte_level), length, 0, 1, Draws(0))
+
+    length = 1 if name != "thread_multiple" else 600
+    with pytest.raises(TooShortError, match=f"length = {length}{reason}"):
+        sample(length)
+    assert sample(6000).length == 6000
+
+
 def test_the_prefix_of_a_sequence_is_exchanged():
     sample = made(byte_level, "prefix", 64)
     row, other = sample.rows
@@ -113,7 +131,9 @@ def test_the_prefix_of_a_sequence_is_exchanged():
 
 def test_tasks_are_chosen_by_name_or_group():
     assert list(chosen_tasks(["thread", "uuid"])) == ["thread_forward", "thread_reverse", "thread_multiple", "uuid"]
-    with pytest.raises(ValueError, match="--tasks needles: there is no such task; name some of .*needle.*") as error:
+    with pytest.raises(
+        ValueError, match="evaluate.tasks = needles: there is no such task; name some of .*needle.*"
+    ) as error:
         chosen_tasks(["needles"])
     for name in str(error.value).partition("name some of ")[2].split(", "):
         assert chosen_tasks([name])
