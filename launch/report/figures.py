@@ -269,9 +269,12 @@ def _parts(axes: Axes, history: History) -> bool:
     found = {name.removeprefix("ms/"): history.curves.curve(name) for name in names}
     if not found:
         return False
-    at = max((curve.tokens for curve in found.values()), key=len)
-    stack = [np.interp(at, curve.tokens, curve.mean) for curve in found.values()]
-    axes.stackplot(at, stack, labels=list(found), colors=_colours(len(found)))
+    every = max(found.values(), key=lambda curve: len(curve.tokens))
+    stack = np.zeros((len(found), len(every.tokens)))
+    for row, curve in zip(stack, found.values(), strict=True):
+        bins = np.searchsorted(every.tokens, curve.tokens)
+        row[bins] = curve.mean * curve.number / every.number[bins]  # a part such as save is in some steps only
+    axes.stackplot(every.tokens, stack, labels=list(found), colors=_colours(len(found)))
     _over_tokens(axes, history, "ms")
     axes.legend(ncols=2)
     return True

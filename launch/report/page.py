@@ -73,6 +73,8 @@ def _tiles(history: History, state: RunState) -> list[tuple[str, str, str]]:
     tiles.append(("tokens", short(history.last["tokens"]), f"{history.last['tokens']:,}"))
     if not math.isnan(history.loss):
         tiles.append(("loss", f"{history.loss:.3f}", "training, nats per token"))
+    if len(bits := history.curves.curve("bits_per_byte").mean):
+        tiles.append(("bits a byte", f"{bits[-1]:.3f}", "training, mean over the data's bytes"))
     if history.evaluations:
         last = history.evaluations[-1]
         tiles.append(
@@ -80,7 +82,7 @@ def _tiles(history: History, state: RunState) -> list[tuple[str, str, str]]:
         )
     if state.tokens_per_s is not None:
         tiles.append(("tokens/s", short(state.tokens_per_s), f"median of the last {len(state.recent)} steps"))
-    tiles.append(("time in steps", in_words(history.seconds), f"{len(history.starts)} starts"))
+    tiles.append(("time in steps", in_words(history.seconds), f"starts: {len(history.starts)}"))
     if state.going == "running" and state.seconds_left is not None:
         tiles.append(("left", in_words(state.seconds_left), "at the mean of the last steps"))
     if state.saved_step is not None:
