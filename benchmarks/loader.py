@@ -37,8 +37,7 @@ from longring.data.format.bucket import Bucket
 from longring.data.format.manifest import Manifest, open_prepared
 from longring.data.format.shards import shard_name
 from longring.data.prepare.prepare import prepare
-from longring.data.read.batch_order import BatchOrder, ReplicaShare
-from longring.data.read.bucket_order import bucket_orders
+from longring.data.read.batch_order import ReplicaShare
 from longring.data.read.loader import Loader
 from longring.data.read.mix import training_order
 from rich.console import Console
@@ -65,12 +64,12 @@ def share(length: int) -> ReplicaShare:
 
 def ours(manifest: Manifest, number: int, tokens: int) -> int:
     """Read about `tokens` tokens of one bucket with the Loader and return their number."""
-    orders = bucket_orders(manifest.buckets("train"), {}, 0, 0)
-    steps = max(1, tokens // (8 * RANK_TOKENS))
-    chosen = np.full(steps, number, dtype=np.uint8)
-    loader = Loader(
-        manifest, BatchOrder(manifest.lengths, orders, chosen, 8 * RANK_TOKENS), LoaderConfig(workers=1), share
+    length, steps = manifest.lengths[number], max(1, tokens // (8 * RANK_TOKENS))
+    curriculum = CurriculumConfig(min_bucket_tokens=length, max_bucket_tokens=length)
+    order = training_order(
+        manifest, curriculum, LoaderConfig(), steps=steps, global_batch_tokens=8 * RANK_TOKENS, seed=0
     )
+    loader = Loader(manifest, order, LoaderConfig(workers=1), share)
     return sum(batch.rows.size - len(batch.rows) for batch in loader.batches(0, steps))
 
 

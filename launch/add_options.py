@@ -37,6 +37,9 @@ def plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", metavar="PRESET", help="topology preset, instead of parallel.cp.topology")
     parser.add_argument("--timeline", type=Path, metavar="OUT.png", help="draw simulated passes of the largest bucket")
     parser.add_argument("--measure", action="store_true", help="also run these passes here, and draw both")
+    parser.add_argument(
+        "--mix", type=Path, metavar="OUT.png", help="draw the shares of lengths and sources over the run"
+    )
 
 
 def order(parser: argparse.ArgumentParser) -> None:

@@ -66,15 +66,18 @@ def _prepare(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.target, options.overrides)
+    from .commands.mix import show_mix
     from .commands.plan import check_picture, measure_on_this_machine, plan
 
     picture: Path | None = options.timeline
     if options.measure and picture is None:
         raise ValueError("--measure: draws the measured passes; name the picture with --timeline OUT.png")
-    if picture is not None:
-        check_picture(picture)
+    for option, file in (("--timeline", picture), ("--mix", options.mix)):
+        if file is not None:
+            check_picture(option, file)
     simulated = None if options.measure else picture
     found = plan(recipe, Console(), num_ranks=options.ranks, preset=options.topology, timeline=simulated)
+    show_mix(recipe, Console(), options.mix)
     if not options.measure or picture is None:
         return 0
     if found is None:
@@ -273,7 +276,7 @@ COMMANDS = (
         "plan",
         _plan,
         "RECIPE",
-        "Print the grid that divides the attention of each bucket, and its price.",
+        "Print the grid of each bucket's attention with its price, and the mix that a run will train.",
         "No rank is started, unless --measure is given.",
         f"{DEMO} --topology full_mesh \\\n      --timeline plan.png --measure",
         add_options.plan,

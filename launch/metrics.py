@@ -165,6 +165,17 @@ def finite(values: Any) -> Any:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
+def ledger_entry(cell: Trained) -> dict[str, Any]:
+    """Return what has been trained of a cell, as trained.json holds it."""
+    return {
+        "source": cell.source,
+        "bucket": cell.length,
+        "tokens": cell.tokens,
+        "passes": cell.passes,
+        **{name: getattr(cell, name) for name in _IN_TOKENS},
+    }
+
+
 def trained_table(trained: Sequence[Trained]) -> Table:
     """Return a table of the tokens trained of each bucket, and of each source if there are several.
 

@@ -45,6 +45,7 @@ class RunDirectory:
         self.tensorboard = self.path / "tensorboard"
         self.grids_file = self.path / "grids.json"
         self.checkpoints = self.path / "checkpoints"
+        self.trained_file = self.path / "trained.json"
         self.evaluation_file = self.path / "evaluation.json"
         self.evaluations_file = self.path / "evaluations.jsonl"
         self.picture_file = self.path / "loss.png"

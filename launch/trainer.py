@@ -5,6 +5,7 @@ The loop in `launch/train.py` calls it. All ranks call the same methods in the s
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -17,6 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..data.files import write_text
 from ..data.format.damage import DamagedDataError
 from ..data.read.batch_order import ReplicaShare
 from ..data.read.loader import Loader, MicroBatch
@@ -33,7 +35,7 @@ from .errors import CommonError, rank_names
 from .learning_rate import learning_rate
 from .loss_watch import LossWatch
 from .meter import Meter
-from .metrics import BucketMetrics, MetricsWriter, StepMetrics, trained_table
+from .metrics import BucketMetrics, MetricsWriter, StepMetrics, ledger_entry, trained_table
 from .preflight import Preflight
 from .profile import StepProfiler
 from .ranks.signals import StopSignals
@@ -299,11 +301,16 @@ class Trainer:
         self.tell("step skipped", step, f"gradients are not finite, bucket {lengths}; logs/ name its sequences")
 
     def report(self) -> None:
-        """Print where the last checkpoint is and, at the end of a run, what was trained. Rank 0 only."""
+        """Record what has been trained of each cell; print it at the end of a run, and the last checkpoint.
+
+        Rank 0 only.
+        """
         run, step = self.checked.run, self.state.step
+        trained = self.checked.order.trained(step)
+        write_text(run.trained_file, json.dumps({"step": step, "cells": [ledger_entry(cell) for cell in trained]}))
         self.console.print(f"saved {run.checkpoints / checkpoint_name(step)}", soft_wrap=True)
         if step == self.recipe.train.steps:
-            self.console.print(trained_table(self.checked.order.trained(step)))
+            self.console.print(trained_table(trained))
             if self.state.skipped:
                 self.console.print(
                     f"{len(self.state.skipped)} of the {step} steps changed no weights: {run.events_file} says why"

@@ -84,7 +84,7 @@ def plan(
     preset, origin = preset_of(recipe, world_size, preset)
     (topology, _), shape = named_topology(preset, recipe, world_size), attention_shape(recipe)
     console.print(
-        f"{world_size:,} ranks, {recipe.parallel.tokens_per_rank:,} tokens on each\n{slots_line(recipe)}\n"
+        f"{world_size:,} ranks, {recipe.parallel.tokens_per_rank:,} tokens on each\n"
         f"topology: {topology.name} ({origin})\n"
         f"one layer on one rank: {shape.num_heads} query heads and {shape.num_kv_heads} kv heads of {shape.head_dim}, "
         f"{shape.itemsize} bytes a number\n"
@@ -116,14 +116,6 @@ def plan(
     return choices[-1], preset
 
 
-def slots_line(recipe: Recipe) -> str:
-    """Return the slots of a step as text, with the ranks among which one may be divided."""
-    slot = recipe.curriculum.tokens_of_slot(recipe.lengths, recipe.train.global_batch_tokens)
-    count = recipe.train.global_batch_tokens // slot
-    ranks = slot // recipe.parallel.tokens_per_rank * recipe.parallel.tensor
-    return f"slots of {slot:,} tokens of one bucket, {count:,} in a step, on at most {ranks:,} ranks"
-
-
 def transport_lines(recipe: Recipe, grids: Sequence[CpGrid], topology: Topology) -> str:
     """Return the communicators and the copies by which the messages of grids travel, with their memory."""
     settings, largest = recipe.parallel.cp, max(grid.size for grid in grids)
@@ -149,10 +141,10 @@ def transport_lines(recipe: Recipe, grids: Sequence[CpGrid], topology: Topology)
     return "\n".join(lines)
 
 
-def check_picture(timeline: Path) -> None:
-    """Raise ValueError unless the directory of a picture exists."""
-    if not timeline.absolute().parent.is_dir():
-        raise ValueError(f"--timeline {timeline}: {timeline.absolute().parent} is not a directory; make it first")
+def check_picture(option: str, picture: Path) -> None:
+    """Raise ValueError unless the directory of the picture that an option names exists."""
+    if not picture.absolute().parent.is_dir():
+        raise ValueError(f"{option} {picture}: {picture.absolute().parent} is not a directory; make it first")
 
 
 def measure_on_this_machine(

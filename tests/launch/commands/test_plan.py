@@ -116,12 +116,12 @@ def test_the_largest_bucket_is_drawn(capsys, recipe_file, no_ranks, tmp_path):
         (["parallel.cp.schedule=query=2"], "is a grid of 2 ranks, and a bucket is spread over 4"),
         (["model.num_heads=2", "parallel.cp.schedule=ulysses"], "heads = 4 does not divide 2 query heads"),
         (["--topology", "token_ring"], "--topology token_ring: must be one of nvswitch"),
-        (["--ranks", "6"], "world of 6 ranks: cannot hold data.max_bucket_tokens = 512"),
+        (["--ranks", "6"], "world of 6 ranks: cannot hold the longest bucket in use, 512 tokens"),
         (["--measure"], "name the picture with --timeline"),
         (["--timeline", "nowhere/plan.png"], "nowhere is not a directory"),
         (
             ["parallel.tokens_per_rank=512", "--timeline", "plan.png"],
-            "nothing to draw, since data.max_bucket_tokens = 512 fits one rank",
+            "nothing to draw, since the longest bucket in use, 512 tokens, fits one rank",
         ),
         (
             ["parallel.tokens_per_rank=512", "--timeline", "plan.png", "--measure"],
@@ -147,3 +147,31 @@ def test_measured_passes_are_drawn_beside_simulated_ones(capfd, recipe_file, tmp
     assert "backward: measured" in text
     assert "simulated on full mesh with tiles of that speed" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_mix_of_prepared_data_as_tables_and_a_picture(capsys, recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    settings = ["curriculum.shares.@512=[[0, 0.1], [1, 0.5]]", "curriculum.mix=micro_batch", "train.steps=200"]
+    assert cli.main(["plan", str(recipe_file), *settings, "--mix", str(tmp_path / "mix.png")]) == 0
+    said = capsys.readouterr().out
+    assert max(map(len, said.replace(str(tmp_path), "").splitlines())) <= 80
+    assert "slots of 512 tokens of one bucket, 4 in a step, on at most 1 ranks" in said
+    [row] = [line.split() for line in said.splitlines() if line.strip().startswith("@512 ")]
+    natural, asked, given, passes, never = row[1], " ".join(row[2:5]), *row[5:]
+    assert asked == "10% to 50%"
+    assert abs(float(given.rstrip("%")) - 30) < 0.5
+    assert float(natural.rstrip("%")) > 0
+    assert float(passes) > 1
+    assert never == "0"
+    assert (tmp_path / "mix.png").stat().st_size > 10_000
+
+
+def test_the_mix_of_data_that_is_not_prepared(capsys, recipe_file, tmp_path):
+    elsewhere = f"data.directory={tmp_path}/none"
+    assert "mix: known once" in planned(capsys, recipe_file, elsewhere)
+    assert cli.main(["plan", str(recipe_file), elsewhere, "--mix", str(tmp_path / "mix.png")]) == 2
+    assert "is not prepared yet; run `longring prepare RECIPE` first" in capsys.readouterr().err
+    assert cli.main(["plan", str(recipe_file), "--mix", str(tmp_path / "none" / "mix.png")]) == 2
+    assert (
+        f"--mix {tmp_path}/none/mix.png: {tmp_path}/none is not a directory; make it first" in capsys.readouterr().err
+    )

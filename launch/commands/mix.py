@@ -1,0 +1,45 @@
+"""The mix of a recipe over its prepared data, for `longring plan`: tables, and on request a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from ...data.format.manifest import MANIFEST_FILE, open_prepared
+from ...data.inspect.mix import mix_tables
+from ..config import Recipe
+from ..preflight import order_of
+
+
+def show_mix(recipe: Recipe, console: Console, picture: Path | None) -> None:
+    """Print what a run will train of each bucket and source, and draw it over the steps into `picture`.
+
+    Data that is not prepared yet is named instead. Raises ValueError if there is nothing to draw, or if the curriculum
+    does not fit the data.
+    """
+    directory = recipe.training_directory
+    console.print(slots_line(recipe), highlight=False)
+    if "://" not in directory and not Path(directory, MANIFEST_FILE).is_file():
+        if picture is not None:
+            raise ValueError(f"--mix {picture}: {directory} is not prepared yet; run `longring prepare RECIPE` first")
+        console.print(f"mix: known once {directory} is prepared", soft_wrap=True, highlight=False)
+        return
+    manifest = open_prepared(directory, recipe.loader, check_shards=False)
+    manifest.check_made_from(recipe.data, recipe.order)
+    order = order_of(manifest, recipe)
+    for table in mix_tables(order, recipe.curriculum.shares):
+        console.print(table)
+    if picture is not None:
+        from ...data.inspect.picture import draw_mix  # the import of matplotlib takes a second
+
+        draw_mix(order, picture)
+        console.print(f"drawn: {picture}", soft_wrap=True)
+
+
+def slots_line(recipe: Recipe) -> str:
+    """Return the slots of a step as text, with the ranks among which one may be divided."""
+    slot = recipe.curriculum.tokens_of_slot(recipe.lengths, recipe.train.global_batch_tokens)
+    count = recipe.train.global_batch_tokens // slot
+    ranks = slot // recipe.parallel.tokens_per_rank * recipe.parallel.tensor
+    return f"slots of {slot:,} tokens of one bucket, {count:,} in a step, on at most {ranks:,} ranks"
