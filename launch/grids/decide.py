@@ -81,12 +81,14 @@ def decide_links(recipe: Recipe, mesh: Mesh) -> tuple[Topology, Speed]:
     file, key = RunDirectory(recipe.run_directory).grids_file, division(recipe, mesh)
     known = [recall_links(file, key) if mesh.rank == 0 else None]
     dist.broadcast_object_list(known)
-    if known[0] is not None:
-        return known[0]
-    measured = on_all_ranks(mesh, partial(measured_topology, recipe, mesh))
-    if mesh.rank == 0:
-        remember_links(file, key, *measured)
-    return measured
+    if known[0] is None:
+        known = [on_all_ranks(mesh, partial(measured_topology, recipe, mesh))]
+        if mesh.rank == 0:
+            remember_links(file, key, *known[0])
+        # The ranks of one tensor-parallel group hold the same tokens, but each is in another probe.
+        dist.broadcast_object_list(known)
+    assert known[0] is not None, "rank 0 has recalled or measured them"
+    return known[0]
 
 
 def check_agreement(recipe: Recipe, lengths: Sequence[int], grids: Mapping[LayerKind, CpGrid | None]) -> None:

@@ -14,7 +14,7 @@ from longring.launch.grids.decide import decide_grids, decide_links
 from longring.launch.grids.remembered import recall_grids, recall_links, remember_links
 from longring.parallel.cp.cost import Speed
 from longring.parallel.cp.grid import CpGrid
-from longring.parallel.cp.topology import Fabric, Topology
+from longring.parallel.cp.topology import Fabric, Topology, full_mesh
 from longring.parallel.mesh import join
 
 SIZE = 4
@@ -98,6 +98,19 @@ def test_links_are_measured_once_and_equal_on_all_ranks_and_starts(on_ranks, rec
     first = on_ranks(2, links, recipe_file, str(tmp_path), "auto")
     assert len({of for rank in first for of in rank}) == 1 and first[0][0][0].name == "probe"
     assert on_ranks(2, links, recipe_file, str(tmp_path), "auto") == first
+
+
+def links_of_other_probes(recipe_file, directory: str) -> Speed:
+    """Return the speed on which this rank prices layouts if every rank is in another probe."""
+    speed = Speed(1e12 * (1 + dist.get_rank()), 1e12)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decide, "measured_topology", lambda *_: (full_mesh(2), speed))
+        return links(recipe_file, directory, "auto")[0][1]
+
+
+def test_tensor_parallel_ranks_price_layouts_on_the_links_of_one_probe(on_ranks, recipe_file, tmp_path):
+    """They hold the same tokens, and each is in the probe of the data-parallel ranks beside it."""
+    assert on_ranks(2, links_of_other_probes, recipe_file, str(tmp_path)) == [Speed(1e12, 1e12)] * 2
 
 
 def test_links_are_recalled_whole(tmp_path):
