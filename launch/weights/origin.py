@@ -172,7 +172,7 @@ def load_origin(engine: DeepSpeedEngine, origin: Origin, mesh: Mesh, *, moments:
         try:
             return CheckpointFiles(path, verified(path, mesh))
         except DamageError as error:
-            raise ValueError(f"init.from: damaged: {error}; name another checkpoint") from error
+            raise ValueError(f"weights of {path}: damaged: {error}; name another checkpoint") from error
 
     with on_all_ranks(mesh, opened) as stored:
         updates = stored.updates if moments and isinstance(stored, CheckpointFiles) else 0

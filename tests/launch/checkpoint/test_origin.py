@@ -119,7 +119,9 @@ def test_a_damaged_origin_ends_the_start_before_a_step(recipe_file, whole, tmp_p
     run = Run(recipe_file, tmp_path, [f"init.from={base.path}"])
     for _ in range(2):
         assert run.start() == [2, 2]
-        assert "init.from: damaged: " in run.said and "; name another checkpoint" in run.said
+        assert (
+            "error: weights of " in run.said and ": damaged: " in run.said and "; name another checkpoint" in run.said
+        )
         assert file.exists() and not (run.path / "metrics.jsonl").exists()
     assert run.start(overrides=[f"init.from={complete_checkpoints(base.path / 'checkpoints')[1]}"]) == [0, 0], run.said
     assert "weights from step 9 of" in run.said
