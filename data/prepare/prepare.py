@@ -110,7 +110,8 @@ def _held(config: DataConfig) -> Iterator[None]:
                 yield
             finally:
                 # Without a shard or key there is nothing to continue from; after a success `partial` has been renamed.
-                if not any(any(partial.glob(kept)) for kept in ("shards/*/*.tar", "work/sampling/*.npy")):
+                kept = "shards/*/*.tar", "work/sampling/*.npy"
+                if partial.is_dir() and not any(any(partial.glob(names)) for names in kept):
                     shutil.rmtree(partial, ignore_errors=True)
                 lock.unlink(missing_ok=True)
     except HeldError as error:
