@@ -255,6 +255,20 @@ def test_a_run_whose_steps_are_raised_equals_one_that_had_them_from_the_start(re
     assert trained(recipe_file, raised, ["train.steps=40"]) == ([2, 2] if refused else [0, 0])
 
 
+@pytest.mark.full
+def test_a_run_resumed_inside_a_change_of_shares_equals_one_that_never_stopped(recipe_file, tmp_path):
+    """The shares change in every cycle of two steps, and steps have several lengths; the run stops inside a cycle."""
+    mixed = ["curriculum.mix=micro_batch", "curriculum.shares.@512=[[0, 0.2], [1, 0.6]]", "train.steps=8"]
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    assert trained(recipe_file, whole, mixed) == [0, 0]
+    assert trained(recipe_file, stopped, mixed, stop_after=3) == [0, 0]
+    assert trained(recipe_file, stopped, mixed) == [0, 0]
+    assert result(stopped) == result(whole)
+    ledgers = [json.loads((run / "trained.json").read_text()) for run in (stopped, whole)]
+    assert ledgers[0] == ledgers[1]
+    assert sum(cell["tokens"] for cell in ledgers[0]["cells"]) == 8 * 2048
+
+
 def trained(recipe_file: Path, run: Path, overrides: Sequence[str], stop_after: int | None = None) -> list[int]:
     settings = [*SMALL, *overrides, f"run_directory={run}"]
     return start(2, recipe_file, settings, run.with_suffix(".txt"), stop_after=stop_after).wait()
