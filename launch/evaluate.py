@@ -227,15 +227,16 @@ def evaluation_tables(result: dict[str, Any]) -> list[Table]:
 
     longest = max(result["buckets"], key=lambda entry: entry["bucket"])
     ranges = [(part["from"], part["to"]) for part in longest["by_position"]]
-    by_position = plain_table("The same by position in the context", "bucket", *(_below(stop) for _, stop in ranges))
-    for entry in result["buckets"]:
-        parts = {(part["from"], part["to"]): f"{part['loss']:.3f}" for part in entry["by_position"]}
-        by_position.add_row(f"{entry['bucket']:,}", *(parts.get(span, "") for span in ranges))
+    buckets = [f"{entry['bucket']:,}" for entry in result["buckets"]]
+    by_position = plain_table("The same by position in the context", "position", *buckets)
+    parts = [{(p["from"], p["to"]): f"{p['loss']:.3f}" for p in entry["by_position"]} for entry in result["buckets"]]
+    for span in ranges:
+        by_position.add_row(_below(span[1]), *(found.get(span, "") for found in parts))
     return [by_bucket, by_position]
 
 
 def _below(position: int) -> str:
-    """Return a position as "<512", "<4k" or "<1M": ten ranges then fit into 80 columns."""
+    """Return a position as "<512", "<4k" or "<1M"."""
     for power, unit in ((20, "M"), (10, "k")):
         if position >= 1 << power and position % (1 << power) == 0:
             return f"<{position >> power}{unit}"

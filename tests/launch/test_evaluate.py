@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from helpers.plain_model import plain_losses
 from helpers.small_checkpoint import read_whole
 from longring.data.format.manifest import open_prepared
 from longring.launch.config import load_recipe
-from longring.launch.evaluate import evaluate, position_edges
+from longring.launch.evaluate import evaluate, evaluation_tables, position_edges
 from longring.launch.train import train
 from rich.console import Console
 
@@ -71,3 +72,19 @@ def test_equals_plain_pytorch_by_bucket_and_position(on_ranks, recipe_file, tmp_
 def test_position_edges_are_the_bucket_lengths():
     assert position_edges(64, 512) == [0, 64, 128, 256, 512]
     assert position_edges(64, 64) == [0, 64]
+
+
+def test_eight_buckets_are_whole_at_80_columns(capsys):
+    """Positions are rows, so a loss needs the width of its bucket alone."""
+    edges = position_edges(64, 8192)
+    parts = [{"from": first, "to": stop, "loss": 5 + stop / 1e4} for first, stop in pairwise(edges)]
+    entries = [
+        {"bucket": stop, "cp": 1, "tokens": stop, "loss": 6.0, "unigram_loss": 7.0, "by_position": parts[: number + 1]}
+        for number, stop in enumerate(edges[1:])
+    ]
+    result = {"target": "demo", "step": 9, "tokens": 5, "loss": 6.0, "unigram_loss": 7.0, "buckets": entries}
+    Console(width=80).print(*evaluation_tables(result))
+    lines = capsys.readouterr().out.split("The same by position")[1].splitlines()
+    assert lines[2].split() == ["position", *(f"{stop:,}" for stop in edges[1:])]
+    shown = [line.split()[1:] for line in lines if line.strip().startswith("<")]
+    assert shown == [[f"{part['loss']:.3f}"] * (8 - number) for number, part in enumerate(parts)]
