@@ -172,6 +172,7 @@ def against_plain(recipe_file: Path) -> None:
     assert ppl["long_ppl"] == pytest.approx(math.exp(np.mean(key_losses)), rel=1e-4)
 
 
+@pytest.mark.full
 def test_losses_by_part_gain_and_long_ppl_equal_plain_pytorch(on_ranks, recipe_file):
     on_ranks(1, against_plain, recipe_file)
 
@@ -198,6 +199,7 @@ def generated(recipe_file: Path) -> list[tuple[int, bool, bool]]:
     return found
 
 
+@pytest.mark.full
 def test_all_tokens_are_right_if_and_only_if_greedy_generation_gives_the_answer(on_ranks, recipe_file):
     [found] = on_ranks(1, generated, recipe_file)
     assert len(found) == SEQUENCES * 5
