@@ -70,7 +70,7 @@ ERRORS = [
     ({"wbe@8": 0.3}, r"shares\.wbe@8: .* did you mean (web@8)\?", {"web@8": 0.3}),
     ({"@33": 0.3}, r"shares\.@33: '33' is not a bucket in use; they are 8, 16, 32: did you mean (@32)\?", {"@32": 0.3}),
     ({"web@x": 0.3}, r"shares\.web@x: 'x' is not a bucket in use; .* did you mean (web@8)\?", {"web@8": 0.3}),
-    ({"code@32": 0.3}, r"shares\.code@32: has no training sequences; (remove it)", {}),
+    ({"code@32": 0.3}, r"shares\.code@32: has no training sequences; (remove it), or prepare documents", {}),
     (
         {"web": 0.7, "books": 0.4},
         r"{web = 0\.7, books = 0\.4}: these shares of sources sum to 1\.1 .*; lower them to at (most 1)",
@@ -82,7 +82,11 @@ ERRORS = [
         r"these shares of sources sum to 0\.9 .* raise them to 1 in all, or (leave one out)",
         {"web": 0.3, "books": 0.3},
     ),
-    ({"@8": 0.3, "books": 0.8}, r"shares\.\S+ = 0\..*: cannot hold .* together with .*; (remove it)", {"books": 0.8}),
+    (
+        {"@8": 0.3, "books": 0.8},
+        r"shares\.\S+ = 0\..*: cannot hold .* together with .*; (remove it), or change the others",
+        {"books": 0.8},
+    ),
     (
         {"books": 0.2, "books@32": 0.4},
         r"shares\.books = 0\.2: cannot hold .* books@32.*; (remove it)",
