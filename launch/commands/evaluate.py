@@ -23,9 +23,12 @@ def start_evaluation(
     """Start ranks that evaluate a run on its own data or, with `data`, any weights; return an exit status.
 
     Without `ranks`, they are as many as wrote the last checkpoint or, with `data`, one for each GPU. Raises ValueError
-    if there is no run or no checkpoint, or for an override that an evaluation does not take.
+    if there is no run or no checkpoint, for an override that an evaluation does not take, or if `json_file`
+    cannot be written.
     """
     outputs = ["--json", json_file] if json_file else []
+    if json_file:
+        _check_writable(Path(json_file))
     if data:
         return _start_on_other_data([target, *overrides, "--data", data, *outputs], data, ranks)
     run, overrides = find_run(target, overrides)
@@ -40,6 +43,18 @@ def start_evaluation(
         raise no_good_checkpoint(run.checkpoints)
     settings, queues = [str(run.path), *overrides, *outputs], recipe.parallel.gpu_queues
     return start_ranks(_MODULE, settings, ranks or saved[1].state.world_size, gpu_queues=queues)
+
+
+def _check_writable(file: Path) -> None:
+    """Raise ValueError unless `file` can be written at the end of the evaluation, which may last hours."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"--json {file}: {error.strerror}; name a file where this user may write") from error
+    if file.is_dir():
+        raise ValueError(f"--json {file}: is a directory; name a file in it")
 
 
 def _start_on_other_data(arguments: Sequence[str], data: str, ranks: int | None) -> int:

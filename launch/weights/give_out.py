@@ -54,7 +54,8 @@ def export_weights(run: RunDirectory, out: Path, *, family: str = "", dtype: str
     _check_vocabulary(model, manifest)
     with new_directory(out) as partial, CheckpointFiles(checkpoint, manifest) as stored:
         _write_weights(partial, model, dtypes, stored)
-        _write_files(partial, run, model, imported and not dtype and not family, default)
+        other_dtype = "" if imported and not dtype else default
+        _write_files(partial, run, model, imported and not dtype and not family, other_dtype)
     return model
 
 
@@ -144,12 +145,16 @@ def _shards(weights: list[Weight], dtypes: Mapping[str, str]) -> Iterator[list[W
 
 
 def _write_files(directory: Path, run: RunDirectory, model: PublishedModel, unchanged: bool, dtype: str) -> None:
-    """Write config.json, the tokenizer's files and the generation config; `unchanged`: those that were imported."""
+    """Write config.json, the tokenizer's files and the generation config; `unchanged`: those that were imported.
+
+    Without `dtype`, config.json keeps the one that it had: transformers 5 casts the weights to it.
+    """
     keep_files(run.published, directory)
     if unchanged:
         return
-    other = {**model.other, "torch_dtype": _NAMES[dtype], "dtype": _NAMES[dtype]}
-    write_text(directory / CONFIG, json.dumps(write_config(replace(model, other=other)), indent=2) + "\n")
+    words = dict.fromkeys(("torch_dtype", "dtype"), _NAMES[dtype]) if dtype else {}
+    changed = replace(model, other={**model.other, **words})
+    write_text(directory / CONFIG, json.dumps(write_config(changed), indent=2) + "\n")
     if run.tokenizer_file.is_file():  # with the marks of knots, if the run has them
         shutil.copyfile(run.tokenizer_file, directory / "tokenizer.json")
     if run.published.is_dir():

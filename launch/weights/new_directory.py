@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ _WAYS_OUT = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room",
     errno.EFBIG: "raise the limit on the size of files (`ulimit -f unlimited`)",
+    **dict.fromkeys((errno.ENOTDIR, errno.ENAMETOOLONG, errno.EROFS), "name another directory"),
 }
 
 
@@ -27,15 +29,10 @@ def new_directory(out: Path) -> Iterator[Path]:
     Raises ValueError if `out` has content or cannot be renamed to, or if another command writes it, and OSError, with
     the file and a way out, if it cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: has content; name a new directory")
-    out = out.resolve()  # a name, also of "." and of a link without a target
-    if out.is_mount():
-        raise ValueError(f"{out}: is a mount point, which no directory can replace; name a directory inside it")
-    partial = out.with_name(f"{out.name}.partial")
-    if partial.exists() and not (partial / LOCK).is_file():
-        raise ValueError(f"{partial}: is needed for unfinished files and was not made for them; move it away")
+    out = Path(os.path.realpath(out))  # a name, also of "." and of a link without a target
+    partial = out.parent / f"{out.name}.partial"
     try:
+        _check_free(out, partial)
         with held(partial / LOCK):
             try:
                 _clear(partial)  # of a command that was ended
@@ -56,6 +53,22 @@ def new_directory(out: Path) -> Iterator[Path]:
         where = out if file.startswith(str(partial)) else file
         way_out = _WAYS_OUT.get(error.errno, "allow this user to read and write there")
         raise OSError(f"{where}: {error.strerror}; {way_out}, and give the same command again") from error
+
+
+def _check_free(out: Path, partial: Path) -> None:
+    """Raise ValueError unless `partial` can be made, or cleared, and renamed to `out`."""
+    if _has_content(out):
+        raise ValueError(f"{out}: has content; name a new directory")
+    if out.is_mount():
+        raise ValueError(f"{out}: is a mount point, which no directory can replace; name a directory inside it")
+    # On a full disk a command may have made the directory and no lock.
+    if _has_content(partial) and not (partial / LOCK).is_file():
+        raise ValueError(f"{partial}: is needed for unfinished files and was not made for them; move it away")
+
+
+def _has_content(path: Path) -> bool:
+    """Return whether there is anything at `path` but an empty directory."""
+    return os.path.lexists(path) and (not path.is_dir() or any(path.iterdir()))
 
 
 def _clear(directory: Path) -> None:

@@ -19,6 +19,7 @@ def test_unfinished_files_belong_to_the_command_that_writes_them(tmp_path):
         pass
     assert (partial / "notes").exists()
     partial.rename(tmp_path / "moved")
+    partial.mkdir()  # as a full disk leaves it
     with new_directory(out) as mine:
         (mine / "a").touch()
         with (
@@ -37,6 +38,22 @@ def test_unfinished_files_belong_to_the_command_that_writes_them(tmp_path):
     with new_directory(out) as mine:
         (mine / "b").touch()
     assert {path.name for path in out.iterdir()} == {"b"}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("file/out", "file/out: Not a directory; name another directory, and give the same command again"),
+        ("x" * 250, "File name too long; name another directory, and"),
+        ("loop", "loop: has content; name a new directory"),
+    ],
+)
+def test_a_name_that_no_directory_can_have_is_told_before_anything_is_written(tmp_path, name, message):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises((OSError, ValueError), match=message), new_directory(tmp_path / name):
+        raise AssertionError("nothing is written")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "loop"}
 
 
 def test_a_mount_point_is_refused_before_anything_is_written(tmp_path, monkeypatch):

@@ -97,6 +97,10 @@ def test_the_command_starts_ranks_on_other_data(recipe_file, model, monkeypatch,
         return len(started) - 1
 
     monkeypatch.setattr(command, "start_ranks", start)
+    for name, why in ((model, "is a directory; name a file in it"), (model / "config.json" / "x", "name a file where")):
+        assert cli.main(["evaluate", str(model), "--data", data, "--json", str(name)]) == 2
+        assert why in capsys.readouterr().err
+    assert not started
     assert cli.main(["evaluate", str(model), "--data", data, "--ranks", "3", "--json", "x.json"]) == 0
     assert cli.main(["evaluate", str(model), "--data", str(recipe_file), "evaluate.max_tokens_per_bucket=9"]) == 1
     assert [(arguments, count) for arguments, count, _ in started] == [

@@ -8,6 +8,7 @@ import re
 import resource
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -421,6 +422,14 @@ def test_what_export_needs(tmp_path):
     damaged_file.write_bytes(content)
     export_weights(run, tmp_path / "new", family="mistral")
     assert json.loads((tmp_path / "new" / "config.json").read_text())["model_type"] == "mistral"
+
+
+def test_another_family_keeps_the_data_type_that_transformers_casts_to(tmp_path):
+    write_model(tmp_path / "model", replace(published("llama"), other={"torch_dtype": "float32"}), 1)
+    import_weights(tmp_path / "model", tmp_path / "run")
+    export_weights(RunDirectory(tmp_path / "run"), tmp_path / "out", family="mistral")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["torch_dtype"], written.get("dtype")) == ("float32", None)
 
 
 @pytest.mark.full
