@@ -139,6 +139,13 @@ class ModelDirectory:
             raise ValueError(
                 f"{self.path}: has a tensor {min(extra)}, which {CONFIG} does not explain; import another model"
             )
+        # transformers takes a tensor from the last file that has it, whatever the index says.
+        for file, opened in self._open.items():
+            if extra := {name for name in opened.tensors if self._file_of.get(name) != file} - buffers:
+                raise ValueError(
+                    f"{self.path / file}: has a tensor {min(extra)}, which {INDEX} does not place there; download both "
+                    "again"
+                )
 
     def _files_by_name(self) -> dict[str, str]:
         """Return the file of every tensor; transformers takes a single file too, if there is an index beside it."""

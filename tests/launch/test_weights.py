@@ -276,6 +276,17 @@ def with_tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Pat
     return mistake
 
 
+def head_in_two_files(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    norm, head = "model.norm.weight", "lm_head.weight"
+    save_file({norm: tensors.pop(norm), head: tensors[head] + 1}, model / "b.safetensors")
+    save_file(tensors, model / "a.safetensors")
+    (model / INDEX).write_text(
+        json.dumps({"weight_map": {**dict.fromkeys(tensors, "a.safetensors"), norm: "b.safetensors"}})
+    )
+
+
 MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (without("config.json"), "bytes; name the directory of a Hugging Face model"),
     "config of text": (damaged("config.json", b"a"), "config.json: not JSON: .*; download it again"),
@@ -289,6 +300,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "an index without tensors": (
         indexed(b'{"weight_map": {}}'),
         "has no tensor model.embed_tokens.weight; name a directory with all files of the model",
+    ),
+    "a tensor in two files": (
+        head_in_two_files,
+        "b.safetensors: has a tensor lm_head.weight, which model.safetensors.index.json does not place there; download",
     ),
     "another shape": (
         with_tensors(lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)})),
