@@ -62,6 +62,7 @@ def test_a_recipe_has_the_published_sizes(name):
     config = recipe_of(name).model
     model = PublishedModel(family=family, config=config, vocab_size=rows, max_tokens=8192)
     assert family_of(config) == family
+    assert config.vocab_size == rows  # `init.from` refuses another number
     assert (
         sum(torch.Size(shape).numel() for weight in weights_of(model) for shape in weight.theirs.values()) == parameters
     )
