@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...data.files import write_text
 from ...data.format.tokenizer_file import load_tokenizer
+from ...model.config import ModelConfig
 from ...model.families.family import FAMILIES
 from ...model.families.read import PublishedModel, read_config
 from ...model.families.weights import Weight, to_theirs, weights_of
@@ -36,11 +37,17 @@ def export_weights(run: RunDirectory, out: Path, *, family: str = "", dtype: str
     """Write the last checkpoint of a run, or imported weights, as a Hugging Face directory `out`; return the model.
 
     `family` is its `model_type`, by default the first that has the settings; `dtype` its data type, by default that of
-    the run or of the import. One weight is held in memory at a time. Raises ValueError if there is no
-    checkpoint, if no family has the settings, and if `out` has content.
+    the run or of the import. The model claims the longest bucket of the run, and at least the context of the model that
+    the run goes back to while RoPE and windows are its. One weight is held in memory at a time. Raises ValueError if
+    there is no checkpoint, if no family has the settings, and if `out` has content.
     """
     if family and family not in FAMILIES:
         raise ValueError(f"--family {family}: must be one of {', '.join(FAMILIES)}")
+    if not run.recipe_file.is_file() and not run.checkpoints.is_dir():
+        raise ValueError(
+            f"{run.path}: neither a run nor an import; name a directory that `longring train` or `longring import` has "
+            "written"
+        )
     if (found := last_good_checkpoint(run.checkpoints)) is None:
         raise no_good_checkpoint(run.checkpoints)
     checkpoint, manifest = found
@@ -74,16 +81,24 @@ def _trained(run: RunDirectory, family: str) -> PublishedModel:
     boundary = tokenizer.token_to_id(recipe.data.tokenizer.boundary)
     vocab_size = recipe.model.num_tokens(tokenizer.get_vocab_size(with_added_tokens=True))
     other = {"bos_token_id": boundary, "eos_token_id": boundary, "pad_token_id": None, "use_cache": True}
+    max_tokens = max(recipe.lengths)
     if (run.published / CONFIG).is_file():
         before = _imported(run, family)
         family, other = before.family, dict(before.other)
+        if _positions(before.config) == _positions(recipe.model):  # what it was trained for before still holds
+            max_tokens = max(max_tokens, before.max_tokens)
     return PublishedModel(
         family=family or family_of(recipe.model),
         config=recipe.model,
         vocab_size=vocab_size,
-        max_tokens=max(recipe.lengths),
+        max_tokens=max_tokens,
         other=other,
     )
+
+
+def _positions(config: ModelConfig) -> tuple[object, ...]:
+    """Return the settings that decide how far apart a model can tell positions."""
+    return config.rope_base, config.rope_scaling, config.layer_pattern, config.window_tokens
 
 
 def _check_vocabulary(model: PublishedModel, manifest: CheckpointManifest) -> None:

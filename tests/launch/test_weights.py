@@ -222,13 +222,14 @@ def test_a_run_is_exported_imported_and_trained_on(on_ranks, recipe_file, tmp_pa
     (export / "chat_template.jinja").write_text("{{ messages }}")
     (export / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
     config = json.loads((export / "config.json").read_text())
-    (export / "config.json").write_text(json.dumps({**config, "eos_token_id": [3, 4]}))
+    (export / "config.json").write_text(json.dumps({**config, "eos_token_id": [3, 4], "max_position_embeddings": 8192}))
     assert cli.main(["import", str(export), str(again)]) == 0
     check_evaluations(on_ranks, recipe_file, load_recipe(recipe_file, first), [export, again, tmp_path / "first"])
     # Steps of a rate that rounds away leave the weights as they are, whether they come by an import or as they are.
     second = [*MODEL, "train.steps=2", "train.warmup_steps=1", "train.learning_rate=1e-30", "train.min_learning_rate=0"]
-    divided = ["parallel.tensor=2", "parallel.zero_stage=3", "parallel.sequence_parallel=true"]
-    for ranks, origin, mesh in ((1, again, []), (2, export, divided)):
+    divided = ["parallel.tensor=2", "parallel.zero_stage=3", "parallel.sequence_parallel=true", "model.rope_base=2e5"]
+    # The published length holds as long as RoPE is what it was.
+    for ranks, origin, mesh, longest in ((1, again, [], 8192), (2, export, divided, 512)):
         name, longer = f"from-{origin.name}", tmp_path / f"longer-{origin.name}"
         settings = [*second, *mesh, f"init.from={origin}", f"run_directory={tmp_path}/{name}"]
         on_ranks(ranks, run_steps, recipe_file, settings)
@@ -236,11 +237,12 @@ def test_a_run_is_exported_imported_and_trained_on(on_ranks, recipe_file, tmp_pa
         for weight in (weight for weight in saved if weight.endswith("/weight")):
             rows = 600 if "embedding" in weight else None  # the rest is padding, zeros in an imported model
             assert (kept[weight][:rows] == saved[weight][:rows]).all(), weight
-        # The next export has them still, and the run's own lengths.
+        # The next export has them still.
         assert cli.main(["export", f"{tmp_path}/{name}", str(longer), "--dtype", "F32"]) == 0
         for file in ("chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
             assert (longer / file).read_bytes() == (export / file).read_bytes(), file
-        assert json.loads((longer / "config.json").read_text())["eos_token_id"] == [3, 4]
+        written = json.loads((longer / "config.json").read_text())
+        assert (written["eos_token_id"], written["max_position_embeddings"]) == ([3, 4], longest)
         assert transformers.AutoModelForCausalLM.from_pretrained(longer).config.vocab_size == 600
 
 
@@ -419,8 +421,13 @@ def test_what_export_needs(tmp_path):
         export_weights(run, tmp_path / "model")
     with pytest.raises(ValueError, match="--family gpt: must be one of llama, "):
         export_weights(run, tmp_path / "new", family="gpt")
-    with pytest.raises(ValueError, match="no checkpoint yet; train first, with `longring train`"):
+    with pytest.raises(
+        ValueError, match="none: neither a run nor an import; name a directory that `longring train` or"
+    ):
         export_weights(RunDirectory(tmp_path / "none"), tmp_path / "new")
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="no checkpoint yet; train first, with `longring train`"):
+        export_weights(RunDirectory(tmp_path / "empty"), tmp_path / "new")
     config = tmp_path / "run" / "published" / "config.json"
     text = config.read_text()
     config.write_text(text.replace('"vocab_size": 300', '"vocab_size": 500'))
