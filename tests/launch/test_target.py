@@ -97,7 +97,8 @@ def test_the_command_starts_ranks_on_other_data(recipe_file, model, monkeypatch,
         return len(started) - 1
 
     monkeypatch.setattr(command, "start_ranks", start)
-    for name, why in ((model, "is a directory; name a file in it"), (model / "config.json" / "x", "name a file where")):
+    below = model / "config.json" / "x"
+    for name, why in ((model, "is a directory; name a file in it"), (below, "; name a file where this user may write")):
         assert cli.main(["evaluate", str(model), "--data", data, "--json", str(name)]) == 2
         assert why in capsys.readouterr().err
     assert not started

@@ -305,7 +305,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a tensor in two files": (
         head_in_two_files,
-        "b.safetensors: has a tensor lm_head.weight, which model.safetensors.index.json does not place there; download",
+        "b.safetensors: has a tensor lm_head.weight, which model.safetensors.index.json does not place there; "
+        "download both again",
     ),
     "another shape": (
         with_tensors(lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)})),
