@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class HostCopies:
-    """What the layers of one forward keep for the backward, on the host in between.
+    """Tensors that the layers of one forward keep for the backward, on the host in between.
 
     On a GPU the copies run on a stream of their own, to page-locked memory while the next layer computes, and back
     while the backward of the layer after it does. On a CPU each is a copy in other memory.

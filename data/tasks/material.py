@@ -1,4 +1,4 @@
-"""What tasks are made of: a tokenizer, and text to hide things in."""
+"""Material of tasks: a tokenizer, and text to hide things in."""
 
 from collections.abc import Sequence
 from typing import Protocol

@@ -1,4 +1,4 @@
-"""What context is worth: the loss of the same tokens behind prefixes of several lengths, and LongPPL."""
+"""The worth of context: the loss of the same tokens behind prefixes of several lengths, and LongPPL."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class BucketHistory:
 
 
 class History:
-    """What the files of a run tell. Call `update` again to read what they have more."""
+    """Records of a run, read from its files. Call `update` again to read what has been added."""
 
     def __init__(self, run: RunDirectory) -> None:
         self.run = run

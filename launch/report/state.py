@@ -27,7 +27,7 @@ Going = Literal["running", "finished", "stopped", "not started"]
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """What a run does at one moment."""
+    """State of a run at one moment."""
 
     going: Going
     """Whether it trains now, has all of its steps, or has ended before them."""
@@ -72,7 +72,7 @@ class RunState:
 
     @property
     def pulse(self) -> str:
-        """What the files tell about the ranks, in words."""
+        """State of the ranks as the files tell it, in words."""
         if self.hangs:
             return "; ".join(self.hangs)
         if self.going != "running":
