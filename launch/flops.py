@@ -59,7 +59,7 @@ class ModelFlops:
         )
 
     def matrices(self, tokens: int) -> float:
-        """Return the FLOPs of the matrix products of so many tokens."""
+        """Return the FLOPs of the matrix products of `tokens` tokens."""
         return 6.0 * self.parameters * tokens
 
     def attention(self, documents: Sequence[int]) -> float:

@@ -17,7 +17,7 @@ from ..run_directory import RunDirectory
 def report(run: RunDirectory, out: Path | None, console: Console, *, follow_s: int = 0) -> int:
     """Write the page of a run into `out`, by default `report.html` in its directory; returns 0.
 
-    With `follow_s` it is written again after so many seconds until the run ends, and the browser reads it again. Raises
+    With `follow_s` above 0, every `follow_s` seconds until the run ends, and the browser reads it as often. Raises
     ValueError if there is no run.
     """
     file = out or run.report_file

@@ -51,7 +51,7 @@ def html_table(table: Table) -> HtmlTable:
 
 
 def page(history: History, state: RunState, refresh_s: int = 0) -> str:
-    """Return the page of a run as HTML; with `refresh_s` the browser reads it again after so many seconds."""
+    """Return the page of a run as HTML; the browser reads it again every `refresh_s` seconds, if given."""
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text())
     return template.render(
         name=str(history.run.path),

@@ -149,7 +149,7 @@ STAGES = {
     ),
 )
 def test_every_combination_has_the_same_gradients(on_ranks, recipe_file, name, every):
-    """What is computed again has the same bits; sums over tiles are rounded otherwise, in fp32."""
+    """Activations computed again have the same bits; sums over tiles are rounded otherwise, in fp32."""
     combinations = MEMORY if every == "all" else [MEMORY[0], MEMORY[8], MEMORY[13], MEMORY[-2]]
     for plain, *others in on_ranks(2, gradients_of_steps, recipe_file, STAGES[name], combinations):
         for settings, found in zip(combinations[1:], others, strict=True):

@@ -1,4 +1,4 @@
-"""What `longring evaluate` takes: weights of any kind on named data; what does not fit is refused before ranks join."""
+"""`longring evaluate` takes weights of any kind on named data; what does not fit is refused before ranks join."""
 
 from __future__ import annotations
 

@@ -321,7 +321,7 @@ def test_any_documents_any_mask_any_runs(problem: tuple[CpGrid, Layouts, Visibil
 @pytest.mark.parametrize("flow", ["keys", "queries"])
 @pytest.mark.parametrize("gap", [0, 3])
 def test_messages_carry_the_rows_that_are_needed(flow, gap, monkeypatch):
-    """Of a share with many runs a rank gets the rows that one of its tokens sees, or is seen by, and short gaps."""
+    """A rank gets the rows of a share with many runs that one of its tokens sees, or is seen by, and short gaps."""
     monkeypatch.setattr(visible, "GAP", gap)
     size, num_tokens, starts = 4, 400, tuple(range(0, 400, 23))
     grid = CpGrid(

@@ -34,7 +34,7 @@ visibilities = st.one_of(
 
 @given(shares(), visibilities, st.lists(st.integers(0, 1), min_size=OWNERS, max_size=OWNERS), st.booleans())
 def test_rows_are_the_smallest_ranges_that_take_part(layouts: list[SeqLayout], visibility, line, all_documents):
-    """Of each piece of a document, against the tokens of each line of shares together; `hull` is that of a share."""
+    """Each piece of a document is held against the tokens of each line of shares; `hull` is that of a share."""
     pieces = Pieces.of(layouts) if all_documents else Pieces.of(layouts).of_shared_documents()
     lines = np.array(line)
     for side in ("queries", "keys"):
