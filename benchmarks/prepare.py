@@ -22,7 +22,6 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import tempfile
 import time
@@ -34,6 +33,7 @@ os.environ["RAYON_NUM_THREADS"] = "1"  # before the tokenizer's threads start
 sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
 from lib.process import peak_megabytes, use_one_core
 from lib.script import Row, make_parser, make_table, write_record
+from lib.standard_library import corpus
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
 from longring.data.format.tokenizer import DocumentTokenizer
 from longring.data.prepare.input_shard import prepare_input_shard
@@ -44,17 +44,6 @@ from rich.console import Console
 
 MIN_TOKENS, MAX_TOKENS = 256, 8192
 GOALS = {"bare": 0.85, "script": 1.15, "bytes_per_token_256": 2.2, "memory_growth": 1.1}
-
-
-def corpus(limit_characters: int) -> list[str]:
-    """Return the files of the standard library until they have `limit_characters` together."""
-    texts, total = [], 0
-    for file in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
-        if "site-packages" not in file.parts and total < limit_characters:
-            text = file.read_text(encoding="utf-8", errors="ignore")
-            texts += [text] * bool(text)
-            total += len(text)
-    return texts
 
 
 def settings(folder: Path, name: str) -> DataConfig:

@@ -27,7 +27,6 @@ import os
 import struct
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import tempfile
 import time
@@ -46,6 +45,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 from lib.process import peak_megabytes, use_one_core
 from lib.script import Row, make_parser, make_table, seconds_of, write_record
+from lib.standard_library import corpus
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
 from longring.data.format.tokenizer import DocumentTokenizer
 from longring.data.prepare.input_shard import prepare_input_shard
@@ -56,17 +56,6 @@ from rich.console import Console
 
 GOAL = 0.85
 """Goal: tokens/s of each text kind over those of the bare tokenizer."""
-
-
-def corpus(limit_characters: int) -> list[str]:
-    """Return the files of the standard library until they have `limit_characters` together."""
-    texts, total = [], 0
-    for file in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
-        if "site-packages" not in file.parts and total < limit_characters:
-            text = file.read_text(encoding="utf-8", errors="ignore")
-            texts += [text] * bool(text)
-            total += len(text)
-    return texts
 
 
 def write_texts(folder: Path, texts: list[str]) -> Iterator[tuple[str, SourceConfig]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -89,17 +88,6 @@ def _by_kv_head(ours: str, shapes: dict[str, tuple[int, ...]], num_kv_heads: int
     counts = {name: shape[0] // num_kv_heads for name, shape in shapes.items()}
     rows = [Rows(name, head * count, count) for head in range(num_kv_heads) for name, count in counts.items()]
     return Weight(ours, shapes, tuple(rows))
-
-
-def to_ours(weight: Weight, theirs: Mapping[str, Tensor]) -> Tensor:
-    """Return LongRing's parameter, whole, from tensors of transformers by name."""
-    some = theirs[next(iter(weight.theirs))]
-    return torch.cat(
-        [
-            theirs[name][first : first + number] if name else some.new_zeros(number, *some.shape[1:])
-            for name, first, number in weight.rows
-        ]
-    )
 
 
 def to_theirs(weight: Weight, ours: Tensor) -> dict[str, Tensor]:

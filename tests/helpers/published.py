@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from longring.model.families.read import PublishedModel
-from longring.model.families.weights import weights_of
+from longring.model.families.weights import Weight, weights_of
 from longring.model.families.write import write_config
 from safetensors.torch import save_file
 from torch import Tensor
@@ -181,3 +182,14 @@ def write_model(directory: Path, model: PublishedModel, num_files: int = 1) -> d
         index = {"weight_map": {name: file for file, part in files.items() for name in part}}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return tensors
+
+
+def to_ours(weight: Weight, theirs: Mapping[str, Tensor]) -> Tensor:
+    """Return LongRing's parameter, whole, from tensors of transformers by name."""
+    some = theirs[next(iter(weight.theirs))]
+    return torch.cat(
+        [
+            theirs[name][first : first + number] if name else some.new_zeros(number, *some.shape[1:])
+            for name, first, number in weight.rows
+        ]
+    )

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_grad
 from helpers.errors import relative_rms
 from helpers.lanes import by_lane
-from helpers.published import PUBLISHED, scaled_down
+from helpers.published import PUBLISHED, scaled_down, to_ours
 from longring.kernels.layout import SeqLayout
 from longring.launch.build import attention_on_one_rank
 from longring.model.config import MemoryConfig, RopeScaling
 from longring.model.families.read import PublishedModel, read_config
-from longring.model.families.weights import Weight, to_ours, to_theirs, weights_of
+from longring.model.families.weights import Weight, to_theirs, weights_of
 from longring.model.families.write import write_config
 from longring.model.rope import frequencies, rope_table
 from longring.model.transformer import Transformer

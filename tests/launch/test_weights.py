@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.published import write_model
+from helpers.published import to_ours, write_model
 from helpers.small_checkpoint import read_whole
 from longring.data.format.manifest import open_prepared
 from longring.launch import cli
@@ -33,7 +33,6 @@ from longring.launch.weights.directory import ModelDirectory
 from longring.launch.weights.give_out import export_weights
 from longring.model.config import ModelConfig, RopeScaling
 from longring.model.families.read import PublishedModel
-from longring.model.families.weights import to_ours
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor

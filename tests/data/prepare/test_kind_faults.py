@@ -3,8 +3,7 @@
 import gzip
 import io
 import struct
-import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
+from helpers.containers import npy, tar
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
 from longring.data.format.tokenizer import TokenMarks
 from longring.data.prepare.records import RecordReader
@@ -40,22 +40,6 @@ def bad(**settings: Any) -> dict[str, list[str]]:
     return reader.bad.examples
 
 
-def tar(members: Mapping[str, bytes]) -> bytes:
-    content = io.BytesIO()
-    with tarfile.open(fileobj=content, mode="w") as file:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            file.addfile(member, io.BytesIO(data))
-    return content.getvalue()
-
-
-def npy(array: Any) -> bytes:
-    content = io.BytesIO()
-    np.save(content, array)
-    return content.getvalue()
-
-
 def arrow(new: Callable[..., Any]) -> bytes:
     content = io.BytesIO()
     table = pyarrow.table({"text": ["one", "two", "three"]})
@@ -70,7 +54,7 @@ def index(code: int = 8, lengths: tuple[int, int] = (2, 3), bounds: tuple[int, .
     return head + struct.pack(f"<2i2q{len(bounds)}q", *lengths, 0, 4, *bounds)
 
 
-SAMPLES = tar({"a.txt": b"one", "b.txt": b"two", "c.txt": b"three"})  # headers and contents of 512 bytes each
+SAMPLES = tar([("a.txt", b"one"), ("b.txt", b"two"), ("c.txt", b"three")])  # headers and contents of 512 bytes each
 STREAM, FILE = arrow(pyarrow.ipc.new_stream), arrow(pyarrow.ipc.new_file)
 IDS = np.array([5, 6, 2, 7, 8, 2], dtype="<u2")
 BIN = np.array([5, 6, 7, 8, 9], dtype="<u2").tobytes()
@@ -175,7 +159,7 @@ def test_bad_samples_of_a_tar_are_named(tmp_path: Path):
         "a/5.ids.npy": b"no npy",
         "a/__meta.txt": b"no sample",
     }
-    (tmp_path / "a.tar").write_bytes(tar(members))
+    (tmp_path / "a.tar").write_bytes(tar([*members.items()]))
     assert read(kind="webdataset", path=str(tmp_path)) == ["one"]
     found = bad(kind="webdataset", path=str(tmp_path))
     name = f"{tmp_path}/a.tar:a/"

@@ -5,8 +5,7 @@ import gzip
 import io
 import json
 import struct
-import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 import zstandard
+from helpers.containers import npy, tar
 from helpers.lanes import by_lane
 from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
 from longring.data.format.manifest import Manifest
@@ -84,22 +84,6 @@ def account(manifest: Manifest) -> dict[str, Any]:
 def shards(manifest: Manifest) -> list[Any]:
     """Return the table of shards, which has the SHA-256 of each."""
     return manifest.shards.tolist()
-
-
-def tar(members: Sequence[tuple[str, bytes]]) -> bytes:
-    content = io.BytesIO()
-    with tarfile.open(fileobj=content, mode="w") as file:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            file.addfile(member, io.BytesIO(data))
-    return content.getvalue()
-
-
-def npy(array: Any) -> bytes:
-    content = io.BytesIO()
-    np.save(content, array)
-    return content.getvalue()
 
 
 def csv_of(texts: list[str], delimiter: str = ",") -> bytes:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.published import PUBLISHED
+from helpers.published import PUBLISHED, to_ours
 from longring.model.config import ModelConfig, RopeScaling
 from longring.model.families.family import FAMILIES
 from longring.model.families.read import PublishedModel, read_config, shortest_pattern
-from longring.model.families.weights import to_ours, to_theirs, weights_of
+from longring.model.families.weights import to_theirs, weights_of
 from longring.model.families.write import family_of, write_config
 
 SIZES: dict[str, Any] = {"num_layers": 8, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_hidden_size": 48}
