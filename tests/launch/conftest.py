@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,23 @@ def recipe_file(tmp_path_factory) -> Path:
     (directory / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     prepare(load_recipe(file).data, Console(quiet=True))
     return file
+
+
+@pytest.fixture
+def own_recipe_file(recipe_file, tmp_path) -> Path:
+    """The same recipe with a run directory that no other test sees."""
+    file = tmp_path / "recipe.toml"
+    file.write_text(recipe_file.read_text().replace(f"{recipe_file.parent}/run", f"{tmp_path}/run"))
+    return file
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_in_the_shared_run_directory(request) -> Iterator[None]:
+    """Name the test that leaves files where another test would start a run."""
+    yield
+    if "recipe_file" in request.fixturenames:
+        left = request.getfixturevalue("recipe_file").parent / "run"
+        assert not left.exists(), "the test writes into the run directory that tests share; take own_recipe_file"
 
 
 @pytest.fixture(scope="session")
