@@ -107,6 +107,10 @@ class TrainConfig:
     """Number of most recent checkpoints to keep."""
     keep_checkpoint_every_steps: StepsOrNone = 0
     """Keep older checkpoints too if their step is a multiple of this number. 0: keep none of them."""
+    evaluate_every_steps: StepsOrNone = 0
+    """Number of steps between evaluations by the table `evaluate` on the ranks of the run. 0: none."""
+    evaluate_seconds: Annotated[float, Interval(gt=0, le=604_800)] = 600.0
+    """Seconds after which an evaluation during training ends; what it has not come to is left out."""
     deterministic: bool = False
     """Use only operations whose results are bitwise reproducible on the same machines, and choose grids without
     measuring. docs/faults.md has the cost."""

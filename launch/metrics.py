@@ -71,7 +71,7 @@ class StepMetrics:
     """Loss in bits, divided by the mean bytes of a training target; null for a tokenizer that is not byte-level."""
     ms: dict[str, float]
     """Time of each part on rank 0: data (waiting for the loader), forward, backward, optimizer, sum (over the ranks,
-    with the wait for them), save (of the checkpoint after the step before, beside the duration of this one)."""
+    with the wait for them), and of what follows the step before, beside the duration of this one: save, evaluate."""
     memory: dict[str, float]
     """Peaks of torch's allocator on rank 0 in this step, peak_gib and reserved_gib; empty without a GPU."""
     compilations: int
@@ -156,6 +156,18 @@ class MetricsWriter:
             metrics.step % self._print_every == 0 or metrics.step in (self._first_step, self._total_steps)
         ):
             self._console.print(f"step {metrics.step}/{self._total_steps}  {line}", highlight=False, soft_wrap=True)
+
+    def write_evaluation(self, step: int, result: Mapping[str, Any]) -> None:
+        """Send the numbers of an evaluation to the trackers; evaluations.jsonl has all of it."""
+        values = {"held_out/loss": result["loss"]}
+        values |= {f"held_out/{entry['bucket']}": entry["loss"] for entry in result["buckets"]}
+        values |= {f"held_out/{entry['source']}": entry["loss"] for entry in result.get("by_source", ())}
+        for entry in result.get("tasks", ()):
+            values[f"tasks/{entry['task']}/{entry['length']}"] = entry["exact"]
+        for entry in result.get("context", ()):
+            values[f"gain_of_context/{entry['length']}"] = entry["gain"]
+        for tracker in self._trackers:
+            tracker.log(step, values)
 
 
 def finite(values: Any) -> Any:

@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,20 @@ class RunDirectory:
     def record_save(self, step: int) -> None:
         """Append one line to saves.jsonl, from which a later start knows that the run has had a checkpoint."""
         self._append(self.saves_file, {"step": step})
+
+    def record_evaluation(self, result: dict[str, Any]) -> None:
+        """Write evaluation.json, and append the same to evaluations.jsonl. Raises OSError if one cannot be written."""
+        write_text(self.evaluation_file, json.dumps(result, indent=2) + "\n")
+        append_record(self.evaluations_file, result)
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Return the evaluations of the run by step, ascending; the last of each step."""
+        found: list[Any] = []
+        with suppress(OSError, ValueError):  # none yet, or damaged
+            found.append(json.loads(self.evaluation_file.read_text()))
+        found += read_records(self.evaluations_file)
+        whole = [e for e in found if isinstance(e, dict) and isinstance(e.get("step"), int) and e.get("buckets")]
+        return list({entry["step"]: entry for entry in sorted(whole, key=lambda entry: entry["step"])}.values())
 
     def record_event(self, event: str, step: int, message: str) -> None:
         """Append one line to events.jsonl; any rank may. A record that cannot be written is only logged."""

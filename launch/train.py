@@ -23,6 +23,7 @@ from rich.console import Console
 from ..data.files import write_text
 from ..data.read.knots import Knots
 from ..data.read.loader import Loader
+from ..data.tasks.catalog import chosen_tasks
 from ..parallel.meet import meet
 from ..parallel.mesh import Mesh, join
 from ..parallel.world import World
@@ -34,6 +35,7 @@ from .checkpoint.retention import clear_leftovers
 from .checkpoint.save import Saver
 from .config import Recipe, load_recipe
 from .errors import GO_ON_LATER
+from .evaluation.held_out import held_out_buckets
 from .identity import changes
 from .loss_watch import LossWatch
 from .metrics import MetricsWriter
@@ -78,10 +80,14 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
         Watchdog(run, rank, world_size, 60 * hang_minutes) as watchdog,
         start(recipe, checked, mesh, signals, watchdog, last, console) as trainer,
     ):
+        if trainer.owes_evaluation():  # a signal has ended the start before within it
+            trainer.evaluate()
         while trainer.state.step < last and not trainer.stopped_by:
             metrics = trainer.train_step()
             if metrics.outcome == "spike" and trainer.go_back(metrics):
                 continue  # the weights are now those of a checkpoint: there is nothing to save
+            if trainer.is_evaluated and not trainer.stopped_by:
+                trainer.evaluate()
             due = metrics.step % recipe.train.checkpoint_every_steps == 0
             if due or metrics.step == last or trainer.stopped_by:
                 trainer.save()
@@ -111,6 +117,9 @@ def start(
     run, order, rank_0 = checked.run, checked.order, mesh.rank == 0
     on_all_ranks(mesh, lambda: open_run_directory(checked, mesh))
     watchdog.at(checked.steps_done, "building the model and loading the checkpoint")
+    if recipe.train.evaluate_every_steps:  # an evaluation that cannot be is told before the first step
+        chosen_tasks(recipe.evaluate.tasks)
+        held_out_buckets(recipe, checked.manifest)
     engine = build_engine(recipe, checked.manifest.vocab_size, mesh)
     state, changed = resume(engine, checked, mesh, console)
     # Only now is the first step known: the checkpoint that seemed the last may have been damaged.

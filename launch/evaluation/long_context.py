@@ -18,15 +18,16 @@ STRIDES = 4
 """LongPPL: number of strides of a short context."""
 
 
-def long_context(config: EvaluateConfig, manifest: Manifest, scorers: Sequence[Scorer]) -> dict[str, Any]:
-    """Return scores of tasks, gain of context and LongPPL at the length of each scorer, shortest first. Collective.
+def long_context(config: EvaluateConfig, manifest: Manifest, scorers: Sequence[Scorer], found: dict[str, Any]) -> None:
+    """Add scores of tasks, gain of context and LongPPL at the length of each scorer, shortest first. Collective.
 
-    What a length or the data do not allow is in `left_out`, with the reason. Raises ValueError for an unknown task.
+    `found` has what is measured if a scorer ends it early. What a length or the data do not allow is in its `left_out`,
+    with the reason. Raises ValueError for an unknown task.
     """
-    found: dict[str, Any] = {"tasks": [], "context": [], "long_ppl": [], "left_out": []}
     names = chosen_tasks(config.tasks)
     if not names and not config.context_sequences:
-        return {}
+        return
+    found |= {"tasks": [], "context": [], "long_ppl": [], "left_out": []}
     material = Material(manifest.tokenizer().tokenizer, manifest.boundary_id, HeldOut(manifest))
     for scorer in scorers:
         length = scorer.layout.length
@@ -43,4 +44,3 @@ def long_context(config: EvaluateConfig, manifest: Manifest, scorers: Sequence[S
         if count and length > config.short_tokens:
             stride = config.short_tokens // STRIDES
             found["long_ppl"].append(long_ppl(scorer, rows, count, stride * STRIDES, stride))
-    return found

@@ -1,10 +1,11 @@
-"""Tables and heat-maps of tasks and of the gain of context, whole at 80 columns."""
+"""Tables of one evaluation, and heat-maps of its tasks, whole at 80 columns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from ..tables import plain_table
@@ -13,6 +14,54 @@ from .tasks import DEPTH_BINS
 
 SHADES = " ░▒▓█"
 """Blocks of a heat-map, from 0 to 1."""
+PARTS = {
+    "by_source": ("The same by source", "source"),
+    "by_document": ("The same by length of document, tokens", "length"),
+}
+"""Title and first column of the tables of parts of the held-out loss."""
+
+
+def evaluation_tables(result: Mapping[str, Any]) -> list[Table]:
+    """Return the held-out loss as two tables: by bucket, and by bucket and range of positions."""
+    title = f"Held-out loss of {result['target']} at step {result['step']}, nats per token"
+    by_bucket = plain_table(title, "bucket", "cp", "tokens", "unigram", "loss")
+    for entry in result["buckets"]:
+        losses = f"{entry['unigram_loss']:.3f}", f"{entry['loss']:.3f}"
+        by_bucket.add_row(f"{entry['bucket']:,}", str(entry["cp"]), f"{entry['tokens']:,}", *losses)
+    by_bucket.add_section()
+    by_bucket.add_row("all", "", f"{result['tokens']:,}", f"{result['unigram_loss']:.3f}", f"{result['loss']:.3f}")
+
+    longest = max(result["buckets"], key=lambda entry: entry["bucket"])
+    ranges = [(part["from"], part["to"]) for part in longest["by_position"]]
+    buckets = [f"{entry['bucket']:,}" for entry in result["buckets"]]
+    by_position = plain_table("The same by position in the context", "position", *buckets)
+    parts = [{(p["from"], p["to"]): f"{p['loss']:.3f}" for p in entry["by_position"]} for entry in result["buckets"]]
+    for span in ranges:
+        by_position.add_row(f"<{short(span[1])}", *(found.get(span, "") for found in parts))
+    return [by_bucket, by_position, *_parts_table(result, "by_source"), *_parts_table(result, "by_document")]
+
+
+def _parts_table(result: Mapping[str, Any], name: str) -> list[Table]:
+    """Return the table of the losses by source or by length of document, if there are such."""
+    title, column = PARTS[name]
+    entries = result.get(name, ())
+    table = plain_table(title, column, "tokens", "loss", left=("source",))
+    for entry in entries:
+        table.add_row(part_name(entry), f"{entry['tokens']:,}", f"{entry['loss']:.3f}")
+    return [table] if entries else []
+
+
+def part_name(entry: Mapping[str, Any]) -> str:
+    """Return the name of a source, or the greatest length of documents as "≤512"."""
+    return escape(entry["source"]) if "source" in entry else f"≤{short(entry['to'])}"
+
+
+def short(tokens: int) -> str:
+    """Return a number of tokens as "512", "4k" or "1M"."""
+    for power, unit in ((20, "M"), (10, "k")):
+        if tokens >= 1 << power and tokens % (1 << power) == 0:
+            return f"{tokens >> power}{unit}"
+    return str(tokens)
 
 
 def long_context_tables(result: Mapping[str, Any]) -> list[Table]:

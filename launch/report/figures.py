@@ -96,7 +96,8 @@ def _over_tokens(axes: Axes, history: History, label: str) -> None:
     for number, step in enumerate(resumed[-MARKED_EVENTS:]):
         name = None if number else "resumed"
         axes.axvline(history.curves.tokens_at(step), color="0.4", linestyle=":", linewidth=0.9, label=name)
-    events = [event["step"] for event in history.events if isinstance(event.get("step"), int)]
+    told = [event for event in history.events if event.get("event") != "evaluation"]
+    events = [event["step"] for event in told if isinstance(event.get("step"), int)]
     # Events that would be drawn at one position are one mark.
     width = max(history.last.get("tokens", 0), 1) / MARKED_EVENTS
     at = {round(tokens / width): tokens for tokens in map(history.curves.tokens_at, events)}

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..records import Record, numbers_of, read_records
 from ..run_directory import RunDirectory
@@ -72,7 +69,7 @@ class History:
             self._add(record)
         run = self.run
         self.starts, self.saves, self.events = map(read_records, (run.starts_file, run.saves_file, run.events_file))
-        self.evaluations = evaluations(run)
+        self.evaluations = run.evaluations()
 
     def _add(self, record: Record) -> None:
         values = dict(numbers_of(record))
@@ -106,13 +103,3 @@ class History:
 
 _BY_BUCKET = ("tokens_per_s", "mfu", "mfu_dense")
 """Metrics that a figure shows by bucket."""
-
-
-def evaluations(run: RunDirectory) -> list[dict[str, Any]]:
-    """Return the evaluations of a run by step, ascending; the last of each step."""
-    found: list[Any] = []
-    with suppress(OSError, ValueError):  # none yet, or damaged
-        found.append(json.loads(run.evaluation_file.read_text()))
-    found += read_records(run.evaluations_file)
-    whole = [e for e in found if isinstance(e, dict) and isinstance(e.get("step"), int) and e.get("buckets")]
-    return list({entry["step"]: entry for entry in sorted(whole, key=lambda entry: entry["step"])}.values())

@@ -31,6 +31,9 @@ def screen(state: RunState, name: str, events: list[Record]) -> RenderableType:
         losses = [r["loss"] for r in state.recent if isinstance(r.get("loss"), float)]
         facts.add_row("loss", f"{_number(state.loss, '.3f')}  {sparkline(losses, 48)}")
         facts.add_row("rate", f"{_number(state.tokens_per_s, ',.0f')} tok/s, median of {len(state.recent)} steps")
+    if state.held_out is not None:
+        step, loss = state.held_out
+        facts.add_row("held out", f"{loss:.3f} after step {step:,}")
     if state.going == "running" and state.seconds_left is not None:
         facts.add_row("left", in_words(state.seconds_left))
     saved = "none yet" if state.saved_step is None else f"step {state.saved_step:,} at {state.saved}"

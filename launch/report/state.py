@@ -45,6 +45,8 @@ class RunState:
     """Step of the last checkpoint."""
     saved: str
     """Time at which it became visible."""
+    held_out: tuple[int, float] | None
+    """Step and held-out loss of the last evaluation."""
     hangs: list[str]
     """Reports of ranks without progress, which a rank withdraws when it goes on."""
 
@@ -97,6 +99,7 @@ class RunState:
             "seconds_left": self.seconds_left,
             "idle_s": self.idle_s,
             "saved_step": self.saved_step,
+            "held_out_loss": self.held_out and self.held_out[1],
             "hangs": self.hangs,
             "last_step": self.recent[-1] if self.recent else None,
         }
@@ -123,7 +126,7 @@ class Observer:
         idle_s = max(0.0, time.time() - self.run.metrics_file.stat().st_mtime) if stepped else None
         process = self._holder(step, idle_s)
         ended: Going = "finished" if step >= self.steps else "stopped" if step else "not started"
-        saves = read_records(self.run.saves_file)[-1:]
+        saves, evaluations = read_records(self.run.saves_file)[-1:], self.run.evaluations()
         return RunState(
             going="running" if process else ended,
             holder=process,
@@ -133,6 +136,7 @@ class Observer:
             idle_s=idle_s,
             saved_step=saves[0].get("step") if saves else None,
             saved=str(saves[0].get("time", "")) if saves else "",
+            held_out=(evaluations[-1]["step"], evaluations[-1]["loss"]) if evaluations else None,
             hangs=self._hangs(),
         )
 

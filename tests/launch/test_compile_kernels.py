@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from unittest.mock import MagicMock
 
-import numpy as np
 import pytest
 from longring.launch import build, evaluate, train
 from longring.launch.build import compile_kernels
@@ -61,14 +60,12 @@ class EnoughError(Exception):
 def test_an_evaluation_compiles_before_probe_and_guards(monkeypatch):
     done, target = [], MagicMock()
     target.load.return_value = 3
-    target.recipe.lengths = (64,)
-    target.recipe.evaluate.knots, target.manifest.unigram.return_value = False, np.ones(4)
     monkeypatch.setattr(evaluate, "build_engine", MagicMock())
     monkeypatch.setattr(build, "compile_kernels", lambda recipe, mesh, lengths: done.append(("compile", lengths)))
     monkeypatch.setattr(build, "decide_grids", MagicMock(side_effect=EnoughError))
     watchdog = MagicMock()
     with pytest.raises(EnoughError):
-        evaluate.evaluate_buckets(target, MagicMock(device="cpu"), watchdog, [(MagicMock(length=64), 1)])
+        evaluate.measure(target, MagicMock(device="cpu"), watchdog, [64])
     assert done == [("compile", [64])]
     said = [call.args for call in watchdog.at.mock_calls[1:]]
     assert said == [(3, "compiling kernels"), (3, "dividing attention among ranks")]

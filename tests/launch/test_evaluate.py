@@ -16,7 +16,9 @@ from helpers.plain_model import plain_losses
 from helpers.small_checkpoint import read_whole
 from longring.data.format.manifest import open_prepared
 from longring.launch.config import load_recipe
-from longring.launch.evaluate import evaluate, evaluation_tables, position_edges
+from longring.launch.evaluate import evaluate
+from longring.launch.evaluation.held_out import powers_of_two
+from longring.launch.evaluation.show import evaluation_tables
 from longring.launch.train import train
 from rich.console import Console
 
@@ -52,7 +54,8 @@ def test_equals_plain_pytorch_by_bucket_and_position(on_ranks, recipe_file, tmp_
     held_out = [b for b in manifest.buckets("held_out") if min(b.sequences, cap // b.length)]
     assert [entry["bucket"] for entry in result["buckets"]] == [bucket.length for bucket in held_out]
     for bucket, entry in zip(held_out, result["buckets"], strict=True):
-        rows = manifest.reader(bucket).read(np.arange(min(bucket.sequences, cap // bucket.length)))
+        number = min(bucket.sequences, cap // bucket.length)
+        rows = manifest.reader(bucket).read(np.arange(number) * bucket.sequences // number)  # evenly over the bucket
         whole_rows = torch.from_numpy(rows).long()
         losses = plain_losses(weights, whole_rows, recipe.model, vocab_size=manifest.vocab_size).numpy()
         assert entry["tokens"] == losses.size
@@ -69,14 +72,14 @@ def test_equals_plain_pytorch_by_bucket_and_position(on_ranks, recipe_file, tmp_
     assert 0 < result["loss"] < 2 * math.log(manifest.vocab_size)
 
 
-def test_position_edges_are_the_bucket_lengths():
-    assert position_edges(64, 512) == [0, 64, 128, 256, 512]
-    assert position_edges(64, 64) == [0, 64]
+def test_edges_of_positions_are_the_bucket_lengths():
+    assert powers_of_two(64, 512) == [0, 64, 128, 256, 512]
+    assert powers_of_two(64, 64) == [0, 64]
 
 
 def test_eight_buckets_are_whole_at_80_columns(capsys):
     """Positions are rows, so a loss needs the width of its bucket alone."""
-    edges = position_edges(64, 8192)
+    edges = powers_of_two(64, 8192)
     parts = [{"from": first, "to": stop, "loss": 5 + stop / 1e4} for first, stop in pairwise(edges)]
     entries = [
         {"bucket": stop, "cp": 1, "tokens": stop, "loss": 6.0, "unigram_loss": 7.0, "by_position": parts[: number + 1]}

@@ -1,0 +1,105 @@
+"""All that an evaluation measures of an engine's weights: the held-out loss, and what the settings choose beside it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ...data.format.manifest import Manifest
+from ...parallel.mesh import Mesh
+from ...parallel.zero import DeepSpeedEngine
+from ..build import BucketLayout
+from ..config import Recipe
+from .documents import DocumentLengths
+from .held_out import HeldOutLoss, held_out_buckets, with_means
+from .long_context import long_context
+from .score import Scorer
+
+
+class CutShortError(Exception):
+    """An evaluation is to end before it is complete; raised on all ranks alike."""
+
+
+@dataclass
+class Bound:
+    """Limit of an evaluation during training, which all ranks apply at the same operation."""
+
+    at: Callable[[str], None]
+    """Records that an operation begins."""
+    seconds: float
+    """Time from `begin` after which no operation begins."""
+    stopped: Callable[[], bool]
+    """Whether this rank has been told to stop."""
+    device: torch.device
+    was_stopped: bool = False
+    """Whether a rank has been told to stop since `begin`."""
+    _ends: float = 0.0
+
+    def begin(self) -> None:
+        """Begin to count the time."""
+        self._ends, self.was_stopped = time.monotonic() + self.seconds, False
+
+    def __call__(self, operation: str) -> None:
+        """Record that an operation begins. Collective.
+
+        Raises CutShortError on all ranks if any is late or has been told to stop.
+        """
+        self.at(operation)
+        found = torch.tensor([time.monotonic() > self._ends, self.stopped()], dtype=torch.float32, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        late, self.was_stopped = map(bool, found.tolist())
+        if self.was_stopped:
+            raise CutShortError("a signal")
+        if late:
+            raise CutShortError(
+                f"train.evaluate_seconds = {self.seconds:g}: passed before {operation}; raise it, or lower "
+                "evaluate.max_tokens_per_bucket or evaluate.samples"
+            )
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Measurement of an engine's weights as a recipe's settings choose, one rank's part."""
+
+    held_out: HeldOutLoss
+    layouts: Mapping[int, BucketLayout]
+    """Layout of each bucket that is evaluated, by length."""
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        manifest: Manifest,
+        mesh: Mesh,
+        engine: DeepSpeedEngine,
+        layouts: Mapping[int, BucketLayout],
+        at: Callable[[str], None],
+    ) -> Measurement:
+        """Return the measurement on a mesh; `at` is told each operation as it begins."""
+        return cls(HeldOutLoss(engine, recipe, manifest, mesh, at, DocumentLengths(manifest)), layouts)
+
+    def measure(self) -> dict[str, Any]:
+        """Return what evaluation.json has beside target and step; no losses if all buckets are cut short. Collective.
+
+        The engine is in its mode of evaluation meanwhile, and then in that of training.
+        """
+        loss = self.held_out
+        began, entries, found, cut = time.monotonic(), [], {}, None
+        chosen = [one for one in held_out_buckets(loss.recipe, loss.manifest) if one[0].length in self.layouts]
+        loss.engine.eval()
+        try:
+            for bucket, number in chosen:
+                entries.append(loss.bucket(bucket, number, self.layouts[bucket.length]))
+            scorers = [Scorer(loss.engine, loss.mesh, self.layouts[bucket.length], loss.at) for bucket, _ in chosen]
+            long_context(loss.recipe.evaluate, loss.manifest, scorers, found)
+        except CutShortError as reason:
+            cut = str(reason)
+        finally:
+            loss.engine.train()
+        means = with_means(entries) if entries else {}
+        return {**means, **found, **({"cut_short": cut} if cut else {}), "seconds": time.monotonic() - began}
