@@ -324,6 +324,11 @@ class DataConfig:
         return self.sources or {"documents": self.source}
 
     @property
+    def prepared_sources(self) -> tuple[str, ...]:
+        """Names of the sources of the prepared data, score bins included."""
+        return tuple(part for name, source in self.named_sources.items() for part in source.bins(name))
+
+    @property
     def lengths(self) -> tuple[int, ...]:
         """Bucket lengths, ascending: every power of two in the range, or only the largest for a baseline."""
         if self.method != "decompose":

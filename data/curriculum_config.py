@@ -4,6 +4,7 @@ The class is frozen, and making one raises ValueError if its settings do not fit
 buckets of data and to the size of a batch.
 """
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -113,9 +114,39 @@ class CurriculumConfig:
             )
         return slot
 
+    def check_names(self, sources: Sequence[str], lengths: Sequence[int]) -> None:
+        """Raise ValueError, as `cell_named` does, if a share names no source of these and no bucket in use."""
+        for name in self.shares:
+            cell_named(name, sources, lengths)
+
     def num_cycles(self, num_buckets: int, steps: int, slots_per_step: int) -> int:
         """Return the number of cycles of a run: whole steps, with a slot for each bucket in use in each cycle."""
         return max(1, min(self.cycles, steps, steps * slots_per_step // num_buckets))
+
+
+def cell_named(name: str, sources: Sequence[str], lengths: Sequence[int]) -> tuple[str, int]:
+    """Return the source and the bucket that a name of `curriculum.shares` stands for; "" is any source, 0 any bucket.
+
+    Raises ValueError, with the name that is closest, unless they are among `sources` and the buckets `lengths` in use.
+    """
+    source, at, bucket = name.partition("@")
+    key = f"curriculum.shares.{name}"
+    if (source or not at) and source not in sources:
+        close = difflib.get_close_matches(source, sources, n=1, cutoff=0.0)
+        raise ValueError(
+            f"{key}: the data has no source {source!r}; its sources are {', '.join(sources)}: did you mean "
+            f"{close[0]}{at}{bucket}?"
+        )
+    if not at:
+        return source, 0
+    if bucket not in map(str, lengths):
+        size = int(bucket) if bucket.isascii() and bucket.isdigit() else 0
+        close_to = min(lengths, key=lambda length: abs(length - size))
+        raise ValueError(
+            f"{key}: {bucket!r} is not a bucket in use; they are {', '.join(map(str, lengths))}: did you mean "
+            f"{source}@{close_to}?"
+        )
+    return source, int(bucket)
 
 
 def next_divisor(number: int, multiple: int, least: int) -> int:

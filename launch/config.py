@@ -290,6 +290,7 @@ class Recipe:
         self.order.check(self.data)
         self.knots.check(self.data)
         self.curriculum.tokens_of_slot(self.lengths, self.train.global_batch_tokens)
+        self.curriculum.check_names(self.data.prepared_sources, self.lengths)
         divisor = math.gcd(
             self.parallel.tensor, self.model.num_heads, self.model.num_kv_heads, self.model.ffn_hidden_size
         )

@@ -6,12 +6,11 @@ them (Deming and Stephan 1940; Csiszar 1975): it scales the cells of each named 
 cells, until every sum is right. Sums are exactly rounded (math.fsum), so all processors find the same shares.
 """
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum
 
-from ..curriculum_config import CurriculumConfig, Share
+from ..curriculum_config import CurriculumConfig, Share, cell_named
 from ..format.bucket import Bucket
 
 TOLERANCE = 1e-3
@@ -58,29 +57,17 @@ class Cells:
 
         Raises ValueError if the name is no source and no bucket in use, or if it has no sequences.
         """
-        source, at, bucket = name.partition("@")
-        key = f"curriculum.shares.{name}"
-        if (source or not at) and source not in self.sources:
-            close = difflib.get_close_matches(source, self.sources, n=1, cutoff=0.0)
-            raise ValueError(
-                f"{key}: the data has no source {source!r}; its sources are {', '.join(self.sources)}: did you mean "
-                f"{close[0]}{at}{bucket}?"
-            )
-        if at and bucket not in map(str, self.lengths):
-            size = int(bucket) if bucket.isascii() and bucket.isdigit() else 0
-            close_to = min(self.lengths, key=lambda length: abs(length - size))
-            raise ValueError(
-                f"{key}: {bucket!r} is not a bucket in use; they are {', '.join(map(str, self.lengths))}: did you mean "
-                f"{source}@{close_to}?"
-            )
+        source, bucket = cell_named(name, self.sources, self.lengths)
         cells = [
             (b, s)
             for b, length in enumerate(self.lengths)
             for s, known in enumerate(self.sources)
-            if self.tokens[b][s] and source in ("", known) and (not at or bucket == str(length))
+            if self.tokens[b][s] and source in ("", known) and bucket in (0, length)
         ]
         if not cells:
-            raise ValueError(f"{key}: has no training sequences; remove it, or prepare documents that fill it")
+            raise ValueError(
+                f"curriculum.shares.{name}: has no training sequences; remove it, or prepare documents that fill it"
+            )
         return cells
 
 

@@ -126,7 +126,7 @@ def test_tables_with_keys_of_the_users_choice_and_lists(recipe_file):
             "data.source={}",
             'data.sources.web={kind="json", path="a"}',
             'data.sources.books={kind="parquet", path="b"}',
-            'curriculum.shares={web=0.3, "@65536"=[[0, 0.5], [1, 1]]}',
+            'curriculum.shares={web=0.3, "@64"=[[0, 0.5], [1, 1]]}',
             "curriculum.shares.books@512=0.1",
             "curriculum.odds=[4, 2, 1, 0.5]",
         ],
@@ -135,7 +135,7 @@ def test_tables_with_keys_of_the_users_choice_and_lists(recipe_file):
         ("web", "json"),
         ("books", "parquet"),
     ]
-    shares = {"web": 0.3, "@65536": ((0.0, 0.5), (1.0, 1.0)), "books@512": 0.1}
+    shares = {"web": 0.3, "@64": ((0.0, 0.5), (1.0, 1.0)), "books@512": 0.1}
     assert recipe.curriculum.shares == shares
     assert recipe.curriculum.odds == (4.0, 2.0, 1.0, 0.5)
 

@@ -228,5 +228,9 @@ def test_a_path_below_home(monkeypatch, tmp_path):
 
 
 def test_shares_name_score_bins():
-    recipe = from_tree(Recipe, with_setting("curriculum.shares", {"web.0": 0.5, "web.2@128": 0.1}))
+    tree = with_setting("curriculum.shares", {"web.0": 0.5, "web.2@128": 0.1})
+    binned = {"kind": "json", "path": "a", "score_field": "quality", "score_edges": [1, 2]}
+    del tree["data"]["source"]
+    tree["data"]["sources"] = {"web": binned}
+    recipe = from_tree(Recipe, tree)
     assert recipe.curriculum.shares == {"web.0": 0.5, "web.2@128": 0.1}
