@@ -5,9 +5,9 @@ buckets of data and to the size of a batch.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
@@ -57,6 +57,19 @@ class CurriculumConfig:
     source in a bucket. A share is a number, or a list of points [progress, share] that are joined by straight lines,
     with progress from 0 to 1 over the run; it holds for a cycle at a time, as it is at the middle of the cycle. What
     has no name here keeps its proportions to the rest, those of its tokens."""
+
+    @staticmethod
+    def translated(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return settings in today's terms: earlier recipes have `weights`, which are empty where none are named.
+
+        Raises ValueError if they name any.
+        """
+        if tree.get("weights"):
+            raise ValueError(
+                f"curriculum.weights = {tree['weights']!s:.200}: a setting of earlier versions; name the sources' "
+                "shares of the trained tokens in curriculum.shares"
+            )
+        return {key: value for key, value in tree.items() if key != "weights"}
 
     def __post_init__(self) -> None:
         if not self.odds:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.files import sha256_of, sha256_of_json
+from ..data.read.batch_order import ORDER
 from .config import Recipe
 from .settings import flat, to_tree
 
@@ -39,6 +40,8 @@ class Identity:
     """SHA-256 of the code of LongRing."""
     packages: dict[str, str]
     """Versions of Python and of PACKAGES, by name."""
+    order: int = ORDER
+    """Version of the order of batches."""
 
     @property
     def common(self) -> dict[str, Any]:

@@ -65,6 +65,12 @@ class Preflight:
                 f"checkpoint {checkpoint}: is of run {state.run}, and run_directory = {self.run.path} has run "
                 f"{self.identity.run}; move it to the directory of its own run, or name another run_directory"
             )
+        if state.order != self.identity.order:
+            raise ValueError(
+                f"checkpoint {checkpoint}: its steps have order {state.order} of batches, and this LongRing trains in "
+                f"order {self.identity.order}; finish the run with the LongRing that began it, or name another "
+                f"run_directory and begin it with init.from = {str(checkpoint)!r}"
+            )
         before = from_tree(Recipe, state.recipe, source=f"checkpoint {checkpoint}")
         check_change(before, self.recipe, state.step, self._order_of)
 

@@ -107,6 +107,7 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "data": is_sha256,
     "code": is_sha256,
     "packages": _are_packages,
+    "order": whole(1, _MAX_NUMBER),
     "step": whole(0, _MAX_NUMBER),  # 0: imported weights
     "world_size": whole(1, _MAX_RANKS),
     "tensor": whole(1, _MAX_RANKS),

@@ -156,6 +156,8 @@ def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
             f"{file}: of another version of LongRing: it has format {version!r:.80}, and this version reads format "
             f"{FORMAT}; go on with that version, or name another run_directory"
         )
+    if isinstance(content.get("state"), dict):
+        content["state"].setdefault("order", 1)  # written before orders had versions
     try:
         check_content(content, checkpoint_step(checkpoint))
     except ValueError as error:

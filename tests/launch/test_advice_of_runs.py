@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from helpers.faulty import Run, start
-from longring.data.files import sha256_of
+from longring.data.files import sha256_of, sha256_of_json
+from longring.data.read.batch_order import ORDER
 from longring.launch import build
 from longring.launch.checkpoint.format import read_checkpoint_manifest, write_checkpoint_manifest
 from longring.launch.config import load_recipe
@@ -69,6 +71,32 @@ def test_without_a_checkpoint_that_was_saved_wrong_the_run_continues_from_the_on
     assert Path(found[1]) == run.path / "checkpoints" / "step-00000008"
     shutil.rmtree(found[1])
     run.finish(whole)
+
+
+@pytest.mark.full
+def test_a_run_in_an_earlier_order_of_batches_ends_there_and_its_weights_begin_another(half, tmp_path):
+    """Its checkpoints name no order, and their recipe has the weights of sources that earlier recipes had."""
+    run = half.copy(tmp_path)
+    for checkpoint in (run.path / "checkpoints").iterdir():
+        content = json.loads((checkpoint / "manifest.json").read_text())
+        del content["sha256"], content["state"]["order"]
+        curriculum = content["state"]["recipe"]["curriculum"]
+        del curriculum["shares"], curriculum["mix"]
+        curriculum["weights"] = {}
+        (checkpoint / "manifest.json").write_text(json.dumps({**content, "sha256": sha256_of_json(content)}))
+    for _ in range(2):
+        assert run.start() == [2, 2]
+        assert run.said.count("error:") == 1
+    last = run.path / "checkpoints" / "step-00000008"
+    assert (
+        f"checkpoint {last}: its steps have order 1 of batches, and this LongRing trains in order {ORDER}; " in run.said
+    )
+    advice = r"or name another run_directory and begin it with init\.from = '(\S+)'"
+    found = re.search(advice, run.said)
+    assert found is not None, run.said
+    after = Run(half.recipe_file, tmp_path / "after", [f"init.from={found[1]}"])
+    assert after.start(stop_after=1) == [0, 0], after.said
+    assert f"weights from step 8 of {last}" in after.said
 
 
 @pytest.mark.full

@@ -149,6 +149,11 @@ def test_tables_with_keys_of_the_users_choice_and_lists(recipe_file):
         ("curriculum.shares.web=[[0, 1, 2]]", r"curriculum\.shares\.web = \[0, 1, 2\]: must be a list of 2 numbers"),
         ("curriculum.shares.web=[0, 1]", r"curriculum\.shares\.web = 0: must be a list of 2 numbers"),
         ("curriculum.shares.web=1.5", r"curriculum\.shares\.web = 1\.5: must be at least 0 and at most 1"),
+        (
+            "curriculum.weights={documents=2.0}",
+            r"curriculum\.weights = \{'documents': 2\.0\}: .*; name the sources' shares of the trained tokens in "
+            r"curriculum\.shares",
+        ),
         ("curriculum.odds=grow", r"curriculum\.odds = 'grow': must be one of 'uniform', .*, or numbers"),
         ('curriculum.odds=["a"]', r"curriculum\.odds = 'a': must be of type float"),
     ],
@@ -156,6 +161,11 @@ def test_tables_with_keys_of_the_users_choice_and_lists(recipe_file):
 def test_a_mistake_in_tables_and_lists_is_named(recipe_file, override: str, message: str):
     with pytest.raises(ValueError, match=message):
         load_recipe(recipe_file, [override])
+
+
+def test_recipes_that_had_no_weights_of_sources_are_read(recipe_file):
+    assert load_recipe(recipe_file, ["curriculum.weights={}"]) == load_recipe(recipe_file)
+    assert load_recipe(recipe_file, ["curriculum.shares={documents=1.0}"]).curriculum.shares == {"documents": 1.0}
 
 
 @pytest.mark.parametrize("steps", ["120", "124-120", "0-3", "a-b"])
