@@ -10,10 +10,11 @@ are written in every kind, and each member prepares them as one input shard, wit
 - text kinds: from the files to tar shards;
 - kinds of token ids: the same without tokenizing.
 
-The members run in turns on one core, in CPU seconds, and the fastest turn of each counts. Then JSON lines in eight
-input shards are prepared by one process and by two, in seconds, which mean something without other load only. Last,
-fresh processes prepare short documents (24 ids on average) from a Megatron .bin with its .idx: first a tenth of them,
-then all.
+The members run in turns on one core, in CPU seconds, each right after the bare tokenizer; the fastest turn of each
+gives its rate, and the median of the turns its ratio to the bare tokenizer, so both meet the same load. Then fresh
+processes prepare short documents (24 ids on average) from a Megatron .bin with its .idx: first a tenth of them, then
+all. Last, JSON lines in eight input shards are prepared by one process and by two in turns. On a machine with other
+load their seconds mean little; the CPU seconds of all processes tell what the second one costs.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 os.environ["RAYON_NUM_THREADS"] = "1"  # before the tokenizer's threads start
@@ -40,6 +42,7 @@ os.environ["RAYON_NUM_THREADS"] = "1"  # before the tokenizer's threads start
 sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
 import datasets
 import numpy as np
+import psutil
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
@@ -160,49 +163,68 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 
 
 def by_kind(folder: Path, texts: list[str], rounds: int) -> list[Row]:
-    """Return tokens/s and MB/s of the bare tokenizer and of each kind, measured in turns."""
+    """Return tokens/s and MB/s of the bare tokenizer and of each kind, and its median ratio to the bare tokenizer."""
     tokenizer = DocumentTokenizer((folder / "tokenizer.json").read_bytes(), "<|endoftext|>")
     ids = [one.ids for one in tokenizer.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     tokens, megabytes = sum(map(len, ids)), sum(len(text.encode()) for text in texts) / 1e6
 
-    def bare(batch: int) -> None:
-        for first in range(0, len(texts), batch):
-            tokenizer.tokenizer.encode_batch_fast(texts[first : first + batch], add_special_tokens=False)
+    def bare(batch: int) -> float:
+        return cpu_seconds(lambda: encode(tokenizer, texts, batch))
 
+    batch = min((8, 128), key=bare)
     members = [("text", *one) for one in write_texts(folder, texts)] + [("ids", *one) for one in write_ids(folder, ids)]
-    times: dict[tuple[str, str], list[float]] = {("bare", "tokenizer"): []}
+    times: dict[tuple[str, str], list[tuple[float, float]]] = {}  # seconds of the bare tokenizer, and of the member
     for turn in range(rounds):
-        times["bare", "tokenizer"].append(min(cpu_seconds(lambda size=size: bare(size)) for size in (8, 128)))
         for content, name, source in members:
             config = settings(folder, f"{content} {name.partition(',')[0]} {turn}", source)
+            before = bare(batch)
             seconds = cpu_seconds(lambda config=config: prepare_once(config, folder / "tokenizer.json"))
-            times.setdefault((content, name), []).append(seconds)
-    best = {member: min(values) for member, values in times.items()}
-    return [
-        {
-            "content": content,
-            "kind": name,
-            "tokens_per_s": tokens / seconds,
-            "text_mb_per_s": megabytes / seconds,
-            "over_bare": best["bare", "tokenizer"] / seconds,
-        }
-        for (content, name), seconds in best.items()
+            times.setdefault((content, name), []).append((before, seconds))
+    fastest = min(before for turns in times.values() for before, _ in turns)
+
+    def row(content: str, name: str, seconds: float, ratio: float) -> Row:
+        rates = {"tokens_per_s": tokens / seconds, "text_mb_per_s": megabytes / seconds}
+        return {"content": content, "kind": name, **rates, "over_bare": ratio}
+
+    return [row("bare", "tokenizer", fastest, 1.0)] + [
+        row(*member, min(seconds for _, seconds in turns), median(before / seconds for before, seconds in turns))
+        for member, turns in times.items()
     ]
 
 
-def on_cores(folder: Path, rounds: int) -> Row:
-    """Return the seconds in which one process and two prepare JSON lines in eight input shards."""
-    lines = (folder / "a.jsonl").read_bytes().splitlines(keepends=True)
+def encode(tokenizer: DocumentTokenizer, texts: list[str], batch: int) -> None:
+    """Tokenize the texts, and drop the ids."""
+    for first in range(0, len(texts), batch):
+        tokenizer.tokenizer.encode_batch_fast(texts[first : first + batch], add_special_tokens=False)
+
+
+def on_cores(folder: Path, rounds: int) -> list[Row]:
+    """Return seconds and CPU seconds, medians of turns, in which one process and two prepare eight input shards."""
     (folder / "parts").mkdir()
     for part in range(8):
-        (folder / "parts" / f"{part}.jsonl").write_bytes(b"".join(lines[part::8]))
+        (folder / "parts" / f"{part}.jsonl").write_bytes((folder / "a.jsonl").read_bytes())
     source = SourceConfig(kind="json", path=str(folder / "parts"))
-    found: dict[int, list[float]] = {1: [], 2: []}
+    found: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
     for turn in range(rounds):
-        for processes, seconds in found.items():
+        for processes, measured in found.items():
             config = replace(settings(folder, f"on {processes} {turn}", source), input_shard_bytes=1)
-            seconds.append(seconds_of(lambda c=config, n=processes: prepare(c, Console(quiet=True), n)))
-    return {"seconds": {processes: min(seconds) for processes, seconds in found.items()}}
+            before = cpu_seconds_of_all()
+            seconds = seconds_of(lambda c=config, n=processes: prepare(c, Console(quiet=True), n))
+            measured.append((seconds, cpu_seconds_of_all() - before))
+    return [
+        {
+            "processes": processes,
+            "seconds": median(seconds for seconds, _ in turns),
+            "cpu_s": median(s for _, s in turns),
+        }
+        for processes, turns in found.items()
+    ]
+
+
+def cpu_seconds_of_all() -> float:
+    """Return the CPU seconds so far of this process, of those below it, and of all that these have waited for."""
+    mine = psutil.Process()
+    return sum(sum(process.cpu_times()[:4]) for process in (mine, *mine.children(recursive=True)))
 
 
 def short_documents(folder: Path, documents: int) -> Row:
@@ -244,8 +266,11 @@ def show(figures: Row) -> None:
     console = Console()
     console.print(table)
     console.print(f"goal for text: {GOAL} of the bare tokenizer", highlight=False)
-    one, two = figures["processes"]["seconds"].values()
-    console.print(f"seconds of one process {one:.2f}, of two {two:.2f}", highlight=False)
+    for row in figures["processes"]:
+        console.print(
+            f"eight input shards, processes: {row['processes']}; {row['seconds']:.1f} s, CPU {row['cpu_s']:.1f} s",
+            highlight=False,
+        )
     for row in figures["short_documents"]:
         console.print(
             f"{row['documents']:,} short documents: {row['cpu_s']:.1f} CPU s, {row['cpu_us_per_document']:.1f} µs "
@@ -273,10 +298,11 @@ def main() -> int:
         (folder / "tokenizer.json").write_bytes(train_tokenizer(texts, TokenizerConfig(vocab_size=8192)))
         cores = os.sched_getaffinity(0)
         use_one_core()
-        figures: Row = {"rows": by_kind(folder, texts, rounds)}
+        figures: Row = {"load_average": [os.getloadavg()[0]], "rows": by_kind(folder, texts, rounds)}
         figures["short_documents"] = [short_documents(folder, documents // 10), short_documents(folder, documents)]
         os.sched_setaffinity(0, cores)
         figures["processes"] = on_cores(folder, rounds)
+        figures["load_average"].append(os.getloadavg()[0])
     show(figures)
     write_record(options.json, figures)
     return 0
