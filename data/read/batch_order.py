@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .bucket_order import BucketOrder
 
-ORDER = 2
+ORDER = 3
 """Version of the order: one more with every change after which the same settings and data give other batches. A run
 continues in the order that it began with; checkpoints that name no version have order 1."""
 

@@ -7,10 +7,12 @@ with a knot wherever the mix changes. Time t runs through the integers, and at e
 number k, if its due has reached k + 1/2 (the method of Sainte-Lague); of several sources the first in order begins.
 
 At time t source s has given c_s = floor(X_s(t) + 1/2) sequences. The dues sum to t, so with S sources all of them have
-given t sequences within S/2, and the position is at most S/2 + 1 from the time. Hence, with w the larger of the
-source's shares around a position, it has given its due there within 1/2 + w (S/2 + 1) sequences. Where the shares are
-the natural ones, its due after p passes over the bucket is p times the number of its sequences, so every sequence comes
-exactly once in each pass over the bucket. Nothing here has state: any position is computed from the knots alone.
+given t sequences within S/2, and the position is at most S/2 + 1 from the time. So a mix that begins at a position
+counts from S/2 + 1 times later on: the positions before it have been given by then, and none depends on a later mix.
+Hence, with w the largest of the source's shares so far, it has given its due at any position within 1/2 + w (S + 2)
+sequences, and within 1/2 + w (S/2 + 1) if its share never changes. Where the shares are the natural ones, its due after
+p passes over the bucket is p times the number of its sequences, so every sequence comes exactly once in each pass over
+the bucket. Nothing here has state: any position is computed from the knots alone.
 """
 
 from bisect import bisect_right
@@ -83,15 +85,20 @@ class BucketOrder:
         self.parts = tuple(parts)
         # Of several knots at one position, between which the bucket has no slots, the last holds.
         last = list({knot.position: knot for knot in knots}.values())
-        self._knots = tuple(knot for i, knot in enumerate(last) if not i or knot.weights != last[i - 1].weights)
+        # A source's stream merges with others' at most this far from its time.
+        self._margin = len(self.parts) // 2 + 1
+        # By time: a mix counts when every position before its own has been given.
+        self._knots = tuple(
+            Knot(knot.position + self._margin if i else 0, knot.weights)
+            for i, knot in enumerate(last)
+            if not i or knot.weights != last[i - 1].weights
+        )
         self._key = key
         # Due of each source at each knot, in parts of WEIGHT_SUM; a sum of all cycles would overflow int64.
         self._dues = [[0] * len(self.parts)]
         for knot, after in zip(self._knots, self._knots[1:], strict=False):
             passed = after.position - knot.position
             self._dues.append([due + passed * w for due, w in zip(self._dues[-1], knot.weights, strict=True)])
-        # A source's stream merges with others' at most this far from its time.
-        self._margin = len(self.parts) // 2 + 1
         self._ranges: dict[int, NDArray[np.int64]] = {}
         self._windows: dict[tuple[int, int], Windows] = {}
 

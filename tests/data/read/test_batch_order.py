@@ -68,7 +68,7 @@ MIXED = {"mix": "micro_batch", "shares": {"books": ((0.0, 0.1), (1.0, 0.6)), "@8
 
 def test_known_answer():
     """The order is part of the format of a run: whoever changes these sequences raises ORDER."""
-    assert ORDER == 2
+    assert ORDER == 3
     found = {step: whole_batch(order(batch=64, cycles=2), step) for step in (1, 2, 30, 60)}
     assert found == {
         1: [(32, [8, 1])],
@@ -77,7 +77,7 @@ def test_known_answer():
         60: [(32, [12, 16])],
     }
     found = {step: whole_batch(order(batch=64, window=40, **MIXED), step) for step in (1, 60)}
-    assert found == {1: [(32, [0]), (8, [9, 13, 7, 16])], 60: [(32, [15, 8])]}
+    assert found == {1: [(32, [0]), (8, [9, 13, 7, 16])], 60: [(32, [12, 11])]}
 
 
 @pytest.mark.parametrize("step", [0, -1, STEPS + 1])
@@ -190,7 +190,7 @@ def check_shares(settings: dict[str, Any]) -> None:
 
     The slots of B buckets are at most h = max(1 - 1/B, 1/2 + ... + 1/B) from their dues. Where a source's part w of its
     bucket changes by V in all, that is (w + V) h slots of the source, and the bucket's stream adds the error of its
-    own: 1/2 + w (S/2 + 1) sequences (`bucket_order`).
+    own: 1/2 + w (S + 2) sequences (`bucket_order`).
     """
     batches, mix = planned(**settings)
     most = max(1 - 1 / len(LENGTHS), sum(1 / k for k in range(2, len(LENGTHS) + 1)))
@@ -202,9 +202,9 @@ def check_shares(settings: dict[str, Any]) -> None:
     for cycle, (first, last) in enumerate(pairwise(mix.begins)):
         target += (last - first) * batches.batch_tokens * of_all[cycle]
         counted = batches.given(last) * np.array(LENGTHS)[:, None]
-        largest = parts[: cycle + 2].max(axis=0)
+        largest = parts[: cycle + 1].max(axis=0)
         changes = np.abs(np.diff(parts[: cycle + 1], axis=0)).sum(axis=0)
-        margin = 0.5 + largest * (len(mix.cells.sources) / 2 + 1)
+        margin = 0.5 + largest * (len(mix.cells.sources) + 2)
         bound = most * batches.slot_tokens * (largest + changes) + np.array(LENGTHS)[:, None] * margin
         assert (np.abs(counted - target) <= bound + 1e-6).all()
         assert counted.sum() == last * batches.batch_tokens
