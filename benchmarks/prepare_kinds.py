@@ -25,7 +25,6 @@ import gzip
 import io
 import json
 import os
-import struct
 import subprocess
 import sys
 import tarfile
@@ -46,6 +45,7 @@ import psutil
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
+from lib.megatron import write_megatron
 from lib.process import peak_megabytes, use_one_core
 from lib.script import Row, make_parser, make_table, seconds_of, write_record
 from lib.standard_library import corpus
@@ -99,7 +99,8 @@ def write_ids(folder: Path, ids: list[list[int]]) -> Iterator[tuple[str, SourceC
     flat = np.concatenate([[*one, 0] for one in ids]).astype("<u2")
     flat.tofile(folder / "a.npy")
     yield "tokens", SourceConfig(kind="tokens", path=str(folder / "a.npy"))
-    yield "megatron", write_megatron(folder / "a", flat, np.array([len(one) + 1 for one in ids]))
+    write_megatron(folder / "a", flat, np.array([len(one) + 1 for one in ids]))
+    yield "megatron", SourceConfig(kind="megatron", path=str(folder / "a"))
     table = pyarrow.table({"ids": pyarrow.array(ids, type=pyarrow.list_(pyarrow.uint16()))})
     pyarrow.parquet.write_table(table, folder / "ids.parquet", row_group_size=256)
     yield "parquet", SourceConfig(kind="parquet", path=str(folder / "ids.parquet"), tokens_field="ids")
@@ -121,17 +122,6 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
-
-
-def write_megatron(prefix: Path, ids: np.ndarray, lengths: np.ndarray) -> SourceConfig:
-    """Write a .bin and its .idx, with one piece a document."""
-    ids.tofile(prefix.with_suffix(".bin"))
-    with prefix.with_suffix(".idx").open("wb") as file:
-        file.write(struct.pack("<9sQBQQ", b"MMIDIDX", 1, 8, len(lengths), len(lengths) + 1))
-        lengths.astype("<i4").tofile(file)
-        ((np.cumsum(lengths) - lengths) * 2).astype("<i8").tofile(file)
-        np.arange(len(lengths) + 1, dtype="<i8").tofile(file)
-    return SourceConfig(kind="megatron", path=str(prefix))
 
 
 def settings(folder: Path, name: str, source: SourceConfig) -> DataConfig:

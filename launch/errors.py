@@ -50,7 +50,7 @@ def worst(errors: Iterable[tuple[int, str]]) -> tuple[int, str]:
 def print_error(error: str) -> None:
     """Print one error to standard error, in one line without secrets and without control characters."""
     line = CONTROL.sub("?", re.sub(r"\s*\n\s*", " ", redact(error).strip()))
-    Console(stderr=True).print(f"[bold red]error:[/] {escape(line)}", highlight=False, soft_wrap=True)
+    Console(stderr=True, emoji=False).print(f"[bold red]error:[/] {escape(line)}", highlight=False, soft_wrap=True)
 
 
 def rank_names(ranks: Sequence[int]) -> str:

@@ -20,7 +20,7 @@ def print_ledgers(manifest: Manifest, console: Console) -> None:
     """Print the account of all sources with its notes and, if there are several, the account of each."""
     console.print(ledger_table(manifest.ledger))
     for note in (*_notes(manifest.ledger), *_empty(manifest)):
-        console.print(escape(note), highlight=False)
+        console.print(escape(note), highlight=False, emoji=False)  # ":a:" is a part of a name
     if len(manifest.ledgers) > 1:
         console.print()
         console.print(sources_table(manifest.ledgers))

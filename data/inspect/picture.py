@@ -15,9 +15,9 @@ from ..format.manifest import Manifest
 from ..read.batch_order import BatchOrder
 
 CURRICULUM_BINS = 100
-"""Number of equal stretches of a run in which the curriculum is drawn."""
+"""Maximum number of stretches of a run, all but the last equal, in which the curriculum is drawn."""
 MIX_BINS = 50
-"""Number of equal stretches of a run in which the shares of sources are drawn."""
+"""Maximum number of stretches in which the shares of sources are drawn."""
 
 
 def draw(manifest: Manifest, order: BatchOrder, file: Path) -> None:
@@ -45,7 +45,7 @@ def draw_mix(order: BatchOrder, file: Path) -> None:
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(10, 6.5), layout="constrained")
     draw_by_bucket(above, order)
     above.set_xlabel("")
-    edges = np.linspace(0, len(order.slots), min(MIX_BINS, len(order.slots)) + 1).astype(np.int64)
+    edges = _edges(len(order.slots), MIX_BINS)
     # [edges, sources]: tokens of each source in the steps before.
     lengths = np.array(order.lengths)
     given = np.diff([lengths @ order.given(int(edge)) for edge in edges], axis=0)
@@ -60,14 +60,19 @@ def draw_mix(order: BatchOrder, file: Path) -> None:
 
 def draw_by_bucket(axes: Axes, order: BatchOrder) -> None:
     """Draw the share of each bucket in the tokens of equal stretches of a run."""
-    parts = np.array_split(order.slots, min(CURRICULUM_BINS, len(order.slots)))
-    edges = np.cumsum([0, *map(len, parts)])
+    edges = _edges(len(order.slots), CURRICULUM_BINS)
+    parts = np.split(order.slots, edges[1:-1])
     # [bucket, bin]
     shares = np.array([np.bincount(part.ravel(), minlength=len(order.lengths)) / part.size for part in parts]).T
     _draw_stacked(axes, edges, shares, [f"{length:,}" for length in order.lengths], "viridis")
     axes.set_xlabel("step")
     axes.set_title("Curriculum: bucket of the tokens")
     axes.legend(title="bucket", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True, fontsize="small")
+
+
+def _edges(steps: int, bins: int) -> NDArray[np.int64]:
+    """Return the bounds of at most `bins` stretches of a run: the number of steps before each, and all at the end."""
+    return np.array([*range(0, steps, -(-steps // bins)), steps])
 
 
 def _draw_stacked(

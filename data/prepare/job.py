@@ -24,6 +24,10 @@ OFFSETS_FILE = "offsets.bin"
 [input shards + 1]."""
 
 
+LISTED = "work"
+"""Folder of the list of the input shards."""
+
+
 def begin_job(config: DataConfig, partial: Path, inputs: Sequence[InputShard]) -> None:
     """Write the settings of a preparation and the hash of its files. Raises ValueError if it was begun with others."""
     file = partial / "work" / JOB_FILE
@@ -46,23 +50,23 @@ def begin_job(config: DataConfig, partial: Path, inputs: Sequence[InputShard]) -
 
 def is_listed(partial: Path) -> bool:
     """Return whether the input shards are listed, and so may be prepared."""
-    return (partial / "work" / INPUTS_FILE).exists()
+    return (partial / LISTED / INPUTS_FILE).exists()
 
 
-def list_inputs(partial: Path, inputs: Sequence[InputShard]) -> None:
-    """Write the lines of the input shards. It is the last step before they are prepared."""
+def list_inputs(partial: Path, inputs: Sequence[InputShard], folder: str = LISTED) -> None:
+    """Write the lines of the input shards. In the folder LISTED it is the last step before they are prepared."""
     lines = _lines(inputs)
     offsets = np.cumsum([0, *map(len, lines)])  # [input shards + 1]
-    write_whole(partial / "work" / OFFSETS_FILE, lambda path: path.write_bytes(offsets.astype("<i8").tobytes()))
-    write_whole(partial / "work" / INPUTS_FILE, lambda path: path.write_bytes(b"".join(lines)))
+    write_whole(partial / folder / OFFSETS_FILE, lambda path: path.write_bytes(offsets.astype("<i8").tobytes()))
+    write_whole(partial / folder / INPUTS_FILE, lambda path: path.write_bytes(b"".join(lines)))
 
 
-def listed_shard(partial: Path, number: int) -> InputShard:
+def listed_shard(partial: Path, number: int, folder: str = LISTED) -> InputShard:
     """Return input shard `number` of the job; the lines of the others, which may be many, are not read."""
-    with (partial / "work" / OFFSETS_FILE).open("rb") as offsets:
+    with (partial / folder / OFFSETS_FILE).open("rb") as offsets:
         offsets.seek(8 * number)
         first, last = np.frombuffer(offsets.read(16), dtype="<i8").tolist()
-    with (partial / "work" / INPUTS_FILE).open("rb") as lines:
+    with (partial / folder / INPUTS_FILE).open("rb") as lines:
         lines.seek(first)
         return InputShard.from_json(json.loads(lines.read(last - first)))
 

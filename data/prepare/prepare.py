@@ -206,14 +206,25 @@ def partial_directory(directory: Path) -> Path:
 def begin(config: DataConfig, partial: Path, progress: Progress, workers: int = 0) -> range:
     """List the input shards and make the tokenizer, unless an earlier attempt has; return the numbers to prepare.
 
-    Sources that are sampled are read once before, in `workers` processes, or one per CPU if 0.
-    These are all input shards but those of the data that is extended, and none if only the last renames are missing.
+    Sources that are sampled are read once before, in `workers` processes, or one per CPU if 0. Raises ValueError as
+    `open_job` does.
+    """
+    inputs, first = open_job(config, partial, progress)
+    if inputs and not is_listed(partial):
+        list_inputs(partial, with_thresholds(config, partial, inputs, first, workers, progress))
+    return range(first, len(inputs))
+
+
+def open_job(config: DataConfig, partial: Path, progress: Progress) -> tuple[list[InputShard], int]:
+    """Begin a preparation or continue one, and make its tokenizer; return its input shards and the first to prepare.
+
+    Those before the first are of the data that is extended; there are none at all if only the last renames are missing.
     Raises ValueError if the earlier attempt had other settings or other files, if a source cannot be read, or if the
     tokenizer is not usable.
     """
     if (partial / MANIFEST_FILE).exists():
         Manifest.load(LocalStore(partial)).check_made_from(config)
-        return range(0)
+        return [], 0
     base = extended_by(config)
     before = [] if base is None else [InputShard.from_json(entry) for entry in base.inputs()]
     inputs = [*before, *input_shards(config if base is None else new_sources(config, base))]
@@ -225,9 +236,7 @@ def begin(config: DataConfig, partial: Path, progress: Progress, workers: int = 
             if source.holds_tokens:
                 made.marks(source.bos, source.eos)  # raises ValueError
         write_whole(partial / TOKENIZER_FILE, lambda path: path.write_bytes(tokenizer))
-    if not is_listed(partial):
-        list_inputs(partial, with_thresholds(config, partial, inputs, len(before), workers, progress))
-    return range(len(before), len(inputs))
+    return inputs, len(before)
 
 
 def _repair(config: DataConfig, manifest: Manifest, numbers: list[int], workers: int, progress: Progress) -> None:

@@ -80,19 +80,14 @@ def with_thresholds(
     Input shards before `first` have theirs. `workers` processes read, or one per CPU if 0. Raises ValueError if a
     source cannot be read or too many of its records are bad.
     """
-    # One input shard of each run of files reads the records of all bins.
-    sampled_sources = {name: one for name, one in config.named_sources.items() if one.sample_fraction < 1}
-    numbers = {
-        name: [n for n, shard in enumerate(inputs) if n >= first and shard.recipe_source == name and not shard.bin]
-        for name in sampled_sources
-    }
-    _find_keys(config, partial, {n: inputs[n] for mine in numbers.values() for n in mine}, workers, progress)
+    _find_keys(config, partial, shards_to_read(config, inputs, first), workers, progress)
     found = list(inputs)
-    for name, source in sampled_sources.items():
-        if not numbers[name]:
+    for name, source in config.named_sources.items():
+        read = [n for n, shard in shards_to_read(config, inputs, first).items() if shard.recipe_source == name]
+        if not read:
             continue
         # All keys of a source at once: 8 bytes a document.
-        keys = np.concatenate([np.load(_keys_file(partial, n)) for n in numbers[name]])
+        keys = np.concatenate([np.load(keys_file(partial, n)) for n in read])
         keep_from = threshold(keys, source.sample_fraction)
         for n, shard in enumerate(found):
             if n >= first and shard.recipe_source == name:
@@ -100,28 +95,39 @@ def with_thresholds(
     return found
 
 
+def shards_to_read(config: DataConfig, inputs: Sequence[InputShard], first: int) -> dict[int, InputShard]:
+    """Return, by number, the input shards from `first` on that are read for the keys of sampled sources.
+
+    One input shard of each run of files reads the records of all bins.
+    """
+    sampled_sources = {name for name, source in config.named_sources.items() if source.sample_fraction < 1}
+    numbered = list(enumerate(inputs))[first:]
+    return {n: shard for n, shard in numbered if shard.recipe_source in sampled_sources and not shard.bin}
+
+
 def _find_keys(
     config: DataConfig, partial: Path, shards: dict[int, InputShard], workers: int, progress: Progress
 ) -> None:
     """Write the keys of input shards by number, but of those that an earlier attempt has done."""
-    left = {number: shard for number, shard in shards.items() if not _keys_file(partial, number).exists()}
+    left = {number: shard for number, shard in shards.items() if not keys_file(partial, number).exists()}
     if not left:
         return
     bar = progress.add_task("reading scores", total=len(shards), completed=len(shards) - len(left), line="")
     processes = min(workers or len(os.sched_getaffinity(0)), len(left))
     if processes == 1:
         for number, shard in left.items():
-            _write_keys(config, partial, number, shard)
+            write_keys(config, partial, number, shard)
             progress.advance(bar)
         return
     with process_pool(processes) as pool:
-        tasks = [pool.submit(_write_keys, config, partial, number, shard) for number, shard in left.items()]
+        tasks = [pool.submit(write_keys, config, partial, number, shard) for number, shard in left.items()]
         for task in as_completed(tasks):
             task.result()
             progress.advance(bar)
 
 
-def _write_keys(config: DataConfig, partial: Path, number: int, shard: InputShard) -> None:
+def write_keys(config: DataConfig, partial: Path, number: int, shard: InputShard) -> None:
+    """Write the keys of the documents of input shard `number`, of all bins. Raises ValueError as RecordReader does."""
     source = config.named_sources[shard.recipe_source]
     marks = None
     if source.holds_tokens:
@@ -129,8 +135,9 @@ def _write_keys(config: DataConfig, partial: Path, number: int, shard: InputShar
         marks = DocumentTokenizer(file.read_bytes(), config.tokenizer.boundary, str(file)).marks(source.bos, source.eos)
     reader = RecordReader(replace(shard, bin=None), source, config.max_bad_fraction, marks)
     keys = np.fromiter((sampling_key(one, source, config.seed) for one in reader.documents()), dtype=np.float64)
-    write_whole(_keys_file(partial, number), lambda begun: np.save(begun, keys))
+    write_whole(keys_file(partial, number), lambda begun: np.save(begun, keys))
 
 
-def _keys_file(partial: Path, number: int) -> Path:
+def keys_file(partial: Path, number: int) -> Path:
+    """Return the file of the sampling keys of input shard `number`."""
     return partial / "work" / "sampling" / f"{number:06d}.npy"

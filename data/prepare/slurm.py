@@ -1,12 +1,14 @@
 """Preparation as Slurm jobs: an array with one task per input shard, and a job that merges when all tasks are done.
 
-datatrove's executor submits them. Its files and the output of every task are in `<directory>.slurm/`. A requeued job,
-or the same command given again, prepares only the input shards that are not done.
+Where sources are sampled, two jobs come first: an array that reads the scores, and one that lists the input shards with
+the smallest score to keep. datatrove's executor submits them. Its files and the output of every task are in
+`<directory>.slurm/`. A requeued job, or the same command given again, prepares only the input shards that are not done.
 """
 
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,48 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..config import DataConfig
+from .job import is_listed, list_inputs, listed_shard
 from .merge import merge
-from .prepare import PrepareStep, begin, is_prepared, partial_directory
+from .prepare import PrepareStep, begin, is_prepared, open_job, partial_directory
+from .sampling import keys_file, shards_to_read, write_keys
 
 # datatrove would log over the progress bar; it raises its errors as well.
 logger.disable("datatrove")
 
 MEMORY_GB = 4
 """Memory of a task: a batch of documents, a sample of each bucket and a packing pool, whatever the corpus."""
+
+
+SAMPLED = "work/sampling"
+"""Folder of the list of the input shards before their sampling is known."""
+
+
+@dataclass(frozen=True)
+class KeysStep:
+    """Pipeline of a datatrove executor whose task `rank` reads the sampling keys of input shard `numbers[rank]`."""
+
+    config: DataConfig
+    partial: Path
+    numbers: Sequence[int]
+
+    def __call__(self, data: Any, rank: int, world_size: int) -> None:
+        """Write the keys, unless an earlier attempt has. Raises ValueError if a file cannot be read."""
+        number = self.numbers[rank]
+        if not keys_file(self.partial, number).exists():
+            write_keys(self.config, self.partial, number, listed_shard(self.partial, number, SAMPLED))
+
+
+@dataclass(frozen=True)
+class ListStep:
+    """Pipeline of a datatrove executor whose only task lists the input shards, once all sampling keys are read."""
+
+    config: DataConfig
+    partial: Path
+
+    def __call__(self, data: Any, rank: int, world_size: int) -> None:
+        """List the input shards. Raises ValueError as `begin` does."""
+        with Progress() as progress:
+            begin(self.config, self.partial, progress, 1)
 
 
 @dataclass(frozen=True)
@@ -66,9 +102,9 @@ def submit(config: DataConfig, console: Console, *, partition: str, workers: int
 def executors(
     config: DataConfig, progress: Progress, *, partition: str, workers: int, time: str
 ) -> tuple[SlurmPipelineExecutor, SlurmPipelineExecutor]:
-    """Return the executors of the tasks and of the merge, which depends on them: running the second submits both.
+    """Return the executors of the tasks and of the merge, which depends on them: running the second submits all jobs.
 
-    Raises ValueError as `begin` does, and for a text that the shell or sbatch would read as more than one word.
+    Raises ValueError as `open_job` does, and for a text that the shell or sbatch would read as more than one word.
     """
     directory = Path(config.directory).absolute()
     python = Path(sys.executable).parent
@@ -81,7 +117,8 @@ def executors(
                 "@%+=:,./-_; name another, or prepare without --slurm"
             )
     partial = partial_directory(directory)
-    numbers = begin(config, partial, progress)
+    inputs, first = open_job(config, partial, progress)
+    numbers, to_read = range(first, len(inputs)), shards_to_read(config, inputs, first)
     # Without PYTHONSAFEPATH the folders data/, model/ and so on of a checkout would shadow packages of those names.
     environment = f"export PYTHONSAFEPATH=1 PATH={python}:$PATH"
     common: dict[str, Any] = {
@@ -93,22 +130,26 @@ def executors(
         "sbatch_args": {"chdir": str(Path.cwd())},  # paths of sources may be relative to it
     }
     logs = directory.with_name(f"{directory.name}.slurm")
-    tasks = SlurmPipelineExecutor(
-        pipeline=[PrepareStep(config, partial, numbers, threads=1)],
-        tasks=max(len(numbers), 1),
-        workers=workers or -1,
-        job_name="longring-prepare",
-        logging_dir=str(logs / "tasks"),
-        skip_completed=False,  # the ledgers say which are done
-        **common,
-    )
-    merging = SlurmPipelineExecutor(
-        pipeline=[MergeStep(config, partial)],
-        tasks=1,
-        job_name="longring-merge",
-        logging_dir=str(logs / "merge"),
-        skip_completed=False,
-        depends=tasks if numbers else None,  # without tasks, only the last renames are missing
-        **common,
-    )
-    return tasks, merging
+
+    def job(name: str, step: Any, tasks: int = 1, **settings: Any) -> SlurmPipelineExecutor:
+        return SlurmPipelineExecutor(
+            pipeline=[step],
+            tasks=tasks,
+            job_name=f"longring-{name}",
+            logging_dir=str(logs / name),
+            skip_completed=False,  # the files of a step say what is done
+            **common,
+            **settings,
+        )
+
+    at_once, listing = workers or -1, None
+    if not is_listed(partial) and to_read:
+        list_inputs(partial, inputs, SAMPLED)
+        reading = job("scores", KeysStep(config, partial, tuple(to_read)), len(to_read), workers=at_once)
+        listing = job("list", ListStep(config, partial), depends=reading)
+    elif not is_listed(partial) and inputs:
+        list_inputs(partial, inputs)
+    preparing = PrepareStep(config, partial, numbers, threads=1)
+    tasks = job("prepare", preparing, max(len(numbers), 1), workers=at_once, depends=listing)
+    # Without tasks, only the last renames are missing.
+    return tasks, job("merge", MergeStep(config, partial), depends=tasks if numbers else None)

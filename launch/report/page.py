@@ -98,6 +98,7 @@ def _tables(history: History) -> list[Table]:
     return [
         _buckets(history),
         *_evaluation(history),
+        *_trained(history),
         *_ledger(history),
         _starts(history),
         _events(history),
@@ -157,6 +158,38 @@ def _evaluation(history: History) -> list[Table]:
         losses = (f"{entry['unigram_loss']:.3f}", f"{entry['loss']:.3f}")
         table.add_row(f"{entry['bucket']:,}", f"{entry['tokens']:,}", *losses, *(parts.get(s, "") for s in spans))
     return [table]
+
+
+def _trained(history: History) -> list[Table]:
+    """Return what the run has trained of each source and bucket, as its last start has left it in trained.json."""
+    try:
+        found = json.loads(history.run.trained_file.read_text())
+        cells = [
+            (str(cell["source"]), *(int(cell[key]) for key in ("bucket", "tokens", *_COUNTS)), float(cell["passes"]))
+            for cell in found["cells"]
+        ]
+        title = f"Trained by source and bucket, up to step {int(found['step']):,}"
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged
+        return []
+    columns = ("source", "bucket", "of the data", "trained", "share", "passes", "repeated", "never reached")
+    table = plain_table(title, *columns, left=("source",))
+    all_own = max(1, sum(reached + left for _, _, _, reached, _, left, _ in cells))
+    all_trained = max(1, sum(trained for _, _, trained, *_ in cells))
+    for source, bucket, trained, reached, repeated, left, passes in cells:
+        table.add_row(
+            Text(source).markup,
+            f"{bucket:,}",
+            f"{(reached + left) / all_own:.1%}",
+            f"{trained:,}",
+            f"{trained / all_trained:.1%}",
+            f"{passes:.2f}",
+            f"{repeated:,}",
+            f"{left:,}",
+        )
+    return [table]
+
+
+_COUNTS = ("reached_tokens", "repeated_tokens", "not_reached_tokens")
 
 
 def _ledger(history: History) -> list[Table]:

@@ -6,6 +6,7 @@ LONGRING_WRITE_ERRORS=1 pytest tests/launch/test_error_table.py        writes th
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import re
@@ -16,8 +17,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow
+import pyarrow.ipc
 import pytest
 import torch
+from helpers.containers import npy, tar
 from helpers.ranks import variables_of
 from helpers.sandbox import Sandbox
 from helpers.small_checkpoint import STATE, make_checkpoint
@@ -204,6 +209,68 @@ def prepare_from(sandbox: Sandbox, name: str, content: bytes) -> str:
     (sandbox.directory / name).write_bytes(content)
     settings = [f"data.directory={sandbox.directory}/new", f"data.source.path={sandbox.directory}/{name}"]
     return sandbox.main("prepare", str(sandbox.recipe), *settings)
+
+
+def corpus(kind: str, files: dict[str, bytes], *settings: str) -> Case:
+    """Return the preparation of a folder of files, with the tokenizer of the sandbox's data."""
+
+    def case(sandbox: Sandbox) -> str:
+        folder = sandbox.directory / "corpus"
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        source = [f"data.source.kind={kind}", f"data.source.path={folder}", *settings]
+        tokenizer = f"data.tokenizer.path={sandbox.data}/tokenizer.json"
+        return sandbox.main(
+            "prepare", str(sandbox.recipe), f"data.directory={sandbox.directory}/new", tokenizer, *source
+        )
+
+    return case
+
+
+def arrow_stream(rows: dict[str, list[Any]]) -> bytes:
+    content = io.BytesIO()
+    table = pyarrow.table(rows)
+    with pyarrow.ipc.new_stream(content, table.schema) as writer:
+        writer.write_table(table)
+    return content.getvalue()
+
+
+def data_set_without_the_split(sandbox: Sandbox) -> str:
+    import datasets  # two seconds, which the quick lane does not spend
+
+    rows = datasets.Dataset.from_dict({"text": ["words"]})
+    datasets.DatasetDict({"train": rows}).save_to_disk(str(sandbox.directory / "disk"))
+    settings = [f"data.source.path={sandbox.directory}/disk", "data.source.kind=disk", "data.source.split=valid"]
+    return sandbox.main("prepare", str(sandbox.recipe), f"data.directory={sandbox.directory}/new", *settings)
+
+
+IDS = np.array([5, 6, 0, 7, 8, 0] * 20, dtype="<u2")
+"""Forty documents of two ids, each ended by the boundary."""
+CORPORA: dict[str, Case] = {
+    "a text in UTF-16": corpus("text", {"a.txt": "words".encode("utf-16")}),
+    "a text that is no UTF-8": corpus("text", {"a.txt": b"words \xff"}),
+    "records without the field of the text": corpus("json", {"a.jsonl": b'{"content": "words"}\n'}),
+    "a field that is no text": corpus("json", {"a.jsonl": b'{"text": 3}\n'}),
+    "a row of CSV with another number of values": corpus("csv", {"a.csv": b"id,text\n1,words,and words\n"}),
+    "a file that is no parquet": corpus("parquet", {"a.parquet": b"words"}),
+    "an Arrow stream without its end": corpus("arrow", {"a.arrow": arrow_stream({"text": ["words"]})[:-8]}),
+    "a tar file without its end": corpus("webdataset", {"a.tar": tar([("a.txt", b"words")])[:1024]}),
+    "a text in tar files where ids are asked": corpus(
+        "webdataset", {"a.tar": tar([("a.txt", b"words")])}, "data.source.tokens_field=ids.npy"
+    ),
+    "token ids with EOS inside": corpus("json", {"a.jsonl": b'{"ids": [5, 0, 6]}\n'}, "data.source.tokens_field=ids"),
+    "token ids of another tokenizer": corpus(
+        "json", {"a.jsonl": b'{"ids": [5, 60000]}\n'}, "data.source.tokens_field=ids"
+    ),
+    "a stream of ids without EOS": corpus("tokens", {"a.npy": IDS[IDS > 0].tobytes()}),
+    "a stream of ids of twice the width": corpus("tokens", {"a.bin": IDS.astype("<u4").tobytes()}),
+    "a stream of ids that is cut": corpus("tokens", {"a.npy": npy(IDS)[:-2]}),
+    "an .npy of floats": corpus("tokens", {"a.npy": npy(IDS.astype(float))}),
+    "a .bin without its .idx": corpus("megatron", {"a.bin": IDS.tobytes()}),
+    "an .idx that is cut": corpus("megatron", {"a.bin": IDS.tobytes(), "a.idx": b"MMIDIDX\0\0"}),
+    "a data set without the split": data_set_without_the_split,
+}
 
 
 def prepare_with_tokenizer(sandbox: Sandbox, change: Callable[[dict[str, Any]], object]) -> str:
@@ -512,6 +579,7 @@ CASES: dict[str, dict[str, Case]] = {
             sandbox, lambda content: content["model"].update(dropout=0.5)
         ),
     },
+    "Corpora": CORPORA,
     "Ordering": {
         "ordering of data without its rests": lambda sandbox: sandbox.order(),
         "no order": lambda sandbox: sandbox.order("data.rest=pack", mode="off"),
@@ -600,7 +668,14 @@ def row(title: str, message: str) -> str:
     return f"| {title} | {message.replace('|', BAR)} |\n"
 
 
-@pytest.mark.parametrize(("part", "title"), NAMES, ids=lambda value: value)
+FULL = ("a data set without the split",)
+
+
+@pytest.mark.parametrize(
+    ("part", "title"),
+    [pytest.param(*name, marks=pytest.mark.full if name[1] in FULL else ()) for name in NAMES],
+    ids=lambda value: value,
+)
 def test_every_mistake_has_the_message_of_the_page(part, title, recipe_file, tmp_path, capsys, table, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(files.time, "sleep", lambda _: None)

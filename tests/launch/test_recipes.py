@@ -28,6 +28,9 @@ PUBLISHED = {
     "llama-3.1-8b-1m": ("llama", 128_256, 8_030_261_248),
     "llama-3-70b-128k": ("llama", 128_256, 70_553_706_496),
     "qwen3-8b-256k": ("qwen3", 151_936, 8_190_735_360),
+    "prolong-64k": ("llama", 128_256, 8_030_261_248),
+    "prolong-512k": ("llama", 128_256, 8_030_261_248),
+    "olmo-3-7b-64k": ("olmo3", 100_278, 7_298_011_136),
 }
 """Family, rows of the embedding, and parameters of the published model."""
 
@@ -66,6 +69,14 @@ def test_a_recipe_has_the_published_sizes(name):
     assert (
         sum(torch.Size(shape).numel() for weight in weights_of(model) for shape in weight.theirs.values()) == parameters
     )
+
+
+def test_every_recipe_for_a_real_model_names_the_shares_of_all_its_sources():
+    for name in PLANNED:
+        recipe = recipe_of(name)
+        shares = {key: share for key, share in recipe.curriculum.shares.items() if "@" not in key}
+        assert shares.keys() == set(recipe.data.prepared_sources), name
+        assert sum(shares.values()) == pytest.approx(1), name
 
 
 def test_the_second_phase_goes_on_where_the_first_has_not_decayed():

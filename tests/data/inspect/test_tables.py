@@ -1,11 +1,13 @@
 """Tables about data are whole on a terminal of 80 columns, for a corpus of 10^9 documents and 10^12 tokens too."""
 
 import io
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from longring.data.format.document import BadRecord
 from longring.data.format.ledger import Ledger
-from longring.data.inspect.ledger import ledger_table, sources_table
+from longring.data.inspect.ledger import ledger_table, print_ledgers, sources_table
 from longring.data.inspect.ordered import TITLE, duplicates_table, neighbors_table
 from longring.data.inspect.tables import bar, make_table, shortened
 from rich.console import Console
@@ -94,3 +96,13 @@ def test_numbers_are_at_the_right_and_text_at_the_left():
     table = make_table("Title", "name", "count", "", text=("name",))
     assert [column.justify for column in table.columns] == ["left", "right", "left"]
     assert [len(bar(share, 20)) for share in (0, 0.5, 1)] == [0, 10, 20]
+
+
+def test_a_name_of_a_record_is_no_emoji():
+    """ ":a:" is a sign in rich's markup, and sample a of a tar file in a message."""
+    ledger = Ledger()
+    ledger.bad.enter("x.tar:a", BadRecord("missing_field", "no field"))
+    manifest = SimpleNamespace(ledger=ledger, ledgers={"web": ledger}, lengths=(), config={})
+    console = Console(width=80, file=io.StringIO(), record=True)
+    print_ledgers(manifest, console)  # type: ignore[arg-type]
+    assert "First record left out as missing field: x.tar:a: no field" in console.export_text()

@@ -230,7 +230,7 @@ def test_a_pass_over_the_scores_is_continued(config: DataConfig, monkeypatch: py
     reference = replace(sampled, directory=f"{sampled.directory}-reference")
     prepare(reference, QUIET, workers=1)
     passes: list[int] = []
-    write = sampling._write_keys
+    write = sampling.write_keys
 
     def stopping(config: DataConfig, partial: Path, number: int, shard: input_shard.InputShard) -> None:
         if len(passes) == stop:
@@ -238,7 +238,7 @@ def test_a_pass_over_the_scores_is_continued(config: DataConfig, monkeypatch: py
         passes.append(number)
         write(config, partial, number, shard)
 
-    monkeypatch.setattr(sampling, "_write_keys", stopping)
+    monkeypatch.setattr(sampling, "write_keys", stopping)
     with pytest.raises(KeyboardInterrupt):
         prepare(sampled, QUIET, workers=1)
     assert passes == list(range(stop))

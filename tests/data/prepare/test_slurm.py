@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from longring.data.config import DataConfig, SourceConfig
 from longring.data.format.manifest import open_prepared
+from longring.data.prepare.job import is_listed
 from longring.data.prepare.merge import ledger_file
 from longring.data.prepare.prepare import prepare
 from longring.data.prepare.slurm import executors, submit
@@ -26,18 +27,22 @@ echo "Submitted batch job $((100 + number / 2))"
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("fraction", [1.0, 0.6], ids=["every document", "a sample"])
 def test_submitted_jobs_make_what_processes_make(
     make_config: Callable[..., DataConfig],
     words: Callable[..., str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    fraction: float,
 ):
+    """Where documents are sampled, jobs of their own read the scores and list the input shards."""
     base = make_config([])
     (tmp_path / "corpus").mkdir()
     for part in range(3):
         line = f'{{"text": "{words(200, part)}"}}\n'
         (tmp_path / "corpus" / f"{part}.jsonl").write_text(line)
-    config = replace(base, source=SourceConfig(kind="json", path="corpus"), input_shard_bytes=1, held_out_fraction=0.0)
+    source = SourceConfig(kind="json", path="corpus", sample_fraction=fraction)
+    config = replace(base, source=source, input_shard_bytes=1, held_out_fraction=0.0)
     config = replace(config, directory="prepared")
     (tmp_path / "bin").mkdir()
     (tmp_path / "log").mkdir()
@@ -50,19 +55,23 @@ def test_submitted_jobs_make_what_processes_make(
     console = Console(width=200, record=True, file=(tmp_path / "screen").open("w"))
     submit(config, console, partition="main", workers=2, time="1:00:00")
 
-    scripts = {int(file.stem): file.read_text() for file in (tmp_path / "log").glob("*.script")}
-    [tasks] = [text for text in scripts.values() if "job-name=longring-prepare" in text and "launch_pickled" in text]
-    [merge] = [text for text in scripts.values() if "job-name=longring-merge" in text and "launch_pickled" in text]
+    scripts = [file.read_text() for file in (tmp_path / "log").glob("*.script")]
+    jobs = [("scores", 3), ("list", 1)] * (fraction < 1) + [("prepare", 3), ("merge", 1)]
+    texts = {}
+    for name, _ in jobs:
+        [texts[name]] = [text for text in scripts if f"job-name=longring-{name}" in text and "launch_pickled" in text]
+    tasks = texts["prepare"]
+    assert is_listed(Path("prepared.partial")) == (fraction == 1), "nothing is read here"
+    assert not list(Path("prepared.partial").glob("work/sampling/*.npy"))
     for line in ("--array=0-2%2", "--partition=main", "--time=1:00:00", "--mem-per-cpu=4G", f"--chdir={tmp_path}"):
         assert f"#SBATCH {line}\n" in tasks
     arguments = [file.read_text() for file in (tmp_path / "log").glob("*.args")]
-    assert sum("--dependency=afterok:100" in text for text in arguments) == 1
-    assert "array job 100 with 3 tasks" in console.export_text()
+    assert sum("--dependency=afterok:" in text for text in arguments) == len(jobs) - 1
+    assert f"array job {100 if fraction == 1 else 104} with 3 tasks" in console.export_text()
 
-    pickled = {text: re.search(r"launch_pickled_pipeline (\S+)", text) for text in (tasks, merge)}
     launcher = Path(sys.executable).with_name("launch_pickled_pipeline")
-    for text, count in ((tasks, 3), (merge, 1)):
-        found = pickled[text]
+    for name, count in jobs:
+        found = re.search(r"launch_pickled_pipeline (\S+)", texts[name])
         assert found
         for task in range(count):
             environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(task), "SLURM_NODELIST": "node"}

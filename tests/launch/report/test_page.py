@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from html.parser import HTMLParser
 
 import pytest
 from helpers.small_run import append, evaluation, make_run, step_record
 from longring.data.lock import held
+from longring.data.read.batch_order import Trained
 from longring.launch import cli
 from longring.launch.commands import report as report_module
+from longring.launch.metrics import ledger_entry
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 LOADING = {"src", "href", "xlink:href", "data", "srcset", "action", "poster"}
@@ -118,3 +121,21 @@ def test_several_evaluations_are_drawn_over_time(recipe_file, tmp_path):
     text = page_of(run).text
     assert "Held-out loss by bucket" in text
     assert "Held-out loss by position over time" in text
+
+
+def test_a_page_has_the_ledger_of_what_is_trained(recipe_file, tmp_path):
+    """The cells of trained.json are rows; a file that is damaged leaves the table out."""
+    run = make_run(recipe_file, tmp_path / "run", 12)
+    assert "Trained by source" not in page_of(run).text
+    cells = [
+        Trained(source="[red]web[/]", length=64, sequences=30, available=20),
+        Trained(source="books", length=512, sequences=5, available=15),
+    ]
+    run.trained_file.write_text(json.dumps({"step": 12, "cells": [ledger_entry(cell) for cell in cells]}))
+    text = page_of(run).text
+    assert "Trained by source and bucket, up to step 12" in text
+    assert "[red]web[/] 64 14.3% 1,920 42.9% 1.50 640 0" in text
+    assert "books 512 85.7% 2,560 57.1% 0.33 0 5,120" in text
+    for damaged in ("{", "[]", '{"step": 1, "cells": [{"source": "web"}]}', '{"step": 1, "cells": [3]}'):
+        run.trained_file.write_text(damaged)
+        assert "Trained by source" not in page_of(run).text
