@@ -1,7 +1,7 @@
 """Ledgers that follow from the mixes of ProLong and OLMo 3, over made corpora of the same shape.
 
-    python benchmarks/published_mixes.py --json mixes.json --pictures docs/pictures    # ten minutes
-    python benchmarks/published_mixes.py --quick                                       # two minutes
+    python benchmarks/published_mixes.py --json mixes.json    # ten minutes
+    python benchmarks/published_mixes.py --quick              # two minutes
 
 The recipes are launch/recipes/prolong-64k.toml, prolong-512k.toml and olmo-3-7b-64k.toml as they are, but for batch,
 steps and tokenizer. The corpora have their sources, in several kinds of files, and lengths of documents as theirs, from

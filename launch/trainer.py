@@ -9,7 +9,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import TracebackType
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ..data.files import write_text
 from ..data.format.damage import DamagedDataError
-from ..data.read.batch_order import ReplicaShare
+from ..data.read.batch_order import ReplicaShare, Trained
 from ..data.read.loader import Loader, MicroBatch
 from ..kernels.compilations import Compilations
 from ..parallel.mesh import Mesh
@@ -311,6 +312,9 @@ class Trainer:
         with self._meter.parts.part("save", on_host=True):
             waited = self.saver.begin(replace(self.state, recent_losses=self.losses.recent))
         log.info("saving step %d: training waited %.0f ms", self.state.step, waited * 1e3)
+        if self.mesh.rank == 0:
+            with suppress(OSError):  # a disk that is full is the save's to tell
+                self._record_trained()
 
     def _check_replicas(self) -> None:
         step = self.state.step
@@ -355,8 +359,7 @@ class Trainer:
         Rank 0 only.
         """
         run, step = self.checked.run, self.state.step
-        trained = self.checked.order.trained(step)
-        write_text(run.trained_file, json.dumps({"step": step, "cells": [ledger_entry(cell) for cell in trained]}))
+        trained = self._record_trained()
         self.console.print(f"saved {run.checkpoints / checkpoint_name(step)}", soft_wrap=True)
         if step == self.recipe.train.steps:
             self.console.print(trained_table(trained))
@@ -364,6 +367,14 @@ class Trainer:
                 self.console.print(
                     f"{len(self.state.skipped)} of the {step} steps changed no weights: {run.events_file} says why"
                 )
+
+    def _record_trained(self) -> Sequence[Trained]:
+        """Write what the steps done have trained of each cell into the run directory, and return it. Rank 0 only."""
+        step = self.state.step
+        trained = self.checked.order.trained(step)
+        entries = [ledger_entry(cell) for cell in trained]
+        write_text(self.checked.run.trained_file, json.dumps({"step": step, "cells": entries}))
+        return trained
 
 
 def read(micro_batches: Iterator[MicroBatch], step: int, rank: int) -> MicroBatch:

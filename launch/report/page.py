@@ -161,7 +161,7 @@ def _evaluation(history: History) -> list[Table]:
 
 
 def _trained(history: History) -> list[Table]:
-    """Return what the run has trained of each source and bucket, as its last start has left it in trained.json."""
+    """Return what the run has trained of each source and bucket, at its last checkpoint, from trained.json."""
     try:
         found = json.loads(history.run.trained_file.read_text())
         cells = [

@@ -7,7 +7,7 @@ import re
 import shutil
 
 import pytest
-from helpers.faulty import Run
+from helpers.faulty import Fault, Run
 from helpers.files import tree
 from longring.data.prepare.prepare import prepare
 from longring.launch.config import load_recipe
@@ -19,7 +19,10 @@ def test_a_run_goes_on_beside_one_on_the_extended_data(recipe_file, whole, tmp_p
     data = tmp_path / "data"
     shutil.copytree(recipe_file.parent / "data", data)
     begun = Run(recipe_file, tmp_path / "begun", [f"data.directory={data}"])
-    assert begun.start(stop_after=4) == [0, 0], begun.said
+    assert begun.start(*(Fault(rank, "SIGKILL", step=5, operation="forward") for rank in (0, 1))) == [-9, -9], (
+        begun.said
+    )
+    assert json.loads((begun.path / "trained.json").read_text())["step"] == 3, "that of the last checkpoint"
     old = tree(data)
 
     lines = (recipe_file.parent / "documents.jsonl").read_text().splitlines(keepends=True)
