@@ -34,7 +34,17 @@ def plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks", type=_positive, metavar="N", help="number of ranks (default: as many as the largest bucket needs)"
     )
+    parser.add_argument(
+        "--gpus",
+        type=_positive,
+        metavar="N",
+        help="predict memory and time on N GPUs, and search settings that fit; with --device",
+    )
+    parser.add_argument(
+        "--device", metavar="NAME|FILE", help="a100, h100, h200, b200, or what `longring topology --json` has measured"
+    )
     parser.add_argument("--topology", metavar="PRESET", help="topology preset, instead of parallel.cp.topology")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--timeline", type=Path, metavar="OUT.png", help="draw simulated passes of the largest bucket")
     parser.add_argument("--measure", action="store_true", help="also run these passes here, and draw both")
     parser.add_argument(

@@ -69,6 +69,11 @@ def _plan(options: argparse.Namespace) -> int:
     from .commands.mix import show_mix
     from .commands.plan import check_picture, measure_on_this_machine, plan
 
+    if options.gpus or options.device:
+        from .commands.fit import show_fit
+
+        show_fit(recipe, Console(), options)
+        return 0
     picture: Path | None = options.timeline
     if options.measure and picture is None:
         raise ValueError("--measure: draws the measured passes; name the picture with --timeline OUT.png")

@@ -73,7 +73,7 @@ class ModelFlops:
         return 12.0 * self.attention_width * sum(self.windows.values()) * tokens * length
 
 
-def visible_pairs(length: np.ndarray, window: int | None) -> np.ndarray:
+def visible_pairs(length: np.ndarray | np.float64, window: int | None) -> np.ndarray | np.float64:
     """Return the number of pairs of a query and a key that it sees, in causal documents of these lengths."""
     seen = length if window is None else np.minimum(length, window)
     # The first `seen` queries see 1, 2, ..., seen keys, and all later ones the whole window.

@@ -9,6 +9,7 @@ measures a cluster. `longring topology [RECIPE]` starts the ranks of one machine
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -29,6 +30,8 @@ from ...parallel.device import this_device
 from ...parallel.meet import meet
 from ...parallel.world import World
 from ..config import FaultsConfig, load_recipe
+from ..fit.device import Device, device_json
+from ..fit.measure import Sizes, measure_device
 from ..grids.choice import attention_shape
 from ..ranks.clock import Clock
 from ..ranks.rank import as_rank
@@ -37,6 +40,8 @@ from ..tables import plain_table
 
 TIMEOUT = timedelta(minutes=5)
 """Longest wait for another rank to start."""
+MOST_TOKENS = 1024
+"""Most tokens of the products that are timed; more are no faster."""
 
 
 def start_probe(
@@ -54,17 +59,20 @@ def start_probe(
 def show_topology(recipe_file: str | None, overrides: Sequence[str], json_file: Path | None, console: Console) -> None:
     """Measure all ranks; rank 0 prints the result and writes it to `json_file`. Collective.
 
-    Without a recipe, attention has the heads of Llama-3-8B, in bfloat16. Raises ValueError if the recipe cannot be
-    read.
+    Without a recipe, attention has the heads of Llama-3-8B, in bfloat16, and products are 1,024 by 8,192. Raises
+    ValueError if the recipe cannot be read.
     """
     heads, head_dim, dtype, backend = (32, 8), 128, torch.bfloat16, "auto"
+    sizes = Sizes(tokens=512, hidden=1024, ffn=4096)
     faults, parallel = FaultsConfig(), ParallelConfig(tokens_per_rank=1)
     if recipe_file is not None:
         recipe = load_recipe(recipe_file, overrides)
         shape = attention_shape(recipe)
         heads, head_dim = (shape.num_heads, shape.num_kv_heads), shape.head_dim
         dtype, backend = getattr(torch, recipe.train.dtype), recipe.train.attention_backend
-        faults, parallel = recipe.faults, recipe.parallel
+        faults, parallel, model = recipe.faults, recipe.parallel, recipe.model
+        tokens = min(MOST_TOKENS, parallel.tokens_per_rank)
+        sizes = Sizes(tokens, model.hidden_size, model.ffn_hidden_size // parallel.tensor)
     world, minutes = World.from_environment(), faults.collective_minutes
     device = this_device(parallel, world, minutes)
     links = "nccl" if device.type == "cuda" else "gloo"
@@ -76,16 +84,19 @@ def show_topology(recipe_file: str | None, overrides: Sequence[str], json_file: 
     with Clock(world.rank, 60 * faults.hang_minutes) as clock:
         clock.at(0, "measuring the links")
         found = probe(*heads, head_dim, dtype, device, backend=backend, options=options)
+        clock.at(0, "measuring the ranks")
+        measured = measure_device(sizes, dtype, device, found.speed, found.topology)
     if dist.get_rank() == 0:
         tile = f"{heads[0]} query and {heads[1]} kv heads of {head_dim}, {str(dtype).removeprefix('torch.')}"
-        for table in topology_tables(found, tile, device.type):
+        for table in topology_tables(found, tile, device.type, measured):
             console.print(table)
         if json_file is not None:
-            write_text(json_file, found.to_json())
+            tree = {**json.loads(found.to_json()), "device": device_json(measured)}
+            write_text(json_file, json.dumps(tree, indent=1) + "\n")
 
 
-def topology_tables(found: Probe, tile: str, device: str) -> list[Table]:
-    """Return two tables: the measured topology, and the error with which each kind of fabric fits the times."""
+def topology_tables(found: Probe, tile: str, device: str, rates: Device) -> list[Table]:
+    """Return two tables: what was measured, and the error with which each kind of fabric fits the times."""
     topology, speed = found.topology, found.speed
     summary = plain_table("Topology")
     summary.add_row("nodes", f"{found.num_nodes:,}")
@@ -101,6 +112,10 @@ def topology_tables(found: Probe, tile: str, device: str) -> list[Table]:
     summary.add_row("attention backward", f"{speed.backward_flops / 1e9:,.1f} GFLOP/s a rank")
     summary.add_row("  overhead of a tile", f"{1e6 * speed.tile_s:.0f} µs")
     summary.add_row("  tiles of", tile)
+    summary.add_row("matrix products", f"{rates.product_flops / 1e9:,.1f} GFLOP/s a rank")
+    summary.add_row("norms and SwiGLU", f"{rates.operator_bytes_per_s / 1e9:,.2f} GB/s a rank")
+    summary.add_row("AdamW", f"{rates.update_bytes_per_s / 1e9:,.2f} GB/s a rank")
+    summary.add_row("sums over all ranks", f"{rates.link_share:.0%} of the links' bandwidth")
     summary.add_row("duration of the probe", f"{found.seconds:.1f} s")
     title = "Error of each kind of fabric against the measured times"
     fits = plain_table(title, "where", "fabric", "GB/s", "error", left=["where", "fabric"])

@@ -101,7 +101,7 @@ def memory_of(
         "offload": model.hidden_size + 2 * (kv_width + width) // tensor,
     }[train.memory.activations]
     activations = itemsize * tokens * kept * model.num_layers
-    host = activations if train.memory.activations == "offload" else 0
+    host, activations = (activations, 0) if train.memory.activations == "offload" else (0, activations)
     moments = 12 * (part if stage else count)
     if parallel.zero.offload_optimizer == "cpu":
         host, moments = host + moments, 0
@@ -111,7 +111,7 @@ def memory_of(
         gradients=4 * (part if stage > 1 else count),
         moments=moments,
         buckets=8 * parallel.zero.reduce_bucket_size if stage > 1 else 0,
-        activations=activations - (host if train.memory.activations == "offload" else 0),
+        activations=activations,
         logits=min(itemsize * tokens * rows // tensor, int(train.memory.kept_logits_gb * 1e9)),
         work=itemsize * tokens * 6 * model.ffn_hidden_size // tensor,
         attention=max((grid.peak_bytes for grid in grids), default=0),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
 import torch
 
 from ...parallel.cp.cost import ASSUMED, Speed
 from ...parallel.cp.probe import probe
-from ...parallel.cp.topology import PRESETS, Fabric, Topology
+from ...parallel.cp.topology import PRESETS, Topology
 from ...parallel.mesh import Mesh
 from ..config import Recipe
 from .choice import attention_shape
@@ -32,20 +31,7 @@ def named_topology(name: str, recipe: Recipe, world_size: int) -> tuple[Topology
     With tensor parallelism these are every `parallel.tensor`-th rank of the world, so fewer of them are in one node or
     behind one port.
     """
-    topology, tensor = PRESETS[name](world_size), recipe.parallel.tensor
-    return replace(
-        topology,
-        ranks_per_node=max(1, topology.ranks_per_node // tensor),
-        inside=_every(tensor, topology.inside),
-        across=topology.across and _every(tensor, topology.across),
-    ), ASSUMED
-
-
-def _every(tensor: int, fabric: Fabric) -> Fabric:
-    """Return the fabric between every `tensor`-th rank; the ranks in between take their share of a shared port."""
-    # For example with a port for 4 ranks and tensor = 2: 2 of every 4 ranks are left, and half the port's bytes.
-    ends = max(1, fabric.ends_per_port // tensor)
-    return replace(fabric, ends_per_port=ends, bytes_per_s=fabric.bytes_per_s * ends / fabric.ends_per_port)
+    return PRESETS[name](world_size).every(recipe.parallel.tensor), ASSUMED
 
 
 def measured_topology(recipe: Recipe, mesh: Mesh) -> tuple[Topology, Speed]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.table import Table
 
@@ -34,6 +35,27 @@ def grids_table(choices: Sequence[GridChoice], title: str | None = None) -> Tabl
             table.add_row("", "", "", *figures, grid if number else f"next best: {grid}", style="dim")
         table.add_section()
     return table
+
+
+def grid_json(choice: GridChoice) -> dict[str, Any]:
+    """Return the grid of a layer kind as JSON: its price in seconds and bytes, and the grids it was preferred to."""
+    return {
+        **choice.kind._asdict(),
+        "cp": choice.grid.size,
+        "named": choice.named,
+        **_price_json(choice.taken),
+        "others": [_price_json(other) for other in choice.others],
+    }
+
+
+def _price_json(priced: PricedGrid) -> dict[str, Any]:
+    return {
+        "grid": str(priced.grid),
+        "layer_s": priced.seconds,
+        "exposed_s": priced.exposed_s,
+        "held_bytes": priced.peak_bytes,
+        "sent_bytes_per_rank": sum(price.sent_bytes for price in priced.passes.values()) // priced.grid.size,
+    }
 
 
 def _figures(priced: PricedGrid) -> list[str]:

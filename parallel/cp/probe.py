@@ -98,7 +98,7 @@ def probe(
     inside = links.measure(links.wired, 0, per_node) if per_node > 1 else []
     across = links.measure(links.wired, per_node, num_nodes) if num_nodes > 1 else []
     copies = links.measure(links.copied, 0, per_node) if links.copied else []
-    speed = _speed(num_heads, num_kv_heads, head_dim, dtype, device, group, backend)
+    speed = attention_speed(num_heads, num_kv_heads, head_dim, dtype, device, group, backend)
     # With one rank a node there is no fabric inside; the one across stands for both.
     fabric = (inside or across)[0].fabric
     topology = Topology(
@@ -230,14 +230,14 @@ class _Links:
         return samples
 
 
-def _speed(
+def attention_speed(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
     dtype: torch.dtype,
     device: torch.device,
-    group: dist.ProcessGroup | None,
-    backend: str,
+    group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
 ) -> Speed:
     """Return the speed of attention, from a tile that takes `TILE_S` and one with a sixteenth of its pairs. Collective.
 

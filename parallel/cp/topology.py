@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 GB = 1e9
@@ -66,6 +66,12 @@ class Fabric:
             links = [("both ways", *sorted(ends)) for _, *ends in links]
         return Path(tuple((name, *link) for link in links), self.bytes_per_s, latency_s)
 
+    def every(self, stride: int) -> Fabric:
+        """Return the fabric between every `stride`-th end; the ends in between take their share of a shared port."""
+        # For example with a port for 4 ends and a stride of 2: 2 of every 4 ends are left, and half the port's bytes.
+        ends = max(1, self.ends_per_port // stride)
+        return replace(self, ends_per_port=ends, bytes_per_s=self.bytes_per_s * ends / self.ends_per_port)
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -86,6 +92,15 @@ class Topology:
             fabric = self.copies if self.copies and size <= per_node else self.inside
             return fabric.path(min(size, per_node), source % per_node, target % per_node, node)
         return self.across.path(size, source, target, "across")
+
+    def every(self, stride: int) -> Topology:
+        """Return the topology between every `stride`-th rank; the ranks in between take their share of a port."""
+        return replace(
+            self,
+            ranks_per_node=max(1, self.ranks_per_node // stride),
+            inside=self.inside.every(stride),
+            across=self.across and self.across.every(stride),
+        )
 
     def covers(self, size: int) -> bool:
         """Return whether the topology describes `size` ranks: one node, or a fabric across nodes."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from longring.launch import cli
 from longring.launch.commands.topology import topology_tables
+from longring.launch.fit.device import named_device
 from longring.parallel.cp.cost import Speed
 from longring.parallel.cp.fit import Fit
 from longring.parallel.cp.probe import Probe, from_json
@@ -27,6 +29,12 @@ def test_two_ranks_of_this_machine(tmp_path, capfd):
     found = from_json(file.read_text())
     assert found.topology.ranks_per_node == 2
     assert found.topology.covers(2)
+    # The file is a device for `longring plan`.
+    settings = ["model.num_kv_heads=1", "data.max_bucket_tokens=1024"]
+    assert cli.main(["plan", DEMO, *settings, "--gpus", "2", "--device", str(file), "--json"]) == 0
+    planned = json.loads(capfd.readouterr().out)
+    assert planned["device"]["is_gpu"] is False
+    assert planned["recipe"]["buckets"][-1]["step_s"] > 0
 
 
 @pytest.mark.parametrize("arguments", [["--ranks", "1"], [DEMO, "train.ranks_per_node=1"]])
@@ -49,7 +57,7 @@ def test_the_tables_of_a_cluster_fit_80_columns():
         (Fit(copies, 0.02),),
     )
     console = Console(width=80, record=True)
-    for table in topology_tables(found, "32 query and 8 kv heads of 128, bfloat16", "cuda"):
+    for table in topology_tables(found, "32 query and 8 kv heads of 128, bfloat16", "cuda", named_device("h100")):
         console.print(table)
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
@@ -63,5 +71,7 @@ def test_the_tables_of_a_cluster_fit_80_columns():
         "500,000.0 GFLOP/s",
         "8 ranks a port, one direction at a time",
         "40%",
+        "692,300.0 GFLOP/s",
+        "80% of the links' bandwidth",
     ):
         assert word in text

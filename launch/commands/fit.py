@@ -1,0 +1,110 @@
+"""`longring plan --gpus N --device NAME`: memory and time of a recipe before any rank starts, and settings that fit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+
+from ...data.format.manifest import MANIFEST_FILE, Manifest, open_prepared
+from ...parallel.cp.topology import PRESETS, Topology
+from ..config import Recipe
+from ..fit.device import SHEETS, Device, measured_device, named_device
+from ..fit.links import assumed_topology
+from ..fit.search import Planner
+from ..fit.show import answer, lines, tables, to_json
+from ..grids.choice import check_named_grids
+from ..preflight import order_of
+
+RANKS_OF_A_NODE = 8
+"""GPUs that are assumed to share a node when no topology is named."""
+
+
+def show_fit(recipe: Recipe, console: Console, options: argparse.Namespace) -> None:
+    """Print the plan of a recipe on the GPUs that the options name. Raises ValueError for options that do not fit."""
+    for given, missing in (("gpus", "device"), ("device", "gpus")):
+        if getattr(options, given) and not getattr(options, missing):
+            example = "--device h100" if missing == "device" else "--gpus 64"
+            raise ValueError(f"--{given} {getattr(options, given)}: needs --{missing}; add {example}")
+    for other in ("timeline", "measure", "mix", "ranks"):
+        if getattr(options, other):
+            raise ValueError(f"--{other}: has no part in a plan with --gpus; leave out --gpus and --device")
+    recipe.accumulation_steps(options.gpus)
+    check_named_grids(recipe)
+    device, topology, origin = _device(recipe, options.device, options.gpus, options.topology)
+    manifest = _manifest(recipe)
+    vocab_size = manifest.vocab_size if manifest else recipe.data.tokenizer.vocab_size
+    planner = Planner(recipe, options.gpus, vocab_size, device, topology)
+    tokens, passes = _trained(manifest, recipe) if manifest else (None, None)
+    found = answer(planner, tokens, passes)
+    if options.json:
+        print(json.dumps(to_json(found), indent=1))
+        return
+    console.print(_head(planner, origin), highlight=False, soft_wrap=True)
+    for table in tables(found):
+        console.print(table)
+    for line in lines(found):
+        console.print(line, highlight=False)
+
+
+def _device(recipe: Recipe, name: str, ranks: int, preset: str | None) -> tuple[Device, Topology, str]:
+    """Return the device, the links between all ranks, and the origin of the links."""
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"--topology {preset}: must be one of {', '.join(PRESETS)}")
+    measured = None
+    if name not in SHEETS and Path(name).is_file():
+        device, measured = measured_device(Path(name))
+    else:
+        device = named_device(name)
+        if recipe.train.dtype != "bfloat16":
+            raise ValueError(
+                f"train.dtype = {recipe.train.dtype!r}: --device {name} has the limits of bfloat16; set train.dtype = "
+                "bfloat16, or measure a device with `longring topology`"
+            )
+    if preset is not None:
+        return device, assumed_topology(preset, ranks, name), "--topology"
+    if measured is not None:
+        return device, measured, f"measured in {name}"
+    if recipe.parallel.cp.topology != "probe":
+        return device, assumed_topology(recipe.parallel.cp.topology, ranks, name), "parallel.cp.topology"
+    assumed = "nvswitch" if ranks <= RANKS_OF_A_NODE else "infiniband"
+    return device, assumed_topology(assumed, ranks, name), "assumed"
+
+
+def _manifest(recipe: Recipe) -> Manifest | None:
+    """Return the manifest of the recipe's data if it is prepared."""
+    directory = recipe.training_directory
+    if "://" not in directory and not Path(directory, MANIFEST_FILE).is_file():
+        return None
+    manifest = open_prepared(directory, recipe.loader, check_shards=False)
+    manifest.check_made_from(recipe.data, recipe.order)
+    return manifest
+
+
+def _trained(manifest: Manifest, recipe: Recipe) -> tuple[Counter[int], float]:
+    """Return the tokens that the whole run trains of each bucket, and its passes over the buckets in use."""
+    cells = order_of(manifest, recipe).trained(recipe.train.steps)
+    tokens: Counter[int] = Counter()
+    for cell in cells:
+        tokens[cell.length] += cell.tokens
+    return tokens, tokens.total() / max(1, sum(cell.available * cell.length for cell in cells))
+
+
+def _head(planner: Planner, origin: str) -> str:
+    recipe, device, topology = planner.recipe, planner.device, planner.topology
+    inside = f"{topology.inside.bytes_per_s / 1e9:.3g} GB/s a rank"
+    across = f", {topology.across.bytes_per_s / 1e9:.3g} across nodes" if topology.across else ""
+    ranks = f"{planner.world_size:,} rank{'s' * (planner.world_size > 1)}"
+    return (
+        f"{ranks}, {recipe.parallel.tokens_per_rank:,} tokens on each, "
+        f"{recipe.accumulation_steps(planner.world_size):,} micro-batches a step; vocabulary of "
+        f"{recipe.model.num_tokens(planner.vocab_size):,}\n"
+        f"device: {device.name}, {device.memory_bytes / 2**30:.1f} GiB; peak {device.peak_flops / 1e12:.4g} TFLOP/s, "
+        f"products reach {device.product_flops / 1e12:.4g}, attention {device.attention.forward_flops / 1e12:.4g} "
+        f"forward and {device.attention.backward_flops / 1e12:.4g} backward, operators "
+        f"{device.operator_bytes_per_s / 1e12:.3g} TB/s\n"
+        f"topology: {topology.name} ({origin}), {inside}{across}, of which collectives reach {device.link_share:.0%}"
+    )

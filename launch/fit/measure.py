@@ -1,0 +1,112 @@
+"""Rates of this machine's ranks, measured while all of them compute, as ranks may share cores and memory."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...model.fused import fused_ops
+from ...parallel.cp.cost import Speed
+from ...parallel.cp.topology import Topology
+from .device import Device
+from .links import gather_s
+from .time import ADAMW_BYTES
+
+SAMPLES = 5
+"""Timed calls of each kind of work, after one that warms it up; the median counts."""
+SUM_ELEMENTS = 2**21
+"""Elements of the sum over all ranks, and of the weights that AdamW steps."""
+
+
+class Sizes(NamedTuple):
+    """Sizes of the products and operators that are timed: those of a model."""
+
+    tokens: int
+    hidden: int
+    ffn: int
+    """Width of SwiGLU on one tensor-parallel rank."""
+
+
+def measure_device(sizes: Sizes, dtype: torch.dtype, device: torch.device, speed: Speed, topology: Topology) -> Device:
+    """Return what the ranks of the world reach together; the slowest counts. Collective.
+
+    Operators are those of the model, which take several passes on a CPU, and their tensors count as read and written
+    once. AdamW runs as in training.
+    """
+    s, h, f = sizes
+    x, hidden = _random(s, h, dtype=dtype, device=device), _random(s, 2 * f, dtype=dtype, device=device)
+    weight, norm = _random(2 * f, h, dtype=dtype, device=device), _random(h, dtype=dtype, device=device)
+    itemsize = x.itemsize
+
+    def products() -> None:
+        result = x @ weight.t()
+        _ = result @ weight, result.t() @ x
+
+    ops = fused_ops(x)
+
+    def operators() -> None:
+        passes = ((ops.rms_norm(x.view(s, 1, h), norm, 1e-5), x), (ops.swiglu(hidden), hidden))
+        for result, inputs in passes:
+            torch.autograd.grad(result, inputs, torch.ones_like(result))
+
+    numbers = torch.nn.Parameter(torch.zeros(SUM_ELEMENTS, device=device))
+    numbers.grad = torch.ones_like(numbers)
+    adamw = torch.optim.AdamW([numbers])
+    to_sum, on_host = torch.zeros(SUM_ELEMENTS, device=device), torch.zeros(SUM_ELEMENTS)
+    # Forward: norm 2 h, SwiGLU 3 f; backward: norm 3 h, SwiGLU 5 f.
+    moved = itemsize * s * (5 * h + 8 * f)
+    product_flops = 12.0 * s * h * f / _seconds(products, device)
+    ranks = dist.get_world_size()
+    share = 1.0
+    if ranks > 1:
+        expected = 2 * gather_s(topology, ranks, to_sum.nbytes, 1.0)
+        share = expected / _seconds(lambda: dist.all_reduce(to_sum), device)
+    copied = 2 * on_host.nbytes / _seconds(lambda: (on_host.to(device, copy=True), to_sum.to("cpu", copy=True)), device)
+    update = ADAMW_BYTES * SUM_ELEMENTS / _seconds(lambda: adamw.step(), device)
+    return Device(
+        f"{ranks} ranks, measured on {device.type}",
+        _memory_bytes(device),
+        product_flops,
+        product_flops,
+        moved / _seconds(operators, device),
+        update,
+        copied,
+        update,
+        speed,
+        share,
+        is_gpu=device.type == "cuda",
+    )
+
+
+def _random(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(shape, device=device).to(dtype).requires_grad_()
+
+
+def _memory_bytes(device: torch.device) -> float:
+    """Return a rank's memory: of its GPU, or its part of the host's."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / local
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return the median of the seconds of a call on the slowest rank; all ranks start together. Collective."""
+    samples = []
+    for _ in range(SAMPLES + 1):
+        dist.barrier()
+        started = time.perf_counter()
+        with torch.enable_grad():
+            work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        samples.append(time.perf_counter() - started)
+    times = torch.tensor(samples[1:], dtype=torch.float64, device=device)
+    dist.all_reduce(times, dist.ReduceOp.MAX)
+    return float(times.median())

@@ -1,0 +1,93 @@
+"""The search over settings against all of its space, one by one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from helpers.lanes import by_lane
+from longring.launch.config import load_recipe
+from longring.launch.fit.device import named_device
+from longring.launch.fit.links import assumed_topology
+from longring.launch.fit.search import Plan, Planner, Setting, with_longest
+
+RANKS = 8
+
+
+def planner_of(recipe_file, memory_bytes: float, *settings: str) -> Planner:
+    few = ["train.dtype=bfloat16", "data.min_bucket_tokens=256", "parallel.tokens_per_rank=256", *settings]
+    device = replace(named_device("h100"), memory_bytes=memory_bytes)
+    return Planner(load_recipe(recipe_file, few), RANKS, 500, device, assumed_topology("nvswitch", RANKS, "h100"))
+
+
+def all_that_fit(planner: Planner) -> list[Plan]:
+    plans = [planner.plan(recipe) for _, recipe in planner.settings()]
+    return [plan for plan in plans if plan.memory_bytes <= planner.device.memory_bytes]
+
+
+def changes(planner: Planner, plan: Plan) -> dict[str, int | str]:
+    return Setting.of(plan.recipe).changes(planner.recipe)
+
+
+@pytest.fixture(scope="module")
+def sizes(recipe_file) -> list[int]:
+    """The memory of all settings, ascending."""
+    planner = planner_of(recipe_file, 1e18)
+    return sorted(plan.memory_bytes for plan in all_that_fit(planner))
+
+
+@pytest.mark.parametrize("share", by_lane([0.0, 0.02, 0.3, 1.0], quick=[], slow=[0.0, 1.0]))
+def test_the_best_and_the_nearest_are_those_of_the_whole_space(recipe_file, sizes, share):
+    planner = planner_of(recipe_file, sizes[int(share * (len(sizes) - 1))], "train.memory.activations=keep")
+    fitting = all_that_fit(planner)
+    assert fitting
+    best = [plan.seconds for plan in planner.three_best()]
+    useful = [
+        plan.seconds
+        for plan in fitting
+        if not any(
+            other.seconds <= plan.seconds
+            and changes(planner, other).items() <= changes(planner, plan).items()
+            and changes(planner, other) != changes(planner, plan)
+            for other in fitting
+        )
+    ]
+    assert best == sorted(useful)[:3]
+    nearest = planner.nearest()
+    assert nearest is not None
+    assert (len(changes(planner, nearest)), nearest.seconds) == min(
+        (len(changes(planner, plan)), plan.seconds) for plan in fitting
+    )
+    longest, batch = planner.longest(), planner.recipe.train.global_batch_tokens
+    assert longest is not None
+    reached = [
+        length
+        for length in (256, 512, 1024, 2048, 4096)
+        if length <= batch
+        and any(
+            planner.fits(planner.plan(recipe, [length]))
+            for _, recipe in planner.settings(with_longest(planner.recipe, length))
+        )
+    ]
+    assert longest.buckets[-1].length == max(reached)
+
+
+def test_nothing_fits_a_device_without_memory(recipe_file):
+    planner = planner_of(recipe_file, 1.0)
+    assert (planner.three_best(), planner.nearest(), planner.longest()) == ([], None, None)
+
+
+def test_a_setting_brings_what_it_needs(recipe_file):
+    """A first tensor degree brings sequence parallelism; another stage drops the settings of the one before."""
+    planner = planner_of(recipe_file, 1e18, "parallel.zero_stage=3", "parallel.zero.zero_hpz_partition_size=2")
+    found = dict(planner.settings())
+    of = Setting.of(planner.recipe)
+    assert found[of] == planner.recipe
+    assert found[of._replace(tensor=2)].parallel.sequence_parallel
+    assert changes(planner, planner.plan(found[of._replace(tensor=2)])) == {
+        "parallel.tensor": 2,
+        "parallel.sequence_parallel": True,
+    }
+    assert found[of._replace(zero_stage=1)].parallel.zero.zero_hpz_partition_size == 1
+    assert all(recipe.accumulation_steps(RANKS) for recipe in found.values())
+    assert {setting.offload_param for setting in found if setting.zero_stage < 3} == {"none"}
