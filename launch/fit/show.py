@@ -168,7 +168,7 @@ def _parts(plan: Plan) -> Table:
     """Return the table of the seconds of a step by part; parts that no bucket has are left out."""
     parts = [part for part in plan.buckets[0].time.by_part() if any(b.time.by_part()[part] for b in plan.buckets)]
     exposed = [part for part in ("ring", "tensor", "zero", "host") if part in parts]
-    note = "again: computed again to save memory; hidden: messages and copies beneath computing"
+    note = "again: computed again to save memory\nhidden: messages and copies beneath computing"
     if exposed:
         note += f"\n{', '.join(exposed)}: messages and copies that are exposed"
     table = plain_table("Seconds of a step by part", "bucket", *parts, "hidden", caption=note)
