@@ -668,12 +668,16 @@ def row(title: str, message: str) -> str:
     return f"| {title} | {message.replace('|', BAR)} |\n"
 
 
-FULL = ("a data set without the split",)
+QUICK = ("a text in UTF-16", "token ids with EOS inside", "a stream of ids without EOS", "a .bin without its .idx")
+"""Corpora of the quick lane; tests/data/prepare/test_kind_faults.py has most of the others in little time."""
 
 
 @pytest.mark.parametrize(
     ("part", "title"),
-    [pytest.param(*name, marks=pytest.mark.full if name[1] in FULL else ()) for name in NAMES],
+    [
+        pytest.param(*name, marks=pytest.mark.full if name[0] == "Corpora" and name[1] not in QUICK else ())
+        for name in NAMES
+    ],
     ids=lambda value: value,
 )
 def test_every_mistake_has_the_message_of_the_page(part, title, recipe_file, tmp_path, capsys, table, monkeypatch):
