@@ -263,8 +263,8 @@ def show(figures: Row) -> None:
     console.print(f"goal for text: {GOAL} of the bare tokenizer", highlight=False)
     for row in figures["processes"]:
         console.print(
-            f"eight input shards, processes: {row['processes']}; {row['seconds']:.1f} s, CPU {row['cpu_s']:.1f} s, of it "
-            f"{row['alone_cpu_s']:.2f} s of the process that waits for them",
+            f"eight input shards, processes: {row['processes']}; {row['seconds']:.1f} s, CPU {row['cpu_s']:.1f} s, "
+            f"of it {row['alone_cpu_s']:.2f} s of the process that waits for them",
             highlight=False,
         )
     for row in figures["short_documents"]:

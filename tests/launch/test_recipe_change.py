@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -257,21 +258,34 @@ def test_a_run_whose_steps_are_raised_equals_one_that_had_them_from_the_start(re
 
 @pytest.mark.full
 def test_a_run_resumed_inside_a_change_of_shares_equals_one_that_never_stopped(recipe_file, tmp_path):
-    """The shares change in every cycle of two steps, and steps have several lengths; the run stops inside a cycle."""
-    mixed = ["curriculum.mix=micro_batch", "curriculum.shares.@512=[[0, 0.2], [1, 0.6]]", "train.steps=8"]
-    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    """The shares change in every cycle of two steps, and steps have several lengths; the run stops inside a cycle.
+
+    On the same ranks it is equal bit for bit, on twice as many it has the same batches.
+    """
+    mixed = ["curriculum.mix=micro_batch", "curriculum.slot_tokens=1024", "train.steps=8"]
+    mixed.append("curriculum.shares.@512=[[0, 0.2], [1, 0.6]]")
+    stopped, whole, wider = tmp_path / "stopped", tmp_path / "whole", tmp_path / "wider"
     assert trained(recipe_file, whole, mixed) == [0, 0]
     assert trained(recipe_file, stopped, mixed, stop_after=3) == [0, 0]
+    shutil.copytree(stopped, wider)
     assert trained(recipe_file, stopped, mixed) == [0, 0]
     assert result(stopped) == result(whole)
-    ledgers = [json.loads((run / "trained.json").read_text()) for run in (stopped, whole)]
-    assert ledgers[0] == ledgers[1]
+    assert trained(recipe_file, wider, mixed, ranks=4) == [0] * 4
+    steps = [read_records(run / "metrics.jsonl") for run in (wider, whole)]
+    lengths = [[{name: of["targets"] for name, of in step["buckets"].items()} for step in one] for one in steps]
+    assert lengths[0] == lengths[1]
+    assert max(map(len, lengths[0])) == 2, "a step has two slots"
+    assert [step["loss"] for step in steps[0]] == pytest.approx([step["loss"] for step in steps[1]], rel=1e-5)
+    ledgers = [json.loads((run / "trained.json").read_text()) for run in (stopped, whole, wider)]
+    assert ledgers[0] == ledgers[1] == ledgers[2]
     assert sum(cell["tokens"] for cell in ledgers[0]["cells"]) == 8 * 2048
 
 
-def trained(recipe_file: Path, run: Path, overrides: Sequence[str], stop_after: int | None = None) -> list[int]:
+def trained(
+    recipe_file: Path, run: Path, overrides: Sequence[str], stop_after: int | None = None, ranks: int = 2
+) -> list[int]:
     settings = [*SMALL, *overrides, f"run_directory={run}"]
-    return start(2, recipe_file, settings, run.with_suffix(".txt"), stop_after=stop_after).wait()
+    return start(ranks, recipe_file, settings, run.with_suffix(".txt"), stop_after=stop_after).wait()
 
 
 def result(run: Path) -> tuple[list[Any], dict[str, bytes]]:
