@@ -90,7 +90,12 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         help="number of ranks to start here (default: those of the last checkpoint; with --data one for each GPU)",
     )
     parser.add_argument("--tasks", default="", metavar="TASK,...", help="score these tasks too: needle,uuid,copy,...")
-    parser.add_argument("--json", metavar="FILE", help="write the losses to FILE as well")
+    parser.add_argument(
+        "--judge", default="", metavar="WEIGHTS", help="model that chooses the key tokens of LongPPL (default: each)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the results to FILE as well")
+    parser.add_argument("--picture", metavar="FILE", help="draw them: .png, .svg or .pdf")
+    _several_nodes(parser)
 
 
 def train(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +104,11 @@ def train(parser: argparse.ArgumentParser) -> None:
         "--ranks", type=_positive, metavar="N", help="number of ranks to start here (default: train.ranks_per_node)"
     )
     parser.add_argument("--stop-after", type=_positive, metavar="STEP", help="save and stop after this step")
+    several = _several_nodes(parser)
+    several.add_argument("--check-node", action="store_true", help="first check the devices, memory and disk")
+
+
+def _several_nodes(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     several = parser.add_argument_group("several nodes", "Every node runs the same command, as in slurm/train.sbatch.")
     several.add_argument("--nodes", type=_positive, default=1, metavar="N", help="number of nodes")
     several.add_argument("--node", type=_not_negative, default=0, metavar="I", help="index of this node, from 0")
@@ -107,7 +117,7 @@ def train(parser: argparse.ArgumentParser) -> None:
         "--job", metavar="NAME", help="name of this start, the same on all nodes; status 250 then stands for 2"
     )
     several.add_argument("--address", metavar="NAME", help="name at which other nodes reach this one")
-    several.add_argument("--check-node", action="store_true", help="first check the devices, memory and disk")
+    return several
 
 
 def submit(parser: argparse.ArgumentParser) -> None:

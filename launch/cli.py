@@ -16,6 +16,7 @@ from ..data.format.manifest import open_prepared
 from . import add_options
 from .config import load_recipe
 from .errors import IO_ERROR, NODE_USER_ERROR, USER_ERROR, print_error
+from .ranks.nodes import ManyNodes
 from .run_directory import RunDirectory, find_run
 
 # The functions below import their command when they are called: torch, DeepSpeed and datasets take seconds to import,
@@ -114,12 +115,18 @@ def _train(options: argparse.Namespace) -> int:
         [options.target, *options.overrides],
         ranks=options.ranks,
         stop_after=options.stop_after,
+        nodes=_many_nodes(options),
+        check_this_node=options.check_node,
+    )
+
+
+def _many_nodes(options: argparse.Namespace) -> ManyNodes:
+    return ManyNodes(
         nodes=options.nodes,
         node=options.node,
-        rendezvous=options.rendezvous,
+        endpoint=options.rendezvous,
         job=options.job,
         address=options.address,
-        check_this_node=options.check_node,
     )
 
 
@@ -160,12 +167,22 @@ def _requeue(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from .commands.evaluate import start_evaluation
+    from .commands.evaluate import Evaluation
 
+    more = [word for word in options.overrides if "=" not in word or Path(word).exists()]
+    settings = [word for word in options.overrides if word not in more]
     tasks = [f"evaluate.tasks={options.tasks.split(',')}"] if options.tasks else []
-    return start_evaluation(
-        options.target, [*options.overrides, *tasks], data=options.data, ranks=options.ranks, json_file=options.json
+    evaluation = Evaluation(
+        targets=[options.target, *more],
+        overrides=[*settings, *tasks],
+        data=options.data,
+        judge=options.judge,
+        ranks=options.ranks,
+        json_file=options.json,
+        picture=options.picture,
+        nodes=_many_nodes(options),
     )
+    return evaluation.start(Console())
 
 
 def _checkpoints(options: argparse.Namespace) -> int:
@@ -247,7 +264,7 @@ DEMO = "launch/recipes/demo.toml"
 OVERRIDES = {
     "RECIPE": "settings that replace those of the recipe",
     "RUN|RECIPE": "evaluate.* settings; with a recipe also run_directory",
-    "RUN|RECIPE|WEIGHTS": "evaluate.* settings; with --data also parallel.*, train.dtype and model.rope*",
+    "RUN|RECIPE|WEIGHTS": "more targets; evaluate.* settings, with --data also parallel.*, train.dtype, model.rope*",
     "DATA|RUN|RECIPE": "settings of the recipe; of data alone, curriculum.* and loader.*",
 }
 TARGETS = {
@@ -335,8 +352,8 @@ COMMANDS = (
         _evaluate,
         "RUN|RECIPE|WEIGHTS",
         "Compute the held-out loss of the last checkpoint of a run, or of any weights.",
-        "It is given by bucket and by position in the context.",
-        "models/Llama-3.1-8B --data runs/demo-data \\\n      --ranks 8 --json losses.json",
+        "It is given by bucket and position in the context; several targets stand side by side in the tables.",
+        "runs/demo models/Llama-3.1-8B \\\n      --data runs/demo-data --ranks 8 --tasks needle --picture needles.png",
         add_options.evaluate,
     ),
     Command(

@@ -36,7 +36,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class RelatedPrefix:
-    """The end of a held-out sequence behind its own prefix, and behind that of another one, as the distractor."""
+    """The end of a held-out sequence behind its own prefix, behind that of another one as the distractor, and alone."""
 
     any_order: bool = False
 
@@ -48,4 +48,4 @@ class RelatedPrefix:
         rows = np.stack([row, np.concatenate([other[:cut], row[cut:]])])
         parts = np.zeros((2, length), dtype=np.uint8)
         parts[:, cut:] = FIRST_REFERENCE  # targets behind the first token after the cut, in both rows alike
-        return Sample(rows, parts)
+        return Sample(rows, parts, alone=cut)

@@ -47,6 +47,9 @@ class Sample:
     accepted: Tokens = field(default_factory=lambda: np.empty((0, 2), dtype=np.int64))
     """Tokens that are as right as the target, int64 `[n, 2]` = (target's position, token); first row only."""
 
+    alone: int | None = None
+    """Position before which one more copy of the first row sees nothing: its answer's loss is the baseline."""
+
     @property
     def length(self) -> int:
         """Number of inputs, and of targets, of each row."""

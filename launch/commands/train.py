@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from ..config import Recipe
 from ..preflight import preflight
 from ..ranks.node import check_node
-from ..ranks.start import Rendezvous, local_ranks, start_ranks
+from ..ranks.nodes import ManyNodes
+from ..ranks.start import local_ranks, start_ranks
 
 
 def start_training(
@@ -16,31 +17,20 @@ def start_training(
     *,
     ranks: int | None,
     stop_after: int | None,
-    nodes: int,
-    node: int,
-    rendezvous: str | None,
-    job: str | None,
-    address: str | None,
+    nodes: ManyNodes,
     check_this_node: bool,
 ) -> int:
     """Start the ranks of this node; return an exit status.
 
     `settings` are the arguments from which every rank reads the same recipe: its file and the overrides.
-    `rendezvous`, `job` and `address` join the launchers of several nodes. Raises ValueError, before any rank starts, if
+    `nodes` joins the launchers of several nodes. Raises ValueError, before any rank starts, if
     recipe, data, run directory or node do not fit.
     """
     count = ranks or local_ranks(recipe.train.ranks_per_node)
     if check_this_node:
         check_node(recipe, count)
-    preflight(recipe, count * nodes, check_shards=node == 0)
-    meeting = None
-    if nodes > 1 or rendezvous:
-        if not (rendezvous and job and address):
-            raise ValueError(
-                f"--nodes {nodes}: several nodes need --rendezvous, --job and --address too; give them as in "
-                "slurm/train.sbatch"
-            )
-        meeting = Rendezvous(rendezvous, job, nodes, node, address)
+    preflight(recipe, count * nodes.nodes, check_shards=nodes.node == 0)
+    meeting = nodes.rendezvous()
     stop = ["--stop-after", str(stop_after)] if stop_after else []
     queues = recipe.parallel.gpu_queues
     return start_ranks("longring.launch.train", [*settings, *stop], count, meeting, gpu_queues=queues)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,12 +76,14 @@ def gain_of_context(scorer: Scorer, rows: HeldOutRows, num_sequences: int) -> di
     }
 
 
-def long_ppl(scorer: Scorer, rows: HeldOutRows, num_sequences: int, short: int, stride: int) -> dict[str, Any]:
-    """Return LongPPL (arXiv 2410.23771) of sequences, with the model itself as the judge of key tokens. Collective.
+def key_tokens(
+    scorer: Scorer, rows: HeldOutRows, num_sequences: int, short: int, stride: int
+) -> Iterator[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
+    """Yield losses with the whole context `[length]`, and whether each token is a key token, by sequence. Collective.
 
-    A token's short context begins between `short - stride` and `short` tokens before it. A key token's loss with the
-    short context is LONG_SHORT_NATS or more above that with the whole one, which is below LONG_NATS; none is among the
-    first `short` tokens. LongPPL is the exponential of the mean loss of key tokens; None without any.
+    The model itself is the judge. A token's short context begins between `short - stride` and `short` tokens before it.
+    A key token's loss with the short context is LONG_SHORT_NATS or more above that with the whole one, which is below
+    LONG_NATS; none is among the first `short` tokens.
     """
     length = scorer.layout.length
     passes = short // stride
@@ -95,19 +98,38 @@ def long_ppl(scorer: Scorer, rows: HeldOutRows, num_sequences: int, short: int, 
         return rows.row(sequence, none, cuts[which])
 
     losses = scorer.losses(num_sequences * (passes + 1), row)
-    key_loss, keys, tokens = 0.0, 0, 0
     for _ in range(num_sequences):
         *by_pass, whole = (next(losses) for _ in range(passes + 1))
         brief = np.choose(taken, by_pass)
         key = (brief - whole > LONG_SHORT_NATS) & (whole < LONG_NATS)
         key[:short] = False
-        key_loss, keys, tokens = key_loss + whole[key].sum(), keys + int(key.sum()), tokens + length - short
+        yield whole, key
+
+
+def judged(
+    scorer: Scorer, rows: HeldOutRows, keys: NDArray[np.bool_]
+) -> Iterator[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
+    """Yield the same of sequences whose key tokens `[sequences, length]` another model has chosen. Collective."""
+    none = np.zeros(scorer.layout.length, dtype=np.uint8)
+    return zip(scorer.losses(len(keys), lambda number: rows.row(number, none)), keys, strict=True)
+
+
+def long_ppl(
+    length: int, short: int, judge: str | None, found: Iterable[tuple[NDArray[np.float64], NDArray[np.bool_]]]
+) -> dict[str, Any]:
+    """Return LongPPL (arXiv 2410.23771): the exponential of the mean loss of key tokens; None without any.
+
+    `found` are losses and key tokens of sequences, as `key_tokens` or `judged` yield them; `judge` None: the model.
+    """
+    key_loss, num_keys, sequences = 0.0, 0, 0
+    for whole, key in found:
+        key_loss, num_keys, sequences = key_loss + float(whole[key].sum()), num_keys + int(key.sum()), sequences + 1
     return {
         "length": length,
-        "sequences": num_sequences,
+        "sequences": sequences,
         "short": short,
-        "stride": stride,
-        "key_tokens": keys,
-        "tokens": tokens,
-        "long_ppl": math.exp(key_loss / keys) if keys else None,
+        "judge": judge,
+        "key_tokens": num_keys,
+        "tokens": sequences * (length - short),
+        "long_ppl": math.exp(key_loss / num_keys) if num_keys else None,
     }

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from ...data.format.manifest import Manifest
 from ...data.tasks.catalog import chosen_tasks
 from ...data.tasks.held_out import HeldOut
 from ...data.tasks.material import Material
 from ..config import EvaluateConfig
-from .context import EIGHTHS, HeldOutRows, gain_of_context, long_ppl
+from .context import EIGHTHS, HeldOutRows, gain_of_context, judged, key_tokens, long_ppl
+from .key_tokens import KeyTokens
 from .score import Scorer
 from .tasks import score_task
 
@@ -18,11 +21,18 @@ STRIDES = 4
 """LongPPL: number of strides of a short context."""
 
 
-def long_context(config: EvaluateConfig, manifest: Manifest, scorers: Sequence[Scorer], found: dict[str, Any]) -> None:
+def long_context(
+    config: EvaluateConfig,
+    manifest: Manifest,
+    scorers: Sequence[Scorer],
+    found: dict[str, Any],
+    keys: KeyTokens | None = None,
+) -> None:
     """Add scores of tasks, gain of context and LongPPL at the length of each scorer, shortest first. Collective.
 
     `found` has what is measured if a scorer ends it early. What a length or the data do not allow is in its `left_out`,
-    with the reason. Raises ValueError for an unknown task.
+    with the reason. `keys` are the key tokens of LongPPL; None: the model chooses its own. Raises ValueError for an
+    unknown task.
     """
     names = chosen_tasks(config.tasks)
     if not names and not config.context_sequences:
@@ -37,10 +47,45 @@ def long_context(config: EvaluateConfig, manifest: Manifest, scorers: Sequence[S
                 found["tasks"].append(score)
             except ValueError as error:  # every rank raises it alike
                 found["left_out"].append({"task": name, "length": length, "reason": str(error)})
-        [bucket] = [bucket for bucket in manifest.buckets("held_out") if bucket.length == length]
-        rows, count = HeldOutRows.of(manifest, bucket), min(bucket.sequences, config.context_sequences)
+        rows, count = _rows(config, manifest, length)
         if count and length >= EIGHTHS:
             found["context"].append(gain_of_context(scorer, rows, count))
         if count and length > config.short_tokens:
-            stride = config.short_tokens // STRIDES
-            found["long_ppl"].append(long_ppl(scorer, rows, count, stride * STRIDES, stride))
+            short, stride = _short(config)
+            if keys is None:
+                entry = long_ppl(length, short, None, key_tokens(scorer, rows, count, short, stride))
+            else:
+                entry = long_ppl(length, short, keys.judge, judged(scorer, rows, keys.by_length[length]))
+            found["long_ppl"].append(entry)
+
+
+def judge(name: str, config: EvaluateConfig, manifest: Manifest, scorers: Sequence[Scorer]) -> KeyTokens:
+    """Return the key tokens of LongPPL that a model of this name chooses. Collective.
+
+    Raises ValueError if the settings choose no sequence that is longer than a short context.
+    """
+    found = {}
+    for scorer in scorers:
+        length = scorer.layout.length
+        rows, count = _rows(config, manifest, length)
+        if count and length > config.short_tokens:
+            found[length] = np.stack([key for _, key in key_tokens(scorer, rows, count, *_short(config))])
+    if not found:
+        raise ValueError(
+            f"evaluate.context_sequences = {config.context_sequences}, evaluate.short_tokens = {config.short_tokens}: "
+            "no sequence for LongPPL, and a judge is for nothing else; set evaluate.context_sequences above 0 and "
+            "evaluate.short_tokens below the longest bucket, or leave out --judge"
+        )
+    return KeyTokens(name, found)
+
+
+def _rows(config: EvaluateConfig, manifest: Manifest, length: int) -> tuple[HeldOutRows, int]:
+    """Return the held-out rows of a length, and the number of them that the settings choose."""
+    [bucket] = [bucket for bucket in manifest.buckets("held_out") if bucket.length == length]
+    return HeldOutRows.of(manifest, bucket), min(bucket.sequences, config.context_sequences)
+
+
+def _short(config: EvaluateConfig) -> tuple[int, int]:
+    """Return the length of a short context of LongPPL, and its stride."""
+    stride = config.short_tokens // STRIDES
+    return stride * STRIDES, stride

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ...data.format.bucket import Bucket
 from ...data.format.manifest import Manifest
 from ...parallel.mesh import Mesh
 from ...parallel.zero import DeepSpeedEngine
@@ -17,6 +18,7 @@ from ..build import BucketLayout
 from ..config import Recipe
 from .documents import DocumentLengths
 from .held_out import HeldOutLoss, held_out_buckets, with_means
+from .key_tokens import KeyTokens
 from .long_context import long_context
 from .score import Scorer
 
@@ -69,6 +71,8 @@ class Measurement:
     held_out: HeldOutLoss
     layouts: Mapping[int, BucketLayout]
     """Layout of each bucket that is evaluated, by length."""
+    keys: KeyTokens | None = None
+    """Key tokens of LongPPL that another model has chosen."""
 
     @classmethod
     def of(
@@ -83,6 +87,16 @@ class Measurement:
         """Return the measurement on a mesh; `at` is told each operation as it begins."""
         return cls(HeldOutLoss(engine, recipe, manifest, mesh, at, DocumentLengths(manifest)), layouts)
 
+    def chosen(self) -> list[tuple[Bucket, int]]:
+        """Return the buckets that are evaluated, and the number of sequences of each."""
+        found = held_out_buckets(self.held_out.recipe, self.held_out.manifest)
+        return [(bucket, number) for bucket, number in found if bucket.length in self.layouts]
+
+    def scorers(self) -> list[Scorer]:
+        """Return the scorer of each of these buckets."""
+        loss = self.held_out
+        return [Scorer(loss.engine, loss.mesh, self.layouts[bucket.length], loss.at) for bucket, _ in self.chosen()]
+
     def measure(self) -> dict[str, Any]:
         """Return what evaluation.json has beside target and step; no losses if all buckets are cut short. Collective.
 
@@ -90,13 +104,11 @@ class Measurement:
         """
         loss = self.held_out
         began, entries, found, cut = time.monotonic(), [], {}, None
-        chosen = [one for one in held_out_buckets(loss.recipe, loss.manifest) if one[0].length in self.layouts]
         loss.engine.eval()
         try:
-            for bucket, number in chosen:
+            for bucket, number in self.chosen():
                 entries.append(loss.bucket(bucket, number, self.layouts[bucket.length]))
-            scorers = [Scorer(loss.engine, loss.mesh, self.layouts[bucket.length], loss.at) for bucket, _ in chosen]
-            long_context(loss.recipe.evaluate, loss.manifest, scorers, found)
+            long_context(loss.recipe.evaluate, loss.manifest, self.scorers(), found, self.keys)
         except CutShortError as reason:
             cut = str(reason)
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
@@ -68,7 +68,7 @@ def long_context_tables(result: Mapping[str, Any]) -> list[Table]:
     """Return the tables of what `long_context` has measured; none for nothing."""
     tables = []
     if result.get("tasks"):
-        tables += [_task_table(result["tasks"]), *_heat_maps(result["tasks"])]
+        tables += [_task_table(result["tasks"]), *heat_maps(result["tasks"])]
     if result.get("context"):
         tables.append(_context_table(result["context"]))
     if result.get("long_ppl"):
@@ -97,13 +97,13 @@ def _task_table(entries: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _heat_maps(entries: list[dict[str, Any]]) -> list[Table]:
-    """Return exact match by depth and length of each task that has depths."""
+def heat_maps(entries: Sequence[Mapping[str, Any]], target: str = "") -> list[Table]:
+    """Return exact match by depth and length of each task that has depths; titles begin with `target`."""
     tables = []
     for name in dict.fromkeys(entry["task"] for entry in entries if entry["by_depth"]):
         chosen = [entry for entry in entries if entry["task"] == name]
         lengths = [f"{entry['length']:,}" for entry in chosen]
-        table = plain_table(f"{name}: exact match by depth and length", "depth", *lengths)
+        table = plain_table(f"{target}{name}: exact match by depth and length", "depth", *lengths)
         for number in range(DEPTH_BINS):
             cells = []
             for entry in chosen:
@@ -128,7 +128,8 @@ def _context_table(entries: list[dict[str, Any]]) -> Table:
 
 
 def _long_ppl_table(entries: list[dict[str, Any]]) -> Table:
-    table = plain_table("LongPPL, key tokens judged by the model itself", "length", "short", "LongPPL", "key", "tokens")
+    title = f"LongPPL, key tokens judged by {escape(entries[0].get('judge') or 'the model itself')}"
+    table = plain_table(title, "length", "short", "LongPPL", "key", "tokens")
     for entry in entries:
         ppl = "" if entry["long_ppl"] is None else f"{entry['long_ppl']:.3f}"
         counts = f"{entry['key_tokens']:,}", f"{entry['tokens']:,}"

@@ -35,15 +35,21 @@ def score_task(
 
     first = made(0)  # every rank makes it, so all raise its error alike
     candidates = len(first.rows)
+    num_rows = candidates + (first.alone is not None)
 
     def row(number: int) -> Row:
-        sample, candidate = divmod(number, candidates)
+        sample, candidate = divmod(number, num_rows)
         found = made(sample)
-        tokens, parts = found.rows[candidate], found.parts[candidate]
-        return Row(tokens, parts, accepted=found.accepted) if candidate == 0 else Row(tokens, parts)
+        if candidate == candidates:
+            return Row(found.rows[0], found.parts[0], (0, *([found.alone] if found.alone else [])))
+        one = Row(found.rows[candidate], found.parts[candidate])
+        return one._replace(accepted=found.accepted) if candidate == 0 else one
 
-    sums = scorer.sums(count * candidates, int(first.parts.max()) + 1, row)
-    scores = scores_of(sums.reshape(count, candidates, *sums.shape[1:]))
+    sums = scorer.sums(count * num_rows, int(first.parts.max()) + 1, row)
+    sums = sums.reshape(count, num_rows, *sums.shape[1:])  # [samples, rows, parts, 3]
+    if first.alone is not None:
+        sums[:, 0, BASELINE] = sums[:, candidates, FIRST_REFERENCE:].sum(1)
+    scores = scores_of(sums[:, :candidates])
     depths = [first_depth(number) for number in range(count)] if first.depth is not None else []
     return {
         "task": name,

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import timedelta
 from types import FrameType
 
 import psutil
@@ -20,48 +17,9 @@ from torch.distributed.run import parse_args, run
 from ...parallel.config import GPU_QUEUES
 from ...parallel.meet import FREE_PORT, reach
 from ..errors import GO_ON_LATER, print_error
+from .nodes import FIRST_NODE, Rendezvous
 from .rank import LAUNCHER
 from .signals import STOP_SIGNALS
-
-FIRST_NODE = timedelta(minutes=10)
-"""Longest wait for the first node, which may take minutes to import torch from a cold network file system."""
-
-
-@dataclass(frozen=True)
-class Rendezvous:
-    """The rendezvous of the launchers of several nodes."""
-
-    endpoint: str
-    """host:port on the first node."""
-    job: str
-    """Name of this start, the same on all nodes."""
-    num_nodes: int
-    """Number of nodes."""
-    node: int
-    """Index of this node, from 0."""
-    address: str
-    """Name or address at which other nodes reach this one."""
-
-    def __post_init__(self) -> None:
-        host, _, port = self.endpoint.rpartition(":")
-        if not (host and re.fullmatch("[0-9]{1,5}", port, re.ASCII) and 0 < int(port) < 65536):
-            raise ValueError(
-                f"--rendezvous {self.endpoint}: must be HOST:PORT with a port from 1 to 65535; give it as in "
-                "slurm/train.sbatch"
-            )
-
-    @property
-    def torchrun_options(self) -> list[str]:
-        """Command-line options for torchrun.
-
-        is_host: torchrun would guess it from host names, which fails if a node has several. local-addr: torchrun would
-        give other nodes the full name of this one, which /etc/hosts may map to localhost.
-        """
-        conf = f"is_host={int(self.node == 0)},read_timeout={FIRST_NODE.seconds}"
-        return [
-            *("--nnodes", str(self.num_nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", self.endpoint),
-            *("--rdzv-id", self.job, "--rdzv-conf", conf, "--local-addr", self.address),
-        ]
 
 
 def local_ranks(configured: int) -> int:

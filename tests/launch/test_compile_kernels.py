@@ -65,7 +65,7 @@ def test_an_evaluation_compiles_before_probe_and_guards(monkeypatch):
     monkeypatch.setattr(build, "decide_grids", MagicMock(side_effect=EnoughError))
     watchdog = MagicMock()
     with pytest.raises(EnoughError):
-        evaluate.measure(target, MagicMock(device="cpu"), watchdog, [64])
+        evaluate.opened(target, MagicMock(device="cpu"), watchdog, [64])
     assert done == [("compile", [64])]
     said = [call.args for call in watchdog.at.mock_calls[1:]]
     assert said == [(3, "compiling kernels"), (3, "dividing attention among ranks")]

@@ -36,8 +36,8 @@ DIVISIONS = {
 
 def trained(recipe_file: Path, overrides: list[str], *stops: int | None) -> None:
     """Train in several starts, and evaluate at the end."""
+    recipe = load_recipe(recipe_file, overrides)
     for stop in stops:
-        recipe = load_recipe(recipe_file, overrides)
         train(recipe, Console(quiet=True), stop)
     if recipe.train.evaluate_every_steps:
         evaluate(recipe, Console(quiet=True))

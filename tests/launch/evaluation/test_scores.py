@@ -12,12 +12,13 @@ import torch
 from helpers.lanes import by_lane
 from helpers.plain_model import plain_losses
 from longring.data.format.manifest import Manifest, open_prepared
+from longring.data.tasks.catalog import samples
 from longring.data.tasks.held_out import HeldOut
 from longring.data.tasks.material import Material
 from longring.launch.build import build_engine, open_layouts
 from longring.launch.config import Recipe, load_recipe
 from longring.launch.evaluation import context
-from longring.launch.evaluation.context import HeldOutRows, gain_of_context, long_ppl
+from longring.launch.evaluation.context import HeldOutRows, gain_of_context, judged, key_tokens, long_ppl
 from longring.launch.evaluation.score import Row, Scorer
 from longring.launch.evaluation.tasks import score_task
 from longring.parallel.mesh import join
@@ -50,7 +51,7 @@ def measured(recipe_file: Path, overrides: list[str]) -> dict[str, Any]:
     rows = held_out(manifest)
     return {
         "gain": gain_of_context(scorer, rows, SEQUENCES),
-        "long_ppl": long_ppl(scorer, rows, SEQUENCES, SHORT, STRIDE),
+        "long_ppl": long_ppl(LENGTH, SHORT, None, key_tokens(scorer, rows, SEQUENCES, SHORT, STRIDE)),
         **{name: score_task(scorer, name, material, count=3, distractors=1, seed=4) for name in TASKS},
     }
 
@@ -155,6 +156,19 @@ def against_plain(recipe_file: Path) -> None:
         expected = [plain.losses(one[begin - visible * LENGTH // 8 :])[-LENGTH // 8 :].mean() for one in tokens]
         assert loss == pytest.approx(float(np.mean(expected)), rel=1e-4)
 
+    # What the own, another and no prefix are worth: rows whose cut is in the middle, as each holds one document.
+    material = Material(manifest.tokenizer().tokenizer, manifest.boundary_id, HeldOut(manifest))
+    score = score_task(scorer, "prefix", material, count=2, distractors=1, seed=4)
+    own, other, alone = 0.0, 0.0, 0.0
+    for sample in samples("prefix", material, LENGTH, count=2, distractors=1, seed=4):
+        cut = int(sample.parts[0].argmax())
+        own, other = (
+            total + float(plain.losses(row)[cut:].mean()) for total, row in zip((own, other), sample.rows, strict=True)
+        )
+        alone += float(plain.losses(sample.rows[0][cut:]).mean())
+    assert score["gain"] == pytest.approx((alone - own) / 2, rel=1e-3)
+    assert score["margin"] == pytest.approx((other - own) / 2, rel=1e-3)
+
     # LongPPL by its formula, token by token.
     key_losses = []
     for one in tokens:
@@ -167,7 +181,10 @@ def against_plain(recipe_file: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:  # an untrained model has no key tokens
         patch.setattr(context, "LONG_SHORT_NATS", 0.5)
         patch.setattr(context, "LONG_NATS", 6)
-        ppl = long_ppl(scorer, rows, SEQUENCES, SHORT, STRIDE)
+        chosen = list(key_tokens(scorer, rows, SEQUENCES, SHORT, STRIDE))
+    ppl = long_ppl(LENGTH, SHORT, None, chosen)
+    again = long_ppl(LENGTH, SHORT, "judge", judged(scorer, rows, np.stack([key for _, key in chosen])))
+    assert again == {**ppl, "judge": "judge"}
     assert ppl["key_tokens"] == len(key_losses) > 10
     assert ppl["long_ppl"] == pytest.approx(math.exp(np.mean(key_losses)), rel=1e-4)
 
