@@ -89,13 +89,17 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of ranks to start here (default: those of the last checkpoint; with --data one for each GPU)",
     )
+    _measured(parser)
+    _several_nodes(parser)
+
+
+def _measured(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--tasks", default="", metavar="TASK,...", help="score these tasks too: needle,uuid,copy,...")
     parser.add_argument(
         "--judge", default="", metavar="WEIGHTS", help="model that chooses the key tokens of LongPPL (default: each)"
     )
     parser.add_argument("--json", metavar="FILE", help="write the results to FILE as well")
     parser.add_argument("--picture", metavar="FILE", help="draw them: .png, .svg or .pdf")
-    _several_nodes(parser)
 
 
 def train(parser: argparse.ArgumentParser) -> None:
@@ -130,6 +134,16 @@ def submit(parser: argparse.ArgumentParser) -> None:
         help="number of nodes, each with slurm.ranks_per_node ranks",
     )
     parser.add_argument("--print", action="store_true", help="print the job script and do not submit it")
+    evaluation = parser.add_argument_group("evaluation", "The job is `longring evaluate` on the ranks of all nodes.")
+    evaluation.add_argument(
+        "--evaluate",
+        action="append",
+        nargs="?",
+        const="",
+        metavar="WEIGHTS",
+        help="evaluate WEIGHTS on the recipe's data and division, or without WEIGHTS its run; may be given again",
+    )
+    _measured(evaluation)
 
 
 def watch(parser: argparse.ArgumentParser) -> None:

@@ -132,12 +132,16 @@ def _many_nodes(options: argparse.Namespace) -> ManyNodes:
 
 def _submit(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.target, options.overrides)
-    from .commands.submit import job_script, submit
+    from .commands.submit import evaluation_words, job_script, submit
 
+    evaluates, words = options.evaluate is not None, [options.target, *options.overrides]
+    if evaluates:
+        chosen = {name: getattr(options, name) for name in ("tasks", "judge", "json", "picture")}
+        words = evaluation_words(options.target, options.evaluate, options.overrides, chosen)
     if options.print:
-        print(job_script(recipe, options.nodes), end="")
+        print(job_script(recipe, options.nodes, evaluates=evaluates), end="")
     else:
-        print(submit(recipe, [options.target, *options.overrides], options.nodes))
+        print(submit(recipe, words, options.nodes, evaluates=evaluates))
     return 0
 
 
@@ -317,7 +321,7 @@ COMMANDS = (
         _submit,
         "RECIPE",
         "Submit a recipe to Slurm.",
-        "The job saves before its time limit, and requeues itself until all steps are done.",
+        "The job saves before its time limit, and requeues itself until all steps are done; or it evaluates.",
         f"{DEMO} --nodes 4 \\\n      slurm.partition=main slurm.time=8:00:00",
         add_options.submit,
     ),

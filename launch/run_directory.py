@@ -38,6 +38,7 @@ class RunDirectory:
         self.starts_file = self.path / "starts.jsonl"
         self.logs = self.path / "logs"
         self.job_script = self.path / "job.sbatch"
+        self.evaluation_script = self.path / "evaluation.sbatch"
         self.requeues_file = self.path / "requeues.jsonl"
         self.events_file = self.path / "events.jsonl"
         self.metrics_file = self.path / "metrics.jsonl"

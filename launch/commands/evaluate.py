@@ -73,7 +73,7 @@ class Evaluation:
             quiet = ["--quiet"] if len(self.targets) > 1 else []
             if status := self._start_one(number, target, ["--json", str(file), *keys, *quiet]):
                 return status
-        if self.nodes.node == 0:  # the results are on the machine of rank 0
+        if files[-1].exists():  # on the node of rank 0
             self._show([json.loads(file.read_text()) for file in files], console)
         return 0
 

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,20 +20,22 @@ from ..run_directory import RunDirectory
 
 SCRIPT = Path(__file__).parents[2] / "slurm" / "train.sbatch"
 _FROM_RECIPE = re.compile(
-    r"(#SBATCH --[a-z][a-z-]*(=[\w.,:@%+/=\[\]*&|()-]+)?|export LONGRING_RANKS_PER_NODE=[0-9]+|)", re.ASCII
+    r"(#SBATCH --[a-z][a-z-]*(=[\w.,:@%+/=\[\]*&|()-]+)?|export LONGRING_RANKS_PER_NODE=[0-9]+"
+    r"|export LONGRING_COMMAND=evaluate|)",
+    re.ASCII,
 )
 """A line of the rendered script that is not the template's: nothing in it ends a line, a word or a quotation."""
 
 
-def job_script(recipe: Recipe, nodes: int) -> str:
-    """Return slurm/train.sbatch with the resources of the recipe in its #SBATCH lines.
+def job_script(recipe: Recipe, nodes: int, *, evaluates: bool = False) -> str:
+    """Return slurm/train.sbatch with the resources of the recipe in its #SBATCH lines; or the same that `evaluates`.
 
     Raises ValueError if that many nodes cannot train the recipe, or if a line could be read as another one.
     """
     slurm = recipe.slurm
     recipe.accumulation_steps(nodes * slurm.ranks_per_node)
     resources = {
-        "job-name": slurm.job_name or _job_name(recipe.run_directory),
+        "job-name": (slurm.job_name or _job_name(recipe.run_directory)) + ("-evaluate" if evaluates else ""),
         "nodes": str(nodes),
         "gpus-per-node": None if slurm.cpu else str(slurm.ranks_per_node),
         "time": slurm.time,
@@ -52,8 +55,9 @@ def job_script(recipe: Recipe, nodes: int) -> str:
             continue
         if line.startswith("# --exclusive"):  # follows the options
             lines += [f"#SBATCH --{name}={value}" for name, value in left.items() if value is not None]
-            if slurm.cpu:
-                lines += ["", f"export LONGRING_RANKS_PER_NODE={slurm.ranks_per_node}", ""]
+            exports = [f"export LONGRING_RANKS_PER_NODE={slurm.ranks_per_node}"] if slurm.cpu else []
+            exports += ["export LONGRING_COMMAND=evaluate"] if evaluates else []
+            lines += ["", *exports, ""] if exports else []
         lines.append(line)
     for line in lines:
         if line not in template and not _FROM_RECIPE.fullmatch(line):
@@ -66,25 +70,40 @@ def _job_name(run_directory: str) -> str:
     return re.sub(r"[^\w.,@+=-]", "-", Path(run_directory).name, flags=re.ASCII) or "longring"
 
 
-def submit(recipe: Recipe, arguments: list[str], nodes: int) -> str:
+def evaluation_words(
+    target: str, evaluated: Sequence[str], overrides: Sequence[str], options: Mapping[str, str]
+) -> list[str]:
+    """Return the words of `longring evaluate` for a job: the recipe's run, or these weights on the recipe's data.
+
+    `options` are values by the name of an option, which is left out if its value is empty.
+    """
+    weights = [name for name in evaluated if name]
+    own = ("slurm.", "run_directory=") if weights else ("slurm.",)  # settings of the job, not of an evaluation
+    settings = [word for word in overrides if not word.startswith(own)]
+    words = [*weights, *settings, "--data", target] if weights else [target, *settings]
+    return words + [word for name, value in options.items() if value for word in (f"--{name}", value)]
+
+
+def submit(recipe: Recipe, arguments: list[str], nodes: int, *, evaluates: bool = False) -> str:
     """Write the job script into the run directory and give it to sbatch; return the output of sbatch.
 
-    Raises ValueError if the run would fail on the nodes, or if there is no sbatch or it refuses the job.
+    `arguments` are the words of `longring train` in the job, or of `longring evaluate` if it `evaluates`. Raises
+    ValueError if the run would fail on the nodes, or if there is no sbatch or it refuses the job.
     """
     # Checked here and not only by the job, which may wait for days before it starts.
     run = RunDirectory(recipe.run_directory)
     run.check_is_run()
-    script = job_script(recipe, nodes)
+    script = job_script(recipe, nodes, evaluates=evaluates)
     # The data may be prepared by a job before this one, or lie on the disks of the nodes alone.
-    if run.recipe_file.exists() and Path(recipe.training_directory).is_dir():
+    if not evaluates and run.recipe_file.exists() and Path(recipe.training_directory).is_dir():
         preflight(recipe, nodes * recipe.slurm.ranks_per_node, check_shards=False)
     # sbatch would take a relative path that begins with a dash for an option.
-    job = str(run.job_script.absolute())
+    job = str((run.evaluation_script if evaluates else run.job_script).absolute())
     if shutil.which("sbatch") is None:
         raise ValueError("sbatch: not on this machine; submit from a machine with Slurm, or print the job with --print")
     run.path.mkdir(parents=True, exist_ok=True)
     run.logs.mkdir(exist_ok=True)
-    write_text(run.job_script, script)
+    write_text(Path(job), script)
     done = subprocess.run(["sbatch", job, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise ValueError(

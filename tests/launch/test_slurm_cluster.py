@@ -137,3 +137,36 @@ def test_a_job_with_a_wrong_recipe_ends_with_the_error_and_is_not_requeued(clust
     assert "did you mean train.steps?" in said
     until("the job gone", lambda: not shell("squeue", "-h").strip(), output)
     assert "start 2" not in said
+
+
+def test_a_job_on_two_nodes_evaluates_what_one_rank_evaluates(cluster, recipe_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    settings = ["train.steps=5", "parallel.tokens_per_rank=256", f"run_directory={tmp_path / 'run'}"]
+    said = tmp_path / "trained.txt"
+    assert start(2, recipe_file, settings, said).wait() == [0, 0], said.read_text()
+    resources = [
+        *("slurm.cpu=true", "slurm.ranks_per_node=1", "slurm.time=0:20:00"),
+        *("slurm.options.exclusive=''", "slurm.options.mem=''", "slurm.options.ntasks-per-node='1'"),
+    ]
+    measured = ["evaluate.samples=2", "evaluate.max_tokens_per_bucket=2048"]
+    words = ["submit", str(recipe_file), *settings, *resources, *measured, "--nodes", "2", "--evaluate"]
+    checkpoint = str(tmp_path / "run" / "checkpoints" / "step-00000005")
+    weights = [checkpoint, "--evaluate", str(tmp_path / "run")]
+    for name, evaluated in (("run", []), ("weights", weights)):
+        file = tmp_path / f"{name}.json"
+        assert cli.main([*words, *evaluated, "--tasks", "copy_text", "--json", str(file)]) == 0
+        job = capsys.readouterr().out.split()[-1]
+        output = tmp_path / f"run-evaluate-{job}.out"
+        until("the results", file.exists, output)
+        until("the job gone", lambda: not shell("squeue", "-h").strip(), output)
+    [of_run, *others] = [
+        json.loads((tmp_path / "run.json").read_text()),
+        *json.loads((tmp_path / "weights.json").read_text())["targets"],
+    ]
+    here = tmp_path / "here.json"
+    assert cli.main(["evaluate", str(tmp_path / "run"), "--tasks", "copy_text", *measured, "--json", str(here)]) == 0
+    expected = json.loads(here.read_text())
+    for found in (of_run, *others):
+        assert found["step"] == 5
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert [entry["exact"] for entry in found["tasks"]] == [entry["exact"] for entry in expected["tasks"]]

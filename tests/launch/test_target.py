@@ -88,12 +88,13 @@ def test_the_command_starts_ranks_on_other_data(recipe_file, model, monkeypatch,
     assert cli.main(["evaluate", str(model)]) == 2
     assert "; name the directory of a run, or with --data the data that other weights" in capsys.readouterr().err
 
-    def start(module: str, arguments: list[str], count: int, *, gpu_queues: int) -> int:
+    def start(module: str, arguments: list[str], count: int, nodes: None, *, gpu_queues: int) -> int:
         parse_args(["--nproc-per-node", "1", "--module", module, *arguments])  # torchrun looks for its own in them
         logs = Path(arguments[arguments.index("--reports") + 1])
         assert logs.is_dir()
-        started.append((arguments[: arguments.index("--reports")], count, logs))
+        started.append((arguments[: arguments.index("--json")], count, logs))
         (logs / "rank-00000.log").touch()
+        Path(arguments[arguments.index("--json") + 1]).write_text('{"target": "small"}')
         return len(started) - 1
 
     monkeypatch.setattr(command, "start_ranks", start)
@@ -102,10 +103,12 @@ def test_the_command_starts_ranks_on_other_data(recipe_file, model, monkeypatch,
         assert cli.main(["evaluate", str(model), "--data", data, "--json", str(name)]) == 2
         assert why in capsys.readouterr().err
     assert not started
-    assert cli.main(["evaluate", str(model), "--data", data, "--ranks", "3", "--json", "x.json"]) == 0
+    found = model.parent / "x.json"
+    assert cli.main(["evaluate", str(model), "--data", data, "--ranks", "3", "--json", str(found)]) == 0
+    assert json.loads(found.read_text()) == {"target": "small"}
     assert cli.main(["evaluate", str(model), "--data", str(recipe_file), "evaluate.max_tokens_per_bucket=9"]) == 1
     assert [(arguments, count) for arguments, count, _ in started] == [
-        ([str(model), "--data", data, "--json", "x.json"], 3),
+        ([str(model), "--data", data], 3),
         ([str(model), "evaluate.max_tokens_per_bucket=9", "--data", str(recipe_file)], 1),
     ]
     assert [logs.exists() for *_, logs in started] == [False, True]

@@ -131,6 +131,36 @@ def test_a_job_of_a_hostile_directory_runs_only_the_launcher(recipe_file, tmp_pa
         assert not list(tmp_path.rglob("PWNED"))
 
 
+def test_a_job_evaluates_the_recipes_run_or_weights_on_its_data(recipe_file, tmp_path, monkeypatch, capsys):
+    binaries, log = fake_sbatch(tmp_path), tmp_path / "log"
+    log.mkdir()
+    variables = {
+        **{"PATH": f"{binaries}:{os.environ['PATH']}", "LOG": str(log), "LONGRING_PYTHON": str(binaries / "python")},
+        **{"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0", "SLURMD_NODENAME": "localhost"},
+        **{"SLURM_CPUS_ON_NODE": "2", "SLURM_JOB_NODELIST": "localhost", "SLURM_SUBMIT_DIR": str(tmp_path)},
+        "LONGRING_LOCAL_DIR": str(tmp_path),
+    }
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    here, run = str(recipe_file), f"run_directory={tmp_path / 'run'}"
+    words = ["submit", here, "--nodes", "1", run, "slurm.cpu=true", "slurm.ranks_per_node=4", "evaluate.samples=3"]
+    for evaluated, expected in (
+        ([], [here, run, "evaluate.samples=3"]),
+        (["model/a", "model/b"], ["model/a", "model/b", "evaluate.samples=3", "--data", here]),
+    ):
+        options = [word for weights in evaluated for word in ("--evaluate", weights)] or ["--evaluate"]
+        assert cli.main([*words, *options, "--tasks", "needle", "--json", "x.json"]) == 0, capsys.readouterr().err
+        ran = (log / "words").read_text().split("\n")
+        assert ran[2 : 3 + len(expected)] == ["evaluate", *expected]
+        assert ran[3 + len(expected) :][:6] == ["--tasks", "needle", "--json", "x.json", "--ranks", "4"]
+        assert "--check-node" not in ran
+    assert sbatch_lines((log / "script").read_text())["job-name"] == "run-evaluate"
+    assert (tmp_path / "run" / "evaluation.sbatch").is_file() and not (tmp_path / "run" / "job.sbatch").exists()
+    monkeypatch.setenv("LONGRING_COMMAND", "rm")
+    done = subprocess.run(["bash", str(SCRIPT), here], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: LONGRING_COMMAND = 'rm': must be train or evaluate\n")
+
+
 @given(st.text(max_size=30))
 def test_no_run_directory_adds_a_line_to_the_job(recipe_file, name):
     template = SCRIPT.read_text().splitlines()

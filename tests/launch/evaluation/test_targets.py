@@ -1,0 +1,153 @@
+"""`longring evaluate A B C`: targets side by side in tables, JSON and a picture, and a judge of key tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.ranks import on_ranks as start_on_ranks
+from longring.launch import cli, evaluate
+from longring.launch.commands import evaluate as command
+from longring.launch.config import load_recipe
+from longring.launch.errors import print_error
+from longring.launch.evaluation import context
+from longring.launch.evaluation.compare import comparison_tables
+from longring.launch.evaluation.key_tokens import KeyTokens
+from longring.launch.train import train
+from matplotlib.image import imread
+from rich.console import Console
+
+MEASURED = [
+    *("evaluate.samples=2", "evaluate.context_sequences=1", "evaluate.short_tokens=128"),
+    "evaluate.max_tokens_per_bucket=512",
+]
+
+
+def trained(recipe_file: Path, overrides: list[str]) -> None:
+    train(load_recipe(recipe_file, overrides), Console(quiet=True))
+
+
+def ranked(arguments: Sequence[str]) -> str:
+    """Run a rank, for which most tokens are key tokens; return its error, or nothing."""
+    errors: list[str] = []
+
+    def unframed(work: Callable[[], None]) -> int:
+        try:
+            work()
+        except ValueError as error:
+            errors.append(str(error))
+        return len(errors)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "as_rank", unframed)
+        patch.setattr(context, "LONG_SHORT_NATS", -0.01)
+        patch.setattr(context, "LONG_NATS", 9.0)
+        evaluate.main(arguments)
+    return "".join(errors)
+
+
+@pytest.fixture(scope="module")
+def run(on_ranks, recipe_file, tmp_path_factory) -> Path:
+    """A run with a checkpoint after two and after four steps."""
+    directory = tmp_path_factory.mktemp("targets") / "run"
+    steps = ["train.steps=6", "train.checkpoint_every_steps=2", f"run_directory={directory}"]
+    on_ranks(1, trained, recipe_file, steps)
+    return directory
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[list[str]]:
+    """Arguments of the ranks that the command has started, here by fork."""
+    calls: list[list[str]] = []
+
+    def start_ranks(module: str, arguments: Sequence[str], count: int, *_: object, **__: object) -> int:
+        assert module == "longring.launch.evaluate"
+        calls.append([*arguments])
+        error = start_on_ranks(count, ranked, calls[-1])[0]
+        if error:
+            print_error(error)
+        return 2 if error else 0
+
+    monkeypatch.setattr(command, "start_ranks", start_ranks)
+    return calls
+
+
+@pytest.mark.full
+def test_targets_stand_side_by_side_and_a_judge_chooses_their_key_tokens(run, started, recipe_file, tmp_path, capfd):
+    checkpoints = [str(run / "checkpoints" / f"step-0000000{step}") for step in (2, 4)]
+    data = load_recipe(recipe_file).data.directory
+    files = ["--json", str(tmp_path / "found.json"), "--picture", str(tmp_path / "found.png")]
+    words = ["evaluate", *checkpoints, "--data", data, "--ranks", "2", "--tasks", "copy_text,needle_single_1"]
+    assert cli.main([*words, "--judge", checkpoints[0], *MEASURED, *files]) == 0
+    assert ["--choose-keys" in call for call in started] == [True, False, False]
+    found = json.loads((tmp_path / "found.json").read_text())["targets"]
+    assert [(result["target"], result["step"]) for result in found] == [("step-00000002", 2), ("step-00000004", 4)]
+    assert found[1]["loss"] < found[0]["loss"]
+    assert [entry["judge"] for result in found for entry in result["long_ppl"]] == ["step-00000002"] * 4
+    keys = [[entry["key_tokens"] for entry in result["long_ppl"]] for result in found]
+    assert keys[0] == keys[1] and min(keys[0]) > 0, "tokens of the judge, not of each target"
+    shown = capfd.readouterr().out
+    assert "B step-00000004" in shown and f"{found[1]['loss']:.3f}" in shown
+    assert imread(tmp_path / "found.png").std() > 0.05
+    assert cli.main(["evaluate", str(run), "--judge", checkpoints[0]]) == 2
+    assert "chooses tokens of the data that all targets read; name these with --data" in capfd.readouterr().err
+
+
+@pytest.mark.full
+def test_a_judge_without_a_long_sequence_says_what_to_set(run, started, recipe_file, tmp_path, capfd):
+    words = ["evaluate", str(run), "--data", load_recipe(recipe_file).data.directory, "--judge", str(run)]
+    words += ["--ranks", "1", "evaluate.max_tokens_per_bucket=512"]
+    assert cli.main(words) == 2
+    assert (
+        "set evaluate.context_sequences above 0 and evaluate.short_tokens below the longest bucket, or leave out"
+        in (capfd.readouterr().err)
+    )
+    files = ["--picture", str(tmp_path / "found.jpeg2")]
+    assert cli.main([*words, "evaluate.context_sequences=1", "evaluate.short_tokens=256", *files]) == 2
+    assert "name a file that ends in .png, .svg or .pdf" in capfd.readouterr().err
+
+
+def result(number: int, buckets: Sequence[int]) -> dict[str, Any]:
+    """Return the result of a target, with losses that tell it from others."""
+    entries = [
+        {
+            **{"bucket": length, "cp": 1, "tokens": length, "loss": number + 1 / length, "unigram_loss": 7.5},
+            "by_position": [{"from": 0, "to": stop, "loss": number + stop / 1e6} for stop in buckets if stop <= length],
+        }
+        for length in buckets
+    ]
+    task = {"task": "needle_multivalue", "lower_bound": True, "exact": number / 9, "loss": number / 7, "gain": None}
+    tasks = [{**task, "length": length, "by_depth": [{"from": 0.5, "exact": number / 9}]} for length in buckets]
+    context = {"length": buckets[-1], "losses": [number + eighth / 8 for eighth in range(8)], "gain": 0.1}
+    return {
+        **{"target": f"runs/a-long-name-of-a-run-{number}/checkpoints/step-00001000", "step": 1000 * number},
+        **{"tokens": 9, "loss": number / 3, "unigram_loss": 7.5, "buckets": entries, "tasks": tasks},
+        **{"context": [{**context, "gain_error": 0.01}], "by_source": [{"source": "[web]", "loss": 2.5, "tokens": 9}]},
+    }
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_eight_targets_are_whole_at_80_columns(capsys, count):
+    results = [result(number, [2**power for power in range(10, 18)]) for number in range(count)]
+    results[-1] = result(count - 1, [1024])  # a target of other data
+    Console(width=80).print(*comparison_tables(results))
+    shown = capsys.readouterr().out
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
+    for found in results:
+        for entry in found["buckets"]:
+            assert f"{entry['loss']:.3f}" in shown
+            assert f"{entry['by_position'][-1]['loss']:.3f}" in shown
+        assert f"≥{found['tasks'][0]['exact']:.0%}" in shown
+    assert "[web]" in shown and shown.count("Loss of the last eighth by") == 1 + (count - 1) // 6
+
+
+def test_key_tokens_are_read_as_they_were_written(tmp_path):
+    keys = KeyTokens("runs/judge ü", {64: np.arange(128).reshape(2, 64) % 3 == 0, 72: np.ones((1, 72), dtype=bool)})
+    keys.save(tmp_path / "keys")
+    again = KeyTokens.load(tmp_path / "keys")
+    assert again.judge == keys.judge and again.by_length.keys() == keys.by_length.keys()
+    assert all((again.by_length[length] == keys.by_length[length]).all() for length in keys.by_length)
