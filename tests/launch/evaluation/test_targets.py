@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def test_targets_stand_side_by_side_and_a_judge_chooses_their_key_tokens(run, st
     keys = [[entry["key_tokens"] for entry in result["long_ppl"]] for result in found]
     assert keys[0] == keys[1] and min(keys[0]) > 0, "tokens of the judge, not of each target"
     shown = capfd.readouterr().out
-    assert "B step-00000004" in shown and f"{found[1]['loss']:.3f}" in shown
+    assert re.search(r"B +step-00000004 +4", shown) and f"{found[1]['loss']:.3f}" in shown
     assert imread(tmp_path / "found.png").std() > 0.05
     assert cli.main(["evaluate", str(run), "--judge", checkpoints[0]]) == 2
     assert "chooses tokens of the data that all targets read; name these with --data" in capfd.readouterr().err
