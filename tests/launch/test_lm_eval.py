@@ -48,8 +48,8 @@ def test_lm_eval_on_an_export_gives_the_likelihoods_of_the_run(on_ranks, recipe_
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    from lm_eval import simple_evaluate  # type: ignore[import-not-found]
+    from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
 
     run, export = tmp_path / "run", tmp_path / "model"
     on_ranks(1, trained, recipe_file, [f"run_directory={run}"])
