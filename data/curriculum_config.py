@@ -21,6 +21,42 @@ Share = Fraction | tuple[tuple[Fraction, Fraction], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
+class RenewalConfig:
+    """Shares of the sources that follow their held-out losses, by the online rule of Skill-it (arXiv 2307.14430).
+
+    After every cycle but the last, the losses are measured, and the next cycle has the shares that `curriculum.shares`
+    and the data give it, with those of source i times exp(rate x sum over sources j of graph[i][j] x S_j). S_j is the
+    sum of the last `window` losses of source j; before the first measurement it is 1.
+    """
+
+    rate: Annotated[float, Interval(ge=0, le=100)] = 0.0
+    """Learning rate of the shares, eta of the paper, which has 0.1 to 0.5. 0: shares do not follow the losses."""
+    window: Annotated[int, Interval(ge=1, le=1000)] = 3
+    """Number of most recent measurements that are summed."""
+    held_out_tokens: Annotated[int, Interval(ge=1, le=2**40)] = 2**18
+    """Maximum number of held-out tokens of each source that a measurement reads."""
+    graph: dict[str, dict[str, Fraction]] = field(default_factory=dict)
+    """Skills graph: graph.books.code is how much training on books helps on code. Where nothing is named it is 1 from a
+    source to itself, and 0 to another."""
+
+    def check_sources(self, sources: Sequence[str]) -> None:
+        """Raise ValueError unless the shares of `sources` can be renewed: several, with all that the graph names."""
+        if not self.rate:
+            return
+        named = ", ".join(sources)
+        if len(sources) < 2:
+            raise ValueError(
+                f"curriculum.renewal.rate = {self.rate}: shares of sources follow their losses, and the data has one "
+                f"source, {named}; set it to 0, or prepare several data.sources"
+            )
+        for name in sorted({*self.graph, *(name for row in self.graph.values() for name in row)} - {*sources}):
+            raise ValueError(
+                f"curriculum.renewal.graph: the data has no source {name!r} to train; its sources are {named}: rename "
+                "or remove it"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class CurriculumConfig:
     """Order in which sequence lengths are trained on (Dataset Decomposition, arXiv 2405.13226, section 3)."""
 
@@ -58,6 +94,8 @@ class CurriculumConfig:
     with progress from 0 to 1 over the run; it holds for a cycle at a time, as it is at the middle of the cycle. What
     has no name here keeps its proportions to the rest, those of its tokens."""
 
+    renewal: RenewalConfig = field(default_factory=RenewalConfig)
+
     @staticmethod
     def translated(tree: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return settings in today's terms: earlier recipes have `weights`, which are empty where none are named.
@@ -83,6 +121,11 @@ class CurriculumConfig:
             raise ValueError(
                 f"curriculum.slot_tokens = {self.slot_tokens}: curriculum.mix = 'step' has one slot in a step; set it "
                 "to 0, or set curriculum.mix = 'micro_batch'"
+            )
+        if self.renewal.rate and self.cycles < 2:
+            raise ValueError(
+                f"curriculum.renewal.rate = {self.renewal.rate}: shares are renewed between two cycles, and "
+                f"curriculum.cycles = {self.cycles}; raise that to at least 2, or set the rate to 0"
             )
         for name, share in self.shares.items():
             points = [] if isinstance(share, int | float) else [progress for progress, _ in share]
@@ -128,9 +171,13 @@ class CurriculumConfig:
         return slot
 
     def check_names(self, sources: Sequence[str], lengths: Sequence[int]) -> None:
-        """Raise ValueError, as `cell_named` does, if a share names no source of these and no bucket in use."""
+        """Raise ValueError, as `cell_named` does, if a share names no source of these and no bucket in use.
+
+        Raises ValueError also if the shares of these sources cannot be renewed.
+        """
         for name in self.shares:
             cell_named(name, sources, lengths)
+        self.renewal.check_sources(sources)
 
     def num_cycles(self, num_buckets: int, steps: int, slots_per_step: int) -> int:
         """Return the number of cycles of a run: whole steps, with a slot for each bucket in use in each cycle."""

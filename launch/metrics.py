@@ -71,7 +71,8 @@ class StepMetrics:
     """Loss in bits, divided by the mean bytes of a training target; null for a tokenizer that is not byte-level."""
     ms: dict[str, float]
     """Time of each part on rank 0: data (waiting for the loader), forward, backward, optimizer, sum (over the ranks,
-    with the wait for them), and of what follows the step before, beside the duration of this one: save, evaluate."""
+    with the wait for them), and of what follows the step before, beside the duration of this one: save, evaluate and
+    renew."""
     memory: dict[str, float]
     """Peaks of torch's allocator on rank 0 in this step, peak_gib and reserved_gib; empty without a GPU."""
     compilations: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ..data.files import read_patiently, sha256_of
 from ..data.format.manifest import MANIFEST_FILE, Manifest, open_prepared
 from ..data.read.batch_order import BatchOrder
 from ..data.read.mix import training_order
+from ..data.read.renewal import Renewal
 from ..parallel.world import World
 from .agreement import LAST_SAVED, agree
 from .checkpoint.format import (
@@ -28,6 +30,7 @@ from .grids.choice import check_named_grids
 from .identity import Identity, identity_of
 from .recipe_change import check_change
 from .records import read_records
+from .renewals import check_recorded, read_renewals, renewal_steps
 from .run_directory import RunDirectory
 from .settings import from_tree
 from .trackers import check_trackers
@@ -50,6 +53,8 @@ class Preflight:
     """Recipe, data, code and packages of this start, equal on all ranks."""
     steps_done: int
     """Number of steps in the last checkpoint that seems whole, whose hashes are checked when it is loaded; or 0."""
+    renewals: tuple[Renewal, ...] = ()
+    """Renewals of the shares that the run has recorded, oldest first; `order` follows from them."""
     origin: Origin | None = None
     """Weights that begin the run; None for random ones, and for a run that has a checkpoint."""
 
@@ -72,11 +77,16 @@ class Preflight:
                 f"run_directory and begin it with init.from = {str(checkpoint)!r}"
             )
         before = from_tree(Recipe, state.recipe, source=f"checkpoint {checkpoint}")
+        check_recorded(self.run.renewals_file, self.renewals, renewal_steps(before), state.step)
         check_change(before, self.recipe, state.step, self._order_of)
 
     def _order_of(self, recipe: Recipe) -> BatchOrder:
-        """Return the order in which a run with another recipe reads the same data."""
-        return self.order if recipe is self.recipe else order_of(self.manifest, recipe)
+        """Return the order in which a run with another recipe, and these renewals, reads the same data."""
+        return self.order if recipe is self.recipe else order_of(self.manifest, recipe, self.renewals)
+
+    def with_renewals(self, renewals: Sequence[Renewal]) -> Preflight:
+        """Return the same with other renewals, and the order that follows from them."""
+        return replace(self, renewals=tuple(renewals), order=order_of(self.manifest, self.recipe, renewals))
 
 
 def preflight(
@@ -101,15 +111,18 @@ def preflight(
     found = last_good_checkpoint(run.checkpoints) if check_checkpoint else None
     # A directory that has lost its records has the run of its checkpoint.
     run_id = run.run_id() or (found[1].state.run if found else uuid.uuid4().hex)
+    # Without a checkpoint the run begins again, and measures again.
+    renewals = read_renewals(run.renewals_file, run_id) if found else ()
     manifest_file = manifest.store.path(MANIFEST_FILE)
     data = read_patiently(manifest_file, lambda: sha256_of(manifest_file))
     checked = Preflight(
         recipe=recipe,
         manifest=manifest,
-        order=order_of(manifest, recipe),
+        order=order_of(manifest, recipe, renewals),
         run=run,
         identity=identity_of(recipe, data, run_id),
         steps_done=found[1].state.step if found else 0,
+        renewals=renewals,
     )
     if found:
         checked.check_checkpoint(found[1], found[0])
@@ -139,6 +152,7 @@ def preflight_together(recipe: Recipe, store: Store, world: World, stop_after: i
             "steps_done": checked.steps_done if decides else None,
             "run": checked.identity.run if decides else None,
             "origin": checked.origin and checked.origin._asdict() if decides else None,
+            "renewals": [[renewal.step, dict(renewal.losses)] for renewal in checked.renewals] if decides else None,
         }
     except Exception as error:  # whatever it is, no other rank waits for this one
         entries = error
@@ -146,11 +160,13 @@ def preflight_together(recipe: Recipe, store: Store, world: World, stop_after: i
     assert checked is not None, "an error of any rank is raised on all"
     identity = replace(checked.identity, run=agreed["run"])
     origin = agreed["origin"] and Origin(**agreed["origin"])
-    return replace(checked, identity=identity, steps_done=agreed["steps_done"], origin=origin)
+    checked = replace(checked, identity=identity, steps_done=agreed["steps_done"], origin=origin)
+    renewals = [Renewal(*renewal) for renewal in agreed["renewals"]]
+    return checked if len(renewals) == len(checked.renewals) else checked.with_renewals(renewals)
 
 
-def order_of(manifest: Manifest, recipe: Recipe) -> BatchOrder:
-    """Return the order in which a run with this recipe reads the data of `manifest`."""
+def order_of(manifest: Manifest, recipe: Recipe, renewals: Sequence[Renewal] = ()) -> BatchOrder:
+    """Return the order in which a run with this recipe and these renewals reads the data of `manifest`."""
     return training_order(
         manifest,
         recipe.curriculum,
@@ -158,6 +174,7 @@ def order_of(manifest: Manifest, recipe: Recipe) -> BatchOrder:
         steps=recipe.train.steps,
         global_batch_tokens=recipe.train.global_batch_tokens,
         seed=recipe.train.seed,
+        renewals=renewals,
     )
 
 

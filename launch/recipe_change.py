@@ -14,6 +14,7 @@ from ..data.read.batch_order import BatchOrder
 from .config import Recipe
 from .identity import changes
 from .learning_rate import learning_rate
+from .renewals import renewal_steps
 from .settings import flat, to_tree
 
 FREE = (
@@ -57,6 +58,9 @@ def check_change(before: Recipe, now: Recipe, steps_done: int, order_of: Callabl
     if any(key.startswith(BATCHES) for key in judged):
         orders = order_of(before), order_of(now)
         step = orders[0].first_difference(orders[1], last)
+        added = set(renewal_steps(now)) - set(renewal_steps(before))
+        if unmeasured := [done for done in added if done < last]:
+            found.append((min(unmeasured) + 1, BATCHES, "would have followed losses that were not measured"))
         if step is not None:
             then, wanted = (lengths_of(order, step) for order in orders)
             batch = f"of bucket {wanted}, and had one of {then}" if wanted != then else "of other sequences"

@@ -34,12 +34,12 @@ def read_records(file: Path) -> list[Record]:
 
     Raises OSError if the file cannot be read.
     """
-    return [record for _, record in _parsed(file) if record is not None]
+    return [record for _, record in parsed_lines(file) if record is not None]
 
 
 def keep_records(file: Path, wanted: Callable[[Record], bool]) -> None:
     """Remove the records that are not wanted, and lines that hold none."""
-    lines = _parsed(file)
+    lines = parsed_lines(file)
     kept = [line for line, record in lines if record is not None and wanted(record)]
     if len(kept) < len(lines):
         _write_lines(file, kept)
@@ -50,7 +50,7 @@ def put_bad_lines_aside(file: Path) -> str | None:
 
     A last line without its end, which a crash leaves, is removed without a word.
     """
-    lines = _parsed(file)
+    lines = parsed_lines(file)
     bad = [number for number, (_, record) in enumerate(lines) if record is None]
     if not bad:
         return None
@@ -68,7 +68,7 @@ def put_bad_lines_aside(file: Path) -> str | None:
     return f"{file}: line{'s' * (len(bad) > 1)} {numbers} held no record: moved to {aside.name}"
 
 
-def _parsed(file: Path) -> list[tuple[bytes, Record | None]]:
+def parsed_lines(file: Path) -> list[tuple[bytes, Record | None]]:
     """Return every line of `file` with its record, or with None if it holds none."""
     content = read_patiently(file, lambda: file.read_bytes() if file.exists() else b"")
     return [(line, parse_record(line)) for line in content.splitlines(keepends=True)]

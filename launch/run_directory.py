@@ -43,6 +43,7 @@ class RunDirectory:
         self.events_file = self.path / "events.jsonl"
         self.metrics_file = self.path / "metrics.jsonl"
         self.saves_file = self.path / "saves.jsonl"
+        self.renewals_file = self.path / "renewals.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.grids_file = self.path / "grids.json"
         self.checkpoints = self.path / "checkpoints"
@@ -160,7 +161,7 @@ class RunDirectory:
         """Move the lines of all records that hold none into files of their own; return a sentence for each file."""
         files = (
             *(self.starts_file, self.saves_file, self.events_file, self.metrics_file, self.requeues_file),
-            self.evaluations_file,
+            *(self.evaluations_file, self.renewals_file),
         )
         return [moved for file in files if (moved := put_bad_lines_aside(file)) is not None]
 

@@ -160,6 +160,8 @@ def _named(hint: Any, table: Any, path: str, source: str) -> dict[str, Any]:
             if not isinstance(value, Mapping):
                 raise ValueError(f"{source}: {path}.{name} = {shown(value)}: must be a table, such as {{key = 1}}")
         return {name: from_tree(hint, value, prefix=f"{path}.{name}.", source=source) for name, value in table.items()}  # type: ignore[arg-type]
+    if get_origin(hint) is dict:
+        return {name: _named(get_args(hint)[1], value, f"{path}.{name}", source) for name, value in table.items()}
     return {name: _convert(hint, value, f"{source}: {path}.{name}") for name, value in table.items()}
 
 

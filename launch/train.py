@@ -83,6 +83,7 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
         if trainer.owes_evaluation():  # a signal has ended the start before within it
             trainer.evaluate()
         while trainer.state.step < last and not trainer.stopped_by:
+            trainer.renew()
             metrics = trainer.train_step()
             if metrics.outcome == "spike" and trainer.go_back(metrics):
                 continue  # the weights are now those of a checkpoint: there is nothing to save
@@ -183,6 +184,8 @@ def open_run_directory(checked: Preflight, mesh: Mesh) -> None:
         write_text(run.tokenizer_file, checked.manifest.tokenizer_json())
         if checked.origin:
             keep_published(checked.origin, run)
+        if not checked.steps_done:  # the losses of a run that was killed before its first checkpoint
+            run.renewals_file.unlink(missing_ok=True)
         clear_leftovers(run.checkpoints)
     if World.from_environment().local_rank == 0:
         run.check_writable()

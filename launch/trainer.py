@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from types import TracebackType
 from typing import Self
 
@@ -35,6 +35,7 @@ from .checkpoint.save import Saver
 from .config import Recipe
 from .errors import CommonError, rank_names
 from .evaluation.measure import Bound, Measurement
+from .evaluation.renewal import measure_renewal
 from .learning_rate import learning_rate
 from .loss_watch import LossWatch
 from .meter import Meter
@@ -44,7 +45,8 @@ from .profile import StepProfiler
 from .ranks.signals import StopSignals
 from .ranks.watchdog import Watchdog
 from .redact import redact
-from .together import from_rank_0
+from .renewals import append_renewal, renewal_line, renewal_steps, shares_between
+from .together import from_rank_0, on_all_ranks
 from .totals import Totals, sum_over_ranks, trained_targets
 
 log = logging.getLogger(__name__)
@@ -82,6 +84,7 @@ class Trainer:
         self._meter = Meter(self.recipe, self.checked.manifest, self.mesh)
         self._profiler = StepProfiler(self.recipe.train, self.checked.run.logs, self.mesh.rank)
         self._micro_batches = self.loader.batches(self.state.step, self.last)
+        self._renewal_steps = renewal_steps(self.recipe)
 
     def __enter__(self) -> Self:
         self._compilations.__enter__()
@@ -299,6 +302,29 @@ class Trainer:
                 self.writer.write_evaluation(step, found)
             except OSError as error:  # training needs no evaluation
                 log.error("the evaluation after step %d is not recorded: %s", step, error)
+
+    def renew(self) -> None:
+        """Where a cycle has ended, measure the losses of the sources and go on with their new shares. Collective.
+
+        A renewal that is on record was counted when this start began. Raises ArithmeticError if a loss is not finite,
+        and CommonError if the renewal cannot be recorded.
+        """
+        step, checked, mesh = self.state.step, self.checked, self.mesh
+        if step not in self._renewal_steps or step in {renewal.step for renewal in checked.renewals}:
+            return
+        with self._meter.parts.part("renew", on_host=True):
+            at = partial(self.watchdog.at, step)
+            renewal = measure_renewal(self.recipe, checked.manifest, mesh, self.engine, self.layouts, at, step)
+            renewed = checked.with_renewals((*checked.renewals, renewal))
+            end = next((other for other in self._renewal_steps if other > step), self.recipe.train.steps)
+            shares = shares_between(renewed.order, step, end)
+            # Before any step is trained by it: a checkpoint after it needs the record.
+            record = partial(append_renewal, checked.run.renewals_file, checked.identity.run, renewal, shares)
+            on_all_ranks(mesh, record if mesh.rank == 0 else lambda: None)
+            self.checked, self.loader.order = renewed, renewed.order
+            self._micro_batches.close()
+            self._micro_batches = self.loader.batches(step, self.last)
+        self.tell("renewal", step, renewal_line(renewal, shares))
 
     def save(self) -> None:
         """Begin to save the state; training waits for a copy in memory only. Collective.

@@ -61,7 +61,7 @@ def inspect(
     batch = global_batch_tokens or 64 * max(curriculum.lengths_in_use(manifest.lengths))
     order = training_order(manifest, curriculum, loader, steps=steps, global_batch_tokens=batch, seed=seed)
     console.print(_curriculum_table(order, curriculum))
-    for mixed in mix_tables(order, curriculum.shares):
+    for mixed in mix_tables(order, curriculum):
         console.print(mixed)
     _print_cost(order, model, console)
     _print_samples(manifest, train, console)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from rich.table import Table
 
-from ..curriculum_config import Share
+from ..curriculum_config import CurriculumConfig, Share
 from ..read.batch_order import BatchOrder, Trained
 from .tables import make_table, shortened
 
@@ -12,8 +12,9 @@ NAME = 22
 """Maximum characters of a name; the numbers beside it then fit 80 columns up to 10^13 tokens."""
 
 
-def mix_tables(order: BatchOrder, asked: Mapping[str, Share]) -> Iterable[Table]:
+def mix_tables(order: BatchOrder, curriculum: CurriculumConfig) -> Iterable[Table]:
     """Yield the mix of a whole run by bucket, and by source if there are several; then the cells that are named."""
+    asked = curriculum.shares
     cells = order.trained(len(order.slots))
     sources = list(dict.fromkeys(cell.source for cell in cells))
     kinds = {
@@ -23,7 +24,10 @@ def mix_tables(order: BatchOrder, asked: Mapping[str, Share]) -> Iterable[Table]
     }
     for kind, groups in kinds.items():
         if groups:
-            yield _table(kind, groups, cells, asked)
+            table = _table(kind, groups, cells, asked)
+            if curriculum.renewal.rate:
+                table.caption = "Shares until the first renewal; then they follow the held-out losses."
+            yield table
 
 
 def _table(

@@ -1,7 +1,7 @@
 """The mix of a run, cycle by cycle, and the order of training that follows from it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -13,6 +13,7 @@ from ..format.manifest import Manifest
 from .batch_order import BatchOrder
 from .bucket_order import BucketOrder, Knot, source_parts
 from .curriculum import cycle_begins, divide_slots, draw_slots
+from .renewal import Renewal, check_renewals, renewed, trained_sources
 from .shares import Cells, Shares, cycle_shares, integer_weights
 
 
@@ -35,7 +36,7 @@ def buckets_in_use(manifest: Manifest, curriculum: CurriculumConfig) -> tuple[Bu
 
 
 def plan_mix(buckets: Sequence[Bucket], curriculum: CurriculumConfig, steps: int, slots_per_step: int) -> Mix:
-    """Return the mix of a run of `steps` steps over these buckets.
+    """Return the mix of a run of `steps` steps over these buckets, as the recipe has it.
 
     Raises ValueError if the shares do not fit the data or each other.
     """
@@ -46,6 +47,21 @@ def plan_mix(buckets: Sequence[Bucket], curriculum: CurriculumConfig, steps: int
     return Mix(cells=cells, begins=tuple(begins), shares=tuple(shares))
 
 
+def renew(mix: Mix, curriculum: CurriculumConfig, renewals: Sequence[Renewal]) -> Mix:
+    """Return a mix of the recipe's shares in which those of each cycle follow the losses measured before it.
+
+    A renewal counts if it was measured where a cycle ends, for the sources of this mix. Until the next one, it holds.
+    """
+    ends, sources = set(mix.begins[1:-1]), set(trained_sources(mix.cells))
+    counted = [renewal for renewal in renewals if renewal.step in ends and renewal.losses.keys() >= sources]
+    counted.sort(key=lambda renewal: renewal.step)
+    shares = (
+        renewed(of_cycle, mix.cells, curriculum, [renewal for renewal in counted if renewal.step <= begin])
+        for begin, of_cycle in zip(mix.begins, mix.shares, strict=False)
+    )
+    return replace(mix, shares=tuple(shares))
+
+
 def training_order(
     manifest: Manifest,
     curriculum: CurriculumConfig,
@@ -54,6 +70,7 @@ def training_order(
     steps: int,
     global_batch_tokens: int,
     seed: int,
+    renewals: Sequence[Renewal] = (),
 ) -> BatchOrder:
     """Return the order of a run of `steps` steps, a function of these arguments alone.
 
@@ -62,6 +79,9 @@ def training_order(
     buckets = buckets_in_use(manifest, curriculum)
     slot_tokens = curriculum.tokens_of_slot([bucket.length for bucket in buckets], global_batch_tokens)
     mix = plan_mix(buckets, curriculum, steps, global_batch_tokens // slot_tokens)
+    if curriculum.renewal.rate:
+        check_renewals(manifest, mix.cells, curriculum.renewal, len(mix.shares))
+        mix = renew(mix, curriculum, renewals)
     return order_of_mix(mix, buckets, curriculum, loader, global_batch_tokens // slot_tokens, slot_tokens, seed)
 
 

@@ -28,7 +28,7 @@ def show_mix(recipe: Recipe, console: Console, picture: Path | None) -> None:
     manifest = open_prepared(directory, recipe.loader, check_shards=False)
     manifest.check_made_from(recipe.data, recipe.order)
     order = order_of(manifest, recipe)
-    for table in mix_tables(order, recipe.curriculum.shares):
+    for table in mix_tables(order, recipe.curriculum):
         console.print(table)
     if picture is not None:
         from ...data.inspect.picture import draw_mix  # the import of matplotlib takes a second

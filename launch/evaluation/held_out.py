@@ -51,6 +51,16 @@ def ranges(edges: Sequence[int]) -> list[dict[str, int]]:
     return [{"from": first, "to": stop} for first, stop in pairwise(edges)]
 
 
+def by_source(bucket: Bucket) -> Breakdown:
+    """Return the breakdown of a bucket by source."""
+    ends = np.cumsum([part.sequences for part in bucket.parts])
+
+    def source(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.repeat(np.searchsorted(ends, numbers, side="right")[:, None], bucket.length, 1)
+
+    return Breakdown("by_source", [{"source": part.source} for part in bucket.parts], source)
+
+
 @dataclass(frozen=True)
 class HeldOutLoss:
     """Measurement of held-out losses, one rank's part; all ranks call its methods in the same order."""
@@ -86,13 +96,7 @@ class HeldOutLoss:
             Breakdown("by_position", ranges(edges), lambda numbers: np.repeat(by_position, len(numbers), 0)),
         ]
         if len(bucket.parts) > 1:
-            ends = np.cumsum([part.sequences for part in bucket.parts])
-            labels = [{"source": part.source} for part in bucket.parts]
-
-            def source(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-                return np.repeat(np.searchsorted(ends, numbers, side="right")[:, None], bucket.length, 1)
-
-            found.append(Breakdown("by_source", labels, source))
+            found.append(by_source(bucket))
         if self.documents is not None and self.knots is None:  # knots mix the documents of a sequence
             lengths, reader = self.documents, self.manifest.reader(bucket)
             edges_of_documents = powers_of_two(min(self.recipe.lengths), lengths.longest)
@@ -107,7 +111,7 @@ class HeldOutLoss:
     def bucket(self, bucket: Bucket, num_sequences: int, layout: BucketLayout) -> dict[str, Any]:
         """Return a bucket's entry of evaluation.json over sequences that lie evenly in the bucket. Collective."""
         breakdowns = self.breakdowns(bucket)
-        sums = self._sums(bucket, np.arange(num_sequences) * bucket.sequences // num_sequences, layout, breakdowns)
+        sums = self.sums(bucket, np.arange(num_sequences) * bucket.sequences // num_sequences, layout, breakdowns)
         entries: dict[str, list[dict[str, Any]]] = {}
         firsts = np.cumsum([0, *(len(breakdown.labels) for breakdown in breakdowns)])
         for breakdown, first in zip(breakdowns, firsts.tolist(), strict=False):
@@ -127,7 +131,7 @@ class HeldOutLoss:
             **entries,
         }
 
-    def _sums(
+    def sums(
         self, bucket: Bucket, sequences: NDArray[np.int64], layout: BucketLayout, breakdowns: Sequence[Breakdown]
     ) -> Tensor:
         """Return sums over sequences of a bucket by class, those of all breakdowns one after the other. Collective.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from ..records import numbers_of
 from .curves import MOST_BINS, Curve
 from .history import History
 
@@ -54,6 +56,7 @@ def pictures(history: History) -> Iterator[Picture]:
         ("Held-out loss by position", _by_position, "Last evaluation: loss at the tokens up to each position."),
         ("Held-out loss by position over time", _position_over_time, "Longest bucket; a line for each range."),
         ("Tokens by bucket", _mix, "Share of each sequence length in the trained tokens."),
+        ("Shares by source", _shares, "Share of each source in the tokens from each renewal on."),
         ("Learning rate", _rate, ""),
         ("Gradient norm", _grad_norm, "Before clipping."),
         ("Throughput", _throughput, "All ranks together, by the longest bucket of a step."),
@@ -96,7 +99,7 @@ def _over_tokens(axes: Axes, history: History, label: str) -> None:
     for number, step in enumerate(resumed[-MARKED_EVENTS:]):
         name = None if number else "resumed"
         axes.axvline(history.curves.tokens_at(step), color="0.4", linestyle=":", linewidth=0.9, label=name)
-    told = [event for event in history.events if event.get("event") != "evaluation"]
+    told = [event for event in history.events if event.get("event") not in ("evaluation", "renewal")]
     events = [event["step"] for event in told if isinstance(event.get("step"), int)]
     # Events that would be drawn at one position are one mark.
     width = max(history.last.get("tokens", 0), 1) / MARKED_EVENTS
@@ -279,6 +282,20 @@ def _parts(axes: Axes, history: History) -> bool:
     _over_tokens(axes, history, "ms")
     axes.legend(ncols=2)
     return True
+
+
+def _shares(axes: Axes, history: History) -> bool:
+    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for record in history.renewals:
+        values = dict(numbers_of(record))
+        for name in (name for name in values if name.startswith("shares/") and "step" in values):
+            points[name.removeprefix("shares/")].append((history.curves.tokens_at(int(values["step"])), values[name]))
+    for (source, found), colour in zip(points.items(), _colours(len(points)), strict=False):
+        axes.plot(*zip(*found, strict=True), color=colour, label=source, drawstyle="steps-post", marker=".")
+    if points:
+        _over_tokens(axes, history, "share")
+        axes.legend()
+    return bool(points)
 
 
 def _from_zero(axes: Axes) -> bool:

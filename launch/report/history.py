@@ -70,6 +70,7 @@ class History:
         run = self.run
         self.starts, self.saves, self.events = map(read_records, (run.starts_file, run.saves_file, run.events_file))
         self.evaluations = run.evaluations()
+        self.renewals = read_records(run.renewals_file)
 
     def _add(self, record: Record) -> None:
         values = dict(numbers_of(record))

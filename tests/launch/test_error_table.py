@@ -115,6 +115,7 @@ SETTINGS: dict[str, str] = {
     "negative odds": "curriculum.odds=[1,-2]",
     "a share above 1": "curriculum.shares={web=2}",
     "points of a share that do not ascend": "curriculum.shares.web=[[0.5, 0.1], [0, 0.3]]",
+    "shares renewed after the only cycle": "curriculum={cycles=1, renewal={rate=0.1}}",
     "a slot in a step of one bucket": "curriculum.slot_tokens=512",
     "a slot that does not divide a step": "curriculum={mix='micro_batch', slot_tokens=1536}",
     "buckets that the data lacks": "curriculum.min_bucket_tokens=1024",
@@ -548,6 +549,7 @@ CASES: dict[str, dict[str, Case]] = {
         "a share of an unknown source": lambda sandbox: sandbox.train("curriculum.shares={web=1}"),
         "a share of a bucket that is not in use": lambda sandbox: sandbox.train("curriculum.shares.@1024=0.5"),
         "shares that sum to more than 1": lambda sandbox: sandbox.train("curriculum.shares={'@64'=0.7, '@128'=0.4}"),
+        "shares that follow the losses of one source": lambda sandbox: sandbox.train("curriculum.renewal.rate=0.1"),
         "shares that contradict each other": lambda sandbox: sandbox.train(
             "curriculum.shares={'@64'=0.5, 'documents@64'=0.4}"
         ),
