@@ -26,6 +26,7 @@ def prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--time", default="12:00:00", metavar="H:M:S", help="time limit of a Slurm task (default: 12 hours)"
     )
+    parser.add_argument("--json", action="store_true", help="print the ledger and buckets as JSON")
     _verify(parser)
 
 
@@ -144,6 +145,11 @@ def submit(parser: argparse.ArgumentParser) -> None:
         help="evaluate WEIGHTS on the recipe's data and division, or without WEIGHTS its run; may be given again",
     )
     _measured(evaluation)
+
+
+def inspect(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `longring inspect`."""
+    parser.add_argument("--json", action="store_true", help="print all but samples as JSON, and draw nothing")
 
 
 def watch(parser: argparse.ArgumentParser) -> None:

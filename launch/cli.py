@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -61,6 +62,7 @@ def _prepare(options: argparse.Namespace) -> int:
         partition=options.slurm,
         time=options.time,
         verify=options.verify,
+        as_json=options.json,
     )
     return 0
 
@@ -68,7 +70,7 @@ def _prepare(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.target, options.overrides)
     from .commands.mix import show_mix
-    from .commands.plan import check_picture, measure_on_this_machine, plan
+    from .commands.plan import check_picture, measure_on_this_machine, plan, plan_json
 
     if options.gpus or options.device:
         from .commands.fit import show_fit
@@ -81,6 +83,11 @@ def _plan(options: argparse.Namespace) -> int:
     for option, file in (("--timeline", picture), ("--mix", options.mix)):
         if file is not None:
             check_picture(option, file)
+    if options.json:
+        if options.measure or picture is not None or options.mix is not None:
+            raise ValueError("--json: prints the grids alone; leave out --timeline, --measure and --mix")
+        print(json.dumps(plan_json(recipe, num_ranks=options.ranks, preset=options.topology), indent=1))
+        return 0
     simulated = None if options.measure else picture
     found = plan(recipe, Console(), num_ranks=options.ranks, preset=options.topology, timeline=simulated)
     show_mix(recipe, Console(), options.mix)
@@ -236,7 +243,7 @@ def _completion(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from .commands.inspect import inspect_target
 
-    inspect_target(Path(options.target), options.overrides, Console())
+    inspect_target(Path(options.target), options.overrides, Console(), as_json=options.json)
     return 0
 
 
@@ -395,6 +402,7 @@ COMMANDS = (
         "It prints the ledger, lengths, samples and the curriculum with its cost, draws a picture, and verifies the "
         "hash of every shard.",
         "runs/demo-data curriculum.odds=grow_p2 \\\n      curriculum.cycles=8",
+        add_options.inspect,
     ),
     Command(
         "topology",

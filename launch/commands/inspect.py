@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from rich.console import Console
 from ...data.config import LoaderConfig
 from ...data.curriculum_config import CurriculumConfig
 from ...data.format.manifest import MANIFEST_FILE, open_prepared
+from ...data.inspect.as_json import inspected_json
 from ...data.inspect.cost import PAPER_1B, ModelSize
 from ...data.inspect.inspect import inspect
 from ...model.config import ModelConfig
@@ -20,8 +22,8 @@ from ..run_directory import RunDirectory
 from ..settings import apply_overrides, from_tree
 
 
-def inspect_target(target: Path, overrides: Sequence[str], console: Console) -> None:
-    """Inspect prepared data, or the data of a run or of a recipe.
+def inspect_target(target: Path, overrides: Sequence[str], console: Console, *, as_json: bool = False) -> None:
+    """Inspect prepared data, or the data of a run or of a recipe; `as_json` prints JSON, without samples and picture.
 
     Raises ValueError if the target is none of these, if its data is damaged, or for an override that does not apply.
     """
@@ -30,35 +32,32 @@ def inspect_target(target: Path, overrides: Sequence[str], console: Console) -> 
         recipe = load_recipe(target, overrides)
     elif not (target / MANIFEST_FILE).exists() and (target / "recipe.json").exists():
         recipe = RunDirectory(target).recipe(overrides)
+    settings: dict[str, Any]
     if recipe is not None:
         manifest = open_prepared(recipe.training_directory, recipe.loader)
-        inspect(
-            manifest,
-            console,
-            curriculum=recipe.curriculum,
-            loader=recipe.loader,
-            model=model_size(recipe.model, manifest.vocab_size),
-            steps=recipe.train.steps,
-            global_batch_tokens=recipe.train.global_batch_tokens,
-            seed=recipe.train.seed,
-        )
-        return
-    tree: dict[str, Any] = {}
-    apply_overrides(tree, overrides)
-    if unknown := sorted(tree.keys() - {"curriculum", "loader"}):
-        raise ValueError(
-            f"override {unknown[0]}.*: data without a recipe takes only curriculum.* and loader.*; name a recipe"
-        )
-    loader = from_tree(LoaderConfig, tree.get("loader", {}), prefix="loader.")
-    inspect(
-        open_prepared(target, loader),
-        console,
-        curriculum=from_tree(CurriculumConfig, tree.get("curriculum", {}), prefix="curriculum."),
-        loader=loader,
-        model=PAPER_1B,
-        steps=1_000,
-        seed=0,
-    )
+        settings = {
+            "curriculum": recipe.curriculum,
+            "loader": recipe.loader,
+            "model": model_size(recipe.model, manifest.vocab_size),
+            "steps": recipe.train.steps,
+            "global_batch_tokens": recipe.train.global_batch_tokens,
+            "seed": recipe.train.seed,
+        }
+    else:
+        tree: dict[str, Any] = {}
+        apply_overrides(tree, overrides)
+        if unknown := sorted(tree.keys() - {"curriculum", "loader"}):
+            raise ValueError(
+                f"override {unknown[0]}.*: data without a recipe takes only curriculum.* and loader.*; name a recipe"
+            )
+        loader = from_tree(LoaderConfig, tree.get("loader", {}), prefix="loader.")
+        curriculum = from_tree(CurriculumConfig, tree.get("curriculum", {}), prefix="curriculum.")
+        manifest = open_prepared(target, loader)
+        settings = {"curriculum": curriculum, "loader": loader, "model": PAPER_1B, "steps": 1_000, "seed": 0}
+    if as_json:
+        print(json.dumps(inspected_json(manifest, **settings), indent=1))
+    else:
+        inspect(manifest, console, **settings)
 
 
 def model_size(model: ModelConfig, vocab_size: int) -> ModelSize:

@@ -10,8 +10,9 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,7 +42,7 @@ from ...parallel.mesh import Mesh, join
 from ..config import Recipe, load_recipe
 from ..grids.choice import GridChoice, attention_shape, check_named_grids, choose_grids, pricer
 from ..grids.measure import named_topology
-from ..grids.table import grids_table
+from ..grids.table import grid_json, grids_table
 from ..ranks.clock import Clock
 from ..ranks.rank import as_rank
 from ..ranks.start import start_ranks
@@ -114,6 +115,24 @@ def plan(
         draw([[panel] for panel in simulate_passes(asked, last.grid)], timeline, ranks_per_node=topology.ranks_per_node)
         console.print(f"drawn: {timeline}", soft_wrap=True)
     return choices[-1], preset
+
+
+def plan_json(recipe: Recipe, *, num_ranks: int | None = None, preset: str | None = None) -> dict[str, Any]:
+    """Return the grid of every layer kind and all that were priced, as JSON. Raises ValueError as `plan` does."""
+    if num_ranks is not None:
+        recipe.accumulation_steps(num_ranks)
+    world_size = num_ranks or recipe.max_context_parallel * recipe.parallel.tensor
+    check_named_grids(recipe)
+    name, origin = preset_of(recipe, world_size, preset)
+    topology, _ = named_topology(name, recipe, world_size)
+    choices = choose_grids(recipe, recipe.lengths, topology, ASSUMED)
+    return {
+        "ranks": world_size,
+        "tokens_per_rank": recipe.parallel.tokens_per_rank,
+        "topology": {"preset": name, "origin": origin, **asdict(topology)},
+        "speed": asdict(ASSUMED),
+        "grids": [grid_json(choice) for choice in choices],
+    }
 
 
 def transport_lines(recipe: Recipe, grids: Sequence[CpGrid], topology: Topology) -> str:

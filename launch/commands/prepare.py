@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 from rich.console import Console
 
+from ...data.inspect.as_json import prepared_json
 from ...data.inspect.ledger import print_ledgers
 from ...data.prepare.prepare import prepare, prepare_part
 from ..config import Recipe
@@ -19,8 +22,9 @@ def prepare_recipe(
     partition: str | None,
     time: str,
     verify: bool,
+    as_json: bool = False,
 ) -> None:
-    """Prepare the data of a recipe and print its ledger.
+    """Prepare the data of a recipe and print its ledger; `as_json` prints it, sizes and buckets as JSON instead.
 
     With `partition` the work is submitted to Slurm instead. With `part` = "I/N" only that part of the input shards is
     prepared, for an array job whose last job prepares without a part. With `verify` every shard of finished data is
@@ -28,11 +32,19 @@ def prepare_recipe(
     """
     if verify and (partition or part):
         raise ValueError("--verify: reads and repairs finished data on this machine; leave out --slurm and --part")
+    if as_json and (partition or part):
+        raise ValueError("--json: prints the whole data once it is prepared; leave out --slurm and --part")
     if partition:
         from ...data.prepare.slurm import submit  # datatrove takes seconds to import
 
         submit(recipe.data, console, partition=partition, workers=workers, time=time)
     elif part:
         prepare_part(recipe.data, console, *parse_part(part), workers=workers)
+    elif as_json:
+        print(
+            json.dumps(
+                prepared_json(prepare(recipe.data, Console(stderr=True), workers=workers, verify=verify)), indent=1
+            )
+        )
     else:
         print_ledgers(prepare(recipe.data, console, workers=workers, verify=verify), console)
