@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -288,8 +289,11 @@ def test_every_exit_status_is_on_its_page():
 
 def test_inspect_of_data_takes_only_a_curriculum_and_a_loader(capsys, recipe_file, data):
     arguments = ["inspect", str(data), "curriculum.odds=[8,4,2,1]", "curriculum.cycles=2", "loader.window_tokens=1000"]
-    assert cli.main(arguments) == 0
-    assert "1,000 steps of 8, 4, 2, 1 in 2 cycles" in capsys.readouterr().out
+    assert cli.main([*arguments, "curriculum.shares={'documents@512'=0.25}"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1,000 steps of 8, 4, 2, 1 in 2 cycles" in said
+    assert "Mix by bucket" in said and "Mix by cell cell of the data asked given passes never reached" in said
+    assert re.search(r"documents@512 \S+% 25\.0% 25\.0% [\d.]+ 0 ", said), "a row of what is asked, given and left"
     assert data.with_name("data.png").is_file()
     assert "data without a recipe takes only curriculum.* and loader.*" in error_of(
         capsys, "inspect", str(data), "train.steps=3"
