@@ -184,7 +184,7 @@ def ledger(shown: Shown, recipe: Recipe, manifest: Manifest, order: BatchOrder) 
 def show(shown: Shown, recipe: Recipe, order: BatchOrder, console: Console) -> None:
     """Print the mix before a run and the ledger at its end."""
     console.print(f"[bold]{shown.recipe}[/], {len(order.slots):,} steps of {shown.batch:,} tokens", highlight=False)
-    for table in (*mix_tables(order, recipe.curriculum.shares), trained_table(order.trained(len(order.slots)))):
+    for table in (*mix_tables(order, recipe.curriculum), trained_table(order.trained(len(order.slots)))):
         console.print(table)
 
 
