@@ -79,12 +79,14 @@ def on_one_rank(on_ranks, recipe_file):
 
 
 DIVISIONS = {
-    "token_ring of 2": (2, ["parallel.tokens_per_rank=256", "parallel.cp.schedule=token_ring"]),
-    "ring of 4": (4, ["parallel.tokens_per_rank=128", "parallel.cp.schedule=ring"]),
-    "ring_both_ways of 4": (4, ["parallel.tokens_per_rank=128", "parallel.cp.schedule=ring_both_ways"]),
-    "token_ring of 4": (4, ["parallel.tokens_per_rank=128", "parallel.cp.schedule=token_ring"]),
-    "ulysses of 4": (4, ["parallel.tokens_per_rank=128", "parallel.cp.schedule=ulysses"]),
-    "grid of 4": (4, ["parallel.tokens_per_rank=128", "parallel.cp.schedule=grid"]),
+    **{
+        f"{schedule} of {ranks}": (
+            ranks,
+            [f"parallel.tokens_per_rank={LENGTH // ranks}", f"parallel.cp.schedule={schedule}"],
+        )
+        for ranks in (2, 4)
+        for schedule in ("ring", "ring_both_ways", "token_ring", "ulysses", "grid")
+    },
     "balanced ring of 4": (
         4,
         ["parallel.tokens_per_rank=128", "parallel.cp.schedule=ring", "parallel.cp.layout=balanced"],

@@ -1,0 +1,97 @@
+"""The held-out loss by source and by length of document, against plain PyTorch and the documents themselves."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.lanes import by_lane
+from helpers.plain_model import plain_losses
+from longring.data.format.manifest import open_prepared
+from longring.data.prepare.prepare import prepare
+from longring.launch.build import build_engine, open_layouts
+from longring.launch.config import load_recipe
+from longring.launch.evaluation.documents import DocumentLengths
+from longring.launch.evaluation.held_out import HeldOutLoss, held_out_buckets, with_means
+from longring.parallel.mesh import join
+from rich.console import Console
+
+
+def recipe_of(recipe_file: Path, directory: Path, *overrides: str) -> Any:
+    """Return the recipe on data of two sources, whose documents have lengths of their own."""
+    sources = [
+        f"data.sources.{name}={{kind='json', path='{directory}/{name}.jsonl'}}" for name in ("plain", "backwards")
+    ]
+    data = ["data.held_out_fraction=0.4", f"data.directory={directory}/data", "model.init_std=0.2"]
+    return load_recipe(recipe_file, ["data.source={}", *sources, *data, *overrides])
+
+
+@pytest.fixture(scope="module")
+def directory(recipe_file, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("sources")
+    text = Path(argparse.__file__).read_text()
+    for name, source in (("plain", text), ("backwards", text[::-1])):
+        documents = [source[700 * n : 700 * n + 150 + 120 * (n % 9)] for n in range(30)]
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in documents))
+    prepare(recipe_of(recipe_file, directory).data, Console(quiet=True))
+    return directory
+
+
+def measured(recipe_file: Path, directory: Path, limit: int, *overrides: str) -> tuple[dict[str, Any], list[Any]]:
+    """Return what the losses are by class, and each target's (source, length of document, loss) by plain PyTorch."""
+    recipe = recipe_of(recipe_file, directory, f"evaluate.max_tokens_per_bucket={limit}", *overrides)
+    manifest = open_prepared(recipe.data.directory)
+    mesh = join(recipe.parallel, recipe.max_context_parallel, 5)
+    engine = build_engine(recipe, manifest.vocab_size, mesh)
+    engine.eval()
+    chosen = held_out_buckets(recipe, manifest)
+    layouts = open_layouts(recipe, mesh, [bucket.length for bucket, _ in chosen], lambda _: None)
+    loss = HeldOutLoss(engine, recipe, manifest, mesh, lambda _: None, DocumentLengths(manifest))
+    found = with_means([loss.bucket(bucket, number, layouts[bucket.length]) for bucket, number in chosen])
+    if mesh.rank or mesh.world_size > 1:
+        return found, []
+    weights = {name.removeprefix("module."): weight.detach().double() for name, weight in engine.named_parameters()}
+    tokenizer, targets = manifest.tokenizer().tokenizer, []
+    for bucket, number in chosen:
+        numbers = np.arange(number) * bucket.sequences // number
+        reader = manifest.reader(bucket)
+        rows = torch.from_numpy(reader.read(numbers).astype(np.int64))
+        losses = plain_losses(weights, rows, recipe.model, vocab_size=manifest.vocab_size)
+        for pieces, of_row in zip(reader.pieces(numbers), losses.tolist(), strict=True):
+            [(shard, record, _, _)] = pieces.tolist()
+            source = manifest.inputs()[shard]["source"]
+            document = json.loads((directory / f"{source}.jsonl").read_text().splitlines()[record])["text"]
+            # With its end a document has one target more than tokens; what is shorter than a bucket is left out.
+            length = (len(tokenizer.encode(document, add_special_tokens=False).ids) + 1) // 64 * 64
+            targets += [(source, length, one) for one in of_row]
+    return found, targets
+
+
+def assert_means(entries: list[dict[str, Any]], expected: dict[Any, list[float]]) -> None:
+    assert [entry["tokens"] for entry in entries] == [len(losses) for losses in expected.values()]
+    assert [entry["loss"] for entry in entries] == pytest.approx(
+        [np.mean(found) for found in expected.values()], rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("limit", by_lane([2**20, 800], quick=[]), ids=["all", "capped"])
+def test_losses_by_source_and_length_of_document_equal_plain_pytorch(on_ranks, recipe_file, directory, limit):
+    [(found, targets)] = on_ranks(1, measured, recipe_file, directory, limit)
+    by_source, by_length = defaultdict(list), defaultdict(list)
+    for source, length, loss in targets:
+        by_source[source].append(loss)
+        by_length[max(64, 2 ** int(np.ceil(np.log2(length))))].append(loss)
+    assert [entry["source"] for entry in found["by_source"]] == ["plain", "backwards"] == sorted(by_source)[::-1]
+    assert_means(found["by_source"], {name: by_source[name] for name in ("plain", "backwards")})
+    assert [entry["to"] for entry in found["by_document"]] == sorted(by_length) and len(by_length) > 2
+    assert_means(found["by_document"], dict(sorted(by_length.items())))
+    for several, _ in on_ranks(2, measured, recipe_file, directory, limit, "parallel.tokens_per_rank=256"):
+        for name in ("by_source", "by_document"):
+            for entry, one in zip(several[name], found[name], strict=True):
+                assert entry == {**one, "loss": pytest.approx(one["loss"], rel=1e-4)}
