@@ -136,13 +136,13 @@ def submit(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--print", action="store_true", help="print the job script and do not submit it")
     evaluation = parser.add_argument_group("evaluation", "The job is `longring evaluate` on the ranks of all nodes.")
+    evaluation.add_argument("--evaluate", action="store_true", help="evaluate the recipe's run")
     evaluation.add_argument(
-        "--evaluate",
+        "--weights",
         action="append",
-        nargs="?",
-        const="",
+        default=[],
         metavar="WEIGHTS",
-        help="evaluate WEIGHTS on the recipe's data and division, or without WEIGHTS its run; may be given again",
+        help="evaluate these weights on the recipe's data and division; may be given again",
     )
     _measured(evaluation)
 

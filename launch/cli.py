@@ -141,10 +141,10 @@ def _submit(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.target, options.overrides)
     from .commands.submit import evaluation_words, job_script, submit
 
-    evaluates, words = options.evaluate is not None, [options.target, *options.overrides]
+    evaluates, words = options.evaluate or bool(options.weights), [options.target, *options.overrides]
     if evaluates:
         chosen = {name: getattr(options, name) for name in ("tasks", "judge", "json", "picture")}
-        words = evaluation_words(options.target, options.evaluate, options.overrides, chosen)
+        words = evaluation_words(options.target, options.weights, options.overrides, chosen)
     if options.print:
         print(job_script(recipe, options.nodes, evaluates=evaluates), end="")
     else:

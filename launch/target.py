@@ -23,13 +23,7 @@ from .identity import OWN_TO_A_MACHINE, code_hash
 from .preflight import preflight_together
 from .run_directory import RunDirectory
 from .settings import apply_overrides, flat, from_tree, to_tree
-from .weights.origin import MAY_DIFFER, Weights, load_origin, weights_at
-
-_SETTABLE = (
-    *("evaluate.", "faults.", "loader.", "parallel.", "train.dtype", "train.attention_backend"),
-    *(f"model.{key}" for key in MAY_DIFFER),
-)
-"""Beginnings of the settings of an evaluation on other data."""
+from .weights.origin import Weights, check_settable, load_origin, weights_at
 
 
 @dataclass(frozen=True)
@@ -109,12 +103,7 @@ def recipe_of_weights(weights: Weights, data: str, overrides: Sequence[str], num
     Without a recipe in `data`, a sequence of the largest bucket is spread over as many of the ranks as can share one.
     Raises ValueError, with the key at fault, if a setting is wrong.
     """
-    for override in overrides:
-        if not override.startswith(_SETTABLE):
-            raise ValueError(
-                f"override {override!r}: with --data it has no effect, or changes what the weights are; leave it out, "
-                f"or set one of {', '.join(f'{key}*' for key in _SETTABLE)}"
-            )
+    check_settable(overrides)
     if Path(data).is_file():
         tree = to_tree(load_recipe(data))
     else:

@@ -16,7 +16,8 @@ from ..checkpoint.format import last_good_checkpoint
 from ..config import Recipe
 from ..preflight import preflight
 from ..records import append_record, read_records
-from ..run_directory import RunDirectory
+from ..run_directory import RunDirectory, find_run
+from ..weights.origin import check_settable
 
 SCRIPT = Path(__file__).parents[2] / "slurm" / "train.sbatch"
 _FROM_RECIPE = re.compile(
@@ -71,16 +72,22 @@ def _job_name(run_directory: str) -> str:
 
 
 def evaluation_words(
-    target: str, evaluated: Sequence[str], overrides: Sequence[str], options: Mapping[str, str]
+    target: str, weights: Sequence[str], overrides: Sequence[str], options: Mapping[str, str]
 ) -> list[str]:
     """Return the words of `longring evaluate` for a job: the recipe's run, or these weights on the recipe's data.
 
-    `options` are values by the name of an option, which is left out if its value is empty.
+    `options` are values by the name of an option, which is left out if its value is empty. Raises ValueError for a
+    setting that the evaluation would refuse, or if there is no such run.
     """
-    weights = [name for name in evaluated if name]
-    own = ("slurm.", "run_directory=") if weights else ("slurm.",)  # settings of the job, not of an evaluation
-    settings = [word for word in overrides if not word.startswith(own)]
-    words = [*weights, *settings, "--data", target] if weights else [target, *settings]
+    settings = [word for word in overrides if not word.startswith("slurm.")]  # those are the job's
+    words = [target, *settings]
+    if weights:
+        settings = [word for word in settings if not word.startswith("run_directory=")]
+        check_settable(settings)
+        words = [*weights, *settings, "--data", target]
+    else:
+        run, of_run = find_run(target, settings)
+        run.recipe(of_run)
     return words + [word for name, value in options.items() if value for word in (f"--{name}", value)]
 
 

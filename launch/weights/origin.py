@@ -8,7 +8,7 @@ token id stands for, must be the same.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +39,11 @@ from .directory import CONFIG, ModelDirectory, keep_files
 
 MAY_DIFFER = ("rope", "layer_pattern", "window_tokens", "z_loss", "init_std")
 """Beginnings of the keys of `model` that leave every weight its meaning."""
+SETTABLE = (
+    *("evaluate.", "faults.", "loader.", "parallel.", "train.dtype", "train.attention_backend"),
+    *(f"model.{key}" for key in MAY_DIFFER),
+)
+"""Beginnings of the settings of an evaluation of weights on other data."""
 
 
 class Origin(NamedTuple):
@@ -205,3 +210,13 @@ def _check_model(before: ModelConfig, wanted: ModelConfig) -> None:
 def _first_difference(before: Mapping[str, int], now: Mapping[str, int]) -> str | None:
     """Return the token of lowest id that has another id, or none, in the vocabulary `now`; or None."""
     return min((token for token in before if now.get(token) != before[token]), key=before.__getitem__, default=None)
+
+
+def check_settable(overrides: Sequence[str]) -> None:
+    """Raise ValueError unless an evaluation of weights on other data takes these settings."""
+    for override in overrides:
+        if not override.startswith(SETTABLE):
+            raise ValueError(
+                f"override {override!r}: with --data it has no effect, or changes what the weights are; leave it out, "
+                f"or set one of {', '.join(f'{key}*' for key in SETTABLE)}"
+            )

@@ -141,18 +141,19 @@ def test_a_job_with_a_wrong_recipe_ends_with_the_error_and_is_not_requeued(clust
 
 def test_a_job_on_two_nodes_evaluates_what_one_rank_evaluates(cluster, recipe_file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    settings = ["train.steps=5", "parallel.tokens_per_rank=256", f"run_directory={tmp_path / 'run'}"]
-    said = tmp_path / "trained.txt"
-    assert start(2, recipe_file, settings, said).wait() == [0, 0], said.read_text()
+    settings, said = [f"run_directory={tmp_path / 'run'}"], tmp_path / "trained.txt"
+    assert start(2, recipe_file, ["train.steps=5", "parallel.tokens_per_rank=256", *settings], said).wait() == [0, 0], (
+        said.read_text()
+    )
     resources = [
         *("slurm.cpu=true", "slurm.ranks_per_node=1", "slurm.time=0:20:00"),
         *("slurm.options.exclusive=''", "slurm.options.mem=''", "slurm.options.ntasks-per-node='1'"),
     ]
     measured = ["evaluate.samples=2", "evaluate.max_tokens_per_bucket=2048"]
-    words = ["submit", str(recipe_file), *settings, *resources, *measured, "--nodes", "2", "--evaluate"]
+    words = ["submit", str(recipe_file), *settings, *resources, *measured, "--nodes", "2"]
     checkpoint = str(tmp_path / "run" / "checkpoints" / "step-00000005")
-    weights = [checkpoint, "--evaluate", str(tmp_path / "run")]
-    for name, evaluated in (("run", []), ("weights", weights)):
+    weights = ["--weights", checkpoint, "--weights", str(tmp_path / "run"), "parallel.tokens_per_rank=256"]
+    for name, evaluated in (("run", ["--evaluate"]), ("weights", weights)):
         file = tmp_path / f"{name}.json"
         assert cli.main([*words, *evaluated, "--tasks", "copy_text", "--json", str(file)]) == 0
         job = capsys.readouterr().out.split()[-1]

@@ -143,12 +143,19 @@ def test_a_job_evaluates_the_recipes_run_or_weights_on_its_data(recipe_file, tmp
     for key, value in variables.items():
         monkeypatch.setenv(key, value)
     here, run = str(recipe_file), f"run_directory={tmp_path / 'run'}"
+    RunDirectory(tmp_path / "run").create(load_recipe(recipe_file))
     words = ["submit", here, "--nodes", "1", run, "slurm.cpu=true", "slurm.ranks_per_node=4", "evaluate.samples=3"]
+    for evaluated, advice in (
+        (["--evaluate"], "only evaluate.* may differ from the run; leave it out"),
+        (["--weights", "model/a"], "changes what the weights are; leave it out, or set one of"),
+    ):
+        assert cli.main([*words, *evaluated, "train.seed=1"]) == 2
+        assert advice in capsys.readouterr().err
     for evaluated, expected in (
         ([], [here, run, "evaluate.samples=3"]),
         (["model/a", "model/b"], ["model/a", "model/b", "evaluate.samples=3", "--data", here]),
     ):
-        options = [word for weights in evaluated for word in ("--evaluate", weights)] or ["--evaluate"]
+        options = [word for weights in evaluated for word in ("--weights", weights)] or ["--evaluate"]
         assert cli.main([*words, *options, "--tasks", "needle", "--json", "x.json"]) == 0, capsys.readouterr().err
         ran = (log / "words").read_text().split("\n")
         assert ran[2 : 3 + len(expected)] == ["evaluate", *expected]
