@@ -157,7 +157,12 @@ def _logits(products: Tensor, num_rows: int, is_kept: bool) -> Tensor:
     return logits
 
 
+def token_slice(vocab_rows: int) -> int:
+    """Return the number of tokens of a slice, whose fp32 logits fit into LOGIT_BYTES: a power of two."""
+    return 1 << max(0, (LOGIT_BYTES // (4 * vocab_rows)).bit_length() - 1)
+
+
 def _token_slices(num_tokens: int, vocab_rows: int) -> Iterator[slice]:
-    """Yield slices of tokens whose fp32 logits fit into LOGIT_BYTES: equal powers of two, with a shorter last one."""
-    size = 1 << max(0, (LOGIT_BYTES // (4 * vocab_rows)).bit_length() - 1)
+    """Yield slices of `token_slice` tokens, with a shorter last one."""
+    size = token_slice(vocab_rows)
     return (slice(first, first + size) for first in range(0, num_tokens, size))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from ...parallel.cp.choose import PricedGrid
 from ..config import Recipe
+from .activations import activations_of
+from .states import Sizes, states_of
 
 DEVICE_BYTES = {
     # https://www.nvidia.com/en-us/data-center/h100/: 80 GB (SXM, PCIe), 94 GB (NVL)
@@ -26,6 +28,10 @@ DEVICE_BYTES = {
 """Bytes of NVIDIA's data sheets by a pattern of the device's whole name, as of `flops.PEAK_FLOPS`."""
 
 
+RESERVE = 3_000_000_000
+"""Estimate of the bytes that CUDA's context, cuBLAS and the gaps of torch's allocator take; **not measured**."""
+
+
 def device_bytes(name: str) -> float | None:
     """Return the bytes of memory of a device's data sheet; None: they are not known here."""
     return next((number for pattern, number in DEVICE_BYTES.items() if re.fullmatch(pattern, name)), None)
@@ -36,28 +42,28 @@ class Memory:
     """Bytes that a rank holds on its device at the peak of a step, by kind."""
 
     moment: str
-    """Part of the step that holds most: "loss", "backward" or "update"."""
+    """Part of the step that holds most: "loss", "backward", "sum" or "update"."""
     weights: int
     """Weights in train.dtype: this rank's, and under ZeRO 3 its part and the gathered ones."""
     gradients: int
     """Sums of gradients between micro-batches."""
     moments: int
     """AdamW's two moments and the fp32 weights that it steps."""
-    buckets: int
+    buckets: int = 0
     """Buffers by which ZeRO sums gradients and gathers weights."""
-    activations: int
+    activations: int = 0
     """Activations that the forward keeps for the backward, of all layers."""
-    logits: int
+    logits: int = 0
     """Logits that are kept, and those of the slice at hand."""
-    work: int
+    work: int = 0
     """Tensors of the operation at hand: a layer computed again, gradients of activations, a step's copies."""
-    attention: int
+    attention: int = 0
     """Shares and results that attention holds for other ranks."""
-    communicators: int
+    communicators: int = 0
     """NCCL's buffers (estimate)."""
-    reserve: int
+    reserve: int = 0
     """CUDA's context and the allocator's gaps (estimate)."""
-    host: int
+    host: int = 0
     """Bytes of the host's memory, no part of the total: what is offloaded."""
 
     @property
@@ -85,37 +91,55 @@ def memory_of(
     nothing of other ranks. Off a GPU, operators are torch's own, and there is neither reserve nor communicator. Raises
     ValueError if parallel.tensor does not divide the world.
     """
-    model, parallel, train = recipe.model, recipe.parallel, recipe.train
-    tensor, ranks = parallel.tensor, parallel.data_size(world_size)
-    itemsize = 4 if train.dtype == "float32" else 2
-    rows = model.padded_vocab_size(vocab_size)
-    width, kv_width = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    layer = model.hidden_size * (2 * width + 2 * kv_width + 3 * model.ffn_hidden_size)
-    count = (model.num_layers * layer + (1 if model.tied_head else 2) * rows * model.hidden_size) // tensor
-    part = count // ranks
-    stage, tokens = parallel.zero_stage, parallel.tokens_per_rank
-    kept = {
-        "keep": 6 * model.hidden_size + 2 * (kv_width + width) // tensor + 3 * model.ffn_hidden_size // tensor,
-        "recompute_mlp": 3 * model.hidden_size + 2 * (kv_width + width) // tensor,
-        "recompute_layer": model.hidden_size + 2 * (kv_width + width) // tensor,
-        "offload": model.hidden_size + 2 * (kv_width + width) // tensor,
-    }[train.memory.activations]
-    activations = itemsize * tokens * kept * model.num_layers
-    host, activations = (activations, 0) if train.memory.activations == "offload" else (0, activations)
-    moments = 12 * (part if stage else count)
-    if parallel.zero.offload_optimizer == "cpu":
-        host, moments = host + moments, 0
-    return Memory(
-        moment="backward",
-        weights=itemsize * (part if stage == 3 else count),
-        gradients=4 * (part if stage > 1 else count),
-        moments=moments,
-        buckets=8 * parallel.zero.reduce_bucket_size if stage > 1 else 0,
-        activations=activations,
-        logits=min(itemsize * tokens * rows // tensor, int(train.memory.kept_logits_gb * 1e9)),
-        work=itemsize * tokens * 6 * model.ffn_hidden_size // tensor,
-        attention=max((grid.peak_bytes for grid in grids), default=0),
-        communicators=0,
-        reserve=int(3e9) if on_gpu else 0,
-        host=host,
+    return max(
+        moments(recipe, world_size, length, vocab_size, on_gpu=on_gpu, grids=grids), key=lambda found: found.total
     )
+
+
+def moments(
+    recipe: Recipe,
+    world_size: int,
+    length: int,
+    vocab_size: int,
+    *,
+    on_gpu: bool = True,
+    grids: Sequence[PricedGrid] = (),
+) -> list[Memory]:
+    """Return the memory of a rank at the moments of a step of which one is the peak, as `memory_of` takes them."""
+    sizes, ranks = Sizes.of(recipe, vocab_size), recipe.parallel.data_size(world_size)
+    states = states_of(recipe, sizes, ranks, on_gpu=on_gpu)
+    kept = activations_of(recipe, vocab_size, length, on_gpu=on_gpu)
+    attention = max((grid.peak_bytes for grid in grids), default=0)
+    always = Memory(
+        moment="",
+        weights=states.weights + states.gathered,
+        gradients=states.gradients,
+        moments=states.moments,
+        buckets=states.buckets,
+        reserve=RESERVE if on_gpu else 0,
+        host=states.host + kept.host,
+    )
+    return [
+        replace(
+            always,
+            moment="loss",
+            activations=kept.layers + kept.around,
+            logits=kept.kept_logits,
+            work=kept.loss_work,
+        ),
+        replace(
+            always,
+            moment="backward",
+            activations=kept.layers,
+            work=kept.layer_work + states.gradient_work,
+            attention=attention,
+        ),
+        replace(always, moment="sum", work=states.sum_work),
+        replace(
+            always,
+            moment="update",
+            weights=states.weights,
+            gradients=states.update_gradients,
+            work=states.update_work,
+        ),
+    ]

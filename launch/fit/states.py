@@ -1,0 +1,121 @@
+"""Bytes of weights, gradients and optimizer state that a rank holds under DeepSpeed's ZeRO, by kind.
+
+The numbers are those of the three classes that DeepSpeed takes: `BF16_Optimizer` for ZeRO 1 with fp32 sums of bf16
+gradients, `DeepSpeedZeroOptimizer` for the rest of ZeRO 1 and for 2, and `DeepSpeedZeroOptimizer_Stage3`; and of
+`parallel/zero.py` for ZeRO 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..config import Recipe
+
+WHOLE_SUM = 500_000_000
+"""Number of elements that DeepSpeed sums at once where it has no buckets, under ZeRO 0."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of elements of the parameters on one tensor-parallel rank."""
+
+    all: int
+    """Elements of all parameters."""
+    layer_matrix: int
+    """Elements of the largest matrix of a layer, the projections to gate and up as one."""
+    head: int
+    """Elements of the output head, or of the embedding."""
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest parameter."""
+        return max(self.layer_matrix, self.head)
+
+    @classmethod
+    def of(cls, recipe: Recipe, vocab_size: int) -> Sizes:
+        """Return the sizes of a model with a tokenizer of `vocab_size` tokens."""
+        model, tensor = recipe.model, recipe.parallel.tensor
+        hidden, width = model.hidden_size, model.num_heads * model.head_dim
+        kv_width = model.num_kv_heads * model.head_dim
+        head = model.padded_vocab_size(vocab_size) * hidden // tensor
+        matrices = hidden * (2 * width + 2 * kv_width + 3 * model.ffn_hidden_size) // tensor
+        vectors = 2 * hidden + model.qkv_bias * (width + 2 * kv_width) // tensor
+        vectors += {"none": 0, "head": 2 * model.head_dim, "projection": (width + kv_width) // tensor}[model.qk_norm]
+        matrix = max(2 * model.ffn_hidden_size, width + 2 * kv_width) * hidden // tensor
+        layers = model.num_layers * (matrices + vectors)
+        return cls(layers + hidden + (1 if model.tied_head else 2) * head, matrix, head)
+
+
+@dataclass(frozen=True, kw_only=True)
+class States:
+    """Bytes of weights, gradients and optimizer state on one rank."""
+
+    weights: int
+    """Weights between steps, in train.dtype."""
+    gathered: int
+    """Weights that ZeRO 3 has gathered by the end of the forward."""
+    in_flight: int
+    """Weights that ZeRO 3 gathers ahead, in the buffer in which they arrive."""
+    gradients: int
+    """Sums of gradients between micro-batches."""
+    moments: int
+    """AdamW's moments and the fp32 weights that it steps."""
+    buckets: int
+    """Buffers in which ZeRO sums gradients during the backward."""
+    gradient_work: int
+    """A gradient of the largest matrix of a layer, and its copies until it is in the sum."""
+    update_gradients: int
+    """Gradients while the weights are updated."""
+    sum_work: int
+    """Copy of gradients that are summed over ranks after the backward."""
+    update_work: int
+    """Tensors of AdamW beside its state."""
+    host: int
+    """What is offloaded, in the memory of the host."""
+
+
+def states_of(recipe: Recipe, sizes: Sizes, ranks: int, *, on_gpu: bool) -> States:
+    """Return the bytes of a rank of `ranks` data-parallel ones."""
+    parallel, train, zero = recipe.parallel, recipe.train, recipe.parallel.zero
+    stage, part = parallel.zero_stage, math.ceil(sizes.all / ranks)
+    itemsize, sum_itemsize = (4 if dtype == "float32" else 2 for dtype in (train.dtype, train.gradient_dtype))
+    flat = stage == 1 and itemsize < sum_itemsize and zero.offload_optimizer == "none"  # BF16_Optimizer
+    on_host = zero.offload_optimizer == "cpu"
+    owned = part if stage else sizes.all  # elements that this rank's AdamW steps
+    moments = owned * (8 if stage == 0 and itemsize == 4 else 12)
+    # torch's AdamW takes the square roots of all parameters at once on a GPU, and of one at a time, twice, on a CPU.
+    stepped = min(owned, zero.sub_group_size) if stage == 3 else owned if stage else sizes.largest
+    update = 0 if on_host else 4 * (owned if on_gpu and stage < 3 else stepped * (1 if on_gpu else 2))
+    reduced = 1 + zero.overlap_comm if stage < 3 else 1  # number of buffers
+    gradients = sum_itemsize * (part if stage >= 2 else sizes.all)
+    # ZeRO 2 sums over ranks in buffers of the model's dtype, ZeRO 3 in those of the sum; ZeRO 1 stages what it has.
+    bucket = zero.reduce_bucket_size * (itemsize if stage == 2 else sum_itemsize)
+    live = min(sizes.all, zero.stage3_max_live_parameters)
+    gathered = min(live, zero.stage3_max_reuse_distance // 2 + zero.stage3_prefetch_bucket_size + sizes.layer_matrix)
+    weights = itemsize * (part if stage == 3 else sizes.all)
+    host = (moments if on_host else 0) + (weights if zero.offload_param == "cpu" else 0)
+    # A gradient in train.dtype, and in that of the sum where they differ.
+    gradient = itemsize + (sum_itemsize if itemsize < sum_itemsize else 0)
+    return States(
+        weights=0 if zero.offload_param == "cpu" else weights,
+        gathered=itemsize * gathered if stage == 3 else 0,
+        in_flight=itemsize * min(gathered, zero.stage3_prefetch_bucket_size) if stage == 3 else 0,
+        gradients=gradients,
+        moments=0 if on_host else moments,
+        buckets=0 if stage == 0 or flat else reduced * bucket,
+        gradient_work=sizes.layer_matrix * gradient,
+        update_gradients=_update_gradients(stage, sizes, part, stepped, sum_itemsize, flat=flat),
+        sum_work=sum_itemsize * min(sizes.all, WHOLE_SUM) if stage == 0 and ranks > 1 else 0,
+        update_work=update,
+        host=host,
+    )
+
+
+def _update_gradients(stage: int, sizes: Sizes, part: int, stepped: int, sum_itemsize: int, *, flat: bool) -> int:
+    """Return the bytes of gradients, and of their fp32 copies, while the weights are updated."""
+    if stage == 0:
+        return sizes.all * (4 if sum_itemsize == 4 else sum_itemsize + 4)
+    if flat:
+        return 4 * sizes.all
+    return 4 * part if stage < 3 else sum_itemsize * part + 4 * stepped
