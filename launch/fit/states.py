@@ -55,8 +55,6 @@ class States:
     """Weights between steps, in train.dtype."""
     gathered: int
     """Weights that ZeRO 3 has gathered by the end of the forward."""
-    in_flight: int
-    """Weights that ZeRO 3 gathers ahead, in the buffer in which they arrive."""
     gradients: int
     """Sums of gradients between micro-batches."""
     moments: int
@@ -94,18 +92,24 @@ def states_of(recipe: Recipe, sizes: Sizes, ranks: int, *, on_gpu: bool) -> Stat
     live = min(sizes.all, zero.stage3_max_live_parameters)
     gathered = min(live, zero.stage3_max_reuse_distance // 2 + zero.stage3_prefetch_bucket_size + sizes.layer_matrix)
     weights = itemsize * (part if stage == 3 else sizes.all)
-    host = (moments if on_host else 0) + (weights if zero.offload_param == "cpu" else 0)
-    # A gradient in train.dtype, and in that of the sum where they differ.
-    gradient = itemsize + (sum_itemsize if itemsize < sum_itemsize else 0)
+    host = weights if zero.offload_param == "cpu" else 0
+    if on_host:
+        # Beside the moments: gradients in fp32, which AdamW reads there, and where they are summed over micro-batches;
+        # ZeRO 1 and 2 keep the part of the weights in train.dtype and a gradient there as well, and one on the device.
+        host += moments + 4 * part
+        host += gradients if stage == 3 else itemsize * (part + sizes.largest) + (itemsize * part if stage == 2 else 0)
+        gradients = sizes.all * sum_itemsize if stage == 1 else 0
+    # A gradient in train.dtype, in that of the sum where they differ, and where ZeRO 3 scatters it.
+    gradient = itemsize + sum_itemsize * ((itemsize < sum_itemsize) + (stage == 3))
     return States(
         weights=0 if zero.offload_param == "cpu" else weights,
         gathered=itemsize * gathered if stage == 3 else 0,
-        in_flight=itemsize * min(gathered, zero.stage3_prefetch_bucket_size) if stage == 3 else 0,
         gradients=gradients,
         moments=0 if on_host else moments,
-        buckets=0 if stage == 0 or flat else reduced * bucket,
+        # With AdamW on the host ZeRO 1 and 2 bring a gradient's sum back through a buffer.
+        buckets=(0 if stage == 0 or flat else reduced * bucket) + (itemsize * sizes.largest if on_host else 0),
         gradient_work=sizes.layer_matrix * gradient,
-        update_gradients=_update_gradients(stage, sizes, part, stepped, sum_itemsize, flat=flat),
+        update_gradients=0 if on_host else _update_gradients(stage, sizes, part, stepped, sum_itemsize, flat=flat),
         sum_work=sum_itemsize * min(sizes.all, WHOLE_SUM) if stage == 0 and ranks > 1 else 0,
         update_work=update,
         host=host,
