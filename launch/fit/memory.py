@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 
 from ...parallel.cp.choose import PricedGrid
+from ...parallel.cp.grid import CpGrid
+from ...parallel.cp.group import all_links, link_bytes, links_of
+from ...parallel.cp.plan import Link
 from ..config import Recipe
 from .activations import activations_of
 from .states import Sizes, states_of
@@ -60,7 +64,7 @@ class Memory:
     attention: int = 0
     """Shares and results that attention holds for other ranks."""
     communicators: int = 0
-    """NCCL's buffers (estimate)."""
+    """Buffers of NCCL for the messages of this bucket's attention (estimate)."""
     reserve: int = 0
     """CUDA's context and the allocator's gaps (estimate)."""
     host: int = 0
@@ -116,6 +120,7 @@ def moments(
         gradients=states.gradients,
         moments=states.moments,
         buckets=states.buckets,
+        communicators=_link_bytes(tuple(grid.grid for grid in grids), recipe.parallel.cp.max_ctas) if on_gpu else 0,
         reserve=RESERVE if on_gpu else 0,
         host=states.host + kept.host,
     )
@@ -140,6 +145,14 @@ def moments(
             moment="update",
             weights=states.weights,
             gradients=states.update_gradients,
+            buckets=states.buckets if recipe.parallel.zero_stage == 3 else 0,
             work=states.update_work,
         ),
     ]
+
+
+@lru_cache
+def _link_bytes(grids: tuple[CpGrid, ...], max_ctas: int) -> int:
+    """Return an estimate of the bytes that NCCL takes on a rank for the links of some grids."""
+    links = set[Link]().union(*(links_of(all_links(grid), 0) for grid in grids))
+    return link_bytes(links, 0, max_ctas)

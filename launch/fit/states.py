@@ -99,6 +99,14 @@ def states_of(recipe: Recipe, sizes: Sizes, ranks: int, *, on_gpu: bool) -> Stat
         host += moments + 4 * part
         host += gradients if stage == 3 else itemsize * (part + sizes.largest) + (itemsize * part if stage == 2 else 0)
         gradients = sizes.all * sum_itemsize if stage == 1 else 0
+    if stage == 0:
+        update_gradients = sizes.all * (4 if sum_itemsize == 4 else sum_itemsize + 4)
+    elif flat or on_host:
+        update_gradients = gradients
+    elif stage < 3:  # sums in train.dtype stay beside their fp32 copy
+        update_gradients = 4 * part + (sum_itemsize * part if itemsize == sum_itemsize else 0)
+    else:
+        update_gradients = sum_itemsize * part + 4 * stepped
     # A gradient in train.dtype, in that of the sum where they differ, and where ZeRO 3 scatters it.
     gradient = itemsize + sum_itemsize * ((itemsize < sum_itemsize) + (stage == 3))
     return States(
@@ -109,17 +117,8 @@ def states_of(recipe: Recipe, sizes: Sizes, ranks: int, *, on_gpu: bool) -> Stat
         # With AdamW on the host ZeRO 1 and 2 bring a gradient's sum back through a buffer.
         buckets=(0 if stage == 0 or flat else reduced * bucket) + (itemsize * sizes.largest if on_host else 0),
         gradient_work=sizes.layer_matrix * gradient,
-        update_gradients=0 if on_host else _update_gradients(stage, sizes, part, stepped, sum_itemsize, flat=flat),
+        update_gradients=update_gradients,
         sum_work=sum_itemsize * min(sizes.all, WHOLE_SUM) if stage == 0 and ranks > 1 else 0,
         update_work=update,
         host=host,
     )
-
-
-def _update_gradients(stage: int, sizes: Sizes, part: int, stepped: int, sum_itemsize: int, *, flat: bool) -> int:
-    """Return the bytes of gradients, and of their fp32 copies, while the weights are updated."""
-    if stage == 0:
-        return sizes.all * (4 if sum_itemsize == 4 else sum_itemsize + 4)
-    if flat:
-        return 4 * sizes.all
-    return 4 * part if stage < 3 else sum_itemsize * part + 4 * stepped
