@@ -139,7 +139,7 @@ def moments(
             work=kept.layer_work + states.gradient_work,
             attention=attention,
         ),
-        replace(always, moment="sum", work=states.sum_work),
+        replace(always, moment="sum", work=states.sum_work, host=states.host),
         replace(
             always,
             moment="update",
@@ -147,6 +147,7 @@ def moments(
             gradients=states.update_gradients,
             buckets=states.buckets if recipe.parallel.zero_stage == 3 else 0,
             work=states.update_work,
+            host=states.host,
         ),
     ]
 
