@@ -1,7 +1,7 @@
 """Predicted beside measured time of a step on CPUs, over divisions, levels of activations and lengths.
 
-    python benchmarks/fit_time.py --json rows.json   # 6 to 10 minutes
-    python benchmarks/fit_time.py --quick            # two minutes
+    python benchmarks/fit_time.py --json rows.json   # 10 minutes
+    python benchmarks/fit_time.py --quick            # a minute
 
 Ranks are processes of this machine, a core each where there are enough, joined by gloo. Each round measures the rates
 of the ranks (products, operators, AdamW, sums over ranks, attention) and then trains a step, so that other load on the
@@ -83,8 +83,8 @@ class Model(NamedTuple):
 
 
 SIZES: dict[Size, Model] = {
-    "full": Model(768, 4, 1024, 5),
-    "quick": Model(768, 2, 512, 3),
+    "full": Model(768, 2, 512, 3),
+    "quick": Model(512, 2, 512, 1),
     "smallest": Model(64, 1, 64, 1),
 }
 
@@ -169,7 +169,7 @@ def measure(case: Case, model: Model) -> Row:
 
 
 def main() -> int:
-    options = make_parser(__doc__ or "", quick="four cases and a smaller model: two minutes").parse_args()
+    options = make_parser(__doc__ or "", quick="four cases, one round, a smaller model: a minute").parse_args()
     model = SIZES[options.size]
     cases = CASES if options.size == "full" else [CASES[number] for number in QUICK]
     title = f"Time of a step: width {model.width}, {model.layers} layers, {model.tokens} tokens a rank"
@@ -180,8 +180,8 @@ def main() -> int:
         rows.append(row)
         figures = (f"{row[key]:.3f}" for key in ("predicted_s", "measured_s", "ratio"))
         table.add_row(case.name, str(case.ranks), f"{row['length']:,}", *figures)
+        write_record(options.json, {**model._asdict(), "rows": rows})  # a killed measurement keeps its rows
     Console().print(table)
-    write_record(options.json, {**model._asdict(), "rows": rows})
     return 0
 
 

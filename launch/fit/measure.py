@@ -41,12 +41,15 @@ def measure_device(sizes: Sizes, dtype: torch.dtype, device: torch.device, speed
     """
     s, h, f = sizes
     x, hidden = _random(s, h, dtype=dtype, device=device), _random(s, 2 * f, dtype=dtype, device=device)
-    weight, norm = _random(2 * f, h, dtype=dtype, device=device), _random(h, dtype=dtype, device=device)
-    itemsize = x.itemsize
+    norm, itemsize = _random(h, dtype=dtype, device=device), x.itemsize
+    # SwiGLU's two weights, and one as large as that of q or of the projection after attention.
+    weights = [_random(n, k, dtype=dtype, device=device).detach() for n, k in ((2 * f, h), (h, f), (h, h))]
+    inputs = [torch.randn(s, weight.shape[1], device=device).to(dtype) for weight in weights]
 
     def products() -> None:
-        result = x @ weight.t()
-        _ = result @ weight, result.t() @ x
+        for weight, rows in zip(weights, inputs, strict=True):
+            result = rows @ weight.t()
+            _ = result @ weight, result.t() @ rows
 
     ops = fused_ops(x)
 
@@ -61,7 +64,7 @@ def measure_device(sizes: Sizes, dtype: torch.dtype, device: torch.device, speed
     to_sum, on_host = torch.zeros(SUM_ELEMENTS, device=device), torch.zeros(SUM_ELEMENTS)
     # Forward: norm 2 h, SwiGLU 3 f; backward: norm 3 h, SwiGLU 5 f.
     moved = itemsize * s * (5 * h + 8 * f)
-    product_flops = 12.0 * s * h * f / _seconds(products, device)
+    product_flops = 6.0 * s * h * (3 * f + h) / _seconds(products, device)
     ranks = dist.get_world_size()
     share = 1.0
     if ranks > 1:

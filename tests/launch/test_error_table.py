@@ -503,6 +503,18 @@ def silence(sandbox: Sandbox) -> str:
     return diagnosis({0: Position(40, 7, "summing over the ranks"), 1: None}, 600)
 
 
+def plan(*arguments: str) -> Case:
+    return lambda sandbox: sandbox.main("plan", str(sandbox.recipe), "parallel.tokens_per_rank=256", *arguments)
+
+
+def file_without_device(sandbox: Sandbox) -> str:
+    file = sandbox.directory / "here.json"
+    file.write_text("{}")
+    return plan("--gpus", "2", "--device", str(file))(sandbox)
+
+
+HALF = "train.dtype=bfloat16"
+
 CASES: dict[str, dict[str, Case]] = {
     "Settings": {f"{title}: `{override}`": setting(override) for title, override in SETTINGS.items()},
     "Recipes": {
@@ -512,6 +524,15 @@ CASES: dict[str, dict[str, Case]] = {
         "a recipe that is nested too deeply": broken_recipe("x = " + "[" * 100_000),
         "a recipe of gigabytes": broken_recipe("# comment\n" * 110_000),
         "a recipe without a required key": broken_recipe('run_directory = "runs/a"\n[data]\ndirectory = "d"\n'),
+    },
+    "Plans": {
+        "an unknown device: `longring plan --device h1000`": plan(HALF, "--gpus", "8", "--device", "h1000"),
+        "GPUs without a device": plan("--gpus", "8"),
+        "a device without a number of GPUs": plan("--device", "h100"),
+        "GPUs that do not divide the batch": plan(HALF, "--gpus", "6", "--device", "h100"),
+        "a plan of fp32 on a device of bf16": plan("--gpus", "8", "--device", "h100"),
+        "a file that is no measured device": file_without_device,
+        "a plan of GPUs with --ranks": plan(HALF, "--gpus", "8", "--device", "h100", "--ranks", "4"),
     },
     "World": {
         "too few ranks for the longest sequence": lambda sandbox: sandbox.train(
