@@ -36,6 +36,7 @@ from .checkpoint.save import Saver
 from .config import Recipe, load_recipe
 from .errors import GO_ON_LATER
 from .evaluation.held_out import held_out_buckets
+from .fit.start import predicted
 from .identity import changes
 from .loss_watch import LossWatch
 from .metrics import MetricsWriter
@@ -249,6 +250,13 @@ def record(
             "origin": checked.origin and checked.origin._asdict(),
             "changed": {key: {"before": then, "now": now} for key, (then, now) in changed.items()},
             "world_size": world_size,
+            "predicted": predicted(
+                checked.recipe,
+                world_size,
+                checked.manifest.vocab_size,
+                torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+                checked.order.lengths,
+            ),
             "versions": checked.identity.software,
             "environment": environment(),
         }

@@ -13,14 +13,11 @@ from ...data.format.manifest import MANIFEST_FILE, Manifest, open_prepared
 from ...parallel.cp.topology import PRESETS, Topology
 from ..config import Recipe
 from ..fit.device import SHEETS, Device, measured_device, named_device
-from ..fit.links import assumed_topology
+from ..fit.links import assumed_topology, default_topology
 from ..fit.search import Planner
 from ..fit.show import answer, lines, tables, to_json
 from ..grids.choice import check_named_grids
 from ..preflight import order_of
-
-RANKS_OF_A_NODE = 8
-"""GPUs that are assumed to share a node when no topology is named."""
 
 
 def show_fit(recipe: Recipe, console: Console, options: argparse.Namespace) -> None:
@@ -68,10 +65,8 @@ def _device(recipe: Recipe, name: str, ranks: int, preset: str | None) -> tuple[
         return device, assumed_topology(preset, ranks, name), "--topology"
     if measured is not None:
         return device, measured, f"measured in {name}"
-    if recipe.parallel.cp.topology != "probe":
-        return device, assumed_topology(recipe.parallel.cp.topology, ranks, name), "parallel.cp.topology"
-    assumed = "nvswitch" if ranks <= RANKS_OF_A_NODE else "infiniband"
-    return device, assumed_topology(assumed, ranks, name), "assumed"
+    preset, origin = default_topology(recipe, ranks)
+    return device, assumed_topology(preset, ranks, name), origin
 
 
 def _manifest(recipe: Recipe) -> Manifest | None:

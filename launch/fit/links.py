@@ -10,6 +10,9 @@ from ...parallel.cp.topology import PRESETS, Fabric, Topology
 from ..config import Recipe
 from .device import SHEETS
 
+RANKS_OF_A_NODE = 8
+"""Most GPUs that are assumed to share a node when no topology is named."""
+
 
 class Links(NamedTuple):
     """Links of a world: among all its ranks, and among those that share a sequence or hold equal weights."""
@@ -26,6 +29,13 @@ def links_of(recipe: Recipe, world_size: int, topology: Topology) -> Links:
             "nodes, such as --topology infiniband"
         )
     return Links(topology, topology.every(recipe.parallel.tensor))
+
+
+def default_topology(recipe: Recipe, world_size: int) -> tuple[str, str]:
+    """Return the preset topology of a world whose links nobody has measured, and its origin."""
+    if recipe.parallel.cp.topology != "probe":
+        return recipe.parallel.cp.topology, "parallel.cp.topology"
+    return "nvswitch" if world_size <= RANKS_OF_A_NODE else "infiniband", "assumed"
 
 
 def assumed_topology(name: str, world_size: int, device: str) -> Topology:

@@ -21,7 +21,9 @@ from .time import ADAMW_BYTES
 SAMPLES = 5
 """Timed calls of each kind of work, after one that warms it up; the median counts."""
 SUM_ELEMENTS = 2**21
-"""Elements of the sum over all ranks, and of the weights that AdamW steps."""
+"""Elements of the sum over all ranks, and of the copies to the host."""
+UPDATE_ELEMENTS = 2**24
+"""Weights that AdamW steps: with gradients and moments 256 MiB, more than caches hold."""
 
 
 class Sizes(NamedTuple):
@@ -58,7 +60,7 @@ def measure_device(sizes: Sizes, dtype: torch.dtype, device: torch.device, speed
         for result, inputs in passes:
             torch.autograd.grad(result, inputs, torch.ones_like(result))
 
-    numbers = torch.nn.Parameter(torch.zeros(SUM_ELEMENTS, device=device))
+    numbers = torch.nn.Parameter(torch.zeros(UPDATE_ELEMENTS, device=device))
     numbers.grad = torch.ones_like(numbers)
     adamw = torch.optim.AdamW([numbers])
     to_sum, on_host = torch.zeros(SUM_ELEMENTS, device=device), torch.zeros(SUM_ELEMENTS)
@@ -71,7 +73,7 @@ def measure_device(sizes: Sizes, dtype: torch.dtype, device: torch.device, speed
         expected = 2 * gather_s(topology, ranks, to_sum.nbytes, 1.0)
         share = expected / _seconds(lambda: dist.all_reduce(to_sum), device)
     copied = 2 * on_host.nbytes / _seconds(lambda: (on_host.to(device, copy=True), to_sum.to("cpu", copy=True)), device)
-    update = ADAMW_BYTES * SUM_ELEMENTS / _seconds(lambda: adamw.step(), device)
+    update = ADAMW_BYTES * UPDATE_ELEMENTS / _seconds(lambda: adamw.step(), device)
     return Device(
         f"{ranks} ranks, measured on {device.type}",
         _memory_bytes(device),

@@ -107,7 +107,9 @@ def _tables(history: History) -> list[Table]:
 
 def _buckets(history: History) -> Table:
     """Return the plan of each bucket beside what was measured."""
-    columns = ("bucket", "cp", "grid", "steps", "tokens", "share", "median ms", "loss", "held out")
+    times = _planned(history)
+    planned = ("planned ms",) if times else ()
+    columns = ("bucket", "cp", "grid", "steps", "tokens", "share", *planned, "median ms", "loss", "held out")
     table = plain_table("Buckets: the plan, and what was measured", *columns, left=("grid",))
     all_targets = max(1, history.targets.total())
     grids = _grids(history)
@@ -125,11 +127,21 @@ def _buckets(history: History) -> Table:
             f"{bucket.steps:,}" if bucket else "",
             f"{targets:,}",
             f"{targets / all_targets:.1%}",
+            *(_figure(1e3 * times.get(length, math.nan), ",.0f") for _ in planned),
             _figure(bucket.median_ms if bucket else math.nan, ",.0f"),
             f"{losses[-1]:.3f}" if len(losses) else "",
             _figure(held_out.get(length, math.nan), ".3f"),
         )
     return table
+
+
+def _planned(history: History) -> dict[int, float]:
+    """Return the seconds of a step that the last start has predicted, by bucket; none on devices without a sheet."""
+    try:
+        entries = history.starts[-1]["predicted"].items()
+        return {int(length): float(entry["step_s"]) for length, entry in entries if entry["step_s"]}
+    except (IndexError, KeyError, AttributeError, TypeError, ValueError):
+        return {}
 
 
 def _grids(history: History) -> dict[int, str]:

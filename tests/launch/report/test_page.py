@@ -11,6 +11,8 @@ from longring.data.lock import held
 from longring.data.read.batch_order import Trained
 from longring.launch import cli
 from longring.launch.commands import report as report_module
+from longring.launch.config import load_recipe
+from longring.launch.fit.start import predicted
 from longring.launch.metrics import ledger_entry
 from longring.launch.report import page as page_module
 from longring.launch.report.history import History
@@ -140,3 +142,18 @@ def test_a_page_has_the_ledger_of_what_is_trained(recipe_file, tmp_path):
     for damaged in ("{", "[]", '{"step": 1, "cells": [{"source": "web"}]}', '{"step": 1, "cells": [3]}'):
         run.trained_file.write_text(damaged)
         assert not page_module._trained(History(run))
+
+
+def test_the_time_that_a_start_has_predicted_stands_beside_the_measured_one(recipe_file, tmp_path):
+    run = make_run(recipe_file, tmp_path / "run", 12)
+    assert "planned ms" not in page_of(run).text, "a CPU has no data sheet"
+    recipe = load_recipe(recipe_file, ["train.dtype=bfloat16"])
+    plan = predicted(recipe, 4, 500, "NVIDIA H100 80GB HBM3", recipe.lengths)
+    assert all(entry["step_s"] and entry["memory_bytes"] for entry in plan.values())
+    assert {entry["step_s"] for entry in predicted(recipe, 4, 500, None, recipe.lengths).values()} == {None}
+    append(run.starts_file, {"from_step": 12, "world_size": 4, "predicted": plan | {512: {"step_s": 1.234}}})
+    assert "planned ms" in page_of(run).text
+    assert "1,234" in page_of(run).text
+    for damaged in (3, {"512": 3}, {"x": {"step_s": 1}}, {"512": {}}):
+        append(run.starts_file, {"from_step": 12, "predicted": damaged})
+        assert "planned ms" not in page_of(run).text
