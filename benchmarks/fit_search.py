@@ -1,7 +1,7 @@
 """Time of `longring plan --gpus`, from the recipe to all of its answers, by number of GPUs.
 
     python benchmarks/fit_search.py --json rows.json   # half a minute
-    python benchmarks/fit_search.py --quick            # 64 GPUs alone: ten seconds
+    python benchmarks/fit_search.py --quick            # 64 GPUs alone
 
 The recipe is launch/recipes/llama-3.1-8b-1m.toml, sequences of a million tokens, on H100s. Seconds are those of one
 core, so other load on the machine counts little; the imports are left out.
