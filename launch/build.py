@@ -186,10 +186,10 @@ def _division(
 ) -> Callable[[tuple[int, ...]], Sequence[Runs]]:
     """Return the function that divides sequences by their documents; `links` has links and speed to price layouts."""
     layout, size = recipe.parallel.cp.layout, recipe.parallel.context_parallel(length)
-    if layout != "auto":
-        return partial(divided, layout, length, size=size)
-    assert links is not None, "auto prices layouts on links"
     of_layers = Counter(recipe.model.attention_window(layer) for layer in range(recipe.model.num_layers))
+    if layout != "auto":
+        return partial(divided, layout, length, size=size, windows=tuple(of_layers.items()))
+    assert links is not None, "auto prices layouts on links"
     layers = tuple(LayersOf(windows[window], window, number) for window, number in of_layers.items())
     return LayoutPricer(length, layers, attention_shape(recipe), *links).choose
 

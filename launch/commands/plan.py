@@ -186,8 +186,7 @@ def _alternatives(recipe: Recipe, choice: GridChoice, topology: Topology) -> lis
 
 def simulate_passes(pricer: Pricer, grid: CpGrid) -> list[Panel]:
     """Return one panel for each pass, from the simulator."""
-    layouts = [zigzag(pricer.num_tokens, rank, grid.size) for rank in range(grid.size)]
-    panels = []
+    layouts, panels = pricer.layouts(grid.size), []
     for direction in pricer.passes:
         schedule = Schedule(grid, layouts, pricer.visibility, direction)
         price = play(schedule, pricer.topology, pricer.shape, pricer.speed, record=True)

@@ -63,13 +63,21 @@ def attention_shape(recipe: Recipe) -> AttentionShape:
     )
 
 
+def lays_packings_out(recipe: Recipe) -> bool:
+    """Return whether sequences hold several documents, kept apart by attention, under another layout than zigzag."""
+    order, data = recipe.order, recipe.data
+    has_boundaries = data.has_boundaries if order.mode == "off" else order.document_masks
+    return has_boundaries and recipe.parallel.cp.layout != "zigzag"
+
+
 def pricer(recipe: Recipe, kind: LayerKind, topology: Topology, speed: Speed) -> Pricer:
     """Return the cost model of the grids of one layer kind.
 
-    Grids are priced over one document, or, if the recipe has another layout than zigzag, over a packing of documents as
-    long as a rank's tokens in the mean.
+    Grids are priced over one document, or, if the recipe lays packings out, over a packing of documents as long as a
+    rank's tokens in the mean.
     """
-    visibility, packed = Visibility(window=kind.window), recipe.parallel.cp.layout != "zigzag"
+    visibility = Visibility(window=kind.window)
+    packed = lays_packings_out(recipe)
     starts = typical_packing(kind.sequence_tokens, recipe.parallel.tokens_per_rank) if packed else (0,)
     return Pricer(kind.sequence_tokens, attention_shape(recipe), topology, speed, visibility, document_starts=starts)
 

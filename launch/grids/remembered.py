@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ...parallel.cp.grid import CpGrid
 from ...parallel.cp.topology import Fabric, Topology
 from ...parallel.mesh import Mesh
 from ..config import Recipe
-from .choice import LayerKind
+from .choice import LayerKind, lays_packings_out
 from .measure import topology_name
 
 SIDES = ("inside", "across", "copies")
@@ -25,7 +26,7 @@ def division(recipe: Recipe, mesh: Mesh) -> str:
     """Return a description of all settings that decide the cheapest grid and may change between starts."""
     # The model, the data and the dtype are not here: they stay the same in all starts of a run.
     parallel = recipe.parallel
-    packed = "" if parallel.cp.layout == "zigzag" else ", packed documents"
+    packed = ", packed documents" if lays_packings_out(recipe) else ""
     copies = "" if parallel.cp.peer_copies == "auto" else f", copies {parallel.cp.peer_copies}"
     return (
         f"{mesh.world_size} ranks, tensor {parallel.tensor}, {parallel.tokens_per_rank} tokens a rank, "
@@ -35,15 +36,17 @@ def division(recipe: Recipe, mesh: Mesh) -> str:
 
 def recall_grids(file: Path, division: str) -> dict[LayerKind, CpGrid]:
     """Return the grids of an earlier start with the same division. Raises ValueError if the file is damaged."""
-    return {
-        LayerKind(entry["sequence_tokens"], entry["window"]): CpGrid.parse(entry["grid"])
-        for entry in _all_divisions(file).get(division, [])
-    }
+    with _damage_told(file):
+        return {
+            LayerKind(entry["sequence_tokens"], entry["window"]): CpGrid.parse(entry["grid"])
+            for entry in _all_divisions(file).get(division, [])
+        }
 
 
 def remember_grids(file: Path, division: str, grids: Mapping[LayerKind, CpGrid]) -> None:
     """Record the grids of one division; the grids of other divisions stay in the file."""
-    kept = _all_divisions(file)
+    with _damage_told(file):
+        kept = _all_divisions(file)
     kept[division] = [{**kind._asdict(), "grid": str(grid)} for kind, grid in grids.items()]
     write_text(file, json.dumps(kept, indent=2) + "\n")
 
@@ -53,22 +56,32 @@ def recall_links(file: Path, division: str) -> tuple[Topology, Speed] | None:
 
     Raises ValueError if the file is damaged.
     """
-    found = _all_divisions(file).get(f"links, {division}")
-    if found is None:
-        return None
-    fabrics = {side: Fabric(**found["topology"][side]) for side in SIDES if found["topology"][side]}
-    return Topology(**{**found["topology"], **fabrics}), Speed(**found["speed"])
+    with _damage_told(file):
+        found = _all_divisions(file).get(f"links, {division}")
+        if found is None:
+            return None
+        fabrics = {side: Fabric(**found["topology"][side]) for side in SIDES if found["topology"][side]}
+        return Topology(**{**found["topology"], **fabrics}), Speed(**found["speed"])
 
 
 def remember_links(file: Path, division: str, topology: Topology, speed: Speed) -> None:
     """Record what a probe measured for one division."""
-    kept = _all_divisions(file)
+    with _damage_told(file):
+        kept = _all_divisions(file)
     kept[f"links, {division}"] = {"topology": asdict(topology), "speed": asdict(speed)}
     write_text(file, json.dumps(kept, indent=2) + "\n")
 
 
 def _all_divisions(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+@contextmanager
+def _damage_told(file: Path) -> Iterator[None]:
+    """Raise ValueError where the file, or an entry of it, is not what a start has written."""
     try:
-        return json.loads(file.read_text()) if file.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{file}: damaged: {error}; remove it, and the next start chooses the grids again") from error
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{file}: damaged: {error!r:.200}; remove it, and the next start chooses the grids again"
+        ) from error

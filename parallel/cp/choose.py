@@ -60,13 +60,18 @@ class Pricer:
     document_starts: tuple[int, ...] = (0,)
     """Positions at which documents begin."""
 
-    def price(self, grid: CpGrid) -> PricedGrid:
-        """Return the grid with its price.
+    def layouts(self, size: int) -> list[SeqLayout]:
+        """Return the layout of each of `size` ranks; one document is in zigzag.
 
         Raises ValueError if the sequence has fewer than 2 tokens a rank.
         """
-        shares = divided("balanced", self.num_tokens, self.document_starts, grid.size)
-        layouts = [SeqLayout(runs, self.document_starts) for runs in shares]
+        windows = ((self.visibility.window, 1),)
+        shares = divided("balanced", self.num_tokens, self.document_starts, size, windows)
+        return [SeqLayout(runs, self.document_starts) for runs in shares]
+
+    def price(self, grid: CpGrid) -> PricedGrid:
+        """Return the grid with its price. Raises ValueError as `layouts` does."""
+        layouts = self.layouts(grid.size)
 
         def played(direction: Pass) -> Price:
             schedule = Schedule(grid, layouts, self.visibility, direction)
@@ -96,12 +101,15 @@ def choose(size: int, pricer: Pricer) -> list[PricedGrid]:
         crossing = [base for base in by_bytes[6:] if base.heads * base.query == topology.ranks_per_node]
         ring = [base for base in by_bytes[6:] if base.kv == size and size <= 16 * LARGE]
         fit = by_bytes[:6] + crossing + ring
-    # Three pairs of routes (query, kv) and, with both axes, two orders: enough to rank the divisions.
+    # Three pairs of routes (query, kv) and, with both axes, two orders: enough to rank the divisions. Where documents
+    # are packed, few rows travel, so all may leave at once.
+    at_once = len(pricer.document_starts) > 1 and size <= 4 * LARGE
     simple = (
-        replace(base, query_route=routes[0], kv_route=routes[1], order=order)
+        replace(base, query_route=routes[0], kv_route=routes[1], order=order, in_flight=in_flight)
         for base in fit
         for routes in (("direct", "direct"), ("round_and_home", "round"), ("both_ways", "both_ways"))
         for order in (("rows", "columns_own_first") if base.query > 1 and base.kv > 1 else ("rows",))
+        for in_flight in sorted({1, max(base.query, base.kv, 2) - 1 if at_once and "direct" in routes else 1})
     )
     candidates = [pricer.price(grid) for grid in simple]
     # Pricing all variants of a division takes long, so only the three leading divisions are priced in full.

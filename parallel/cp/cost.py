@@ -1,16 +1,9 @@
-"""Cost model: simulates all ranks of a schedule on a topology, step by step.
-
-A rank starts a step when its last tile is computed and the messages that are due have arrived. A message starts when
-both ends have posted it and its links have carried all that was posted in earlier steps; messages that are posted in
-the same step and use the same link share its bandwidth evenly. This approximates gloo and NCCL with one stream a
-channel; `benchmarks/cp_lab_network.py` compares it with measured times.
-"""
+"""Cost model: the time, the bytes and the memory of a schedule whose ranks are simulated on a topology."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -20,10 +13,9 @@ from .grid import CpGrid
 from .plan import FLOWS, Message, Messages, Pass, Tile
 from .rows import num_rows
 from .schedules import Schedule
+from .simulate import Floats, Tiles, Times, simulate, wires_of
 from .topology import Topology
 from .visible import Ints
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -131,125 +123,36 @@ def play(
 
     With `record` the price has all events: each tile, and each message at both ends.
     """
-    grid, size = schedule.grid, schedule.grid.size
-    num_steps = int(max(schedule.end, schedule.all_messages.due.max(initial=0) + 1))
-    halves = _Halves(schedule.all_messages, num_steps)
-    messages = halves.messages
+    grid, found = schedule.grid, schedule.all_messages
+    messages = found.select(np.argsort(found.posted_half, kind="stable"))
     rows = messages.num_rows * shape.batch
     weights = shape.row_bytes(grid, schedule.direction)[messages.flow] * rows
     wide = replace(shape, narrow_results=False).row_bytes(grid, schedule.direction)[messages.flow] * rows
-    wires, pair = wires_of(topology, size), messages.source * size + messages.target
-    # [ranks]: time at which a rank can go on, and its compute so far; [links + 1]: time at which a link is free.
-    ready, compute_s, free = np.zeros(size), np.zeros(size), np.zeros(len(wires.names) + 1)
-    begins, arrival = np.zeros((2, len(pair)))  # seconds, by message
-    tiles: dict[int, tuple[Floats, Floats]] = {}  # by step: start and stop, each [ranks]
+    wires = wires_of(topology, grid.size)
+    ends = messages.source, messages.target
+    traffic = wires.traffic(*ends, messages.posted_half, messages.due_half, weights)
+    # [steps, positions]: owners of the queries and of the keys of each tile.
+    numbers = np.arange(schedule.first, schedule.first + len(schedule.tile_numbers))
+    query, key = schedule.tiles(numbers[:, None], np.arange(grid.num_positions))
+    pairs = schedule.pairs[query, key]
+    at, position = np.nonzero(pairs)
+    seconds = speed.seconds(pairs[at, position], shape, grid, schedule.direction)
+    # The ranks of a position compute the same tile, each with its heads.
+    rank = (position[:, None] * grid.heads + np.arange(grid.heads)).ravel()
+    tiles = Tiles((2 * numbers[at] + 1).repeat(grid.heads), rank, seconds.repeat(grid.heads))
+    times = simulate(traffic, tiles, grid.size, len(wires.names))
+    num_steps = int(max(schedule.end, messages.due.max(initial=0) + 1))
     holds = _Holds(messages, weights, wide, schedule, num_steps)
-    for half in range(2 * num_steps):
-        # The order of a step: wait for what is due, post, and in the second half compute the tile.
-        came = halves.due(half)
-        for end in (messages.source, messages.target) if len(came) else ():
-            np.maximum.at(ready, end[came], arrival[came])
-        now, step = halves.posted(half), half // 2
-        if now.start < now.stop:
-            # Both ends must have posted.
-            begins[now] = np.maximum(ready[messages.source[now]], ready[messages.target[now]])
-            begins[now], arrival[now] = _carry(begins[now], weights[now], pair[now], wires, free)
-        if half % 2 and 0 <= step - schedule.first < len(schedule.tile_numbers):
-            query, key = schedule.tiles(step, np.arange(grid.num_positions))  # owners, [positions]
-            pairs = schedule.pairs[query, key]
-            holds.use(step, query, key, pairs > 0)
-            # [positions] -> [ranks]: the ranks of a position compute the same tile, each with its heads.
-            seconds = np.where(pairs > 0, speed.seconds(pairs, shape, grid, schedule.direction), 0).repeat(grid.heads)
-            compute_s += seconds
-            tiles[step] = ready, ready + seconds
-            ready = ready + seconds
-    on_link = np.bincount(wires.links[pair].ravel(), weights.repeat(wires.links.shape[1]), len(free))
+    holds.use(numbers[at], position, query[at, position], key[at, position])
+    on_link = np.bincount(traffic.links.ravel(), np.tile(weights, len(traffic.links)), len(wires.names) + 1)
     return Price(
-        float(ready.max()),
-        float(compute_s.max()),
+        float(times.ready.max()),
+        float(np.bincount(tiles.rank, tiles.seconds, grid.size).max()),
         {name: int(carried) for name, carried in zip(wires.names, on_link, strict=False) if carried},
         int(weights.sum()),
         holds.peak_bytes(),
-        _events(schedule, messages, begins, arrival, tiles) if record else [],
+        _events(schedule, messages, tiles, times) if record else [],
     )
-
-
-class _Halves:
-    """Messages by half. A step has two: 2 x step exchanges results, 2 x step + 1 exchanges shares and computes."""
-
-    def __init__(self, messages: Messages, num_steps: int) -> None:
-        self.messages = messages.select(np.argsort(2 * messages.posted + ~messages.is_result, kind="stable"))
-        """Messages in the order of their posts."""
-        posted, due = (2 * at + ~self.messages.is_result for at in (self.messages.posted, self.messages.due))
-        self._by_due = np.argsort(due, kind="stable")
-        # Half h posts messages [posted_at[h], posted_at[h + 1]) and waits for [due_at[h], due_at[h + 1]) of `_by_due`.
-        self._posted_at, self._due_at = (
-            np.searchsorted(at, np.arange(2 * num_steps + 1)).tolist() for at in (posted, due[self._by_due])
-        )
-
-    def posted(self, half: int) -> slice:
-        """Return the range of `messages` that a half posts."""
-        return slice(self._posted_at[half], self._posted_at[half + 1])
-
-    def due(self, half: int) -> Ints:
-        """Return the indices into `messages` of the messages for which a half waits."""
-        return self._by_due[self._due_at[half] : self._due_at[half + 1]]
-
-
-class Wires(NamedTuple):
-    """Paths between every two ranks as arrays; a pair has index source x ranks + target."""
-
-    names: list[Hashable]
-    """Name of each link."""
-    links: NDArray[np.int32]
-    """Links of each pair, `[pairs, most links of a pair]`, as indices into `names`; padded with len(names)."""
-    bytes_per_s: Floats
-    """Bandwidth of each pair's links, `[pairs]`."""
-    latency_s: Floats
-    """Latency of each pair's path, `[pairs]`."""
-
-
-@lru_cache(maxsize=8)
-def wires_of(topology: Topology, size: int) -> Wires:
-    """Return the paths of `size` ranks. Cached: schedules on one topology share them, and 1,024 ranks have 2^20."""
-    numbers: dict[Hashable, int] = {}
-    found: list[list[int]] = []
-    rates, latencies = np.ones(size**2), np.zeros(size**2)
-    for pair in range(size**2):
-        source, target = divmod(pair, size)
-        found.append([])
-        if source != target:
-            links, rates[pair], latencies[pair] = topology.path(size, source, target)
-            found[pair] = [numbers.setdefault(link, len(numbers)) for link in links]
-    wide = np.full((size**2, max(map(len, found))), len(numbers), np.int32)
-    for pair, of_pair in enumerate(found):
-        wide[pair, : len(of_pair)] = of_pair
-    return Wires(list(numbers), wide, rates, latencies)
-
-
-def _carry(
-    posted: Floats, weights: NDArray[np.int64], pair: NDArray[np.int64], wires: Wires, free: Floats
-) -> tuple[Floats, Floats]:
-    """Return when the messages of one exchange start and arrive, each `[messages]`, and update `free` (`[links + 1]`).
-
-    `free` is the time at which each link has carried all that was posted so far; its last element stands for no link.
-    """
-    links = wires.links[pair]  # [messages, links of a message]
-    begins = np.maximum(posted, free[links].max(axis=1, initial=0))
-    # A link that is shared evenly has carried a message of weight w when it has carried min(w, weight) of every message
-    # on it: with the messages in order of weight, the sum of the lighter ones + w x (number of the others).
-    flat, heavy = links.ravel(), weights.repeat(links.shape[1])
-    order = np.lexsort((heavy, flat))
-    first = np.searchsorted(flat[order], flat[order])  # of each sorted entry, the first entry of its link
-    sums, total = np.cumsum(heavy[order]), np.bincount(flat, minlength=len(free))[flat[order]]
-    lighter = sums - heavy[order] - (sums - heavy[order])[first]
-    shared = np.empty(len(flat))
-    shared[order] = lighter + heavy[order] * (total - (np.arange(len(flat)) - first))
-    shared[flat == len(wires.names)] = 0  # padding
-    through = begins + shared.reshape(links.shape).max(axis=1, initial=0) / wires.bytes_per_s[pair]
-    np.maximum.at(free, flat, through.repeat(links.shape[1]))
-    free[-1] = 0  # padding must not hold up later messages
-    return begins, through + wires.latency_s[pair]
 
 
 class _Holds:
@@ -283,12 +186,11 @@ class _Holds:
         self.begun = np.full((2, grid.num_positions, grid.num_positions), num_steps, np.int32)
         """Step at which a position begins to sum results for an owner's share, `[side, position, owner]`."""
 
-    def use(self, step: int, query: Ints, key: Ints, used: NDArray[np.bool_]) -> None:
-        """Record that positions use shares at a step: owners of queries and keys and `used`, each `[positions]`."""
-        positions = np.arange(len(query))[used]
-        for side, owner in enumerate((query[used], key[used])):
-            self.last[side, positions, owner] = step
-            np.minimum.at(self.begun[side], (positions, owner), step)
+    def use(self, step: Ints, position: Ints, query: Ints, key: Ints) -> None:
+        """Record the tiles of all positions, `[tiles]` in the order of their steps: owners of queries and of keys."""
+        for side, owner in enumerate((query, key)):
+            self.last[side, position, owner] = step  # of several the last one stays
+            np.minimum.at(self.begun[side], (position, owner), step)
 
     def peak_bytes(self) -> int:
         """Return the largest number of bytes that a rank holds at one step."""
@@ -314,16 +216,16 @@ class _Holds:
         return int(self.change.cumsum(axis=0).max(initial=0))
 
 
-def _events(
-    schedule: Schedule, messages: Messages, begins: Floats, arrival: Floats, tiles: dict[int, tuple[Floats, Floats]]
-) -> list[Event]:
+def _events(schedule: Schedule, messages: Messages, tiles: Tiles, times: Times) -> list[Event]:
     """Return the events of all ranks: each message at both ends, each tile."""
     events = []
-    for message, start_s, stop_s in zip(schedule.one_by_one(messages), begins.tolist(), arrival.tolist(), strict=True):
+    columns = times.posted.tolist(), times.arrival.tolist()
+    for message, start_s, stop_s in zip(schedule.one_by_one(messages), *columns, strict=True):
         events += [Event(end, message, start_s, stop_s) for end in (message.source, message.target)]
+    columns = (tiles.half // 2, tiles.rank, times.computed - tiles.seconds, times.computed)
+    spans = {(step, rank): span for step, rank, *span in zip(*(column.tolist() for column in columns), strict=True)}
     for plan in schedule.plans():
         for number, step in enumerate(plan.steps):
             if step.tile is not None:
-                starts, stops = tiles[number]
-                events.append(Event(plan.rank, step.tile, float(starts[plan.rank]), float(stops[plan.rank])))
+                events.append(Event(plan.rank, step.tile, *spans[number, plan.rank]))
     return events

@@ -4,15 +4,17 @@ Objective: every rank holds the tokens that zigzag would give it, and as much wo
 few ranks as possible take part in each document, because a rank that holds late tokens of a document needs all of its
 earlier keys.
 
-A document of n tokens is cut from both ends inwards: a *slice* has as many tokens at the front of what is left as at
-its end. The k-th token from the front sees k keys and the k-th from the end n + 1 - k, so a slice of t tokens has
-t (n + 1) / 2 pairs, wherever it is cut: a document is a quantity of n tokens of equal density (n + 1) / 2.
+A document of n tokens is cut from both ends inwards: a *slice* has tokens at the front of what is left and at its end,
+so many of each that its tokens have as much work as those of the whole document, in the mean. Under full attention that
+is half of the slice: the k-th token from the front sees k keys and the k-th from the end n + 1 - k. So a document is a
+quantity of n tokens of equal density, wherever it is cut.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from heapq import heappop, heappush
 from itertools import accumulate, pairwise
 from math import exp
@@ -26,13 +28,21 @@ Runs = tuple[tuple[int, int], ...]
 """Half-open intervals of positions, in ascending order."""
 
 
+Windows = tuple[tuple[int | None, int], ...]
+"""Attention windows of a model's layers in tokens, None for full attention, each with its number of layers."""
+FULL: Windows = ((None, 1),)
+"""Full attention in all layers."""
+
+
 class _Document:
     """Tokens of a document that no rank has taken yet."""
 
-    def __init__(self, start: int, stop: int) -> None:
+    def __init__(self, start: int, stop: int, windows: Windows) -> None:
         self.start, self.stop = start, stop
-        self.density = (stop - start + 1) / 2
-        """Visible pairs of a token, in the mean."""
+        self.density = _num_pairs(stop - start, windows) / (stop - start)
+        """Visible pairs of a token in all layers, in the mean."""
+        self._whole = start, stop, windows
+        self._is_seen_whole = all(window is None or stop - start <= window for window, _ in windows)
 
     @property
     def num_tokens(self) -> int:
@@ -44,24 +54,38 @@ class _Document:
         if num_tokens == self.stop - self.start:
             start, self.start = self.start, self.stop
             return ((start, self.stop),)
-        front = num_tokens // 2
-        taken = (self.start, self.start + front), (self.stop - (num_tokens - front), self.stop)
+        late = num_tokens - num_tokens // 2 if self._is_seen_whole else self._late_tokens(num_tokens)
+        taken = (self.start, self.start + num_tokens - late), (self.stop - late, self.stop)
         self.start, self.stop = taken[0][1], taken[1][0]
         return taken
 
+    def _late_tokens(self, num_tokens: int) -> int:
+        """Return how many tokens of a slice are at the end of what is left; no token has less work than an earlier."""
+        start, _, windows = self._whole
+        first, last = self.start - start, self.stop - start
+        both = _num_pairs(last, windows) - _num_pairs(first, windows) - self.density * num_tokens
 
-def divided(layout: Layout, num_tokens: int, document_starts: Sequence[int], size: int) -> list[Runs]:
+        def excess(late: int) -> float:
+            """Return the work of a slice beyond its share."""
+            return both + _num_pairs(first + num_tokens - late, windows) - _num_pairs(last - late, windows)
+
+        return _root(excess, num_tokens, self.density / 2)
+
+
+def divided(
+    layout: Layout, num_tokens: int, document_starts: Sequence[int], size: int, windows: Windows = FULL
+) -> list[Runs]:
     """Return the runs of each of `size` ranks under a named layout; one document is always in zigzag.
 
     Raises ValueError as `zigzag` does.
     """
     if layout == "zigzag" or len(document_starts) == 1:
-        return [joined([zigzag(num_tokens, rank, size)]).runs for rank in range(size)]
+        return list(_zigzag(num_tokens, size))
     by_work = balanced if layout == "balanced" else whole_documents
-    return by_work(num_tokens, document_starts, size)
+    return by_work(num_tokens, document_starts, size, windows)
 
 
-def balanced(num_tokens: int, document_starts: Sequence[int], size: int) -> list[Runs]:
+def balanced(num_tokens: int, document_starts: Sequence[int], size: int, windows: Windows = FULL) -> list[Runs]:
     """Return the runs of each of `size` ranks, with equal work on all of them, up to some tokens.
 
     All tokens stand in a line, documents in order of density. Rank after rank takes t - x tokens from the light end of
@@ -70,7 +94,7 @@ def balanced(num_tokens: int, document_starts: Sequence[int], size: int) -> list
     ranks must share, meets the lightest company: each of them holds as much of it as its work allows. A rank cuts two
     documents at most. Raises ValueError as `zigzag` does.
     """
-    line = sorted(_documents(num_tokens, document_starts), key=lambda document: document.num_tokens)
+    line = sorted(_documents(num_tokens, document_starts, windows), key=lambda document: document.density)
     # By document: tokens and work of all before it in the line.
     edges = list(accumulate((document.num_tokens for document in line), initial=0))
     works = list(accumulate((document.density * document.num_tokens for document in line), initial=0.0))
@@ -84,11 +108,13 @@ def balanced(num_tokens: int, document_starts: Sequence[int], size: int) -> list
     for tokens in _tokens_of_ranks(num_tokens, size):
         mean = (work(last) - work(first)) * tokens / (last - first)
 
-        def both_ends(heavy: int, light: int = first + tokens, last: int = last, none: float = work(first)) -> float:
-            """Return the work of the rank with a number of tokens from the heavy end."""
-            return work(light - heavy) - none + work(last) - work(last - heavy)
+        none = work(first) - work(last) + mean
 
-        heavy = bisect_left(range(tokens), mean, key=both_ends)
+        def excess(heavy: int, light: int = first + tokens, last: int = last, none: float = none) -> float:
+            """Return the work of the rank beyond its share, with a number of tokens from the heavy end."""
+            return work(light - heavy) - work(last - heavy) - none
+
+        heavy = _root(excess, tokens, mean / tokens / 2)
         runs: list[tuple[int, int]] = []
         for start, stop in ((first, first + tokens - heavy), (last - heavy, last)):
             at = bisect_right(edges, start) - 1
@@ -113,18 +139,19 @@ def typical_packing(num_tokens: int, mean_tokens: int) -> tuple[int, ...]:
     return (0, *sorted({round(num_tokens * end / ends[-1]) for end in ends[:-1]} - {0, num_tokens}))
 
 
-def whole_documents(num_tokens: int, document_starts: Sequence[int], size: int) -> list[Runs]:
+def whole_documents(num_tokens: int, document_starts: Sequence[int], size: int, windows: Windows = FULL) -> list[Runs]:
     """Return the runs of each of `size` ranks, with every document on one rank if it still fits there.
 
     Longest documents first, each goes whole to the rank with the least work among those that have room for it, else in
     slices to the ranks with the most room. Raises ValueError as `zigzag` does.
     """
-    room, work = _tokens_of_ranks(num_tokens, size), [0.0] * size
+    documents, room = _documents(num_tokens, document_starts, windows), _tokens_of_ranks(num_tokens, size)
+    work = [0.0] * size
     taken: list[list[tuple[int, int]]] = [[] for _ in range(size)]
     # Each rank with room is in one heap: by its work if the document may fit there, else by its room.
     by_work: list[tuple[float, int]] = [(0.0, rank) for rank in range(size)]
     by_room: list[tuple[float, int]] = []
-    for document in sorted(_documents(num_tokens, document_starts), key=lambda document: -document.num_tokens):
+    for document in sorted(documents, key=lambda document: -document.num_tokens):
         left = document.num_tokens
         while by_room and -by_room[0][0] >= left:
             rank = heappop(by_room)[1]
@@ -143,12 +170,50 @@ def whole_documents(num_tokens: int, document_starts: Sequence[int], size: int) 
     return [_joined(runs) for runs in taken]
 
 
-def _documents(num_tokens: int, document_starts: Sequence[int]) -> list[_Document]:
-    return [_Document(start, stop) for start, stop in pairwise([*document_starts, num_tokens])]
+def _documents(num_tokens: int, document_starts: Sequence[int], windows: Windows) -> list[_Document]:
+    return [_Document(start, stop, windows) for start, stop in pairwise([*document_starts, num_tokens])]
+
+
+def _num_pairs(num_tokens: int, windows: Windows) -> int:
+    """Return the visible pairs of the first tokens of a document, in all layers."""
+    total = 0
+    for window, num_layers in windows:
+        rising = num_tokens if window is None or num_tokens < window else window  # tokens that see all before them
+        total += num_layers * (rising * (rising + 1) // 2 + (num_tokens - rising) * rising)
+    return total
+
+
+def _root(excess: Callable[[int], float], stop: int, enough: float) -> int:
+    """Return a number of [0, stop] where `excess` is at most `enough` from 0, or the first beyond a change of its sign.
+
+    `excess` rises from at most 0 at 0 to at least 0 at `stop`. By false position; an end that stays twice counts half
+    as much (the Illinois algorithm), so that a bend does not hold it up.
+    """
+    low, high = 0, stop
+    below, above = excess(low), excess(high)
+    if below >= -enough or above <= enough:
+        return low if below >= -enough else high
+    moved = 0
+    while high - low > 1:
+        at = min(max(low + 1, low + round((high - low) * below / (below - above))), high - 1)
+        found = excess(at)
+        if abs(found) <= enough:
+            return at
+        if found < 0:
+            low, below, above = at, found, above / 2 if moved < 0 else above
+        else:
+            high, above, below = at, found, below / 2 if moved > 0 else below
+        moved = -1 if found < 0 else 1
+    return high
+
+
+@lru_cache(maxsize=64)
+def _zigzag(num_tokens: int, size: int) -> tuple[Runs, ...]:
+    return tuple(joined([zigzag(num_tokens, rank, size)]).runs for rank in range(size))
 
 
 def _tokens_of_ranks(num_tokens: int, size: int) -> list[int]:
-    return [zigzag(num_tokens, rank, size).num_tokens for rank in range(size)]
+    return [sum(stop - start for start, stop in runs) for runs in _zigzag(num_tokens, size)]
 
 
 def _joined(runs: list[tuple[int, int]]) -> Runs:

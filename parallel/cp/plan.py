@@ -33,6 +33,7 @@ from .rows import Rows
 from .visible import Ints, Side
 
 Pass = Literal["forward", "backward"]
+PASSES: tuple[Pass, ...] = get_args(Pass)
 Flow = Literal["queries", "keys", "query_results", "key_results", "to_heads", "from_heads"]
 """Content of a message.
 
@@ -125,6 +126,16 @@ class Messages(NamedTuple):
     def is_result(self) -> NDArray[np.bool_]:
         """Mask of the messages that carry results for a share, `[n]`."""
         return np.isin(self.flow, [FLOWS.index("query_results"), FLOWS.index("key_results")])
+
+    @property
+    def posted_half(self) -> Ints:
+        """Half of a step at which each message is posted: 2 x step for results, which come first, else one more."""
+        return 2 * self.posted + ~self.is_result
+
+    @property
+    def due_half(self) -> Ints:
+        """Half of a step at which each message is due, counted like `posted_half`."""
+        return 2 * self.due + ~self.is_result
 
     def select(self, index: Any) -> Messages:
         """Return the messages at a numpy index (a slice, a mask or numbers)."""

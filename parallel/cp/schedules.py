@@ -158,42 +158,50 @@ class Schedule:
 
     def _along(self, side: Side, owners: Ints) -> tuple[list[Messages], _Travelling]:
         """Return the messages along an axis: shares of `owners` first, leg by leg, then the results for them."""
-        legs, (first_use, last_use) = self.legs[side], (self.first_use[side], self.last_use[side])
+        legs, of_shares, of_results = self.legs[side], *self.journeys(side, owners)
         has_results = side == "queries" or self.direction == "backward"
-        summed = has_results and (self.grid.query_route if side == "queries" else self.grid.kv_route) == "round"
         # [legs, pieces, 2]: rows that the stop of the leg computes with, and these with all that later stops need and
         # that must pass through this stop. Of both the hulls, [legs, owners, 2].
         owner = self._pieces.of_owners(owners).owner
         needed = self._needed(side, owners)
         onward = _passed_on(legs, needed)
         spans, result_spans = (hull(rows, owner, len(owners)) for rows in (onward, needed))
-        if summed:
+        if has_results and self.is_summed(side):
             # Sums for rows of earlier stops pass through this one, and sums lie side by side as their rows do: each leg
             # has a range of what any stop needs.
             onward = np.broadcast_to(np.stack([needed[..., 0].min(0), needed[..., 1].max(0)], -1), needed.shape)
-        rows = TravellingRows(onward, owner, len(owners))
+            for before, of_leg in pairwise(result_spans):
+                _extend(of_leg, before)
+        rows, number = TravellingRows(onward, owner, len(owners)), _column(range(len(legs)))
+        travelling = _Travelling(dict(zip(owners.tolist(), range(len(owners)), strict=True)), rows)
+        shares = Messages.of(side, owners, spans, rows.count(spans), number, *of_shares)
+        if not has_results:
+            return [shares], travelling
+        flow: Flow = "query_results" if side == "queries" else "key_results"
+        results = Messages.of(flow, owners, result_spans, rows.count(result_spans), number, *of_results)
+        return [shares, results], travelling
+
+    def is_summed(self, side: Side) -> bool:
+        """Return whether results for shares of a side are summed on their way."""
+        return (self.grid.query_route if side == "queries" else self.grid.kv_route) == "round"
+
+    def journeys(self, side: Side, owners: Ints) -> tuple[Journeys, Journeys]:
+        """Return source, target and steps of the shares of `owners` along an axis, and of the results for them."""
+        legs, (first_use, last_use) = self.legs[side], (self.first_use[side], self.last_use[side])
         stops = self._ahead(side, owners, -_column(leg.owner for leg in legs))  # [legs, owners]
         sources = self._ahead(side, stops, _column(leg.source for leg in legs))
         posted = _column(first_use[leg.after] for leg in legs)
         due = _column(first_use[number] for number in range(1, len(legs) + 1))
-        number = _column(range(len(legs)))
-        shares = Messages.of(side, owners, spans, rows.count(spans), number, sources, stops, posted, due)
-        travelling = _Travelling(dict(zip(owners.tolist(), range(len(owners)), strict=True)), rows)
-        if not has_results:
-            return [shares], travelling
-        targets = owners
-        if summed:
+        shares = Journeys(sources, stops, posted, due)
+        if self.is_summed(side):
             # To the next position, with the sum so far; from the last stop to the owner.
             targets = self._ahead(side, owners, -_column(range(2, len(legs) + 2)))
-            for before, of_leg in pairwise(result_spans):
-                _extend(of_leg, before)
             due = _column([*(last_use[number] + 1 for number in range(2, len(legs) + 1)), self.end])
         else:
+            targets = owners
             due = _column(self.end if leg.before is None else last_use[leg.before] + 1 for leg in legs)
-        flow: Flow = "query_results" if side == "queries" else "key_results"
         posted = _column(last_use[number] + 1 for number in range(1, len(legs) + 1))
-        results = Messages.of(flow, owners, result_spans, rows.count(result_spans), number, stops, targets, posted, due)
-        return [shares, results], travelling
+        return shares, Journeys(stops, targets, posted, due)
 
     def _needed(self, side: Side, owners: Ints) -> Ints:
         """Return the rows of the pieces of `owners` that the tiles of each stop use: `[legs, pieces, 2]`."""
@@ -287,6 +295,17 @@ class Schedule:
         lines = np.arange(len(others))
         rows = rows_needed(pieces, side, Tokens(of_others, lines), lines, self.visibility)
         return hull(rows, pieces.owner, len(mine))
+
+
+class Journeys(NamedTuple):
+    """Ends and steps of all messages that may travel along an axis; arrays that broadcast to `[legs, owners]`."""
+
+    source: Ints
+    """Grid position."""
+    target: Ints
+    """Grid position."""
+    posted: Ints
+    due: Ints
 
 
 class _Travelling(NamedTuple):

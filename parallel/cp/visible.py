@@ -7,9 +7,9 @@ tokens, and to many pieces and shares at once, so that 1,024 ranks are planned i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,9 @@ from .rows import Rows
 Side = Literal["queries", "keys"]
 Ints = NDArray[np.int64]
 
-_FAR = 2**40
+FAR = 2**40
 """A position that no context reaches; 2^20 of them fit into an integer."""
-NONE = np.array([_FAR, 0])
+NONE = np.array([FAR, 0])
 """An empty range of rows: the neutral element of `hull`."""
 PAIRS_AT_ONCE = 2**20
 """Number of pairs of pieces that are counted at once."""
@@ -71,16 +71,21 @@ class Pieces:
     @classmethod
     def of(cls, layouts: Sequence[SeqLayout]) -> Pieces:
         """Return the pieces of the shares of some layouts of one context."""
-        runs = np.array([run for layout in layouts for run in layout.runs], np.int64).reshape(-1, 2)
-        owner = np.repeat(np.arange(len(layouts)), [len(layout.runs) for layout in layouts])
+        return cls.of_runs([layout.runs for layout in layouts], layouts[0].document_starts)
+
+    @classmethod
+    def of_runs(cls, shares: Sequence[Sequence[tuple[int, int]]], document_starts: Sequence[int]) -> Pieces:
+        """Return the pieces of shares, given as runs of positions in a context."""
+        runs = np.array([run for of_share in shares for run in of_share], np.int64).reshape(-1, 2)
+        owner = np.repeat(np.arange(len(shares)), [len(of_share) for of_share in shares])
         # Rows before each run: tokens of all runs before it, less those of other owners.
         before = np.cumsum(runs[:, 1] - runs[:, 0]) - (runs[:, 1] - runs[:, 0])
         row = before - before[np.searchsorted(owner, owner)]
-        starts = np.array(layouts[0].document_starts)
+        starts = np.array(document_starts)
         first_document = np.searchsorted(starts, runs[:, 0], side="right") - 1
         count = np.searchsorted(starts, runs[:, 1], side="left") - first_document  # documents that a run meets
         run, document = np.repeat(np.arange(len(runs)), count), count_up(first_document, count)
-        first, last = starts[document], np.append(starts[1:], _FAR - 1)[document]
+        first, last = starts[document], np.append(starts[1:], FAR - 1)[document]
         start, stop = np.maximum(runs[run, 0], first), np.minimum(runs[run, 1], last)
         return cls(owner[run], start, stop, row[run] + start - runs[run, 0], document, first, last)
 
@@ -107,21 +112,21 @@ class Tokens:
 
     def __init__(self, pieces: Pieces, line: Ints) -> None:
         """Take the tokens of `pieces`, of which those of owner n are in line `line[n]`."""
-        # A position of line n is the number n x _FAR + position; runs ascend in it.
-        start = line[pieces.owner] * _FAR + pieces.start
+        # A position of line n is the number n x FAR + position; runs ascend in it.
+        start = line[pieces.owner] * FAR + pieces.start
         order, far = start.argsort(kind="stable"), np.iinfo(np.int64).max
         self._start = np.append(start[order], far)
         self._stop = np.append((start + pieces.stop - pieces.start)[order], far)
 
     def first_from(self, line: Any, position: Ints) -> Ints:
         """Return the first position of a line at or after `position`, or one beyond any context; they broadcast."""
-        at = line * _FAR + position
-        return np.maximum(at, self._start[np.searchsorted(self._stop[:-1], at, side="right")]) - line * _FAR
+        at = line * FAR + position
+        return np.maximum(at, self._start[np.searchsorted(self._stop[:-1], at, side="right")]) - line * FAR
 
     def last_before(self, line: Any, position: Ints) -> Ints:
         """Return the last position of a line before `position`; there must be one. The arguments broadcast."""
-        at = line * _FAR + position
-        return np.minimum(at, self._stop[np.searchsorted(self._start[:-1], at) - 1]) - 1 - line * _FAR
+        at = line * FAR + position
+        return np.minimum(at, self._stop[np.searchsorted(self._start[:-1], at) - 1]) - 1 - line * FAR
 
 
 def rows_needed(pieces: Pieces, side: Side, others: Tokens, lines: Ints, visibility: Visibility) -> Ints:
@@ -136,7 +141,7 @@ def rows_needed(pieces: Pieces, side: Side, others: Tokens, lines: Ints, visibil
         start, stop = a[None], b[None]
     else:
         # Visibility is monotone in both positions, so the ends of the range follow from the nearest tokens.
-        reach = (visibility.window or _FAR) - 1  # distance from a query to the first key that it sees
+        reach = (visibility.window or FAR) - 1  # distance from a query to the first key that it sees
         if side == "queries":  # a query sees the keys from `reach` before it, in its document, to itself
             low, high = np.maximum(pieces.first, a - reach), b
         else:  # a key is seen by the queries from itself to `reach` after it, in its document
@@ -171,10 +176,10 @@ class TravellingRows:
     def __init__(self, ranges: Ints, owner: Ints, num_owners: int) -> None:
         """Take the rows needed of each piece, `[legs, pieces, 2]`, and the owners of the pieces, `[pieces]`."""
         start, stop = ranges[..., 0], ranges[..., 1]
-        shift = owner * _FAR  # rows of different owners never meet
-        before = np.maximum.accumulate(np.where(start < stop, stop + shift, -_FAR), axis=-1)
+        shift = owner * FAR  # rows of different owners never meet
+        before = np.maximum.accumulate(np.where(start < stop, stop + shift, -FAR), axis=-1)
         before = (
-            np.concatenate([np.full((len(ranges), 1), -_FAR), before[:, :-1]], axis=-1) - shift
+            np.concatenate([np.full((len(ranges), 1), -FAR), before[:, :-1]], axis=-1) - shift
         )  # end of the last run
         near = (start < stop) & (start - before <= GAP)
         self._ranges = np.stack([np.where(near, before, start), stop], axis=-1)
@@ -203,29 +208,48 @@ class TravellingRows:
         return tuple(found)
 
 
+class Meetings(NamedTuple):
+    """Pairs of pieces of one document whose queries and keys meet, as indices `[n]` into `pieces`."""
+
+    pieces: Pieces
+    query: Ints
+    key: Ints
+
+    @classmethod
+    def of(cls, pieces: Pieces, causal: bool = True, at_once: int = 2**62) -> Iterator[Meetings]:
+        """Yield all of them, about `at_once` at a time: under causal order the keys' piece is not the later one."""
+        of = pieces.select(np.lexsort((pieces.start, pieces.document)))
+        index = np.arange(len(of.start))
+        first = np.searchsorted(of.document, of.document)
+        stop = index + 1 if causal else np.searchsorted(of.document, of.document, side="right")
+        count = stop - first
+        ends = np.cumsum(count)
+        for at in range(0, int(ends[-1]), at_once):
+            # Pieces of queries whose pairs begin in this part.
+            q = index[(ends - count >= at) & (ends - count < at + at_once)]
+            yield cls(of, np.repeat(q, count[q]), count_up(first[q], count[q]))
+
+    def num_pairs(self, visibility: Visibility) -> Ints:
+        """Return the number of visible (query, key) pairs of each."""
+        of, q, k = self
+        i0, i1, j0, j1 = of.start[q], of.stop[q], of.start[k], of.stop[k]
+        if not visibility.causal:
+            return (i1 - i0) * (j1 - j0)
+        found = _pairs_not_after(i0, i1, j0, j1)
+        if visibility.window is not None:
+            found = found - _pairs_not_after(i0 - visibility.window, i1 - visibility.window, j0, j1)
+        return found
+
+
 def pairs_between(pieces: Pieces, num_owners: int, visibility: Visibility) -> Ints:
     """Return the number of visible (query, key) pairs between shares, `[owner of queries, owner of keys]`.
 
     The FLOPs of a tile are proportional to it. The shares have no token in common.
     """
-    of = pieces.select(np.lexsort((pieces.start, pieces.document)))
-    index = np.arange(len(of.start))
-    first = np.searchsorted(of.document, of.document)
-    stop = index + 1 if visibility.causal else np.searchsorted(of.document, of.document, side="right")
-    count, pairs = stop - first, np.zeros(num_owners**2, np.int64)
-    ends = np.cumsum(count)
-    for at in range(0, int(ends[-1]), PAIRS_AT_ONCE):
-        # Pieces of queries whose pairs begin in this part.
-        q = index[(ends - count >= at) & (ends - count < at + PAIRS_AT_ONCE)]
-        k, q = count_up(first[q], count[q]), np.repeat(q, count[q])
-        i0, i1, j0, j1 = of.start[q], of.stop[q], of.start[k], of.stop[k]
-        if visibility.causal:
-            found = _pairs_not_after(i0, i1, j0, j1)
-            if visibility.window is not None:
-                found = found - _pairs_not_after(i0 - visibility.window, i1 - visibility.window, j0, j1)
-        else:
-            found = (i1 - i0) * (j1 - j0)
-        np.add.at(pairs, of.owner[q] * num_owners + of.owner[k], found)
+    pairs = np.zeros(num_owners**2, np.int64)
+    for met in Meetings.of(pieces, visibility.causal, PAIRS_AT_ONCE):
+        owner = met.pieces.owner
+        np.add.at(pairs, owner[met.query] * num_owners + owner[met.key], met.num_pairs(visibility))
     return pairs.reshape(num_owners, num_owners)
 
 

@@ -77,11 +77,15 @@ def test_all_ranks_take_the_grid_of_rank_0(on_ranks, recipe_file, tmp_path):
     assert found == [expected] * SIZE
 
 
-def test_a_damaged_file_of_grids_is_reported(tmp_path):
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"of": [{"window": null}], "links, of": {"topology": {"inside": {"kind": 3}}}}']
+)
+def test_a_damaged_file_of_grids_is_reported(tmp_path, text):
     file = tmp_path / "grids.json"
-    file.write_text("{")
-    with pytest.raises(ValueError, match=f"{file}: damaged: .*; remove it"):
-        recall_grids(file, "4 ranks")
+    file.write_text(text)
+    for recall in (recall_grids, recall_links):
+        with pytest.raises(ValueError, match=f"{file}: damaged: .*; remove it"):
+            recall(file, "of")
 
 
 def links(recipe_file, directory: str, layout: str) -> list[tuple[Topology, Speed]]:

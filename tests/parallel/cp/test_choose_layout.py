@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 from helpers.lanes import by_lane
 from helpers.layouts import scattered
@@ -12,11 +14,11 @@ from longring.parallel.cp import visible
 from longring.parallel.cp.choose import Pricer, choose
 from longring.parallel.cp.choose_layout import LayersOf, LayoutPricer
 from longring.parallel.cp.cost import ASSUMED, AttentionShape, Speed, play
-from longring.parallel.cp.grid import CpGrid
+from longring.parallel.cp.grid import CpGrid, Order, Route, grids
 from longring.parallel.cp.packed import Runs, divided, typical_packing
 from longring.parallel.cp.plan import Pass
 from longring.parallel.cp.schedules import Schedule
-from longring.parallel.cp.topology import PRESETS, full_mesh
+from longring.parallel.cp.topology import PRESETS, ethernet, full_mesh, infiniband
 from longring.parallel.cp.visible import Visibility
 
 from .test_packed import lognormal
@@ -24,32 +26,43 @@ from .test_packed import lognormal
 SHAPE = AttentionShape(32, 8, 128)
 
 
-def simulated(grid: CpGrid, shares: list[Runs], starts: tuple[int, ...], pricer: LayoutPricer) -> float:
+def simulated(
+    grid: CpGrid, shares: list[Runs], starts: tuple[int, ...], pricer: LayoutPricer, window: int | None = None
+) -> float:
     """Return the simulated seconds of both passes of a layer."""
-    schedule = Schedule(grid, [SeqLayout(runs, starts) for runs in shares], Visibility(), "forward")
+    schedule = Schedule(grid, [SeqLayout(runs, starts) for runs in shares], Visibility(window=window), "forward")
     both = schedule, schedule.turned("backward")
     return sum(play(of, pricer.topology, pricer.shape, pricer.speed).seconds for of in both)
 
 
 @settings(max_examples=40)
 @given(st.data())
-def test_a_price_counts_the_rows_that_plans_send(data):
-    """Where nothing but links takes time and all shares leave at once, it is the busiest link's time by the plans."""
-    query, kv = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
-    size = query * kv
-    grid = CpGrid(query=query, kv=kv, query_route="direct", kv_route="direct", in_flight=size)
+def test_a_layout_is_priced_as_its_plans_are_simulated(data):
+    """From the documents alone, under full attention and windows, where messages carry no gaps.
+
+    Exact where a share goes directly or its results are summed; else results are also sent for rows that were only
+    passed on, and the price counts those that a stop needs.
+    """
+    query, kv = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
+    size, exact = query * kv, data.draw(st.booleans())
+    of_query, of_kv = (data.draw(st.sampled_from(("round", "direct") if exact else get_args(Route))) for _ in range(2))
+    order, in_flight = data.draw(st.sampled_from(get_args(Order))), data.draw(st.integers(1, size))
+    grid = CpGrid(query=query, kv=kv, query_route=of_query, kv_route=of_kv, order=order, in_flight=in_flight)
     num_tokens = 2 * size * data.draw(st.integers(4, 20))
-    starts = (0, *sorted(data.draw(st.sets(st.integers(1, num_tokens - 1), max_size=6))))
-    shares = [scattered(num_tokens, rank, size).runs for rank in range(size)]
-    pricer = LayoutPricer(num_tokens, (LayersOf(grid, None, 3),), SHAPE, full_mesh(size), Speed(1e30, 1e30))
-    busiest = 0.0
+    starts = (0, *sorted(data.draw(st.sets(st.integers(1, num_tokens - 1), max_size=12))))
+    layers = (LayersOf(grid, None, 3), LayersOf(grid, data.draw(st.integers(1, num_tokens)), 2))
+    topology = data.draw(st.sampled_from([full_mesh(size), ethernet(size, 2), infiniband(size, 3)]))
+    speed = data.draw(st.sampled_from([Speed(1e30, 1e30), Speed(1e12, 1e12, 1e-6), Speed(1e9, 1e9)]))
+    pricer = LayoutPricer(num_tokens, layers, SHAPE, topology, speed)
+    shares = [divided(layout, num_tokens, starts, size) for layout in ("zigzag", "balanced", "documents")]
+    shares += [[scattered(num_tokens, rank, size).runs for rank in range(size)]] if exact else []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(visible, "GAP", 0)
-        schedule = Schedule(grid, [SeqLayout(runs, starts) for runs in shares], Visibility(), "forward")
-        for of in (schedule, schedule.turned("backward")):
-            carried = play(of, pricer.topology, SHAPE, pricer.speed).bytes_by_link.values()
-            busiest += max(carried, default=0) / pricer.topology.inside.bytes_per_s
-    assert pricer.seconds(shares, starts) == pytest.approx(3 * busiest, rel=1e-9)
+        played = [
+            sum(of.num_layers * simulated(grid, runs, starts, pricer, of.window) for of in layers if size > 1)
+            for runs in shares
+        ]
+    assert pricer.seconds(shares, starts).tolist() == pytest.approx(played, rel=1e-9 if exact else 0.1)
 
 
 def test_one_document_and_heads_alone_stay_in_zigzag():
@@ -60,21 +73,24 @@ def test_one_document_and_heads_alone_stay_in_zigzag():
         assert pricer.choose(of) == divided("zigzag", 8 * 8192, of, 8)
 
 
-@pytest.mark.parametrize("preset", by_lane(["nvswitch", "pcie_pairs", "infiniband", "ethernet"], quick=["nvswitch"]))
-@pytest.mark.parametrize("mean", by_lane([2000, 8000, 20_000], quick=[2000]))
-def test_the_choice_is_never_much_slower_than_zigzag(preset, mean):
-    """On the grid that is chosen for one document; where links allow, it is much faster."""
-    size = 8 if preset in ("nvswitch", "pcie_pairs") else 16
-    topology, num_tokens = PRESETS[preset](size), size * 8192
-    grid = choose(size, Pricer(num_tokens, SHAPE, topology, ASSUMED))[0].grid
-    for seed in range(4):
-        starts = lognormal(mean, num_tokens, seed)
-        pricer = LayoutPricer(num_tokens, (LayersOf(grid, None, 1),), SHAPE, topology, ASSUMED)
-        chosen, zigzag = (
-            simulated(grid, shares, starts, pricer)
-            for shares in (pricer.choose(starts), divided("zigzag", num_tokens, starts, size))
-        )
-        assert chosen <= 1.02 * zigzag, (grid, seed)
+@pytest.mark.parametrize("size", by_lane([4, 8, 16, 32], quick=[4, 8]))
+@settings(max_examples=20)
+@given(st.data())
+def test_the_choice_is_never_slower_than_zigzag_by_more_than_two_percent(size, data):
+    """On any topology, grid, window and packing."""
+    preset, mean = data.draw(st.sampled_from(sorted(PRESETS))), data.draw(st.sampled_from([500, 2000, 8000, 20_000]))
+    if preset in ("full_mesh", "pcie_pairs", "nvswitch"):
+        size = min(size, 8)
+    topology, num_tokens = PRESETS[preset](size), size * 4096
+    grid = data.draw(st.sampled_from([grid for grid in grids(size) if grid.unfit(32, 8) is None]))
+    window = data.draw(st.sampled_from([None, None, 1024]))
+    starts = lognormal(mean, num_tokens, data.draw(st.integers(0, 10**6)))
+    pricer = LayoutPricer(num_tokens, (LayersOf(grid, window, 1),), SHAPE, topology, ASSUMED)
+    chosen, zigzag = (
+        simulated(grid, shares, starts, pricer, window)
+        for shares in (pricer.choose(starts), divided("zigzag", num_tokens, starts, size))
+    )
+    assert chosen <= 1.02 * zigzag
 
 
 def test_a_grid_priced_for_packings_hides_messages_under_unequal_tiles():
@@ -82,8 +98,8 @@ def test_a_grid_priced_for_packings_hides_messages_under_unequal_tiles():
     size, num_tokens, topology = 8, 8 * 8192, PRESETS["nvswitch"](8)
     pricer = Pricer(num_tokens, SHAPE, topology, ASSUMED, document_starts=typical_packing(num_tokens, 8192))
     grid = choose(size, pricer)[0].grid
-    for seed in range(4):
-        starts = lognormal(8000, num_tokens, seed)
+    for seed in range(8):
+        starts = lognormal(8000 if seed % 2 else 2000, num_tokens, seed)
         layouts = LayoutPricer(num_tokens, (LayersOf(grid, None, 1),), SHAPE, topology, ASSUMED)
         shares = divided("balanced", num_tokens, starts, size)
         work = Schedule(grid, [SeqLayout(runs, starts) for runs in shares], Visibility(), "forward").pairs.sum()
@@ -98,4 +114,4 @@ def test_work_decides_on_fast_links_and_rows_on_slow_ones():
     for speed, wanted in ((Speed(1e12, 1e12), "balanced"), (Speed(1e30, 1e30), "documents")):
         pricer = LayoutPricer(8192, (LayersOf(grid, None, 1),), SHAPE, full_mesh(2), speed)
         layouts = {layout: divided(layout, 8192, starts, 2) for layout in ("zigzag", "balanced", "documents")}
-        assert pricer.choose(starts) == layouts[wanted], {x: pricer.seconds(layouts[x], starts) for x in layouts}
+        assert pricer.choose(starts) == layouts[wanted], pricer.seconds(list(layouts.values()), starts)

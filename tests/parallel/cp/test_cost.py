@@ -99,7 +99,9 @@ class HandMade(Schedule):
         self.made = set(tiles)
 
     def tiles(self, step, position):
-        return position, np.array([rank if (rank, step) in self.made else len(position) for rank in position])
+        step, position = np.broadcast_arrays(step, position)
+        has_tile = np.vectorize(lambda *tile: tile in self.made)(position, step)
+        return position, np.where(has_tile, position, position.shape[-1])
 
     def one_by_one(self, messages):
         columns = zip(*(column.tolist() for column in messages), strict=True)

@@ -11,11 +11,12 @@ from helpers.layouts import scattered
 from longring.kernels.layout import SeqLayout
 from longring.kernels.mask import make_mask
 from longring.parallel.cp.choose import Pricer, choose
-from longring.parallel.cp.cost import AttentionShape, Event, Speed, play, wires_of
+from longring.parallel.cp.cost import AttentionShape, Event, Speed, play
 from longring.parallel.cp.grid import CpGrid, grids
 from longring.parallel.cp.layout import zigzag
 from longring.parallel.cp.plan import Message, Tile
 from longring.parallel.cp.schedules import Schedule
+from longring.parallel.cp.simulate import wires_of
 from longring.parallel.cp.topology import Fabric, Topology, ethernet, full_mesh, infiniband
 from longring.parallel.cp.visible import Pieces, Visibility, pairs_between
 
@@ -148,7 +149,7 @@ def test_wires_say_what_the_topology_says():
     wires = wires_of(topology, 7)
     for source in range(7):
         for target in range(7):
-            links = [wires.names[link] for link in wires.links[source * 7 + target] if link < len(wires.names)]
+            links = [wires.names[link] for link in wires.links[:, source * 7 + target] if link < len(wires.names)]
             if source == target:
                 assert not links
                 continue
