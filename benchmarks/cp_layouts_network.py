@@ -1,15 +1,15 @@
 """Times of packed documents under each layout, with messages on a shaped network and tiles as waits.
 
-    python benchmarks/cp_layouts_network.py --json rows.json  # 8 min
+    python benchmarks/cp_layouts_network.py --json rows.json  # 13 min
     python benchmarks/cp_layouts_network.py --quick           # a minute
 
 Needs root and iproute2. Ranks are hosts of benchmarks/lib/lab_network.py behind one switch, each with a port of
 50 Mbit/s. Their messages are real; a tile is a wait as long as a GPU would compute it, so that ranks do not take cores
 from each other and the busiest rank shows. Everything is a cluster of H100 scaled down: 512 tokens a rank for 8,192,
-documents 16 times shorter, and waits so long that a row of keys on a port takes as much of a row's computation as on
-50 GB/s beside 500 TFLOP/s (forward; 350 backward). All lengths are multiples of 2 cp. The grid sends all keys at once
-(kv = N, direct). A time is the median of repeats, of the slowest rank, forward and backward of one layer; layouts take
-turns. `time` is over the waits of the mean rank.
+documents 16 times shorter (lognormal lengths with a mean, or those of Python files), and waits so long that a row of
+keys on a port takes as much of a row's computation as on 50 GB/s beside 500 TFLOP/s (forward; 350 backward). All
+lengths are multiples of 2 cp. The grid sends all keys at once (kv = N, direct). A time is the median of repeats, of the
+slowest rank, forward and backward of one layer; layouts take turns. `time` is over the waits of the mean rank.
 
 "all keys gathered": each rank gets the keys and values of all others, whatever is visible, before it computes, and in
 the backward gets them again and sends their gradients at the end. "auto" is what `choose_layout.LayoutPricer` takes on
@@ -113,7 +113,7 @@ def _exchange(sends: dict[int, Any], receives: dict[int, Any]) -> None:
         work.wait()
 
 
-def rows_of(size: int, means: list[int], num_packings: int, repeats: int) -> Iterator[Row]:
+def rows_of(size: int, lengths: list[int | str], num_packings: int, repeats: int) -> Iterator[Row]:
     """Yield a row for each distribution of lengths and each layout."""
     num_tokens = size * TOKENS
     grid = CpGrid(kv=size, kv_route="direct", in_flight=size - 1)
@@ -121,10 +121,13 @@ def rows_of(size: int, means: list[int], num_packings: int, repeats: int) -> Ite
     pricer = choose_layout.LayoutPricer(num_tokens, (choose_layout.LayersOf(grid, None, 1),), SHAPE, links, SPEED)
     with Network("switch", size, MBIT_PER_S) as network:
         hosts = LabHosts(network, __file__)
-        for of in means:
+        for of in lengths:
             found: dict[str, list[Row]] = {}
             for seed in range(num_packings):
-                starts = packings.lognormal(of // SCALE, num_tokens, seed, 2 * size)
+                if isinstance(of, int):
+                    starts = packings.lognormal(of // SCALE, num_tokens, seed, 2 * size)
+                else:
+                    starts = packings.files(of, num_tokens, seed, 2 * size, SCALE)
                 members = packings.layouts(num_tokens, starts, size)
                 chosen = pricer.choose(starts)
                 members["all keys gathered"] = members["zigzag"]
@@ -164,17 +167,18 @@ def main() -> int:
     options = make_parser(__doc__ or "", quick="4 ranks, 2 packings each, once: a minute").parse_args()
     if reason := unavailable():
         return refuse(reason)
-    sizes, means, num_packings, repeats = [4, 8], [2_000, 8_000, 20_000], 3, 3
+    sizes, num_packings, repeats = [4, 8], 3, 3
+    lengths: list[int | str] = [2_000, 8_000, 20_000, "stdlib", "site-packages"]
     if options.size != "full":
         sizes, num_packings, repeats = [4], 2, 1
     if options.size == "smallest":
-        means, num_packings = [2_000], 1
+        lengths, num_packings = [2_000], 1
     columns = ["ranks", "lengths", "layout", "work", "ms", "time", "over_zigzag", "worst_over_zigzag"]
     console, rows = Console(width=100), []
     table = make_table(f"Packed documents on ports of {MBIT_PER_S} Mbit/s", columns, left=("layout",))
     with console.status("measuring"):
         for size in sizes:
-            for row in rows_of(size, means, num_packings, repeats):
+            for row in rows_of(size, lengths, num_packings, repeats):
                 rows.append(row)
                 table.add_row(*(str(row[column]) for column in columns))
                 write_record(options.json, {"rows": rows})

@@ -23,10 +23,10 @@ def lognormal(mean: int, num_tokens: int, seed: int, multiple_of: int = 1) -> tu
     return _starts(lambda: rng.lognormvariate(log(mean) - 0.5, 1.0), num_tokens, multiple_of)
 
 
-def files(folder: str, num_tokens: int, seed: int, multiple_of: int = 1) -> tuple[int, ...]:
-    """Return the starts of random Python files of "stdlib" or of "site-packages", end to end."""
+def files(folder: str, num_tokens: int, seed: int, multiple_of: int = 1, scale: int = 1) -> tuple[int, ...]:
+    """Return the starts of random Python files of "stdlib" or of "site-packages", end to end, `scale` times shorter."""
     rng, lengths = random.Random(seed), _file_tokens(folder)
-    return _starts(lambda: rng.choice(lengths), num_tokens, multiple_of)
+    return _starts(lambda: rng.choice(lengths) / scale, num_tokens, multiple_of)
 
 
 def each_document(num_tokens: int, starts: tuple[int, ...], size: int) -> list[Runs]:

@@ -37,12 +37,13 @@ FULL: Windows = ((None, 1),)
 class _Document:
     """Tokens of a document that no rank has taken yet."""
 
-    def __init__(self, start: int, stop: int, windows: Windows) -> None:
+    def __init__(self, start: int, stop: int, density: float, windows: Windows | None) -> None:
         self.start, self.stop = start, stop
-        self.density = _num_pairs(stop - start, windows) / (stop - start)
+        self.density = density
         """Visible pairs of a token in all layers, in the mean."""
-        self._whole = start, stop, windows
-        self._is_seen_whole = all(window is None or stop - start <= window for window, _ in windows)
+        self._begin = start
+        self._windows = windows
+        """None: no attention window is shorter than the document."""
 
     @property
     def num_tokens(self) -> int:
@@ -54,15 +55,14 @@ class _Document:
         if num_tokens == self.stop - self.start:
             start, self.start = self.start, self.stop
             return ((start, self.stop),)
-        late = num_tokens - num_tokens // 2 if self._is_seen_whole else self._late_tokens(num_tokens)
+        late = num_tokens - num_tokens // 2 if self._windows is None else self._late_tokens(num_tokens, self._windows)
         taken = (self.start, self.start + num_tokens - late), (self.stop - late, self.stop)
         self.start, self.stop = taken[0][1], taken[1][0]
         return taken
 
-    def _late_tokens(self, num_tokens: int) -> int:
-        """Return how many tokens of a slice are at the end of what is left; no token has less work than an earlier."""
-        start, _, windows = self._whole
-        first, last = self.start - start, self.stop - start
+    def _late_tokens(self, num_tokens: int, windows: Windows) -> int:
+        """Return how many tokens of a slice are at the end of what is left: no token has less work than one before."""
+        first, last = self.start - self._begin, self.stop - self._begin
         both = _num_pairs(last, windows) - _num_pairs(first, windows) - self.density * num_tokens
 
         def excess(late: int) -> float:
@@ -171,7 +171,14 @@ def whole_documents(num_tokens: int, document_starts: Sequence[int], size: int, 
 
 
 def _documents(num_tokens: int, document_starts: Sequence[int], windows: Windows) -> list[_Document]:
-    return [_Document(start, stop, windows) for start, stop in pairwise([*document_starts, num_tokens])]
+    shortest = min((window for window, _ in windows if window is not None), default=num_tokens)
+    of_half = sum(num_layers for _, num_layers in windows) / 2
+    return [
+        _Document(start, stop, of_half * (stop - start + 1), None)
+        if stop - start <= shortest
+        else _Document(start, stop, _num_pairs(stop - start, windows) / (stop - start), windows)
+        for start, stop in pairwise([*document_starts, num_tokens])
+    ]
 
 
 def _num_pairs(num_tokens: int, windows: Windows) -> int:

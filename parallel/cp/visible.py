@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -76,7 +77,8 @@ class Pieces:
     @classmethod
     def of_runs(cls, shares: Sequence[Sequence[tuple[int, int]]], document_starts: Sequence[int]) -> Pieces:
         """Return the pieces of shares, given as runs of positions in a context."""
-        runs = np.array([run for of_share in shares for run in of_share], np.int64).reshape(-1, 2)
+        edges = chain.from_iterable(run for of_share in shares for run in of_share)
+        runs = np.fromiter(edges, np.int64).reshape(-1, 2)
         owner = np.repeat(np.arange(len(shares)), [len(of_share) for of_share in shares])
         # Rows before each run: tokens of all runs before it, less those of other owners.
         before = np.cumsum(runs[:, 1] - runs[:, 0]) - (runs[:, 1] - runs[:, 0])
