@@ -8,9 +8,10 @@ import pytest
 from longring.launch import cli
 from longring.launch.commands import plan as planner
 from longring.launch.config import load_recipe
-from longring.launch.grids.choice import attention_shape
+from longring.launch.grids.choice import LayerKind, attention_shape, pricer
 from longring.parallel.cp.choose import Pricer, choose
 from longring.parallel.cp.cost import ASSUMED
+from longring.parallel.cp.grid import CpGrid
 from longring.parallel.cp.topology import PRESETS
 from longring.parallel.cp.visible import Visibility
 
@@ -108,6 +109,25 @@ def test_the_largest_bucket_is_drawn(capsys, recipe_file, no_ranks, tmp_path):
     picture = tmp_path / "plan.png"
     assert f"drawn: {picture}" in planned(capsys, recipe_file, *SPREAD, "--timeline", str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("settings", "packed"),
+    [
+        ([], False),
+        (["parallel.cp.layout=auto"], False),
+        (["data.rest=pack"], False),
+        (["parallel.cp.layout=auto", "data.rest=pack"], True),
+    ],
+    ids=", ".join,
+)
+def test_the_drawn_passes_are_those_that_are_priced(recipe_file, settings, packed):
+    """Over one document, or a packing where sequences hold several documents and a layout for them is set."""
+    recipe, grid = load_recipe(recipe_file, [*SPREAD, *settings]), CpGrid.ring(4)
+    asked = pricer(recipe, LayerKind(512, None), PRESETS["full_mesh"](4), ASSUMED)
+    assert (len(asked.document_starts) > 1) == packed
+    drawn = [panel.total_s for panel in planner.simulate_passes(asked, grid)]
+    assert drawn == pytest.approx([price.seconds for price in asked.price(grid).passes.values()])
 
 
 @pytest.mark.parametrize(
