@@ -119,7 +119,7 @@ def test_the_largest_bucket_is_drawn(capsys, recipe_file, no_ranks, tmp_path):
         (["data.rest=pack"], False),
         (["parallel.cp.layout=auto", "data.rest=pack"], True),
     ],
-    ids=", ".join,
+    ids=["one document", "no packings", "zigzag", "packings"],
 )
 def test_the_drawn_passes_are_those_that_are_priced(recipe_file, settings, packed):
     """Over one document, or a packing where sequences hold several documents and a layout for them is set."""
