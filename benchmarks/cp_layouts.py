@@ -125,7 +125,7 @@ def rows_of(size: int, lengths: str, num_packings: int) -> Iterator[Row]:
 
 
 def host_rows(cases: dict[int, int], repeats: int) -> Iterator[Row]:
-    """Yield what a thread of the loader does for a packing, in milliseconds, for ranks and a mean length of documents.
+    """Yield what a thread of the loader does for a packing, in milliseconds of one core, by ranks and mean length.
 
     The fastest of some repeats: the machine may have other work.
     """
@@ -139,16 +139,16 @@ def host_rows(cases: dict[int, int], repeats: int) -> Iterator[Row]:
             pricer.choose(starts)  # the roads of the grid are kept
             found: list[tuple[float, float, float]] = []
             for _ in range(repeats):
-                times = [time.perf_counter()]
+                times = [time.process_time()]
                 shares = pricer.choose(starts)
-                times.append(time.perf_counter())
+                times.append(time.process_time())
                 attention = spec.AttentionSpec(
                     grid, tuple(SeqLayout(runs, starts) for runs in shares), visible.Visibility()
                 )
                 attention.compiled("forward", size // 2)  # makes both passes
-                times.append(time.perf_counter())
+                times.append(time.process_time())
                 attention.prepare(size // 2)
-                times.append(time.perf_counter())
+                times.append(time.process_time())
                 found.append(tuple(1e3 * (b - a) for a, b in pairwise(times)))  # type: ignore[arg-type]
             row: Row = {"ranks": size, "documents": len(starts), "of": str(grid)}
             best = (min(of) for of in zip(*found, strict=True))
