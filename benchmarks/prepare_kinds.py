@@ -14,7 +14,7 @@ The members run in turns on one core, in CPU seconds, each right after the bare 
 gives its rate, and the median of the turns its ratio to the bare tokenizer, so both meet the same load. Then fresh
 processes prepare short documents (24 ids on average) from a Megatron .bin with its .idx: first a tenth of them, then
 all. Last, JSON lines in eight input shards are prepared by one process and by two in turns. On a machine with other
-load their seconds mean little; CPU seconds tell what the second one costs, and what is left to one.
+load their seconds mean little; the CPU seconds of all processes tell what the second one costs.
 """
 
 from __future__ import annotations
@@ -189,29 +189,24 @@ def encode(tokenizer: DocumentTokenizer, texts: list[str], batch: int) -> None:
 
 
 def on_cores(folder: Path, rounds: int) -> list[Row]:
-    """Return medians of turns in which one process and two prepare eight input shards: seconds, and CPU seconds.
-
-    `alone_cpu_s` are those of the process that lists, waits and merges beside the two: work that no core shares.
-    """
+    """Return seconds and CPU seconds, medians of turns, in which one process and two prepare eight input shards."""
     (folder / "parts").mkdir()
     for part in range(8):
         (folder / "parts" / f"{part}.jsonl").write_bytes((folder / "a.jsonl").read_bytes())
     source = SourceConfig(kind="json", path=str(folder / "parts"))
-    found: dict[int, list[Row]] = {1: [], 2: []}
+    found: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
     for turn in range(rounds):
         for processes, measured in found.items():
             config = replace(settings(folder, f"on {processes} {turn}", source), input_shard_bytes=1)
-            before, alone = cpu_seconds_of_all(), time.process_time()
+            before = cpu_seconds_of_all()
             seconds = seconds_of(lambda c=config, n=processes: prepare(c, Console(quiet=True), n))
-            measured.append(
-                {
-                    "seconds": seconds,
-                    "cpu_s": cpu_seconds_of_all() - before,
-                    "alone_cpu_s": time.process_time() - alone if processes > 1 else 0.0,
-                }
-            )
+            measured.append((seconds, cpu_seconds_of_all() - before))
     return [
-        {"processes": processes, **{key: median(turn[key] for turn in turns) for key in turns[0]}}
+        {
+            "processes": processes,
+            "seconds": median(seconds for seconds, _ in turns),
+            "cpu_s": median(s for _, s in turns),
+        }
         for processes, turns in found.items()
     ]
 
@@ -263,8 +258,7 @@ def show(figures: Row) -> None:
     console.print(f"goal for text: {GOAL} of the bare tokenizer", highlight=False)
     for row in figures["processes"]:
         console.print(
-            f"eight input shards, processes: {row['processes']}; {row['seconds']:.1f} s, CPU {row['cpu_s']:.1f} s, "
-            f"of it {row['alone_cpu_s']:.2f} s of the process that waits for them",
+            f"eight input shards, processes: {row['processes']}; {row['seconds']:.1f} s, CPU {row['cpu_s']:.1f} s",
             highlight=False,
         )
     for row in figures["short_documents"]:
