@@ -169,9 +169,11 @@ def measure(case: Case, model: Model) -> Row:
 
 
 def main() -> int:
-    options = make_parser(__doc__ or "", quick="four cases, one round, a smaller model: a minute").parse_args()
+    parser = make_parser(__doc__ or "", quick="four cases, one round, a smaller model: a minute")
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="leave out the cases before the N-th, from 0")
+    options = parser.parse_args()
     model = SIZES[options.size]
-    cases = CASES if options.size == "full" else [CASES[number] for number in QUICK]
+    cases = CASES[options.first :] if options.size == "full" else [CASES[number] for number in QUICK]
     title = f"Time of a step: width {model.width}, {model.layers} layers, {model.tokens} tokens a rank"
     table = make_table(title, ("case", "ranks", "length", "predicted, s", "measured, s", "ratio"), left=("case",))
     rows = []

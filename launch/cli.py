@@ -310,7 +310,8 @@ COMMANDS = (
         _plan,
         "RECIPE",
         "Print the grid of each bucket's attention with its price, and the mix that a run will train.",
-        "No rank is started, unless --measure is given.",
+        "With --gpus and --device it predicts memory and time instead, and searches settings that fit. No rank is "
+        "started, unless --measure is given.",
         f"{DEMO} --topology full_mesh \\\n      --timeline plan.png --measure",
         add_options.plan,
     ),
