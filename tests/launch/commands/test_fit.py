@@ -43,7 +43,7 @@ def test_a_prepared_recipe_has_days_and_passes(capsys, recipe_file):
     assert re.search(r"20 steps of 2,048 tokens are 0.041M tokens: [\d.e-]+ days, [\d.]+ passes over the data", text)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_a_million_tokens_on_64_gpus_are_whole_at_80_columns(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     text = run(capsys, LLAMA, "train.memory.activations=keep", "--gpus", "64", "--device", "h100")
@@ -61,12 +61,14 @@ def test_a_million_tokens_on_64_gpus_are_whole_at_80_columns(capsys, monkeypatch
     assert "days and passes of the run are known once data/llama-3.1-1m is prepared" in words
 
 
+@pytest.mark.full
 def test_a_model_that_fits_no_setting_says_so(capsys, recipe_file):
     large = ["model.num_layers=10000", "model.hidden_size=65536", "model.ffn_hidden_size=65536"]
     text = " ".join(run(capsys, str(recipe_file), HALF, *large, "--gpus", "1", "--device", "a100").split())
     assert "no setting of the search fits; take more GPUs, or a smaller model" in text
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("arguments", "advice", "more"),
     [
@@ -88,6 +90,7 @@ def test_advice_about_the_device(capsys, recipe_file, arguments, advice, more):
     run(capsys, str(recipe_file), SMALL, *arguments, "--device", right)
 
 
+@pytest.mark.full
 def test_advice_about_gpus_and_other_options(capsys, recipe_file, tmp_path):
     planned = ["plan", str(recipe_file), HALF, SMALL, "--device", "h100"]
     gpus = [*planned, "--gpus", "8"]
@@ -109,6 +112,7 @@ def test_advice_about_gpus_and_other_options(capsys, recipe_file, tmp_path):
     assert "has no measured device; write it with `longring topology RECIPE --json" in error
 
 
+@pytest.mark.full
 def test_a_topology_of_one_node_has_no_more_ranks(capsys, recipe_file, tmp_path):
     """Of a file that one node wrote; a preset of several nodes takes the place of its links."""
     from longring.launch.fit.device import device_json, named_device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from longring.data.format.manifest import open_prepared
 from longring.launch import cli
 from longring.launch.config import load_recipe
@@ -14,6 +15,7 @@ def printed(capsys, *arguments: str):
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.full
 def test_prepared_and_inspected_data(capsys, recipe_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a picture would be drawn here
     recipe = load_recipe(recipe_file)
