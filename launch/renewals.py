@@ -38,8 +38,14 @@ def append_renewal(file: Path, run: str, renewal: Renewal, shares: Mapping[str, 
     Raises OSError if it cannot be written.
     """
     content = {"run": run, "step": renewal.step, "losses": dict(renewal.losses), "shares": dict(shares)}
-    append_record(file, {**content, "sha256": sha256_of_json(content)})
-    sync(file)
+    try:
+        append_record(file, {**content, "sha256": sha256_of_json(content)})
+        sync(file)
+    except OSError as error:
+        raise OSError(
+            f"{file}: the losses after step {renewal.step} cannot be recorded: {error.strerror or error}; make room, "
+            "or bring the directory back, and the same command continues from the last checkpoint"
+        ) from error
 
 
 def read_renewals(file: Path, run: str) -> tuple[Renewal, ...]:

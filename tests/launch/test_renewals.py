@@ -10,6 +10,7 @@ import shutil
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,15 @@ from helpers.small_checkpoint import read_whole
 from longring.data.format.manifest import Manifest, open_prepared
 from longring.data.prepare.prepare import prepare
 from longring.data.read.mix import buckets_in_use
-from longring.data.read.renewal import held_out_sequences
+from longring.data.read.renewal import Renewal, held_out_sequences
 from longring.data.read.shares import Cells
 from longring.launch import cli
 from longring.launch.commands.mix import show_mix
 from longring.launch.config import load_recipe
 from longring.launch.preflight import order_of, preflight
+from longring.launch.recipe_change import check_change
 from longring.launch.records import read_records
-from longring.launch.renewals import read_renewals, renewal_steps
+from longring.launch.renewals import append_renewal, read_renewals, renewal_steps
 from longring.launch.run_directory import RunDirectory
 from rich.console import Console
 
@@ -244,6 +246,16 @@ def test_the_records_of_another_run_are_refused(whole):
         read_renewals(whole / "renewals.jsonl", "f" * 32)
 
 
+def test_losses_that_cannot_be_recorded_are_told_with_a_way_out(tmp_path):
+    file, renewal = tmp_path / "run" / "renewals.jsonl", Renewal(4, {"code": 2.5, "words": 1.25})
+    advice = "make room, or bring the directory back, and the same command continues from the last checkpoint"
+    with pytest.raises(OSError, match=rf"the losses after step 4 cannot be recorded: No such file .*; {advice}"):
+        append_renewal(file, "1" * 32, renewal, {})
+    file.parent.mkdir()
+    append_renewal(file, "1" * 32, renewal, {})
+    assert read_renewals(file, "1" * 32) == (renewal,)
+
+
 @pytest.mark.full
 def test_a_change_of_the_rule_is_judged_by_the_steps_done(sources_file, whole):
     def check(change: str) -> None:
@@ -261,16 +273,10 @@ def test_a_change_of_the_rule_is_judged_by_the_steps_done(sources_file, whole):
 
 
 @pytest.mark.full
-def test_shares_that_did_not_follow_the_losses_cannot_begin_to_in_the_past(sources_file, tmp_path):
-    run = tmp_path / "run"
-    trained(sources_file, run, "curriculum.renewal.rate=0", stop_after=3)
-    settings = [*SETTINGS, f"run_directory={run}"]
-    with pytest.raises(
-        ValueError, match=r"rate = 0\.5: was 0\.0 in the 3 steps done, and step 3 would have followed lo"
-    ):
-        preflight(load_recipe(sources_file, settings), 2)
-    preflight(load_recipe(sources_file, [*settings, "curriculum.renewal.rate=0"]), 2)
-    for step in (2, 3):  # until the first cycle has ended they can
-        shutil.rmtree(run / "checkpoints" / f"step-{step:08d}")
-    trained(sources_file, run, stop_after=3)
-    assert [step for step, _ in renewals_of(run)] == [2]
+def test_shares_that_did_not_follow_the_losses_cannot_begin_to_in_the_past(sources_file, manifest):
+    before, now = (load_recipe(sources_file, [*SETTINGS, f"curriculum.renewal.rate={rate}"]) for rate in (0, 0.5))
+    message = r"rate = 0\.5: was 0\.0 in the 3 steps done, and step 3 would have followed losses that were not measured"
+    with pytest.raises(ValueError, match=rf"{message}; set it back to 0\.0, or name"):
+        check_change(before, now, 3, partial(order_of, manifest))
+    check_change(before, before, 3, partial(order_of, manifest))
+    check_change(before, now, 2, partial(order_of, manifest))  # the first cycle has ended, and no step came after it
