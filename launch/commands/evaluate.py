@@ -23,6 +23,7 @@ from ..ranks.start import local_ranks, start_ranks
 from ..run_directory import find_run
 
 _MODULE = "longring.launch.evaluate"
+FORMATS = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,10 @@ class Evaluation:
         for option, file in (("--json", self.json_file), ("--picture", self.picture)):
             if file:
                 _check_writable(option, Path(file))
+        if self.picture and Path(self.picture).suffix not in FORMATS:
+            raise ValueError(
+                f"--picture {self.picture}: not a format of pictures; name a file that ends in .png, .svg or .pdf"
+            )
         if self.judge and not self.data:
             raise ValueError(
                 f"--judge {self.judge}: chooses tokens of the data that all targets read; name these with --data"

@@ -22,7 +22,7 @@ MOST_COLUMNS = 4
 
 
 def draw_evaluations(results: Sequence[Result], file: Path) -> None:
-    """Draw evaluations side by side into a file, whose suffix names its format. Raises ValueError for another one."""
+    """Draw evaluations side by side into a file, whose suffix names its format."""
     tasks = tasks_with_depth(results)
     columns = min(MOST_COLUMNS, max(2, len(results)))
     rows_of_task = -(-len(results) // columns)
@@ -39,10 +39,7 @@ def draw_evaluations(results: Sequence[Result], file: Path) -> None:
                 one.set_visible(False)
             for one, result in zip(of_task, results, strict=False):
                 draw_heat_map(one, result, task)
-        try:
-            figure.savefig(file, dpi=120)
-        except ValueError as error:
-            raise ValueError(f"--picture {file}: {error}; name a file that ends in .png, .svg or .pdf") from error
+        figure.savefig(file, dpi=120)
 
 
 def tasks_with_depth(results: Sequence[Result]) -> list[str]:

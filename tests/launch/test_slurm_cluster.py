@@ -11,11 +11,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.faulty import start
 from longring.launch import cli
+from longring.launch.evaluate import evaluate_weights
 from longring.launch.records import read_records
+from rich.console import Console
 
 CLUSTER = Path(__file__).with_name("slurm_cluster.sh")
 MISSING = [name for name in ("slurmctld", "slurmd", "munged") if not shutil.which(name, path="/usr/sbin:/usr/bin")]
@@ -139,35 +142,33 @@ def test_a_job_with_a_wrong_recipe_ends_with_the_error_and_is_not_requeued(clust
     assert "start 2" not in said
 
 
-def test_a_job_on_two_nodes_evaluates_what_one_rank_evaluates(cluster, recipe_file, tmp_path, monkeypatch, capsys):
+def evaluated(target: str, recipe_file: Path, overrides: list[str], logs: Path) -> dict[str, Any] | None:
+    return evaluate_weights(Path(target), str(recipe_file), overrides, logs, Console(quiet=True))
+
+
+def test_a_job_on_two_nodes_evaluates_what_one_rank_evaluates(
+    cluster, on_ranks, recipe_file, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    settings, said = [f"run_directory={tmp_path / 'run'}"], tmp_path / "trained.txt"
-    assert start(2, recipe_file, ["train.steps=5", "parallel.tokens_per_rank=256", *settings], said).wait() == [0, 0], (
-        said.read_text()
-    )
+    run, said = tmp_path / "run", tmp_path / "trained.txt"
+    steps = ["train.steps=6", "train.checkpoint_every_steps=3", "parallel.tokens_per_rank=256"]
+    assert start(2, recipe_file, [*steps, f"run_directory={run}"], said).wait() == [0, 0], said.read_text()
     resources = [
         *("slurm.cpu=true", "slurm.ranks_per_node=1", "slurm.time=0:20:00"),
         *("slurm.options.exclusive=''", "slurm.options.mem=''", "slurm.options.ntasks-per-node='1'"),
     ]
-    measured = ["evaluate.samples=2", "evaluate.max_tokens_per_bucket=2048"]
-    words = ["submit", str(recipe_file), *settings, *resources, *measured, "--nodes", "2"]
-    checkpoint = str(tmp_path / "run" / "checkpoints" / "step-00000005")
-    weights = ["--weights", checkpoint, "--weights", str(tmp_path / "run"), "parallel.tokens_per_rank=256"]
-    for name, evaluated in (("run", ["--evaluate"]), ("weights", weights)):
-        file = tmp_path / f"{name}.json"
-        assert cli.main([*words, *evaluated, "--tasks", "copy_text", "--json", str(file)]) == 0
-        job = capsys.readouterr().out.split()[-1]
-        output = tmp_path / f"run-evaluate-{job}.out"
-        until("the results", file.exists, output)
-        until("the job gone", lambda: not shell("squeue", "-h").strip(), output)
-    [of_run, *others] = [
-        json.loads((tmp_path / "run.json").read_text()),
-        *json.loads((tmp_path / "weights.json").read_text())["targets"],
-    ]
-    here = tmp_path / "here.json"
-    assert cli.main(["evaluate", str(tmp_path / "run"), "--tasks", "copy_text", *measured, "--json", str(here)]) == 0
-    expected = json.loads(here.read_text())
-    for found in (of_run, *others):
-        assert found["step"] == 5
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-        assert [entry["exact"] for entry in found["tasks"]] == [entry["exact"] for entry in expected["tasks"]]
+    measured = ["evaluate.samples=2", "evaluate.max_tokens_per_bucket=1024", 'evaluate.tasks=["copy_text"]']
+    targets, file = [str(run / "checkpoints" / "step-00000003"), str(run)], tmp_path / "found.json"
+    words = ["submit", str(recipe_file), f"run_directory={run}", *resources, *measured, "--nodes", "2"]
+    words += [word for target in targets for word in ("--weights", target)]
+    assert cli.main([*words, "parallel.tokens_per_rank=256", "--json", str(file)]) == 0
+    output = tmp_path / f"run-evaluate-{capsys.readouterr().out.split()[-1]}.out"
+    until("the results", file.exists, output)
+    until("the job gone", lambda: not shell("squeue", "-h").strip(), output)
+    found = json.loads(file.read_text())["targets"]
+    assert [result["step"] for result in found] == [3, 6]
+    for target, result in zip(targets, found, strict=True):
+        [expected] = on_ranks(1, evaluated, target, recipe_file, measured, tmp_path / "logs")
+        assert [entry["cp"] for entry in result["buckets"]] == [1, 1, 1, 2]
+        assert result["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert [entry["exact"] for entry in result["tasks"]] == [entry["exact"] for entry in expected["tasks"]]

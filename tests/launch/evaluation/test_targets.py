@@ -107,9 +107,12 @@ def test_a_judge_without_a_long_sequence_says_what_to_set(run, started, recipe_f
         "set evaluate.context_sequences above 0 and evaluate.short_tokens below the longest bucket, or leave out"
         in (capfd.readouterr().err)
     )
-    files = ["--picture", str(tmp_path / "found.jpeg2")]
-    assert cli.main([*words, "evaluate.context_sequences=1", "evaluate.short_tokens=256", *files]) == 2
+    assert len(started) == 1, "no target after the judge"
+    files = ["evaluate.context_sequences=1", "evaluate.short_tokens=256", "--picture", str(tmp_path / "found")]
+    assert cli.main([*words, *files]) == 2
     assert "name a file that ends in .png, .svg or .pdf" in capfd.readouterr().err
+    assert cli.main([*words, *files[:-1], str(tmp_path / "found.svg")]) == 0
+    assert "<svg" in (tmp_path / "found.svg").read_text()
 
 
 def result(number: int, buckets: Sequence[int]) -> dict[str, Any]:
