@@ -80,7 +80,7 @@ def assert_means(entries: list[dict[str, Any]], expected: dict[Any, list[float]]
     )
 
 
-@pytest.mark.parametrize("limit", by_lane([2**20, 800], quick=[]), ids=["all", "capped"])
+@pytest.mark.parametrize("limit", by_lane([2**20, 800], quick=[], slow=[2**20]), ids=["all", "capped"])
 def test_losses_by_source_and_length_of_document_equal_plain_pytorch(on_ranks, recipe_file, directory, limit):
     [(found, targets)] = on_ranks(1, measured, recipe_file, directory, limit)
     by_source, by_length = defaultdict(list), defaultdict(list)

@@ -77,7 +77,7 @@ def started(monkeypatch) -> list[list[str]]:
     return calls
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_targets_stand_side_by_side_and_a_judge_chooses_their_key_tokens(run, started, recipe_file, tmp_path, capfd):
     checkpoints = [str(run / "checkpoints" / f"step-0000000{step}") for step in (2, 4)]
     data = load_recipe(recipe_file).data.directory
