@@ -296,7 +296,7 @@ def build_engine(recipe: Recipe, vocab_size: int, mesh: Mesh) -> DeepSpeedEngine
         betas=(train.beta1, train.beta2),
         weight_decay=train.weight_decay,
         # On the host the default, a loop over parameters, would pass over each of them many times.
-        fused=recipe.parallel.zero.offload_optimizer == "cpu" or None,
+        fused="cpu" in (mesh.device.type, recipe.parallel.zero.offload_optimizer) or None,
     )
     return zero_engine(
         model,

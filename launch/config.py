@@ -114,6 +114,9 @@ class TrainConfig:
     deterministic: bool = False
     """Use only operations whose results are bitwise reproducible on the same machines, and choose grids without
     measuring. docs/faults.md has the cost."""
+    gradient_norms_every_steps: StepsOrNone = 0
+    """Number of steps between records of the gradient norm of each layer, the embedding, the last norm and the head. 0:
+    never."""
     profile: str = ""
     """First and last step of a trace of torch's profiler, such as "120-124". Empty: none."""
     profile_ranks: tuple[Annotated[int, Interval(ge=0, lt=2**20)], ...] = (0,)

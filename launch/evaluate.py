@@ -26,10 +26,10 @@ from .evaluation.held_out import held_out_buckets
 from .evaluation.key_tokens import KeyTokens
 from .evaluation.long_context import judge
 from .evaluation.measure import Measurement
-from .evaluation.show import evaluation_tables, long_context_tables
 from .ranks.logs import open_log
 from .ranks.rank import as_rank
 from .ranks.watchdog import Watchdog
+from .report.evaluation import evaluation_tables, long_context_tables
 from .run_directory import RunDirectory
 from .target import Target, target_of_run, target_of_weights
 from .together import from_rank_0

@@ -57,6 +57,9 @@ class StepMetrics:
     """Learning rate of this step."""
     grad_norm: float
     """Norm of the gradient over all parameters, before clipping."""
+    grad_norms: dict[str, float]
+    """Norm of each part of it: "embedding", "blocks.0", ..., "norm" and "head"; empty but for every
+    `train.gradient_norms_every_steps`-th step."""
     step_ms: float
     """Duration of the step on rank 0."""
     tokens_per_s: float
@@ -70,9 +73,9 @@ class StepMetrics:
     bits_per_byte: float
     """Loss in bits, divided by the mean bytes of a training target; null for a tokenizer that is not byte-level."""
     ms: dict[str, float]
-    """Time of each part on rank 0: data (waiting for the loader), forward, backward, optimizer, sum (over the ranks,
-    with the wait for them), and of what follows the step before, beside the duration of this one: save, evaluate and
-    renew."""
+    """Time of each part on rank 0: data (waiting for the loader), forward, backward and optimizer, without what they
+    wait for other ranks, which is communication, sum (over the ranks, with the wait for them), and of what follows the
+    step before, beside the duration of this one: save, evaluate and renew."""
     memory: dict[str, float]
     """Peaks of torch's allocator on rank 0 in this step, peak_gib and reserved_gib; empty without a GPU."""
     compilations: int

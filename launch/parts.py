@@ -5,14 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 GIB = 2**30
 
 
 class _Pair(NamedTuple):
+    part: str
+    outer: str | None
     begin: torch.cuda.Event
     end: torch.cuda.Event
 
@@ -20,35 +23,66 @@ class _Pair(NamedTuple):
 class Parts:
     """Durations of the parts of steps on this rank; on a GPU in the order of its own stream, without waiting for it.
 
-    Each part is also a region of this name in the profiler's trace.
+    What lies within a second part counts to that one alone. Each part is also a region of this name in the profiler's
+    trace.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._device = device
-        self._pairs: list[tuple[str, _Pair]] = []
+        self._pairs: list[_Pair] = []
         self._ms: dict[str, float] = {}
+        self._open: list[str] = []
 
     @contextmanager
     def part(self, name: str, *, on_host: bool = False) -> Iterator[None]:
         """Count the time in this context to a part; `on_host` by the clock of the host, as for reading data."""
-        pair = None
+        pair, outer = None, self._open[-1] if self._open else None
         if self._on_gpu and not on_host:
-            pair = _Pair(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            self._pairs.append((name, pair))
+            pair = _Pair(name, outer, torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            self._pairs.append(pair)
             pair.begin.record()
         began = time.perf_counter()
+        self._open.append(name)
         with torch.profiler.record_function(name):
             yield
+        self._open.pop()
         if pair is not None:
             pair.end.record()
         else:
-            self._ms[name] = self._ms.get(name, 0.0) + (time.perf_counter() - began) * 1e3
+            self._count(name, outer, (time.perf_counter() - began) * 1e3)
+
+    def _count(self, part: str, outer: str | None, ms: float) -> None:
+        self._ms[part] = self._ms.get(part, 0.0) + ms
+        if outer is not None:
+            self._ms[outer] = self._ms.get(outer, 0.0) - ms
+
+    @contextmanager
+    def messages(self) -> Iterator[None]:
+        """Count to the part `communication` what the parts in this context wait for messages.
+
+        All of torch's messages and collectives are waited for by one method. On a GPU the wait is that of the stream
+        that computes; a collective that runs in this stream itself is no wait.
+        """
+        wait = dist.Work.wait
+        computing = torch.cuda.current_stream() if self._on_gpu else None
+
+        def timed(work: dist.Work, *arguments: Any, **named: Any) -> bool:
+            if computing is not None and torch.cuda.current_stream() != computing:
+                return wait(work, *arguments, **named)
+            with self.part("communication"):
+                return wait(work, *arguments, **named)
+
+        dist.Work.wait = timed  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            dist.Work.wait = wait
 
     def take(self) -> dict[str, float]:
         """Return the durations since the last call in ms. A GPU must have done the work, which is not waited for."""
-        for name, pair in self._pairs:
-            self._ms[name] = self._ms.get(name, 0.0) + pair.begin.elapsed_time(pair.end)
+        for pair in self._pairs:
+            self._count(pair.part, pair.outer, pair.begin.elapsed_time(pair.end))
         taken, self._ms = self._ms, {}
         self._pairs.clear()
         return taken

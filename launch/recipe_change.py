@@ -22,7 +22,7 @@ FREE = (
     *("evaluate.", "faults.", "parallel.", "slurm.", "track."),
     *("loader.workers", "loader.prefetch_batches", "loader.cache_", "loader.hash_"),
     *("train.ranks_per_node", "train.checkpoint_every_steps", "train.keep_checkpoint", "train.deterministic"),
-    *("train.attention_backend", "train.memory.", "train.profile", "train.evaluate_"),
+    *("train.attention_backend", "train.memory.", "train.profile", "train.evaluate_", "train.gradient_norms"),
 )
 """Beginnings of the keys that may always change. Run and data may be moved, as a checkpoint knows its data by hash. The
 ranks and kernels may divide the work in another way, with the same batches, and losses equal up to rounding."""

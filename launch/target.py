@@ -23,7 +23,8 @@ from .identity import OWN_TO_A_MACHINE, code_hash
 from .preflight import preflight_together
 from .run_directory import RunDirectory
 from .settings import apply_overrides, flat, from_tree, to_tree
-from .weights.origin import Weights, check_settable, load_origin, weights_at
+from .weights.begin import load_origin
+from .weights.origin import Weights, check_settable, weights_at
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ from .settings import flat, to_tree
 from .together import on_all_ranks
 from .trackers import open_trackers
 from .trainer import Trainer, share_of
-from .weights.origin import keep_published, load_origin
+from .weights.begin import load_origin
+from .weights.origin import keep_published
 
 
 def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> int:

@@ -25,6 +25,7 @@ from ..data.format.damage import DamagedDataError
 from ..data.read.batch_order import ReplicaShare, Trained
 from ..data.read.loader import Loader, MicroBatch
 from ..kernels.compilations import Compilations
+from ..parallel.gradient_norms import GradientNorms
 from ..parallel.mesh import Mesh
 from ..parallel.replicas import drifted_ranks
 from ..parallel.zero import DeepSpeedEngine, gradient_norm, set_learning_rate
@@ -85,6 +86,7 @@ class Trainer:
         self._profiler = StepProfiler(self.recipe.train, self.checked.run.logs, self.mesh.rank)
         self._micro_batches = self.loader.batches(self.state.step, self.last)
         self._renewal_steps = renewal_steps(self.recipe)
+        self._norms = GradientNorms(self.engine, self.mesh, self.recipe.train.gradient_norms_every_steps)
 
     def __enter__(self) -> Self:
         self._compilations.__enter__()
@@ -109,6 +111,7 @@ class Trainer:
         started = time.perf_counter()
         step, order, train = self.state.step + 1, self.checked.order, self.recipe.train
         self._profiler.before(step)
+        self._norms.before(step)
         rate = learning_rate(step, train)
         set_learning_rate(self.engine, rate)
 
@@ -124,7 +127,8 @@ class Trainer:
                 pass
             loss_sums = self._no_losses()
         else:
-            loss_sums = self._compute_gradients_and_update(step, micro_batches, sum(targets))
+            with self._meter.parts.messages():
+                loss_sums = self._compute_gradients_and_update(step, micro_batches, sum(targets))
 
         totals = self._sum_over_ranks(step, loss_sums)
         loss, grad_norm, outcome = self._judge(step, sum(totals.loss_sums) / sum(targets))
@@ -148,6 +152,7 @@ class Trainer:
             buckets=buckets,
             learning_rate=rate,
             grad_norm=grad_norm,
+            grad_norms=self._norms.take(grad_norm),
             step_ms=seconds * 1e3,
             tokens_per_s=train.global_batch_tokens / seconds,
             **self._meter.utilization(totals.attention_flops, tokens, seconds)._asdict(),

@@ -62,8 +62,9 @@ class SelfAttention(nn.Module):
         qkv, _ = self.qkv(x)
         # [s, b, h_kv / tp * (queries_per_kv + 2) * d] -> [b, s, h_kv / tp, queries_per_kv + 2, d]
         qkv = qkv.unflatten(-1, (-1, self.queries_per_kv + 2, self.head_dim)).transpose(0, 1)
-        q = qkv[:, :, :, :-2].flatten(2, 3)
-        k, v = qkv[:, :, :, -2], qkv[:, :, :, -1]
+        # A split, and not three slices: its backward joins the gradients once, and theirs would pad and add them.
+        q, k, v = qkv.split([self.queries_per_kv, 1, 1], dim=3)
+        q, k, v = (y.flatten(2, 3) for y in (q, k, v))  # [b, s, h / tp, d]
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = fused_ops(q).rope(q, k, rope)

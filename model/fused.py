@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,53 @@ def _torch_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, epsilon)
 
 
-def _torch_swiglu(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+class _TorchSwiGLU(torch.autograd.Function):
+    """SwiGLU that keeps its input alone: autograd would keep silu(gate) as well."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
+        [gate_up] = ctx.saved_tensors
+        dgate_up = torch.empty_like(gate_up)
+        (gate, up), (dgate, dup) = gate_up.chunk(2, dim=-1), dgate_up.chunk(2, dim=-1)
+        dup.copy_(F.silu(gate)).mul_(dy)
+        dgate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
+        return dgate_up
+
+
+class _TorchRope(torch.autograd.Function):
+    """The rotation of x `[b, s, h, d]`; its backward is the rotation by the opposite angles."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return _rotated(dy, cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = cos[:, None], sin[:, None]  # [s, 1, d / 2], against halves of x [b, s, h, d / 2]
+    first, second = x.float().chunk(2, dim=-1)
+    rotated = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    into_first, into_second = rotated.chunk(2, dim=-1)
+    into_first.copy_(first).mul_(cos).addcmul_(second, sin, value=-1)
+    into_second.copy_(second).mul_(cos).addcmul_(first, sin)
+    return rotated.to(x.dtype)
 
 
 def _torch_rope(q: Tensor, k: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    cos, sin = (t[:, None, :] for t in table)  # [s, 1, d / 2], against x [b, s, h, d / 2]
-
-    def rotate(x: Tensor) -> Tensor:
-        first, second = x.float().chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
-
-    return rotate(q), rotate(k)
+    return _TorchRope.apply(q, *table), _TorchRope.apply(k, *table)
 
 
 # liger is imported late: a machine without CUDA need not have it. The submodules are imported by name, since the
@@ -80,5 +116,5 @@ def _liger_rope(q: Tensor, k: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Ten
     return q.transpose(1, 2), k.transpose(1, 2)
 
 
-TORCH = FusedOps(_torch_rms_norm, _torch_swiglu, _torch_rope)
+TORCH = FusedOps(_torch_rms_norm, _TorchSwiGLU.apply, _torch_rope)
 LIGER = FusedOps(_liger_rms_norm, _liger_swiglu, _liger_rope)

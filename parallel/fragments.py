@@ -70,11 +70,11 @@ class Fragment:
 
 def held(engine: DeepSpeedEngine, mesh: Mesh) -> list[Fragment]:
     """Return the fragments that this rank's optimizer steps. With ZeRO 0 every rank holds every parameter in full."""
-    inner = _inner(engine)
+    inner = inner_optimizer(engine)
     fragments = []
-    for param, flat, begin, start, numel in _ranges(engine, mesh):
+    for param, flat, begin, start, numel in ranges(engine, mesh):
         # The weight and both moments have one layout: [begin, begin + numel) of each flat buffer is this range.
-        whole = _parameter(engine.param_names[param], param, mesh.tensor_size)
+        whole = whole_parameter(engine.param_names[param], param, mesh.tensor_size)
         views = {"weight": flat.data.view(-1)} | {kind: _state(inner, flat)[kind].view(-1) for kind in KINDS[1:]}
         fragments.append(Fragment(whole, start, {kind: view[begin : begin + numel] for kind, view in views.items()}))
     return fragments
@@ -93,10 +93,10 @@ def owned(engine: DeepSpeedEngine, mesh: Mesh) -> list[Fragment]:
 
 def parameters(engine: DeepSpeedEngine, tensor_size: int) -> list[Parameter]:
     """Return all parameters of the model, including those of which this rank holds nothing."""
-    return [_parameter(name, param, tensor_size) for param, name in engine.param_names.items()]
+    return [whole_parameter(name, param, tensor_size) for param, name in engine.param_names.items()]
 
 
-def _parameter(name: str, param: nn.Parameter, tensor_size: int) -> Parameter:
+def whole_parameter(name: str, param: nn.Parameter, tensor_size: int) -> Parameter:
     """Return name, whole shape and cut, read from the attributes that megatron-core's layers set on a parameter."""
     shape = list(getattr(param, "ds_shape", param.shape))  # ZeRO 3 leaves param itself empty
     cut = None
@@ -108,7 +108,7 @@ def _parameter(name: str, param: nn.Parameter, tensor_size: int) -> Parameter:
 
 def updates(engine: DeepSpeedEngine) -> int:
     """Return AdamW's count of steps, by which it corrects the moments' bias. Skipped steps do not count."""
-    steps = {int(state["step"]) for state in _inner(engine).state.values()}
+    steps = {int(state["step"]) for state in inner_optimizer(engine).state.values()}
     assert len(steps) <= 1, f"parameters have taken different numbers of steps: {steps}"
     return steps.pop() if steps else 0
 
@@ -116,8 +116,8 @@ def updates(engine: DeepSpeedEngine) -> int:
 @torch.no_grad()
 def refresh(engine: DeepSpeedEngine, mesh: Mesh, num_updates: int) -> None:
     """Copy the fp32 weights, just written through the views, to the model, and set AdamW's step count. Collective."""
-    inner, optimizer = _inner(engine), engine.optimizer
-    for _, flat, *_ in _ranges(engine, mesh):
+    inner, optimizer = inner_optimizer(engine), engine.optimizer
+    for _, flat, *_ in ranges(engine, mesh):
         _state(inner, flat)["step"].fill_(float(num_updates))
     # DeepSpeed's own ways from the fp32 buffers to the model's weights after a step, one for each kind of optimizer.
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
@@ -128,13 +128,16 @@ def refresh(engine: DeepSpeedEngine, mesh: Mesh, num_updates: int) -> None:
     elif isinstance(optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer):
         optimizer.update_lp_params()
     else:
-        for param, flat, *_ in _ranges(engine, mesh):
+        for param, flat, *_ in ranges(engine, mesh):
             if flat is not param:  # in fp32 the views are the model's own weights
                 param.copy_(flat)
 
 
-def _ranges(engine: DeepSpeedEngine, mesh: Mesh) -> Iterator[tuple[nn.Parameter, Tensor, int, int, int]]:
-    """Yield (parameter, flat fp32 buffer, start in the buffer, start in the parameter, number of elements)."""
+def ranges(engine: DeepSpeedEngine, mesh: Mesh) -> Iterator[tuple[nn.Parameter, Tensor, int, int, int]]:
+    """Yield each range that this rank's optimizer steps.
+
+    It is (parameter, flat fp32 buffer, start in the buffer, start in the parameter, number of elements).
+    """
     optimizer: Any = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         # ZeRO 3 cuts every parameter into one equal partition for each data rank.
@@ -164,7 +167,7 @@ def _ranges(engine: DeepSpeedEngine, mesh: Mesh) -> Iterator[tuple[nn.Parameter,
             yield param, getattr(param, "fp32_weight", param), 0, 0, param.numel()
 
 
-def _inner(engine: DeepSpeedEngine) -> torch.optim.AdamW:
+def inner_optimizer(engine: DeepSpeedEngine) -> torch.optim.AdamW:
     """Return the plain torch optimizer that steps the flat buffers."""
     optimizer: Any = engine.optimizer
     return optimizer if isinstance(optimizer, torch.optim.AdamW) else optimizer.optimizer

@@ -93,6 +93,8 @@ def zero_engine(
             set_z3_leaf_module(module, True)  # ZeRO 3 gathers them around this module, not around its children
     with redirect_stdout(io.StringIO()):  # BF16_Optimizer prints the memory in use, five times over
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)
+    if parallel.zero_stage == 0 and mesh.data_size == 1:
+        engine.enable_backward_allreduce = False  # a sum over one rank, for which all gradients are copied twice
     if isinstance(engine.optimizer, BF16_Optimizer) and parallel.zero.overlap_comm:
         OverlappedSums(engine, mesh.data_group, parallel.zero.reduce_bucket_size)
     return engine

@@ -136,11 +136,22 @@ def test_the_import_graph_is_seen():
     assert Path("launch/ranks/watchdog.py") in IMPORTS[Path("launch/train.py")]
 
 
-def test_a_training_rank_loads_no_library_of_preparation():
-    code = (
-        "import sys, longring.data.format.manifest, longring.data.read.loader\n"
-        "print(sorted({'pyarrow', 'fsspec', 'rich', 'datasets', 'datatrove', 'faiss', 'numba'} & set(sys.modules)))"
-    )
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        (
+            "longring.data.format.manifest, longring.data.read.loader",
+            "pyarrow fsspec rich datasets datatrove faiss numba",
+        ),
+        # Its imports come before those of the ranks, and nothing else runs meanwhile.
+        pytest.param(
+            "longring.launch.commands.train", "megatron deepspeed torch._dynamo transformers", marks=pytest.mark.full
+        ),
+    ],
+    ids=["training rank", "longring train"],
+)
+def test_a_process_loads_no_library_that_it_does_not_need(modules, absent):
+    code = f"import sys, {modules}\nprint(sorted(set({absent.split()}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
 

@@ -9,9 +9,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from ..report.evaluation import heat_maps, part_name, short
 from ..report.screen import sparkline
 from ..tables import plain_table
-from .show import heat_maps, part_name, short
 
 SIDE_BY_SIDE = 6
 """Most targets in one table; more targets take further tables."""

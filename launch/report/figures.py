@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter
 
 from ..records import numbers_of
 from .curves import MOST_BINS, Curve
+from .heat_maps import heat_maps
 from .history import History
 
 # Text stays text, in the font of the page; about 350 points fit a telephone without becoming small.
@@ -66,7 +67,8 @@ def pictures(history: History) -> Iterator[Picture]:
             "Share of the devices' peak, by visible pairs and the longest bucket.",
         ),
         ("Memory", _memory, "Peaks of torch's allocator on rank 0 in a step."),
-        ("Time of a step", _parts, "Mean of each part on rank 0."),
+        ("Time of a step", _parts, "Mean of each part on rank 0; waiting for other ranks is a part of its own."),
+        *heat_maps(history),
     ):
         figure = Figure(figsize=SIZE, layout="constrained")
         with mpl.rc_context(STYLE):
@@ -78,7 +80,9 @@ def pictures(history: History) -> Iterator[Picture]:
 def _svg(figure: Figure, title: str) -> str:
     """Return the figure without the head of a file, with ids that no other figure of the page has."""
     stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    figure.savefig(
+        stream, format="svg", dpi=144, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+    )
     text = stream.getvalue()
     own = re.sub(r"\W+", "-", title.lower())
     text = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{own}-", text[text.index("<svg") :])
@@ -280,7 +284,7 @@ def _parts(axes: Axes, history: History) -> bool:
         row[bins] = curve.mean * curve.number / every.number[bins]  # a part such as save is in some steps only
     axes.stackplot(every.tokens, stack, labels=list(found), colors=_colours(len(found)))
     _over_tokens(axes, history, "ms")
-    axes.legend(ncols=2)
+    axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return True
 
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..records import Record, numbers_of, read_records
 from ..run_directory import RunDirectory
@@ -94,6 +95,11 @@ class History:
     def lengths(self) -> list[int]:
         """Sequence lengths trained so far, ascending."""
         return sorted({*self.buckets, *self.targets})
+
+    @property
+    def long_context(self) -> dict[str, Any]:
+        """The last evaluation that has scores of tasks or of context; empty without one."""
+        return next((e for e in reversed(self.evaluations) if e.get("tasks") or e.get("context")), {})
 
     @property
     def loss(self) -> float:

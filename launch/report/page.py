@@ -20,6 +20,7 @@ from ...data.inspect.ledger import ledger_table, sources_table
 from ..records import Record
 from ..settings import flat, to_tree
 from ..tables import plain_table
+from .evaluation import long_context_tables, parts_tables
 from .figures import pictures, short
 from .history import History
 from .state import RunState, in_words
@@ -169,7 +170,7 @@ def _evaluation(history: History) -> list[Table]:
         parts = {(part["from"], part["to"]): f"{part['loss']:.3f}" for part in entry["by_position"]}
         losses = (f"{entry['unigram_loss']:.3f}", f"{entry['loss']:.3f}")
         table.add_row(f"{entry['bucket']:,}", f"{entry['tokens']:,}", *losses, *(parts.get(s, "") for s in spans))
-    return [table]
+    return [table, *parts_tables(last), *long_context_tables(history.long_context)]
 
 
 def _trained(history: History) -> list[Table]:

@@ -1,4 +1,4 @@
-"""The weights that begin a run: found, checked against the model and the tokenizer of the run, and loaded.
+"""The weights that begin a run: found, and checked against the model and the tokenizer of the run.
 
 They are those of a run, of one of its checkpoints, of an import, or of a Hugging Face directory. A run and the one that
 it begins from may differ in data, lengths, RoPE, attention windows, rates, batch and ranks; the weights, and what a
@@ -17,9 +17,6 @@ from ...data.files import read_patiently, sha256_of
 from ...data.format.manifest import Manifest
 from ...data.format.tokenizer_file import load_tokenizer
 from ...model.config import ModelConfig
-from ...parallel.fragments import KINDS
-from ...parallel.mesh import Mesh
-from ...parallel.zero import DeepSpeedEngine
 from ..checkpoint.format import (
     MANIFEST_FILE,
     CheckpointManifest,
@@ -28,13 +25,10 @@ from ..checkpoint.format import (
     no_good_checkpoint,
     read_checkpoint_manifest,
 )
-from ..checkpoint.load import CheckpointFiles, load_stored, verified
 from ..config import Recipe
-from ..errors import DamageError
 from ..identity import changes
 from ..run_directory import RunDirectory
 from ..settings import flat, from_tree, to_tree
-from ..together import on_all_ranks
 from .directory import CONFIG, ModelDirectory, keep_files
 
 MAY_DIFFER = ("rope", "layer_pattern", "window_tokens", "z_loss", "init_std")
@@ -158,38 +152,6 @@ def keep_published(origin: Origin, run: RunDirectory) -> None:
         keep_files(path, run.published)
     elif published.is_dir():
         shutil.copytree(published, run.published, dirs_exist_ok=True)
-
-
-def load_origin(engine: DeepSpeedEngine, origin: Origin, mesh: Mesh, *, moments: bool) -> None:
-    """Load weights and, with `moments`, AdamW's moments and number of updates.
-
-    The ranks share the hashing of a checkpoint. Raises ValueError on any rank if a file is damaged or not what `origin`
-    describes, and CommonError if it cannot be read. Collective.
-    """
-    path = Path(origin.checkpoint)
-
-    def opened() -> CheckpointFiles | ModelDirectory:
-        if not (path / MANIFEST_FILE).is_file():
-            directory = ModelDirectory(path)
-            _check_same(path, directory.sha256, origin)
-            return directory
-        _check_same(path / MANIFEST_FILE, sha256_of(path / MANIFEST_FILE), origin)
-        try:
-            return CheckpointFiles(path, verified(path, mesh))
-        except DamageError as error:
-            raise ValueError(f"weights of {path}: damaged: {error}; name another checkpoint") from error
-
-    with on_all_ranks(mesh, opened) as stored:
-        updates = stored.updates if moments and isinstance(stored, CheckpointFiles) else 0
-        load_stored(engine, stored, mesh, kinds=KINDS if moments else KINDS[:1], updates=updates)
-
-
-def _check_same(path: Path, found: str, origin: Origin) -> None:
-    if found != origin.sha256:
-        raise ValueError(
-            f"{path}: has SHA-256 {found[:16]}..., and had {origin.sha256[:16]}... when this start began; mount the "
-            "same directory on all machines, and start again"
-        )
 
 
 def _run_of(checkpoint: Path) -> RunDirectory:

@@ -26,6 +26,7 @@ def step_record(step: int, **values: Any) -> dict[str, Any]:
         "buckets": {str(length): {"targets": 2048 // len(losses), "loss": loss} for length, loss in losses.items()},
         "learning_rate": 1e-3 / step,
         "grad_norm": draw.random(),
+        "grad_norms": {"embedding": draw.random(), "blocks.0": draw.random(), "head": draw.random()},
         "step_ms": 100.0,
         "tokens_per_s": 20480.0,
         "compilations": 0,
@@ -53,6 +54,14 @@ def evaluation(step: int) -> dict[str, Any]:
         for length in (64, 128)
     ]
     return {"step": step, "tokens": 768, "loss": 3.5 + 1 / (1 + step), "unigram_loss": 5.0, "buckets": buckets}
+
+
+def task(name: str, length: int, exact: float) -> dict[str, Any]:
+    """Return the scores of a task at a length, equal at two depths."""
+    depths = [{"from": n / 2, "to": (n + 1) / 2, "samples": 20, "exact": exact, "loss": 2.0} for n in range(2)]
+    scores = {"exact": exact, "references": exact, "tokens": exact, "loss": 2.0, "gain": 0.5, "margin": None}
+    counts = {"task": name, "length": length, "samples": 40, "lower_bound": False}
+    return {**counts, **scores, "preferred": None, "by_depth": depths}
 
 
 def append(file: Path, *records: dict[str, Any]) -> None:

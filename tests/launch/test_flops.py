@@ -105,7 +105,8 @@ def test_the_metrics_of_a_run(whole):
         assert record["tflops"] * 1e12 * record["step_ms"] / 1e3 * 2 == pytest.approx(expected, rel=1e-6)
         assert record["mfu"] is record["mfu_dense"] is None, "the peak of a CPU is not known"
         assert 0.2 < record["bits_per_byte"] / record["loss"] < 1.5
-        assert {"data", "forward", "backward", "optimizer", "sum"} <= record["ms"].keys()
+        assert {"data", "forward", "backward", "optimizer", "communication", "sum"} <= record["ms"].keys()
+        assert all(ms >= 0 for ms in record["ms"].values())
         assert sum(ms for part, ms in record["ms"].items() if part != "save") <= record["step_ms"]
     assert any("save" in record["ms"] for record in records)
     [trace] = run.logs.glob("trace-*")

@@ -148,6 +148,7 @@ OTHER_VALUES = {
     "order.work_directory": "elsewhere",
     "track.tensorboard": False,
     "train.profile": "2-3",
+    "train.gradient_norms_every_steps": 5,
     "evaluate.max_tokens_per_bucket": 4096,
     "evaluate.knots": True,
     "faults.spike_deviations": 5.0,

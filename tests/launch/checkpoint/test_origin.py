@@ -21,7 +21,8 @@ from longring.launch.config import load_recipe
 from longring.launch.preflight import preflight
 from longring.launch.records import read_records
 from longring.launch.train import train
-from longring.launch.weights.origin import MAY_DIFFER, Origin, find_origin, load_origin
+from longring.launch.weights.begin import load_origin
+from longring.launch.weights.origin import MAY_DIFFER, Origin, find_origin
 from longring.model.config import ModelConfig
 from longring.parallel.fragments import updates
 from longring.parallel.mesh import join

@@ -6,7 +6,7 @@ import json
 from html.parser import HTMLParser
 
 import pytest
-from helpers.small_run import append, evaluation, make_run, step_record
+from helpers.small_run import append, evaluation, make_run, step_record, task
 from longring.data.lock import held
 from longring.data.read.batch_order import Trained
 from longring.launch import cli
@@ -38,7 +38,8 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
         self.ids += [value for name, value in attrs if name == "id"]
-        self.used += [value for name, value in attrs if name in LOADING]
+        links = [str(value) for name, value in attrs if name in LOADING]
+        self.used += [link for link in links if not link.startswith("data:image/png;base64,")]
 
     def handle_startendtag(self, tag, attrs):
         self.handle_starttag(tag, attrs)
@@ -116,6 +117,18 @@ def test_a_page_is_written_again_until_the_run_ends(recipe_file, tmp_path, monke
     assert ['http-equiv="refresh" content="7"' in page for page in pages] == [True, True, False]
     assert [f"<b>{step}</b>" in page for page, step in zip(pages, (4, 5, 6), strict=True)] == [True] * 3
     assert capsys.readouterr().out.count("saved ") == 3
+
+
+def test_tasks_are_tables_and_heat_maps(recipe_file, tmp_path):
+    """The last evaluation that has tasks is shown, whatever came after it."""
+    run = make_run(recipe_file, tmp_path / "run", 12)
+    append(run.evaluations_file, evaluation(4) | {"tasks": [task("copy", 64, 1.0), task("copy", 128, 0.25)]})
+    append(run.evaluations_file, evaluation(12) | {"by_source": [{"source": "web", "tokens": 64, "loss": 3.25}]})
+    text = page_of(run).text
+    for words in ("Tasks by length", "after step 4", "copy by depth", "100%", "25%", "loss web 64 3.250"):
+        assert words in text
+    assert "Gradient norm by part" in text
+    assert "layer 0" in text
 
 
 @pytest.mark.full

@@ -9,8 +9,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..tables import plain_table
-from .context import EIGHTHS
-from .tasks import DEPTH_BINS
 
 SHADES = " ░▒▓█"
 """Blocks of a heat-map, from 0 to 1."""
@@ -38,7 +36,12 @@ def evaluation_tables(result: Mapping[str, Any]) -> list[Table]:
     parts = [{(p["from"], p["to"]): f"{p['loss']:.3f}" for p in entry["by_position"]} for entry in result["buckets"]]
     for span in ranges:
         by_position.add_row(f"<{short(span[1])}", *(found.get(span, "") for found in parts))
-    return [by_bucket, by_position, *_parts_table(result, "by_source"), *_parts_table(result, "by_document")]
+    return [by_bucket, by_position, *parts_tables(result)]
+
+
+def parts_tables(result: Mapping[str, Any]) -> list[Table]:
+    """Return the tables of the losses by source and by length of document, as far as there are such."""
+    return [table for name in PARTS for table in _parts_table(result, name)]
 
 
 def _parts_table(result: Mapping[str, Any], name: str) -> list[Table]:
@@ -104,12 +107,12 @@ def heat_maps(entries: Sequence[Mapping[str, Any]], target: str = "") -> list[Ta
         chosen = [entry for entry in entries if entry["task"] == name]
         lengths = [f"{entry['length']:,}" for entry in chosen]
         table = plain_table(f"{target}{name}: exact match by depth and length", "depth", *lengths)
-        for number in range(DEPTH_BINS):
+        for first, to in sorted({(part["from"], part["to"]) for entry in chosen for part in entry["by_depth"]}):
             cells = []
             for entry in chosen:
-                found = [part for part in entry["by_depth"] if part["from"] == number / DEPTH_BINS]
+                found = [part for part in entry["by_depth"] if part["from"] == first]
                 cells.append(f"{SHADES[round(found[0]['exact'] * 4)] * 3} {found[0]['exact']:4.0%}" if found else "")
-            table.add_row(f"<{(number + 1) / DEPTH_BINS:.1%}", *cells)
+            table.add_row(f"<{to:.1%}", *cells)
         tables.append(table)
     return tables
 
@@ -118,8 +121,8 @@ def _context_table(entries: list[dict[str, Any]]) -> Table:
     lengths = [f"{entry['length']:,}" for entry in entries]
     title = "Loss of the last eighth by the eighths visible before it, nats per token"
     table = plain_table(title, "visible", *lengths)
-    for number in range(EIGHTHS):
-        table.add_row(f"{number}/8", *(f"{entry['losses'][number]:.3f}" for entry in entries))
+    for number, losses in enumerate(zip(*(entry["losses"] for entry in entries), strict=True)):
+        table.add_row(f"{number}/{len(entries[0]['losses'])}", *(f"{loss:.3f}" for loss in losses))
     table.add_section()
     table.add_row("gain", *(f"{entry['gain']:.3f}" for entry in entries))
     errors = ["" if entry["gain_error"] is None else f"{entry['gain_error']:.3f}" for entry in entries]

@@ -1,0 +1,215 @@
+"""Time and peak memory of a training step of LongRing beside those of transformers and of plain torch.
+
+    python benchmarks/train_step.py --json rows.json
+    python benchmarks/train_step.py --peers   # torchtitan and OLMo-core as well
+
+All members have one architecture, equal weights and the same batch, one sequence for each rank, in fp32; they clip the
+gradient by its norm and step AdamW. Theirs divide a batch over several ranks by DDP, ours by ZeRO 1, with whole
+sequences (dp) or with each sequence over all ranks (cp). Every rank is a process of one thread. All stay alive and take
+turns step by step, so that all meet the same machine; the losses of every step must be equal.
+
+ratio is the time of the fastest of theirs over the member's in the same round, the median over the rounds: above 1, the
+member is faster. It is told of elapsed time and of processor time of all ranks, which other load disturbs less. The
+memory is the growth of a rank's peak resident memory since its imports, the largest of the ranks.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any, Self
+
+sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
+import torch
+import torch.distributed as dist
+from lib import step_members, step_peers
+from lib.one_rank import be_the_only_rank
+from lib.process import free_port, peak_megabytes, versions
+from lib.script import Row, Size, make_parser, make_table, write_record
+from lib.step_members import Case, Step
+from rich.console import Console
+
+Make = Callable[[Case], Step]
+Series = dict[str, list[float]]
+"""A value of each step, by member."""
+THEIRS: dict[str, Make] = {
+    "transformers": step_members.transformers,
+    "torch, fused": step_members.torch_fused,
+    "torch, foreach": step_members.torch_foreach,
+}
+PEERS: dict[str, Make] = {"torchtitan": step_peers.torchtitan, "OLMo-core": step_peers.olmo_core}
+SMALLEST = Case(128, 1, 256, 64, 2)
+SMALL, MEDIUM, LARGE = (256, 4, 8192), (512, 6, 8192), (768, 12, 16384)
+"""Width, layers and vocabulary of 7M, 26M and 114M parameters."""
+CASES: dict[Size, list[Case]] = {
+    "full": [
+        *(Case(*MEDIUM, tokens, ranks) for tokens, ranks in ((1024, 1), (2048, 1), (1024, 4))),
+        *(Case(*SMALL, tokens, 1) for tokens in (4096, 8192, 16384)),
+        Case(*LARGE, 1024, 1),
+    ],
+    "quick": [Case(*MEDIUM, 1024, 1), Case(*SMALL, 8192, 1), Case(*MEDIUM, 1024, 4)],
+    "smallest": [SMALLEST],
+}
+BUDGET_S = {"full": 45.0, "quick": 20.0, "smallest": 0.0}
+TOLERANCE = 1e-3
+"""Largest difference of losses in nats; rounding in fp32 makes 1e-5, another learning rate or batch far more."""
+
+
+def members_of(case: Case, peers: bool) -> dict[str, Make]:
+    """Return all members that take part in a case, ours first."""
+    ours: dict[str, Make] = {"ours": step_members.longring}
+    if case.ranks > 1:
+        ours = {"ours, dp": step_members.longring, "ours, cp": step_members.over_all_ranks}
+    return ours | THEIRS | (PEERS if peers else {})
+
+
+def one_rank(make: Make, case: Case, environment: dict[str, str], driver: Connection) -> None:
+    """Make a step as one rank; run it whenever the driver says so, and answer loss, CPU seconds and peak in MB."""
+    torch.set_num_threads(1)
+    try:
+        be_the_only_rank()
+        make(SMALLEST._replace(ranks=1))()  # imports what a step needs
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        os.environ.update(environment)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+        before, step = peak_megabytes(), make(case)
+        driver.send(None)
+    except Exception as error:
+        return driver.send(f"{type(error).__name__}: {error}")
+    while driver.recv():
+        started = time.process_time()
+        loss = step()
+        driver.send((loss, time.process_time() - started, peak_megabytes() - before))
+
+
+class Member:
+    """The processes of one member; a context manager that ends them."""
+
+    def __init__(self, make: Make, case: Case) -> None:
+        context, where = multiprocessing.get_context("spawn"), {"MASTER_ADDR": "127.0.0.1"}
+        where |= {"MASTER_PORT": str(free_port()), "WORLD_SIZE": str(case.ranks)}
+        self._pipes, self._processes, self.peak_mb = [], [], 0.0
+        for rank in range(case.ranks):
+            ours, its = context.Pipe()
+            own = {**where, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            process = context.Process(target=one_rank, args=(make, case, own, its), daemon=True)
+            process.start()
+            its.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe in self._pipes:
+            with suppress(OSError):  # a rank that ended with an error reads no more
+                pipe.send(False)
+        for process in self._processes:
+            process.join(5)
+            process.kill()
+
+    def error(self) -> str | None:
+        """Wait until the step is made; return the first error of a rank."""
+        return next((found for found in [pipe.recv() for pipe in self._pipes] if found is not None), None)
+
+    def step(self) -> tuple[float, float, float]:
+        """Run one step on all ranks; return its seconds, its CPU seconds and its mean loss."""
+        started = time.perf_counter()
+        for pipe in self._pipes:
+            pipe.send(True)
+        found = [pipe.recv() for pipe in self._pipes]
+        seconds = time.perf_counter() - started
+        losses, cpu_seconds, peaks = zip(*found, strict=True)
+        self.peak_mb = max(peaks)
+        return seconds, sum(cpu_seconds), sum(losses) / len(losses)
+
+
+def measure(case: Case, makes: dict[str, Make], budget_s: float) -> Iterator[Row]:
+    """Yield a row for each member: its median step, its ratio and its peak, or the error that it ends with."""
+    with ExitStack() as stack:
+        members, errors = {}, {}
+        for name, make in makes.items():
+            member = stack.enter_context(Member(make, case))
+            if (error := member.error()) is None:
+                members[name] = member
+            else:
+                errors[name] = error
+        clocks, losses = rounds(members, budget_s)
+        for name in makes:
+            row: Row = {"parameters": count(case), "tokens": case.tokens, "ranks": case.ranks, "member": name}
+            if name in errors:
+                yield row | {"error": errors[name]}
+                continue
+            for clock, seconds in clocks.items():
+                fastest = min((other for other in seconds if other in THEIRS), key=lambda other: median(seconds[other]))
+                ratios = [theirs / own for theirs, own in zip(seconds[fastest], seconds[name], strict=True)]
+                row |= {f"{clock}_s": round(median(seconds[name]), 4), f"{clock}_ratio": round(median(ratios), 3)}
+            measured = {"peak_mb": round(members[name].peak_mb), "rounds": len(losses[name]) - 1}
+            yield row | measured | {"last_loss": round(losses[name][-1], 6)}
+
+
+def rounds(members: dict[str, Member], budget_s: float) -> tuple[dict[str, Series], Series]:
+    """Return the elapsed and the CPU seconds, and the losses, of each member's steps; the first step only warms up.
+
+    Raises SystemExit if a loss is not that of the first member.
+    """
+    elapsed, cpu, losses = ({name: [] for name in members} for _ in range(3))
+    names, until = list(members), time.perf_counter() + budget_s
+    while time.perf_counter() < until or len(losses[names[0]]) < 2:
+        names = [*names[1:], names[0]]  # nobody always follows the same one
+        for name in names:
+            for series, value in zip((elapsed, cpu, losses), members[name].step(), strict=True):
+                series[name].append(value)
+    expected = next(iter(losses.values()))
+    for name, found in losses.items():
+        if max(abs(a - b) for a, b in zip(found, expected, strict=True)) > TOLERANCE:
+            raise SystemExit(f"{name}: losses {found} are not {expected}")
+    clocks = {clock: {name: all_[1:] for name, all_ in of.items()} for clock, of in (("step", elapsed), ("cpu", cpu))}
+    return clocks, losses
+
+
+def count(case: Case) -> int:
+    """Return the number of parameters of a case."""
+    return sum(weight.numel() for weight in case.weights().values())
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Print the table of all rows."""
+    columns = ("parameters", "tokens", "ranks", "member", "step, s", "ratio", "CPU, s", "ratio", "peak, MB")
+    table = make_table("A training step, fp32", columns, left=("member",))
+    for row in rows:
+        values: list[Any] = [f"{row['parameters'] / 1e6:.1f}M", f"{row['tokens']:,}", row["ranks"], row["member"]]
+        if "error" in row:
+            values += ["", "", "", "", row["error"][:40]]
+        else:
+            values += [f"{row['step_s']:.3f}", f"{row['step_ratio']:.2f}", f"{row['cpu_s']:.3f}"]
+            values += [f"{row['cpu_ratio']:.2f}", f"{row['peak_mb']:,}"]
+        table.add_row(*map(str, values))
+    Console(width=100).print(table)
+
+
+def main() -> int:
+    parser = make_parser(__doc__ or "", quick="26M parameters at 1,024 tokens, 7M at 8,192: four minutes")
+    parser.add_argument("--peers", action="store_true", help="torchtitan and OLMo-core as well, or their errors")
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    rows: list[Row] = []
+    for case in CASES[options.size]:
+        rows += measure(case, members_of(case, options.peers), BUDGET_S[options.size])
+        write_record(options.json, {"versions": versions(), "rows": rows})  # long runs may be cut off
+    show(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
