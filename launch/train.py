@@ -128,7 +128,7 @@ def start(
     # Only now is the first step known: the checkpoint that seemed the last may have been damaged.
     if rank_0:
         record(checked, state, changed, mesh.world_size, console)
-        for line in opening(recipe, order, engine, mesh):
+        for line in opening(recipe, order, engine, mesh, checked.manifest.vocab_size):
             console.print(line, soft_wrap=True, highlight=False)
     at = partial(watchdog.at, state.step)
     layouts = open_layouts(recipe, mesh, order.lengths, at, console if rank_0 else None)

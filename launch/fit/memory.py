@@ -32,6 +32,7 @@ DEVICE_BYTES = {
 """Bytes of NVIDIA's data sheets by a pattern of the device's whole name, as of `flops.PEAK_FLOPS`."""
 
 
+GIB = 2**30
 RESERVE = 3_000_000_000
 """Estimate of the bytes that CUDA's context, cuBLAS and the gaps of torch's allocator take; **not measured**."""
 

@@ -98,6 +98,7 @@ def _tiles(history: History, state: RunState) -> list[tuple[str, str, str]]:
 def _tables(history: History) -> list[Table]:
     return [
         _buckets(history),
+        *_memory(history),
         *_evaluation(history),
         *_trained(history),
         *_ledger(history),
@@ -143,6 +144,27 @@ def _planned(history: History) -> dict[int, float]:
         return {int(length): float(entry["step_s"]) for length, entry in entries if entry["step_s"]}
     except (IndexError, KeyError, AttributeError, TypeError, ValueError):
         return {}
+
+
+def _memory(history: History) -> list[Table]:
+    """Return the memory that the last start predicted for a rank, by kind, beside the measured peak of its tensors."""
+    try:
+        entries = history.starts[-1]["predicted"].values()
+        largest = max(entries, key=lambda entry: entry["memory_bytes"])
+        kinds = {str(name): float(count) / 2**30 for name, count in largest["kinds_bytes"].items()}
+    except (IndexError, KeyError, AttributeError, TypeError, ValueError):
+        return []
+    host = kinds.pop("host", 0.0)
+    table = plain_table("Memory of a rank: the plan, and what was measured", "kind", "GiB", left=("kind",))
+    for name, gib in kinds.items():
+        table.add_row(name, f"{gib:.2f}")
+    tensors = sum(gib for name, gib in kinds.items() if name not in ("communicators", "reserve"))
+    table.add_row("predicted, of tensors", f"{tensors:.2f}")
+    table.add_row("predicted, of all", f"{sum(kinds.values()):.2f}")
+    measured = history.curves.curve("memory/peak_gib")
+    table.add_row("measured, of tensors", f"{measured.high.max():.2f}" if len(measured.tokens) else "without a GPU")
+    table.add_row("predicted, on the host", f"{host:.2f}")
+    return [table]
 
 
 def _grids(history: History) -> dict[int, str]:

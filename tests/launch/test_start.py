@@ -212,19 +212,21 @@ def opened(recipe_file: Path) -> list[str]:
     recipe = load_recipe(recipe_file, [*settings, "train.dtype=bfloat16", "parallel.tokens_per_rank=256"])
     mesh = join(recipe.parallel, 2)
     order = preflight(recipe, mesh.world_size).order
-    return opening(recipe, order, build_engine(recipe, 500, mesh), mesh)
+    return opening(recipe, order, build_engine(recipe, 500, mesh), mesh, 500)
 
 
 @pytest.mark.full
 def test_a_start_tells_what_it_is_about_to_train(on_ranks, recipe_file):
     layer = 8 * 16 * 64 + 64 * 64 + 3 * 96 * 64 + 2 * 64
-    ranks, parameters, step, passes = on_ranks(4, opened, recipe_file)[0]
+    ranks, parameters, step, passes, memory = on_ranks(4, opened, recipe_file)[0]
     assert ranks == "ranks: 4 (2 data-parallel x 2 tensor-parallel), rings of up to 2, ZeRO 3"
     assert parameters.startswith(
         f"parameters: {2 * 512 * 64 + 2 * layer + 64:,} in bfloat16, gradients summed in float32"
     )
     assert parameters.endswith("activations: offload")
     assert step == "a step: 2,048 tokens, as 4 micro-batches of 256 tokens on each data-parallel rank"
+    assert re.match(r"memory of a rank: [\d.e-]+ GiB predicted, at the peak in the \w+ \(\w+ [\d.e-]+, ", memory)
+    assert not memory.endswith("on the host 0 GiB"), "activations wait there"
     found = dict(re.findall(r"(\d+): ([\d.]+)", passes.partition(" steps: ")[2]))
     order = preflight(load_recipe(recipe_file), 1).order
     assert found == {str(bucket.length): f"{bucket.passes:.3g}" for bucket in order.trained(20)}

@@ -170,3 +170,16 @@ def test_the_time_that_a_start_has_predicted_stands_beside_the_measured_one(reci
     for damaged in (3, {"512": 3}, {"x": {"step_s": 1}}, {"512": {}}):
         append(run.starts_file, {"from_step": 12, "predicted": damaged})
         assert "planned ms" not in page_of(run).text
+
+
+@pytest.mark.full
+def test_predicted_memory_stands_beside_the_measured_peak(recipe_file, tmp_path):
+    run = make_run(recipe_file, tmp_path / "run", 6)
+    kinds = {"weights": 2**30, "activations": 3 * 2**29, "reserve": 2**31, "host": 2**28}
+    plan = {"64": {"memory_bytes": 1, "kinds_bytes": {}}, "512": {"memory_bytes": 9 * 2**29, "kinds_bytes": kinds}}
+    append(run.starts_file, {"from_step": 3, "world_size": 2, "predicted": plan})
+    append(run.metrics_file, *(step_record(step) | {"memory": {"peak_gib": step / 4}} for step in (7, 8, 9)))
+    text = page_of(run).text
+    assert "weights 1.00 activations 1.50 reserve 2.00" in text
+    assert "predicted, of tensors 2.50 predicted, of all 4.50 measured, of tensors 2.25" in text
+    assert "predicted, on the host 0.25" in text
