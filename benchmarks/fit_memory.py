@@ -75,7 +75,7 @@ def main() -> int:
     options = make_parser(__doc__ or "", quick="a smaller model: three minutes").parse_args()
     columns = ("settings", "measured, MB", "predicted, MB", "ratio", "peak", "largest kinds, MB")
     table, rows = make_table("Peak memory of a rank in a step, bfloat16, 2 ranks", columns), []
-    for name in CASES:
+    for name in ("ZeRO 1", "ZeRO 1, ring of 2") if options.size == "smallest" else CASES:
         with ProcessPoolExecutor(RANKS, multiprocessing.get_context("spawn")) as pool:
             row = max(
                 pool.map(partial(case, options.size, name, free_port()), range(RANKS)), key=lambda row: row["ratio"]
