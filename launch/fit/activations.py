@@ -1,7 +1,7 @@
 """Bytes of activations that a rank keeps for the backward, and of the tensors at hand while it computes.
 
 Operators differ by device: on a GPU liger's kernels keep their input and little else; torch's own, on a CPU, keep fp32
-copies and the parts of SwiGLU (`model/fused.py`).
+copies (`model/fused.py`).
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def activations_of(recipe: Recipe, vocab_size: int, length: int, *, on_gpu: bool
     if length < parallel.tokens_per_rank:  # several sequences: the projection takes out in another order
         attention += 0 if memory.activations in ("recompute_layer", "offload") else itemsize * q
     before = norm + _qk_norm(recipe, q, kv, itemsize, on_gpu)
-    mlp = itemsize * ffn * (3 if on_gpu else 4)
-    mlp_work = itemsize * ffn * 2
+    mlp = itemsize * ffn * 3  # gate and up, and their SwiGLU
+    mlp_work = itemsize * ffn * (2 if on_gpu else 3)
     after = norm + (mlp if not memory.mlp_tile_tokens else 0)
     kept = {
         "keep": before + attention + after,
