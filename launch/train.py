@@ -82,14 +82,14 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
         Watchdog(run, rank, world_size, 60 * hang_minutes) as watchdog,
         start(recipe, checked, mesh, signals, watchdog, last, console) as trainer,
     ):
-        if trainer.owes_evaluation():  # a signal has ended the start before within it
+        if trainer.evaluations.are_owed(trainer.state.step):  # a signal has ended the start before within it
             trainer.evaluate()
         while trainer.state.step < last and not trainer.stopped_by:
             trainer.renew()
             metrics = trainer.train_step()
             if metrics.outcome == "spike" and trainer.go_back(metrics):
                 continue  # the weights are now those of a checkpoint: there is nothing to save
-            if trainer.is_evaluated and not trainer.stopped_by:
+            if trainer.evaluations.are_due(trainer.state.step) and not trainer.stopped_by:
                 trainer.evaluate()
             due = metrics.step % recipe.train.checkpoint_every_steps == 0
             if due or metrics.step == last or trainer.stopped_by:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -35,7 +35,7 @@ from .checkpoint.load import load_last_good
 from .checkpoint.save import Saver
 from .config import Recipe
 from .errors import CommonError, rank_names
-from .evaluation.measure import Bound, Measurement
+from .evaluation.in_training import EvaluationsInTraining, evaluation_line
 from .evaluation.renewal import measure_renewal
 from .learning_rate import learning_rate
 from .loss_watch import LossWatch
@@ -47,7 +47,7 @@ from .ranks.signals import StopSignals
 from .ranks.watchdog import Watchdog
 from .redact import redact
 from .renewals import append_renewal, renewal_line, renewal_steps, shares_between
-from .together import from_rank_0, on_all_ranks
+from .together import on_all_ranks
 from .totals import Totals, sum_over_ranks, trained_targets
 
 log = logging.getLogger(__name__)
@@ -87,6 +87,16 @@ class Trainer:
         self._micro_batches = self.loader.batches(self.state.step, self.last)
         self._renewal_steps = renewal_steps(self.recipe)
         self._norms = GradientNorms(self.engine, self.mesh, self.recipe.train.gradient_norms_every_steps)
+        self.evaluations = EvaluationsInTraining(
+            self.recipe,
+            self.checked.run,
+            self.checked.manifest,
+            self.mesh,
+            self.engine,
+            self.layouts,
+            self.watchdog.at,
+            lambda: self.signals.received is not None,
+        )
 
     def __enter__(self) -> Self:
         self._compilations.__enter__()
@@ -262,48 +272,21 @@ class Trainer:
             self.writer.rewind(before.step)
         return True
 
-    @cached_property
-    def _measurement(self) -> tuple[Bound, Measurement]:
-        """The evaluation of this run, whose settings are those of `longring evaluate`, and its limit."""
-        bound = Bound(
-            lambda operation: self.watchdog.at(self.state.step, operation),
-            self.recipe.train.evaluate_seconds,
-            lambda: self.signals.received is not None,
-            self.mesh.device,
-        )
-        manifest = self.checked.manifest
-        return bound, Measurement.of(self.recipe, manifest, self.mesh, self.engine, self.layouts, bound)
-
-    @property
-    def is_evaluated(self) -> bool:
-        """Whether an evaluation follows the last step done."""
-        every = self.recipe.train.evaluate_every_steps
-        return every > 0 and self.state.step > 0 and self.state.step % every == 0
-
-    def owes_evaluation(self) -> bool:
-        """Return whether the evaluation after the last step done is not recorded. Collective."""
-        recorded = [entry["step"] for entry in self.checked.run.evaluations()] if self.mesh.rank == 0 else []
-        return self.is_evaluated and bool(from_rank_0(self.state.step not in recorded))
-
     def evaluate(self) -> None:
-        """Evaluate the weights, without a change to anything that trains, and record it. Collective.
+        """Evaluate the weights, and record it. Collective.
 
         A signal ends it without a record; the next start then begins with it.
         """
-        step, run = self.state.step, self.checked.run
+        step = self.state.step
         with self._meter.parts.part("evaluate", on_host=True):
-            bound, measurement = self._measurement
-            bound.begin()
-            found = measurement.measure()
-        if bound.was_stopped:
+            found = self.evaluations.measure(step)
+        if found is None:
             self.stopped_by = self.signals.received or "a signal to another rank"
             return
-        told = f"held-out loss {found['loss']:.4f}" if "loss" in found else "no bucket is complete"
-        told += f" after {found['seconds']:.0f} s" + (f"; {cut}" if (cut := found.get("cut_short")) else "")
-        self.tell("evaluation", step, told)
+        self.tell("evaluation", step, evaluation_line(found))
         if self.writer is not None and "loss" in found:
             try:
-                run.record_evaluation({"target": run.path.name, "step": step, **found})
+                self.evaluations.record(step, found)
                 self.writer.write_evaluation(step, found)
             except OSError as error:  # training needs no evaluation
                 log.error("the evaluation after step %d is not recorded: %s", step, error)
