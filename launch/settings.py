@@ -155,6 +155,11 @@ def _named(hint: Any, table: Any, path: str, source: str) -> dict[str, Any]:
     for name in table:
         if _key(name) != name:
             raise ValueError(f"{source}: {path}.{_key(name)}: must consist of letters, digits, '-' and '_'; rename it")
+        if redact(name) != name:  # records would lack it, and a run continues by the names of sources in its records
+            raise ValueError(
+                f"{source}: {path}: has a name that holds a password, a key or a token, by its form or as the value of "
+                "an environment variable, and recipes are recorded; rename it, or unset the variable"
+            )
     if is_dataclass(hint):
         for name, value in table.items():
             if not isinstance(value, Mapping):

@@ -151,6 +151,23 @@ def test_no_file_of_a_run_directory_holds_a_secret(recipe_file, tmp_path, capsys
     assert printed.count("\n") == 1 and "\x1b[2J" not in printed
 
 
+def test_a_name_in_a_recipe_that_records_would_lack_is_refused(recipe_file, monkeypatch):
+    """A run continues by the names of sources in its records, so none of them may be taken for a secret."""
+    monkeypatch.setenv("AUTHOR", "wikipedia")
+    advice = "rename it, or unset the variable"
+    for table, rest in (
+        ("data.sources", ".kind='text'"),
+        ("curriculum.shares", "=0.5"),
+        ("curriculum.renewal.graph", "={}"),
+    ):
+        with pytest.raises(ValueError, match=f"{table}: has a name that holds a password, .*; {advice}") as error:
+            load_recipe(recipe_file, [f"{table}.wikipedia{rest}"])
+        assert "wikipedia" not in str(error.value)
+    load_recipe(recipe_file, ["curriculum.renewal.graph.wiki={}"])
+    monkeypatch.delenv("AUTHOR")
+    load_recipe(recipe_file, ["curriculum.renewal.graph.wikipedia={}"])
+
+
 @pytest.mark.full
 def test_a_run_that_knows_a_secret_writes_it_nowhere(recipe_file, tmp_path, monkeypatch):
     secret = "Zq83kd02mvPl5x"
