@@ -42,7 +42,7 @@ STEPS = 8
 SETTINGS = [
     *(f"train.steps={STEPS}", "train.checkpoint_every_steps=1", "train.keep_checkpoints=20"),
     *("curriculum.cycles=4", "curriculum.mix=micro_batch", "curriculum.slot_tokens=512"),
-    *("curriculum.renewal.rate=0.5", "curriculum.renewal.held_out_tokens=1500"),
+    *("curriculum.renewal.rate=3", "curriculum.renewal.held_out_tokens=1500"),
     # The topology is named, since two runs that probe may choose different grids.
     *("parallel.tokens_per_rank=256", "parallel.cp.topology=full_mesh"),
 ]
@@ -102,6 +102,18 @@ def steps_of(run: Path) -> list[list]:
 
 def renewals_of(run: Path) -> list[tuple[int, dict[str, float]]]:
     return [(record["step"], record["losses"]) for record in read_records(run / "renewals.jsonl")]
+
+
+@pytest.mark.full
+def test_a_run_that_stops_where_its_shares_are_renewed_equals_one_that_never_stopped(sources_file, whole, tmp_path):
+    """Starts end after the steps of two renewals, and the next starts measure from the weights of the checkpoints."""
+    run = tmp_path / "run"
+    for steps in (2, 4):
+        trained(sources_file, run, stop_after=steps)
+        assert [step for step, _ in renewals_of(run)] == list(range(2, steps, 2))
+    trained(sources_file, run)
+    assert renewals_of(run) == renewals_of(whole)
+    assert steps_of(run) == steps_of(whole)
 
 
 DIVISIONS = {
@@ -262,8 +274,8 @@ def test_a_change_of_the_rule_is_judged_by_the_steps_done(sources_file, whole):
         preflight(load_recipe(sources_file, [*SETTINGS, f"run_directory={whole}", f"curriculum.renewal.{change}"]), 2)
 
     for change, message in {
-        "rate=0.4": r"rate = 0\.4: was 0\.5 in the 8 steps done, and step \d would have had a batch",
-        "rate=0": r"rate = 0\.0: was 0\.5 in the 8 steps done, and step \d would have had a batch",
+        "rate=2": r"rate = 2\.0: was 3\.0 in the 8 steps done, and step \d would have had a batch",
+        "rate=0": r"rate = 0\.0: was 3\.0 in the 8 steps done, and step \d would have had a batch",
         "graph={code={words=1}}": r"graph\.code\.words = 1\.0: was unset .* set it back to unset",
     }.items():
         with pytest.raises(ValueError, match=message):
