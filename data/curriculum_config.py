@@ -47,7 +47,7 @@ class RenewalConfig:
         if len(sources) < 2:
             raise ValueError(
                 f"curriculum.renewal.rate = {self.rate}: shares of sources follow their losses, and the data has one "
-                f"source, {named}; set it to 0, or prepare several data.sources"
+                f"source to train, {named}; set it to 0, or prepare documents of several data.sources"
             )
         for name in sorted({*self.graph, *(name for row in self.graph.values() for name in row)} - {*sources}):
             raise ValueError(

@@ -207,7 +207,7 @@ def test_one_source_one_cycle_or_no_held_out_sequence_cannot_be_renewed(manifest
     with pytest.raises(ValueError, match=r"curriculum\.cycles = 1; raise that to at least 2, or set the rate to 0"):
         replace(curriculum(), cycles=1)
     replace(curriculum(), cycles=2)
-    with pytest.raises(ValueError, match=r"the data has one source, books; set it to 0, or prepare several data\."):
+    with pytest.raises(ValueError, match=r"one source to train, books; set it to 0, or prepare documents of several"):
         order_of(lone, curriculum())
     order_of(lone, curriculum(0.0))
     advice = r"set it to 0, or prepare other data with a larger data\.held_out_fraction"
