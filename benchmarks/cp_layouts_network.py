@@ -172,7 +172,8 @@ def main() -> int:
     if options.size != "full":
         sizes, num_packings, repeats = [4], 2, 1
     if options.size == "smallest":
-        lengths, num_packings = [2_000], 1
+        lengths = [2_000]
+        num_packings = 1
     columns = ["ranks", "lengths", "layout", "work", "ms", "time", "over_zigzag", "worst_over_zigzag"]
     console, rows = Console(width=100), []
     table = make_table(f"Packed documents on ports of {MBIT_PER_S} Mbit/s", columns, left=("layout",))

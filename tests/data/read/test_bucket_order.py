@@ -131,6 +131,7 @@ def test_a_later_change_of_the_mix_leaves_the_positions_before_it(change_at: int
     parts = parts_of([50, 60])
     before, now = (BucketOrder(parts, [Knot(0, half), *more], (0, 8)) for more in ([], [Knot(change_at, other)]))
     equal = before.equal_positions(now)
+    assert equal is not None
     assert equal == change_at
     assert before.at(np.arange(equal)).tolist() == now.at(np.arange(equal)).tolist()
     assert before.at(np.arange(change_at + 20)).tolist() != now.at(np.arange(change_at + 20)).tolist()

@@ -125,7 +125,9 @@ def result(number: int, buckets: Sequence[int]) -> dict[str, Any]:
         for length in buckets
     ]
     task = {"task": "needle_multivalue", "lower_bound": True, "exact": number / 9, "loss": number / 7, "gain": None}
-    tasks = [{**task, "length": length, "by_depth": [{"from": 0.5, "exact": number / 9}]} for length in buckets]
+    tasks = [
+        {**task, "length": length, "by_depth": [{"from": 0.5, "to": 0.6, "exact": number / 9}]} for length in buckets
+    ]
     context = {"length": buckets[-1], "losses": [number + eighth / 8 for eighth in range(8)], "gain": 0.1}
     return {
         **{"target": f"runs/a-long-name-of-a-run-{number}/checkpoints/step-00001000", "step": 1000 * number},
