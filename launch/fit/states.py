@@ -82,9 +82,9 @@ def states_of(recipe: Recipe, sizes: Sizes, ranks: int, *, on_gpu: bool) -> Stat
     on_host = zero.offload_optimizer == "cpu"
     owned = part if stage else sizes.all  # elements that this rank's AdamW steps
     moments = owned * (8 if stage == 0 and itemsize == 4 else 12)
-    # torch's AdamW takes the square roots of all parameters at once on a GPU, and of one at a time, twice, on a CPU.
-    stepped = min(owned, zero.sub_group_size) if stage == 3 else owned if stage else sizes.largest
-    update = 0 if on_host else 4 * (owned if on_gpu and stage < 3 else stepped * (1 if on_gpu else 2))
+    # On a GPU torch's AdamW takes the square roots of all that it steps at once; on a CPU and the host it is fused.
+    stepped = min(part, zero.sub_group_size)  # by ZeRO 3
+    update = 4 * (stepped if stage == 3 else owned) if on_gpu and not on_host else 0
     reduced = 1 + zero.overlap_comm if stage < 3 else 1  # number of buffers
     gradients = sum_itemsize * (part if stage >= 2 else sizes.all)
     # ZeRO 2 sums over ranks in buffers of the model's dtype, ZeRO 3 in those of the sum; ZeRO 1 stages what it has.
