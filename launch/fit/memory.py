@@ -47,7 +47,7 @@ class Memory:
     """Bytes that a rank holds on its device at the peak of a step, by kind."""
 
     moment: str
-    """Part of the step that holds most: "loss", "backward", "sum" or "update"."""
+    """Part of the step that holds most: "loss", "backward", "end" of the backward, "sum" or "update"."""
     weights: int
     """Weights in train.dtype: this rank's, and under ZeRO 3 its part and the gathered ones."""
     gradients: int
@@ -141,6 +141,15 @@ def moments(
             attention=attention,
         ),
         replace(always, moment="sum", work=states.sum_work, host=states.host),
+        replace(
+            always,
+            moment="end",
+            gradients=states.gradients + states.summed_part,
+            host=states.host,
+            activations=kept.layers // recipe.model.num_layers,
+            work=kept.layer_work + states.gradient_work,
+            attention=attention,
+        ),
         replace(
             always,
             moment="update",

@@ -67,6 +67,8 @@ class States:
     """Gradients while the weights are updated."""
     sum_work: int
     """Copy of gradients that are summed over ranks after the backward."""
+    summed_part: int
+    """This rank's part of the summed gradients, while all gradients are still there."""
     update_work: int
     """Tensors of AdamW beside its state."""
     host: int
@@ -119,6 +121,7 @@ def states_of(recipe: Recipe, sizes: Sizes, ranks: int, *, on_gpu: bool) -> Stat
         gradient_work=sizes.layer_matrix * gradient,
         update_gradients=update_gradients,
         sum_work=sum_itemsize * min(sizes.all, WHOLE_SUM) if stage == 0 and ranks > 1 else 0,
+        summed_part=sum_itemsize * part if stage == 1 and not flat and not on_host else 0,
         update_work=update,
         host=host,
     )
