@@ -29,7 +29,7 @@ from .evaluation.measure import Measurement
 from .ranks.logs import open_log
 from .ranks.rank import as_rank
 from .ranks.watchdog import Watchdog
-from .report.evaluation import evaluation_tables, long_context_tables
+from .report.evaluation_tables import evaluation_tables, long_context_tables
 from .run_directory import RunDirectory
 from .target import Target, target_of_run, target_of_weights
 from .together import from_rank_0

@@ -91,7 +91,7 @@ class Evaluation:
         if self.json_file:
             write_text(Path(self.json_file), json.dumps(whole, indent=2) + "\n")
         if self.picture:
-            from ..report.evaluations import draw_evaluations  # matplotlib takes a second
+            from ..report.evaluation_pictures import draw_evaluations  # matplotlib takes a second
 
             draw_evaluations(results, Path(self.picture))
 

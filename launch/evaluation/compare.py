@@ -9,7 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from ..report.evaluation import heat_maps, part_name, short
+from ..report.evaluation_tables import heat_maps, part_name, short
 from ..report.screen import sparkline
 from ..tables import plain_table
 

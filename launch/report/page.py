@@ -20,7 +20,7 @@ from ...data.inspect.ledger import ledger_table, sources_table
 from ..records import Record
 from ..settings import flat, to_tree
 from ..tables import plain_table
-from .evaluation import long_context_tables, parts_tables
+from .evaluation_tables import long_context_tables, parts_tables
 from .figures import pictures, short
 from .history import History
 from .state import RunState, in_words

@@ -18,7 +18,7 @@ from longring.data.format.manifest import open_prepared
 from longring.launch.config import load_recipe
 from longring.launch.evaluate import evaluate
 from longring.launch.evaluation.held_out import powers_of_two
-from longring.launch.report.evaluation import evaluation_tables
+from longring.launch.report.evaluation_tables import evaluation_tables
 from longring.launch.train import train
 from rich.console import Console
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from longring.launch.config import load_recipe
 from longring.launch.evaluate import evaluate
-from longring.launch.report.evaluation import long_context_tables
+from longring.launch.report.evaluation_tables import long_context_tables
 from longring.launch.train import train
 from rich.console import Console
 
