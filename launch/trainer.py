@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -125,13 +125,8 @@ class Trainer:
         rate = learning_rate(step, train)
         set_learning_rate(self.engine, rate)
 
-        # Lazy: a micro-batch is taken from the loader once the one before it has been computed.
-        micro_batches: Iterable[MicroBatch] = self._read(step)
         sequences = {order.lengths[stretch.bucket]: stretch.sequences for stretch in order.batch(step)}
-        targets = [length * sequences.get(length, 0) for length in self.layouts]
-        if self.recipe.knots.share:  # knots leave targets out, and the loss is a mean over those that count
-            micro_batches = list(micro_batches)
-            targets = trained_targets(micro_batches, self.layouts, self.mesh)
+        micro_batches, targets = self._batch(step, sequences)
         if step in self.left_out:
             for _ in micro_batches:  # the loader yields every step in turn, so this one is read as well
                 pass
@@ -175,6 +170,19 @@ class Trainer:
         if self.writer is not None:
             self.writer.write(metrics)
         return metrics
+
+    def _batch(self, step: int, sequences: Mapping[int, int]) -> tuple[Iterable[MicroBatch], list[int]]:
+        """Return the step's micro-batches, and the number of trained targets of the global batch by bucket.
+
+        `sequences` has the number of sequences by length. Collective with knots.
+        """
+        # Lazy: a micro-batch is taken from the loader once the one before it has been computed.
+        micro_batches = self._read(step)
+        if not self.recipe.knots.share:
+            return micro_batches, [length * sequences.get(length, 0) for length in self.layouts]
+        # Knots leave targets out, and the loss is a mean over those that count.
+        all_read = list(micro_batches)
+        return all_read, trained_targets(all_read, self.layouts, self.mesh)
 
     def _read(self, step: int) -> Iterator[MicroBatch]:
         """Yield the step's micro-batches, each read when it is asked for."""

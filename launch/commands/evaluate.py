@@ -28,7 +28,7 @@ FORMATS = (".png", ".svg", ".pdf")
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What `longring evaluate` is to do."""
+    """One call of `longring evaluate`."""
 
     targets: Sequence[str]
     """Runs, or with `data` any weights, in the order of the tables."""

@@ -72,7 +72,7 @@ class States:
     update_work: int
     """Tensors of AdamW beside its state."""
     host: int
-    """What is offloaded, in the memory of the host."""
+    """Optimizer state and weights that are offloaded to the memory of the host."""
 
 
 def states_of(recipe: Recipe, sizes: Sizes, ranks: int, *, on_gpu: bool) -> States:

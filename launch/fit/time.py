@@ -186,7 +186,7 @@ class _Work:
         return max(flops / self.device.product_flops, moved / self.device.operator_bytes_per_s)
 
     def operator(self, elements_per_token: float) -> float:
-        """Return the seconds of reading and writing so many elements for each token."""
+        """Return the seconds of reading and writing this number of elements for each token."""
         return self.itemsize * self.tokens * elements_per_token / self.device.operator_bytes_per_s
 
     def attention_half(self) -> float:

@@ -5,8 +5,8 @@ few ranks as possible take part in each document, because a rank that holds late
 earlier keys.
 
 A document of n tokens is cut from both ends inwards: a *slice* has tokens at the front of what is left and at its end,
-so many of each that its tokens have as much work as those of the whole document, in the mean. Under full attention that
-is half of the slice: the k-th token from the front sees k keys and the k-th from the end n + 1 - k. So a document is a
+in the proportion that gives its tokens the mean work of the whole document's. Under full attention that is half of the
+slice: the k-th token from the front sees k keys and the k-th from the end n + 1 - k. So a document is a
 quantity of n tokens of equal density, wherever it is cut.
 """
 

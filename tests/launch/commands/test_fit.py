@@ -114,7 +114,7 @@ def test_advice_about_gpus_and_other_options(capsys, recipe_file, tmp_path):
 
 @pytest.mark.full
 def test_a_topology_of_one_node_has_no_more_ranks(capsys, recipe_file, tmp_path):
-    """Of a file that one node wrote; a preset of several nodes takes the place of its links."""
+    """More ranks than a node has are refused for a file that one node wrote, unless a preset replaces its links."""
     from longring.launch.fit.device import device_json, named_device
 
     fabric = {"kind": "switch", "bytes_per_s": 1e9, "latency_s": 1e-5, "ends_per_port": 1, "full_duplex": True}

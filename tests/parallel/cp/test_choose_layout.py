@@ -38,9 +38,9 @@ def simulated(
 @settings(max_examples=25)
 @given(st.data())
 def test_a_layout_is_priced_as_its_plans_are_simulated(data):
-    """From the documents alone, under full attention and windows, where messages carry no gaps.
+    """The price follows from the documents alone, with messages that carry no gaps, with and without windows.
 
-    Exact where a share goes directly or its results are summed; else results are also sent for rows that were only
+    It is exact where a share goes directly or its results are summed; else results are also sent for rows that were only
     passed on, and the price counts those that a stop needs.
     """
     query, kv = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
