@@ -63,6 +63,7 @@ def inspected_json(
             }
             for cell in order.trained(len(order.slots))
         ],
+        "mix_is_renewed": curriculum.renewal.rate > 0,  # then these are the shares until the first renewal
         "model": model.name,
         "attention_share": attention_share(model, slots, order.lengths),
         "flops_of_one_length": speed_up(model, slots, order.lengths),

@@ -27,6 +27,7 @@ def test_prepared_and_inspected_data(capsys, recipe_file, tmp_path, monkeypatch)
     }
     inspected = printed(capsys, "inspect", str(recipe_file), "--json")
     assert inspected["verified"]
+    assert not inspected["mix_is_renewed"]
     assert {key: inspected[key] for key in ("directory", "bytes", "ledgers")} == {
         key: prepared[key] for key in ("directory", "bytes", "ledgers")
     }

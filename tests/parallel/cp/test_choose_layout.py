@@ -40,8 +40,8 @@ def simulated(
 def test_a_layout_is_priced_as_its_plans_are_simulated(data):
     """The price follows from the documents alone, with messages that carry no gaps, with and without windows.
 
-    It is exact where a share goes directly or its results are summed; else results are also sent for rows that were only
-    passed on, and the price counts those that a stop needs.
+    It is exact where a share goes directly or its results are summed; else results are also sent for rows that were
+    only passed on, and the price counts those that a stop needs.
     """
     query, kv = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
     size, exact = query * kv, data.draw(st.booleans())
