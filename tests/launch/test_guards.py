@@ -166,13 +166,13 @@ def divided_by_grids(recipe_file, other: str) -> str:
 
 
 @pytest.mark.parametrize("other", by_lane(OTHERS, quick=["layout"]))
-def test_a_rank_that_divides_sequences_differently_is_named(on_ranks, own_recipe_file, other):
-    for said in on_ranks(SIZE, divided_by_grids, own_recipe_file, other):
+def test_a_rank_that_divides_sequences_differently_is_named(on_ranks, recipe_file, other):
+    for said in on_ranks(SIZE, divided_by_grids, recipe_file, other):
         assert "1 of 4 ranks, the first of them rank 2, disagree with rank 0 about the division of sequences" in said
         first, _, second = said.partition(" on rank 0, ")
         assert all(words in part for words, part in zip(OTHERS[other], (first, second), strict=True)), said
         assert said.endswith("; start the same code with the same recipe on all nodes")
-    assert on_ranks(SIZE, divided_by_grids, own_recipe_file, "the same") == ["passed"] * SIZE
+    assert on_ranks(SIZE, divided_by_grids, recipe_file, "the same") == ["passed"] * SIZE
 
 
 def guarded_slices(recipe_file) -> str:
@@ -192,8 +192,8 @@ def guarded_slices(recipe_file) -> str:
     return f"{found[512].context_parallel} ranks passed"
 
 
-def test_tensor_parallel_ranks_divide_the_sequence_too(on_ranks, own_recipe_file):
-    assert on_ranks(8, guarded_slices, own_recipe_file) == ["2 ranks passed"] * 8
+def test_tensor_parallel_ranks_divide_the_sequence_too(on_ranks, recipe_file):
+    assert on_ranks(8, guarded_slices, recipe_file) == ["2 ranks passed"] * 8
 
 
 def opened_without_descriptors(recipe_file, peer_copies: str) -> str:
@@ -224,11 +224,11 @@ def too_many_files() -> None:
 
 
 @pytest.mark.full
-def test_copies_that_fail_in_one_ring_are_an_error_of_every_rank(on_ranks, own_recipe_file):
+def test_copies_that_fail_in_one_ring_are_an_error_of_every_rank(on_ranks, recipe_file):
     """Rank 0, which prints the errors of its node, is in the other ring."""
-    [said] = set(on_ranks(SIZE, opened_without_descriptors, own_recipe_file, "always"))
+    [said] = set(on_ranks(SIZE, opened_without_descriptors, recipe_file, "always"))
     assert said == (
         "parallel.cp.peer_copies: rank 3 cannot lend memory: [Errno 24] Too many open files; "
         'set parallel.cp.peer_copies = "never"'
     )
-    assert on_ranks(SIZE, opened_without_descriptors, own_recipe_file, "never") == [""] * SIZE
+    assert on_ranks(SIZE, opened_without_descriptors, recipe_file, "never") == [""] * SIZE

@@ -52,20 +52,14 @@ DIVISIONS = {
 
 
 @pytest.fixture(scope="session")
-def ordered_data(recipe_file) -> list[str]:
-    """The overrides of a run on the recipe's data, ordered."""
+def ordered(recipe_file) -> tuple[Path, list[str]]:
+    """The recipe, and the overrides of a run on its ordered data."""
     folder = recipe_file.parent
     overrides = [*SETTINGS, f"data.directory={folder}/whole", f"order.directory={folder}/ordered"]
     recipe = load_recipe(recipe_file, overrides)
     prepare(recipe.data, Console(quiet=True))
     order(recipe.data, recipe.order, Console(quiet=True), workers=1)
-    return overrides
-
-
-@pytest.fixture
-def ordered(own_recipe_file, ordered_data) -> tuple[Path, list[str]]:
-    """The recipe of a run of its own on the ordered data, and its overrides."""
-    return own_recipe_file, ordered_data
+    return recipe_file, overrides
 
 
 def layout_of(recipe, mesh, length: int) -> BucketLayout:
