@@ -157,7 +157,7 @@ def test_a_command_ends_where_one_of_its_ranks_hangs_or_is_gone(recipe_file, tmp
         assert run.said.count("error:") == 1
         assert re.search("lost its connection|cannot reach the other ranks", run.said)
     elif command == "evaluate":
-        hangs = "rank 1 hangs at step 12, evaluating sequence 0 of bucket 64 and those after it"
+        hangs = "rank 1 hangs at step 12, evaluating sequence 0 of 7 of bucket 64, and those after it"
         assert f"no progress for 3 s: {hangs}; the others wait: rank 0 at step 12, summing bucket 64 over" in run.said
     else:
         assert f"error: rank 0: no progress for 3 s at {AT[command]}" in run.said
