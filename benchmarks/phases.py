@@ -89,7 +89,8 @@ def losses_in_transformers(folder: Path, row: Row) -> Row:
     data = open_prepared(folder / "runs" / "small-4096-data")
     bucket = max(data.buckets("held_out"), key=lambda bucket: bucket.length)
     reader, found = data.reader(bucket), []
-    for sequence in range(row["longest_tokens"] // bucket.length):
+    evaluated = row["longest_tokens"] // bucket.length
+    for sequence in np.arange(evaluated) * bucket.sequences // evaluated:  # those that an evaluation reads
         tokens = torch.from_numpy(reader.read(np.array([sequence]))).long()
         with torch.no_grad():
             found.append(F.cross_entropy(model(tokens[:, :-1]).logits[0], tokens[0, 1:], reduction="none"))
