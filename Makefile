@@ -9,7 +9,7 @@ LANE ?= not slow
 export PYTHONSAFEPATH := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test-quick test test-slow check format clean
+.PHONY: demo test-quick test test-slow check site format clean
 
 demo: $(READY)  ## documents in, a model trained over a token ring, stopped, resumed, evaluated: see README.md
 	$(VENV)/bin/python -m longring.launch.demo
@@ -28,6 +28,9 @@ check: $(READY)  ## lint, format and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
+site: $(READY)  ## the documents as pages: open build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet
+
 format: $(READY)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
@@ -39,5 +42,5 @@ $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "LongRing needs Python 3.11 or 3.12 (python3.11 or python3.12 on the PATH)"; exit 1; }
 	@echo "Setting up $(VENV) with $(PYTHON): torch, megatron-core, DeepSpeed and the rest of constraints.txt"
 	$(PYTHON) -m venv $(VENV)
-	DS_BUILD_OPS=0 $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	DS_BUILD_OPS=0 $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	@touch $@
