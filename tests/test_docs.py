@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("kernels", "parallel", "data", "model", "launch", "slurm", "tests", "benchmarks", "docs", "typings")
+FOLDERS = ("kernels", "parallel", "data", "model", "launch", "slurm", "tests", "benchmarks", "docs")
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [path for folder in FOLDERS[:5] for path in (ROOT / folder).rglob("*.py")]
 DATA_PATH = ROOT / "docs" / "data-path.md"

@@ -168,13 +168,13 @@ def test_kernels_import_torch_and_triton_only():
 
 @pytest.mark.full
 def test_wheel_holds_every_module_and_recipe(tmp_path):
-    """Built and imported from a directory of its own: a package missing from pyproject.toml would be absent here."""
+    """Built and imported from a directory of its own, where a column without a link in `longring` would be absent."""
     source = tmp_path / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for column in (*COLUMNS, "slurm"):
-        shutil.copytree(ROOT / column, source / column, ignore=shutil.ignore_patterns("__pycache__"))
+    # Its links to the columns become folders, as in an sdist.
+    shutil.copytree(ROOT / "longring", source / "longring", ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, source],
         check=True,
@@ -184,6 +184,7 @@ def test_wheel_holds_every_module_and_recipe(tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     expected = (
         {str(module) for module in MODULES}
+        | {"__init__.py", "py.typed"}
         | {"kernels/tuned.json", "launch/report/page.html", "slurm/train.sbatch", "slurm/prepare.sbatch"}
         | {str(path.relative_to(ROOT)) for path in (ROOT / "launch" / "recipes").glob("*.toml")}
     )

@@ -1,0 +1,79 @@
+"""LongRing: parts of a trainer for long contexts, each usable from another trainer.
+
+The names of `__all__` are the library; docs/api.md describes them and says how long each stays as it is. A name is
+imported when it is first used, so that `import longring` takes milliseconds and needs neither torch nor a GPU. Modules
+below (`longring.parallel` and so on) may change in any version.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .data.curriculum_config import CurriculumConfig
+    from .data.prepare.decompose import Piece, decompose
+    from .kernels.attention import attention
+    from .kernels.layout import SeqLayout
+    from .kernels.mask import Mask, make_mask
+    from .parallel.cp.choose import PricedGrid, Pricer, choose
+    from .parallel.cp.cost import AttentionShape, Speed
+    from .parallel.cp.grid import CpGrid
+    from .parallel.cp.group import CommunicatorOptions
+    from .parallel.cp.probe import probe
+    from .parallel.cp.shared import ContextParallel, SharedSequence
+    from .parallel.cp.topology import Fabric, Topology
+
+__version__ = "0.2.0"
+
+__all__ = [
+    "AttentionShape",
+    "CommunicatorOptions",
+    "ContextParallel",
+    "CpGrid",
+    "CurriculumConfig",
+    "Fabric",
+    "Mask",
+    "Piece",
+    "PricedGrid",
+    "Pricer",
+    "SeqLayout",
+    "SharedSequence",
+    "Speed",
+    "Topology",
+    "__version__",
+    "attention",
+    "choose",
+    "decompose",
+    "make_mask",
+    "probe",
+]
+
+_NAMES = {
+    "data.curriculum_config": ("CurriculumConfig",),
+    "data.prepare.decompose": ("Piece", "decompose"),
+    "kernels.attention": ("attention",),
+    "kernels.layout": ("SeqLayout",),
+    "kernels.mask": ("Mask", "make_mask"),
+    "parallel.cp.choose": ("PricedGrid", "Pricer", "choose"),
+    "parallel.cp.cost": ("AttentionShape", "Speed"),
+    "parallel.cp.grid": ("CpGrid",),
+    "parallel.cp.group": ("CommunicatorOptions",),
+    "parallel.cp.probe": ("probe",),
+    "parallel.cp.shared": ("ContextParallel", "SharedSequence"),
+    "parallel.cp.topology": ("Fabric", "Topology"),
+}
+"""Names of each module, as they are imported above for type checkers."""
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'longring' has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value  # the next use finds it without this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,96 @@
+"""The public face: the names of `longring`, their signatures, and what importing them costs."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import longring
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SIGNATURES = Path(__file__).with_suffix(".txt")
+"""Signatures of the library. A change of this file is one of the library: docs/api.md says when it may be made."""
+MEMBERS = {
+    "ContextParallel": ("rank", "size", "sequence"),
+    "CpGrid": ("hybrid", "parse", "ring", "ring_both_ways", "size", "square", "token_ring", "ulysses", "unfit"),
+    "Mask": ("num_pairs",),
+    "PricedGrid": ("exposed_s", "peak_bytes", "seconds"),
+    "Pricer": ("price",),
+    "SeqLayout": ("contiguous", "num_tokens", "packed", "positions", "rotary_positions"),
+    "SharedSequence": ("attention", "layout", "num_tokens", "shard", "unshard"),
+}
+"""Methods and properties of classes that are promised; the fields of a dataclass are in its own signature."""
+MADE_BY_OTHERS = {"SharedSequence"}
+"""Classes that are not made by their own name, so that nothing is promised of it."""
+
+
+def signatures() -> str:
+    """Return the promised signatures, one a line."""
+    lines = []
+    for name in sorted(set(longring.__all__) - {"__version__"}):
+        value = getattr(longring, name)
+        lines.append(name if name in MADE_BY_OTHERS else f"{name}{signature(value)}")
+        for member in MEMBERS.get(name, ()):
+            found = inspect.getattr_static(value, member)
+            function = found.fget if isinstance(found, property) else getattr(value, member)
+            lines.append(f"    {member}{signature(function)}")
+    return "\n".join(lines) + "\n"
+
+
+def signature(of: Callable[..., Any]) -> str:
+    """Return a signature without annotations that have no short text, such as the ranges of settings."""
+    found = inspect.signature(of)
+    parameters = [
+        parameter if isinstance(parameter.annotation, str | type) else parameter.replace(annotation=parameter.empty)
+        for parameter in found.parameters.values()
+    ]
+    return str(found.replace(parameters=parameters)).replace("'", "")
+
+
+def test_signatures_are_those_promised():
+    assert signatures() == SIGNATURES.read_text(), f"a promised signature changed; {SIGNATURES.name} would be:\n" + (
+        signatures()
+    )
+
+
+def test_every_public_name_is_imported_for_type_checkers():
+    tree = ast.parse(Path(longring.__file__).read_text())
+    [block] = [node for node in tree.body if isinstance(node, ast.If)]
+    imported = {
+        (node.module, name.name) for node in block.body if isinstance(node, ast.ImportFrom) for name in node.names
+    }
+    assert imported == {(module, name) for module, names in longring._NAMES.items() for name in names}
+    assert {*longring.__all__} == {name for _, name in imported} | {"__version__"}
+
+
+@pytest.mark.parametrize("name", longring.__all__)
+def test_every_public_name_has_a_docstring_and_a_row_in_the_page(name: str):
+    if name != "__version__":
+        assert (inspect.getdoc(getattr(longring, name)) or "").partition("\n")[0].endswith((".", ":"))
+    assert f"`{name}`" in (ROOT / "docs" / "api.md").read_text()
+
+
+def test_an_import_loads_no_library():
+    code = (
+        "import sys\nbefore = set(sys.modules)\nimport longring\n"
+        "loaded = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(loaded - sys.stdlib_module_names), longring.__version__)"
+    )
+    # Without site-packages, and from the root of a checkout that nobody has installed.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    command = [sys.executable, "-S", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["['longring']", longring.__version__]
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'longring' has no attribute 'attend'"):
+        longring.attend  # type: ignore[attr-defined]  # noqa: B018
+    assert {*longring.__all__} <= {*dir(longring)}
