@@ -1,4 +1,8 @@
-"""Hooks of mkdocs: pages from anywhere in the repository, and the sources to which they link."""
+"""Hooks of mkdocs: pages from anywhere in the repository, and what is generated for them.
+
+Generated are the reference of settings and commands, a page for each record of a benchmark, and one for each source to
+which a document links.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,22 @@ import re
 from pathlib import Path
 from typing import Any
 
+from commands_page import commands_markdown
 from markdown import Extension, Markdown
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from record_page import record_markdown
+from settings_page import settings_markdown
 
 ROOT = Path(__file__).parents[2]
+RECORDS = ROOT / "benchmarks" / "results"
 SOURCE_LINK = re.compile(r"(\]\((?!\w+:)[^)#\s]+\.(?:py|toml|sbatch))\)")
 FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
 ITEM = re.compile(r"^((?!- |\d+\. ).*\S\n)(?=- |\d+\. )", re.MULTILINE)
+RECORD = re.compile(r"`benchmarks/results/([\w.-]+\.json)`")
+GENERATED = {"<!-- settings -->": settings_markdown, "<!-- commands -->": commands_markdown}
+"""Text for each mark that a document leaves for it."""
 LANGUAGES = {".py": "python", ".toml": "toml", ".sbatch": "bash"}
 
 
@@ -40,20 +52,25 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     names = [path for pattern in patterns for path in ROOT.glob(pattern)]
     names += [ROOT / "slurm" / "README.md", ROOT / "benchmarks" / "README.md"]
     pages = Files([_file(path.relative_to(ROOT), config) for path in sorted(names)])
-    for page in list(pages.documentation_pages()):
-        for name in _linked_sources(page):
-            if pages.get_file_from_path(f"{name}.md") is None:
-                pages.append(File.generated(config, f"{name}.md", content=_source_page(name)))
+    sources = {name: _source_page for page in pages.documentation_pages() for name in _linked_sources(page)}
+    records = {path.relative_to(ROOT).as_posix(): _record_page for path in RECORDS.glob("*.json")}
+    for name, make in (sources | records).items():
+        pages.append(File.generated(config, f"{name}.md", content=f"---\nsearch: {{exclude: true}}\n---\n{make(name)}"))
     for file in files:
         if file.src_dir != config.docs_dir:  # the theme's own
             pages.append(file)
     return pages
 
 
-def on_page_markdown(markdown: str, **_: object) -> str:
-    """Return a page whose links to sources lead to their pages, with the empty line that an item of a list needs."""
+def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
+    """Return a page with what is generated for it, links to the pages of sources and records, and lists as they are."""
+    for mark, make in GENERATED.items():
+        markdown = markdown.replace(mark, make()) if mark in markdown else markdown
+    records = os.path.relpath("benchmarks/results", Path(page.file.src_uri).parent)
     parts = FENCE.split(SOURCE_LINK.sub(r"\1.md)", markdown))
-    return "".join(part if number % 2 else ITEM.sub(r"\1\n", part) for number, part in enumerate(parts))
+    texts = [RECORD.sub(rf"[`\1`]({records}/\1.md)", ITEM.sub(r"\1\n", part)) for part in parts[::2]]
+    fences = [*parts[1::2], ""]
+    return "".join(text + fence for text, fence in zip(texts, fences, strict=True))
 
 
 def _file(path: Path, config: MkDocsConfig) -> File:
@@ -67,6 +84,9 @@ def _linked_sources(page: File) -> list[str]:
 
 
 def _source_page(name: str) -> str:
-    text = (ROOT / name).read_text()
     fence = "`" * 4
-    return f"---\nsearch: {{exclude: true}}\n---\n# {name}\n\n{fence}{LANGUAGES[Path(name).suffix]}\n{text}{fence}\n"
+    return f"# {name}\n\n{fence}{LANGUAGES[Path(name).suffix]}\n{(ROOT / name).read_text()}{fence}\n"
+
+
+def _record_page(name: str) -> str:
+    return record_markdown(ROOT / name)
