@@ -1,4 +1,4 @@
-"""The site: every setting, command and record has its text, and no page loads anything from a network."""
+"""The site: every setting, command, public name and record has its text, and no page loads anything from a network."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import longring
 import pytest
 from longring.launch.config import load_recipe
 from longring.launch.settings import flat, to_tree
@@ -43,6 +44,12 @@ def test_every_command_has_its_help(site):
     for file in (ROOT / "launch" / "commands").glob("[a-z]*.py"):
         if file.stem not in ("fit", "mix"):  # parts of `longring plan`
             assert f"usage: longring {file.stem} " in page
+
+
+def test_every_public_name_has_its_docstring(site):
+    page = (site / "docs" / "api.html").read_text()
+    assert {name for name in longring.__all__ if f'id="longring.{name}"' not in page} == {"__version__"}
+    assert "Collective." in page
 
 
 def test_every_record_has_a_page_to_which_the_index_leads(site):

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import longring
 from commands_page import commands_markdown
 from markdown import Extension, Markdown
 from mkdocs.config.defaults import MkDocsConfig
@@ -25,9 +26,20 @@ SOURCE_LINK = re.compile(r"(\]\((?!\w+:)[^)#\s]+\.(?:py|toml|sbatch))\)")
 FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
 ITEM = re.compile(r"^((?!- |\d+\. ).*\S\n)(?=- |\d+\. )", re.MULTILINE)
 RECORD = re.compile(r"`benchmarks/results/([\w.-]+\.json)`")
-GENERATED = {"<!-- settings -->": settings_markdown, "<!-- commands -->": commands_markdown}
-"""Text for each mark that a document leaves for it."""
 LANGUAGES = {".py": "python", ".toml": "toml", ".sbatch": "bash"}
+
+
+def library_markdown() -> str:
+    """Return a mark for each public name, which mkdocstrings replaces by its docstring."""
+    return "\n\n".join(f"::: longring.{name}" for name in longring.__all__ if not name.startswith("_"))
+
+
+GENERATED = {
+    "<!-- settings -->": settings_markdown,
+    "<!-- commands -->": commands_markdown,
+    "<!-- library -->": library_markdown,
+}
+"""Text for each mark that a document leaves for it."""
 
 
 class TwoSpaces(Extension):

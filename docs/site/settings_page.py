@@ -27,7 +27,7 @@ def _table(kind: type, prefix: str) -> Iterator[str]:
     own = [field for field in fields(kind) if field not in inner]
     if own:
         title = f"`[{prefix.rstrip('.')}]`" if prefix else "Before the first table"
-        yield f"{'###' if prefix.count('.') > 1 else '##'} {title}\n\n{inspect.cleandoc(kind.__doc__ or '')}\n"
+        yield f"{'###' if prefix.count('.') > 1 else '##'} {title}\n\n{_markdown(kind.__doc__ or '')}\n"
     for field in own:
         key = prefix + field.name.removesuffix("_")
         yield f"#### `{key}` {{ #{key} }}\n"
@@ -43,8 +43,13 @@ def field_docstrings(kind: type) -> dict[str, str]:
     texts = {}
     for field, below in zip(definition.body, definition.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
-            texts[field.target.id] = inspect.cleandoc(ast.literal_eval(below.value))
+            texts[field.target.id] = _markdown(ast.literal_eval(below.value))
     return texts
+
+
+def _markdown(docstring: str) -> str:
+    """Return a docstring as Markdown: `x[i][j]` is an index there, not a reference."""
+    return inspect.cleandoc(docstring).replace("][", "]\\[")
 
 
 def type_text(hint: Any) -> str:
