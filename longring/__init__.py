@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .data.curriculum_config import CurriculumConfig
+    from .data.order.path import document_order
     from .data.prepare.decompose import Piece, decompose
+    from .data.read.batch_order import BatchOrder
+    from .data.read.mix import bucket_order
     from .kernels.attention import attention
     from .kernels.layout import SeqLayout
     from .kernels.mask import Mask, make_mask
+    from .launch.checkpoint.files import Checkpoint
     from .parallel.cp.choose import PricedGrid, Pricer, choose
     from .parallel.cp.cost import AttentionShape, Speed
     from .parallel.cp.grid import CpGrid
@@ -23,11 +27,14 @@ if TYPE_CHECKING:
     from .parallel.cp.probe import probe
     from .parallel.cp.shared import ContextParallel, SharedSequence
     from .parallel.cp.topology import Fabric, Topology
+    from .parallel.cp.visible import Visibility
 
 __version__ = "0.2.0"
 
 __all__ = [
     "AttentionShape",
+    "BatchOrder",
+    "Checkpoint",
     "CommunicatorOptions",
     "ContextParallel",
     "CpGrid",
@@ -41,20 +48,27 @@ __all__ = [
     "SharedSequence",
     "Speed",
     "Topology",
+    "Visibility",
     "__version__",
     "attention",
+    "bucket_order",
     "choose",
     "decompose",
+    "document_order",
     "make_mask",
     "probe",
 ]
 
 _NAMES = {
     "data.curriculum_config": ("CurriculumConfig",),
+    "data.order.path": ("document_order",),
     "data.prepare.decompose": ("Piece", "decompose"),
+    "data.read.batch_order": ("BatchOrder",),
+    "data.read.mix": ("bucket_order",),
     "kernels.attention": ("attention",),
     "kernels.layout": ("SeqLayout",),
     "kernels.mask": ("Mask", "make_mask"),
+    "launch.checkpoint.files": ("Checkpoint",),
     "parallel.cp.choose": ("PricedGrid", "Pricer", "choose"),
     "parallel.cp.cost": ("AttentionShape", "Speed"),
     "parallel.cp.grid": ("CpGrid",),
@@ -62,6 +76,7 @@ _NAMES = {
     "parallel.cp.probe": ("probe",),
     "parallel.cp.shared": ("ContextParallel", "SharedSequence"),
     "parallel.cp.topology": ("Fabric", "Topology"),
+    "parallel.cp.visible": ("Visibility",),
 }
 """Names of each module, as they are imported above for type checkers."""
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}

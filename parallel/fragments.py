@@ -8,64 +8,19 @@ checkpoint copies out of the views; a resume copies into them and calls `refresh
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .mesh import Mesh
+from .parameters import KINDS, Cut, Fragment, Parameter
 from .zero import DeepSpeedEngine  # before the imports below: it tells DeepSpeed its device
 
 # isort: split
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
-"""Tensors of a fragment: the fp32 value of the parameter, AdamW's first moment, AdamW's second moment."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Division of a parameter's rows or columns by tensor parallelism.
-
-    `dim` is cut into stride x ranks parts; rank k holds parts k, k + ranks, ... Stride 2 is a matrix that holds gate
-    and up one after the other.
-    """
-
-    dim: int
-    stride: int
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A whole parameter of the model, before any division."""
-
-    name: str
-    shape: tuple[int, ...]
-    cut: Cut | None
-    """Division over the tensor-parallel ranks; None if every one of them holds the whole parameter."""
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """Range of a parameter's flattened tensor-parallel slice: elements [start, start + numel)."""
-
-    parameter: Parameter
-    start: int
-    tensors: dict[str, Tensor]
-    """Views of the optimizer's fp32 buffers by kind (`KINDS`), each `[numel]`."""
-
-    @property
-    def numel(self) -> int:
-        """Number of elements of the range."""
-        return self.tensors["weight"].numel()
-
-    def narrowed(self, start: int, numel: int) -> Fragment:
-        """Return the sub-range of `numel` elements from `start`, counted from the start of this fragment."""
-        tensors = {kind: tensor[start : start + numel] for kind, tensor in self.tensors.items()}
-        return Fragment(self.parameter, self.start + start, tensors)
 
 
 def held(engine: DeepSpeedEngine, mesh: Mesh) -> list[Fragment]:

@@ -18,16 +18,19 @@ ROOT = Path(__file__).parents[1]
 SIGNATURES = Path(__file__).with_suffix(".txt")
 """Signatures of the library. A change of this file is one of the library: docs/api.md says when it may be made."""
 MEMBERS = {
+    "BatchOrder": ("batch", "batch_tokens", "sequences"),
+    "Checkpoint": ("read", "recipe", "shapes", "step", "verify"),
     "ContextParallel": ("rank", "size", "sequence"),
     "CpGrid": ("hybrid", "parse", "ring", "ring_both_ways", "size", "square", "token_ring", "ulysses", "unfit"),
     "Mask": ("num_pairs",),
     "PricedGrid": ("exposed_s", "peak_bytes", "seconds"),
-    "Pricer": ("price",),
+    "Pricer": ("price", "schedule"),
     "SeqLayout": ("contiguous", "num_tokens", "packed", "positions", "rotary_positions"),
     "SharedSequence": ("attention", "layout", "num_tokens", "shard", "unshard"),
+    "Topology": ("preset",),
 }
 """Methods and properties of classes that are promised; the fields of a dataclass are in its own signature."""
-MADE_BY_OTHERS = {"SharedSequence"}
+MADE_BY_OTHERS = {"BatchOrder", "SharedSequence"}
 """Classes that are not made by their own name, so that nothing is promised of it."""
 
 
@@ -51,7 +54,8 @@ def signature(of: Callable[..., Any]) -> str:
         parameter if isinstance(parameter.annotation, str | type) else parameter.replace(annotation=parameter.empty)
         for parameter in found.parameters.values()
     ]
-    return str(found.replace(parameters=parameters)).replace("'", "")
+    returned = found.return_annotation if isinstance(found.return_annotation, str | type) else found.empty
+    return str(found.replace(parameters=parameters, return_annotation=returned)).replace("'", "")
 
 
 def test_signatures_are_those_promised():

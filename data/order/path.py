@@ -74,28 +74,68 @@ def greedy_path(graph: Graph, dropped: NDArray[np.bool_], file: Path) -> Iterato
 
     The steps in the file are the state of the walk, so a walk that was killed at any point resumes from its file.
     """
-    steps = len(dropped) - int(np.count_nonzero(dropped))
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab+") as out:
         # A killed process may have written a part of a step.
         out.truncate(out.seek(0, 2) // STEP_DTYPE.itemsize * STEP_DTYPE.itemsize)
         out.seek(0)
         before = np.fromfile(out, dtype=STEP_DTYPE)["document"]
-        visited = dropped.copy()
-        visited[before] = True
-        done, current = len(before), int(before[-1]) if len(before) else -1
-        # Documents by_degree[:cursor] are visited, so the next jump goes to a document at or after the cursor.
-        by_degree, cursor = _by_degree(graph.degrees), 0
-        while done < steps:
-            some = np.empty(min(CHECKPOINT_STEPS, steps - done), dtype=STEP_DTYPE)
-            documents, similarities = np.empty(len(some), np.uint32), np.empty(len(some), np.float32)
-            cursor, current = _walk(*graph[:5], by_degree, visited, cursor, current, documents, similarities)
-            some["document"], some["similarity"] = documents, similarities
+        done = len(before)
+        for some in _steps(graph, dropped, before):
             some.tofile(out)
             out.flush()
             sync(file)
             done += len(some)
             yield done
+
+
+def document_order(
+    neighbors: NDArray[np.integer], similarities: NDArray[np.floating], dropped: NDArray[np.bool_] | None = None
+) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
+    """Return documents along a path of the most similar ones, and the similarity of each to the one before.
+
+    Row d of `neighbors` [n, k] lists documents near document d, and the same row of `similarities` [n, k] how near they
+    are; the search of FAISS gives such arrays, with -1 where there is no neighbour. `dropped` [n] leaves out documents,
+    such as near-duplicates. The results are uint32 and float32 [documents]; a similarity is NaN after a jump, where the
+    document before had no neighbour left. The algorithm is that of In-Context Pretraining (arXiv 2310.10638). Raises
+    ValueError if the arrays do not fit each other or name a document outside [0, n).
+    """
+    n = len(neighbors)
+    dropped = np.zeros(n, dtype=np.bool_) if dropped is None else np.asarray(dropped, dtype=np.bool_)
+    if neighbors.ndim != 2 or neighbors.shape != similarities.shape or dropped.shape != (n,):
+        raise ValueError(
+            f"neighbors {neighbors.shape}, similarities {similarities.shape}, dropped {dropped.shape}: must be [n, k], "
+            "[n, k] and [n]; give a row for each document"
+        )
+    if neighbors.size and not -1 <= int(neighbors.min()) <= int(neighbors.max()) < n:
+        raise ValueError(
+            f"neighbors: lists documents {neighbors.min()} to {neighbors.max()}, and there are {n}: must lie in "
+            f"[0, {n}); give -1 where there is no neighbour"
+        )
+    # A document is no neighbour of itself, and FAISS finds it first of all.
+    absent = (neighbors < 0) | (neighbors == np.arange(n)[:, None])
+    lists = np.where(absent, NO_NEIGHBOR, neighbors).astype(np.uint32)
+    remove_dropped(lists, dropped)
+    graph = make_graph(lists, np.ascontiguousarray(similarities, dtype=np.float32))
+    found = [np.empty(0, dtype=STEP_DTYPE), *_steps(graph, dropped, np.empty(0, dtype=np.uint32))]
+    steps = np.concatenate(found)
+    return steps["document"], steps["similarity"]
+
+
+def _steps(graph: Graph, dropped: NDArray[np.bool_], before: NDArray[np.uint32]) -> Iterator[NDArray[np.void]]:
+    """Yield the steps of the path that follow those to the documents `before`, STEP_DTYPE, some at a time."""
+    visited = dropped.copy()
+    visited[before] = True
+    left, current = len(dropped) - int(np.count_nonzero(visited)), int(before[-1]) if len(before) else -1
+    # Documents by_degree[:cursor] are visited, so the next jump goes to a document at or after the cursor.
+    by_degree, cursor = _by_degree(graph.degrees), 0
+    while left:
+        some = np.empty(min(CHECKPOINT_STEPS, left), dtype=STEP_DTYPE)
+        documents, similarities = np.empty(len(some), np.uint32), np.empty(len(some), np.float32)
+        cursor, current = _walk(*graph[:5], by_degree, visited, cursor, current, documents, similarities)
+        some["document"], some["similarity"] = documents, similarities
+        left -= len(some)
+        yield some
 
 
 def random_order(num_documents: int, dropped: NDArray[np.bool_], seed: int) -> NDArray[np.uint32]:

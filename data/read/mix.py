@@ -1,6 +1,6 @@
 """The mix of a run, cycle by cycle, and the order of training that follows from it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -8,8 +8,9 @@ import numpy as np
 
 from ..config import LoaderConfig
 from ..curriculum_config import CurriculumConfig
-from ..format.bucket import Bucket
+from ..format.bucket import Bucket, Part
 from ..format.manifest import Manifest
+from ..format.shards import SHARD_DTYPE
 from .batch_order import BatchOrder
 from .bucket_order import BucketOrder, Knot, source_parts
 from .curriculum import cycle_begins, divide_slots, draw_slots
@@ -83,6 +84,56 @@ def training_order(
         check_renewals(manifest, mix.cells, curriculum.renewal, len(mix.shares))
         mix = renew(mix, curriculum, renewals)
     return order_of_mix(mix, buckets, curriculum, loader, global_batch_tokens // slot_tokens, slot_tokens, seed)
+
+
+def bucket_order(
+    sequences: Mapping[int, int | Mapping[str, int]],
+    *,
+    steps: int,
+    global_batch_tokens: int,
+    curriculum: CurriculumConfig | None = None,
+    seed: int = 0,
+) -> BatchOrder:
+    """Return the order in which a run of `steps` steps reads sequences that are stored anywhere.
+
+    `sequences` has the number of sequences by their length in tokens, or the number by source for each length; a bucket
+    numbers its sequences from 0, source after source. The order says which of them each step trains on, as
+    `BatchOrder.batch` and `sequences` give them. It is a function of these arguments alone. `curriculum` (None: the
+    defaults) says how much is trained at which length and when. Raises ValueError if there are no sequences, if the
+    curriculum or the global batch does not fit them, if a length does not divide the longest, or if the curriculum
+    renews its shares.
+    """
+    curriculum = curriculum or CurriculumConfig()
+    if curriculum.renewal.rate:
+        raise ValueError(
+            f"curriculum.renewal.rate = {curriculum.renewal.rate}: shares follow losses in a run of `longring train` "
+            "alone; set it to 0"
+        )
+    if not sequences:
+        raise ValueError("sequences = {}: there is nothing to order; give the number of sequences of each length")
+    used = curriculum.lengths_in_use([*sequences])
+    unfit = [length for length in used if length < 1 or used[-1] % length]
+    if unfit:
+        raise ValueError(
+            f"sequences[{unfit[0]}]: every length must divide the longest, {used[-1]}; leave this length out"
+        )
+    buckets = [_bucket(length, sequences[length]) for length in used]
+    slot_tokens = curriculum.tokens_of_slot(used, global_batch_tokens)
+    slots = global_batch_tokens // slot_tokens
+    mix = plan_mix(buckets, curriculum, steps, slots)
+    return order_of_mix(mix, buckets, curriculum, LoaderConfig(window_tokens=0), slots, slot_tokens, seed)
+
+
+def _bucket(length: int, sequences: int | Mapping[str, int]) -> Bucket:
+    """Return a bucket of sequences that no shard of ours holds; each source counts as one shard."""
+    by_source = {"all": sequences} if isinstance(sequences, int) else sequences
+    shards = np.zeros(len(by_source), dtype=SHARD_DTYPE)
+    shards["sequences"] = [*by_source.values()]
+    parts = [
+        Part(source=source, first_shard=number, num_shards=1, sequences=count)
+        for number, (source, count) in enumerate(by_source.items())
+    ]
+    return Bucket(length=length, shards=shards, parts=tuple(parts))
 
 
 def order_of_mix(

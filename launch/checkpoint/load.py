@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from functools import cached_property
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Self
 
-from torch import Tensor
-
-from ...parallel.fragments import KINDS, held, refresh
+from ...parallel.fragments import held, refresh
 from ...parallel.mesh import Mesh
+from ...parallel.parameters import KINDS
 from ...parallel.zero import DeepSpeedEngine
 from ..errors import DamageError
 from ..together import from_rank_0, on_all_ranks
+from .files import CheckpointFiles
 from .format import (
     CheckpointManifest,
-    ParameterEntry,
     TrainState,
     complete_checkpoints,
     find_damage,
@@ -24,7 +21,6 @@ from .format import (
 )
 from .retention import put_checkpoint_aside
 from .stored import Stored, fill
-from .tensors import TensorFile
 
 
 def load_last_good(
@@ -85,61 +81,3 @@ def load_stored(
 
     on_all_ranks(mesh, fill_all)
     refresh(engine, mesh, updates)
-
-
-class CheckpointFiles:
-    """The parameters of a checkpoint, `Stored`; a context manager that closes its files."""
-
-    def __init__(self, path: Path, manifest: CheckpointManifest) -> None:
-        self.name = f"checkpoint {path}"
-        self.parameters: Mapping[str, ParameterEntry] = manifest.parameters
-        self.tensor = manifest.state.tensor
-        self.updates = manifest.state.updates
-        self._path = path
-        self._manifest = manifest
-        self._open: dict[str, TensorFile] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._open.values():
-            file.close()
-
-    @cached_property
-    def _stored_ranges(self) -> dict[tuple[str, int], list[tuple[int, int, str]]]:
-        """[start, stop) and file of every stored range, sorted, by parameter and slice."""
-        found: dict[tuple[str, int], list[tuple[int, int, str]]] = {}
-        for name, entry in self._manifest.files.items():
-            for parameter, (start, numel) in entry.ranges.items():
-                found.setdefault((parameter, entry.slice), []).append((start, start + numel, name))
-        return {key: sorted(ranges) for key, ranges in found.items()}
-
-    def read(self, result: Tensor, parameter: str, kind: str, slice_number: int, first: int) -> None:
-        """Read elements of a flattened slice from the files that hold them, as `Stored` says."""
-        # Ranges are sorted, so everything before `at` is read when a range is looked at.
-        at, end = first, first + result.numel()
-        for start, stop, file in self._stored_ranges.get((parameter, slice_number), []):
-            if start > at or at == end:
-                break
-            if stop > at:
-                upto = min(stop, end)
-                self._read(file, result[at - first : upto - first], f"{parameter}/{kind}", at - start)
-                at = upto
-        if at < end:
-            raise ValueError(
-                f"{self.name}: lacks elements {at:,} to {end:,} of {parameter}/{kind}; remove it to resume from the "
-                "checkpoint before"
-            )
-
-    def _read(self, file: str, result: Tensor, tensor: str, first: int) -> None:
-        """Read the elements of a tensor from `first` on into `result`, from a file that stays open."""
-        try:
-            if file not in self._open:
-                self._open[file] = TensorFile(self._path / file)
-            self._open[file].read_into(result, tensor, first)
-        except ValueError as error:
-            raise ValueError(
-                f"{self._path / file}: not a safetensors file: {error}; remove {self._path} to resume from the "
-                "checkpoint before"
-            ) from error

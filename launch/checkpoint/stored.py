@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ...parallel.fragments import Cut, Fragment, Parameter
+from ...parallel.parameters import Cut, Fragment, Parameter
 from .format import ParameterEntry
 
 BLOCK_ELEMENTS = 1 << 22
@@ -40,12 +40,12 @@ class Stored(Protocol):
         ...
 
 
-def read_whole(stored: Stored, name: str) -> Tensor:
-    """Return the whole weight of a parameter, fp32."""
+def read_whole(stored: Stored, name: str, kind: str = "weight") -> Tensor:
+    """Return a whole parameter, or another of its tensors, fp32. Raises KeyError if there is no such parameter."""
     shape = stored.parameters[name].shape
-    weight = torch.empty(shape)
-    fill(stored, Fragment(Parameter(name, shape, None), 0, {"weight": weight.view(-1)}), ("weight",), 0, 1)
-    return weight
+    whole = torch.empty(shape)
+    fill(stored, Fragment(Parameter(name, shape, None), 0, {kind: whole.view(-1)}), (kind,), 0, 1)
+    return whole
 
 
 def fill(stored: Stored, fragment: Fragment, kinds: Collection[str], tensor_rank: int, tensor_size: int) -> None:

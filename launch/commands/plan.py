@@ -186,10 +186,9 @@ def _alternatives(recipe: Recipe, choice: GridChoice, topology: Topology) -> lis
 
 def simulate_passes(pricer: Pricer, grid: CpGrid) -> list[Panel]:
     """Return one panel for each pass, from the simulator."""
-    layouts, panels = pricer.layouts(grid.size), []
+    panels = []
     for direction in pricer.passes:
-        schedule = Schedule(grid, layouts, pricer.visibility, direction)
-        price = play(schedule, pricer.topology, pricer.shape, pricer.speed, record=True)
+        price = play(pricer.schedule(grid, direction), pricer.topology, pricer.shape, pricer.speed, record=True)
         panels.append(Panel(grid, direction, f"simulated on {pricer.topology.name}", price.events))
     return panels
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...data.files import sha256_of
-from ...parallel.fragments import KINDS
 from ...parallel.mesh import Mesh
+from ...parallel.parameters import KINDS
 from ...parallel.zero import DeepSpeedEngine
+from ..checkpoint.files import CheckpointFiles
 from ..checkpoint.format import MANIFEST_FILE
-from ..checkpoint.load import CheckpointFiles, load_stored, verified
+from ..checkpoint.load import load_stored, verified
 from ..errors import DamageError
 from ..together import on_all_ranks
 from .directory import ModelDirectory

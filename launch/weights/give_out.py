@@ -19,8 +19,8 @@ from ...model.families.family import FAMILIES
 from ...model.families.read import PublishedModel, read_config
 from ...model.families.weights import Weight, to_theirs, weights_of
 from ...model.families.write import family_of, write_config
+from ..checkpoint.files import CheckpointFiles
 from ..checkpoint.format import CheckpointManifest, find_damage, last_good_checkpoint, no_good_checkpoint
-from ..checkpoint.load import CheckpointFiles
 from ..checkpoint.stored import read_whole
 from ..checkpoint.tensors import DTYPES, write_one_by_one
 from ..run_directory import RunDirectory

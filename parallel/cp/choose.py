@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from ...kernels.layout import SeqLayout
-from .cost import AttentionShape, Price, Speed, play
+from .cost import ASSUMED, AttentionShape, Price, Speed, play
 from .grid import CpGrid, divisions, variants
 from .packed import divided
 from .plan import Pass
@@ -54,7 +54,7 @@ class Pricer:
     """Tokens of the sequence."""
     shape: AttentionShape
     topology: Topology
-    speed: Speed
+    speed: Speed = ASSUMED
     visibility: Visibility = field(default_factory=Visibility)
     passes: tuple[Pass, ...] = ("forward", "backward")
     document_starts: tuple[int, ...] = (0,)
@@ -69,15 +69,20 @@ class Pricer:
         shares = divided("balanced", self.num_tokens, self.document_starts, size, windows)
         return [SeqLayout(runs, self.document_starts) for runs in shares]
 
+    def schedule(self, grid: CpGrid, direction: Pass) -> Schedule:
+        """Return what the ranks of a grid do in a pass: `plan(rank)` has the steps of one rank, with their messages.
+
+        Raises ValueError as `layouts` does.
+        """
+        return Schedule(grid, self.layouts(grid.size), self.visibility, direction)
+
     def price(self, grid: CpGrid) -> PricedGrid:
         """Return the grid with its price. Raises ValueError as `layouts` does."""
-        layouts = self.layouts(grid.size)
-
-        def played(direction: Pass) -> Price:
-            schedule = Schedule(grid, layouts, self.visibility, direction)
-            return play(schedule, self.topology, self.shape, self.speed)
-
-        return PricedGrid(grid, {direction: played(direction) for direction in self.passes})
+        first, *others = self.passes
+        schedule = self.schedule(grid, first)
+        schedules = [schedule, *(schedule.turned(direction) for direction in others)]
+        prices = {x.direction: play(x, self.topology, self.shape, self.speed) for x in schedules}
+        return PricedGrid(grid, prices)
 
 
 def choose(size: int, pricer: Pricer) -> list[PricedGrid]:

@@ -93,6 +93,16 @@ class Topology:
             return fabric.path(min(size, per_node), source % per_node, target % per_node, node)
         return self.across.path(size, source, target, "across")
 
+    @classmethod
+    def preset(cls, name: str, num_ranks: int) -> Topology:
+        """Return a topology of `num_ranks` ranks by its name: nvswitch, full_mesh, pcie_pairs, infiniband or ethernet.
+
+        Raises ValueError for another name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"topology = {name!r}: is not a preset; name one of {', '.join(PRESETS)}")
+        return PRESETS[name](num_ranks)
+
     def every(self, stride: int) -> Topology:
         """Return the topology between every `stride`-th rank; the ranks in between take their share of a port."""
         return replace(

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longring.data.order import path
-from longring.data.order.path import NO_NEIGHBOR, greedy_path, make_graph, nearest_groups, random_order, remove_dropped
+from longring.data.order.path import (
+    NO_NEIGHBOR,
+    document_order,
+    greedy_path,
+    make_graph,
+    nearest_groups,
+    random_order,
+    remove_dropped,
+)
 
 
 @st.composite
@@ -70,6 +78,25 @@ def test_is_the_papers_algorithm(found: tuple[np.ndarray, np.ndarray, np.ndarray
     assert steps["document"].tolist() == documents
     assert sorted(documents) == np.flatnonzero(~found[2]).tolist()
     np.testing.assert_array_equal(steps["similarity"], np.array(similarities, dtype=np.float32))
+    # As a search gives them: int64, -1 for no neighbour, and each document the nearest to itself.
+    ids, cosines, dropped = found
+    own = np.arange(len(ids))[:, None]
+    lists = np.hstack([own, np.where(ids == NO_NEIGHBOR, -1, ids.astype(np.int64))])
+    order, similar = document_order(lists, np.hstack([np.ones_like(own), cosines]), dropped)
+    np.testing.assert_array_equal(order, steps["document"])
+    np.testing.assert_array_equal(similar, steps["similarity"])
+
+
+@pytest.mark.parametrize(
+    ("advice", "wrong", "right"),
+    [("give a row for each document", np.zeros((3, 1)), np.zeros((2, 1))),
+     ("give -1 where there is no neighbour", [[1], [2]], [[1], [-1]])],
+)  # fmt: skip
+def test_lists_that_are_no_graph_are_refused(advice: str, wrong: object, right: object):
+    similarities = np.ones((2, 1))
+    with pytest.raises(ValueError, match=advice):
+        document_order(np.array(wrong, dtype=np.int64), similarities)
+    assert sorted(document_order(np.array(right, dtype=np.int64), similarities)[0].tolist()) == [0, 1]
 
 
 @settings(max_examples=100)

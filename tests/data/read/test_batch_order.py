@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longring.data.config import LoaderConfig
-from longring.data.curriculum_config import CurriculumConfig
+from longring.data.curriculum_config import CurriculumConfig, RenewalConfig
 from longring.data.format.bucket import Bucket, Part
 from longring.data.format.shards import SHARD_DTYPE
 from longring.data.read.batch_order import ORDER, STRIDE, BatchOrder, ReplicaShare
-from longring.data.read.mix import Mix, order_of_mix, plan_mix
+from longring.data.read.mix import Mix, bucket_order, order_of_mix, plan_mix
 
 LENGTHS, STEPS = (8, 16, 32), 60
 SHARDS = {"web": ([3, 3, 4], [3, 4], [5]), "books": ([], [2], [6, 5]), "code": ([9], [], [1])}
@@ -61,6 +61,34 @@ def order(**settings: Any) -> BatchOrder:
 def whole_batch(batches: BatchOrder, step: int) -> list[tuple[int, list[int]]]:
     """Return (length, sequences) of each stretch of a step."""
     return [(batches.lengths[s.bucket], batches.sequences(s).tolist()) for s in batches.batch(step)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"shares": {"books": 0.5}, "odds": "uniform"}], ids=["plain", "shares"])
+def test_counts_alone_give_the_order_of_prepared_data(settings: dict[str, Any]):
+    counts = {length: {name: sum(of[i]) for name, of in SHARDS.items()} for i, length in enumerate(LENGTHS)}
+    found = bucket_order(counts, steps=STEPS, global_batch_tokens=256, curriculum=CurriculumConfig(**settings), seed=3)
+    expected = order(seed=3, **settings)
+    for step in range(1, STEPS + 1):
+        assert whole_batch(found, step) == whole_batch(expected, step)
+
+
+def ordered(sequences: dict[int, Any], **settings: Any) -> BatchOrder:
+    return bucket_order(sequences, steps=4, global_batch_tokens=64, curriculum=CurriculumConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("advice", "wrong", "right"),
+    [
+        ("give the number of sequences of each length", ({}, {}), ({8: 3}, {})),
+        ("leave this length out", ({8: 3, 12: 3, 32: 1}, {}), ({8: 3, 32: 1}, {})),
+        ("alone; set it to 0", ({8: 3}, {"renewal": RenewalConfig(rate=0.1)}), ({8: 3}, {"renewal": RenewalConfig()})),
+    ],
+    ids=["nothing", "length", "renewal"],
+)
+def test_counts_that_give_no_order_are_refused(advice: str, wrong: Any, right: Any):
+    with pytest.raises(ValueError, match=advice):
+        ordered(wrong[0], **wrong[1])
+    assert ordered(right[0], **right[1]).batch(1)
 
 
 MIXED = {"mix": "micro_batch", "shares": {"books": ((0.0, 0.1), (1.0, 0.6)), "@8": 0.3}, "cycles": 4}
