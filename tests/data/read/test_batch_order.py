@@ -81,7 +81,11 @@ def ordered(sequences: dict[int, Any], **settings: Any) -> BatchOrder:
     [
         ("give the number of sequences of each length", ({}, {}), ({8: 3}, {})),
         ("leave this length out", ({8: 3, 12: 3, 32: 1}, {}), ({8: 3, 32: 1}, {})),
-        ("alone; set it to 0", ({8: 3}, {"renewal": RenewalConfig(rate=0.1)}), ({8: 3}, {"renewal": RenewalConfig()})),
+        (
+            "shares follow losses in a run of `longring train` alone; set it to 0",
+            ({8: 3}, {"renewal": RenewalConfig(rate=0.1)}),
+            ({8: 3}, {"renewal": RenewalConfig()}),
+        ),
     ],
     ids=["nothing", "length", "renewal"],
 )

@@ -42,7 +42,7 @@ CASES: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
     "cannot be cut into 3 parts; use fewer ranks": (lambda: contiguous(2, 0, 3), lambda: contiguous(2, 0, 2)),
     "give one for each rank": (lambda: plans(1), lambda: plans(2)),
     r"pass the tokens of spec.layouts\[0\]": (lambda: attend(7, CpGrid()), lambda: attend(8, CpGrid())),
-    "name one of nvswitch, full_mesh, pcie_pairs, infiniband, ethernet": (
+    "topology = 'nvlink': is not a preset; name one of nvswitch, full_mesh, pcie_pairs, infiniband, ethernet": (
         lambda: Topology.preset("nvlink", 4), lambda: Topology.preset("nvswitch", 4)
     ),
     "choose a grid whose heads fit": (lambda: attend(8, CpGrid(heads=3)), lambda: attend(8, CpGrid())),
