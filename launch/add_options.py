@@ -135,6 +135,17 @@ def submit(parser: argparse.ArgumentParser) -> None:
         help="number of nodes, each with slurm.ranks_per_node ranks",
     )
     parser.add_argument("--print", action="store_true", help="print the job script and do not submit it")
+    container = parser.add_argument_group("container", "The ranks run in an image, as docs/image.md makes it.")
+    container.add_argument(
+        "--container", default="", metavar="IMAGE", help="FILE.sif, by apptainer; any other image by pyxis"
+    )
+    container.add_argument(
+        "--mount",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="show it to the ranks besides the directories of the recipe; may be given again",
+    )
     evaluation = parser.add_argument_group("evaluation", "The job is `longring evaluate` on the ranks of all nodes.")
     evaluation.add_argument("--evaluate", action="store_true", help="evaluate the recipe's run")
     evaluation.add_argument(

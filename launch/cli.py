@@ -139,16 +139,21 @@ def _many_nodes(options: argparse.Namespace) -> ManyNodes:
 
 def _submit(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.target, options.overrides)
+    from .commands.container import container_of
     from .commands.submit import evaluation_words, job_script, submit
 
     evaluates, words = options.evaluate or bool(options.weights), [options.target, *options.overrides]
     if evaluates:
         chosen = {name: getattr(options, name) for name in ("tasks", "judge", "json", "picture")}
         words = evaluation_words(options.target, options.weights, options.overrides, chosen)
+    if options.mount and not options.container:
+        raise ValueError("--mount: names a directory for a container; name its image with --container")
+    paths = [options.target, *options.weights, options.judge, *options.mount]
+    container = container_of(recipe, options.container, paths) if options.container else None
     if options.print:
-        print(job_script(recipe, options.nodes, evaluates=evaluates), end="")
+        print(job_script(recipe, options.nodes, evaluates=evaluates, container=container), end="")
     else:
-        print(submit(recipe, words, options.nodes, evaluates=evaluates))
+        print(submit(recipe, words, options.nodes, evaluates=evaluates, container=container))
     return 0
 
 

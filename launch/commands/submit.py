@@ -18,19 +18,21 @@ from ..preflight import preflight
 from ..records import append_record, read_records
 from ..run_directory import RunDirectory, find_run
 from ..weights.origin import check_settable
+from .container import Container
 
 SCRIPT = Path(__file__).parents[2] / "slurm" / "train.sbatch"
 _FROM_RECIPE = re.compile(
     r"(#SBATCH --[a-z][a-z-]*(=[\w.,:@%+/=\[\]*&|()-]+)?|export LONGRING_RANKS_PER_NODE=[0-9]+"
-    r"|export LONGRING_COMMAND=evaluate|)",
+    r"|export LONGRING_COMMAND=evaluate|export LONGRING_(CONTAINER|MOUNTS)='[\w./:@+#=,-]+'|)",
     re.ASCII,
 )
 """A line of the rendered script that is not the template's: nothing in it ends a line, a word or a quotation."""
 
 
-def job_script(recipe: Recipe, nodes: int, *, evaluates: bool = False) -> str:
+def job_script(recipe: Recipe, nodes: int, *, evaluates: bool = False, container: Container | None = None) -> str:
     """Return slurm/train.sbatch with the resources of the recipe in its #SBATCH lines; or the same that `evaluates`.
 
+    The ranks run in the container if there is one.
     Raises ValueError if that many nodes cannot train the recipe, or if a line could be read as another one.
     """
     slurm = recipe.slurm
@@ -58,6 +60,7 @@ def job_script(recipe: Recipe, nodes: int, *, evaluates: bool = False) -> str:
             lines += [f"#SBATCH --{name}={value}" for name, value in left.items() if value is not None]
             exports = [f"export LONGRING_RANKS_PER_NODE={slurm.ranks_per_node}"] if slurm.cpu else []
             exports += ["export LONGRING_COMMAND=evaluate"] if evaluates else []
+            exports += container.variables if container else []
             lines += ["", *exports, ""] if exports else []
         lines.append(line)
     for line in lines:
@@ -91,16 +94,19 @@ def evaluation_words(
     return words + [word for name, value in options.items() if value for word in (f"--{name}", value)]
 
 
-def submit(recipe: Recipe, arguments: list[str], nodes: int, *, evaluates: bool = False) -> str:
+def submit(
+    recipe: Recipe, arguments: list[str], nodes: int, *, evaluates: bool = False, container: Container | None = None
+) -> str:
     """Write the job script into the run directory and give it to sbatch; return the output of sbatch.
 
     `arguments` are the words of `longring train` in the job, or of `longring evaluate` if it `evaluates`. Raises
-    ValueError if the run would fail on the nodes, or if there is no sbatch or it refuses the job.
+    ValueError if the run would fail on the nodes, if there is no sbatch or it refuses the job, or if Slurm cannot run
+    the container.
     """
     # Checked here and not only by the job, which may wait for days before it starts.
     run = RunDirectory(recipe.run_directory)
     run.check_is_run()
-    script = job_script(recipe, nodes, evaluates=evaluates)
+    script = job_script(recipe, nodes, evaluates=evaluates, container=container)
     # The data may be prepared by a job before this one, or lie on the disks of the nodes alone.
     if not evaluates and run.recipe_file.exists() and Path(recipe.training_directory).is_dir():
         preflight(recipe, nodes * recipe.slurm.ranks_per_node, check_shards=False)
@@ -108,6 +114,8 @@ def submit(recipe: Recipe, arguments: list[str], nodes: int, *, evaluates: bool 
     job = str((run.evaluation_script if evaluates else run.job_script).absolute())
     if shutil.which("sbatch") is None:
         raise ValueError("sbatch: not on this machine; submit from a machine with Slurm, or print the job with --print")
+    if container:
+        container.check_runtime()
     run.path.mkdir(parents=True, exist_ok=True)
     run.logs.mkdir(exist_ok=True)
     write_text(Path(job), script)

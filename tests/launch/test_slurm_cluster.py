@@ -146,10 +146,25 @@ def evaluated(target: str, recipe_file: Path, overrides: list[str], logs: Path) 
     return evaluate_weights(Path(target), str(recipe_file), overrides, logs, Console(quiet=True))
 
 
+APPTAINER = """#!/bin/bash
+[[ $1 == exec ]] && shift
+while [[ $1 == --* ]]; do [[ $1 == --nv ]] || shift; shift; done
+echo "in $1" && shift && exec "$@"
+"""
+
+
 def test_a_job_on_two_nodes_evaluates_what_one_rank_evaluates(
     cluster, on_ranks, recipe_file, tmp_path, monkeypatch, capsys
 ):
+    """The job runs in a container, for which a false apptainer stands that runs its words on the machine."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "bin").mkdir()
+    for name, text in (("apptainer", APPTAINER), ("python3", f'#!/bin/bash\nexec "{sys.executable}" "$@"\n')):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("LONGRING_PYTHON", "/not/in/the/image")
+    (tmp_path / "longring.sif").touch()
     run, said = tmp_path / "run", tmp_path / "trained.txt"
     steps = ["train.steps=6", "train.checkpoint_every_steps=3", "parallel.tokens_per_rank=256"]
     assert start(2, recipe_file, [*steps, f"run_directory={run}"], said).wait() == [0, 0], said.read_text()
@@ -161,10 +176,12 @@ def test_a_job_on_two_nodes_evaluates_what_one_rank_evaluates(
     targets, file = [str(run / "checkpoints" / "step-00000003"), str(run)], tmp_path / "found.json"
     words = ["submit", str(recipe_file), f"run_directory={run}", *resources, *measured, "--nodes", "2"]
     words += [word for target in targets for word in ("--weights", target)]
-    assert cli.main([*words, "parallel.tokens_per_rank=256", "--json", str(file)]) == 0
+    words += ["--container", "longring.sif", "parallel.tokens_per_rank=256"]
+    assert cli.main([*words, "--json", str(file)]) == 0
     output = tmp_path / f"run-evaluate-{capsys.readouterr().out.split()[-1]}.out"
     until("the results", file.exists, output)
     until("the job gone", lambda: not shell("squeue", "-h").strip(), output)
+    assert output.read_text().count(f"in {tmp_path}/longring.sif\n") == 2, "on both nodes"
     found = json.loads(file.read_text())["targets"]
     assert [result["step"] for result in found] == [3, 6]
     for target, result in zip(targets, found, strict=True):

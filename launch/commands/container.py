@@ -1,0 +1,78 @@
+"""The container of a job: its image, and the directories of the machines that it sees."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import Recipe
+from ..redact import redact
+
+
+@dataclass(frozen=True)
+class Container:
+    """The container in which the launcher of each node runs, as slurm/train.sbatch takes it."""
+
+    image: str
+    """Absolute path of a file, or a name in a registry. apptainer runs an image that ends in .sif, pyxis any other."""
+    mounts: tuple[str, ...]
+    """Absolute paths that the container sees under the same names, besides the directory of submission."""
+
+    @property
+    def variables(self) -> list[str]:
+        """Lines of the job script that name the image and the mounts."""
+        lines = [f"export LONGRING_CONTAINER='{self.image}'"]
+        return [*lines, f"export LONGRING_MOUNTS='{','.join(self.mounts)}'"] if self.mounts else lines
+
+    def check_runtime(self) -> None:
+        """Raise ValueError if this machine shows that no node can run the image.
+
+        A node without apptainer says so itself when the job has started, since only nodes need it.
+        """
+        if self.image.endswith(".sif"):
+            return
+        srun = shutil.which("srun")
+        options = subprocess.run([srun, "--help"], capture_output=True, text=True).stdout if srun else ""
+        if "--container-image" not in options:
+            raise ValueError(
+                f"--container {self.image}: srun has no option --container-image, so Slurm runs without pyxis here; "
+                "build a file that ends in .sif, which apptainer runs"
+            )
+
+
+def container_of(recipe: Recipe, image: str, paths: Iterable[str]) -> Container:
+    """Return the container of a job of this recipe, with `paths` mounted besides the recipe's directories.
+
+    Raises ValueError if the image is a file that does not exist, or a name could be read as another one.
+    """
+    if redact(image) != image:
+        raise ValueError(
+            f"--container {redact(image)}: holds a secret, which the job script would show; name the image without it, "
+            "and log in to the registry"
+        )
+    if image.endswith((".sif", ".sqsh")) or image.startswith(("/", ".")):
+        if not Path(image).is_file():
+            raise ValueError(f"--container {image}: no such file; build the image first, see docs/image.md")
+        image = str(Path(image).absolute())
+    if not re.fullmatch(r"[\w./:@+#=-]+", image, re.ASCII):
+        raise ValueError(
+            f"--container {image!r}: not an image; use letters, digits and ./:@+#=- alone, and rename a file"
+        )
+    directories = (recipe.training_directory, recipe.loader.cache_directory, recipe.init.from_, recipe.run_directory)
+    local = [Path(path).absolute() for path in (*directories, *paths) if path and "://" not in path]
+    here = str(Path.cwd())
+    # The end of a link is mounted too, since the link is seen as one inside.
+    seen = {here, *(os.path.normpath(path) for path in local), *(str(path.resolve()) for path in local)}
+    for path in seen:
+        if not re.fullmatch(r"(/[\w.@+=-]+)+", path, re.ASCII):
+            raise ValueError(
+                f"{path!r}: cannot be mounted in a container; use letters, digits and .@+=- alone in names of "
+                "directories, below the root"
+            )
+    inside = {path for path in seen if any(str(parent) in seen for parent in Path(path).parents)}
+    return Container(image, tuple(sorted(seen - inside - {here})))
