@@ -12,7 +12,6 @@ set -eu
 # Triton compiles launchers with gcc. NCCL loads libibverbs, without which it would send over sockets.
 apt-get update -q
 apt-get install -q -y --no-install-recommends gcc libc6-dev libibverbs1 ibverbs-providers
-rm -rf /var/lib/apt/lists/*
 
 chosen=$(mktemp)
 python3 - "$2" >"$chosen" <<'PYTHON'

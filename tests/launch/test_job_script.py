@@ -91,7 +91,7 @@ def test_a_job_starts_its_nodes(tmp_path):
     status, said, _ = run(tmp_path, {})
     assert status == 2, "the status of the false srun"
     assert "2 nodes (n[1-2]) x 8 ranks, rendezvous at localhost:20071" in said
-    assert "srun --nodes=2 --ntasks=2 " in said
+    assert "srun --export=ALL " in said and " --nodes=2 --ntasks=2 " in said
 
 
 WRONG = [
