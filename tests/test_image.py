@@ -63,7 +63,8 @@ def wheel(directory: Path, name: str, version: str, *requires: str) -> Path:
 def test_a_base_keeps_its_torch_and_gets_the_tested_set(tmp_path):
     """install.sh runs in an empty environment whose torch is a vendor's; a requirement beyond it fails the build."""
     base, store, programs = tmp_path / "base", tmp_path / "store", tmp_path / "bin"
-    store.mkdir(), programs.mkdir()
+    store.mkdir()
+    programs.mkdir()
     (programs / "apt-get").write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/packages\n')
     (programs / "apt-get").chmod(0o755)
     subprocess.run([sys.executable, "-m", "venv", base], check=True)
@@ -71,7 +72,8 @@ def test_a_base_keeps_its_torch_and_gets_the_tested_set(tmp_path):
     for version in ("2.13.0", "2.14.0"):
         wheel(store, "torch", version)
     for version in ("1.0", "2.0"):
-        wheel(store, "triton", version), wheel(store, "some_tool", version)
+        for name in ("triton", "some_tool"):
+            wheel(store, name, version)
     constraints = tmp_path / "constraints.txt"
     constraints.write_text("torch==2.13.0\nsome-tool==1.0\ntriton==1.0\n")
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHON"))}

@@ -38,7 +38,8 @@ PROGRAMS = {
 def log(tmp_path, recipe_file, monkeypatch) -> Path:
     """A directory in which the programs of a false cluster record their words; recipe.toml lies in the working one."""
     binaries, log = tmp_path / "bin", tmp_path / "log"
-    binaries.mkdir(), log.mkdir(), (tmp_path / "work").mkdir(), (tmp_path / "run").mkdir()
+    for name in ("bin", "log", "work", "run"):
+        (tmp_path / name).mkdir()
     for name, text in PROGRAMS.items():
         (binaries / name).write_text(f"#!/bin/bash\n{text}")
         (binaries / name).chmod(0o755)
