@@ -62,3 +62,24 @@ def test_the_security_page_names_tests_that_exist():
     assert len(tables) >= 5
     for row in "".join(tables).splitlines():
         assert TEST.search(row.rsplit(" | ", 1)[1]), f"no test tries it: {row}"
+
+
+PROJECTS = ("Megatron-LM", "torchtitan", "OLMo-core", "DeepSpeed", "MagiAttention", "ring-flash-attention")
+
+
+def test_every_row_of_the_comparison_names_its_source():
+    """A row on a project ends with files of its repository, read at the commit of the first table; ours with pages."""
+    text = (ROOT / "docs" / "comparison.md").read_text()
+    assert len(re.findall(r"/tree/[0-9a-f]{40}\)", text)) == len(PROJECTS) + 1, "and TransformerEngine"
+    tables = re.findall(r"^\| project \|.* source \|\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    assert len(tables) >= 8
+    for row in "".join(tables).splitlines():
+        name, *_, source = row.strip("| ").split(" | ")
+        if name == "LongRing":
+            assert LINK.search(source), row
+            continue
+        named = re.findall(r"`([^`/]+)/[^`]+`", source)
+        assert named and set(named) <= {*name.split(", "), "TransformerEngine"}, row
+    for table in tables:
+        missing = [name for name in (*PROJECTS[:4], "LongRing") if name not in table]
+        assert not missing, f"{missing} in:\n{table}"
