@@ -344,6 +344,11 @@ class Recipe:
                 f"parallel.tokens_per_rank = {self.parallel.tokens_per_rank}; start a multiple of {needed} ranks, or "
                 "raise parallel.tokens_per_rank"
             )
+        if data_size % (copied := self.parallel.zero.zero_hpz_partition_size):
+            raise ValueError(
+                f"parallel.zero.zero_hpz_partition_size = {copied}: does not divide the {data_size} ranks; set it to "
+                f"{math.gcd(copied, data_size)}"
+            )
         micro_batch_tokens = data_size * self.parallel.tokens_per_rank
         if self.train.global_batch_tokens % micro_batch_tokens:
             raise ValueError(

@@ -34,7 +34,6 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.tile_tokens, self.sequence_parallel = tile_tokens, parallel.sequence_parallel
         self.uses_weights_of_children = tile_tokens > 0
-        self._is_skipped = False
         # stride=2: a tensor-parallel rank holds its rows of gate, then its rows of up.
         self.gate_up = ColumnParallelLinear(
             config.hidden_size,
@@ -44,7 +43,7 @@ class SwiGLU(nn.Module):
             bias=False,
             stride=2,
         )
-        self.down = RowParallelLinear(
+        self.down = _Down(
             config.ffn_hidden_size,
             config.hidden_size,
             config=parallel,
@@ -66,7 +65,7 @@ class SwiGLU(nn.Module):
         if gathered_over is None:  # identity forward, sum of the ranks' dx backward
             x = copy_to_tensor_model_parallel_region(x, group=self.gate_up.tp_group)
         weights = self.gate_up.weight, self.down.weight
-        part = _TiledSwiGLU.apply(x, *weights, self.tile_tokens, gathered_over, self._is_skipped)  # [s, b, hidden]
+        part = _TiledSwiGLU.apply(x, *weights, self.tile_tokens, gathered_over, self.down.is_skipped)  # [s, b, hidden]
         reduce = (
             reduce_scatter_to_sequence_parallel_region if gathered_over else reduce_from_tensor_model_parallel_region
         )
@@ -74,15 +73,34 @@ class SwiGLU(nn.Module):
 
     @contextmanager
     def skipped(self) -> Iterator[None]:
-        """Let the network, in tiles, keep what its backward needs and return any values.
+        """Let the network keep what its backward needs and return any values.
 
-        Recomputation needs no more of a network whose result nothing keeps: its backward computes the rest.
+        Recomputation needs no more of a network whose result nothing keeps. In tiles, the backward computes the rest.
         """
-        self._is_skipped = True
+        self.down.is_skipped = True
         try:
             yield
         finally:
-            self._is_skipped = False
+            self.down.is_skipped = False
+
+
+class _Down(RowParallelLinear):
+    """The projection back from SwiGLU's width, a module for ZeRO 3 to gather its weight around."""
+
+    is_skipped = False
+    """Whether to return any values, and keep what megatron-core's product keeps."""
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        return (_Kept.apply(input_, self.weight), None) if self.is_skipped else super().forward(input_)
+
+
+class _Kept(torch.autograd.Function):
+    """A result of any values `[..., n]` that keeps x `[..., k]` and weight `[n, k]`, and has no backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.new_empty((*x.shape[:-1], len(weight)))
 
 
 class _TiledSwiGLU(torch.autograd.Function):

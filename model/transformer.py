@@ -57,7 +57,7 @@ class TransformerLayer(nn.Module):
 
     def _again(self, half: Callable[..., Any], *inputs: Any) -> Any:
         """Return the result of half a layer, of which the backward computes again what it needs."""
-        # The values of SwiGLU's result are needed again only where a norm follows it.
+        # SwiGLU's result is needed again only where a norm follows it.
         skipped = self.mlp.skipped() if self.norm_before else nullcontext()
         # Nothing in a layer is random; keeping the random state would wait for the GPU twice a layer.
         return checkpoint(

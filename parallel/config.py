@@ -127,7 +127,7 @@ class ZeroConfig:
     """Number of elements that the optimizer steps at a time; ZeRO 3."""
     zero_hpz_partition_size: Annotated[int, Interval(ge=1, le=2**16)] = 1
     """Number of ranks, those of a node, among which a second copy of the weights is divided, so that the backward
-    gathers within them (ZeRO++, arXiv 2306.10209); ZeRO 3."""
+    gathers within them (ZeRO++, arXiv 2306.10209); ZeRO 3, without tensor parallelism."""
     zero_quantized_weights: bool = False
     """Gather weights in 8 bits (ZeRO++); ZeRO 3, on GPUs."""
     zero_quantized_gradients: bool = False
@@ -156,8 +156,9 @@ _STAGES = {
 class ParallelConfig:
     """Degrees of parallelism. The context-parallel degree is not set: it is the sequence length / tokens_per_rank.
 
-    Raises ValueError for a tokens_per_rank that is no power of two, and for sequence parallelism over one
-    tensor-parallel rank or over a number of them that does not divide tokens_per_rank.
+    Raises ValueError for a tokens_per_rank that is no power of two, for sequence parallelism over one tensor-parallel
+    rank or over a number of them that does not divide tokens_per_rank, and for a second copy of the weights with tensor
+    parallelism.
     """
 
     tokens_per_rank: Annotated[int, Interval(ge=1, le=2**30)]
@@ -188,6 +189,13 @@ class ParallelConfig:
             raise ValueError(
                 f"parallel.tokens_per_rank = {self.tokens_per_rank}: is not a multiple of parallel.tensor = "
                 f"{self.tensor}; choose a power of two for it or set sequence_parallel = false"
+            )
+
+        # DeepSpeed divides the copy among adjacent ranks of the world, here those of one tensor-parallel group.
+        if (copied := self.zero.zero_hpz_partition_size) > 1 and self.tensor > 1:
+            raise ValueError(
+                f"parallel.zero.zero_hpz_partition_size = {copied}: divides weights among adjacent ranks, which "
+                f"parallel.tensor = {self.tensor} gives other weights; remove it, or set parallel.tensor = 1"
             )
 
     def context_parallel(self, sequence_tokens: int) -> int:

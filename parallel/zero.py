@@ -21,7 +21,7 @@ import deepspeed.ops
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import clip_grad_norm_
-from deepspeed.utils import set_z3_leaf_module
+from deepspeed.utils import groups, set_z3_leaf_module
 
 from .config import ParallelConfig, ZeroConfig
 from .mesh import Mesh
@@ -137,7 +137,13 @@ def partition_new(module: nn.Module, parallel: ParallelConfig, mesh: Mesh, dtype
     if parallel.zero_stage == 3:
         # The dtype of gradients has no part in the division of weights; the engine is given the recipe's.
         config = deepspeed_config(parallel, dtype, gradient_dtype="float32")
-        deepspeed.zero.Init(module, data_parallel_group=mesh.data_group, config_dict_or_path=config, mpu=_Mpu(mesh))
+        deepspeed.zero.Init(
+            module,
+            data_parallel_group=mesh.data_group,
+            config_dict_or_path=config,
+            mpu=_Mpu(mesh),
+            zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),  # made for the first module
+        )
 
 
 def _step_whole_weights(

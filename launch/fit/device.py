@@ -42,8 +42,8 @@ SHEETS = {
     # https://www.nvidia.com/en-us/data-center/h200/, H200 SXM: 4.8 TB/s; NVLink 900 and PCIe 128 GB/s, both directions
     "h200": Sheet("NVIDIA H200", 4.8e12, 450e9, 64e9),
     # https://nvdam.widen.net/s/wwnsxrhm2w/blackwell-datasheet-3384703, HGX B200: NVLink 1.8 TB/s, PCIe 128 GB/s, both
-    # directions; 8 TB/s as https://docs.vultr.com/inference-cookbook/cuda/getting-started/hardware-overview has it
-    "b200": Sheet("NVIDIA B200", 8e12, 900e9, 64e9),
+    # directions. The memory has 7,680 bits at 3,996 MHz, twice a clock, by its driver: github.com/pytorch/ao/pull/4002
+    "b200": Sheet("NVIDIA B200", 7.67e12, 900e9, 64e9),
 }
 """Devices that `longring plan --device` knows by name."""
 

@@ -225,15 +225,13 @@ class _Work:
 
     def again(self) -> _Pass:
         """Return what the backward of a micro-batch computes again."""
-        level, layers, into = self.memory.activations, self.model.num_layers, self.mlp_half()[0]
-        products = operators = 0.0
-        if self.memory.mlp_tile_tokens:
-            products, operators = into, self.operator(3 * self.ffn)
-        if level != "keep" and not (self.memory.mlp_tile_tokens and self.model.norm_order == "before"):
-            # In tiles before a residual, only the network's input is restored.
-            products += sum(self.mlp_half())
-            operators += self.operator(3 * self.ffn)
-        if level != "keep":
+        level, layers, (into, back) = self.memory.activations, self.model.num_layers, self.mlp_half()
+        tiles, is_again = self.memory.mlp_tile_tokens > 0, level != "keep"
+        # SwiGLU's result is computed again for a norm after it; in tiles, the backward then computes the rest anew.
+        with_result = is_again and self.model.norm_order == "after"
+        times = max(tiles, is_again) + (tiles and with_result)
+        products, operators = times * into + with_result * back, times * self.operator(3 * self.ffn)
+        if is_again:
             operators += self.operator(2 * self.hidden)
         if level in ("recompute_layer", "offload"):
             products += self.attention_half()

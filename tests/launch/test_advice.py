@@ -44,6 +44,8 @@ class Setting(NamedTuple):
 
 
 OVER_4 = "parallel.tokens_per_rank=128"
+STAGE_3 = "parallel.zero_stage=3"
+HELD_TWICE = (STAGE_3, "parallel.zero.zero_hpz_partition_size=2")
 SHORT = ("data.min_bucket_tokens=1", "parallel.tensor=2")
 TEXTS, TOKENS = "data.source.path=texts", "data.source.tokens_field=ids"
 NO_SOURCE = "data.source.kind=python_stdlib", "data.source.path=''"
@@ -221,6 +223,16 @@ SETTINGS = [
         (*SHORT, "parallel.sequence_parallel=true"),
         r"set parallel\.sequence_parallel = (false)",
         (*SHORT, "parallel.sequence_parallel={0}"),
+    ),
+    Setting(
+        (*HELD_TWICE, "parallel.tensor=2"),
+        r"gives other weights; remove it, or set (parallel\.tensor) = (1)",
+        (*HELD_TWICE, "{0}={1}"),
+    ),
+    Setting(
+        ("parallel.zero.zero_hpz_partition_size=4", STAGE_3, "ranks=2"),
+        r"set it to (\d+)",
+        ("parallel.zero.zero_hpz_partition_size={0}", STAGE_3, "ranks=2"),
     ),
     Setting((OVER_4, "ranks=2"), r"start a multiple of (\d+) ranks", (OVER_4, "ranks={0}")),
     Setting((OVER_4, "ranks=2"), r"or raise (parallel\.tokens_per_rank)", ("{0}=256", "ranks=2")),

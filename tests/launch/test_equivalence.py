@@ -171,6 +171,15 @@ def mixed_oracle(recipe_file, on_ranks) -> dict[str, Any]:
     return oracle_of(on_ranks, recipe_file, MIXED)
 
 
+@pytest.mark.full
+def test_a_second_copy_of_the_weights_changes_no_step(on_ranks, recipe_file, oracle, tmp_path):
+    """Pairs of ranks divide it (ZeRO++), however small the weights, and the backward gathers within them."""
+    zero = ["parallel.zero_stage=3", "parallel.zero.zero_hpz_partition_size=2"]
+    zero += ["parallel.zero.stage3_param_persistence_threshold=1", f"run_directory={tmp_path}/run"]
+    on_ranks(4, run_steps, recipe_file, [*DIVISIONS["cp4"], *zero])
+    check(tmp_path / "run", oracle)
+
+
 @pytest.mark.parametrize(
     ("division", "zero_stage"),
     by_lane(

@@ -73,7 +73,11 @@ def products_of_a_layer(activations: Any, tile_tokens: int) -> int:
 
 @pytest.mark.full
 @pytest.mark.parametrize(("activations", "again"), [("recompute_mlp", 0), ("recompute_layer", 2)])
-def test_a_recomputed_layer_computes_tiles_once_more(on_ranks, activations, again):
-    """Recomputation adds the projections of attention alone: the backward of tiles computes them again by itself."""
-    [plain] = on_ranks(1, products_of_a_layer, "keep", 16)
-    assert on_ranks(1, products_of_a_layer, activations, 16) == [plain + again]
+def test_a_recomputed_layer_leaves_out_products_that_its_backward_does_not_need(on_ranks, activations, again):
+    """Recomputation adds the projections of attention, and SwiGLU's input to its backward where that keeps it.
+
+    In tiles, the backward computes this one by itself. Nothing needs SwiGLU's result.
+    """
+    for tile, more in ((16, 0), (0, 1)):
+        [plain] = on_ranks(1, products_of_a_layer, "keep", tile)
+        assert on_ranks(1, products_of_a_layer, activations, tile) == [plain + again + more]

@@ -10,6 +10,7 @@ from longring.launch.config import load_recipe
 from longring.launch.fit.device import named_device
 from longring.launch.fit.links import assumed_topology
 from longring.launch.fit.search import Plan, Planner, Setting, with_longest
+from longring.parallel.config import ZeroConfig
 
 RANKS = 8
 
@@ -79,7 +80,7 @@ def test_nothing_fits_a_device_without_memory(recipe_file):
 
 def test_a_setting_brings_what_it_needs(recipe_file):
     """A first tensor degree brings sequence parallelism; another stage drops the settings of the one before."""
-    planner = planner_of(recipe_file, 1e18, "parallel.zero_stage=3", "parallel.zero.zero_hpz_partition_size=2")
+    planner = planner_of(recipe_file, 1e18, "parallel.zero_stage=3", "parallel.zero.sub_group_size=1000")
     found = dict(planner.settings())
     of = Setting.of(planner.recipe)
     assert found[of] == planner.recipe
@@ -88,6 +89,6 @@ def test_a_setting_brings_what_it_needs(recipe_file):
         "parallel.tensor": 2,
         "parallel.sequence_parallel": True,
     }
-    assert found[of._replace(zero_stage=1)].parallel.zero.zero_hpz_partition_size == 1
+    assert found[of._replace(zero_stage=1)].parallel.zero == ZeroConfig()
     assert all(recipe.accumulation_steps(RANKS) for recipe in found.values())
     assert {setting.offload_param for setting in found if setting.zero_stage < 3} == {"none"}
