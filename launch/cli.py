@@ -69,6 +69,8 @@ def _prepare(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.target, options.overrides)
+    if ranks := options.gpus or options.ranks:
+        recipe.accumulation_steps(ranks)  # without torch: a mistake is told at once
     from .commands.mix import show_mix
     from .commands.plan import check_picture, measure_on_this_machine, plan, plan_json
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 
 from ..data.read.batch_order import BatchOrder
 from ..parallel.fragments import parameters
 from ..parallel.mesh import Mesh
 from ..parallel.zero import DeepSpeedEngine
 from .config import Recipe
-from .fit.memory import GIB, memory_of
+from .fit.memory import GIB, moments, peak
 
 
 def opening(recipe: Recipe, order: BatchOrder, engine: DeepSpeedEngine, mesh: Mesh, vocab_size: int) -> list[str]:
@@ -23,8 +24,8 @@ def opening(recipe: Recipe, order: BatchOrder, engine: DeepSpeedEngine, mesh: Me
     accumulations = recipe.accumulation_steps(mesh.world_size)
     passes = ", ".join(f"{bucket.length:,}: {bucket.passes:.3g}" for bucket in order.trained(train.steps))
     on_gpu = mesh.device.type == "cuda"
-    every = [memory_of(recipe, mesh.world_size, length, vocab_size, on_gpu=on_gpu) for length in recipe.lengths]
-    memory = max(every, key=lambda found: found.total)
+    every = (moments(recipe, mesh.world_size, length, vocab_size, on_gpu=on_gpu) for length in recipe.lengths)
+    memory = peak(chain(*every))
     largest = sorted(memory.by_kind().items(), key=lambda kind: -kind[1])[:3]
     kinds = ", ".join(f"{name} {count / GIB:.3g}" for name, count in largest)
     return [

@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from copy import copy
 
 from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
+
+
+class _PlainTable(Table):
+    """A table whose title and caption take the width of the terminal, however narrow its columns are."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        alone = copy(self)
+        alone.title = alone.caption = None
+        if self.title:
+            yield Text(str(self.title), style="table.title")
+        yield from Table.__rich_console__(alone, console, options)
+        if self.caption:
+            yield Text(str(self.caption), style="table.caption")
 
 
 def plain_table(title: str | None, *columns: str, left: Collection[str] = (), caption: str | None = None) -> Table:
@@ -14,11 +30,9 @@ def plain_table(title: str | None, *columns: str, left: Collection[str] = (), ca
     The columns named in `left` are left-justified, all others right-justified. Where the terminal is too narrow, cells
     continue on the next line: nothing is cut off.
     """
-    table = Table(
+    table = _PlainTable(
         title=title,
-        title_justify="left",
         caption=caption,
-        caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,

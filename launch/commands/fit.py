@@ -29,18 +29,16 @@ def show_fit(recipe: Recipe, console: Console, options: argparse.Namespace) -> N
     for other in ("timeline", "measure", "mix", "ranks"):
         if getattr(options, other):
             raise ValueError(f"--{other}: has no part in a plan with --gpus; leave out --gpus and --device")
-    recipe.accumulation_steps(options.gpus)
     check_named_grids(recipe)
     device, topology, origin = _device(recipe, options.device, options.gpus, options.topology)
     manifest = _manifest(recipe)
     vocab_size = manifest.vocab_size if manifest else recipe.data.tokenizer.vocab_size
-    planner = Planner(recipe, options.gpus, vocab_size, device, topology)
-    tokens, passes = _trained(manifest, recipe) if manifest else (None, None)
-    found = answer(planner, tokens, passes)
+    tokens, passes = _trained(manifest, recipe) if manifest else ({}, None)
+    found = answer(Planner(recipe, options.gpus, vocab_size, device, topology, tokens), passes)
     if options.json:
         print(json.dumps(to_json(found), indent=1))
         return
-    console.print(_head(planner, origin), highlight=False, soft_wrap=True)
+    console.print(_head(found.planner, origin), highlight=False, soft_wrap=True)
     for table in tables(found):
         console.print(table)
     for line in lines(found):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
@@ -81,24 +81,9 @@ class Memory:
         return {kind.name: getattr(self, kind.name) for kind in fields(self) if kind.name not in ("moment", "host")}
 
 
-def memory_of(
-    recipe: Recipe,
-    world_size: int,
-    length: int,
-    vocab_size: int,
-    *,
-    on_gpu: bool = True,
-    grids: Sequence[PricedGrid] = (),
-) -> Memory:
-    """Return the memory of a rank at the peak of a step on the bucket of `length` tokens.
-
-    `vocab_size` is the tokenizer's. `grids` are those of the layer kinds of this bucket; without any, attention holds
-    nothing of other ranks. Off a GPU, operators are torch's own, and there is neither reserve nor communicator. Raises
-    ValueError if parallel.tensor does not divide the world.
-    """
-    return max(
-        moments(recipe, world_size, length, vocab_size, on_gpu=on_gpu, grids=grids), key=lambda found: found.total
-    )
+def peak(moments: Iterable[Memory]) -> Memory:
+    """Return the memory of the moment that takes the most."""
+    return max(moments, key=lambda moment: moment.total)
 
 
 def moments(
@@ -110,7 +95,12 @@ def moments(
     on_gpu: bool = True,
     grids: Sequence[PricedGrid] = (),
 ) -> list[Memory]:
-    """Return the memory of a rank at the moments of a step of which one is the peak, as `memory_of` takes them."""
+    """Return the memory of a rank at the moments of a step on the bucket of `length` tokens of which one is the peak.
+
+    `vocab_size` is the tokenizer's. `grids` are those of the layer kinds of this bucket; without any, attention holds
+    nothing of other ranks. Off a GPU, operators are torch's own, and there is neither reserve nor communicator. Raises
+    ValueError if parallel.tensor does not divide the world.
+    """
     sizes, ranks = Sizes.of(recipe, vocab_size), recipe.parallel.data_size(world_size)
     states = states_of(recipe, sizes, ranks, on_gpu=on_gpu)
     kept = activations_of(recipe, vocab_size, length, on_gpu=on_gpu)

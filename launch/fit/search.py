@@ -7,7 +7,7 @@ ones only, until no bound is below what has been found. The result is that of pr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -18,8 +18,8 @@ from ...parallel.cp.topology import Topology
 from ..config import Recipe
 from ..grids.choice import GridChoice, choose_grids
 from .device import Device
-from .links import links_of
-from .memory import Memory, memory_of
+from .links import Links, links_of
+from .memory import Memory, moments, peak
 from .time import StepTime, time_of
 
 LEVELS = ("keep", "recompute_mlp", "recompute_layer", "offload")
@@ -104,11 +104,25 @@ class Plan:
 
     recipe: Recipe
     buckets: tuple[Bucket, ...]
+    tokens: Mapping[int, int]
+    """Tokens that the run trains in each bucket; empty if the mix is not known."""
 
-    @property
+    @cached_property
+    def parts(self) -> dict[str, float]:
+        """Seconds of a step by part, as a mean over the run; of the longest bucket if the mix is not known."""
+        tokens = [self.tokens.get(bucket.length, 0) for bucket in self.buckets]
+        if not any(tokens):
+            tokens[-1] = 1
+        parts = [bucket.time.by_part() for bucket in self.buckets]
+        return {
+            part: sum(count * of[part] for count, of in zip(tokens, parts, strict=True)) / sum(tokens)
+            for part in parts[0]
+        }
+
+    @cached_property
     def seconds(self) -> float:
-        """Seconds of a step on the longest bucket."""
-        return self.buckets[-1].time.total
+        """Seconds of a step, as a mean over the run; on the longest bucket if the mix is not known."""
+        return sum(self.parts.values())
 
     @property
     def fullest(self) -> Bucket:
@@ -131,6 +145,8 @@ class Planner:
     device: Device
     topology: Topology
     """Links between all ranks."""
+    tokens: Mapping[int, int] = field(default_factory=dict)
+    """Tokens that the run trains in each bucket; empty if its data is not prepared."""
     _prices: dict[tuple[int, int, int], tuple[GridChoice, ...]] = field(default_factory=dict)
 
     def plan(self, recipe: Recipe, lengths: Sequence[int] = ()) -> Plan:
@@ -139,18 +155,26 @@ class Planner:
         It has the buckets of `lengths`, or all. Raises ValueError if the ranks cannot train the recipe.
         """
         recipe.accumulation_steps(self.world_size)
-        return Plan(recipe, tuple(self._bucket(recipe, length) for length in lengths or recipe.lengths))
+        return Plan(recipe, tuple(self._bucket(recipe, length) for length in lengths or recipe.lengths), self.tokens)
 
     def _bucket(self, recipe: Recipe, length: int) -> Bucket:
         """Return the prediction of one bucket, whose grids are priced once for all settings that share them."""
-        links = links_of(recipe, self.world_size, self.topology)
+        links = self._links(recipe)
         key = (length, recipe.parallel.tokens_per_rank, recipe.parallel.tensor)
         if key not in self._prices:
             self._prices[key] = tuple(choose_grids(recipe, [length], links.data_ranks, self.device.attention))
         grids = self._prices[key]
-        seconds = time_of(recipe, self.world_size, length, self.vocab_size, self.device, links, grids)
-        memory = self._memory(recipe, length, grids)
+        return self._predicted(recipe, length, grids)
+
+    def _predicted(self, recipe: Recipe, length: int, grids: tuple[GridChoice, ...]) -> Bucket:
+        """Return the prediction of one bucket with these grids; a lower bound if it needs some and has none."""
+        of = recipe, self.world_size, length, self.vocab_size
+        seconds = time_of(*of, self.device, self._links(recipe), grids)
+        memory = peak(moments(*of, on_gpu=self.device.is_gpu, grids=[choice.taken for choice in grids]))
         return Bucket(length, recipe.parallel.context_parallel(length), memory, seconds, grids)
+
+    def _links(self, recipe: Recipe) -> Links:
+        return links_of(recipe, self.world_size, self.topology)
 
     def fits(self, plan: Plan) -> bool:
         """Return whether every bucket fits the device."""
@@ -180,15 +204,16 @@ class Planner:
 
         A setting is of no use if some of its changes alone fit and are no slower.
         """
-        may_fit = [(self._least_seconds(recipe), recipe) for _, recipe in settings if self._may_fit(recipe)]
+        bounds = [bound for _, recipe in settings if self.fits(bound := self._bound(recipe))]
         plans: list[Plan] = []
         found: list[Plan] = []
-        for least, recipe in sorted(may_fit, key=lambda entry: entry[0]):
-            if len(found) == count and found[-1].seconds < least:
+        for bound in sorted(bounds, key=lambda bound: bound.seconds):
+            if len(found) == count and found[-1].seconds < bound.seconds:
                 break
-            longest = self.plan(recipe, recipe.lengths[-1:])
-            if self.fits(longest) and (len(found) < count or longest.seconds <= found[-1].seconds):
-                plan = self.plan(recipe)
+            longest = self.plan(bound.recipe, bound.recipe.lengths[-1:])
+            closer = replace(bound, buckets=bound.buckets[:-1] + longest.buckets)
+            if self.fits(longest) and (len(found) < count or closer.seconds <= found[-1].seconds):
+                plan = self.plan(bound.recipe)
                 plans += [plan] * self.fits(plan)
                 found = self.useful(plans)[:count]
         return found
@@ -225,7 +250,7 @@ class Planner:
                 recipe = with_longest(self.recipe, length)
             except ValueError:
                 return None
-            may_fit = [(setting, applied) for setting, applied in self.settings(recipe) if self._may_fit(applied)]
+            may_fit = [one for one in self.settings(recipe) if self.fits(self._bound(one[1]))]
             own = self.recipe
             for _, applied in sorted(may_fit, key=lambda one: (-one[0].tokens_per_rank, len(one[0].changes(own)))):
                 plan = self.plan(applied, [length])
@@ -238,19 +263,14 @@ class Planner:
     def _all(self) -> list[tuple[Setting, Recipe]]:
         return list(self.settings())
 
-    def _memory(self, recipe: Recipe, length: int, grids: Iterable[GridChoice]) -> Memory:
-        taken = [choice.taken for choice in grids]
-        is_gpu = self.device.is_gpu
-        return memory_of(recipe, self.world_size, length, self.vocab_size, on_gpu=is_gpu, grids=taken)
+    def _bound(self, recipe: Recipe) -> Plan:
+        """Return a recipe's plan if attention sends nothing and holds nothing of other ranks.
 
-    def _may_fit(self, recipe: Recipe) -> bool:
-        """Return whether a recipe fits if attention holds nothing of other ranks."""
-        return self._memory(recipe, max(recipe.lengths), ()).total <= self.device.memory_bytes
-
-    def _least_seconds(self, recipe: Recipe) -> float:
-        """Return the seconds of a step on the longest bucket if attention sends nothing."""
-        links = links_of(recipe, self.world_size, self.topology)
-        return time_of(recipe, self.world_size, max(recipe.lengths), self.vocab_size, self.device, links).total
+        It has the longest bucket and those that the run trains: its time and memory are lower bounds.
+        """
+        *others, longest = recipe.lengths
+        lengths = (*(length for length in others if self.tokens.get(length)), longest)
+        return Plan(recipe, tuple(self._predicted(recipe, length, ()) for length in lengths), self.tokens)
 
 
 def with_longest(recipe: Recipe, length: int) -> Recipe:

@@ -31,26 +31,20 @@ class Answers:
     """Plans of the fastest settings that fit."""
     longest: Plan | None
     """Plan of the longest context that fits with any setting."""
-    tokens: Mapping[int, int] | None
-    """Tokens that the whole run trains in each bucket; None: the data is not prepared yet."""
     passes: float | None
     """Passes of the whole run over the data; None: the data is not prepared yet."""
 
     @property
     def days(self) -> float | None:
         """Days that the whole run takes; None where its tokens in each bucket are not known."""
-        if self.tokens is None:
-            return None
-        batch = self.own.recipe.train.global_batch_tokens
-        steps = {length: tokens / batch for length, tokens in self.tokens.items()}
-        return sum(steps.get(b.length, 0) * b.time.total for b in self.own.buckets) / DAY_S
+        return self.own.recipe.train.steps * self.own.seconds / DAY_S if self.planner.tokens else None
 
 
-def answer(planner: Planner, tokens: Mapping[int, int] | None = None, passes: float | None = None) -> Answers:
+def answer(planner: Planner, passes: float | None = None) -> Answers:
     """Return the plan of the planner's recipe, and what the search finds."""
     own = planner.plan(planner.recipe)
     nearest = None if planner.fits(own) else planner.nearest()
-    return Answers(planner, own, nearest, planner.three_best(), planner.longest(), tokens, passes)
+    return Answers(planner, own, nearest, planner.three_best(), planner.longest(), passes)
 
 
 def tables(found: Answers) -> Iterator[Table]:
@@ -97,7 +91,7 @@ def to_json(found: Answers) -> dict[str, Any]:
         "nearest": found.nearest and _plan_json(found, found.nearest),
         "best": [_plan_json(found, plan) for plan in found.best],
         "longest": found.longest and _plan_json(found, found.longest),
-        "tokens_by_bucket": found.tokens,
+        "tokens_by_bucket": planner.tokens or None,
         "days": found.days,
         "passes": found.passes,
     }
@@ -110,6 +104,7 @@ def _plan_json(found: Answers, plan: Plan) -> dict[str, Any]:
         "setting": {**Setting.of(plan.recipe)._asdict(), "sequence_parallel": parallel.sequence_parallel},
         "accumulation_steps": plan.recipe.accumulation_steps(found.planner.world_size),
         "why": _why(found, plan),
+        "mean_step_s": plan.seconds,
         "buckets": [_bucket_json(found, plan, bucket) for bucket in plan.buckets],
     }
 
@@ -196,11 +191,9 @@ def _memory(found: Answers) -> Table:
 
 def _settings(found: Answers) -> Table:
     """Return the table of the recipe's setting, the nearest that fits, and the fastest."""
-    length = found.own.buckets[-1].length
+    mean = "the mean step of the run" if found.planner.tokens else f"bucket {found.own.buckets[-1].length:,}"
     columns = ("", "GiB", "s a step", "settings that change, and what they gain and pay")
-    table = plain_table(
-        f"Settings that fit, by the time of bucket {length:,}", *columns, left=(columns[0], columns[-1])
-    )
+    table = plain_table(f"Settings that fit, by the time of {mean}", *columns, left=(columns[0], columns[-1]))
     rows: list[tuple[str, Plan]] = [("recipe", found.own)]
     rows += [("nearest", found.nearest)] if found.nearest else []
     rows += [(f"best {number}", plan) for number, plan in enumerate(found.best, 1)]
@@ -220,9 +213,8 @@ def _why(found: Answers, plan: Plan) -> str:
     """Return the reasons for a setting: its spare memory, and what it gains and pays beside the recipe's."""
     spare = found.planner.device.memory_bytes - plan.memory_bytes
     reasons = [f"{spare / GIB:,.1f} GiB spare" if spare >= 0 else f"{-spare / GIB:,.1f} GiB too much"]
-    before, after = (p.buckets[-1].time.by_part() for p in (found.own, plan))
-    if plan.buckets[-1].length == found.own.buckets[-1].length:
-        changed = {part: after[part] - before[part] for part in after}
+    if plan.recipe.lengths == found.own.recipe.lengths:
+        changed = {part: seconds - found.own.parts[part] for part, seconds in plan.parts.items()}
         most = sorted(changed, key=lambda part: -abs(changed[part]))[:2]
         least = 1e-3 * found.own.seconds
         reasons += [f"{part} {changed[part]:+.3g} s" for part in most if abs(changed[part]) >= least]

@@ -8,7 +8,7 @@ from typing import Any
 from ..config import Recipe
 from .device import SHEETS, named_device
 from .links import assumed_topology, default_topology, links_of
-from .memory import memory_of
+from .memory import moments, peak
 from .time import time_of
 
 
@@ -24,7 +24,7 @@ def predicted(
     short = next((short for short, sheet in SHEETS.items() if sheet.name == device_name), None)
     on_gpu = device_name is not None
     for length in lengths:
-        memory = memory_of(recipe, world_size, length, vocab_size, on_gpu=on_gpu)
+        memory = peak(moments(recipe, world_size, length, vocab_size, on_gpu=on_gpu))
         kinds = {**memory.by_kind(), "host": memory.host}
         seconds = None
         if short is not None and recipe.train.dtype == "bfloat16":

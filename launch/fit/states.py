@@ -93,7 +93,9 @@ def states_of(recipe: Recipe, sizes: Sizes, ranks: int, *, on_gpu: bool) -> Stat
     bucket = zero.reduce_bucket_size * (itemsize if stage == 2 else sum_itemsize)
     live = min(sizes.all, zero.stage3_max_live_parameters)
     gathered = min(live, zero.stage3_max_reuse_distance // 2 + zero.stage3_prefetch_bucket_size + sizes.layer_matrix)
-    weights = itemsize * (part if stage == 3 else sizes.all)
+    among = zero.zero_hpz_partition_size
+    copied = math.ceil(sizes.all / among) if among > 1 else 0  # by ZeRO 3, among fewer ranks
+    weights = itemsize * (part + copied if stage == 3 else sizes.all)
     host = weights if zero.offload_param == "cpu" else 0
     if on_host:
         # Beside the moments: gradients in fp32, which AdamW reads there, and where they are summed over micro-batches;

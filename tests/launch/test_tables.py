@@ -39,6 +39,14 @@ def test_a_cell_that_does_not_fit_is_folded():
     assert text.count("z") == 100
 
 
+def test_title_and_caption_of_a_narrow_table_are_lines():
+    title, caption = "Memory of a rank, bucket 1,048,576, at its peak in the backward", "c d " * 15 + "e\nf"
+    table = plain_table(title, "kind", "GiB", caption=caption)
+    table.add_row("weights", "1.5")
+    first, *_, before, last = (line.rstrip() for line in printed(table).splitlines())
+    assert (first, before, last) == (title, *caption.splitlines())
+
+
 def test_the_tokens_of_a_long_run():
     rows = [
         Trained(source=source, length=2**power, sequences=10**15 >> power, available=10**15 >> power)

@@ -30,6 +30,7 @@ ZERO = {
     "zero1": ["parallel.zero_stage=1", BUCKET],
     "zero2": ["parallel.zero_stage=2", BUCKET],
     "zero3": ["parallel.zero_stage=3", BUCKET],
+    "weights held twice": ["parallel.zero_stage=3", BUCKET, "parallel.zero.zero_hpz_partition_size=2"],
     "optimizer on the host, 1": ["parallel.zero_stage=1", BUCKET, "parallel.zero.offload_optimizer=cpu"],
     "optimizer on the host, 2": ["parallel.zero_stage=2", BUCKET, "parallel.zero.offload_optimizer=cpu"],
     "all on the host": [

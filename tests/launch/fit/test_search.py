@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
+from operator import mul
 
 import pytest
 from helpers.lanes import by_lane
@@ -15,10 +17,15 @@ from longring.parallel.config import ZeroConfig
 RANKS = 8
 
 
-def planner_of(recipe_file, memory_bytes: float, *settings: str) -> Planner:
+MIXES: dict[str, dict[int, int]] = {"the longest bucket alone": {}, "mostly short": {256: 90_000, 512: 10_000}}
+"""Tokens that the run trains in each bucket."""
+
+
+def planner_of(recipe_file, memory_bytes: float, *settings: str, mix: str = "the longest bucket alone") -> Planner:
     few = ["train.dtype=bfloat16", "data.min_bucket_tokens=256", "parallel.tokens_per_rank=256", *settings]
     device = replace(named_device("h100"), memory_bytes=memory_bytes)
-    return Planner(load_recipe(recipe_file, few), RANKS, 500, device, assumed_topology("nvswitch", RANKS, "h100"))
+    topology = assumed_topology("nvswitch", RANKS, "h100")
+    return Planner(load_recipe(recipe_file, few), RANKS, 500, device, topology, MIXES[mix])
 
 
 def all_that_fit(planner: Planner) -> list[Plan]:
@@ -37,11 +44,19 @@ def sizes(recipe_file) -> list[int]:
     return sorted(plan.memory_bytes for plan in all_that_fit(planner))
 
 
-@pytest.mark.parametrize("share", by_lane([0.0, 0.02, 0.3, 1.0], quick=[], slow=[0.0, 0.3, 1.0]))
-def test_the_best_and_the_nearest_are_those_of_the_whole_space(recipe_file, sizes, share):
-    planner = planner_of(recipe_file, sizes[int(share * (len(sizes) - 1))], "train.memory.activations=keep")
+CASES = list(product([0.02, 0.0, 0.3, 1.0], MIXES))
+
+
+@pytest.mark.parametrize(("share", "mix"), by_lane(CASES, quick=[], slow=[CASES[0], *CASES[2:]]))
+def test_the_best_and_the_nearest_are_those_of_the_whole_space(recipe_file, sizes, share, mix):
+    memory = sizes[int(share * (len(sizes) - 1))]
+    planner = planner_of(recipe_file, memory, "train.memory.activations=keep", mix=mix)
     fitting = all_that_fit(planner)
     assert fitting
+    for plan in fitting:
+        seconds, tokens = [b.time.total for b in plan.buckets], [planner.tokens.get(b.length, 0) for b in plan.buckets]
+        mean = sum(map(mul, seconds, tokens)) / sum(tokens) if planner.tokens else seconds[-1]
+        assert plan.seconds == pytest.approx(mean, rel=1e-12)
     best = [plan.seconds for plan in planner.three_best()]
     useful = [
         plan.seconds
