@@ -29,7 +29,7 @@ check: $(READY)  ## lint, format and types
 	$(VENV)/bin/pyright
 
 site: $(READY)  ## the documents as pages: open build/site/index.html
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 format: $(READY)
 	$(VENV)/bin/ruff check --fix .
