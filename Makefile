@@ -42,5 +42,5 @@ $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "LongRing needs Python 3.11 or 3.12 (python3.11 or python3.12 on the PATH)"; exit 1; }
 	@echo "Setting up $(VENV) with $(PYTHON): torch, megatron-core, DeepSpeed and the rest of constraints.txt"
 	$(PYTHON) -m venv $(VENV)
-	DS_BUILD_OPS=0 $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	DS_BUILD_OPS=0 $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev,docs]'
 	@touch $@

@@ -17,6 +17,7 @@ from ..data.format.manifest import open_prepared
 from . import add_options
 from .config import load_recipe
 from .errors import IO_ERROR, NODE_USER_ERROR, USER_ERROR, print_error
+from .extras import advice
 from .ranks.nodes import ManyNodes
 from .run_directory import RunDirectory, find_run
 
@@ -42,6 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser.parse_args(arguments)
     try:
         status = options.run(options)
+    except ModuleNotFoundError as error:
+        if (missing := advice(error)) is None:
+            raise
+        print_error(missing)
+        status = USER_ERROR
     except (ValueError, OSError) as error:
         print_error(str(error))
         status = IO_ERROR if isinstance(error, OSError) else USER_ERROR

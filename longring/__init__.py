@@ -85,7 +85,12 @@ _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'longring' has no attribute {name!r}")
-    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    try:
+        value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        from .launch.extras import advice
+
+        raise ImportError(f"longring.{name}: {advice(error) or error}") from error
     globals()[name] = value  # the next use finds it without this function
     return value
 

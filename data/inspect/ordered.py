@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..format.document import NO_DOCUMENT, SPLITS
+from ..format.first_line import FIRST_LINE_TOKENS, first_line
 from ..format.manifest import REPORT_FILE, Manifest
-from ..order.report import FIRST_LINE_TOKENS, first_line
 from .tables import bar, make_table, shortened
 
 BAR = 20

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from ..config import DataConfig
 from ..files import write_text
-from ..format.manifest import REPORT_FILE, Manifest
+from ..format.first_line import FIRST_LINE_TOKENS, first_line
+from ..format.manifest import REPORT_FILE
 from ..order_config import OrderConfig
 from .contexts import Layout, layout_folder, stored
 from .documents import Documents
@@ -24,8 +25,6 @@ SHOWN_DOCUMENTS = 6
 """Number of documents whose neighbours are shown."""
 SHOWN_NEIGHBORS = 3
 """Number of neighbours shown for each of these documents."""
-FIRST_LINE_TOKENS = 32
-"""Number of tokens, from the start of a document, in which its first line is sought."""
 
 
 def make_report(
@@ -128,9 +127,3 @@ def describe(documents: Documents, number: int) -> dict[str, str]:
     record = int(entry["record"])
     tokens = documents.tokens(number, 0, min(int(entry["pairs"]), FIRST_LINE_TOKENS))[1:]
     return {"title": documents.manifest.origin(shard, record), "first_line": first_line(documents.manifest, tokens)}
-
-
-def first_line(manifest: Manifest, tokens: NDArray[np.unsignedinteger]) -> str:
-    """Return the first line of `tokens` [n] that has letters or digits, or all of their text if none has."""
-    text = manifest.tokenizer().decode([token for token in tokens.tolist() if token != manifest.boundary_id])
-    return next((line.strip() for line in text.splitlines() if any(map(str.isalnum, line))), text.strip())

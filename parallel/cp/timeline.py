@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from typing import TYPE_CHECKING
 
 from .cost import Event
 from .grid import CpGrid
 from .plan import FLOWS, Flow, Message, Pass, Tile
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLOURS: dict[Flow, str] = {
     "queries": "#4c72b0",
@@ -64,6 +64,10 @@ def shown_ranks(size: int, ranks_per_node: int) -> list[int]:
 
 def draw(rows: Sequence[Sequence[Panel]], file: Path, *, ranks_per_node: int) -> None:
     """Write a picture of the panels of one grid: a row for each direction, a column for each origin of times."""
+    # Imported late: a plan without a picture needs no matplotlib.
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
     ranks = shown_ranks(rows[0][0].grid.size, ranks_per_node)
     height = 1.6 + len(rows) * (0.9 + 0.42 * len(ranks))
     figure = Figure(figsize=(9 * len(rows[0]), height), layout="constrained")
