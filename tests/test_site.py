@@ -45,6 +45,11 @@ def test_every_setting_has_a_type_a_default_and_a_meaning(site):
     assert "integer from 1 to 99,999,999 · required" in page  # train.steps
 
 
+def test_a_message_with_braces_stays_whole(site):
+    """The extension attr_list would take them for attributes of the cell."""
+    assert "must be a table, such as {key = 1}" in (site / "docs" / "errors.html").read_text()
+
+
 def test_every_command_has_its_help(site):
     page = (site / "docs" / "commands.html").read_text()
     for file in (ROOT / "launch" / "commands").glob("[a-z]*.py"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import html
 import inspect
 import json
 import textwrap
@@ -29,9 +30,9 @@ def _table(kind: type, prefix: str) -> Iterator[str]:
         title = f"`[{prefix.rstrip('.')}]`" if prefix else "Before the first table"
         yield f"{'###' if prefix.count('.') > 1 else '##'} {title}\n\n{_markdown(kind.__doc__ or '')}\n"
     for field in own:
-        key = prefix + field.name.removesuffix("_")
-        yield f"#### `{key}` {{ #{key} }}\n"
-        yield f"{type_text(hints[field.name])} · {_default(field)}\n{{ .setting }}\n\n{texts.get(field.name, '')}\n"
+        key, text = prefix + field.name.removesuffix("_"), texts.get(field.name, "")
+        yield f'<h4 id="{key}"><code>{key}</code></h4>\n'
+        yield f'<p class="setting">{type_text(hints[field.name])} · {_default(field)}</p>\n\n{text}\n'
     for field in inner:
         yield from _table(hints[field.name], f"{prefix}{field.name}.")
 
@@ -53,12 +54,12 @@ def _markdown(docstring: str) -> str:
 
 
 def type_text(hint: Any) -> str:
-    """Return a type of a setting, with its range, in words."""
+    """Return a type of a setting, with its range, in words, as HTML."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return f"{type_text(inner[0])} {_range(inner[1])}"
     if origin is Literal:
-        return "one of " + ", ".join(f"`{json.dumps(choice)}`" for choice in inner)
+        return "one of " + ", ".join(map(_code, inner))
     if origin in (Union, UnionType):
         return ", or ".join(map(type_text, inner))
     if origin is tuple and inner[1:] == (...,):
@@ -86,5 +87,9 @@ def _number(value: Any) -> str:
 
 def _default(field: Field[Any]) -> str:
     if field.default_factory is not MISSING:
-        return f"default `{json.dumps(field.default_factory())}`"
-    return "required" if field.default is MISSING else f"default `{json.dumps(field.default)}`"
+        return f"default {_code(field.default_factory())}"
+    return "required" if field.default is MISSING else f"default {_code(field.default)}"
+
+
+def _code(value: Any) -> str:
+    return f"<code>{html.escape(json.dumps(value), quote=False)}</code>"
