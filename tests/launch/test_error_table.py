@@ -663,6 +663,9 @@ CASES: dict[str, dict[str, Case]] = {
             "submit", str(sandbox.recipe), "parallel.tokens_per_rank=128", "slurm.ranks_per_node=3", "--nodes", "1"
         ),
         "no Slurm": no_sbatch,
+        "an image that does not exist": lambda sandbox: sandbox.main(
+            "submit", str(sandbox.recipe), "--nodes", "1", "--container", "longring.sif"
+        ),
         "an unfit node": unfit_node,
         "a job without progress": fruitless,
     },

@@ -23,6 +23,7 @@ PROGRAMS = {
     'while [[ $1 == --* ]]; do echo "$1" >> "$LOG/apptainer"\n'
     '  [[ $1 == --nv ]] || { echo "$2" >> "$LOG/apptainer"; shift; }; shift; done\n'
     'echo "$1" >> "$LOG/apptainer"; shift\n'
+    "export NCCL_DEBUG=INFO LD_LIBRARY_PATH=/of/the/image\n"
     'while read -r line; do export "${line#APPTAINERENV_}"; done < <(env | grep ^APPTAINERENV_)\n'
     'exec "$@"\n',
     "scontrol": '[[ $1 != requeue ]] || echo "requeued $2" >> "$LOG/requeued"\necho localhost\n',
@@ -47,7 +48,7 @@ def log(tmp_path, recipe_file, monkeypatch) -> Path:
         **{"PATH": f"{binaries}:{os.environ['PATH']}", "LOG": str(log), "LONGRING_LOCAL_DIR": str(tmp_path / "local")},
         **{"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0", "SLURMD_NODENAME": "localhost"},
         **{"SLURM_CPUS_ON_NODE": "2", "SLURM_JOB_NODELIST": "localhost", "SLURM_SUBMIT_DIR": str(tmp_path / "work")},
-        **{"SLURM_GPUS_ON_NODE": "4", "NCCL_IB_HCA": "mlx5_0,mlx5_1"},
+        **{"SLURM_GPUS_ON_NODE": "4", "NCCL_IB_HCA": "mlx5_0,mlx5_1", "LD_LIBRARY_PATH": "/of/the/node"},
     }
     for key, value in variables.items():
         monkeypatch.setenv(key, value)
@@ -99,6 +100,7 @@ def test_a_job_runs_in_its_image(log, recipe_file, capsys, image, status):
         used = ["---", "--nv", "--bind", ",".join(directories), "--pwd", directories[0], f"{directories[0]}/{image}"]
         assert lines(log / "apptainer") == used * (1 + again)
         assert "--container-image" not in (log / "srun").read_text()
+        assert {"NCCL_DEBUG=WARN", "LD_LIBRARY_PATH=/of/the/image"} <= set(lines(log / "environment"))
     else:
         options = [word for word in lines(log / "srun") if word.startswith("--container")]
         assert options[:3] == [
@@ -130,6 +132,7 @@ def test_what_no_node_can_run_is_refused_before_the_job_is_queued(log, capsys):
     for words, advice in (
         (["--container", "lab/longring"], "build a file that ends in .sif, which apptainer runs"),
         (["--container", "none.sif"], "no such file; build the image first, see docs/image.md"),
+        (["--container", "a'$(id)"], "use letters, digits and ./:@+#=- alone, and rename a file"),
         (["--container", "a b"], "use letters, digits and ./:@+#=- alone, and rename a file"),
         (["--container", "docker://me:abc/def@host/x"], "name the image without it, and log in to the registry"),
         (["--mount", "/data"], "names a directory for a container; name its image with --container"),
