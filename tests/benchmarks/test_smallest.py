@@ -8,7 +8,7 @@ from helpers.benchmarks import BENCHMARKS, check_smallest_size, run
 from helpers.lanes import by_lane
 from lib.lab_network import unavailable
 
-OWN_FILES = {"soak", "start_memory"}
+OWN_FILES = {"needles", "soak", "start_memory"}
 SCRIPTS = sorted({path.stem for path in BENCHMARKS.glob("*.py")} - OWN_FILES)
 ON_A_NETWORK = {"cp_lab_network", "cp_layouts_network", "gloo_links"}
 FAST = ["cp_layouts", "cp_paper", "cp_precision", "full_sizes", "gloo_links", "order", "tune_attention"]

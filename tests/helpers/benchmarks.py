@@ -23,7 +23,8 @@ def check_smallest_size(script: str, tmp_path: Path) -> None:
     """Run a benchmark at its smallest size; check its record and its pictures."""
     record = tmp_path / "record.json"
     drawn = ["--pictures", str(tmp_path)]
-    pictures = {"cp_paper": drawn, "published_mixes": drawn, "soak": ["--picture", str(tmp_path / "soak.png")]}
+    picture = ["--picture", str(tmp_path / "picture.png")]
+    pictures = {"cp_paper": drawn, "needles": picture, "published_mixes": drawn, "soak": picture}
     files = {**pictures, "gpu_node": ["--directory", str(tmp_path)]}
     done = run(script, "--smallest", "--json", str(record), *files.get(script, []))
     assert done.returncode == 0, done.stdout + done.stderr
