@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import cycle, islice
+from itertools import count, islice
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, getrusage
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from lib.script import Row, Size, make_parser, make_table, seconds_of, write_rec
 from longring.data.config import BYTES_AND_BOUNDARY, TokenizerConfig
 from longring.data.files import write_text
 from longring.data.prepare.train_tokenizer import train_tokenizer
-from longring.data.tasks.catalog import samples
+from longring.data.tasks.catalog import TASKS, samples
 from longring.data.tasks.draws import Draws
 from longring.data.tasks.material import Material
 from longring.data.tasks.sample import TooShortError
@@ -113,16 +113,16 @@ def trained_tokenizer(vocab_size: int) -> bytes:
 
 
 def rows(material: Material, length: int) -> Iterator[list[int]]:
-    """Yield samples of the trained tasks in turn, of those that fit into a length, without their boundary token."""
-    fitting = []
-    for name in TRAINED:
-        try:
-            next(samples(name, material, length, count=1, distractors=0, seed=SEED))
-        except TooShortError:
-            continue
-        fitting.append(samples(name, material, length, count=10**9, distractors=0, seed=SEED))
-    for one in cycle(fitting):
-        yield next(one).rows[0, 1:].tolist()
+    """Yield samples of the trained tasks in turn, without boundary tokens; a task ends at a sample that is too long."""
+    names = list(TRAINED)
+    for number in count():
+        for name in names[:]:
+            try:
+                sample = TASKS[name].make(material, length, number, 0, Draws(SEED, name, length, number))
+            except TooShortError:
+                names.remove(name)
+                continue
+            yield sample.rows[0, 1:].tolist()
 
 
 def make_documents(folder: Path, case: Case) -> None:
@@ -166,33 +166,22 @@ def _cpu_seconds_of_children() -> float:
 def train_and_evaluate(folder: Path, case: Case, picture: Path | None) -> Row:
     """Return what two checkpoints of a run in this directory can do, and how the commands got there."""
     make_documents(folder, case)
-    recipe, steps = str(RECIPE), sum(case.steps.values())
+    recipe, steps = RECIPE.name, sum(case.steps.values())
+    (folder / recipe).write_bytes(RECIPE.read_bytes())
     settings = [f"train.steps={steps}", *case.settings]
     checkpoints = [f"run/checkpoints/step-{step:08d}" for step in (case.before, steps)]
+    evaluation = ["--data", "haystack", "--ranks", str(case.ranks), *EVALUATION, "--json", "found.json"]
     drawn = ["--picture", str(picture.absolute())] if picture else []
     commands = [
         longring(folder, "prepare", recipe, *settings),
         longring(folder, "prepare", recipe, *settings, *HAYSTACK, f"data.min_bucket_tokens={case.least_tokens}"),
         longring(folder, "train", recipe, *settings),
-        longring(
-            folder,
-            "evaluate",
-            *checkpoints,
-            "--data",
-            "haystack",
-            "--ranks",
-            str(case.ranks),
-            *EVALUATION,
-            "--json",
-            "found.json",
-            *drawn,
-        ),
+        longring(folder, "evaluate", *checkpoints, *evaluation, *drawn),
     ]
     trained = read_records(folder / "run" / "metrics.jsonl")
     return {
         "commands": commands,
         "tokens": trained[-1]["tokens"],
-        "losses": [[step["bucket"], step["loss"]] for step in trained],
         "rows": json.loads((folder / "found.json").read_text())["targets"],
     }
 
