@@ -53,8 +53,8 @@ class _TorchSwiGLU(torch.autograd.Function):
         [gate_up] = ctx.saved_tensors
         dgate_up = torch.empty_like(gate_up)
         (gate, up), (dgate, dup) = gate_up.chunk(2, dim=-1), dgate_up.chunk(2, dim=-1)
-        dup.copy_(F.silu(gate)).mul_(dy)
-        dgate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
+        torch.mul(F.silu(gate), dy, out=dup)
+        torch.ops.aten.silu_backward(dy * up, gate, grad_input=dgate)
         return dgate_up
 
 

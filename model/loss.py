@@ -139,7 +139,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dweight = torch.zeros_like(weight, dtype=torch.float32)
         for part, products in zip_longest(_token_slices(len(x), len(weight)), kept):
             again = x[part] @ weight.t() if products is None else products
-            dlogits = _logits(again, ctx.num_rows, products is not None)  # [slice, v]; the next two lines work in place
+            dlogits = _logits(again, ctx.num_rows, is_kept=False)  # [slice, v]; in fp32, kept logits are overwritten
             del again
             dlogits.sub_(overall[part, None]).exp_().mul_(softmax[part, None])
             dlogits[torch.arange(len(dlogits), device=x.device), rows[part]] -= onehot[part]

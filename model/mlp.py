@@ -90,7 +90,7 @@ class _Down(RowParallelLinear):
     is_skipped = False
     """Whether to return any values, and keep what megatron-core's product keeps."""
 
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, input_: Tensor) -> tuple[Any, Any]:
         return (_Kept.apply(input_, self.weight), None) if self.is_skipped else super().forward(input_)
 
 

@@ -68,9 +68,11 @@ def activations_of(recipe: Recipe, vocab_size: int, length: int, *, on_gpu: bool
 
     kept_tokens, slice_tokens = kept_logit_tokens(recipe, rows, itemsize)
     head = rows * hidden
-    # dlogits in fp32 and in the model's dtype, or those and the product for the gradient of the weight.
-    slice_work = slice_tokens * rows * (4 + (itemsize if itemsize < 4 else 0))
-    product = slice_tokens * rows * itemsize + head * itemsize
+    # dlogits in fp32 and in the model's dtype, or those and the product for the gradient of the weight; in fp32, kept
+    # logits become their own gradient.
+    of_slice = 0 if itemsize == 4 and kept_tokens == tokens else slice_tokens * rows
+    slice_work = of_slice * (4 + (itemsize if itemsize < 4 else 0))
+    product = of_slice * itemsize + head * itemsize
     loss_work = 4 * head + itemsize * tokens * hidden + max(slice_work, product)
     return Activations(
         layers=int(tokens * kept * stay),

@@ -106,18 +106,19 @@ def test_loss_equals_plain_cross_entropy(on_ranks, tensor, sequence_parallel, dt
     assert_as_exact_as(got, plain, exact, factor=1.5)
 
 
-def passes_of(kept_bytes: int) -> tuple[dict[str, Tensor], int]:
+def passes_of(kept_bytes: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:
     """Return the results of a head that keeps logits, and the number of products of both passes."""
     with Operators() as counted:
-        found = head_results(1, False, torch.bfloat16, 0.2, 8, kept_bytes)
+        found = head_results(1, False, dtype, 0.2, 8, kept_bytes)
     return found, counted.number("mm")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("kept_slices", by_lane([0, 1, 4, 6], quick=[4]))
-def test_logits_that_are_kept_are_not_computed_again(on_ranks, kept_slices):
-    """There are 6 slices of at most 8 tokens, of 2 bytes a logit, with three products each."""
-    [(none, without)] = on_ranks(1, passes_of, 0)
-    [(kept, products)] = on_ranks(1, passes_of, kept_slices * 8 * 2 * VOCAB_ROWS)
+def test_logits_that_are_kept_are_not_computed_again(on_ranks, kept_slices, dtype):
+    """There are 6 slices of at most 8 tokens, with three products each; in fp32, kept logits are overwritten."""
+    [(none, without)] = on_ranks(1, passes_of, 0, dtype)
+    [(kept, products)] = on_ranks(1, passes_of, kept_slices * 8 * dtype.itemsize * VOCAB_ROWS, dtype)
     assert without == 6 * 4
     assert products == without - kept_slices
     assert all(torch.equal(none[name], kept[name]) for name in none)
