@@ -79,8 +79,8 @@ def has_begun(run: Training, num_starts: int) -> bool:
     return metrics.stat().st_mtime_ns > starts.stat().st_mtime_ns and run.step() > found[-1]["from_step"]
 
 
-def soak(run: Training, minutes: float, between_s: tuple[float, float, float], seed: int) -> list[Row]:
-    """Train for some minutes and at least one round of faults; return a row for each fault and one for the beginning.
+def soak(run: Training, minutes: float, faults: int, between_s: tuple[float, float, float], seed: int) -> list[Row]:
+    """Train for some minutes and at least `faults` faults; return a row for each and one for the beginning.
 
     A row has the fault and what it cost: exit statuses, steps, seconds until the next step; then samples of the time up
     to the next fault: (seconds, step, bytes of each rank). `between_s` are the shortest, middle and longest time
@@ -111,7 +111,7 @@ def soak(run: Training, minutes: float, between_s: tuple[float, float, float], s
         while (now := time.monotonic()) < stop and run.running:
             row["samples"].append((now - began, run.step(), [rank.memory_info().rss for rank in ranks]))
             time.sleep(min(SAMPLE_S, max(0.0, stop - now)))
-        if now - began > 60 * minutes and len(rows) > len(FAULTS):
+        if now - began > 60 * minutes and len(rows) > faults:
             return rows
         left = left or chance.sample(list(FAULTS), len(FAULTS))
         fault, happened_at, step_then = left.pop(), time.monotonic(), run.step()
@@ -237,16 +237,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the faults (default: 0)")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw steps and memory over time")
     options = parser.parse_args()
-    minutes, between_s = {
-        "full": (options.minutes, (10.0, 40.0, 240.0)),
-        "quick": (5.0, (5.0, 10.0, 20.0)),
-        "smallest": (0.0, (0.5, 1.0, 2.0)),
+    one_round = len(FAULTS)
+    minutes, faults, between_s = {
+        "full": (options.minutes, one_round, (10.0, 40.0, 240.0)),
+        "quick": (5.0, one_round, (5.0, 10.0, 20.0)),
+        "smallest": (0.0, 4, (0.5, 1.0, 2.0)),
     }[options.size]
     with tempfile.TemporaryDirectory() as name, small_disk(Path(name) / "run", megabytes=600):
         run = Training(Path(name), SETTINGS)
         try:
             run.command("prepare")
-            rows = soak(run, minutes, between_s, options.seed)
+            rows = soak(run, minutes, faults, between_s, options.seed)
             run.stop()
             compared = compare(run, Training(Path(name), SETTINGS, "reference"), minutes=max(2.0, minutes / 4))
             [last, *_] = complete_checkpoints(run.run / "checkpoints")

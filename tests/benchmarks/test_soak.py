@@ -1,4 +1,4 @@
-"""The soak at its smallest size. It takes six minutes, so it has a file, and thereby a process, of its own."""
+"""The soak at its smallest size. It takes a minute or two, so it has a file, and thereby a process, of its own."""
 
 from __future__ import annotations
 
