@@ -11,11 +11,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .data.config import LoaderConfig
     from .data.curriculum_config import CurriculumConfig
     from .data.order.path import document_order
     from .data.prepare.decompose import Piece, decompose
     from .data.read.batch_order import BatchOrder
     from .data.read.mix import bucket_order
+    from .data.read.stateful_loader import Batch, StatefulLoader
     from .kernels.attention import attention
     from .kernels.layout import SeqLayout
     from .kernels.mask import Mask, make_mask
@@ -33,6 +35,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "AttentionShape",
+    "Batch",
     "BatchOrder",
     "Checkpoint",
     "CommunicatorOptions",
@@ -40,6 +43,7 @@ __all__ = [
     "CpGrid",
     "CurriculumConfig",
     "Fabric",
+    "LoaderConfig",
     "Mask",
     "Piece",
     "PricedGrid",
@@ -47,6 +51,7 @@ __all__ = [
     "SeqLayout",
     "SharedSequence",
     "Speed",
+    "StatefulLoader",
     "Topology",
     "Visibility",
     "__version__",
@@ -60,11 +65,13 @@ __all__ = [
 ]
 
 _NAMES = {
+    "data.config": ("LoaderConfig",),
     "data.curriculum_config": ("CurriculumConfig",),
     "data.order.path": ("document_order",),
     "data.prepare.decompose": ("Piece", "decompose"),
     "data.read.batch_order": ("BatchOrder",),
     "data.read.mix": ("bucket_order",),
+    "data.read.stateful_loader": ("Batch", "StatefulLoader"),
     "kernels.attention": ("attention",),
     "kernels.layout": ("SeqLayout",),
     "kernels.mask": ("Mask", "make_mask"),

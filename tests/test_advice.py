@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COLUMNS = ("kernels", "model", "data", "parallel", "launch")
+COLUMNS = ("kernels", "model", "data", "parallel", "adapters", "launch")
 UNKNOWN = "\0"
 """Stands in a text for what is known only when the message is made."""
 SHORTEST, NEEDED = 12, 20

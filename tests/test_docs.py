@@ -8,9 +8,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("kernels", "parallel", "data", "model", "launch", "slurm", "tests", "benchmarks", "docs")
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SOURCES = [path for folder in FOLDERS[:5] for path in (ROOT / folder).rglob("*.py")]
+FOLDERS = (
+    "kernels",
+    "parallel",
+    "data",
+    "model",
+    "adapters",
+    "launch",
+    "slurm",
+    "tests",
+    "benchmarks",
+    "examples",
+    "docs",
+)
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SOURCES = [path for folder in FOLDERS[:6] for path in (ROOT / folder).rglob("*.py")]
 DATA_PATH = ROOT / "docs" / "data-path.md"
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)[^)]*\)")
 FILE = re.compile(rf"(?<![\w./<-])((?:{'|'.join(FOLDERS)})/(?![\w./-]*NAME)[\w./-]*\.(?:py|md|toml|json|png|sbatch))\b")

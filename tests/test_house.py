@@ -17,12 +17,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COLUMNS = ("kernels", "parallel", "data", "model", "launch")
+COLUMNS = ("kernels", "parallel", "data", "model", "adapters", "launch")
 MAY_IMPORT = {
     "kernels": set(),
     "parallel": {"kernels"},
     "data": set(),
     "model": {"kernels"},
+    "adapters": {"kernels", "parallel"},
     "launch": {"kernels", "parallel", "data", "model"},
 }
 MODULES = sorted(path.relative_to(ROOT) for column in COLUMNS for path in (ROOT / column).rglob("*.py"))

@@ -27,10 +27,11 @@ MEMBERS = {
     "Pricer": ("price", "schedule"),
     "SeqLayout": ("contiguous", "num_tokens", "packed", "positions", "rotary_positions"),
     "SharedSequence": ("attention", "layout", "num_tokens", "shard", "unshard"),
+    "StatefulLoader": ("load_state_dict", "state_dict"),
     "Topology": ("preset",),
 }
 """Methods and properties of classes that are promised; the fields of a dataclass are in its own signature."""
-MADE_BY_OTHERS = {"BatchOrder", "SharedSequence"}
+MADE_BY_OTHERS = {"Batch", "BatchOrder", "SharedSequence"}
 """Classes that are not made by their own name, so that nothing is promised of it."""
 
 

@@ -60,7 +60,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Return the files of the site, by their paths in the repository, so that a link works in both alike."""
-    patterns = ("*.md", "docs/*.md", "docs/**/*.png", "docs/**/*.svg", "docs/site/*.css", "docs/site/*.js")
+    patterns = ("*.md", "docs/**/*.md", "docs/**/*.png", "docs/**/*.svg", "docs/site/*.css", "docs/site/*.js")
     names = [path for pattern in patterns for path in ROOT.glob(pattern)]
     names += [ROOT / "slurm" / "README.md", ROOT / "benchmarks" / "README.md"]
     pages = Files([_file(path.relative_to(ROOT), config) for path in sorted(names)])

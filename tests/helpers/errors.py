@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -46,3 +47,10 @@ def with_gradients(
     out = attention(q, k, v)
     out.backward(dout.to(dtype))
     return {"out": out.detach(), "dq": gradient(q), "dk": gradient(k), "dv": gradient(v)}
+
+
+def refused(call: Callable[[], object]) -> str:
+    """Return the message of the ValueError with advice that a call raises."""
+    with pytest.raises(ValueError, match="; ") as caught:
+        call()
+    return str(caught.value)

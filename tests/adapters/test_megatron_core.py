@@ -1,0 +1,56 @@
+"""What attention over ranks refuses in megatron-core; examples/megatron_ring.py compares losses and gradients."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.errors import refused
+from longring.adapters.megatron_core import ContextParallelAttention, over_ranks
+from longring.parallel.cp.grid import CpGrid
+from longring.parallel.cp.shared import ContextParallel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+def refusals() -> list[str]:
+    """Collect the message of each wrong call, and see that the call with its advice taken goes through."""
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    layer: Any = get_gpt_layer_local_spec()
+    alone: Any = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    parallel, of_one = ContextParallel(None, CpGrid.ring(2)), ContextParallel(alone, CpGrid())
+    config = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "use_cpu_initialization": True}
+    groups = SimpleNamespace(cp=dist.group.WORLD)
+
+    def core(over: ContextParallel, **settings) -> ContextParallelAttention:
+        spec: Any = over_ranks(layer, over)
+        build = spec.submodules.self_attention.submodules.core_attention
+        made = TransformerConfig(**config, **{"attention_dropout": 0.0, **settings})
+        return build(made, 1, AttnMaskType.causal, "self", pg_collection=groups)
+
+    attention = core(parallel)
+    assert not isinstance(layer.submodules.self_attention.submodules.core_attention, ContextParallelAttention)
+    q = torch.zeros(4, 1, 2, 16)
+    attention(q, q, q, None)
+    return [
+        refused(lambda: core(of_one)),
+        refused(lambda: core(parallel, attention_dropout=0.1)),
+        refused(lambda: attention(q, q, q, torch.ones(1, 1, 8, 8))),
+    ]
+
+
+@pytest.mark.full
+def test_what_ranks_cannot_share_is_refused(on_ranks):
+    for told in on_ranks(2, refusals):
+        # megatron-core adds to an error in the making of a module where it was.
+        assert [text.partition("; ")[2].partition(" when instantiating")[0] for text in told] == [
+            "make it as ContextParallel(parallel_state.get_context_parallel_group(), grid)",
+            "set it to 0.0",
+            "give None",
+        ]
+        assert "attention over ranks has only 0.0" in told[1]
+        assert "attention over ranks is causal over whole sequences" in told[2]
