@@ -18,6 +18,7 @@ from ..kernels.layout import SeqLayout
 from ..model.attention import AttentionFunction
 from ..model.transformer import Transformer
 from ..model.weights import fill_weights
+from ..parallel.cp.grid import Layout
 from ..parallel.cp.group import CpGroup
 from ..parallel.cp.packed import divided
 from ..parallel.mesh import Mesh, megatron_config
@@ -85,32 +86,22 @@ def check_attention(
     `spread` returns attention over the group, for the layouts of its ranks, and `whole` on this rank alone. No loss may
     depend on a later token or on another document, and losses and gradients must equal those of one rank. Collective.
     """
-    sample = _make_sample(recipe, mesh, group)
-    attention = spread(sample.layouts)
-    leak = _find_leak(sample, attention)
-
-    share = sample.losses(sample.tokens, sample.mine, attention)
-    share.sum().backward()
-    losses, gradient = sample.gathered(share), _sketch(sample.model)
-    group.add_up(gradient)
-    sample.model.zero_grad()
-    everything = SeqLayout(((0, sample.num_tokens),), sample.documents)
-    alone = sample.losses(sample.tokens, everything, whole(everything))
-    alone.sum().backward()
-    dtype = getattr(torch, recipe.train.dtype)
-    different = _difference("loss", losses, alone.detach(), dtype)
-    different = different or _difference("gradient", gradient, _sketch(sample.model), dtype)
-    # A fault of one rank may show on few of them, and no other may go on without these.
-    if found := first_of_any(leak or different):
-        raise ValueError(f"context parallelism over {group.size} ranks: {found}; {_ADVICE}")
+    for layout in recipe.parallel.cp.layouts:
+        sample = _make_sample(recipe, mesh, group, layout)
+        found = _find_fault(sample, spread(sample.layouts), whole, getattr(torch, recipe.train.dtype))
+        # A fault of one rank may show on few of them, and no other may go on without these.
+        if found := first_of_any(found):
+            raise ValueError(
+                f"context parallelism over {group.size} ranks: {found}, with documents divided by {layout!r}; {_ADVICE}"
+            )
 
 
-def _make_sample(recipe: Recipe, mesh: Mesh, group: CpGroup) -> _Sample:
-    """Return the sample of a recipe, with equal weights and tokens on every rank of the group."""
+def _make_sample(recipe: Recipe, mesh: Mesh, group: CpGroup, layout: Layout) -> _Sample:
+    """Return the sample of a recipe in a layout, with equal weights and tokens on every rank of the group."""
     divisor = recipe.parallel.tensor if recipe.parallel.sequence_parallel else 1
     num_tokens = group.size * math.ceil(TOKENS_PER_RANK / divisor) * divisor
     documents = (0, num_tokens // 3)
-    runs = divided(recipe.parallel.cp.checked_layout, num_tokens, documents, group.size)
+    runs = divided(layout, num_tokens, documents, group.size)
     # The weights are so large that attention is far from uniform at any width; else it would hardly affect the loss.
     pattern = tuple(dict.fromkeys(recipe.model.kind_of(layer) for layer in range(recipe.model.num_layers)))
     config = replace(
@@ -129,6 +120,26 @@ def _make_sample(recipe: Recipe, mesh: Mesh, group: CpGroup) -> _Sample:
         documents,
         tuple(SeqLayout(of_rank, documents) for of_rank in runs),
         group,
+    )
+
+
+def _find_fault(
+    sample: _Sample, attention: AttentionFunction, whole: Callable[[SeqLayout], AttentionFunction], dtype: torch.dtype
+) -> str | None:
+    """Return what is wrong with attention over the group, in words; None: nothing. Collective."""
+    leak = _find_leak(sample, attention)
+    share = sample.losses(sample.tokens, sample.mine, attention)
+    share.sum().backward()
+    losses, gradient = sample.gathered(share), _sketch(sample.model)
+    sample.group.add_up(gradient)
+    sample.model.zero_grad()
+    everything = SeqLayout(((0, sample.num_tokens),), sample.documents)
+    alone = sample.losses(sample.tokens, everything, whole(everything))
+    alone.sum().backward()
+    return (
+        leak
+        or _difference("loss", losses, alone.detach(), dtype)
+        or _difference("gradient", gradient, _sketch(sample.model), dtype)
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from annotated_types import Interval
 
@@ -73,9 +73,9 @@ class CpConfig:
             raise ValueError(f"parallel.cp.topology = {self.topology!r}: must be one of probe, {', '.join(PRESETS)}")
 
     @property
-    def checked_layout(self) -> Layout:
-        """The layout of a small sequence that shows whether attention is right; balanced has most runs."""
-        return "balanced" if self.layout == "auto" else self.layout
+    def layouts(self) -> tuple[Layout, ...]:
+        """The layouts that sequences of several documents may have."""
+        return get_args(Layout) if self.layout == "auto" else (self.layout,)
 
     def named_grid(self, size: int) -> CpGrid | None:
         """Return the configured grid for `size` ranks, or None for auto.

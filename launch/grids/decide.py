@@ -103,8 +103,8 @@ def check_agreement(recipe: Recipe, lengths: Sequence[int], grids: Mapping[Layer
             mine.append(f"{length} tokens on one rank")
             continue
         # The layouts are hashed: as text they would be long, and equal hashes mean equal layouts.
-        cut = repr(divided(recipe.parallel.cp.checked_layout, length, (0, length // 3), degree)).encode()
-        layouts = f"{recipe.parallel.cp.layout} {hashlib.sha256(cut).hexdigest()[:16]}"
+        cut = [divided(layout, length, (0, length // 3), degree) for layout in recipe.parallel.cp.layouts]
+        layouts = f"{recipe.parallel.cp.layout} {hashlib.sha256(repr(cut).encode()).hexdigest()[:16]}"
         taken = {kind.window: str(grid or "auto") for kind, grid in grids.items() if kind.sequence_tokens == length}
         mine.append(
             f"{length} tokens over {degree} ranks, layouts {layouts}, grids by window "

@@ -34,7 +34,9 @@ def wrong(fault: str, group: CpGroup) -> Callable:
     def spread(right: tuple[SeqLayout, ...]):
         starts = (0,) if fault == "documents" else right[0].document_starts
         layouts = [SeqLayout(layout.runs, starts) for layout in right]
-        if fault == "order":  # two ranks are exchanged
+        whole = divided("documents", sum(layout.num_tokens for layout in right), right[0].document_starts, group.size)
+        in_this = fault == "order of documents" and [layout.runs for layout in right] == whole
+        if fault == "order" or in_this:  # two ranks are exchanged
             layouts[1], layouts[2] = layouts[2], layouts[1]
         spec = AttentionSpec(CpGrid.token_ring(group.size), tuple(layouts), Visibility(causal=fault != "future"))
 
@@ -106,10 +108,19 @@ def test_guards(on_ranks, recipe_file, fault, dtype):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("fault", ["", "order", "documents"])
-def test_guards_of_layouts_by_work(on_ranks, recipe_file, fault):
-    for said in on_ranks(SIZE, guarded, recipe_file, fault, "float32", SIZE, "balanced"):
-        assert any(words in said for words in FOUND.get(fault, "passed").split("|")), said
+@pytest.mark.parametrize(
+    ("layout", "fault", "words"),
+    [
+        ("auto", "", "passed"),
+        ("balanced", "order", FOUND["order"]),
+        ("balanced", "documents", FOUND["documents"]),
+        ("auto", "order of documents", "with documents divided by 'documents'"),
+    ],
+)
+def test_guards_of_layouts_by_work(on_ranks, recipe_file, layout, fault, words):
+    """All that a micro-batch may have are checked."""
+    for said in on_ranks(SIZE, guarded, recipe_file, fault, "float32", SIZE, layout):
+        assert any(word in said for word in words.split("|")), said
 
 
 @pytest.mark.parametrize("fault", by_lane(["gradient", "future"], quick=["gradient"], slow=["future"]))
