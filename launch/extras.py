@@ -4,7 +4,7 @@ from __future__ import annotations
 
 MODULES = {
     "prepare": ("aiohttp", "datasets", "datatrove", "fsspec", "loguru", "pyarrow", "zstandard"),
-    "order": ("faiss", "numba", "scipy", "sentence_transformers", "sklearn", "threadpoolctl"),
+    "order": ("faiss", "scipy", "sentence_transformers", "sklearn", "threadpoolctl"),
     "train": ("deepspeed", "liger_kernel", "megatron", "psutil", "tensorboard", "triton"),
     "report": ("jinja2", "markupsafe", "matplotlib"),
 }

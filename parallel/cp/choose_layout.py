@@ -1,13 +1,14 @@
-"""Choice of a layout for a packing: the passes of all layouts are simulated side by side, and the fastest is taken.
+"""Choice of a layout for a packing: the passes of all layouts are simulated, and the fastest is taken.
 
-Layouts and passes are worlds of their own for the simulator: each has its ranks and its links. Only tiles and messages
-that the documents of a packing need are simulated, from the rows that shares need of each other.
+Only tiles and messages that the documents of a packing need are simulated, from the rows that shares need of each
+other, which are counted for all layouts at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple, get_args
 
 import numpy as np
@@ -17,9 +18,9 @@ from .grid import CpGrid, Layout
 from .needs import roads_of
 from .packed import Runs, divided
 from .plan import PASSES
-from .simulate import Floats, Tiles, simulate, wires_of
+from .simulate import Floats, Tiles, Traffic, simulate, wires_of
 from .topology import Topology
-from .visible import Ints, Meetings, Pieces, Visibility
+from .visible import Meetings, Pieces, Visibility
 
 CLEARLY = 0.98
 """Another layout is taken where it takes less than this part of zigzag's time: rows are counted without the gaps that
@@ -83,29 +84,23 @@ class LayoutPricer:
 
     def _seconds_of_layer(self, of: LayersOf, met: Meetings, num_layouts: int) -> Floats:
         """Return the time of both passes of one layer, `[layouts]`."""
-        grid, wires = of.grid, wires_of(self.topology, of.grid.size)
-        tiles, messages = roads_of(grid).needed(met, Visibility(window=of.window), num_layouts)
-        # World p x layouts + n is pass p under layout n: it has ranks and links of its own.
-        number, at = _both_passes(tiles.half)
-        seconds = np.stack([self.speed.seconds(tiles.num_pairs, self.shape, grid, of) for of in PASSES])
-        rank = (number * num_layouts + tiles.layout[at]) * grid.size + tiles.rank[at]
-        computed = Tiles(tiles.half[at], rank, seconds[number, at])
-
-        number, at = _both_passes(messages.posted)
-        row_bytes = np.stack([self.shape.batch * self.shape.row_bytes(grid, of) for of in PASSES])
-        num_bytes = messages.rows[number, at] * row_bytes[number, messages.flow[at]]
-        number, at, num_bytes = number[num_bytes > 0], at[num_bytes > 0], num_bytes[num_bytes > 0]
-        sent = wires.traffic(messages.source[at], messages.target[at], messages.posted[at], messages.due[at], num_bytes)
-        world, num_links, num_worlds = number * num_layouts + messages.layout[at], len(wires.names), 2 * num_layouts
-        links = np.where(sent.links == num_links, num_links * num_worlds, sent.links + world * num_links)
-        sent = sent._replace(
-            source=sent.source + world * grid.size, target=sent.target + world * grid.size, links=links
-        )
-        times = simulate(sent, computed, num_worlds * grid.size, num_worlds * num_links)
-        return times.ready.reshape(2, num_layouts, grid.size).max(-1).sum(0)
+        grid, roads, traffic = of.grid, roads_of(of.grid), _traffic(of.grid, self.topology)
+        num_links = len(wires_of(self.topology, grid.size).names)
+        num_pairs, num_rows = roads.needed(met, Visibility(window=of.window), num_layouts)
+        found = np.zeros(num_layouts)
+        for direction, rows in zip(PASSES, num_rows, strict=True):
+            rows *= self.shape.batch * self.shape.row_bytes(grid, direction)[roads.messages.flow]  # now bytes
+            for layout in range(num_layouts):
+                [at] = num_pairs[layout].nonzero()
+                seconds = self.speed.seconds(num_pairs[layout, at], self.shape, grid, direction)
+                tiles = Tiles(roads.tiles.half[at], roads.tiles.rank[at], seconds)
+                sent = traffic._replace(num_bytes=rows[layout])
+                found[layout] += simulate(sent, tiles, grid.size, num_links).ready.max()
+        return found
 
 
-def _both_passes(half: Ints) -> tuple[Ints, Ints]:
-    """Return the pass and the index of what both passes have, in the order of its halves: two arrays `[2 n]`."""
-    order = half.argsort(kind="stable")
-    return np.tile(np.arange(len(PASSES)), len(half)), order.repeat(len(PASSES))
+@lru_cache(maxsize=64)
+def _traffic(grid: CpGrid, topology: Topology) -> Traffic:
+    """Return the messages of a grid with their links, without bytes."""
+    _, source, target, posted, due = roads_of(grid).messages
+    return wires_of(topology, grid.size).traffic(source, target, posted, due, np.zeros(0))

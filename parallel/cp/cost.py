@@ -38,7 +38,7 @@ class AttentionShape:
         return self.batch * num_rows(message.rows) * row_bytes
 
     def row_bytes(self, grid: CpGrid, direction: Pass) -> Ints:
-        """Return the bytes per row of a message, `[flows]` in the order of `FLOWS`."""
+        """Return the bytes per row of a message, `[flows]` in the order of `FLOWS`; 0: the pass has none."""
         heads = self.num_heads // grid.heads
         kv_heads = max(1, self.num_kv_heads // grid.heads)
         q, kv = heads * self.head_dim, 2 * kv_heads * self.head_dim  # elements per row of q, and of k and v together
@@ -51,7 +51,7 @@ class AttentionShape:
             "queries": q * self.itemsize if direction == "forward" else 2 * q * self.itemsize + 2 * heads * wide,
             "keys": kv * self.itemsize,
             "query_results": q * partial_itemsize(grid.query_route) + (heads * wide if direction == "forward" else 0),
-            "key_results": kv * partial_itemsize(grid.kv_route),
+            "key_results": 0 if direction == "forward" else kv * partial_itemsize(grid.kv_route),
             "to_heads": (q + kv if direction == "forward" else q) * self.itemsize,
             "from_heads": (q if direction == "forward" else q + kv) * self.itemsize,
         }
@@ -130,7 +130,7 @@ def play(
     wide = replace(shape, narrow_results=False).row_bytes(grid, schedule.direction)[messages.flow] * rows
     wires = wires_of(topology, grid.size)
     ends = messages.source, messages.target
-    traffic = wires.traffic(*ends, messages.posted_half, messages.due_half, weights)
+    traffic = wires.traffic(*ends, messages.posted_half, messages.due_half, weights.astype(float))
     # [steps, positions]: owners of the queries and of the keys of each tile.
     numbers = np.arange(schedule.first, schedule.first + len(schedule.tile_numbers))
     query, key = schedule.tiles(numbers[:, None], np.arange(grid.num_positions))
@@ -144,7 +144,7 @@ def play(
     num_steps = int(max(schedule.end, messages.due.max(initial=0) + 1))
     holds = _Holds(messages, weights, wide, schedule, num_steps)
     holds.use(numbers[at], position, query[at, position], key[at, position])
-    on_link = np.bincount(traffic.links.ravel(), np.tile(weights, len(traffic.links)), len(wires.names) + 1)
+    on_link = np.bincount(traffic.links.ravel(), weights.repeat(traffic.links.shape[1]), len(wires.names) + 1)
     return Price(
         float(times.ready.max()),
         float(np.bincount(tiles.rank, tiles.seconds, grid.size).max()),

@@ -37,18 +37,17 @@ FULL: Windows = ((None, 1),)
 class _Document:
     """Tokens of a document that no rank has taken yet."""
 
+    __slots__ = ("_begin", "_windows", "density", "num_tokens", "start", "stop")
+
     def __init__(self, start: int, stop: int, density: float, windows: Windows | None) -> None:
         self.start, self.stop = start, stop
+        self.num_tokens = stop - start
+        """Tokens of the whole document."""
         self.density = density
         """Visible pairs of a token in all layers, in the mean."""
         self._begin = start
         self._windows = windows
         """None: no attention window is shorter than the document."""
-
-    @property
-    def num_tokens(self) -> int:
-        """The number of tokens left."""
-        return self.stop - self.start
 
     def take(self, num_tokens: int) -> Runs:
         """Return the runs of a slice; one may be empty."""

@@ -33,9 +33,10 @@ class Traffic(NamedTuple):
     """Half at the start of which both ends post the message."""
     due: Ints
     """Half at the start of which both ends wait for it."""
-    num_bytes: Ints
+    num_bytes: Floats
+    """0: the message is not sent."""
     links: Ints
-    """Links of each message, `[most links of a message, n]`; those that it lacks are link number `num_links`."""
+    """Links of each message, `[n, most links of a message]`; those that it lacks are link number `num_links`."""
     bytes_per_s: Floats
     """Bandwidth of each of its links."""
     latency_s: Floats
@@ -64,57 +65,9 @@ class Times(NamedTuple):
 
 def simulate(traffic: Traffic, tiles: Tiles, num_ranks: int, num_links: int) -> Times:
     """Return the times at which ranks exchange messages and compute tiles."""
-    source, target, links = traffic.source, traffic.target, traffic.links
-    carried_s = _busy_bytes(traffic, num_links) / traffic.bytes_per_s
-    ready, free = np.zeros(num_ranks), np.zeros(num_links + 1)  # free: time at which a link has carried all so far
-    begins, arrival = np.zeros((2, len(source)))
-    computed = np.zeros(len(tiles.half))
-    by_due = np.argsort(traffic.due, kind="stable")
-    # Halves without messages and tiles change nothing.
-    halves = np.unique(np.concatenate([traffic.posted, traffic.due, tiles.half]))
-    parts = (_parts(of, halves) for of in (traffic.due[by_due], traffic.posted, tiles.half))
-    for waits, posts, tile in zip(*parts, strict=True):
-        if waits.start < waits.stop:
-            came = by_due[waits]
-            np.maximum.at(ready, source[came], arrival[came])
-            np.maximum.at(ready, target[came], arrival[came])
-        if posts.start < posts.stop:
-            # Both ends must have posted, and the links must be free.
-            at = np.maximum(ready[source[posts]], ready[target[posts]])
-            for of_message in links:
-                at = np.maximum(at, free[of_message[posts]])
-            through = at + carried_s[posts]
-            for of_message in links:
-                np.maximum.at(free, of_message[posts], through)
-            free[-1] = 0  # padding must not hold up later messages
-            begins[posts], arrival[posts] = at, through + traffic.latency_s[posts]
-        if tile.start < tile.stop:
-            computed[tile] = ready[tiles.rank[tile]] + tiles.seconds[tile]
-            ready[tiles.rank[tile]] = computed[tile]
-    return Times(ready, begins, arrival, computed)
+    from .walk_halves import walk_halves  # imported late: numba takes a quarter of a second, and one rank needs none
 
-
-def _parts(of: Ints, halves: Ints) -> list[slice]:
-    """Return the part of ascending halves that is equal to each of `halves`."""
-    first, stop = (np.searchsorted(of, halves, side).tolist() for side in ("left", "right"))
-    return [slice(*part) for part in zip(first, stop, strict=True)]
-
-
-def _busy_bytes(traffic: Traffic, num_links: int) -> Floats:
-    """Return for each message the bytes that the busiest of its links carries until it has carried the message."""
-    # A link that is shared evenly has carried a message of weight w when it has carried min(w, weight) of every message
-    # of that half on it: with these in order of weight, the sum of the lighter ones + w x (number of the others).
-    links, weights = traffic.links, np.broadcast_to(traffic.num_bytes, traffic.links.shape).ravel()
-    key = (traffic.posted * (num_links + 1) + links).ravel()  # half and link
-    order = np.lexsort((weights, key))
-    begins = np.flatnonzero(np.diff(key[order], prepend=-1))
-    count = np.diff(begins, append=len(key))
-    first, weights = begins.repeat(count), weights[order]  # of each sorted entry, the first entry of its link
-    before = np.cumsum(weights) - weights
-    shared = np.empty(len(key), np.int64)
-    shared[order] = before - before[first] + weights * (count.repeat(count) - (np.arange(len(key)) - first))
-    shared = np.where(links == num_links, 0, shared.reshape(links.shape))
-    return shared.max(axis=0, initial=0).astype(float)
+    return Times(*walk_halves(*traffic, *tiles, num_ranks, num_links))
 
 
 class Wires(NamedTuple):
@@ -123,16 +76,16 @@ class Wires(NamedTuple):
     names: list[Hashable]
     """Name of each link."""
     links: Ints
-    """Links of each pair, `[most links of a pair, pairs]`, as indices into `names`; padded with len(names)."""
+    """Links of each pair, `[pairs, most links of a pair]`, as indices into `names`; padded with len(names)."""
     bytes_per_s: Floats
     """Bandwidth of each pair's links, `[pairs]`."""
     latency_s: Floats
     """Latency of each pair's path, `[pairs]`."""
 
-    def traffic(self, source: Ints, target: Ints, posted: Ints, due: Ints, num_bytes: Ints) -> Traffic:
+    def traffic(self, source: Ints, target: Ints, posted: Ints, due: Ints, num_bytes: Floats) -> Traffic:
         """Return messages with the links that they take."""
         pair = source * round(len(self.latency_s) ** 0.5) + target
-        paths = self.links[:, pair], self.bytes_per_s[pair], self.latency_s[pair]
+        paths = self.links[pair], self.bytes_per_s[pair], self.latency_s[pair]
         return Traffic(source, target, posted, due, num_bytes, *paths)
 
 
@@ -150,4 +103,4 @@ def wires_of(topology: Topology, size: int) -> Wires:
             found[pair] = [numbers.setdefault(link, len(numbers)) for link in links]
     most = max(map(len, found))
     padded = np.array([links + [len(numbers)] * (most - len(links)) for links in found], np.int64)
-    return Wires(list(numbers), padded.T.copy(), rates, latencies)
+    return Wires(list(numbers), padded, rates, latencies)

@@ -149,7 +149,7 @@ def test_wires_say_what_the_topology_says():
     wires = wires_of(topology, 7)
     for source in range(7):
         for target in range(7):
-            links = [wires.names[link] for link in wires.links[:, source * 7 + target] if link < len(wires.names)]
+            links = [wires.names[link] for link in wires.links[source * 7 + target] if link < len(wires.names)]
             if source == target:
                 assert not links
                 continue
