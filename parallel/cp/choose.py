@@ -81,7 +81,7 @@ class Pricer:
         first, *others = self.passes
         schedule = self.schedule(grid, first)
         schedules = [schedule, *(schedule.turned(direction) for direction in others)]
-        prices = {x.direction: play(x, self.topology, self.shape, self.speed) for x in schedules}
+        prices: dict[Pass, Price] = {x.direction: play(x, self.topology, self.shape, self.speed) for x in schedules}
         return PricedGrid(grid, prices)
 
 
