@@ -1,7 +1,7 @@
 """Needles that a small model finds over rings of 4 ranks, before and after it learns to copy.
 
-    python benchmarks/needles.py --picture needles.png    # 11 minutes of one core
-    python benchmarks/needles.py --smallest               # 100 s
+    python benchmarks/needles.py --picture needles.png    # 11 min of one core
+    python benchmarks/needles.py --smallest               # 2 min
 
 The chain is that of any run, by the commands that a user would type: `longring prepare`, `longring train` with
 benchmarks/needles.toml, and `longring evaluate` of two checkpoints over 4 ranks. The documents are samples of the tasks
