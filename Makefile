@@ -9,7 +9,7 @@ LANE ?= not slow
 export PYTHONSAFEPATH := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test-quick test test-slow check site format clean
+.PHONY: demo test-quick test test-slow check site dist format clean
 
 demo: $(READY)  ## documents in, a model trained over a token ring, stopped, resumed, evaluated: see README.md
 	$(VENV)/bin/python -m longring.launch.demo
@@ -30,6 +30,11 @@ check: $(READY)  ## lint, format and types
 
 site: $(READY)  ## the documents as pages: open build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
+dist: $(READY)  ## wheel and sdist in dist/, the wheel tried in empty environments
+	rm -rf dist
+	$(VENV)/bin/python -m build --no-isolation --outdir dist . >/dev/null
+	$(VENV)/bin/python .ci/smoke.py dist
 
 format: $(READY)
 	$(VENV)/bin/ruff check --fix .

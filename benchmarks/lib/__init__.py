@@ -5,14 +5,14 @@ A GPU machine then needs torch and triton alone, and no install.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
-import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
 if "longring" not in sys.modules:
-    # The top-level folders of the checkout are the packages of `longring`, as pyproject.toml maps them.
-    package = types.ModuleType("longring")
-    package.__path__ = [str(ROOT)]
-    sys.modules["longring"] = package
+    spec = importlib.util.spec_from_file_location("longring", ROOT / "longring" / "__init__.py")
+    assert spec is not None and spec.loader is not None
+    sys.modules["longring"] = package = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)

@@ -1,0 +1,127 @@
+"""Try a wheel: `smoke.py dist` installs the wheel of a directory into empty environments and uses it there.
+
+The first environment has the wheel and what it requires, in the tested and in the oldest versions: the library. The
+second borrows the packages of this interpreter, which has all stages, and prepares and trains.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = str(ROOT / "launch" / "recipes" / "demo.toml")
+LIBRARY = """
+import sys, time
+began = time.perf_counter()
+import longring
+assert time.perf_counter() - began < 1 and "torch" not in sys.modules, "an import takes long"
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
+
+def rank(number, store):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=2)
+    sequence = longring.ContextParallel(None, longring.CpGrid.token_ring(2)).sequence(64, (0, 10))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 64, heads, 16, generator=generator, requires_grad=True) for heads in (4, 2, 2))
+    layout = longring.SeqLayout.packed((10, 54))
+    whole = longring.attention(q, k, v, longring.make_mask(layout, layout))
+    found = sequence.attention(*map(sequence.shard, (q, k, v)))
+    assert torch.allclose(found, sequence.shard(whole), atol=1e-5)
+    [exact], [ours] = torch.autograd.grad(whole.sum(), q), torch.autograd.grad(found.sum(), q)
+    assert torch.allclose(sequence.shard(ours), sequence.shard(exact), atol=1e-5)
+
+if __name__ == "__main__":
+    processes.spawn(rank, (sys.argv[1],), nprocs=2)
+    print("longring", longring.__version__)
+"""
+
+
+def run(*command: str | Path, status: int = 0, **variables: str) -> str:
+    """Run a command outside the checkout and return what it printed. Raises SystemExit for another exit status."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=Path(str(command[0])).parents[2],
+        env={**kept, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode != status:
+        raise SystemExit(f"{shlex.join(map(str, command))}: exit status {done.returncode}\n{done.stdout}")
+    return done.stdout
+
+
+def environment(directory: Path) -> Path:
+    """Make an empty environment and return the folder of its programs."""
+    subprocess.run([sys.executable, "-m", "venv", directory], check=True)
+    return directory / "bin"
+
+
+def try_library(wheel: Path, directory: Path) -> None:
+    """Install the wheel with what it requires; attend on two ranks; a stage that is not there names its command."""
+    bin = environment(directory / "library")
+    run(
+        bin / "python",
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-compile",
+        "--constraint",
+        ROOT / "constraints.txt",
+        wheel,
+    )
+    version = wheel.name.split("-")[1]
+    assert run(bin / "longring", "--version").strip() == f"longring {version}"
+    program = directory / "library" / "attend.py"
+    program.write_text(LIBRARY)
+    assert run(bin / "python", program, directory / "tested").strip() == f"longring {version}"
+    assert run(bin / "longring", "prepare", RECIPE, status=2).rstrip().endswith("run pip install 'longring[prepare]'")
+    # The oldest versions that pyproject.toml allows, but of torch, whose older builds are gigabytes.
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    oldest = [name.replace(">=", "==") for name in required if not name.startswith("torch")]
+    run(bin / "python", "-m", "pip", "install", "--quiet", "--no-compile", *oldest)
+    assert run(bin / "python", program, directory / "oldest").strip() == f"longring {version}"
+
+
+def try_stages(wheel: Path, directory: Path) -> None:
+    """Prepare and train with the wheel's code and the packages of this interpreter."""
+    bin = environment(directory / "stages")
+    run(bin / "python", "-m", "pip", "install", "--quiet", "--no-deps", wheel)
+    site = Path(run(bin / "python", "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip())
+    (site / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    documents = directory / "documents.txt"
+    documents.write_text("\n".join(f"Document {n} counts: " + " ".join(map(str, range(n, n + 300))) for n in range(40)))
+    settings = [
+        *("data.source.kind=text", f"data.source.path={documents}", f"data.directory={directory / 'data'}"),
+        *("data.tokenizer.vocab_size=300", "data.max_bucket_tokens=512", "data.held_out_fraction=0"),
+        *("train.steps=2", "train.warmup_steps=0", f"run_directory={directory / 'run'}"),
+    ]
+    run(bin / "longring", "prepare", RECIPE, "--workers", "1", *settings)
+    run(bin / "longring", "train", RECIPE, "--ranks", "1", *settings)
+    code = f"import longring; print(longring.Checkpoint({str(directory / 'run')!r}).step)"
+    assert run(bin / "python", "-c", code).strip() == "2"
+
+
+def main() -> None:
+    """Try the only wheel of the directory that the command line names."""
+    [wheel] = Path(sys.argv[1]).resolve().glob("longring-*.whl")
+    for part in (try_library, try_stages):
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as directory:
+            part(wheel, Path(directory))
+        print(f"{wheel.name}: {part.__name__} in {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
