@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 MODULES = {
-    "prepare": ("aiohttp", "datasets", "datatrove", "fsspec", "loguru", "pyarrow", "zstandard"),
+    "prepare": ("aiohttp", "datasets", "fsspec", "pyarrow", "zstandard"),
     "order": ("faiss", "scipy", "sentence_transformers", "sklearn", "threadpoolctl"),
     "train": ("deepspeed", "liger_kernel", "megatron", "psutil", "tensorboard", "triton"),
     "report": ("jinja2", "markupsafe", "matplotlib"),

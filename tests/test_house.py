@@ -144,7 +144,7 @@ def test_the_import_graph_is_seen():
     [
         (
             "longring.data.format.manifest, longring.data.read.loader",
-            "pyarrow fsspec rich datasets datatrove faiss numba",
+            "pyarrow fsspec rich datasets faiss numba",
         ),
         # Its imports come before those of the ranks, and nothing else runs meanwhile.
         pytest.param(

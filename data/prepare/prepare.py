@@ -1,8 +1,8 @@
 """`longring prepare`: documents to a prepared directory, which appears whole or not at all.
 
-The sources are divided into input shards, which are prepared in processes of this machine, or as Slurm jobs that
-datatrove's executor submits (Penedo et al., DataTrove, 2024). Each input shard is repeatable, and done when its ledger
-is written, so a preparation that was killed continues from there; `merge` then writes the manifest. The input shards of
+The sources are divided into input shards, which are prepared in processes of this machine, or as Slurm jobs (slurm.py;
+the pattern is that of DataTrove, Penedo et al., 2024). Each input shard is repeatable, and done when its ledger is
+written, so a preparation that was killed continues from there; `merge` then writes the manifest. The input shards of
 finished data whose tar shards are missing or damaged are prepared again.
 """
 
@@ -15,7 +15,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -43,7 +42,7 @@ PART_0_SECONDS = 3600
 
 @dataclass(frozen=True)
 class PrepareStep:
-    """Step of a datatrove pipeline, or of a pool of processes: task `rank` prepares input shard `numbers[rank]`."""
+    """Step of a Slurm array, or of a pool of processes: task `rank` prepares input shard `numbers[rank]`."""
 
     config: DataConfig
     partial: Path
@@ -52,7 +51,7 @@ class PrepareStep:
     threads: int
     """Number of threads of the tokenizer in each process."""
 
-    def __call__(self, data: Any, rank: int, world_size: int) -> None:
+    def __call__(self, rank: int) -> None:
         """Prepare input shard `numbers[rank]`, unless its ledger says that it is done."""
         os.environ.setdefault("RAYON_NUM_THREADS", str(self.threads))
         number = self.numbers[rank]
@@ -271,11 +270,11 @@ def _run_here(config: DataConfig, partial: Path, workers: int, numbers: Sequence
     with shown(partial, numbers, processes, progress):
         if processes == 1:
             for index in range(len(numbers)):
-                step(None, index, len(numbers))
+                step(index)
             return
         with process_pool(processes) as pool:
             try:
-                for task in as_completed(pool.submit(step, None, index, len(numbers)) for index in range(len(numbers))):
+                for task in as_completed(pool.submit(step, index) for index in range(len(numbers))):
                     task.result()
             except BrokenProcessPool as error:
                 if STUCK_STATUS in [process.exitcode for process in pool._processes.values()]:

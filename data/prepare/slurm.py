@@ -1,32 +1,32 @@
 """Preparation as Slurm jobs: an array with one task per input shard, and a job that merges when all tasks are done.
 
 Where sources are sampled, two jobs come first: an array that reads the scores, and one that lists the input shards with
-the smallest score to keep. datatrove's executor submits them. Its files and the output of every task are in
-`<directory>.slurm/`. A requeued job, or the same command given again, prepares only the input shards that are not done.
+the smallest score to keep. Their scripts and the output of every task are in `<directory>.slurm/`. A requeued job, or
+the same command given again, prepares only the input shards that are not done.
 """
 
+import pickle
+import re
 import shlex
 import shutil
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from datatrove.executor import SlurmPipelineExecutor
-from loguru import logger
 from rich.console import Console
 from rich.progress import Progress
 
 from ..config import DataConfig
+from ..files import write_text
 from .job import is_listed, list_inputs, listed_shard
 from .merge import merge
 from .prepare import PrepareStep, begin, is_prepared, open_job, partial_directory
 from .sampling import keys_file, shards_to_read, write_keys
 
-# datatrove would log over the progress bar; it raises its errors as well.
-logger.disable("datatrove")
-
+MOST_TASKS = 1000
+"""Largest number of tasks of an array, below Slurm's own default of 1,001; each then takes several input shards."""
 MEMORY_GB = 4
 """Memory of a task: a batch of documents, a sample of each bucket and a packing pool, whatever the corpus."""
 
@@ -37,13 +37,13 @@ SAMPLED = "work/sampling"
 
 @dataclass(frozen=True)
 class KeysStep:
-    """Pipeline of a datatrove executor whose task `rank` reads the sampling keys of input shard `numbers[rank]`."""
+    """Step whose task `rank` reads the sampling keys of input shard `numbers[rank]`."""
 
     config: DataConfig
     partial: Path
     numbers: Sequence[int]
 
-    def __call__(self, data: Any, rank: int, world_size: int) -> None:
+    def __call__(self, rank: int) -> None:
         """Write the keys, unless an earlier attempt has. Raises ValueError if a file cannot be read."""
         number = self.numbers[rank]
         if not keys_file(self.partial, number).exists():
@@ -52,12 +52,12 @@ class KeysStep:
 
 @dataclass(frozen=True)
 class ListStep:
-    """Pipeline of a datatrove executor whose only task lists the input shards, once all sampling keys are read."""
+    """Step whose only task lists the input shards, once all sampling keys are read."""
 
     config: DataConfig
     partial: Path
 
-    def __call__(self, data: Any, rank: int, world_size: int) -> None:
+    def __call__(self, rank: int) -> None:
         """List the input shards. Raises ValueError as `begin` does."""
         with Progress() as progress:
             begin(self.config, self.partial, progress, 1)
@@ -65,20 +65,54 @@ class ListStep:
 
 @dataclass(frozen=True)
 class MergeStep:
-    """Pipeline of a datatrove executor whose only task merges the input shards."""
+    """Step whose only task merges the input shards."""
 
     config: DataConfig
     partial: Path
 
-    def __call__(self, data: Any, rank: int, world_size: int) -> None:
+    def __call__(self, rank: int) -> None:
         """Write the manifest and print the ledger. Raises ValueError as `merge` does."""
         print(merge(self.config, self.partial).ledger)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A step as a Slurm job."""
+
+    name: str
+    step: Callable[[int], None]
+    tasks: int
+    script: str
+    """Batch script, of words that a shell leaves whole."""
+    folder: Path
+    """Folder of the script, the step and the output of every task."""
+
+    def submit(self, after: str | None) -> str:
+        """Submit the job, to start when job `after` is done; return its number. Raises ValueError if Slurm refuses."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "step.pickle").write_bytes(pickle.dumps((self.step, self.tasks)))
+        script = self.folder / "job.sbatch"
+        write_text(script, self.script)
+        order = ["--dependency=afterok:" + after, "--kill-on-invalid-dep=yes"] if after else []
+        done = subprocess.run(["sbatch", *order, str(script)], capture_output=True, text=True)
+        number = re.search(r"\d+", done.stdout)
+        if done.returncode or number is None:
+            said = (done.stderr or done.stdout).strip() or "no number of a job"
+            raise ValueError(f"sbatch {script}: {said}; correct --slurm and --time, and give the command again")
+        return number[0]
+
+
+def run_task(file: Path, index: int, count: int) -> None:
+    """Run tasks index, index + count, ... of the step in `file`, the part of one of `count` tasks of an array."""
+    step, tasks = pickle.loads(file.read_bytes())
+    for rank in range(index, tasks, count):
+        step(rank)
 
 
 def submit(config: DataConfig, console: Console, *, partition: str, workers: int, time: str) -> None:
     """List the input shards and make the tokenizer here, and submit the jobs; at most `workers` tasks run at once.
 
-    `time` is the limit of a task. Raises ValueError as `prepare` does, and if there is no sbatch.
+    `time` is the limit of a task. Raises ValueError as `prepare` does, and if there is no sbatch or it refuses a job.
     """
     if is_prepared(config):
         console.print(f"{config.directory} is already prepared from these settings", markup=False)
@@ -89,28 +123,28 @@ def submit(config: DataConfig, console: Console, *, partition: str, workers: int
             "prepare here without --slurm"
         )
     with Progress(console=console) as progress:
-        tasks, merging = executors(config, progress, partition=partition, workers=workers, time=time)
-    merging.run()
+        jobs = jobs_of(config, progress, partition=partition, workers=workers, time=time)
+    numbers: dict[str, str] = {}
+    for job in jobs:
+        numbers[job.name] = job.submit(after=[*numbers.values()][-1] if numbers else None)
+    array = next((job for job in jobs if job.name == "prepare"), None)
+    told = f"array job {numbers['prepare']} with {array.tasks} tasks, then " if array else ""
     console.print(
-        f"submitted: array job {tasks.job_id} with {tasks.tasks} tasks, then job {merging.job_id}, which makes "
-        f"{config.directory}; their output is in {tasks.logging_dir.path}",
+        f"submitted: {told}job {numbers['merge']}, which makes {config.directory}; the output of all jobs is in "
+        f"{jobs[-1].folder.parent}",
         soft_wrap=True,
         markup=False,
     )
 
 
-def executors(
-    config: DataConfig, progress: Progress, *, partition: str, workers: int, time: str
-) -> tuple[SlurmPipelineExecutor, SlurmPipelineExecutor]:
-    """Return the executors of the tasks and of the merge, which depends on them: running the second submits all jobs.
+def jobs_of(config: DataConfig, progress: Progress, *, partition: str, workers: int, time: str) -> list[Job]:
+    """Return the jobs in their order, each of which waits for the one before it; the last one merges.
 
     Raises ValueError as `open_job` does, and for a text that the shell or sbatch would read as more than one word.
     """
     directory = Path(config.directory).absolute()
-    python = Path(sys.executable).parent
-    named = {"data.directory": directory, "working directory": Path.cwd(), "python": python}
+    named = {"data.directory": directory, "working directory": Path.cwd(), "python": Path(sys.executable)}
     for key, text in {**named, "--slurm": partition, "--time": time}.items():
-        # datatrove writes them into the script of a job as they are.
         if shlex.quote(str(text)) != str(text):
             raise ValueError(
                 f"{key} = {str(text)!r}: becomes a part of a shell script, so it must consist of letters, digits and "
@@ -119,37 +153,33 @@ def executors(
     partial = partial_directory(directory)
     inputs, first = open_job(config, partial, progress)
     numbers, to_read = range(first, len(inputs)), shards_to_read(config, inputs, first)
-    # Without PYTHONSAFEPATH the folders data/, model/ and so on of a checkout would shadow packages of those names.
-    environment = f"export PYTHONSAFEPATH=1 PATH={python}:$PATH"
-    common: dict[str, Any] = {
-        "time": time,
-        "partition": partition,
-        "mem_per_cpu_gb": MEMORY_GB,
-        "qos": "",
-        "env_command": environment,
-        "sbatch_args": {"chdir": str(Path.cwd())},  # paths of sources may be relative to it
-    }
     logs = directory.with_name(f"{directory.name}.slurm")
 
-    def job(name: str, step: Any, tasks: int = 1, **settings: Any) -> SlurmPipelineExecutor:
-        return SlurmPipelineExecutor(
-            pipeline=[step],
-            tasks=tasks,
-            job_name=f"longring-{name}",
-            logging_dir=str(logs / name),
-            skip_completed=False,  # the files of a step say what is done
-            **common,
-            **settings,
-        )
+    def job(name: str, step: Callable[[int], None], tasks: int = 1) -> Job:
+        folder, array = logs / name, min(tasks, MOST_TASKS)
+        options = {
+            "job-name": f"longring-{name}",
+            "partition": partition,
+            "time": time,
+            "cpus-per-task": "1",
+            "mem-per-cpu": f"{MEMORY_GB}G",
+            "array": f"0-{array - 1}" + (f"%{workers}" if workers else ""),
+            "chdir": str(Path.cwd()),  # paths of sources may be relative to it
+            "output": f"{folder}/%A_%a.out",
+        }
+        lines = ["#!/bin/bash", *(f"#SBATCH --{name}={value}" for name, value in options.items()), "#SBATCH --requeue"]
+        # Without PYTHONSAFEPATH the folders data/, model/ and so on of a checkout would shadow packages of those names.
+        command = f"exec {sys.executable} -m longring.data.prepare.slurm_task {folder}/step.pickle"
+        lines += ["export PYTHONSAFEPATH=1", f'{command} "$SLURM_ARRAY_TASK_ID" "$SLURM_ARRAY_TASK_COUNT"']
+        return Job(name, step, tasks, "\n".join(lines) + "\n", folder)
 
-    at_once, listing = workers or -1, None
+    jobs = []
     if not is_listed(partial) and to_read:
         list_inputs(partial, inputs, SAMPLED)
-        reading = job("scores", KeysStep(config, partial, tuple(to_read)), len(to_read), workers=at_once)
-        listing = job("list", ListStep(config, partial), depends=reading)
+        jobs += [job("scores", KeysStep(config, partial, tuple(to_read)), len(to_read))]
+        jobs += [job("list", ListStep(config, partial))]
     elif not is_listed(partial) and inputs:
         list_inputs(partial, inputs)
-    preparing = PrepareStep(config, partial, numbers, threads=1)
-    tasks = job("prepare", preparing, max(len(numbers), 1), workers=at_once, depends=listing)
-    # Without tasks, only the last renames are missing.
-    return tasks, job("merge", MergeStep(config, partial), depends=tasks if numbers else None)
+    # Without input shards left, only the last renames are missing.
+    jobs += [job("prepare", PrepareStep(config, partial, numbers, threads=1), len(numbers))] if numbers else []
+    return [*jobs, job("merge", MergeStep(config, partial))]

@@ -35,7 +35,7 @@ def prepare_recipe(
     if as_json and (partition or part):
         raise ValueError("--json: prints the whole data once it is prepared; leave out --slurm and --part")
     if partition:
-        from ...data.prepare.slurm import submit  # datatrove takes seconds to import
+        from ...data.prepare.slurm import submit
 
         submit(recipe.data, console, partition=partition, workers=workers, time=time)
     elif part:

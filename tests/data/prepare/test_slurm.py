@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from longring.data.config import DataConfig, SourceConfig
 from longring.data.format.manifest import open_prepared
+from longring.data.prepare import slurm
 from longring.data.prepare.job import is_listed
 from longring.data.prepare.merge import ledger_file
 from longring.data.prepare.prepare import prepare
-from longring.data.prepare.slurm import executors, submit
+from longring.data.prepare.slurm import jobs_of, submit
 from rich.console import Console
 from rich.progress import Progress
 
@@ -22,6 +23,7 @@ SBATCH = """#!/bin/bash
 number=$(ls "$LOG" | wc -l)
 echo "$@" > "$LOG/$number.args"
 cat "${@: -1}" > "$LOG/$number.script"
+[[ $(<"${@: -1}") != *"--time=never"* ]] || { echo "sbatch: error: Invalid --time specification" >&2; exit 1; }
 echo "Submitted batch job $((100 + number / 2))"
 """
 
@@ -53,29 +55,32 @@ def test_submitted_jobs_make_what_processes_make(
     monkeypatch.setenv("LOG", str(tmp_path / "log"))
     monkeypatch.chdir(tmp_path)
     console = Console(width=200, record=True, file=(tmp_path / "screen").open("w"))
-    submit(config, console, partition="main", workers=2, time="1:00:00")
+    monkeypatch.setattr(slurm, "MOST_TASKS", 2)  # a task of the array takes two of the three shards
+    with pytest.raises(ValueError, match="Invalid --time specification; correct --slurm and --time"):
+        submit(config, console, partition="main", workers=1, time="never")
+    for file in (tmp_path / "log").iterdir():
+        file.unlink()
+    submit(config, console, partition="main", workers=1, time="1:00:00")
 
     scripts = [file.read_text() for file in (tmp_path / "log").glob("*.script")]
     jobs = [("scores", 3), ("list", 1)] * (fraction < 1) + [("prepare", 3), ("merge", 1)]
     texts = {}
     for name, _ in jobs:
-        [texts[name]] = [text for text in scripts if f"job-name=longring-{name}" in text and "launch_pickled" in text]
+        [texts[name]] = [text for text in scripts if f"job-name=longring-{name}\n" in text]
     tasks = texts["prepare"]
     assert is_listed(Path("prepared.partial")) == (fraction == 1), "nothing is read here"
     assert not list(Path("prepared.partial").glob("work/sampling/*.npy"))
-    for line in ("--array=0-2%2", "--partition=main", "--time=1:00:00", "--mem-per-cpu=4G", f"--chdir={tmp_path}"):
+    for line in ("--array=0-1%1", "--partition=main", "--time=1:00:00", "--mem-per-cpu=4G", f"--chdir={tmp_path}"):
         assert f"#SBATCH {line}\n" in tasks
     arguments = [file.read_text() for file in (tmp_path / "log").glob("*.args")]
     assert sum("--dependency=afterok:" in text for text in arguments) == len(jobs) - 1
-    assert f"array job {100 if fraction == 1 else 104} with 3 tasks" in console.export_text()
+    assert f"array job {100 if fraction == 1 else 102} with 3 tasks" in console.export_text()
 
-    launcher = Path(sys.executable).with_name("launch_pickled_pipeline")
     for name, count in jobs:
-        found = re.search(r"launch_pickled_pipeline (\S+)", texts[name])
-        assert found
-        for task in range(count):
-            environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(task), "SLURM_NODELIST": "node"}
-            subprocess.run([launcher, found[1]], check=True, env=environment, capture_output=True, cwd=tmp_path)
+        for task in reversed(range(min(count, 2))):
+            array = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": str(min(count, 2))}
+            command = ["bash", "-c", texts[name]]
+            subprocess.run(command, check=True, env={**os.environ, **array}, capture_output=True, cwd=tmp_path)
     reference = replace(config, directory="reference")
     prepare(reference, Console(quiet=True), workers=1)
     made = open_prepared("prepared")
@@ -92,12 +97,12 @@ def test_a_directory_that_a_shell_would_take_apart_is_refused(
     monkeypatch.chdir(tmp_path)
     config = replace(make_config(["words"]), directory=name)
     with pytest.raises(ValueError, match=r"data\.directory = .*name another, or prepare without --slurm"):
-        executors(config, Progress(), partition="main", workers=1, time="1:00:00")
+        jobs_of(config, Progress(), partition="main", workers=1, time="1:00:00")
     config = replace(config, directory="plain")
     for key in ("partition", "time"):
         words = {"partition": "main", "time": "1:00:00", key: name}
         with pytest.raises(ValueError, match=r"--(slurm|time) = .*becomes a part of a shell script"):
-            executors(config, Progress(), workers=1, **words)
+            jobs_of(config, Progress(), workers=1, **words)
 
 
 @pytest.mark.full
