@@ -81,7 +81,7 @@ def cost_of(name: str, repeats: int) -> Row:
 
 def main() -> int:
     options = make_parser(__doc__ or "", quick="one import of each").parse_args()
-    repeats = {"full": 5, "quick": 1, "smallest": 1}[options.size]
+    repeats = {"full": 3, "quick": 1, "smallest": 1}[options.size]
     names = list(IMPORTS)[:2] if options.size == "smallest" else list(IMPORTS)
     sizes = [size_of(extra) for extra in ("", *MODULES, "all")]
     table = make_table("Installed size", ("extra", "distributions", "MB"))

@@ -43,7 +43,7 @@ def signatures() -> str:
         lines.append(name if name in MADE_BY_OTHERS else f"{name}{signature(value)}")
         for member in MEMBERS.get(name, ()):
             found = inspect.getattr_static(value, member)
-            function = found.fget if isinstance(found, property) else getattr(value, member)
+            function: Any = found.fget if isinstance(found, property) else getattr(value, member)
             lines.append(f"    {member}{signature(function)}")
     return "\n".join(lines) + "\n"
 

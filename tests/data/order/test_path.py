@@ -82,7 +82,7 @@ def test_is_the_papers_algorithm(found: tuple[np.ndarray, np.ndarray, np.ndarray
     ids, cosines, dropped = found
     own = np.arange(len(ids))[:, None]
     lists = np.hstack([own, np.where(ids == NO_NEIGHBOR, -1, ids.astype(np.int64))])
-    order, similar = document_order(lists, np.hstack([np.ones_like(own), cosines]), dropped)
+    order, similar = document_order(lists, np.hstack([np.ones_like(own, dtype=np.float32), cosines]), dropped)
     np.testing.assert_array_equal(order, steps["document"])
     np.testing.assert_array_equal(similar, steps["similarity"])
 
@@ -93,7 +93,7 @@ def test_is_the_papers_algorithm(found: tuple[np.ndarray, np.ndarray, np.ndarray
      ("give -1 where there is no neighbour", [[1], [2]], [[1], [-1]])],
 )  # fmt: skip
 def test_lists_that_are_no_graph_are_refused(advice: str, wrong: object, right: object):
-    similarities = np.ones((2, 1))
+    similarities = np.ones((2, 1), dtype=np.float32)
     with pytest.raises(ValueError, match=advice):
         document_order(np.array(wrong, dtype=np.int64), similarities)
     assert sorted(document_order(np.array(right, dtype=np.int64), similarities)[0].tolist()) == [0, 1]
