@@ -11,7 +11,9 @@ Python files of the standard library or of site-packages, whose bytes / 4 stand 
 
 - work: largest over mean visible pairs of a rank;
 - foreign: rows of keys that a rank gets, in units of its own tokens;
-- time: simulated time over the compute of the mean rank.
+- time: simulated time over the compute of the mean rank;
+- links: the same if each pass took no longer than the compute of the mean rank or the bytes of the busiest link, so the
+  least that any order of these messages can take.
 
 "each document in 2 cp" cuts every document in zigzag, as Megatron does. "all keys gathered" is zigzag where each rank
 first gets the keys and values of all others, whatever is visible, then computes, and in the backward gets them again
@@ -34,9 +36,9 @@ import torch
 from lib import packings
 from lib.script import Row, make_parser, make_table, write_record
 from longring.kernels.layout import SeqLayout
-from longring.parallel.cp import choose, choose_layout, cost, packed, schedules, spec, topology, visible
+from longring.parallel.cp import choose, choose_layout, cost, packed, schedules, simulate, spec, topology, visible
 from longring.parallel.cp.grid import CpGrid
-from longring.parallel.cp.plan import FLOWS
+from longring.parallel.cp.plan import FLOWS, PASSES
 from rich.console import Console
 
 SHAPE = cost.AttentionShape(32, 8, 128)
@@ -59,15 +61,20 @@ def play(grid: CpGrid, shares: list[packed.Runs], starts: tuple[int, ...], links
     layouts = [SeqLayout(runs, starts) for runs in shares]
     forward = schedules.Schedule(grid, layouts, visible.Visibility(), "forward")
     backward = forward.turned("backward")
-    work = forward.pairs.sum(1)
-    seconds, ideal = 0.0, 0.0
+    work, wires = forward.pairs.sum(1), simulate.wires_of(links, grid.size)
+    of_pairs = zip(wires.links.tolist(), wires.bytes_per_s.tolist(), strict=True)
+    rates = {wires.names[link]: rate for of, rate in of_pairs for link in of if link < len(wires.names)}
+    seconds, ideal, bound = 0.0, 0.0, 0.0
     for schedule in (forward, backward):
-        seconds += cost.play(schedule, links, SHAPE, cost.ASSUMED).seconds
-        ideal += float(cost.ASSUMED.seconds(work.mean(), SHAPE, grid, schedule.direction))
+        price = cost.play(schedule, links, SHAPE, cost.ASSUMED)
+        compute = float(cost.ASSUMED.seconds(work.mean(), SHAPE, grid, schedule.direction))
+        carried_s = (carried / rates[link] for link, carried in price.bytes_by_link.items())
+        seconds, ideal, bound = seconds + price.seconds, ideal + compute, bound + max(compute, *carried_s)
     keys = forward.all_messages.flow == FLOWS.index("keys")
     rows = int(forward.all_messages.num_rows[keys].sum())
     num_tokens = sum(layout.num_tokens for layout in layouts)
-    return {"work": work.max() / work.mean(), "foreign": rows / num_tokens, "time": seconds / ideal}
+    times = {"time": seconds / ideal, "links": bound / ideal}
+    return {"work": work.max() / work.mean(), "foreign": rows / num_tokens, **times}
 
 
 def gathered(grid: CpGrid, shares: list[packed.Runs], starts: tuple[int, ...], links: topology.Topology) -> Row:
@@ -80,11 +87,13 @@ def gathered(grid: CpGrid, shares: list[packed.Runs], starts: tuple[int, ...], l
     no_compute = cost.Speed(float("inf"), float("inf"))
     gather = cost.play(everything, links, SHAPE, no_compute).seconds
     both = cost.play(everything.turned("backward"), links, SHAPE, no_compute).seconds  # gathers, and sends gradients
-    seconds, ideal = gather + both, 0.0
-    for direction in ("forward", "backward"):
+    seconds, ideal, bound = gather + both, 0.0, 0.0
+    for direction, sent_s in zip(PASSES, (gather, both), strict=True):
+        compute = float(cost.ASSUMED.seconds(work.mean(), SHAPE, grid, direction))
         seconds += float(cost.ASSUMED.seconds(work.max(), SHAPE, grid, direction))
-        ideal += float(cost.ASSUMED.seconds(work.mean(), SHAPE, grid, direction))
-    return {"work": work.max() / work.mean(), "foreign": len(shares) - 1.0, "time": seconds / ideal}
+        ideal, bound = ideal + compute, bound + max(compute, sent_s)
+    times = {"time": seconds / ideal, "links": bound / ideal}
+    return {"work": work.max() / work.mean(), "foreign": len(shares) - 1.0, **times}
 
 
 def rows_of(size: int, lengths: str, num_packings: int) -> Iterator[Row]:
@@ -119,6 +128,7 @@ def rows_of(size: int, lengths: str, num_packings: int) -> Iterator[Row]:
                 "work": round(mean(x["work"] for x in of), 3),
                 "foreign": round(mean(x["foreign"] for x in of), 2),
                 "time": round(mean(x["time"] for x in of), 3),
+                "links": round(mean(x["links"] for x in of), 3),
                 "over_zigzag": round(mean(x["time"] / z["time"] for x, z in zip(of, zigzag, strict=True)), 3),
                 "worst_over_zigzag": round(max(x["time"] / z["time"] for x, z in zip(of, zigzag, strict=True)), 3),
             }  # fmt: skip
@@ -162,7 +172,18 @@ def main() -> int:
         sizes, num_packings = [8], 2
     if options.size == "smallest":
         lengths, num_packings = ["2,000"], 1
-    columns = ["ranks", "lengths", "grid", "layout", "work", "foreign", "time", "over_zigzag", "worst_over_zigzag"]
+    columns = [
+        "ranks",
+        "lengths",
+        "grid",
+        "layout",
+        "work",
+        "foreign",
+        "time",
+        "links",
+        "over_zigzag",
+        "worst_over_zigzag",
+    ]
     console, rows = Console(width=118), []
     table = make_table("Layouts of packed documents, simulated", columns, left=("lengths", "grid", "layout"))
     with console.status("simulating"):
