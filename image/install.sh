@@ -7,7 +7,7 @@
 # where a requirement does not allow them. Every package that is added has the version of the tested set.
 set -eu
 
-[ $# -eq 2 ] && [ -f "$1" ] || { echo "error: dist/: holds no wheel, or several; run make clean dist" >&2; exit 2; }
+[ $# -eq 2 ] && [ -f "$1" ] || { echo "error: dist/: holds no wheel, or several; run make dist" >&2; exit 2; }
 
 # Triton compiles launchers with gcc. NCCL loads libibverbs, without which it would send over sockets.
 apt-get update -q
