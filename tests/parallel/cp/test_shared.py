@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,7 +30,9 @@ def inputs() -> list[torch.Tensor]:
 def shared_by_groups(grid: CpGrid, layout: Layout) -> dict[int | None, dict[str, torch.Tensor]]:
     """Attend to one sequence in a group of the first and one of the last ranks; return the whole results by window."""
     size, rank = grid.size, dist.get_rank()
-    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, dist.get_world_size(), size)]
+    groups: list[Any] = [
+        dist.new_group(list(range(first, first + size))) for first in range(0, dist.get_world_size(), size)
+    ]
     parallel = ContextParallel(groups[rank // size], grid, layout=layout)
     assert (parallel.rank, parallel.size) == (rank % size, size)
     sequence = parallel.sequence(NUM_TOKENS, STARTS, windows=(None, WINDOW))
