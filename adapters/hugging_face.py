@@ -70,6 +70,8 @@ def attend(
             "shared_sequence = None: the model was called without a sequence that ranks share; call it as "
             "model(**model_inputs(sequence, input_ids, labels))"
         )
+    if not getattr(module, "is_causal", True):
+        raise ValueError("is_causal = False: attention over a ring is causal; take a model whose attention is causal")
     extras = {"dropout": dropout or None, **{name: others.get(name) for name in ("softcap", "s_aux", "position_bias")}}
     for name, extra in extras.items():
         if extra is not None:

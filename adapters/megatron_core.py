@@ -77,8 +77,9 @@ class ContextParallelAttention(MegatronModule):
             config.window_attn_skip_freq,  # type: ignore[arg-type] (None is one of its cases)
             layer_number,
         )
-        # megatron-core counts the positions before the query, LongRing the query as well.
-        self.window = config.window_size[0] + 1 if windowed and config.window_size else None
+        # megatron-core counts the positions before the query (-1: all of them), LongRing the query as well.
+        before = config.window_size[0] if windowed and config.window_size else -1
+        self.window = before + 1 if before >= 0 else None
 
     def forward(
         self,
@@ -92,8 +93,11 @@ class ContextParallelAttention(MegatronModule):
     ) -> Tensor:
         """Return attention `[s, b, h_q d]` of query `[s, b, h_q, d]` over key and value `[s, b, h_kv, d]`. Collective.
 
-        Raises ValueError for a mask, a bias or packed sequences, which would be ignored.
+        Raises ValueError for a mask, another order than the causal one, a bias or packed sequences, which would be
+        ignored.
         """
+        if attn_mask_type not in (None, AttnMaskType.causal):
+            raise ValueError(f"attn_mask_type = {attn_mask_type}: attention over ranks is causal; give None")
         for name, extra in (
             ("attention_mask", attention_mask),
             ("attention_bias", attention_bias),

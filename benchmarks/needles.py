@@ -55,7 +55,7 @@ EVALUATION = (
 
 
 class Case(NamedTuple):
-    """What one size of the benchmark makes and measures."""
+    """Sizes of one run of the benchmark, and of its measurements."""
 
     steps: Mapping[int, int]
     """Steps of 2,048 tokens on the documents of each length."""

@@ -12,7 +12,7 @@ DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1 - progress,
     "sqrt": lambda progress: 1 - math.sqrt(progress),
 }
-"""What is left of a fall after a part of it, from 1 at 0 to 0 at 1; "sqrt" is the 1 - sqrt of arXiv 2405.18392."""
+"""Share of a fall that is left after a part of it, from 1 at 0 to 0 at 1; "sqrt": the 1 - sqrt of arXiv 2405.18392."""
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:

@@ -5,7 +5,7 @@ short, would end the process by SIGBUS without a message, and could not be tried
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ class _Descriptor:
     def __init__(self, path: Path):
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound now: at exit `os` may be gone
         if self.number >= 0:
-            os.close(self.number)
+            close(self.number)
 
 
 class ShardFile:

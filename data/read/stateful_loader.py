@@ -46,7 +46,8 @@ class StatefulLoader:
     A step is `global_batch_tokens` over all ranks, in micro-batches of `tokens_per_rank` on each of `num_ranks`. A
     sequence of more tokens is read by as many adjacent ranks as hold it together. Iterating goes on after the last
     micro-batch that was taken and ends with the last step. `state_dict` may be taken after any micro-batch, and loaded
-    by any number of ranks. Raises ValueError if data, curriculum, batch and ranks do not fit each other.
+    by any number of ranks; it counts what all iterators have taken, so use one at a time. Knots are not tied. Raises
+    ValueError if data, curriculum, batch and ranks do not fit each other.
     """
 
     def __init__(
@@ -67,6 +68,15 @@ class StatefulLoader:
             raise ValueError(
                 f"curriculum.renewal.rate = {curriculum.renewal.rate}: shares follow losses that `longring train` "
                 "measures; set it to 0"
+            )
+        if not 0 <= rank < num_ranks:
+            raise ValueError(
+                f"rank = {rank}: must be at least 0 and below num_ranks = {num_ranks}; give this rank's own index"
+            )
+        if min(steps, tokens_per_rank) < 1:
+            raise ValueError(
+                f"steps = {steps}, tokens_per_rank = {tokens_per_rank}: must be at least 1 each; raise the "
+                "one that is 0"
             )
         manifest = open_prepared(directory, config)
         made_of: dict[str, Any] = {"steps": steps, "global_batch_tokens": global_batch_tokens, "seed": seed}

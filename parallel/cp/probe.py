@@ -86,9 +86,9 @@ def probe(
 ) -> Probe:
     """Measure the links between the ranks of `group` (None: all) and their speed of attention. Collective.
 
-    Every rank returns the result of rank 0. `options` are those of training's communicators. Raises ValueError on
-    all ranks if there is only one, if nodes do not have equally many ranks of the group, in order, or if the ranks of
-    a node cannot open their copies.
+    Every rank returns the result of rank 0. `options` are those of training's communicators. torchrun's variables must
+    be set. Raises ValueError on all ranks if one of them is not, if there is only one rank, if nodes do not have
+    equally many ranks of the group, in order, or if the ranks of a node cannot open their copies.
     """
     started = time.perf_counter()
     members = dist.get_process_group_ranks(group or dist.group.WORLD)

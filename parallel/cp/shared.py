@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ class ContextParallel:
     have equal work. `backend` names the attention kernels (`longring.attention`); with `narrow_results` partial results
     travel in the dtype of q, otherwise in fp32. Making it opens the channels between the ranks, which stay open as long
     as torch.distributed: make one for each group and keep it. Raises ValueError if the grid is not of the group's size,
-    or if torch.distributed was initialized with `device_id`.
+    if there is no such layout, or if torch.distributed was initialized with `device_id`.
     """
 
     def __init__(
@@ -54,6 +55,10 @@ class ContextParallel:
             raise ValueError(
                 f"grid = {grid}: is for {grid.size} ranks, and the process group has {len(ranks)}; pass a grid of that "
                 f"size, such as CpGrid.ring({len(ranks)})"
+            )
+        if layout not in get_args(Layout):
+            raise ValueError(
+                f"layout = {layout!r}: must be one of {', '.join(get_args(Layout))}; leave it out for zigzag"
             )
         self.grid = grid
         self._group = open_group(ranks, [grid], options)
@@ -85,9 +90,14 @@ class ContextParallel:
         here, on the host, for layers of each of `windows` (an attention window in tokens, None for full attention): any
         thread may call this, and all layers and passes over the same documents use one result. Every rank makes it from
         the same arguments. Raises ValueError if there are fewer than 2 tokens a rank, if the starts do not ascend from
-        0, or for a window below 1 or without causal order.
+        0 to below `num_tokens`, or for a window below 1 or without causal order.
         """
         starts = tuple(document_starts)
+        if starts and starts[-1] >= num_tokens:
+            raise ValueError(
+                f"document_starts: {starts[-1]}: must be below num_tokens = {num_tokens}; leave out documents that "
+                "begin behind the end"
+            )
         # Work differs between layers of different windows: each counts as one layer.
         counted = tuple((window, 1) for window in windows)
         runs = divided(self._layout, num_tokens, starts, self.size, counted)

@@ -13,7 +13,15 @@ from longring.adapters.hugging_face import model_inputs, register
 from longring.parallel.cp.grid import CpGrid
 from longring.parallel.cp.shared import ContextParallel
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
 NUM_TOKENS, VOCABULARY, WINDOW = 61, 96, 20
 DOCUMENTS = (0, 17, 30)
@@ -31,6 +39,9 @@ Results = dict[str, Tensor]
 def llama(**settings) -> PreTrainedModel:
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**{**SHAPE, **settings}))
+
+
+BERT = {name: value for name, value in SHAPE.items() if name != "num_key_value_heads"}
 
 
 def mistral() -> PreTrainedModel:
@@ -114,11 +125,13 @@ def refusals() -> list[str]:
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     documents = model_inputs(parallel.sequence(NUM_TOKENS, DOCUMENTS), tokens)
     right(**documents)
+    two_way = BertForMaskedLM(BertConfig(**BERT, attn_implementation="longring")).eval()
     return [
         refused(lambda: right(tokens)),
         refused(lambda: right(**inputs, attention_mask=torch.ones_like(tokens))),
         refused(lambda: llama(attn_implementation="longring", attention_dropout=0.1).train()(**inputs)),
         refused(lambda: llama(attn_implementation="longring", rope_parameters=rope)(**inputs)),
+        refused(lambda: two_way(**{name: value for name, value in inputs.items() if name != "use_cache"})),
     ]
 
 
@@ -130,4 +143,5 @@ def test_what_ranks_cannot_share_is_refused(on_ranks):
         "leave the mask out, and give document_starts to ContextParallel.sequence",
         "take a model whose config asks for none",
         "take a model without them",
+        "take a model whose attention is causal",
     ]

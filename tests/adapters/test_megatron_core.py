@@ -1,4 +1,4 @@
-"""What attention over ranks refuses in megatron-core; examples/megatron_ring.py compares losses and gradients."""
+"""Refusals of attention over ranks in megatron-core; examples/megatron_ring.py compares losses and gradients."""
 
 from __future__ import annotations
 
@@ -36,10 +36,12 @@ def refusals() -> list[str]:
     assert not isinstance(layer.submodules.self_attention.submodules.core_attention, ContextParallelAttention)
     q = torch.zeros(4, 1, 2, 16)
     attention(q, q, q, None)
+    assert [core(parallel, window_size=(before, 0)).window for before in (-1, 2)] == [None, 3]
     return [
         refused(lambda: core(of_one)),
         refused(lambda: core(parallel, attention_dropout=0.1)),
         refused(lambda: attention(q, q, q, torch.ones(1, 1, 8, 8))),
+        refused(lambda: attention(q, q, q, None, AttnMaskType.no_mask)),
     ]
 
 
@@ -51,6 +53,8 @@ def test_what_ranks_cannot_share_is_refused(on_ranks):
             "make it as ContextParallel(parallel_state.get_context_parallel_group(), grid)",
             "set it to 0.0",
             "give None",
+            "give None",
         ]
         assert "attention over ranks has only 0.0" in told[1]
         assert "attention over ranks is causal over whole sequences" in told[2]
+        assert "attention over ranks is causal; give None" in told[3]

@@ -99,6 +99,12 @@ def test_advice(prepared: Path):
     assert told.endswith("set it, and curriculum.slot_tokens where that is set, to a multiple of 256")
     stateful(prepared, num_ranks=8, global_batch_tokens=256)
 
+    told = refused(lambda: stateful(prepared, rank=4, num_ranks=4))
+    assert told == "rank = 4: must be at least 0 and below num_ranks = 4; give this rank's own index"
+    stateful(prepared, rank=3, num_ranks=4)
+    for wrong in ({"steps": 0}, {"tokens_per_rank": 0}):
+        assert refused(lambda wrong=wrong: stateful(prepared, **wrong)).endswith("raise the one that is 0")
+
     loader = stateful(prepared, num_ranks=2)
     next(iter(loader))
     state, others = loader.state_dict(), stateful(prepared, num_ranks=4)

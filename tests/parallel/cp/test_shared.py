@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -64,11 +64,14 @@ def test_a_shared_sequence_equals_one_process(on_ranks, grid: CpGrid, layout: La
 def refusals() -> list[str]:
     """Collect the message of each wrong call, carry its advice out, and see the error gone."""
     sizes = [dist.get_world_size()]
-    parallel = ContextParallel(None, CpGrid.ring(*sizes))
+    grid, auto = CpGrid.ring(*sizes), cast(Layout, "auto")
+    parallel = ContextParallel(None, grid)
     sequence = parallel.sequence(8)
     q = torch.zeros(1, 4, 1, 8)
     wrong_and_right = [
         (lambda: ContextParallel(None, CpGrid.ring(3)), lambda: ContextParallel(None, CpGrid.ring(2))),
+        (lambda: ContextParallel(None, grid, layout=auto), lambda: ContextParallel(None, grid)),
+        (lambda: parallel.sequence(8, (0, 9)), lambda: parallel.sequence(8, (0,))),
         (lambda: sequence.shard(q), lambda: sequence.shard(q.expand(8, 4, 1, 8), dim=0)),
         (lambda: sequence.unshard(q, dim=0), lambda: sequence.unshard(q, dim=1)),
         (
@@ -90,6 +93,8 @@ def test_advice_about_a_shared_sequence(on_ranks):
     for told in on_ranks(2, refusals):
         assert [text.split("; ")[-1] for text in told] == [
             "pass a grid of that size, such as CpGrid.ring(2)",
+            "leave it out for zigzag",
+            "leave out documents that begin behind the end",
             "pass the dim of the tokens",
             "pass the dim of the tokens",
             "add it there",
