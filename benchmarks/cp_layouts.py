@@ -12,8 +12,8 @@ Python files of the standard library or of site-packages, whose bytes / 4 stand 
 - work: largest over mean visible pairs of a rank;
 - foreign: rows of keys that a rank gets, in units of its own tokens;
 - time: simulated time over the compute of the mean rank;
-- links: the same if each pass took no longer than the compute of the mean rank or the bytes of the busiest link, so the
-  least that any order of these messages can take.
+- links: the same with each pass as long as the longer of the mean rank's compute and the bytes of the busiest link: a
+  lower bound for any order of these messages.
 
 "each document in 2 cp" cuts every document in zigzag, as Megatron does. "all keys gathered" is zigzag where each rank
 first gets the keys and values of all others, whatever is visible, then computes, and in the backward gets them again

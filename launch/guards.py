@@ -37,7 +37,9 @@ SKETCH = 1024
 """Number of sums by which gradients are compared."""
 SIGNS = 1_000_003
 """Number of random signs of these sums, a prime."""
-_ADVICE = "try another train.attention_backend or parallel.cp.schedule, and report this error of LongRing"
+_ADVICE = (
+    "try another train.attention_backend, parallel.cp.schedule or parallel.cp.layout, and report this error of LongRing"
+)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,8 @@ def activations_of(recipe: Recipe, vocab_size: int, length: int, *, on_gpu: bool
     of_slice = 0 if itemsize == 4 and kept_tokens == tokens else slice_tokens * rows
     slice_work = of_slice * (4 + (itemsize if itemsize < 4 else 0))
     product = of_slice * itemsize + head * itemsize
-    loss_work = 4 * head + itemsize * tokens * hidden + max(slice_work, product)
+    # The forward has a slice in fp32 beside the logits that are kept.
+    loss_work = max(4 * slice_tokens * rows, 4 * head + itemsize * tokens * hidden + max(slice_work, product))
     return Activations(
         layers=int(tokens * kept * stay),
         host=int(tokens * kept * (model.num_layers - 1)) if stay < model.num_layers else 0,

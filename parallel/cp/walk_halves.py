@@ -6,8 +6,7 @@ import numpy as np
 from numba import njit
 
 
-@njit(cache=True, nogil=True)
-def walk_halves(
+def _walk_halves(
     source,
     target,
     posted,
@@ -66,3 +65,9 @@ def walk_halves(
             ready[rank[tile]] = computed[tile]
             tile += 1
     return ready, begins, arrival, computed
+
+
+try:
+    walk_halves = njit(cache=True, nogil=True)(_walk_halves)
+except RuntimeError:  # no directory can be written: each process compiles for itself
+    walk_halves = njit(nogil=True)(_walk_halves)
