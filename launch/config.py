@@ -206,7 +206,7 @@ class EvaluateConfig:
     """Held-out sequences that `longring evaluate` reads."""
 
     max_tokens_per_bucket: Annotated[int, Interval(ge=1, le=2**50)] = 2**20
-    """Maximum number of tokens to read from the start of each bucket."""
+    """Maximum number of tokens to read of each bucket, evenly over it."""
     knots: bool = False
     """Apply the training `knots` to held-out sequences as well; the marks are left out of the loss."""
     tasks: tuple[str, ...] = ()

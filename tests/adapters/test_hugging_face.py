@@ -125,7 +125,8 @@ def refusals() -> list[str]:
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     documents = model_inputs(parallel.sequence(NUM_TOKENS, DOCUMENTS), tokens)
     right(**documents)
-    two_way = BertForMaskedLM(BertConfig(**BERT, attn_implementation="longring")).eval()
+    two_way = BertForMaskedLM(BertConfig(**BERT)).eval()
+    two_way.set_attn_implementation("longring")
     return [
         refused(lambda: right(tokens)),
         refused(lambda: right(**inputs, attention_mask=torch.ones_like(tokens))),
