@@ -77,10 +77,7 @@ def attend(
         if extra is not None:
             raise ValueError(f"{name}: attention over a ring has none; take a model whose config asks for none")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [b, s, h, d]
-    usual = q.shape[-1] ** -0.5
-    if scaling is not None and scaling != usual:
-        q = q * (scaling / usual)
-    return shared_sequence.attention(q, k, v, window=sliding_window), None
+    return shared_sequence.attention(q, k, v, window=sliding_window, scale=scaling), None
 
 
 def no_mask(*, config: PreTrainedConfig, attention_mask: Tensor | None, use_vmap: bool, **_: Any) -> None:

@@ -106,8 +106,6 @@ class ContextParallelAttention(MegatronModule):
             if extra is not None:
                 raise ValueError(f"{name}: attention over ranks is causal over whole sequences; give None")
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))  # [b, s, h, d]
-        usual = q.shape[-1] ** -0.5
-        if self.softmax_scale not in (None, usual):
-            q = q * (self.softmax_scale / usual)
-        out = self.sequence_of(q.shape[1] * self.size, self.window).attention(q, k, v, window=self.window)
+        sequence = self.sequence_of(q.shape[1] * self.size, self.window)
+        out = sequence.attention(q, k, v, window=self.window, scale=self.softmax_scale)
         return out.flatten(2).transpose(0, 1).contiguous()

@@ -32,16 +32,17 @@ position and the heads of the rank."""
 
 
 def forward(
-    spec: AttentionSpec, rank: int, q: Tensor, k: Tensor, v: Tensor, transport: Transport
+    spec: AttentionSpec, rank: int, q: Tensor, k: Tensor, v: Tensor, transport: Transport, *, scale: float | None = None
 ) -> Generator[Message, None, tuple[Tensor, Saved]]:
     """Run the forward of one rank: q `[b, s, h_q, d]`, k, v `[b, s, h_kv, d]` -> out like q, and the tensors to save.
 
-    Collective: every rank of the grid runs its own generator. Yields each message that must be waited for.
+    Scores are q k `scale` (default: d^-1/2). Collective: every rank of the grid runs its own generator. Yields each
+    message that must be waited for.
     """
     plan, heads = spec.compiled("forward", rank), spec.grid.heads
     if heads > 1:
         q, k, v = yield from tokens_for_heads([q, k, v], plan, heads, transport)
-    run = _Forward(spec, plan, transport, q, k, v)
+    run = _Forward(spec, plan, transport, scale, q, k, v)
     yield from run.walk()
     out, lse = run.out.to(q.dtype), run.lse
     # Saved before heads are traded back: the backward needs the position's tokens with the rank's heads.
@@ -52,17 +53,25 @@ def forward(
 
 
 def backward(
-    spec: AttentionSpec, rank: int, dout: Tensor, saved: Saved, num_kv_heads: int, transport: Transport
+    spec: AttentionSpec,
+    rank: int,
+    dout: Tensor,
+    saved: Saved,
+    num_kv_heads: int,
+    transport: Transport,
+    *,
+    scale: float | None = None,
 ) -> Generator[Message, None, tuple[Tensor, Tensor, Tensor]]:
     """Run the backward of one rank: dout `[b, s, h_q, d]` -> dq like dout, dk and dv `[b, s, h_kv, d]`, with all heads.
 
-    Collective: every rank of the grid runs its own generator. Yields each message that must be waited for.
+    `scale` is that of the forward. Collective: every rank of the grid runs its own generator. Yields each message that
+    must be waited for.
     """
     plan, heads = spec.compiled("backward", rank), spec.grid.heads
     q, k, v, out, lse = saved
     if heads > 1:
         (dout,) = yield from tokens_for_heads([dout], plan, heads, transport)
-    run = _Backward(spec, plan, transport, q, k, v, out, lse, dout)
+    run = _Backward(spec, plan, transport, scale, q, k, v, out, lse, dout)
     yield from run.walk()
     grads = [grad.to(q.dtype) for grad in (run.dq, run.dk, run.dv)]
     if heads > 1:
@@ -117,11 +126,13 @@ class _Run(ABC):
         spec: AttentionSpec,
         plan: CompiledPlan,
         transport: Transport,
+        scale: float | None,
         own: dict[Side, list[Tensor]],
         home: dict[Side, list[Tensor]],
     ) -> None:
         """Begin with the tensors of the own shares, and with sums of results for them, `[b, s, h, d]`, `[b, h, s]`."""
-        self.plan, self.transport, self.backend, self.q = plan, transport, spec.backend, own["queries"][0]
+        self.plan, self.transport, self.q = plan, transport, own["queries"][0]
+        self.backend, self.scale = spec.backend, scale
         self.masks = spec.masks(plan.rank, self.q.device)
         self.views: list[list[Tensor]] = [[] for _ in range(plan.num_slots)]
         """Tensors of each slot, as kernels take them."""
@@ -214,17 +225,19 @@ class _Forward(_Run):
     """Forward of one rank: results for queries are (out, lse), merged by lse; keys have no results."""
 
     def __init__(
-        self, spec: AttentionSpec, plan: CompiledPlan, transport: Transport, q: Tensor, k: Tensor, v: Tensor
-    ) -> None:
+        self, spec: AttentionSpec, plan: CompiledPlan, transport: Transport, scale: float | None,
+        q: Tensor, k: Tensor, v: Tensor,
+    ) -> None:  # fmt: skip
         b, s, h, _ = q.shape
         # Neutral for the kernels' running softmax: out = 0, lse = -inf.
         self.out, self.lse = zeros_fp32(q), torch.full((b, h, s), -torch.inf, dtype=_sum_dtype(q), device=q.device)
         own: dict[Side, list[Tensor]] = {"queries": [q], "keys": [k, v]}
-        super().__init__(spec, plan, transport, own, {"queries": [self.out, self.lse], "keys": []})
+        super().__init__(spec, plan, transport, scale, own, {"queries": [self.out, self.lse], "keys": []})
 
     def compute(self, operation):
         (q,), (k, v), (out, lse) = (self.views[slot] for slot in operation[1:4])
-        attention_forward(q, k, v, self.masks[operation.tile], running=(out, lse), backend=self.backend)
+        mask = self.masks[operation.tile]
+        attention_forward(q, k, v, mask, scale=self.scale, running=(out, lse), backend=self.backend)
 
     def merge(self, operation):
         out, lse = self.views[operation.into]
@@ -241,17 +254,17 @@ class _Backward(_Run):
     """Backward of one rank: results are dQ for queries and (dK, dV) for keys, merged by addition."""
 
     def __init__(
-        self, spec: AttentionSpec, plan: CompiledPlan, transport: Transport,
+        self, spec: AttentionSpec, plan: CompiledPlan, transport: Transport, scale: float | None,
         q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor,
     ) -> None:  # fmt: skip
         self.dq, self.dk, self.dv = zeros_fp32(q), zeros_fp32(k), zeros_fp32(v)
         own: dict[Side, list[Tensor]] = {"queries": [q, dout, lse, row_delta(dout, out)], "keys": [k, v]}
-        super().__init__(spec, plan, transport, own, {"queries": [self.dq], "keys": [self.dk, self.dv]})
+        super().__init__(spec, plan, transport, scale, own, {"queries": [self.dq], "keys": [self.dk, self.dv]})
 
     def compute(self, operation):
         (q, dout, lse, delta), (k, v), (dq,), (dk, dv) = (self.views[slot] for slot in operation[1:])
         mask, into = self.masks[operation.tile], (dq, dk, dv)
-        attention_backward(dout, q, k, v, lse, delta, mask, into=into, backend=self.backend)
+        attention_backward(dout, q, k, v, lse, delta, mask, scale=self.scale, into=into, backend=self.backend)
 
     def merge(self, operation):
         totals, (pack,) = self.views[operation.into], self.packs[operation.part]

@@ -177,16 +177,18 @@ class SharedSequence:
             whole[layout.positions(whole.device)] = found[: layout.num_tokens]
         return whole.movedim(0, dim).contiguous()
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None) -> Tensor:
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, scale: float | None = None
+    ) -> Tensor:
         """Return the self-attention `[b, s, h_q, d]` of the whole sequence at this rank's tokens. Collective.
 
         q `[b, s, h_q, d]` and k, v `[b, s, h_kv, d]` are those of the tokens that this rank holds, in order; RoPE has
-        been applied. Scores are scaled by d^-1/2. Differentiable in q, k and v. Raises ValueError if the shapes or
-        heads do not fit, or if the sequence was not made for layers of this window, and PeerError if another rank is
-        gone or does not answer.
+        been applied. Scores are q k `scale` (default: d^-1/2). Differentiable in q, k and v. Raises ValueError if the
+        shapes or heads do not fit, or if the sequence was not made for layers of this window, and PeerError if another
+        rank is gone or does not answer.
         """
         if window not in self._specs:
             raise ValueError(
                 f"attention: window = {window}: the sequence was made for windows = {list(self._specs)}; add it there"
             )
-        return context_attention(q, k, v, self._specs[window], self._group)
+        return context_attention(q, k, v, self._specs[window], self._group, scale=scale)

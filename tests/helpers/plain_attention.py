@@ -64,22 +64,24 @@ def torch_attention(
     return out.transpose(1, 2) * sees[None, :, None, None]
 
 
-def torch_lse(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+def torch_lse(q: Tensor, k: Tensor, visible: Tensor, scale: float | None = None) -> Tensor:
     """Return lse [b, h, s] in fp32, of scores in the dtype of the inputs."""
     k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() * q.shape[-1] ** -0.5
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
     return scores.masked_fill(~visible, -torch.inf).logsumexp(-1)
 
 
-def answers(qkv: list[Tensor], dout: Tensor, visible: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def answers(
+    qkv: list[Tensor], dout: Tensor, visible: Tensor, scale: float | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return out, lse, dq, dk and dv twice: of plain torch in the dtype of the inputs, and exact in fp64."""
     found = []
     for dtype, exact in ((qkv[0].dtype, False), (torch.float64, True)):
         q, k, v = (x.detach().to(dtype).requires_grad_() for x in qkv)
         if exact:
-            out, lse = exact_attention(q, k, v, visible)
+            out, lse = exact_attention(q, k, v, visible, scale)
         else:
-            out, lse = torch_attention(q, k, v, visible), torch_lse(q, k, visible)
+            out, lse = torch_attention(q, k, v, visible, scale), torch_lse(q, k, visible, scale)
         dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout.to(dtype))
         found.append({"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv})
     return found[0], found[1]

@@ -15,6 +15,8 @@ from longring.parallel.cp.shared import ContextParallel
 
 NUM_TOKENS, HEADS, KV_HEADS, HEAD_DIM = 61, 4, 2, 16
 STARTS, WINDOW = (0, 5, 6, 40), 7
+ATTENTIONS = ((None, None), (WINDOW, None), (None, 0.7), (WINDOW, 0.03))
+"""(window, scale) of each call; d^-1/2 = 0.25 is the default scale."""
 CASES: list[tuple[CpGrid, Layout]] = [
     (CpGrid(), "zigzag"),
     (CpGrid.ulysses(2), "zigzag"),
@@ -27,8 +29,11 @@ def inputs() -> list[torch.Tensor]:
     return [torch.randn(2, NUM_TOKENS, h, HEAD_DIM, generator=generator) for h in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
 
 
-def shared_by_groups(grid: CpGrid, layout: Layout) -> dict[int | None, dict[str, torch.Tensor]]:
-    """Attend to one sequence in a group of the first and one of the last ranks; return the whole results by window."""
+def shared_by_groups(grid: CpGrid, layout: Layout) -> list[dict[str, torch.Tensor]]:
+    """Attend to one sequence in a group of the first and one of the last ranks; return the whole results of each call.
+
+    The results are in the order of ATTENTIONS.
+    """
     size, rank = grid.size, dist.get_rank()
     groups: list[Any] = [
         dist.new_group(list(range(first, first + size))) for first in range(0, dist.get_world_size(), size)
@@ -39,14 +44,14 @@ def shared_by_groups(grid: CpGrid, layout: Layout) -> dict[int | None, dict[str,
     positions = torch.arange(NUM_TOKENS)
     assert torch.equal(sequence.shard(positions, dim=0), sequence.layout.positions())
     assert torch.equal(sequence.unshard(sequence.shard(positions, dim=0), dim=0), positions)
-    found = {}
-    for window in (None, WINDOW):
+    found = []
+    for window, scale in ATTENTIONS:
         q, k, v, dout = map(sequence.shard, inputs())
         leaves = [x.requires_grad_() for x in (q, k, v)]
-        out = sequence.attention(q, k, v, window=window)
+        out = sequence.attention(q, k, v, window=window, scale=scale)
         grads = torch.autograd.grad(out, leaves, dout)
         parts = zip(("out", "dq", "dk", "dv"), (out, *grads), strict=True)
-        found[window] = {name: sequence.unshard(part) for name, part in parts}
+        found.append({name: sequence.unshard(part) for name, part in parts})
     return found
 
 
@@ -54,11 +59,11 @@ def shared_by_groups(grid: CpGrid, layout: Layout) -> dict[int | None, dict[str,
 def test_a_shared_sequence_equals_one_process(on_ranks, grid: CpGrid, layout: Layout):
     ranks = on_ranks(2 * grid.size if grid.size < 4 else 4, shared_by_groups, grid, layout)
     whole, (*qkv, dout) = SeqLayout(((0, NUM_TOKENS),), STARTS), inputs()
-    for window in (None, WINDOW):
-        expected = answers(qkv, dout, visible_pairs(whole, whole, True, window))
-        for results in ranks:
-            plain, exact = ({name: of[name] for name in results[window]} for of in expected)
-            assert_as_exact_as(results[window], plain, exact, factor=2, what=f"{grid}, {layout}, {window}:")
+    for call, (window, scale) in enumerate(ATTENTIONS):
+        expected = answers(qkv, dout, visible_pairs(whole, whole, True, window), scale)
+        for found in (results[call] for results in ranks):
+            plain, exact = ({name: of[name] for name in found} for of in expected)
+            assert_as_exact_as(found, plain, exact, factor=2, what=f"{grid}, {layout}, {window}, {scale}:")
 
 
 def refusals() -> list[str]:
