@@ -1,1 +1,1 @@
-"""Attention kernels, masks and sequence layouts: the foundation. Imports torch and triton only."""
+"""Attention kernels, masks and sequence layouts: the foundation. Imports torch, triton and numba only."""

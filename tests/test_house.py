@@ -21,7 +21,7 @@ COLUMNS = ("kernels", "parallel", "data", "model", "adapters", "launch")
 MAY_IMPORT = {
     "kernels": set(),
     "parallel": {"kernels"},
-    "data": set(),
+    "data": {"kernels"},
     "model": {"kernels"},
     "adapters": {"kernels", "parallel"},
     "launch": {"kernels", "parallel", "data", "model"},
@@ -88,6 +88,11 @@ def test_imports_go_one_way(column):
     for module, found in IMPORTS.items():
         if module.parts[0] == column:
             assert {other.parts[0] for other in found} <= allowed, f"{module} imports against the house"
+
+
+def test_data_takes_compiled_loops_alone_from_the_foundation():
+    found = {other for module, others in IMPORTS.items() if module.parts[0] == "data" for other in others}
+    assert {other for other in found if other.parts[0] != "data"} == {Path("kernels/host_loop.py")}
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=str)
@@ -159,14 +164,14 @@ def test_a_process_loads_no_library_that_it_does_not_need(modules, absent):
     assert done.stdout.strip() == "[]"
 
 
-def test_kernels_import_torch_and_triton_only():
+def test_kernels_import_torch_triton_and_numba_only():
     for path in (ROOT / "kernels").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [n.name for n in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             for name in names:
                 root = name.split(".")[0]
-                assert root in {"torch", "triton"} or root in sys.stdlib_module_names, f"{path} imports {name}"
+                assert root in {"torch", "triton", "numba"} or root in sys.stdlib_module_names, f"{path} imports {name}"
 
 
 @pytest.mark.full
@@ -187,7 +192,7 @@ def test_wheel_holds_every_module_and_recipe(tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     expected = (
         {str(module) for module in MODULES}
-        | {"__init__.py", "py.typed"}
+        | {"__init__.py", "__main__.py", "py.typed"}
         | {"kernels/tuned.json", "launch/report/page.html", "slurm/train.sbatch", "slurm/prepare.sbatch"}
         | {str(path.relative_to(ROOT)) for path in (ROOT / "launch" / "recipes").glob("*.toml")}
     )

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from ...kernels.host_loop import host_loop
 from ..permutation import mix_bits
 from .path import NO_NEIGHBOR
 
@@ -121,7 +121,7 @@ def choose_dropped(pairs: NDArray[np.uint32], num_documents: int) -> NDArray[np.
     return ordered[_greedy(ordered, np.zeros(num_documents, dtype=np.bool_))]
 
 
-@njit(cache=True)
+@host_loop
 def _greedy(pairs, dropped):  # pragma: no cover  (compiled)
     """Return the mask [pairs] of the pairs whose first document is dropped for the second; marks it in `dropped`."""
     chosen = np.zeros(len(pairs), np.bool_)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from ...kernels.host_loop import host_loop
 from ..files import sync
 from ..permutation import permute
 
@@ -154,7 +154,7 @@ def nearest_groups(neighbors: NDArray[np.uint32], dropped: NDArray[np.bool_], se
     return _nearest_groups(neighbors, order, dropped.copy())
 
 
-@njit(cache=True)
+@host_loop
 def _one_way(neighbors):  # pragma: no cover  (compiled)
     """Return which listed edges [n, k] are not listed from the other end, `Graph.first` and `Graph.degrees`."""
     n, k = neighbors.shape
@@ -181,7 +181,7 @@ def _one_way(neighbors):  # pragma: no cover  (compiled)
     return one_way, first, degrees
 
 
-@njit(cache=True)
+@host_loop
 def _reverse(neighbors, similarities, one_way, first, listed_by, listed_similarities):  # pragma: no cover
     """Write the one-way edges under the document at their other end: `Graph.listed_by` and `listed_similarities`."""
     n, k = neighbors.shape
@@ -195,7 +195,7 @@ def _reverse(neighbors, similarities, one_way, first, listed_by, listed_similari
                 position[other] += 1
 
 
-@njit(cache=True)
+@host_loop
 def _by_degree(degrees):  # pragma: no cover
     """Return the documents by degree, equals by number [n], by a counting sort."""
     position = np.zeros(degrees.max() + 2, np.int64)
@@ -211,7 +211,7 @@ def _by_degree(degrees):  # pragma: no cover
     return order
 
 
-@njit(cache=True)
+@host_loop
 def _walk(
     neighbors,
     similarities,
@@ -253,7 +253,7 @@ def _walk(
     return cursor, current
 
 
-@njit(cache=True)
+@host_loop
 def _nearest_groups(neighbors, order, visited):  # pragma: no cover
     """Return the documents of `order` [n], each followed by its unvisited neighbours."""
     documents = np.empty(len(order), np.uint32)

@@ -67,10 +67,7 @@ def simulate(traffic: Traffic, tiles: Tiles, num_ranks: int, num_links: int) -> 
     """Return the times at which ranks exchange messages and compute tiles."""
     from .walk_halves import walk_halves  # imported late: numba takes a quarter of a second, and one rank needs none
 
-    try:
-        return Times(*walk_halves(*traffic, *tiles, num_ranks, num_links))
-    except OSError:  # compiled, but the disk is full: it cannot be kept for other processes
-        return Times(*walk_halves(*traffic, *tiles, num_ranks, num_links))
+    return Times(*walk_halves(*traffic, *tiles, num_ranks, num_links))
 
 
 class Wires(NamedTuple):

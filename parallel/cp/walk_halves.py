@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from ...kernels.host_loop import host_loop
 
 
-def _walk_halves(
+@host_loop
+def walk_halves(
     source,
     target,
     posted,
@@ -65,9 +67,3 @@ def _walk_halves(
             ready[rank[tile]] = computed[tile]
             tile += 1
     return ready, begins, arrival, computed
-
-
-try:
-    walk_halves = njit(cache=True, nogil=True)(_walk_halves)
-except RuntimeError:  # no directory can be written: each process compiles for itself
-    walk_halves = njit(nogil=True)(_walk_halves)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from importlib import reload
 
 import numpy as np
 import pytest
 from helpers.layouts import scattered
 from longring.kernels.layout import SeqLayout
 from longring.kernels.mask import make_mask
-from longring.parallel.cp import walk_halves
 from longring.parallel.cp.choose import Pricer, choose
 from longring.parallel.cp.cost import AttentionShape, Event, Speed, play
 from longring.parallel.cp.grid import CpGrid, grids
@@ -173,27 +171,3 @@ def test_a_thousand_ranks_share_the_pairs_evenly():
     pairs = pairs_between(Pieces.of(layouts_of(size, num_tokens)), size, Visibility()).sum(1)
     assert pairs.min() == pairs.max()
     assert int(pairs.sum()) == num_tokens * (num_tokens + 1) // 2
-
-
-@pytest.mark.full
-def test_a_machine_on_which_nothing_can_be_kept_compiles_for_itself(monkeypatch):
-    """Neither a directory that may be written, nor room on the disk."""
-    topology, shape = ethernet(2), AttentionShape(1, 2, 2, 8, 2)
-    schedule = Schedule(CpGrid.ring(2), [zigzag(8, rank, 2) for rank in range(2)], Visibility(), "forward")
-    expected = play(schedule, topology, shape, Speed(1e9, 0.0)).seconds
-    with monkeypatch.context() as patch:
-        patch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
-        reload(walk_halves)
-        assert play(schedule, topology, shape, Speed(1e9, 0.0)).seconds == expected
-
-    compiled, calls = walk_halves.walk_halves, []
-
-    def full_disk(*arguments):
-        calls.append(arguments)
-        if len(calls) == 1:
-            raise OSError(28, "No space left on device")
-        return compiled(*arguments)
-
-    monkeypatch.setattr(walk_halves, "walk_halves", full_disk)
-    assert play(schedule, topology, shape, Speed(1e9, 0.0)).seconds == expected
-    assert len(calls) == 2
