@@ -99,9 +99,9 @@ def bucket_order(
     `sequences` has the number of sequences by their length in tokens, or the number by source for each length; a bucket
     numbers its sequences from 0, source after source. The order says which of them each step trains on, as
     `BatchOrder.batch` and `sequences` give them. It is a function of these arguments alone. `curriculum` (None: the
-    defaults) says how much is trained at which length and when. Raises ValueError if there are no sequences, if the
-    curriculum or the global batch does not fit them, if a length does not divide the longest, or if the curriculum
-    renews its shares.
+    defaults) says how much is trained at which length and when. Raises ValueError for a run of no steps, if there are
+    no sequences or a negative number of them, if the curriculum or the global batch does not fit them, if a length does
+    not divide the longest, or if the curriculum renews its shares.
     """
     curriculum = curriculum or CurriculumConfig()
     if curriculum.renewal.rate:
@@ -109,24 +109,33 @@ def bucket_order(
             f"curriculum.renewal.rate = {curriculum.renewal.rate}: shares follow losses in a run of `longring train` "
             "alone; set it to 0"
         )
+    if steps < 1:
+        raise ValueError(f"steps = {steps}: a run has at least one step; give the number of steps of the run")
     if not sequences:
         raise ValueError("sequences = {}: there is nothing to order; give the number of sequences of each length")
+    counts = {length: {"all": of} if isinstance(of, int) else of for length, of in sequences.items()}
+    for length, of in counts.items():
+        if min(of.values(), default=0) < 0:
+            raise ValueError(
+                f"sequences[{length}] = {sequences[length]}: must be at least 0; give the number of sequences that "
+                "there are"
+            )
     used = curriculum.lengths_in_use([*sequences])
     unfit = [length for length in used if length < 1 or used[-1] % length]
     if unfit:
         raise ValueError(
             f"sequences[{unfit[0]}]: every length must divide the longest, {used[-1]}; leave this length out"
         )
-    buckets = [_bucket(length, sequences[length]) for length in used]
+    sources = dict.fromkeys(source for length in used for source in counts[length])
+    buckets = [_bucket(length, {source: counts[length].get(source, 0) for source in sources}) for length in used]
     slot_tokens = curriculum.tokens_of_slot(used, global_batch_tokens)
     slots = global_batch_tokens // slot_tokens
     mix = plan_mix(buckets, curriculum, steps, slots)
     return order_of_mix(mix, buckets, curriculum, LoaderConfig(window_tokens=0), slots, slot_tokens, seed)
 
 
-def _bucket(length: int, sequences: int | Mapping[str, int]) -> Bucket:
+def _bucket(length: int, by_source: Mapping[str, int]) -> Bucket:
     """Return a bucket of sequences that no shard of ours holds; each source counts as one shard."""
-    by_source = {"all": sequences} if isinstance(sequences, int) else sequences
     shards = np.zeros(len(by_source), dtype=SHARD_DTYPE)
     shards["sequences"] = [*by_source.values()]
     parts = [

@@ -72,14 +72,31 @@ def test_counts_alone_give_the_order_of_prepared_data(settings: dict[str, Any]):
         assert whole_batch(found, step) == whole_batch(expected, step)
 
 
-def ordered(sequences: dict[int, Any], **settings: Any) -> BatchOrder:
-    return bucket_order(sequences, steps=4, global_batch_tokens=64, curriculum=CurriculumConfig(**settings))
+def ordered(sequences: dict[int, Any], *, steps: int = 4, **settings: Any) -> BatchOrder:
+    return bucket_order(sequences, steps=steps, global_batch_tokens=64, curriculum=CurriculumConfig(**settings))
+
+
+def test_a_source_without_sequences_of_a_length_may_be_left_out():
+    some, all_named = (
+        {8: {"web": 3}, 32: {"books": 5, "web": 2}},
+        {8: {"web": 3, "books": 0}, 32: {"web": 2, "books": 5}},
+    )
+    found, expected = (ordered(of, shares={"books": 0.5}) for of in (some, all_named))
+    for step in range(1, 5):
+        assert whole_batch(found, step) == whole_batch(expected, step)
 
 
 @pytest.mark.parametrize(
     ("advice", "wrong", "right"),
     [
         ("give the number of sequences of each length", ({}, {}), ({8: 3}, {})),
+        ("steps = 0: .* give the number of steps of the run", ({8: 3}, {"steps": 0}), ({8: 3}, {"steps": 1})),
+        ("= -3: must be at least 0; give the number of sequences that there are", ({8: -3}, {}), ({8: 3}, {})),
+        (
+            "'b': -1}: must be at least 0; give the number of sequences that there are",
+            ({8: 9, 32: {"a": 2, "b": -1}}, {}),
+            ({8: 9, 32: {"a": 2}}, {}),
+        ),
         ("leave this length out", ({8: 3, 12: 3, 32: 1}, {}), ({8: 3, 32: 1}, {})),
         (
             "shares follow losses in a run of `longring train` alone; set it to 0",
@@ -87,7 +104,7 @@ def ordered(sequences: dict[int, Any], **settings: Any) -> BatchOrder:
             ({8: 3}, {"renewal": RenewalConfig()}),
         ),
     ],
-    ids=["nothing", "length", "renewal"],
+    ids=["nothing", "steps", "negative", "negative of a source", "length", "renewal"],
 )
 def test_counts_that_give_no_order_are_refused(advice: str, wrong: Any, right: Any):
     with pytest.raises(ValueError, match=advice):
