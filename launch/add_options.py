@@ -28,6 +28,7 @@ def prepare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the ledger and buckets as JSON")
     _verify(parser)
+    _container(parser, "With --slurm, tasks run in an image, as docs/image.md makes it.", "tasks")
 
 
 def plan(parser: argparse.ArgumentParser) -> None:
@@ -135,17 +136,7 @@ def submit(parser: argparse.ArgumentParser) -> None:
         help="number of nodes, each with slurm.ranks_per_node ranks",
     )
     parser.add_argument("--print", action="store_true", help="print the job script and do not submit it")
-    container = parser.add_argument_group("container", "The ranks run in an image, as docs/image.md makes it.")
-    container.add_argument(
-        "--container", default="", metavar="IMAGE", help="FILE.sif, by apptainer; any other image by pyxis"
-    )
-    container.add_argument(
-        "--mount",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="show it to the ranks besides the directories of the recipe; may be given again",
-    )
+    _container(parser, "The ranks run in an image, as docs/image.md makes it.", "ranks")
     evaluation = parser.add_argument_group("evaluation", "The job is `longring evaluate` on the ranks of all nodes.")
     evaluation.add_argument("--evaluate", action="store_true", help="evaluate the recipe's run")
     evaluation.add_argument(
@@ -215,6 +206,20 @@ def topology(parser: argparse.ArgumentParser) -> None:
         "--ranks", type=_positive, metavar="N", help="number of ranks to start here (default: train.ranks_per_node)"
     )
     parser.add_argument("--json", metavar="FILE", help="write the measured topology to FILE")
+
+
+def _container(parser: argparse.ArgumentParser, description: str, who: str) -> None:
+    container = parser.add_argument_group("container", description)
+    container.add_argument(
+        "--container", default="", metavar="IMAGE", help="FILE.sif, by apptainer; any other image by pyxis"
+    )
+    container.add_argument(
+        "--mount",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help=f"show it to the {who} besides the directories of the recipe; may be given again",
+    )
 
 
 def _verify(parser: argparse.ArgumentParser) -> None:

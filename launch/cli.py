@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _prepare(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.target, options.overrides)
+    from .commands.container import container_of, preparation_directories
     from .commands.prepare import prepare_recipe
 
     prepare_recipe(
@@ -67,6 +68,7 @@ def _prepare(options: argparse.Namespace) -> int:
         part=options.part,
         partition=options.slurm,
         time=options.time,
+        container=container_of(options.container, options.mount, preparation_directories(recipe)),
         verify=options.verify,
         as_json=options.json,
     )
@@ -147,17 +149,15 @@ def _many_nodes(options: argparse.Namespace) -> ManyNodes:
 
 def _submit(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.target, options.overrides)
-    from .commands.container import container_of
+    from .commands.container import container_of, run_directories
     from .commands.submit import evaluation_words, job_script, submit
 
     evaluates, words = options.evaluate or bool(options.weights), [options.target, *options.overrides]
     if evaluates:
         chosen = {name: getattr(options, name) for name in ("tasks", "judge", "json", "picture")}
         words = evaluation_words(options.target, options.weights, options.overrides, chosen)
-    if options.mount and not options.container:
-        raise ValueError("--mount: names a directory for a container; name its image with --container")
-    paths = [options.target, *options.weights, options.judge, *options.mount]
-    container = container_of(recipe, options.container, paths) if options.container else None
+    paths = [*run_directories(recipe), options.target, *options.weights, options.judge]
+    container = container_of(options.container, options.mount, paths)
     if options.print:
         print(job_script(recipe, options.nodes, evaluates=evaluates, container=container), end="")
     else:

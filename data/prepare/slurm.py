@@ -109,10 +109,13 @@ def run_task(file: Path, index: int, count: int) -> None:
         step(rank)
 
 
-def submit(config: DataConfig, console: Console, *, partition: str, workers: int, time: str) -> None:
+def submit(
+    config: DataConfig, console: Console, *, partition: str, workers: int, time: str, container: Sequence[str] = ()
+) -> None:
     """List the input shards and make the tokenizer here, and submit the jobs; at most `workers` tasks run at once.
 
-    `time` is the limit of a task. Raises ValueError as `prepare` does, and if there is no sbatch or it refuses a job.
+    `time` is the limit of a task. `container` has the words before a command that run it in a container. Raises
+    ValueError as `prepare` does, and if there is no sbatch or it refuses a job.
     """
     if is_prepared(config):
         console.print(f"{config.directory} is already prepared from these settings", markup=False)
@@ -123,7 +126,7 @@ def submit(config: DataConfig, console: Console, *, partition: str, workers: int
             "prepare here without --slurm"
         )
     with Progress(console=console) as progress:
-        jobs = jobs_of(config, progress, partition=partition, workers=workers, time=time)
+        jobs = jobs_of(config, progress, partition=partition, workers=workers, time=time, container=container)
     numbers: dict[str, str] = {}
     for job in jobs:
         numbers[job.name] = job.submit(after=[*numbers.values()][-1] if numbers else None)
@@ -137,10 +140,19 @@ def submit(config: DataConfig, console: Console, *, partition: str, workers: int
     )
 
 
-def jobs_of(config: DataConfig, progress: Progress, *, partition: str, workers: int, time: str) -> list[Job]:
+def jobs_of(
+    config: DataConfig,
+    progress: Progress,
+    *,
+    partition: str,
+    workers: int,
+    time: str,
+    container: Sequence[str] = (),
+) -> list[Job]:
     """Return the jobs in their order, each of which waits for the one before it; the last one merges.
 
-    Raises ValueError as `open_job` does, and for a text that the shell or sbatch would read as more than one word.
+    Tasks run by this Python, or by that of the container, which sees all directories by the same names. Raises
+    ValueError as `open_job` does, and for a text that the shell or sbatch would read as more than one word.
     """
     directory = Path(config.directory).absolute()
     named = {"data.directory": directory, "working directory": Path.cwd(), "python": Path(sys.executable)}
@@ -169,7 +181,8 @@ def jobs_of(config: DataConfig, progress: Progress, *, partition: str, workers: 
         }
         lines = ["#!/bin/bash", *(f"#SBATCH --{name}={value}" for name, value in options.items()), "#SBATCH --requeue"]
         # Without PYTHONSAFEPATH the folders data/, model/ and so on of a checkout would shadow packages of those names.
-        command = f"exec {sys.executable} -m longring.data.prepare.slurm_task {folder}/step.pickle"
+        python = shlex.join([*container, "python3"]) if container else sys.executable
+        command = f"exec {python} -m longring.data.prepare.slurm_task {folder}/step.pickle"
         lines += ["export PYTHONSAFEPATH=1", f'{command} "$SLURM_ARRAY_TASK_ID" "$SLURM_ARRAY_TASK_COUNT"']
         return Job(name, step, tasks, "\n".join(lines) + "\n", folder)
 

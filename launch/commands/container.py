@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from ..redact import redact
 
 @dataclass(frozen=True)
 class Container:
-    """The container in which the launcher of each node runs, as slurm/train.sbatch takes it."""
+    """The container in which a job runs: the launcher of each node, as slurm/train.sbatch takes it, or one task."""
 
     image: str
     """Absolute path of a file, or a name in a registry. apptainer runs an image that ends in .sif, pyxis any other."""
@@ -28,6 +28,21 @@ class Container:
         """Lines of the job script that name the image and the mounts."""
         lines = [f"export LONGRING_CONTAINER='{self.image}'"]
         return [*lines, f"export LONGRING_MOUNTS='{','.join(self.mounts)}'"] if self.mounts else lines
+
+    @property
+    def words(self) -> list[str]:
+        """Words of a job script before a command, which then runs in the container, in the directory of submission."""
+        here = str(Path.cwd())
+        seen = here, *self.mounts
+        if self.image.endswith(".sif"):
+            return ["apptainer", "exec", "--bind", ",".join(seen), "--pwd", here, self.image]
+        mounts = ",".join(f"{path}:{path}" for path in seen)
+        return [
+            "srun",
+            f"--container-image={self.image}",
+            f"--container-mounts={mounts}",
+            f"--container-workdir={here}",
+        ]
 
     def check_runtime(self) -> None:
         """Raise ValueError if this machine shows that no node can run the image.
@@ -45,11 +60,31 @@ class Container:
             )
 
 
-def container_of(recipe: Recipe, image: str, paths: Iterable[str]) -> Container:
-    """Return the container of a job of this recipe, with `paths` mounted besides the recipe's directories.
+def run_directories(recipe: Recipe) -> list[str]:
+    """Return the directories that a run or an evaluation of a recipe reads and writes; "" stands for none."""
+    return [recipe.training_directory, recipe.loader.cache_directory, recipe.init.from_, recipe.run_directory]
 
-    Raises ValueError if the image is a file that does not exist, or a name could be read as another one.
+
+def preparation_directories(recipe: Recipe) -> list[str]:
+    """Return the directories and files that a preparation reads, and the directory in which prepared data appears."""
+    data = recipe.data
+    paths = [source.path for source in data.named_sources.values() if source.kind != "hub"]
+    read = [Path(path).absolute() for path in (*paths, data.tokenizer.path) if path and "://" not in path]
+    # Of a glob, the directory above its first wildcard.
+    exist = [next(part for part in (path, *path.parents) if part.exists()) for path in read]
+    return [*map(str, exist), str(Path(data.directory).absolute().parent)]
+
+
+def container_of(image: str, mounts: Sequence[str], paths: Iterable[str]) -> Container | None:
+    """Return the container of a job that --container and --mount name, with `paths` mounted as well; None without one.
+
+    Empty and remote paths are left out. Raises ValueError if the image is a file that does not exist, or a name could
+    be read as another one, or for mounts without an image.
     """
+    if not image:
+        if mounts:
+            raise ValueError("--mount: names a directory for a container; name its image with --container")
+        return None
     if redact(image) != image:
         raise ValueError(
             f"--container {redact(image)}: holds a secret, which the job script would show; name the image without it, "
@@ -63,8 +98,7 @@ def container_of(recipe: Recipe, image: str, paths: Iterable[str]) -> Container:
         raise ValueError(
             f"--container {image!r}: not an image; use letters, digits and ./:@+#=- alone, and rename a file"
         )
-    directories = (recipe.training_directory, recipe.loader.cache_directory, recipe.init.from_, recipe.run_directory)
-    local = [Path(path).absolute() for path in (*directories, *paths) if path and "://" not in path]
+    local = [Path(path).absolute() for path in (*paths, *mounts) if path and "://" not in path]
     here = str(Path.cwd())
     # The end of a link is mounted too, since the link is seen as one inside.
     seen = {here, *(os.path.normpath(path) for path in local), *(str(path.resolve()) for path in local)}

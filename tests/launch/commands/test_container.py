@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from helpers.lanes import by_lane
+from longring.data.format.manifest import open_prepared
 from longring.launch import cli
-from longring.launch.commands.container import container_of
+from longring.launch.commands.container import container_of, preparation_directories, run_directories
 from longring.launch.commands.submit import SCRIPT
 from longring.launch.config import load_recipe
 
@@ -150,13 +152,56 @@ def test_what_no_node_can_run_is_refused_before_the_job_is_queued(log, capsys):
     assert "/data," in (log / "script").read_text()
 
 
+def test_a_preparation_sees_its_sources_and_the_directory_in_which_data_appears(recipe_file, tmp_path, monkeypatch):
+    (tmp_path / "corpus").mkdir()
+    monkeypatch.chdir(tmp_path)
+    words = ["data.source.path=corpus/*.jsonl", "data.directory=runs/data", f"data.tokenizer.path={recipe_file}"]
+    recipe = load_recipe(recipe_file, words)
+    assert preparation_directories(recipe) == [str(tmp_path / "corpus"), str(recipe_file), str(tmp_path / "runs")]
+    hub = ["data.source.kind=hub", "data.source.path=team/corpus", "data.directory=/far/data"]
+    assert preparation_directories(load_recipe(recipe_file, hub)) == ["/far"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("image", [REGISTRY, FILE])
+def test_a_preparation_runs_in_its_image(log, recipe_file, capsys, image):
+    """Every task runs in the image, and the data is that of a preparation without one."""
+    programs = {
+        "sbatch": 'export SLURM_ARRAY_TASK_ID=0 SLURM_ARRAY_TASK_COUNT=1\nbash "${@: -1}" >&2 && echo Submitted 7\n',
+        "python3": f'exec {sys.executable} "$@"\n',
+    }
+    for name, text in programs.items():
+        (log.parent / "bin" / name).write_text(f"#!/bin/bash\n{text}")
+    Path(FILE).touch()
+    command = ["prepare", "recipe.toml", "data.directory=../made/data", "--container", image, "--mount", "/data"]
+    assert cli.main(command) == 2
+    assert "name a partition with --slurm" in " ".join(capsys.readouterr().err.split())
+    (log.parent / "made").mkdir()
+    assert cli.main([*command, "--slurm", "main"]) == 0, capsys.readouterr().err
+    assert open_prepared("../made/data").files == open_prepared(recipe_file.parent / "data").files
+    here, *more = (
+        str(log.parent / "work"),
+        "/data",
+        str(recipe_file.parent / "documents.jsonl"),
+        str(log.parent / "made"),
+    )
+    seen = [here, *sorted(more)]
+    if image == FILE:
+        assert lines(log / "apptainer") == ["---", "--bind", ",".join(seen), "--pwd", here, f"{here}/{FILE}"] * 2
+    else:
+        mounts = ",".join(f"{path}:{path}" for path in seen)
+        options = [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={here}"]
+        assert lines(log / "srun") == options * 2
+
+
 def test_directories_are_mounted_once_and_where_they_lead(recipe_file, tmp_path, monkeypatch):
     for name in ("work/runs", "far/data/part"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "work" / "link").symlink_to(tmp_path / "far" / "data")
     monkeypatch.chdir(tmp_path / "work")
     recipe = load_recipe(recipe_file, ["run_directory=runs/a", "init.from=link", "data.directory=s3://bucket/data"])
-    found = container_of(recipe, "x", ["link/part", "../far/data/part", str(tmp_path / "work")]).mounts
-    assert found == (str(tmp_path / "far" / "data"),)
+    paths = [*run_directories(recipe), "link/part", "../far/data/part"]
+    found = container_of("x", [str(tmp_path / "work")], paths)
+    assert found and found.mounts == (str(tmp_path / "far" / "data"),)
     script = subprocess.run(["bash", "-n", str(SCRIPT)], capture_output=True, text=True)
     assert (script.returncode, script.stderr) == (0, "")
