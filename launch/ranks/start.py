@@ -16,7 +16,7 @@ from torch.distributed.run import parse_args, run
 
 from ...parallel.config import GPU_QUEUES
 from ...parallel.meet import FREE_PORT, reach
-from ..errors import GO_ON_LATER, print_error
+from ..errors import GO_ON_LATER, USER_ERROR, print_error
 from .nodes import FIRST_NODE, Rendezvous
 from .rank import LAUNCHER
 from .signals import STOP_SIGNALS
@@ -70,8 +70,12 @@ def start_ranks(
         print_error(str(error))
         return GO_ON_LATER
     except RendezvousError as error:
-        assert rendezvous is not None, "without one, torchrun takes a free port"
         reason = str(error.__cause__ or error).splitlines()[0]
+        if rendezvous is None:
+            print_error(
+                f"localhost: the ranks cannot meet there: {reason}; give /etc/hosts the line 127.0.0.1 localhost"
+            )
+            return USER_ERROR
         print_error(f"--rendezvous {rendezvous.endpoint}: {reason}; {FREE_PORT}")
         return GO_ON_LATER
     finally:

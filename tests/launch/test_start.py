@@ -19,6 +19,7 @@ from longring.launch import build
 from longring.launch.build import attention_on_one_rank, build_engine
 from longring.launch.checkpoint.save import Saver
 from longring.launch.config import load_recipe
+from longring.launch.errors import USER_ERROR
 from longring.launch.opening import opening
 from longring.launch.preflight import preflight
 from longring.launch.ranks import start
@@ -27,6 +28,8 @@ from longring.model import transformer, weights
 from longring.parallel.config import ParallelConfig
 from longring.parallel.device import private_directory
 from longring.parallel.mesh import join, megatron_config
+from torch.distributed import DistNetworkError
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.utils.checkpoint import checkpoint
 
 MESHES = {
@@ -166,6 +169,25 @@ def test_ranks_have_their_queues_before_they_import_anything(monkeypatch, own, e
     monkeypatch.setattr(start, "run", lambda _: found.append(os.environ[QUEUES]))
     assert start.start_ranks("longring.launch.train", [], 2, gpu_queues=parallel.gpu_queues) == 0
     assert found == [expected]
+
+
+def test_a_machine_without_localhost_is_told_in_one_line(monkeypatch, capsys):
+    """torchrun raises this error where nothing resolves localhost; with it, the same start returns 0."""
+    for name in (QUEUES, "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL"):
+        monkeypatch.setenv(name, "1")
+
+    def run(_):
+        raise RendezvousError("The connection failed.") from DistNetworkError("no address of (localhost, 0)\nmore")
+
+    monkeypatch.setattr(start, "run", run)
+    assert start.start_ranks("longring.launch.train", [], 2) == USER_ERROR
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == (
+        "error: localhost: the ranks cannot meet there: no address of (localhost, 0); give /etc/hosts the line "
+        "127.0.0.1 localhost"
+    )
+    monkeypatch.setattr(start, "run", lambda _: None)
+    assert start.start_ranks("longring.launch.train", [], 2) == 0
 
 
 def test_the_directory_of_compiled_kernels_is_of_this_user_alone(tmp_path, monkeypatch):
