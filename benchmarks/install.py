@@ -60,10 +60,11 @@ def size_of(extra: str) -> Row:
     """Return the number of distributions of an extra ("": of the library) and the bytes of their files."""
     found: dict[str, metadata.Distribution] = {}
     required("longring", extra, found)
-    # An editable install lists no file of ours.
-    own = sum(path.stat().st_size for path in Path(__file__).parents[1].glob("[dklmp]*/**/*.py"))
-    paths = [Path(str(file.locate())) for each in found.values() for file in each.files or () if file.suffix != ".pyc"]
-    num_bytes = own + sum(path.stat().st_size for path in paths if path.is_file())
+    # An editable install lists no file of ours. The wheel has the folders to which the package's links lead.
+    package = Path(__file__).parents[1] / "longring"
+    own = [*package.iterdir(), *(file for folder in package.iterdir() for file in folder.resolve().rglob("*"))]
+    others = [Path(str(file.locate())) for each in found.values() for file in each.files or ()]
+    num_bytes = sum(path.stat().st_size for path in (*own, *others) if path.is_file() and path.suffix != ".pyc")
     return {"extra": extra or "none", "distributions": len(found), "megabytes": num_bytes / 2**20}
 
 
