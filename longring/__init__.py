@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .data.config import LoaderConfig
-    from .data.curriculum_config import CurriculumConfig
+    from .data.curriculum_config import CurriculumConfig, RenewalConfig
     from .data.order.path import document_order
     from .data.prepare.decompose import Piece, decompose
-    from .data.read.batch_order import BatchOrder
+    from .data.read.batch_order import BatchOrder, Stretch
     from .data.read.mix import bucket_order
     from .data.read.stateful_loader import Batch, StatefulLoader
     from .kernels.attention import attention
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from .kernels.mask import Mask, make_mask
     from .launch.checkpoint.files import Checkpoint
     from .parallel.cp.choose import PricedGrid, Pricer, choose
-    from .parallel.cp.cost import AttentionShape, Speed
+    from .parallel.cp.cost import AttentionShape, Price, Speed
     from .parallel.cp.grid import CpGrid
     from .parallel.cp.group import CommunicatorOptions
-    from .parallel.cp.probe import probe
+    from .parallel.cp.plan import RankPlan
+    from .parallel.cp.probe import Probe, probe
+    from .parallel.cp.schedules import Schedule
     from .parallel.cp.shared import ContextParallel, SharedSequence
     from .parallel.cp.topology import Fabric, Topology
     from .parallel.cp.visible import Visibility
@@ -46,12 +48,18 @@ __all__ = [
     "LoaderConfig",
     "Mask",
     "Piece",
+    "Price",
     "PricedGrid",
     "Pricer",
+    "Probe",
+    "RankPlan",
+    "RenewalConfig",
+    "Schedule",
     "SeqLayout",
     "SharedSequence",
     "Speed",
     "StatefulLoader",
+    "Stretch",
     "Topology",
     "Visibility",
     "__version__",
@@ -66,10 +74,10 @@ __all__ = [
 
 _NAMES = {
     "data.config": ("LoaderConfig",),
-    "data.curriculum_config": ("CurriculumConfig",),
+    "data.curriculum_config": ("CurriculumConfig", "RenewalConfig"),
     "data.order.path": ("document_order",),
     "data.prepare.decompose": ("Piece", "decompose"),
-    "data.read.batch_order": ("BatchOrder",),
+    "data.read.batch_order": ("BatchOrder", "Stretch"),
     "data.read.mix": ("bucket_order",),
     "data.read.stateful_loader": ("Batch", "StatefulLoader"),
     "kernels.attention": ("attention",),
@@ -77,10 +85,12 @@ _NAMES = {
     "kernels.mask": ("Mask", "make_mask"),
     "launch.checkpoint.files": ("Checkpoint",),
     "parallel.cp.choose": ("PricedGrid", "Pricer", "choose"),
-    "parallel.cp.cost": ("AttentionShape", "Speed"),
+    "parallel.cp.cost": ("AttentionShape", "Price", "Speed"),
     "parallel.cp.grid": ("CpGrid",),
     "parallel.cp.group": ("CommunicatorOptions",),
-    "parallel.cp.probe": ("probe",),
+    "parallel.cp.plan": ("RankPlan",),
+    "parallel.cp.probe": ("Probe", "probe"),
+    "parallel.cp.schedules": ("Schedule",),
     "parallel.cp.shared": ("ContextParallel", "SharedSequence"),
     "parallel.cp.topology": ("Fabric", "Topology"),
     "parallel.cp.visible": ("Visibility",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,14 +25,17 @@ MEMBERS = {
     "CpGrid": ("hybrid", "parse", "ring", "ring_both_ways", "size", "square", "token_ring", "ulysses", "unfit"),
     "Mask": ("num_pairs",),
     "PricedGrid": ("exposed_s", "peak_bytes", "seconds"),
+    "Price": ("exposed_s",),
     "Pricer": ("price", "schedule"),
+    "RankPlan": ("messages",),
+    "Schedule": ("plan", "plans"),
     "SeqLayout": ("contiguous", "num_tokens", "packed", "positions", "rotary_positions"),
     "SharedSequence": ("attention", "layout", "num_tokens", "shard", "unshard"),
     "StatefulLoader": ("load_state_dict", "state_dict"),
     "Topology": ("preset",),
 }
 """Methods and properties of classes that are promised; the fields of a dataclass are in its own signature."""
-MADE_BY_OTHERS = {"Batch", "BatchOrder", "SharedSequence"}
+MADE_BY_OTHERS = {"Batch", "BatchOrder", "Schedule", "SharedSequence"}
 """Classes that are not made by their own name, so that nothing is promised of it."""
 
 
@@ -48,15 +52,29 @@ def signatures() -> str:
     return "\n".join(lines) + "\n"
 
 
+class Text(str):
+    """A text that a signature shows without quotation marks."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
 def signature(of: Callable[..., Any]) -> str:
-    """Return a signature without annotations that have no short text, such as the ranges of settings."""
-    found = inspect.signature(of)
-    parameters = [
-        parameter if isinstance(parameter.annotation, str | type) else parameter.replace(annotation=parameter.empty)
-        for parameter in found.parameters.values()
-    ]
-    returned = found.return_annotation if isinstance(found.return_annotation, str | type) else found.empty
-    return str(found.replace(parameters=parameters, return_annotation=returned)).replace("'", "")
+    """Return a signature whose annotations are written out: the values of literals, the ranges of numbers."""
+    found = inspect.signature(of, eval_str=True)
+    untyped = [each.name for each in found.parameters.values() if each.annotation is each.empty]
+    assert untyped in ([], ["self"]), f"{of}: {untyped}"
+    parameters = [each.replace(annotation=written_out(each.annotation)) for each in found.parameters.values()]
+    return str(found.replace(parameters=parameters, return_annotation=written_out(found.return_annotation)))
+
+
+def written_out(annotation: Any) -> Any:
+    """Return an annotation as text, types by their own names; that of a parameter without one stays empty."""
+    if annotation is inspect.Signature.empty:
+        return annotation
+    # Modules are left out: `longring.parallel.cp.grid.CpGrid` is CpGrid.
+    text = annotation.__qualname__ if isinstance(annotation, type) else repr(annotation)
+    return Text(re.sub(r"\b(?:[A-Za-z_]\w*\.)+(?=\w)", "", text))
 
 
 def test_signatures_are_those_promised():

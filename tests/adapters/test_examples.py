@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
 
+import longring
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +36,16 @@ def test_every_example_has_a_page_and_a_command():
     for name in EXAMPLES:
         command = rf"^ *(torchrun --nproc-per-node 4|python) examples/{name}\.py$"
         assert re.search(command, (ROOT / "examples" / f"{name}.py").read_text(), re.M)
+
+
+def test_examples_use_public_names_alone():
+    """Those of `longring`, and the adapters with a page of their own."""
+    for name in EXAMPLES:
+        for node in ast.walk(ast.parse((ROOT / "examples" / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("longring"):
+                adapters = ("longring.adapters.hugging_face", "longring.adapters.megatron_core")
+                assert node.module in ("longring", *adapters), f"{name}: {node.module}"
+                assert node.module in adapters or {each.name for each in node.names} <= {*longring.__all__}
 
 
 def printed_by(names: list[str]) -> list[str]:

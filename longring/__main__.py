@@ -1,0 +1,5 @@
+"""`python -m longring`: the `longring` command."""
+
+from .launch.cli import main
+
+raise SystemExit(main())
