@@ -25,7 +25,7 @@ class RenewalConfig:
     """Shares of the sources that follow their held-out losses, by the online rule of Skill-it (arXiv 2307.14430).
 
     After every cycle but the last, the losses are measured, and the next cycle has the shares that `curriculum.shares`
-    and the data give it, with those of source i times exp(rate x sum over sources j of graph[i][j] x S_j). S_j is the
+    and the data give it, with those of source i times exp(rate x sum over sources j of `graph[i][j]` x S_j). S_j is the
     sum of the last `window` losses of source j; before the first measurement it is 1.
     """
 
