@@ -100,8 +100,8 @@ def _measured(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--judge", default="", metavar="WEIGHTS", help="model that chooses the key tokens of LongPPL (default: each)"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the results to FILE as well")
-    parser.add_argument("--picture", metavar="FILE", help="draw them: .png, .svg or .pdf")
+    parser.add_argument("--json", type=_file, metavar="FILE", help="write the results to FILE as well")
+    parser.add_argument("--picture", type=_file, metavar="FILE", help="draw them: .png, .svg or .pdf")
 
 
 def train(parser: argparse.ArgumentParser) -> None:
@@ -226,6 +226,13 @@ def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="read every shard of finished data, and make those again that are damaged"
     )
+
+
+def _file(text: str) -> str:
+    """Return the name of a file. Raises ArgumentTypeError if it is empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a file")
+    return text
 
 
 def _positive(text: str) -> int:

@@ -195,10 +195,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     more = [word for word in options.overrides if "=" not in word or Path(word).exists()]
     settings = [word for word in options.overrides if word not in more]
-    tasks = [f"evaluate.tasks={options.tasks.split(',')}"] if options.tasks else []
+    tasks = [name.strip() for name in options.tasks.split(",") if name.strip()]
     evaluation = Evaluation(
         targets=[options.target, *more],
-        overrides=[*settings, *tasks],
+        overrides=[*settings, *([f"evaluate.tasks={tasks}"] if tasks else [])],
         data=options.data,
         judge=options.judge,
         ranks=options.ranks,
@@ -288,7 +288,7 @@ DEMO = "launch/recipes/demo.toml"
 OVERRIDES = {
     "RECIPE": "settings that replace those of the recipe",
     "RUN|RECIPE": "evaluate.* settings; with a recipe also run_directory",
-    "RUN|RECIPE|WEIGHTS": "more targets; evaluate.* settings, with --data also parallel.*, train.dtype, model.rope*",
+    "RUN|RECIPE|WEIGHTS": "more targets; evaluate.* and parallel.* settings, with --data also train.dtype, model.rope*",
     "DATA|RUN|RECIPE": "settings of the recipe; of data alone, curriculum.* and loader.*",
 }
 TARGETS = {

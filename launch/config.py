@@ -331,6 +331,18 @@ class Recipe:
         """Context-parallel degree of the longest bucket in use."""
         return self.parallel.context_parallel(max(self.lengths))
 
+    def to_evaluate(self, world_size: int) -> Recipe:
+        """Return the recipe for an evaluation on `world_size` ranks, with a batch that they can divide.
+
+        No batch is trained. The buckets in use, and the division of a sequence among ranks, stay the same.
+        """
+        batch_tokens = world_size * max(self.parallel.tokens_per_rank, *self.lengths)
+        return dataclasses.replace(
+            self,
+            train=dataclasses.replace(self.train, global_batch_tokens=batch_tokens),
+            curriculum=dataclasses.replace(self.curriculum, mix="step", slot_tokens=0),
+        )
+
     def accumulation_steps(self, world_size: int) -> int:
         """Return the number of micro-batches of one step on `world_size` ranks.
 

@@ -22,14 +22,14 @@ from ..parallel.mesh import Mesh, join
 from ..parallel.world import World
 from .build import build_engine, open_layouts
 from .config import FaultsConfig, Recipe
-from .evaluation.held_out import held_out_buckets
+from .evaluation.buckets import held_out_buckets
 from .evaluation.key_tokens import KeyTokens
 from .evaluation.long_context import judge
 from .evaluation.measure import Measurement
 from .ranks.logs import open_log
 from .ranks.rank import as_rank
 from .ranks.watchdog import Watchdog
-from .report.evaluation_tables import evaluation_tables, long_context_tables
+from .report.evaluation_tables import evaluation_tables, left_out_tables, long_context_tables
 from .run_directory import RunDirectory
 from .target import Target, target_of_run, target_of_weights
 from .together import from_rank_0
@@ -96,7 +96,7 @@ def _evaluate(
     if world.rank != 0:
         return None
     result = {"target": target.name, "step": step, **measured}
-    console.print(*evaluation_tables(result), *long_context_tables(result))
+    console.print(*evaluation_tables(result), *long_context_tables(result), *left_out_tables(result))
     return result
 
 

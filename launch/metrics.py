@@ -162,8 +162,11 @@ class MetricsWriter:
             self._console.print(f"step {metrics.step}/{self._total_steps}  {line}", highlight=False, soft_wrap=True)
 
     def write_evaluation(self, step: int, result: Mapping[str, Any]) -> None:
-        """Send the numbers of an evaluation to the trackers; evaluations.jsonl has all of it."""
-        values = {"held_out/loss": result["loss"]}
+        """Send the numbers of an evaluation to the trackers; evaluations.jsonl has all of it.
+
+        One that was cut short has the losses of its complete buckets, and no mean.
+        """
+        values = {"held_out/loss": result["loss"]} if "loss" in result else {}
         values |= {f"held_out/{entry['bucket']}": entry["loss"] for entry in result["buckets"]}
         values |= {f"held_out/{entry['source']}": entry["loss"] for entry in result.get("by_source", ())}
         for entry in result.get("tasks", ()):

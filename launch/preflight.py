@@ -90,9 +90,16 @@ class Preflight:
 
 
 def preflight(
-    recipe: Recipe, world_size: int, *, check_shards: bool = True, check_checkpoint: bool = True
+    recipe: Recipe,
+    world_size: int,
+    *,
+    check_shards: bool = True,
+    check_checkpoint: bool = True,
+    evaluates: bool = False,
 ) -> Preflight:
     """Check recipe, world, data, run directory and checkpoint against each other.
+
+    An evaluation trains no batch: with `evaluates` the ranks need not divide the batch of the recipe.
 
     Raises ValueError for the first that does not fit, and OSError if a file cannot be read. `longring train` calls it
     before it starts any rank, and every rank calls it before it joins the others. The sizes of the shards and of the
@@ -100,9 +107,9 @@ def preflight(
     rank of a world the checkpoint.
     """
     # The recipe alone comes first: these checks read no file. Then come the data, the run and its last checkpoint.
-    recipe.accumulation_steps(world_size)
+    (recipe.to_evaluate(world_size) if evaluates else recipe).accumulation_steps(world_size)
     check_named_grids(recipe)
-    if check_checkpoint:
+    if check_checkpoint and not evaluates:
         check_trackers(recipe.track)
     manifest = open_prepared(recipe.training_directory, recipe.loader, check_shards=check_shards)
     manifest.check_made_from(recipe.data, recipe.order)
@@ -133,8 +140,10 @@ def preflight(
     return replace(checked, origin=find_origin(recipe, manifest))
 
 
-def preflight_together(recipe: Recipe, store: Store, world: World, stop_after: int | None = None) -> Preflight:
-    """Do the preflight on every rank, and compare what the ranks are about to train. Collective.
+def preflight_together(
+    recipe: Recipe, store: Store, world: World, stop_after: int | None = None, *, evaluates: bool = False
+) -> Preflight:
+    """Do the preflight on every rank, and compare what the ranks are about to train or to evaluate. Collective.
 
     Raises, on every rank, the error of any of them, or one that names the first difference between them; see `agree`.
     """
@@ -142,7 +151,7 @@ def preflight_together(recipe: Recipe, store: Store, world: World, stop_after: i
     entries: dict[str, Any] | Exception
     try:
         decides = world.rank == 0
-        checked = preflight(recipe, world.size, check_shards=decides, check_checkpoint=decides)
+        checked = preflight(recipe, world.size, check_shards=decides, check_checkpoint=decides, evaluates=evaluates)
         last = complete_checkpoints(checked.run.checkpoints)[:1]
         entries = {
             **checked.identity.common,

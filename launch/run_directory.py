@@ -58,7 +58,7 @@ class RunDirectory:
         return self.logs / f"rank-{rank:05d}.log"
 
     def recipe(self, overrides: Sequence[str] = ()) -> Recipe:
-        """Return the resolved recipe of the run with overrides of `evaluate` settings.
+        """Return the resolved recipe of the run with overrides of settings of `evaluate` and `parallel`.
 
         Raises ValueError if there is no run, if its recipe.json is damaged, or for any other override.
         """
@@ -68,8 +68,10 @@ class RunDirectory:
                 "run that `longring train` has started"
             )
         for override in overrides:
-            if not override.startswith("evaluate."):
-                raise ValueError(f"override {override!r}: only evaluate.* may differ from the run; leave it out")
+            if not override.startswith(("evaluate.", "parallel.")):
+                raise ValueError(
+                    f"override {override!r}: only evaluate.* and parallel.* may differ from the run; leave it out"
+                )
         # The directory may have been moved since it was written.
         tree = self._saved() | {"run_directory": str(self.path)}
         apply_overrides(tree, overrides)

@@ -7,24 +7,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch._C._distributed_c10d import Store
 
-from ..data.format.manifest import Manifest, open_prepared
+from ..data.format.manifest import Manifest
 from ..parallel.mesh import Mesh
 from ..parallel.world import World
 from ..parallel.zero import DeepSpeedEngine
 from .agreement import agree
 from .checkpoint.format import no_good_checkpoint
 from .checkpoint.load import load_last_good
-from .config import Recipe, load_recipe
-from .grids.choice import check_named_grids
+from .config import Recipe
 from .identity import OWN_TO_A_MACHINE, code_hash
 from .preflight import preflight_together
 from .run_directory import RunDirectory
-from .settings import apply_overrides, flat, from_tree, to_tree
+from .settings import flat, to_tree
 from .weights.begin import load_origin
-from .weights.origin import Weights, check_settable, weights_at
+from .weights.on_data import weights_on_data
+from .weights.origin import Weights
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,10 @@ class Target:
 def target_of_run(recipe: Recipe, store: Store, world: World) -> Target:
     """Return the last good checkpoint of the recipe's run, on its own data. Collective.
 
-    Raises ValueError if there is none, or if it is not of this recipe.
+    Any number of ranks will do that can hold the longest sequences. Raises ValueError if there is no checkpoint, or if
+    it is not of this recipe.
     """
-    checked = preflight_together(recipe, store, world)
+    checked = preflight_together(recipe, store, world, evaluates=True)
     if not checked.steps_done:
         raise no_good_checkpoint(checked.run.checkpoints)
 
@@ -57,7 +57,7 @@ def target_of_run(recipe: Recipe, store: Store, world: World) -> Target:
         assert loaded is not None, "preflight has found a checkpoint"
         return loaded[1].step
 
-    return Target(checked.run.path.name, recipe, checked.manifest, checked.run, load)
+    return Target(checked.run.path.name, recipe.to_evaluate(world.size), checked.manifest, checked.run, load)
 
 
 def target_of_weights(
@@ -71,17 +71,7 @@ def target_of_weights(
     found: tuple[Weights, Recipe, Manifest] | None = None
     entries: dict[str, Any] | Exception
     try:
-        weights = weights_at(path)
-        recipe = recipe_of_weights(weights, data, overrides, world.size)
-        recipe.accumulation_steps(world.size)
-        check_named_grids(recipe)
-        manifest = open_prepared(recipe.training_directory, recipe.loader)
-        manifest.check_made_from(recipe.data, recipe.order)
-        try:
-            weights.check_tokens(manifest)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        found = weights, recipe, manifest
+        found = weights, recipe, _ = weights_on_data(path, data, overrides, world.size)
         same = {key: value for key, value in flat(to_tree(recipe)).items() if not key.startswith(OWN_TO_A_MACHINE)}
         entries = {**same, "weights": weights.origin._asdict(), "SHA-256 of LongRing's code": code_hash()[:16]}
     except Exception as error:  # whatever it is, no other rank waits for this one
@@ -96,32 +86,3 @@ def target_of_weights(
         return weights.origin.step
 
     return Target(path.absolute().name, recipe, manifest, logs, load)
-
-
-def recipe_of_weights(weights: Weights, data: str, overrides: Sequence[str], num_ranks: int) -> Recipe:
-    """Return a recipe to evaluate weights on data.
-
-    Without a recipe in `data`, a sequence of the largest bucket is spread over as many of the ranks as can share one.
-    Raises ValueError, with the key at fault, if a setting is wrong.
-    """
-    check_settable(overrides)
-    if Path(data).is_file():
-        tree = to_tree(load_recipe(data))
-    else:
-        manifest = open_prepared(data, check_shards=False)
-        longest, ranks = max(manifest.lengths), num_ranks & -num_ranks  # the largest power of two that divides them
-        tree = {
-            "data": {**manifest.config, "directory": data},
-            "parallel": {"tokens_per_rank": max(1, longest // ranks), "zero_stage": 3 if num_ranks > 1 else 0},
-            "train": {
-                **{"steps": 1, "learning_rate": 1.0},
-                "dtype": "bfloat16" if torch.cuda.is_available() else "float32",
-            },
-        }
-        if manifest.order is not None:
-            tree["order"] = {**manifest.order, "directory": data}
-    tree |= {"model": to_tree(weights.config), "init": {}, "curriculum": {}, "run_directory": "logs"}
-    # A batch that any number of ranks can divide; none is trained.
-    tree["train"]["global_batch_tokens"] = tree["data"]["max_bucket_tokens"] * num_ranks
-    apply_overrides(tree, overrides)
-    return from_tree(Recipe, tree, source=data)

@@ -35,7 +35,7 @@ from .checkpoint.retention import clear_leftovers
 from .checkpoint.save import Saver
 from .config import Recipe, load_recipe
 from .errors import GO_ON_LATER
-from .evaluation.held_out import held_out_buckets
+from .evaluation.buckets import held_out_buckets
 from .fit.start import predicted
 from .identity import changes
 from .loss_watch import LossWatch

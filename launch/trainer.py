@@ -292,7 +292,7 @@ class Trainer:
             self.stopped_by = self.signals.received or "a signal to another rank"
             return
         self.tell("evaluation", step, evaluation_line(found))
-        if self.writer is not None and "loss" in found:
+        if self.writer is not None and found["buckets"]:
             try:
                 self.evaluations.record(step, found)
                 self.writer.write_evaluation(step, found)

@@ -46,7 +46,7 @@ def chosen_tasks(names: Sequence[str]) -> dict[str, Task]:
         matching = {full: task for full, task in TASKS.items() if full == name or full.startswith(f"{name}_")}
         if not matching:
             groups = sorted({full.partition("_")[0] for full in TASKS})
-            names_of_all = ", ".join([*groups, *TASKS])
+            names_of_all = ", ".join(dict.fromkeys([*groups, *TASKS]))
             raise ValueError(f"evaluate.tasks = {name}: there is no such task; name some of {names_of_all}")
         found |= matching
     return found

@@ -8,19 +8,24 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from ...data.files import write_text
+from ...data.format.manifest import Manifest
+from ...data.tasks.catalog import chosen_tasks
 from ...parallel.config import GPU_QUEUES
 from ..checkpoint.format import last_good_checkpoint, no_good_checkpoint
-from ..config import load_recipe
+from ..config import Recipe, load_recipe
 from ..errors import print_error
+from ..evaluation.buckets import held_out_buckets
 from ..evaluation.compare import comparison_tables
+from ..preflight import preflight
 from ..ranks.nodes import ManyNodes
 from ..ranks.start import local_ranks, start_ranks
 from ..run_directory import find_run
+from ..weights.on_data import weights_on_data
 
 _MODULE = "longring.launch.evaluate"
 FORMATS = (".png", ".svg", ".pdf")
@@ -50,13 +55,14 @@ class Evaluation:
     def start(self, console: Console) -> int:
         """Start ranks for each target in turn and show the results together; return an exit status.
 
-        Raises ValueError if there is no run or no checkpoint, for an override that an evaluation does not take, or if a
-        file cannot be written.
+        All targets are checked before the first start, and the results of each are written to `json_file` as soon as
+        they are complete. Raises ValueError if there is no run or no checkpoint, for an override that an evaluation
+        does not take, or if a file cannot be written.
         """
         for option, file in (("--json", self.json_file), ("--picture", self.picture)):
-            if file:
+            if file is not None:
                 _check_writable(option, Path(file))
-        if self.picture and Path(self.picture).suffix not in FORMATS:
+        if self.picture is not None and Path(self.picture).suffix not in FORMATS:
             raise ValueError(
                 f"--picture {self.picture}: not a format of pictures; name a file that ends in .png, .svg or .pdf"
             )
@@ -64,41 +70,62 @@ class Evaluation:
             raise ValueError(
                 f"--judge {self.judge}: chooses tokens of the data that all targets read; name these with --data"
             )
+        judges = [self._start_of(self.judge)] if self.judge else []
+        starts = [self._start_of(target) for target in self.targets]  # all are checked before the first one's hours
         with tempfile.TemporaryDirectory(prefix="longring-results-") as directory:
-            return self._start(Path(directory), console)
+            return self._run(judges, starts, Path(directory), console)
 
-    def _start(self, directory: Path, console: Console) -> int:
-        keys = []
-        if self.judge:
-            if status := self._start_one(0, self.judge, ["--choose-keys", str(directory / "keys")]):
-                return status
+    def _run(self, judges: Sequence[_Start], starts: Sequence[_Start], directory: Path, console: Console) -> int:
+        keys: list[str] = []
+        for judge in judges:
             keys = ["--keys", str(directory / "keys")]
-        files = [directory / f"{number}.json" for number in range(len(self.targets))]
-        for number, (target, file) in enumerate(zip(self.targets, files, strict=True), 1):
-            quiet = ["--quiet"] if len(self.targets) > 1 else []
-            if status := self._start_one(number, target, ["--json", str(file), *keys, *quiet]):
+            if status := self._start_ranks(0, judge, ["--choose-keys", str(directory / "keys")]):
                 return status
-        if files[-1].exists():  # on the node of rank 0
-            self._show([json.loads(file.read_text()) for file in files], console)
-        return 0
+        several, results, status = len(starts) > 1, [], 0
+        for number, start in enumerate(starts, 1):
+            file = directory / f"{number}.json"
+            options = ["--json", str(file), *keys, *(["--quiet"] if several else [])]
+            if status := self._start_ranks(number, start, options):
+                break
+            if file.exists():  # on the node of rank 0
+                results.append(json.loads(file.read_text()))
+                self._write(results)
+        if results:
+            self._show(results, console)
+        if results and status:
+            console.print(f"{len(results)} of {len(starts)} targets are complete", highlight=False)
+        return status
+
+    def _named(self, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the results under names that tell them apart, as checkpoints of several runs may have one name."""
+        if len({result["target"] for result in results}) == len(results):
+            return results
+        return [{**result, "target": name} for result, name in zip(results, self.targets, strict=False)]
+
+    def _write(self, results: list[dict[str, Any]]) -> None:
+        """Write the results of the targets that are complete."""
+        if self.json_file is not None:
+            whole = results[0] if len(self.targets) == 1 else {"targets": self._named(results)}
+            write_text(Path(self.json_file), json.dumps(whole, indent=2) + "\n")
 
     def _show(self, results: list[dict[str, Any]], console: Console) -> None:
-        if len({result["target"] for result in results}) < len(results):  # checkpoints of several runs
-            results = [{**result, "target": name} for result, name in zip(results, self.targets, strict=True)]
-        whole = results[0] if len(results) == 1 else {"targets": results}
-        if len(results) > 1:
-            console.print(*comparison_tables(results))
-        if self.json_file:
-            write_text(Path(self.json_file), json.dumps(whole, indent=2) + "\n")
-        if self.picture:
+        if len(self.targets) > 1:
+            console.print(*comparison_tables(self._named(results)))
+        if self.picture is not None:
             from ..report.evaluation_pictures import draw_evaluations  # matplotlib takes a second
 
-            draw_evaluations(results, Path(self.picture))
+            draw_evaluations(self._named(results), Path(self.picture))
 
-    def _start_one(self, number: int, target: str, options: Sequence[str]) -> int:
-        """Start the ranks of one target; `number` tells the meetings of the nodes apart."""
-        if self.data:
-            return self._start_on_other_data(number, target, options)
+    def _start_of(self, target: str) -> _Start:
+        """Return how the ranks of a target start. Raises ValueError, which names it, if they would refuse it."""
+        try:
+            return self._start_on_other_data(target) if self.data else self._start_of_run(target)
+        except ValueError as error:
+            if len(self.targets) == 1 or target in str(error):
+                raise
+            raise ValueError(f"{target}: {error}") from error
+
+    def _start_of_run(self, target: str) -> _Start:
         run, overrides = find_run(target, self.overrides)
         if run.path.is_dir() and not run.recipe_file.is_file():
             raise ValueError(
@@ -109,24 +136,52 @@ class Evaluation:
         saved = last_good_checkpoint(run.checkpoints)
         if saved is None:
             raise no_good_checkpoint(run.checkpoints)
-        settings, queues = [str(run.path), *overrides, *options], recipe.parallel.gpu_queues
         count = self.ranks or saved[1].state.world_size
-        return start_ranks(_MODULE, settings, count, self.nodes.rendezvous(number), gpu_queues=queues)
+        checked = preflight(recipe, count * self.nodes.nodes, evaluates=True)
+        _check_measured(recipe, checked.manifest)
+        return _Start([str(run.path), *overrides], count, recipe.parallel.gpu_queues)
 
-    def _start_on_other_data(self, number: int, target: str, options: Sequence[str]) -> int:
-        """Start ranks whose logs are kept only if they fail."""
-        count, queues = self.ranks or local_ranks(0), GPU_QUEUES
-        if Path(self.data).is_file():
-            recipe = load_recipe(self.data)
-            count, queues = self.ranks or local_ranks(recipe.train.ranks_per_node), recipe.parallel.gpu_queues
+    def _start_on_other_data(self, target: str) -> _Start:
+        named = load_recipe(self.data) if Path(self.data).is_file() else None
+        count = self.ranks or local_ranks(named.train.ranks_per_node if named else 0)
+        _, recipe, manifest = weights_on_data(Path(target), self.data, self.overrides, count * self.nodes.nodes)
+        _check_measured(recipe, manifest)
+        queues = named.parallel.gpu_queues if named else GPU_QUEUES
+        return _Start([target, *self.overrides, "--data", self.data], count, queues)
+
+    def _start_ranks(self, number: int, start: _Start, options: Sequence[str]) -> int:
+        """Start the ranks of one target; `number` tells the meetings of the nodes apart.
+
+        On other data their logs are kept only if they fail.
+        """
+        rendezvous, queues = self.nodes.rendezvous(number), start.gpu_queues
+        if not self.data:
+            return start_ranks(_MODULE, [*start.arguments, *options], start.ranks, rendezvous, gpu_queues=queues)
         logs = tempfile.mkdtemp(prefix="longring-evaluate-")
-        arguments = [target, *self.overrides, "--data", self.data, *options, "--reports", logs]
-        status = start_ranks(_MODULE, arguments, count, self.nodes.rendezvous(number), gpu_queues=queues)
+        arguments = [*start.arguments, *options, "--reports", logs]
+        status = start_ranks(_MODULE, arguments, start.ranks, rendezvous, gpu_queues=queues)
         if status and any(Path(logs).iterdir()):
             print_error(f"the logs of the ranks are in {logs}")
         else:
             shutil.rmtree(logs)
         return status
+
+
+class _Start(NamedTuple):
+    """A start of the ranks of one target."""
+
+    arguments: list[str]
+    """Arguments of each rank, without options for the results."""
+    ranks: int
+    """Number of ranks on this node."""
+    gpu_queues: int
+    """Number of queues of each GPU."""
+
+
+def _check_measured(recipe: Recipe, manifest: Manifest) -> None:
+    """Raise ValueError if a task is unknown or no held-out sequence is read."""
+    chosen_tasks(recipe.evaluate.tasks)
+    held_out_buckets(recipe, manifest)
 
 
 def _check_writable(option: str, file: Path) -> None:

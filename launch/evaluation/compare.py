@@ -9,7 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from ..report.evaluation_tables import heat_maps, part_name, short
+from ..report.evaluation_tables import heat_maps, left_out, part_name, short
 from ..report.screen import sparkline
 from ..tables import plain_table
 
@@ -30,7 +30,19 @@ def comparison_tables(results: Sequence[Result]) -> list[Table]:
         tables += _side_by_side(dict(zip(names[first:stop], results[first:stop], strict=True)))
     for name, result in zip(names, results, strict=True):
         tables += heat_maps(result.get("tasks", ()), f"{name}, ")
-    return tables
+    return [*tables, *_left_out(dict(zip(names, results, strict=True)))]
+
+
+def _left_out(results: Mapping[str, Result]) -> list[Table]:
+    """Return the table of what is left out, with the letters of the targets; none for nothing."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for name, result in results.items():
+        for row in left_out(result):
+            found.setdefault(row, []).append(name)
+    table = plain_table("Left out", "targets", "task", "length", "reason", left=("targets", "task", "reason"))
+    for (task, length, reason), names in found.items():
+        table.add_row(" ".join(names), task, length, escape(reason))
+    return [table] if found else []
 
 
 def _targets(names: Sequence[str], results: Sequence[Result]) -> Table:
@@ -95,19 +107,20 @@ def _cells(result: Result) -> Iterator[Cell]:
         for part in result.get(name, ()):
             yield title, (part_name(part),), f"{part['loss']:.3f}"
     for entry in result.get("tasks", ()):
-        row, bound = (entry["task"], f"{entry['length']:,}"), "≥" if entry["lower_bound"] else ""
+        row, bound = (entry["task"], short(entry["length"])), "≥" if entry["lower_bound"] else ""
         yield _EXACT, row, f"{bound}{entry['exact']:.0%}"
         yield _TASK_LOSS, row, f"{entry['loss']:.3f}"
         if entry["gain"] is not None:
             yield _GAIN, row, f"{entry['gain']:.3f}"
     for entry in result.get("context", ()):
-        length = f"{entry['length']:,}"
+        length = short(entry["length"])
         for number, loss in enumerate(entry["losses"]):
             yield _CONTEXT, (length, f"{number}/8"), f"{loss:.3f}"
         yield _CONTEXT, (length, "gain"), f"{entry['gain']:.3f}"
         if entry["gain_error"] is not None:
             yield _CONTEXT, (length, "± s.e."), f"{entry['gain_error']:.3f}"
     for entry in result.get("long_ppl", ()):
-        length = f"{entry['length']:,}"
+        length = short(entry["length"])
         yield _LONG_PPL, (length, "LongPPL"), "" if entry["long_ppl"] is None else f"{entry['long_ppl']:.3f}"
-        yield _LONG_PPL, (length, "key"), f"{entry['key_tokens']:,}"
+        keys = entry["key_tokens"]
+        yield _LONG_PPL, (length, "key"), f"{keys:,}" if keys < 10**7 else f"{keys:.2e}"

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ...data.format.bucket import Bucket
 from ...data.format.manifest import Manifest
 from ...data.format.reader import SequenceReader
+from .buckets import evenly
 from .score import Row, Scorer
 
 EIGHTHS = 8
@@ -30,31 +31,37 @@ class HeldOutRows:
 
     manifest: Manifest
     reader: SequenceReader
+    numbers: NDArray[np.int64]
+    """Number of each row's sequence in the bucket, `[rows]`."""
 
     @classmethod
-    def of(cls, manifest: Manifest, bucket: Bucket) -> HeldOutRows:
-        """Return the rows of a bucket."""
-        return cls(manifest, manifest.reader(bucket))
+    def of(cls, manifest: Manifest, bucket: Bucket, count: int) -> HeldOutRows:
+        """Return `count` rows that lie evenly over a bucket."""
+        return cls(manifest, manifest.reader(bucket), evenly(bucket, count))
 
-    def row(self, number: int, parts: NDArray[np.uint8], cuts: tuple[int, ...] = ()) -> Row:
-        """Return a sequence in which nothing before a cut is visible behind it.
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def row(self, index: int, parts: NDArray[np.uint8], cuts: tuple[int, ...] = ()) -> Row:
+        """Return a row in which nothing before a cut is visible behind it.
 
         Documents that the data keep apart see nothing of each other either.
         """
-        [tokens] = self.reader.read([number]).astype(np.int64)
+        number = self.numbers[index : index + 1]
+        [tokens] = self.reader.read(number).astype(np.int64)
         starts = {0, *cuts}
         if self.manifest.has_boundaries:
-            starts.update(*self.reader.document_starts([number]))
+            starts.update(*self.reader.document_starts(number))
         return Row(tokens, parts, tuple(sorted(starts)))
 
 
-def gain_of_context(scorer: Scorer, rows: HeldOutRows, num_sequences: int) -> dict[str, Any]:
+def gain_of_context(scorer: Scorer, rows: HeldOutRows) -> dict[str, Any]:
     """Return the loss of the last eighth of sequences, by the eighths before it that are visible. Collective.
 
     `losses` are means in nats per token; `gain` is the first loss less the last, with the standard error of its mean
     over the sequences.
     """
-    length = scorer.layout.length
+    length, num_sequences = scorer.layout.length, len(rows)
     begin = length - length // EIGHTHS
     parts = (np.arange(length) >= begin).astype(np.uint8)
 
@@ -77,7 +84,7 @@ def gain_of_context(scorer: Scorer, rows: HeldOutRows, num_sequences: int) -> di
 
 
 def key_tokens(
-    scorer: Scorer, rows: HeldOutRows, num_sequences: int, short: int, stride: int
+    scorer: Scorer, rows: HeldOutRows, short: int, stride: int
 ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
     """Yield losses with the whole context `[length]`, and whether each token is a key token, by sequence. Collective.
 
@@ -97,8 +104,8 @@ def key_tokens(
         sequence, which = divmod(number, passes + 1)
         return rows.row(sequence, none, cuts[which])
 
-    losses = scorer.losses(num_sequences * (passes + 1), row)
-    for _ in range(num_sequences):
+    losses = scorer.losses(len(rows) * (passes + 1), row)
+    for _ in range(len(rows)):
         *by_pass, whole = (next(losses) for _ in range(passes + 1))
         brief = np.choose(taken, by_pass)
         key = (brief - whole > LONG_SHORT_NATS) & (whole < LONG_NATS)

@@ -23,6 +23,7 @@ from ...parallel.mesh import Mesh
 from ...parallel.zero import DeepSpeedEngine
 from ..build import BucketLayout
 from ..config import Recipe
+from .buckets import evenly
 from .documents import DocumentLengths
 
 
@@ -111,7 +112,7 @@ class HeldOutLoss:
     def bucket(self, bucket: Bucket, num_sequences: int, layout: BucketLayout) -> dict[str, Any]:
         """Return a bucket's entry of evaluation.json over sequences that lie evenly in the bucket. Collective."""
         breakdowns = self.breakdowns(bucket)
-        sums = self.sums(bucket, np.arange(num_sequences) * bucket.sequences // num_sequences, layout, breakdowns)
+        sums = self.sums(bucket, evenly(bucket, num_sequences), layout, breakdowns)
         entries: dict[str, list[dict[str, Any]]] = {}
         firsts = np.cumsum([0, *(len(breakdown.labels) for breakdown in breakdowns)])
         for breakdown, first in zip(breakdowns, firsts.tolist(), strict=False):
@@ -167,23 +168,6 @@ class HeldOutLoss:
         # The ranks of a tensor-parallel group have equal sums, so they are not added.
         dist.all_reduce(sums, group=mesh.data_group)
         return sums.cpu()
-
-
-def held_out_buckets(recipe: Recipe, manifest: Manifest) -> list[tuple[Bucket, int]]:
-    """Return the held-out buckets of a recipe, and the number of sequences of each that an evaluation reads.
-
-    Raises ValueError if that is none.
-    """
-    limit = recipe.evaluate.max_tokens_per_bucket
-    buckets = [bucket for bucket in manifest.buckets("held_out") if bucket.length in recipe.lengths]
-    numbers = [(bucket, min(bucket.sequences, limit // bucket.length)) for bucket in buckets]
-    found = [(bucket, number) for bucket, number in numbers if number]
-    if not found:
-        raise ValueError(
-            f"evaluate.max_tokens_per_bucket = {limit}: no held-out sequence of {recipe.training_directory} is that "
-            "short; raise it, or prepare other data with a larger data.held_out_fraction"
-        )
-    return found
 
 
 def with_means(buckets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

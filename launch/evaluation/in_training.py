@@ -72,5 +72,7 @@ class EvaluationsInTraining:
 
 def evaluation_line(found: Mapping[str, Any]) -> str:
     """Return one line about an evaluation during training."""
-    told = f"held-out loss {found['loss']:.4f}" if "loss" in found else "no bucket is complete"
+    complete = ", ".join(str(entry["bucket"]) for entry in found["buckets"])
+    part = f"of all buckets only {complete} complete, so no mean" if complete else "no bucket is complete"
+    told = f"held-out loss {found['loss']:.4f}" if "loss" in found else part
     return told + f" after {found['seconds']:.0f} s" + (f"; {cut}" if (cut := found.get("cut_short")) else "")

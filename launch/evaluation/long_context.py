@@ -30,14 +30,14 @@ def long_context(
 ) -> None:
     """Add scores of tasks, gain of context and LongPPL at the length of each scorer, shortest first. Collective.
 
-    `found` has what is measured if a scorer ends it early. What a length or the data do not allow is in its `left_out`,
-    with the reason. `keys` are the key tokens of LongPPL; None: the model chooses its own. Raises ValueError for an
-    unknown task.
+    `found` has what is measured if a scorer ends it early. What a length or the data do not allow is added to its
+    `left_out`, with the reason. `keys` are the key tokens of LongPPL; None: the model chooses its own. Raises
+    ValueError for an unknown task.
     """
     names = chosen_tasks(config.tasks)
     if not names and not config.context_sequences:
         return
-    found |= {"tasks": [], "context": [], "long_ppl": [], "left_out": []}
+    found |= {"tasks": [], "context": [], "long_ppl": []}
     material = Material(manifest.tokenizer().tokenizer, manifest.boundary_id, HeldOut(manifest))
     for scorer in scorers:
         length = scorer.layout.length
@@ -47,13 +47,13 @@ def long_context(
                 found["tasks"].append(score)
             except ValueError as error:  # every rank raises it alike
                 found["left_out"].append({"task": name, "length": length, "reason": str(error)})
-        rows, count = _rows(config, manifest, length)
-        if count and length >= EIGHTHS:
-            found["context"].append(gain_of_context(scorer, rows, count))
-        if count and length > config.short_tokens:
+        rows = _rows(config, manifest, length)
+        if rows and length >= EIGHTHS:
+            found["context"].append(gain_of_context(scorer, rows))
+        if rows and length > config.short_tokens:
             short, stride = _short(config)
             if keys is None:
-                entry = long_ppl(length, short, None, key_tokens(scorer, rows, count, short, stride))
+                entry = long_ppl(length, short, None, key_tokens(scorer, rows, short, stride))
             else:
                 entry = long_ppl(length, short, keys.judge, judged(scorer, rows, keys.by_length[length]))
             found["long_ppl"].append(entry)
@@ -67,9 +67,9 @@ def judge(name: str, config: EvaluateConfig, manifest: Manifest, scorers: Sequen
     found = {}
     for scorer in scorers:
         length = scorer.layout.length
-        rows, count = _rows(config, manifest, length)
-        if count and length > config.short_tokens:
-            found[length] = np.stack([key for _, key in key_tokens(scorer, rows, count, *_short(config))])
+        rows = _rows(config, manifest, length)
+        if rows and length > config.short_tokens:
+            found[length] = np.stack([key for _, key in key_tokens(scorer, rows, *_short(config))])
     if not found:
         raise ValueError(
             f"evaluate.context_sequences = {config.context_sequences}, evaluate.short_tokens = {config.short_tokens}: "
@@ -79,10 +79,11 @@ def judge(name: str, config: EvaluateConfig, manifest: Manifest, scorers: Sequen
     return KeyTokens(name, found)
 
 
-def _rows(config: EvaluateConfig, manifest: Manifest, length: int) -> tuple[HeldOutRows, int]:
-    """Return the held-out rows of a length, and the number of them that the settings choose."""
+def _rows(config: EvaluateConfig, manifest: Manifest, length: int) -> HeldOutRows | None:
+    """Return the held-out rows of a length that the settings choose; None: they choose none."""
     [bucket] = [bucket for bucket in manifest.buckets("held_out") if bucket.length == length]
-    return HeldOutRows.of(manifest, bucket), min(bucket.sequences, config.context_sequences)
+    count = min(bucket.sequences, config.context_sequences)
+    return HeldOutRows.of(manifest, bucket, count) if count else None
 
 
 def _short(config: EvaluateConfig) -> tuple[int, int]:

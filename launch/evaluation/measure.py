@@ -16,8 +16,9 @@ from ...parallel.mesh import Mesh
 from ...parallel.zero import DeepSpeedEngine
 from ..build import BucketLayout
 from ..config import Recipe
+from .buckets import held_out_buckets, left_out_buckets
 from .documents import DocumentLengths
-from .held_out import HeldOutLoss, held_out_buckets, with_means
+from .held_out import HeldOutLoss, with_means
 from .key_tokens import KeyTokens
 from .long_context import long_context
 from .score import Scorer
@@ -98,20 +99,23 @@ class Measurement:
         return [Scorer(loss.engine, loss.mesh, self.layouts[bucket.length], loss.at) for bucket, _ in self.chosen()]
 
     def measure(self) -> dict[str, Any]:
-        """Return what evaluation.json has beside target and step; no losses if all buckets are cut short. Collective.
+        """Return what evaluation.json has beside target and step. Collective.
 
-        The engine is in its mode of evaluation meanwhile, and then in that of training.
+        An evaluation that is cut short has the buckets that are complete. It has no mean over the buckets, which would
+        not be that of a whole evaluation, unless all are complete. The engine is in its mode of evaluation meanwhile,
+        and then in that of training.
         """
-        loss = self.held_out
-        began, entries, found, cut = time.monotonic(), [], {}, None
+        loss, chosen = self.held_out, self.chosen()
+        began, entries, cut = time.monotonic(), [], None
+        found: dict[str, Any] = {"left_out": left_out_buckets(loss.recipe, loss.manifest)}
         loss.engine.eval()
         try:
-            for bucket, number in self.chosen():
+            for bucket, number in chosen:
                 entries.append(loss.bucket(bucket, number, self.layouts[bucket.length]))
             long_context(loss.recipe.evaluate, loss.manifest, self.scorers(), found, self.keys)
         except CutShortError as reason:
             cut = str(reason)
         finally:
             loss.engine.train()
-        means = with_means(entries) if entries else {}
-        return {**means, **found, **({"cut_short": cut} if cut else {}), "seconds": time.monotonic() - began}
+        losses = with_means(entries) if len(entries) == len(chosen) else {"buckets": entries}
+        return {**losses, **found, **({"cut_short": cut} if cut else {}), "seconds": time.monotonic() - began}

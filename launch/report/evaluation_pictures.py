@@ -89,7 +89,7 @@ def draw_heat_map(axes: Axes, result: Result, task: str) -> None:
         if not np.isnan(value):
             axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize="small")
     axes.set_xticks(range(len(entries)), labels=[f"{entry['length']:,}" for entry in entries])
-    axes.set_yticks(range(len(depths)), labels=[f"<{stop:.0%}" for _, stop in depths])
+    axes.set_yticks(range(len(depths)), labels=[f"<{stop:.1%}" for _, stop in depths])
     axes.set_xlabel("length, tokens")
     axes.set_ylabel("depth")
     axes.set_title(f"{task}: exact match\n{result['target']}, step {result['step']:,}", fontsize="medium")

@@ -10,6 +10,8 @@ from rich.table import Table
 
 from ..tables import plain_table
 
+TERMINAL_COLUMNS = 80
+"""Width at which tables are whole; more lengths than fit take further tables."""
 SHADES = " ░▒▓█"
 """Blocks of a heat-map, from 0 to 1."""
 PARTS = {
@@ -30,13 +32,34 @@ def evaluation_tables(result: Mapping[str, Any]) -> list[Table]:
     by_bucket.add_row("all", "", f"{result['tokens']:,}", f"{result['unigram_loss']:.3f}", f"{result['loss']:.3f}")
 
     longest = max(result["buckets"], key=lambda entry: entry["bucket"])
-    ranges = [(part["from"], part["to"]) for part in longest["by_position"]]
-    buckets = [f"{entry['bucket']:,}" for entry in result["buckets"]]
-    by_position = plain_table("The same by position in the context", "position", *buckets)
-    parts = [{(p["from"], p["to"]): f"{p['loss']:.3f}" for p in entry["by_position"]} for entry in result["buckets"]]
-    for span in ranges:
-        by_position.add_row(f"<{short(span[1])}", *(found.get(span, "") for found in parts))
-    return [by_bucket, by_position, *parts_tables(result)]
+    rows = {(part["from"], part["to"]): f"<{short(part['to'])}" for part in longest["by_position"]}
+    columns = [
+        (short(entry["bucket"]), {(part["from"], part["to"]): f"{part['loss']:.3f}" for part in entry["by_position"]})
+        for entry in result["buckets"]
+    ]
+    by_position = by_length("The same by position in the context", "position", rows, columns)
+    return [by_bucket, *by_position, *parts_tables(result)]
+
+
+def by_length(
+    title: str, head: str, rows: Mapping[Any, str], columns: Sequence[tuple[str, Mapping[Any, str]]]
+) -> list[Table]:
+    """Return tables that are whole at TERMINAL_COLUMNS, with as many lengths in each as fit.
+
+    `rows` are the first cells by the key of the row, and `columns` are (head, cells by the key of the row).
+    """
+    width_of_names = max(map(len, [head, *rows.values()]))
+    width = max(len(text) for name, cells in columns for text in (name, *cells.values()))
+    at_once = (TERMINAL_COLUMNS - 2 - width_of_names) // (width + 2)  # one space at each end, two between columns
+    tables = []
+    for first in range(0, len(columns), at_once):
+        chosen = columns[first : first + at_once]
+        table = plain_table(title if not first else f"{title}, continued", head, *(name for name, _ in chosen))
+        for key, name in rows.items():
+            if any(key in cells for _, cells in chosen):
+                table.add_row(name, *(cells.get(key, "") for _, cells in chosen))
+        tables.append(table)
+    return tables
 
 
 def parts_tables(result: Mapping[str, Any]) -> list[Table]:
@@ -60,8 +83,8 @@ def part_name(entry: Mapping[str, Any]) -> str:
 
 
 def short(tokens: int) -> str:
-    """Return a number of tokens as "512", "4k" or "1M"."""
-    for power, unit in ((20, "M"), (10, "k")):
+    """Return a number of tokens as "512", "4k", "1M" or "1G"."""
+    for power, unit in ((30, "G"), (20, "M"), (10, "k")):
         if tokens >= 1 << power and tokens % (1 << power) == 0:
             return f"{tokens >> power}{unit}"
     return str(tokens)
@@ -73,19 +96,31 @@ def long_context_tables(result: Mapping[str, Any]) -> list[Table]:
     if result.get("tasks"):
         tables += [_task_table(result["tasks"]), *heat_maps(result["tasks"])]
     if result.get("context"):
-        tables.append(_context_table(result["context"]))
+        tables += _context_tables(result["context"])
     if result.get("long_ppl"):
         tables.append(_long_ppl_table(result["long_ppl"]))
-    if result.get("left_out"):
-        table = plain_table("Left out", "task", "length", "reason", left=("task", "reason"))
-        for entry in result["left_out"]:
-            table.add_row(entry["task"], f"{entry['length']:,}", entry["reason"])
-        tables.append(table)
     return tables
 
 
+def left_out(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the task or "all", the length and the reason of each part that an evaluation has left out."""
+    rows = [(entry.get("task", "all"), short(entry["length"]), entry["reason"]) for entry in result.get("left_out", ())]
+    return rows + ([("the rest", "", result["cut_short"])] if "cut_short" in result else [])
+
+
+def left_out_tables(result: Mapping[str, Any]) -> list[Table]:
+    """Return the table of what an evaluation has left out, with the reasons; none for nothing."""
+    rows = left_out(result)
+    table = plain_table(
+        f"Left out at step {result.get('step', 0):,}", "task", "length", "reason", left=("task", "reason")
+    )
+    for task, length, reason in rows:
+        table.add_row(task, length, escape(reason))
+    return [table] if rows else []
+
+
 def _task_table(entries: list[dict[str, Any]]) -> Table:
-    columns = ("task", "length", "exact", "refs", "tokens", "loss", "gain", "margin", "preferred")
+    columns = ("task", "length", "exact", "refs", "tokens", "loss", "gain", "margin", "prefer")
     caption = (
         "≥: a lower bound, since other orders of the answer are as right. loss, gain and margin in nats per token. "
         "docs/evaluation.md says what each score is."
@@ -96,7 +131,7 @@ def _task_table(entries: list[dict[str, Any]]) -> Table:
         shares = [f"{bound}{entry['exact']:.0%}", f"{bound}{entry['references']:.0%}", f"{entry['tokens']:.0%}"]
         nats = ["" if entry[key] is None else f"{entry[key]:.2f}" for key in ("loss", "gain", "margin")]
         preferred = "" if entry["preferred"] is None else f"{entry['preferred']:.0%}"
-        table.add_row(entry["task"], f"{entry['length']:,}", *shares, *nats, preferred)
+        table.add_row(entry["task"], short(entry["length"]), *shares, *nats, preferred)
     return table
 
 
@@ -105,29 +140,29 @@ def heat_maps(entries: Sequence[Mapping[str, Any]], target: str = "") -> list[Ta
     tables = []
     for name in dict.fromkeys(entry["task"] for entry in entries if entry["by_depth"]):
         chosen = [entry for entry in entries if entry["task"] == name]
-        lengths = [f"{entry['length']:,}" for entry in chosen]
-        table = plain_table(f"{target}{name}: exact match by depth and length", "depth", *lengths)
-        for first, to in sorted({(part["from"], part["to"]) for entry in chosen for part in entry["by_depth"]}):
-            cells = []
-            for entry in chosen:
-                found = [part for part in entry["by_depth"] if part["from"] == first]
-                cells.append(f"{SHADES[round(found[0]['exact'] * 4)] * 3} {found[0]['exact']:4.0%}" if found else "")
-            table.add_row(f"<{to:.1%}", *cells)
-        tables.append(table)
+        depths = sorted({(part["from"], part["to"]) for entry in chosen for part in entry["by_depth"]})
+        rows = {depth: f"<{depth[1]:.1%}" for depth in depths}
+        columns = [
+            (short(entry["length"]), {(p["from"], p["to"]): _shaded(p["exact"]) for p in entry["by_depth"]})
+            for entry in chosen
+        ]
+        tables += by_length(f"{target}{name}: exact match by depth and length", "depth", rows, columns)
     return tables
 
 
-def _context_table(entries: list[dict[str, Any]]) -> Table:
-    lengths = [f"{entry['length']:,}" for entry in entries]
+def _shaded(share: float) -> str:
+    return f"{SHADES[round(share * 4)] * 2} {share:4.0%}"
+
+
+def _context_tables(entries: list[dict[str, Any]]) -> list[Table]:
+    eighths = len(entries[0]["losses"])
+    rows = {number: f"{number}/{eighths}" for number in range(eighths)} | {"gain": "gain", "gain_error": "± s.e."}
+    columns = []
+    for entry in entries:
+        numbers = dict(enumerate(entry["losses"])) | {key: entry[key] for key in ("gain", "gain_error")}
+        columns.append((short(entry["length"]), {key: f"{n:.3f}" for key, n in numbers.items() if n is not None}))
     title = "Loss of the last eighth by the eighths visible before it, nats per token"
-    table = plain_table(title, "visible", *lengths)
-    for number, losses in enumerate(zip(*(entry["losses"] for entry in entries), strict=True)):
-        table.add_row(f"{number}/{len(entries[0]['losses'])}", *(f"{loss:.3f}" for loss in losses))
-    table.add_section()
-    table.add_row("gain", *(f"{entry['gain']:.3f}" for entry in entries))
-    errors = ["" if entry["gain_error"] is None else f"{entry['gain_error']:.3f}" for entry in entries]
-    table.add_row("± s.e.", *errors)
-    return table
+    return by_length(title, "visible", rows, columns)
 
 
 def _long_ppl_table(entries: list[dict[str, Any]]) -> Table:
@@ -136,5 +171,5 @@ def _long_ppl_table(entries: list[dict[str, Any]]) -> Table:
     for entry in entries:
         ppl = "" if entry["long_ppl"] is None else f"{entry['long_ppl']:.3f}"
         counts = f"{entry['key_tokens']:,}", f"{entry['tokens']:,}"
-        table.add_row(f"{entry['length']:,}", f"{entry['short']:,}", ppl, *counts)
+        table.add_row(short(entry["length"]), short(entry["short"]), ppl, *counts)
     return table

@@ -51,7 +51,12 @@ class Picture(NamedTuple):
 def pictures(history: History) -> Iterator[Picture]:
     """Yield every figure that the run has numbers for."""
     for title, draw, caption in (
-        ("Loss", _loss, "Nats per token: means over many steps, over few, and the range of single steps."),
+        (
+            "Loss",
+            _loss,
+            "Nats per token: means over many steps, over few, and the range of single steps. Held out: means of "
+            "evaluations that were not cut short.",
+        ),
         ("Loss by bucket", _loss_by_bucket, "Training loss of each sequence length."),
         ("Held-out loss by bucket", _held_out, "Each evaluation of this run."),
         ("Held-out loss by position", _by_position, "Last evaluation: loss at the tokens up to each position."),
@@ -137,11 +142,11 @@ def _line(axes: Axes, curve: Curve, label: str | None, colour: Any, *, most: int
 def _loss(axes: Axes, history: History) -> bool:
     if not _line(axes, history.curves.curve("loss"), "training", "tab:blue", band=True):
         return False
-    held_out = [(history.curves.tokens_at(e["step"]), e["loss"]) for e in history.evaluations]
+    held_out = [(history.curves.tokens_at(e["step"]), e["loss"]) for e in history.whole_evaluations]
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="tab:red", markersize=4, label="held out")
         axes.axhline(
-            history.evaluations[-1]["unigram_loss"], color="tab:red", linestyle="--", label="unigram, held out"
+            history.whole_evaluations[-1]["unigram_loss"], color="tab:red", linestyle="--", label="unigram, held out"
         )
     _over_tokens(axes, history, "nats per token")
     axes.legend()
@@ -207,7 +212,9 @@ def _by_position(axes: Axes, history: History) -> bool:
 
 
 def _position_over_time(axes: Axes, history: History) -> bool:
-    longest = [(e["step"], max(e["buckets"], key=lambda entry: entry["bucket"])) for e in history.evaluations]
+    evaluated = [(e["step"], entry) for e in history.evaluations for entry in e["buckets"]]
+    most = max((entry["bucket"] for _, entry in evaluated), default=0)
+    longest = [(step, entry) for step, entry in evaluated if entry["bucket"] == most]
     if len(longest) < 2:
         return False
     spans = sorted({(part["from"], part["to"]) for _, entry in longest for part in entry["by_position"]})

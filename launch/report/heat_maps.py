@@ -42,7 +42,7 @@ def _depths(entries: list[dict[str, Any]], axes: Axes, _: History) -> bool:
         for part in entry["by_depth"]:
             shares[bins.index((part["from"], part["to"])), column] = part["exact"]
     axes.set_ylabel("depth")
-    return _shares(axes, shares, [f"<{to:.0%}" for _, to in bins], [f"{entry['length']:,}" for entry in entries])
+    return _shares(axes, shares, [f"<{to:.1%}" for _, to in bins], [f"{entry['length']:,}" for entry in entries])
 
 
 def _shares(axes: Axes, shares: NDArray[np.float64], rows: list[str], lengths: list[str]) -> bool:

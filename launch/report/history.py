@@ -97,6 +97,11 @@ class History:
         return sorted({*self.buckets, *self.targets})
 
     @property
+    def whole_evaluations(self) -> list[dict[str, Any]]:
+        """The evaluations with a mean loss: those that were not cut short before all buckets were complete."""
+        return [e for e in self.evaluations if "loss" in e]
+
+    @property
     def long_context(self) -> dict[str, Any]:
         """The last evaluation that has scores of tasks or of context; empty without one."""
         return next((e for e in reversed(self.evaluations) if e.get("tasks") or e.get("context")), {})

@@ -20,7 +20,7 @@ from ...data.inspect.ledger import ledger_table, sources_table
 from ..records import Record
 from ..settings import flat, to_tree
 from ..tables import plain_table
-from .evaluation_tables import long_context_tables, parts_tables
+from .evaluation_tables import left_out_tables, long_context_tables, parts_tables
 from .figures import pictures, short
 from .history import History
 from .state import RunState, in_words
@@ -76,8 +76,8 @@ def _tiles(history: History, state: RunState) -> list[tuple[str, str, str]]:
         tiles.append(("loss", f"{history.loss:.3f}", "training, nats per token"))
     if len(bits := history.curves.curve("bits_per_byte").mean):
         tiles.append(("bits a byte", f"{bits[-1]:.3f}", "training, mean over the data's bytes"))
-    if history.evaluations:
-        last = history.evaluations[-1]
+    if history.whole_evaluations:
+        last = history.whole_evaluations[-1]
         tiles.append(
             ("held out", f"{last['loss']:.3f}", f"at step {last['step']:,}; unigram {last['unigram_loss']:.3f}")
         )
@@ -192,7 +192,14 @@ def _evaluation(history: History) -> list[Table]:
         parts = {(part["from"], part["to"]): f"{part['loss']:.3f}" for part in entry["by_position"]}
         losses = (f"{entry['unigram_loss']:.3f}", f"{entry['loss']:.3f}")
         table.add_row(f"{entry['bucket']:,}", f"{entry['tokens']:,}", *losses, *(parts.get(s, "") for s in spans))
-    return [table, *parts_tables(last), *long_context_tables(history.long_context)]
+    of_tasks = history.long_context
+    left_out = [last] if of_tasks is last else [last, of_tasks]
+    return [
+        table,
+        *parts_tables(last),
+        *long_context_tables(of_tasks),
+        *(table for evaluation in left_out for table in left_out_tables(evaluation)),
+    ]
 
 
 def _trained(history: History) -> list[Table]:

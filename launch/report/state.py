@@ -46,7 +46,7 @@ class RunState:
     saved: str
     """Time at which it became visible."""
     held_out: tuple[int, float] | None
-    """Step and held-out loss of the last evaluation."""
+    """Step and held-out loss of the last evaluation that was not cut short."""
     hangs: list[str]
     """Reports of ranks without progress, which a rank withdraws when it goes on."""
 
@@ -126,7 +126,7 @@ class Observer:
         idle_s = max(0.0, time.time() - self.run.metrics_file.stat().st_mtime) if stepped else None
         process = self._holder(step, idle_s)
         ended: Going = "finished" if step >= self.steps else "stopped" if step else "not started"
-        saves, evaluations = read_records(self.run.saves_file)[-1:], self.run.evaluations()
+        saves, whole = read_records(self.run.saves_file)[-1:], [e for e in self.run.evaluations() if "loss" in e]
         return RunState(
             going="running" if process else ended,
             holder=process,
@@ -136,7 +136,7 @@ class Observer:
             idle_s=idle_s,
             saved_step=saves[0].get("step") if saves else None,
             saved=str(saves[0].get("time", "")) if saves else "",
-            held_out=(evaluations[-1]["step"], evaluations[-1]["loss"]) if evaluations else None,
+            held_out=(whole[-1]["step"], whole[-1]["loss"]) if whole else None,
             hangs=self._hangs(),
         )
 

@@ -339,8 +339,13 @@ def restore_data(sandbox: Sandbox) -> None:
 
 
 def begun_with_checkpoint(sandbox: Sandbox) -> None:
-    hashed = sha256_of(sandbox.data / "manifest.json")
+    assert sandbox.data.is_dir()
     sandbox.begin()
+    checkpoint_of_this_run(sandbox)
+
+
+def checkpoint_of_this_run(sandbox: Sandbox) -> None:
+    hashed = sha256_of(sandbox.data / "manifest.json")
     make_checkpoint(sandbox.run.checkpoints, 5, data=hashed, recipe=to_tree(sandbox.load()))
 
 
@@ -469,9 +474,7 @@ CASES = {
         lost_checkpoints,
         checked(),
         "mount its disk or bring a copy back",
-        lambda sandbox: make_checkpoint(
-            sandbox.run.checkpoints, 5, data=sha256_of(sandbox.data / "manifest.json"), recipe=to_tree(sandbox.load())
-        ),
+        checkpoint_of_this_run,
     ),
     "lost checkpoints: name another run_directory": Case(
         lost_checkpoints, checked(), "or name another run_directory to start from the first step", new_run_directory
@@ -486,7 +489,7 @@ CASES = {
         lambda sandbox: sandbox.begin(),
         command("evaluate", "{run}"),
         "train first, with `longring train`",
-        lambda sandbox: make_checkpoint(sandbox.run.checkpoints, 5),
+        checkpoint_of_this_run,
     ),
     "no torchrun: start with torchrun": Case(
         nothing, rank_without_torchrun, "start with torchrun", lambda _: os.environ.update(variables_of(0, 1))
@@ -610,7 +613,7 @@ def test_advice_to_make_the_directory_of_a_picture(recipe_file, tmp_path, capsys
 def test_advice_to_leave_out_or_to_restore_a_setting(recipe_file, tmp_path, capsys, no_ranks):
     sandbox = Sandbox(recipe_file, tmp_path, capsys)
     begun_with_checkpoint(sandbox)
-    with pytest.raises(ValueError, match="only evaluate.* may differ from the run; leave it out"):
+    with pytest.raises(ValueError, match=r"only evaluate.\* and parallel.\* may differ from the run; leave it out"):
         command("evaluate", "{run}", "train.steps=1")(sandbox)
     command("evaluate", "{run}")(sandbox)
     changed = [*("train.learning_rate=0.5", "train.warmup_steps=9"), "curriculum.cycles=4"]
@@ -619,6 +622,20 @@ def test_advice_to_leave_out_or_to_restore_a_setting(recipe_file, tmp_path, caps
     with pytest.raises(ValueError, match=r"curriculum.cycles = 4: was 2 in .* set it back to 2, or name"):
         checked(changed[-1])(sandbox)
     assert checked()(sandbox).steps_done == 5
+
+
+def test_advice_about_the_ranks_of_an_evaluation(recipe_file, tmp_path, capsys, no_ranks):
+    """A sequence of 512 tokens takes 4 ranks of 128, in any number of such rings."""
+    sandbox = Sandbox(recipe_file, tmp_path, capsys)
+    begun_with_checkpoint(sandbox)
+    for division, ranks in ((OVER_4, "3"), (OVER_4, "2"), ("parallel.tensor=2", "3")):
+        with pytest.raises(ValueError, match="start a multiple of [24] ranks"):
+            command("evaluate", "{run}", "--ranks", ranks, division)(sandbox)
+    command("evaluate", "{run}", "--ranks", "12", OVER_4)(sandbox)
+    command("evaluate", "{run}", "--ranks", "6", "parallel.tensor=2")(sandbox)
+    with pytest.raises(ValueError, match="or raise parallel.tokens_per_rank"):
+        command("evaluate", "{run}", "--ranks", "3", OVER_4)(sandbox)
+    command("evaluate", "{run}", "--ranks", "3", "parallel.tokens_per_rank=512")(sandbox)
 
 
 def test_advice_about_a_directory_in_use(recipe_file, tmp_path, capsys, monkeypatch):

@@ -159,7 +159,9 @@ def test_evaluate_without_a_run_or_a_checkpoint(capsys, recipe_file, tmp_path):
     run = RunDirectory(tmp_path / "fresh")
     run.create(load_recipe(recipe_file))
     assert "no checkpoint yet" in error_of(capsys, "evaluate", str(run.path))
-    assert "only evaluate.* may differ from the run" in error_of(capsys, "evaluate", str(run.path), "train.steps=1")
+    assert "only evaluate.* and parallel.* may differ from the run" in error_of(
+        capsys, "evaluate", str(run.path), "train.steps=1"
+    )
     checkpoint = make_checkpoint(run.checkpoints, 4)
     manifest = (checkpoint / "manifest.json").read_text()
     (checkpoint / "manifest.json").write_text(manifest[:-9])

@@ -19,6 +19,7 @@ from longring.launch.config import load_recipe
 from longring.launch.evaluate import evaluate
 from longring.launch.evaluation.held_out import powers_of_two
 from longring.launch.report.evaluation_tables import evaluation_tables
+from longring.launch.run_directory import RunDirectory
 from longring.launch.train import train
 from rich.console import Console
 
@@ -77,7 +78,7 @@ def test_edges_of_positions_are_the_bucket_lengths():
     assert powers_of_two(64, 64) == [0, 64]
 
 
-def test_eight_buckets_are_whole_at_80_columns(capsys):
+def test_eight_buckets_are_one_table_at_80_columns(capsys):
     """Positions are rows, so a loss needs the width of its bucket alone."""
     edges = powers_of_two(64, 8192)
     parts = [{"from": first, "to": stop, "loss": 5 + stop / 1e4} for first, stop in pairwise(edges)]
@@ -88,6 +89,40 @@ def test_eight_buckets_are_whole_at_80_columns(capsys):
     result = {"target": "demo", "step": 9, "tokens": 5, "loss": 6.0, "unigram_loss": 7.0, "buckets": entries}
     Console(width=80).print(*evaluation_tables(result))
     lines = capsys.readouterr().out.split("The same by position")[1].splitlines()
-    assert lines[2].split() == ["position", *(f"{stop:,}" for stop in edges[1:])]
+    assert lines[2].split() == ["position", "64", "128", "256", "512", "1k", "2k", "4k", "8k"]
     shown = [line.split()[1:] for line in lines if line.strip().startswith("<")]
     assert shown == [[f"{part['loss']:.3f}"] * (8 - number) for number, part in enumerate(parts)]
+
+
+def evaluate_run(run: Path, overrides: list[str]) -> None:
+    evaluate(RunDirectory(run).recipe(overrides), Console(quiet=True))
+
+
+@pytest.mark.full
+def test_a_run_is_evaluated_on_other_numbers_of_ranks(on_ranks, recipe_file, tmp_path):
+    """Three ranks divide neither the batch of the run nor its slots."""
+    settings = ["curriculum.mix=micro_batch", "evaluate.max_tokens_per_bucket=300", f"run_directory={tmp_path}"]
+    on_ranks(1, train_one_step, recipe_file, settings)
+    found = []
+    for ranks, division in ((1, []), (3, []), (4, ["parallel.tokens_per_rank=128", "parallel.cp.topology=full_mesh"])):
+        on_ranks(ranks, evaluate_run, tmp_path, division)
+        found.append(json.loads((tmp_path / "evaluation.json").read_text()))
+    for one in found:
+        assert one["loss"] == pytest.approx(found[0]["loss"], rel=1e-5)
+        assert one["tokens"] == found[0]["tokens"]
+        assert [(entry["bucket"], entry["cp"] > 1) for entry in one["buckets"]][-1] == (256, one is found[2])
+        reason = "evaluate.max_tokens_per_bucket = 300: below one sequence; raise it to 512"
+        assert one["left_out"] == [{"length": 512, "reason": reason}]
+
+
+def train_one_step(recipe_file: Path, overrides: list[str]) -> None:
+    train(load_recipe(recipe_file, overrides), Console(quiet=True), stop_after=1)
+
+
+@pytest.mark.parametrize("tokens", [128, 512, 1024], ids="{} on a rank".format)
+def test_any_number_of_ranks_divides_the_batch_of_an_evaluation(recipe_file, tokens):
+    settings = [f"parallel.tokens_per_rank={tokens}", "curriculum.mix=micro_batch", "curriculum.slot_tokens=1024"]
+    recipe = load_recipe(recipe_file, settings)
+    for ranks in range(recipe.max_context_parallel, 30, recipe.max_context_parallel):
+        assert recipe.to_evaluate(ranks).accumulation_steps(ranks) >= 1
+        assert recipe.to_evaluate(ranks).lengths == recipe.lengths

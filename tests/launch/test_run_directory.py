@@ -51,7 +51,8 @@ def test_a_run_keeps_its_settings(recipe_file, tmp_path, command, capsys):
     """An override that would do nothing is refused; without it the command gets as far as the run's state lets it."""
     RunDirectory(tmp_path).create(load_recipe(recipe_file, [f"run_directory={tmp_path}"]))
     assert main([command, str(tmp_path), "train.steps=7"]) == 2
-    assert "override 'train.steps=7': only evaluate.* may differ from the run; leave it out" in capsys.readouterr().err
+    refused = "override 'train.steps=7': only evaluate.* and parallel.* may differ from the run; leave it out"
+    assert refused in capsys.readouterr().err
     status = main([command, str(tmp_path)])
     error = capsys.readouterr().err
     assert (status, error) == (0, "") or "no checkpoint yet" in error

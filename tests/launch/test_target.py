@@ -13,7 +13,8 @@ from longring.launch import cli
 from longring.launch.commands import evaluate as command
 from longring.launch.config import Recipe, load_recipe
 from longring.launch.run_directory import RunDirectory
-from longring.launch.target import recipe_of_weights, target_of_weights
+from longring.launch.target import target_of_weights
+from longring.launch.weights.on_data import recipe_of_weights
 from longring.launch.weights.origin import weights_at
 from longring.model.families.read import PublishedModel
 from longring.parallel.world import World
@@ -106,10 +107,10 @@ def test_the_command_starts_ranks_on_other_data(recipe_file, model, monkeypatch,
     found = model.parent / "x.json"
     assert cli.main(["evaluate", str(model), "--data", data, "--ranks", "3", "--json", str(found)]) == 0
     assert json.loads(found.read_text()) == {"target": "small"}
-    assert cli.main(["evaluate", str(model), "--data", str(recipe_file), "evaluate.max_tokens_per_bucket=9"]) == 1
+    assert cli.main(["evaluate", str(model), "--data", str(recipe_file), "evaluate.max_tokens_per_bucket=64"]) == 1
     assert [(arguments, count) for arguments, count, _ in started] == [
         ([str(model), "--data", data], 3),
-        ([str(model), "evaluate.max_tokens_per_bucket=9", "--data", str(recipe_file)], 1),
+        ([str(model), "evaluate.max_tokens_per_bucket=64", "--data", str(recipe_file)], 1),
     ]
     assert [logs.exists() for *_, logs in started] == [False, True]
     assert f"the logs of the ranks are in {started[1][2]}" in capsys.readouterr().err

@@ -146,7 +146,7 @@ def test_a_job_evaluates_the_recipes_run_or_weights_on_its_data(recipe_file, tmp
     RunDirectory(tmp_path / "run").create(load_recipe(recipe_file))
     words = ["submit", here, "--nodes", "1", run, "slurm.cpu=true", "slurm.ranks_per_node=4", "evaluate.samples=3"]
     for evaluated, advice in (
-        (["--evaluate"], "only evaluate.* may differ from the run; leave it out"),
+        (["--evaluate"], "only evaluate.* and parallel.* may differ from the run; leave it out"),
         (["--weights", "model/a"], "changes what the weights are; leave it out, or set one of"),
     ):
         assert cli.main([*words, *evaluated, "train.seed=1"]) == 2

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,8 +19,11 @@ from longring.data.format.manifest import open_prepared
 from longring.data.prepare.prepare import prepare
 from longring.launch.build import build_engine, open_layouts
 from longring.launch.config import load_recipe
+from longring.launch.evaluation.buckets import held_out_buckets
 from longring.launch.evaluation.documents import DocumentLengths
-from longring.launch.evaluation.held_out import HeldOutLoss, held_out_buckets, with_means
+from longring.launch.evaluation.held_out import HeldOutLoss, with_means
+from longring.launch.evaluation.long_context import long_context
+from longring.launch.evaluation.score import Row, Scorer
 from longring.parallel.mesh import join
 from rich.console import Console
 
@@ -95,3 +100,34 @@ def test_losses_by_source_and_length_of_document_equal_plain_pytorch(on_ranks, r
         for name in ("by_source", "by_document"):
             for entry, one in zip(several[name], found[name], strict=True):
                 assert entry == {**one, "loss": pytest.approx(one["loss"], rel=1e-4)}
+
+
+class Recorder:
+    """A scorer that keeps the tokens that it is given."""
+
+    def __init__(self, length: int) -> None:
+        self.layout = SimpleNamespace(length=length)
+        self.read: set[bytes] = set()
+
+    def sums(self, num_rows: int, num_parts: int, row: Callable[[int], Row]) -> np.ndarray:
+        self.read |= {row(number).tokens.tobytes() for number in range(num_rows)}
+        return np.ones((num_rows, num_parts, 3))
+
+    def losses(self, num_rows: int, row: Callable[[int], Row]) -> Iterator[np.ndarray]:
+        self.read |= {row(number).tokens.tobytes() for number in range(num_rows)}
+        return iter(np.zeros((num_rows, self.layout.length)))
+
+
+@pytest.mark.parametrize("short_tokens", [64, 4096], ids=["with LongPPL", "gain of context alone"])
+def test_gain_of_context_and_long_ppl_read_every_source(recipe_file, directory, short_tokens):
+    settings = ["evaluate.context_sequences=2", f"evaluate.short_tokens={short_tokens}"]
+    recipe = recipe_of(recipe_file, directory, *settings)
+    manifest = open_prepared(recipe.data.directory)
+    [bucket] = [bucket for bucket in manifest.buckets("held_out") if bucket.length == 128]
+    recorder = Recorder(bucket.length)
+    long_context(recipe.evaluate, manifest, [cast(Scorer, recorder)], {"left_out": []})
+    ends = np.cumsum([part.sequences for part in bucket.parts])
+    rows = manifest.reader(bucket).read(np.arange(bucket.sequences)).astype(np.int64)
+    numbers = [number for number, row in enumerate(rows) if row.tobytes() in recorder.read]
+    assert len(recorder.read) == 2
+    assert set(np.searchsorted(ends, numbers, side="right")) == {0, 1}

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from helpers.faulty import Fault, start
 from helpers.lanes import by_lane
+from longring.data.format.manifest import open_prepared
+from longring.launch.build import build_engine, open_layouts
 from longring.launch.config import load_recipe
 from longring.launch.evaluate import evaluate
-from longring.launch.evaluation.measure import Bound, CutShortError
+from longring.launch.evaluation.in_training import evaluation_line
+from longring.launch.evaluation.measure import Bound, CutShortError, Measurement
+from longring.launch.metrics import MetricsWriter
 from longring.launch.records import read_records
 from longring.launch.report.state import Observer
 from longring.launch.run_directory import RunDirectory
 from longring.launch.train import train
+from longring.parallel.mesh import join
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -112,6 +118,32 @@ def test_ranks_end_an_evaluation_at_the_same_operation(on_ranks):
         assert ours == theirs
         assert ours[:-1] == ["a", "b", "c"]
         assert "train.evaluate_seconds = 30: passed before c; raise it, or lower evaluate.max_tokens" in ours[-1]
+
+
+def cut_after_two_buckets(recipe_file: Path) -> dict[str, Any]:
+    recipe = load_recipe(recipe_file, EVALUATED)
+    manifest = open_prepared(recipe.data.directory)
+    mesh = join(recipe.parallel, recipe.max_context_parallel, 5)
+    engine = build_engine(recipe, manifest.vocab_size, mesh)
+    layouts = open_layouts(recipe, mesh, recipe.lengths, lambda _: None)
+
+    def at(operation: str) -> None:
+        if "of bucket 256" in operation:
+            raise CutShortError("too late")
+
+    return Measurement.of(recipe, manifest, mesh, engine, layouts, at).measure()
+
+
+def test_an_evaluation_that_is_cut_short_has_no_mean_over_buckets(on_ranks, recipe_file):
+    [found] = on_ranks(1, cut_after_two_buckets, recipe_file)
+    assert [entry["bucket"] for entry in found["buckets"]] == [64, 128]
+    assert found["cut_short"] == "too late"
+    assert not {"loss", "unigram_loss", "tokens", "by_source", "by_document"} & found.keys()
+    assert evaluation_line(found).startswith("of all buckets only 64, 128 complete, so no mean after ")
+    logged: dict[str, float] = {}
+    writer = SimpleNamespace(_trackers=[SimpleNamespace(log=lambda _, values: logged.update(values))])
+    MetricsWriter.write_evaluation(cast(MetricsWriter, writer), 4, found)
+    assert logged.keys() == {"held_out/64", "held_out/128"}
 
 
 def cut_short(recipe_file: Path, overrides: list[str]) -> None:

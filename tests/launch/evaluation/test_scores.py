@@ -41,7 +41,7 @@ def opened(recipe_file: Path, overrides: list[str]) -> tuple[Recipe, Manifest, S
 
 
 def held_out(manifest: Manifest) -> HeldOutRows:
-    return HeldOutRows.of(manifest, manifest.buckets("held_out")[-1])
+    return HeldOutRows.of(manifest, manifest.buckets("held_out")[-1], SEQUENCES)
 
 
 def measured(recipe_file: Path, overrides: list[str]) -> dict[str, Any]:
@@ -50,8 +50,8 @@ def measured(recipe_file: Path, overrides: list[str]) -> dict[str, Any]:
     material = Material(manifest.tokenizer().tokenizer, manifest.boundary_id, HeldOut(manifest))
     rows = held_out(manifest)
     return {
-        "gain": gain_of_context(scorer, rows, SEQUENCES),
-        "long_ppl": long_ppl(LENGTH, SHORT, None, key_tokens(scorer, rows, SEQUENCES, SHORT, STRIDE)),
+        "gain": gain_of_context(scorer, rows),
+        "long_ppl": long_ppl(LENGTH, SHORT, None, key_tokens(scorer, rows, SHORT, STRIDE)),
         **{name: score_task(scorer, name, material, count=3, distractors=1, seed=4) for name in TASKS},
     }
 
@@ -152,7 +152,7 @@ def against_plain(recipe_file: Path) -> None:
     assert (sums[0, :, 1] >= [(parts[0][100:] == index).sum() for index in range(4)]).all()
 
     # A visible prefix is what a shorter row begins with, since rotary angles depend on distances alone.
-    found = gain_of_context(scorer, rows, SEQUENCES)
+    found = gain_of_context(scorer, rows)
     begin = LENGTH - LENGTH // 8
     for visible, loss in enumerate(found["losses"]):
         expected = [plain.losses(one[begin - visible * LENGTH // 8 :])[-LENGTH // 8 :].mean() for one in tokens]
@@ -183,7 +183,7 @@ def against_plain(recipe_file: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:  # an untrained model has no key tokens
         patch.setattr(context, "LONG_SHORT_NATS", 0.5)
         patch.setattr(context, "LONG_NATS", 6)
-        chosen = list(key_tokens(scorer, rows, SEQUENCES, SHORT, STRIDE))
+        chosen = list(key_tokens(scorer, rows, SHORT, STRIDE))
     ppl = long_ppl(LENGTH, SHORT, None, chosen)
     again = long_ppl(LENGTH, SHORT, "judge", judged(scorer, rows, np.stack([key for _, key in chosen])))
     assert again == {**ppl, "judge": "judge"}

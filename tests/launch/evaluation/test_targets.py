@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from longring.launch.errors import print_error
 from longring.launch.evaluation import context
 from longring.launch.evaluation.compare import comparison_tables
 from longring.launch.evaluation.key_tokens import KeyTokens
+from longring.launch.report.evaluation_tables import evaluation_tables, left_out_tables, long_context_tables
+from longring.launch.run_directory import RunDirectory
 from longring.launch.train import train
 from matplotlib.image import imread
 from rich.console import Console
+from rich.table import Table
 
 MEASURED = [
     *("evaluate.samples=2", "evaluate.context_sequences=1", "evaluate.short_tokens=128"),
@@ -149,6 +153,106 @@ def test_eight_targets_are_whole_at_80_columns(capsys, count):
             assert f"{entry['by_position'][-1]['loss']:.3f}" in shown
         assert f"≥{found['tasks'][0]['exact']:.0%}" in shown
     assert "[web]" in shown and shown.count("Loss of the last eighth by") == 1 + (count - 1) // 6
+
+
+def lines_at(width: int, tables: Sequence[Table]) -> list[list[str]]:
+    """Return the words of each line of tables in a terminal of this width."""
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(*tables)
+    return [line.replace("─", " ").split() for line in capture.get().splitlines()]
+
+
+ALL_LENGTHS = [2**power for power in range(31)]
+"""The lengths of the buckets of the data that has the most of them."""
+
+
+def long_result(number: int) -> dict[str, Any]:
+    """Return a result with every length, short names, and wide numbers."""
+    found = result(number, ALL_LENGTHS)
+    scores = {"references": 1.0, "tokens": 1.0, "exact": 1.0, "preferred": 1.0}
+    nats = {"loss": 12.345, "gain": -1.234, "margin": -12.345}
+    tasks = [{**task, **scores, **nats} for task in found["tasks"]]
+    losses = {"losses": [12.345] * 8, "gain": -12.345, "gain_error": 12.345}
+    long_ppl = {"short": 2**29, "judge": "j", "key_tokens": 2**40, "tokens": 2**50, "long_ppl": 1234.567}
+    for entry in found["buckets"]:
+        entry |= {"tokens": 2**50, "loss": 12.345, "unigram_loss": 12.345}
+        entry["by_position"] = [{**part, "loss": 12.345} for part in entry["by_position"]]
+    return {
+        **found,
+        **{"target": f"run-{number}", "step": 99_999_999, "loss": 12.345, "unigram_loss": 12.345, "tokens": 2**50},
+        "by_document": [{"from": 0, "to": length, "loss": 12.345, "tokens": 2**50} for length in ALL_LENGTHS],
+        **{"tasks": tasks, "context": [{**losses, "length": length} for length in ALL_LENGTHS]},
+        "long_ppl": [{**long_ppl, "length": length} for length in ALL_LENGTHS],
+        "left_out": [{"length": 2**30, "reason": "too long"}, {"task": "copy_text", "length": 1, "reason": "short"}],
+    }
+
+
+def test_no_cell_of_the_most_lengths_is_folded_at_80_columns():
+    one = long_result(1)
+    tables = [*evaluation_tables(one), *long_context_tables(one), *left_out_tables(one)]
+    for table in [*tables, *comparison_tables([long_result(number) for number in range(8)])]:
+        title, table.title, table.caption = table.title, None, None  # prose may take several lines
+        assert lines_at(80, [table]) == lines_at(400, [table]), title
+
+
+def test_what_is_left_out_of_each_target_is_told(capsys):
+    results = [result(number, [1024]) for number in range(3)]
+    for one in results[1:]:
+        one["left_out"] = [{"task": "needle_multikey_3", "length": 1024, "reason": "does not fit [there]"}]
+    results[2]["left_out"] += [{"length": 2048, "reason": "evaluate.max_tokens_per_bucket = 9: below one sequence"}]
+    Console(width=80).print(*comparison_tables(results))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "B C needle_multikey_3 1k does not fit [there] C all 2k evaluate.max_tokens_per_bucket = 9" in shown
+
+
+def test_all_targets_are_checked_before_any_work(run, recipe_file, started, tmp_path, capfd):
+    data, wrong = load_recipe(recipe_file).data.directory, tmp_path / "wrong"
+    wrong.mkdir()
+    assert cli.main(["evaluate", str(run), str(wrong), "--data", data, "--ranks", "1"]) == 2
+    assert f"error: {wrong}: neither a run, a checkpoint nor a Hugging Face model" in capfd.readouterr().err
+    (wrong / "checkpoints").mkdir()
+    assert cli.main(["evaluate", str(run), str(wrong), "--data", data, "--ranks", "1"]) == 2
+    assert f"error: {wrong}: checkpoints {wrong}/checkpoints: no checkpoint yet" in capfd.readouterr().err
+    other = RunDirectory(tmp_path / "other")
+    other.create(load_recipe(recipe_file, ["data.held_out_fraction=0.2"]))
+    shutil.copytree(run / "checkpoints", other.checkpoints)
+    assert cli.main(["evaluate", str(run), str(other.path)]) == 2
+    assert f"error: {other.path}: data.held_out_fraction = 0.2" in capfd.readouterr().err
+    assert not started, "nothing was begun"
+
+
+def test_what_is_complete_is_written_when_a_later_target_ends(run, recipe_file, monkeypatch, tmp_path, capfd):
+    """Rank 0 of the first target has written its result; the second one is ended by a signal."""
+    starts: list[str] = []
+
+    def start_ranks(_: str, arguments: Sequence[str], *__: object, **___: object) -> int:
+        starts.append(arguments[0])
+        if len(starts) > 1:
+            return 75
+        Path(arguments[arguments.index("--json") + 1]).write_text(json.dumps(result(1, [1024])))
+        return 0
+
+    monkeypatch.setattr(command, "start_ranks", start_ranks)
+    checkpoints = [str(run / "checkpoints" / f"step-0000000{step}") for step in (2, 4, 6)]
+    file, words = tmp_path / "found.json", ["--data", load_recipe(recipe_file).data.directory, "--ranks", "1"]
+    assert cli.main(["evaluate", *checkpoints, *words, "--json", str(file)]) == 75
+    assert starts == checkpoints[:2]
+    assert json.loads(file.read_text()) == {"targets": [result(1, [1024])]}
+    assert "1 of 3 targets are complete" in capfd.readouterr().out
+
+
+def test_words_of_an_evaluation_are_taken_as_they_are_meant(run, recipe_file, started, capfd):
+    data = load_recipe(recipe_file).data.directory
+    for option in ("--json", "--picture"):
+        with pytest.raises(SystemExit):
+            cli.main(["evaluate", str(run), option, ""])
+        assert f"argument {option}: is empty; name a file" in capfd.readouterr().err
+    assert cli.main(["evaluate", str(run), "--data", data, "--tasks", "needle, haystack"]) == 2
+    said = " ".join(capfd.readouterr().err.split())
+    assert "evaluate.tasks = haystack: there is no such task; name some of automaton, backtrace, common, copy," in said
+    assert said.count("automaton") == said.count(" uuid,") == 1, "each name once"
+    assert not started
 
 
 def test_key_tokens_are_read_as_they_were_written(tmp_path):

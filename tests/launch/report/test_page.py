@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from helpers.small_run import append, evaluation, make_run, step_record, task
 from longring.data.lock import held
@@ -14,8 +15,11 @@ from longring.launch.commands import report as report_module
 from longring.launch.config import load_recipe
 from longring.launch.fit.start import predicted
 from longring.launch.metrics import ledger_entry
+from longring.launch.report import figures
 from longring.launch.report import page as page_module
 from longring.launch.report.history import History
+from longring.launch.report.state import Observer
+from matplotlib.figure import Figure
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 LOADING = {"src", "href", "xlink:href", "data", "srcset", "action", "poster"}
@@ -138,6 +142,25 @@ def test_several_evaluations_are_drawn_over_time(recipe_file, tmp_path):
     text = page_of(run).text
     assert "Held-out loss by bucket" in text
     assert "Held-out loss by position over time" in text
+
+
+def test_an_evaluation_that_was_cut_short_is_on_no_curve_of_means(recipe_file, tmp_path):
+    """Of the longest bucket it has nothing either."""
+    run = make_run(recipe_file, tmp_path / "run", 12)
+    cut = {key: value for key, value in evaluation(8).items() if key not in ("loss", "unigram_loss", "tokens")}
+    cut |= {"buckets": cut["buckets"][:1], "cut_short": "train.evaluate_seconds = 3: passed"}
+    append(run.evaluations_file, evaluation(4), cut, {**cut, "step": 20})
+    history = History(run)
+    history.update()
+    for draw in (figures._loss, figures._position_over_time):
+        axes = Figure().subplots()
+        assert draw(axes, history)
+        counts = {line.get_label(): np.size(line.get_xdata()) for line in axes.get_lines()}
+        assert next(count for label, count in counts.items() if label in ("held out", "0 to 64")) == 2, draw
+    text = page_of(run).text
+    assert "evaluations that were not cut short" in text and "the rest train.evaluate_seconds = 3: passed" in text
+    assert "at step 12; unigram" in text, "the last whole one"
+    assert Observer(run).state().held_out == (12, evaluation(12)["loss"])
 
 
 def test_a_page_has_the_ledger_of_what_is_trained(recipe_file, tmp_path):
