@@ -9,7 +9,11 @@ LANE ?= not slow
 export PYTHONSAFEPATH := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test-quick test test-slow check site dist format clean
+# What the library is to others: its names, attention on one rank and over several, prices, orders and the loader.
+OLDEST := tests/test_public.py tests/kernels/test_attention.py tests/parallel/cp/test_shared.py tests/parallel/cp/test_play.py \
+  tests/data/read/test_batch_order.py tests/data/read/test_stateful_loader.py
+
+.PHONY: demo test-quick test test-slow check site dist oldest format clean
 
 demo: $(READY)  ## documents in, a model trained over a token ring, stopped, resumed, evaluated: see README.md
 	$(VENV)/bin/python -m longring.launch.demo
@@ -35,6 +39,14 @@ dist: $(READY)  ## wheel and sdist in dist/, the wheel tried in empty environmen
 	rm -rf dist
 	$(VENV)/bin/python -m build --no-isolation --outdir dist . >/dev/null
 	$(VENV)/bin/python .ci/smoke.py dist
+
+oldest: dist  ## the wheel with the oldest versions that it allows, torch among them: a download of some 3 GB
+	rm -rf build/oldest
+	$(PYTHON) -m venv build/oldest
+	build/oldest/bin/python -m pip install --quiet --no-compile --no-cache-dir --constraint constraints-oldest.txt \
+	  "$$(echo dist/*.whl)[prepare]" pytest pytest-xdist hypothesis webdataset
+	build/oldest/bin/python -m pytest --numprocesses 3 --dist loadfile -m "not slow and not full" $(OLDEST)
+	rm -rf build/oldest
 
 format: $(READY)
 	$(VENV)/bin/ruff check --fix .

@@ -1,7 +1,7 @@
 """Try a wheel: `smoke.py dist` installs the wheel of a directory into empty environments and uses it there.
 
-The first environment has the wheel and what it requires, in the tested and in the oldest versions: the library. The
-second borrows the packages of this interpreter, which has all stages, and prepares and trains.
+The first environment has the wheel and what it requires, in the tested versions: the library. The second borrows the
+packages of this interpreter, which has all stages, and prepares and trains.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,11 +86,6 @@ def try_library(wheel: Path, directory: Path) -> None:
     program.write_text(LIBRARY)
     assert run(bin / "python", program, directory / "tested").strip() == f"longring {version}"
     assert run(bin / "longring", "prepare", RECIPE, status=2).rstrip().endswith("run pip install 'longring[prepare]'")
-    # The oldest versions that pyproject.toml allows, but of torch, whose older builds are gigabytes.
-    required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    oldest = [name.replace(">=", "==") for name in required if not name.startswith("torch")]
-    run(bin / "python", "-m", "pip", "install", "--quiet", "--no-compile", *oldest)
-    assert run(bin / "python", program, directory / "oldest").strip() == f"longring {version}"
 
 
 def try_stages(wheel: Path, directory: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,15 @@ def test_a_form_is_one_that_the_forge_shows(form: Path):
     assert fields and all(field["type"] in ("textarea", "input", "dropdown", "checkboxes") for field in fields)
     assert len({field["id"] for field in fields}) == len(fields)
     assert all(field["attributes"]["label"] for field in fields)
+
+
+def test_the_oldest_set_has_the_lower_bounds_of_the_library_and_of_preparation():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    for bound in [*project["dependencies"], *project["optional-dependencies"]["prepare"]]:
+        name, least = bound.removesuffix("a0").split(">=")  # a vendor's build of 2.9.0 calls itself 2.9.0a0
+        assert f"{pinned[name]}.".startswith(f"{least}."), f"{bound}: the oldest set has {pinned.get(name)}"
 
 
 def test_the_citation_names_no_person_and_no_version():
