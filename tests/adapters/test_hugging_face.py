@@ -1,4 +1,4 @@
-"""A Llama and a windowed Mistral of transformers over rings, compared with themselves on one process in fp64."""
+"""Models of transformers (Llama, a windowed Mistral, Granite) over rings, compared with one process in fp64."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -49,6 +51,12 @@ def mistral() -> PreTrainedModel:
     return MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=WINDOW))
 
 
+def granite() -> PreTrainedModel:
+    """Return a model whose scores are scaled by another number than d^-1/2 = 0.29."""
+    torch.manual_seed(0)
+    return GraniteForCausalLM(GraniteConfig(**SHAPE, attention_multiplier=0.6))
+
+
 def batch() -> tuple[Tensor, Tensor]:
     """Return tokens, and labels of which some are left out."""
     tokens = torch.randint(VOCABULARY, (2, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
@@ -65,6 +73,7 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], tuple[int, ...], CpGrid]] 
     "Llama": (llama, (0,), CpGrid.token_ring(4)),
     "documents": (llama, DOCUMENTS, CpGrid.square(4)),
     "windows": (mistral, (0,), CpGrid.ring(4)),
+    "scale": (granite, (0,), CpGrid.ring(4)),
 }
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.errors import refused
+from helpers.errors import assert_as_exact_as, refused
+from helpers.plain_attention import exact_attention, torch_attention, visible_pairs
 from longring.adapters.megatron_core import ContextParallelAttention, over_ranks
+from longring.kernels.layout import SeqLayout
 from longring.parallel.cp.grid import CpGrid
 from longring.parallel.cp.shared import ContextParallel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -43,6 +45,40 @@ def refusals() -> list[str]:
         refused(lambda: attention(q, q, q, torch.ones(1, 1, 8, 8))),
         refused(lambda: attention(q, q, q, None, AttnMaskType.no_mask)),
     ]
+
+
+NUM_TOKENS, SCALE = 12, 0.7
+
+
+def inputs() -> list[torch.Tensor]:
+    """Return q, k and v of a whole sequence, `[b, s, h, d]`, for which the default scale is 0.25."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, NUM_TOKENS, 2, 16, generator=generator) for _ in range(3)]
+
+
+def scaled_by_the_layer() -> torch.Tensor:
+    """Return attention of the whole sequence by a core with a softmax scale, `[b, s, h, d]`."""
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    parallel = ContextParallel(None, CpGrid.ring(2))
+    spec: Any = over_ranks(get_gpt_layer_local_spec(), parallel)  # type: ignore[arg-type]
+    made = TransformerConfig(
+        num_layers=1, hidden_size=32, num_attention_heads=2, use_cpu_initialization=True, attention_dropout=0.0
+    )
+    build, groups = spec.submodules.self_attention.submodules.core_attention, SimpleNamespace(cp=dist.group.WORLD)
+    core = build(made, 1, AttnMaskType.causal, "self", softmax_scale=SCALE, pg_collection=groups)
+    sequence = parallel.sequence(NUM_TOKENS)
+    q, k, v = (sequence.shard(x).transpose(0, 1) for x in inputs())  # [s, b, h, d]
+    return sequence.unshard(core(q, k, v, None).transpose(0, 1).unflatten(2, (2, 16)))
+
+
+@pytest.mark.full
+def test_the_softmax_scale_is_the_layers(on_ranks):
+    whole = SeqLayout.contiguous(NUM_TOKENS)
+    pairs = visible_pairs(whole, whole)
+    plain = torch_attention(*inputs(), pairs, SCALE)  # type: ignore[call-arg]
+    exact, _ = exact_attention(*inputs(), pairs, SCALE)  # type: ignore[call-arg]
+    for found in on_ranks(2, scaled_by_the_layer):
+        assert_as_exact_as({"out": found}, {"out": plain}, {"out": exact}, factor=2, what="scale")
 
 
 @pytest.mark.full
