@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 from collections.abc import Sequence
 from types import FrameType
 
@@ -20,6 +21,9 @@ from ..errors import GO_ON_LATER, USER_ERROR, print_error
 from .nodes import FIRST_NODE, Rendezvous
 from .rank import LAUNCHER
 from .signals import STOP_SIGNALS
+
+LOCALHOST = "see that it is this machine: /etc/hosts has a line 127.0.0.1 localhost"
+"""Advice of the errors of a start on one node, whose ranks meet at localhost."""
 
 
 def local_ranks(configured: int) -> int:
@@ -40,6 +44,9 @@ def start_ranks(
     Each GPU has `gpu_queues` queues, unless the environment says otherwise. A stop signal is forwarded to the ranks,
     which save and exit with GO_ON_LATER.
     """
+    if rendezvous is None and (reason := _unknown_localhost()):
+        print_error(f"localhost: {reason}; {LOCALHOST}")
+        return USER_ERROR
     # torchrun would set one thread for each rank, and print a notice about it.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     # CUDA reads it when it starts, in a rank's first import that looks for a GPU.
@@ -72,9 +79,7 @@ def start_ranks(
     except RendezvousError as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         if rendezvous is None:
-            print_error(
-                f"localhost: the ranks cannot meet there: {reason}; give /etc/hosts the line 127.0.0.1 localhost"
-            )
+            print_error(f"localhost: {reason}; {LOCALHOST}")
             return USER_ERROR
         print_error(f"--rendezvous {rendezvous.endpoint}: {reason}; {FREE_PORT}")
         return GO_ON_LATER
@@ -83,6 +88,15 @@ def start_ranks(
         for number, handler in before.items():
             signal.signal(number, handler)
     return 0
+
+
+def _unknown_localhost() -> str | None:
+    """Return the reason why nothing resolves localhost, or None; torchrun would try for minutes."""
+    try:
+        socket.getaddrinfo("localhost", None)
+    except socket.gaierror as error:
+        return str(error)
+    return None
 
 
 def _await_first_node(endpoint: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -171,21 +172,28 @@ def test_ranks_have_their_queues_before_they_import_anything(monkeypatch, own, e
     assert found == [expected]
 
 
-def test_a_machine_without_localhost_is_told_in_one_line(monkeypatch, capsys):
-    """torchrun raises this error where nothing resolves localhost; with it, the same start returns 0."""
+@pytest.mark.parametrize("resolved", [False, True])
+def test_a_machine_without_localhost_is_told_in_one_line(monkeypatch, capsys, resolved):
+    """Nothing resolves it, or it is the address of another machine; with it, the same start returns 0."""
     for name in (QUEUES, "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL"):
         monkeypatch.setenv(name, "1")
 
+    def unknown(*_):
+        raise socket.gaierror(-2, "Name or service not known")
+
     def run(_):
+        assert resolved, "torchrun would try for minutes"
         raise RendezvousError("The connection failed.") from DistNetworkError("no address of (localhost, 0)\nmore")
 
-    monkeypatch.setattr(start, "run", run)
-    assert start.start_ranks("longring.launch.train", [], 2) == USER_ERROR
+    with monkeypatch.context() as patch:
+        if not resolved:
+            patch.setattr(socket, "getaddrinfo", unknown)
+        patch.setattr(start, "run", run)
+        assert start.start_ranks("longring.launch.train", [], 2) == USER_ERROR
     [line] = capsys.readouterr().err.splitlines()
-    assert line == (
-        "error: localhost: the ranks cannot meet there: no address of (localhost, 0); give /etc/hosts the line "
-        "127.0.0.1 localhost"
-    )
+    reason = "no address of (localhost, 0)" if resolved else "[Errno -2] Name or service not known"
+    advice = "see that it is this machine: /etc/hosts has a line 127.0.0.1 localhost"
+    assert line == f"error: localhost: {reason}; {advice}"
     monkeypatch.setattr(start, "run", lambda _: None)
     assert start.start_ranks("longring.launch.train", [], 2) == 0
 
