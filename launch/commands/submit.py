@@ -33,10 +33,10 @@ def job_script(recipe: Recipe, nodes: int, *, evaluates: bool = False, container
     """Return slurm/train.sbatch with the resources of the recipe in its #SBATCH lines; or the same that `evaluates`.
 
     The ranks run in the container if there is one.
-    Raises ValueError if that many nodes cannot train the recipe, or if a line could be read as another one.
+    Raises ValueError if that many nodes cannot train or evaluate the recipe, or if a line could be read as another one.
     """
-    slurm = recipe.slurm
-    recipe.accumulation_steps(nodes * slurm.ranks_per_node)
+    slurm, num_ranks = recipe.slurm, nodes * recipe.slurm.ranks_per_node
+    (recipe.to_evaluate(num_ranks) if evaluates else recipe).accumulation_steps(num_ranks)
     resources = {
         "job-name": (slurm.job_name or _job_name(recipe.run_directory)) + ("-evaluate" if evaluates else ""),
         "nodes": str(nodes),

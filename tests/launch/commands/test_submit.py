@@ -67,6 +67,14 @@ def test_a_job_that_cannot_run_is_not_submitted(recipe_file):
         job_script(recipe, 2)
 
 
+def test_a_job_evaluates_on_ranks_that_could_not_train(recipe_file):
+    """Six ranks do not divide a batch of 2,048 tokens."""
+    recipe = load_recipe(recipe_file, ["slurm.ranks_per_node=3"])
+    with pytest.raises(ValueError, match="train.global_batch_tokens = 2048: must be a multiple of the 3072 tokens"):
+        job_script(recipe, 2)
+    assert sbatch_lines(job_script(recipe, 2, evaluates=True))["nodes"] == "2"
+
+
 @given(value=st.text(min_size=1, max_size=20))
 def test_no_option_of_sbatch_leaves_its_line(value):
     """A value that could end a line or begin a command is refused."""
