@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = {
     "device_mesh": "device-mesh",
     "transformers_ring": "transformers",
+    "transformers_trainer": "transformers",
     "same_losses": "transformers",
     "megatron_ring": "megatron-core",
     "stateful_loader": "loader",
@@ -55,15 +58,30 @@ def printed_by(names: list[str]) -> list[str]:
 
 @pytest.mark.full
 def test_every_example_prints_what_its_page_shows(on_ranks):
-    on_four = [name for name in EXAMPLES if name != "stateful_loader"]
+    on_four = [name for name in EXAMPLES if name not in ("stateful_loader", "transformers_trainer")]
     printed = dict(zip(on_four, on_ranks(4, printed_by, on_four)[0], strict=True))
     printed["stateful_loader"] = load("stateful_loader").main()
     for name, text in printed.items():
-        page = ROOT / "docs" / "adapters" / f"{EXAMPLES[name]}.md"
-        shown = [block.strip() for block in page.read_text().split("```") if skeleton(block) == skeleton(text)]
-        assert len(shown) == 1, f"{page.name} should show:\n{text}"
-        # Another processor rounds otherwise, and a step carries that on to the next.
-        assert numbers(shown[0]) == pytest.approx(numbers(text), abs=2e-3)
+        assert_shown(name, text)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="the Trainer needs pip install accelerate")
+def test_the_trainer_prints_what_its_page_shows():
+    """After the lines of the Trainer's own."""
+    words = ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    command = [sys.executable, *words, ROOT / "examples" / "transformers_trainer.py"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert_shown("transformers_trainer", said[said.index("step  one process") :])
+
+
+def assert_shown(name: str, text: str) -> None:
+    """Assert that the page of an example shows its output once."""
+    page = ROOT / "docs" / "adapters" / f"{EXAMPLES[name]}.md"
+    shown = [block.strip() for block in page.read_text().split("```") if skeleton(block) == skeleton(text)]
+    assert len(shown) == 1, f"{page.name} should show:\n{text}"
+    # Another processor rounds otherwise, and a step carries that on to the next.
+    assert numbers(shown[0]) == pytest.approx(numbers(text), abs=2e-3)
 
 
 def numbers(text: str) -> list[float]:
