@@ -27,7 +27,7 @@ from longring.launch.checkpoint.format import complete_checkpoints
 from longring.launch.records import read_records
 from safetensors.torch import load_file
 
-from .ranks import fork_server, take_environment, variables_of
+from .ranks import become_rank, fork_server, variables_of
 
 DEADLINE_S = 120
 # The topology is named, since two runs that probe may choose different grids.
@@ -196,13 +196,10 @@ def start_command(
 def _rank(
     variables: dict[str, str], command: str, arguments: list[str], faults: tuple[Fault, ...], output: Path
 ) -> None:
-    take_environment(variables)
+    become_rank(variables)
     with output.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    import torch
-
-    torch.set_num_threads(1)
     mine = [fault for fault in faults if fault.rank == int(variables["RANK"])]
     module: Any = importlib.import_module(f"longring.launch.{command}")
     for name in {"Watchdog", "Clock"} & vars(module).keys():

@@ -7,6 +7,7 @@ as their process lives.) A function is named by its file and name, since test mo
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import multiprocessing
 import os
@@ -14,21 +15,28 @@ import pickle
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 TIMEOUT_S = 300
-# DeepSpeed imports the last one with its first engine, and compiles a test program for it: here once for all ranks.
+# DeepSpeed imports its two with the first engine, and compiles programs for them: here once for all ranks.
 PRELOADED = [
     "longring.launch.train",
     "hypothesis",
     "pytest",
     "helpers.faulty",
     "deepspeed.module_inject.auto_ep_config",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "longring.parallel.cp.walk_halves",
+    "helpers.frozen",
 ]
 
 
@@ -36,15 +44,21 @@ PRELOADED = [
 multiprocessing.set_forkserver_preload(PRELOADED)
 
 
+@functools.cache
 def fork_server() -> ForkServerContext:
     """Return the context whose processes are forked from one server with everything imported."""
+    # The server passes over what it cannot import, and knows only the path that its environment names.
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
+        forkserver.ensure_running()
     return multiprocessing.get_context("forkserver")
 
 
-def take_environment(variables: dict[str, str]) -> None:
-    """Replace the environment of a forked process, which is the one that the server was started with."""
+def become_rank(variables: dict[str, str]) -> None:
+    """Replace the environment of a forked process, which is the server's; use one thread."""
     os.environ.clear()
     os.environ.update(variables)
+    torch.set_num_threads(1)
 
 
 def variables_of(rank: int, world_size: int, port: int = 1) -> dict[str, str]:
@@ -100,11 +114,7 @@ def _results(waiting: dict[Connection, int]) -> list[Any]:
 
 
 def _call(environment: dict[str, str], pipe: Connection, file: str, name: str, args: tuple[Any, ...]) -> None:
-    take_environment(environment)
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
+    become_rank(environment)
     dist.init_process_group(
         "gloo",
         store=TCPStore("127.0.0.1", int(environment["MASTER_PORT"]), is_master=False),
