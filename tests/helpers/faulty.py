@@ -30,9 +30,11 @@ from safetensors.torch import load_file
 from .ranks import become_rank, fork_server, variables_of
 
 DEADLINE_S = 120
+BATCH_TOKENS = 1024
+"""Tokens of a step: two micro-batches of 256 tokens on each of two ranks."""
 # The topology is named, since two runs that probe may choose different grids.
 SMALL = [
-    *("train.steps=12", "train.checkpoint_every_steps=3"),
+    *("train.steps=12", "train.checkpoint_every_steps=3", f"train.global_batch_tokens={BATCH_TOKENS}"),
     *("parallel.tokens_per_rank=256", "parallel.cp.topology=full_mesh"),
 ]
 EXACT = ("step", "tokens", "loss", "bucket", "cp", "learning_rate", "grad_norm")

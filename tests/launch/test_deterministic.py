@@ -39,7 +39,7 @@ def run_and_watch(recipe_file: Path, overrides: list[str]) -> tuple[bool, int]:
 
 @pytest.mark.full
 def test_deterministic_runs_are_equal_and_nothing_random_is_drawn(on_ranks, recipe_file, tmp_path):
-    settings = ["train.steps=8", "parallel.tokens_per_rank=256"]
+    settings = ["train.steps=8", "parallel.tokens_per_rank=256", "train.global_batch_tokens=1024"]
     metrics = []
     for name, deterministic in (("a", True), ("b", True), ("c", False)):
         run = tmp_path / name

@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
-from helpers.faulty import Fault, Run, assert_equal, start
+from helpers.faulty import BATCH_TOKENS, Fault, Run, assert_equal, start
 from helpers.lanes import by_lane
 from helpers.ranks import variables_of
 from helpers.small_checkpoint import STATE
@@ -113,7 +113,7 @@ def test_a_step_without_finite_gradients_changes_nothing_on_any_rank(recipe_file
         assert all(before[key].equal(after[key]) for key in before)
     assert not all(two[-1][key].equal(four[-1][key]) for key in two[-1])
     steps = read_records(run.path / "metrics.jsonl")
-    assert [step["tokens"] // 2048 for step in steps] == [1, 2, 2, 3]
+    assert [step["tokens"] // BATCH_TOKENS for step in steps] == [1, 2, 2, 3]
     assert steps[2]["loss"] is None
     assert "step 3, step skipped: gradients are not finite" in run.said
     assert "1 of the 4 steps changed no weights" in run.said
@@ -164,7 +164,7 @@ def test_a_spike_is_undone_and_its_batches_left_out(rewound, whole):
     assert [event["event"] for event in run.events] == ["spike"]
     assert "back to step 6, leaving out steps [7, 8]" in run.said
     assert run.metrics[:6] == whole.metrics[:6]
-    assert [step["tokens"] // 2048 for step in read_records(run.path / "metrics.jsonl")] == [
+    assert [step["tokens"] // BATCH_TOKENS for step in read_records(run.path / "metrics.jsonl")] == [
         1,
         2,
         3,

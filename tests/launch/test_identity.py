@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.faulty import Fault, start
+from helpers.faulty import SMALL, Fault, start
 from helpers.small_checkpoint import make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,11 +35,6 @@ from longring.parallel.world import World
 from safetensors.torch import load_file
 from torch._C._distributed_c10d import HashStore
 
-# The topology is named, since two runs that probe may choose different grids.
-SMALL = [
-    *("train.steps=12", "train.checkpoint_every_steps=3"),
-    *("parallel.tokens_per_rank=256", "parallel.cp.topology=full_mesh"),
-]
 EXACT = ("step", "tokens", "loss", "bucket", "cp", "learning_rate", "grad_norm")
 DIFFERENCES = {
     "learning rate": ("train.learning_rate=0.01", "train.learning_rate = 0.003 on rank 0, 0.01 on rank 1:"),
@@ -48,7 +43,7 @@ DIFFERENCES = {
     "clipping": ("train.clip_grad_norm=0.0", "train.clip_grad_norm = 0.5 on rank 0, 0.0 on rank 1:"),
     "steps": ("train.steps=9", "train.steps = 12 on rank 0, 9 on rank 1:"),
     "odds": ("curriculum.odds=uniform", "curriculum.odds = 'grow_p2' on rank 0, 'uniform' on rank 1:"),
-    "batch": ("train.global_batch_tokens=4096", "train.global_batch_tokens = 2048 on rank 0, 4096 on rank 1:"),
+    "batch": ("train.global_batch_tokens=4096", "train.global_batch_tokens = 1024 on rank 0, 4096 on rank 1:"),
     "ZeRO": ("parallel.zero_stage=0", "parallel.zero_stage = 1 on rank 0, 0 on rank 1:"),
     "dtype": ("train.dtype=bfloat16", "train.dtype = 'float32' on rank 0, 'bfloat16' on rank 1:"),
     "RoPE": ("model.rope_base=5e4", "model.rope_base = 100000.0 on rank 0, 50000.0 on rank 1:"),
@@ -289,7 +284,7 @@ def test_starts_and_checkpoints_carry_the_identity(recipe_file, tmp_path, whole)
     assert run.start(overrides=["train.learning_rate=0.03"]) == [2, 2]
     assert "train.learning_rate = 0.03: was 0.003 in the 4 steps done, and step 1 would have had" in run.said
     assert run.start(overrides=["train.global_batch_tokens=4096"]) == [2, 2]
-    assert "train.global_batch_tokens = 4096: was 2048 in the 4 steps done, and step 1 would have been" in run.said
+    assert "train.global_batch_tokens = 4096: was 1024 in the 4 steps done, and step 1 would have been" in run.said
     assert run.start(overrides=["train.keep_checkpoints=9", "faults.hang_minutes=5"], stop_after=5) == [0, 0]
     assert "changed since: faults.hang_minutes from 10.0 to 5.0, train.keep_checkpoints from 3 to 9" in run.said
     assert run.start(overrides=["train.keep_checkpoints=9"]) == [0, 0]

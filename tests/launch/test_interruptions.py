@@ -30,6 +30,7 @@ def settings(run: Path) -> list[str]:
         f"train.steps={STEPS}",
         "train.checkpoint_every_steps=3",
         "parallel.tokens_per_rank=256",
+        "train.global_batch_tokens=1024",
         "parallel.cp.topology=full_mesh",  # two runs that probe may choose different grids
         f"run_directory={run}",
     ]

@@ -237,6 +237,7 @@ def test_the_command_orders_and_inspects(ordered, tmp_path, monkeypatch, capsys)
         assert re.search(f"error: {option} '?{value}'?: ", capsys.readouterr().err)
 
 
+@pytest.mark.full
 def test_data_of_another_order_is_refused(ordered):
     recipe_file, overrides = ordered
     for changed, message in [

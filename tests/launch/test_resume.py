@@ -58,7 +58,7 @@ DIVISIONS = {
 def test_interrupted_equals_uninterrupted(on_ranks, recipe_file, tmp_path, division):
     # The topology is named, since two runs that probe may choose different grids.
     steps = ["train.steps=12", "train.checkpoint_every_steps=5", "parallel.cp.topology=full_mesh"]
-    overrides = ["parallel.tokens_per_rank=128", *steps, *DIVISIONS[division]]
+    overrides = ["parallel.tokens_per_rank=128", "train.global_batch_tokens=1024", *steps, *DIVISIONS[division]]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     on_ranks(4, run_until, recipe_file, [*overrides, f"run_directory={whole}"], None)
     on_ranks(4, run_until, recipe_file, [*overrides, f"run_directory={parts}"], 5)

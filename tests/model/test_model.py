@@ -218,6 +218,7 @@ def compiled_and_eager() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return list(zip(results(), eager, strict=True))
 
 
+@pytest.mark.full
 def test_compiled_layers_equal_eager_ones(on_ranks):
     for got, expected in on_ranks(1, compiled_and_eager)[0]:
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

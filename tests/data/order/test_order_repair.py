@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers.files import tree
+from helpers.lanes import by_lane
 from longring.data.config import DataConfig
 from longring.data.format.manifest import open_prepared
 from longring.data.order.stages import order
@@ -70,7 +71,9 @@ def test_a_shard_with_a_wrong_bit_is_made_again(data: DataConfig, config: OrderC
     assert tree(config.directory) == whole, "also without the files of the stages"
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "shards.npy", "placement.npy", "order.json"])
+@pytest.mark.parametrize(
+    "name", by_lane(["manifest.json", "shards.npy", "placement.npy", "order.json"], quick=["placement.npy"])
+)
 def test_a_damaged_manifest_or_file_beside_the_manifest_says_what_to_delete(
     data: DataConfig, config: OrderConfig, whole: dict[str, bytes], name: str
 ):

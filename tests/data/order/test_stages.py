@@ -188,7 +188,7 @@ CHOICES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("choice", by_lane(CHOICES, quick=[CHOICES[0], CHOICES[5]]), ids=str)
 def test_every_token_is_where_the_ledger_says(prepared: DataConfig, tmp_path: Path, choice: dict[str, Any]):
     config = settings(tmp_path, **choice)
     manifest = order(prepared, config, QUIET, workers=1)

@@ -311,8 +311,8 @@ def rank_processes(process: subprocess.Popen[str]) -> list[int]:
 def test_the_launcher_forwards_signals_and_reports_killed_ranks(
     recipe_file, tmp_path, signal_name, to_a_rank, status, said
 ):
-    """The run of 200 steps is interrupted after about 30, and ends a second and a third time."""
-    run = Run(recipe_file, tmp_path, ["train.steps=200", "train.checkpoint_every_steps=20"])
+    """The run of 100 steps is interrupted after about 30, and ends a second and a third time."""
+    run = Run(recipe_file, tmp_path, ["train.steps=100", "train.checkpoint_every_steps=20"])
     process = launcher(run)
     try:
         deadline = time.monotonic() + 120

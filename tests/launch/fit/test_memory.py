@@ -16,7 +16,7 @@ WITHIN = 0.1
 
 SMALL = [
     f"parallel.tokens_per_rank={TOKENS}",
-    f"train.global_batch_tokens={8 * TOKENS}",
+    f"train.global_batch_tokens={4 * TOKENS}",
     "data.max_bucket_tokens=1024",
     "model.hidden_size=256",
     "model.ffn_hidden_size=768",

@@ -180,6 +180,7 @@ def test_a_page_has_the_ledger_of_what_is_trained(recipe_file, tmp_path):
         assert not page_module._trained(History(run))
 
 
+@pytest.mark.full
 def test_the_time_that_a_start_has_predicted_stands_beside_the_measured_one(recipe_file, tmp_path):
     run = make_run(recipe_file, tmp_path / "run", 12)
     assert "planned ms" not in page_of(run).text, "a CPU has no data sheet"
