@@ -79,12 +79,12 @@ SMALL = Case(
     settings=(
         *("model.hidden_size=128", "model.ffn_hidden_size=256", "data.max_bucket_tokens=128"),
         *("train.ranks_per_node=1", "train.checkpoint_every_steps=30", "train.keep_checkpoint_every_steps=30"),
-        *("parallel.tokens_per_rank=2048", "train.decay_steps=30"),
+        *("parallel.tokens_per_rank=2048", "train.decay_steps=30", "model.window_tokens=2"),
     ),
 )
 CASES: Mapping[Size, Case] = {
     "full": Case(
-        {16: 100, 32: 180, 64: 40, 128: 120, 256: 80, 512: 80, 1024: 100, 2048: 340},
+        {16: 100, 32: 180, 64: 40, 128: 120, 256: 80, 512: 80, 1024: 100, 2048: 460},
         before=100,
         vocab_size=1024,
         ranks=4,
