@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from helpers.faulty import flip_a_bit
 from hypothesis import given
@@ -66,6 +67,7 @@ CASES = {
 }
 
 
+@pytest.mark.full
 def test_the_rank_that_has_drifted_is_named_on_all_ranks(on_ranks, recipe_file):
     results = on_ranks(4, drifts, recipe_file, [case[:3] for case in CASES.values()])
     for rank, found in enumerate(results):

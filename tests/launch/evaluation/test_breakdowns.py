@@ -118,7 +118,9 @@ class Recorder:
         return iter(np.zeros((num_rows, self.layout.length)))
 
 
-@pytest.mark.parametrize("short_tokens", [64, 4096], ids=["with LongPPL", "gain of context alone"])
+@pytest.mark.parametrize(
+    "short_tokens", by_lane([64, 4096], quick=[4096]), ids=["with LongPPL", "gain of context alone"]
+)
 def test_gain_of_context_and_long_ppl_read_every_source(recipe_file, directory, short_tokens):
     settings = ["evaluate.context_sequences=2", f"evaluate.short_tokens={short_tokens}"]
     recipe = recipe_of(recipe_file, directory, *settings)
