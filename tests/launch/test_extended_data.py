@@ -7,7 +7,7 @@ import re
 import shutil
 
 import pytest
-from helpers.faulty import Fault, Run
+from helpers.faulty import BATCH_TOKENS, Fault, Run
 from helpers.files import tree
 from longring.data.prepare.prepare import prepare
 from longring.launch.config import load_recipe
@@ -40,16 +40,16 @@ def test_a_run_goes_on_beside_one_on_the_extended_data(recipe_file, whole, tmp_p
     assert begun.start(overrides=[f"data.directory={found[1]}"]) == [0, 0], begun.said
     assert begun.metrics == whole.metrics
 
-    after = Run(recipe_file, tmp_path / "after", [*extended, "curriculum.shares.books=0.5", "train.steps=6"])
+    after = Run(recipe_file, tmp_path / "after", [*extended, "curriculum.shares.books=0.5", "train.steps=12"])
     assert after.start(stop_after=2) == [0, 0], after.said
     assert after.start() == [0, 0], after.said
     ledger = json.loads((after.path / "trained.json").read_text())
     tokens = {"documents": 0, "books": 0}
     for cell in ledger["cells"]:
         tokens[cell["source"]] += cell["tokens"]
-    assert ledger["step"] == 6
+    assert ledger["step"] == 12
     # Each bucket gives whole sequences to its sources in turn: half of the tokens but for one sequence of each.
-    assert abs(tokens["books"] - 6 * 2048 / 2) <= 64 + 128 + 256 + 512
+    assert abs(tokens["books"] - 12 * BATCH_TOKENS / 2) <= 64 + 128 + 256 + 512
     assert tree(kept) == old
     assert {name: content for name, content in tree(data).items() if name in old and name.endswith(".tar")} == {
         name: content for name, content in old.items() if name.endswith(".tar")
