@@ -56,7 +56,7 @@ def printed_by(names: list[str]) -> list[str]:
     return [load(name).main() for name in names]
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_every_example_prints_what_its_page_shows(on_ranks):
     on_four = [name for name in EXAMPLES if name not in ("stateful_loader", "transformers_trainer")]
     printed = dict(zip(on_four, on_ranks(4, printed_by, on_four)[0], strict=True))

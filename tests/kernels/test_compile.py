@@ -43,7 +43,9 @@ def loss_and_gradients(model, x: Tensor, attend) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("backend", "compiler"),
     by_lane(
-        [("auto", "inductor"), ("triton", "aot_eager"), ("reference", "aot_eager")], quick=[("reference", "aot_eager")]
+        [("auto", "inductor"), ("triton", "aot_eager"), ("reference", "aot_eager")],
+        quick=[("reference", "aot_eager")],
+        slow=[("auto", "inductor")],
     ),
 )
 def test_compiled_equals_eager(backend, compiler):

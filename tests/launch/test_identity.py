@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from helpers.faulty import SMALL, Fault, start
+from helpers.lanes import by_lane
 from helpers.small_checkpoint import make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -347,8 +348,7 @@ DRIFTS = {
 }
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("case", DRIFTS)
+@pytest.mark.parametrize("case", by_lane(DRIFTS, quick=[], slow=["4 ranks, ZeRO 0"]))
 def test_a_rank_that_drifts_is_named_and_its_step_is_not_saved(recipe_file, tmp_path, case):
     world_size, stage, fault, named = DRIFTS[case]
     overrides = [f"parallel.zero_stage={stage}"]

@@ -56,6 +56,7 @@ def kill_once(reached: Callable[[psutil.Popen], object], launcher: psutil.Popen,
     assert not alive
 
 
+@pytest.mark.slow
 def test_ranks_end_with_their_launcher_and_save_before(run, whole):
     """Three starts lose their launcher: one in its first steps under each launcher, one before the ranks have met."""
     metrics = run.path / "metrics.jsonl"

@@ -54,7 +54,7 @@ DIVISIONS = {
 }
 
 
-@pytest.mark.parametrize("division", by_lane(DIVISIONS, quick=[], slow=["zero0", "zero1"]))
+@pytest.mark.parametrize("division", by_lane(DIVISIONS, quick=[], slow=["zero0", "zero0-bf16", "zero1", "zero2-bf16"]))
 def test_interrupted_equals_uninterrupted(on_ranks, recipe_file, tmp_path, division):
     # The topology is named, since two runs that probe may choose different grids.
     steps = ["train.steps=12", "train.checkpoint_every_steps=5", "parallel.cp.topology=full_mesh"]

@@ -280,13 +280,13 @@ def test_padding_of_uneven_parts_is_not_saved(on_ranks, recipe_file, tmp_path):
             (2, ["parallel.tokens_per_rank=512", "parallel.zero_stage=2"]),
             (4, ["parallel.tokens_per_rank=128"]),
             id="none to rings of 4",
-            marks=pytest.mark.slow,
+            marks=pytest.mark.full,
         ),
         pytest.param(
             (4, ["parallel.tokens_per_rank=128"]),
             (4, ["parallel.tokens_per_rank=256", "parallel.tensor=2"]),
             id="rings of 4 to tensor 2 and rings of 2",
-            marks=pytest.mark.full,
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             (4, ["parallel.tokens_per_rank=128", "parallel.cp.schedule=token_ring"]),
