@@ -42,7 +42,7 @@ def test_every_example_has_a_page_and_a_command():
 
 
 def test_examples_use_public_names_alone():
-    """Those of `longring`, and the adapters with a page of their own."""
+    """They import names of `longring`, and the adapters with a page of their own, alone."""
     for name in EXAMPLES:
         for node in ast.walk(ast.parse((ROOT / "examples" / f"{name}.py").read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("longring"):

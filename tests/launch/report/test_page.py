@@ -145,7 +145,7 @@ def test_several_evaluations_are_drawn_over_time(recipe_file, tmp_path):
 
 
 def test_an_evaluation_that_was_cut_short_is_on_no_curve_of_means(recipe_file, tmp_path):
-    """Of the longest bucket it has nothing either."""
+    """It has no entry of the longest bucket either."""
     run = make_run(recipe_file, tmp_path / "run", 12)
     cut = {key: value for key, value in evaluation(8).items() if key not in ("loss", "unigram_loss", "tokens")}
     cut |= {"buckets": cut["buckets"][:1], "cut_short": "train.evaluate_seconds = 3: passed"}
