@@ -36,7 +36,7 @@ DIVISIONS = {
 }
 
 
-STEPS = 12  # with the recipe's four buckets in both cycles, warm-up and cosine
+STEPS = 12
 # Rests and short documents are packed: a sequence of the smallest bucket holds several documents.
 PACKED = ["data.rest=pack", "data.max_bucket_tokens=128"]
 # The first of two layers has an attention window of 40 tokens.
