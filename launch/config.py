@@ -389,5 +389,5 @@ def load_recipe(file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises ValueError, with the key at fault, if the file cannot be read or a setting is wrong.
     """
     tree = read_toml(Path(file))
-    apply_overrides(tree, overrides)
-    return from_tree(Recipe, tree, source=str(file))
+    overridden = apply_overrides(tree, overrides)
+    return from_tree(Recipe, tree, source=str(file), overridden=overridden)

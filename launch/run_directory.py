@@ -74,8 +74,8 @@ class RunDirectory:
                 )
         # The directory may have been moved since it was written.
         tree = self._saved() | {"run_directory": str(self.path)}
-        apply_overrides(tree, overrides)
-        return from_tree(Recipe, tree, source=str(self.recipe_file))
+        overridden = apply_overrides(tree, overrides)
+        return from_tree(Recipe, tree, source=str(self.recipe_file), overridden=overridden)
 
     def check_is_run(self) -> None:
         """Raise ValueError unless this directory is new, empty, or holds a run."""

@@ -14,7 +14,7 @@ import operator
 import re
 import reprlib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -94,11 +94,19 @@ def _parse(text: str) -> dict[str, Any]:
         raise ValueError("an integer has too many digits") from None
 
 
-def from_tree(kind: type[T], tree: Mapping[str, Any], *, prefix: str = "", source: str = "the recipe") -> T:
+def from_tree(
+    kind: type[T],
+    tree: Mapping[str, Any],
+    *,
+    prefix: str = "",
+    source: str = "the recipe",
+    overridden: Collection[str] = (),
+) -> T:
     """Return the dataclass `kind`, with its nested dataclasses, made from nested tables.
 
-    `prefix` precedes keys in messages and `source` names where the tables are from. Raises ValueError for an unknown
-    key, a missing key, a value of another type, or one out of its range.
+    `prefix` precedes keys in messages and `source` names where the tables are from; the `overridden` keys, as
+    `apply_overrides` returns them, are from the command line. Raises ValueError for an unknown key, a missing key, a
+    value of another type, or one out of its range.
     """
     if not isinstance(tree, Mapping):
         raise ValueError(f"{source}: holds {shown(tree)}: must hold tables")
@@ -110,22 +118,31 @@ def from_tree(kind: type[T], tree: Mapping[str, Any], *, prefix: str = "", sourc
         if key not in known:
             close = difflib.get_close_matches(key[:80], known, n=1)
             advice = f"did you mean {prefix}{close[0]}?" if close else "remove it."
-            raise ValueError(f"{source}: {prefix}{_key(key)}: unknown key; {advice} Known here: {', '.join(known)}")
+            # It may also be the table of an overridden key.
+            is_overridden = any(f"{name}.".startswith(f"{prefix}{key}.") for name in overridden)
+            origin = "command line" if is_overridden else source
+            raise ValueError(f"{origin}: {prefix}{_key(key)}: unknown key; {advice} Known here: {', '.join(known)}")
     values: dict[str, Any] = {}
     for key, field in known.items():
         name, path, hint = field.name, prefix + key, hints[field.name]
+        origin = _source_of(path, source, overridden)
         if is_dataclass(hint):
             table = tree.get(key, {})
             if not isinstance(table, Mapping):
-                raise ValueError(f"{source}: {path} = {shown(table)}: must be a table, such as {{key = 1}}")
-            values[name] = from_tree(hint, table, prefix=f"{path}.", source=source)  # type: ignore[arg-type]
+                raise ValueError(f"{origin}: {path} = {shown(table)}: must be a table, such as {{key = 1}}")
+            values[name] = from_tree(hint, table, prefix=f"{path}.", source=origin, overridden=overridden)  # type: ignore[arg-type]
         elif key in tree and get_origin(hint) is dict:
-            values[name] = _named(get_args(hint)[1], tree[key], path, source)
+            values[name] = _named(get_args(hint)[1], tree[key], path, origin, overridden)
         elif key in tree:
-            values[name] = _convert(hint, tree[key], f"{source}: {path}")
+            values[name] = _convert(hint, tree[key], f"{origin}: {path}")
         elif field.default is MISSING and field.default_factory is MISSING:
-            raise ValueError(f"{source}: {path}: missing, and it has no default; set it")
+            raise ValueError(f"{origin}: {path}: missing, and it has no default; set it")
     return kind(**values)
+
+
+def _source_of(path: str, source: str, overridden: Collection[str]) -> str:
+    """Return where the value of a dotted key is from: `source`, or the command line if the key is overridden there."""
+    return "command line" if path in overridden else source
 
 
 def to_tree(settings: Any) -> dict[str, Any]:
@@ -148,26 +165,35 @@ def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
-def _named(hint: Any, table: Any, path: str, source: str) -> dict[str, Any]:
+def _named(hint: Any, table: Any, path: str, source: str, overridden: Collection[str]) -> dict[str, Any]:
     """Return the entries of a table whose keys the user chooses; all values have the type `hint`."""
     if not isinstance(table, Mapping):
         raise ValueError(f"{source}: {path} = {shown(table)}: must be a table, such as {{name = 1}}")
-    for name in table:
+    origins = {name: _source_of(f"{path}.{name}", source, overridden) for name in table}
+    for name, origin in origins.items():
         if _key(name) != name:
-            raise ValueError(f"{source}: {path}.{_key(name)}: must consist of letters, digits, '-' and '_'; rename it")
+            raise ValueError(f"{origin}: {path}.{_key(name)}: must consist of letters, digits, '-' and '_'; rename it")
         if redact(name) != name:  # records would lack it, and a run continues by the names of sources in its records
             raise ValueError(
-                f"{source}: {path}: has a name that holds a password, a key or a token, by its form or as the value of "
+                f"{origin}: {path}: has a name that holds a password, a key or a token, by its form or as the value of "
                 "an environment variable, and recipes are recorded; rename it, or unset the variable"
             )
     if is_dataclass(hint):
         for name, value in table.items():
             if not isinstance(value, Mapping):
-                raise ValueError(f"{source}: {path}.{name} = {shown(value)}: must be a table, such as {{key = 1}}")
-        return {name: from_tree(hint, value, prefix=f"{path}.{name}.", source=source) for name, value in table.items()}  # type: ignore[arg-type]
+                raise ValueError(
+                    f"{origins[name]}: {path}.{name} = {shown(value)}: must be a table, such as {{key = 1}}"
+                )
+        return {
+            name: from_tree(hint, value, prefix=f"{path}.{name}.", source=origins[name], overridden=overridden)  # type: ignore[arg-type]
+            for name, value in table.items()
+        }
     if get_origin(hint) is dict:
-        return {name: _named(get_args(hint)[1], value, f"{path}.{name}", source) for name, value in table.items()}
-    return {name: _convert(hint, value, f"{source}: {path}.{name}") for name, value in table.items()}
+        inner = get_args(hint)[1]
+        return {
+            name: _named(inner, value, f"{path}.{name}", origins[name], overridden) for name, value in table.items()
+        }
+    return {name: _convert(hint, value, f"{origins[name]}: {path}.{name}") for name, value in table.items()}
 
 
 def _key(name: str) -> str:
@@ -200,9 +226,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
                 raise ValueError(f"{path} = {shown(value)}: must be a list of {1 + len(others)} numbers: [0.5, 0.3]")
             return tuple(map(_convert, get_args(hint), value, [path] * len(value)))
         if not isinstance(value, list | tuple):
-            names = get_origin(element) is Literal
-            example = f"names, such as [{get_args(element)[0]!r}]" if names else "numbers, such as [1, 2]"
-            raise ValueError(f"{path} = {shown(value)}: must be a list of {example}")
+            example = _list_example(element, value)
+            raise ValueError(
+                f"{path} = {shown(value)}: must be a list of {example}; in a shell, put it between single quotes"
+            )
         return tuple(_convert(element, item, path) for item in value)
     if get_origin(hint) is Literal:
         return _chosen(get_args(hint), value, path)
@@ -215,6 +242,16 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         value = str(Path(value).expanduser()) if value.startswith("~/") else value
         _check_text(value, path)
     return value
+
+
+def _list_example(element: Any, value: Any) -> str:
+    """Return the kind of the elements of a list, and a list of such; words are those of `value`, if it has some."""
+    if get_origin(element) is Literal:
+        return f"names, such as {json.dumps(get_args(element)[:1])}"
+    if element is str:
+        words = re.findall(r"[\w.-]{1,40}", redact(str(value)))
+        return f"words, such as {json.dumps(words[:8])}"
+    return "numbers, such as [1, 2]"
 
 
 def _chosen(choices: Sequence[Any], value: Any, path: str, more: str = "") -> Any:
@@ -248,12 +285,13 @@ def _check_text(value: str, path: str) -> None:
         )
 
 
-def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Set dotted keys in `tree`, in place.
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Set dotted keys in `tree`, in place; return them, for `from_tree`.
 
     A value is read as TOML; a value that is not TOML is a string, as in `run_directory=runs/b`. Raises ValueError for
     an override without "=" or without a key, and for a value that cannot be read.
     """
+    keys = []
     for override in overrides:
         key, equals, text = override.partition("=")
         *tables, name = key.strip().split(".")
@@ -273,6 +311,8 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
                     f"override {shown(override)}: {_key(part)} is a value, not a table; leave out what follows it"
                 )
         table[name] = value
+        keys.append(key.strip())
+    return keys
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

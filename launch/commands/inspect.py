@@ -45,13 +45,15 @@ def inspect_target(target: Path, overrides: Sequence[str], console: Console, *, 
         }
     else:
         tree: dict[str, Any] = {}
-        apply_overrides(tree, overrides)
+        overridden = apply_overrides(tree, overrides)
         if unknown := sorted(tree.keys() - {"curriculum", "loader"}):
             raise ValueError(
                 f"override {unknown[0]}.*: data without a recipe takes only curriculum.* and loader.*; name a recipe"
             )
-        loader = from_tree(LoaderConfig, tree.get("loader", {}), prefix="loader.")
-        curriculum = from_tree(CurriculumConfig, tree.get("curriculum", {}), prefix="curriculum.")
+        loader = from_tree(LoaderConfig, tree.get("loader", {}), prefix="loader.", overridden=overridden)
+        curriculum = from_tree(
+            CurriculumConfig, tree.get("curriculum", {}), prefix="curriculum.", overridden=overridden
+        )
         manifest = open_prepared(target, loader)
         settings = {"curriculum": curriculum, "loader": loader, "model": PAPER_1B, "steps": 1_000, "seed": 0}
     if as_json:

@@ -62,5 +62,5 @@ def recipe_of_weights(weights: Weights, data: str, overrides: Sequence[str], num
             tree["order"] = {**manifest.order, "directory": data}
     tree |= {"model": to_tree(weights.config), "init": {}, "curriculum": {}, "run_directory": "logs"}
     tree["train"]["global_batch_tokens"] = tree["data"]["max_bucket_tokens"]
-    apply_overrides(tree, overrides)
-    return from_tree(Recipe, tree, source=data).to_evaluate(num_ranks)
+    overridden = apply_overrides(tree, overrides)
+    return from_tree(Recipe, tree, source=data, overridden=overridden).to_evaluate(num_ranks)

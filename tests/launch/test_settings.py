@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -215,6 +217,51 @@ def test_an_override_that_cannot_be_read_is_one_short_line(override, said):
     with pytest.raises(ValueError, match=re.escape(said)) as error:
         load_recipe(DEMO, [override])
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("evaluate.tasks=[copy", """evaluate.tasks = '[copy': must be a list of words, such as ["copy"]"""),
+        (
+            "evaluate.tasks=needle, copy",
+            """evaluate.tasks = 'needle, copy': must .* words, such as ["needle", "copy"]""",
+        ),
+        ("evaluate={tasks='uuid'}", """evaluate.tasks = 'uuid': must be a list of words, such as ["uuid"]"""),
+        ("model.layer_pattern=window", """model.layer_pattern = 'window': must be a list of names, such as ["full"]"""),
+        ("train.profile_ranks=all", "train.profile_ranks = 'all': must be a list of numbers, such as [1, 2]"),
+    ],
+)
+def test_a_value_that_is_no_list_is_told_how_to_write_one(override, said):
+    pattern = "^command line: " + re.escape(said).replace(r"\.\*", ".*") + "; in a shell, put it between single quotes$"
+    with pytest.raises(ValueError, match=pattern) as error:
+        load_recipe(DEMO, [override])
+    key, _, rest = str(error.value).removeprefix("command line: ").partition(" = ")
+    example = re.findall(r"such as (\[.*\])", rest)[0]
+    [word] = shlex.split(f"{key}='{example}'")  # as a shell hands it on
+    tables: Any = load_recipe(DEMO, [word])
+    for part in key.split("."):
+        tables = getattr(tables, part)
+    assert list(tables) == json.loads(example)
+
+
+def test_a_message_names_the_command_line_for_its_values_alone(tmp_path):
+    file = tmp_path / "recipe.toml"
+    for text, overrides, source in (
+        ("steps = -1", [], file),
+        ("steps = -1", ["train.seed=1"], file),
+        ("steps = 1", ["train.steps=-1"], "command line"),
+        ("steps = 1", ["train={steps=-1, learning_rate=1.0, global_batch_tokens=2048}"], "command line"),
+        ("stepz = 1", ["train.steps=1"], file),
+        ("steps = 1", ["train.stepz=1"], "command line"),
+        ("steps = 1", ["trian.steps=1"], "command line"),
+        ("steps = 1", ["curriculum.shares.web=2"], "command line"),
+        ("steps = 1.5", ["curriculum.shares.web=0.5"], file),
+        ("steps = 1", ["data.sources.web={kynd=1}"], "command line"),
+    ):
+        file.write_text(re.sub(r"^steps = .*$", text, DEMO.read_text(), flags=re.MULTILINE))
+        with pytest.raises(ValueError, match=f"^{re.escape(str(source))}: "):
+            load_recipe(file, overrides)
 
 
 def test_a_path_below_home(monkeypatch, tmp_path):
