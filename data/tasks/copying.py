@@ -7,7 +7,7 @@ import numpy as np
 
 from .draws import Draws
 from .material import Material
-from .sample import BASELINE, FIRST_REFERENCE, Sample, Segment, TooShortError, join
+from .sample import BASELINE, FIRST_REFERENCE, Sample, Segment, join, too_short
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Copy:
         """Return a sample, as `Task.make` says, without distractors."""
         half = length // 2
         if half < 2:
-            raise TooShortError(f"length = {length}: a copy takes at least 4 tokens; raise it")
+            raise too_short(length, "a copy takes at least 4 tokens")
         text = (
             material.random_tokens(half, draws) if self.kind == "random" else material.haystack(self.kind, half, draws)
         )

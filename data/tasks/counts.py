@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from .draws import Draws, different
 from .material import Material
-from .sample import Sample, Segment, Tokens
-from .task import listed, question, too_short
+from .sample import Sample, Segment, Tokens, too_short
+from .task import listed, question
 from .words import made_up_word
 
 SHORT_TOKENS = 4096
@@ -43,7 +43,7 @@ class CommonWords:
         def context(tokens: int) -> list[Segment]:
             size = self._fit(material, tokens, common, others, often, seldom)
             if size < max(1, distractors * self.num_common):
-                raise too_short(length, f"{self.num_common} common words and others beside them")
+                raise too_short(length, f"no room for {self.num_common} common words and others beside them")
             return [Segment(_numbered(material, self._mixed([*common, *others[:size]], often, seldom, draws)))]
 
         head = "Some words of this numbered list stand in it more often than the others. Remember them.\n"
@@ -105,7 +105,7 @@ class FrequentWords:
             total = bisect_right(range(tokens + 1), tokens, key=lambda total: int(_counts(total, len(words)) @ sizes))
             counts = _counts(total - 1, len(words))
             if (np.diff(counts[: self.num_asked + 2]) >= 0).any():
-                raise too_short(length, f"{self.num_asked} words that differ in frequency")
+                raise too_short(length, f"no room for {self.num_asked} words that differ in frequency")
             order = draws.shuffled(np.repeat(np.arange(len(words)), counts).tolist())
             return [Segment(ids[index]) for index in order]
 

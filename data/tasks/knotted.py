@@ -7,8 +7,8 @@ import numpy as np
 
 from .draws import Draws, different
 from .material import Material
-from .sample import Sample, Segment, Tokens, references
-from .task import question, too_short
+from .sample import Sample, Segment, Tokens, references, too_short
+from .task import question
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Backtrace:
             fixed += self.texts * sum(len(mark) for side in marks for mark in side)
             sizes = np.full(self.texts, (tokens - fixed) // self.texts)
             if sizes[0] < 2 * self.chunks:
-                raise too_short(length, f"{count} chunks")
+                raise too_short(length, f"no room for {count} chunks")
             cut = [self._cut(material.haystack("documents", size, draws), draws) for size in sizes.tolist()]
             done, found = [0] * self.texts, []
             for text in order:

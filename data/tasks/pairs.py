@@ -8,8 +8,8 @@ import numpy as np
 
 from .draws import Draws
 from .material import Material
-from .sample import Sample, Segment
-from .task import depths, fitting, listed, question, too_short
+from .sample import Sample, Segment, too_short
+from .task import depths, fitting, listed, question
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Pairs:
             left = tokens - sum(map(len, [*in_thread, *others]))
             lines = [*others, *fitting(material, left, lambda: line(draws.uuid(), draws.uuid()))]
             if left < 0:
-                raise too_short(length, f"{self.threads * self.hops} pairs and those of the distractors")
+                pairs = "1 pair" if len(in_thread) == 1 else f"{len(in_thread)} pairs"
+                raise too_short(length, f"no room for {pairs} and those of the distractors")
             lines = draws.shuffled(lines)
             size = len(lines) + len(in_thread)
             if depth is None:

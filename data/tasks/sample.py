@@ -22,6 +22,11 @@ class TooShortError(ValueError):
     """A task does not fit into the length that was asked for."""
 
 
+def too_short(length: int, why: str) -> TooShortError:
+    """Return the error of a length that does not hold a task."""
+    return TooShortError(f"length = {length}: {why}; take a longer bucket, or give a greater length")
+
+
 class Segment(NamedTuple):
     """Adjacent tokens of a row that belong to one part."""
 
@@ -72,7 +77,7 @@ def room(length: int, prompt: Sequence[Segment], answers: Sequence[Sequence[Segm
     longest = max(sum(len(segment.tokens) for segment in answer) for answer in answers)
     fixed = 1 + sum(len(segment.tokens) for segment in prompt) + longest
     if (left := length + 1 - fixed) < 0:
-        raise TooShortError(f"length = {length}: question and answer alone take {fixed - 1} tokens; raise it")
+        raise too_short(length, f"question and answer alone take {fixed - 1} tokens")
     return left
 
 

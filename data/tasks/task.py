@@ -7,7 +7,7 @@ import numpy as np
 
 from .draws import Draws
 from .material import Material
-from .sample import Sample, Segment, Tokens, TooShortError, join, references, room
+from .sample import Sample, Segment, Tokens, join, references, room
 
 DEPTHS = np.linspace(0, 1, 40).tolist()
 """Depths at which needles are hidden."""
@@ -94,8 +94,3 @@ def listed(material: Material, texts: Sequence[str], before: str, separator: str
     """Return an answer of several references, each after a space, and a separator before all but the first."""
     following = [f"{separator if index else ''} {text}" for index, text in enumerate(texts)]
     return references([*material.encode(following[:1], before), *material.encode(following[1:], "a")])
-
-
-def too_short(length: int, what: str) -> TooShortError:
-    """Return the error of a length that leaves no room for `what`."""
-    return TooShortError(f"length = {length}: too short for {what}; raise it")

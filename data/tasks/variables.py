@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from .draws import Draws, different
 from .material import Material
-from .sample import Sample, Segment
-from .task import hide, listed, question, too_short
+from .sample import Sample, Segment, too_short
+from .task import hide, listed, question
 from .words import NOISE
 
 
@@ -36,7 +36,7 @@ class Variables:
             haystack = material.haystack("noise", max(left, 0), draws)
             cuts = material.cuts(haystack)
             if len(cuts) <= per_chain:
-                raise too_short(length, f"{per_chain} assignments in noise")
+                raise too_short(length, f"no room for {per_chain} assignments in noise")
             # The assignments of a chain keep their order.
             at = [sorted(cuts[draws.distinct(len(cuts), per_chain)]) for _ in chains]
             shares = [place / max(1, len(haystack)) for chain in at for place in chain]
