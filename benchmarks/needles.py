@@ -196,7 +196,7 @@ def table_of(results: Sequence[Row]) -> Table:
     )
     for entries in zip(*(one["tasks"] for one in results), strict=True):
         task, length, ring = (entries[0][key] for key in ("task", "length", "cp"))
-        shown = (f"{one['exact']:.0%}" if one["gain"] is None else f"{one['gain']:.2f}" for one in entries)
+        shown = (f"{one['exact']:.0%}" if one["gain"] is None else f"{one['gain']:z.2f}" for one in entries)
         table.add_row(task, f"{length:,}", str(ring), *shown)
     return table
 

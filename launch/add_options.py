@@ -5,6 +5,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+EVALUATE_SETTINGS = """\
+evaluate.tasks=[]                       --tasks as a setting of a recipe
+evaluate.samples=40                     samples of each task and length
+evaluate.distractors=1                  wrong answers of each sample
+evaluate.context_sequences=0            sequences of each bucket for LongPPL
+                                        and the gain of context
+evaluate.short_tokens=4096              short context of LongPPL
+evaluate.max_tokens_per_bucket=1048576  tokens to read of each bucket
+evaluate.knots=false                    tie knots into held-out sequences
+"""
+"""The table `evaluate` of a recipe, for the help of `longring evaluate`."""
+
 
 def prepare(parser: argparse.ArgumentParser) -> None:
     """Add the options of `longring prepare`."""
@@ -92,11 +104,14 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         help="number of ranks to start here (default: those of the last checkpoint; with --data one for each GPU)",
     )
     _measured(parser)
+    parser.add_argument_group("settings, with their defaults (docs/evaluation.md)", EVALUATE_SETTINGS)
     _several_nodes(parser)
 
 
 def _measured(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--tasks", default="", metavar="TASK,...", help="score these tasks too: needle,uuid,copy,...")
+    parser.add_argument(
+        "--tasks", type=_tasks, default=[], metavar="TASK,...", help="score these tasks too: needle,uuid,copy,..."
+    )
     parser.add_argument(
         "--judge", default="", metavar="WEIGHTS", help="model that chooses the key tokens of LongPPL (default: each)"
     )
@@ -233,6 +248,14 @@ def _file(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("is empty; name a file")
     return text
+
+
+def _tasks(text: str) -> list[str]:
+    """Return the names between commas. Raises ArgumentTypeError if there are none."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("names no task; name some, such as needle,uuid")
+    return names
 
 
 def _positive(text: str) -> int:

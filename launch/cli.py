@@ -150,11 +150,14 @@ def _many_nodes(options: argparse.Namespace) -> ManyNodes:
 def _submit(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.target, options.overrides)
     from .commands.container import container_of, run_directories
+    from .commands.evaluate import check_options
     from .commands.submit import evaluation_words, job_script, submit
 
     evaluates, words = options.evaluate or bool(options.weights), [options.target, *options.overrides]
     if evaluates:
         chosen = {name: getattr(options, name) for name in ("tasks", "judge", "json", "picture")}
+        check_options(options.overrides, *chosen.values(), has_data=bool(options.weights))
+        chosen["tasks"] = ",".join(options.tasks)
         words = evaluation_words(options.target, options.weights, options.overrides, chosen)
     paths = [*run_directories(recipe), options.target, *options.weights, options.judge]
     container = container_of(options.container, options.mount, paths)
@@ -191,14 +194,14 @@ def _requeue(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from .commands.evaluate import Evaluation
+    from .commands.evaluate import Evaluation, check_options
 
     more = [word for word in options.overrides if "=" not in word or Path(word).exists()]
     settings = [word for word in options.overrides if word not in more]
-    tasks = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    check_options(settings, options.tasks, options.judge, options.json, options.picture, has_data=bool(options.data))
     evaluation = Evaluation(
         targets=[options.target, *more],
-        overrides=[*settings, *([f"evaluate.tasks={tasks}"] if tasks else [])],
+        overrides=[*settings, *([f"evaluate.tasks={options.tasks}"] if options.tasks else [])],
         data=options.data,
         judge=options.judge,
         ranks=options.ranks,
@@ -464,7 +467,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
         )
         if target not in ("MODEL_DIR", "RUN", "SHELL"):  # they have no settings
             sub.add_argument(
-                "overrides", nargs="*", metavar="key=value", help=OVERRIDES.get(target, OVERRIDES["RECIPE"])
+                "overrides",
+                nargs="*",
+                default=[],  # without it, argparse would call them required
+                metavar="key=value",
+                help=OVERRIDES.get(target, OVERRIDES["RECIPE"]),
             )
         sub.set_defaults(run=command.run)
         command.add_options(sub)

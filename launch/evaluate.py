@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="example: torchrun --nproc-per-node 4 -m longring.launch.evaluate runs/demo",
     )
     parser.add_argument("target", help="run directory, or with --data any weights")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the run's")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings that replace the run's")
     parser.add_argument("--data", default="", help="prepared data or a recipe, instead of the run's own data")
     parser.add_argument(
         "--reports", type=Path, default=Path("evaluation-reports"), metavar="DIR", help="logs, with --data"

@@ -284,7 +284,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="example: torchrun --nproc-per-node 4 -m longring.launch.train launch/recipes/demo.toml train.steps=40",
     )
     parser.add_argument("recipe", help="TOML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings that replace the recipe's"
+    )
     parser.add_argument("--stop-after", type=int, metavar="STEP", help="save and end after this step")
     options = parser.parse_intermixed_args(arguments)
     return as_rank(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from ...parallel.config import GPU_QUEUES
 from ..checkpoint.format import last_good_checkpoint, no_good_checkpoint
 from ..config import Recipe, load_recipe
 from ..errors import print_error
-from ..evaluation.buckets import held_out_buckets
+from ..evaluation.buckets import check_judged, held_out_buckets
 from ..evaluation.compare import comparison_tables
 from ..preflight import preflight
 from ..ranks.nodes import ManyNodes
@@ -62,14 +63,6 @@ class Evaluation:
         for option, file in (("--json", self.json_file), ("--picture", self.picture)):
             if file is not None:
                 _check_writable(option, Path(file))
-        if self.picture is not None and Path(self.picture).suffix not in FORMATS:
-            raise ValueError(
-                f"--picture {self.picture}: not a format of pictures; name a file that ends in .png, .svg or .pdf"
-            )
-        if self.judge and not self.data:
-            raise ValueError(
-                f"--judge {self.judge}: chooses tokens of the data that all targets read; name these with --data"
-            )
         judges = [self._start_of(self.judge)] if self.judge else []
         starts = [self._start_of(target) for target in self.targets]  # all are checked before the first one's hours
         with tempfile.TemporaryDirectory(prefix="longring-results-") as directory:
@@ -146,6 +139,8 @@ class Evaluation:
         count = self.ranks or local_ranks(named.train.ranks_per_node if named else 0)
         _, recipe, manifest = weights_on_data(Path(target), self.data, self.overrides, count * self.nodes.nodes)
         _check_measured(recipe, manifest)
+        if self.judge:
+            check_judged(recipe, manifest)
         queues = named.parallel.gpu_queues if named else GPU_QUEUES
         return _Start([target, *self.overrides, "--data", self.data], count, queues)
 
@@ -178,6 +173,34 @@ class _Start(NamedTuple):
     """Number of queues of each GPU."""
 
 
+def check_options(
+    settings: Sequence[str],
+    tasks: Sequence[str],
+    judge: str,
+    json_file: str | None,
+    picture: str | None,
+    *,
+    has_data: bool,
+) -> None:
+    """Raise ValueError unless the options of an evaluation go together, and with its settings, as key=value.
+
+    `has_data`: the data that all targets read is named.
+    """
+    for setting in settings:
+        if tasks and setting.partition("=")[0].strip() == "evaluate.tasks":
+            raise ValueError(
+                f"--tasks {','.join(tasks)}: override {setting!r} chooses tasks too; leave one of them out"
+            )
+    if picture is not None and Path(picture).suffix not in FORMATS:
+        raise ValueError(f"--picture {picture}: not a format of pictures; name a file that ends in .png, .svg or .pdf")
+    if json_file is not None and picture is not None and os.path.realpath(json_file) == os.path.realpath(picture):
+        raise ValueError(
+            f"--json {json_file}, --picture {picture}: are one file, which cannot hold both; name two files"
+        )
+    if judge and not has_data:
+        raise ValueError(f"--judge {judge}: chooses tokens of the data that all targets read; name these with --data")
+
+
 def _check_measured(recipe: Recipe, manifest: Manifest) -> None:
     """Raise ValueError if a task is unknown or no held-out sequence is read."""
     chosen_tasks(recipe.evaluate.tasks)
@@ -186,6 +209,9 @@ def _check_measured(recipe: Recipe, manifest: Manifest) -> None:
 
 def _check_writable(option: str, file: Path) -> None:
     """Raise ValueError unless `file` can be written at the end of the evaluation, which may last hours."""
+    for parent in file.parents:
+        if os.path.lexists(parent) and not parent.is_dir():
+            raise ValueError(f"{option} {file}: {parent} is not a directory; name a file in a directory")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=file.parent):

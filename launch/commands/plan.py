@@ -288,7 +288,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Run one rank of a measurement. `longring plan --measure` starts it.",
     )
     parser.add_argument("recipe", help="recipe, a TOML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the recipe")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings that replace those of the recipe"
+    )
     parser.add_argument("--grid", type=CpGrid.parse, required=True, help="grid to measure")
     parser.add_argument("--tokens", type=int, required=True, metavar="N", help="tokens of the sequence")
     parser.add_argument("--window", type=int, metavar="N", help="attention window (default: full attention)")

@@ -142,7 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="example: torchrun --nproc-per-node 4 -m longring.launch.commands.topology launch/recipes/demo.toml",
     )
     parser.add_argument("recipe", nargs="?", help="recipe, a TOML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the recipe")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings that replace those of the recipe"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measured topology to FILE")
     options = parser.parse_intermixed_args(arguments)
     return as_rank(lambda: show_topology(options.recipe, options.overrides, options.json, Console()))

@@ -28,6 +28,17 @@ def held_out_buckets(recipe: Recipe, manifest: Manifest) -> list[tuple[Bucket, i
     return found
 
 
+def check_judged(recipe: Recipe, manifest: Manifest) -> None:
+    """Raise ValueError unless an evaluation reads a sequence for LongPPL, whose key tokens a judge chooses."""
+    config, longest = recipe.evaluate, max(bucket.length for bucket, _ in held_out_buckets(recipe, manifest))
+    if not config.context_sequences or config.short_tokens >= longest:
+        raise ValueError(
+            f"evaluate.context_sequences = {config.context_sequences}, evaluate.short_tokens = {config.short_tokens}: "
+            "no sequence for LongPPL, and a judge is for nothing else; set evaluate.context_sequences above 0 and "
+            f"evaluate.short_tokens below the longest bucket that is read, {longest} tokens, or leave out --judge"
+        )
+
+
 def left_out_buckets(recipe: Recipe, manifest: Manifest) -> list[dict[str, Any]]:
     """Return the length of each other bucket of a recipe, with the reason why an evaluation reads nothing of it."""
     limit, found = recipe.evaluate.max_tokens_per_bucket, []

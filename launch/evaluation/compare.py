@@ -111,12 +111,12 @@ def _cells(result: Result) -> Iterator[Cell]:
         yield _EXACT, row, f"{bound}{entry['exact']:.0%}"
         yield _TASK_LOSS, row, f"{entry['loss']:.3f}"
         if entry["gain"] is not None:
-            yield _GAIN, row, f"{entry['gain']:.3f}"
+            yield _GAIN, row, f"{entry['gain']:z.3f}"
     for entry in result.get("context", ()):
         length = short(entry["length"])
         for number, loss in enumerate(entry["losses"]):
             yield _CONTEXT, (length, f"{number}/8"), f"{loss:.3f}"
-        yield _CONTEXT, (length, "gain"), f"{entry['gain']:.3f}"
+        yield _CONTEXT, (length, "gain"), f"{entry['gain']:z.3f}"
         if entry["gain_error"] is not None:
             yield _CONTEXT, (length, "± s.e."), f"{entry['gain_error']:.3f}"
     for entry in result.get("long_ppl", ()):

@@ -48,34 +48,33 @@ def long_context(
             except ValueError as error:  # every rank raises it alike
                 found["left_out"].append({"task": name, "length": length, "reason": str(error)})
         rows = _rows(config, manifest, length)
-        if rows and length >= EIGHTHS:
+        if not rows:
+            continue
+        if length >= EIGHTHS:
             found["context"].append(gain_of_context(scorer, rows))
-        if rows and length > config.short_tokens:
+        else:
+            reason = f"the gain of context takes at least {EIGHTHS} tokens; take a longer bucket"
+            found["left_out"].append({"task": "context", "length": length, "reason": reason})
+        if length > config.short_tokens:
             short, stride = _short(config)
             if keys is None:
                 entry = long_ppl(length, short, None, key_tokens(scorer, rows, short, stride))
             else:
                 entry = long_ppl(length, short, keys.judge, judged(scorer, rows, keys.by_length[length]))
             found["long_ppl"].append(entry)
+        else:
+            reason = f"evaluate.short_tokens = {config.short_tokens}: LongPPL takes longer sequences; lower it"
+            found["left_out"].append({"task": "long_ppl", "length": length, "reason": reason})
 
 
 def judge(name: str, config: EvaluateConfig, manifest: Manifest, scorers: Sequence[Scorer]) -> KeyTokens:
-    """Return the key tokens of LongPPL that a model of this name chooses. Collective.
-
-    Raises ValueError if the settings choose no sequence that is longer than a short context.
-    """
+    """Return the key tokens of LongPPL that a model of this name chooses. Collective."""
     found = {}
     for scorer in scorers:
         length = scorer.layout.length
         rows = _rows(config, manifest, length)
         if rows and length > config.short_tokens:
             found[length] = np.stack([key for _, key in key_tokens(scorer, rows, *_short(config))])
-    if not found:
-        raise ValueError(
-            f"evaluate.context_sequences = {config.context_sequences}, evaluate.short_tokens = {config.short_tokens}: "
-            "no sequence for LongPPL, and a judge is for nothing else; set evaluate.context_sequences above 0 and "
-            "evaluate.short_tokens below the longest bucket, or leave out --judge"
-        )
     return KeyTokens(name, found)
 
 

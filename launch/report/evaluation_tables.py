@@ -129,7 +129,7 @@ def _task_table(entries: list[dict[str, Any]]) -> Table:
     for entry in entries:
         bound = "≥" if entry["lower_bound"] else ""
         shares = [f"{bound}{entry['exact']:.0%}", f"{bound}{entry['references']:.0%}", f"{entry['tokens']:.0%}"]
-        nats = ["" if entry[key] is None else f"{entry[key]:.2f}" for key in ("loss", "gain", "margin")]
+        nats = ["" if entry[key] is None else f"{entry[key]:z.2f}" for key in ("loss", "gain", "margin")]
         preferred = "" if entry["preferred"] is None else f"{entry['preferred']:.0%}"
         table.add_row(entry["task"], short(entry["length"]), *shares, *nats, preferred)
     return table
@@ -160,7 +160,7 @@ def _context_tables(entries: list[dict[str, Any]]) -> list[Table]:
     columns = []
     for entry in entries:
         numbers = dict(enumerate(entry["losses"])) | {key: entry[key] for key in ("gain", "gain_error")}
-        columns.append((short(entry["length"]), {key: f"{n:.3f}" for key, n in numbers.items() if n is not None}))
+        columns.append((short(entry["length"]), {key: f"{n:z.3f}" for key, n in numbers.items() if n is not None}))
     title = "Loss of the last eighth by the eighths visible before it, nats per token"
     return by_length(title, "visible", rows, columns)
 

@@ -22,7 +22,7 @@ from longring.launch import cli, errors
 from longring.launch import train as train_module
 from longring.launch.checkpoint.format import last_good_checkpoint
 from longring.launch.commands import submit as submit_module
-from longring.launch.config import load_recipe
+from longring.launch.config import EvaluateConfig, load_recipe
 from longring.launch.errors import IO_ERROR, NODE_USER_ERROR, USER_ERROR
 from longring.launch.ranks import start as start_module
 from longring.launch.run_directory import RunDirectory
@@ -251,6 +251,23 @@ def test_help_of_every_command_has_an_example_and_fits_80_columns(capsys, monkey
         text = capsys.readouterr().out
         assert f"example: longring {command} " in " ".join(text.split())
         assert max(map(len, text.splitlines())) <= 80
+
+
+def test_help_of_evaluate_has_its_settings_with_their_defaults(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--help"])
+    shown = re.findall(r"^  evaluate\.(\S+)=(\S+)  ?", capsys.readouterr().out, re.MULTILINE)
+    assert {name: json.loads(value) for name, value in shown} == to_tree(EvaluateConfig())
+
+
+@pytest.mark.parametrize("command", ["evaluate", "train", "inspect", "topology"])
+def test_settings_are_no_required_argument(capsys, command):
+    parser = cli._parsers()[1][command]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--no-such-option"])
+    assert "key=value" not in capsys.readouterr().err.partition("error: ")[2]
+    assert parser.parse_args(["a"]).overrides == []
 
 
 def test_longring_alone_prints_its_help(capsys):

@@ -100,7 +100,10 @@ def test_the_command_starts_ranks_on_other_data(recipe_file, model, monkeypatch,
 
     monkeypatch.setattr(command, "start_ranks", start)
     below = model / "config.json" / "x"
-    for name, why in ((model, "is a directory; name a file in it"), (below, "; name a file where this user may write")):
+    for name, why in (
+        (model, "is a directory; name a file in it"),
+        (below, "is not a directory; name a file in a directory"),
+    ):
         assert cli.main(["evaluate", str(model), "--data", data, "--json", str(name)]) == 2
         assert why in capsys.readouterr().err
     assert not started

@@ -127,9 +127,25 @@ def test_gain_of_context_and_long_ppl_read_every_source(recipe_file, directory, 
     manifest = open_prepared(recipe.data.directory)
     [bucket] = [bucket for bucket in manifest.buckets("held_out") if bucket.length == 128]
     recorder = Recorder(bucket.length)
-    long_context(recipe.evaluate, manifest, [cast(Scorer, recorder)], {"left_out": []})
+    found: dict[str, Any] = {"left_out": []}
+    long_context(recipe.evaluate, manifest, [cast(Scorer, recorder)], found)
+    told = "evaluate.short_tokens = 4096: LongPPL takes longer sequences; lower it"
+    without = [] if short_tokens == 64 else [{"task": "long_ppl", "length": 128, "reason": told}]
+    assert found["left_out"] == without and len(found["long_ppl"]) == 1 - len(without)
     ends = np.cumsum([part.sequences for part in bucket.parts])
     rows = manifest.reader(bucket).read(np.arange(bucket.sequences)).astype(np.int64)
     numbers = [number for number, row in enumerate(rows) if row.tobytes() in recorder.read]
     assert len(recorder.read) == 2
     assert set(np.searchsorted(ends, numbers, side="right")) == {0, 1}
+
+
+def test_a_bucket_too_short_for_a_gain_of_context_is_told(recipe_file, directory, monkeypatch):
+    recipe = recipe_of(recipe_file, directory, "evaluate.context_sequences=2")
+    manifest = open_prepared(recipe.data.directory)
+    monkeypatch.setattr("longring.launch.evaluation.long_context.EIGHTHS", 100)  # the data has no bucket below 8
+    found: dict[str, Any] = {"left_out": []}
+    long_context(recipe.evaluate, manifest, [cast(Scorer, Recorder(length)) for length in (64, 128)], found)
+    [left_out] = [entry for entry in found["left_out"] if entry["task"] == "context"]
+    assert left_out["length"] == 64
+    assert left_out["reason"] == "the gain of context takes at least 100 tokens; take a longer bucket"
+    assert [entry["length"] for entry in found["context"]] == [128]

@@ -35,9 +35,15 @@ def test_tasks_and_context_are_in_the_evaluation_and_in_whole_tables(on_ranks, r
         (entry["task"], entry["length"]) for entry in result["left_out"]
     }
     assert ("copy_text", 64) in scored and ("needle_single_1", 512) in scored
-    assert all("; raise it" in e["reason"] or "leave" in e["reason"] for e in result["left_out"])
+    told = ("; take a longer bucket, or give a greater length", "; leave them out")
+    for entry in result["left_out"]:
+        if entry["task"] == "long_ppl":
+            assert entry["reason"] == "evaluate.short_tokens = 128: LongPPL takes longer sequences; lower it"
+        else:
+            assert entry["reason"].endswith(told)
     assert [entry["length"] for entry in result["context"]] == [64, 128, 256, 512]
     assert [entry["length"] for entry in result["long_ppl"]] == [256, 512]
+    assert [entry["length"] for entry in result["left_out"] if entry["task"] == "long_ppl"] == [64, 128]
     Console(width=80).print(*long_context_tables(result))
     printed = capsys.readouterr().out
     assert "…" not in printed and max(map(len, printed.splitlines())) <= 80

@@ -106,17 +106,25 @@ def test_targets_stand_side_by_side_and_a_judge_chooses_their_key_tokens(run, st
 def test_a_judge_without_a_long_sequence_says_what_to_set(run, started, recipe_file, tmp_path, capfd):
     words = ["evaluate", str(run), "--data", load_recipe(recipe_file).data.directory, "--judge", str(run)]
     words += ["--ranks", "1", "evaluate.max_tokens_per_bucket=512"]
-    assert cli.main(words) == 2
-    assert (
-        "set evaluate.context_sequences above 0 and evaluate.short_tokens below the longest bucket, or leave out"
-        in (capfd.readouterr().err)
-    )
-    assert len(started) == 1, "no target after the judge"
-    files = ["evaluate.context_sequences=1", "evaluate.short_tokens=256", "--picture", str(tmp_path / "found")]
+    one, below = "evaluate.context_sequences=1", "evaluate.short_tokens=256"
+    for settings, longest in (
+        ([below], 512),
+        ([one], 512),
+        ([one, "evaluate.short_tokens=512"], 512),
+        ([one, below, "evaluate.max_tokens_per_bucket=256"], 256),
+    ):
+        assert cli.main([*words, *settings]) == 2
+        assert (
+            "set evaluate.context_sequences above 0 and evaluate.short_tokens below the longest bucket that is read, "
+            f"{longest} tokens, or leave out --judge"
+        ) in capfd.readouterr().err
+    assert not started, "no rank is started for a judge without key tokens"
+    files = [one, below, "--picture", str(tmp_path / "found")]
     assert cli.main([*words, *files]) == 2
     assert "name a file that ends in .png, .svg or .pdf" in capfd.readouterr().err
     assert cli.main([*words, *files[:-1], str(tmp_path / "found.svg")]) == 0
     assert "<svg" in (tmp_path / "found.svg").read_text()
+    assert ["--choose-keys" in call for call in started] == [True, False]
 
 
 def result(number: int, buckets: Sequence[int]) -> dict[str, Any]:
@@ -196,6 +204,16 @@ def test_no_cell_of_the_most_lengths_is_folded_at_80_columns():
         assert lines_at(80, [table]) == lines_at(400, [table]), title
 
 
+def test_a_gain_that_rounds_to_zero_has_no_sign():
+    """-0.0001 is 0.00, and a loss that falls by it is not below zero."""
+    one = long_result(1)
+    one["tasks"] = [{**task, "gain": -1e-4, "margin": -1e-4} for task in one["tasks"]]
+    one["context"] = [{**entry, "gain": -1e-4, "gain_error": 0.0} for entry in one["context"]]
+    for tables in (long_context_tables(one), comparison_tables([one, one])):
+        shown = [word for line in lines_at(80, tables) for word in line]
+        assert "0.000" in shown and not any(word.startswith("-0") for word in shown)
+
+
 def test_what_is_left_out_of_each_target_is_told(capsys):
     results = [result(number, [1024]) for number in range(3)]
     for one in results[1:]:
@@ -248,11 +266,49 @@ def test_words_of_an_evaluation_are_taken_as_they_are_meant(run, recipe_file, st
         with pytest.raises(SystemExit):
             cli.main(["evaluate", str(run), option, ""])
         assert f"argument {option}: is empty; name a file" in capfd.readouterr().err
+    for nothing in ("", ",", " , "):
+        with pytest.raises(SystemExit):
+            cli.main(["evaluate", str(run), "--tasks", nothing])
+        assert "argument --tasks: names no task; name some, such as needle,uuid" in capfd.readouterr().err
     assert cli.main(["evaluate", str(run), "--data", data, "--tasks", "needle, haystack"]) == 2
     said = " ".join(capfd.readouterr().err.split())
     assert "evaluate.tasks = haystack: there is no such task; name some of automaton, backtrace, common, copy," in said
     assert said.count("automaton") == said.count(" uuid,") == 1, "each name once"
     assert not started
+
+
+def test_options_that_contradict_each_other_are_refused(run, recipe_file, monkeypatch, tmp_path, capfd):
+    calls: list[list[str]] = []
+    monkeypatch.setattr(command, "start_ranks", lambda _, arguments, *__, **___: calls.append(arguments) or 75)
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "file").touch()
+    data, one = load_recipe(recipe_file).data.directory, str(tmp_path / "a.png")
+    tasks, setting = ["--tasks", "uuid,needle"], "evaluate.tasks=['copy']"
+    submitted = ["submit", str(recipe_file), "--nodes", "1", "--weights", str(run)]
+    for start in (["evaluate", str(run), "--data", data, "--ranks", "1"], submitted):
+        for words, told in (
+            ([*tasks, setting], f"--tasks uuid,needle: override {setting!r} chooses tasks too; leave one of them out"),
+            (["--json", one, "--picture", one], f"--json {one}, --picture {one}: are one file, which cannot hold both"),
+            (
+                ["--json", f"{tmp_path}/link/a.png", "--picture", one],
+                ": are one file, which cannot hold both; name two files",
+            ),
+        ):
+            assert cli.main([*start, *words]) == 2
+            assert told in capfd.readouterr().err
+    assert cli.main([*submitted[:-2], "--evaluate", "--judge", str(run)]) == 2
+    assert "chooses tokens of the data that all targets read; name these with --data" in capfd.readouterr().err
+    begin = ["evaluate", str(run), "--data", data, "--ranks", "1"]
+    for below in ("x.json", "new/x.json"):
+        assert cli.main([*begin, "--json", f"{tmp_path}/file/{below}"]) == 2
+        said = capfd.readouterr().err
+        assert f"{tmp_path}/file is not a directory; name a file in a directory" in " ".join(said.split())
+    assert cli.main([*begin, "--json", "/sys/kernel/none/x.json"]) == 2
+    assert "; name a file where this user may write" in capfd.readouterr().err
+    assert not calls and not (tmp_path / "a.png").exists()
+    for words in ([*tasks], [setting], ["--json", f"{tmp_path}/a.json", "--picture", one]):
+        assert cli.main([*begin, *words]) == 75
+    assert len(calls) == 3, "each of them alone is taken"
 
 
 def test_key_tokens_are_read_as_they_were_written(tmp_path):
