@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from .kernels.mask import Mask, make_mask
     from .launch.checkpoint.files import Checkpoint
     from .parallel.cp.choose import PricedGrid, Pricer, choose
-    from .parallel.cp.cost import AttentionShape, Price, Speed
+    from .parallel.cp.cost import AttentionShape, Event, Price, Speed
+    from .parallel.cp.fit import Fit
     from .parallel.cp.grid import CpGrid
     from .parallel.cp.group import CommunicatorOptions
-    from .parallel.cp.plan import RankPlan
+    from .parallel.cp.plan import Message, RankPlan, Share, Step, Tile
     from .parallel.cp.probe import Probe, probe
     from .parallel.cp.schedules import Schedule
     from .parallel.cp.shared import ContextParallel, SharedSequence
@@ -44,9 +45,12 @@ __all__ = [
     "ContextParallel",
     "CpGrid",
     "CurriculumConfig",
+    "Event",
     "Fabric",
+    "Fit",
     "LoaderConfig",
     "Mask",
+    "Message",
     "Piece",
     "Price",
     "PricedGrid",
@@ -56,10 +60,13 @@ __all__ = [
     "RenewalConfig",
     "Schedule",
     "SeqLayout",
+    "Share",
     "SharedSequence",
     "Speed",
     "StatefulLoader",
+    "Step",
     "Stretch",
+    "Tile",
     "Topology",
     "Visibility",
     "__version__",
@@ -85,10 +92,11 @@ _NAMES = {
     "kernels.mask": ("Mask", "make_mask"),
     "launch.checkpoint.files": ("Checkpoint",),
     "parallel.cp.choose": ("PricedGrid", "Pricer", "choose"),
-    "parallel.cp.cost": ("AttentionShape", "Price", "Speed"),
+    "parallel.cp.cost": ("AttentionShape", "Event", "Price", "Speed"),
+    "parallel.cp.fit": ("Fit",),
     "parallel.cp.grid": ("CpGrid",),
     "parallel.cp.group": ("CommunicatorOptions",),
-    "parallel.cp.plan": ("RankPlan",),
+    "parallel.cp.plan": ("Message", "RankPlan", "Share", "Step", "Tile"),
     "parallel.cp.probe": ("Probe", "probe"),
     "parallel.cp.schedules": ("Schedule",),
     "parallel.cp.shared": ("ContextParallel", "SharedSequence"),

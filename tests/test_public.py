@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import longring
 import pytest
@@ -64,7 +64,12 @@ def signature(of: Callable[..., Any]) -> str:
     found = inspect.signature(of, eval_str=True)
     untyped = [each.name for each in found.parameters.values() if each.annotation is each.empty]
     assert untyped in ([], ["self"]), f"{of}: {untyped}"
-    parameters = [each.replace(annotation=written_out(each.annotation)) for each in found.parameters.values()]
+    # The fields of a NamedTuple are references that `inspect` leaves as they are.
+    types = get_type_hints(of, include_extras=True) if hasattr(of, "_fields") else {}
+    parameters = [
+        each.replace(annotation=written_out(types.get(name, each.annotation)))
+        for name, each in found.parameters.items()
+    ]
     return str(found.replace(parameters=parameters, return_annotation=written_out(found.return_annotation)))
 
 
@@ -83,6 +88,13 @@ def test_signatures_are_those_promised():
     assert signatures() == SIGNATURES.read_text(), f"a promised signature changed; {SIGNATURES.name} would be:\n" + (
         signatures()
     )
+
+
+def test_every_type_in_a_signature_is_public_or_another_library_s():
+    found = {*re.findall(r"\b[A-Z]\w+", re.sub("'.*?'", "", SIGNATURES.read_text()))}
+    python = {"Any", "Hashable", "Mapping", "None", "Path", "Random", "Sequence", "True"}
+    typing = {"Annotated", "Interval", "Literal", "NDArray", "Union"}
+    assert found - {*longring.__all__} == python | typing | {"ProcessGroup", "Tensor"}
 
 
 def test_every_public_name_is_imported_for_type_checkers():

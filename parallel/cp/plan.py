@@ -61,6 +61,7 @@ class Message(NamedTuple):
     owner: int
     """Grid position that owns the rows; for `to_heads` and `from_heads`, the rank that owns them."""
     rows: Rows
+    """Ascending half-open runs of row numbers within the owner's share."""
     source: int
     target: int
     posted: int
@@ -172,7 +173,10 @@ class Exchange(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Step of a rank; the module docstring gives the order of its parts."""
+    """One step of a rank in a pass: messages to wait for and to post, and the tile that is computed meanwhile.
+
+    The docstring of `longring.parallel.cp.plan` gives the order of its parts.
+    """
 
     due: tuple[Message, ...]
     """Received messages to wait for."""
