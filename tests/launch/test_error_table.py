@@ -451,6 +451,15 @@ def taken_port(sandbox: Sandbox) -> str:
     return str(error.value).replace(str(port), "29500")
 
 
+def unknown_localhost(sandbox: Sandbox) -> str:
+    def unknown(*_: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", unknown)
+        return sandbox.train()
+
+
 def no_sbatch(sandbox: Sandbox) -> str:
     path, os.environ["PATH"] = os.environ["PATH"], ""
     try:
@@ -549,6 +558,7 @@ CASES: dict[str, dict[str, Case]] = {
         "a rank without its number on the node": variable("LOCAL_RANK", None),
         "an address that is none: `MASTER_ADDR=tcp://n1`": variable("MASTER_ADDR", "tcp://n1"),
         "another process at the port where ranks meet": taken_port,
+        "a machine that does not know `localhost`": unknown_localhost,
         "ranks with other settings": ranks_that_differ,
         "several nodes without a rendezvous": lambda sandbox: sandbox.train("--nodes", "2", ranks=2),
         "a rendezvous without a port": lambda sandbox: sandbox.train(
