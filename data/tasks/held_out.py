@@ -49,7 +49,8 @@ class HeldOut:
         readers = [reader for reader in self._readers if reader.length == length and reader.sequences > 1]
         if not readers:
             raise ValueError(
-                f"{self._name}: has no two held-out sequences of {length} tokens to compare; leave them out"
+                f"{self._name}: has no two held-out sequences of {length} tokens to compare; prepare more of them, or "
+                "leave out the task prefix"
             )
         chosen = draws.distinct(readers[0].sequences, 2)
         row, other = readers[0].read(chosen).astype(np.int64)

@@ -13,7 +13,7 @@ from longring.data.config import TokenizerConfig
 from longring.data.prepare.train_tokenizer import train_tokenizer
 from longring.data.tasks.catalog import samples
 from longring.data.tasks.material import Material
-from longring.data.tasks.sample import FIRST_REFERENCE
+from longring.data.tasks.sample import FIRST_REFERENCE, TooShortError
 from tokenizers import Tokenizer
 
 TOKENIZER = Tokenizer.from_buffer(train_tokenizer(["the secret number of a thing is 1234567."] * 9, TokenizerConfig()))
@@ -68,7 +68,32 @@ def test_needles(name):
             assert len(text.splitlines()) < len(stated) + 5, "the haystack is nothing but needles"
         else:
             assert len(stated) == right + others
+            before = re.split(rf"\nThe secret (?:number|code) of {key} is {value}\.\n", text)
+            assert all(part.rstrip("\n").endswith(".") for part in before), "needles stand between whole sentences"
+            assert not others or set(wrong) <= {v for _, v in stated}
         assert len(wrong) == right and not set(wrong) & set(answer)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("needle_single_1", r".+\n"),
+        ("needle_single_2", r".+\n"),
+        ("needle_multikey_1", r".+\n"),
+        ("needle_multikey_2", r".+\n"),
+        ("uuid", rf'"{UUID}": "{UUID}",\n'),
+    ],
+)
+def test_the_depth_of_a_sample_is_where_its_needle_stands(name, line):
+    """Of the characters before the question, and but for a line and the prompt's head."""
+    material = Material(TOKENIZER, 0)
+    for sample, (prompt, [answer], _) in zip(
+        samples(name, material, 6000, count=8, distractors=1, seed=5), texts(name, count=8), strict=True
+    ):
+        assert sample.depth is not None
+        context = prompt[: prompt.rindex("\n")]
+        longest = max(len(found.group()) for found in re.finditer(line, context))
+        assert abs(context.index(answer) - sample.depth * len(context)) < 3 * longest
 
 
 def test_variables():
@@ -86,7 +111,10 @@ def test_variables():
         assert len(wrong) == 5 and not set(wrong) & set(answer)
 
 
-@pytest.mark.parametrize(("length", "times", "example"), [(2500, (6, 1), (3, 1, 20)), (12000, (30, 3), (10, 3, 40))])
+@pytest.mark.parametrize(
+    ("length", "times", "example"),
+    [(2500, (6, 1), (3, 1, 20)), (4095, (6, 1), (3, 1, 20)), (12000, (30, 3), (10, 3, 40))],
+)
 def test_common_words(length, times, example):
     for prompt, answer, wrong in texts("common_words", length):
         solved, text = prompt.split("\n\n")
@@ -104,6 +132,30 @@ def test_common_words(length, times, example):
         assert len(set(re.findall(r" \d+\. ([a-z]+)", solved))) == example[2]
         counts = Counter(re.findall(r" \d+\. ([a-z]+)", text))
         assert len(wrong) == 10 and all(counts[word] == times[1] for word in wrong)
+
+
+def test_common_words_of_4096_tokens_stand_30_times():
+    """Their words and the solved example then take more than that with a tokenizer that knows none of them."""
+    with pytest.raises(TooShortError, match="no room for 10 common words|question and answer alone take"):
+        texts("common_words", 4096)
+
+
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [
+        ("common_words", r"( [a-z]{6})( \d+\.)"),  # one more word, which stands once
+        ("needle_multikey_2", rf"The secret number of {WORD} is {NUMBER}\.\n"),
+        ("needle_multikey_3", rf"The secret code of {UUID} is {UUID}\.\n"),
+        ("uuid", rf'"{UUID}": "{UUID}",\n'),
+    ],
+)
+def test_a_context_has_as_many_units_as_fit(name, unit):
+    for length in range(3000, 3040, 4):
+        [(prompt, _, _)] = texts(name, length, count=1)
+        noise = prompt.index("Some words" if name == "common_words" else "This is a" if name == "uuid" else "The text")
+        longest = max(len(TOKENIZER.encode(found.group()).ids) for found in re.finditer(unit, prompt[noise:]))
+        # Encoded again, the noise has at most one token more or less.
+        assert len(TOKENIZER.encode(prompt[:noise]).ids) <= longest + 1
 
 
 def test_frequent_words():

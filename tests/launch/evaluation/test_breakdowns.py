@@ -22,6 +22,7 @@ from longring.launch.config import load_recipe
 from longring.launch.evaluation.buckets import held_out_buckets
 from longring.launch.evaluation.documents import DocumentLengths
 from longring.launch.evaluation.held_out import HeldOutLoss, with_means
+from longring.launch.evaluation.key_tokens import KeyTokens
 from longring.launch.evaluation.long_context import long_context
 from longring.launch.evaluation.score import Row, Scorer
 from longring.parallel.mesh import join
@@ -149,3 +150,16 @@ def test_a_bucket_too_short_for_a_gain_of_context_is_told(recipe_file, directory
     assert left_out["length"] == 64
     assert left_out["reason"] == "the gain of context takes at least 100 tokens; take a longer bucket"
     assert [entry["length"] for entry in found["context"]] == [128]
+
+
+def test_key_tokens_of_a_judge_count_for_the_model_that_is_judged(recipe_file, directory):
+    settings = ["evaluate.context_sequences=2", "evaluate.short_tokens=64"]
+    recipe = recipe_of(recipe_file, directory, *settings)
+    manifest = open_prepared(recipe.data.directory)
+    keys = np.zeros((2, 128), dtype=np.bool_)
+    keys[0, [70, 90]] = keys[1, 127] = True
+    found: dict[str, Any] = {"left_out": []}
+    scorer = cast(Scorer, Recorder(128))
+    long_context(recipe.evaluate, manifest, [scorer], found, KeyTokens("the judge", {128: keys}))
+    [entry] = found["long_ppl"]
+    assert (entry["judge"], entry["key_tokens"], entry["long_ppl"]) == ("the judge", 3, 1.0)

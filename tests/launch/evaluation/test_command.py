@@ -35,7 +35,7 @@ def test_tasks_and_context_are_in_the_evaluation_and_in_whole_tables(on_ranks, r
         (entry["task"], entry["length"]) for entry in result["left_out"]
     }
     assert ("copy_text", 64) in scored and ("needle_single_1", 512) in scored
-    told = ("; take a longer bucket, or give a greater length", "; leave them out")
+    told = ("; take a longer bucket, or give a greater length", "; prepare more of them, or leave out the task prefix")
     for entry in result["left_out"]:
         if entry["task"] == "long_ppl":
             assert entry["reason"] == "evaluate.short_tokens = 128: LongPPL takes longer sequences; lower it"
