@@ -3,11 +3,14 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import sys;
 VENV := .venv
 READY := $(VENV)/ready
 # Three tests at a time, since some wait for timers, and by whole files: what the tests of a file share is made once.
-PYTEST := $(VENV)/bin/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+WORKERS := 3
+PYTEST = $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 LANE ?= not slow
 # No module of this folder shadows a package; output shows as it comes.
 export PYTHONSAFEPATH := 1
 export PYTHONUNBUFFERED := 1
+# Processes, of which tests start many, find modules compiled.
+unexport PYTHONDONTWRITEBYTECODE
 
 # What the library is to others: its names, attention on one rank and over several, prices, orders and the loader.
 OLDEST := tests/test_public.py tests/kernels/test_attention.py tests/parallel/cp/test_shared.py tests/parallel/cp/test_play.py \
@@ -18,6 +21,8 @@ OLDEST := tests/test_public.py tests/kernels/test_attention.py tests/parallel/cp
 demo: $(READY)  ## documents in, a model trained over a token ring, stopped, resumed, evaluated: see README.md
 	$(VENV)/bin/python -m longring.launch.demo
 
+# These hardly wait, and every worker imports all modules before its first test.
+test-quick: WORKERS := 2
 test-quick: $(READY)  ## what an edit needs, under 3 minutes: the tests of each module, one case of every large matrix
 	$(PYTEST) -m "not slow and not full"
 

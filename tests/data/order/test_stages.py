@@ -394,6 +394,7 @@ def test_an_index_for_many_documents_goes_through_all_stages(tmp_path: Path, tok
     assert 0.8 < report["recall"]["train"] < 1
 
 
+@pytest.mark.full
 def test_data_without_held_out_documents_is_ordered(prepared: DataConfig, tmp_path: Path):
     data = replace(prepared, directory=str(tmp_path / "data"), held_out_fraction=0.0)
     prepare(data, QUIET)
@@ -403,7 +404,7 @@ def test_data_without_held_out_documents_is_ordered(prepared: DataConfig, tmp_pa
     check_ordered(manifest, data, config)
 
 
-@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("masks", by_lane([False, True], quick=[True]))
 def test_tied_rows_are_seen_whole_and_others_as_they_are(prepared: DataConfig, tmp_path: Path, masks: bool):
     data = replace(
         prepared,
