@@ -146,6 +146,8 @@ def sent_in_qs(grid: CpGrid, num_tokens: int, shape: costs.AttentionShape, direc
 
 def main() -> int:
     parser = make_parser(__doc__ or "", quick="up to 64 GPUs and 2M tokens: a minute")
+    parser.add_argument("--gpus", nargs="+", type=int, metavar="N", help="other numbers of GPUs")
+    parser.add_argument("--tokens", nargs="+", type=int, metavar="N", help="other lengths of the sequence")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="write cp_winners.png and cp_exposed.png")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="show an earlier record instead of playing plans")
     parser.add_argument("--bytes", type=int, metavar="GPUS", help="show only the bytes that are sent, and closed forms")
@@ -159,7 +161,7 @@ def main() -> int:
         "quick": ((17, 19, 21), (8, 16, 32, 64)),
         "smallest": ((12,), (8,)),
     }[options.size]
-    tokens = [2**exponent for exponent in exponents]
+    gpus, tokens = options.gpus or gpus, options.tokens or [2**exponent for exponent in exponents]
     started = time.monotonic()
     record = json.loads(options.rows.read_text()) if options.rows else []
     rows: Rows = record["rows"] if isinstance(record, dict) else record  # older records are the rows alone

@@ -138,6 +138,11 @@ TABLES: dict[str, tuple[str, Callable[[Any], Iterator[Row]], list[str]]] = {
         over_compute,
         ["cp_paper_64_gpus_2026-11-21"],
     ),
+    "| fabric | model | GPUs | ring | both ways | token_ring | hybrid |": (
+        RESULTS_OF_CP,
+        over_compute,
+        ["cp_paper_256_gpus_2026-11-23"],
+    ),
     "| documents, all keys at once |": (RESULTS_OF_CP, layouts("all keys at once"), ["cp_layouts_2026-11-22"]),
     "| documents, on the grid for packings |": (RESULTS_OF_CP, layouts("packing"), ["cp_layouts_2026-11-22"]),
     "| documents, on the grid for one document |": (RESULTS_OF_CP, layouts("one document"), ["cp_layouts_2026-11-22"]),
