@@ -41,6 +41,8 @@ def as_rank(function: Callable[[], int | None]) -> int:
         end_with_parent(os.getppid(), signal.SIGTERM)
     try:
         status = function() or 0
+    except KeyboardInterrupt:  # Ctrl-C at the launcher, which passes it on
+        return 128 + signal.SIGINT
     except Exception as error:
         log.exception("stopped")
         if (ending := _ending(error, world.rank)) is None:

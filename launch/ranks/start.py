@@ -11,6 +11,7 @@ from types import FrameType
 
 import psutil
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args, run
@@ -42,7 +43,7 @@ def start_ranks(
     """Run `python -m module arguments` as `count` ranks under torchrun; return 0 or the exit status of a failed rank.
 
     Each GPU has `gpu_queues` queues, unless the environment says otherwise. A stop signal is forwarded to the ranks,
-    which save and exit with GO_ON_LATER.
+    which save and exit with GO_ON_LATER. Ctrl-C ends them at once, and the status is then 130.
     """
     if rendezvous is None and (reason := _unknown_localhost()):
         print_error(f"localhost: {reason}; {LOCALHOST}")
@@ -52,7 +53,8 @@ def start_ranks(
     # CUDA reads it when it starts, in a rank's first import that looks for a GPU.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(gpu_queues))
     # A rank that fails has printed its error; the summary of torchrun would bury it.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("", ".agent.server.api"):  # the second has a level of its own
+        logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
     stopped = False
 
     def forward(number: int, _: FrameType | None) -> None:
@@ -73,6 +75,8 @@ def start_ranks(
         run(parse_args([*meeting, *options, "--module", module, *arguments]))
     except ChildFailedError as error:
         return _status_of(list(error.failures.values()), stopped)
+    except SignalException as error:  # torchrun has ended the ranks by the same signal
+        return 128 + error.sigval
     except ConnectionError as error:
         print_error(str(error))
         return GO_ON_LATER

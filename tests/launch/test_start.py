@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import tempfile
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.lanes import by_lane
+from helpers.ranks import variables_of
 from helpers.small_checkpoint import STATE, read_whole
 from longring.kernels.layout import SeqLayout
 from longring.launch import build
@@ -24,12 +26,14 @@ from longring.launch.errors import USER_ERROR
 from longring.launch.opening import opening
 from longring.launch.preflight import preflight
 from longring.launch.ranks import start
+from longring.launch.ranks.rank import as_rank
 from longring.launch.run_directory import RunDirectory
 from longring.model import transformer, weights
 from longring.parallel.config import ParallelConfig
 from longring.parallel.device import private_directory
 from longring.parallel.mesh import join, megatron_config
 from torch.distributed import DistNetworkError
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.utils.checkpoint import checkpoint
 
@@ -196,6 +200,23 @@ def test_a_machine_without_localhost_is_told_in_one_line(monkeypatch, capsys, re
     assert line == f"error: localhost: {reason}; {advice}"
     monkeypatch.setattr(start, "run", lambda _: None)
     assert start.start_ranks("longring.launch.train", [], 2) == 0
+
+
+def test_ctrl_c_ends_ranks_and_their_launcher_with_130(monkeypatch, capsys):
+    for name in (QUEUES, "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL"):
+        monkeypatch.setenv(name, "1")
+    for name, value in variables_of(0, 1).items():
+        monkeypatch.setenv(name, value)
+
+    def interrupted_launcher(_):
+        raise SignalException("Process 7 got signal: 2", signal.SIGINT)
+
+    def interrupted_rank():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(start, "run", interrupted_launcher)
+    assert start.start_ranks("longring.launch.train", [], 2) == as_rank(interrupted_rank) == 130
+    assert capsys.readouterr().err == ""
 
 
 def test_the_directory_of_compiled_kernels_is_of_this_user_alone(tmp_path, monkeypatch):
