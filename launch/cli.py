@@ -149,16 +149,24 @@ def _many_nodes(options: argparse.Namespace) -> ManyNodes:
 
 def _submit(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.target, options.overrides)
+    from ..data.tasks.catalog import chosen_tasks
     from .commands.container import container_of, run_directories
     from .commands.evaluate import check_options
     from .commands.submit import evaluation_words, job_script, submit
 
     evaluates, words = options.evaluate or bool(options.weights), [options.target, *options.overrides]
+    chosen = {name: getattr(options, name) for name in ("tasks", "judge", "json", "picture")}
+    chosen_tasks([*options.tasks, *recipe.evaluate.tasks])  # the job may wait for days before it looks at them
     if evaluates:
-        chosen = {name: getattr(options, name) for name in ("tasks", "judge", "json", "picture")}
         check_options(options.overrides, *chosen.values(), has_data=bool(options.weights))
         chosen["tasks"] = ",".join(options.tasks)
         words = evaluation_words(options.target, options.weights, options.overrides, chosen)
+    elif any(chosen.values()):
+        given = ", ".join(f"--{name}" for name, value in chosen.items() if value)
+        raise ValueError(
+            f"{given}: the job would train, which takes no such option; add --evaluate or --weights WEIGHTS, or leave "
+            f"out {given}"
+        )
     paths = [*run_directories(recipe), options.target, *options.weights, options.judge]
     container = container_of(options.container, options.mount, paths)
     if options.print:

@@ -176,6 +176,31 @@ def test_a_job_evaluates_the_recipes_run_or_weights_on_its_data(recipe_file, tmp
     assert (done.returncode, done.stderr) == (2, "error: LONGRING_COMMAND = 'rm': must be train or evaluate\n")
 
 
+def test_a_job_that_would_train_takes_no_option_of_an_evaluation(recipe_file, tmp_path, capsys):
+    words = ["submit", str(recipe_file), "--nodes", "1", "--print", f"run_directory={tmp_path / 'run'}"]
+    words.append("slurm.ranks_per_node=4")
+    RunDirectory(tmp_path / "run").create(load_recipe(recipe_file))
+    for options in (["--tasks", "needle", "--json", "x.json"], ["--picture", "x.png"]):
+        given = ", ".join(options[::2])
+        assert cli.main([*words, *options]) == 2
+        assert (
+            f"error: {given}: the job would train, which takes no such option; add --evaluate or --weights WEIGHTS, or "
+            f"leave out {given}"
+        ) in " ".join(capsys.readouterr().err.split())
+        for advised in ([*options, "--evaluate"], [*options, "--weights", "model/a"], []):
+            assert cli.main([*words, *advised]) == 0, capsys.readouterr().err
+
+
+def test_a_job_with_an_unknown_task_is_not_submitted(recipe_file, capsys):
+    words = ["submit", str(recipe_file), "--nodes", "1", "--print", "slurm.ranks_per_node=4"]
+    weights, wrong = ["--weights", "model/a"], 'evaluate.tasks=["haystack"]'
+    for options in ([*weights, "--tasks", "haystack"], [*weights, wrong], ["train.evaluate_every_steps=5", wrong]):
+        assert cli.main([*words, *options]) == 2
+        assert "evaluate.tasks = haystack: there is no such task; name" in capsys.readouterr().err
+        known = [option.replace("haystack", "copy") for option in options]
+        assert cli.main([*words, *known]) == 0, capsys.readouterr().err
+
+
 @given(st.text(max_size=30))
 def test_no_run_directory_adds_a_line_to_the_job(recipe_file, name):
     template = SCRIPT.read_text().splitlines()
@@ -306,6 +331,7 @@ def rank_processes(process: subprocess.Popen[str]) -> list[int]:
             *("SIGKILL", True, 137, "ended by SIGKILL (out of memory, or sent by hand); the same command continues"),
             marks=pytest.mark.slow,
         ),
+        pytest.param(*("SIGINT", False, 130, "step 30"), marks=pytest.mark.slow),
     ],
 )
 def test_the_launcher_forwards_signals_and_reports_killed_ranks(
@@ -329,8 +355,9 @@ def test_the_launcher_forwards_signals_and_reports_killed_ranks(
     assert "Traceback" not in run.output.read_text()
     last = max((run.path / "checkpoints").iterdir()).name
     done = read_records(metrics)[-1]["step"]
-    assert last == (checkpoint_name(20) if to_a_rank and done < 40 else last)
-    assert to_a_rank or last == checkpoint_name(done)
+    saved = signal_name == "SIGTERM"
+    assert last == (checkpoint_name(20) if not saved and done < 40 else last)
+    assert not saved or last == checkpoint_name(done)
     starts = [json.loads(line) for line in (run.path / "starts.jsonl").read_text().splitlines()]
     assert starts[0]["world_size"] == 2
     run.finish()
