@@ -13,7 +13,7 @@ from .draws import Draws, different
 from .material import Material
 from .sample import Sample, Segment, Tokens, too_short
 from .task import listed, question
-from .words import made_up_word
+from .words import made_up_words
 
 SHORT_TOKENS = 4096
 """Below this length common words stand 6 times and all others once, instead of 30 and 3 times."""
@@ -35,7 +35,7 @@ class CommonWords:
         often, seldom = (6, 1) if short else (30, 3)
         num_solved, solved_often, solved_seldom = (20, 3, 1) if short else (40, 10, 3)
         # No word has less than a token, so no more words than tokens fit.
-        words = different(lambda: made_up_word(draws), num_solved + self.num_common + length // seldom)
+        words = made_up_words(draws, num_solved + self.num_common + length // seldom)
         solved, common, others = words[:num_solved], words[num_solved:][: self.num_common], words[num_solved:]
         others = others[self.num_common :]
         wrong = [others[index * self.num_common :][: self.num_common] for index in range(distractors)]

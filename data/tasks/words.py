@@ -1,6 +1,6 @@
 """Words, numbers and sentences of generated text."""
 
-from .draws import Draws
+from .draws import Draws, different
 
 _ADJECTIVES = """
 amber brave calm dusty eager faint gentle hollow icy jolly keen lively mellow narrow open pale quiet rapid silent tidy
@@ -26,9 +26,15 @@ def two_words(draws: Draws) -> str:
     return f"{draws.choice(ADJECTIVES)}-{draws.choice(NOUNS)}"
 
 
-def made_up_word(draws: Draws) -> str:
-    """Return a word of three syllables that can be spoken."""
-    return "".join(draws.choice("bdfgklmnprstvz") + draws.choice("aeiou") for _ in range(3))
+def made_up_words(draws: Draws, count: int) -> list[str]:
+    """Return `count` different words that can be spoken, of three syllables, or of more if those are too few.
+
+    There are at least twice as many words of that number of syllables, so that new ones are drawn soon.
+    """
+    consonants, vowels, syllables = "bdfgklmnprstvz", "aeiou", 3
+    while (len(consonants) * len(vowels)) ** syllables < 2 * count:
+        syllables += 1
+    return different(lambda: "".join(draws.choice(consonants) + draws.choice(vowels) for _ in range(syllables)), count)
 
 
 def sentence(draws: Draws) -> str:

@@ -14,6 +14,7 @@ from longring.data.tasks.catalog import TASKS, chosen_tasks, samples
 from longring.data.tasks.draws import Draws
 from longring.data.tasks.material import Material
 from longring.data.tasks.sample import BASELINE, FIRST_REFERENCE, NOT_SCORED, Sample, Tokens, TooShortError
+from longring.data.tasks.words import made_up_words
 from tokenizers import Tokenizer, models
 
 GENERATED = [name for name in TASKS if name != "prefix"]
@@ -83,6 +84,14 @@ def test_other_numbers_of_a_sample_are_other_samples_and_cover_the_depths():
     found = list(samples("needle_single_2", material(byte_level), 400, count=40, distractors=0, seed=3))
     assert len({sample.rows.tobytes() for sample in found}) == 40
     assert sorted(sample.depth or 0.0 for sample in found) == pytest.approx(np.linspace(0, 1, 40))
+
+
+@pytest.mark.full
+def test_a_list_of_a_million_tokens_has_enough_words():
+    """There are 70 ** 3 = 343,000 words of three syllables; a list of 1,048,576 tokens asks for 349,575 words."""
+    for count, letters in ((1000, 6), (171_501, 8)):
+        words = made_up_words(Draws(0), count)
+        assert len(set(words)) == count and set(map(len, words)) == {letters}
 
 
 def test_a_tokenizer_without_letters_has_no_automaton():
