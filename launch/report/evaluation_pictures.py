@@ -25,19 +25,20 @@ def draw_evaluations(results: Sequence[Result], file: Path) -> None:
     """Draw evaluations side by side into a file, whose suffix names its format."""
     tasks = tasks_with_depth(results)
     columns = min(MOST_COLUMNS, max(2, len(results)))
-    rows_of_task = -(-len(results) // columns)
-    figure = Figure(figsize=(WIDTH * columns, HEIGHT * (1 + len(tasks) * rows_of_task)), layout="constrained")
+    # Several targets stand side by side, so each task begins a row; the tasks of one target follow each other.
+    parts_of_task = -(-len(results) // columns) * columns if len(results) > 1 else 1
+    rows = 1 + -(-len(tasks) * parts_of_task // columns)
+    figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows), layout="constrained")
     with mpl.rc_context(STYLE):
-        axes = figure.subplots(1 + len(tasks) * rows_of_task, columns, squeeze=False)
+        axes = figure.subplots(rows, columns, squeeze=False)
+        for one in axes.flatten()[2:]:
+            one.set_visible(False)
         draw_positions(axes[0, 0], results)
         draw_context(axes[0, 1], results)
-        for rest in axes[0, 2:]:
-            rest.set_visible(False)
+        heat_maps = axes[1:].flatten()
         for number, task in enumerate(tasks):
-            of_task = axes[1 + number * rows_of_task : 1 + (number + 1) * rows_of_task].flatten()
-            for one in of_task[len(results) :]:
-                one.set_visible(False)
-            for one, result in zip(of_task, results, strict=False):
+            for one, result in zip(heat_maps[number * parts_of_task :], results, strict=False):
+                one.set_visible(True)
                 draw_heat_map(one, result, task)
         figure.savefig(file, dpi=120)
 
@@ -87,7 +88,8 @@ def draw_heat_map(axes: Axes, result: Result, task: str) -> None:
     axes.grid(visible=False)
     for (row, column), value in np.ndenumerate(values):
         if not np.isnan(value):
-            axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize="small")
+            colour = "black" if 0.1 < value < 0.93 else "white"  # the colours of the ends are dark
+            axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize="small", color=colour)
     axes.set_xticks(range(len(entries)), labels=[f"{entry['length']:,}" for entry in entries])
     axes.set_yticks(range(len(depths)), labels=[f"<{stop:.1%}" for _, stop in depths])
     axes.set_xlabel("length, tokens")

@@ -19,9 +19,12 @@ from longring.launch.errors import print_error
 from longring.launch.evaluation import context
 from longring.launch.evaluation.compare import comparison_tables
 from longring.launch.evaluation.key_tokens import KeyTokens
+from longring.launch.report.evaluation_pictures import HEIGHT, draw_evaluations, draw_heat_map
 from longring.launch.report.evaluation_tables import evaluation_tables, left_out_tables, long_context_tables
 from longring.launch.run_directory import RunDirectory
 from longring.launch.train import train
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
 from rich.table import Table
@@ -222,6 +225,30 @@ def test_what_is_left_out_of_each_target_is_told(capsys):
     Console(width=80).print(*comparison_tables(results))
     shown = " ".join(capsys.readouterr().out.split())
     assert "B C needle_multikey_3 1k does not fit [there] C all 2k evaluate.max_tokens_per_bucket = 9" in shown
+
+
+def test_heat_maps_of_one_target_fill_the_rows_of_a_picture(tmp_path):
+    """Those of several targets stand side by side, so each task begins a row."""
+    one = result(1, [1024])
+    one["tasks"] = [{**one["tasks"][0], "task": name} for name in ("uuid", "copy", "needle")]
+    for results, rows in (([one], 3), ([one, one], 4)):
+        draw_evaluations(results, tmp_path / "found.png")
+        assert imread(tmp_path / "found.png").shape[0] == round(rows * HEIGHT * 120)
+
+
+def test_numbers_of_a_heat_map_are_read_on_every_colour():
+    """Their contrast, as the WCAG defines it, is at least 4."""
+    shares = np.linspace(0, 1, 101)
+    axes = Figure().subplots()
+    parts = [{"from": share, "to": share + 0.01, "exact": share} for share in shares.tolist()]
+    draw_heat_map(
+        axes, {"target": "run", "step": 1, "tasks": [{"task": "uuid", "length": 64, "by_depth": parts}]}, "uuid"
+    )
+    [image] = axes.images
+    colours = np.stack([image.to_rgba(shares)[:, :3], [to_rgb(text.get_color()) for text in axes.texts]])
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    luminance = np.sort(linear @ [0.2126, 0.7152, 0.0722], axis=0) + 0.05
+    assert (luminance[1] / luminance[0]).min() > 4
 
 
 def test_all_targets_are_checked_before_any_work(run, recipe_file, started, tmp_path, capfd):
