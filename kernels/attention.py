@@ -60,7 +60,7 @@ def attention(
     """Return the attention `[b, s_q, h_q, d]` of q `[b, s_q, h_q, d]` over k, v `[b, s_k, h_kv, d]`, in q's dtype.
 
     Differentiable; torch.compile sees one opaque operator. Raises ValueError if the shapes do not fit each other or the
-    mask, or if `backend` is unknown or cannot compute these inputs.
+    mask, if the dtypes differ, if `softcap` is below 0, or if `backend` is unknown or cannot compute these inputs.
     """
     out, _ = _attention(q, k, v, mask.rows, mask.columns, mask.host_rows, _scale(q, scale), softcap, backend)
     return out
@@ -84,6 +84,8 @@ def attention_forward(
     ValueError as `attention` does.
     """
     _check(q, k, v, mask)
+    if softcap < 0:
+        raise ValueError(f"attention: softcap = {softcap}: must be at least 0; leave it out for none")
     chosen = BACKENDS[choose_backend(q, softcap, backend)]
     return chosen.forward(q, k, v, mask, _scale(q, scale), softcap, running)
 
@@ -253,15 +255,21 @@ def _scale(q: Tensor, scale: float | None) -> float:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
+    if not (q.dim() == k.dim() == 4 and q.shape[::3] == k.shape[::3] and q.dtype == k.dtype == v.dtype):  # [b, s, h, d]
+        shown = ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in (q, k, v))
+        raise ValueError(
+            f"attention: q, k, v are {shown}: must be [b, s, h, d] of one batch, head dim and dtype; expand or "
+            "cast those that differ"
+        )
     if q.shape[1] != mask.rows.shape[1] or k.shape[1] != mask.columns.shape[1] or k.shape != v.shape:
         raise ValueError(
             f"attention: q, k, v of shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}: must fit the mask of "
             f"{mask.rows.shape[1]} queries and {mask.columns.shape[1]} keys; make the mask from the layouts of q and k"
         )
-    if q.shape[2] % k.shape[2]:
+    if not k.shape[2] or q.shape[2] % k.shape[2]:
         raise ValueError(
             f"attention: {q.shape[2]} query heads over {k.shape[2]} kv heads: the number of query heads must be a "
-            "multiple of the number of kv heads"
+            "multiple of the number of kv heads; repeat the heads of k and v until it is"
         )
 
 

@@ -8,6 +8,7 @@ masked (arXiv 2405.13226, section 3). A piece of L pairs is stored as L + 1 toke
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from ..format.document import Split
@@ -28,7 +29,12 @@ def decompose(num_pairs: int, lengths: Sequence[int], shuffled: random.Random | 
 
     With `shuffled`, as long as twice the largest length is left, the next length is drawn with odds 1 / length, so that
     the expected number of tokens is equal for all lengths. The paper's released code does so (`make_dd_buckets.py`).
+    Raises ValueError if there are no lengths, or if they do not ascend from 1 or more.
     """
+    if not lengths or lengths[0] < 1 or any(a >= b for a, b in pairwise(lengths)):
+        raise ValueError(
+            f"lengths = {list(lengths)}: must ascend from 1 or more; sort them, and leave out those below 1"
+        )
     pieces = []
     offset = 0  # invariant: `pieces` cover the pairs [0, offset)
     if shuffled is not None:

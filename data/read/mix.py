@@ -101,7 +101,7 @@ def bucket_order(
     `BatchOrder.batch` and `sequences` give them. It is a function of these arguments alone. `curriculum` (None: the
     defaults) says how much is trained at which length and when. Raises ValueError for a run of no steps, if there are
     no sequences or a negative number of them, if the curriculum or the global batch does not fit them, if a length does
-    not divide the longest, or if the curriculum renews its shares.
+    not divide the longest, if the seed is negative, or if the curriculum renews its shares.
     """
     curriculum = curriculum or CurriculumConfig()
     if curriculum.renewal.rate:
@@ -111,9 +111,11 @@ def bucket_order(
         )
     if steps < 1:
         raise ValueError(f"steps = {steps}: a run has at least one step; give the number of steps of the run")
+    if seed < 0:
+        raise ValueError(f"seed = {seed}: must be at least 0; give another whole number")
     if not sequences:
         raise ValueError("sequences = {}: there is nothing to order; give the number of sequences of each length")
-    counts = {length: {"all": of} if isinstance(of, int) else of for length, of in sequences.items()}
+    counts = {length: of if isinstance(of, Mapping) else {"all": of} for length, of in sequences.items()}
     for length, of in counts.items():
         if min(of.values(), default=0) < 0:
             raise ValueError(

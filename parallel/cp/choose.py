@@ -89,8 +89,10 @@ def choose(size: int, pricer: Pricer) -> list[PricedGrid]:
     """Return the best grid of every division of `size` ranks that fits the heads and is priced (`LARGE`), best first.
 
     Each division is priced with its simplest routes and orders, then, up to 4 x LARGE ranks, the best three with all
-    routes and orders. Raises ValueError if the topology has fewer ranks.
+    routes and orders. Raises ValueError if there are no ranks, or if the topology has fewer.
     """
+    if size < 1:
+        raise ValueError(f"size = {size}: must be at least 1; give the number of ranks that share a sequence")
     shape, topology = pricer.shape, pricer.topology
     if not topology.covers(size):
         raise ValueError(

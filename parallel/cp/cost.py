@@ -20,7 +20,10 @@ from .visible import Ints
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Shape of one layer's attention on one tensor-parallel rank; with the tokens it determines FLOPs and bytes."""
+    """Shape of one layer's attention on one tensor-parallel rank; with the tokens it determines FLOPs and bytes.
+
+    Raises ValueError unless the number of query heads is a multiple of the number of kv heads.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -31,6 +34,13 @@ class AttentionShape:
     """Sequences per micro-batch."""
     narrow_results: bool = True
     """Whether partial results travel in the dtype of q, k, v (see `CpConfig.narrow_results`)."""
+
+    def __post_init__(self) -> None:
+        if min(self.num_heads, self.num_kv_heads) < 1 or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads = {self.num_heads}, num_kv_heads = {self.num_kv_heads}: num_heads must be a positive "
+                "multiple of num_kv_heads; give the numbers of one tensor-parallel rank"
+            )
 
     def bytes_of(self, message: Message, grid: CpGrid, direction: Pass) -> int:
         """Return the size of a message in bytes."""

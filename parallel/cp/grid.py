@@ -35,7 +35,7 @@ class CpGrid:
     for heads. With both query and kv, position (i, j) gathers queries along one axis and keys along the other and
     computes all query x kv tiles: its traffic grows with (query - 1) + (kv - 1), not with the product.
 
-    Raises ValueError if a number is below 1.
+    Raises ValueError if a number is below 1, or if there is no such route or order.
     """
 
     heads: int = 1
@@ -50,7 +50,13 @@ class CpGrid:
     def __post_init__(self) -> None:
         for name in ("heads", "query", "kv", "in_flight"):
             if getattr(self, name) < 1:
-                raise ValueError(f"grid: {name} = {getattr(self, name)}: must be at least 1")
+                raise ValueError(f"grid: {name} = {getattr(self, name)}: must be at least 1; leave it out for 1")
+        for name, choices in (("query_route", Route), ("kv_route", Route), ("order", Order)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(
+                    f"grid: {name} = {getattr(self, name)!r}: must be one of {', '.join(get_args(choices))}; leave it "
+                    "out for the default"
+                )
 
     @classmethod
     def token_ring(cls, size: int) -> CpGrid:
@@ -81,7 +87,7 @@ class CpGrid:
     def square(cls, size: int) -> CpGrid:
         """Return the query x kv grid nearest to a square, every share sent directly by its owner."""
         # The largest divisor up to the square root.
-        query = next(a for a in range(int(size**0.5), 0, -1) if size % a == 0)
+        query = next(a for a in range(int(max(size, 1) ** 0.5), 0, -1) if size % a == 0)
         return cls(query=query, kv=size // query, query_route="direct", kv_route="direct")
 
     @classmethod

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 GB = 1e9
+Kind = Literal["switch", "mesh", "ring"]
 PeerCopies = Literal["auto", "always", "never"]
 """When a ring takes copies instead of communicators.
 
@@ -38,13 +39,21 @@ class Fabric:
     | `switch` | one port for each end, or one for `ends_per_port` adjacent ends; any port reaches any other |
     | `mesh` | one link between every two ends |
     | `ring` | one link to each neighbour; other messages take the links between, the shorter way round |
+
+    Raises ValueError for another kind.
     """
 
-    kind: Literal["switch", "mesh", "ring"]
+    kind: Kind
     bytes_per_s: float
     latency_s: float
     ends_per_port: int = 1
     full_duplex: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(
+                f"fabric: kind = {self.kind!r}: must be one of {', '.join(get_args(Kind))}; name one of these kinds"
+            )
 
     def path(self, size: int, source: int, target: int, name: Hashable = None) -> Path:
         """Return the path from one of `size` ends to another; `name` distinguishes the links of two fabrics."""

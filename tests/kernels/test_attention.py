@@ -333,6 +333,28 @@ def test_bad_shapes_raise():
         attention(q, k, v, make_mask(short, short, device=DEVICE))
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_queries_and_keys_of_two_kinds_are_refused(backend):
+    """A kernel would read beyond the smaller tensor."""
+    q, k, v, _ = inputs(torch.float32, S, S, heads=4, kv_heads=2)
+    mask = make_mask(PACKED, PACKED, device=DEVICE)
+    attention(q, k, v, mask, backend=backend)
+    for unlike in (
+        (torch.cat([q, q]), k, v),  # another batch
+        (q, k[..., :16], v[..., :16]),  # another head dim
+        (q, k.double(), v.double()),
+        (q, k, v.double()),
+        (q[0], k[0], v[0]),
+    ):
+        advice = "of one batch, head dim and dtype; expand or cast those that differ"
+        with pytest.raises(ValueError, match=advice):
+            attention(*unlike, mask, backend=backend)
+    with pytest.raises(ValueError, match="4 query heads over 0 kv heads.*; repeat the heads of k and v until it is"):
+        attention(q, k[:, :, :0], v[:, :, :0], mask, backend=backend)
+    with pytest.raises(ValueError, match="softcap = -1.0: must be at least 0; leave it out for none"):
+        attention(q, k, v, mask, softcap=-1.0, backend=backend)
+
+
 @pytest.mark.parametrize("operator", [FLASH, CUDNN], ids=["flash", "cudnn"])
 def test_window_error_names_a_backend_that_computes_it(operator):
     """The error is raised before the operator runs, so it needs no GPU; `triton` then computes the same tile."""

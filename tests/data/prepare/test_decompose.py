@@ -17,6 +17,13 @@ def digest(document: int) -> bytes:
     return hashlib.blake2b(str(document).encode(), digest_size=16).digest()
 
 
+@pytest.mark.parametrize("lengths", [(), (0, 4), (8, 4), (4, 4)])
+def test_lengths_ascend_from_1(lengths: tuple[int, ...]):
+    with pytest.raises(ValueError, match="must ascend from 1 or more; sort them, and leave out those below 1"):
+        decompose(10, lengths)
+    assert decompose(10, sorted({*lengths, 4} - {0}))
+
+
 def test_bucket_lengths_are_the_powers_of_two_in_between():
     assert bucket_lengths(128, 1024) == (128, 256, 512, 1024)
     assert bucket_lengths(8, 8) == (8,)

@@ -72,8 +72,13 @@ def test_counts_alone_give_the_order_of_prepared_data(settings: dict[str, Any]):
         assert whole_batch(found, step) == whole_batch(expected, step)
 
 
-def ordered(sequences: dict[int, Any], *, steps: int = 4, **settings: Any) -> BatchOrder:
-    return bucket_order(sequences, steps=steps, global_batch_tokens=64, curriculum=CurriculumConfig(**settings))
+def ordered(sequences: dict[int, Any], *, steps: int = 4, seed: int = 0, **settings: Any) -> BatchOrder:
+    curriculum = CurriculumConfig(**settings)
+    return bucket_order(sequences, steps=steps, global_batch_tokens=64, curriculum=curriculum, seed=seed)
+
+
+def test_a_count_may_be_a_number_of_numpy():
+    assert whole_batch(ordered({8: np.int64(3)}), 1) == whole_batch(ordered({8: 3}), 1)
 
 
 def test_a_source_without_sequences_of_a_length_may_be_left_out():
@@ -97,6 +102,7 @@ def test_a_source_without_sequences_of_a_length_may_be_left_out():
             ({8: 9, 32: {"a": 2, "b": -1}}, {}),
             ({8: 9, 32: {"a": 2}}, {}),
         ),
+        ("seed = -1: must be at least 0; give another whole number", ({8: 3}, {"seed": -1}), ({8: 3}, {"seed": 1})),
         ("leave this length out", ({8: 3, 12: 3, 32: 1}, {}), ({8: 3, 32: 1}, {})),
         (
             "shares follow losses in a run of `longring train` alone; set it to 0",
@@ -104,7 +110,7 @@ def test_a_source_without_sequences_of_a_length_may_be_left_out():
             ({8: 3}, {"renewal": RenewalConfig()}),
         ),
     ],
-    ids=["nothing", "steps", "negative", "negative of a source", "length", "renewal"],
+    ids=["nothing", "steps", "negative", "negative of a source", "seed", "length", "renewal"],
 )
 def test_counts_that_give_no_order_are_refused(advice: str, wrong: Any, right: Any):
     with pytest.raises(ValueError, match=advice):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from longring.kernels.attention import attention
 from longring.kernels.layout import SeqLayout
 from longring.kernels.mask import make_mask
 from longring.parallel.cp.attention import context_attention
+from longring.parallel.cp.choose import PricedGrid, Pricer, choose
+from longring.parallel.cp.cost import AttentionShape
 from longring.parallel.cp.execute import AttentionSpec
 from longring.parallel.cp.grid import CpGrid
 from longring.parallel.cp.group import CpGroup
 from longring.parallel.cp.layout import contiguous, zigzag
 from longring.parallel.cp.schedules import Schedule
-from longring.parallel.cp.topology import Topology
+from longring.parallel.cp.topology import Fabric, Topology
 from longring.parallel.cp.visible import Visibility
 
 WHOLE = SeqLayout.contiguous(8)
@@ -37,6 +40,18 @@ def masked(num_tokens: int) -> torch.Tensor:
     return attention(q, q, q, make_mask(WHOLE, WHOLE))
 
 
+def fabric(kind: Any) -> Fabric:
+    return Fabric(kind, 1.0, 1.0)
+
+
+def grid(**settings: Any) -> CpGrid:
+    return CpGrid(kv=2, **settings)
+
+
+def chosen(size: int) -> list[PricedGrid]:
+    return choose(size, Pricer(64, AttentionShape(2, 2, 4), Topology.preset("nvswitch", 2)))
+
+
 CASES: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
     "use fewer ranks": (lambda: zigzag(8, 0, 8), lambda: zigzag(8, 0, 4)),
     "cannot be cut into 3 parts; use fewer ranks": (lambda: contiguous(2, 0, 3), lambda: contiguous(2, 0, 2)),
@@ -44,6 +59,22 @@ CASES: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
     r"pass the tokens of spec.layouts\[0\]": (lambda: attend(7, CpGrid()), lambda: attend(8, CpGrid())),
     "topology = 'nvlink': is not a preset; name one of nvswitch, full_mesh, pcie_pairs, infiniband, ethernet": (
         lambda: Topology.preset("nvlink", 4), lambda: Topology.preset("nvswitch", 4)
+    ),
+    "kind = 'star': must be one of switch, mesh, ring; name one of these kinds": (
+        lambda: fabric("star"), lambda: fabric("ring")
+    ),
+    "grid: kv = 0: must be at least 1; leave it out for 1": (lambda: CpGrid.square(0), lambda: CpGrid()),
+    "kv_route = 'home': must be one of round, round_and_home, both_ways, direct; leave it out for the default": (
+        lambda: grid(kv_route="home"), lambda: grid()
+    ),
+    "order = 'row': must be one of rows, rows_own_first, columns, columns_own_first; leave it out for the default": (
+        lambda: grid(order="row"), lambda: grid()
+    ),
+    "num_kv_heads = 3: .*; give the numbers of one tensor-parallel rank": (
+        lambda: AttentionShape(4, 3, 16), lambda: AttentionShape(4, 2, 16)
+    ),
+    "size = 0: must be at least 1; give the number of ranks that share a sequence": (
+        lambda: chosen(0), lambda: chosen(2)
     ),
     "choose a grid whose heads fit": (lambda: attend(8, CpGrid(heads=3)), lambda: attend(8, CpGrid())),
     "make the mask from the layouts of q and k": (lambda: masked(7), lambda: masked(8)),
