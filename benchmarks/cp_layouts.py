@@ -36,9 +36,10 @@ import torch
 from lib import packings
 from lib.script import Row, make_parser, make_table, write_record
 from longring.kernels.layout import SeqLayout
-from longring.parallel.cp import choose, choose_layout, cost, packed, schedules, simulate, spec, topology, visible
+from longring.parallel.cp import choose, choose_layout, cost, packed, schedules, simulate, spec, visible
 from longring.parallel.cp.grid import CpGrid
 from longring.parallel.cp.plan import FLOWS, PASSES
+from longring.parallel.cp.topology import Topology
 from rich.console import Console
 
 SHAPE = cost.AttentionShape(32, 8, 128)
@@ -56,17 +57,17 @@ def packing(lengths: int | str, num_tokens: int, seed: int, size: int) -> tuple[
     return make(lengths, num_tokens, seed, 2 * size)  # type: ignore[arg-type]
 
 
-def play(grid: CpGrid, shares: list[packed.Runs], starts: tuple[int, ...], links: topology.Topology) -> Row:
+def play(grid: CpGrid, shares: list[packed.Runs], starts: tuple[int, ...], topology: Topology) -> Row:
     """Return work, foreign rows and simulated time of both passes."""
     layouts = [SeqLayout(runs, starts) for runs in shares]
     forward = schedules.Schedule(grid, layouts, visible.Visibility(), "forward")
     backward = forward.turned("backward")
-    work, wires = forward.pairs.sum(1), simulate.wires_of(links, grid.size)
+    work, wires = forward.pairs.sum(1), simulate.wires_of(topology, grid.size)
     of_pairs = zip(wires.links.tolist(), wires.bytes_per_s.tolist(), strict=True)
     rates = {wires.names[link]: rate for of, rate in of_pairs for link in of if link < len(wires.names)}
     seconds, ideal, bound = 0.0, 0.0, 0.0
     for schedule in (forward, backward):
-        price = cost.play(schedule, links, SHAPE, cost.ASSUMED)
+        price = cost.play(schedule, topology, SHAPE, cost.ASSUMED)
         compute = float(cost.ASSUMED.seconds(work.mean(), SHAPE, grid, schedule.direction))
         carried_s = (carried / rates[link] for link, carried in price.bytes_by_link.items())
         seconds, ideal, bound = seconds + price.seconds, ideal + compute, bound + max(compute, *carried_s)
@@ -77,7 +78,7 @@ def play(grid: CpGrid, shares: list[packed.Runs], starts: tuple[int, ...], links
     return {"work": work.max() / work.mean(), "foreign": rows / num_tokens, **times}
 
 
-def gathered(grid: CpGrid, shares: list[packed.Runs], starts: tuple[int, ...], links: topology.Topology) -> Row:
+def gathered(grid: CpGrid, shares: list[packed.Runs], starts: tuple[int, ...], topology: Topology) -> Row:
     """Return the same where each rank gets all keys before it computes, and sends all their gradients after it."""
     layouts = [SeqLayout(runs, starts) for runs in shares]
     everything = schedules.Schedule(
@@ -85,8 +86,8 @@ def gathered(grid: CpGrid, shares: list[packed.Runs], starts: tuple[int, ...], l
     )
     work = schedules.Schedule(grid, layouts, visible.Visibility(), "forward").pairs.sum(1)
     no_compute = cost.Speed(float("inf"), float("inf"))
-    gather = cost.play(everything, links, SHAPE, no_compute).seconds
-    both = cost.play(everything.turned("backward"), links, SHAPE, no_compute).seconds  # gathers, and sends gradients
+    gather = cost.play(everything, topology, SHAPE, no_compute).seconds
+    both = cost.play(everything.turned("backward"), topology, SHAPE, no_compute).seconds  # gathers, and sends gradients
     seconds, ideal, bound = gather + both, 0.0, 0.0
     for direction, sent_s in zip(PASSES, (gather, both), strict=True):
         compute = float(cost.ASSUMED.seconds(work.mean(), SHAPE, grid, direction))
@@ -98,32 +99,32 @@ def gathered(grid: CpGrid, shares: list[packed.Runs], starts: tuple[int, ...], l
 
 def rows_of(size: int, lengths: str, num_packings: int) -> Iterator[Row]:
     """Yield a row for each grid and layout: means over packings."""
-    links, num_tokens = topology.PRESETS[PRESETS[size]](size), size * TOKENS
+    topology, num_tokens = Topology.preset(PRESETS[size], size), size * TOKENS
     whole, typical = (0,), packed.typical_packing(num_tokens, TOKENS)
     of_one, of_many = (
-        choose.choose(size, choose.Pricer(num_tokens, SHAPE, links, cost.ASSUMED, document_starts=starts))[0].grid
+        choose.choose(size, choose.Pricer(num_tokens, SHAPE, topology, cost.ASSUMED, document_starts=starts))[0].grid
         for starts in (whole, typical)
     )
     direct = CpGrid(kv=size, kv_route="direct", in_flight=size - 1)
     for name, grid in {"one document": of_one, "packing": of_many, "all keys at once": direct}.items():
         pricer = choose_layout.LayoutPricer(
-            num_tokens, (choose_layout.LayersOf(grid, None, 1),), SHAPE, links, cost.ASSUMED
+            num_tokens, (choose_layout.LayersOf(grid, None, 1),), SHAPE, topology, cost.ASSUMED
         )
         found: dict[str, list[Row]] = {}
         for seed in range(num_packings):
             starts = packing(LENGTHS[lengths], num_tokens, seed, size)
             of_layouts = packings.layouts(num_tokens, starts, size)
             for layout, shares in of_layouts.items():
-                found.setdefault(layout, []).append(play(grid, shares, starts, links))
+                found.setdefault(layout, []).append(play(grid, shares, starts, topology))
             chosen = pricer.choose(starts)
             layout = next(layout for layout in packings.LAYOUTS if of_layouts[layout] == chosen)
             found.setdefault("auto", []).append(found[layout][-1])
             if grid == direct:
-                found.setdefault("all keys gathered", []).append(gathered(grid, of_layouts["zigzag"], starts, links))
+                found.setdefault("all keys gathered", []).append(gathered(grid, of_layouts["zigzag"], starts, topology))
         for layout, of in found.items():
             zigzag = found["zigzag"]
             yield {
-                "ranks": size, "topology": links.name, "lengths": lengths, "grid": name, "of": str(grid),
+                "ranks": size, "topology": topology.name, "lengths": lengths, "grid": name, "of": str(grid),
                 "layout": layout,
                 "work": round(mean(x["work"] for x in of), 3),
                 "foreign": round(mean(x["foreign"] for x in of), 2),
@@ -141,11 +142,11 @@ def host_rows(cases: dict[int, int], repeats: int) -> Iterator[Row]:
     """
     torch.set_num_threads(1)
     for size, mean_tokens in cases.items():
-        num_tokens, links = size * TOKENS, topology.PRESETS["infiniband"](size)
+        num_tokens, topology = size * TOKENS, Topology.preset("infiniband", size)
         starts = packings.lognormal(mean_tokens, num_tokens, 0)
         for grid in (CpGrid(kv=size, kv_route="direct", in_flight=size - 1), CpGrid.ring(size), CpGrid.square(size)):
             layers = (choose_layout.LayersOf(grid, None, 1),)
-            pricer = choose_layout.LayoutPricer(num_tokens, layers, SHAPE, links, cost.ASSUMED)
+            pricer = choose_layout.LayoutPricer(num_tokens, layers, SHAPE, topology, cost.ASSUMED)
             pricer.choose(starts)  # the roads of the grid are kept
             found: list[tuple[float, float, float]] = []
             for _ in range(repeats):
