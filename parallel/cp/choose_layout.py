@@ -89,12 +89,13 @@ class LayoutPricer:
         num_pairs, num_rows = roads.needed(met, Visibility(window=of.window), num_layouts)
         found = np.zeros(num_layouts)
         for direction, rows in zip(PASSES, num_rows, strict=True):
-            rows *= self.shape.batch * self.shape.row_bytes(grid, direction)[roads.messages.flow]  # now bytes
+            row_bytes = self.shape.batch * self.shape.row_bytes(grid, direction)[roads.block_flow]
+            num_bytes = (rows * row_bytes[:, None]).reshape(num_layouts, -1)
             for layout in range(num_layouts):
                 [at] = num_pairs[layout].nonzero()
                 seconds = self.speed.seconds(num_pairs[layout, at], self.shape, grid, direction)
                 tiles = Tiles(roads.tiles.half[at], roads.tiles.rank[at], seconds)
-                sent = traffic._replace(num_bytes=rows[layout])
+                sent = traffic._replace(num_bytes=num_bytes[layout])
                 found[layout] += simulate(sent, tiles, grid.size, num_links).ready.max()
         return found
 

@@ -89,9 +89,11 @@ class _Roads:
         flow, source, target, posted, due = (of[:, None] + 0 * head for of in columns[:, order])
         ends = source * grid.heads + head, target * grid.heads + head
         self.messages = GridMessages(*(of.ravel() for of in (flow, *ends, posted, due)))
+        self.block_flow = flow[:, 0, 0]
+        """Index into `FLOWS` of the messages of each block, `[blocks]`."""
 
     def needed(self, met: Meetings, visibility: Visibility, num_layouts: int) -> tuple[Floats, Floats]:
-        """Return the visible pairs of tiles, `[layouts, tiles]`, and rows of messages, `[passes, layouts, messages]`.
+        """Return the visible pairs of tiles, `[layouts, tiles]`, and rows of messages, `[passes, layouts, blocks, n]`.
 
         Those of `tiles` and of `messages`, of a flow that one pass lacks also in this pass; `met` says how the pieces
         of documents meet. Owners of these pieces are ranks, those of layout n from n x ranks on.
@@ -119,7 +121,7 @@ class _Roads:
             for in_pass, shares in zip(rows, found[:2], strict=True):
                 for blocks, of_flow in zip(self.blocks[side], (shares, found[2]), strict=True):
                     in_pass[:, blocks] = of_flow[:, :, None]
-        return of_tiles.astype(float).repeat(heads).reshape(num_layouts, -1), rows.reshape(len(PASSES), num_layouts, -1)
+        return of_tiles.astype(float).repeat(heads).reshape(num_layouts, -1), rows.reshape(*rows.shape[:3], -1)
 
     def _rows(self, side: Side, needed: _Needed) -> tuple[Floats, Floats, Floats]:
         """Return the rows of the shares of a side in the forward, in the backward, and of the results for them."""

@@ -77,7 +77,7 @@ class Pieces:
     @classmethod
     def of_runs(cls, shares: Sequence[Sequence[tuple[int, int]]], document_starts: Sequence[int]) -> Pieces:
         """Return the pieces of shares, given as runs of positions in a context."""
-        edges = chain.from_iterable(run for of_share in shares for run in of_share)
+        edges = chain.from_iterable(chain.from_iterable(shares))
         runs = np.fromiter(edges, np.int64).reshape(-1, 2)
         owner = np.repeat(np.arange(len(shares)), [len(of_share) for of_share in shares])
         # Rows before each run: tokens of all runs before it, less those of other owners.
