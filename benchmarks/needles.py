@@ -39,7 +39,10 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 RECIPE = ROOT / "benchmarks" / "needles.toml"
-TRAINED = ("copy_random", "needle_single_1", "needle_single_2", "needle_single_3", "needle_multikey_2")
+TRAINED = (
+    *("copy_random", "needle_single_1", "needle_single_2", "needle_single_3"),
+    *("needle_multikey_2", "needle_multikey_3"),
+)
 """Tasks whose samples are the documents."""
 SEED = 1
 """Seed of the documents; that of evaluations is train.seed, 0."""

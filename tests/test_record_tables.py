@@ -155,7 +155,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], Iterator[Row]], list[str]]] = {
     "| micro-batches | error, float32 |": ("design.md", rows_of, ["gradient_dtype_2_cores_2026-11-22"]),
     "| ranks | ZeRO 0 |": ("design.md", joined("ranks"), ["start_memory_2_cores_2026-11-22"]),
     "| tokens | ours | transformers |": ("design.md", joined("tokens"), ["train_step_2_cores_partial_2026-11-22"]),
-    "| | tokens | ring | step 100 |": ("evaluation.md", rows_of, ["needles_2_cores_2026-11-22"]),
+    "| | tokens | ring | step 100 |": ("evaluation.md", rows_of, ["needles_2_cores_2026-11-23"]),
     "| model | logits within |": ("families.md", joined("model"), ["family_parity_2_cores_2026-11-22"]),
     "| parameters | largest matrix, fp32 |": ("families.md", rows_of, ["weights_memory_2_cores_2026-11-22"]),
     "| parameters | MB, ours / DeepSpeed's |": ("faults.md", over_wait, ["checkpoint_2_cores_2026-11-21"]),
