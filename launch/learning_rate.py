@@ -19,9 +19,9 @@ def learning_rate(step: int, train: TrainConfig) -> float:
     """Return the rate of `step`, by phases: warm-up, cool-down, constant, decay.
 
     It rises linearly over warmup_steps, falls by half a cosine over cooldown_steps to the constant rate (the infinite
-    schedule of arXiv 2403.08763), stays there, and decays over the last decay_steps to min_learning_rate. Only the
-    decay depends on the number of steps. Without cool-down this is WSD (arXiv 2404.06395), and without a constant
-    phase either, the cosine schedule.
+    learning-rate schedule of arXiv 2403.08763), stays there, and decays over the last decay_steps to
+    min_learning_rate. Only the decay depends on the number of steps. Without cool-down this is WSD (arXiv 2404.06395),
+    and without a constant phase either, the cosine learning-rate schedule.
     """
     peak, constant = train.learning_rate, train.constant_learning_rate or train.learning_rate
     if step <= train.warmup_steps:

@@ -43,11 +43,11 @@ def depths(number: int, count: int, draws: Draws) -> list[float]:
 
 def hide(haystack: Tokens, cuts: Tokens, needles: Sequence[Tokens], at: Sequence[float]) -> list[Segment]:
     """Return the haystack with each needle before the first of the `cuts` at or behind its depth."""
-    places = cuts[np.searchsorted(cuts, [depth * len(haystack) for depth in at])].tolist()
+    positions = cuts[np.searchsorted(cuts, [depth * len(haystack) for depth in at])].tolist()
     found, done = [], 0
-    for place, needle in sorted(zip(places, needles, strict=True), key=lambda pair: pair[0]):
-        found += [Segment(haystack[done:place]), Segment(needle)]
-        done = place
+    for position, needle in sorted(zip(positions, needles, strict=True), key=lambda pair: pair[0]):
+        found += [Segment(haystack[done:position]), Segment(needle)]
+        done = position
     return [*found, Segment(haystack[done:])]
 
 

@@ -39,7 +39,7 @@ class Variables:
                 raise too_short(length, f"no room for {per_chain} assignments in noise")
             # The assignments of a chain keep their order.
             at = [sorted(cuts[draws.distinct(len(cuts), per_chain)]) for _ in chains]
-            shares = [place / max(1, len(haystack)) for chain in at for place in chain]
+            shares = [cut / max(1, len(haystack)) for chain in at for cut in chain]
             return hide(haystack, cuts, [line for chain in chains for line in chain], shares)
 
         head, tail = self._ends(values[0])

@@ -241,9 +241,9 @@ def _mix(axes: Axes, history: History) -> bool:
     for row, length in zip(counts, lengths, strict=True):
         curve = history.curves.curve(f"buckets/{length}/targets")
         row[np.searchsorted(at, curve.tokens)] = curve.mean * curve.number
-    # Shares over windows of bins: a bin may be one step of one bucket.
-    window = max(1, len(at) // 40)
-    starts = np.arange(0, len(at), window)
+    # Shares over several adjacent bins: one bin may be one step of one bucket.
+    width = max(1, len(at) // 40)
+    starts = np.arange(0, len(at), width)
     sums = np.add.reduceat(counts, starts, axis=1)
     shares = sums / np.maximum(sums.sum(0), 1)
     axes.stackplot(at[starts], shares, labels=[f"{n:,}" for n in lengths], colors=_colours(len(lengths)), step="post")

@@ -1,13 +1,13 @@
 """Copies between the ranks of one machine: messages through memory that a rank lends to its peers, without NCCL.
 
 A link is a channel from one rank to another. Its target lends the source `SLOTS` slots of memory, and a message goes
-through them in pieces of at most a slot:
+through them one slot after the other:
 
     source                                       target
     wait for "free" (not at a slot's first use)
-    copy a piece into the slot
+    copy into the slot
     signal "full"                                wait for "full"
-                                                 copy the piece out
+                                                 copy out of the slot
                                                  signal "free"
 
 These operations run in queues beside the computation, one for what a channel sends and one for what it receives; the
@@ -143,7 +143,7 @@ class Copies:
     def __init__(self, layout: SlotLayout, memory: PeerMemory) -> None:
         self.layout, self.memory = layout, memory
         self._used: Counter[Link] = Counter()
-        """Number of pieces of all messages so far, by link."""
+        """Number of slots that all messages so far have taken, by link."""
         self._queues: dict[tuple[Channel, bool], Queue] = {}
 
     def send(self, link: Link, tensors: Sequence[Tensor]) -> Done:
@@ -155,8 +155,8 @@ class Copies:
             if used:
                 queue.wait(target, self.layout.number(channel, slot, "free"))
             lent = self.memory.of(target)[self.layout.bytes_of(link, slot)]
-            for at, piece in content:
-                queue.copy(lent[at : at + len(piece)], piece)
+            for at, part in content:
+                queue.copy(lent[at : at + len(part)], part)
             queue.signal(target, self.layout.number(channel, slot, "full"))
         return queue.mark()
 
@@ -168,13 +168,13 @@ class Copies:
             slot, _ = self._next_slot(link)
             queue.wait(source, self.layout.number(channel, slot, "full"))
             lent = self.memory.of(target)[self.layout.bytes_of(link, slot)]
-            for at, piece in content:
-                queue.copy(piece, lent[at : at + len(piece)])
+            for at, part in content:
+                queue.copy(part, lent[at : at + len(part)])
             queue.signal(source, self.layout.number(channel, slot, "free"))
         return queue.mark()
 
     def _next_slot(self, link: Link) -> tuple[int, bool]:
-        """Return the slot of the next piece, and whether it has been used before."""
+        """Return the next slot of a link, and whether it has been used before."""
         count = self._used[link]
         self._used[link] += 1
         return count % SLOTS, count >= SLOTS
@@ -189,15 +189,15 @@ class Copies:
 
 
 def contents(tensors: Sequence[Tensor], slot_bytes: int) -> Iterator[list[tuple[int, Tensor]]]:
-    """Yield what goes into each slot in turn: pieces of the tensors' bytes, and where each begins in its slot."""
+    """Yield what goes into each slot in turn: parts of the tensors' bytes, and where each begins in its slot."""
     content: list[tuple[int, Tensor]] = []
     at = 0
     for tensor in tensors:
         left = tensor.detach().view(-1).view(torch.uint8)
         while len(left):
-            piece, left = left[: slot_bytes - at], left[slot_bytes - at :]
-            content.append((at, piece))
-            at += len(piece)
+            part, left = left[: slot_bytes - at], left[slot_bytes - at :]
+            content.append((at, part))
+            at += len(part)
             if at == slot_bytes:
                 yield content
                 content, at = [], 0

@@ -22,8 +22,8 @@ def packed(held: Rows, rows: Rows) -> Rows:
     at = 0  # rows of the runs before this one
     for first, last in held:
         for start, stop in within(rows, first, last):
-            place = at + start - first, at + stop - first
-            found[-1:] = [(found[-1][0], place[1])] if found and found[-1][1] == place[0] else [*found[-1:], place]
+            run = at + start - first, at + stop - first
+            found[-1:] = [(found[-1][0], run[1])] if found and found[-1][1] == run[0] else [*found[-1:], run]
         at += last - first
     assert num_rows(tuple(found)) == num_rows(rows), f"rows {rows} are not all among {held}"
     return tuple(found)

@@ -629,7 +629,7 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "Runs and checkpoints": {
         "another learning rate after five steps": with_five_steps("train.learning_rate=0.5"),
-        "more steps than the schedule's past allows": with_five_steps("train.steps=40"),
+        "more steps than the steps done allow": with_five_steps("train.steps=40"),
         "another model after five steps": with_five_steps("model.num_layers=3"),
         "a run in an earlier order of batches": with_five_steps("train.steps=20", order=1),
         "a checkpoint of another run": with_five_steps("train.steps=20", run="2" * 32),
