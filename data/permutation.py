@@ -1,6 +1,6 @@
 """A shuffle as arithmetic: a keyed bijection of range(size), evaluated only at the requested indices.
 
-A generalised Feistel network permutes the pairs (left, right) of range(rows) x range(columns), the smallest nearly
+A generalized Feistel network permutes the pairs (left, right) of range(rows) x range(columns), the smallest nearly
 square grid that holds `size`: each round adds, modulo its side, a function of the other side. Fewer than one result in
 sqrt(size) falls outside the range; such results are permuted again until they fall inside (cycle walking), which keeps
 the map a bijection of range(size). See Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002,

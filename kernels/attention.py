@@ -160,7 +160,7 @@ def row_delta(dout: Tensor, out: Tensor) -> Tensor:
 
 
 def zeros_fp32(like: Tensor) -> Tensor:
-    """Return a zeroed fp32 accumulator with the shape and device of `like` (fp64 stays fp64, for tests)."""
+    """Return zeros with the shape, any one, and device of `like`, in fp32; in fp64 if `like` is fp64."""
     return torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 

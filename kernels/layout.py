@@ -20,7 +20,7 @@ def _ascend_from_0(starts: tuple[int, ...]) -> bool:
 class SeqLayout:
     """The positions that a sequence dim holds, as ascending half-open runs `[start, stop)`, and the document starts.
 
-    Plain integers, so that masks are computed on the host without a device synchronisation. RoPE and masks read
+    Plain integers, so that masks are computed on the host without a device synchronization. RoPE and masks read
     positions from here; `arange(local_length)` would be wrong on every rank but the first. Raises ValueError for runs
     that are empty or do not ascend, and for starts that do not ascend strictly from 0.
     """

@@ -44,7 +44,7 @@ class HostMasks:
     """Masks of several tiles in one tensor on the host, from which one copy brings all of them to a device."""
 
     flat: Tensor
-    """For each tile `Mask.rows` and then `Mask.columns`, int32, end to end."""
+    """`Mask.rows` and then `Mask.columns` of each tile, int32, end to end: `[sum of 2 s_q + 2 s_k]`."""
     shapes: tuple[tuple[int, int], ...]
     """Number of queries and of keys of each tile."""
 

@@ -43,7 +43,7 @@ SBATCH_OPTIONS = frozenset(_OPTIONS.split())
 
 @dataclass(frozen=True, kw_only=True)
 class InitConfig:
-    """Where the weights of a run come from before its first step."""
+    """Origin of a run's weights before its first step."""
 
     from_: str = ""
     """Directory of a run, of one of its checkpoints or of a Hugging Face model, key `from`. Its weights begin this run,

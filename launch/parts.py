@@ -1,4 +1,4 @@
-"""Where the time of a step goes on one rank, and its memory."""
+"""Durations of the parts of a step on one rank, and its memory."""
 
 from __future__ import annotations
 

@@ -300,7 +300,7 @@ class Trainer:
                 log.error("the evaluation after step %d is not recorded: %s", step, error)
 
     def renew(self) -> None:
-        """Where a cycle has ended, measure the losses of the sources and go on with their new shares. Collective.
+        """Measure the losses of the sources if a cycle has ended, and go on with their new shares. Collective.
 
         A renewal that is on record was counted when this start began. Raises ArithmeticError if a loss is not finite,
         and CommonError if the renewal cannot be recorded.

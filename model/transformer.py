@@ -90,7 +90,7 @@ class Transformer(nn.Module):
     """A causal language model whose weights are divided over the tensor-parallel group.
 
     It is made on the meta device, without any memory; `fill_weights` gives it weights. megatron-core's parallel state
-    must be initialised before.
+    must be initialized before.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ def rows_of(value: Any) -> Iterator[Row]:
 
 
 def groups(record: Any, *columns: str) -> Iterator[list[Row]]:
-    """Yield the rows of a record that agree in some columns, together."""
+    """Yield the rows of a record that are equal in some columns, together."""
 
     def at(row: Row) -> tuple[Any, ...]:
         return tuple(row[column] for column in columns)
@@ -43,7 +43,7 @@ def groups(record: Any, *columns: str) -> Iterator[list[Row]]:
 
 
 def joined(column: str) -> Callable[[Any], Iterator[Row]]:
-    """Return a function that yields one row for all rows of a record that agree in a column."""
+    """Return a function that yields one row for all rows of a record with one value in a column."""
     return lambda record: ({"": group[0][column], "rows": group} for group in groups(record, column))
 
 

@@ -63,7 +63,7 @@ def _documents(config: DataConfig, source: str, inputs: list[InputShard]) -> Ite
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:
     """Return the `tokenizer.json` of a byte-level BPE trained on `texts`; equal texts give equal bytes.
 
-    Text is not normalised and every byte is in the alphabet, so that any text is encoded without loss.
+    Text is not normalized and every byte is in the alphabet, so that any text is encoded without loss.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -62,7 +62,10 @@ class Sample:
 
 
 def references(texts: Sequence[Tokens]) -> list[Segment]:
-    """Return an answer of several references, one after the other, all of them scored."""
+    """Return an answer of several references, one after the other, all of them scored.
+
+    Raises ValueError for more than MAX_REFERENCES.
+    """
     if len(texts) > MAX_REFERENCES:
         raise ValueError(f"{len(texts)} references: an answer has at most {MAX_REFERENCES}")
     return [Segment(tokens, FIRST_REFERENCE + number) for number, tokens in enumerate(texts)]

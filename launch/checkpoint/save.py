@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 Status = Literal["idle", "writing", "written", "failed"]
 _MAX_WARNINGS = 8
-"""If more ranks than this could not save, only rank 0 prints a warning; the events record every rank."""
+"""Largest number of failed ranks that each print a warning; of more, rank 0 alone prints, and the events record all."""
 
 
 class _Save(NamedTuple):
@@ -85,7 +85,7 @@ class Saver:
         """Buffers in host memory, kept between saves."""
         self._save: _Save | None = None
         self._publishing: tuple[int, Future[None]] | None = None
-        """On rank 0, the step whose manifest is being written and whose directory is being renamed."""
+        """Step whose manifest is being written and whose directory is being renamed; rank 0 only."""
 
     @property
     def status(self) -> Status:

@@ -75,7 +75,7 @@ _HINTS = {kind: get_type_hints(kind, include_extras=True) for kind in (ModelConf
 
 
 def checked(key: str, value: Any, hint: Any) -> Any:
-    """Return the value of a key, if it is a number or truth value of the type and in the range of `hint`."""
+    """Return the value of a key. Raises ValueError unless it has the type of `hint` and lies in its range."""
     kind, *bounds = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     if kind is float and type(value) is int:
         value = float(value) if abs(value) < 2**53 else value

@@ -72,7 +72,7 @@ class CpGroup:
         return len(self.global_ranks)
 
     def add_up(self, x: Tensor) -> None:
-        """Add up `x` over the ranks of this group, in place. Collective among all ranks of the channels.
+        """Add up `x`, of any shape, over the ranks of this group, in place. Collective among all ranks of the channels.
 
         The message holds a copy of `x` for each group of this size on the channels: `x` should be small.
         """

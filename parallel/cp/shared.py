@@ -143,7 +143,8 @@ class SharedSequence:
     def shard(self, whole: Tensor, dim: int = 1) -> Tensor:
         """Return this rank's part of a tensor that has all tokens along `dim`: tokens, targets, positions or states.
 
-        Raises ValueError if it has another number of tokens.
+        `whole` is `[..., num_tokens, ...]`, the result `[..., layout.num_tokens, ...]`. Raises ValueError if
+        `whole` has another number of tokens.
         """
         if whole.shape[dim] != self.num_tokens:
             raise ValueError(
@@ -156,9 +157,9 @@ class SharedSequence:
     def unshard(self, part: Tensor, dim: int = 1) -> Tensor:
         """Return the whole of a tensor of which each rank has its part along `dim`, on all ranks. Collective.
 
-        It is not differentiable: a loss is computed on each rank's own tokens, and summed.
-
-        Raises ValueError if the part has another number of tokens than the rank holds.
+        `part` is `[..., layout.num_tokens, ...]`, the result `[..., num_tokens, ...]`. It is not differentiable: a loss
+        is computed on each rank's own tokens, and summed. Raises ValueError if the part has another number of tokens
+        than the rank holds.
         """
         if part.shape[dim] != self.layout.num_tokens:
             raise ValueError(

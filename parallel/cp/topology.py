@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, get_args
 GB = 1e9
 Kind = Literal["switch", "mesh", "ring"]
 PeerCopies = Literal["auto", "always", "never"]
-"""When a ring takes copies instead of communicators.
+"""Condition on which a ring takes copies instead of communicators.
 
 | value | rings |
 |---|---|

@@ -86,7 +86,7 @@ def test_any_rank_says_alone_what_it_cannot_read(
 def test_a_server_that_refuses_its_shards_is_one_line_and_not_damage(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: int
 ):
-    """It gave the manifest; then the credentials end, or it fails."""
+    """The store has given the manifest; then the credentials end, or it fails."""
     recipe, refused = load_recipe(recipe_file), [True]
 
     class Server(SimpleHTTPRequestHandler):

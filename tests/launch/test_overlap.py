@@ -1,4 +1,4 @@
-"""Which collectives of gradients a backward issues before it is done, and that the sums do not depend on it."""
+"""Collectives of gradients that a backward issues before it is done; the sums do not depend on them."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def test_a_full_disk_of_the_cache_is_named_after_one_download(
 def test_a_cache_that_is_removed_is_not_the_fault_of_the_store(
     prepared: Path, in_memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ):
-    """It is removed by another, when a file is locked and not begun, and in the middle of its download."""
+    """Another process removes the cache, when a file is locked and not begun, and in the middle of its download."""
     store = CachedStore(in_memory, tmp_path / "cache", 1 << 30)
     where, name = (store, "_fetch") if moment == "before" else (store._filesystem, "open")
     real = getattr(where, name)

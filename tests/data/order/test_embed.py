@@ -103,7 +103,7 @@ def test_unknown_documents_have_the_zero_vector():
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the directory of a randomly initialised encoder with 16 positions, in the format of Hugging Face."""
+    """Return the directory of a randomly initialized encoder with 16 positions, in the format of Hugging Face."""
     folder = tmp_path_factory.mktemp("bert")
     letters = sorted(set("abcdefghijklmnopqrstuvwxyz0123456789äöü"))
     vocabulary = {token: number for number, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters])}

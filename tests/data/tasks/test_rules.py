@@ -85,7 +85,7 @@ def test_needles(name):
     ],
 )
 def test_the_depth_of_a_sample_is_where_its_needle_stands(name, line):
-    """Of the characters before the question, and but for a line and the prompt's head."""
+    """A depth is a share of the characters before the question, to within a line and the prompt's head."""
     material = Material(TOKENIZER, 0)
     for sample, (prompt, [answer], _) in zip(
         samples(name, material, 6000, count=8, distractors=1, seed=5), texts(name, count=8), strict=True

@@ -228,7 +228,7 @@ def test_what_is_left_out_of_each_target_is_told(capsys):
 
 
 def test_heat_maps_of_one_target_fill_the_rows_of_a_picture(tmp_path):
-    """Those of several targets stand side by side, so each task begins a row."""
+    """Heat-maps of several targets stand side by side, so each task begins a row."""
     one = result(1, [1024])
     one["tasks"] = [{**one["tasks"][0], "task": name} for name in ("uuid", "copy", "needle")]
     for results, rows in (([one], 3), ([one, one], 4)):
