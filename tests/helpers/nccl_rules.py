@@ -161,13 +161,13 @@ def _waits(ranks: Sequence[Sequence[Call]], rule: Rule) -> list[list[list[tuple[
         [[end for end in of_call if end.rule in (None, rule)] for of_call in _ends(rank, calls)]
         for rank, calls in enumerate(ranks)
     ]
-    places = [{end.key: at for at, of_call in enumerate(of_rank) for end in of_call} for of_rank in ends]
+    indices = [{end.key: at for at, of_call in enumerate(of_rank) for end in of_call} for of_rank in ends]
     for rank, of_rank in enumerate(ends):
         for at, end in ((at, end) for at, of_call in enumerate(of_rank) for end in of_call):
-            missing = [other for other in end.others if end.key not in places[other]]
+            missing = [other for other in end.others if end.key not in indices[other]]
             assert not missing, f"rank {rank}, call {at}, {ranks[rank][at].what}: never comes on ranks {missing}"
     return [
-        [[(other, places[other][end.key]) for end in of_call for other in end.others] for of_call in of_rank]
+        [[(other, indices[other][end.key]) for end in of_call for other in end.others] for of_call in of_rank]
         for of_rank in ends
     ]
 

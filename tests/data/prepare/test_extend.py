@@ -146,9 +146,9 @@ def test_stopped_before_any_rename_and_continued(
         try:
             prepare(both, QUIET, workers=1)
         except Died:
-            # The data before is whole, at its place or beside it.
-            places = [place for place in (Path(both.directory), tmp_path / str(name)) if place.exists()]
-            assert tree(places[0]) == old
+            # The data before is whole, under its name or the one beside it.
+            found = [path for path in (Path(both.directory), tmp_path / str(name)) if path.exists()]
+            assert tree(found[0]) == old
     prepare(both, QUIET, workers=1)
     assert tree(both.directory) == tree(reference.directory)
     assert tree(tmp_path / str(name)) == old

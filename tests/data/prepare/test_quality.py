@@ -58,8 +58,8 @@ def config(make_config: Callable[..., DataConfig], records: list[dict[str, Any]]
 
 
 def changed(config: DataConfig, directory: str = "prepared", **settings: Any) -> DataConfig:
-    place = Path(config.directory).with_name(directory)
-    return replace(config, directory=str(place), sources={"web": replace(config.sources["web"], **settings)})
+    other = Path(config.directory).with_name(directory)
+    return replace(config, directory=str(other), sources={"web": replace(config.sources["web"], **settings)})
 
 
 def texts_of(manifest: Manifest) -> dict[str, list[str]]:
