@@ -66,7 +66,6 @@ def test_every_example_prints_what_its_page_shows(on_ranks):
 
 
 @pytest.mark.full
-@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="the Trainer needs pip install accelerate")
 def test_the_trainer_prints_what_its_page_shows():
     """After the lines of the Trainer's own."""
     words = ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
