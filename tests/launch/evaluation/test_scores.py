@@ -92,10 +92,13 @@ DIVISIONS = {
         for ranks in (2, 4)
         for schedule in ("ring", "ring_both_ways", "token_ring", "ulysses", "grid")
     },
-    "balanced ring of 4": (
-        4,
-        ["parallel.tokens_per_rank=128", "parallel.cp.schedule=ring", "parallel.cp.layout=balanced"],
-    ),
+    **{
+        f"{layout} ring of 4": (
+            4,
+            ["parallel.tokens_per_rank=128", "parallel.cp.schedule=ring", f"parallel.cp.layout={layout}"],
+        )
+        for layout in ("balanced", "documents")
+    },
     "2 replicas of 2": (4, ["parallel.tokens_per_rank=256", "parallel.cp.schedule=token_ring"]),
     "2 replicas": (2, ["parallel.tokens_per_rank=512"]),
     "2 rows at once": (1, ["parallel.tokens_per_rank=1024"]),
