@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +41,11 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
 def write_text(file: Path, text: str) -> None:
     """Write `text` in UTF-8 by `write_whole`."""
     write_whole(file, lambda begun: begun.write_text(text, encoding="utf-8"))
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy the content of the file `source` to `target` by `write_whole`."""
+    write_whole(target, partial(shutil.copyfile, source))
 
 
 def sync(path: Path) -> None:

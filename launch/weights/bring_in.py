@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import uuid
 from dataclasses import fields
 from itertools import groupby
 from pathlib import Path
 
-from ...data.files import sha256_of, write_text
+from ...data.files import copy_whole, sha256_of, write_text
 from ...model.config import UNSCALED, ModelConfig
 from ..checkpoint.format import (
     PARTIAL,
@@ -64,7 +63,7 @@ def import_weights(source: Path, out: Path) -> ModelConfig:
         keep_files(source, published)
         write_text(published / DTYPES_FILE, json.dumps(directory.dtypes, indent=1))
         if (source / "tokenizer.json").is_file():
-            shutil.copyfile(source / "tokenizer.json", partial / "tokenizer.json")
+            copy_whole(source / "tokenizer.json", partial / "tokenizer.json")
     return config
 
 

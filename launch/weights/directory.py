@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from bisect import bisect_right
 from collections.abc import Mapping
 from itertools import accumulate
@@ -14,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ...data.files import sha256_of_json
+from ...data.files import copy_whole, sha256_of_json
 from ...model.config import ModelConfig
 from ...model.families.read import PublishedModel, read_config
 from ...model.families.weights import Rows, Weight, weights_of
@@ -180,7 +179,7 @@ def keep_files(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in KEPT:
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            copy_whole(source / name, target / name)
 
 
 def read_json(file: Path) -> dict[str, Any]:

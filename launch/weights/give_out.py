@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...data.files import write_text
+from ...data.files import copy_whole, write_text
 from ...data.format.tokenizer_file import load_tokenizer
 from ...model.config import ModelConfig
 from ...model.families.family import FAMILIES
@@ -171,7 +170,7 @@ def _write_files(directory: Path, run: RunDirectory, model: PublishedModel, unch
     changed = replace(model, other={**model.other, **words})
     write_text(directory / CONFIG, json.dumps(write_config(changed), indent=2) + "\n")
     if run.tokenizer_file.is_file():  # with the marks of knots, if the run has them
-        shutil.copyfile(run.tokenizer_file, directory / "tokenizer.json")
+        copy_whole(run.tokenizer_file, directory / "tokenizer.json")
     if run.published.is_dir():
         return
     boundary = run.recipe().data.tokenizer.boundary

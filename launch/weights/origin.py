@@ -7,13 +7,12 @@ token id stands for, must be the same.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ...data.files import read_patiently, sha256_of
+from ...data.files import copy_whole, read_patiently, sha256_of
 from ...data.format.manifest import Manifest
 from ...data.format.tokenizer_file import load_tokenizer
 from ...model.config import ModelConfig
@@ -151,7 +150,8 @@ def keep_published(origin: Origin, run: RunDirectory) -> None:
     if not (path / MANIFEST_FILE).is_file():
         keep_files(path, run.published)
     elif published.is_dir():
-        shutil.copytree(published, run.published, dirs_exist_ok=True)
+        for file in published.iterdir():
+            copy_whole(file, run.published / file.name)
 
 
 def _run_of(checkpoint: Path) -> RunDirectory:

@@ -15,6 +15,7 @@ from longring.launch.grids.choice import LayerKind
 from longring.launch.grids.remembered import recall_grids, remember_grids
 from longring.launch.metrics import keep_steps
 from longring.launch.run_directory import RunDirectory
+from longring.launch.weights.directory import keep_files
 from longring.parallel.cp.grid import CpGrid
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +84,18 @@ def test_what_a_run_rewrites_is_safe_against_power_loss(tmp_path, operations):
         ]
     assert recall_grids(run.grids_file, "2 ranks") == {LayerKind(512, None): CpGrid(query=2)}
     assert [json.loads(line)["step"] for line in run.metrics_file.read_text().splitlines()] == [1]
+
+
+def test_files_of_a_published_model_are_copied_whole(tmp_path, operations):
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "tokenizer.json", "README.txt"):
+        (tmp_path / "model" / name).write_text(name)
+    keep_files(tmp_path / "model", tmp_path / "export")
+    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == ["config.json", "tokenizer.json"]
+    for name in ("config.json", "tokenizer.json"):
+        assert (tmp_path / "export" / name).read_text() == name
+        at = operations.index(f"rename {name}")
+        assert operations[at - 1 : at + 2] == [f"flush .{os.getpid()}.{name}", f"rename {name}", "flush export"]
 
 
 def test_hashes_are_those_of_the_content(tmp_path):
