@@ -149,7 +149,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], Iterator[Row]], list[str]]] = {
     "| documents, measured |": (RESULTS_OF_CP, layouts(), ["cp_layouts_network_2_cores_2026-11-22"]),
     "| ranks | documents | grid | choice |": (RESULTS_OF_CP, rows_of, ["cp_layouts_2026-11-22"]),
     "| fabric | ranks | heads | ring, ms |": (RESULTS_OF_CP, over_ring, ["cp_lab_network_2_cores_2026-11-21"]),
-    "| grid | a plan |": ("context-parallelism.md", rows_of, ["host_time_plans_2_cores_2026-11-22"]),
+    "| grid | a plan |": ("context-parallelism-results.md", rows_of, ["host_time_plans_2_cores_2026-11-22"]),
     "| kind | thousand tokens/s |": ("data.md", rows_of, ["prepare_kinds_2_cores_2026-11-22"]),
     "| one document of 34 MB |": ("data.md", rows_of, ["prepare_odd_1_core_2026-11-22"]),
     "| micro-batches | error, float32 |": ("design.md", rows_of, ["gradient_dtype_2_cores_2026-11-22"]),
