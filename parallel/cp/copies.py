@@ -147,7 +147,7 @@ class Copies:
         self._queues: dict[tuple[Channel, bool], Queue] = {}
 
     def send(self, link: Link, tensors: Sequence[Tensor]) -> Done:
-        """Start a message from this rank. Its tensors are contiguous and must not change until it is done."""
+        """Start a message from this rank: contiguous tensors of any shape, which must not change until it is done."""
         channel, _, target = link
         queue = self._queue(channel, is_send=True)
         for content in contents(tensors, self.layout.slot_bytes):
@@ -161,7 +161,7 @@ class Copies:
         return queue.mark()
 
     def receive(self, link: Link, tensors: Sequence[Tensor]) -> Done:
-        """Start a message to this rank, into contiguous tensors."""
+        """Start a message to this rank, into contiguous tensors of the shapes and dtypes that were sent."""
         channel, source, target = link
         queue = self._queue(channel, is_send=False)
         for content in contents(tensors, self.layout.slot_bytes):
