@@ -39,7 +39,7 @@ def check_content(content: Mapping[str, Any], step: int | None) -> None:
             raise ValueError(f"it names a file {name[:80]!r}, and ranks write rank-NNNNN.safetensors")
         _check_fields(f"files.{name}.", entry, {**_FILE, "slice": whole(0, state["tensor"] - 1)})
         for parameter, found in entry["ranges"].items():
-            if not _is_range(found, numels.get(parameter, -1)):
+            if not _is_range(found, numels.get(parameter, -1)):  # -1: a parameter without an entry has no range
                 raise ValueError(f"files.{name}.ranges.{parameter!r:.80} = {found!r:.80}")
 
 
@@ -64,13 +64,14 @@ def _slice_numel(name: str, entry: Mapping[str, Any], tensor: int) -> int:
     if entry["cut"] is None:
         return numel
     dim, stride = entry["cut"]
-    if (shape[0], numel // shape[0])[dim] % (stride * tensor):
+    if (shape[0], numel // shape[0])[dim] % (stride * tensor):  # [rows, columns] of the parameter as a matrix
         raise ValueError(f"parameters.{name!r:.80}.cut = {entry['cut']} of shape {shape!r:.80} for {tensor} slices")
     return numel // tensor
 
 
 def _is_range(value: Any, numel: int) -> bool:
     number = whole(0, numel)
+    # [first element, number of elements]
     return isinstance(value, list) and len(value) == 2 and all(map(number, value)) and sum(value) <= numel
 
 
@@ -98,6 +99,7 @@ def _is_shape(value: Any) -> bool:
 def _is_cut(value: Any) -> bool:
     if value is None:
         return True
+    # [dim, stride]
     return isinstance(value, list) and len(value) == 2 and whole(0, 1)(value[0]) and whole(1, 1 << 10)(value[1])
 
 

@@ -57,9 +57,9 @@ class CheckpointFiles:
         # Ranges are sorted, so everything before `at` is read when a range is looked at.
         at, end = first, first + result.numel()
         for start, stop, file in self._stored_ranges.get((parameter, slice_number), []):
-            if start > at or at == end:
+            if start > at or at == end:  # a gap, or all is read
                 break
-            if stop > at:
+            if stop > at:  # else it ends before the first element that is wanted
                 upto = min(stop, end)
                 self._read(file, result[at - first : upto - first], f"{parameter}/{kind}", at - start)
                 at = upto

@@ -151,6 +151,7 @@ def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         wrong = f"it has no {error}" if isinstance(error, KeyError) else error
         raise DamageError(f"{file}: damaged: {wrong}") from error
+    # After the hash: the version that a damaged manifest names means nothing.
     if (version := content.pop("format", None)) != FORMAT:
         raise ValueError(
             f"{file}: of another version of LongRing: it has format {version!r:.80}, and this version reads format "
@@ -244,6 +245,7 @@ def _is_gone(file: Path) -> bool:
         names = {path.name for path in file.parent.iterdir()}
     except OSError:
         return False
+    # The manifest shows that this is the checkpoint's own listing; for the manifest itself any listing will do.
     return file.name not in names and (MANIFEST_FILE in names or file.name == MANIFEST_FILE)
 
 
@@ -253,7 +255,7 @@ def last_good_checkpoint(directory: Path) -> tuple[Path, CheckpointManifest] | N
     Hashes are not compared. Raises OSError if a checkpoint cannot be read, and ValueError if it is of another version:
     an earlier one would be the wrong answer.
     """
-    for checkpoint in complete_checkpoints(directory):
+    for checkpoint in complete_checkpoints(directory):  # latest first
         try:
             manifest = read_checkpoint_manifest(checkpoint)
         except DamageError:
@@ -288,7 +290,7 @@ def publish_checkpoint(partial: Path) -> Path:
     A rename that is reported as failed but has happened counts, since a network file system loses answers.
     """
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
-    manifest = (partial / MANIFEST_FILE).read_bytes()
+    manifest = (partial / MANIFEST_FILE).read_bytes()  # `final` is recognized by it if the rename's answer is lost
     sync(partial)  # before the rename, so that the name never stands for missing entries
     try:
         partial.rename(final)

@@ -41,6 +41,7 @@ def load_last_good(
         except DamageError as error:
             damaged[path] = str(error)
             continue
+        # Before the first weight is overwritten.
         on_all_ranks(mesh, lambda manifest=manifest, path=path: check(manifest, path))
         with CheckpointFiles(path, manifest) as stored:
             load_stored(engine, stored, mesh, updates=stored.updates)
@@ -60,6 +61,7 @@ def verified(path: Path, mesh: Mesh) -> CheckpointManifest:
     Raises DamageError if one of them, or the manifest, is damaged, and OSError if it cannot be read.
     """
     manifest = read_checkpoint_manifest(path)
+    # Sorted, the list is the same on all ranks, so that every file is in exactly one share.
     wrong = find_damage(path, manifest, sorted(manifest.files)[mesh.rank :: mesh.world_size])
     if wrong is not None:
         raise DamageError(wrong)
@@ -80,4 +82,5 @@ def load_stored(
             fill(stored, fragment, kinds, mesh.tensor_rank, mesh.tensor_size)
 
     on_all_ranks(mesh, fill_all)
+    # Collective: `on_all_ranks` raises on every rank, so none is missing here with an error of its own.
     refresh(engine, mesh, updates)

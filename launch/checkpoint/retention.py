@@ -13,7 +13,7 @@ def remove_checkpoint(checkpoint: Path) -> None:
     """Delete a checkpoint."""
     # Renamed first: a directory that has lost some of its files never counts as a complete checkpoint.
     aside = checkpoint.with_name(checkpoint.name + REMOVED)
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)  # left by a removal that a crash cut short
     checkpoint.rename(aside)
     shutil.rmtree(aside)
 
@@ -28,7 +28,7 @@ def put_checkpoint_aside(checkpoint: Path) -> None:
 def leftovers(directory: Path) -> dict[Path, int]:
     """Return the directories that interrupted saves and removals, or damage, have left behind, and the step of each."""
     paths = sorted(path for suffix in (PARTIAL, REMOVED, DAMAGED) for path in directory.glob(f"step-*{suffix}"))
-    steps = {path: checkpoint_step(path.with_suffix("")) for path in paths}
+    steps = {path: checkpoint_step(path.with_suffix("")) for path in paths}  # without .partial, .removed or .damaged
     return {path: step for path, step in steps.items() if step is not None}
 
 
@@ -52,6 +52,7 @@ def steps_to_prune(steps: Iterable[int], keep_last: int, keep_every_steps: int) 
 def prune_checkpoints(directory: Path, keep_last: int, keep_every_steps: int) -> list[Path]:
     """Delete the checkpoints that retention does not keep; return their former paths."""
     by_step = {checkpoint_step(path): path for path in complete_checkpoints(directory)}
+    # `filter` leaves out step 0 as well: imported weights are never deleted.
     gone = [by_step[step] for step in steps_to_prune(filter(None, by_step), keep_last, keep_every_steps)]
     for checkpoint in gone:
         remove_checkpoint(checkpoint)

@@ -80,7 +80,7 @@ class Saver:
         """Number of consecutive failed saves."""
         self._progress = progress
         run.checkpoints.mkdir(parents=True, exist_ok=True)
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._thread = ThreadPoolExecutor(1, "checkpoint")  # one thread: a removal ends before the next save is written
         self._host: dict[str, Tensor] = {}
         """Buffers in host memory, kept between saves."""
         self._save: _Save | None = None
@@ -105,6 +105,7 @@ class Saver:
         assert self._save is None, "the previous save is finished"
         started = time.perf_counter()
         fragments = owned(self._engine, self._mesh)
+        # Each is a view of the optimizer's fp32 buffer, [numel], which the next step changes in place.
         tensors = {f"{f.parameter.name}/{kind}": t for f in fragments for kind, t in f.tensors.items()}
         copies = self._copied(tensors)
         whole = {
@@ -145,6 +146,7 @@ class Saver:
         # First every rank's own file, then rank 0's manifest and rename: each has one sum over the ranks.
         if self._save is not None:
             failed = self._save.writing.exception() is not None  # waits
+            # [written, failed]
             votes = torch.tensor([int(not failed), int(failed)], device=self._mesh.device)
             dist.all_reduce(votes)
             self.settle(*votes.tolist())
@@ -162,7 +164,7 @@ class Saver:
             self._count_failure(step)
         if published:
             self._num_failed = 0
-        return bool(published) or self._num_failed == failed_before
+        return bool(published) or self._num_failed == failed_before  # no failure either: there was no save
 
     def close(self) -> None:
         """End the thread after the write in progress."""
@@ -202,7 +204,7 @@ class Saver:
         file = partial / f"rank-{self._mesh.rank:05d}.safetensors"
         num_bytes, sha256 = write_safetensors(file, tensors, self._progress)
         entry = FileEntry(bytes=num_bytes, sha256=sha256, slice=self._mesh.tensor_rank, ranges=ranges)
-        file.with_suffix(".json").write_text(json.dumps(asdict(entry)))
+        file.with_suffix(".json").write_text(json.dumps(asdict(entry)))  # rank 0 reads it once all have written
 
     def _publish(self, partial: Path, manifest: CheckpointManifest) -> None:
         try:
@@ -225,7 +227,7 @@ class Saver:
             # The file describes itself, so that no rank has to send its ranges to rank 0.
             part = partial / f"rank-{rank:05d}.json"
             manifest.files[f"rank-{rank:05d}.safetensors"] = FileEntry(**json.loads(part.read_text()))
-            part.unlink()
+            part.unlink()  # a complete checkpoint has only files that its manifest names
             self._progress()
         write_checkpoint_manifest(partial, manifest)
         log.info("saved %s", publish_checkpoint(partial))

@@ -61,16 +61,17 @@ def fill(stored: Stored, fragment: Fragment, kinds: Collection[str], tensor_rank
             f"there and {list(parameter.shape)} here; bring back the old `model` settings, or name another "
             "run_directory"
         )
+    # Those of this rank's slice, as ranges of the whole parameter; `width` is that of a row of the slice.
     rows, columns = (_spans(parameter.shape, dim, parameter.cut, tensor_rank, tensor_size) for dim in (0, 1))
     width, stop = sum(map(len, columns)), fragment.start + fragment.numel
-    at_once = max(1, BLOCK_ELEMENTS // width)
+    at_once = max(1, BLOCK_ELEMENTS // width)  # rows
     for kind in kinds:
-        view = fragment.tensors[kind]
+        view = fragment.tensors[kind]  # [numel]
         # Rows of this rank's slice; the fragment may begin and end within a row.
         for first in range(fragment.start // width, -(-stop // width), at_once):
             wanted = list(_part(rows, first, min(first + at_once, -(-stop // width))))
-            block = _read_block(stored, parameter.name, entry, kind, wanted, columns).view(-1)
-            begin, end = max(first * width, fragment.start), min(first * width + len(block), stop)
+            block = _read_block(stored, parameter.name, entry, kind, wanted, columns).view(-1)  # [rows x width]
+            begin, end = max(first * width, fragment.start), min(first * width + len(block), stop)  # in the slice
             view[begin - fragment.start : end - fragment.start].copy_(
                 block[begin - first * width : end - first * width]
             )
@@ -88,7 +89,7 @@ def _read_block(
         their_rows, their_columns = (_spans(entry.shape, dim, cut, number, stored.tensor) for dim in (0, 1))
         width = sum(map(len, their_columns))
         for at, their_at, count in _overlaps(rows, their_rows):
-            there = torch.empty(count, width)
+            there = torch.empty(count, width)  # whole rows of their slice: one range of it
             stored.read(there.view(-1), name, kind, number, their_at * width)
             for left, their_left, breadth in _overlaps(columns, their_columns):
                 block[at : at + count, left : left + breadth] = there[:, their_left : their_left + breadth]
@@ -103,7 +104,7 @@ def _spans(shape: tuple[int, ...], dim: int, cut: Cut | None, tensor_rank: int, 
     if cut is None or cut.dim != dim:
         return [range(size)]
     # A fused weight has `stride` parts, such as gate and up, and every rank holds its share of each.
-    part = size // (cut.stride * tensor_size)
+    part = size // (cut.stride * tensor_size)  # rows or columns of one part on one rank
     return [
         range(part * number, part * (number + 1))
         for number in range(tensor_rank, cut.stride * tensor_size, tensor_size)
@@ -112,7 +113,7 @@ def _spans(shape: tuple[int, ...], dim: int, cut: Cut | None, tensor_rank: int, 
 
 def _part(spans: Sequence[range], first: int, stop: int) -> Iterator[range]:
     """Yield elements [first, stop) of spans that follow one another."""
-    at = 0
+    at = 0  # elements of the spans before this one
     for span in spans:
         if found := span[max(0, first - at) : max(0, stop - at)]:
             yield found
@@ -121,9 +122,9 @@ def _part(spans: Sequence[range], first: int, stop: int) -> Iterator[range]:
 
 def _overlaps(ours: Sequence[range], theirs: Sequence[range]) -> Iterator[tuple[int, int, int]]:
     """Yield (index into ours, index into theirs, number) of adjacent elements that both have."""
-    at = 0
+    at = 0  # elements of ours before `mine`
     for mine in ours:
-        their_at = 0
+        their_at = 0  # elements of theirs before `span`
         for span in theirs:
             first, stop = max(mine.start, span.start), min(mine.stop, span.stop)
             if first < stop:

@@ -57,7 +57,7 @@ class TensorFile:
         if (dtype := DTYPES.get(stored.dtype)) is None:
             raise ValueError(f"{name} is {stored.dtype:.80}, and weights are {', '.join(DTYPES)}")
         raw = result if dtype == result.dtype else torch.empty(result.shape, dtype=dtype)
-        view = raw.view(torch.uint8).numpy().data
+        view = raw.view(torch.uint8).numpy().data  # raw's own bytes, not a copy
         read_patiently(self._file, lambda: self._fill(view, stored.offset + first * dtype.itemsize))
         if raw is not result:
             result.copy_(raw)
@@ -74,7 +74,7 @@ class TensorFile:
             if self._stream is None:
                 self._stream = self._file.open("rb", buffering=0)
             done = 0
-            while done < len(view):
+            while done < len(view):  # a read may return fewer bytes than it is asked for
                 if not (num_read := os.preadv(self._stream.fileno(), [view[done:]], offset + done)):
                     raise OSError("it ends early")
                 done += num_read
@@ -85,11 +85,11 @@ class TensorFile:
     def _read_header(self) -> dict[str, StoredTensor]:
         """Return the description of every tensor."""
         size = self._file.stat().st_size
-        length = bytearray(8)
+        length = bytearray(8)  # of the header: u64, little-endian
         if size < len(length):
             raise ValueError(f"it has {size} bytes")
         self._fill(memoryview(length), 0)
-        begin = 8 + int.from_bytes(length, "little")
+        begin = 8 + int.from_bytes(length, "little")  # first byte of the data
         if begin > min(size, _MAX_HEADER_BYTES):
             raise ValueError(f"its header has {begin - 8:,} bytes")
         text = bytearray(begin - 8)
