@@ -42,7 +42,7 @@ class Clock:
         self.position = Position(0, 0, "starting")
         """Current position of this rank."""
         self._beats = 0  # grows with all progress
-        self._poll_s = min(5.0, limit_s / 4)
+        self._poll_s = min(5.0, limit_s / 4)  # at least 4 polls within the limit
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="clock", daemon=True)
 
@@ -63,11 +63,12 @@ class Clock:
 
     def alive(self) -> None:
         """Record progress within an operation; may be called from any thread."""
-        self._beats += 1
+        self._beats += 1  # not atomic: of two threads' beats one may be lost, and the other still shows
 
     def _watch(self) -> None:
         """Poll for progress until the context is left; after too long without any, end the process."""
         beats, idle_s = self._beats, 0.0
+        # `idle_s`: seconds of the polls since the last one that saw a new beat.
         while not self._ended.wait(self._poll_s):
             if beats != self._beats:
                 self._moved(idle_s)

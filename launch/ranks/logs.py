@@ -11,6 +11,7 @@ from ..redact import redact
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
+# No level flushes it, and a full one keeps what it has as long as `open_log` has not given it a target.
 _held = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
 
 
@@ -48,6 +49,7 @@ def open_log(file: Path) -> None:
     _held.setTarget(handler)
     _held.flush()
     logging.getLogger("py.warnings").removeHandler(_held)
+    # DeepSpeed 0.19 gives its logger a handler for stdout and switches propagation off.
     deepspeed = logging.getLogger("DeepSpeed")
     deepspeed.handlers.clear()
     deepspeed.propagate = True

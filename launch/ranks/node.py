@@ -65,7 +65,7 @@ def check_node(recipe: Recipe, ranks: int) -> None:
             # A small product finds GPUs that are present but fail or compute wrongly.
             try:
                 ones = torch.ones(256, 256, device=f"cuda:{device}")
-                if not math.isclose(float((ones @ ones).sum()), 256.0**3):
+                if not math.isclose(float((ones @ ones).sum()), 256.0**3):  # 256 x 256 elements of 256 each
                     wrong.append(f"GPU {device} computes wrong products")
             except RuntimeError as error:
                 wrong.append(f"GPU {device} cannot be used: {str(error).splitlines()[0]}")
@@ -85,6 +85,7 @@ def check_node(recipe: Recipe, ranks: int) -> None:
             )
     except OSError as error:
         wrong.append(str(error).partition(";")[0])
+    # Ranks without GPUs, on one node, may talk through the loopback interface.
     if not any(link.isup for name, link in psutil.net_if_stats().items() if name != "lo" or recipe.slurm.cpu):
         wrong.append("no network interface is up")
     active, ports = rdma_ports()
@@ -99,5 +100,5 @@ def check_node(recipe: Recipe, ranks: int) -> None:
 
 def rdma_ports(devices: Path = Path("/sys/class/infiniband")) -> tuple[int, int]:
     """Return the number of active InfiniBand and RoCE ports of this machine, and the number of all of them."""
-    states = [file.read_text() for file in devices.glob("*/ports/*/state")]
+    states = [file.read_text() for file in devices.glob("*/ports/*/state")]  # "4: ACTIVE"
     return sum("ACTIVE" in state for state in states), len(states)

@@ -36,7 +36,7 @@ def as_rank(function: Callable[[], int | None]) -> int:
     # A rank whose launcher is killed stops as after any SIGTERM: all ranks save first, if they can. Ranks that are
     # started by hand may outlive the shell.
     if launcher := os.environ.get(LAUNCHER):
-        end_with_parent(int(launcher), signal.SIGTERM)
+        end_with_parent(int(launcher), signal.SIGTERM)  # the id as told: an end before this line counts too
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(os.getppid(), signal.SIGTERM)
     try:
@@ -59,6 +59,8 @@ def as_rank(function: Callable[[], int | None]) -> int:
 
 def _ending(error: Exception, number: int) -> tuple[int, str, bool] | None:
     """Return the exit status and the line of an error, and whether all ranks meet it; None: it is LongRing's own."""
+    # Causes on this rank come first, since torch raises RuntimeErrors for them, as it does for a lost rank; and
+    # ConnectionError comes before OSError, of which it is one.
     rank, text = f"rank {number}", str(error) or type(error).__name__
     if (full := full_memory(error)) is not None:
         message = (

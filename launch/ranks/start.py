@@ -70,7 +70,7 @@ def start_ranks(
     # SIGTERM is not torchrun's to handle: it would end the ranks within 30 s.
     options = ["--nproc-per-node", str(count), "--max-restarts", "0", "--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]
     try:
-        if rendezvous and rendezvous.node:
+        if rendezvous and rendezvous.node:  # the first node's launcher listens itself
             _await_first_node(rendezvous.endpoint)
         run(parse_args([*meeting, *options, "--module", module, *arguments]))
     except ChildFailedError as error:
@@ -116,6 +116,7 @@ def _status_of(failures: Sequence[ProcessFailure], stopped: bool) -> int:
     SIGABRT once another is gone: these two count only if there is nothing else.
     """
     consequences = {-signal.SIGABRT: 1, -signal.SIGTERM: 2}
+    # The exit code of a signal is negative, so it comes before those of errors, of which GO_ON_LATER is the highest.
     worst = min(failures, key=lambda failure: (consequences.get(failure.exitcode, 0), failure.exitcode))
     if worst.exitcode >= 0:
         return worst.exitcode
@@ -126,4 +127,4 @@ def _status_of(failures: Sequence[ProcessFailure], stopped: bool) -> int:
     print_error(
         f"local rank {worst.local_rank}: ended by {name}{why}; the same command continues from the last checkpoint"
     )
-    return 128 - worst.exitcode
+    return 128 - worst.exitcode  # 128 + the number of the signal, as in a shell

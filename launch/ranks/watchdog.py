@@ -48,7 +48,7 @@ class Watchdog(Clock):
 
     def __enter__(self) -> Self:
         if self._limit_s:
-            self._report_file(self._rank).unlink(missing_ok=True)
+            self._report_file(self._rank).unlink(missing_ok=True)  # of an earlier start
         return super().__enter__()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -135,7 +135,7 @@ def diagnosis(found: Mapping[int, Position | None], limit_s: float) -> str:
     """Return a sentence that names the hanging ranks, from the reported position of every rank (None: no report)."""
     silent = [rank for rank, position in found.items() if position is None]
     positions = {rank: position for rank, position in found.items() if position}
-    behind = min(position.number for position in positions.values())
+    behind = min(position.number for position in positions.values())  # fewest positions passed
     last = [rank for rank, position in positions.items() if position.number == behind]
     waiting = [rank for rank in positions if rank not in last]
     text = f"no progress for {limit_s:.0f} s: "
@@ -145,7 +145,8 @@ def diagnosis(found: Mapping[int, Position | None], limit_s: float) -> str:
         text += f"{rank_names(last)} hangs at {positions[last[0]]}; the others wait: "
     else:
         return text + f"all ranks are at {positions[last[0]]}; logs/*.hang.stacks has the stacks of each"
-    others = [rank for rank in positions if silent or rank in waiting]
+    others = [rank for rank in positions if silent or rank in waiting]  # beside silent ranks, all that report wait
     distinct = sorted({(positions[rank].number, str(positions[rank])) for rank in others})
+    # number → ranks; those furthest behind come first
     at = {number: [rank for rank in others if positions[rank].number == number] for number, _ in distinct}
     return text + "; ".join(f"{rank_names(at[number])} at {position}" for number, position in distinct)
