@@ -58,7 +58,7 @@ def attention_shape(recipe: Recipe) -> AttentionShape:
         num_heads=recipe.model.num_heads // tensor,
         num_kv_heads=recipe.model.num_kv_heads // tensor,
         head_dim=recipe.model.head_dim,
-        itemsize=4 if recipe.train.dtype == "float32" else 2,
+        itemsize=4 if recipe.train.dtype == "float32" else 2,  # bytes
         narrow_results=recipe.parallel.cp.narrow_results,
     )
 
@@ -78,7 +78,7 @@ def pricer(recipe: Recipe, kind: LayerKind, topology: Topology, speed: Speed) ->
     """
     visibility = Visibility(window=kind.window)
     packed = lays_packings_out(recipe)
-    starts = typical_packing(kind.sequence_tokens, recipe.parallel.tokens_per_rank) if packed else (0,)
+    starts = typical_packing(kind.sequence_tokens, recipe.parallel.tokens_per_rank) if packed else (0,)  # in tokens
     return Pricer(kind.sequence_tokens, attention_shape(recipe), topology, speed, visibility, document_starts=starts)
 
 
@@ -120,6 +120,6 @@ def choose_grids(recipe: Recipe, lengths: Sequence[int], topology: Topology, spe
         if named is not None:
             choices.append(GridChoice(kind, True, asked.price(named), []))
         else:
-            cheapest, *others = choose(recipe.parallel.context_parallel(kind.sequence_tokens), asked)
+            cheapest, *others = choose(recipe.parallel.context_parallel(kind.sequence_tokens), asked)  # best first
             choices.append(GridChoice(kind, False, cheapest, others))
     return choices

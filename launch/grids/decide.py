@@ -40,6 +40,7 @@ def decide_grids(
     open_kinds = [kind for kind, grid in wanted.items() if grid is None]
     file, key = RunDirectory(recipe.run_directory).grids_file, division(recipe, mesh)
     # Only rank 0 decides whether to measure, since a probe takes all ranks and only rank 0 has read the file.
+    # (grids known so far, name of the topology on which to price all kinds, or None if each has a grid)
     shared: list[tuple[dict[LayerKind, CpGrid], str | None]] = [({}, None)]
     if mesh.rank == 0 and open_kinds:
         # Not priced again: two probes differ, and another grid sums in another order.
@@ -103,6 +104,7 @@ def check_agreement(recipe: Recipe, lengths: Sequence[int], grids: Mapping[Layer
             mine.append(f"{length} tokens on one rank")
             continue
         # The layouts are hashed: as text they would be long, and equal hashes mean equal layouts.
+        # Two documents, since every layout of one document is zigzag's.
         cut = [divided(layout, length, (0, length // 3), degree) for layout in recipe.parallel.cp.layouts]
         layouts = f"{recipe.parallel.cp.layout} {hashlib.sha256(repr(cut).encode()).hexdigest()[:16]}"
         taken = {kind.window: str(grid or "auto") for kind, grid in grids.items() if kind.sequence_tokens == length}
@@ -110,11 +112,12 @@ def check_agreement(recipe: Recipe, lengths: Sequence[int], grids: Mapping[Layer
             f"{length} tokens over {degree} ranks, layouts {layouts}, grids by window "
             f"{taken}, {recipe.train.dtype}, narrow_results = {recipe.parallel.cp.narrow_results}"
         )
-    gathered: list[list[str]] = [[]] * dist.get_world_size()
+    gathered: list[list[str]] = [[]] * dist.get_world_size()  # [rank][length]
     dist.all_gather_object(gathered, mine)
     others = [rank for rank, theirs in enumerate(gathered) if theirs != gathered[0]]
     if others:
         pairs = zip_longest(gathered[0], gathered[others[0]], fillvalue="no such length")
+        # There is one: the two lists differ, or one is longer.
         first, other = next((a, b) for a, b in pairs if a != b)
         raise ValueError(
             f"context parallelism: {len(others)} of {len(gathered)} ranks, the first of them rank {others[0]}, "

@@ -60,6 +60,7 @@ def recall_links(file: Path, division: str) -> tuple[Topology, Speed] | None:
         found = _all_divisions(file).get(f"links, {division}")
         if found is None:
             return None
+        # A side that the topology lacks stays None, as `asdict` has written it.
         fabrics = {side: Fabric(**found["topology"][side]) for side in SIDES if found["topology"][side]}
         return Topology(**{**found["topology"], **fabrics}), Speed(**found["speed"])
 
@@ -73,6 +74,7 @@ def remember_links(file: Path, division: str, topology: Topology, speed: Speed) 
 
 
 def _all_divisions(file: Path) -> dict[str, Any]:
+    # division → its grids; "links, " + division → what a probe has measured for it
     return json.loads(file.read_text()) if file.exists() else {}
 
 

@@ -60,7 +60,7 @@ def _price_json(priced: PricedGrid) -> dict[str, Any]:
 
 def _figures(priced: PricedGrid) -> list[str]:
     sent = sum(price.sent_bytes for price in priced.passes.values()) / priced.grid.size
-    return [
+    return [  # columns from "ms" on
         f"{priced.seconds * 1e3:.3g}",
         f"{priced.exposed_s * 1e3:.3g}",
         f"{priced.peak_bytes / 2**30:.3g}",
