@@ -32,6 +32,7 @@ class InContextAutomaton:
 
     def make(self, material: Material, length: int, number: int, distractors: int, draws: Draws) -> Sample:
         """Return a sample, as `Task.make` says. A distractor is a string of the same symbols without an automaton."""
+        # `symbols` [18] holds the token of each symbol.
         automaton, symbols = random_automaton(draws), material.symbols(string.ascii_lowercase[:18])
         end = material.one("\n", "a")
         last, allowed = self._string(automaton, self.max_string, draws)
@@ -41,6 +42,7 @@ class InContextAutomaton:
         def context(tokens: int) -> list[Segment]:
             found: list[Tokens] = []
             left = tokens
+            # Every string takes a token at least, so `left` ends below 0.
             while True:
                 length_of_one = 1 + draws.below(self.max_string)
                 if (left := left - length_of_one - len(end)) < 0:
@@ -52,7 +54,7 @@ class InContextAutomaton:
         # The last string ends with the row, so its targets are the last ones.
         first = length - len(last)
         accepted = [(first + index, symbols[symbol]) for index, state in enumerate(allowed) for symbol in state]
-        return replace(sample, accepted=np.array(accepted, dtype=np.int64))
+        return replace(sample, accepted=np.array(accepted, dtype=np.int64))  # [n, (target, token)]
 
     def _string(self, automaton: Automaton, size: int, draws: Draws) -> tuple[list[int], list[list[int]]]:
         """Return the symbols of a string, and those that the automaton allows at each of them."""

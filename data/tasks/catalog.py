@@ -57,5 +57,6 @@ def samples(name: str, material: Material, length: int, *, count: int, distracto
 
     Raises TooShortError if the length does not hold the task, and ValueError if the material does not suit it.
     """
+    # The key of the draws names the sample, so each is the same without those before it.
     for number in range(count):
         yield TASKS[name].make(material, length, number, distractors, Draws(seed, name, length, number))

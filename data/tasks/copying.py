@@ -29,7 +29,7 @@ class Copy:
         text = (
             material.random_tokens(half, draws) if self.kind == "random" else material.haystack(self.kind, half, draws)
         )
-        odd = Segment(np.full(length - 2 * half, material.boundary_id))
+        odd = Segment(np.full(length - 2 * half, material.boundary_id))  # fills a row of odd length
         prompt = [odd, Segment(text[:1]), Segment(text[1:], BASELINE), Segment(text[:1])]
         return join(length, material.boundary_id, prompt, [[Segment(text[1:], FIRST_REFERENCE)]], None)
 
@@ -44,8 +44,8 @@ class RelatedPrefix:
         """Return a sample, as `Task.make` says. Raises ValueError without held-out documents."""
         if material.documents is None:
             raise ValueError("there are no held-out documents; name prepared data, or leave out the prefix")
-        row, other, cut = material.documents.continued(length, draws)
-        rows = np.stack([row, np.concatenate([other[:cut], row[cut:]])])
+        row, other, cut = material.documents.continued(length, draws)  # [length + 1] each
+        rows = np.stack([row, np.concatenate([other[:cut], row[cut:]])])  # [2, length + 1], alike from the cut on
         parts = np.zeros((2, length), dtype=np.uint8)
         parts[:, cut:] = FIRST_REFERENCE  # targets behind the first token after the cut, in both rows alike
         return Sample(rows, parts, alone=cut)

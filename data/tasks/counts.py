@@ -36,12 +36,14 @@ class CommonWords:
         num_solved, solved_often, solved_seldom = (20, 3, 1) if short else (40, 10, 3)
         # No word has less than a token, so no more words than tokens fit.
         words = made_up_words(draws, num_solved + self.num_common + length // seldom)
+        # In three parts: the words of the solved list, the common ones, and all others.
         solved, common, others = words[:num_solved], words[num_solved:][: self.num_common], words[num_solved:]
         others = others[self.num_common :]
         wrong = [others[index * self.num_common :][: self.num_common] for index in range(distractors)]
 
         def context(tokens: int) -> list[Segment]:
             size = self._fit(material, tokens, common, others, often, seldom)
+            # Every word of a wrong answer is in the list, once or a few times.
             if size < max(1, distractors * self.num_common):
                 raise too_short(length, f"no room for {self.num_common} common words and others beside them")
             return [Segment(_numbered(material, self._mixed([*common, *others[:size]], often, seldom, draws)))]
@@ -60,7 +62,7 @@ class CommonWords:
         order = draws.shuffled([*words[: self.num_common]] * often + [*words[self.num_common :]] * seldom)
         common = set(words[: self.num_common])
         appear = dict.fromkeys(word for word in order if word in common)
-        renamed = dict(zip(appear, words, strict=False))
+        renamed = dict(zip(appear, words, strict=False))  # the k-th to appear becomes words[k]
         return [renamed.get(word, word) for word in order]
 
     def _fit(
@@ -68,9 +70,10 @@ class CommonWords:
     ) -> int:
         """Return the number of other words with which the list has at most this many tokens; -1: not without any."""
         sizes = [len(ids) for ids in material.encode([f" {word}" for word in [*common, *others]], ".")]
-        words = often * sum(sizes[: len(common)]) + seldom * np.cumsum([0, *sizes[len(common) :]])
-        totals = often * len(common) + seldom * np.arange(len(words))
-        numbers = np.cumsum([0, *map(len, _numbers(material, int(totals[-1])))])
+        words = often * sum(sizes[: len(common)]) + seldom * np.cumsum([0, *sizes[len(common) :]])  # [others + 1]
+        totals = often * len(common) + seldom * np.arange(len(words))  # [others + 1]: entries of the list
+        numbers = np.cumsum([0, *map(len, _numbers(material, int(totals[-1])))])  # [entries + 1], of the first n
+        # Tokens rise with the number of others, so bisection finds the most that fit.
         return int(np.searchsorted(words + numbers[totals], tokens, side="right")) - 1
 
 
@@ -97,16 +100,19 @@ class FrequentWords:
         """Return a sample, as `Task.make` says. The most frequent word is "...", which the question leaves out."""
         num_words = max(length // 50, 1 + self.num_asked * (1 + distractors))
         words = ["...", *different(lambda: draws.letters(string.ascii_lowercase, 6), num_words)]
+        # [1 + distractors][num_asked]: the right words, then wrong ones of lower frequency; words[0] is the dots.
         asked = [words[1 + index * self.num_asked :][: self.num_asked] for index in range(1 + distractors)]
 
         def context(tokens: int) -> list[Segment]:
             ids = material.encode([f" {word}" for word in words], "a")
-            sizes = np.array([len(one) for one in ids])
+            sizes = np.array([len(one) for one in ids])  # [words], in tokens
+            # The first `total` with which the words take more than `tokens`: one less still fits.
             total = bisect_right(range(tokens + 1), tokens, key=lambda total: int(_counts(total, len(words)) @ sizes))
             counts = _counts(total - 1, len(words))
+            # The dots, the words asked for and the next one differ, so the answer and its order are the only ones.
             if (np.diff(counts[: self.num_asked + 2]) >= 0).any():
                 raise too_short(length, f"no room for {self.num_asked} words that differ in frequency")
-            order = draws.shuffled(np.repeat(np.arange(len(words)), counts).tolist())
+            order = draws.shuffled(np.repeat(np.arange(len(words)), counts).tolist())  # index of each word of the text
             return [Segment(ids[index]) for index in order]
 
         head = "This text is made of coded words. Count how often each of them stands in it.\n"
@@ -120,4 +126,4 @@ class FrequentWords:
 
 def _counts(total: int, ranks: int) -> NDArray[np.int64]:
     """Return how often each rank stands among `total` words of a zeta distribution with exponent 2, rounded down."""
-    return (total * 6 / math.pi**2 / np.arange(1, ranks + 1) ** 2).astype(np.int64)
+    return (total * 6 / math.pi**2 / np.arange(1, ranks + 1) ** 2).astype(np.int64)  # 6 / pi^2 = 1 / zeta(2)

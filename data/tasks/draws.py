@@ -36,7 +36,7 @@ class Draws:
         """Return `count` different numbers of 0, ..., stop - 1, in random order. Raises ValueError for too many."""
         if count > stop:
             raise ValueError(f"{count} different numbers below {stop} do not exist")
-        return np.argsort(self._random(stop), kind="stable")[:count].tolist()
+        return np.argsort(self._random(stop), kind="stable")[:count].tolist()  # stable: ties have one order everywhere
 
     def shuffled(self, values: Sequence[T]) -> list[T]:
         """Return the values in random order."""
@@ -52,13 +52,14 @@ class Draws:
 
     def uuid(self) -> str:
         """Return a random UUID, version 4."""
-        words = self.integers(1 << 32, 4).tolist()
+        words = self.integers(1 << 32, 4).tolist()  # a draw has 53 bits, and a UUID 128
         return str(uuid.UUID(int=sum(word << (32 * index) for index, word in enumerate(words)), version=4))
 
 
 def different(draw: Callable[[], str], count: int) -> list[str]:
     """Return `count` different texts, each made by `draw`."""
     found: dict[str, None] = {}
+    # Ends if `draw` can make `count` different texts; callers draw from many more.
     while len(found) < count:
         found[draw()] = None
     return list(found)

@@ -30,12 +30,12 @@ class HeldOut:
         The result is int64 `[num_tokens]`.
         """
         found, left = [np.empty(0, dtype=np.int64)], num_tokens
-        for _ in count():
+        for _ in count():  # one pass over all sequences
             for reader in self._readers:
                 for sequence in draws.distinct(reader.sequences, reader.sequences):
                     if left <= 0:
                         return np.concatenate(found)[:num_tokens]
-                    row = reader.read([sequence])[0].astype(np.int64)
+                    row = reader.read([sequence])[0].astype(np.int64)  # [length + 1]
                     found.append(row[row != self._boundary_id])
                     left -= len(found[-1])
         raise AssertionError("unreachable")
@@ -55,5 +55,5 @@ class HeldOut:
         chosen = draws.distinct(readers[0].sequences, 2)
         row, other = readers[0].read(chosen).astype(np.int64)
         [starts] = readers[0].document_starts(chosen[:1])
-        behind = [start for start in starts if length // 2 <= start <= length - 2]
+        behind = [start for start in starts if length // 2 <= start <= length - 2]  # leaves 2 targets or more
         return row, other, behind[0] if behind else length // 2

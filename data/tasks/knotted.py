@@ -28,7 +28,7 @@ class Backtrace:
         """Return a sample, as `Task.make` says. Distractors are the labels of other texts."""
         count = self.texts * self.chunks
         names = different(lambda: draws.letters(string.ascii_letters + string.digits, 6), count)
-        labels = np.reshape(np.arange(count), (self.texts, self.chunks))
+        labels = np.reshape(np.arange(count), (self.texts, self.chunks))  # [text, chunk]: index of its name
         ids = material.encode(names, "[")
         # A text stands once for each of its chunks, so their order in it is kept.
         order = draws.shuffled([text for text in range(self.texts) for _ in range(self.chunks)])
@@ -44,13 +44,16 @@ class Backtrace:
             return references([chosen[0], *(np.concatenate([then, label]) for label in chosen[1:])])
 
         def context(tokens: int) -> list[Segment]:
+            # [side][chunk][tokens]
             marks = [[self._marks(material, chunk, side) for chunk in range(self.chunks)] for side in (0, 1)]
+            # Tokens of the context that are no text: labels and their marks, heads and tails.
             fixed = count * (len(begin) + len(end)) + sum(map(len, ids))
             fixed += self.texts * sum(len(mark) for side in marks for mark in side)
             sizes = np.full(self.texts, (tokens - fixed) // self.texts)
             if sizes[0] < 2 * self.chunks:
                 raise too_short(length, f"no room for {count} chunks")
             cut = [self._cut(material.haystack("documents", size, draws), draws) for size in sizes.tolist()]
+            # done[text]: number of the chunks of a text that are in `found`.
             done, found = [0] * self.texts, []
             for text in order:
                 chunk, done[text] = done[text], done[text] + 1
@@ -62,6 +65,7 @@ class Backtrace:
         return question(material, length, ends, [traced(text) for text in (asked, *wrong[:distractors])], context)
 
     def _cut(self, text: Tokens, draws: Draws) -> list[Tokens]:
+        # Cuts are in 1, ..., n - 1 and differ, so no chunk is empty.
         cuts = sorted(1 + cut for cut in draws.distinct(len(text) - 1, self.chunks - 1))
         return np.split(text, cuts)
 

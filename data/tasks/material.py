@@ -72,6 +72,7 @@ class Material:
     def random_tokens(self, count: int, draws: Draws) -> Tokens:
         """Return random tokens of the vocabulary, special ones left out."""
         special = self._tokenizer.get_added_tokens_decoder()
+        # Sorted, as the library gives the vocabulary in another order each time.
         ids = sorted(set(self._tokenizer.get_vocab(with_added_tokens=False).values()) - {*special, self.boundary_id})
         return np.array(ids, dtype=np.int64)[draws.integers(len(ids), count)]
 
@@ -84,6 +85,7 @@ class Material:
             return self.documents.text(num_tokens, draws)
         found: list[Tokens] = [np.empty(0, dtype=np.int64)]
         left = num_tokens
+        # Every text has a token at least, so `left` falls.
         while left > 0:
             # More sentences at once than are likely to be needed: encoding in batches is what is fast.
             texts = [NOISE if kind == "noise" else sentence(draws) for _ in range(1 + left // 16)]
@@ -96,10 +98,11 @@ class Material:
         """Return the positions in `tokens` before which a sentence or a line begins, ascending; 0 and the end too."""
         if self._ends is None:
             size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+            # Ids may have gaps, and the highest is then above their number.
             size = max(size, 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values()))
             texts = self._tokenizer.decode_batch([[number] for number in range(size)], skip_special_tokens=False)
             self._ends = np.array([text.endswith(("\n", ".")) for text in texts], dtype=np.bool_)
-        inside = np.flatnonzero(self._ends[tokens[:-1]]) + 1
+        inside = np.flatnonzero(self._ends[tokens[:-1]]) + 1  # positions behind an end
         return np.unique(np.concatenate([inside, [0, len(tokens)]]))
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:

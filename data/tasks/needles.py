@@ -42,13 +42,13 @@ class Needles:
         named = {"word": "word", "number": "number", "uuid": "code"}[self.value]
         keys = different(lambda: _drawn(self.key, draws), self.keys)
         num_values = (self.keys + distractors * self.queries) * self.values
-        every = different(lambda: _drawn(self.value, draws), num_values)
-        by_key = [every[index * self.values : (index + 1) * self.values] for index in range(self.keys)]
-        asked = draws.distinct(self.keys, self.queries)
+        every = different(lambda: _drawn(self.value, draws), num_values)  # of the text, then of wrong answers
+        by_key = [every[index * self.values : (index + 1) * self.values] for index in range(self.keys)]  # [key][value]
+        asked = draws.distinct(self.keys, self.queries)  # keys, in the order of the question
 
         # The statement that the sample's number gives a depth is the first: of the key that is asked for first.
         order = [*asked, *(index for index in range(self.keys) if index not in asked)]
-        at = depths(number, self.keys * self.values, draws)
+        at = depths(number, self.keys * self.values, draws)  # [statements], as `order` has them
         if self.values > 1:
             at[: self.values] = sorted(at[: self.values])  # values of one key are listed as they appear
         statements = [(keys[index], value) for index in order for value in by_key[index]]
@@ -71,7 +71,7 @@ class Needles:
         answers = [right, *(wrong[first * len(right) : (first + 1) * len(right)] for first in range(distractors))]
 
         def context(tokens: int) -> list[Segment]:
-            left = tokens - sum(map(len, needles))
+            left = tokens - sum(map(len, needles))  # below 0 the row is too short, which `filler` raises
             if self.haystack != "needles":
                 found = material.haystack(self.haystack, max(left, 0), draws)
                 return hide(found, material.cuts(found), needles, at)
@@ -97,6 +97,7 @@ class Needles:
 def _among(lines: list[Tokens], needles: list[Tokens], at: list[float]) -> list[Segment]:
     """Return the lines with each needle before the line at its depth."""
     found = list(map(Segment, lines))
+    # From the last to the first, so that an insertion does not move the positions that are left.
     for depth, needle in sorted(zip(at, needles, strict=True), key=lambda pair: -pair[0]):
         found.insert(round(depth * len(lines)), Segment(needle))
     return found

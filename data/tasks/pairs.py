@@ -30,7 +30,7 @@ class Pairs:
 
     def make(self, material: Material, length: int, number: int, distractors: int, draws: Draws) -> Sample:
         """Return a sample, as `Task.make` says; it has a depth if it is a retrieval."""
-        threads = [[draws.uuid() for _ in range(self.hops + 1)] for _ in range(self.threads)]
+        threads = [[draws.uuid() for _ in range(self.hops + 1)] for _ in range(self.threads)]  # [thread][hops + 1]
         wrong = [[draws.uuid() for _ in range(self.threads)] for _ in range(distractors)]
         depth = depths(number, 1, draws)[0] if self.hops * self.threads == 1 else None
 
@@ -51,11 +51,11 @@ class Pairs:
             lines = draws.shuffled(lines)
             size = len(lines) + len(in_thread)
             if depth is None:
-                at = np.reshape(draws.distinct(size, len(in_thread)), (self.threads, self.hops))
+                at = np.reshape(draws.distinct(size, len(in_thread)), (self.threads, self.hops))  # [thread, hop]
                 at = np.sort(at, axis=1)[:, :: 1 if self.direction == "forward" else -1].flatten()
             else:
                 at = np.array([round(depth * (size - 1))])
-            placed = dict(zip(at.tolist(), in_thread, strict=True))
+            placed = dict(zip(at.tolist(), in_thread, strict=True))  # index of a line → its tokens
             rest = iter(lines)
             return [Segment(placed[index] if index in placed else next(rest)) for index in range(size)]
 

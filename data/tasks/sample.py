@@ -92,15 +92,15 @@ def join(
     Prompt and the longest answer fill the row exactly; shorter answers are followed by boundary tokens, which no scored
     target follows.
     """
-    rows = np.full((len(answers), length + 1), boundary_id, dtype=np.int64)
+    rows = np.full((len(answers), length + 1), boundary_id, dtype=np.int64)  # [answers, length + 1]
     parts = np.full((len(answers), length + 1), NOT_SCORED, dtype=np.uint8)
     stops = []
     for row, part, answer in zip(rows, parts, answers, strict=True):
-        at = 1
+        at = 1  # behind the boundary token
         for segment in (*prompt, *answer):
             stop = at + len(segment.tokens)
             row[at:stop], part[at:stop] = segment.tokens, segment.part
             at = stop
         stops.append(at)
     assert max(stops) == length + 1, f"rows end at {stops} of {length + 1}"
-    return Sample(rows, parts[:, 1:], depth)
+    return Sample(rows, parts[:, 1:], depth)  # a target has the part of its own token

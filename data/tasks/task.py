@@ -31,6 +31,7 @@ class Task(Protocol):
 
 def first_depth(number: int) -> float:
     """Return the depth of sample `number` of a task whose samples have one: any 40 in succession have every depth."""
+    # 17 has no factor of 40, so 40 in succession differ, and neighbours lie far apart.
     return DEPTHS[17 * number % len(DEPTHS)]
 
 
@@ -43,8 +44,9 @@ def depths(number: int, count: int, draws: Draws) -> list[float]:
 
 def hide(haystack: Tokens, cuts: Tokens, needles: Sequence[Tokens], at: Sequence[float]) -> list[Segment]:
     """Return the haystack with each needle before the first of the `cuts` at or behind its depth."""
+    # [needles]. The last cut is the end, so every depth has a cut at or behind it.
     positions = cuts[np.searchsorted(cuts, [depth * len(haystack) for depth in at])].tolist()
-    found, done = [], 0
+    found, done = [], 0  # invariant: `found` holds haystack[:done]
     for position, needle in sorted(zip(positions, needles, strict=True), key=lambda pair: pair[0]):
         found += [Segment(haystack[done:position]), Segment(needle)]
         done = position
@@ -57,6 +59,7 @@ def fitting(material: Material, tokens: int, unit: Callable[[], str]) -> list[To
     There are none for a negative number, which the caller finds to be too small.
     """
     found: list[Tokens] = []
+    # Every unit has a token at least, so one of them no longer fits.
     while tokens >= 0:
         for ids in material.encode([unit() for _ in range(1 + tokens // 16)]):
             if len(ids) > tokens:

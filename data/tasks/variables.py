@@ -24,6 +24,7 @@ class Variables:
         per_chain = self.hops + 1
         names = _names(5, (self.chains + distractors) * per_chain, draws)
         values = [draws.digits(5) for _ in range(self.chains)]
+        # [chain][assignment][tokens]
         chains = [
             material.encode(
                 [f"\n{line}" for line in _assignments(names[chain * per_chain : (chain + 1) * per_chain], value)], "."
@@ -35,7 +36,7 @@ class Variables:
             left = tokens - sum(len(line) for chain in chains for line in chain)
             haystack = material.haystack("noise", max(left, 0), draws)
             cuts = material.cuts(haystack)
-            if len(cuts) <= per_chain:
+            if len(cuts) <= per_chain:  # each assignment of a chain has a cut of its own
                 raise too_short(length, f"no room for {per_chain} assignments in noise")
             # The assignments of a chain keep their order.
             at = [sorted(cuts[draws.distinct(len(cuts), per_chain)]) for _ in chains]
