@@ -47,6 +47,7 @@ def inspected_json(
         entry["average_context"] = average_context(manifest, bucket) if bucket.sequences else None
     batch = global_batch_tokens or 64 * max(curriculum.lengths_in_use(manifest.lengths))
     order = training_order(manifest, curriculum, loader, steps=steps, global_batch_tokens=batch, seed=seed)
+    # [buckets]. All slots have the same number of tokens, so slots stand for tokens in the shares below.
     slots = order.slots_before(len(order.slots) + 1).tolist()
     return found | {
         "verified": True,

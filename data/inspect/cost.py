@@ -32,7 +32,7 @@ class ModelSize:
 
 PAPER_1B = ModelSize(
     name="1B (24 layers of 2,048, vocabulary 50,432)",
-    parameters=24 * 12 * 2048**2 + 2048 * 50_432,
+    parameters=24 * 12 * 2048**2 + 2048 * 50_432,  # a layer: 4 d^2 in attention, 8 d^2 in the MLP
     num_layers=24,
     attention_width=2048,
 )

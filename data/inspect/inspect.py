@@ -67,6 +67,7 @@ def inspect(
     _print_samples(manifest, train, console)
     if manifest.order is not None:
         show_order(manifest, console)
+    # The picture lies beside a local directory; that of a remote one, in the working directory.
     name = manifest.store.name.rstrip("/").rpartition("/")[2] if "://" in manifest.store.name else manifest.store.name
     picture = Path(f"{name}.png")
     draw(manifest, order, picture)
@@ -111,7 +112,7 @@ def _bucket_table(manifest: Manifest, train: tuple[Bucket, ...], model: ModelSiz
         share = attention_share(model, [1], [bucket.length])
         numbers = (f"{bucket.sequences:,}", f"{bucket.tokens:,}", f"{bucket.tokens / total:.1%}", sees, f"{share:.1%}")
         table.add_row(f"{bucket.length:,}", *numbers)
-    if len(train[0].parts) > 1:
+    if len(train[0].parts) > 1:  # every bucket has a part of each source
         table.add_section()
         for index, part in enumerate(train[0].parts):
             tokens = sum(bucket.length * bucket.parts[index].sequences for bucket in train)
@@ -144,10 +145,11 @@ def average_context(manifest: Manifest, bucket: Bucket) -> float:
 def _curriculum_table(order: BatchOrder, curriculum: CurriculumConfig) -> Table:
     """Return the share of each bucket in the tokens of each tenth of a run, in percent."""
     odds = curriculum.odds if isinstance(curriculum.odds, str) else ", ".join(f"{value:g}" for value in curriculum.odds)
-    cycles = curriculum.num_cycles(len(order.lengths), *order.slots.shape)
+    cycles = curriculum.num_cycles(len(order.lengths), *order.slots.shape)  # (steps, slots of a step)
     title = f"Curriculum: {len(order.slots):,} steps of {odds} in {cycles} cycles, % of each tenth"
     table = make_table(title, "bucket", "tokens", *(str(part + 1) for part in range(PARTS)))
     for bucket, length in enumerate(order.lengths):
+        # [PARTS]; in a run of fewer steps, some parts are empty.
         shares = [np.mean(part == bucket) if len(part) else 0 for part in np.array_split(order.slots, PARTS)]
         cells = (f"{share:.0%}".rstrip("%") if share else "·" for share in shares)
         table.add_row(f"{length:,}", f"{np.mean(order.slots == bucket):.1%}", *cells)
@@ -156,6 +158,7 @@ def _curriculum_table(order: BatchOrder, curriculum: CurriculumConfig) -> Table:
 
 def _print_cost(order: BatchOrder, model: ModelSize, console: Console) -> None:
     """Print attention's share of the FLOPs of an order's steps, and the speed-up over one length."""
+    # [buckets]. All slots have the same number of tokens, so slots stand for tokens.
     slots = order.slots_before(len(order.slots) + 1).tolist()
     console.print(
         f"Attention is {attention_share(model, slots, order.lengths):.1%} of the FLOPs of these steps. "
@@ -172,7 +175,7 @@ def _print_samples(manifest: Manifest, train: tuple[Bucket, ...], console: Conso
     # A dict by length prints a bucket once if it is both the shortest and the longest.
     for bucket in {filled[0].length: filled[0], filled[-1].length: filled[-1]}.values():
         reader = manifest.reader(bucket)
-        input_shard, record, offset, _ = reader.pieces([0])[0][0].tolist()
+        input_shard, record, offset, _ = reader.pieces([0])[0][0].tolist()  # the first piece
         text = tokenizer.decode(reader.read([0])[0, :SAMPLE_TOKENS].tolist())
         origin = escape(manifest.origin(input_shard, record))
         console.print(f"\n[bold]{bucket.length:,} tokens, from token {offset:,} of {origin}[/bold]")

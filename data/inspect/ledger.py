@@ -51,6 +51,7 @@ class _Rows:
         for length, count in sorted(_sum(account.sequences for account in accounts).items()):
             self.add(f"  bucket {length:,}", None, count, length * count)
         if filler := sum(account.filler_tokens for account in accounts):
+            # Negative, as the buckets above count filler, which is in no document.
             self.add("  of it filler", None, None, -filler)
         documents = _sum(account.dropped_documents for account in accounts)
         for rule, tokens in sorted(_sum(account.dropped_tokens for account in accounts).items()):
@@ -59,7 +60,7 @@ class _Rows:
 
 def ledger_table(ledger: Ledger) -> Table:
     """Return the ledger as a table; the tokens of its parts sum to those of its first row."""
-    tokens = ledger.tokens + ledger.left_out_tokens.total()
+    tokens = ledger.tokens + ledger.left_out_tokens.total()  # 100% of the last column
     rows = _Rows("Ledger", tokens)
     rows.add("records read", ledger.records, None, tokens)
     rows.add_left_out(ledger)
@@ -108,7 +109,7 @@ def _notes(ledger: Ledger) -> Iterator[str]:
 
 def _empty(manifest: Manifest) -> Iterator[str]:
     """Yield what the settings ask for and the documents do not give: held-out data, and sequences of each length."""
-    train, held_out = (manifest.ledger.splits[split].sequences for split in SPLITS)
+    train, held_out = (manifest.ledger.splits[split].sequences for split in SPLITS)  # length → sequences
     fraction = manifest.config.get("held_out_fraction", 0)
     if fraction and not held_out.total():
         yield (

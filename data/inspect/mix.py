@@ -17,9 +17,10 @@ def mix_tables(order: BatchOrder, curriculum: CurriculumConfig) -> Iterable[Tabl
     asked = curriculum.shares
     cells = order.trained(len(order.slots))
     sources = list(dict.fromkeys(cell.source for cell in cells))
-    kinds = {
+    kinds = {  # kind of group → name → cells
         "bucket": {f"@{length}": [cell for cell in cells if cell.length == length] for length in order.lengths},
         "source": {name: [cell for cell in cells if cell.source == name] for name in sources if len(sources) > 1},
+        # A name with "@" behind its first character, as "books@65536", is a cell; "@65536" is a bucket.
         "cell": {name: [c for c in cells if name == f"{c.source}@{c.length}"] for name in asked if "@" in name[1:]},
     }
     for kind, groups in kinds.items():

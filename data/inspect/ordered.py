@@ -48,6 +48,7 @@ def show_order(manifest: Manifest, console: Console) -> None:
 def duplicates_table(found: dict[str, Any]) -> Table:
     """Return the pairs of neighbours by cosine, with the threshold from which all of them are compared."""
     table = make_table("Pairs of neighbours by cosine", "from", "pairs", "sampled", "near-duplicates", "")
+    # [bins][cosine from, pairs, sampled, near-duplicates]
     rows = list(zip(found["cosine_from"], found["pairs"], found["sampled"], found["confirmed"], strict=True))
     # Bins of low cosine hold most pairs and no near-duplicates: they would shrink all other bars to nothing.
     shown = [row for row in rows if row[1] and (row[3] or row[0] >= 0.8)]

@@ -48,7 +48,7 @@ def draw_mix(order: BatchOrder, file: Path) -> None:
     edges = _edges(len(order.slots), MIX_BINS)
     # [edges, sources]: tokens of each source in the steps before.
     lengths = np.array(order.lengths)
-    given = np.diff([lengths @ order.given(int(edge)) for edge in edges], axis=0)
+    given = np.diff([lengths @ order.given(int(edge)) for edge in edges], axis=0)  # [bins, sources]
     sources = [part.source for part in order.orders[0].parts]
     _draw_stacked(below, edges, (given / given.sum(axis=1, keepdims=True)).T, sources, "tab20")
     below.set_title("Source of the tokens")
@@ -61,7 +61,7 @@ def draw_mix(order: BatchOrder, file: Path) -> None:
 def draw_by_bucket(axes: Axes, order: BatchOrder) -> None:
     """Draw the share of each bucket in the tokens of equal stretches of a run."""
     edges = _edges(len(order.slots), CURRICULUM_BINS)
-    parts = np.split(order.slots, edges[1:-1])
+    parts = np.split(order.slots, edges[1:-1])  # [bins][steps of the bin, slots of a step]
     # [bucket, bin]
     shares = np.array([np.bincount(part.ravel(), minlength=len(order.lengths)) / part.size for part in parts]).T
     _draw_stacked(axes, edges, shares, [f"{length:,}" for length in order.lengths], "viridis")
@@ -94,6 +94,7 @@ def _draw_documents(axes: Axes, manifest: Manifest) -> None:
     """Draw the shares of documents and of tokens by the length of the document, in powers of two."""
     splits = list(manifest.ledger.splits.values())
     powers = sorted(set().union(*(split.document_lengths for split in splits)))
+    # Powers between that no document has are drawn too, as gaps.
     powers = list(range(powers[0], powers[-1] + 1))
     documents = np.array([sum(split.document_lengths[power] for split in splits) for power in powers])
     tokens = np.array([sum(split.length_tokens[power] for split in splits) for power in powers])

@@ -45,4 +45,4 @@ def shortened(name: str, width: int) -> str:
     if len(file) <= width:
         return file
     head = width // 2
-    return f"{file[:head]}…{file[head + 1 - width :]}"
+    return f"{file[:head]}…{file[head + 1 - width :]}"  # `width` characters with the mark
