@@ -111,6 +111,7 @@ class BatchOrder:
 
     def slots_before(self, step: int) -> NDArray[np.int64]:
         """Return the number of slots that each bucket has in the steps before `step`, [buckets]."""
+        # `step` may be one past the last: its block is then the last one.
         block = min((step - 1) // STRIDE, len(self._earlier) - 1)
         return self._earlier[block] + self._count(self.slots[block * STRIDE : step - 1])
 
@@ -122,7 +123,7 @@ class BatchOrder:
         if not 1 <= step <= len(self.slots):
             raise IndexError(f"step = {step}: must be in 1, ..., {len(self.slots)}")
         before, here = self.slots_before(step).tolist(), self._count(self.slots[step - 1]).tolist()
-        rows = [self.slot_tokens // length for length in self.lengths]
+        rows = [self.slot_tokens // length for length in self.lengths]  # [buckets]: sequences of a slot
         return tuple(
             Stretch(bucket, before[bucket] * rows[bucket], here[bucket] * rows[bucket])
             for bucket in reversed(range(len(rows)))
@@ -149,7 +150,7 @@ class BatchOrder:
             )
         if not 0 <= share.replica < share.num_replicas:
             raise IndexError(f"replica = {share.replica}: must be in 0, ..., {share.num_replicas - 1}")
-        micro_steps = np.arange(stretch.sequences // together)[:, None] * together
+        micro_steps = np.arange(stretch.sequences // together)[:, None] * together  # [micro-step, 1]: first index
         # [micro-step, row]
         positions = stretch.first + micro_steps + share.replica * share.sequences + np.arange(share.sequences)
         return self.orders[stretch.bucket].at(positions.ravel()).reshape(positions.shape)
@@ -172,7 +173,8 @@ class BatchOrder:
             a, b = (order.orders[order.lengths.index(length)] for order in (self, other))
             if (equal := a.equal_positions(b)) is None:
                 continue
-            ends = np.cumsum(taken) // length
+            ends = np.cumsum(taken) // length  # [steps]: positions taken by the end of each
+            # Only steps that go on beyond the positions known to be equal are compared.
             for index in np.flatnonzero((taken > 0) & (ends > equal)).tolist():
                 positions = np.arange(ends[index] - taken[index] // length, ends[index])
                 if not np.array_equal(a.at(positions), b.at(positions)):
@@ -192,6 +194,7 @@ class BatchOrder:
         taken = zip(self.orders, self.lengths, self.slots_before(steps_done + 1).tolist(), strict=True)
         return np.stack(
             [
+                # A bucket without slots may have no knots, which `given` needs.
                 order.given(slots * (self.slot_tokens // length)) if slots else np.zeros(len(order.parts), np.int64)
                 for order, length, slots in taken
             ]

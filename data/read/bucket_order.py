@@ -114,6 +114,7 @@ class BucketOrder:
         ours, theirs = self._knots, other._knots
         if ours == theirs:
             return None
+        # None stands behind the last knot of each.
         unlike = next((a, b) for a, b in zip([*ours, None], [*theirs, None], strict=False) if a != b)
         return max(0, min(knot.position for knot in unlike if knot is not None) - self._margin)
 
@@ -153,10 +154,10 @@ class BucketOrder:
         All are int64: [count], [count] and [sources].
         """
         begin = max(0, first - self._margin)
-        counts = self._counts(begin, first + count + self._margin)
+        counts = self._counts(begin, first + count + self._margin)  # [times + 1, sources]
         # A share is at most 1, so a source gives at most one sequence at a time; time by time, sources in order.
         times, sources = np.nonzero(np.diff(counts, axis=0))
-        skipped = first - int(counts[0].sum())
+        skipped = first - int(counts[0].sum())  # positions from the first time to `first`
         assert 0 <= skipped <= len(sources) - count, "the margins cover the positions"
         before = counts[0] + np.bincount(sources[:skipped], minlength=len(self.parts))
         chosen = slice(skipped, skipped + count)
@@ -172,7 +173,7 @@ class BucketOrder:
             # The due at `first` in whole numbers; what is computed from there fits 64 bits. [sources]
             dues = [due + (first - knot.position) * w for due, w in zip(self._dues[index], knot.weights, strict=True)]
             whole, rest = zip(*(divmod(2 * due + WEIGHT_SUM, 2 * WEIGHT_SUM) for due in dues), strict=True)
-            added = 2 * np.arange(stop - first)[:, None] * np.array(knot.weights, dtype=np.int64)
+            added = 2 * np.arange(stop - first)[:, None] * np.array(knot.weights, dtype=np.int64)  # [times, sources]
             parts.append(np.array(whole) + (np.array(rest) + added) // (2 * WEIGHT_SUM))
             first, index = stop, index + 1
         return np.concatenate(parts)
@@ -208,13 +209,14 @@ class BucketOrder:
             # Neighbouring steps ask for the same pass, or for two around its end.
             self._windows = {k: kept for k, kept in self._windows.items() if k[1] >= pass_number - 1}
             self._windows[source, pass_number] = found
-        windows = np.searchsorted(found.begins, positions, side="right") - 1
+        windows = np.searchsorted(found.begins, positions, side="right") - 1  # [n]
         mixed = np.empty_like(positions)
         for window in np.unique(windows).tolist():
             here, (begin, end) = windows == window, found.begins[window : window + 2].tolist()
             mixed[here] = begin + permute(positions[here] - begin, end - begin, key=(*key, window))
         nth = np.searchsorted(found.ends, mixed, side="right")  # index of the shard in the order of the pass
         shards = found.shards[nth]
+        # A sequence is as far from its shard's end in storage as in the pass.
         return np.cumsum(sizes)[shards] - (found.ends[nth] - mixed)
 
 
@@ -223,6 +225,7 @@ def source_parts(bucket: Bucket, window_tokens: int) -> tuple[SourcePart, ...]:
     parts = []
     for part in bucket.parts:
         shards = bucket.shards[: part.first_shard + part.num_shards]["sequences"]
+        # The source's part of a window, in sequences.
         window = -(-window_tokens * part.sequences // max(1, bucket.tokens))
         parts.append(
             SourcePart(

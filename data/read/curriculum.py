@@ -66,6 +66,7 @@ def divide_slots(slots: Sequence[int], weights: Sequence[Sequence[int]]) -> list
         # The slots that leave a bucket at least B - 1 behind are among the first `count`, whatever the others' dues.
         given = [max(0, late // WEIGHT_SUM - len(due) + 1) for late in due]
         due = [late - slot * WEIGHT_SUM for late, slot in zip(due, given, strict=True)]
+        # Fewer than B^2 slots are left, however long the cycle is.
         for _ in range(count - sum(given)):
             chosen = due.index(max(due))
             given[chosen] += 1
@@ -101,7 +102,7 @@ def _times(count: int, odds: float, config: CurriculumConfig, seed: np.random.Se
     """Return the times at which a bucket's `count` slots of a cycle are drawn, float64 [count]."""
     left = config.odds == "natural" or config.draw == "odds_times_left"
     if config.mix == "micro_batch":
-        middles = (np.arange(count) + 0.5) / max(count, 1)
+        middles = (np.arange(count) + 0.5) / max(count, 1)  # quantile of each slot
         times = -exact_log(1.0 - middles) if left else middles * count
     else:
         # Uniform on (0, 1] in steps of 2^-53.
@@ -125,6 +126,6 @@ def exact_log(values: NDArray[np.float64]) -> NDArray[np.float64]:
     square = ratio * ratio
     # |ratio| < 0.172, so the first omitted term of the series is below 1e-17 of the sum.
     series = np.zeros_like(ratio)
-    for power in range(21, 0, -2):
+    for power in range(21, 0, -2):  # Horner's rule, from ratio^20 / 21 down
         series = series * square + 1 / power
     return (exponent - low) * 0.6931471805599453 + 2 * ratio * series

@@ -28,6 +28,7 @@ class _StoppedError(Exception):
 
 def shards_of_rank(readers: Sequence[SequenceReader], rank: int, num_ranks: int) -> list[NDArray[np.bool_]]:
     """Return, for the shards of each bucket, whether a rank has them to hash, [shards]: every `num_ranks`-th."""
+    # [buckets + 1]: the shards of all buckets are numbered through, so that ranks have equally many.
     ends = np.cumsum([0, *(len(reader.first_sequence) - 1 for reader in readers)]).tolist()
     return [np.arange(first, end) % num_ranks == rank for first, end in pairwise(ends)]
 
@@ -50,7 +51,7 @@ class Hashing:
         self._readers = readers
         self._left = left
         self._seconds_a_chunk = CHUNK_BYTES / bytes_per_s
-        self._steps: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._steps: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # None ends the thread
         self._hurry, self._stop = threading.Event(), threading.Event()
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="hashing", daemon=True)
@@ -65,6 +66,7 @@ class Hashing:
         """Hash what is left of the steps added, without a limit of bandwidth, for LAST_SECONDS at most."""
         self._hurry.set()
         self._steps.put(None)
+        # None lies behind the steps, so all of them are hashed first.
         self._thread.join(LAST_SECONDS)
         self._raise_failure()
         if self._thread.is_alive():
@@ -72,7 +74,7 @@ class Hashing:
 
     def close(self) -> None:
         """End the thread."""
-        self._stop.set()
+        self._stop.set()  # before _hurry, which wakes _wait to look at it
         self._hurry.set()
         self._steps.put(None)
         self._thread.join()
@@ -96,6 +98,7 @@ class Hashing:
         left, reader = self._left[stretch.bucket], self._readers[stretch.bucket]
         if not left.any():
             return
+        # [shards], ascending. `left` has none of another rank.
         read = np.unique(reader.shards_of(self._order.sequences(stretch)))
         for shard in read[left[read]].tolist():
             where = f", and step {step} reads it, so checkpoints from step {step} on may have trained on it"

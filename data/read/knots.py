@@ -76,7 +76,7 @@ class Knots:
         self._tokenizer = tokenizer.tokenizer
         self._boundary_id = tokenizer.boundary_id
         self._seed = seed
-        self._chances = np.cumsum(config.chunk_odds) / sum(config.chunk_odds)
+        self._chances = np.cumsum(config.chunk_odds) / sum(config.chunk_odds)  # of at most 1, 2, ... chunks
         names = knot_tokens(config.max_chunks)
         ids = {name: found for name in names if (found := self._tokenizer.token_to_id(name)) is not None}
         if missing := [name for name in names if name not in ids]:
@@ -87,6 +87,7 @@ class Knots:
         cuts = config.max_chunks - 1
         self.marks: Marks | None = None
         if cuts:
+            # In the order of `knot_tokens`: five marks, the tails, the heads.
             label, label_end, trace, then, trace_end, *ends = ids.values()
             self.marks = Marks(label, label_end, trace, then, trace_end, tuple(ends[:cuts]), tuple(ends[cuts:]))
 
@@ -106,7 +107,7 @@ class Knots:
         tokens, roles = self.mix(documents, generator)
         assert len(tokens) == length, "text and marks fill the sequence"
         tokens, roles = np.append(self._boundary_id, tokens), np.append(TEXT, roles)
-        trained = ~(np.isin(roles[:-1], NOT_AS_INPUT) | np.isin(roles[1:], NOT_AS_TARGET))
+        trained = ~(np.isin(roles[:-1], NOT_AS_INPUT) | np.isin(roles[1:], NOT_AS_TARGET))  # [length]
         return tokens.astype(row.dtype), trained
 
     def mix(self, documents: list[Tied], generator: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
@@ -141,7 +142,7 @@ class Knots:
             tokens, roles = tokens[1:], roles[1:]
         else:
             roles[0] = OTHERS  # the first input of a piece that begins inside its document
-        ends = np.flatnonzero(tokens[:-1] == self._boundary_id) + 1
+        ends = np.flatnonzero(tokens[:-1] == self._boundary_id) + 1  # a last boundary begins no document
         return list(zip(np.split(tokens, ends), np.split(roles, ends), strict=True))
 
     def _draw(self, tokens: NDArray[np.int64], roles: NDArray[np.int8], generator: np.random.Generator) -> Tied:
@@ -180,7 +181,7 @@ class Knots:
     def _backtrace(self, labels: list[list[int]]) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
         """Return the tokens [n] and roles [n] of the backtrace that names `labels`."""
         assert self.marks is not None
-        named = [token for label in labels for token in (self.marks.then, *label)][1:]
+        named = [token for label in labels for token in (self.marks.then, *label)][1:]  # no <then> before the first
         tokens = np.array([self.marks.trace, *named, self.marks.trace_end], dtype=np.int64)
         return tokens, np.array([TRACE_BEGIN, *[TRACE] * len(named), TRACE_END], dtype=np.int8)
 
@@ -213,6 +214,7 @@ def cut_points(size: int, count: int, generator: np.random.Generator) -> list[in
     They are in 1, ..., size - 1, ascending; every choice is equally likely (R. Floyd's sampling without replacement).
     """
     chosen: set[int] = set()
+    # After each round `chosen` is a uniform choice from range(largest + 1).
     for largest in range(size - count, size - 1):
         draw = int(generator.random() * (largest + 1))
         chosen.add(draw if draw not in chosen else largest)

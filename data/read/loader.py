@@ -107,6 +107,7 @@ class Loader:
             ahead = deque(map(pool.submit, islice(reads, self._config.prefetch_batches)))
             while ahead:
                 batch = ahead.popleft().result()
+                # Before the yield, so that threads read while this batch is trained on.
                 ahead.extend(map(pool.submit, islice(reads, 1)))
                 yield batch
         finally:
@@ -118,8 +119,8 @@ class Loader:
             if hashing is not None:
                 hashing.add(step)
                 if step == last:
-                    hashing.finish()
-            micro_steps = count()
+                    hashing.finish()  # before the last batches are yielded
+            micro_steps = count()  # goes on through the stretches of a step
             # The longest bucket first, on all ranks: they are always in the same bucket.
             for stretch in self.order.batch(step):
                 share = self._share_of(self.order.lengths[stretch.bucket])

@@ -43,7 +43,7 @@ def plan_mix(buckets: Sequence[Bucket], curriculum: CurriculumConfig, steps: int
     """
     cells = Cells.of(buckets)
     begins = cycle_begins(steps, curriculum.num_cycles(len(buckets), steps, slots_per_step))
-    middles = [(first + last) / 2 / steps for first, last in pairwise(begins)]
+    middles = [(first + last) / 2 / steps for first, last in pairwise(begins)]  # [cycles], in [0, 1]
     shares = cycle_shares(cells, curriculum, middles)
     return Mix(cells=cells, begins=tuple(begins), shares=tuple(shares))
 
@@ -53,6 +53,7 @@ def renew(mix: Mix, curriculum: CurriculumConfig, renewals: Sequence[Renewal]) -
 
     A renewal counts if it was measured where a cycle ends, for the sources of this mix. Until the next one, it holds.
     """
+    # Nothing follows the last cycle, so its end is not among these.
     ends, sources = set(mix.begins[1:-1]), set(trained_sources(mix.cells))
     counted = [renewal for renewal in renewals if renewal.step in ends and renewal.losses.keys() >= sources]
     counted.sort(key=lambda renewal: renewal.step)
@@ -115,6 +116,7 @@ def bucket_order(
         raise ValueError(f"seed = {seed}: must be at least 0; give another whole number")
     if not sequences:
         raise ValueError("sequences = {}: there is nothing to order; give the number of sequences of each length")
+    # length → source → sequences
     counts = {length: of if isinstance(of, Mapping) else {"all": of} for length, of in sequences.items()}
     for length, of in counts.items():
         if min(of.values(), default=0) < 0:
@@ -158,9 +160,9 @@ def order_of_mix(
 ) -> BatchOrder:
     """Return the order of a run with a mix; what its steps train on depends on their cycle and those before alone."""
     lengths = mix.cells.lengths
-    by_bucket = [integer_weights([sum(bucket) for bucket in shares]) for shares in mix.shares]
+    by_bucket = [integer_weights([sum(bucket) for bucket in shares]) for shares in mix.shares]  # [cycles][buckets]
     counts = divide_slots([slots_per_step * (last - first) for first, last in pairwise(mix.begins)], by_bucket)
-    slots = draw_slots(counts, lengths, curriculum, seed).reshape(-1, slots_per_step)
+    slots = draw_slots(counts, lengths, curriculum, seed).reshape(-1, slots_per_step)  # [steps, slots of a step]
     orders = []
     for index, bucket in enumerate(buckets):
         # The weights of a cycle hold from the first position that its slots take.
@@ -168,7 +170,7 @@ def order_of_mix(
         knots = [
             Knot(position, integer_weights(shares[index]))
             for position, shares in zip(taken.tolist(), mix.shares, strict=False)
-            if any(shares[index])
+            if any(shares[index])  # else nothing to weigh: the mix before holds on
         ]
         orders.append(BucketOrder(source_parts(bucket, loader.window_tokens), knots, (seed, bucket.length)))
     return BatchOrder(lengths, orders, slots, slot_tokens)

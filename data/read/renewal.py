@@ -46,13 +46,14 @@ def renewed(shares: Shares, cells: Cells, curriculum: CurriculumConfig, renewals
     buckets and cells keep their shares, and so renewed shares never contradict the recipe.
     """
     exponents = _exponents(trained_sources(cells), curriculum.renewal, renewals)
-    groups: dict[int, list[Cell]] = defaultdict(list)
+    groups: dict[int, list[Cell]] = defaultdict(list)  # bucket → cells; -1 is all buckets without a share
     for bucket, length in enumerate(cells.lengths):
         for index, source in enumerate(cells.sources):
             if shares[bucket][index] and f"{source}@{length}" not in curriculum.shares:
                 groups[bucket if f"@{length}" in curriculum.shares else -1].append((bucket, index))
     result = [list(row) for row in shares]
     for group in groups.values():
+        # With it subtracted, exponents are at most 0, so none overflows.
         highest = max(exponents[cells.sources[index]] for _, index in group)
         for bucket, index in group:
             result[bucket][index] *= _exp(exponents[cells.sources[index]] - highest)
@@ -67,7 +68,7 @@ def _exponents(sources: Sequence[str], config: RenewalConfig, renewals: Sequence
     """Return eta sum_j A_ij sum_t L_j(t) of each source i."""
     measured = [renewal.losses for renewal in renewals[-config.window :]] or [dict.fromkeys(sources, 1.0)]
     sums = {source: fsum(losses[source] for losses in measured) for source in sources}
-    helps = {source: {source: 1.0, **config.graph.get(source, {})} for source in sources}
+    helps = {source: {source: 1.0, **config.graph.get(source, {})} for source in sources}  # [i][j]
     return {i: config.rate * fsum(effect * sums[j] for j, effect in helps[i].items()) for i in sources}
 
 
@@ -106,7 +107,7 @@ def held_out_sequences(
             continue
         available = [bucket.parts[index].sequences for bucket in buckets]
         for numbers, bucket, count in zip(chosen, buckets, _counts(source, buckets, available, config), strict=True):
-            first = sum(part.sequences for part in bucket.parts[:index])
+            first = sum(part.sequences for part in bucket.parts[:index])  # the source's first in the bucket
             numbers.append(first + np.arange(count) * bucket.parts[index].sequences // max(count, 1))
     numbered = zip(buckets, map(np.concatenate, chosen), strict=True)
     return tuple((bucket, numbers) for bucket, numbers in numbered if len(numbers))
@@ -121,9 +122,9 @@ def _counts(source: str, buckets: Sequence[Bucket], available: Sequence[int], co
             "use; set it to 0, or prepare other data with a larger data.held_out_fraction"
         )
     limit = config.held_out_tokens
-    counts = [min(count, limit * count // tokens) for count in available]
+    counts = [min(count, limit * count // tokens) for count in available]  # rounded down: at most `limit` in all
     if not any(counts):
-        shortest = next(index for index, count in enumerate(available) if count)
+        shortest = next(index for index, count in enumerate(available) if count)  # buckets ascend
         if buckets[shortest].length > limit:
             raise ValueError(
                 f"curriculum.renewal.held_out_tokens = {limit}: the shortest held-out sequence of source {source!r} "

@@ -81,7 +81,7 @@ def cycle_shares(cells: Cells, config: CurriculumConfig, middles: Iterable[float
     for middle in middles:
         values = {name: share_at(share, middle) for name, share in config.shares.items()}
         key = tuple(values.values())
-        if key not in found:
+        if key not in found:  # cycles of equal shares are fitted once
             changes = not all(isinstance(share, int | float) for share in config.shares.values())
             found[key] = fit(cells, values, f" at progress {middle:.3g}" if changes else "")
         result.append(found[key])
@@ -97,7 +97,7 @@ def share_at(share: Share, progress: float) -> float:
     if not before or not after:
         return (before[-1:] or after)[0][1]
     (start, first), (stop, last) = before[-1], after[0]
-    return first + (last - first) * ((progress - start) / (stop - start))
+    return first + (last - first) * ((progress - start) / (stop - start))  # start <= progress < stop
 
 
 def fit(cells: Cells, named: Mapping[str, float], where: str = "") -> Shares:
@@ -107,6 +107,7 @@ def fit(cells: Cells, named: Mapping[str, float], where: str = "") -> Shares:
     nothing else is left, or if they contradict each other; `where` says at which point of the run.
     """
     groups = {name: cells.named(name) for name in named}
+    # A name of a cell fixes its share; the fitting scales the free cells beside it.
     fixed = {group[0]: named[name] for name, group in groups.items() if "@" in name[1:]}
     every = {(b, s) for b, row in enumerate(cells.tokens) for s, tokens in enumerate(row) if tokens}
     for axis, kind in ((1, "sources"), (0, "buckets")):
@@ -119,11 +120,13 @@ def fit(cells: Cells, named: Mapping[str, float], where: str = "") -> Shares:
         for (name, value), group in zip([*named.items(), ("", 1.0)], [*groups.values(), sorted(every)], strict=True)
         if "@" not in name[1:]
     ]
+    # Each scaling makes one sum right and may disturb those before; `worst` is the largest error of a sweep.
     for _ in range(SWEEPS):
         worst = 0.0
         for _, group, target in constraints:
             found = fsum(shares[cell] for cell in group)
             worst = max(worst, abs(found - target))
+            # Fixed cells alone may exceed a share: the target is then negative, and _check_fitted raises.
             scale = max(0.0, target) / found if found else 0.0
             for cell in group:
                 shares[cell] *= scale
@@ -141,6 +144,7 @@ def _check_sum(
     groups: Mapping[str, list[Cell]], named: Mapping[str, float], every: set[Cell], axis: int, kind: str, where: str
 ) -> None:
     """Raise ValueError if the named shares along an axis, with the cells beside them, do not fit into 1."""
+    # Names along the axis, and those of cells that none of these names covers.
     lines = {name for name in groups if ("@" not in name if axis else name.startswith("@"))}
     covered = {cell for name in lines for cell in groups[name]}
     counted = lines | {name for name, group in groups.items() if "@" in name[1:] and group[0] not in covered}

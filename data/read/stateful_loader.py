@@ -81,14 +81,16 @@ class StatefulLoader:
         manifest = open_prepared(directory, config)
         made_of: dict[str, Any] = {"steps": steps, "global_batch_tokens": global_batch_tokens, "seed": seed}
         order = training_order(manifest, curriculum, config, **made_of)
+        # Number of ranks that hold a sequence of each length together.
         ranks_of = {length: max(1, length // tokens_per_rank) for length in order.lengths}
         for length, ranks in ranks_of.items():
+            # A rank holds whole sequences, or whole ranks hold one together.
             if max(length, tokens_per_rank) % min(length, tokens_per_rank) or num_ranks % ranks:
                 raise ValueError(
                     f"tokens_per_rank = {tokens_per_rank}: {num_ranks} ranks cannot hold sequences of {length} tokens; "
                     f"set it to {max(order.lengths)}"
                 )
-        self._at_once = num_ranks * tokens_per_rank
+        self._at_once = num_ranks * tokens_per_rank  # tokens of one micro-batch
         if order.slot_tokens % self._at_once:
             raise ValueError(
                 f"global_batch_tokens = {global_batch_tokens}: slots of {order.slot_tokens} tokens are not whole "
@@ -106,14 +108,15 @@ class StatefulLoader:
         """Tokens of the run that all ranks together have taken."""
         manifest_file = manifest.store.path(MANIFEST_FILE)
         content = {"data": sha256_of(manifest_file), "order": ORDER, "window_tokens": config.window_tokens}
+        # As JSON gives it back, since a trainer may store the state so: tuples are lists.
         self._made_of = json.loads(json.dumps({**made_of, **content, "curriculum": asdict(curriculum)}))
 
     def __iter__(self) -> Iterator[Batch]:
-        steps_done, tokens = divmod(self._taken, self._step_tokens)
+        steps_done, tokens = divmod(self._taken, self._step_tokens)  # tokens of the step at work
         for micro_batch in self._loader.batches(steps_done, self._steps):
             if micro_batch.step == steps_done + 1 and micro_batch.micro_step < tokens // self._at_once:
                 continue  # taken before the state was
-            self._taken += self._at_once
+            self._taken += self._at_once  # before the yield: a state taken then counts this batch
             yield self._batch(micro_batch)
 
     def state_dict(self) -> dict[str, Any]:
