@@ -33,6 +33,7 @@ def _read(file: Path, dtype: np.dtype, shape: tuple[int | None, ...]) -> NDArray
             size >= 0 and wanted in (None, size) for size, wanted in zip(found, shape, strict=True)
         )
         size_bytes = stream.tell() + math.prod(found) * dtype.itemsize
+        # In one dimension both orders of elements are the same.
         if stored != dtype or (fortran and len(found) > 1) or not fits or size_bytes != file.stat().st_size:
             raise ValueError(
                 f"{file}: its header says {str(list(found))[:80]} of type {str(stored)[:80]}, which is not what a file "

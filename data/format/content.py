@@ -56,6 +56,7 @@ def checked_content(content: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("it lacks the files of ordered data")
     ledgers = {name: Ledger.from_json(one) for name, one in content["ledgers"].items()}
     try:
+        # `check` asserts for the ledgers that LongRing makes; this one comes from outside.
         for ledger in ledgers.values():
             ledger.check()
     except AssertionError as error:
@@ -85,7 +86,7 @@ def read_inputs(file: Path, num_lines: int | None) -> list[dict[str, Any]]:
 
 def whole(least: int, most: int) -> Callable[[Any], bool]:
     """Return the check that a value is a whole number from `least` to `most`."""
-    return lambda value: type(value) is int and least <= value <= most
+    return lambda value: type(value) is int and least <= value <= most  # True and False are of type bool
 
 
 def _are_lengths(value: Any) -> bool:

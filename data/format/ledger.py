@@ -133,7 +133,7 @@ class Ledger:
         self.bad.counts.update(other.bad.counts)
         for kind, names in other.bad.examples.items():
             known = self.bad.examples.setdefault(kind, [])
-            known += names[: EXAMPLES - len(known)]
+            known += names[: EXAMPLES - len(known)]  # in place: `known` is the list of `self.bad`
         self.word_cuts += other.word_cuts
         self.word_cut_examples += other.word_cut_examples[: EXAMPLES - len(self.word_cut_examples)]
         for split, account in other.splits.items():

@@ -152,6 +152,7 @@ class Manifest:
                 f"{_advice(store, content)}"
             )
         advice = _advice(store, content)
+        # Every file is hashed before any is used.
         files = {name: _checked(store, name, sha256, advice) for name, sha256 in content["files"].items()}
         with _advised(advice):
             shards = load_shard_table(files[SHARDS_FILE], content["lengths"], sum(content["sources"].values()))
@@ -168,7 +169,7 @@ class Manifest:
 
     def buckets(self, split: Split) -> tuple[Bucket, ...]:
         """Return the buckets of a split, shortest first, including buckets without sequences."""
-        ends = np.cumsum(list(self.sources.values()))
+        ends = np.cumsum(list(self.sources.values()))  # [sources]: one past the last input shard of each
         buckets = []
         for length in self.lengths:
             chosen = (self.shards["length"] == length) & (self.shards["held_out"] == (split == "held_out"))
@@ -279,6 +280,7 @@ class Manifest:
             return error
 
         with ThreadPoolExecutor() as pool:
+            # Hashing releases the GIL; a look at a size is not worth a thread.
             found = pool.map(find, self.shards) if verify else map(find, self.shards)
             for entry, error in zip(self.shards, found, strict=True):
                 if error is not None:
@@ -290,7 +292,7 @@ class Manifest:
         Raises ValueError at a shard that is missing or has another SHA-256 than the manifest says.
         """
         if isinstance(self.store, LocalStore):
-            self.check_sizes()
+            self.check_sizes()  # a shard cut short is found before the others are read
         done = 0
         for entry in self.shards:
             name, size_bytes = shard_name(entry).path(), int(entry["size_bytes"])

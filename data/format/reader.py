@@ -96,7 +96,7 @@ class SequenceReader:
             offsets = shard.samples["documents_offset"][samples] + 12 * ends[:, 0].astype(np.int64)
             shard.read(zip(np.split(stored, firsts[1:]), offsets.tolist(), strict=True))
             starts = stored[:, 2].astype(np.int64)
-            rises = np.diff(starts, prepend=0) > 0
+            rises = np.diff(starts, prepend=0) > 0  # [pieces]: positions ascend within a sequence
             rises[firsts] = starts[firsts] == 0
             if not rises.all() or starts.max() >= self.length:
                 raise self._wrong(shard.path, int(wanted[positions[0]]), "its table of pieces does not fit it")
@@ -146,6 +146,7 @@ class SequenceReader:
         with self._lock:
             if number not in self._open:
                 if len(self._open) == MAX_OPEN_SHARDS:
+                    # Another thread may still read from it: its descriptor closes after that.
                     self._open.popitem(last=False)
                 entry, row_bytes = self._shards[number], (self.length + 1) * self.dtype.itemsize
                 self._open[number] = ShardFile(self.path(number), entry, row_bytes, self._command)

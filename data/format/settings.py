@@ -15,7 +15,7 @@ def settings_of(config: DataConfig | OrderConfig) -> dict[str, Any]:
     These are all settings but the directories.
     """
     kept = {key: value for key, value in asdict(config).items() if key not in ("directory", "work_directory")}
-    return json.loads(json.dumps(kept))
+    return json.loads(json.dumps(kept))  # tuples become lists
 
 
 def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:

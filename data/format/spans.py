@@ -53,6 +53,7 @@ def spans(text: str, encode: Encode, limit: int) -> Iterator[Span]:
     `encode` returns the ids of a text, without special tokens.
     """
     start, context, context_ids, in_word = 0, "", [], False
+    # Invariant: text[:start] has been yielded; `context`, if any, is the characters before `start`.
     while len(text) - start > limit:
         stop, known, next_in_word = _find_cut(text, start, start + limit, encode)
         yield Span(start, text[start:stop], context, context_ids, in_word)
@@ -76,10 +77,11 @@ def _find_cut(text: str, start: int, limit: int, encode: Encode) -> tuple[int, l
     Without an exact cut among those tried the ids are empty.
     """
     spaces = [*islice(breaks(text, start, limit), TRIES)]
-    inside = range(limit, max(limit - TRIES, start), -1)
+    inside = range(limit, max(limit - TRIES, start), -1)  # also inside words
     for position in chain(spaces, inside):
         low = max(position - CONTEXT_CHARACTERS, 0)
         before, both = encode(text[low:position]), encode(text[low : position + CONTEXT_CHARACTERS])
+        # The cut is exact: what follows it does not change the ids before it.
         if before and both[: len(before)] == before:
             return position, before, position not in spaces
     return (spaces[0] if spaces else limit), [], True

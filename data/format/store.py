@@ -132,6 +132,7 @@ class CachedStore:
             begun.rename(file)
         finally:
             begun.unlink(missing_ok=True)
+        # `_evict` takes the size of each file that it lists, so no other eviction may remove one meanwhile.
         with self._locked("all"):
             self._evict(keep=file)
 
@@ -142,6 +143,7 @@ class CachedStore:
         def download() -> str:
             digest, left = hashlib.sha256(), most
             with file.open("wb") as local, self._remote_errors(name), self._filesystem.open(where, "rb") as remote:
+                # One byte more than `left` is asked for, which tells a file that is too large.
                 while chunk := remote.read(min(CHUNK_BYTES, left + 1)):
                     left -= len(chunk)
                     if left < 0:

@@ -98,6 +98,7 @@ class DocumentTokenizer:
             contents = [document.content for document in batch]
             whole = [content for content in contents if isinstance(content, str) and not _is_long(content)]
             self.at = batch[0].name
+            # One result for each of `whole`, in the order in which the loop meets these documents.
             encodings = iter(self._encode_each(whole))
             for document in batch:
                 if not isinstance(document.content, str):
@@ -167,6 +168,7 @@ class DocumentTokenizer:
         except TokenizerError as error:
             if len(texts) == 1:
                 return [BadRecord("not_tokenized", str(error))]
+            # One text fails its whole batch; alone, each succeeds or fails by itself.
             return [one for text in texts for one in self._encode_each([text])]
 
     def _encode_long(
@@ -181,15 +183,17 @@ class DocumentTokenizer:
                 encodings = self._encode([span.context + span.text for span in batch])
                 for span, ids in zip(batch, encodings, strict=True):
                     known = len(span.context_ids)
+                    # With the span behind it the context may get other ids than when the cut was chosen.
                     exact = ids[:known] == span.context_ids
                     if not exact:
                         [ids], known = self._encode([span.text]), 0
                     if span.in_word or not exact:
                         cuts.append(byte)
-                    byte += len(span.text.encode())
+                    byte += len(span.text.encode())  # of the next span
                     found.append(np.array(array("I", ids[known:]), dtype=self.dtype))
         except TokenizerError as error:
             return BadRecord("not_tokenized", str(error))
+        # Only now: the cuts of a document that is rejected do not count.
         for cut in cuts:
             on_word_cut(document.name, cut)
         return np.concatenate(found)
