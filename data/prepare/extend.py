@@ -56,12 +56,13 @@ def link_shards(base: Manifest, directory: Path) -> None:
         name = shard_name(entry).path()
         old, new = base.store.path(name), directory / name
         folders.add(new.parent)
-        if new.exists() or not old.exists():
+        if new.exists() or not old.exists():  # linked by an attempt that was killed, or missing
             continue
         new.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(old, new)
         except OSError:
+            # A crash leaves no half of a link, but it can of a copy.
             write_whole(new, lambda begun, old=old: shutil.copyfile(old, begun))
     for folder in folders:
         sync(folder)

@@ -57,6 +57,7 @@ def list_inputs(partial: Path, inputs: Sequence[InputShard], folder: str = LISTE
     """Write the lines of the input shards. In the folder LISTED it is the last step before they are prepared."""
     lines = _lines(inputs)
     offsets = np.cumsum([0, *map(len, lines)])  # [input shards + 1]
+    # The offsets first: `is_listed` takes the presence of the lines for that of both.
     write_whole(partial / folder / OFFSETS_FILE, lambda path: path.write_bytes(offsets.astype("<i8").tobytes()))
     write_whole(partial / folder / INPUTS_FILE, lambda path: path.write_bytes(b"".join(lines)))
 
@@ -64,7 +65,7 @@ def list_inputs(partial: Path, inputs: Sequence[InputShard], folder: str = LISTE
 def listed_shard(partial: Path, number: int, folder: str = LISTED) -> InputShard:
     """Return input shard `number` of the job; the lines of the others, which may be many, are not read."""
     with (partial / folder / OFFSETS_FILE).open("rb") as offsets:
-        offsets.seek(8 * number)
+        offsets.seek(8 * number)  # int64: where this line begins, then the next
         first, last = np.frombuffer(offsets.read(16), dtype="<i8").tolist()
     with (partial / folder / INPUTS_FILE).open("rb") as lines:
         lines.seek(first)

@@ -142,6 +142,7 @@ def give_name(partial: Path, directory: Path, before: str | None = None) -> None
     # The manifest is written, so a merge that is killed here and repeated reads nothing in `work`.
     shutil.rmtree(partial / "work", ignore_errors=True)
     if before is not None and (directory / MANIFEST_FILE).exists():
+        # If this process ends between the two renames, the next merge finds no directory and does the second.
         directory.rename(directory.with_name(before))
     elif directory.exists():
         directory.rmdir()

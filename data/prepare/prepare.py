@@ -142,6 +142,7 @@ def prepare_part(config: DataConfig, console: Console, part: int, num_parts: int
                 time.sleep(1)
             progress.remove_task(task)
         with full_disk_named(partial):
+            # In parts other than 0 this finds all listed and made.
             numbers = begin(config, partial, progress, workers)
             count = len(numbers)
             # Parts are contiguous ranges that differ by at most one input shard.
@@ -277,6 +278,7 @@ def _run_here(config: DataConfig, partial: Path, workers: int, numbers: Sequence
                 for task in as_completed(pool.submit(step, index) for index in range(len(numbers))):
                     task.result()
             except BrokenProcessPool as error:
+                # A process that the tokenizer holds up ends itself, after it has said so (format/tokenizer_file.py).
                 if STUCK_STATUS in [process.exitcode for process in pool._processes.values()]:
                     raise ValueError(
                         f"{partial}: a process of the preparation has ended; its error is above"

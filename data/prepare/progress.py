@@ -92,6 +92,7 @@ class _Display:
                     markup=False,
                 )
             if ledger_file(self._partial, number).exists():
+                # The loop runs over a slice, a copy of the list.
                 self._pending.remove(number)
                 self._done += counts
             else:

@@ -124,6 +124,7 @@ class RecordReader:
             return ((name, _text(record, source)) for name, record in rows)
         assert self._marks is not None, "a source of token ids comes with its tokenizer"
         if source.kind == "tokens":
+            # `stream_rows` has left out EOS at the start of the file already; a part begins with a document.
             return documents_of(rows, "stream", self._marks, from_start=False)
         ids = ((name, _ids(record, source)) for name, record in rows)
         return documents_of(ids, source.record_holds, self._marks)

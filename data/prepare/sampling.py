@@ -66,9 +66,11 @@ def threshold(keys: NDArray[np.float64], fraction: float) -> float:
         return float(keys.max(initial=0.0)) + 1.0
     if count == len(keys):
         return float(keys.min()) - 1.0
+    # Only the two keys at the border need their positions in the sorted order.
     ordered = np.partition(keys, [len(keys) - count - 1, len(keys) - count])
     left_out, kept = ordered[len(keys) - count - 1 : len(keys) - count + 1].tolist()
     middle = (left_out + kept) / 2
+    # Between equal or adjacent numbers there is no other: the middle is then rounded to one of them.
     return middle if left_out < middle else kept
 
 
@@ -89,6 +91,7 @@ def with_thresholds(
         # All keys of a source at once: 8 bytes a document.
         keys = np.concatenate([np.load(keys_file(partial, n)) for n in read])
         keep_from = threshold(keys, source.sample_fraction)
+        # One threshold for the source: its bins and input shards share the odds.
         for n, shard in enumerate(found):
             if n >= first and shard.recipe_source == name:
                 found[n] = replace(shard, keep_from=keep_from)

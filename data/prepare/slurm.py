@@ -95,7 +95,7 @@ class Job:
         write_text(script, self.script)
         order = ["--dependency=afterok:" + after, "--kill-on-invalid-dep=yes"] if after else []
         done = subprocess.run(["sbatch", *order, str(script)], capture_output=True, text=True)
-        number = re.search(r"\d+", done.stdout)
+        number = re.search(r"\d+", done.stdout)  # of "Submitted batch job 1234"
         if done.returncode or number is None:
             said = (done.stderr or done.stdout).strip() or "no number of a job"
             raise ValueError(f"sbatch {script}: {said}; correct --slurm and --time, and give the command again")
@@ -175,7 +175,7 @@ def jobs_of(
             "time": time,
             "cpus-per-task": "1",
             "mem-per-cpu": f"{MEMORY_GB}G",
-            "array": f"0-{array - 1}" + (f"%{workers}" if workers else ""),
+            "array": f"0-{array - 1}" + (f"%{workers}" if workers else ""),  # %N: at most N tasks at once
             "chdir": str(Path.cwd()),  # paths of sources may be relative to it
             "output": f"{folder}/%A_%a.out",
         }

@@ -71,6 +71,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
         special_tokens=[config.boundary, *knot_tokens(config.knot_chunks)],
+        # Sorted, as the library gives the alphabet in another order each time.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -107,7 +108,7 @@ def read_tokenizer(path: str) -> bytes:
         )
     limit = MAX_BYTES[TOKENIZER_FILE]
     with file.open("rb") as stream:
-        content = stream.read(limit + 1)
+        content = stream.read(limit + 1)  # one byte more tells a file that is too large
     if len(content) > limit:
         raise ValueError(
             f"data.tokenizer.path = {path!r}: {file} has more than {limit:,} bytes; name another, or leave it empty to "

@@ -86,5 +86,5 @@ def _values(column: pyarrow.Array) -> Iterable[Any]:
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
-        contents = column.cast(pyarrow.large_binary()).to_pylist()
+        contents = column.cast(pyarrow.large_binary()).to_pylist()  # to decode one by one
         return (content if content is None else decoded(content) for content in contents)

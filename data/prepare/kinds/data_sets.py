@@ -23,7 +23,7 @@ def num_parts(source: SourceConfig, part_bytes: int) -> int:
     data_set = _open(source)
     if isinstance(data_set, datasets.IterableDataset):
         return max(1, data_set.num_shards)
-    return max(1, min(-(-data_set.data.nbytes // part_bytes), data_set.num_rows))
+    return max(1, min(-(-data_set.data.nbytes // part_bytes), data_set.num_rows))  # no part without a row
 
 
 def data_set_rows(source: SourceConfig, part: int, parts: int) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -88,7 +88,7 @@ def _opened(index_file: str, index: IO[bytes], stream: IO[bytes]) -> _Indexed:
     if header["magic"].tobytes() != _MAGIC or header["version"] != 1 or code not in _DTYPES:
         raise UnreadableError(f"{index_file} is not an index of version 1 of integers")
     offset, tables = _HEADER.itemsize, []
-    for dtype, count in (("<i4", pieces), ("<i8", pieces), ("<i8", bounds)):
+    for dtype, count in (("<i4", pieces), ("<i8", pieces), ("<i8", bounds)):  # lengths, pointers, bounds
         tables.append(Numbers(index, offset, np.dtype(dtype), count))
         offset += count * np.dtype(dtype).itemsize
     if bounds < 1 or size_of(index) != offset:

@@ -80,12 +80,14 @@ def stream_rows(
                 "set it to the token that ends documents, or data.source.dtype to the type of the ids"
             )
         if first > 0:
+            # From the id before: if that is EOS, a document begins exactly at `first`.
             first = _next_start(ids, first - 1, marks.end) or ids.count
         elif ids.count:
             first = int(ids.read(0, 1)[0] == marks.end)
         if first >= stop:
             return  # a document that begins in an earlier part covers this one
         if stop < ids.count:
+            # To the end of the document that begins last before `stop`, where the next part begins.
             stop = _next_start(ids, stop - 1, marks.end) or ids.count
         for start in range(first, stop, BLOCK_TOKENS):
             yield f"{file}: ids from {start:,}", ids.read(start, min(start + BLOCK_TOKENS, stop)).astype(np.int64)
