@@ -32,7 +32,7 @@ BYTES_AND_BOUNDARY = 257
 
 
 def _is_power_of_two(value: int) -> bool:
-    return value > 0 and value & (value - 1) == 0
+    return value > 0 and value & (value - 1) == 0  # no bit is left without the lowest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +137,7 @@ class SourceConfig:
                 f"data.source.record_holds = {self.record_holds!r} has no field beside each document; leave it empty, "
                 "or use a kind with fields, such as 'json', of one document each"
             )
+        # As a set: between two equal edges there would be a bin without scores.
         if self.score_edges and (not self.score_field or list(self.score_edges) != sorted(set(self.score_edges))):
             raise ValueError(
                 f"data.source.score_edges = {list(self.score_edges)}: divides the scores of data.source.score_field = "
@@ -193,6 +194,7 @@ class TokenizerConfig:
             raise ValueError(
                 f"data.tokenizer.knot_chunks = {self.knot_chunks}: must be 0 or at least 2; set it to 0 for no knots"
             )
+        # 2 n + 3 marks, as `knot_tokens` (format/tokenizer.py) names them.
         least = BYTES_AND_BOUNDARY + (2 * self.knot_chunks + 3 if self.knot_chunks else 0)
         if not self.path and self.vocab_size < least:
             raise ValueError(
@@ -284,6 +286,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.directory:
             raise ValueError("data.directory = '': a directory is needed; name the one for the prepared data")
+        # A recipe that names no `source` has the default one.
         if self.sources and self.source != SourceConfig():
             raise ValueError(
                 f"data.source.kind = {self.source.kind!r}: data.sources is set as well, and only one may be; "
@@ -333,7 +336,7 @@ class DataConfig:
         """Bucket lengths, ascending: every power of two in the range, or only the largest for a baseline."""
         if self.method != "decompose":
             return (self.max_bucket_tokens,)
-        low, high = self.min_bucket_tokens.bit_length(), self.max_bucket_tokens.bit_length()
+        low, high = self.min_bucket_tokens.bit_length(), self.max_bucket_tokens.bit_length()  # 2^p has p + 1 bits
         return tuple(1 << power for power in range(low - 1, high))
 
     @property

@@ -140,6 +140,7 @@ class CurriculumConfig:
         least, most = self.min_bucket_tokens, self.max_bucket_tokens or max(lengths)
         found = tuple(sorted(length for length in lengths if least <= length <= most))
         if not found:
+            # The key at fault: a maximum below all buckets, else a minimum above all that the maximum leaves.
             key = "max" if self.max_bucket_tokens and self.max_bucket_tokens < min(lengths) else "min"
             nearest = min(lengths) if key == "max" else max(length for length in lengths if length <= most)
             raise ValueError(
@@ -191,7 +192,7 @@ def cell_named(name: str, sources: Sequence[str], lengths: Sequence[int]) -> tup
     """
     source, at, bucket = name.partition("@")
     key = f"curriculum.shares.{name}"
-    if (source or not at) and source not in sources:
+    if (source or not at) and source not in sources:  # "@65536" is a bucket of all sources
         close = difflib.get_close_matches(source, sources, n=1, cutoff=0.0)
         raise ValueError(
             f"{key}: the data has no source {source!r}; its sources are {', '.join(sources)}: did you mean "
@@ -200,7 +201,7 @@ def cell_named(name: str, sources: Sequence[str], lengths: Sequence[int]) -> tup
     if not at:
         return source, 0
     if bucket not in map(str, lengths):
-        size = int(bucket) if bucket.isascii() and bucket.isdigit() else 0
+        size = int(bucket) if bucket.isascii() and bucket.isdigit() else 0  # isdigit takes "²", and int does not
         close_to = min(lengths, key=lambda length: abs(length - size))
         raise ValueError(
             f"{key}: {bucket!r} is not a bucket in use; they are {', '.join(map(str, lengths))}: did you mean "
@@ -212,6 +213,7 @@ def cell_named(name: str, sources: Sequence[str], lengths: Sequence[int]) -> tup
 def next_divisor(number: int, multiple: int, least: int) -> int:
     """Return the smallest divisor of `number` of at least `least` that is a multiple of `multiple`, or `number`."""
     times = number // multiple
+    # Divisors up to 2^16 and the quotients by them: all of them if `times` is at most 2^32.
     small = [count for count in range(1, min(times, 2**16) + 1) if times % count == 0]
     counts = sorted({*small, *(times // count for count in small)})
     return next((multiple * count for count in counts if multiple * count >= least), number)

@@ -17,6 +17,7 @@ ATTEMPTS = 4
 
 T = TypeVar("T")
 
+# The last is numpy's: "N requested and M written".
 _FULL_DISK = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "requested and")
 
 
@@ -27,7 +28,7 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     path is renamed to `file` and the directory is flushed. A failed write leaves an existing `file` as it was.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    begun = file.with_name(f".{os.getpid()}.{file.name}")
+    begun = file.with_name(f".{os.getpid()}.{file.name}")  # processes that write the same file each have their own
     try:
         write(begun)
         sync(begun)  # before the rename: else a power loss can leave the name with an empty file
@@ -35,7 +36,7 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         begun.unlink(missing_ok=True)
         raise
-    sync(file.parent)
+    sync(file.parent)  # else a power loss can undo the rename
 
 
 def write_text(file: Path, text: str) -> None:

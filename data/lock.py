@@ -31,7 +31,7 @@ def holder(file: Path) -> str | None:
     try:
         with file.open() as stream:
             try:
-                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two that ask do not see each other
             except BlockingIOError:
                 return stream.read().strip() or "another process"
     except FileNotFoundError:
@@ -51,6 +51,7 @@ def held(file: Path, *, wait_s: int = 0) -> Iterator[None]:
         time.sleep(1)
     with stream:
         with suppress(OSError):  # on a full disk the lock holds, and its holder is not known
+            # Not by `stream`, whose buffer would fail again when it closes.
             os.truncate(stream.fileno(), 0)
             os.write(stream.fileno(), f"process {os.getpid()} on {platform.node()} since {now()}\n".encode())
         yield
@@ -59,7 +60,7 @@ def held(file: Path, *, wait_s: int = 0) -> Iterator[None]:
 def _locked(file: Path, *, last: bool) -> TextIO | None:
     """Return `file`, open and locked, or None if another process holds it; at the `last` attempt raise HeldError."""
     while True:
-        stream = file.open("a+")
+        stream = file.open("a+")  # "w" would erase the name of the holder
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -23,6 +23,7 @@ def end_with_parent(parent: int, stop: signal.Signals = signal.SIGKILL) -> None:
     end. Linux sends the signal when the forking *thread* ends, so that thread must live as long as the parent.
     """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(stop), 0, 0, 0)
+    # After the call above: a parent that ended before it is not there, and one that ends now sends the signal.
     if os.getppid() != parent:
         os.kill(os.getpid(), stop)
 
@@ -35,10 +36,12 @@ def process_pool(
 
     An exception in the context ends them at once; otherwise the tasks submitted are done first.
     """
+    # Not by fork: a copy of this process could hold locks of threads that it does not have.
     pool = ProcessPoolExecutor(count, get_context("forkserver"), initializer=_begin, initargs=(begin, *arguments))
     try:
         yield pool
     except BaseException:
+        # Until Python 3.14 a pool has no method for this; `shutdown` waits for the tasks at work.
         for process in list(pool._processes.values()):
             process.terminate()
         raise
