@@ -54,7 +54,7 @@ class HashedEncoder:
 
     def __init__(self, file: Path, long_documents: LongDocuments, window_tokens: int):
         with load(file) as fitted:
-            self._weights, self._components = fitted["idf"], fitted["components"]
+            self._weights, self._components = fitted["idf"], fitted["components"]  # [features], [features, dimensions]
         self._window_tokens = window_tokens
         self._most_tokens = window_tokens if long_documents == "head" else None
 

@@ -161,7 +161,7 @@ def nearest(
     cosines = np.full((len(numbers), count), -np.inf, dtype=np.float32)
     for start in range(0, len(numbers), QUERIES_AT_ONCE):
         own = numbers[start : start + QUERIES_AT_ONCE]
-        queries = embeddings[own]
+        queries = embeddings[own]  # [queries, dimensions]
         _, found = index.search(queries, asked)
         # A document is excluded by its number: with equal vectors or lossy codes it need not be its own nearest.
         found[found == own[:, None]] = -1

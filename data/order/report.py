@@ -44,7 +44,7 @@ def make_report(
     similarity = path["similarity"]
     steps = similarity[~np.isnan(similarity)]  # without jumps
     counts, edges = np.histogram(np.clip(steps, -1, 1), bins=20, range=(0, 1))
-    counts[0] += int(np.count_nonzero(steps < 0))
+    counts[0] += int(np.count_nonzero(steps < 0))  # the range leaves these out
     report = {
         **measured,
         "path": {

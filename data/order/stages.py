@@ -91,6 +91,7 @@ def order(
     with ExitStack() as stack:
         stack.enter_context(full_disk_named(directory.partial))
         if not only:
+            # Not for a single stage: several machines may share it.
             stack.enter_context(_held(directory))
         progress = stack.enter_context(_progress_bars(console))
         processes = stack.enter_context(_Processes(workers))

@@ -59,6 +59,7 @@ class WorkDirectory:
         settings_of: dict[str, tuple[Any, ...]] = {
             "documents": (),
             "embed": (order.encoder, order.embedding_dimensions, order.long_documents, order.window_tokens),
+            # The text tells these files from those of versions that searched all sources together.
             "neighbors": ("within a source", order.neighbors, order.exact_documents),
             "duplicates": (order.duplicate_similarity, order.duplicate_overlap),
             "path": (order.by, order.seed if order.by != "path" else None),
@@ -107,7 +108,7 @@ class WorkDirectory:
         numbers = self.split_numbers(group.split)
         if group.source is None:
             return numbers
-        mine = self.documents().of_source(group.source)
+        mine = self.documents().of_source(group.source)  # adjacent numbers, and `numbers` ascend
         return numbers[slice(*np.searchsorted(numbers, [mine.start, mine.stop]).tolist())]
 
     def scopes(self, source: int) -> dict[str, int | None]:
