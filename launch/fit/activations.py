@@ -34,7 +34,7 @@ def activations_of(recipe: Recipe, vocab_size: int, length: int, *, on_gpu: bool
     """Return the bytes of a micro-batch of the bucket of `length` tokens; `vocab_size` is the tokenizer's."""
     model, parallel, memory = recipe.model, recipe.parallel, recipe.train.memory
     itemsize, tensor, tokens = 4 if recipe.train.dtype == "float32" else 2, parallel.tensor, parallel.tokens_per_rank
-    rows = model.padded_vocab_size(vocab_size) // tensor
+    rows = model.padded_vocab_size(vocab_size) // tensor  # of the output head on this rank
     q, kv = (heads * model.head_dim // tensor for heads in (model.num_heads, model.num_kv_heads))
     ffn, hidden = model.ffn_hidden_size // tensor, model.hidden_size
     # Elements of the residual stream of each token that this rank has.
@@ -59,6 +59,7 @@ def activations_of(recipe: Recipe, vocab_size: int, length: int, *, on_gpu: bool
     again = {"keep": 0, "recompute_mlp": after}.get(memory.activations, x + itemsize * q + after)
     work = tokens * (again + 2 * x)
     if memory.mlp_tile_tokens:
+        # One tile; the gradients of three weights, as fp32 sums and rounded; the gradient of SwiGLU's input.
         tile = min(memory.mlp_tile_tokens, tokens)
         work += tile * (mlp + mlp_work) + 3 * hidden * ffn * (4 + itemsize) + tokens * x
     else:
@@ -73,6 +74,7 @@ def activations_of(recipe: Recipe, vocab_size: int, length: int, *, on_gpu: bool
     of_slice = 0 if itemsize == 4 and kept_tokens == tokens else slice_tokens * rows
     slice_work = of_slice * (4 + (itemsize if itemsize < 4 else 0))
     product = of_slice * itemsize + head * itemsize
+    # The backward has the gradient of the head in fp32, that of x, and the larger of the two sums above.
     # The forward has a slice in fp32 beside the logits that are kept.
     loss_work = max(4 * slice_tokens * rows, 4 * head + itemsize * tokens * hidden + max(slice_work, product))
     return Activations(
@@ -89,13 +91,14 @@ def kept_logit_tokens(recipe: Recipe, rows: int, itemsize: int) -> tuple[int, in
     """Return the number of tokens of a micro-batch whose logits are kept, and of a slice of tokens."""
     tokens, size = recipe.parallel.tokens_per_rank, token_slice(rows)
     fitting = int(recipe.train.memory.kept_logits_gb * 1e9) // (itemsize * rows)
+    # A slice is kept whole or computed again whole.
     return tokens if fitting >= tokens else fitting // size * size, min(tokens, size)
 
 
 def _norm(stream: float, itemsize: int, on_gpu: bool) -> float:
     """Return the bytes a token that a norm keeps, with its input or its result, whichever a product needs."""
     if on_gpu:
-        return 2 * itemsize * stream + 4
+        return 2 * itemsize * stream + 4  # 4: 1 / root mean square in fp32
     # torch keeps the normalized input in fp32, and where that is no fp32 its copy.
     return (4 + 4 + itemsize) * stream + 4
 

@@ -96,8 +96,8 @@ def named_device(name: str) -> Device:
         memory,
         peak,
         PRODUCT_SHARE * peak,
-        MEMORY_SHARE * sheet.memory_bytes_per_s,
-        MEMORY_SHARE * sheet.memory_bytes_per_s,
+        MEMORY_SHARE * sheet.memory_bytes_per_s,  # of operators
+        MEMORY_SHARE * sheet.memory_bytes_per_s,  # of AdamW
         LINK_SHARE * sheet.host_bytes_per_s,
         HOST_MEMORY_BYTES_PER_S,
         speed,
@@ -113,7 +113,7 @@ def measured_device(file: Path) -> tuple[Device, Topology]:
     try:
         found = json.loads(file.read_text())
         device = found["device"]
-        fabrics = {side: found["topology"][side] for side in ("inside", "across", "copies")}
+        fabrics = {side: found["topology"][side] for side in ("inside", "across", "copies")}  # null: no fabric
         topology = Topology(
             **{**found["topology"], **{side: fabric and Fabric(**fabric) for side, fabric in fabrics.items()}}
         )

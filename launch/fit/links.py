@@ -41,6 +41,7 @@ def default_topology(recipe: Recipe, world_size: int) -> tuple[str, str]:
 def assumed_topology(name: str, world_size: int, device: str) -> Topology:
     """Return a preset topology, whose switches between the GPUs of a node have the links of a device's data sheet."""
     topology, sheet = PRESETS[name](world_size), SHEETS.get(device)
+    # Ports that several GPUs share are PCIe, and the sheet has NVLink.
     if sheet is None or topology.inside.kind != "switch" or topology.inside.ends_per_port > 1:
         return topology
     return replace(topology, inside=replace(topology.inside, bytes_per_s=sheet.link_bytes_per_s))
@@ -56,16 +57,17 @@ def gather_s(topology: Topology, ranks: int, num_bytes: float, share: float) -> 
         return 0.0
     inside = min(ranks, topology.ranks_per_node)
     nodes = math.ceil(ranks / inside)
+    # Parts double with each round of messages, so latency counts log2 times.
     seconds = latency = 0.0
     if inside > 1:
         fabric = topology.inside
-        rate = _duplex(fabric) * (inside - 1 if fabric.kind == "mesh" else 1)
+        rate = _duplex(fabric) * (inside - 1 if fabric.kind == "mesh" else 1)  # a mesh has a link to each other rank
         seconds = num_bytes * (ranks - 1) / ranks / (rate * share)
         latency = fabric.latency_s * math.log2(inside)
     if nodes > 1:
         fabric = topology.across
         assert fabric is not None, "the topology covers these ranks"
-        rate = _duplex(fabric) * inside / fabric.ends_per_port
+        rate = _duplex(fabric) * inside / fabric.ends_per_port  # of all ports of a node
         seconds = max(seconds, num_bytes * (nodes - 1) / nodes / (rate * share))
         latency += fabric.latency_s * math.log2(nodes)
     return seconds + latency

@@ -50,8 +50,8 @@ def measure_device(sizes: Sizes, dtype: torch.dtype, device: torch.device, speed
 
     def products() -> None:
         for weight, rows in zip(weights, inputs, strict=True):
-            result = rows @ weight.t()
-            _ = result @ weight, result.t() @ rows
+            result = rows @ weight.t()  # [s, n]
+            _ = result @ weight, result.t() @ rows  # [s, k], [n, k]: sizes of the two gradients
 
     ops = fused_ops(x)
 
@@ -66,12 +66,14 @@ def measure_device(sizes: Sizes, dtype: torch.dtype, device: torch.device, speed
     to_sum, on_host = torch.zeros(SUM_ELEMENTS, device=device), torch.zeros(SUM_ELEMENTS)
     # Forward: norm 2 h, SwiGLU 3 f; backward: norm 3 h, SwiGLU 5 f.
     moved = itemsize * s * (5 * h + 8 * f)
+    # The weights have h (3 f + h) elements, each of which takes 2 FLOPs a row forward and 4 backward.
     product_flops = 6.0 * s * h * (3 * f + h) / _seconds(products, device)
     ranks = dist.get_world_size()
     share = 1.0
     if ranks > 1:
-        expected = 2 * gather_s(topology, ranks, to_sum.nbytes, 1.0)
+        expected = 2 * gather_s(topology, ranks, to_sum.nbytes, 1.0)  # at the whole bandwidth
         share = expected / _seconds(lambda: dist.all_reduce(to_sum), device)
+    # One copy in each direction, the second after the first.
     copied = 2 * on_host.nbytes / _seconds(lambda: (on_host.to(device, copy=True), to_sum.to("cpu", copy=True)), device)
     update = ADAMW_BYTES * UPDATE_ELEMENTS / _seconds(lambda: adamw.step(), device)
     return Device(
@@ -113,5 +115,5 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         samples.append(time.perf_counter() - started)
     times = torch.tensor(samples[1:], dtype=torch.float64, device=device)
-    dist.all_reduce(times, dist.ReduceOp.MAX)
+    dist.all_reduce(times, dist.ReduceOp.MAX)  # [SAMPLES], of the slowest rank in each
     return float(times.median())

@@ -126,10 +126,12 @@ def moments(
         replace(
             always,
             moment="backward",
+            # The loss has freed the logits, and what the final norm kept.
             activations=kept.layers,
             work=kept.layer_work + states.gradient_work,
             attention=attention,
         ),
+        # ZeRO 0 sums over ranks after the backward, when no activations are left; elsewhere `sum_work` is 0.
         replace(always, moment="sum", work=states.sum_work, host=states.host),
         replace(
             always,
@@ -143,7 +145,7 @@ def moments(
         replace(
             always,
             moment="update",
-            weights=states.weights,
+            weights=states.weights,  # without the gathered ones, which ZeRO 3 has released
             gradients=states.update_gradients,
             buckets=states.buckets if recipe.parallel.zero_stage == 3 else 0,
             work=states.update_work,
@@ -155,5 +157,6 @@ def moments(
 @lru_cache
 def _link_bytes(grids: tuple[CpGrid, ...], max_ctas: int) -> int:
     """Return an estimate of the bytes that NCCL takes on a rank for the links of some grids."""
+    # Rank 0 stands for every rank.
     links = set[Link]().union(*(links_of(all_links(grid), 0) for grid in grids))
     return link_bytes(links, 0, max_ctas)

@@ -75,6 +75,7 @@ class Setting(NamedTuple):
 
     def changes(self, recipe: Recipe) -> dict[str, int | str]:
         """Return the keys of a recipe that this setting changes, with their new values."""
+        # Names in the order of the fields of Setting.
         keys = ("tokens_per_rank", "zero_stage", "tensor")
         names = [*(f"parallel.{key}" for key in keys), "train.memory.activations"]
         names += [f"parallel.zero.{key}" for key in ("offload_optimizer", "offload_param")]
@@ -110,6 +111,7 @@ class Plan:
     @cached_property
     def parts(self) -> dict[str, float]:
         """Seconds of a step by part, as a mean over the run; of the longest bucket if the mix is not known."""
+        # All steps have equally many tokens, so buckets weigh by their tokens in the mean over steps.
         tokens = [self.tokens.get(bucket.length, 0) for bucket in self.buckets]
         if not any(tokens):
             tokens[-1] = 1
@@ -160,6 +162,7 @@ class Planner:
     def _bucket(self, recipe: Recipe, length: int) -> Bucket:
         """Return the prediction of one bucket, whose grids are priced once for all settings that share them."""
         links = self._links(recipe)
+        # Of the settings of the search, grids depend on these alone.
         key = (length, recipe.parallel.tokens_per_rank, recipe.parallel.tensor)
         if key not in self._prices:
             self._prices[key] = tuple(choose_grids(recipe, [length], links.data_ranks, self.device.attention))
@@ -187,7 +190,7 @@ class Planner:
         shortest = max(1, min(*recipe.lengths, own // SMALLER))
         tokens = {2**power for power in range(shortest.bit_length() - 1, longest.bit_length())}
         tokens.add(own)
-        most = min(self.topology.ranks_per_node, self.world_size)
+        most = min(self.topology.ranks_per_node, self.world_size)  # tensor parallelism stays inside a node
         tensors = {2**power for power in range(most.bit_length())} | {recipe.parallel.tensor}
         for count, stage, tensor, level in product(sorted(tokens), OFFLOADS, sorted(tensors), LEVELS):
             for offloads in OFFLOADS[stage]:
@@ -207,9 +210,11 @@ class Planner:
         bounds = [bound for _, recipe in settings if self.fits(bound := self._bound(recipe))]
         plans: list[Plan] = []
         found: list[Plan] = []
+        # `found` has the best of the settings before this one; this one and all after it take at least `bound.seconds`.
         for bound in sorted(bounds, key=lambda bound: bound.seconds):
             if len(found) == count and found[-1].seconds < bound.seconds:
                 break
+            # A closer bound prices the grids of the longest bucket alone.
             longest = self.plan(bound.recipe, bound.recipe.lengths[-1:])
             closer = replace(bound, buckets=bound.buckets[:-1] + longest.buckets)
             if self.fits(longest) and (len(found) < count or closer.seconds <= found[-1].seconds):
@@ -222,9 +227,10 @@ class Planner:
         """Return the plans without those of which fewer changes are no slower, fastest first."""
         found: list[tuple[Plan, set[tuple[str, int | str]]]] = []
         sizes = {id(plan): set(Setting.of(plan.recipe).changes(self.recipe).items()) for plan in plans}
+        # Of equal times, a subset of changes comes before the whole.
         for plan in sorted(plans, key=lambda p: (p.seconds, len(sizes[id(p)]), p.memory_bytes)):
             changes = sizes[id(plan)]
-            if not any(fewer < changes for _, fewer in found):
+            if not any(fewer < changes for _, fewer in found):  # proper subset; plans in `found` are no slower
                 found.append((plan, changes))
         return [plan for plan, _ in found]
 
@@ -244,7 +250,7 @@ class Planner:
 
         Of the settings that reach it, it has the most tokens on a rank.
         """
-        length = 2 ** (self.recipe.train.global_batch_tokens.bit_length() - 1)
+        length = 2 ** (self.recipe.train.global_batch_tokens.bit_length() - 1)  # the longest that a batch holds
         while length >= min(self.recipe.lengths):
             try:
                 recipe = with_longest(self.recipe, length)
@@ -268,7 +274,7 @@ class Planner:
 
         It has the longest bucket and those that the run trains: its time and memory are lower bounds.
         """
-        *others, longest = recipe.lengths
+        *others, longest = recipe.lengths  # ascending
         lengths = (*(length for length in others if self.tokens.get(length)), longest)
         return Plan(recipe, tuple(self._predicted(recipe, length, ()) for length in lengths), self.tokens)
 

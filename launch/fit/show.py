@@ -213,6 +213,7 @@ def _why(found: Answers, plan: Plan) -> str:
     """Return the reasons for a setting: its spare memory, and what it gains and pays beside the recipe's."""
     spare = found.planner.device.memory_bytes - plan.memory_bytes
     reasons = [f"{spare / GIB:,.1f} GiB spare" if spare >= 0 else f"{-spare / GIB:,.1f} GiB too much"]
+    # Means over different buckets do not compare.
     if plan.recipe.lengths == found.own.recipe.lengths:
         changed = {part: seconds - found.own.parts[part] for part, seconds in plan.parts.items()}
         most = sorted(changed, key=lambda part: -abs(changed[part]))[:2]
@@ -221,7 +222,7 @@ def _why(found: Answers, plan: Plan) -> str:
     own, new = (p.fullest.memory.by_kind() for p in (found.own, plan))
     moved = {kind: new[kind] - own[kind] for kind in new}
     kind = max(moved, key=lambda kind: abs(moved[kind]))
-    if abs(moved[kind]) >= 0.05 * GIB:
+    if abs(moved[kind]) >= 0.05 * GIB:  # less prints as 0.0
         reasons.append(f"{kind} {moved[kind] / GIB:+,.1f} GiB")
     return ", ".join(reasons)
 

@@ -27,7 +27,7 @@ def predicted(
         memory = peak(moments(recipe, world_size, length, vocab_size, on_gpu=on_gpu))
         kinds = {**memory.by_kind(), "host": memory.host}
         seconds = None
-        if short is not None and recipe.train.dtype == "bfloat16":
+        if short is not None and recipe.train.dtype == "bfloat16":  # the FLOP/s of data sheets are those of bfloat16
             name, _ = default_topology(recipe, world_size)
             links = links_of(recipe, world_size, assumed_topology(name, world_size, short))
             seconds = time_of(recipe, world_size, length, vocab_size, named_device(short), links).total

@@ -40,11 +40,11 @@ class Sizes:
         kv_width = model.num_kv_heads * model.head_dim
         head = model.padded_vocab_size(vocab_size) * hidden // tensor
         matrices = hidden * (2 * width + 2 * kv_width + 3 * model.ffn_hidden_size) // tensor
-        vectors = 2 * hidden + model.qkv_bias * (width + 2 * kv_width) // tensor
+        vectors = 2 * hidden + model.qkv_bias * (width + 2 * kv_width) // tensor  # two norms; biases of q, k and v
         vectors += {"none": 0, "head": 2 * model.head_dim, "projection": (width + kv_width) // tensor}[model.qk_norm]
         matrix = max(2 * model.ffn_hidden_size, width + 2 * kv_width) * hidden // tensor
         layers = model.num_layers * (matrices + vectors)
-        return cls(layers + hidden + (1 if model.tied_head else 2) * head, matrix, head)
+        return cls(layers + hidden + (1 if model.tied_head else 2) * head, matrix, head)  # hidden: the final norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +83,7 @@ def states_of(recipe: Recipe, sizes: Sizes, ranks: int, *, on_gpu: bool) -> Stat
     flat = stage == 1 and itemsize < sum_itemsize and zero.offload_optimizer == "none"  # BF16_Optimizer
     on_host = zero.offload_optimizer == "cpu"
     owned = part if stage else sizes.all  # elements that this rank's AdamW steps
+    # Two moments in fp32 and an fp32 copy of the weights; ZeRO 0 steps the model's own weights if they are fp32.
     moments = owned * (8 if stage == 0 and itemsize == 4 else 12)
     # On a GPU torch's AdamW takes the square roots of all that it steps at once; on a CPU and the host it is fused.
     stepped = min(part, zero.sub_group_size)  # by ZeRO 3
@@ -91,6 +92,8 @@ def states_of(recipe: Recipe, sizes: Sizes, ranks: int, *, on_gpu: bool) -> Stat
     gradients = sum_itemsize * (part if stage >= 2 else sizes.all)
     # ZeRO 2 sums over ranks in buffers of the model's dtype, ZeRO 3 in those of the sum; ZeRO 1 stages what it has.
     bucket = zero.reduce_bucket_size * (itemsize if stage == 2 else sum_itemsize)
+    # Weights that lie d elements before the end of the forward are used again 2 d later, and stay gathered if that is
+    # within the reuse distance.
     live = min(sizes.all, zero.stage3_max_live_parameters)
     gathered = min(live, zero.stage3_max_reuse_distance // 2 + zero.stage3_prefetch_bucket_size + sizes.layer_matrix)
     among = zero.zero_hpz_partition_size
@@ -104,13 +107,13 @@ def states_of(recipe: Recipe, sizes: Sizes, ranks: int, *, on_gpu: bool) -> Stat
         host += gradients if stage == 3 else itemsize * (part + sizes.largest) + (itemsize * part if stage == 2 else 0)
         gradients = sizes.all * sum_itemsize if stage == 1 else 0
     if stage == 0:
-        update_gradients = sizes.all * (4 if sum_itemsize == 4 else sum_itemsize + 4)
+        update_gradients = sizes.all * (4 if sum_itemsize == 4 else sum_itemsize + 4)  # AdamW reads fp32
     elif flat or on_host:
         update_gradients = gradients
     elif stage < 3:  # sums in train.dtype stay beside their fp32 copy
         update_gradients = 4 * part + (sum_itemsize * part if itemsize == sum_itemsize else 0)
     else:
-        update_gradients = sum_itemsize * part + 4 * stepped
+        update_gradients = sum_itemsize * part + 4 * stepped  # one sub-group in fp32 at a time
     # A gradient in train.dtype, in that of the sum where they differ, and where ZeRO 3 scatters it.
     gradient = itemsize + sum_itemsize * ((itemsize < sum_itemsize) + (stage == 3))
     return States(

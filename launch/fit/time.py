@@ -127,7 +127,7 @@ def _attention(recipe: Recipe, length: int, speed: Speed, grids: Sequence[GridCh
     A bucket over several ranks without grids has equal work on all of them, and no messages: less than any grid.
     """
     model, shape = recipe.model, attention_shape(recipe)
-    layers = Counter(model.attention_window(layer) for layer in range(model.num_layers))
+    layers = Counter(model.attention_window(layer) for layer in range(model.num_layers))  # window → number of layers
     taken = {choice.kind.window: choice.taken for choice in grids}
     forward = backward = exposed = 0.0
     for window, count in layers.items():
@@ -138,8 +138,10 @@ def _attention(recipe: Recipe, length: int, speed: Speed, grids: Sequence[GridCh
             exposed += count * priced.exposed_s
             continue
         whole, parallel = float(visible_pairs(np.float64(length), window)), recipe.parallel
+        # Visible pairs that a rank computes in a micro-batch.
         pairs = whole * parallel.sequences_per_replica(length) / parallel.context_parallel(length)
         unit = pairs * shape.head_dim * shape.num_heads
+        # A grid decides the number of tiles; without their overhead this stays a lower bound.
         tile_s = speed.tile_s if parallel.context_parallel(length) == 1 else 0.0
         forward += count * (tile_s + 4 * unit / speed.forward_flops)
         backward += count * (tile_s + 10 * unit / speed.backward_flops)
@@ -174,8 +176,9 @@ class _Work:
             heads * model.head_dim // tensor for heads in (model.num_heads, model.num_kv_heads)
         )
         self.ffn = model.ffn_hidden_size // tensor
+        # q and out, k and v; gate, up and down
         self.layer_parameters = model.hidden_size * (2 * self.width + 2 * self.kv_width + 3 * self.ffn)
-        tables = 1 if model.tied_head else 2
+        tables = 1 if model.tied_head else 2  # embedding, and a head of its own
         self.parameters = model.num_layers * self.layer_parameters + tables * self.rows * model.hidden_size
         # Outside the tensor-parallel layers, sequence parallelism divides tokens.
         self.hidden = model.hidden_size / (tensor if recipe.parallel.sequence_parallel else 1)
@@ -215,10 +218,11 @@ class _Work:
     def backward(self) -> _Pass:
         """Return the backward of a micro-batch, without what it computes again."""
         layers, hidden = self.model.num_layers, self.hidden
+        # Each product has two gradients: of its input and of its weight.
         products = 2 * (layers * (self.attention_half() + sum(self.mlp_half())) + self.head())
         # Norms read two and write one, residuals add up two gradients; layouts of q, k, v and out are copied back.
         attention = 6 * hidden + self._layout_elements() + self._norm_elements() * 1.5
-        mlp = 6 * hidden + 5 * self.ffn
+        mlp = 6 * hidden + 5 * self.ffn  # SwiGLU reads gate, up and one gradient, and writes two
         logits = self.rows * (2 * self.itemsize + 36) / self.itemsize
         elements = layers * (attention + mlp) + logits
         return _Pass(products, self.operator(elements) + self._head_sums())
@@ -232,7 +236,7 @@ class _Work:
         times = max(tiles, is_again) + (tiles and with_result)
         products, operators = times * into + with_result * back, times * self.operator(3 * self.ffn)
         if is_again:
-            operators += self.operator(2 * self.hidden)
+            operators += self.operator(2 * self.hidden)  # the norm before SwiGLU
         if level in ("recompute_layer", "offload"):
             products += self.attention_half()
             operators += self.operator(self._attention_elements())
@@ -246,7 +250,7 @@ class _Work:
     def _layout_elements(self) -> float:
         """Return the elements for each token that RoPE and new layouts of q, k, v and out move in one pass."""
         q_and_k = self.width + self.kv_width
-        return 2 * q_and_k + 2 * (q_and_k + self.kv_width) + 2 * self.width
+        return 2 * q_and_k + 2 * (q_and_k + self.kv_width) + 2 * self.width  # RoPE; q, k and v; out
 
     def _attention_elements(self) -> float:
         """Return the elements for each token of a layer's operators around attention in the forward."""
@@ -254,11 +258,12 @@ class _Work:
 
     def _mlp_elements(self) -> float:
         """Return the elements for each token of a layer's operators around SwiGLU in the forward."""
-        return 5 * self.hidden + 3 * self.ffn
+        return 5 * self.hidden + 3 * self.ffn  # norm 2 h, residual 3 h; SwiGLU reads 2 f and writes f
 
     def _head_sums(self) -> float:
         """Return the seconds of adding up the gradient of the head's weight, slice by slice in fp32."""
         slices = math.ceil(self.tokens / max(1, 2 ** int(math.log2(LOGIT_BYTES / (4 * self.rows)))))
+        # A slice's product is written and read, and its fp32 sum read and written.
         moved = self.rows * self.model.hidden_size * slices * (2 * self.itemsize + 8)
         return moved / self.device.operator_bytes_per_s
 
@@ -301,19 +306,19 @@ class _Work:
         weights = self._gather(links, ranks, self.parameters * self.itemsize)
         sums = self._gather(links, ranks, self.parameters * self.sum_itemsize)
         if stage == 0:
-            return 2 * sums, 0.0
+            return 2 * sums, 0.0  # after the last backward, so beside no computing
         if stage < 3:
             # Sums of all gradients, in the last backward (ZeRO 1) or in each, and the weights after the update.
             exposed, hidden = self._exposed(2 * sums, backward)
             times = 1 if stage == 1 else micro_batches
             return times * exposed + weights, times * hidden
         again = weights
-        if zero.zero_hpz_partition_size > 1:
+        if zero.zero_hpz_partition_size > 1:  # from a copy that fewer ranks divide
             again = self._gather(links, min(ranks, zero.zero_hpz_partition_size), self.parameters * self.itemsize)
         if zero.zero_quantized_weights:
-            weights, again = weights / self.itemsize, again / self.itemsize
+            weights, again = weights / self.itemsize, again / self.itemsize  # int8: a byte a weight
         if zero.zero_quantized_gradients:
-            sums /= 2 * self.sum_itemsize
+            sums /= 2 * self.sum_itemsize  # int4: half a byte a gradient
         if zero.offload_param == "cpu":
             up = self.parameters * self.itemsize / ranks / self.device.host_bytes_per_s
             weights, again = weights + up, again + up
@@ -327,7 +332,7 @@ class _Work:
         """Return the exposed and the hidden seconds of activations that go to the host and back in a micro-batch."""
         if self.memory.activations != "offload":
             return 0.0, 0.0
-        elements = self.hidden + 2 * (self.width + self.kv_width)
+        elements = self.hidden + 2 * (self.width + self.kv_width)  # x; q, k, v and out
         layers = self.model.num_layers - 1  # the last layer's stay
         one_way = layers * self.itemsize * self.tokens * elements / self.device.host_bytes_per_s
         down, up = self._exposed(one_way, forward), self._exposed(one_way, backward)
@@ -340,7 +345,7 @@ class _Work:
         if self.parallel.zero.offload_optimizer == "none":
             moved = ADAMW_BYTES + (0 if self.itemsize == 4 else 6)  # bf16 weights are rounded from the fp32 ones
             return norm + part * moved / self.device.update_bytes_per_s, 0.0
-        copies = part * (4 + self.itemsize) / self.device.host_bytes_per_s
+        copies = part * (4 + self.itemsize) / self.device.host_bytes_per_s  # gradients down in fp32, weights up
         return norm, copies + part * FUSED_ADAMW_BYTES / self.device.host_update_bytes_per_s
 
 
