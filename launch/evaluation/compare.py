@@ -35,7 +35,7 @@ def comparison_tables(results: Sequence[Result]) -> list[Table]:
 
 def _left_out(results: Mapping[str, Result]) -> list[Table]:
     """Return the table of what is left out, with the letters of the targets; none for nothing."""
-    found: dict[tuple[str, str, str], list[str]] = {}
+    found: dict[tuple[str, str, str], list[str]] = {}  # (task, length, reason) → targets' letters
     for name, result in results.items():
         for row in left_out(result):
             found.setdefault(row, []).append(name)
@@ -53,6 +53,7 @@ def _targets(names: Sequence[str], results: Sequence[Result]) -> Table:
     curves = [[part["loss"] for part in _longest(result)["by_position"]] for result in results]
     ends = [min(map(min, curves)), max(map(max, curves))]
     for name, result, curve in zip(names, results, curves, strict=True):
+        # The ends of the common scale come first, and their two blocks are cut off.
         blocks = sparkline([*ends, *curve], 2 + len(curve))[2:]
         table.add_row(name, escape(result["target"]), f"{result['step']:,}", f"{result['loss']:.3f}", blocks)
     return table
@@ -64,7 +65,7 @@ def _longest(result: Result) -> Mapping[str, Any]:
 
 def _side_by_side(results: Mapping[str, Result]) -> list[Table]:
     """Return the tables of some targets by their letters."""
-    found: dict[str, dict[tuple[str, ...], dict[str, str]]] = {}
+    found: dict[str, dict[tuple[str, ...], dict[str, str]]] = {}  # title → row → letter → value
     for name, result in results.items():
         for title, row, value in _cells(result):
             found.setdefault(title, {}).setdefault(row, {})[name] = value

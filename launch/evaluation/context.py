@@ -48,7 +48,7 @@ class HeldOutRows:
         Documents that the data keep apart see nothing of each other either.
         """
         number = self.numbers[index : index + 1]
-        [tokens] = self.reader.read(number).astype(np.int64)
+        [tokens] = self.reader.read(number).astype(np.int64)  # [length + 1]
         starts = {0, *cuts}
         if self.manifest.has_boundaries:
             starts.update(*self.reader.document_starts(number))
@@ -63,13 +63,14 @@ def gain_of_context(scorer: Scorer, rows: HeldOutRows) -> dict[str, Any]:
     """
     length, num_sequences = scorer.layout.length, len(rows)
     begin = length - length // EIGHTHS
-    parts = (np.arange(length) >= begin).astype(np.uint8)
+    parts = (np.arange(length) >= begin).astype(np.uint8)  # [length], 1 in the last eighth
 
     def row(number: int) -> Row:
         sequence, visible = divmod(number, EIGHTHS)
         cut = begin - visible * length // EIGHTHS
         return rows.row(sequence, parts, (cut,) if cut > 0 else ())
 
+    # Of part 1: [sequences, visible eighths, (loss, right tokens, tokens)].
     sums = scorer.sums(num_sequences * EIGHTHS, 2, row)[:, 1].reshape(num_sequences, EIGHTHS, 3)
     losses = sums[..., 0] / sums[..., 2]  # [sequences, visible eighths]
     gains = losses[:, 0] - losses[:, -1]
@@ -104,10 +105,11 @@ def key_tokens(
         sequence, which = divmod(number, passes + 1)
         return rows.row(sequence, none, cuts[which])
 
+    # The rows of one sequence follow each other, the one with the whole context last.
     losses = scorer.losses(len(rows) * (passes + 1), row)
     for _ in range(len(rows)):
         *by_pass, whole = (next(losses) for _ in range(passes + 1))
-        brief = np.choose(taken, by_pass)
+        brief = np.choose(taken, by_pass)  # [length], each token from its own pass
         key = (brief - whole > LONG_SHORT_NATS) & (whole < LONG_NATS)
         key[:short] = False
         yield whole, key

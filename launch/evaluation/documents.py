@@ -19,16 +19,18 @@ class DocumentLengths:
     """
 
     def __init__(self, manifest: Manifest) -> None:
-        keys, ends = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+        keys, ends = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]  # for data without any
         for bucket in manifest.buckets("held_out"):
             reader = manifest.reader(bucket)
             for first in range(0, reader.sequences, AT_ONCE):
                 numbers = np.arange(first, min(first + AT_ONCE, reader.sequences))
                 for pieces in reader.pieces(numbers):
                     keys.append(_keys(pieces))
-                    ends.append(pieces[:, 2] + _lengths(pieces, reader.length))
+                    ends.append(pieces[:, 2] + _lengths(pieces, reader.length))  # positions in documents
+        # Keys [documents], ascending, and for each piece the index of its document among them.
         self._documents, which = np.unique(np.concatenate(keys), return_inverse=True)
         self._lengths = np.zeros(len(self._documents), dtype=np.int64)
+        # A document may have pieces in several buckets: its length is the greatest end of any.
         np.maximum.at(self._lengths, which, np.concatenate(ends))
 
     @property
@@ -41,7 +43,7 @@ class DocumentLengths:
         rows = []
         for pieces in reader.pieces(numbers):
             lengths = self._lengths[np.searchsorted(self._documents, _keys(pieces))]  # [pieces]
-            rows.append(np.repeat(lengths, _lengths(pieces, reader.length)))
+            rows.append(np.repeat(lengths, _lengths(pieces, reader.length)))  # [length]
         return np.stack(rows)
 
 

@@ -54,7 +54,7 @@ def ranges(edges: Sequence[int]) -> list[dict[str, int]]:
 
 def by_source(bucket: Bucket) -> Breakdown:
     """Return the breakdown of a bucket by source."""
-    ends = np.cumsum([part.sequences for part in bucket.parts])
+    ends = np.cumsum([part.sequences for part in bucket.parts])  # [parts], one past the last sequence of each
 
     def source(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.repeat(np.searchsorted(ends, numbers, side="right")[:, None], bucket.length, 1)
@@ -104,6 +104,7 @@ class HeldOutLoss:
 
             def document(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
                 of_targets = lengths.of_targets(reader, numbers)  # [b, length]
+                # A length that is an edge ends a range ("≤512"); a position that is one begins a range.
                 return np.searchsorted(edges_of_documents, of_targets, side="left") - 1
 
             found.append(Breakdown("by_document", ranges(edges_of_documents), document))
@@ -114,12 +115,13 @@ class HeldOutLoss:
         breakdowns = self.breakdowns(bucket)
         sums = self.sums(bucket, evenly(bucket, num_sequences), layout, breakdowns)
         entries: dict[str, list[dict[str, Any]]] = {}
-        firsts = np.cumsum([0, *(len(breakdown.labels) for breakdown in breakdowns)])
+        firsts = np.cumsum([0, *(len(breakdown.labels) for breakdown in breakdowns)])  # [breakdowns + 1]
         for breakdown, first in zip(breakdowns, firsts.tolist(), strict=False):
             found = zip(breakdown.labels, sums[:, first:].T.tolist(), strict=False)  # labels end before the sums do
             entries[breakdown.name] = [
                 {**label, "loss": loss / tokens, "tokens": int(tokens)} for label, (loss, _, tokens) in found if tokens
             ]
+        # The first breakdown is by position, and has every token in one class.
         loss, unigram, tokens = sums[:, : firsts[1]].sum(1).tolist()
         assert self.knots is not None or tokens == num_sequences * bucket.length, "every token counts once"
         return {
@@ -155,6 +157,7 @@ class HeldOutLoss:
                 losses = self.engine(*inputs)
             # Packed rows come back as one sequence of b = 1: [1, b s] -> [b, s].
             real = torch.from_numpy(mine < num_sequences).to(mesh.device).double()[:, None]
+            # [b, s], 1 for each target that counts
             counted = real * layout.trained(trained, losses, inputs[2]).double().view(len(mine), -1)
             losses, targets = losses.double().view(len(mine), -1), inputs[1].view(len(mine), -1)
             # [3, b, s]
@@ -162,7 +165,7 @@ class HeldOutLoss:
             positions, offset = layout.positions(inputs[2], mesh.device), 0
             for breakdown in breakdowns:
                 classes = torch.from_numpy(breakdown.classes(numbers)).to(mesh.device)[:, positions]  # [b, s]
-                sums.index_add_(1, (classes + offset).flatten(), values.flatten(1))
+                sums.index_add_(1, (classes + offset).flatten(), values.flatten(1))  # [b s], [3, b s]
                 offset += len(breakdown.labels)
         self.at(f"summing bucket {bucket.length} over the ranks")
         # The ranks of a tensor-parallel group have equal sums, so they are not added.
@@ -186,6 +189,7 @@ def _joined(of_buckets: Iterable[Sequence[Mapping[str, Any]]]) -> list[dict[str,
     """Return the means of classes over several buckets, shortest documents first."""
     sums: dict[tuple[tuple[str, Any], ...], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for entry in (entry for entries in of_buckets for entry in entries):
+        # All other keys name the class.
         total = sums[tuple((key, value) for key, value in entry.items() if key not in ("loss", "tokens"))]
         total[0] += entry["loss"] * entry["tokens"]
         total[1] += entry["tokens"]

@@ -42,6 +42,7 @@ class EvaluationsInTraining:
     def are_owed(self, step: int) -> bool:
         """Return whether the evaluation that follows a step is not recorded. Collective."""
         recorded = [entry["step"] for entry in self.run.evaluations()] if self.mesh.rank == 0 else []
+        # `are_due` is equal on all ranks, so all or none enter the broadcast.
         return self.are_due(step) and bool(from_rank_0(step not in recorded))
 
     def measure(self, step: int) -> dict[str, Any] | None:

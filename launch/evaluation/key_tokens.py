@@ -21,6 +21,7 @@ class KeyTokens:
 
     def save(self, file: Path) -> None:
         """Write them to a file."""
+        # Eight tokens a byte: [sequences, length / 8], rounded up.
         masks = {str(length): np.packbits(keys, axis=1) for length, keys in self.by_length.items()}
         with file.open("wb") as opened:
             np.savez(opened, allow_pickle=False, judge=np.array(self.judge), **masks)
@@ -32,5 +33,6 @@ class KeyTokens:
             lengths = [name for name in found.files if name != "judge"]
             return cls(
                 str(found["judge"]),
+                # `count` leaves out the bits that fill the last byte.
                 {int(n): np.unpackbits(found[n], axis=1, count=int(n)).astype(bool) for n in lengths},
             )

@@ -88,4 +88,4 @@ def _rows(config: EvaluateConfig, manifest: Manifest, length: int) -> HeldOutRow
 def _short(config: EvaluateConfig) -> tuple[int, int]:
     """Return the length of a short context of LongPPL, and its stride."""
     stride = config.short_tokens // STRIDES
-    return stride * STRIDES, stride
+    return stride * STRIDES, stride  # rounded down to whole strides

@@ -55,7 +55,7 @@ class Bound:
         self.at(operation)
         found = torch.tensor([time.monotonic() > self._ends, self.stopped()], dtype=torch.float32, device=self.device)
         dist.all_reduce(found, dist.ReduceOp.MAX)
-        late, self.was_stopped = map(bool, found.tolist())
+        late, self.was_stopped = map(bool, found.tolist())  # of any rank
         if self.was_stopped:
             raise CutShortError("a signal")
         if late:

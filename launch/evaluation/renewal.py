@@ -39,6 +39,7 @@ def measure_renewal(
     engine.eval()
     try:
         for bucket, numbers in held_out_sequences(manifest, cells, recipe.curriculum.renewal):
+            # The parts of every bucket are all sources, in the order of `cells.sources`: [sources] each.
             loss, _, tokens = held_out.sums(bucket, numbers, layouts[bucket.length], [by_source(bucket)])
             totals += torch.stack([loss, tokens], 1)
     finally:

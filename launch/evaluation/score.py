@@ -67,13 +67,14 @@ class Scorer:
         `row` makes a row from its number, for the rows of this rank's replica alone; a ValueError that it raises is
         raised on every rank. A token is right if it, or one that is accepted for it, is the most likely one.
         """
+        # The last row takes what fills up a micro-batch.
         found = torch.zeros(num_rows + 1, num_parts, 3, dtype=torch.float64, device=self.mesh.device)
         for forward in self._forwards(num_rows, row):
             numbers = torch.from_numpy(forward.numbers).to(found.device)[:, None]  # [b, 1]
             parts = torch.from_numpy(np.stack([one.parts for one in forward.rows])).to(found.device).long()
             parts = parts[:, forward.positions]  # [b, s]
             values = torch.stack([forward.losses, forward.right.double(), torch.ones_like(forward.losses)], -1)
-            index = (numbers * num_parts + parts).flatten()
+            index = (numbers * num_parts + parts).flatten()  # [b s], among the rows of `found.view(-1, 3)`
             found.view(-1, 3).index_add_(0, index, values.flatten(0, 1))
         self.at("summing scores over the ranks")
         # The ranks of a tensor-parallel group have equal sums, so they are not added.
@@ -90,11 +91,12 @@ class Scorer:
             layout.num_replicas * layout.sequences_per_replica,
             layout.replica * layout.sequences_per_replica,
         )
-        left = num_rows
+        left = num_rows  # rows that are not yielded yet; what fills up the last micro-batch lies behind them
         for forward in self._forwards(num_rows, row):
             found = torch.zeros(at_once, layout.length, dtype=torch.float64, device=device)
             mine = torch.arange(first, first + layout.sequences_per_replica, device=device)
             found[mine[:, None], forward.positions] = forward.losses
+            # One rank has each element, all others have 0 there: the sum collects them.
             dist.all_reduce(found, group=self.mesh.data_group)
             yield from found[:left].cpu().numpy()
             left -= at_once
@@ -127,8 +129,8 @@ def _right(rows: Sequence[Row], targets: Tensor, greedy: Tensor, positions: Tens
     held[positions] = torch.arange(len(positions), device=positions.device)
     for row, found, best in zip(rows, right, greedy, strict=True):
         if len(row.accepted):
-            at, tokens = torch.from_numpy(row.accepted).to(held.device).unbind(1)
-            here = held[at] >= 0
+            at, tokens = torch.from_numpy(row.accepted).to(held.device).unbind(1)  # [n] each
+            here = held[at] >= 0  # other ranks of the ring hold the other positions
             at, tokens = held[at][here], tokens[here]
             found[at[best[at] == tokens]] = True
     return right

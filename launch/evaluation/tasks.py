@@ -35,12 +35,13 @@ def score_task(
 
     first = made(0)  # every rank makes it, so all raise its error alike
     candidates = len(first.rows)
-    num_rows = candidates + (first.alone is not None)
+    num_rows = candidates + (first.alone is not None)  # of a sample
 
     def row(number: int) -> Row:
         sample, candidate = divmod(number, num_rows)
         found = made(sample)
         if candidate == candidates:
+            # The answer without what stands before `alone`; starts ascend, so 0 is not repeated.
             return Row(found.rows[0], found.parts[0], (0, *([found.alone] if found.alone else [])))
         one = Row(found.rows[candidate], found.parts[candidate])
         return one._replace(accepted=found.accepted) if candidate == 0 else one
@@ -48,7 +49,7 @@ def score_task(
     sums = scorer.sums(count * num_rows, int(first.parts.max()) + 1, row)
     sums = sums.reshape(count, num_rows, *sums.shape[1:])  # [samples, rows, parts, 3]
     if first.alone is not None:
-        sums[:, 0, BASELINE] = sums[:, candidates, FIRST_REFERENCE:].sum(1)
+        sums[:, 0, BASELINE] = sums[:, candidates, FIRST_REFERENCE:].sum(1)  # baseline: the answer of the last row
     scores = scores_of(sums[:, :candidates])
     depths = [first_depth(number) for number in range(count)] if first.depth is not None else []
     return {
@@ -75,12 +76,12 @@ def scores_of(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64] | None
 
     A score is None where nothing defines it.
     """
-    answers = sums[:, :, FIRST_REFERENCE:]
+    answers = sums[:, :, FIRST_REFERENCE:]  # [samples, candidates, references, 3]
     loss, right, tokens = np.moveaxis(answers[:, 0], -1, 0)  # [samples, references] each
     means = answers[..., 0].sum(2) / answers[..., 2].sum(2)  # [samples, candidates]
     baseline = sums[:, 0, BASELINE]
     has_distractors, has_baseline = means.shape[1] > 1, bool((baseline[:, 2] > 0).all())
-    behind = means[:, 1:] - means[:, :1]
+    behind = means[:, 1:] - means[:, :1]  # [samples, distractors]
     return {
         "exact": (right == tokens).all(1).astype(np.float64),
         "references": (right == tokens).mean(1),
@@ -94,6 +95,7 @@ def scores_of(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64] | None
 
 def by_depth(depths: Sequence[float], scores: dict[str, NDArray[np.float64] | None]) -> list[dict[str, Any]]:
     """Return exact match and loss by range of depth, of the ranges that have samples."""
+    # A depth of 1 belongs to the last range.
     bins = np.minimum((np.array(depths) * DEPTH_BINS).astype(np.int64), DEPTH_BINS - 1)
     exact, loss = scores["exact"], scores["loss"]
     assert exact is not None and loss is not None
