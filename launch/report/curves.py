@@ -38,7 +38,7 @@ class Curve(NamedTuple):
         size = -(-len(self.tokens) // most)
         if size <= 1:
             return self
-        first = np.arange(0, len(self.tokens), size)
+        first = np.arange(0, len(self.tokens), size)  # [points], first bin of each
         number = np.add.reduceat(self.number, first)
         tokens, mean = (np.add.reduceat(x * self.number, first) / number for x in (self.tokens, self.mean))
         low, high = np.minimum.reduceat(self.low, first), np.maximum.reduceat(self.high, first)
@@ -63,7 +63,7 @@ class Curves:
         index = (step - 1) // self._width
         if index != self._last:
             self._close()
-            self._last = (step - 1) // self._width
+            self._last = (step - 1) // self._width  # anew: `_close` may have doubled the width
         for name, value in values.items():
             self._open[name].append(value)
 
@@ -77,7 +77,7 @@ class Curves:
         self._close()
         found = [(bins["tokens"], bins[name]) for _, bins in sorted(self._bins.items()) if name in bins]
         columns = [(x.total / x.number, y.number, y.total / y.number, y.low, y.high) for x, y in found]
-        return Curve(*np.array(columns, dtype=np.float64).reshape(-1, 5).T)
+        return Curve(*np.array(columns, dtype=np.float64).reshape(-1, 5).T)  # [5, bins], without bins too
 
     def tokens_at(self, step: int) -> float:
         """Return about how many tokens were trained at a step; 0 without any step."""
@@ -85,6 +85,7 @@ class Curves:
         known = [(index, bins["tokens"]) for index, bins in sorted(self._bins.items())]
         if not known or step <= 0:
             return 0.0
+        # Bin i has steps i w + 1 to (i + 1) w.
         middles = [index * self._width + (self._width + 1) / 2 for index, _ in known]
         return float(np.interp(step, [0, *middles], [0, *(tokens.total / tokens.number for _, tokens in known)]))
 
@@ -94,8 +95,10 @@ class Curves:
             bins = self._bins.setdefault(self._last, {})
             for name, values in self._open.items():
                 new = Bin(len(values), sum(values), min(values), max(values))
+                # A reader may have closed the bin before its last steps came.
                 bins[name] = _joined(bins[name], new) if name in bins else new
             self._open.clear()
+        # Ends, since every round halves the largest index, until all steps are in bin 0.
         while len(self._bins) > self._most:
             self._width *= 2
             halved: dict[int, dict[str, Bin]] = {}
@@ -104,7 +107,7 @@ class Curves:
                 for name, values in bins.items():
                     into[name] = _joined(into[name], values) if name in into else values
             self._bins = halved
-            self._last //= 2
+            self._last //= 2  # later steps of this bin still join it
 
 
 def _joined(first: Bin, second: Bin) -> Bin:

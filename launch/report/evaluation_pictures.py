@@ -31,6 +31,7 @@ def draw_evaluations(results: Sequence[Result], file: Path) -> None:
     figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows), layout="constrained")
     with mpl.rc_context(STYLE):
         axes = figure.subplots(rows, columns, squeeze=False)
+        # Axes of heat-maps are shown when one is drawn: the last of a row may stay empty.
         for one in axes.flatten()[2:]:
             one.set_visible(False)
         draw_positions(axes[0, 0], results)
@@ -65,7 +66,7 @@ def draw_positions(axes: Axes, results: Sequence[Result]) -> None:
 
 def draw_context(axes: Axes, results: Sequence[Result]) -> None:
     """Draw the loss of the last eighth of the longest sequences by the share of the sequence visible before it."""
-    measured = [(result, result["context"][-1]) for result in results if result.get("context")]
+    measured = [(result, result["context"][-1]) for result in results if result.get("context")]  # lengths ascend
     axes.set_visible(bool(measured))
     for result, entry in measured:
         eighths = np.arange(len(entry["losses"])) / 8
@@ -80,7 +81,7 @@ def draw_heat_map(axes: Axes, result: Result, task: str) -> None:
     """Draw exact match of a task by depth (from top to bottom) and length, as numbers on colours."""
     entries = [entry for entry in result.get("tasks", ()) if entry["task"] == task and entry["by_depth"]]
     depths = sorted({(part["from"], part["to"]) for entry in entries for part in entry["by_depth"]})
-    values = np.full((max(len(depths), 1), max(len(entries), 1)), np.nan)
+    values = np.full((max(len(depths), 1), max(len(entries), 1)), np.nan)  # [ranges of depth, lengths]
     for column, entry in enumerate(entries):
         for part in entry["by_depth"]:
             values[depths.index((part["from"], part["to"])), column] = part["exact"]

@@ -32,7 +32,7 @@ def evaluation_tables(result: Mapping[str, Any]) -> list[Table]:
     by_bucket.add_row("all", "", f"{result['tokens']:,}", f"{result['unigram_loss']:.3f}", f"{result['loss']:.3f}")
 
     longest = max(result["buckets"], key=lambda entry: entry["bucket"])
-    rows = {(part["from"], part["to"]): f"<{short(part['to'])}" for part in longest["by_position"]}
+    rows = {(part["from"], part["to"]): f"<{short(part['to'])}" for part in longest["by_position"]}  # it has all ranges
     columns = [
         (short(entry["bucket"]), {(part["from"], part["to"]): f"{part['loss']:.3f}" for part in entry["by_position"]})
         for entry in result["buckets"]
@@ -159,7 +159,9 @@ def _context_tables(entries: list[dict[str, Any]]) -> list[Table]:
     rows = {number: f"{number}/{eighths}" for number in range(eighths)} | {"gain": "gain", "gain_error": "± s.e."}
     columns = []
     for entry in entries:
+        # By key of the row: the number of visible eighths, or a name.
         numbers = dict(enumerate(entry["losses"])) | {key: entry[key] for key in ("gain", "gain_error")}
+        # z: what rounds to 0 has no minus.
         columns.append((short(entry["length"]), {key: f"{n:z.3f}" for key, n in numbers.items() if n is not None}))
     title = "Loss of the last eighth by the eighths visible before it, nats per token"
     return by_length(title, "visible", rows, columns)

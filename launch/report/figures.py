@@ -22,7 +22,7 @@ from .history import History
 # Text stays text, in the font of the page; about 350 points fit a telephone without becoming small.
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "longring",
+    "svg.hashsalt": "longring",  # equal figures are equal text
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -106,7 +106,7 @@ def _over_tokens(axes: Axes, history: History, label: str) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     resumed = [start["from_step"] for start in history.starts if start.get("from_step")]
     for number, step in enumerate(resumed[-MARKED_EVENTS:]):
-        name = None if number else "resumed"
+        name = None if number else "resumed"  # the legend has all of them once
         axes.axvline(history.curves.tokens_at(step), color="0.4", linestyle=":", linewidth=0.9, label=name)
     told = [event for event in history.events if event.get("event") not in ("evaluation", "renewal")]
     events = [event["step"] for event in told if isinstance(event.get("step"), int)]
@@ -119,7 +119,7 @@ def _over_tokens(axes: Axes, history: History, label: str) -> None:
             [0] * len(at),
             "|",
             color="tab:red",
-            transform=axes.get_xaxis_transform(),
+            transform=axes.get_xaxis_transform(),  # x in tokens, y from the bottom of the axes
             clip_on=False,
             markersize=9,
             label="events",
@@ -237,14 +237,15 @@ def _mix(axes: Axes, history: History) -> bool:
     if len(lengths) < 2:
         return False
     at = history.curves.curve("targets").tokens
-    counts = np.zeros((len(lengths), len(at)))
+    counts = np.zeros((len(lengths), len(at)))  # [lengths, bins]
     for row, length in zip(counts, lengths, strict=True):
         curve = history.curves.curve(f"buckets/{length}/targets")
+        # Bins of one bucket are among those of all targets, with the same tokens: each is found exactly.
         row[np.searchsorted(at, curve.tokens)] = curve.mean * curve.number
     # Shares over several adjacent bins: one bin may be one step of one bucket.
     width = max(1, len(at) // 40)
     starts = np.arange(0, len(at), width)
-    sums = np.add.reduceat(counts, starts, axis=1)
+    sums = np.add.reduceat(counts, starts, axis=1)  # [lengths, groups of bins]
     shares = sums / np.maximum(sums.sum(0), 1)
     axes.stackplot(at[starts], shares, labels=[f"{n:,}" for n in lengths], colors=_colours(len(lengths)), step="post")
     _over_tokens(axes, history, "share of tokens")
@@ -254,6 +255,7 @@ def _mix(axes: Axes, history: History) -> bool:
 
 
 def _rate(axes: Axes, history: History) -> bool:
+    # All bins: means over more would round the corners of the schedule.
     drawn = _line(axes, history.curves.curve("learning_rate"), None, "tab:blue", most=MOST_BINS)
     _over_tokens(axes, history, "learning rate")
     return drawn and _from_zero(axes)
@@ -263,6 +265,7 @@ def _grad_norm(axes: Axes, history: History) -> bool:
     curve = history.curves.curve("grad_norm")
     drawn = _line(axes, curve, None, "tab:blue", band=True)
     _over_tokens(axes, history, "L2 norm")
+    # One spike would flatten everything else on a linear scale.
     if drawn and curve.low.min() > 0 and curve.high.max() > 20 * np.median(curve.mean):
         axes.set_yscale("log")
     return drawn
@@ -285,7 +288,7 @@ def _parts(axes: Axes, history: History) -> bool:
     if not found:
         return False
     every = max(found.values(), key=lambda curve: len(curve.tokens))
-    stack = np.zeros((len(found), len(every.tokens)))
+    stack = np.zeros((len(found), len(every.tokens)))  # [parts, bins]
     for row, curve in zip(stack, found.values(), strict=True):
         bins = np.searchsorted(every.tokens, curve.tokens)
         row[bins] = curve.mean * curve.number / every.number[bins]  # a part such as save is in some steps only

@@ -29,7 +29,7 @@ def heat_maps(history: History) -> Iterator[Drawing]:
 
 def _tasks(entries: list[dict[str, Any]], axes: Axes, _: History) -> bool:
     names, lengths = (list(dict.fromkeys(entry[key] for entry in entries)) for key in ("task", "length"))
-    shares = np.full((len(names), len(lengths)), np.nan)
+    shares = np.full((len(names), len(lengths)), np.nan)  # [tasks, lengths]
     for entry in entries:
         shares[names.index(entry["task"]), lengths.index(entry["length"])] = entry["exact"]
     return _shares(axes, shares, names, [f"{length:,}" for length in lengths])
@@ -37,7 +37,7 @@ def _tasks(entries: list[dict[str, Any]], axes: Axes, _: History) -> bool:
 
 def _depths(entries: list[dict[str, Any]], axes: Axes, _: History) -> bool:
     bins = sorted({(part["from"], part["to"]) for entry in entries for part in entry["by_depth"]})
-    shares = np.full((len(bins), len(entries)), np.nan)
+    shares = np.full((len(bins), len(entries)), np.nan)  # [ranges of depth, lengths]
     for column, entry in enumerate(entries):
         for part in entry["by_depth"]:
             shares[bins.index((part["from"], part["to"])), column] = part["exact"]
@@ -57,7 +57,7 @@ def _shares(axes: Axes, shares: NDArray[np.float64], rows: list[str], lengths: l
     axes.grid(False)
     for (row, column), share in np.ndenumerate(shares):
         if not np.isnan(share):
-            colour = "white" if share > 0.6 else "black"
+            colour = "white" if share > 0.6 else "black"  # YlGn is dark there
             axes.text(column + 0.5, row + 0.5, f"{share:.0%}", ha="center", va="center", color=colour)
     return True
 
@@ -69,16 +69,16 @@ def _gradient_norms(axes: Axes, history: History) -> bool:
     if not parts:
         return False
     # A bin has the norms of all parts or of none, since one step has them all.
-    norms = np.array([curve.mean for curve in curves])
+    norms = np.array([curve.mean for curve in curves])  # [parts, bins]
     found = axes.pcolormesh(
         _edges(curves[0].tokens),
         np.arange(len(parts) + 1) - 0.5,
-        np.log10(np.maximum(norms, np.finfo(np.float64).tiny)),
+        np.log10(np.maximum(norms, np.finfo(np.float64).tiny)),  # a norm may be 0
         cmap="viridis",
         rasterized=True,  # as many paths as a long run of many layers has would be most of the page
     )
     axes.invert_yaxis()
-    every = -(-len(parts) // 14)
+    every = -(-len(parts) // 14)  # at most 14 labels
     axes.set_yticks(range(0, len(parts), every), [part.replace("blocks.", "layer ") for part in parts[::every]])
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("tokens trained")
@@ -89,6 +89,7 @@ def _gradient_norms(axes: Axes, history: History) -> bool:
 
 def _edges(middles: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the edges of bins from their middles, which ascend."""
-    between = (middles[1:] + middles[:-1]) / 2
+    between = (middles[1:] + middles[:-1]) / 2  # [bins - 1]
+    # A bin alone spans half of its tokens to 1.5 times.
     first, last = (between[0], between[-1]) if len(between) else (middles[0] * 1.5, middles[0] * 0.5)
     return np.array([2 * middles[0] - first, *between, 2 * middles[-1] - last])

@@ -13,7 +13,7 @@ from ..run_directory import RunDirectory
 from .curves import Curves
 from .tail import Tail
 
-_PER_OCTAVE = 32
+_PER_OCTAVE = 32  # 2 ** (1 / 32) is 1.022
 _TARGETS = re.compile(r"buckets/(\d+)/targets")
 
 
@@ -65,6 +65,7 @@ class History:
         """Read what is new. Raises OSError if a file cannot be read."""
         replaced, records = self._metrics.read()
         if replaced:
+            # Metrics that were replaced are read anew from the beginning.
             self._forget()
         for record in records:
             self._add(record)

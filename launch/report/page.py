@@ -60,7 +60,7 @@ def page(history: History, state: RunState, refresh_s: int = 0) -> str:
         refresh_s=refresh_s,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
         tiles=_tiles(history, state),
-        pictures=[picture._replace(svg=Markup(picture.svg)) for picture in pictures(history)],
+        pictures=[picture._replace(svg=Markup(picture.svg)) for picture in pictures(history)],  # all else is escaped
         tables=[html_table(table) for table in _tables(history) if table.row_count],
         recipe={key: json.dumps(value) for key, value in flat(to_tree(history.recipe)).items()},
     )
@@ -158,6 +158,7 @@ def _memory(history: History) -> list[Table]:
     table = plain_table("Memory of a rank: the plan, and what was measured", "kind", "GiB", left=("kind",))
     for name, gib in kinds.items():
         table.add_row(name, f"{gib:.2f}")
+    # Neither NCCL nor CUDA allocates through torch, whose peak was measured.
     tensors = sum(gib for name, gib in kinds.items() if name not in ("communicators", "reserve"))
     table.add_row("predicted, of tensors", f"{tensors:.2f}")
     table.add_row("predicted, of all", f"{sum(kinds.values()):.2f}")
@@ -177,6 +178,7 @@ def _grids(history: History) -> dict[int, str]:
     found: dict[int, str] = {}
     for division, entries in divisions.items():
         if str(division).startswith(f"{ranks} ranks"):
+            # Of the entries of a bucket, one for each attention window, the first stays.
             found |= {entry["sequence_tokens"]: entry["grid"] for entry in reversed(entries)}
     return found
 
@@ -207,6 +209,7 @@ def _trained(history: History) -> list[Table]:
     try:
         found = json.loads(history.run.trained_file.read_text())
         cells = [
+            # (source, bucket, trained, reached, repeated, not reached, passes)
             (str(cell["source"]), *(int(cell[key]) for key in ("bucket", "tokens", *_COUNTS)), float(cell["passes"]))
             for cell in found["cells"]
         ]
@@ -249,6 +252,7 @@ def _ledger(history: History) -> list[Table]:
 def _starts(history: History) -> Table:
     columns = ("time", "host", "ranks", "after step", "steps", "commit", "changed")
     table = plain_table("Starts", *columns, left=("time", "host", "commit", "changed"))
+    # A start ends where the next one begins, the last at the last recorded step.
     ends = [*(start.get("from_step", 0) for start in history.starts[1:]), history.last.get("step", 0)]
     for start, end in zip(history.starts, ends, strict=False):  # without a start there is an end all the same
         first, git = start.get("from_step", 0), start.get("git") or {}

@@ -23,7 +23,7 @@ def draw_run(run: RunDirectory, evaluation: dict[str, Any] | None) -> None:
     """Draw the metrics of a run, with its evaluation if there is one, into its picture file."""
     steps = read_records(run.metrics_file)
     tokens, loss, bucket, degree = (
-        np.array([np.nan if step[key] is None else step[key] for step in steps])
+        np.array([np.nan if step[key] is None else step[key] for step in steps])  # [steps] each
         for key in ("tokens", "loss", "bucket", "cp")
     )
     tokens_at = {step["step"]: step["tokens"] for step in steps}

@@ -95,7 +95,7 @@ def sparkline(values: list[float], width: int) -> str:
     if not shown:
         return ""
     low, high = min(shown), max(shown)
-    scale = (len(SPARK) - 1) / (high - low) if high > low else 0.0
+    scale = (len(SPARK) - 1) / (high - low) if high > low else 0.0  # equal values are the lowest block
     return "".join(SPARK[round((value - low) * scale)] for value in shown)
 
 

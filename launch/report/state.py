@@ -122,7 +122,9 @@ class Observer:
         self._recent.extend(record for record in records if isinstance(record.get("step"), int))
         step = self._recent[-1]["step"] if self._recent else 0
         starts = read_records(self.run.starts_file)[-1:]
+        # The last step is of an earlier start if this one begins after it.
         stepped = self._recent and not (starts and starts[0].get("from_step") == step)
+        # Every step appends to the file. Clocks of two machines may differ.
         idle_s = max(0.0, time.time() - self.run.metrics_file.stat().st_mtime) if stepped else None
         process = self._holder(step, idle_s)
         ended: Going = "finished" if step >= self.steps else "stopped" if step else "not started"
@@ -152,7 +154,7 @@ class Observer:
         for file in sorted(self.run.logs.glob("rank-*.hang.json")):
             try:
                 position = json.loads(file.read_text())
-                rank = int(file.name.split("-")[1].split(".")[0])
+                rank = int(file.name.split("-")[1].split(".")[0])  # of rank-00003.hang.json
                 found.append(f"rank {rank} without progress at step {position['step']}, {position['operation']}")
             except (OSError, ValueError, KeyError, TypeError):  # withdrawn, or being written
                 continue

@@ -34,7 +34,7 @@ class Tail:
             gone, self._inode, self._offset = self._inode is not None, None, 0
             return gone, iter(())
         found = os.fstat(stream.fileno())
-        replaced = found.st_ino != self._inode or found.st_size < self._offset
+        replaced = found.st_ino != self._inode or found.st_size < self._offset  # also at the first read
         if replaced:
             self._inode = found.st_ino
             self._offset = 0 if self._last_bytes is None else max(0, found.st_size - self._last_bytes)
@@ -44,7 +44,7 @@ class Tail:
         with stream:
             stream.seek(self._offset)
             for line in stream:
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n"):  # `_offset` stays before it: the next read takes it whole
                     break
                 self._offset += len(line)
                 record = parse_record(line)  # None for the rest of a line in whose middle `last_bytes` begins
