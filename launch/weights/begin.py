@@ -30,6 +30,7 @@ def load_origin(engine: DeepSpeedEngine, origin: Origin, mesh: Mesh, *, moments:
             directory = ModelDirectory(path)
             _check_same(path, directory.sha256, origin)
             return directory
+        # The manifest first: by its hashes the files are verified next.
         _check_same(path / MANIFEST_FILE, sha256_of(path / MANIFEST_FILE), origin)
         try:
             return CheckpointFiles(path, verified(path, mesh))
@@ -38,7 +39,7 @@ def load_origin(engine: DeepSpeedEngine, origin: Origin, mesh: Mesh, *, moments:
 
     with on_all_ranks(mesh, opened) as stored:
         updates = stored.updates if moments and isinstance(stored, CheckpointFiles) else 0
-        load_stored(engine, stored, mesh, kinds=KINDS if moments else KINDS[:1], updates=updates)
+        load_stored(engine, stored, mesh, kinds=KINDS if moments else KINDS[:1], updates=updates)  # [:1]: weights alone
 
 
 def _check_same(path: Path, found: str, origin: Origin) -> None:

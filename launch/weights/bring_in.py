@@ -43,7 +43,7 @@ def import_weights(source: Path, out: Path) -> ModelConfig:
         state = TrainState(
             run=uuid.uuid4().hex,
             recipe={"model": to_tree(config)},
-            data=sha256_of(source / CONFIG),
+            data=sha256_of(source / CONFIG),  # stands for data, of which an import has none
             code=code_hash(),
             packages=package_versions(),
             step=0,
@@ -57,6 +57,7 @@ def import_weights(source: Path, out: Path) -> ModelConfig:
         # The weights of one layer have the same two first words.
         for number, (_, layer) in enumerate(groupby(directory.parameters, key=lambda name: name.split(".")[:2])):
             _write_layer(checkpoint / f"rank-{number:05d}.safetensors", list(layer), directory, manifest)
+        # Last, since every layer has added its file to the manifest.
         write_checkpoint_manifest(checkpoint, manifest)
         publish_checkpoint(checkpoint)
         published = RunDirectory(partial).published
@@ -69,7 +70,7 @@ def import_weights(source: Path, out: Path) -> ModelConfig:
 
 def _write_layer(file: Path, names: list[str], directory: ModelDirectory, manifest: CheckpointManifest) -> None:
     """Write the weights of one layer, each when it is read, and add their file to the manifest."""
-    shapes = {name: (math.prod(directory.parameters[name].shape),) for name in names}
+    shapes = {name: (math.prod(directory.parameters[name].shape),) for name in names}  # flat: a range is the whole
     described = {f"{name}/weight": ("F32", shape) for name, shape in shapes.items()}
     weights = (read_whole(directory, name).view(-1) for name in names)
     num_bytes, sha256 = write_one_by_one(file, described, weights)
@@ -85,6 +86,7 @@ def describe(config: ModelConfig) -> str:
             plain = to_tree(UNSCALED)
             inner = ", ".join(f"{name} = {json.dumps(item)}" for name, item in value.items() if item != plain[name])
             lines += [f"{key} = {{ {inner} }}"] if inner else []
+        # Defaults as JSON holds them, tuples as lists; a setting without one gets a text that no value equals.
         elif value != json.loads(json.dumps(defaults[key], default=str)):
             lines.append(f"{key} = {json.dumps(value)}")
     return "\n".join(lines)

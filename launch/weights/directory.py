@@ -58,6 +58,7 @@ class ModelDirectory:
         }
         self._file_of = self._files_by_name()
         self._check_tensors()
+        # `_check_tensors` has opened every file with a weight.
         headers = {file: opened.tensors for file, opened in self._open.items()}
         self.sha256 = sha256_of_json({CONFIG: tree, "files": headers})
         """SHA-256 of config.json and of the names, types and positions of all tensors; their values are not hashed."""
@@ -88,7 +89,8 @@ class ModelDirectory:
         """Read elements of a parameter from `first` on, as `Stored` says. There are whole weights alone."""
         assert kind == "weight" and slice_number == 0
         weight, starts = self.weights[parameter], self._starts[parameter]
-        width = math.prod(weight.shape[1:])
+        width = math.prod(weight.shape[1:])  # elements of a row
+        # Elements of the parameter from `at` on are still to be read; each round reads those of one of `weight.rows`.
         at, stop = first, first + result.numel()
         while at < stop:
             number = bisect_right(starts, at // width) - 1
@@ -99,7 +101,7 @@ class ModelDirectory:
     def _read_rows(self, result: Tensor, rows: Rows, first: int, width: int) -> None:
         """Read the elements of these rows from `first` on."""
         if not rows.name:
-            result.zero_()
+            result.zero_()  # padding
             return
         first += rows.first * width
         self._read_tensor(result, rows.name, first)
@@ -122,7 +124,7 @@ class ModelDirectory:
         """Raise ValueError unless the files have all weights, of the right shapes and types, and no others."""
         shapes = {name: shape for weight in self.weights.values() for name, shape in weight.theirs.items()}
         if self.model.config.tied_head and _HEAD in self._file_of:
-            shapes[_HEAD] = shapes[_EMBEDDING]
+            shapes[_HEAD] = shapes[_EMBEDDING]  # a second copy, which `_read_rows` compares
         for name, shape in shapes.items():
             if (file := self._file_of.get(name)) is None or name not in self._opened(file).tensors:
                 raise ValueError(f"{self.path}: has no tensor {name}; name a directory with all files of the model")
@@ -152,6 +154,7 @@ class ModelDirectory:
             return dict.fromkeys(self._opened(WEIGHTS).tensors, WEIGHTS)
         found = read_json(self.path / INDEX).get("weight_map")
         if not isinstance(found, dict) or not all(
+            # Names alone, so that an index leads to no other directory.
             isinstance(file, str) and file == Path(file).name and file.endswith(".safetensors")
             for file in found.values()
         ):

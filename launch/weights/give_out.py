@@ -124,6 +124,7 @@ def _write_weights(directory: Path, model: PublishedModel, dtypes: Mapping[str, 
 def _write_shard(file: Path, shard: list[Weight], dtypes: Mapping[str, str], stored: CheckpointFiles) -> int:
     """Write one file of weights; return the bytes of its tensors."""
     weight_of = {name: weight for weight in shard for name in weight.theirs}
+    # Larger types first, as `write_one_by_one` asks. The sort is stable: a weight's tensors of one type stay adjacent.
     names = sorted(weight_of, key=lambda name: -DTYPES[dtypes[name]].itemsize)
     described = {name: (dtypes[name], weight_of[name].theirs[name]) for name in names}
 
@@ -150,7 +151,7 @@ def _shards(weights: list[Weight], dtypes: Mapping[str, str]) -> Iterator[list[W
     size = 0
     for weight in weights:
         num_bytes = sum(math.prod(shape) * DTYPES[dtypes[name]].itemsize for name, shape in weight.theirs.items())
-        if shard and size + num_bytes > SHARD_BYTES:
+        if shard and size + num_bytes > SHARD_BYTES:  # no shard is empty: a larger weight has its own
             yield shard
             shard, size = [], 0
         shard.append(weight)

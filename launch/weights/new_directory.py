@@ -32,6 +32,7 @@ def new_directory(out: Path) -> Iterator[Path]:
     out = Path(os.path.realpath(out))  # a name, also of "." and of a link without a target
     partial = out.parent / f"{out.name}.partial"
     try:
+        # Before the lock, whose file makes `partial`.
         _check_free(out, partial)
         with held(partial / LOCK):
             try:
@@ -40,6 +41,7 @@ def new_directory(out: Path) -> Iterator[Path]:
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
+            # Before the rename: `out` never has a lock, and a power loss after it leaves no entry missing.
             (partial / LOCK).unlink()
             sync(partial)
             partial.rename(out)

@@ -54,13 +54,14 @@ def recipe_of_weights(weights: Weights, data: str, overrides: Sequence[str], num
             "data": {**manifest.config, "directory": data},
             "parallel": {"tokens_per_rank": max(1, longest // ranks), "zero_stage": 3 if num_ranks > 1 else 0},
             "train": {
-                **{"steps": 1, "learning_rate": 1.0},
+                **{"steps": 1, "learning_rate": 1.0},  # have no default, and no effect here
                 "dtype": "bfloat16" if torch.cuda.is_available() else "float32",
             },
         }
         if manifest.order is not None:
             tree["order"] = {**manifest.order, "directory": data}
     tree |= {"model": to_tree(weights.config), "init": {}, "curriculum": {}, "run_directory": "logs"}
+    # A batch that holds the longest sequence; `to_evaluate` then takes one that the ranks can divide.
     tree["train"]["global_batch_tokens"] = tree["data"]["max_bucket_tokens"]
     overridden = apply_overrides(tree, overrides)
     return from_tree(Recipe, tree, source=data, overridden=overridden).to_evaluate(num_ranks)

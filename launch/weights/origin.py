@@ -101,7 +101,7 @@ def find_origin(recipe: Recipe, manifest: Manifest) -> Origin | None:
         found.check_tokens(manifest)
     except ValueError as error:
         raise ValueError(f"init.from = {recipe.init.from_}: {error}") from error
-    if recipe.init.moments and not found.origin.step:
+    if recipe.init.moments and not found.origin.step:  # step 0: an import or a Hugging Face model
         raise ValueError("init.moments = True: imported weights have no moments; set it to false")
     return found.origin
 
@@ -156,7 +156,7 @@ def keep_published(origin: Origin, run: RunDirectory) -> None:
 
 def _run_of(checkpoint: Path) -> RunDirectory:
     """Return the run of a checkpoint."""
-    return RunDirectory(checkpoint.absolute().parent.parent)
+    return RunDirectory(checkpoint.absolute().parent.parent)  # RUN/checkpoints/step-N
 
 
 def _check_model(before: ModelConfig, wanted: ModelConfig) -> None:
