@@ -57,6 +57,7 @@ class Listed(NamedTuple):
     def row(self) -> list[str]:
         """Return the cells of the table."""
         colour = {"whole": "", "verified": "", "damaged": "[red]", "unreadable": "[red]"}.get(self.state, "[yellow]")
+        # Step, updates, saved, size, mesh, state.
         cells = [f"{self.step:,}", "", self.saved, "", "", f"{colour}{self.state}"]
         if self.manifest is not None:
             state = self.manifest.state
@@ -132,7 +133,7 @@ def list_checkpoints(
 def _size(num_bytes: int) -> str:
     """Return a size with three digits and a unit, such as 12.3 GB."""
     size, units = float(num_bytes), ["B", "kB", "MB", "GB", "TB", "PB"]
-    while size >= 999.5 and len(units) > 1:
+    while size >= 999.5 and len(units) > 1:  # with three digits, 999.5 would be 1e+03
         size /= 1000
         units.pop(0)
     return f"{size:.3g} {units[0]}"

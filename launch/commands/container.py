@@ -90,7 +90,7 @@ def container_of(image: str, mounts: Sequence[str], paths: Iterable[str]) -> Con
             f"--container {redact(image)}: holds a secret, which the job script would show; name the image without it, "
             "and log in to the registry"
         )
-    if image.endswith((".sif", ".sqsh")) or image.startswith(("/", ".")):
+    if image.endswith((".sif", ".sqsh")) or image.startswith(("/", ".")):  # else a name in a registry
         if not Path(image).is_file():
             raise ValueError(f"--container {image}: no such file; build the image first, see docs/image.md")
         image = str(Path(image).absolute())
@@ -103,10 +103,11 @@ def container_of(image: str, mounts: Sequence[str], paths: Iterable[str]) -> Con
     # The end of a link is mounted too, since the link is seen as one inside.
     seen = {here, *(os.path.normpath(path) for path in local), *(str(path.resolve()) for path in local)}
     for path in seen:
-        if not re.fullmatch(r"(/[\w.@+=-]+)+", path, re.ASCII):
+        if not re.fullmatch(r"(/[\w.@+=-]+)+", path, re.ASCII):  # no comma and no colon: they separate mounts
             raise ValueError(
                 f"{path!r}: cannot be mounted in a container; use letters, digits and .@+=- alone in names of "
                 "directories, below the root"
             )
+    # A path below another one is mounted with it, and the directory of submission always is.
     inside = {path for path in seen if any(str(parent) in seen for parent in Path(path).parents)}
     return Container(image, tuple(sorted(seen - inside - {here})))

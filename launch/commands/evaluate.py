@@ -75,7 +75,7 @@ class Evaluation:
             if status := self._start_ranks(0, judge, ["--choose-keys", str(directory / "keys")]):
                 return status
         several, results, status = len(starts) > 1, [], 0
-        for number, start in enumerate(starts, 1):
+        for number, start in enumerate(starts, 1):  # 0: the judge
             file = directory / f"{number}.json"
             options = ["--json", str(file), *keys, *(["--quiet"] if several else [])]
             if status := self._start_ranks(number, start, options):
@@ -93,6 +93,7 @@ class Evaluation:
         """Return the results under names that tell them apart, as checkpoints of several runs may have one name."""
         if len({result["target"] for result in results}) == len(results):
             return results
+        # Targets after one that failed have no results.
         return [{**result, "target": name} for result, name in zip(results, self.targets, strict=False)]
 
     def _write(self, results: list[dict[str, Any]]) -> None:

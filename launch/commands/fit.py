@@ -83,6 +83,7 @@ def _trained(manifest: Manifest, recipe: Recipe) -> tuple[Counter[int], float]:
     tokens: Counter[int] = Counter()
     for cell in cells:
         tokens[cell.length] += cell.tokens
+    # `available` counts sequences, so the divisor is the tokens of one pass.
     return tokens, tokens.total() / max(1, sum(cell.available * cell.length for cell in cells))
 
 

@@ -80,6 +80,7 @@ def plan(
     """
     if num_ranks is not None:
         recipe.accumulation_steps(num_ranks)
+    # By default the fewest ranks that hold the longest bucket.
     world_size = num_ranks or recipe.max_context_parallel * recipe.parallel.tensor
     check_named_grids(recipe)
     preset, origin = preset_of(recipe, world_size, preset)
@@ -143,6 +144,7 @@ def transport_lines(recipe: Recipe, grids: Sequence[CpGrid], topology: Topology)
     wired = set(grids) - set(inside)
     lines = [f"1 communicator over {largest:,} ranks, for sums"]
     if wired:
+        # Rank 0 stands for every rank; the first channel serves sums, even of rings that copy.
         links = set[Link]().union(*(links_of(all_links(grid), 0) for grid in wired))
         count = len({channels_of(grids)[0], *channels_of(wired)})
         lines = [
@@ -203,7 +205,7 @@ def measure_passes(recipe: Recipe, grid: CpGrid, num_tokens: int, visibility: Vi
         clock.at(0, "gathering events")
         panels = []
         for direction, mine in events.items():
-            gathered: list[list[Event]] = [[]] * grid.size
+            gathered: list[list[Event]] = [[]] * grid.size  # by rank
             dist.all_gather_object(gathered, mine)
             panels.append(Panel(grid, direction, "measured", [event for of_rank in gathered for event in of_rank]))
     return panels
@@ -250,11 +252,11 @@ def measured_speed(panels: Sequence[Panel], shape: AttentionShape, num_tokens: i
     for panel in panels:
         grid = panel.grid
         layouts = [zigzag(num_tokens, rank, grid.size) for rank in range(grid.size)]
-        pairs = Schedule(grid, layouts, visibility, panel.direction).pairs
+        pairs = Schedule(grid, layouts, visibility, panel.direction).pairs  # [owner of queries, owner of keys]
         tiles = [event for event in panel.events if isinstance(event.item, Tile)]
         # The tiles at unit speed take as many seconds as they have FLOPs.
         owners = [(e.item.query_owner, e.item.key_owner) for e in tiles if isinstance(e.item, Tile)]
-        queries, keys = torch.tensor(owners).T.numpy()
+        queries, keys = torch.tensor(owners).T.numpy()  # [tiles] each
         at_one = Speed(1.0, 1.0).seconds(pairs[queries, keys], shape, grid, panel.direction)
         rates[panel.direction] = float(at_one.sum()) / sum(event.stop_s - event.start_s for event in tiles)
     return Speed(rates["forward"], rates["backward"])
@@ -265,7 +267,7 @@ def draw_measured(
 ) -> None:
     """Measure, and draw the measured passes beside simulated ones with tiles of the measured speed. Collective."""
     panels = measure_passes(recipe, grid, num_tokens, visibility)
-    if dist.get_rank():
+    if dist.get_rank():  # what follows is not collective
         return
     # Simulated with the measured speed of tiles, the two pictures differ in communication alone.
     shape = attention_shape(recipe)

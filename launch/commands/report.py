@@ -23,6 +23,7 @@ def report(run: RunDirectory, out: Path | None, console: Console, *, follow_s: i
     file = out or run.report_file
     observer, history = Observer(run), History(run)
     while True:
+        # Before the history: once this says that the run has ended, the history has all of it.
         state = observer.state()
         history.update()
         refresh_s = follow_s if state.going == "running" else 0

@@ -23,6 +23,7 @@ from .container import Container
 SCRIPT = Path(__file__).parents[2] / "slurm" / "train.sbatch"
 _FROM_RECIPE = re.compile(
     r"(#SBATCH --[a-z][a-z-]*(=[\w.,:@%+/=\[\]*&|()-]+)?|export LONGRING_RANKS_PER_NODE=[0-9]+"
+    # The last alternative is an empty line.
     r"|export LONGRING_COMMAND=evaluate|export LONGRING_(CONTAINER|MOUNTS)='[\w./:@+#=,-]+'|)",
     re.ASCII,
 )
@@ -36,7 +37,7 @@ def job_script(recipe: Recipe, nodes: int, *, evaluates: bool = False, container
     Raises ValueError if that many nodes cannot train or evaluate the recipe, or if a line could be read as another one.
     """
     slurm, num_ranks = recipe.slurm, nodes * recipe.slurm.ranks_per_node
-    (recipe.to_evaluate(num_ranks) if evaluates else recipe).accumulation_steps(num_ranks)
+    (recipe.to_evaluate(num_ranks) if evaluates else recipe).accumulation_steps(num_ranks)  # for its errors
     resources = {
         "job-name": (slurm.job_name or _job_name(recipe.run_directory)) + ("-evaluate" if evaluates else ""),
         "nodes": str(nodes),
@@ -152,6 +153,7 @@ def requeue(recipe: Recipe) -> Verdict:
         step = None
     if step is not None and step >= recipe.train.steps:
         return Verdict(False, f"{run.path}: all {step} steps are done")
+    # A requeued job keeps its number.
     entry = {"job": os.environ.get("SLURM_JOB_ID"), "step": step}
     run.path.mkdir(parents=True, exist_ok=True)
     append_record(run.requeues_file, entry)

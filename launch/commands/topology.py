@@ -81,7 +81,7 @@ def show_topology(recipe_file: str | None, overrides: Sequence[str], json_file: 
     dist.init_process_group(links, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     cp = parallel.cp
     options = CommunicatorOptions(cp.max_ctas, cp.high_priority, timeout, cp.peer_copies)
-    with Clock(world.rank, 60 * faults.hang_minutes) as clock:
+    with Clock(world.rank, 60 * faults.hang_minutes) as clock:  # seconds
         clock.at(0, "measuring the links")
         found = probe(*heads, head_dim, dtype, device, backend=backend, options=options)
         clock.at(0, "measuring the ranks")

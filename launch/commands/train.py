@@ -29,7 +29,7 @@ def start_training(
     count = ranks or local_ranks(recipe.train.ranks_per_node)
     if check_this_node:
         check_node(recipe, count)
-    preflight(recipe, count * nodes.nodes, check_shards=nodes.node == 0)
+    preflight(recipe, count * nodes.nodes, check_shards=nodes.node == 0)  # one node checks the shards for all
     meeting = nodes.rendezvous()
     stop = ["--stop-after", str(stop_after)] if stop_after else []
     queues = recipe.parallel.gpu_queues

@@ -56,7 +56,9 @@ def _lines(observer: Observer, events: Tail, console: Console, every_s: float, o
     while state.going == "running" and not once:
         time.sleep(every_s)
         before, state = state, observer.state()
+        # After the state: once that says that the run has ended, all of its events are there.
         for event in events.read()[1]:
             console.print(event_line(event), markup=False, highlight=False, soft_wrap=True)
+        # `idle_s` differs at every look.
         if (state.step, state.going, state.hangs) != (before.step, before.going, before.hangs):
             console.print(state_line(state), markup=False, highlight=False, soft_wrap=True)
