@@ -169,7 +169,7 @@ def _memory(history: History) -> list[Table]:
 
 
 def _grids(history: History) -> dict[int, str]:
-    """Return the grid of each bucket in the division of the last start, from grids.json."""
+    """Return the grid of each bucket in grids.json, of the divisions among as many ranks as the last start had."""
     try:
         divisions = json.loads(history.run.grids_file.read_text())
     except (OSError, ValueError):
