@@ -89,7 +89,7 @@ class LayoutPricer:
         num_pairs, num_rows = roads.needed(met, Visibility(window=of.window), num_layouts)
         found = np.zeros(num_layouts)
         for direction, rows in zip(PASSES, num_rows, strict=True):
-            row_bytes = self.shape.batch * self.shape.row_bytes(grid, direction)[roads.block_flow]
+            row_bytes = self.shape.batch * self.shape.row_bytes(grid, direction)[roads.flow_of]
             num_bytes = (rows * row_bytes[:, None]).reshape(num_layouts, -1)
             for layout in range(num_layouts):
                 [at] = num_pairs[layout].nonzero()

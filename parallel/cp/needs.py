@@ -66,9 +66,10 @@ class _Roads:
         self.leg: dict[Side, Ints] = {}
         """Leg by which the share of each owner reaches the position of each tile, `[owner of queries, owner of keys]`;
         -1: it is not sent there."""
-        self.blocks: dict[Side, Ints] = {}
-        """Numbers of the blocks of messages, in the order of posts, `[(shares, results), legs]`; a block is a leg."""
-        blocks: list[Ints] = []  # of each side and flow, [columns, legs, positions]
+        self.flow_legs: dict[Side, Ints] = {}
+        """Numbers of the flow legs of each side, in the order of posts, `[(shares, results), legs]`. A flow leg is all
+        messages of one flow on one leg, one from each position."""
+        columns_of: list[Ints] = []  # of each side and flow, [columns, legs, positions]
         for side, legs in self.schedule.legs.items():
             if not legs:
                 continue
@@ -76,27 +77,29 @@ class _Roads:
             of_stop = np.full((size, size), -1)  # [owner, stop]
             of_stop[position, shares.target] = np.arange(len(legs))[:, None]
             self.leg[side] = of_stop[position[:, None] if side == "queries" else position, computes]
-            self.blocks[side] = np.arange(2 * len(legs)).reshape(2, -1) + sum(of.size for of in self.blocks.values())
+            before = sum(of.size for of in self.flow_legs.values())
+            self.flow_legs[side] = np.arange(before, before + 2 * len(legs)).reshape(2, -1)
             for flow, (source, target, posted, due) in ((side, shares), (RESULTS[side], results)):
                 later = int(flow == side)  # shares are exchanged in the second half of a step
                 columns = FLOWS.index(flow), source, target, 2 * posted + later, 2 * due + later
-                blocks.append(np.stack([np.broadcast_to(of, (len(legs), size)) for of in columns]))
-        columns = np.concatenate(blocks, axis=1)
+                columns_of.append(np.stack([np.broadcast_to(of, (len(legs), size)) for of in columns]))
+        columns = np.concatenate(columns_of, axis=1)
         order = columns[GridMessages._fields.index("posted"), :, 0].argsort(kind="stable")
-        self.blocks = {side: order.argsort()[of] for side, of in self.blocks.items()}
-        # [blocks, heads, positions]: a message between positions is one between ranks of each index.
+        self.flow_legs = {side: order.argsort()[of] for side, of in self.flow_legs.items()}
+        # [flow legs, heads, positions]: a message between positions is one between ranks of each index.
         head = np.arange(grid.heads)[:, None]
         flow, source, target, posted, due = (of[:, None] + 0 * head for of in columns[:, order])
         ends = source * grid.heads + head, target * grid.heads + head
         self.messages = GridMessages(*(of.ravel() for of in (flow, *ends, posted, due)))
-        self.block_flow = flow[:, 0, 0]
-        """Index into `FLOWS` of the messages of each block, `[blocks]`."""
+        self.flow_of = flow[:, 0, 0]
+        """Index into `FLOWS` of each flow leg, `[flow legs]`."""
 
     def needed(self, met: Meetings, visibility: Visibility, num_layouts: int) -> tuple[Floats, Floats]:
-        """Return the visible pairs of tiles, `[layouts, tiles]`, and rows of messages, `[passes, layouts, blocks, n]`.
+        """Return the visible pairs of tiles and the rows of messages, both in the order of `tiles` and `messages`.
 
-        Those of `tiles` and of `messages`, of a flow that one pass lacks also in this pass; `met` says how the pieces
-        of documents meet. Owners of these pieces are ranks, those of layout n from n x ranks on.
+        `[layouts, tiles]` and `[passes, layouts, flow legs, n]`, n = heads x positions. A flow that a pass lacks has
+        rows in this pass too. `met` says how the pieces of documents meet; owners of these pieces are ranks, those of
+        layout n from n x ranks on.
         """
         heads, size = self.grid.heads, self.grid.num_positions
         num_pairs = met.num_pairs(visibility)
@@ -110,8 +113,7 @@ class _Roads:
         row = np.empty_like(pieces.start)  # first row of each piece: rows of all shares are numbered on
         in_order, num_rows = np.lexsort((pieces.start, pieces.owner)), pieces.stop - pieces.start
         row[in_order] = np.cumsum(num_rows[in_order]) - num_rows[in_order]
-        num_blocks = sum(blocks.size for blocks in self.blocks.values())
-        rows = np.zeros((len(PASSES), num_layouts, num_blocks, heads, size))
+        rows = np.zeros((len(PASSES), num_layouts, len(self.flow_of), heads, size))
         for side, of_tile in self.leg.items():
             leg = of_tile[query, key]
             sent = leg >= 0
@@ -119,8 +121,8 @@ class _Roads:
             shape = num_layouts, len(self.schedule.legs[side]), size
             found = self._rows(side, _needed(reached, leg[sent], row, side, visibility, shape))
             for in_pass, shares in zip(rows, found[:2], strict=True):
-                for blocks, of_flow in zip(self.blocks[side], (shares, found[2]), strict=True):
-                    in_pass[:, blocks] = of_flow[:, :, None]
+                for numbers, of_flow in zip(self.flow_legs[side], (shares, found[2]), strict=True):
+                    in_pass[:, numbers] = of_flow[:, :, None]
         return of_tiles.astype(float).repeat(heads).reshape(num_layouts, -1), rows.reshape(*rows.shape[:3], -1)
 
     def _rows(self, side: Side, needed: _Needed) -> tuple[Floats, Floats, Floats]:
