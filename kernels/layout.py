@@ -38,12 +38,15 @@ class SeqLayout:
         previous_stop = 0
         for start, stop in self.runs:
             if not previous_stop <= start < stop:
-                raise ValueError(f"layout.runs = {self.runs}: must be non-empty intervals in ascending order")
+                raise ValueError(
+                    f"layout.runs = {self.runs}: must be non-empty intervals in ascending order; sort them, and "
+                    "leave out empty ones"
+                )
             previous_stop = stop
         for name, starts in (("document_starts", self.document_starts), ("position_starts", self.position_starts)):
             if not _ascend_from_0(starts):
                 shown = f"{starts[:8]}{'...' * (len(starts) > 8)}"
-                raise ValueError(f"layout.{name} = {shown}: must ascend strictly from 0")
+                raise ValueError(f"layout.{name} = {shown}: must ascend strictly from 0; sort them, each once, with 0")
 
     @classmethod
     def contiguous(cls, num_tokens: int) -> SeqLayout:
@@ -86,7 +89,9 @@ class SeqLayout:
             if start <= position < stop:
                 return row + position - start
             row += stop - start
-        raise ValueError(f"position = {position}: must lie in the layout's runs {self.runs}")
+        raise ValueError(
+            f"position = {position}: must lie in the layout's runs {self.runs}; ask the layout that holds it"
+        )
 
     def part(self, rows: Sequence[tuple[int, int]]) -> SeqLayout:
         """Return the layout of some rows of the sequence dim, given as ascending half-open runs."""

@@ -67,10 +67,14 @@ class CpConfig:
             # TOML's keys are text; `named_grid` looks them up by the text of a number.
             if not ranks.isdecimal():
                 raise ValueError(
-                    f"parallel.cp.schedule_of.{ranks} = {self.schedule_of[ranks]!r}: the key must be a number of ranks"
+                    f"parallel.cp.schedule_of.{ranks} = {self.schedule_of[ranks]!r}: the key must be a number of "
+                    "ranks; write it in digits"
                 )
         if self.topology != "probe" and self.topology not in PRESETS:
-            raise ValueError(f"parallel.cp.topology = {self.topology!r}: must be one of probe, {', '.join(PRESETS)}")
+            raise ValueError(
+                f"parallel.cp.topology = {self.topology!r}: must be one of probe, {', '.join(PRESETS)}; "
+                "name one of these"
+            )
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
@@ -178,7 +182,10 @@ class ParallelConfig:
         self.zero.check(self.zero_stage)
         # A power of two has one bit set. Bucket lengths are powers of two as well, so every ratio of the two is whole.
         if self.tokens_per_rank & (self.tokens_per_rank - 1):
-            raise ValueError(f"parallel.tokens_per_rank = {self.tokens_per_rank}: must be a power of two")
+            below = 1 << self.tokens_per_rank.bit_length() - 1
+            raise ValueError(
+                f"parallel.tokens_per_rank = {self.tokens_per_rank}: must be a power of two; set it to {below}"
+            )
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError(
                 "parallel.sequence_parallel = true: needs tensor-parallel ranks, and parallel.tensor = 1; "

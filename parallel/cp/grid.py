@@ -104,8 +104,9 @@ class CpGrid:
                 raise ValueError(f"grid {text!r}: {item.strip()!r} is not NAME=VALUE; the names are {', '.join(hints)}")
             choices = get_args(hints[name])
             if (choices and value not in choices) or (not choices and not value.isdecimal()):
-                wanted = f"one of {', '.join(choices)}" if choices else "a number"
-                raise ValueError(f"grid {text!r}: {name} = {value!r}: must be {wanted}")
+                wanted = f"one of {', '.join(choices)}" if choices else "a whole number"
+                default = "the default" if choices else 1
+                raise ValueError(f"grid {text!r}: {name} = {value!r}: must be {wanted}; leave it out for {default}")
             values[name] = value if choices else int(value)
         return cls(**values)
 

@@ -16,7 +16,9 @@ def zigzag(num_tokens: int, rank: int, size: int) -> SeqLayout:
     tokens than chunks.
     """
     if not 0 <= rank < size:
-        raise ValueError(f"zigzag: rank = {rank}: must be in [0, {size})")
+        raise ValueError(
+            f"zigzag: rank = {rank}: must be at least 0 and below size = {size}; give the rank's own index"
+        )
     if num_tokens < 2 * size:
         raise ValueError(f"zigzag: num_tokens = {num_tokens}: cannot be cut into 2 x {size} chunks; use fewer ranks")
     # First and last edge of the early chunk, then of the late one.
@@ -31,7 +33,9 @@ def contiguous(num_tokens: int, rank: int, size: int) -> SeqLayout:
     fewer tokens than ranks.
     """
     if not 0 <= rank < size:
-        raise ValueError(f"contiguous: rank = {rank}: must be in [0, {size})")
+        raise ValueError(
+            f"contiguous: rank = {rank}: must be at least 0 and below size = {size}; give the rank's own index"
+        )
     if num_tokens < size:
         raise ValueError(f"contiguous: num_tokens = {num_tokens}: cannot be cut into {size} parts; use fewer ranks")
     return SeqLayout(((rank * num_tokens // size, (rank + 1) * num_tokens // size),))

@@ -187,6 +187,21 @@ SETTINGS = [
         r"is not NAME=VALUE; the names are heads, (query)",
         (OVER_4, "parallel.cp.schedule_of={{4='{0}=4'}}"),
     ),
+    Setting(
+        (OVER_4, "parallel.cp.schedule_of={four='ring'}"),
+        "the key must be a number of ranks; write it in digits",
+        (OVER_4, "parallel.cp.schedule_of={{4='ring'}}"),
+    ),
+    Setting(
+        ("parallel.cp.topology=dragonfly",),
+        r"must be one of probe, (\w+), .*; name one of these",
+        ("parallel.cp.topology={0}",),
+    ),
+    Setting(
+        ("parallel.tokens_per_rank=500",),
+        r"must be a power of two; set it to (\d+)",
+        ("parallel.tokens_per_rank={0}",),
+    ),
     Setting(("knots.chunk_odds=2",), r"such as (\[1, 2\])", ("knots.chunk_odds={0}",)),
     Setting(("curriculum.shares=3",), r"such as {name = 1}", ("curriculum.shares={{documents = 1}}",)),
     Setting(

@@ -48,7 +48,7 @@ def test_overrides_win_over_the_file():
         ),
         ("parallel.tensor=3", "parallel.tensor = 3: must divide model.num_heads = 4, .* set it to 1"),
         ("parallel.tensor=4", "parallel.tensor = 4: must divide model.num_kv_heads = 2, .* set it to 2"),
-        ("parallel.tokens_per_rank=500", "parallel.tokens_per_rank = 500: must be a power of two"),
+        ("parallel.tokens_per_rank=500", "parallel.tokens_per_rank = 500: must be a power of two; set it to 256"),
         ("parallel.zero_stage=4", "parallel.zero_stage = 4: must be one of 0, 1, 2, 3"),
         ("parallel.sequence_parallel=true", "and parallel.tensor = 1"),
         ("model.num_kv_heads=3", "model.num_kv_heads = 3: must divide model.num_heads = 4"),

@@ -40,13 +40,13 @@ def test_every_grid_can_be_written_down(size):
     [
         ({"schedule": "tokenring"}, "parallel.cp.schedule = 'tokenring': neither auto, ring, .* nor a grid"),
         ({"schedule": "query=0"}, "query = 0: must be at least 1"),
-        ({"schedule": "query=two"}, "query = 'two': must be a number"),
+        ({"schedule": "query=two"}, "query = 'two': must be a whole number; leave it out for 1"),
         (
             {"schedule": "query=2, query_route=straight"},
             "query_route = 'straight': must be one of round, ",
         ),
         ({"schedule_of": {"4": "ringg"}}, "parallel.cp.schedule_of.4 = 'ringg'"),
-        ({"schedule_of": {"four": "ring"}}, "schedule_of.four = 'ring': the key must be a number of ranks"),
+        ({"schedule_of": {"four": "ring"}}, "schedule_of.four = 'ring': the key must be a number of ranks; write it"),
         ({"topology": "dragonfly"}, "parallel.cp.topology = 'dragonfly': must be one of probe, nvswitch"),
     ],
 )

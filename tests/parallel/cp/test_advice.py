@@ -55,6 +55,19 @@ def chosen(size: int) -> list[PricedGrid]:
 CASES: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
     "use fewer ranks": (lambda: zigzag(8, 0, 8), lambda: zigzag(8, 0, 4)),
     "cannot be cut into 3 parts; use fewer ranks": (lambda: contiguous(2, 0, 3), lambda: contiguous(2, 0, 2)),
+    "zigzag: rank = 4: must be at least 0 and below size = 4; give the rank's own index": (
+        lambda: zigzag(8, 4, 4), lambda: zigzag(8, 3, 4)
+    ),
+    "contiguous: rank = 4: must be at least 0 and below size = 4; give the rank's own index": (
+        lambda: contiguous(8, 4, 4), lambda: contiguous(8, 3, 4)
+    ),
+    "sort them, and leave out empty ones": (
+        lambda: SeqLayout(((4, 8), (2, 2), (0, 2))), lambda: SeqLayout(((0, 2), (4, 8)))
+    ),
+    "must ascend strictly from 0; sort them, each once, with 0": (
+        lambda: SeqLayout(((0, 8),), (5, 3, 5)), lambda: SeqLayout(((0, 8),), (0, 3, 5))
+    ),
+    "; ask the layout that holds it": (lambda: zigzag(8, 0, 2).row_of(3), lambda: zigzag(8, 1, 2).row_of(3)),
     "give one for each rank": (lambda: plans(1), lambda: plans(2)),
     r"pass the tokens of spec.layouts\[0\]": (lambda: attend(7, CpGrid()), lambda: attend(8, CpGrid())),
     "topology = 'nvlink': is not a preset; name one of nvswitch, full_mesh, pcie_pairs, infiniband, ethernet": (
@@ -69,6 +82,12 @@ CASES: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
     ),
     "order = 'row': must be one of rows, rows_own_first, columns, columns_own_first; leave it out for the default": (
         lambda: grid(order="row"), lambda: grid()
+    ),
+    "query = 'two': must be a whole number; leave it out for 1": (
+        lambda: CpGrid.parse("query=two, kv=2"), lambda: CpGrid.parse("kv=2")
+    ),
+    "kv_route = 'home': must be one of round, .*, direct; leave it out for the default": (
+        lambda: CpGrid.parse("kv=2, kv_route=home"), lambda: CpGrid.parse("kv=2")
     ),
     "num_kv_heads = 3: .*; give the numbers of one tensor-parallel rank": (
         lambda: AttentionShape(4, 3, 16), lambda: AttentionShape(4, 2, 16)

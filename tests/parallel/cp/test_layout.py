@@ -81,7 +81,7 @@ def test_contiguous_shares_are_disjoint_and_complete(size, spare):
 @pytest.mark.parametrize(("num_tokens", "rank", "size"), [(7, 0, 4), (1, 0, 1), (16, 4, 4), (16, -1, 4)])
 def test_zigzag_refuses(num_tokens, rank, size):
     with pytest.raises(
-        ValueError, match=f"zigzag: (rank = {rank}|num_tokens = {num_tokens}): (must be in|cannot be cut)"
+        ValueError, match=f"zigzag: (rank = {rank}|num_tokens = {num_tokens}): (must be at least 0|cannot be cut)"
     ):
         zigzag(num_tokens, rank, size)
 
@@ -89,7 +89,7 @@ def test_zigzag_refuses(num_tokens, rank, size):
 @pytest.mark.parametrize(("num_tokens", "rank", "size"), [(3, 0, 4), (16, 4, 4), (16, -1, 4)])
 def test_contiguous_refuses(num_tokens, rank, size):
     with pytest.raises(
-        ValueError, match=f"contiguous: (rank = {rank}|num_tokens = {num_tokens}): (must be in|cannot be cut)"
+        ValueError, match=f"contiguous: (rank = {rank}|num_tokens = {num_tokens}): (must be at least 0|cannot be cut)"
     ):
         contiguous(num_tokens, rank, size)
 
