@@ -104,14 +104,18 @@ class _Form(NamedTuple):
         return cls(num_vectors, num_stats, b, vector_dims, (b, num_stats, h) if num_stats > 1 else (b, h))
 
     def empty(self, q: Tensor, num_rows: int, dtype: torch.dtype) -> list[Tensor]:
-        """Return uninitialized packs of a number of rows, on the device of q; stats are fp32."""
+        """Return uninitialized packs for a number of rows, on the device of q.
+
+        `[b, rows, h, d]` in `dtype`, and of stats `[b, h, rows]` in fp32 (fp64 if q is); a pack of n > 1 tensors is
+        `[b, rows, n, h, d]` or `[b, n, h, rows]`.
+        """
         packs = [q.new_empty((self.batch, num_rows, *self.vector_dims), dtype=dtype)]
         if self.num_stats:
             packs.append(q.new_empty((*self.stat_dims, num_rows), dtype=_sum_dtype(q)))
         return packs
 
     def tensors(self, packs: list[Tensor]) -> list[Tensor]:
-        """Return the tensors in packs, as views."""
+        """Return the tensors in packs, as views: each `[b, rows, h, d]`, then each `[b, h, rows]`."""
         found = list(packs[0].unbind(2)) if self.num_vectors > 1 else packs[:1]
         if self.num_stats:
             found += packs[1].unbind(1) if self.num_stats > 1 else packs[1:]
@@ -159,7 +163,7 @@ class _Run(ABC):
 
     @abstractmethod
     def clear(self, packs: list[Tensor]) -> None:
-        """Make packs of sums hold no result yet."""
+        """Make packs of sums, with the shapes of `_Form.empty`, hold no result yet."""
 
     def walk(self) -> Iterator[Message]:
         """Run all operations; yields each message that must be waited for, in the order of the plan."""
@@ -199,7 +203,10 @@ class _Run(ABC):
         self.transport.post(sends, receives)
 
     def content(self, send: Send) -> list[Tensor]:
-        """Return the packs to send, contiguous: a share from where it lies, a sum in the dtype in which it travels."""
+        """Return the packs to send, contiguous: a share from where it lies, a sum in the dtype in which it travels.
+
+        The packs have the shapes of `_Form.empty` for the rows of the message.
+        """
         if send.source not in self.packs:
             own = self.views[send.source]
             # Rows are dim 1 of [b, s, h, d] and dim 2 of [b, h, s].
@@ -282,12 +289,15 @@ def _sum_dtype(q: Tensor) -> torch.dtype:
 
 
 def _rows_of(x: Tensor, dim: int, rows: Rows) -> Tensor:
-    """Return some rows of a tensor, contiguous."""
+    """Return some rows of a tensor along a dim, contiguous: `[..., s, ...]` -> `[..., rows, ...]`."""
     parts = [x.narrow(dim, start, stop - start) for start, stop in rows]
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0].contiguous()
 
 
 def _packed(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the packs of tensors `[b, s, h, d]` and `[b, h, s]`: contiguous, copied where there are several."""
+    """Return the packs of n tensors `[b, s, h, d]` and of n `[b, h, s]`: contiguous, copied where n > 1.
+
+    They are `[b, s, n, h, d]` and `[b, n, h, s]`, without n where it is 1.
+    """
     kinds = [[x for x in tensors if x.dim() == dim] for dim in (4, 3)]
     return [torch.stack(of, -3) if len(of) > 1 else of[0].contiguous() for of in kinds if of]
