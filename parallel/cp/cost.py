@@ -50,13 +50,14 @@ class AttentionShape:
     def row_bytes(self, grid: CpGrid, direction: Pass) -> Ints:
         """Return the bytes per row of a message, `[flows]` in the order of `FLOWS`; 0: the pass has none."""
         heads = self.num_heads // grid.heads
-        kv_heads = max(1, self.num_kv_heads // grid.heads)
+        kv_heads = max(1, self.num_kv_heads // grid.heads)  # fewer kv heads than ranks: each rank has one
         q, kv = heads * self.head_dim, 2 * kv_heads * self.head_dim  # elements per row of q, and of k and v together
         wide = max(self.itemsize, 4)  # lse, delta and sums are fp32 at least
 
         def partial_itemsize(route: str) -> int:
-            return self.itemsize if self.narrow_results and route != "round" else wide
+            return self.itemsize if self.narrow_results and route != "round" else wide  # sums on their way stay wide
 
+        # The contents are those of `Flow`; lse and delta are one number for each row and head.
         of_flow = {
             "queries": q * self.itemsize if direction == "forward" else 2 * q * self.itemsize + 2 * heads * wide,
             "keys": kv * self.itemsize,
@@ -134,9 +135,10 @@ def play(
     With `record` the price has all events: each tile, and each message at both ends.
     """
     grid, found = schedule.grid, schedule.all_messages
-    messages = found.select(np.argsort(found.posted_half, kind="stable"))
+    messages = found.select(np.argsort(found.posted_half, kind="stable"))  # `simulate` takes posts in order
     rows = messages.num_rows * shape.batch
-    weights = shape.row_bytes(grid, schedule.direction)[messages.flow] * rows
+    weights = shape.row_bytes(grid, schedule.direction)[messages.flow] * rows  # bytes, [messages]
+    # Bytes of the same messages with results in fp32, as they are summed.
     wide = replace(shape, narrow_results=False).row_bytes(grid, schedule.direction)[messages.flow] * rows
     wires = wires_of(topology, grid.size)
     ends = messages.source, messages.target
@@ -145,15 +147,17 @@ def play(
     numbers = np.arange(schedule.first, schedule.first + len(schedule.tile_numbers))
     query, key = schedule.tiles(numbers[:, None], np.arange(grid.num_positions))
     pairs = schedule.pairs[query, key]
-    at, position = np.nonzero(pairs)
+    at, position = np.nonzero(pairs)  # of the tiles that see anything, by step: [tiles]
     seconds = speed.seconds(pairs[at, position], shape, grid, schedule.direction)
     # The ranks of a position compute the same tile, each with its heads.
     rank = (position[:, None] * grid.heads + np.arange(grid.heads)).ravel()
     tiles = Tiles((2 * numbers[at] + 1).repeat(grid.heads), rank, seconds.repeat(grid.heads))
     times = simulate(traffic, tiles, grid.size, len(wires.names))
+    # Heads are traded back after the last results have come.
     num_steps = int(max(schedule.end, messages.due.max(initial=0) + 1))
     holds = _Holds(messages, weights, wide, schedule, num_steps)
     holds.use(numbers[at], position, query[at, position], key[at, position])
+    # [links + 1]: the last number is that of the padding of `links`, which has no name below.
     on_link = np.bincount(traffic.links.ravel(), weights.repeat(traffic.links.shape[1]), len(wires.names) + 1)
     return Price(
         float(times.ready.max()),
@@ -187,9 +191,9 @@ class _Holds:
         alone = schedule.direction == "forward" and grid.heads == 1  # of queries: one tensor of contiguous rows
         copied = [flow == "keys" or (flow == "queries" and not alone) for flow in FLOWS]
         share = (messages.flow == FLOWS.index("queries")) | (messages.flow == FLOWS.index("keys"))
-        in_runs = share & (messages.num_rows < messages.stop - messages.start)
+        in_runs = share & (messages.num_rows < messages.stop - messages.start)  # rows in between are left out
         own = messages.owner == messages.source // grid.heads
-        self.packed = (np.array(copied)[messages.flow] & own) | in_runs
+        self.packed = (np.array(copied)[messages.flow] & own) | in_runs  # content is a copy, [messages]
         self.change = np.zeros((num_steps + 1, grid.size), np.int64)  # bytes taken less bytes freed, [step, rank]
         self.last = np.zeros((2, grid.num_positions, grid.num_positions), np.int32)
         """Step at which a position last uses an owner's share, `[side, position, owner]`."""
@@ -206,6 +210,8 @@ class _Holds:
         """Return the largest number of bytes that a rank holds at one step."""
         flow, owner, *_, source, target, posted, due = self.messages
         share = (flow == FLOWS.index("queries")) | (flow == FLOWS.index("keys"))
+        # A share stays at its target at least until it has come, and at a rank that passes it on until that message is
+        # waited for. Flows 0 and 1 are the numbers of the sides.
         for end, step in ((target, due), (source, due - 1)):
             np.maximum.at(self.last, (flow[share], end[share] // self.heads, owner[share]), step[share])
         # Messages in their buffers: shares at the target until their last use, results at both ends until they are due.
@@ -218,12 +224,12 @@ class _Holds:
         np.add.at(self.change, (due[self.packed], source[self.packed]), -self.weights[self.packed])
         # Sums of results, at the source of their message: from the first tile, or the first result to be passed on.
         result = self.messages.is_result
-        side, summing = flow[result] - FLOWS.index("query_results"), source[result]
+        side, summing = flow[result] - FLOWS.index("query_results"), source[result]  # flows 2 and 3 are sides 0 and 1
         np.minimum.at(self.begun, (side, target[result] // self.heads, owner[result]), due[result])
         begun = self.begun[side, summing // self.heads, owner[result]]
         np.add.at(self.change, (begun, summing), self.wide[result])
         np.add.at(self.change, (posted[result], summing), -self.wide[result])
-        return int(self.change.cumsum(axis=0).max(initial=0))
+        return int(self.change.cumsum(axis=0).max(initial=0))  # [step, rank]
 
 
 def _events(schedule: Schedule, messages: Messages, tiles: Tiles, times: Times) -> list[Event]:
@@ -232,7 +238,7 @@ def _events(schedule: Schedule, messages: Messages, tiles: Tiles, times: Times) 
     columns = times.posted.tolist(), times.arrival.tolist()
     for message, start_s, stop_s in zip(schedule.one_by_one(messages), *columns, strict=True):
         events += [Event(end, message, start_s, stop_s) for end in (message.source, message.target)]
-    columns = (tiles.half // 2, tiles.rank, times.computed - tiles.seconds, times.computed)
+    columns = (tiles.half // 2, tiles.rank, times.computed - tiles.seconds, times.computed)  # half 2 x step + 1 -> step
     spans = {(step, rank): span for step, rank, *span in zip(*(column.tolist() for column in columns), strict=True)}
     for plan in schedule.plans():
         for number, step in enumerate(plan.steps):

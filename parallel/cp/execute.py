@@ -140,7 +140,7 @@ class _Run(ABC):
         self.masks = spec.masks(plan.rank, self.q.device)
         self.views: list[list[Tensor]] = [[] for _ in range(plan.num_slots)]
         """Tensors of each slot, as kernels take them."""
-        self.views[:4] = own["queries"], own["keys"], home["queries"], home["keys"]
+        self.views[:4] = own["queries"], own["keys"], home["queries"], home["keys"]  # OWN and HOME
         self.packs: dict[int, list[Tensor]] = {}
         """Memory of the slots that are not views: buffers of messages, foreign shares and sums for them."""
         self.forms: dict[Flow, _Form] = {"queries": _Form.of(own["queries"]), "keys": _Form.of(own["keys"])}
@@ -194,12 +194,13 @@ class _Run(ABC):
         receives: dict[Message, list[Tensor]] = {}
         for message, slot, num_rows, is_share in operation.receives:
             form = self.forms[message.flow]
+            # The memory is made at the post and dropped by `free`: no message is held longer than its plan says.
             receives[message] = self.packs[slot] = packs = form.empty(self.q, num_rows, self.dtypes[message.flow])
             if is_share:
                 self.views[slot] = form.tensors(packs)
         sends: dict[Message, list[Tensor]] = {}
         for send in operation.sends:
-            sends[send.message] = self.packs[send.slot] = self.content(send)
+            sends[send.message] = self.packs[send.slot] = self.content(send)  # kept until it is freed
         self.transport.post(sends, receives)
 
     def content(self, send: Send) -> list[Tensor]:
@@ -207,7 +208,7 @@ class _Run(ABC):
 
         The packs have the shapes of `_Form.empty` for the rows of the message.
         """
-        if send.source not in self.packs:
+        if send.source not in self.packs:  # the own share, or a view of it
             own = self.views[send.source]
             # Rows are dim 1 of [b, s, h, d] and dim 2 of [b, h, s].
             return _packed(
@@ -249,8 +250,8 @@ class _Forward(_Run):
     def merge(self, operation):
         out, lse = self.views[operation.into]
         part_out, part_lse = self.packs[operation.part]
-        part_out = part_out.narrow(1, operation.start, operation.num_rows)
-        part_lse = part_lse.narrow(2, operation.start, operation.num_rows)
+        part_out = part_out.narrow(1, operation.start, operation.num_rows)  # [b, rows, h, d]
+        part_lse = part_lse.narrow(2, operation.start, operation.num_rows)  # [b, h, rows]
         merge_(out, lse, part_out[None], part_lse[None])  # one part: [1, b, s, h, d] and [1, b, h, s]
 
     def clear(self, packs):
@@ -275,7 +276,7 @@ class _Backward(_Run):
 
     def merge(self, operation):
         totals, (pack,) = self.views[operation.into], self.packs[operation.part]
-        pack = pack.narrow(1, operation.start, operation.num_rows)
+        pack = pack.narrow(1, operation.start, operation.num_rows)  # [b, rows, h, d]; dk, dv: [b, rows, 2, h, d]
         for total, part in zip(totals, pack.unbind(2) if len(totals) > 1 else (pack,), strict=True):
             total.add_(part)
 
@@ -300,4 +301,5 @@ def _packed(tensors: Sequence[Tensor]) -> list[Tensor]:
     They are `[b, s, n, h, d]` and `[b, n, h, s]`, without n where it is 1.
     """
     kinds = [[x for x in tensors if x.dim() == dim] for dim in (4, 3)]
+    # At dim -3: before h, d, and before h, s.
     return [torch.stack(of, -3) if len(of) > 1 else of[0].contiguous() for of in kinds if of]

@@ -41,7 +41,7 @@ def tokens_for_heads(
         distinct = x.shape[2] // count
         by_head = x.view(b, s, distinct, count, d).permute(2, 0, 1, 3, 4)
         of_x.view(distinct, -1, b, s, count, d).copy_(by_head.unsqueeze(1))
-    part_of = dict(zip(plan.runs_of, mine.unbind(), strict=True))
+    part_of = dict(zip(plan.runs_of, mine.unbind(), strict=True))  # the own part stays, without a message
     leaving = {m: [part_of[m.target]] for m in trade.sends}
     arriving = {m: [mine.new_empty((b, num_rows(m.rows), sum(counts), d))] for m in trade.receives}
     transport.post(leaving, arriving)
@@ -67,8 +67,9 @@ def heads_for_tokens(
     message that must be waited for.
     """
     trade, dtype, counts = plan.trades["from_heads"], tensors[0].dtype, [x.shape[2] for x in tensors]
-    together = torch.cat(tensors, dim=2) if len(tensors) > 1 else tensors[0]
+    together = torch.cat(tensors, dim=2) if len(tensors) > 1 else tensors[0]  # [b, s of the position, sum of counts, d]
     runs = together.split(plan.run_tokens, dim=1)
+    # Tokens in the order of the ranks that hold them: the part of each rank is one slice.
     by_rank = torch.cat([runs[run] for of_rank in plan.runs_of.values() for run in of_rank], dim=1)
     num_tokens = [sum(plan.run_tokens[run] for run in of_rank) for of_rank in plan.runs_of.values()]
     part_of = dict(zip(plan.runs_of, by_rank.split(num_tokens, dim=1), strict=True))

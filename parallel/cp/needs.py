@@ -54,12 +54,14 @@ class _Roads:
 
     def __init__(self, grid: CpGrid) -> None:
         self.grid, size, position = grid, grid.num_positions, np.arange(grid.num_positions)
+        # One token a rank: which tiles and messages there are, and when, does not depend on the tokens.
         layouts = [SeqLayout(((at, at + 1),)) for at in range(grid.size)]
         self.schedule = Schedule(grid, layouts, Visibility(), "backward")
-        steps = self.schedule.first + np.arange(len(self.schedule.tile_numbers))[:, None]
+        steps = self.schedule.first + np.arange(len(self.schedule.tile_numbers))[:, None]  # [steps, 1]
         owners = self.schedule.tiles(steps, position)  # [steps, positions]
-        self.tile, computes = np.zeros((2, size, size), np.int64)
+        self.tile, computes = np.zeros((2, size, size), np.int64)  # computes: position that computes the tile
         """Number of the tile of each two owners, `[owner of queries, owner of keys]`."""
+        # Each two owners meet in one tile of the grid, so that every entry is written once.
         self.tile[owners], computes[owners] = np.arange(size**2).reshape(-1, size), position
         half = np.broadcast_to(2 * steps + 1, owners[0].shape).repeat(grid.heads)
         self.tiles = GridTiles(half, np.tile(np.arange(grid.size), len(steps)))
@@ -83,8 +85,10 @@ class _Roads:
                 later = int(flow == side)  # shares are exchanged in the second half of a step
                 columns = FLOWS.index(flow), source, target, 2 * posted + later, 2 * due + later
                 columns_of.append(np.stack([np.broadcast_to(of, (len(legs), size)) for of in columns]))
+        # [columns, flow legs, positions]; all messages of a flow leg are posted in one half.
         columns = np.concatenate(columns_of, axis=1)
         order = columns[GridMessages._fields.index("posted"), :, 0].argsort(kind="stable")
+        # order.argsort(): number before the sort -> number after it.
         self.flow_legs = {side: order.argsort()[of] for side, of in self.flow_legs.items()}
         # [flow legs, heads, positions]: a message between positions is one between ranks of each index.
         head = np.arange(grid.heads)[:, None]
@@ -104,7 +108,7 @@ class _Roads:
         heads, size = self.grid.heads, self.grid.num_positions
         num_pairs = met.num_pairs(visibility)
         seen = num_pairs > 0
-        pieces = replace(met.pieces, owner=met.pieces.owner // heads)
+        pieces = replace(met.pieces, owner=met.pieces.owner // heads)  # positions, of layout n from n x size on
         met, num_pairs = Meetings(pieces, met.query[seen], met.key[seen]), num_pairs[seen]
         layout, query = np.divmod(pieces.owner[met.query], size)
         key = pieces.owner[met.key] % size
@@ -122,7 +126,7 @@ class _Roads:
             found = self._rows(side, _needed(reached, leg[sent], row, side, visibility, shape))
             for in_pass, shares in zip(rows, found[:2], strict=True):
                 for numbers, of_flow in zip(self.flow_legs[side], (shares, found[2]), strict=True):
-                    in_pass[:, numbers] = of_flow[:, :, None]
+                    in_pass[:, numbers] = of_flow[:, :, None]  # [layouts, legs, 1, owners], for all heads
         return of_tiles.astype(float).repeat(heads).reshape(num_layouts, -1), rows.reshape(*rows.shape[:3], -1)
 
     def _rows(self, side: Side, needed: _Needed) -> tuple[Floats, Floats, Floats]:
@@ -130,6 +134,7 @@ class _Roads:
         legs = self.schedule.legs[side]
         if self.schedule.is_summed(side):
             shares, results = needed.summed()
+            # In the forward keys have no results: each leg then carries only what its own stop and later ones need.
             return needed.passed_on(legs) if side == "keys" else shares, shares, results
         results = needed.at_stops()
         shares = needed.passed_on(legs) if any(leg.onward for leg in legs) else results
@@ -160,6 +165,7 @@ class _Needed(NamedTuple):
 
     def passed_on(self, legs: Sequence[Leg]) -> Floats:
         """Return the rows that each leg carries for its stop and all to which it is passed on, `shape`."""
+        # (leg, the leg on which its stop passes the share on), the last first, numbered from 0.
         onward = [(number, leg.onward - 1) for number, leg in enumerate(legs) if leg.onward is not None][::-1]
         chain = np.arange(len(legs))  # number of the last leg of each journey
         for leg, then in onward:
@@ -172,6 +178,8 @@ class _Needed(NamedTuple):
         num_rows -= np.minimum.accumulate(self.first[order] - journey) + journey
         goes_on = np.flatnonzero(np.diff(journey) == 0)  # the next one is an earlier stop of the same journey
         cell = self.cell[order]
+        # A stop counts what it adds to the stop after it. Then all are added up along the journey, since a stop between
+        # may need nothing of a piece.
         found = self._sums(np.append(cell, cell[goes_on + 1]), np.append(num_rows, -num_rows[goes_on]))
         for leg, then in onward:
             found[:, leg] += found[:, then]
@@ -183,24 +191,27 @@ class _Needed(NamedTuple):
         A message has what any stop needs, between the ends of what its own stops need.
         """
         # What stops need of a piece is one range.
-        begins = np.flatnonzero(np.diff(self.piece, prepend=-1))
+        begins = np.flatnonzero(np.diff(self.piece, prepend=-1))  # first entry of each piece
         ranges = (self.first, self.stop)
         if len(begins):
             ranges = np.minimum.reduceat(self.first, begins), np.maximum.reduceat(self.stop, begins)
         order = ranges[0].argsort()
+        # sums[n]: needed rows of all ranges before the n-th; `starts` ends with a row that no range has.
         starts, sums = np.append(ranges[0][order], FAR), np.append(0, np.cumsum((ranges[1] - ranges[0])[order]))
 
         def below(row: Ints) -> Ints:
             """Return the number of rows before `row` that any stop needs."""
-            at = np.searchsorted(starts, row)
+            at = np.searchsorted(starts, row)  # ranges that begin before the row
             before = np.maximum(at - 1, 0)
             return np.minimum(sums[before] + row - starts[before], sums[at])
 
+        # Hulls of what each stop needs, in numbers of needed rows: rows between that no stop needs do not count.
         first, stop = np.full(self.shape, float(FAR)), np.zeros(self.shape)
         np.minimum.at(first.reshape(-1), self.cell, below(self.first))
         np.maximum.at(stop.reshape(-1), self.cell, below(self.stop))
 
         num_legs = self.shape[1]
+        # Sums of results grow from the first stop on; shares carry what their stop and all later ones need.
         results = _within_hulls(first.copy(), stop.copy(), range(num_legs))
         return _within_hulls(first, stop, range(num_legs)[::-1]), results
 
@@ -232,9 +243,10 @@ def _needed(
     if len(begins):
         first, last = np.minimum.reduceat(first, begins), np.maximum.reduceat(last, begins)
     reach = FAR if visibility.window is None else visibility.window - 1
+    # A query sees keys from `reach` before it to itself, as in `visible.rows_needed`.
     low, high = (first, last + reach) if side == "queries" else (first - reach, last)
     start, stop = of.start[piece], of.stop[piece]
-    to_row = row[piece] - start
+    to_row = row[piece] - start  # position -> row
     layout, owner = np.divmod(of.owner[piece], shape[2])
     cell = (layout * shape[1] + leg) * shape[2] + owner
     return _Needed(shape, cell, piece, leg, np.maximum(low, start) + to_row, np.minimum(high, stop) + to_row)

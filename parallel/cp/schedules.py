@@ -212,10 +212,11 @@ class Schedule:
             pieces, tokens = self._pieces.of_owners(owners), Tokens(self._pieces, self._lines[other])
             lines = np.arange(self.grid.query if side == "queries" else self.grid.kv)
             at_once = max(1, ROWS_AT_ONCE // max(1, len(pieces.start)))
-            of_lines = np.concatenate([
+            of_lines = np.concatenate([  # [lines, pieces, 2]
                 rows_needed(pieces, side, tokens, lines[n : n + at_once], self.visibility)
                 for n in range(0, len(lines), at_once)
             ])  # fmt: skip
+            # Positions to which each leg brings a piece, [legs, pieces].
             stops = self._ahead(side, owners[pieces.owner], -_column(leg.owner for leg in self.legs[side]))
             self._needed_rows[key] = of_lines[self._lines[other][stops], np.arange(len(pieces.start))]
         return self._needed_rows[key]
@@ -235,7 +236,7 @@ class Schedule:
     def _steps(self, position: int, sends: list[Message], receives: list[Message]) -> tuple[Step, ...]:
         """Return the steps of one rank with these messages, in the order in which the rank posts and waits."""
         num_steps = max([self.end, *(m.due + 1 for m in (*sends, *receives))])
-        due, waited, out, into = ([[] for _ in range(num_steps)] for _ in range(4))
+        due, waited, out, into = ([[] for _ in range(num_steps)] for _ in range(4))  # messages by step
         tiles: list[Tile | None] = [None] * num_steps
         held = {m.share: m.rows for m in receives if m.flow in ("queries", "keys")}
         for step, tile in enumerate(self._tiles(position, held), self.first):
@@ -271,6 +272,7 @@ class Schedule:
         # By side the rows that are visible in a tile, [owners of the other side, owners of this side, 2].
         spans = {"queries": self._spans("queries", *owners.values()), "keys": self._spans("keys", *owners.values())}
         of_queries, of_keys = ([Share(side, owner) for owner in of.tolist()] for side, of in owners.items())
+        # Offsets along the axes, of which both_ways has negative ones, as indices of `_line`.
         for query, key in (self._tile_owners % [[self.grid.query], [self.grid.kv]]).T.tolist():
             if not query and not key:  # the own tile: every token sees itself
                 whole = ((0, self.layouts[position].num_tokens),)

@@ -84,7 +84,7 @@ class Wires(NamedTuple):
 
     def traffic(self, source: Ints, target: Ints, posted: Ints, due: Ints, num_bytes: Floats) -> Traffic:
         """Return messages with the links that they take."""
-        pair = source * round(len(self.latency_s) ** 0.5) + target
+        pair = source * round(len(self.latency_s) ** 0.5) + target  # there are ranks^2 pairs
         paths = self.links[pair], self.bytes_per_s[pair], self.latency_s[pair]
         return Traffic(source, target, posted, due, num_bytes, *paths)
 
@@ -94,7 +94,7 @@ def wires_of(topology: Topology, size: int) -> Wires:
     """Return the paths of `size` ranks. Cached: schedules on one topology share them, and 1,024 ranks have 2^20."""
     numbers: dict[Hashable, int] = {}
     found: list[list[int]] = []
-    rates, latencies = np.ones(size**2), np.zeros(size**2)
+    rates, latencies = np.ones(size**2), np.zeros(size**2)  # of a rank with itself: no links
     for pair in range(size**2):
         source, target = divmod(pair, size)
         found.append([])

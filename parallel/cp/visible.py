@@ -78,16 +78,16 @@ class Pieces:
     def of_runs(cls, shares: Sequence[Sequence[tuple[int, int]]], document_starts: Sequence[int]) -> Pieces:
         """Return the pieces of shares, given as runs of positions in a context."""
         edges = chain.from_iterable(chain.from_iterable(shares))
-        runs = np.fromiter(edges, np.int64).reshape(-1, 2)
-        owner = np.repeat(np.arange(len(shares)), [len(of_share) for of_share in shares])
+        runs = np.fromiter(edges, np.int64).reshape(-1, 2)  # [runs, (start, stop)]
+        owner = np.repeat(np.arange(len(shares)), [len(of_share) for of_share in shares])  # [runs]
         # Rows before each run: tokens of all runs before it, less those of other owners.
         before = np.cumsum(runs[:, 1] - runs[:, 0]) - (runs[:, 1] - runs[:, 0])
         row = before - before[np.searchsorted(owner, owner)]
         starts = np.array(document_starts)
         first_document = np.searchsorted(starts, runs[:, 0], side="right") - 1
         count = np.searchsorted(starts, runs[:, 1], side="left") - first_document  # documents that a run meets
-        run, document = np.repeat(np.arange(len(runs)), count), count_up(first_document, count)
-        first, last = starts[document], np.append(starts[1:], FAR - 1)[document]
+        run, document = np.repeat(np.arange(len(runs)), count), count_up(first_document, count)  # [pieces], both
+        first, last = starts[document], np.append(starts[1:], FAR - 1)[document]  # the last one has no end here
         start, stop = np.maximum(runs[run, 0], first), np.minimum(runs[run, 1], last)
         return cls(owner[run], start, stop, row[run] + start - runs[run, 0], document, first, last)
 
@@ -97,7 +97,7 @@ class Pieces:
 
     def of_shared_documents(self) -> Pieces:
         """Return the pieces of the documents that several shares hold: only these see anything of another share."""
-        least, most = np.full((2, int(self.document.max()) + 1), -1)
+        least, most = np.full((2, int(self.document.max()) + 1), -1)  # owners by document
         least[self.document[::-1]] = self.owner[::-1]  # owners ascend: the first wins
         most[self.document] = self.owner
         return self.select(least[self.document] < most[self.document])
@@ -116,6 +116,7 @@ class Tokens:
         """Take the tokens of `pieces`, of which those of owner n are in line `line[n]`."""
         # A position of line n is the number n x FAR + position; runs ascend in it.
         start = line[pieces.owner] * FAR + pieces.start
+        # The last run of both arrays lies beyond every line: a search that finds nothing ends there.
         order, far = start.argsort(kind="stable"), np.iinfo(np.int64).max
         self._start = np.append(start[order], far)
         self._stop = np.append((start + pieces.stop - pieces.start)[order], far)
@@ -123,11 +124,13 @@ class Tokens:
     def first_from(self, line: Any, position: Ints) -> Ints:
         """Return the first position of a line at or after `position`, or one beyond any context; they broadcast."""
         at = line * FAR + position
+        # The first run that ends after the position: from its start on, if the position lies before it.
         return np.maximum(at, self._start[np.searchsorted(self._stop[:-1], at, side="right")]) - line * FAR
 
     def last_before(self, line: Any, position: Ints) -> Ints:
         """Return the last position of a line before `position`; there must be one. The arguments broadcast."""
         at = line * FAR + position
+        # The last run that begins before the position: up to its stop, if the position lies beyond it.
         return np.minimum(at, self._stop[np.searchsorted(self._start[:-1], at) - 1]) - 1 - line * FAR
 
 
@@ -136,11 +139,11 @@ def rows_needed(pieces: Pieces, side: Side, others: Tokens, lines: Ints, visibil
 
     `[lines, pieces, 2]`: the smallest range (start, stop), or `NONE`.
     """
-    line = lines[:, None]
+    line = lines[:, None]  # [lines, 1], against pieces [pieces]
     a, b = pieces.start, pieces.stop
     if not visibility.causal:
         seen = others.first_from(line, pieces.first) < pieces.last
-        start, stop = a[None], b[None]
+        start, stop = a[None], b[None]  # all rows of a piece, or none
     else:
         # Visibility is monotone in both positions, so the ends of the range follow from the nearest tokens.
         reach = (visibility.window or FAR) - 1  # distance from a query to the first key that it sees
@@ -155,7 +158,7 @@ def rows_needed(pieces: Pieces, side: Side, others: Tokens, lines: Ints, visibil
             start, stop = np.maximum(a, nearest), np.minimum(b, farthest + reach + 1)
         else:
             start, stop = np.maximum(a, nearest - reach), np.minimum(b, farthest + 1)
-    to_row = pieces.row - a
+    to_row = pieces.row - a  # position -> row of the share
     return np.stack([np.where(seen, x + to_row, none) for x, none in zip((start, stop), NONE, strict=True)], axis=-1)
 
 
@@ -177,26 +180,28 @@ class TravellingRows:
 
     def __init__(self, ranges: Ints, owner: Ints, num_owners: int) -> None:
         """Take the rows needed of each piece, `[legs, pieces, 2]`, and the owners of the pieces, `[pieces]`."""
-        start, stop = ranges[..., 0], ranges[..., 1]
+        start, stop = ranges[..., 0], ranges[..., 1]  # [legs, pieces]
         shift = owner * FAR  # rows of different owners never meet
+        # Rows ascend with the pieces of an owner: the largest stop so far is that of the last run.
         before = np.maximum.accumulate(np.where(start < stop, stop + shift, -FAR), axis=-1)
         before = (
             np.concatenate([np.full((len(ranges), 1), -FAR), before[:, :-1]], axis=-1) - shift
         )  # end of the last run
         near = (start < stop) & (start - before <= GAP)
-        self._ranges = np.stack([np.where(near, before, start), stop], axis=-1)
+        self._ranges = np.stack([np.where(near, before, start), stop], axis=-1)  # a near run takes in the gap
         self._owner = owner
         # Of each owner, the first of its pieces.
         self._offsets = np.searchsorted(owner, np.arange(num_owners + 1)).tolist()
 
     def count(self, spans: Ints) -> Ints:
         """Return the number of rows within one span of each leg and owner: `[legs, owners, 2]` -> `[legs, owners]`."""
-        of_piece = spans[:, self._owner]
+        of_piece = spans[:, self._owner]  # [legs, pieces, 2]
         start, stop = (
             np.maximum(self._ranges[..., 0], of_piece[..., 0]),
             np.minimum(self._ranges[..., 1], of_piece[..., 1]),
         )
         total = np.cumsum(np.maximum(stop - start, 0), axis=-1)
+        # Rows before the first piece of each owner, and all rows: [legs, owners + 1].
         total = np.concatenate([np.zeros((len(total), 1), np.int64), total], axis=-1)[:, self._offsets]
         return np.diff(total, axis=-1)
 
@@ -220,9 +225,9 @@ class Meetings(NamedTuple):
     @classmethod
     def of(cls, pieces: Pieces, causal: bool = True, at_once: int = 2**62) -> Iterator[Meetings]:
         """Yield all of them, about `at_once` at a time: under causal order the keys' piece is not the later one."""
-        of = pieces.select(np.lexsort((pieces.start, pieces.document)))
+        of = pieces.select(np.lexsort((pieces.start, pieces.document)))  # by document, then position
         index = np.arange(len(of.start))
-        first = np.searchsorted(of.document, of.document)
+        first = np.searchsorted(of.document, of.document)  # a piece meets keys of pieces [first, stop)
         stop = index + 1 if causal else np.searchsorted(of.document, of.document, side="right")
         count = stop - first
         ends = np.cumsum(count)
@@ -239,6 +244,7 @@ class Meetings(NamedTuple):
             return (i1 - i0) * (j1 - j0)
         found = _pairs_not_after(i0, i1, j0, j1)
         if visibility.window is not None:
+            # A key `window` tokens or more before the query is not visible.
             found = found - _pairs_not_after(i0 - visibility.window, i1 - visibility.window, j0, j1)
         return found
 
@@ -258,6 +264,7 @@ def pairs_between(pieces: Pieces, num_owners: int, visibility: Visibility) -> In
 def count_up(first: Ints, count: Ints) -> Ints:
     """Return first, first + 1, ..., `count` numbers, for each element, end to end."""
     ends = np.cumsum(count)
+    # ends - count: length of the result before each element.
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - count), count)
 
 
@@ -267,8 +274,8 @@ def _pairs_not_after(i0: Ints, i1: Ints, j0: Ints, j1: Ints) -> Ints:
     def below(stop: Ints) -> Ints:
         """Return the number of pairs with i < stop and no lower limit: a triangle of rows, then full rows."""
         rows, width = np.maximum(stop - j0, 0), j1 - j0
-        full = np.maximum(0, rows - width)
-        rising = rows - full
+        full = np.maximum(0, rows - width)  # queries behind the keys see all of them
+        rising = rows - full  # those among the keys see 1, 2, ... of them
         return rising * (rising + 1) // 2 + full * width
 
     return below(i1) - below(i0)
