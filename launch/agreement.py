@@ -37,7 +37,7 @@ def agree(store: Store, rank: int, world_size: int, mine: Mapping[str, Any] | Ex
     error = mine if isinstance(mine, Exception) else None
     if rank == 0:
         store.set(f"{at}/entries", json.dumps({} if isinstance(mine, Exception) else mine))
-    entries = json.loads(store.get(f"{at}/entries"))
+    entries = json.loads(store.get(f"{at}/entries"))  # `get` waits until rank 0 has set them
     store.set(f"{at}/finding/{rank}", json.dumps(_finding(mine, entries)))
     if rank == 0:
         findings = [json.loads(store.get(f"{at}/finding/{other}")) for other in range(world_size)]
@@ -60,6 +60,7 @@ def _finding(mine: Mapping[str, Any] | Exception, entries: Mapping[str, Any]) ->
     """Return this rank's error, the first entry in which it differs from rank 0, or nothing."""
     if isinstance(mine, Exception):
         return {"error": str(mine) if isinstance(mine, _KNOWN) else repr(mine), "badness": badness(mine)}
+    # Without entries rank 0 has an error, which counts before any difference.
     for key in [*mine, *entries] if entries else []:
         if mine.get(key, _UNSET) not in (None, entries.get(key, _UNSET)):
             return {"key": key, "value": mine.get(key, _UNSET)}
@@ -71,13 +72,13 @@ def _verdict(findings: Sequence[Mapping[str, Any]], entries: Mapping[str, Any]) 
     if failed := [rank for rank, found in enumerate(findings) if "error" in found]:
         kind, text = worst((findings[rank]["badness"], findings[rank]["error"]) for rank in failed)
         same = [rank for rank in failed if findings[rank]["error"] == text]
-        named = "" if len(same) == len(findings) else f"{rank_names(same)}: "
+        named = "" if len(same) == len(findings) else f"{rank_names(same)}: "  # an error of all ranks names none
         return {"error": named + text, "passes": kind == 0}
     differing = [rank for rank, found in enumerate(findings) if found]
     if not differing:
         return {}
     key = findings[differing[0]]["key"]
-    ranks_of: dict[str, list[int]] = {}
+    ranks_of: dict[str, list[int]] = {}  # value → ranks that differ in the same key as the first
     for rank in differing:
         if findings[rank]["key"] == key:
             ranks_of.setdefault(_text(findings[rank]["value"]), []).append(rank)

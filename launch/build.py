@@ -85,7 +85,7 @@ class BucketLayout:
             )
         documents = starts if self.document_masks else whole_rows
         resets = starts if self.position_resets else (0,)
-        layouts = tuple(SeqLayout(runs, documents, resets) for runs in divide(documents))
+        layouts = tuple(SeqLayout(runs, documents, resets) for runs in divide(documents))  # [rank of the replica]
         return layouts[self.index], self.attention(layouts)
 
     def positions(self, layout: SeqLayout, device: torch.device) -> Tensor:
@@ -109,6 +109,7 @@ class BucketLayout:
         whole = torch.from_numpy(rows).to(device, non_blocking=True).long()  # [b, length + 1]
         positions = self.positions(layout, device)
         shape = (-1, layout.num_tokens)
+        # [b, s] before they are reshaped; the target at a position is the token at the next.
         return whole[:, positions].reshape(shape), whole[:, positions + 1].reshape(shape), layout, attention
 
     def trained(self, trained: NDArray[np.bool_] | None, losses: Tensor, layout: SeqLayout) -> Tensor:
@@ -119,8 +120,8 @@ class BucketLayout:
         if trained is None:
             return torch.ones_like(losses)
         positions = self.positions(layout, losses.device)
-        on_device = torch.from_numpy(trained).to(losses.device, non_blocking=True)
-        return on_device[:, positions].to(losses.dtype).view_as(losses)
+        on_device = torch.from_numpy(trained).to(losses.device, non_blocking=True)  # [b, length]
+        return on_device[:, positions].to(losses.dtype).view_as(losses)  # [b, s], or [1, b s] as in `prepare`
 
 
 def open_layouts(
@@ -168,7 +169,7 @@ def bucket_layouts(
                 check_attention(recipe, mesh, group, attention, whole)
         layouts[length] = BucketLayout(
             context_parallel=degree,
-            replica=mesh.data_rank // degree,
+            replica=mesh.data_rank // degree,  # a ring is an aligned run of the data axis
             num_replicas=mesh.data_size // degree,
             sequences_per_replica=recipe.parallel.sequences_per_replica(length),
             length=length,
@@ -186,6 +187,7 @@ def _division(
 ) -> Callable[[tuple[int, ...]], Sequence[Runs]]:
     """Return the function that divides sequences by their documents; `links` has links and speed to price layouts."""
     layout, size = recipe.parallel.cp.layout, recipe.parallel.context_parallel(length)
+    # attention window → number of layers
     of_layers = Counter(recipe.model.attention_window(layer) for layer in range(recipe.model.num_layers))
     if layout != "auto":
         return partial(divided, layout, length, size=size, windows=tuple(of_layers.items()))
@@ -200,6 +202,7 @@ def compile_kernels(recipe: Recipe, mesh: Mesh, lengths: Sequence[int]) -> None:
     One rank of each node goes first; the others then find its kernels in the cache that they share.
     """
     launch, is_first = partial(_launch_kernels, recipe, mesh, lengths), World.from_environment().local_rank == 0
+    # Each round ends in a collective, which all ranks enter, whether they launch or not.
     for is_mine in (is_first, not is_first):
         on_all_ranks(mesh, launch if is_mine else lambda: None)
 
@@ -239,7 +242,7 @@ def attention_on_one_rank(
     def attention_of(layout: SeqLayout) -> AttentionFunction:
         tile, pin_memory = [(layout, layout)], device.type == "cuda"
         prepared = {window: host_masks(tile, window=window, pin_memory=pin_memory) for window in windows}
-        masks: dict[int | None, Mask] = {}
+        masks: dict[int | None, Mask] = {}  # by attention window, made by the first layer that has it
 
         def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
             if window not in masks:

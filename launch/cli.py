@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = IO_ERROR if isinstance(error, OSError) else USER_ERROR
     except KeyboardInterrupt:
         return 130
+    # Only commands that start ranks on several nodes have --job.
     return NODE_USER_ERROR if status == USER_ERROR and vars(options).get("job") else status
 
 
@@ -204,7 +205,7 @@ def _requeue(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from .commands.evaluate import Evaluation, check_options
 
-    more = [word for word in options.overrides if "=" not in word or Path(word).exists()]
+    more = [word for word in options.overrides if "=" not in word or Path(word).exists()]  # a path may hold "="
     settings = [word for word in options.overrides if word not in more]
     check_options(settings, options.tasks, options.judge, options.json, options.picture, has_data=bool(options.data))
     evaluation = Evaluation(

@@ -252,6 +252,7 @@ class SlurmConfig:
     """Number of InfiniBand or RoCE ports that must be active on a node. 0: one, if the node has any."""
 
     def __post_init__(self) -> None:
+        # As sbatch reads it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
         if not re.fullmatch(r"([0-9]{1,4}-)?[0-9]{1,6}(:[0-9]{1,2}){0,2}", self.time):
             raise ValueError(f"slurm.time = {self.time!r}: must look like 24:00:00 or 7-00:00:00")
         texts = {name: getattr(self, name) for name in ("partition", "account", "job_name")}
@@ -294,6 +295,7 @@ class Recipe:
         self.knots.check(self.data)
         self.curriculum.tokens_of_slot(self.lengths, self.train.global_batch_tokens)
         self.curriculum.check_names(self.data.prepared_sources, self.lengths)
+        # It divides all three sizes, so the advice of one check does not fail another.
         divisor = math.gcd(
             self.parallel.tensor, self.model.num_heads, self.model.num_kv_heads, self.model.ffn_hidden_size
         )
@@ -336,6 +338,7 @@ class Recipe:
 
         No batch is trained. The buckets in use, and the division of a sequence among ranks, stay the same.
         """
+        # Lengths and tokens_per_rank are powers of two, so the largest is a multiple of all others.
         batch_tokens = world_size * max(self.parallel.tokens_per_rank, *self.lengths)
         return dataclasses.replace(
             self,

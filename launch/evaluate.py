@@ -89,7 +89,7 @@ def _evaluate(
         step, measurement = opened(target, mesh, watchdog, lengths)
         if choose_keys is not None:
             chosen = judge(target.name, recipe.evaluate, target.manifest, measurement.scorers())
-            return chosen.save(choose_keys) if world.rank == 0 else None
+            return chosen.save(choose_keys) if world.rank == 0 else None  # None on every rank: no result
         if keys is not None:
             measurement = replace(measurement, keys=from_rank_0(KeyTokens.load(keys) if world.rank == 0 else None))
         measured = measurement.measure()

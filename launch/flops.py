@@ -51,7 +51,7 @@ class ModelFlops:
     def of(cls, model: ModelConfig, vocab_size: int) -> ModelFlops:
         """Return the FLOPs of a model with this many rows of the head."""
         width, kv_width = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-        layer = model.hidden_size * (2 * width + 2 * kv_width + 3 * model.ffn_hidden_size)
+        layer = model.hidden_size * (2 * width + 2 * kv_width + 3 * model.ffn_hidden_size)  # q, out; k, v; SwiGLU
         return cls(
             parameters=model.num_layers * layer + model.hidden_size * vocab_size,
             attention_width=width,
@@ -64,7 +64,7 @@ class ModelFlops:
 
     def attention(self, documents: Sequence[int]) -> float:
         """Return the FLOPs of attention over documents of these lengths, each of which sees itself alone."""
-        length = np.asarray(documents, dtype=np.float64)
+        length = np.asarray(documents, dtype=np.float64)  # [documents]
         pairs = sum(layers * visible_pairs(length, window).sum() for window, layers in self.windows.items())
         return float(12.0 * self.attention_width * pairs)
 

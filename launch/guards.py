@@ -65,11 +65,12 @@ class _Sample:
 
     def losses(self, tokens: Tensor, layout: SeqLayout, attention: AttentionFunction) -> Tensor:
         """Return the losses at the positions of `layout`, fp32 [positions]; `tokens` are [1, num_tokens + 1]."""
-        at = layout.positions(tokens.device)
+        at = layout.positions(tokens.device)  # [positions]
         return self.model(tokens[:, at], tokens[:, at + 1], layout, attention)[0].float()
 
     def gathered(self, share: Tensor) -> Tensor:
         """Return the losses of the group's ranks in order of position, [num_tokens]. Collective."""
+        # Every position is on one rank and stays 0 on the others, so that the sum puts the shares together.
         of_all = torch.zeros(self.num_tokens, device=share.device)
         of_all[self.mine.positions(share.device)] = share.detach()
         self.group.add_up(of_all)
@@ -102,7 +103,7 @@ def _make_sample(recipe: Recipe, mesh: Mesh, group: CpGroup, layout: Layout) -> 
     """Return the sample of a recipe in a layout, with equal weights and tokens on every rank of the group."""
     divisor = recipe.parallel.tensor if recipe.parallel.sequence_parallel else 1
     num_tokens = group.size * math.ceil(TOKENS_PER_RANK / divisor) * divisor
-    documents = (0, num_tokens // 3)
+    documents = (0, num_tokens // 3)  # two, since every layout of one document is zigzag's
     runs = divided(layout, num_tokens, documents, group.size)
     # The weights are so large that attention is far from uniform at any width; else it would hardly affect the loss.
     pattern = tuple(dict.fromkeys(recipe.model.kind_of(layer) for layer in range(recipe.model.num_layers)))
@@ -134,7 +135,7 @@ def _find_fault(
     share.sum().backward()
     losses, gradient = sample.gathered(share), _sketch(sample.model)
     sample.group.add_up(gradient)
-    sample.model.zero_grad()
+    sample.model.zero_grad()  # else the next backward would add to these gradients
     everything = SeqLayout(((0, sample.num_tokens),), sample.documents)
     alone = sample.losses(sample.tokens, everything, whole(everything))
     alone.sum().backward()
@@ -194,4 +195,4 @@ def _sketch(model: nn.Module) -> Tensor:
     # The signs repeat after a prime number of elements, so that those of one sum differ whatever the width of a weight.
     signs = torch.randint(2, (SIGNS,), generator=torch.Generator().manual_seed(2)) * 2 - 1
     signed = gradient * signs.to(gradient).repeat(math.ceil(len(gradient) / SIGNS))[: len(gradient)]
-    return F.pad(signed, (0, -len(signed) % SKETCH)).view(-1, SKETCH).sum(0)
+    return F.pad(signed, (0, -len(signed) % SKETCH)).view(-1, SKETCH).sum(0)  # [elements / SKETCH, SKETCH]

@@ -69,7 +69,7 @@ def code_hash() -> str:
     """Return the SHA-256 of LongRing's modules and of the tuned block sizes, wherever they are installed."""
     root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
     files = [file for column in COLUMNS for kind in ("py", "json") for file in (root / column).rglob(f"*.{kind}")]
-    for file in sorted(files):
+    for file in sorted(files):  # rglob's order is the file system's
         digest.update(f"{file.relative_to(root).as_posix()} {sha256_of(file)}\n".encode())
     return digest.hexdigest()
 

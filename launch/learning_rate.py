@@ -24,13 +24,13 @@ def learning_rate(step: int, train: TrainConfig) -> float:
     and without a constant phase either, the cosine learning-rate schedule.
     """
     peak, constant = train.learning_rate, train.constant_learning_rate or train.learning_rate
-    if step <= train.warmup_steps:
+    if step <= train.warmup_steps:  # never without warm-up: steps count from 1
         return train.initial_learning_rate + (peak - train.initial_learning_rate) * step / train.warmup_steps
     cooled = train.warmup_steps + train.cooldown_steps
     if step <= cooled:
         return constant + (peak - constant) * DECAYS["cosine"]((step - train.warmup_steps) / train.cooldown_steps)
     decay_steps = train.decay_steps or train.steps - cooled
-    decayed = step - (train.steps - decay_steps)
+    decayed = step - (train.steps - decay_steps)  # steps of the decay, this one included
     if decayed <= 0:
         return constant
     if train.decay == "exponential":

@@ -49,7 +49,7 @@ class LossWatch:
             )
         self._nonfinite = 0
         if self._is_spike(loss):
-            return "spike"
+            return "spike"  # its loss is none of those by which the next one is judged
         self._recent.append(loss)
         return "good"
 
@@ -65,7 +65,8 @@ class LossWatch:
                 "this start; raise faults.spike_skip_steps to leave out more batches, or lower train.learning_rate in "
                 "a new run_directory"
             )
-        # The losses since the checkpoint belong to steps that are done again.
+        # The losses since the checkpoint belong to steps that are done again. Without a checkpoint detection starts
+        # over, and no loss is a spike before the spike window is full.
         self._recent.clear()
         self._recent.extend(to.recent_losses if to else ())
 

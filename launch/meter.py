@@ -47,8 +47,9 @@ class Meter:
     def add(self, micro_batch: MicroBatch, layout: BucketLayout) -> None:
         """Count the attention of this rank's share of a micro-batch."""
         starts = micro_batch.document_starts if layout.document_masks else None
-        rows = starts or [(0,)] * len(micro_batch.rows)
+        rows = starts or [(0,)] * len(micro_batch.rows)  # [sequence][document]
         documents = [length for row in rows for length in document_lengths(row, micro_batch.length)]
+        # All ranks of a ring read whole sequences: each counts an equal part of them.
         self._attention_flops += self._flops.attention(documents) / layout.context_parallel
 
     def take_attention_flops(self) -> float:
@@ -62,6 +63,7 @@ class Meter:
             return Utilization(math.nan, math.nan, math.nan)
         matrices = self._flops.matrices(sum(tokens.values()))
         dense = sum(self._flops.dense_attention(number, length) for length, number in tokens.items())
+        # FLOP/s of a device: by visible pairs, dense.
         rates = [(matrices + attention) / seconds / self._world_size for attention in (attention_flops, dense)]
         peak = self._peak or math.nan
         return Utilization(rates[0] / 1e12, checked_share(rates[0], peak), rates[1] / peak)

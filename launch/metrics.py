@@ -121,7 +121,7 @@ class MetricsWriter:
 
     def rewind(self, step: int) -> None:
         """Remove the records of all steps after `step`."""
-        self._file.close()
+        self._file.close()  # first: keep_steps replaces the file, and the stream would go on in the old one
         keep_steps(self._file_name, step)
         self._file = self._file_name.open("a")
         for tracker in self._trackers:
@@ -204,6 +204,7 @@ def trained_table(trained: Sequence[Trained]) -> Table:
     table = plain_table("Tokens of the training data", *columns, left=("",))
 
     def row(name: str, cells: Sequence[Trained]) -> None:
+        # In tokens, as every column but the passes.
         sequences, available = (sum(getattr(cell, key) * cell.length for cell in cells) for key in _IN_SEQUENCES)
         counts = (sum(getattr(cell, key) for cell in cells) for key in _IN_TOKENS)
         passes = f"{sequences / available:.2f}" if available else ""

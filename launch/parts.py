@@ -32,7 +32,7 @@ class Parts:
         self._device = device
         self._pairs: list[_Pair] = []
         self._ms: dict[str, float] = {}
-        self._open: list[str] = []
+        self._open: list[str] = []  # parts entered and not yet left, the outermost first
 
     @contextmanager
     def part(self, name: str, *, on_host: bool = False) -> Iterator[None]:
@@ -55,7 +55,7 @@ class Parts:
     def _count(self, part: str, outer: str | None, ms: float) -> None:
         self._ms[part] = self._ms.get(part, 0.0) + ms
         if outer is not None:
-            self._ms[outer] = self._ms.get(outer, 0.0) - ms
+            self._ms[outer] = self._ms.get(outer, 0.0) - ms  # `outer` is counted whole, this part included
 
     @contextmanager
     def messages(self) -> Iterator[None]:
@@ -68,6 +68,7 @@ class Parts:
         computing = torch.cuda.current_stream() if self._on_gpu else None
 
         def timed(work: dist.Work, *arguments: Any, **named: Any) -> bool:
+            # Another stream waits, and the one that computes goes on.
             if computing is not None and torch.cuda.current_stream() != computing:
                 return wait(work, *arguments, **named)
             with self.part("communication"):

@@ -152,6 +152,7 @@ def preflight_together(
     try:
         decides = world.rank == 0
         checked = preflight(recipe, world.size, check_shards=decides, check_checkpoint=decides, evaluates=evaluates)
+        # Every rank lists them, since all must have the same directory mounted.
         last = complete_checkpoints(checked.run.checkpoints)[:1]
         entries = {
             **checked.identity.common,
@@ -171,6 +172,7 @@ def preflight_together(
     origin = agreed["origin"] and Origin(**agreed["origin"])
     checked = replace(checked, identity=identity, steps_done=agreed["steps_done"], origin=origin)
     renewals = [Renewal(*renewal) for renewal in agreed["renewals"]]
+    # The other ranks have read none, and their order is that of the recipe alone.
     return checked if len(renewals) == len(checked.renewals) else checked.with_renewals(renewals)
 
 
@@ -195,7 +197,7 @@ def check_nothing_was_saved(run: RunDirectory) -> None:
     if complete_checkpoints(run.checkpoints):
         return  # damaged ones, which are put aside with a word when the run resumes
     found = [save.get("step") for save in read_records(run.saves_file)]
-    found += [start.get("from_step") for start in read_records(run.starts_file)]
+    found += [start.get("from_step") for start in read_records(run.starts_file)]  # each had loaded that checkpoint
     last = max((step for step in found if isinstance(step, int)), default=0)
     shown = [f"step {last} was saved"] if last else []
     shown += [f"{path.name} was put aside" for path in leftovers(run.checkpoints) if path.suffix == DAMAGED]

@@ -17,13 +17,13 @@ class StepProfiler:
     """Profiler of the steps that `train.profile` names, on one rank."""
 
     def __init__(self, train: TrainConfig, logs: Path, rank: int) -> None:
-        self._first, self._last = train.profile_steps if rank in train.profile_ranks else (0, 0)
+        self._first, self._last = train.profile_steps if rank in train.profile_ranks else (0, 0)  # 0: no step
         self._file = logs / f"trace-{rank:05d}-steps-{self._first}-{self._last}.json.gz"
         self._running: profile | None = None
 
     def before(self, step: int) -> None:
         """Begin the trace if this is its first step."""
-        if step == self._first and self._running is None:
+        if step == self._first and self._running is None:  # it runs if a rewind comes to this step again
             gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
             self._running = profile(activities=[ProfilerActivity.CPU, *gpu])
             self._running.start()

@@ -58,6 +58,7 @@ def check_change(before: Recipe, now: Recipe, steps_done: int, order_of: Callabl
     if any(key.startswith(BATCHES) for key in judged):
         orders = order_of(before), order_of(now)
         step = orders[0].first_difference(orders[1], last)
+        # Steps after which only the new recipe measures losses, from which the batches after them follow.
         added = set(renewal_steps(now)) - set(renewal_steps(before))
         if unmeasured := [done for done in added if done < last]:
             found.append((min(unmeasured) + 1, BATCHES, "would have followed losses that were not measured"))
@@ -68,7 +69,7 @@ def check_change(before: Recipe, now: Recipe, steps_done: int, order_of: Callabl
     if last < steps_done:
         found.append((last + 1, ("train.steps",), "would not have been done"))
     if found:
-        step, keys, said = min(found)
+        step, keys, said = min(found)  # by step
         raise _refusal({key: judged[key] for key in judged if key.startswith(keys)}, steps_done, step, said)
 
 

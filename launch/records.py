@@ -22,8 +22,8 @@ LARGEST = 1e300
 def append_record(file: Path, record: Record) -> None:
     """Append a record with the time and without its secrets, on its own line even if the last one was cut short."""
     with file.open("ab+") as stream:
-        if stream.tell():
-            stream.seek(-1, 2)
+        if stream.tell():  # opened at its end
+            stream.seek(-1, 2)  # to the last byte
             if stream.read(1) != b"\n":
                 stream.write(b"\n")
         stream.write(json.dumps(redact_all({"time": now(), **record})).encode() + b"\n")
@@ -85,14 +85,15 @@ def parse_record(line: bytes) -> Record | None:
 
 def _write_lines(file: Path, lines: list[bytes]) -> None:
     """Replace the lines of `file`, each with its end."""
+    # The last line may lack its end.
     write_whole(file, lambda begun: begun.write_bytes(b"".join(line.rstrip(b"\n") + b"\n" for line in lines)))
 
 
 def numbers_of(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     """Yield name and value of every finite number of a record; tables within it join their names by `/`."""
     for key, value in record.items():
-        if type(value) is int or type(value) is float:
-            if -LARGEST < value < LARGEST:
+        if type(value) is int or type(value) is float:  # and not bool, which is an int
+            if -LARGEST < value < LARGEST:  # false for NaN
                 yield prefix + key, value
         elif type(value) is dict:
             yield from numbers_of(value, f"{prefix}{key}/")

@@ -54,7 +54,7 @@ _FORMS = tuple(
 
 def redact(text: str) -> str:
     """Return the text with every secret that is recognized replaced by `HIDDEN`."""
-    for secret in _known_secrets():
+    for secret in _known_secrets():  # first, since a form may hide a part of one and leave the rest
         text = text.replace(secret, HIDDEN)
     text = _ADDRESS.sub(f"{HIDDEN}@", text)
     for form in _FORMS:
@@ -75,13 +75,14 @@ def redact_all(content: Any) -> Any:
 
 def _without_values(text: str) -> str:
     """Return the text without the values whose names suggest a secret, and without the long values of queries."""
-    parts, done = [], 0
+    parts, done = [], 0  # the text before `done` is in `parts`
     for entry in _ENTRY.finditer(text):
         start = entry.end()
         if entry["query"]:
             secret = _IN_QUERY.search(entry["name"]) or _LONG.match(text, start)
         else:
             secret = _ANYWHERE.search(entry["name"])
+        # An entry that begins before `done` lies in a value that is hidden.
         value = (_QUERY_VALUE if entry["query"] else _VALUE).match(text, start) if secret and start > done else None
         if value:
             parts += [text[done:start], HIDDEN]
@@ -98,7 +99,7 @@ def _known_secrets() -> list[str]:
     for name, value in os.environ.items():
         if _VARIABLE.search(name) and len(value) >= SHORTEST and not _is_path(value):
             found |= {value, repr(value)[1:-1], json.dumps(value)[1:-1]}
-    return sorted(found, key=len, reverse=True)
+    return sorted(found, key=len, reverse=True)  # one may be part of another
 
 
 def _is_path(value: str) -> bool:

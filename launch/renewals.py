@@ -27,9 +27,10 @@ def renewal_steps(recipe: Recipe) -> tuple[int, ...]:
     curriculum, train = recipe.curriculum, recipe.train
     if not curriculum.renewal.rate:
         return ()
+    # Slots of one step: every cycle has at least one slot for each bucket.
     slots = train.global_batch_tokens // curriculum.tokens_of_slot(recipe.lengths, train.global_batch_tokens)
     cycles = curriculum.num_cycles(len(recipe.lengths), train.steps, slots)
-    return tuple(cycle_begins(train.steps, cycles)[1:-1])
+    return tuple(cycle_begins(train.steps, cycles)[1:-1])  # neither before the first cycle nor after the last
 
 
 def append_renewal(file: Path, run: str, renewal: Renewal, shares: Mapping[str, float]) -> None:
@@ -68,7 +69,7 @@ def read_renewals(file: Path, run: str) -> tuple[Renewal, ...]:
                 f"{file}: line {number} is of run {record['run']}, and the run is {run}; bring the file of this run "
                 "back, or name another run_directory"
             )
-        found[record["step"]] = Renewal(record["step"], record["losses"])
+        found[record["step"]] = Renewal(record["step"], record["losses"])  # the last record of a step counts
     return tuple(found[step] for step in sorted(found))
 
 
@@ -98,7 +99,7 @@ def check_recorded(file: Path, renewals: Sequence[Renewal], steps: Collection[in
 def shares_between(order: BatchOrder, first: int, last: int) -> dict[str, float]:
     """Return the share of each source in the tokens of steps first + 1 to `last`."""
     tokens: Counter[str] = Counter()
-    for step, sign in ((last, 1), (first, -1)):
+    for step, sign in ((last, 1), (first, -1)):  # all up to `last`, less those up to `first`
         for cell in order.trained(step):
             tokens[cell.source] += sign * cell.tokens
     return {source: count / tokens.total() for source, count in tokens.items()}

@@ -146,6 +146,7 @@ class RunDirectory:
             found.append(json.loads(self.evaluation_file.read_text()))
         found += read_records(self.evaluations_file)
         whole = [e for e in found if isinstance(e, dict) and isinstance(e.get("step"), int) and e.get("buckets")]
+        # The sort is stable: of one step the last record stays, and evaluation.json only if no record has its step.
         return list({entry["step"]: entry for entry in sorted(whole, key=lambda entry: entry["step"])}.values())
 
     def record_event(self, event: str, step: int, message: str) -> None:

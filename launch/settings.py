@@ -68,7 +68,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"recipe {path}: does not exist; name a TOML file")
     try:
         with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
+            content = file.read(MAX_BYTES + 1)  # one byte more shows that it is too large
     except OSError as error:
         raise ValueError(f"recipe {path}: cannot be read: {error.strerror}; make it readable") from error
     if len(content) > MAX_BYTES:
@@ -132,7 +132,7 @@ def from_tree(
                 raise ValueError(f"{origin}: {path} = {shown(table)}: must be a table, such as {{key = 1}}")
             values[name] = from_tree(hint, table, prefix=f"{path}.", source=origin, overridden=overridden)  # type: ignore[arg-type]
         elif key in tree and get_origin(hint) is dict:
-            values[name] = _named(get_args(hint)[1], tree[key], path, origin, overridden)
+            values[name] = _named(get_args(hint)[1], tree[key], path, origin, overridden)  # dict[str, X]: X
         elif key in tree:
             values[name] = _convert(hint, tree[key], f"{origin}: {path}")
         elif field.default is MISSING and field.default_factory is MISSING:
@@ -220,7 +220,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             return _chosen(get_args(one), value, path, ", or numbers")
         return _convert(one, value, path)
     if get_origin(hint) is tuple:
-        element, *others = get_args(hint)
+        element, *others = get_args(hint)  # tuple[X, ...] has others = [...]
         if others != [...]:
             if not isinstance(value, list | tuple) or len(value) != 1 + len(others):
                 raise ValueError(f"{path} = {shown(value)}: must be a list of {1 + len(others)} numbers: [0.5, 0.3]")
@@ -256,7 +256,7 @@ def _list_example(element: Any, value: Any) -> str:
 
 def _chosen(choices: Sequence[Any], value: Any, path: str, more: str = "") -> Any:
     """Return the value if it is one of the choices, of the same type. Raises ValueError if it is not."""
-    if not any(type(value) is type(choice) and value == choice for choice in choices):
+    if not any(type(value) is type(choice) and value == choice for choice in choices):  # 1 == True
         raise ValueError(f"{path} = {shown(value)}: must be one of {', '.join(map(repr, choices))}{more}")
     return value
 

@@ -28,11 +28,11 @@ def on_all_ranks(mesh: Mesh, work: Callable[[], _T]) -> _T:
     except (OSError, ValueError) as error:
         mine = badness(error), str(error)
         log.exception("on this rank")
-    gathered: list[tuple[int, str] | None] = [None] * mesh.world_size
+    gathered: list[tuple[int, str] | None] = [None] * mesh.world_size  # by rank
     dist.all_gather_object(gathered, mine)
     if met := [error for error in gathered if error is not None]:
         kind, text = worst(met)
-        raise (CommonError, ValueError, DamageError)[kind](text)
+        raise (CommonError, ValueError, DamageError)[kind](text)  # in the order of `badness`
     return result
 
 

@@ -44,8 +44,8 @@ def sum_over_ranks(
         [stopped, saving == "written", saving == "failed", compilations], dtype=torch.float64, device=mesh.device
     )
     # The ranks of a tensor-parallel group have the same losses and pairs.
-    mine = torch.cat([loss_sums.new_tensor([attention_flops]), loss_sums])
-    total = torch.cat([counts, mine if mesh.tensor_rank == 0 else torch.zeros_like(mine)])
+    mine = torch.cat([loss_sums.new_tensor([attention_flops]), loss_sums])  # fp64 [1 + buckets]
+    total = torch.cat([counts, mine if mesh.tensor_rank == 0 else torch.zeros_like(mine)])  # [5 + buckets]
     dist.all_reduce(total)
     sums = total.tolist()
     flops, *losses = sums[len(counts) :]
@@ -58,7 +58,7 @@ def trained_targets(micro_batches: Iterable[MicroBatch], layouts: Mapping[int, B
     for micro_batch in micro_batches:
         if micro_batch.trained is not None:
             counts[micro_batch.length] += int(micro_batch.trained.sum())
-    total = torch.tensor(list(counts.values())).to(mesh.device)
+    total = torch.tensor(list(counts.values())).to(mesh.device)  # [buckets]
     dist.all_reduce(total, group=mesh.data_group)
     # Each rank of a ring has counted the whole sequence.
     return [count // layout.context_parallel for count, layout in zip(total.tolist(), layouts.values(), strict=True)]

@@ -100,6 +100,7 @@ class Project:
     def __init__(self, package: str, project: str, name: str, run_id: str, recipe: Mapping[str, Any]) -> None:
         self._package = package
         self._module: Any = None
+        # trackio's init takes no id and resumes a run by its name, so that must be the name of this run alone.
         own = {"id": run_id, "name": name} if package == "wandb" else {"name": f"{name}-{run_id[:8]}"}
         self._module = self._tried(import_module, package)
         self._tried(lambda: self._module.init(project=project, config=dict(recipe), resume="allow", **own))
@@ -117,7 +118,7 @@ class Project:
 
     def _tried(self, call: Any, *arguments: Any) -> Any:
         """Return the result of a call; after an error, log it and give up this tracker."""
-        if self._module is None and not arguments:
+        if self._module is None and not arguments:  # only the import has arguments
             return None
         try:
             return call(*arguments)

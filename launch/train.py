@@ -76,6 +76,7 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
     open_log(run.log_file(rank))
     use_deterministic_operations(recipe.train.deterministic)
     mesh = join(recipe.parallel, recipe.max_context_parallel, timeout_minutes, store)
+    # The contexts are left in reverse: the trainer's threads end under the watchdog, and the lock is released last.
     with (
         run.held() if rank == 0 else nullcontext(),
         StopSignals() as signals,
@@ -85,7 +86,7 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
         if trainer.evaluations.are_owed(trainer.state.step):  # a signal has ended the start before within it
             trainer.evaluate()
         while trainer.state.step < last and not trainer.stopped_by:
-            trainer.renew()
+            trainer.renew()  # before the step, whose batch may follow from it
             metrics = trainer.train_step()
             if metrics.outcome == "spike" and trainer.go_back(metrics):
                 continue  # the weights are now those of a checkpoint: there is nothing to save
@@ -188,7 +189,7 @@ def open_run_directory(checked: Preflight, mesh: Mesh) -> None:
             keep_published(checked.origin, run)
         if not checked.steps_done:  # the losses of a run that was killed before its first checkpoint
             run.renewals_file.unlink(missing_ok=True)
-        clear_leftovers(run.checkpoints)
+        clear_leftovers(run.checkpoints)  # rank 0 holds the lock, so no other start is saving
     if World.from_environment().local_rank == 0:
         run.check_writable()
 

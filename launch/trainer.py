@@ -126,7 +126,7 @@ class Trainer:
         set_learning_rate(self.engine, rate)
 
         sequences = {order.lengths[stretch.bucket]: stretch.sequences for stretch in order.batch(step)}
-        micro_batches, targets = self._batch(step, sequences)
+        micro_batches, targets = self._batch(step, sequences)  # targets [buckets]
         if step in self.left_out:
             for _ in micro_batches:  # the loader yields every step in turn, so this one is read as well
                 pass
@@ -145,11 +145,11 @@ class Trainer:
         }
 
         seconds = time.perf_counter() - started
-        self._profiler.after(step)
+        self._profiler.after(step)  # the clock is read before it, since it may write the trace
         tokens = {length: length * number for length, number in sequences.items()} if computed else {}
         metrics = StepMetrics(
             step=step,
-            tokens=self.state.updates * train.global_batch_tokens,
+            tokens=self.state.updates * train.global_batch_tokens,  # `_judge` has counted this step
             targets=sum(targets),
             loss=loss,
             bucket=max(buckets),
@@ -162,7 +162,7 @@ class Trainer:
             tokens_per_s=train.global_batch_tokens / seconds,
             **self._meter.utilization(totals.attention_flops, tokens, seconds)._asdict(),
             bits_per_byte=self._meter.bits_per_byte(loss),
-            ms=self._meter.parts.take(),
+            ms=self._meter.parts.take(),  # the GPU has done the work: the sum over the ranks has been read
             memory=self._meter.parts.memory(),
             compilations=totals.compilations,
             outcome=outcome,
@@ -274,7 +274,7 @@ class Trainer:
         )
         # Steps after the checkpoint are done again, with the same numbers and batches, except those left out.
         self.state = replace(self.state, step=before.step, skipped=before.skipped)
-        self._micro_batches.close()
+        self._micro_batches.close()  # it would go on after the spike
         self._micro_batches = self.loader.batches(before.step, self.last)
         if self.writer is not None:
             self.writer.rewind(before.step)
@@ -318,7 +318,7 @@ class Trainer:
             record = partial(append_renewal, checked.run.renewals_file, checked.identity.run, renewal, shares)
             on_all_ranks(mesh, record if mesh.rank == 0 else lambda: None)
             self.checked, self.loader.order = renewed, renewed.order
-            self._micro_batches.close()
+            self._micro_batches.close()  # it has read ahead in the old order
             self._micro_batches = self.loader.batches(step, self.last)
         self.tell("renewal", step, renewal_line(renewal, shares))
 
@@ -370,7 +370,7 @@ class Trainer:
         batch = order.batch(step)
         for stretch in batch:
             length = order.lengths[stretch.bucket]
-            sequences = order.micro_batches(stretch, share_of(self.layouts[length])).tolist()
+            sequences = order.micro_batches(stretch, share_of(self.layouts[length])).tolist()  # [micro-batch][row]
             log.warning("step %d is not finite; sequences %s of bucket %d", step, sequences, length)
         lengths = ", ".join(str(order.lengths[stretch.bucket]) for stretch in batch)
         self.tell("step skipped", step, f"gradients are not finite, bucket {lengths}; logs/ name its sequences")
