@@ -183,7 +183,8 @@ class FaultsConfig:
     """A loss this many standard deviations above the mean of the last spike_window_steps losses is a spike: the run
     returns to the last checkpoint before it and leaves out its batches. 0: no loss is a spike."""
     spike_window_steps: Annotated[int, Interval(ge=2, le=100_000)] = 100
-    """Number of most recent losses from which a spike is detected."""
+    """Length of the spike window: number of last good steps from whose losses a spike is detected. Before there are as
+    many, no loss is a spike."""
     spike_skip_steps: Steps = 1
     """Number of batches left out after a spike: the batch of the spike and the batches just before it."""
     max_rewinds: StepsOrNone = 3
