@@ -85,7 +85,7 @@ class StepMetrics:
 
 
 class MetricsWriter:
-    """Writer of the metrics of a run, from step `from_step` on; call `close` at the end."""
+    """Writer of the metrics of the steps of a run after `from_step`; call `close` at the end."""
 
     def __init__(
         self, run: RunDirectory, trackers: Sequence[Tracker], from_step: int, total_steps: int, console: Console

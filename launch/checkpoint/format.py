@@ -136,8 +136,8 @@ def write_checkpoint_manifest(directory: Path, manifest: CheckpointManifest) -> 
 def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
     """Read the manifest of a checkpoint.
 
-    Raises DamageError if it contradicts its hash, OSError if it cannot be read, and ValueError if it is too large or
-    has a field that this version of LongRing does not write so.
+    Raises DamageError if it is missing or contradicts its hash, OSError if it cannot be read, and ValueError if it is
+    too large or has a field that this version of LongRing does not write so.
     """
     file = checkpoint / MANIFEST_FILE
     text = _read(file, _read_bounded)

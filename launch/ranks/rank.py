@@ -24,9 +24,9 @@ LAUNCHER = "LONGRING_LAUNCHER"
 def as_rank(function: Callable[[], int | None]) -> int:
     """Call `function` as a rank of a process group; return its exit status, or that of an error, printed in one line.
 
-    Every rank makes the same checks and fails identically, so only local rank 0 of each node prints an error. Damaged
-    data, or a file that could not be read or written, is an error of one rank, which prints it itself. Tracebacks go to
-    the logs.
+    Every rank makes the same checks and fails identically, so only local rank 0 of each node prints an error. An error
+    of one rank is printed by that rank: damaged data, a file that could not be read or written, full memory, a report
+    of its GPU or NCCL, or a rank that it cannot reach. Tracebacks go to the logs.
     """
     try:
         world = World.from_environment()
