@@ -38,7 +38,7 @@ def this_device(parallel: ParallelConfig, world: World, timeout_minutes: float) 
     os.environ.setdefault("NCCL_NCHANNELS_PER_NET_PEER", str(parallel.cp.max_ctas))
     torch.cuda.set_device(device)
     # Triton's cache goes to a local disk, since home directories on a network file system are slow. One directory
-    # serves all ranks of the node: Triton writes each file beside its place and renames it, so no rank reads half
+    # serves all ranks of the node: Triton writes each file under another name and renames it, so no rank reads half
     # of a file that another is writing. The files are code that this process runs: nobody else may write them.
     if "TRITON_CACHE_DIR" not in os.environ:
         own = private_directory(Path(tempfile.gettempdir(), f"triton-{os.getuid()}"))

@@ -60,7 +60,7 @@ def _set(variables: Mapping[str, str], name: str) -> str:
 
 def _number(variables: Mapping[str, str], name: str, least: int, most: int | None = None, meaning: str = "") -> int:
     """Return a variable from `least` to `most`, which `meaning` explains. Raises ValueError for any other value."""
-    text = _set(variables, name)[:20]
+    text = _set(variables, name)[:20]  # cut, since an error shows it
     number = int(text) if re.fullmatch("[0-9]{1,9}", text) else -1
     if number < least or (most is not None and number > most):
         limit = f"of at least {least}" if most is None else f"from {least} to {most}"

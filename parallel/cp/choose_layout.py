@@ -61,7 +61,7 @@ class LayoutPricer:
         found = [divided(layout, self.num_tokens, document_starts, self.size, windows) for layout in layouts]
         seconds = self.seconds(found, document_starts)
         fastest = int(np.argmin(seconds))
-        return found[fastest if seconds[fastest] < CLEARLY * seconds[0] else 0]
+        return found[fastest if seconds[fastest] < CLEARLY * seconds[0] else 0]  # 0: zigzag
 
     def seconds(self, layouts: Sequence[Sequence[Runs]], document_starts: tuple[int, ...]) -> Floats:
         """Return the time of the attention of all layers, both passes, but for trades of heads: `[layouts]`.
@@ -71,7 +71,7 @@ class LayoutPricer:
         # Shares of all layouts in one array: rank r of layout n has number n x size + r, and documents do not meet.
         pieces = Pieces.of_runs([runs for shares in layouts for runs in shares], document_starts)
         pieces = replace(pieces, document=pieces.document + pieces.owner // self.size * len(document_starts))
-        [met] = Meetings.of(pieces)
+        [met] = Meetings.of(pieces)  # all in one part; every layer is causal
         total = np.zeros(len(layouts))
         for of in self._priced:
             total += of.num_layers * self._seconds_of_layer(of, met, len(layouts))
@@ -89,13 +89,13 @@ class LayoutPricer:
         num_pairs, num_rows = roads.needed(met, Visibility(window=of.window), num_layouts)
         found = np.zeros(num_layouts)
         for direction, rows in zip(PASSES, num_rows, strict=True):
-            row_bytes = self.shape.batch * self.shape.row_bytes(grid, direction)[roads.flow_of]
-            num_bytes = (rows * row_bytes[:, None]).reshape(num_layouts, -1)
+            row_bytes = self.shape.batch * self.shape.row_bytes(grid, direction)[roads.flow_of]  # [flow legs]
+            num_bytes = (rows * row_bytes[:, None]).reshape(num_layouts, -1)  # [layouts, messages]
             for layout in range(num_layouts):
-                [at] = num_pairs[layout].nonzero()
+                [at] = num_pairs[layout].nonzero()  # tiles that see anything
                 seconds = self.speed.seconds(num_pairs[layout, at], self.shape, grid, direction)
                 tiles = Tiles(roads.tiles.half[at], roads.tiles.rank[at], seconds)
-                sent = traffic._replace(num_bytes=num_bytes[layout])
+                sent = traffic._replace(num_bytes=num_bytes[layout])  # 0 bytes: not sent
                 found[layout] += simulate(sent, tiles, grid.size, num_links).ready.max()
         return found
 

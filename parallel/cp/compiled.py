@@ -141,7 +141,7 @@ def compile_plan(plan: RankPlan, layout: SeqLayout, ranks: dict[int, SeqLayout])
     assert not compiler.shares and not compiler.sums and not compiler.travelling, "the plan frees everything"
     flows: tuple[Flow, ...] = ("to_heads", "from_heads")
     trades: dict[Flow, Trade] = {flow: Trade(*map(tuple, plan.messages(flow))) for flow in flows}
-    runs = sorted(run for of in ranks.values() for run in of.runs)
+    runs = sorted(run for of in ranks.values() for run in of.runs)  # in the order of the position's tokens
     runs_of = {rank: [runs.index(run) for run in of.runs] for rank, of in sorted(ranks.items())}
     run_tokens = [stop - start for start, stop in runs]
     return CompiledPlan(plan.rank, len(compiler.spans), tuple(compiler.operations), trades, run_tokens, runs_of)
@@ -166,7 +166,7 @@ class _Compiler:
     """Slots of the buffers of messages, from post to wait."""
 
     def __post_init__(self) -> None:
-        self.spans = [((0, self.num_tokens),)] * 4
+        self.spans = [((0, self.num_tokens),)] * 4  # OWN and HOME: all rows
 
     def slot(self, rows: Rows) -> int:
         """Return the number of a new slot for rows of a share."""
@@ -219,7 +219,7 @@ class _Compiler:
 
     def merge(self, message: Message, part: int) -> None:
         """Add the operations that merge the results of a message, each run of rows by itself."""
-        into, at = self.sum_of(message.share), 0
+        into, at = self.sum_of(message.share), 0  # at: rows of the message before the run
         for run in packed(self.spans[into], message.rows):
             self.operations.append(Merge(self.view(into, run), part, at, run[1] - run[0]))
             at += run[1] - run[0]
@@ -228,9 +228,10 @@ class _Compiler:
         """Add the operations of one half of a step; a post without messages only if `always`."""
         if not any(exchange) and not always:
             return
+        # Trades of heads are not in this list: `heads` carries them out.
         due, sent, sends, receives = ([m for m in found if not m.is_trade] for found in exchange)
         # Every wait of the exchange comes before its posts: both ends of a message keep this order.
-        spent: list[int] = []
+        spent: list[int] = []  # slots of merged results and of sent messages
         for message in due:
             self.operations.append(Wait(message))
             slot = self.travelling.pop(message)
@@ -249,6 +250,7 @@ class _Compiler:
             into = tuple(self._receive(message) for message in sorted(receives, key=_channel))
             out = tuple(self._send(message) for message in sorted(sends, key=_channel))
             self.operations.append(Post(out, into))
+            # The slot of the message keeps what is sent; that of the sum is not needed any more.
             for message in filter(lambda m: m.is_result, sends):
                 self.free(self.sums.pop(message.share))
 
@@ -270,6 +272,7 @@ class _Compiler:
         slot = self._travel(message)
         if message.is_result:
             return Send(message, slot, self.sums[message.share], None)
+        # One run of the own share is a view, which other messages and tiles may use as well.
         if message.owner == self.plan.position and len(message.rows) == 1:
             return Send(message, slot, self.share(message.share, message.rows), None)
         source = OWN[message.share.side] if message.owner == self.plan.position else self.shares[message.share]

@@ -98,9 +98,9 @@ class SlotLayout:
 
     @cached_property
     def _first_slots(self) -> dict[Link, int]:
-        count: Counter[int] = Counter()
+        count: Counter[int] = Counter()  # links to each target so far
         first = {}
-        for link in sorted(self.links):
+        for link in sorted(self.links):  # sorted: all ranks count alike
             first[link] = SLOTS * count[link[2]]
             count[link[2]] += 1
         return first
@@ -112,6 +112,7 @@ class SlotLayout:
     @cached_property
     def num_bytes(self) -> int:
         """Bytes that each rank lends: the most that any of them needs."""
+        # The last link of a rank has SLOTS slots from its first on.
         return self.slot_bytes * (SLOTS + max(self._first_slots.values()))
 
     @property
@@ -131,6 +132,7 @@ class SlotLayout:
     def signals(self, kind: Kind) -> set[Signal]:
         """Return all signals of a kind."""
         return {
+            # "full" goes the way of the message, "free" the way back.
             Signal(*((source, target) if kind == "full" else (target, source)), self.number(channel, slot, kind))
             for channel, source, target in self.links
             for slot in range(SLOTS)
@@ -184,6 +186,7 @@ class Copies:
         if (channel, is_send) not in self._queues:
             self._queues[channel, is_send] = self.memory.queue()
         queue = self._queues[channel, is_send]
+        # What is sent may not be computed yet, and what is received may go where computation still reads.
         queue.follow()
         return queue
 
@@ -191,9 +194,9 @@ class Copies:
 def contents(tensors: Sequence[Tensor], slot_bytes: int) -> Iterator[list[tuple[int, Tensor]]]:
     """Yield what goes into each slot in turn: parts of the tensors' bytes, and where each begins in its slot."""
     content: list[tuple[int, Tensor]] = []
-    at = 0
+    at = 0  # bytes of the present slot that are taken
     for tensor in tensors:
-        left = tensor.detach().view(-1).view(torch.uint8)
+        left = tensor.detach().view(-1).view(torch.uint8)  # bytes that have no slot yet
         while len(left):
             part, left = left[: slot_bytes - at], left[slot_bytes - at :]
             content.append((at, part))

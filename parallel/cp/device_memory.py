@@ -93,6 +93,7 @@ class DeviceQueue:
 
 def _lend(num_bytes: int, signal_bytes: int, device: torch.device) -> Tensor:
     """Return memory that other ranks can open, which begins with a word for every signal of every rank."""
+    # The size holds for memory that is made after this.
     if symmetric.get_signal_pad_size() < signal_bytes:
         symmetric.set_signal_pad_size(signal_bytes)
     return symmetric.empty(num_bytes, dtype=torch.uint8, device=device)

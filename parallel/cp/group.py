@@ -78,7 +78,7 @@ class CpGroup:
         """
         channel = next(iter(self.channels.values()))  # any of them serves
         members = dist.get_process_group_ranks(channel)
-        of_groups = x.new_zeros(len(members) // self.size, *x.shape)
+        of_groups = x.new_zeros(len(members) // self.size, *x.shape)  # each rank fills the row of its group
         own = of_groups[members.index(self.global_ranks[0]) // self.size]
         own.copy_(x)
         dist.all_reduce(of_groups, group=channel)
@@ -235,7 +235,7 @@ def link_bytes(links: Iterable[Link], rank: int, max_ctas: int) -> int:
     Every link counts `max_ctas` times `BYTES_PER_CTA`. The state of a communicator and the connections of its
     collectives are left out.
     """
-    return max_ctas * sum(BYTES_PER_CTA[source != rank] for _, source, _ in links)
+    return max_ctas * sum(BYTES_PER_CTA[source != rank] for _, source, _ in links)  # [0]: sender
 
 
 def _connect(channels: Mapping[Channel, dist.ProcessGroup], links: Iterable[Link], device: torch.device) -> None:

@@ -52,8 +52,8 @@ class HostMemory:
         self._failure: LostRank | None = None  # of any queue: all of them end with it
         self._full = layout.signals("full")
         self._memory: dict[int, Tensor] = {}
-        self._arriving: dict[Signal, int] = {}
-        self._leaving: dict[Signal, int] = {}
+        self._arriving: dict[Signal, int] = {}  # read ends of the pipes to this rank
+        self._leaving: dict[Signal, int] = {}  # write ends of the pipes to others
         # Everyone opens all of it before it is closed here. The far ends of the pipes must then be the only ones that
         # can write, so that a pipe ends with its writer.
         with ExitStack() as lent:
@@ -63,9 +63,10 @@ class HostMemory:
             except OSError as error:
                 failed = f"rank {rank} cannot lend memory: {error}"
             offers = dict(zip(members, gather(offer), strict=True))
-            if all(offers.values()):
+            if all(offers.values()):  # None: that rank cannot lend, and says so below
                 failed = self._open(offers, layout.num_bytes)
             errors = [error for error in gather(failed) if error]
+        # Before the error below, after which the pipes are closed as well.
         weakref.finalize(self, _close, (*self._arriving.values(), *self._leaving.values()))
         if errors:
             raise OSError(errors[0])
@@ -116,12 +117,12 @@ class HostMemory:
         poll = select.poll()
         poll.register(end, select.POLLIN)
         deadline = time.monotonic() + self.timeout_s
-        while not poll.poll(1e3 * min(self.timeout_s, LOOK_S)):
+        while not poll.poll(1e3 * min(self.timeout_s, LOOK_S)):  # in milliseconds
             if self._failure is not None:
                 raise self._failure
             if time.monotonic() > deadline:
                 raise self._lost(rank, f"gave no signal for {self.timeout_s:g} s")
-        if not os.read(end, 1):
+        if not os.read(end, 1):  # end of the pipe: nobody can write any more
             raise self._lost(rank, "has ended")
 
     def _lost(self, rank: int, reason: str) -> LostRank:
@@ -136,6 +137,7 @@ class HostQueue:
     def __init__(self, memory: HostMemory) -> None:
         self._memory = memory
         self._operations: SimpleQueue[Operation | HostDone | None] = SimpleQueue()
+        # The thread knows the operations alone, not this object, which therefore ends when its owner drops it.
         threading.Thread(target=_work, args=(self._operations,), name="copies", daemon=True).start()
         weakref.finalize(self, self._operations.put, None)
 
@@ -208,6 +210,6 @@ def _close(files: Iterable[int]) -> None:
 def _mapped(path: str, num_bytes: int) -> Tensor:
     file = os.open(path, os.O_RDWR)
     try:
-        return torch.frombuffer(mmap.mmap(file, num_bytes), dtype=torch.uint8)
+        return torch.frombuffer(mmap.mmap(file, num_bytes), dtype=torch.uint8)  # the mapping outlives the descriptor
     finally:
         os.close(file)

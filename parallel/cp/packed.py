@@ -54,6 +54,7 @@ class _Document:
         if num_tokens == self.stop - self.start:
             start, self.start = self.start, self.stop
             return ((start, self.stop),)
+        # Without an attention window it is half of the slice; an odd token is taken at the end.
         late = num_tokens - num_tokens // 2 if self._windows is None else self._late_tokens(num_tokens, self._windows)
         taken = (self.start, self.start + num_tokens - late), (self.stop - late, self.stop)
         self.start, self.stop = taken[0][1], taken[1][0]
@@ -61,14 +62,15 @@ class _Document:
 
     def _late_tokens(self, num_tokens: int, windows: Windows) -> int:
         """Return how many tokens of a slice are at the end of what is left: no token has less work than one before."""
-        first, last = self.start - self._begin, self.stop - self._begin
+        first, last = self.start - self._begin, self.stop - self._begin  # what is left, within the document
+        # Terms of `excess` that do not depend on `late`.
         both = _num_pairs(last, windows) - _num_pairs(first, windows) - self.density * num_tokens
 
         def excess(late: int) -> float:
             """Return the work of a slice beyond its share."""
             return both + _num_pairs(first + num_tokens - late, windows) - _num_pairs(last - late, windows)
 
-        return _root(excess, num_tokens, self.density / 2)
+        return _root(excess, num_tokens, self.density / 2)  # within half the work of a token
 
 
 def divided(
@@ -107,16 +109,16 @@ def balanced(num_tokens: int, document_starts: Sequence[int], size: int, windows
     for tokens in _tokens_of_ranks(num_tokens, size):
         mean = (work(last) - work(first)) * tokens / (last - first)
 
-        none = work(first) - work(last) + mean
+        none = work(first) - work(last) + mean  # the terms of `excess` without `heavy`, negated
 
         def excess(heavy: int, light: int = first + tokens, last: int = last, none: float = none) -> float:
             """Return the work of the rank beyond its share, with a number of tokens from the heavy end."""
             return work(light - heavy) - work(last - heavy) - none
 
-        heavy = _root(excess, tokens, mean / tokens / 2)
+        heavy = _root(excess, tokens, mean / tokens / 2)  # within half the work of a token
         runs: list[tuple[int, int]] = []
         for start, stop in ((first, first + tokens - heavy), (last - heavy, last)):
-            at = bisect_right(edges, start) - 1
+            at = bisect_right(edges, start) - 1  # document of the first token
             while start < stop:
                 until = min(stop, edges[at + 1])
                 runs += line[at].take(until - start)
@@ -133,8 +135,10 @@ def typical_packing(num_tokens: int, mean_tokens: int) -> tuple[int, ...]:
     """
     number = max(1, num_tokens // mean_tokens)
     quantiles = [exp(NormalDist().inv_cdf((n + 0.5) / number)) for n in range(number)]
+    # The fractional parts of n x GOLDEN lie evenly for every range of n: lengths that are alike are spread evenly.
     mixed = sorted(range(number), key=lambda n: n * GOLDEN % 1.0)
     ends = list(accumulate(quantiles[n] for n in mixed))
+    # A set: a document that is rounded to no token is left out.
     return (0, *sorted({round(num_tokens * end / ends[-1]) for end in ends[:-1]} - {0, num_tokens}))
 
 
@@ -152,6 +156,7 @@ def whole_documents(num_tokens: int, document_starts: Sequence[int], size: int, 
     by_room: list[tuple[float, int]] = []
     for document in sorted(documents, key=lambda document: -document.num_tokens):
         left = document.num_tokens
+        # Documents get shorter: one for which a rank has no room may be followed by one that fits.
         while by_room and -by_room[0][0] >= left:
             rank = heappop(by_room)[1]
             heappush(by_work, (work[rank], rank))
@@ -159,7 +164,7 @@ def whole_documents(num_tokens: int, document_starts: Sequence[int], size: int, 
             rank = heappop(by_work)[1]
             heappush(by_room, (-room[rank], rank))
         while left:
-            rank = heappop(by_work or by_room)[1]
+            rank = heappop(by_work or by_room)[1]  # least work, or most room
             tokens = min(room[rank], left)
             taken[rank] += document.take(tokens)
             left -= tokens
@@ -171,7 +176,7 @@ def whole_documents(num_tokens: int, document_starts: Sequence[int], size: int, 
 
 def _documents(num_tokens: int, document_starts: Sequence[int], windows: Windows) -> list[_Document]:
     shortest = min((window for window, _ in windows if window is not None), default=num_tokens)
-    of_half = sum(num_layers for _, num_layers in windows) / 2
+    of_half = sum(num_layers for _, num_layers in windows) / 2  # n tokens have n (n + 1) / 2 pairs a layer
     return [
         _Document(start, stop, of_half * (stop - start + 1), None)
         if stop - start <= shortest
@@ -199,8 +204,10 @@ def _root(excess: Callable[[int], float], stop: int, enough: float) -> int:
     below, above = excess(low), excess(high)
     if below >= -enough or above <= enough:
         return low if below >= -enough else high
-    moved = 0
+    moved = 0  # -1: low moved last, 1: high
+    # Invariant: excess(low) < -enough and excess(high) > enough.
     while high - low > 1:
+        # Strictly between both ends, so that the loop comes to an end.
         at = min(max(low + 1, low + round((high - low) * below / (below - above))), high - 1)
         found = excess(at)
         if abs(found) <= enough:

@@ -159,7 +159,7 @@ class _Links:
         """The members, joined by process groups."""
         self.copied: CpGroup | None = None
         """The members, with copies between those of a node."""
-        first = self.rank - self.rank % per_node
+        first = self.rank - self.rank % per_node  # first rank of this node
         node = tuple(members)[first : first + per_node]
         if per_node > 1 and sizes_in_reach([per_node], members, options.peer_copies, device, down):
             links: set[Link] = {(("keys", "up" if b > a else "down"), a, b) for a in node for b in node if a != b}
@@ -205,7 +205,7 @@ class _Links:
             for source, target in pattern.messages
         ]
         [warm] = _slowest(self._samples(group, messages, num_bytes, 2, 1), self.device, self.group)
-        rounds = min(50, max(1, round(SAMPLE_S / warm)))
+        rounds = min(50, max(1, round(SAMPLE_S / warm)))  # equal on all ranks, as `warm` is
         return min(_slowest(self._samples(group, messages, num_bytes, rounds, SAMPLES), self.device, self.group))
 
     def _samples(
@@ -258,6 +258,7 @@ def attention_speed(
             attention_forward(q, k, v, mask, backend=backend)
 
         def backward() -> None:
+            # Any dout of this shape serves.
             attention_backward(out, q, k, v, lse, None, mask, into=into, out=out, backend=backend)
 
         backward()  # compiles
@@ -265,6 +266,7 @@ def attention_speed(
         return median(_slowest(times[0], device, group)), median(_slowest(times[1], device, group))
 
     large = 128
+    # The time is that of the slowest rank, so that all ranks double equally often.
     while seconds(large, 1)[0] < TILE_S and large < 1 << 16:
         large *= 2
     small = large // 4
@@ -273,6 +275,7 @@ def attention_speed(
     # Solve t = tile_s + flops / rate for both sizes; tile_s is the mean of both passes, at most half of a large tile.
     overheads = [(x - ratio * y) / (1 - ratio) for x, y in ((small_forward, forward), (small_backward, backward))]
     tile_s = min(max(0.0, sum(overheads) / 2), 0.5 * min(forward, backward))
+    # The backward has 10 FLOPs for 4 of the forward.
     return Speed(flops(large) / (forward - tile_s), 2.5 * flops(large) / (backward - tile_s), tile_s)
 
 

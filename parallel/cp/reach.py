@@ -39,16 +39,16 @@ def sizes_in_reach(
     # A single queue of the GPU holds all behind a copy that waits: computation would wait for each message.
     if wanted == "never" or (wanted == "auto" and (device.type == "cpu" or os.environ.get(QUEUES) == "1")):
         return set()
-    found = dict(zip(members, _gathered((_machine(), _gpu(device)), group), strict=True))
+    found = dict(zip(members, _gathered((_machine(), _gpu(device)), group), strict=True))  # by global rank
     mine = {
         rank
         for rank, (machine, gpu) in found.items()
         if rank == dist.get_rank() or (machine == _machine() and _can_access(device, gpu))
     }
-    reached = dict(zip(members, _gathered(mine, group), strict=True))
+    reached = dict(zip(members, _gathered(mine, group), strict=True))  # the ranks that each one reaches
     within = set()
     for size in (size for size in sizes if size > 1):
-        for ring in (members[at : at + size] for at in range(0, len(members), size)):
+        for ring in (members[at : at + size] for at in range(0, len(members), size)):  # aligned runs of members
             apart = [(a, b) for a in ring for b in ring if b not in reached[a]]
             if apart and wanted == "always":
                 raise ValueError(
@@ -92,6 +92,7 @@ def open_copies(
         failed = try_links(copies, dist.get_rank(), device)
     except (OSError, RuntimeError) as error:
         failed = str(error)
+    # Gathered before any rank raises: the others would wait for it.
     errors = [error for error in _gathered(failed, waiting or group) if error]
     if copies is None or errors:
         raise ValueError(f'parallel.cp.peer_copies: {errors[0]}; set parallel.cp.peer_copies = "never"')
@@ -106,10 +107,10 @@ def try_links(copies: Copies, rank: int, device: torch.device, limit_s: float = 
     """
     sent, received, ends = [], [], []
     for turn in range(2 * SLOTS):
-        for at, link in enumerate(sorted(copies.layout.links)):
+        for at, link in enumerate(sorted(copies.layout.links)):  # the same order on all ranks
             if rank not in link[1:]:
                 continue
-            known = torch.arange(at + turn, at + turn + 251, device=device).to(torch.uint8)
+            known = torch.arange(at + turn, at + turn + 251, device=device).to(torch.uint8)  # differs by link and turn
             if rank == link[1]:
                 sent.append(known)
                 ends.append(copies.send(link, [known]))
@@ -122,7 +123,7 @@ def try_links(copies: Copies, rank: int, device: torch.device, limit_s: float = 
             return f"rank {rank}: messages to or from other ranks took more than {limit_s:.0f} s"
         time.sleep(1e-3)
     for end in ends:
-        end.wait()
+        end.wait()  # has come: raises the error of a queue, if any
     wrong = [link for link, known, got in received if not torch.equal(known, got)]
     return f"rank {rank}: wrong bytes arrived from rank {wrong[0][1]}" if wrong else None
 
@@ -147,7 +148,7 @@ def _can_access(device: torch.device, gpu: str | None) -> bool:
     """Return whether this rank's device can access that of another rank; a CPU reaches all memory of its machine."""
     if device.type == "cpu":
         return True
-    if gpu == _gpu(device):
+    if gpu == _gpu(device):  # two ranks on one GPU
         return os.environ.get(OVERLAPPING) == "1"
-    numbers = {_gpu(torch.device("cuda", number)): number for number in range(torch.cuda.device_count())}
+    numbers = {_gpu(torch.device("cuda", number)): number for number in range(torch.cuda.device_count())}  # by uuid
     return gpu in numbers and torch.cuda.can_device_access_peer(device, numbers[gpu])

@@ -169,11 +169,11 @@ class SharedSequence:
         first = part.detach().movedim(dim, 0)  # [s, ...]
         # Ranks hold numbers of tokens that differ by a few, and all_gather needs equal sizes.
         rows = max(layout.num_tokens for layout in self.layouts)
-        padded = first.new_zeros(rows, *first.shape[1:])
+        padded = first.new_zeros(rows, *first.shape[1:])  # [rows, ...]
         padded[: len(first)] = first
         gathered = [torch.empty_like(padded) for _ in self.layouts]
         dist.all_gather(gathered, padded, group=self._process_group)
-        whole = first.new_empty(self.num_tokens, *first.shape[1:])
+        whole = first.new_empty(self.num_tokens, *first.shape[1:])  # [num_tokens, ...]
         for layout, found in zip(self.layouts, gathered, strict=True):
             whole[layout.positions(whole.device)] = found[: layout.num_tokens]
         return whole.movedim(0, dim).contiguous()

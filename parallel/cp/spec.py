@@ -49,7 +49,7 @@ class AttentionSpec:
             forward, position = self.schedule("forward"), rank // self.grid.heads
             ranks = range(position * self.grid.heads, (position + 1) * self.grid.heads)
             layouts = {at: self.layouts[at] for at in ranks}
-            for schedule in (forward, forward.turned("backward")):
+            for schedule in (forward, forward.turned("backward")):  # they share pieces and needed rows
                 plan = compile_plan(schedule.plan(rank), schedule.layouts[position], layouts)
                 self._compiled[schedule.direction, rank] = plan
         return self._compiled[direction, rank]
@@ -67,7 +67,7 @@ class AttentionSpec:
         if rank not in self._masks:
             if rank not in self._prepared:
                 self.prepare(rank)
-            tiles, prepared = self._prepared.pop(rank)
+            tiles, prepared = self._prepared.pop(rank)  # the masks on the host are not needed again
             self._masks[rank] = dict(zip(tiles, prepared.on(device), strict=True))
         return self._masks[rank]
 

@@ -37,7 +37,7 @@ class BetweenProcesses(ABC):
 
     def __init__(self, group: CpGroup) -> None:
         self.group = group
-        self.works: dict[Message, list[Work]] = {}
+        self.works: dict[Message, list[Work]] = {}  # started, and not waited for yet
 
     @abstractmethod
     def post(self, sends: Contents, receives: Contents) -> None:
