@@ -52,7 +52,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         taken = _TAKEN[self.kind]
-        for setting in fields(self)[1:]:
+        for setting in fields(self)[1:]:  # all but kind
             if setting.name not in taken and (value := getattr(self, setting.name)) != setting.default:
                 raise ValueError(
                     f"model.rope_scaling.{setting.name} = {value}: has no effect with model.rope_scaling.kind = "
@@ -154,6 +154,7 @@ class ModelConfig:
     def translated(tree: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return settings in today's terms: `full_attention_every = n` of earlier recipes is a pattern of n layers."""
         every = tree.get("full_attention_every")
+        # Anything else is left as it is, and refused as an unknown key.
         if type(every) is not int or not 1 <= every <= 10_000 or "layer_pattern" in tree:
             return tree
         rest = {key: value for key, value in tree.items() if key != "full_attention_every"}

@@ -34,7 +34,7 @@ class HostCopies:
         def pack(kept: Tensor) -> Tensor | _HostCopy:
             if not kept.is_floating_point():  # the masks, which all layers share
                 return kept
-            name = (kept.data_ptr(), kept.dtype, kept.shape, kept.stride())
+            name = (kept.data_ptr(), kept.dtype, kept.shape, kept.stride())  # another view is another tensor
             if name not in known:
                 known[name] = kept, _HostCopy(kept, layer, stays=is_last)
                 copies.append(known[name][1])
@@ -49,7 +49,7 @@ class HostCopies:
             return packed
         for layer in (packed.layer, packed.layer - 1):  # the one before comes while this one computes
             if layer >= 0:
-                copies, self._layers[layer] = self._layers[layer], []
+                copies, self._layers[layer] = self._layers[layer], []  # each is begun once
                 for copy in copies:
                     copy.fetch()
         return packed.tensor()
@@ -69,7 +69,7 @@ class _HostCopy:
             with _beside(self._device):
                 self._host.copy_(kept, non_blocking=on_gpu)
             if on_gpu:
-                kept.record_stream(_stream(self._device))
+                kept.record_stream(_stream(self._device))  # not reused before the copy has read it
 
     def fetch(self) -> None:
         """Begin to bring the tensor back to its device."""
@@ -81,7 +81,7 @@ class _HostCopy:
             self._here = torch.empty_like(self._host, device=self._device)
             with _beside(self._device):
                 self._here.copy_(self._host, non_blocking=True)
-            self._here.record_stream(_stream(self._device))
+            self._here.record_stream(_stream(self._device))  # nor this memory while the copy writes it
             self._arrived = torch.cuda.Event()
             self._arrived.record(_stream(self._device))
         self._host = None

@@ -142,7 +142,7 @@ class Transformer(nn.Module):
             x = x.transpose(0, 1).contiguous()
         positions = layout.rotary_positions(tokens.device)
         scalings = [self.config.rope_scaling_of(layer) for layer in range(self.config.num_layers)]
-        tables = {
+        tables = {  # cos and sin `[s, d / 2]` by scaling; None: no RoPE
             scaling: scaling and rope_table(positions, self.config.head_dim, self.config.rope_base, scaling)
             for scaling in set(scalings)
         }

@@ -48,7 +48,7 @@ def read_config(tree: Mapping[str, Any]) -> PublishedModel:
     base, scaling = _rope(keys, max_tokens, nested=name == "olmo3")
     kinds, window = _layers(keys, family, sizes["num_layers"])
     other = {key: keys.get(key) for key in tree if key in IGNORED}
-    keys.check_all_known()
+    keys.check_all_known()  # after the last key that is read above
     config = ModelConfig(
         **sizes,
         **family.settings,
@@ -78,8 +78,8 @@ def checked(key: str, value: Any, hint: Any) -> Any:
     """Return the value of a key. Raises ValueError unless it has the type of `hint` and lies in its range."""
     kind, *bounds = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     if kind is float and type(value) is int:
-        value = float(value) if abs(value) < 2**53 else value
-    if type(value) is not kind:
+        value = float(value) if abs(value) < 2**53 else value  # beyond it a float is not exact: refused below
+    if type(value) is not kind:  # not isinstance: true is no number
         raise ValueError(f"config.json: {key} = {value!r:.80}: must be of type {kind.__name__}; correct it")
     for interval in bounds:
         low = interval.ge if interval.ge is not None else interval.gt
@@ -129,6 +129,7 @@ def _sizes(keys: _Keys, name: str) -> dict[str, Any]:
         sizes["num_kv_heads"] = sizes["num_heads"]
     if sizes["tied_head"][1] is None:
         sizes["tied_head"] = ("tie_word_embeddings", FAMILIES[name].tied_by_default)
+    # Without head_dim transformers takes 128 for Qwen 3, and hidden_size / num_attention_heads for the others.
     optional = ("init_std",) if name == "qwen3" else ("init_std", "head_dim")
     found = {}
     for ours, (theirs, value) in sizes.items():
@@ -157,7 +158,7 @@ def _layers(keys: _Keys, family: Family, num_layers: int) -> tuple[list[str], in
                 first = checked("max_window_layers", keys.get("max_window_layers"), int)
                 kinds = ["window" if layer >= first else "full" for layer in range(num_layers)]
         case "layer_types":
-            kinds = ["full" if layer % 4 == 3 else "window" for layer in range(num_layers)]
+            kinds = ["full" if layer % 4 == 3 else "window" for layer in range(num_layers)]  # transformers' default
         case "no_rope_layers":
             keys.must_be("use_sliding_window", False)
             period, uses = keys.get("no_rope_layer_interval"), keys.get("no_rope_layers")
@@ -168,6 +169,7 @@ def _layers(keys: _Keys, family: Family, num_layers: int) -> tuple[list[str], in
                 raise ValueError(f"config.json: no_rope_layers: must have {num_layers} entries; correct it")
             kinds = ["full" if has_rope else "full_no_rope" for has_rope in uses]
     if types is not None:
+        # The list decides where the family goes by it. Elsewhere it may only say what the other keys say.
         names = {"full_attention": "full", "sliding_attention": "window"}
         if not isinstance(types, list) or len(types) != num_layers or any(str(kind) not in names for kind in types):
             raise ValueError(
@@ -186,6 +188,7 @@ def _rope(keys: _Keys, length: int, *, nested: bool) -> tuple[float, RopeScaling
 
     `nested`: full and windowed layers have tables of their own (OLMo 3).
     """
+    # Base and scaling as transformers 5 reads them, then as 4 does; they must be equal.
     found: list[tuple[float, RopeScaling]] = []
     theta, scaling, parameters = (keys.get(key) for key in ("rope_theta", "rope_scaling", "rope_parameters"))
     if parameters is not None:  # transformers 5
@@ -245,12 +248,13 @@ def _parameters(table: Any, theta: Any, length: int, where: str) -> tuple[float,
             raise ValueError(f"config.json: {where}.{min(table)!r:.80}: unknown with rope_type default; remove it")
         return base, UNSCALED
     known = SCALINGS[kind]
+    # transformers has no defaults for these.
     needed = [key for key in known if key in ("factor", "low_freq_factor", "high_freq_factor")]
     if "original_max_position_embeddings" in known:
         table.setdefault("original_max_position_embeddings", length)
     if kind == "yarn":
         original = checked(f"{where}.original", table["original_max_position_embeddings"], _POSITIVE)
-        table.setdefault("factor", length / original)
+        table.setdefault("factor", length / original)  # as in transformers, where it is missing
         scales = [checked(f"{where}.{key}", table.pop(key, 0), float) for key in ("mscale", "mscale_all_dim")]
         if all(scales):  # transformers gives one factor for both
             stretch = 0.1 * math.log(max(1.0, checked(f"{where}.factor", table["factor"], float)))

@@ -35,7 +35,7 @@ class Weight:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the parameter."""
-        [rest, *_] = (shape[1:] for shape in self.theirs.values())
+        [rest, *_] = (shape[1:] for shape in self.theirs.values())  # equal in all of them
         return (sum(rows.number for rows in self.rows), *rest)
 
 
@@ -44,7 +44,7 @@ def weights_of(model: PublishedModel) -> list[Weight]:
     config, norms, hidden = model.config, FAMILIES[model.family].norms, model.config.hidden_size
     q, kv = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
     q_norm, k_norm = (config.head_dim, config.head_dim) if config.qk_norm == "head" else (q, kv)
-    inner = (config.ffn_hidden_size, hidden)
+    inner = (config.ffn_hidden_size, hidden)  # of gate and of up
     found = [_vocabulary("embedding.weight", "model.embed_tokens.weight", model)]
     for layer in range(config.num_layers):
         ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
@@ -78,14 +78,14 @@ def _stacked(ours: str, shapes: dict[str, tuple[int, ...]]) -> Weight:
 
 def _vocabulary(ours: str, theirs: str, model: PublishedModel) -> Weight:
     """Return a weight with a row for each token, and rows of padding."""
-    padding = model.config.padded_vocab_size(model.vocab_size) - model.vocab_size
+    padding = model.config.padded_vocab_size(model.vocab_size) - model.vocab_size  # rows
     rows = (Rows(theirs, 0, model.vocab_size), *([Rows("", 0, padding)] if padding else []))
     return Weight(ours, {theirs: (model.vocab_size, model.config.hidden_size)}, rows)
 
 
 def _by_kv_head(ours: str, shapes: dict[str, tuple[int, ...]], num_kv_heads: int) -> Weight:
     """Return a weight that holds, for each kv head, the rows of its queries, of its key and of its value."""
-    counts = {name: shape[0] // num_kv_heads for name, shape in shapes.items()}
+    counts = {name: shape[0] // num_kv_heads for name, shape in shapes.items()}  # rows of one kv head
     rows = [Rows(name, head * count, count) for head in range(num_kv_heads) for name, count in counts.items()]
     return Weight(ours, shapes, tuple(rows))
 

@@ -35,8 +35,9 @@ def as_published(config: ModelConfig) -> ModelConfig:
     """
     base, scaling = config.rope_base, config.rope_scaling
     if scaling.kind == "ntk" and not scaling.full_layers_only:
+        # The base that `rope.frequencies` takes for ntk.
         base, scaling = base * scaling.factor ** (config.head_dim / (config.head_dim - 2)), UNSCALED
-    pattern = config.layer_pattern[: config.num_layers]
+    pattern = config.layer_pattern[: config.num_layers]  # no more kinds than layers can be read back
     return replace(config, rope_base=base, rope_scaling=scaling, layer_pattern=pattern, vocab_size=0, z_loss=0.0)
 
 
@@ -55,7 +56,7 @@ def _differences(config: ModelConfig, family: str) -> list[str]:
     """Return the settings that are lost when config.json of a family is written and read."""
     try:
         back = read_config(_tree(PublishedModel(family=family, config=config, vocab_size=1, max_tokens=1))).config
-    except ValueError:
+    except ValueError:  # nothing is read back, so that everything is lost
         return [field.name for field in fields(config)]
     return [field.name for field in fields(config) if getattr(back, field.name) != getattr(config, field.name)]
 
@@ -88,7 +89,7 @@ def _layer_keys(key: str, kinds: list[str], window: int | None) -> dict[str, Any
         case "sliding_window":
             return {"sliding_window": window}
         case "use_sliding_window":
-            first = types.index("sliding_attention") if window else len(types)
+            first = types.index("sliding_attention") if window else len(types)  # layers from it on have the window
             keys = {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": first}
             return {**keys, "layer_types": types}
         case "layer_types":
@@ -109,6 +110,7 @@ def _rope_keys(config: ModelConfig, *, nested: bool) -> dict[str, Any]:
     table: dict[str, Any] = {"rope_type": scaling.kind}
     for theirs, ours in SCALINGS[scaling.kind].items():
         value = getattr(scaling, ours)
+        # attention_factor 0 and truncate true stand for what transformers does without the key.
         if value != getattr(UNSCALED, ours) or not theirs.startswith(("attention", "truncate")):
             table[theirs] = value
     full = {**table, **theta}
