@@ -35,7 +35,7 @@ def model_inputs(
     mean, and so do their gradients.
     """
     if labels is not None:
-        shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # the last token has no next one
     inputs: dict[str, Any] = {
         "input_ids": sequence.shard(input_ids),
         "position_ids": sequence.layout.positions(input_ids.device)[None],  # [1, s]
@@ -92,6 +92,7 @@ def no_mask(*, config: PreTrainedConfig, attention_mask: Tensor | None, use_vmap
             "document_starts to ContextParallel.sequence"
         )
     rope = getattr(config, "rope_parameters", None) or {}
+    # One table for all layers, or one for each type of layers.
     kinds = {rope.get("rope_type"), *(one.get("rope_type") for one in rope.values() if isinstance(one, dict))}
     if use_vmap or getattr(config, "attention_chunk_size", None) or kinds & {"dynamic", "longrope"}:
         raise ValueError(

@@ -106,6 +106,7 @@ class ContextParallelAttention(MegatronModule):
             if extra is not None:
                 raise ValueError(f"{name}: attention over ranks is causal over whole sequences; give None")
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))  # [b, s, h, d]
+        # megatron-core gives equally many tokens to all ranks.
         sequence = self.sequence_of(q.shape[1] * self.size, self.window)
         out = sequence.attention(q, k, v, window=self.window, scale=self.softmax_scale)
-        return out.flatten(2).transpose(0, 1).contiguous()
+        return out.flatten(2).transpose(0, 1).contiguous()  # [b, s, h_q, d] -> [s, b, h_q d]
