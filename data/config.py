@@ -304,8 +304,9 @@ class DataConfig:
                     f"{name.replace('.', '-')}"
                 )
         for key in ("min_bucket_tokens", "max_bucket_tokens"):
-            if not _is_power_of_two(getattr(self, key)):
-                raise ValueError(f"data.{key} = {getattr(self, key)}: must be a power of two")
+            if not _is_power_of_two(length := getattr(self, key)):
+                below = 1 << max(length, 1).bit_length() - 1
+                raise ValueError(f"data.{key} = {length}: must be a power of two; set it to {below} or {2 * below}")
         if self.min_bucket_tokens > self.max_bucket_tokens:
             raise ValueError(
                 f"data.min_bucket_tokens = {self.min_bucket_tokens}: exceeds data.max_bucket_tokens = "

@@ -123,11 +123,14 @@ class OrderConfig:
             )
         for key in ("context_tokens", "long_tokens"):
             length = getattr(self, key)
-            known = [1 << power for power in range(31) if data.min_bucket_tokens <= 1 << power]
-            if length and (length > data.max_bucket_tokens or length not in known):
+            known = [
+                1 << power for power in range(31) if data.min_bucket_tokens <= 1 << power <= data.max_bucket_tokens
+            ]
+            if length and length not in known:
                 raise ValueError(
                     f"order.{key} = {length}: must be a power of two from data.min_bucket_tokens = "
-                    f"{data.min_bucket_tokens} to data.max_bucket_tokens = {data.max_bucket_tokens}"
+                    f"{data.min_bucket_tokens} to data.max_bucket_tokens = {data.max_bucket_tokens}; set it to "
+                    f"{max((one for one in known if one < length), default=known[0])}"
                 )
 
 

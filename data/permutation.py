@@ -29,10 +29,13 @@ def permute(indices: ArrayLike, size: int, key: tuple[int | str, ...]) -> NDArra
     outside [1, 2^40] and IndexError if an index is outside the range.
     """
     if not 1 <= size <= MAX_SIZE:
-        raise ValueError(f"size = {size}: must be in [1, 2^40]")
+        raise ValueError(f"size = {size}: must be in [1, 2^40]; leave out an empty range, and divide a larger one")
     requested = np.asarray(indices, dtype=np.int64)
     if requested.size and not (requested.min() >= 0 and requested.max() < size):
-        raise IndexError(f"indices span [{requested.min()}, {requested.max()}], outside [0, {size})")
+        raise IndexError(
+            f"indices: span [{requested.min()}, {requested.max()}], outside [0, {size}); leave out those outside, or "
+            "give the size of their range"
+        )
     round_keys = np.frombuffer(hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest(), dtype="<u8")
     if size <= SORTED_SIZE:
         # mix_bits is a bijection of 64 bits, so the sort keys have no ties and their order is a permutation.

@@ -114,8 +114,8 @@ class SequenceReader:
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < self.sequences):
             raise IndexError(
-                f"sequences span [{wanted.min()}, {wanted.max()}], outside bucket {self.length}, "
-                f"which has {self.sequences}"
+                f"indices: span [{wanted.min()}, {wanted.max()}], outside of bucket {self.length}, which has "
+                f"{self.sequences} sequences; leave out those outside"
             )
         return wanted
 

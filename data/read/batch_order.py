@@ -121,7 +121,7 @@ class BatchOrder:
         Raises IndexError unless `step` is in 1, ..., steps.
         """
         if not 1 <= step <= len(self.slots):
-            raise IndexError(f"step = {step}: must be in 1, ..., {len(self.slots)}")
+            raise IndexError(f"step = {step}: must be in 1, ..., {len(self.slots)}; count the steps of the run from 1")
         before, here = self.slots_before(step).tolist(), self._count(self.slots[step - 1]).tolist()
         rows = [self.slot_tokens // length for length in self.lengths]  # [buckets]: sequences of a slot
         return tuple(
@@ -149,7 +149,10 @@ class BatchOrder:
                 f"divide; set it to a multiple of {together * length}, and curriculum.slot_tokens as well if it is set"
             )
         if not 0 <= share.replica < share.num_replicas:
-            raise IndexError(f"replica = {share.replica}: must be in 0, ..., {share.num_replicas - 1}")
+            raise IndexError(
+                f"replica = {share.replica}: must be in 0, ..., {share.num_replicas - 1}; count the replicas of the "
+                "run from 0"
+            )
         micro_steps = np.arange(stretch.sequences // together)[:, None] * together  # [micro-step, 1]: first index
         # [micro-step, row]
         positions = stretch.first + micro_steps + share.replica * share.sequences + np.arange(share.sequences)

@@ -43,7 +43,9 @@ class RelatedPrefix:
     def make(self, material: Material, length: int, number: int, distractors: int, draws: Draws) -> Sample:
         """Return a sample, as `Task.make` says. Raises ValueError without held-out documents."""
         if material.documents is None:
-            raise ValueError("there are no held-out documents; name prepared data, or leave out the prefix")
+            raise ValueError(
+                "evaluate.tasks = prefix: there are no held-out documents; name prepared data, or leave out the prefix"
+            )
         row, other, cut = material.documents.continued(length, draws)  # [length + 1] each
         rows = np.stack([row, np.concatenate([other[:cut], row[cut:]])])  # [2, length + 1], alike from the cut on
         parts = np.zeros((2, length), dtype=np.uint8)

@@ -35,7 +35,9 @@ class Draws:
     def distinct(self, stop: int, count: int) -> list[int]:
         """Return `count` different numbers of 0, ..., stop - 1, in random order. Raises ValueError for too many."""
         if count > stop:
-            raise ValueError(f"{count} different numbers below {stop} do not exist")
+            raise ValueError(
+                f"count = {count}: only {stop} different numbers are below {stop}; ask for at most as many"
+            )
         return np.argsort(self._random(stop), kind="stable")[:count].tolist()  # stable: ties have one order everywhere
 
     def shuffled(self, values: Sequence[T]) -> list[T]:

@@ -35,7 +35,10 @@ class Backtrace:
         asked = order[-1]
         wrong = [text for text in range(self.texts) if text != asked]
         if distractors > len(wrong):
-            raise ValueError(f"{distractors} distractors: the backtrace has at most {len(wrong)}")
+            raise ValueError(
+                f"distractors = {distractors}: the backtrace has {len(wrong)} other texts; ask for at most as many, or "
+                "make more texts"
+            )
         begin, end = material.mark("<|label|>", "\n["), material.mark("<|/label|>", "] ")
         then = material.mark("<|then|>", ", ")
 

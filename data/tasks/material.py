@@ -67,7 +67,10 @@ class Material:
             found = self.encode([form.format(letter) for letter in letters], before="a")
             if len({ids.item() for ids in found if len(ids) == 1}) == len(letters):
                 return np.concatenate(found)
-        raise ValueError(f"the tokenizer has no token of its own for each of {letters!r}; leave out the automaton")
+        raise ValueError(
+            f"evaluate.tasks = automaton: the tokenizer has no token of its own for each of {letters!r}; leave out the "
+            "automaton"
+        )
 
     def random_tokens(self, count: int, draws: Draws) -> Tokens:
         """Return random tokens of the vocabulary, special ones left out."""

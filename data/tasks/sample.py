@@ -67,7 +67,10 @@ def references(texts: Sequence[Tokens]) -> list[Segment]:
     Raises ValueError for more than MAX_REFERENCES.
     """
     if len(texts) > MAX_REFERENCES:
-        raise ValueError(f"{len(texts)} references: an answer has at most {MAX_REFERENCES}")
+        raise ValueError(
+            f"texts: an answer has at most {MAX_REFERENCES} references, and these are {len(texts)}; ask for fewer in a "
+            "question"
+        )
     return [Segment(tokens, FIRST_REFERENCE + number) for number, tokens in enumerate(texts)]
 
 

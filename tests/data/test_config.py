@@ -15,7 +15,16 @@ WEB = SourceConfig(kind="json", path="x")
     ("settings", "words", "advice"),
     [
         ({"directory": ""}, ["data.directory = ''"], {"directory": "here"}),
-        ({"min_bucket_tokens": 100}, ["data.min_bucket_tokens = 100", "power of two"], {"min_bucket_tokens": 64}),
+        (
+            {"min_bucket_tokens": 100},
+            ["data.min_bucket_tokens = 100: must be a power of two; set it to 64 or 128"],
+            {"min_bucket_tokens": 64},
+        ),
+        (
+            {"max_bucket_tokens": 3000},
+            ["max_bucket_tokens = 3000", "set it to 2048 or 4096"],
+            {"max_bucket_tokens": 4096},
+        ),
         (
             {"min_bucket_tokens": 512, "max_bucket_tokens": 256},
             ["data.min_bucket_tokens = 512", "data.max_bucket_tokens = 256"],

@@ -41,11 +41,16 @@ def test_keys_that_could_be_confused_give_different_orders():
 
 @pytest.mark.parametrize("size", [0, -1, 2**40 + 1])
 def test_size_out_of_range(size: int):
-    with pytest.raises(ValueError, match=str(size)):
+    with pytest.raises(ValueError, match=rf"size = {size}: .*; leave out an empty range, and divide a larger one"):
         permute([0], size, (0,))
+    if size > 0:
+        permute([0], size // 2, (0,))
 
 
 @pytest.mark.parametrize("index", [-1, 10])
 def test_index_out_of_range(index: int):
-    with pytest.raises(IndexError, match=r"\[0, 10\)"):
-        permute([index], 10, (0,))
+    with pytest.raises(IndexError, match=r"\[0, 10\); leave out those outside, or give the size of their range"):
+        permute([3, index], 10, (0,))
+    assert len(permute([3], 10, (0,))) == 1
+    if index > 0:
+        assert len(permute([3, index], index + 1, (0,))) == 2

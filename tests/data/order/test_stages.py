@@ -601,8 +601,11 @@ def test_data_that_lacks_documents_is_refused(prepared: DataConfig, tmp_path: Pa
             order(replace(prepared, **changed), settings(tmp_path), QUIET)
     with pytest.raises(ValueError, match=r"needs the buckets of dataset decomposition, and data\.method is 'best_fit'"):
         order(replace(prepared, method="best_fit"), settings(tmp_path, mode="fill_long_buckets"), QUIET)
-    with pytest.raises(ValueError, match=r"order\.context_tokens = 48: .* from data\.min_bucket_tokens = 16 to"):
+    with pytest.raises(
+        ValueError, match=r"order\.context_tokens = 48: .* from data\.min_bucket_tokens = 16 to .*; set it to 32"
+    ):
         order(prepared, settings(tmp_path, context_tokens=48), QUIET)
+    settings(tmp_path, context_tokens=32).check(prepared)
     with pytest.raises(ValueError, match="--stage walk: not a stage; name one of documents, split, fit, embed"):
         order(prepared, settings(tmp_path), QUIET, only="walk")
 

@@ -137,8 +137,9 @@ def test_known_answer():
 
 @pytest.mark.parametrize("step", [0, -1, STEPS + 1])
 def test_steps_count_from_1(step: int):
-    with pytest.raises(IndexError, match=rf"step = {step}: must be in 1, \.\.\., {STEPS}"):
+    with pytest.raises(IndexError, match=rf"step = {step}: must be in 1, \.\.\., {STEPS}; count the steps of the run"):
         order().batch(step)
+    order().batch(min(max(step, 1), STEPS))
 
 
 @pytest.mark.full
@@ -169,8 +170,12 @@ def test_any_world_and_any_restart_reads_the_same(
 @pytest.mark.parametrize("replica", [2, -1])
 def test_a_replica_outside_the_run(replica: int):
     batches = order()
-    with pytest.raises(IndexError, match=rf"replica = {replica}: must be in 0, \.\.\., 1"):
+    with pytest.raises(
+        IndexError, match=rf"replica = {replica}: must be in 0, \.\.\., 1; count the replicas of the run"
+    ):
         batches.micro_batches(batches.batch(1)[0], ReplicaShare(replica, 2, 1))
+    for known in (0, 1):
+        batches.micro_batches(batches.batch(1)[0], ReplicaShare(known, 2, 1))
 
 
 def test_replicas_that_do_not_divide_a_batch():

@@ -12,8 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from longring.data.tasks.catalog import TASKS, chosen_tasks, samples
 from longring.data.tasks.draws import Draws
+from longring.data.tasks.knotted import Backtrace
 from longring.data.tasks.material import Material
-from longring.data.tasks.sample import BASELINE, FIRST_REFERENCE, NOT_SCORED, Sample, Tokens, TooShortError
+from longring.data.tasks.sample import (
+    BASELINE,
+    FIRST_REFERENCE,
+    MAX_REFERENCES,
+    NOT_SCORED,
+    Sample,
+    Tokens,
+    TooShortError,
+    references,
+)
 from longring.data.tasks.words import made_up_words
 from tokenizers import Tokenizer, models
 
@@ -96,8 +106,32 @@ def test_a_list_of_a_million_tokens_has_enough_words():
 
 def test_a_tokenizer_without_letters_has_no_automaton():
     """An unknown word is one token for all letters."""
-    with pytest.raises(ValueError, match="no token of its own for each of .*; leave out the automaton"):
+    with pytest.raises(
+        ValueError, match="evaluate.tasks = automaton: .* no token of its own .*; leave out the automaton"
+    ):
         TASKS["automaton"].make(Material(Tokenizer(models.WordLevel({"?": 0}, "?")), 0), 500, 0, 0, Draws(0))
+
+
+def test_a_backtrace_has_as_many_distractors_as_other_texts():
+    with pytest.raises(
+        ValueError, match="distractors = 4: the backtrace has 3 .*; ask for at most as many, or make more"
+    ):
+        Backtrace().make(material(byte_level), 3000, 0, 4, Draws(0))
+    assert len(Backtrace().make(material(byte_level), 3000, 0, 3, Draws(0)).rows) == 4
+    assert len(Backtrace(texts=5).make(material(byte_level), 3000, 0, 4, Draws(0)).rows) == 5
+
+
+def test_an_answer_has_at_most_100_references():
+    texts = [np.zeros(1, dtype=np.int64)] * (MAX_REFERENCES + 1)
+    with pytest.raises(ValueError, match="at most 100 references, and these are 101; ask for fewer in a question"):
+        references(texts)
+    assert len(references(texts[1:])) == MAX_REFERENCES
+
+
+def test_numbers_that_differ_are_as_many_as_there_are():
+    with pytest.raises(ValueError, match="count = 4: only 3 different numbers are below 3; ask for at most as many"):
+        Draws(0).distinct(3, 4)
+    assert sorted(Draws(0).distinct(3, 3)) == [0, 1, 2]
 
 
 def test_text_is_encoded_as_it_follows_other_text():
@@ -136,7 +170,7 @@ def test_the_prefix_of_a_sequence_is_exchanged():
     assert other.tolist() == [7] * 32 + list(range(32, 65))
     # Token 32 follows the exchanged prefix, so the first target that is scored is token 33.
     assert np.flatnonzero(sample.parts[0]).tolist() == np.flatnonzero(sample.parts[1]).tolist() == list(range(32, 64))
-    with pytest.raises(ValueError, match="no held-out documents; name prepared data, or leave out the prefix"):
+    with pytest.raises(ValueError, match="tasks = prefix: .* no held-out documents; name prepared data, or leave out"):
         TASKS["prefix"].make(Material(byte_level(), 0), 64, 0, 0, Draws(0))
 
 
