@@ -34,7 +34,8 @@ def process_pool(
 ) -> Iterator[ProcessPoolExecutor]:
     """Give a pool of `count` processes that end with this one; each calls `begin(*arguments)` first, if given.
 
-    An exception in the context ends them at once; otherwise the tasks submitted are done first.
+    An exception in the context ends them at once. Otherwise the tasks at work are done first, and those that wait are
+    cancelled: the context itself has to wait for the results that it needs.
     """
     # Not by fork: a copy of this process could hold locks of threads that it does not have.
     pool = ProcessPoolExecutor(count, get_context("forkserver"), initializer=_begin, initargs=(begin, *arguments))
