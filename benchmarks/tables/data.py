@@ -1,0 +1,155 @@
+"""Tables on preparation, order and mixes of data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .table import Cells, Row, Table
+
+
+def kinds(record: Any) -> Iterator[Cells]:
+    """Yield the rates of preparation by kind of corpus, beside the tokenizer alone."""
+    rows = {(row["content"], row["kind"]): row for row in record["rows"]}
+    shown = [
+        ("text", "a.jsonl", "text as json"),
+        ("text", "a.jsonl.gz", "text as json .gz"),
+        ("text", "a.csv", "text as csv"),
+        ("text", "text", "text in files"),
+        ("text", "a.parquet", "text as parquet"),
+        ("text", "a.arrow", "text as arrow"),
+        ("text", "a.tar", "text as webdataset"),
+        ("text", "disk", "text on disk"),
+        ("ids", "tokens", "token ids, tokens"),
+        ("ids", "megatron", "token ids, megatron"),
+        ("ids", "disk, rows of a stream", "token ids, rows of a stream on disk"),
+        ("ids", "parquet", "token ids, parquet"),
+        ("ids", "webdataset", "token ids, webdataset"),
+        ("ids", "json", "token ids, json"),
+    ]
+    for content, kind, name in shown:
+        row = rows[content, kind]
+        over = row["over_bare"]
+        yield name, f"{row['tokens_per_s'] / 1e3:,.0f}", f"{over:.2f}" if over < 10 else f"{over:.1f}"
+
+
+def odd_documents(record: Any) -> Iterator[Cells]:
+    """Yield the time of ordinary documents over that of one odd document, and its memory."""
+    names = {"ordinary": "ordinary text", "one word of random letters": "random letters"}
+    for row in record["rows"]:
+        if row["documents"] == 1:
+            size = ", 1 GB" if row["mb"] > 1e3 else ""
+            yield f"{names.get(row['kind'], row['kind'])}{size}", f"{row['ordinary_is']:.2f}", f"{row['peak_mb']:,.0f}"
+
+
+LEDGERS: dict[str, list[tuple[str, str, int]]] = {
+    "prolong-64k": [
+        ("repositories", "repositories", 0),
+        ("repositories at 65,536", "repositories", 65_536),
+        ("books", "books", 0),
+        ("books at 65,536", "books", 65_536),
+        ("tulu", "tulu", 0),
+    ],
+    "prolong-512k": [
+        ("repositories at 524,288", "repositories", 524_288),
+        ("repositories at 65,536", "repositories", 65_536),
+        ("books at 524,288", "books", 524_288),
+        ("books at 65,536", "books", 65_536),
+        ("all sources at 131,072", "", 131_072),
+        ("all sources at 262,144", "", 262_144),
+    ],
+    "olmo-3-7b-64k": [
+        ("papers, the middle three fifths", "pdf.1", 0),
+        ("papers, the fifth of lowest score", "pdf.0", 0),
+        ("papers, the fifth of highest score", "pdf.2", 0),
+        ("mid-training mix", "midtraining", 0),
+    ],
+}
+"""Name, source and bucket of the rows that are shown of each recipe; "" and 0 stand for all."""
+
+
+def mixes(record: Any) -> Iterator[Cells]:
+    """Yield the ledgers of published mixes: shares of the data, asked and given, passes, tokens left in millions."""
+    for recipe, shown in LEDGERS.items():
+        yield f"**{recipe}**", *[""] * 6
+        for name, source, bucket in shown:
+            cells = [
+                row
+                for row in record["rows"]
+                if row["recipe"] == recipe and source in ("", row["source"]) and bucket in (0, row["bucket"])
+            ]
+            of_data, given, read, repeated, never = (
+                sum(cell[column] for cell in cells)
+                for column in ("of_the_data", "given", "read_tokens", "repeated_tokens", "never_reached_tokens")
+            )
+            asked = cells[0]["asked" if bucket else "asked_of_source"]
+            passes = read / (read - repeated + never)
+            shares = f"{of_data:.1%}", "" if asked is None else f"{100 * asked:g}%", f"{given:.1%}", f"{passes:.2f}"
+            yield name, *shares, *(f"{tokens / 1e6:.1f}M" if tokens else "0" for tokens in (repeated, never))
+
+
+def orders(record: Any) -> Iterator[Cells]:
+    """Yield each method's order of documents, with its time over that of the released loop."""
+    for row in record:
+        [released] = [
+            other["seconds"]
+            for other in record
+            if other["documents"] == row["documents"] and other["method"] == "released"
+        ]
+        cells = f"{row['seconds']:.2f}", f"{row['seconds'] / released:.2f}", f"{row['peak_mb']:,.0f}"
+        yield f"{row['documents']:,}", row["method"], *cells, f"{row['jumps']:,}", f"{row['mean_similarity']:.3f}"
+
+
+def related(encoder: str, *columns: str) -> Callable[[Any], Iterator[Cells]]:
+    """Return a function that yields how related the documents of one context are, by corpus and order."""
+    formats = {"context_documents": "{:.1f}", "one_package": "{:.1%}", "inside": "{:.3f}", "across": "{:.3f}"}
+
+    def rows(record: Any) -> Iterator[Cells]:
+        for corpus, found in record[encoder].items():
+            for row, about in zip(found, about_corpus(corpus, found[0], encoder), strict=True):
+                yield (
+                    about,
+                    row["by"],
+                    *("" if row[name] is None else formats[name].format(row[name]) for name in columns),
+                )
+
+    return rows
+
+
+def about_corpus(corpus: str, row: Row, encoder: str) -> Cells:
+    """Return what the first column says of a corpus, in the lines of its three orders."""
+    dropped = f"{row['near_duplicates']} near-duplicates dropped, threshold {row['threshold']}"
+    if encoder != "default":
+        return (f"standard library, {dropped}" if corpus == "stdlib" else "WikiText-2's validation split"), "", ""
+    if corpus == "stdlib":
+        return "Python's standard library, contexts of 32,768", f"{row['documents']:,} documents, {dropped}", ""
+    return "WikiText-2's validation split, contexts of 16,384", f"{row['documents']} articles, no near-duplicates", ""
+
+
+def stages(record: Any) -> Iterator[Cells]:
+    """Yield the rates of the stages of `longring order` that scale with documents."""
+    for row in record["stages"]:
+        if row["stage"] in ("documents", "embed", "duplicates", "lay", "contexts"):
+            yield row["stage"], f"{row['documents_per_s']:,.0f}", f"{row['tokens_per_s']:,.0f}"
+
+
+RELATED = "related_orders_2026-11-21"
+TABLES = [
+    Table("data.md", "| kind | thousand tokens/s |", kinds, ("prepare_kinds_2_cores_2026-11-22",)),
+    Table("data.md", "| one document of 34 MB |", odd_documents, ("prepare_odd_1_core_2026-11-22",)),
+    Table("mixes.md", "| | of the data | asked |", mixes, ("published_mixes_2026-11-22",)),
+    Table("ordering.md", "| documents | method | seconds |", orders, ("order_1_core_2026-11-21",)),
+    Table(
+        "ordering.md",
+        "| corpus | order | documents a context |",
+        related("default", "context_documents", "one_package", "inside", "across"),
+        (RELATED,),
+    ),
+    Table(
+        "ordering.md",
+        "| corpus | order | of one package |",
+        related("all-MiniLM-L6-v2, head", "one_package", "inside", "across"),
+        (RELATED,),
+    ),
+    Table("ordering.md", "| stage | documents/s |", stages, ("order_rates_1_core_2026-11-21",)),
+]

@@ -1,0 +1,60 @@
+"""The tables of documents are those that `python benchmarks/tables` makes of the stored records."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tables import TABLES
+from tables.table import Table
+
+ROOT = Path(__file__).parents[2]
+RECORD = "install_2_cores_2026-11-22"
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: f"{table.document} {table.header}")
+def test_a_table_is_made_of_its_records(table):
+    text = (ROOT / "docs" / table.document).read_text()
+    assert table.written(text) == text, "run python benchmarks/tables"
+
+
+@pytest.mark.parametrize("document", dict.fromkeys(table.document for table in TABLES))
+def test_rows_that_are_not_of_a_record_do_not_stay(document):
+    text = (ROOT / "docs" / document).read_text()
+    of_records = [table for table in TABLES if table.document == document]
+    for table in of_records:
+        head, header, rest = text.partition(table.header)
+        titles, rule, *rows = (header + rest).splitlines(keepends=True)
+        assert rows[0].lstrip().startswith("|")
+        changed = "".join((head, titles, rule, rows[0].replace(rows[0].split("|")[-2], " 1 "), *rows[1:]))
+        assert changed != text and table.written(changed) == text
+
+
+def sizes(record):
+    yield from (("none", f"{row['distributions']}") for row in record["sizes"][:1])
+
+
+def test_a_document_names_its_record_and_has_the_table_once():
+    table = Table("a.md", "| extra |", sizes, (RECORD,))
+    text = f"`benchmarks/results/{RECORD}.json`\n\n  | extra | distributions |\n  |---|---|\n  | gone | 1 |\nEnd."
+    assert table.written(text).splitlines()[2:] == [
+        "  | extra | distributions |",
+        "  |---|---|",
+        "  | none | 33 |",
+        "End.",
+    ]
+    with pytest.raises(ValueError, match="does not name"):
+        table.written(text.replace("json", "toml"))
+    with pytest.raises(ValueError, match="0 lines begin with"):
+        table.written(text.replace("| extra", "| extras"))
+    with pytest.raises(ValueError, match="2 lines begin with"):
+        table.written(text + "\n| extra |")
+    with pytest.raises(ValueError, match="other columns than its rows"):
+        table.written(text.replace("| distributions |", "|"))
+
+
+def test_the_command_changes_no_document_that_is_up_to_date():
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "tables"], cwd="/", capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
