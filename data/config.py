@@ -1,13 +1,15 @@
 """Settings of prepared data and of the loader.
 
 The classes are frozen; making one raises ValueError if its settings do not fit each other. The range of a number stands
-with its field, and launch/settings.py holds it for numbers from outside.
+with its field, and launch/settings.py holds it for numbers of recipes. `LoaderConfig`, which is public, holds its own.
 """
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from annotated_types import Interval
+
+from .ranges import check_ranges
 
 SourceKind = Literal[
     "python_stdlib", "text", "json", "csv", "parquet", "arrow", "webdataset", "tokens", "megatron", "hub", "disk"
@@ -228,6 +230,9 @@ class LoaderConfig:
 
     cache_bytes: Bytes = 2**38
     """Maximum size of the cached shards of one data.directory, in bytes; the least recently used are removed first."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Interval
 
 from .config import Fraction
+from .ranges import check_ranges
 
 Odds = Literal["uniform", "natural", "grow_linear", "grow_p2", "grow_p100", "shrink_p100"]
 Draw = Literal["odds_times_left", "odds_times_batches", "odds"]
@@ -38,6 +39,9 @@ class RenewalConfig:
     graph: dict[str, dict[str, Fraction]] = field(default_factory=dict)
     """Skills graph: graph.books.code is how much training on books helps on code. Where nothing is named it is 1 from a
     source to itself, and 0 to another."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     def check_sources(self, sources: Sequence[str]) -> None:
         """Raise ValueError unless the shares of `sources` can be renewed: several, with all that the graph names."""
@@ -110,6 +114,7 @@ class CurriculumConfig:
         return {key: value for key, value in tree.items() if key != "weights"}
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if not self.odds:
             raise ValueError("curriculum.odds = []: must not be empty; give one number for each bucket, shortest first")
         if 0 < self.max_bucket_tokens < self.min_bucket_tokens:

@@ -181,7 +181,7 @@ def _choose(case: Case, backend: str) -> str:
         if reasons[backend] is not None:
             raise ValueError(
                 f"attention backend = {backend!r}: cannot compute {_describe(case)} ({reasons[backend]}); "
-                'set train.attention_backend = "auto"'
+                'set backend = "auto" (in a recipe train.attention_backend)'
             )
         return backend
     # `reference` supports every case, so there is always a first one; all before it have a reason.

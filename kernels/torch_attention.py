@@ -107,7 +107,7 @@ def _rects(operator: Operator, mask: Mask) -> list[MaskRect]:
     if not operator.takes_bands and any(rect.kind == "band" for rect in rects):
         raise ValueError(
             f"attention backend = {operator.name!r}: cannot compute sliding windows or adjacent documents of one "
-            'token; set train.attention_backend = "triton"'
+            'token; set backend = "triton" (in a recipe train.attention_backend)'
         )
     return rects
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import functools
 import json
-import operator
 import re
 import reprlib
 import tomllib
@@ -20,8 +19,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from annotated_types import Interval
-
+from ..data.ranges import limits_missed
 from .redact import CONTROL, redact
 
 T = TypeVar("T")
@@ -34,12 +32,6 @@ MAX_NAME_BYTES = 200
 """Maximum number of bytes between two slashes of a text; file systems allow 255, of which suffixes take some."""
 MAX_DOTS = 100
 _MANY_DOTS = re.compile(rf"^(?!\s*#)(?:[^.\n]*+\.){{{MAX_DOTS + 1}}}", re.MULTILINE)
-_LIMITS = {
-    "ge": ("at least", operator.ge),
-    "gt": ("above", operator.gt),
-    "le": ("at most", operator.le),
-    "lt": ("below", operator.lt),
-}
 
 
 class _Shown(reprlib.Repr):
@@ -209,8 +201,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if get_origin(hint) is Annotated:
         hint, bounds = get_args(hint)
         # Before the conversion: an integer may be too large for a float.
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            _check_range(value, bounds, path)
+        if isinstance(value, int | float) and not isinstance(value, bool) and (limits := limits_missed(value, bounds)):
+            raise ValueError(f"{path} = {shown(value)}: must be {limits}")
     # A union is one value or a tuple: "grow_p2" or [4, 2, 1]; 0.3 or [[0, 0.2], [1, 0.4]].
     if get_origin(hint) in (Union, UnionType):
         one, several = get_args(hint)
@@ -259,13 +251,6 @@ def _chosen(choices: Sequence[Any], value: Any, path: str, more: str = "") -> An
     if not any(type(value) is type(choice) and value == choice for choice in choices):  # 1 == True
         raise ValueError(f"{path} = {shown(value)}: must be one of {', '.join(map(repr, choices))}{more}")
     return value
-
-
-def _check_range(value: float, bounds: Interval, path: str) -> None:
-    """Raise ValueError unless the number is in the interval; nan is in none, and inf in no bounded one."""
-    limits = [(*limit, end) for name, limit in _LIMITS.items() if (end := getattr(bounds, name)) is not None]
-    if not all(holds(value, end) for _, holds, end in limits):
-        raise ValueError(f"{path} = {shown(value)}: must be {' and '.join(f'{word} {end}' for word, _, end in limits)}")
 
 
 def _check_text(value: str, path: str) -> None:

@@ -98,7 +98,8 @@ def document_order(
     are; the search of FAISS gives such arrays, with -1 where there is no neighbour. `dropped` [n] leaves out documents,
     such as near-duplicates. The results are uint32 and float32 [documents]; a similarity is NaN after a jump, where the
     document before had no neighbour left. The algorithm is that of In-Context Pretraining (arXiv 2310.10638). Raises
-    ValueError if the arrays do not fit each other or name a document outside [0, n).
+    ValueError if the arrays do not fit each other, if a row names a document outside [0, n) or one twice, or if a
+    similarity of a neighbour is not finite.
     """
     n = len(neighbors)
     dropped = np.zeros(n, dtype=np.bool_) if dropped is None else np.asarray(dropped, dtype=np.bool_)
@@ -115,6 +116,19 @@ def document_order(
     # A document is no neighbour of itself, and FAISS finds it first of all.
     absent = (neighbors < 0) | (neighbors == np.arange(n)[:, None])
     lists = np.where(absent, NO_NEIGHBOR, neighbors).astype(np.uint32)
+    if len(wrong := np.argwhere(~absent & ~np.isfinite(similarities))):
+        row, column = wrong[0]
+        raise ValueError(
+            f"similarities[{row}, {column}] = {similarities[row, column]}: must be finite, since neighbors[{row}, "
+            f"{column}] = {neighbors[row, column]}; give -1 there if it is no neighbour"
+        )
+    ordered = np.sort(lists, axis=1)  # [n, k]
+    if len(twice := np.argwhere((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NO_NEIGHBOR))):
+        row, column = twice[0]
+        raise ValueError(
+            f"neighbors[{row}] = {neighbors[row].tolist()}: lists document {ordered[row, column]} twice; give -1 "
+            "instead of the second"
+        )
     remove_dropped(lists, dropped)
     graph = make_graph(lists, np.ascontiguousarray(similarities, dtype=np.float32))
     found = [np.empty(0, dtype=STEP_DTYPE), *_steps(graph, dropped, np.empty(0, dtype=np.uint32))]

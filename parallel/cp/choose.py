@@ -97,7 +97,7 @@ def choose(size: int, pricer: Pricer) -> list[PricedGrid]:
     if not topology.covers(size):
         raise ValueError(
             f"topology {topology.name!r}: has {topology.ranks_per_node} ranks, and context parallelism is over {size}; "
-            "use parallel.cp.topology = 'probe' or a topology of several nodes"
+            "take one of several nodes, or measure it (`probe`; in a recipe parallel.cp.topology = 'probe')"
         )
 
     fit = [base for base in divisions(size) if base.unfit(shape.num_heads, shape.num_kv_heads) is None]

@@ -4,8 +4,8 @@ import re
 from typing import Any
 
 import pytest
-from longring.data.config import DataConfig, SourceConfig, TokenizerConfig
-from longring.data.curriculum_config import CurriculumConfig
+from longring.data.config import DataConfig, LoaderConfig, SourceConfig, TokenizerConfig
+from longring.data.curriculum_config import CurriculumConfig, RenewalConfig
 
 TOKENS = SourceConfig(kind="json", path="x", tokens_field="ids")
 WEB = SourceConfig(kind="json", path="x")
@@ -138,6 +138,40 @@ def test_nested_settings_that_do_not_fit(make: Any, settings: dict[str, Any], wo
         make(**settings)
     assert all(word in str(error.value) for word in words), error.value
     make(**{**settings, **advice})
+
+
+@pytest.mark.parametrize(
+    ("make", "wrong", "message", "right"),
+    [
+        (CurriculumConfig, {"cycles": 0}, "CurriculumConfig.cycles = 0: must be at least 1 and at most 100000", 1),
+        (CurriculumConfig, {"cycles": 2.5}, "CurriculumConfig.cycles = 2.5: must be of type int", 2),
+        (CurriculumConfig, {"cycles": True}, "CurriculumConfig.cycles = True: must be of type int", 1),
+        (CurriculumConfig, {"mix": "sentence"}, "CurriculumConfig.mix = 'sentence': must be one of 'step', ", "step"),
+        (CurriculumConfig, {"odds": "grow"}, "CurriculumConfig.odds = 'grow': must be one of 'uniform', ", "grow_p2"),
+        (CurriculumConfig, {"odds": (1.0, 0.0)}, "CurriculumConfig.odds[1] = 0.0: must be at least 1e-60", (1, 2)),
+        (CurriculumConfig, {"shares": {"a": 1.5}}, "CurriculumConfig.shares['a'] = 1.5: must be", {"a": 0.5}),
+        (
+            CurriculumConfig,
+            {"shares": {"a": ((0.5, float("nan")),)}},
+            "CurriculumConfig.shares['a'][0][1] = nan: must be at least 0 and at most 1",
+            {"a": ((0.5, 1.0),)},
+        ),
+        (
+            CurriculumConfig,
+            {"shares": {"a": ((0.5, 1.0, 2.0),)}},
+            "CurriculumConfig.shares['a'][0] = (0.5, 1.0, 2.0): has 3 elements; give exactly 2 numbers",
+            {"a": ((0.5, 1.0),)},
+        ),
+        (RenewalConfig, {"rate": -1.0}, "RenewalConfig.rate = -1.0: must be at least 0 and at most 100", 0.2),
+        (RenewalConfig, {"graph": {"a": {"b": 2.0}}}, "RenewalConfig.graph['a']['b'] = 2.0: ", {"a": {"b": 1}}),
+        (LoaderConfig, {"workers": -1}, "LoaderConfig.workers = -1: must be at least 0 and at most 1024", 0),
+        (LoaderConfig, {"cache_bytes": 0}, "LoaderConfig.cache_bytes = 0: must be at least 1", 1),
+    ],
+)
+def test_public_settings_hold_their_ranges(make: Any, wrong: dict[str, Any], message: str, right: Any):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(**wrong)
+    make(**dict.fromkeys(wrong, right))
 
 
 def test_a_lone_source_has_a_name():

@@ -318,7 +318,10 @@ def test_backend_choice_is_logged_once_with_reasons(caplog):
         "triton: bfloat16, float16 and float32 only; cudnn: runs on CUDA; flash: runs on CUDA)",
     ]
     assert choose_backend(q, 0.0, "reference") == "reference"
-    with pytest.raises(ValueError, match=r"'flash': cannot compute float32 on cpu, head dim 32 \(runs on CUDA\)"):
+    unfit = (
+        r"'flash': cannot compute float32 on cpu, head dim 32 \(runs on CUDA\); set backend = \"auto\" \(in a recipe"
+    )
+    with pytest.raises(ValueError, match=unfit):
         choose_backend(q, 0.0, "flash")
     with pytest.raises(ValueError, match="'tritn': must be one of auto, torch_cpu, triton, cudnn, flash, reference"):
         choose_backend(q, 0.0, "tritn")
@@ -361,6 +364,6 @@ def test_window_error_names_a_backend_that_computes_it(operator):
     queries, keys, kind = MASKS["window"]
     mask = make_mask(queries, keys, device=DEVICE, **kind)
     q, k, v, _ = inputs(torch.float32, S, S)
-    with pytest.raises(ValueError, match=f'{operator.name}.*: cannot .*; set train.attention_backend = "triton"'):
+    with pytest.raises(ValueError, match=f'{operator.name}.*: cannot .*; set backend = "triton"'):
         forward(operator, q, k, v, mask, 1.0, 0.0, None)
     assert attention(q, k, v, mask, backend="triton").isfinite().all()

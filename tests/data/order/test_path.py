@@ -90,13 +90,26 @@ def test_is_the_papers_algorithm(found: tuple[np.ndarray, np.ndarray, np.ndarray
 @pytest.mark.parametrize(
     ("advice", "wrong", "right"),
     [("give a row for each document", np.zeros((3, 1)), np.zeros((2, 1))),
-     ("give -1 where there is no neighbour", [[1], [2]], [[1], [-1]])],
+     ("give -1 where there is no neighbour", [[1], [2]], [[1], [-1]]),
+     (r"neighbors\[1\] = \[0, 0\]: lists document 0 twice; give -1 instead of the second",
+      [[-1, 1], [0, 0]], [[-1, 1], [0, -1]])],
 )  # fmt: skip
-def test_lists_that_are_no_graph_are_refused(advice: str, wrong: object, right: object):
-    similarities = np.ones((2, 1), dtype=np.float32)
+def test_lists_that_are_no_graph_are_refused(advice: str, wrong: list[list[int]], right: list[list[int]]):
+    similarities = np.ones_like(right, dtype=np.float32)
     with pytest.raises(ValueError, match=advice):
         document_order(np.array(wrong, dtype=np.int64), similarities)
     assert sorted(document_order(np.array(right, dtype=np.int64), similarities)[0].tolist()) == [0, 1]
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_a_similarity_that_is_not_finite_is_refused_unless_there_is_no_neighbour(wrong):
+    neighbors, similarities = np.array([[1, 2], [0, -1], [0, -1]]), np.array([[0.5, wrong], [0.5, wrong], [0.1, wrong]])
+    with pytest.raises(
+        ValueError, match=r"\[0, 1\] = .*: must be finite, since .* = 2; give -1 there if it is no neigh"
+    ):
+        document_order(neighbors, similarities)
+    neighbors[0, 1] = -1
+    assert document_order(neighbors, similarities)[0].tolist() == [1, 0, 2]
 
 
 @settings(max_examples=100)

@@ -48,8 +48,8 @@ def grid(**settings: Any) -> CpGrid:
     return CpGrid(kv=2, **settings)
 
 
-def chosen(size: int) -> list[PricedGrid]:
-    return choose(size, Pricer(64, AttentionShape(2, 2, 4), Topology.preset("nvswitch", 2)))
+def chosen(size: int, preset: str = "nvswitch") -> list[PricedGrid]:
+    return choose(size, Pricer(64, AttentionShape(2, 2, 4), Topology.preset(preset, 2)))
 
 
 CASES: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
@@ -94,6 +94,9 @@ CASES: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
     ),
     "size = 0: must be at least 1; give the number of ranks that share a sequence": (
         lambda: chosen(0), lambda: chosen(2)
+    ),
+    "topology 'nvswitch': has 2 ranks, and context parallelism is over 4; take one of several nodes, or measure it": (
+        lambda: chosen(4), lambda: chosen(4, "infiniband")
     ),
     "choose a grid whose heads fit": (lambda: attend(8, CpGrid(heads=3)), lambda: attend(8, CpGrid())),
     "make the mask from the layouts of q and k": (lambda: masked(7), lambda: masked(8)),
