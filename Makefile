@@ -40,7 +40,7 @@ check: $(READY)  ## lint, format and types
 site: $(READY)  ## the documents as pages: open build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
-dist: $(READY)  ## wheel and sdist in dist/, the wheel tried in empty environments
+dist: $(READY)  ## wheel and sdist in dist/, both tried in empty environments
 	rm -rf dist
 	$(VENV)/bin/python -m build --no-isolation --outdir dist . >/dev/null
 	$(VENV)/bin/python .ci/smoke.py dist

@@ -1,7 +1,9 @@
-"""Try a wheel: `smoke.py dist` installs the wheel of a directory into empty environments and uses it there.
+"""Try a release: `smoke.py dist` installs wheel and sdist of a directory into empty environments and uses them there.
 
 The first environment has the wheel and what it requires, in the tested versions: the library. The second borrows the
-packages of this interpreter, which has all stages, and prepares and trains.
+packages of this interpreter, which has all stages and setuptools: pip builds and installs the sdist there, without a
+network, and it prepares and trains. There pip also finds every requirement of the wheel's extra `all` satisfied, by the
+versions that are borrowed; it downloads none of them.
 """
 
 from __future__ import annotations
@@ -60,9 +62,9 @@ def run(*command: str | Path, status: int = 0, **variables: str) -> str:
     return done.stdout
 
 
-def environment(directory: Path) -> Path:
+def environment(directory: Path, *options: str) -> Path:
     """Make an empty environment and return the folder of its programs."""
-    subprocess.run([sys.executable, "-m", "venv", directory], check=True)
+    subprocess.run([sys.executable, "-m", "venv", *options, directory], check=True)
     return directory / "bin"
 
 
@@ -88,12 +90,16 @@ def try_library(wheel: Path, directory: Path) -> None:
     assert run(bin / "longring", "prepare", RECIPE, status=2).rstrip().endswith("run pip install 'longring[prepare]'")
 
 
-def try_stages(wheel: Path, directory: Path) -> None:
-    """Prepare and train with the wheel's code and the packages of this interpreter."""
-    bin = environment(directory / "stages")
-    run(bin / "python", "-m", "pip", "install", "--quiet", "--no-deps", wheel)
+def try_stages(sdist: Path, wheel: Path, directory: Path) -> None:
+    """Prepare and train with the code of the sdist; packages are those of this interpreter, as the extras ask for."""
+    bin = environment(directory / "stages", "--without-pip")  # its own setuptools may be too old for the build
     site = Path(run(bin / "python", "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip())
     (site / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    pip = (bin / "python", "-m", "pip", "install", "--no-index")
+    run(*pip, "--quiet", "--no-deps", "--no-build-isolation", sdist)
+    found = Path(run(bin / "python", "-c", "import longring; print(longring.__file__)").strip())
+    assert found == site / "longring" / "__init__.py", f"{found} is not of the sdist"
+    run(*pip, "--quiet", "--dry-run", f"{wheel}[all]")
     documents = directory / "documents.txt"
     documents.write_text("\n".join(f"Document {n} counts: " + " ".join(map(str, range(n, n + 300))) for n in range(40)))
     settings = [
@@ -108,13 +114,17 @@ def try_stages(wheel: Path, directory: Path) -> None:
 
 
 def main() -> None:
-    """Try the only wheel of the directory that the command line names."""
-    [wheel] = Path(sys.argv[1]).resolve().glob("longring-*.whl")
-    for part in (try_library, try_stages):
+    """Try the only wheel and the only sdist of the directory that the command line names."""
+    dist = Path(sys.argv[1]).resolve()
+    [wheel], [sdist] = dist.glob("longring-*.whl"), dist.glob("longring-*.tar.gz")
+    for text, part in (
+        (f"{wheel.name}: the library", lambda directory: try_library(wheel, directory)),
+        (f"{sdist.name}: preparation and training", lambda directory: try_stages(sdist, wheel, directory)),
+    ):
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as directory:
-            part(wheel, Path(directory))
-        print(f"{wheel.name}: {part.__name__} in {time.monotonic() - began:.0f} s")
+            part(Path(directory))
+        print(f"{text}, tried in {time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,13 @@ def test_the_oldest_set_has_the_lower_bounds_of_the_library_and_of_preparation()
         assert f"{pinned[name]}.".startswith(f"{least}."), f"{bound}: the oldest set has {pinned.get(name)}"
 
 
+def test_the_classifiers_are_the_versions_of_python_that_are_allowed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    versions = [name.split(" :: ")[-1] for name in project["classifiers"] if name.startswith("Programming Language")]
+    assert project["requires-python"] == f">={versions[0]},<3.{int(versions[-1].partition('.')[2]) + 1}"
+    assert project["keywords"] == yaml.safe_load((ROOT / "CITATION.cff").read_text())["keywords"]
+
+
 def test_the_citation_names_no_person_and_no_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["cff-version"] == "1.2.0"
