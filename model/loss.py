@@ -75,8 +75,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     largest logits into `best`, int64 `[n]`, if given.
 
     Logits are computed in the model's dtype and reduced in fp32. The logits of the first slices are kept, up to
-    `kept_bytes`, and the backward computes the others again, with the same bits; its gradient of x is this rank's term
-    of the sum over ranks.
+    `kept_bytes`, in fp32 as exp(logit - largest of its row); the backward computes the others again, with the same bits.
+    Its gradient of x is this rank's term of the sum over ranks.
 
     liger's and torch's own losses do not serve: they have no tensor parallelism (and liger's per-token loss saves a
     detached weight, which ZeRO-3 cannot free), or they sum the weight's gradient over slices in bf16 (liger's
@@ -106,7 +106,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             kept_bytes -= products.nbytes
             is_kept = kept_bytes >= 0 and ctx.needs_input_grad[0]
             kept += [products] * is_kept
-            logits = _logits(products, ctx.num_rows, is_kept)
+            logits = _logits(products, ctx.num_rows)  # products themselves in fp32: kept as their exponentials
             del products
             largest[part] = logits.amax(-1)
             if best is not None:
@@ -126,33 +126,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dist.all_reduce(totals, dist.ReduceOp.SUM, group)
         total, target_logit = totals
         # The parameter itself is saved, not a view of it: ZeRO-3 gathers it again before the backward.
-        ctx.save_for_backward(x, weight, overall, total, rows, here, *kept)
+        ctx.save_for_backward(x, weight, largest, shift, total, rows, here, *kept)
         return total.log() - target_logit, total.log() + overall
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor, dlog: Tensor) -> tuple[Tensor, Tensor, *tuple[None, ...]]:  # type: ignore[override]
-        x, weight, overall, total, rows, here, *kept = ctx.saved_tensors
-        # dlogits = (dloss + dlog) * softmax - dloss * onehot, where softmax = exp(logits - overall) / total.
-        onehot, softmax = dloss * here, (dloss + dlog) / total
-        dx = torch.empty_like(x)
-        dweight = torch.zeros_like(weight, dtype=torch.float32)
-        for part, products in zip_longest(_token_slices(len(x), len(weight)), kept):
-            again = x[part] @ weight.t() if products is None else products
-            dlogits = _logits(again, ctx.num_rows, is_kept=False)  # [slice, v]; in fp32, kept logits are overwritten
-            del again
-            dlogits.sub_(overall[part, None]).exp_().mul_(softmax[part, None])
+        x, weight, largest, shift, total, rows, here, *kept = ctx.saved_tensors
+        # dlogits = (dloss + dlog) * softmax - dloss * onehot, where softmax = exp(logits - largest) * exp(shift) / total.
+        onehot, softmax = dloss * here, (dloss + dlog) * shift.exp() / total
+        dx, dweight = torch.empty_like(x), None
+        for part, found in zip_longest(_token_slices(len(x), len(weight)), kept):
+            if found is not None and found.dtype == torch.float32:
+                dlogits = found  # [slice, v]: the exponentials, overwritten
+            else:
+                products = x[part] @ weight.t() if found is None else found
+                dlogits = _logits(products, ctx.num_rows).sub_(largest[part, None]).exp_()
+                del products
+            dlogits.mul_(softmax[part, None])
             dlogits[torch.arange(len(dlogits), device=x.device), rows[part]] -= onehot[part]
             dlogits = dlogits.to(x.dtype)
             dx[part] = dlogits @ weight
-            dweight += dlogits.t() @ x[part]
-            del dlogits
+            term = dlogits.t() @ x[part]  # [v, hidden]
+            dweight = term.float() if dweight is None else dweight.add_(term)
+            del dlogits, term
         return dx, dweight.to(weight.dtype), None, None, None, None, None
 
 
-def _logits(products: Tensor, num_rows: int, is_kept: bool) -> Tensor:
-    """Return logits `[n, v]` in fp32, which may be changed; those from `num_rows` on have no part in a softmax."""
-    logits = products.to(torch.float32, copy=is_kept)
+def _logits(products: Tensor, num_rows: int) -> Tensor:
+    """Return products `[n, v]` in fp32, the same tensor if they are; those from `num_rows` on leave the softmax."""
+    logits = products.float()
     logits[:, num_rows:] = torch.finfo(torch.float32).min  # -inf less -inf, on a rank of padding alone, would be nan
     return logits
 

@@ -48,7 +48,7 @@ def activations_of(recipe: Recipe, vocab_size: int, length: int, *, on_gpu: bool
         attention += 0 if memory.activations in ("recompute_layer", "offload") else itemsize * q
     before = norm + _qk_norm(recipe, q, kv, itemsize, on_gpu)
     mlp = itemsize * ffn * 3  # gate and up, and their SwiGLU
-    mlp_work = itemsize * ffn * (2 if on_gpu else 3)
+    mlp_work = itemsize * ffn * 2  # the gradient of gate and up
     after = norm + (mlp if not memory.mlp_tile_tokens else 0)
     kept = {
         "keep": before + attention + after,
@@ -69,14 +69,15 @@ def activations_of(recipe: Recipe, vocab_size: int, length: int, *, on_gpu: bool
 
     kept_tokens, slice_tokens = kept_logit_tokens(recipe, rows, itemsize)
     head = rows * hidden
-    # dlogits in fp32 and in the model's dtype, or those and the product for the gradient of the weight; in fp32, kept
-    # logits become their own gradient.
+    # In fp32 kept logits become their own gradient, and with one slice the only product is the gradient of the weight.
     of_slice = 0 if itemsize == 4 and kept_tokens == tokens else slice_tokens * rows
+    dweight = 0 if itemsize == 4 and slice_tokens == tokens else 4 * head
+    # The backward has dlogits in fp32 and in the model's dtype, or those and the product for the gradient of the weight.
     slice_work = of_slice * (4 + (itemsize if itemsize < 4 else 0))
     product = of_slice * itemsize + head * itemsize
     # The backward has the gradient of the head in fp32, that of x, and the larger of the two sums above.
     # The forward has a slice in fp32 beside the logits that are kept.
-    loss_work = max(4 * slice_tokens * rows, 4 * head + itemsize * tokens * hidden + max(slice_work, product))
+    loss_work = max(4 * of_slice, dweight + itemsize * tokens * hidden + max(slice_work, product))
     return Activations(
         layers=int(tokens * kept * stay),
         host=int(tokens * kept * (model.num_layers - 1)) if stay < model.num_layers else 0,
