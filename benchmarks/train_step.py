@@ -6,7 +6,8 @@
 All members have one architecture, equal weights and the same batch, one sequence for each rank, in fp32; they clip the
 gradient by its norm and step AdamW. Theirs divide a batch over several ranks by DDP, ours by ZeRO 1, with whole
 sequences (dp) or with each sequence over all ranks (cp). Every rank is a process of one thread. All stay alive and take
-turns step by step, so that all meet the same machine; the losses of every step must be equal.
+turns step by step, so that all meet the same machine; who waits is stopped, as idle threads of gloo would poll. The
+losses of every step must be equal.
 
 ratio is the time of the fastest of theirs over the member's in the same round, the median over the rounds: above 1, the
 member is faster. It is told of elapsed time and of processor time of all ranks, which other load disturbs less. The
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -50,14 +52,16 @@ SMALL, MEDIUM, LARGE = (256, 4, 8192), (512, 6, 8192), (768, 12, 16384)
 """Width, layers and vocabulary of 7M, 26M and 114M parameters."""
 CASES: dict[Size, list[Case]] = {
     "full": [
-        *(Case(*MEDIUM, tokens, ranks) for tokens, ranks in ((1024, 1), (2048, 1), (1024, 4))),
-        *(Case(*SMALL, tokens, 1) for tokens in (4096, 8192, 16384)),
+        *(Case(*MEDIUM, tokens, 1) for tokens in (1024, 2048)),
+        *(Case(*SMALL, tokens, ranks) for tokens, ranks in ((1024, 4), (4096, 1), (8192, 1), (16384, 1))),
         Case(*LARGE, 1024, 1),
     ],
-    "quick": [Case(*MEDIUM, 1024, 1), Case(*SMALL, 8192, 1), Case(*MEDIUM, 1024, 4)],
+    "quick": [Case(*MEDIUM, 1024, 1), Case(*SMALL, 8192, 1), Case(*SMALL, 1024, 4)],
     "smallest": [SMALLEST],
 }
-BUDGET_S = {"full": 45.0, "quick": 20.0, "smallest": 0.0}
+BUDGET_S = {"full": 60.0, "quick": 20.0, "smallest": 0.0}
+ROUNDS = {"full": 5, "quick": 2, "smallest": 2}
+"""Least number of rounds, the first of which warms up."""
 TOLERANCE = 1e-3
 """Largest difference of losses in nats; rounding in fp32 makes 1e-5, another learning rate or batch far more."""
 
@@ -110,6 +114,7 @@ class Member:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._signal(signal.SIGCONT)
         for pipe in self._pipes:
             with suppress(OSError):  # a rank that ended with an error reads no more
                 pipe.send(False)
@@ -123,17 +128,24 @@ class Member:
 
     def step(self) -> tuple[float, float, float]:
         """Run one step on all ranks; return its seconds, its CPU seconds and its mean loss."""
+        self._signal(signal.SIGCONT)
         started = time.perf_counter()
         for pipe in self._pipes:
             pipe.send(True)
         found = [pipe.recv() for pipe in self._pipes]
         seconds = time.perf_counter() - started
+        self._signal(signal.SIGSTOP)
         losses, cpu_seconds, peaks = zip(*found, strict=True)
         self.peak_mb = max(peaks)
         return seconds, sum(cpu_seconds), sum(losses) / len(losses)
 
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._processes:
+            if process.is_alive():
+                os.kill(process.pid or 0, number)
 
-def measure(case: Case, makes: dict[str, Make], budget_s: float) -> Iterator[Row]:
+
+def measure(case: Case, makes: dict[str, Make], size: Size) -> Iterator[Row]:
     """Yield a row for each member: its median step, its ratio and its peak, or the error that it ends with."""
     with ExitStack() as stack:
         members, errors = {}, {}
@@ -143,7 +155,7 @@ def measure(case: Case, makes: dict[str, Make], budget_s: float) -> Iterator[Row
                 members[name] = member
             else:
                 errors[name] = error
-        clocks, losses = rounds(members, budget_s)
+        clocks, losses = rounds(members, size)
         for name in makes:
             row: Row = {"parameters": count(case), "tokens": case.tokens, "ranks": case.ranks, "member": name}
             if name in errors:
@@ -157,14 +169,14 @@ def measure(case: Case, makes: dict[str, Make], budget_s: float) -> Iterator[Row
             yield row | measured | {"last_loss": round(losses[name][-1], 6)}
 
 
-def rounds(members: dict[str, Member], budget_s: float) -> tuple[dict[str, Series], Series]:
+def rounds(members: dict[str, Member], size: Size) -> tuple[dict[str, Series], Series]:
     """Return the elapsed and the CPU seconds, and the losses, of each member's steps; the first step only warms up.
 
     Raises SystemExit if a loss is not that of the first member.
     """
     elapsed, cpu, losses = ({name: [] for name in members} for _ in range(3))
-    names, until = list(members), time.perf_counter() + budget_s
-    while time.perf_counter() < until or len(losses[names[0]]) < 2:
+    names, until = list(members), time.perf_counter() + BUDGET_S[size]
+    while time.perf_counter() < until or len(losses[names[0]]) < ROUNDS[size]:
         names = [*names[1:], names[0]]  # nobody always follows the same one
         for name in names:
             for series, value in zip((elapsed, cpu, losses), members[name].step(), strict=True):
@@ -205,7 +217,7 @@ def main() -> int:
     torch.set_num_threads(1)
     rows: list[Row] = []
     for case in CASES[options.size]:
-        rows += measure(case, members_of(case, options.peers), BUDGET_S[options.size])
+        rows += measure(case, members_of(case, options.peers), options.size)
         write_record(options.json, {"versions": versions(), "rows": rows})  # long runs may be cut off
     show(rows)
     return 0
