@@ -16,6 +16,8 @@ from ..config import Recipe
 class Activations:
     """Bytes of activations of one micro-batch on one rank."""
 
+    layer: int
+    """Activations that one layer keeps."""
     layers: int
     """Activations that all layers keep, on the device."""
     host: int
@@ -79,6 +81,7 @@ def activations_of(recipe: Recipe, vocab_size: int, length: int, *, on_gpu: bool
     # The forward has a slice in fp32 beside the logits that are kept.
     loss_work = max(4 * of_slice, dweight + itemsize * tokens * hidden + max(slice_work, product))
     return Activations(
+        layer=int(tokens * kept),
         layers=int(tokens * kept * stay),
         host=int(tokens * kept * (model.num_layers - 1)) if stay < model.num_layers else 0,
         around=int(tokens * (norm + (itemsize * hidden if parallel.sequence_parallel else 0) + 25)),

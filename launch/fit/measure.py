@@ -16,7 +16,7 @@ from ...parallel.cp.cost import Speed
 from ...parallel.cp.topology import Topology
 from .device import Device
 from .links import gather_s
-from .time import ADAMW_BYTES
+from .time import ADAMW_BYTES, FUSED_ADAMW_BYTES
 
 SAMPLES = 5
 """Timed calls of each kind of work, after one that warms it up; the median counts."""
@@ -39,7 +39,7 @@ def measure_device(sizes: Sizes, dtype: torch.dtype, device: torch.device, speed
     """Return what the ranks of the world reach together; the slowest counts. Collective.
 
     Operators are those of the model, which take several passes on a CPU, and their tensors count as read and written
-    once. AdamW is torch's default, as in training on a GPU; on a CPU, training takes the fused one.
+    once. AdamW is the one that training takes on the device, and on the host.
     """
     s, h, f = sizes
     x, hidden = _random(s, h, dtype=dtype, device=device), _random(s, 2 * f, dtype=dtype, device=device)
@@ -60,9 +60,6 @@ def measure_device(sizes: Sizes, dtype: torch.dtype, device: torch.device, speed
         for result, inputs in passes:
             torch.autograd.grad(result, inputs, torch.ones_like(result))
 
-    numbers = torch.nn.Parameter(torch.zeros(UPDATE_ELEMENTS, device=device))
-    numbers.grad = torch.ones_like(numbers)
-    adamw = torch.optim.AdamW([numbers])
     to_sum, on_host = torch.zeros(SUM_ELEMENTS, device=device), torch.zeros(SUM_ELEMENTS)
     # Forward: norm 2 h, SwiGLU 3 f; backward: norm 3 h, SwiGLU 5 f.
     moved = itemsize * s * (5 * h + 8 * f)
@@ -75,20 +72,30 @@ def measure_device(sizes: Sizes, dtype: torch.dtype, device: torch.device, speed
         share = expected / _seconds(lambda: dist.all_reduce(to_sum), device)
     # One copy in each direction, the second after the first.
     copied = 2 * on_host.nbytes / _seconds(lambda: (on_host.to(device, copy=True), to_sum.to("cpu", copy=True)), device)
-    update = ADAMW_BYTES * UPDATE_ELEMENTS / _seconds(lambda: adamw.step(), device)
+    host = _update_rate(torch.device("cpu"), device)
     return Device(
         f"{ranks} ranks, measured on {device.type}",
         _memory_bytes(device),
         product_flops,
         product_flops,
         moved / _seconds(operators, device),
-        update,
+        _update_rate(device, device) if device.type == "cuda" else host,
         copied,
-        update,
+        host,
         speed,
         share,
         is_gpu=device.type == "cuda",
     )
+
+
+def _update_rate(where: torch.device, device: torch.device) -> float:
+    """Return the bytes a second of an update of fp32 weights that lie `where`, by the ranks of `device`. Collective."""
+    numbers = torch.nn.Parameter(torch.zeros(UPDATE_ELEMENTS, device=where))
+    numbers.grad = torch.ones_like(numbers)
+    on_host = where.type == "cpu"
+    adamw = torch.optim.AdamW([numbers], fused=on_host or None)
+    moved = FUSED_ADAMW_BYTES if on_host else ADAMW_BYTES
+    return moved * UPDATE_ELEMENTS / _seconds(lambda: adamw.step(), device)
 
 
 def _random(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:

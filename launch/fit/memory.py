@@ -138,7 +138,7 @@ def moments(
             moment="end",
             gradients=states.gradients + states.summed_part,
             host=states.host,
-            activations=kept.layers // recipe.model.num_layers,
+            activations=kept.layer,
             work=kept.layer_work + states.gradient_work,
             attention=attention,
         ),

@@ -15,7 +15,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from ...model.config import LOGIT_BYTES, ModelConfig
+from ...model.config import ModelConfig
+from ...model.loss import token_slice
 from ...parallel.cp.cost import Speed
 from ...parallel.cp.topology import Topology
 from ..config import Recipe
@@ -210,7 +211,7 @@ class _Work:
         layers = self.model.num_layers
         products = layers * (self.attention_half() + sum(self.mlp_half())) + self.head()
         # A slice of logits is read or written by: its copy in fp32, largest, subtraction, exponential and sum.
-        logits = self.rows * (self.itemsize + 28) / self.itemsize
+        logits = self.rows * (self._casts() + 24) / self.itemsize
         return _Pass(
             products, layers * self.operator(self._attention_elements() + self._mlp_elements()) + self.operator(logits)
         )
@@ -223,7 +224,8 @@ class _Work:
         # Norms read two and write one, residuals add up two gradients; layouts of q, k, v and out are copied back.
         attention = 6 * hidden + self._layout_elements() + self._norm_elements() * 1.5
         mlp = 6 * hidden + 5 * self.ffn  # SwiGLU reads gate, up and one gradient, and writes two
-        logits = self.rows * (2 * self.itemsize + 36) / self.itemsize
+        # Subtraction, exponential and factor, between casts from and to the model's dtype.
+        logits = self.rows * (2 * self._casts() + 24) / self.itemsize
         elements = layers * (attention + mlp) + logits
         return _Pass(products, self.operator(elements) + self._head_sums())
 
@@ -242,6 +244,10 @@ class _Work:
             operators += self.operator(self._attention_elements())
         kept = min(1.0, self.memory.kept_logits_gb * 1e9 / (self.itemsize * self.tokens * self.rows))
         return _Pass(layers * products + (1 - kept) * self.head(), layers * operators)
+
+    def _casts(self) -> int:
+        """Return the bytes of an element that a cast between the model's dtype and fp32 moves."""
+        return 0 if self.itemsize == 4 else self.itemsize + 4
 
     def _norm_elements(self) -> float:
         """Return the elements that norms of q and k move for each token."""
@@ -262,9 +268,10 @@ class _Work:
 
     def _head_sums(self) -> float:
         """Return the seconds of adding up the gradient of the head's weight, slice by slice in fp32."""
-        slices = math.ceil(self.tokens / max(1, 2 ** int(math.log2(LOGIT_BYTES / (4 * self.rows)))))
-        # A slice's product is written and read, and its fp32 sum read and written.
-        moved = self.rows * self.model.hidden_size * slices * (2 * self.itemsize + 8)
+        slices = math.ceil(self.tokens / token_slice(self.rows))
+        # After the first slice a product is written and read, and the sum read and written.
+        each = (slices - 1) * (2 * self.itemsize + 8) + 2 * self._casts()
+        moved = self.rows * self.model.hidden_size * each
         return moved / self.device.operator_bytes_per_s
 
     def sums_of_gradients(self) -> float:
@@ -343,7 +350,8 @@ class _Work:
         part = self.parameters / (self.data_size if self.parallel.zero_stage else 1)
         norm = part * NORM_AND_CLIP_BYTES / self.device.update_bytes_per_s
         if self.parallel.zero.offload_optimizer == "none":
-            moved = ADAMW_BYTES + (0 if self.itemsize == 4 else 6)  # bf16 weights are rounded from the fp32 ones
+            moved = ADAMW_BYTES if self.device.is_gpu else FUSED_ADAMW_BYTES
+            moved += self._casts()  # bf16 weights are rounded from the fp32 ones
             return norm + part * moved / self.device.update_bytes_per_s, 0.0
         copies = part * (4 + self.itemsize) / self.device.host_bytes_per_s  # gradients down in fp32, weights up
         return norm, copies + part * FUSED_ADAMW_BYTES / self.device.host_update_bytes_per_s
