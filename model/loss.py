@@ -75,8 +75,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     largest logits into `best`, int64 `[n]`, if given.
 
     Logits are computed in the model's dtype and reduced in fp32. The logits of the first slices are kept, up to
-    `kept_bytes`, in fp32 as exp(logit - largest of its row); the backward computes the others again, with the same bits.
-    Its gradient of x is this rank's term of the sum over ranks.
+    `kept_bytes`, in fp32 as exp(logit - largest of its row). The backward computes the others again, with the same
+    bits; its gradient of x is this rank's term of the sum over ranks.
 
     liger's and torch's own losses do not serve: they have no tensor parallelism (and liger's per-token loss saves a
     detached weight, which ZeRO-3 cannot free), or they sum the weight's gradient over slices in bf16 (liger's
@@ -133,7 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor, dlog: Tensor) -> tuple[Tensor, Tensor, *tuple[None, ...]]:  # type: ignore[override]
         x, weight, largest, shift, total, rows, here, *kept = ctx.saved_tensors
-        # dlogits = (dloss + dlog) * softmax - dloss * onehot, where softmax = exp(logits - largest) * exp(shift) / total.
+        # dlogits = (dloss + dlog) * softmax - dloss * onehot, softmax = exp(logits - largest) * exp(shift) / total
         onehot, softmax = dloss * here, (dloss + dlog) * shift.exp() / total
         dx, dweight = torch.empty_like(x), None
         for part, found in zip_longest(_token_slices(len(x), len(weight)), kept):
@@ -150,6 +150,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             term = dlogits.t() @ x[part]  # [v, hidden]
             dweight = term.float() if dweight is None else dweight.add_(term)
             del dlogits, term
+        assert dweight is not None, "a micro-batch has tokens"
         return dx, dweight.to(weight.dtype), None, None, None, None, None
 
 

@@ -74,7 +74,7 @@ def activations_of(recipe: Recipe, vocab_size: int, length: int, *, on_gpu: bool
     # In fp32 kept logits become their own gradient, and with one slice the only product is the gradient of the weight.
     of_slice = 0 if itemsize == 4 and kept_tokens == tokens else slice_tokens * rows
     dweight = 0 if itemsize == 4 and slice_tokens == tokens else 4 * head
-    # The backward has dlogits in fp32 and in the model's dtype, or those and the product for the gradient of the weight.
+    # The backward has dlogits in fp32 and in the model's dtype, or these and the product for the weight's gradient.
     slice_work = of_slice * (4 + (itemsize if itemsize < 4 else 0))
     product = of_slice * itemsize + head * itemsize
     # The backward has the gradient of the head in fp32, that of x, and the larger of the two sums above.

@@ -210,11 +210,9 @@ class _Work:
         """Return the forward of a micro-batch."""
         layers = self.model.num_layers
         products = layers * (self.attention_half() + sum(self.mlp_half())) + self.head()
+        operators = layers * self.operator(self._attention_elements() + self._mlp_elements())
         # A slice of logits is read or written by: its copy in fp32, largest, subtraction, exponential and sum.
-        logits = self.rows * (self._casts() + 24) / self.itemsize
-        return _Pass(
-            products, layers * self.operator(self._attention_elements() + self._mlp_elements()) + self.operator(logits)
-        )
+        return _Pass(products, operators + self._logits(self._casts() + 24))
 
     def backward(self) -> _Pass:
         """Return the backward of a micro-batch, without what it computes again."""
@@ -224,10 +222,9 @@ class _Work:
         # Norms read two and write one, residuals add up two gradients; layouts of q, k, v and out are copied back.
         attention = 6 * hidden + self._layout_elements() + self._norm_elements() * 1.5
         mlp = 6 * hidden + 5 * self.ffn  # SwiGLU reads gate, up and one gradient, and writes two
+        operators = layers * self.operator(attention + mlp)
         # Subtraction, exponential and factor, between casts from and to the model's dtype.
-        logits = self.rows * (2 * self._casts() + 24) / self.itemsize
-        elements = layers * (attention + mlp) + logits
-        return _Pass(products, self.operator(elements) + self._head_sums())
+        return _Pass(products, operators + self._logits(2 * self._casts() + 24) + self._head_sums())
 
     def again(self) -> _Pass:
         """Return what the backward of a micro-batch computes again."""
@@ -244,6 +241,10 @@ class _Work:
             operators += self.operator(self._attention_elements())
         kept = min(1.0, self.memory.kept_logits_gb * 1e9 / (self.itemsize * self.tokens * self.rows))
         return _Pass(layers * products + (1 - kept) * self.head(), layers * operators)
+
+    def _logits(self, num_bytes: int) -> float:
+        """Return the seconds of passes over the logits, of this number of bytes each; AdamW's are passes like these."""
+        return self.tokens * self.rows * num_bytes / self.device.update_bytes_per_s
 
     def _casts(self) -> int:
         """Return the bytes of an element that a cast between the model's dtype and fp32 moves."""
@@ -271,12 +272,11 @@ class _Work:
         slices = math.ceil(self.tokens / token_slice(self.rows))
         # After the first slice a product is written and read, and the sum read and written.
         each = (slices - 1) * (2 * self.itemsize + 8) + 2 * self._casts()
-        moved = self.rows * self.model.hidden_size * each
-        return moved / self.device.operator_bytes_per_s
+        return self.rows * self.model.hidden_size * each / self.device.update_bytes_per_s
 
     def sums_of_gradients(self) -> float:
         """Return the seconds of adding a micro-batch's gradients to their sums."""
-        return self.parameters * (self.itemsize + 2 * self.sum_itemsize) / self.device.operator_bytes_per_s
+        return self._passes(self.itemsize) + 2 * self._passes(self.sum_itemsize)
 
     def _exposed(self, seconds: float, cover: float) -> tuple[float, float]:
         """Return the exposed and the hidden part of messages or copies beside `cover` seconds of computing."""
@@ -311,26 +311,33 @@ class _Work:
             forward = backward = 0.0
         links = self.links.data_ranks
         weights = self._gather(links, ranks, self.parameters * self.itemsize)
-        sums = self._gather(links, ranks, self.parameters * self.sum_itemsize)
+        half = self._gather(links, ranks, self.parameters * self.sum_itemsize)  # a sum's reduce-scatter, or its gather
+        copies = 6 * self._passes(self.sum_itemsize)  # into one tensor, divided there by the ranks, and out of it
         if stage == 0:
-            return 2 * sums, 0.0  # after the last backward, so beside no computing
+            return 2 * half + copies, 0.0  # after the last backward, so beside no computing
         if stage < 3:
             # Sums of all gradients, in the last backward (ZeRO 1) or in each, and the weights after the update.
-            exposed, hidden = self._exposed(2 * sums, backward)
+            exposed, hidden = self._exposed(2 * half + copies, backward)
             times = 1 if stage == 1 else micro_batches
             return times * exposed + weights, times * hidden
-        again = weights
+        sums, again = half + copies, weights
         if zero.zero_hpz_partition_size > 1:  # from a copy that fewer ranks divide
             again = self._gather(links, min(ranks, zero.zero_hpz_partition_size), self.parameters * self.itemsize)
         if zero.zero_quantized_weights:
             weights, again = weights / self.itemsize, again / self.itemsize  # int8: a byte a weight
         if zero.zero_quantized_gradients:
-            sums /= 2 * self.sum_itemsize  # int4: half a byte a gradient
+            sums = half / (2 * self.sum_itemsize) + copies  # int4: half a byte a gradient
         if zero.offload_param == "cpu":
             up = self.parameters * self.itemsize / ranks / self.device.host_bytes_per_s
             weights, again = weights + up, again + up
+        joined = 3 * self._passes(self.itemsize)  # gathered by ranks, and each weight copied into a tensor of its own
+        weights, again = weights + joined, again + joined
         both = [self._exposed(weights, forward), self._exposed(again + sums, backward)]
         return micro_batches * sum(e for e, _ in both), micro_batches * sum(h for _, h in both)
+
+    def _passes(self, itemsize: int) -> float:
+        """Return the seconds of reading, or of writing, all parameters once in elements of `itemsize` bytes."""
+        return self.parameters * itemsize / self.device.operator_bytes_per_s
 
     def _gather(self, topology: Topology, ranks: int, num_bytes: float) -> float:
         return gather_s(topology, ranks, num_bytes, self.device.link_share)
