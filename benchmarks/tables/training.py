@@ -44,12 +44,16 @@ def start_memory(record: Any) -> Iterator[Cells]:
 
 
 def train_step(record: Any) -> Iterator[Cells]:
-    """Yield the CPU seconds and the peak memory of a step by each member, by the number of tokens."""
-    of = {(row["tokens"], row["member"]): row for row in record["rows"]}
-    for tokens in sorted({tokens for tokens, _ in of}):
+    """Yield seconds of a step by each member, with their ratio and its memory, by the size of the step."""
+    of = {
+        (row["parameters"], row["tokens"], row["ranks"], row["member"].removesuffix(", dp")): row
+        for row in record["rows"]
+    }
+    for size in dict.fromkeys(key[:3] for key in of):
         members = ("ours", "transformers", "torch, fused", "torch, foreach", "OLMo-core")
-        found = [of[tokens, member] for member in members]
-        yield f"{tokens:,}", *(f"{row['cpu_s']:.2f} s, {row['peak_mb']:,} MB" for row in found)
+        found = [of[*size, member] for member in members]
+        cells = (f"{row['step_s']:.2f} s ({row['step_ratio']:.2f}), {row['peak_mb']:,}" for row in found)
+        yield f"{size[0] / 1e6:.0f}M", f"{size[1]:,}", f"{size[2]}", *cells
 
 
 def needles(record: Any) -> Iterator[Cells]:
@@ -145,7 +149,7 @@ TABLES = [
     Table("api.md", "| extra | commands |", extras, ("install_2_cores_2026-11-22",)),
     Table("design.md", "| micro-batches | error, float32 |", gradient_sums, ("gradient_dtype_2_cores_2026-11-22",)),
     Table("design.md", "| ranks | ZeRO 0 |", start_memory, ("start_memory_2_cores_2026-11-22",)),
-    Table("design.md", "| tokens | ours | transformers |", train_step, ("train_step_2_cores_partial_2026-11-22",)),
+    Table("design.md", "| parameters | tokens | ranks | ours |", train_step, ("train_step_2_cores_2026-11-23",)),
     Table("evaluation.md", "| | tokens | ring | step 100 |", needles, ("needles_2_cores_2026-11-23",)),
     Table("families.md", "| model | logits within |", family_parity, ("family_parity_2_cores_2026-11-22",)),
     Table(
