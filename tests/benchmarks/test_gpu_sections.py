@@ -1,4 +1,4 @@
-"""Sections of gpu_check and gpu_node: they see what is wrong. Their whole runs are in test_smallest.py."""
+"""Sections of gpu_check and gpu_node: they see what is wrong. Their whole runs are in test_gpu_programs.py."""
 
 from __future__ import annotations
 

@@ -8,7 +8,11 @@ from helpers.benchmarks import BENCHMARKS, check_smallest_size, run
 from helpers.lanes import by_lane
 from lib.lab_network import unavailable
 
-OWN_FILES = {"needles", "soak", "start_memory"}
+OWN_FILES = {
+    *("gpu_check", "gpu_node", "needles", "phases", "related_training", "soak", "start_memory"),
+    *("train_step", "variable_length"),
+}
+"""Benchmarks whose test is another file's, since a worker takes a whole file."""
 SCRIPTS = sorted({path.stem for path in BENCHMARKS.glob("*.py")} - OWN_FILES)
 ON_A_NETWORK = {"cp_lab_network", "cp_layouts_network", "gloo_links"}
 FAST = ["cp_layouts", "cp_paper", "cp_precision", "full_sizes", "gloo_links", "order", "tune_attention"]
