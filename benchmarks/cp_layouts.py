@@ -63,8 +63,7 @@ def play(grid: CpGrid, shares: list[packed.Runs], starts: tuple[int, ...], topol
     forward = schedules.Schedule(grid, layouts, visible.Visibility(), "forward")
     backward = forward.turned("backward")
     work, wires = forward.pairs.sum(1), simulate.wires_of(topology, grid.size)
-    of_pairs = zip(wires.links.tolist(), wires.bytes_per_s.tolist(), strict=True)
-    rates = {wires.names[link]: rate for of, rate in of_pairs for link in of if link < len(wires.names)}
+    rates = dict(zip(wires.names, wires.link_bytes_per_s.tolist(), strict=True))
     seconds, ideal, bound = 0.0, 0.0, 0.0
     for schedule in (forward, backward):
         price = cost.play(schedule, topology, SHAPE, cost.ASSUMED)

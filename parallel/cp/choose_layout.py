@@ -1,12 +1,13 @@
-"""Choice of a layout for a packing: the passes of all layouts are simulated, and the fastest is taken.
+"""Choice of a layout for a packing: the passes of layouts are simulated, and the fastest is taken.
 
 Only tiles and messages that the documents of a packing need are simulated, from the rows that shares need of each
-other, which are counted for all layouts at once.
+other, which are counted for all layouts at once. A layout is not simulated where its busiest rank or its busiest link
+alone takes longer than another layout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple, get_args
@@ -18,13 +19,15 @@ from .grid import CpGrid, Layout
 from .needs import roads_of
 from .packed import Runs, divided
 from .plan import PASSES
-from .simulate import Floats, Tiles, Traffic, simulate, wires_of
+from .simulate import Floats, Tiles, Traffic, least_seconds, simulate, wires_of
 from .topology import Topology
 from .visible import Meetings, Pieces, Visibility
 
 CLEARLY = 0.98
 """Another layout is taken where it takes less than this part of zigzag's time: rows are counted without the gaps that
 messages carry."""
+ROUNDING = 1e-9
+"""More than the relative error of a sum of some thousand tiles or messages in fp64."""
 
 
 class LayersOf(NamedTuple):
@@ -34,6 +37,27 @@ class LayersOf(NamedTuple):
     window: int | None
     """Attention window in tokens; None for full attention."""
     num_layers: int
+
+
+class _Passes(NamedTuple):
+    """Both passes of one kind of layers under one layout."""
+
+    num_layers: int
+    num_ranks: int
+    bytes_per_s: Floats
+    """Bandwidth of each link."""
+    passes: list[tuple[Traffic, Tiles]]
+
+    @property
+    def seconds(self) -> float:
+        """Simulated time of all layers."""
+        num_links = len(self.bytes_per_s)
+        return self.num_layers * sum(simulate(*of, self.num_ranks, num_links).ready.max() for of in self.passes)
+
+    @property
+    def least_seconds(self) -> float:
+        """A lower bound of `seconds`, in a fraction of their time."""
+        return self.num_layers * sum(least_seconds(*of, self.bytes_per_s) for of in self.passes)
 
 
 @dataclass(frozen=True)
@@ -59,45 +83,57 @@ class LayoutPricer:
             return divided("zigzag", self.num_tokens, document_starts, self.size)
         windows = tuple((of.window, of.num_layers) for of in self.layers)
         found = [divided(layout, self.num_tokens, document_starts, self.size, windows) for layout in layouts]
-        seconds = self.seconds(found, document_starts)
-        fastest = int(np.argmin(seconds))
-        return found[fastest if seconds[fastest] < CLEARLY * seconds[0] else 0]  # 0: zigzag
+        passes = self._passes(found, document_starts)
+        factors = np.array([CLEARLY if layout == "zigzag" else 1.0 for layout in layouts])
+        least = factors * [sum(of.least_seconds for of in of_layout) for of_layout in passes]
+        fastest = float("inf"), 0  # seconds and layout; of equal times that of the first layout
+        for layout in np.argsort(least).tolist():
+            # Layouts come in order of their bounds, so that from here on none is faster. Bounds and times are rounded.
+            if least[layout] > (1 + ROUNDING) * fastest[0]:
+                break
+            seconds = factors[layout] * sum(of.seconds for of in passes[layout])
+            fastest = min(fastest, (seconds, layout))
+        return found[fastest[1]]
 
     def seconds(self, layouts: Sequence[Sequence[Runs]], document_starts: tuple[int, ...]) -> Floats:
         """Return the time of the attention of all layers, both passes, but for trades of heads: `[layouts]`.
 
         `layouts` has the runs of each rank under each layout.
         """
+        return np.array([sum(of.seconds for of in passes) for passes in self._passes(layouts, document_starts)])
+
+    def _passes(self, layouts: Sequence[Sequence[Runs]], document_starts: tuple[int, ...]) -> list[list[_Passes]]:
+        """Return both passes of each kind of layers under each layout."""
         # Shares of all layouts in one array: rank r of layout n has number n x size + r, and documents do not meet.
         pieces = Pieces.of_runs([runs for shares in layouts for runs in shares], document_starts)
         pieces = replace(pieces, document=pieces.document + pieces.owner // self.size * len(document_starts))
         [met] = Meetings.of(pieces)  # all in one part; every layer is causal
-        total = np.zeros(len(layouts))
+        found: list[list[_Passes]] = [[] for _ in layouts]
         for of in self._priced:
-            total += of.num_layers * self._seconds_of_layer(of, met, len(layouts))
-        return total
+            for of_layout, passes in zip(found, self._passes_of_layer(of, met, len(layouts)), strict=True):
+                of_layout.append(passes)
+        return found
 
     @property
     def _priced(self) -> list[LayersOf]:
         """Layers whose work depends on the layout: without several positions, ranks differ in heads only."""
         return [of for of in self.layers if of.grid.num_positions > 1]
 
-    def _seconds_of_layer(self, of: LayersOf, met: Meetings, num_layouts: int) -> Floats:
-        """Return the time of both passes of one layer, `[layouts]`."""
-        grid, roads, traffic = of.grid, roads_of(of.grid), _traffic(of.grid, self.topology)
-        num_links = len(wires_of(self.topology, grid.size).names)
-        num_pairs, num_rows = roads.needed(met, Visibility(window=of.window), num_layouts)
-        found = np.zeros(num_layouts)
-        for direction, rows in zip(PASSES, num_rows, strict=True):
-            row_bytes = self.shape.batch * self.shape.row_bytes(grid, direction)[roads.flow_of]  # [flow legs]
-            num_bytes = (rows * row_bytes[:, None]).reshape(num_layouts, -1)  # [layouts, messages]
-            for layout in range(num_layouts):
-                [at] = num_pairs[layout].nonzero()  # tiles that see anything
-                seconds = self.speed.seconds(num_pairs[layout, at], self.shape, grid, direction)
-                tiles = Tiles(roads.tiles.half[at], roads.tiles.rank[at], seconds)
-                sent = traffic._replace(num_bytes=num_bytes[layout])  # 0 bytes: not sent
-                found[layout] += simulate(sent, tiles, grid.size, num_links).ready.max()
-        return found
+    def _passes_of_layer(self, of: LayersOf, met: Meetings, num_layouts: int) -> Iterator[_Passes]:
+        """Yield both passes of one layer under each layout."""
+        grid, roads, wires = of.grid, roads_of(of.grid), wires_of(self.topology, of.grid.size)
+        traffic = _traffic(grid, self.topology)
+        num_pairs, rows = roads.needed(met, Visibility(window=of.window), num_layouts)
+        for layout in range(num_layouts):
+            [at] = num_pairs[layout].nonzero()  # tiles that see anything
+            half, rank, pairs = roads.tiles.half[at], roads.tiles.rank[at], num_pairs[layout, at]
+            passes: list[tuple[Traffic, Tiles]] = []
+            for direction in PASSES:
+                row_bytes = self.shape.batch * self.shape.row_bytes(grid, direction)
+                num_bytes = roads.num_bytes(rows, layout, direction, row_bytes)  # 0 bytes: not sent
+                seconds = self.speed.seconds(pairs, self.shape, grid, direction)
+                passes.append((traffic._replace(num_bytes=num_bytes), Tiles(half, rank, seconds)))
+            yield _Passes(of.num_layers, grid.size, wires.link_bytes_per_s, passes)
 
 
 @lru_cache(maxsize=64)

@@ -6,10 +6,9 @@ nothing, so that layouts can be simulated for each micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ import numpy as np
 from ...kernels.layout import SeqLayout
 from .grid import CpGrid
 from .legs import Leg
-from .plan import FLOWS, PASSES, Flow, Side
+from .plan import FLOWS, PASSES, Flow, Pass, Side
 from .schedules import Schedule
 from .simulate import Floats
 from .visible import FAR, Ints, Meetings, Visibility
@@ -47,6 +46,17 @@ class GridMessages(NamedTuple):
     posted: Ints
     """Half of a step, as in `simulate.Traffic`."""
     due: Ints
+
+
+class FlowRows(NamedTuple):
+    """Rows of all messages of one flow, under several layouts."""
+
+    flow: int
+    """Index into `FLOWS`."""
+    flow_legs: Ints
+    """Numbers of its flow legs, `[legs]`."""
+    of_passes: tuple[Floats, Floats]
+    """Rows in the forward and in the backward, `[layouts, legs, positions]`; a flow that a pass lacks has some too."""
 
 
 class _Roads:
@@ -95,15 +105,12 @@ class _Roads:
         flow, source, target, posted, due = (of[:, None] + 0 * head for of in columns[:, order])
         ends = source * grid.heads + head, target * grid.heads + head
         self.messages = GridMessages(*(of.ravel() for of in (flow, *ends, posted, due)))
-        self.flow_of = flow[:, 0, 0]
-        """Index into `FLOWS` of each flow leg, `[flow legs]`."""
 
-    def needed(self, met: Meetings, visibility: Visibility, num_layouts: int) -> tuple[Floats, Floats]:
-        """Return the visible pairs of tiles and the rows of messages, both in the order of `tiles` and `messages`.
+    def needed(self, met: Meetings, visibility: Visibility, num_layouts: int) -> tuple[Floats, list[FlowRows]]:
+        """Return the visible pairs of tiles, `[layouts, tiles]` in the order of `tiles`, and the rows of messages.
 
-        `[layouts, tiles]` and `[passes, layouts, flow legs, n]`, n = heads x positions. A flow that a pass lacks has
-        rows in this pass too. `met` says how the pieces of documents meet; owners of these pieces are ranks, those of
-        layout n from n x ranks on.
+        `met` says how the pieces of documents meet; owners of these pieces are ranks, those of layout n from n x ranks
+        on.
         """
         heads, size = self.grid.heads, self.grid.num_positions
         num_pairs = met.num_pairs(visibility)
@@ -115,19 +122,31 @@ class _Roads:
         of_tiles = np.bincount(layout * size**2 + self.tile[query, key], num_pairs, num_layouts * size**2)
 
         row = np.empty_like(pieces.start)  # first row of each piece: rows of all shares are numbered on
-        in_order, num_rows = np.lexsort((pieces.start, pieces.owner)), pieces.stop - pieces.start
+        in_order, num_rows = (pieces.owner * FAR + pieces.start).argsort(), pieces.stop - pieces.start
         row[in_order] = np.cumsum(num_rows[in_order]) - num_rows[in_order]
-        rows = np.zeros((len(PASSES), num_layouts, len(self.flow_of), heads, size))
+        found: list[FlowRows] = []
         for side, of_tile in self.leg.items():
             leg = of_tile[query, key]
             sent = leg >= 0
             reached = met._replace(query=met.query[sent], key=met.key[sent])
             shape = num_layouts, len(self.schedule.legs[side]), size
-            found = self._rows(side, _needed(reached, leg[sent], row, side, visibility, shape))
-            for in_pass, shares in zip(rows, found[:2], strict=True):
-                for numbers, of_flow in zip(self.flow_legs[side], (shares, found[2]), strict=True):
-                    in_pass[:, numbers] = of_flow[:, :, None]  # [layouts, legs, 1, owners], for all heads
-        return of_tiles.astype(float).repeat(heads).reshape(num_layouts, -1), rows.reshape(*rows.shape[:3], -1)
+            *shares, results = self._rows(side, _needed(reached, leg[sent], row, side, visibility, shape))
+            for flow, numbers, rows in zip(
+                (side, RESULTS[side]), self.flow_legs[side], (shares, (results, results)), strict=True
+            ):
+                found.append(FlowRows(FLOWS.index(flow), numbers, (rows[0], rows[1])))
+        of_ranks = np.broadcast_to(of_tiles.astype(float, copy=False)[:, None], (len(of_tiles), heads))
+        return of_ranks.reshape(num_layouts, -1), found
+
+    def num_bytes(self, rows: Sequence[FlowRows], layout: int, direction: Pass, row_bytes: Ints) -> Floats:
+        """Return the bytes of each of `messages` under one layout; `row_bytes` are those of a row of each flow."""
+        num_legs, size = sum(len(of.flow_legs) for of in rows), self.grid.num_positions
+        found = np.zeros((num_legs, self.grid.heads, size))
+        for of in rows:
+            if row_bytes[of.flow]:
+                of_leg = of.of_passes[PASSES.index(direction)][layout] * row_bytes[of.flow]
+                found[of.flow_legs] = of_leg[:, None]  # [legs, 1, positions], for all heads
+        return found.reshape(-1)
 
     def _rows(self, side: Side, needed: _Needed) -> tuple[Floats, Floats, Floats]:
         """Return the rows of the shares of a side in the forward, in the backward, and of the results for them."""
@@ -171,9 +190,9 @@ class _Needed(NamedTuple):
         for leg, then in onward:
             chain[leg] = chain[then]
         # From the last stop of a journey back, the range of a piece grows. Later journeys lie beyond earlier ones.
-        order = np.lexsort((-self.leg, chain[self.leg], self.piece))
-        key = (self.piece * len(legs) + chain[self.leg])[order]
-        journey = np.cumsum(np.diff(key, prepend=-1) > 0) * FAR
+        key = self.piece * len(legs) + chain[self.leg]
+        order = ((key + 1) * len(legs) - self.leg).argsort()  # one key: several are sorted one after the other
+        journey = np.cumsum(np.diff(key[order], prepend=-1) > 0) * FAR
         num_rows = np.maximum.accumulate(self.stop[order] + journey) - journey
         num_rows -= np.minimum.accumulate(self.first[order] - journey) + journey
         goes_on = np.flatnonzero(np.diff(journey) == 0)  # the next one is an earlier stop of the same journey
@@ -190,6 +209,8 @@ class _Needed(NamedTuple):
 
         A message has what any stop needs, between the ends of what its own stops need.
         """
+        from .hulls import lengths_of_hulls  # imported late, as in `simulate`
+
         # What stops need of a piece is one range.
         begins = np.flatnonzero(np.diff(self.piece, prepend=-1))  # first entry of each piece
         ranges = (self.first, self.stop)
@@ -206,26 +227,18 @@ class _Needed(NamedTuple):
             return np.minimum(sums[before] + row - starts[before], sums[at])
 
         # Hulls of what each stop needs, in numbers of needed rows: rows between that no stop needs do not count.
-        first, stop = np.full(self.shape, float(FAR)), np.zeros(self.shape)
+        first, stop = np.full(self.shape, FAR), np.zeros(self.shape, np.int64)
         np.minimum.at(first.reshape(-1), self.cell, below(self.first))
         np.maximum.at(stop.reshape(-1), self.cell, below(self.stop))
 
         num_legs = self.shape[1]
         # Sums of results grow from the first stop on; shares carry what their stop and all later ones need.
-        results = _within_hulls(first.copy(), stop.copy(), range(num_legs))
-        return _within_hulls(first, stop, range(num_legs)[::-1]), results
+        in_order = np.arange(num_legs)
+        return lengths_of_hulls(first, stop, in_order[::-1]), lengths_of_hulls(first, stop, in_order)
 
     def _sums(self, cell: Ints, num_rows: Ints) -> Floats:
         """Return the rows of all cells, `shape`."""
         return np.bincount(cell, num_rows, prod(self.shape)).astype(float, copy=False).reshape(self.shape)
-
-
-def _within_hulls(first: Floats, stop: Floats, legs: Iterable[int]) -> Floats:
-    """Return the lengths of the hulls of each leg's range and all before it, `[layouts, legs, owners]`; in place."""
-    for before, leg in pairwise(legs):
-        np.minimum(first[:, leg], first[:, before], out=first[:, leg])
-        np.maximum(stop[:, leg], stop[:, before], out=stop[:, leg])
-    return np.maximum(stop - first, 0)
 
 
 def _needed(
@@ -236,7 +249,7 @@ def _needed(
     # Groups: a piece and a leg, whose stop has tokens of the other side from `first` to before `last`.
     most = int(leg.max(initial=0)) + 1
     group = mine * most + leg
-    order = group.argsort(kind="stable")
+    order = group.argsort()
     begins = np.flatnonzero(np.diff(group[order], prepend=-1))
     piece, leg = np.divmod(group[order[begins]], most)
     first, last = of.start[others[order]], of.stop[others[order]]

@@ -107,9 +107,9 @@ def balanced(num_tokens: int, document_starts: Sequence[int], size: int, windows
 
     first, last, found = 0, num_tokens, []  # [first, last): the part of the line that is left
     for tokens in _tokens_of_ranks(num_tokens, size):
-        mean = (work(last) - work(first)) * tokens / (last - first)
-
-        none = work(first) - work(last) + mean  # the terms of `excess` without `heavy`, negated
+        left = work(last) - work(first)
+        mean = left * tokens / (last - first)
+        none = mean - left  # the terms of `excess` without `heavy`, negated
 
         def excess(heavy: int, light: int = first + tokens, last: int = last, none: float = none) -> float:
             """Return the work of the rank beyond its share, with a number of tokens from the heavy end."""
@@ -232,11 +232,12 @@ def _tokens_of_ranks(num_tokens: int, size: int) -> list[int]:
 def _joined(runs: list[tuple[int, int]]) -> Runs:
     """Return runs in ascending order, touching ones merged and empty ones left out."""
     found: list[tuple[int, int]] = []
-    for start, stop in sorted(runs):
-        if start == stop:
-            continue
-        if found and found[-1][1] == start:
-            found[-1] = (found[-1][0], stop)
-        else:
-            found.append((start, stop))
+    end = -1  # of the last run
+    for run in sorted(runs):
+        start, stop = run
+        if start == end:
+            found[-1], end = (found[-1][0], stop), stop
+        elif start < stop:
+            found.append(run)
+            end = stop
     return tuple(found)

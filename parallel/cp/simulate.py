@@ -67,7 +67,20 @@ def simulate(traffic: Traffic, tiles: Tiles, num_ranks: int, num_links: int) -> 
     """Return the times at which ranks exchange messages and compute tiles."""
     from .walk_halves import walk_halves  # imported late: numba takes a quarter of a second, and one rank needs none
 
-    return Times(*walk_halves(*traffic, *tiles, num_ranks, num_links))
+    sent = np.flatnonzero(traffic.num_bytes > 0)  # numba finds them in twice the time
+    return Times(*walk_halves(sent, *traffic, *tiles, num_ranks, num_links))
+
+
+def least_seconds(traffic: Traffic, tiles: Tiles, bytes_per_s: Floats) -> float:
+    """Return a time that `simulate` cannot go below: that of the busiest rank's tiles or of the busiest link's bytes.
+
+    `bytes_per_s` is the bandwidth of each link.
+    """
+    from .walk_halves import bytes_of_links  # imported late, as in `simulate`
+
+    computes = np.bincount(tiles.rank, tiles.seconds, 1)
+    carries = bytes_of_links(traffic.num_bytes, traffic.links, len(bytes_per_s)) / bytes_per_s
+    return max(float(computes.max()), float(carries.max(initial=0.0)))
 
 
 class Wires(NamedTuple):
@@ -75,6 +88,8 @@ class Wires(NamedTuple):
 
     names: list[Hashable]
     """Name of each link."""
+    link_bytes_per_s: Floats
+    """Bandwidth of each link."""
     links: Ints
     """Links of each pair, `[pairs, most links of a pair]`, as indices into `names`; padded with len(names)."""
     bytes_per_s: Floats
@@ -103,4 +118,6 @@ def wires_of(topology: Topology, size: int) -> Wires:
             found[pair] = [numbers.setdefault(link, len(numbers)) for link in links]
     most = max(map(len, found))
     padded = np.array([links + [len(numbers)] * (most - len(links)) for links in found], np.int64)
-    return Wires(list(numbers), padded, rates, latencies)
+    of_links = np.ones(len(numbers) + 1)  # the last one: links that a pair lacks
+    of_links[padded] = rates[:, None]
+    return Wires(list(numbers), of_links[:-1], padded, rates, latencies)

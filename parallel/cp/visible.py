@@ -225,7 +225,7 @@ class Meetings(NamedTuple):
     @classmethod
     def of(cls, pieces: Pieces, causal: bool = True, at_once: int = 2**62) -> Iterator[Meetings]:
         """Yield all of them, about `at_once` at a time: under causal order the keys' piece is not the later one."""
-        of = pieces.select(np.lexsort((pieces.start, pieces.document)))  # by document, then position
+        of = pieces.select((pieces.document * FAR + pieces.start).argsort())  # by document, then position
         index = np.arange(len(of.start))
         first = np.searchsorted(of.document, of.document)  # a piece meets keys of pieces [first, stop)
         stop = index + 1 if causal else np.searchsorted(of.document, of.document, side="right")

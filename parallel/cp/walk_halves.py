@@ -1,4 +1,4 @@
-"""The loop of `simulate`, compiled: a loader's thread runs it without Python's lock, some nanoseconds a message."""
+"""The loops of `simulate`, compiled: a loader's thread runs them without Python's lock, some nanoseconds a message."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from ...kernels.host_loop import host_loop
 
 @host_loop
 def walk_halves(
+    sent,
     source,
     target,
     posted,
@@ -23,14 +24,14 @@ def walk_halves(
     num_ranks,
     num_links,
 ):  # pragma: no cover  (compiled)
-    """Return `simulate.Times` for the columns of `simulate.Traffic` and `simulate.Tiles`."""
+    """Return `simulate.Times` for the columns of `simulate.Traffic` and `simulate.Tiles`; `sent` are indices `[n]`."""
     num_halves = 1 + max(due.max() if len(due) else 0, half[-1] if len(half) else 0)
     ready, free = np.zeros(num_ranks), np.zeros(num_links)  # free: time at which a link has carried all so far
     came = np.zeros((num_halves, num_ranks))  # latest arrival of what a rank waits for in each half
     begins, arrival, computed = np.zeros(len(posted)), np.zeros(len(posted)), np.zeros(len(half))
     # Messages of the present half on each link: the number not yet looked at, and the bytes of the others.
     waiting, carried = np.zeros(num_links, np.int64), np.zeros(num_links)
-    sent, message, tile = np.flatnonzero(num_bytes), 0, 0
+    message, tile = 0, 0
     for now in range(num_halves):
         for r in range(num_ranks):
             ready[r] = max(ready[r], came[now, r])
@@ -67,3 +68,14 @@ def walk_halves(
             ready[rank[tile]] = computed[tile]
             tile += 1
     return ready, begins, arrival, computed
+
+
+@host_loop
+def bytes_of_links(num_bytes, links, num_links):  # pragma: no cover  (compiled)
+    """Return the bytes that each link carries, `[links]`, for two columns of `simulate.Traffic`."""
+    carried = np.zeros(num_links + 1)  # the last one: links that a message lacks
+    for message in range(len(num_bytes)):
+        if num_bytes[message] > 0:
+            for number in range(links.shape[1]):
+                carried[links[message, number]] += num_bytes[message]
+    return carried[:-1]

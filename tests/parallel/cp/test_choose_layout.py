@@ -10,14 +10,15 @@ from helpers.layouts import scattered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longring.kernels.layout import SeqLayout
-from longring.parallel.cp import visible
+from longring.parallel.cp import choose_layout, visible
 from longring.parallel.cp.choose import Pricer, choose
-from longring.parallel.cp.choose_layout import LayersOf, LayoutPricer
+from longring.parallel.cp.choose_layout import CLEARLY, ROUNDING, LayersOf, LayoutPricer
 from longring.parallel.cp.cost import ASSUMED, AttentionShape, Speed, play
-from longring.parallel.cp.grid import CpGrid, Order, Route, grids
+from longring.parallel.cp.grid import CpGrid, Layout, Order, Route, grids
 from longring.parallel.cp.packed import Runs, divided, typical_packing
 from longring.parallel.cp.plan import Pass
 from longring.parallel.cp.schedules import Schedule
+from longring.parallel.cp.simulate import Tiles, Times, Traffic, least_seconds, simulate, wires_of
 from longring.parallel.cp.topology import PRESETS, ethernet, full_mesh, infiniband
 from longring.parallel.cp.visible import Visibility
 
@@ -63,6 +64,51 @@ def test_a_layout_is_priced_as_its_plans_are_simulated(data):
             for runs in shares
         ]
     assert pricer.seconds(shares, starts).tolist() == pytest.approx(played, rel=1e-9 if exact else 0.1)
+
+
+@settings(max_examples=50)
+@given(st.data())
+def test_the_choice_is_the_fastest_of_all_layouts_though_not_all_are_simulated(data):
+    """A bound that rules a layout out is no more than its time, on any grid, topology, window and packing."""
+    size, mean = data.draw(st.sampled_from([2, 4, 8, 12])), data.draw(st.sampled_from([300, 2000, 8000]))
+    grid = data.draw(st.sampled_from([grid for grid in grids(size) if grid.unfit(32, 8) is None]))
+    topology = data.draw(st.sampled_from([full_mesh(size), ethernet(size, 2), infiniband(size, 3)]))
+    speed = data.draw(st.sampled_from([ASSUMED, Speed(1e30, 1e30), Speed(1e13, 1e13)]))
+    starts = lognormal(mean, num_tokens := size * 1024, data.draw(st.integers(0, 10**6)))
+    windows = ((None, 3), (data.draw(st.integers(1, num_tokens)), 2))
+    pricer = LayoutPricer(num_tokens, tuple(LayersOf(grid, *of) for of in windows), SHAPE, topology, speed)
+    shares = [divided(layout, num_tokens, starts, size, windows) for layout in get_args(Layout)]
+
+    def bounded(traffic: Traffic, tiles: Tiles, num_ranks: int, num_links: int) -> Times:
+        times = simulate(traffic, tiles, num_ranks, num_links)
+        least = least_seconds(traffic, tiles, wires_of(topology, size).link_bytes_per_s)
+        assert least <= (1 + ROUNDING) * times.ready.max()
+        return times
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose_layout, "simulate", bounded)
+        seconds = pricer.seconds(shares, starts)
+    fastest = int(seconds.argmin())
+    assert pricer.choose(starts) == shares[fastest if seconds[fastest] < CLEARLY * seconds[0] else 0]
+
+
+@pytest.mark.parametrize(
+    ("starts", "speed"),
+    [((0, 4096, 4200, 4400), Speed(1e10, 1e10)), ((0, 2048, 4096, 5000, 6144), Speed(1e30, 1e30))],
+    ids=["tiles of the busiest rank", "bytes of the busiest link"],
+)
+def test_layouts_that_cannot_win_are_not_simulated(starts, speed, monkeypatch):
+    """Unequal work rules layouts out where tiles take longest, and bytes do where one layout sends none."""
+    passes: list[Tiles] = []
+
+    def counted(traffic: Traffic, tiles: Tiles, *sizes: int) -> Times:
+        passes.append(tiles)
+        return simulate(traffic, tiles, *sizes)
+
+    monkeypatch.setattr(choose_layout, "simulate", counted)
+    layers = (LayersOf(CpGrid(kv=4, kv_route="direct"), None, 1),)
+    LayoutPricer(8192, layers, SHAPE, full_mesh(4), speed).choose(starts)
+    assert len(passes) == 2  # forward and backward of one layout
 
 
 def test_one_document_and_heads_alone_stay_in_zigzag():
