@@ -31,7 +31,7 @@ MAX_TEXT = 3_000
 MAX_NAME_BYTES = 200
 """Maximum number of bytes between two slashes of a text; file systems allow 255, of which suffixes take some."""
 MAX_DOTS = 100
-_MANY_DOTS = re.compile(rf"^(?!\s*#)(?:[^.\n]*+\.){{{MAX_DOTS + 1}}}", re.MULTILINE)
+_MANY_DOTS = re.compile(rf"^(?![ \t]*+#)(?:[^.\n]*+\.){{{MAX_DOTS + 1}}}", re.MULTILINE)
 
 
 class _Shown(reprlib.Repr):
