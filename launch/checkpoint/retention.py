@@ -42,18 +42,18 @@ def clear_leftovers(directory: Path) -> None:
 def steps_to_prune(steps: Iterable[int], keep_last: int, keep_every_steps: int) -> list[int]:
     """Return the steps whose checkpoints retention deletes.
 
-    It keeps the last `keep_last` steps and every multiple of `keep_every_steps` (0: no multiples).
+    It keeps the last `keep_last` steps, every multiple of `keep_every_steps` (0: no multiples), and step 0, which is
+    imported weights.
     """
     ordered = sorted(steps)
     older = ordered[: max(0, len(ordered) - keep_last)]
-    return [step for step in older if not keep_every_steps or step % keep_every_steps]
+    return [step for step in older if step > 0 and (not keep_every_steps or step % keep_every_steps)]
 
 
 def prune_checkpoints(directory: Path, keep_last: int, keep_every_steps: int) -> list[Path]:
     """Delete the checkpoints that retention does not keep; return their former paths."""
-    by_step = {checkpoint_step(path): path for path in complete_checkpoints(directory)}
-    # `filter` leaves out step 0 as well: imported weights are never deleted.
-    gone = [by_step[step] for step in steps_to_prune(filter(None, by_step), keep_last, keep_every_steps)]
+    by_step = {step: path for path in complete_checkpoints(directory) if (step := checkpoint_step(path)) is not None}
+    gone = [by_step[step] for step in steps_to_prune(by_step, keep_last, keep_every_steps)]
     for checkpoint in gone:
         remove_checkpoint(checkpoint)
     return gone

@@ -84,8 +84,8 @@ class Saver:
         self._host: dict[str, Tensor] = {}
         """Buffers in host memory, kept between saves."""
         self._save: _Save | None = None
-        self._publishing: tuple[int, Future[None]] | None = None
-        """Step whose manifest is being written and whose directory is being renamed; rank 0 only."""
+        self._publishing: tuple[int, Future[None] | None] | None = None
+        """Step whose manifest rank 0 writes and whose directory it renames; the work itself on rank 0 only."""
 
     @property
     def status(self) -> Status:
@@ -134,8 +134,10 @@ class Saver:
             if self._mesh.rank == 0:
                 self._thread.submit(shutil.rmtree, partial, ignore_errors=True)  # no rank writes there any more
             self._count_failure(manifest.state.step)
-        elif self._mesh.rank == 0:
-            self._publishing = manifest.state.step, self._thread.submit(self._publish, partial, manifest)
+        else:
+            # The step on every rank: if rank 0 fails, all of them raise the same error.
+            publishing = self._thread.submit(self._publish, partial, manifest) if self._mesh.rank == 0 else None
+            self._publishing = manifest.state.step, publishing
 
     def finish(self) -> bool:
         """Wait for the save in flight; return whether it succeeded, True if there was none. Collective.

@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers.lanes import by_lane
 from helpers.small_checkpoint import STATE, make_checkpoint, read_whole
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from longring.data import files
 from longring.launch import cli
@@ -131,28 +131,33 @@ def test_only_complete_checkpoints_count_and_leftovers_are_cleared(tmp_path):
 
 
 @given(
-    steps=st.sets(st.integers(1, 200), max_size=30),
+    steps=st.sets(st.integers(0, 200), max_size=30),
     keep_last=st.integers(1, 10),
     keep_every=st.integers(0, 20),
 )
-def test_retention_keeps_the_last_and_every_nth_step(steps, keep_last, keep_every):
+@example(steps={0, 1}, keep_last=1, keep_every=0)
+def test_retention_keeps_the_last_every_nth_and_imported_weights(steps, keep_last, keep_every):
     gone = set(steps_to_prune(steps, keep_last, keep_every))
     kept = steps - gone
     assert gone <= steps
     assert kept >= set(sorted(steps, reverse=True)[:keep_last])
     for step in gone:
+        assert step > 0, "step 0 is imported weights"
         assert not keep_every or step % keep_every
         assert sum(other > step for other in kept) >= keep_last
     for step in kept:
-        assert sum(other > step for other in steps) < keep_last or (keep_every and step % keep_every == 0)
+        nth = keep_every and step % keep_every == 0
+        assert sum(other > step for other in steps) < keep_last or nth or step == 0
 
 
 def test_pruning_leaves_whole_checkpoints(tmp_path):
-    for step in range(10, 80, 10):
+    for step in range(0, 80, 10):
         make_checkpoint(tmp_path, step)
     gone = prune_checkpoints(tmp_path, keep_last=2, keep_every_steps=30)
     assert [path.name[-2:] for path in gone] == ["10", "20", "40", "50"]
-    assert sorted(path.name[-2:] for path in tmp_path.iterdir()) == ["30", "60", "70"]
+    assert sorted(path.name[-2:] for path in tmp_path.iterdir()) == ["00", "30", "60", "70"]
+    assert [path.name[-2:] for path in prune_checkpoints(tmp_path, keep_last=1, keep_every_steps=0)] == ["30", "60"]
+    assert (tmp_path / "step-00000000").is_dir(), "imported weights stay"
 
 
 def test_the_safetensors_library_reads_the_files(tmp_path):
@@ -204,6 +209,33 @@ def save_again(recipe_file: Path, overrides: list[str], source: Path, target: Pa
     assert saver.finish()
     saver.close()
     return updates(engine)
+
+
+def save_that_is_not_published(recipe_file: Path, target: Path, max_failed: int) -> tuple[str, int]:
+    """Save where rank 0 cannot write the manifest; return this rank's error, or whether it succeeded, and the files."""
+    recipe = load_recipe(recipe_file)
+    mesh = join(recipe.parallel, 1)
+    saver = Saver(build_engine(recipe, 500, mesh), RunDirectory(target), mesh, recipe.train, max_failed)
+
+    def full(partial: Path, manifest: CheckpointManifest) -> None:
+        assert mesh.rank == 0
+        raise OSError("No space left on device")
+
+    saver._complete = full
+    saver.begin(TrainState(**{**STATE.__dict__, "step": 7}))
+    try:
+        result = str(saver.finish())
+    except OSError as error:
+        result = f"{type(error).__name__}: {error}"
+    saver.close()
+    return result, len(list((target / "checkpoints").iterdir()))
+
+
+@pytest.mark.full
+def test_a_save_that_rank_0_cannot_publish_is_the_same_error_on_all_ranks(on_ranks, recipe_file, tmp_path):
+    [(said, _)] = set(on_ranks(2, save_that_is_not_published, recipe_file, tmp_path, 1))
+    assert said.startswith("CommonError: faults.max_failed_saves = 1: step 7 could not be saved, nor the 0 saves")
+    assert on_ranks(2, save_that_is_not_published, recipe_file, tmp_path, 2) == [("False", 0)] * 2
 
 
 FULL_MESHES = [
