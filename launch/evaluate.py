@@ -32,7 +32,7 @@ from .ranks.watchdog import Watchdog
 from .report.evaluation_tables import evaluation_tables, left_out_tables, long_context_tables
 from .run_directory import RunDirectory
 from .target import Target, target_of_run, target_of_weights
-from .together import from_rank_0
+from .together import on_rank_0
 
 
 def evaluate(recipe: Recipe, console: Console, keys: Path | None = None) -> dict[str, Any] | None:
@@ -91,7 +91,7 @@ def _evaluate(
             chosen = judge(target.name, recipe.evaluate, target.manifest, measurement.scorers())
             return chosen.save(choose_keys) if world.rank == 0 else None  # None on every rank: no result
         if keys is not None:
-            measurement = replace(measurement, keys=from_rank_0(KeyTokens.load(keys) if world.rank == 0 else None))
+            measurement = replace(measurement, keys=on_rank_0(mesh, lambda: KeyTokens.load(keys)))
         measured = measurement.measure()
     if world.rank != 0:
         return None

@@ -43,11 +43,17 @@ def first_of_any(found: str | None) -> str | None:
     return next((text for text in gathered if text is not None), None)
 
 
-def from_rank_0(value: Any) -> Any:
-    """Return the value of rank 0. Collective.
+def on_rank_0(mesh: Mesh, work: Callable[[], _T]) -> _T:
+    """Return on every rank what `work` returns on rank 0, the only rank that calls it; raise its error on all of them.
 
-    A shared file system may show other ranks an older state of a directory.
+    An OSError is raised as CommonError. Collective. A shared file system may show other ranks an older state of a
+    directory, and a file has one writer.
     """
+    return from_rank_0(on_all_ranks(mesh, work if mesh.rank == 0 else lambda: None))
+
+
+def from_rank_0(value: Any) -> Any:
+    """Return the value of rank 0, which every rank has computed without an error. Collective."""
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]

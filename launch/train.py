@@ -48,7 +48,7 @@ from .ranks.rank import as_rank
 from .ranks.signals import StopSignals
 from .ranks.watchdog import Watchdog
 from .settings import flat, to_tree
-from .together import on_all_ranks
+from .together import on_all_ranks, on_rank_0
 from .trackers import open_trackers
 from .trainer import Trainer, share_of
 from .weights.begin import load_origin
@@ -116,7 +116,8 @@ def start(
 ) -> Trainer:
     """Build the model, load the last good checkpoint and divide the buckets among the ranks. Collective.
 
-    Raises ValueError if all checkpoints are damaged or fit other data, or if ranks would divide sequences differently.
+    Raises ValueError if all checkpoints are damaged or fit other data, or if ranks would divide sequences differently,
+    and CommonError if a file of the run cannot be read or written.
     """
     run, order, rank_0 = checked.run, checked.order, mesh.rank == 0
     on_all_ranks(mesh, lambda: open_run_directory(checked, mesh))
@@ -127,8 +128,8 @@ def start(
     engine = build_engine(recipe, checked.manifest.vocab_size, mesh)
     state, changed = resume(engine, checked, mesh, console)
     # Only now is the first step known: the checkpoint that seemed the last may have been damaged.
+    on_rank_0(mesh, lambda: record(checked, state, changed, mesh.world_size, console))
     if rank_0:
-        record(checked, state, changed, mesh.world_size, console)
         for line in opening(recipe, order, engine, mesh, checked.manifest.vocab_size):
             console.print(line, soft_wrap=True, highlight=False)
     at = partial(watchdog.at, state.step)
@@ -159,7 +160,7 @@ def start(
         loader=loader,
         losses=LossWatch(recipe.faults, state.recent_losses),
         saver=Saver(engine, run, mesh, recipe.train, recipe.faults.max_failed_saves, progress=watchdog.alive),
-        writer=open_writer(checked, state, console) if rank_0 else None,
+        writer=on_all_ranks(mesh, lambda: open_writer(checked, state, console) if rank_0 else None),
         state=state,
     )
 
@@ -212,7 +213,7 @@ def resume(
     loaded = load_last_good(engine, checked.run.checkpoints, mesh, checked.check_checkpoint)
     if loaded is None:
         # Again, since a disk may have gone since the checks before this start.
-        on_all_ranks(mesh, lambda: check_nothing_was_saved(checked.run) if mesh.rank == 0 else None)
+        on_rank_0(mesh, lambda: check_nothing_was_saved(checked.run))
         if origin := checked.origin:
             moments = checked.recipe.init.moments
             load_origin(engine, origin, mesh, moments=moments)

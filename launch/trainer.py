@@ -47,7 +47,7 @@ from .ranks.signals import StopSignals
 from .ranks.watchdog import Watchdog
 from .redact import redact
 from .renewals import append_renewal, renewal_line, renewal_steps, shares_between
-from .together import on_all_ranks
+from .together import on_rank_0
 from .totals import Totals, sum_over_ranks, trained_targets
 
 log = logging.getLogger(__name__)
@@ -316,7 +316,7 @@ class Trainer:
             shares = shares_between(renewed.order, step, end)
             # Before any step is trained by it: a checkpoint after it needs the record.
             record = partial(append_renewal, checked.run.renewals_file, checked.identity.run, renewal, shares)
-            on_all_ranks(mesh, record if mesh.rank == 0 else lambda: None)
+            on_rank_0(mesh, record)
             self.checked, self.loader.order = renewed, renewed.order
             self._micro_batches.close()  # it has read ahead in the old order
             self._micro_batches = self.loader.batches(step, self.last)

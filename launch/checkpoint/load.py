@@ -10,7 +10,7 @@ from ...parallel.mesh import Mesh
 from ...parallel.parameters import KINDS
 from ...parallel.zero import DeepSpeedEngine
 from ..errors import DamageError
-from ..together import from_rank_0, on_all_ranks
+from ..together import on_all_ranks, on_rank_0
 from .files import CheckpointFiles
 from .format import (
     CheckpointManifest,
@@ -33,7 +33,7 @@ def load_last_good(
     checkpoints are damaged or one is of another version, and what `check` raises for a checkpoint from which the run
     may not continue, on any rank; nothing is renamed then. Collective.
     """
-    found = from_rank_0(on_all_ranks(mesh, lambda: complete_checkpoints(directory) if mesh.rank == 0 else []))
+    found = on_rank_0(mesh, lambda: complete_checkpoints(directory))
     damaged: dict[Path, str] = {}
     for path in found:  # latest first
         try:
@@ -45,7 +45,7 @@ def load_last_good(
         on_all_ranks(mesh, lambda manifest=manifest, path=path: check(manifest, path))
         with CheckpointFiles(path, manifest) as stored:
             load_stored(engine, stored, mesh, updates=stored.updates)
-        on_all_ranks(mesh, lambda: [put_checkpoint_aside(bad) for bad in damaged] if mesh.rank == 0 else [])
+        on_rank_0(mesh, lambda: [put_checkpoint_aside(bad) for bad in damaged])
         return path, manifest.state, list(damaged.values())
     if damaged:
         raise ValueError(

@@ -13,7 +13,7 @@ from ...parallel.zero import DeepSpeedEngine
 from ..build import BucketLayout
 from ..config import Recipe
 from ..run_directory import RunDirectory
-from ..together import from_rank_0
+from ..together import on_rank_0
 from .measure import Bound, Measurement
 
 
@@ -40,10 +40,13 @@ class EvaluationsInTraining:
         return every > 0 and step > 0 and step % every == 0
 
     def are_owed(self, step: int) -> bool:
-        """Return whether the evaluation that follows a step is not recorded. Collective."""
-        recorded = [entry["step"] for entry in self.run.evaluations()] if self.mesh.rank == 0 else []
-        # `are_due` is equal on all ranks, so all or none enter the broadcast.
-        return self.are_due(step) and bool(from_rank_0(step not in recorded))
+        """Return whether the evaluation that follows a step is not recorded. Raises CommonError. Collective."""
+
+        def recorded() -> bool:
+            return any(entry["step"] == step for entry in self.run.evaluations())
+
+        # `are_due` is equal on all ranks, so all or none enter the collective.
+        return self.are_due(step) and not on_rank_0(self.mesh, recorded)
 
     def measure(self, step: int) -> dict[str, Any] | None:
         """Return what `Measurement.measure` finds, without a change to anything that trains. Collective.

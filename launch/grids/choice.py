@@ -12,6 +12,7 @@ from ...parallel.cp.packed import typical_packing
 from ...parallel.cp.topology import Topology
 from ...parallel.cp.visible import Visibility
 from ..config import Recipe
+from .division import lays_packings_out
 
 
 class LayerKind(NamedTuple):
@@ -61,13 +62,6 @@ def attention_shape(recipe: Recipe) -> AttentionShape:
         itemsize=4 if recipe.train.dtype == "float32" else 2,  # bytes
         narrow_results=recipe.parallel.cp.narrow_results,
     )
-
-
-def lays_packings_out(recipe: Recipe) -> bool:
-    """Return whether sequences hold several documents, kept apart by attention, under another layout than zigzag."""
-    order, data = recipe.order, recipe.data
-    has_boundaries = data.has_boundaries if order.mode == "off" else order.document_masks
-    return has_boundaries and recipe.parallel.cp.layout != "zigzag"
 
 
 def pricer(recipe: Recipe, kind: LayerKind, topology: Topology, speed: Speed) -> Pricer:

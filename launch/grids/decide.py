@@ -18,10 +18,11 @@ from ...parallel.cp.topology import Topology
 from ...parallel.mesh import Mesh
 from ..config import Recipe
 from ..run_directory import RunDirectory
-from ..together import on_all_ranks
+from ..together import on_all_ranks, on_rank_0
 from .choice import LayerKind, choose_grids, named_grids
-from .measure import measured_topology, named_topology, topology_name
-from .remembered import division, recall_grids, recall_links, remember_grids, remember_links
+from .division import division, topology_name
+from .measure import measured_topology, named_topology
+from .remembered import recall_grids, recall_links, remember_grids, remember_links
 from .table import grids_table
 
 log = logging.getLogger(__name__)
@@ -34,26 +35,27 @@ def decide_grids(
 
     For a grid that the recipe does not name, rank 0 recalls the grid of an earlier start, or prices all grids on the
     topology and prints a table to `console`. Raises ValueError, on every rank, if ranks would divide sequences
-    differently, or if the probe fails on any of them.
+    differently, if the probe fails on any of them, or if grids.json is damaged, and CommonError if it cannot be read or
+    written.
     """
     wanted = named_grids(recipe, lengths)
     open_kinds = [kind for kind, grid in wanted.items() if grid is None]
-    file, key = RunDirectory(recipe.run_directory).grids_file, division(recipe, mesh)
-    # Only rank 0 decides whether to measure, since a probe takes all ranks and only rank 0 has read the file.
-    # (grids known so far, name of the topology on which to price all kinds, or None if each has a grid)
-    shared: list[tuple[dict[LayerKind, CpGrid], str | None]] = [({}, None)]
-    if mesh.rank == 0 and open_kinds:
+    file, key = RunDirectory(recipe.run_directory).grids_file, division(recipe, mesh.world_size)
+
+    def recalled() -> tuple[dict[LayerKind, CpGrid], bool]:
+        """Return the grids of an earlier start, and whether they are all that this one needs."""
         # Not priced again: two probes differ, and another grid sums in another order.
-        known = recall_grids(file, key)
-        shared = [(known, None if all(kind in known for kind in open_kinds) else topology_name(recipe))]
-    dist.broadcast_object_list(shared)
-    taken, priced_on = shared[0]
-    if priced_on is not None:  # the same on every rank
+        known = recall_grids(file, key) if open_kinds else {}
+        return known, all(kind in known for kind in open_kinds)
+
+    # Only rank 0 decides whether to measure, since a probe takes all ranks and only rank 0 has read the file.
+    taken, are_all = on_rank_0(mesh, recalled)
+    if not are_all:
         topology, speed = decide_links(recipe, mesh)
-        if mesh.rank == 0:
+
+        def chosen() -> dict[LayerKind, CpGrid]:
+            """Return the grids of an earlier start and, of new layer kinds alone, the cheapest, and remember them."""
             choices = choose_grids(recipe, lengths, topology, speed)
-            # Grids of an earlier start stay: only new layer kinds get a grid now.
-            taken = {choice.kind: choice.grid for choice in choices} | taken
             for choice in choices:
                 prices = "; ".join(
                     f"{x.grid}: {x.seconds * 1e3:.3g} ms, {x.exposed_s * 1e3:.3g} exposed"
@@ -62,11 +64,11 @@ def decide_grids(
                 log.info("attention of %s over %d ranks: %s", choice.kind, choice.grid.size, prices)
             if console is not None:
                 console.print(grids_table(choices, f"Attention over several ranks, priced on {topology.name}"))
-            remember_grids(file, key, taken)
-        # Rank 0 alone has chosen: the others take its grids.
-        shared = [(taken, None)]
-        dist.broadcast_object_list(shared)
-        taken, _ = shared[0]
+            found = {choice.kind: choice.grid for choice in choices} | taken
+            remember_grids(file, key, found)
+            return found
+
+        taken = on_rank_0(mesh, chosen)
     grids = {kind: grid or taken.get(kind) for kind, grid in wanted.items()}
     check_agreement(recipe, lengths, grids)
     return {kind: grid for kind, grid in grids.items() if grid is not None}
@@ -79,17 +81,17 @@ def decide_links(recipe: Recipe, mesh: Mesh) -> tuple[Topology, Speed]:
     """
     if (name := topology_name(recipe)) != "probe":
         return named_topology(name, recipe, mesh.world_size)
-    file, key = RunDirectory(recipe.run_directory).grids_file, division(recipe, mesh)
-    known = [recall_links(file, key) if mesh.rank == 0 else None]
-    dist.broadcast_object_list(known)
-    if known[0] is None:
-        known = [on_all_ranks(mesh, partial(measured_topology, recipe, mesh))]
-        if mesh.rank == 0:
-            remember_links(file, key, *known[0])
-        # The ranks of one tensor-parallel group hold the same tokens, but each is in another probe.
-        dist.broadcast_object_list(known)
-    assert known[0] is not None, "rank 0 has recalled or measured them"
-    return known[0]
+    file, key = RunDirectory(recipe.run_directory).grids_file, division(recipe, mesh.world_size)
+    if (known := on_rank_0(mesh, lambda: recall_links(file, key))) is not None:
+        return known
+    measured = on_all_ranks(mesh, partial(measured_topology, recipe, mesh))
+
+    def remembered() -> tuple[Topology, Speed]:
+        remember_links(file, key, *measured)
+        return measured
+
+    # Rank 0's on all ranks: those of one tensor-parallel group hold the same tokens, but each is in another probe.
+    return on_rank_0(mesh, remembered)
 
 
 def check_agreement(recipe: Recipe, lengths: Sequence[int], grids: Mapping[LayerKind, CpGrid | None]) -> None:

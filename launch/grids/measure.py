@@ -16,15 +16,6 @@ from .choice import attention_shape
 log = logging.getLogger(__name__)
 
 
-def topology_name(recipe: Recipe) -> str:
-    """Return the name of the topology on which grids are priced, or "probe".
-
-    A deterministic run does not measure: two probes may differ, and with them the grids.
-    """
-    name = recipe.parallel.cp.topology
-    return "full_mesh" if name == "probe" and recipe.train.deterministic else name
-
-
 def named_topology(name: str, recipe: Recipe, world_size: int) -> tuple[Topology, Speed]:
     """Return a preset topology between the ranks that share a sequence, and the assumed speed of a GPU.
 

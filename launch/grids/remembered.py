@@ -13,25 +13,10 @@ from ...data.files import write_text
 from ...parallel.cp.cost import Speed
 from ...parallel.cp.grid import CpGrid
 from ...parallel.cp.topology import Fabric, Topology
-from ...parallel.mesh import Mesh
-from ..config import Recipe
-from .choice import LayerKind, lays_packings_out
-from .measure import topology_name
+from .choice import LayerKind
 
 SIDES = ("inside", "across", "copies")
 """The fabrics of a topology."""
-
-
-def division(recipe: Recipe, mesh: Mesh) -> str:
-    """Return a description of all settings that decide the cheapest grid and may change between starts."""
-    # The model, the data and the dtype are not here: they stay the same in all starts of a run.
-    parallel = recipe.parallel
-    packed = ", packed documents" if lays_packings_out(recipe) else ""
-    copies = "" if parallel.cp.peer_copies == "auto" else f", copies {parallel.cp.peer_copies}"
-    return (
-        f"{mesh.world_size} ranks, tensor {parallel.tensor}, {parallel.tokens_per_rank} tokens a rank, "
-        f"{topology_name(recipe)}, results {'narrow' if parallel.cp.narrow_results else 'in fp32'}{copies}{packed}"
-    )
 
 
 def recall_grids(file: Path, division: str) -> dict[LayerKind, CpGrid]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from longring.data.files import write_text
 from longring.launch.config import load_recipe
 from longring.launch.grids import decide
 from longring.launch.grids.choice import LayerKind
@@ -86,6 +89,34 @@ def test_a_damaged_file_of_grids_is_reported(tmp_path, text):
     for recall in (recall_grids, recall_links):
         with pytest.raises(ValueError, match=f"{file}: damaged: .*; remove it"):
             recall(file, "of")
+
+
+def refusal(recipe_file, directory: str, settings: list[str]) -> str:
+    """Return the error of this rank when it decides about the grids."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decide, "measured_topology", lambda *_: (full_mesh(2), Speed(1e12, 1e12)))
+        with pytest.raises((OSError, ValueError)) as raised:
+            taken(recipe_file, directory, ["parallel.tokens_per_rank=256", *settings])
+    return f"{type(raised.value).__name__}: {raised.value}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "spoil", "said"),
+    [
+        ([], lambda run: write_text(run / "grids.json", "{"), "ValueError: .*grids.json: damaged: .*; remove it"),
+        ([], lambda run: (run / "grids.json").mkdir(parents=True), "CommonError: .*Is a directory"),
+        # A file in place of the directory: there is nothing to recall, and nothing can be written.
+        ([], Path.touch, "CommonError: .*File exists"),
+        (["parallel.cp.topology=probe"], Path.touch, "CommonError: .*File exists"),
+    ],
+    ids=["damaged", "unreadable", "grids not written", "links not written"],
+)
+def test_a_file_of_grids_that_rank_0_cannot_use_is_the_same_error_on_all_ranks(
+    on_ranks, recipe_file, tmp_path, settings, spoil, said
+):
+    spoil(tmp_path / "run")
+    [error] = set(on_ranks(2, refusal, recipe_file, str(tmp_path / "run"), settings))
+    assert re.match(said, error), error
 
 
 def links(recipe_file, directory: str, layout: str) -> list[tuple[Topology, Speed]]:
