@@ -17,6 +17,7 @@ from rich.text import Text
 from ...data.format.manifest import Manifest
 from ...data.format.store import open_store
 from ...data.inspect.ledger import ledger_table, sources_table
+from ..grids.division import division
 from ..records import Record
 from ..settings import flat, to_tree
 from ..tables import plain_table
@@ -169,18 +170,14 @@ def _memory(history: History) -> list[Table]:
 
 
 def _grids(history: History) -> dict[int, str]:
-    """Return the grid of each bucket in grids.json, of the divisions among as many ranks as the last start had."""
+    """Return the grid of each bucket in grids.json, of the starts that divided attention as the last one."""
     try:
-        divisions = json.loads(history.run.grids_file.read_text())
-    except (OSError, ValueError):
+        alike = division(history.recipe, history.starts[-1]["world_size"])
+        entries = json.loads(history.run.grids_file.read_text())[alike]
+        # Of the entries of a bucket, one for each attention window, the first stays.
+        return {entry["sequence_tokens"]: entry["grid"] for entry in reversed(entries)}
+    except (OSError, IndexError, KeyError, TypeError, ValueError):  # none yet, or damaged
         return {}
-    ranks = history.starts[-1].get("world_size") if history.starts else None
-    found: dict[int, str] = {}
-    for division, entries in divisions.items():
-        if str(division).startswith(f"{ranks} ranks"):
-            # Of the entries of a bucket, one for each attention window, the first stays.
-            found |= {entry["sequence_tokens"]: entry["grid"] for entry in reversed(entries)}
-    return found
 
 
 def _evaluation(history: History) -> list[Table]:

@@ -41,7 +41,8 @@ def draw_run(run: RunDirectory, evaluation: dict[str, Any] | None) -> None:
     if evaluation is not None:
         above.axhline(evaluation["unigram_loss"], color="tab:red", linestyle="--", label="unigram baseline, held out")
         above.axhline(evaluation["loss"], color="tab:red", label=f"held out at step {evaluation['step']}")
-    for number, step in enumerate(resume_steps(run)):
+    # A run that went back and is not there again has no metrics of the later steps.
+    for number, step in enumerate(step for step in resume_steps(run) if step in tokens_at):
         for axes in (above, below):
             # The legend names all of these lines once.
             label = "stopped and resumed" if axes is above and number == 0 else None

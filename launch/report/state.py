@@ -116,6 +116,11 @@ class Observer:
 
     def state(self) -> RunState:
         """Return the state now, from what the files have more than at the last call."""
+        # Before the metrics: a run that ends meanwhile has then written its last steps.
+        try:
+            process = holder(self.run.lock_file) or ""
+        except OSError:  # no locks there: only what it writes shows that it goes on
+            process = None
         replaced, records = self._tail.read()
         if replaced:
             self._recent.clear()
@@ -126,7 +131,9 @@ class Observer:
         stepped = self._recent and not (starts and starts[0].get("from_step") == step)
         # Every step appends to the file. Clocks of two machines may differ.
         idle_s = max(0.0, time.time() - self.run.metrics_file.stat().st_mtime) if stepped else None
-        process = self._holder(step, idle_s)
+        if process is None:
+            fresh = idle_s is not None and idle_s < FRESH_S and step < self.steps
+            process = "a process (no locks on this file system)" if fresh else ""
         ended: Going = "finished" if step >= self.steps else "stopped" if step else "not started"
         saves, whole = read_records(self.run.saves_file)[-1:], [e for e in self.run.evaluations() if "loss" in e]
         return RunState(
@@ -141,13 +148,6 @@ class Observer:
             held_out=(whole[-1]["step"], whole[-1]["loss"]) if whole else None,
             hangs=self._hangs(),
         )
-
-    def _holder(self, step: int, idle_s: float | None) -> str:
-        try:
-            return holder(self.run.lock_file) or ""
-        except OSError:  # no locks there: only what it writes shows that it goes on
-            fresh = idle_s is not None and idle_s < FRESH_S and step < self.steps
-            return "a process (no locks on this file system)" if fresh else ""
 
     def _hangs(self) -> list[str]:
         found = []

@@ -14,10 +14,12 @@ from longring.launch import cli
 from longring.launch.commands import report as report_module
 from longring.launch.config import load_recipe
 from longring.launch.fit.start import predicted
+from longring.launch.grids.division import division
 from longring.launch.metrics import ledger_entry
 from longring.launch.report import figures
 from longring.launch.report import page as page_module
 from longring.launch.report.history import History
+from longring.launch.report.picture import draw_run, resume_steps
 from longring.launch.report.state import Observer
 from matplotlib.figure import Figure
 
@@ -93,6 +95,30 @@ def test_a_page_of_files_that_are_damaged_or_absent(recipe_file, tmp_path):
     page = page_of(run)
     assert "1 non-finite" in page.text
     assert "Loss by bucket" in page.text
+
+
+def test_the_grids_are_of_starts_that_divided_attention_as_the_last_one(recipe_file, tmp_path):
+    run = make_run(recipe_file, tmp_path / "run", 6, "parallel.tokens_per_rank=256")
+    alike = division(run.recipe(), 2)
+    other = division(run.recipe(["parallel.tensor=2"]), 2)
+    grids = {of: [{"sequence_tokens": 512, "window": None, "grid": f"grid {of}"}] for of in (alike, other)}
+    append(run.metrics_file, step_record(7, bucket=512, cp=2))
+    for entries in (grids, dict(reversed(grids.items()))):
+        run.grids_file.write_text(json.dumps(entries))
+        text = page_of(run).text
+        assert f"grid {alike}" in text and f"grid {other}" not in text
+    for damaged in ({alike: [3]}, {alike: [{}]}, {alike: None}, [alike], 3):
+        run.grids_file.write_text(json.dumps(damaged))
+        assert "grid 2 ranks" not in page_of(run).text
+
+
+def test_a_picture_of_a_run_that_went_back_behind_an_earlier_start(recipe_file, tmp_path):
+    """Its metrics end before the step from which that start went on."""
+    run = make_run(recipe_file, tmp_path / "run", 6)
+    append(run.starts_file, {"from_step": 5}, {"from_step": 9})
+    assert resume_steps(run) == [3, 5, 9]
+    draw_run(run, None)
+    assert run.picture_file.stat().st_size > 10_000
 
 
 @pytest.mark.full

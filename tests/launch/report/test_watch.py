@@ -12,7 +12,9 @@ from helpers.small_run import append, make_run, step_record
 from longring.data.lock import held, holder
 from longring.launch import cli
 from longring.launch.commands import watch as watch_module
+from longring.launch.report import state as state_module
 from longring.launch.report.state import Observer
+from longring.launch.report.tail import Tail
 from longring.launch.run_directory import RunDirectory
 from rich.console import Console
 
@@ -54,6 +56,35 @@ def test_what_the_files_tell_about_the_ranks(run):
         assert Observer(run).state().pulse.startswith("no step for 1:00:0")
         append(run.starts_file, {"from_step": 12})
         assert Observer(run).state().pulse == "before the first step"
+
+
+def test_a_run_that_ends_while_it_is_looked_at_has_not_stopped(run, monkeypatch):
+    running, read = held(run.lock_file), Tail.read
+
+    def read_and_end(tail: Tail):
+        replaced, records = read(tail)
+        found = list(records)
+        if replaced:
+            append(run.metrics_file, *map(step_record, range(13, 21)))
+            running.__exit__(None, None, None)
+        return replaced, found
+
+    running.__enter__()
+    monkeypatch.setattr(Tail, "read", read_and_end)
+    observer = Observer(run)
+    assert (observer.state().going, observer.state().going) == ("running", "finished")
+
+
+def test_where_there_are_no_locks_a_run_goes_on_while_its_metrics_are_fresh(run, monkeypatch):
+    def no_locks(file):
+        raise OSError(f"{file}: No locks available")
+
+    monkeypatch.setattr(state_module, "holder", no_locks)
+    found = Observer(run).state()
+    assert (found.going, found.holder) == ("running", "a process (no locks on this file system)")
+    hour_ago = time.time() - 3600
+    os.utime(run.metrics_file, (hour_ago, hour_ago))
+    assert Observer(run).state().going == "stopped"
 
 
 def test_lines_in_a_pipe(run, capsys, monkeypatch):
