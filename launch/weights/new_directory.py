@@ -41,10 +41,10 @@ def new_directory(out: Path) -> Iterator[Path]:
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
-            # Before the rename: `out` never has a lock, and a power loss after it leaves no entry missing.
-            (partial / LOCK).unlink()
-            sync(partial)
+            sync(partial)  # before the rename: a power loss after it leaves no entry missing
             partial.rename(out)
+            (out / LOCK).unlink()  # after it: without a lock, another command could clear `partial` until then
+            sync(out)
             sync(out.parent)
     except HeldError as error:
         raise ValueError(f"{out}: is being written by {error}; wait for its end, or name another directory") from None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from longring.data.lock import HeldError, held
+from longring.launch.weights import new_directory as module
 from longring.launch.weights.new_directory import LOCK, new_directory
 
 
@@ -38,6 +40,25 @@ def test_unfinished_files_belong_to_the_command_that_writes_them(tmp_path):
     with new_directory(out) as mine:
         (mine / "b").touch()
     assert {path.name for path in out.iterdir()} == {"b"}
+
+
+def test_unfinished_files_are_locked_until_they_have_their_name(tmp_path, monkeypatch):
+    """Another command that had looked before would clear them."""
+    out, steps = tmp_path / "out", []
+
+    def sync_and_look(path: Path) -> None:
+        partial = tmp_path / "out.partial"
+        steps.append((path.name, partial.exists(), out.exists()))
+        if partial.exists():
+            with pytest.raises(HeldError), held(partial / LOCK):
+                pass
+
+    monkeypatch.setattr(module, "sync", sync_and_look)
+    with new_directory(out) as mine:
+        (mine / "a").touch()
+    assert steps[0] == ("out.partial", True, False)
+    assert [exists for _, *exists in steps[1:]] == [[False, True]] * len(steps[1:])
+    assert {path.name for path in out.iterdir()} == {"a"}
 
 
 @pytest.mark.parametrize(
