@@ -235,7 +235,6 @@ def _parameters(table: Any, theta: Any, length: int, where: str) -> tuple[float,
     table = {key: value for key, value in table.items() if value is not None}
     base = checked("rope_theta", table.pop("rope_theta", theta), _HINTS[ModelConfig]["rope_base"])
     kind = str(table.pop("rope_type", table.pop("type", "default")))
-    table.pop("type", None)
     if kind not in ("default", *SCALINGS):
         raise ValueError(
             f"config.json: {where}.rope_type = {kind!r:.80}: only default, {', '.join(SCALINGS)} are supported; import "

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import UNSCALED, ModelConfig
 from .family import FAMILIES, SCALINGS, SIZES
-from .read import PublishedModel, read_config
+from .read import PublishedModel, read_config, shortest_pattern
 
 
 def family_of(config: ModelConfig) -> str:
@@ -31,14 +31,26 @@ def family_of(config: ModelConfig) -> str:
 def as_published(config: ModelConfig) -> ModelConfig:
     """Return equal arithmetic in the settings that config.json can say: ntk is another base, z_loss is of training.
 
-    The size of the vocabulary is said elsewhere.
+    Kinds of layers are in their shortest pattern, as they are read back. The size of the vocabulary is said elsewhere.
     """
     base, scaling = config.rope_base, config.rope_scaling
     if scaling.kind == "ntk" and not scaling.full_layers_only:
         # The base that `rope.frequencies` takes for ntk.
         base, scaling = base * scaling.factor ** (config.head_dim / (config.head_dim - 2)), UNSCALED
-    pattern = config.layer_pattern[: config.num_layers]  # no more kinds than layers can be read back
-    return replace(config, rope_base=base, rope_scaling=scaling, layer_pattern=pattern, vocab_size=0, z_loss=0.0)
+    pattern = shortest_pattern(_kinds(config))
+    return replace(
+        config,
+        rope_base=base,
+        rope_scaling=scaling,
+        layer_pattern=pattern,
+        window_tokens=config.window_tokens if "window" in pattern else 0,  # a pattern may name more kinds than layers
+        vocab_size=0,
+        z_loss=0.0,
+    )
+
+
+def _kinds(config: ModelConfig) -> list[str]:
+    return [config.kind_of(layer) for layer in range(config.num_layers)]
 
 
 def write_config(model: PublishedModel) -> dict[str, Any]:
@@ -66,7 +78,6 @@ def _tree(model: PublishedModel) -> dict[str, Any]:
     scaling, length = config.rope_scaling, model.max_tokens
     if scaling.kind == "yarn":  # transformers 4 takes the ratio of the two lengths for the factor
         length = round(scaling.factor * scaling.original_tokens)
-    kinds = [config.kind_of(layer) for layer in range(config.num_layers)]
     return {
         **model.other,
         "architectures": [family.architecture],
@@ -77,7 +88,7 @@ def _tree(model: PublishedModel) -> dict[str, Any]:
         **dict.fromkeys(family.bias_keys, False),
         "vocab_size": model.vocab_size,
         "max_position_embeddings": length,
-        **_layer_keys(family.layers_key, kinds, config.window_tokens or None),
+        **_layer_keys(family.layers_key, _kinds(config), config.window_tokens or None),
         **_rope_keys(config, nested=model.family == "olmo3"),
     }
 

@@ -326,6 +326,25 @@ def test_the_pattern_is_the_shortest_that_repeats(kinds, pattern):
     assert shortest_pattern(list(kinds)) == tuple(pattern)
 
 
+@pytest.mark.parametrize(
+    ("layers", "pattern", "read", "family"),
+    [
+        (2, ("full", "full"), ("full",), "llama"),
+        (3, ("full", "full"), ("full",), "llama"),
+        (8, (*WINDOWS, *WINDOWS), WINDOWS, "olmo3"),
+        (1, ("full", "window"), ("full",), "llama"),
+    ],
+    ids=str,
+)
+def test_a_pattern_that_is_not_the_shortest_is_written_as_that(layers, pattern, read, family):
+    settings = {**SIZES, **CONFIGS[family], "num_layers": layers, "layer_pattern": pattern}
+    config = ModelConfig(**{**settings, "window_tokens": 16 if "window" in pattern else 0})
+    assert family_of(config) == family
+    found = read_config(write_config(published(family, config=config))).config
+    assert found.layer_pattern == read
+    assert found.window_tokens == (16 if "window" in read else 0)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_are_themselves_after_a_way_there_and_back(family):
     model = published(family)
