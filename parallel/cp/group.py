@@ -14,7 +14,7 @@ from torch import Tensor
 from ...kernels.layout import SeqLayout
 from .copies import Copies, SlotLayout
 from .grid import CpGrid
-from .plan import FLOWS, Channel, Flow, Link, Message, Pass
+from .plan import FLOWS, PASSES, Channel, Flow, Link, Message
 from .reach import open_copies, sizes_in_reach
 from .schedules import Schedule
 from .topology import PeerCopies
@@ -22,7 +22,6 @@ from .visible import Visibility
 
 log = logging.getLogger(__name__)
 
-PASSES: tuple[Pass, ...] = ("forward", "backward")
 BYTES_PER_CTA = (2 << 20, 10 << 20)
 """Estimate of the GPU memory of a link for each CTA of its communicator, of the sender and of the receiver: 64 and 320
 MiB for 32 CTAs, as others measured inside a node of 8 H100 (github.com/NVIDIA/nccl/issues/1685)."""

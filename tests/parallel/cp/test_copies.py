@@ -25,10 +25,10 @@ from longring.parallel.cp import device_memory, reach
 from longring.parallel.cp.copies import Copies, Queue, contents
 from longring.parallel.cp.execute import AttentionSpec, backward, forward
 from longring.parallel.cp.grid import CpGrid, grids
-from longring.parallel.cp.group import PASSES, CommunicatorOptions, all_links, open_rings, slot_layout
+from longring.parallel.cp.group import CommunicatorOptions, all_links, open_rings, slot_layout
 from longring.parallel.cp.host_memory import HostMemory, HostQueue
 from longring.parallel.cp.layout import zigzag
-from longring.parallel.cp.plan import Link, Message
+from longring.parallel.cp.plan import PASSES, Link, Message
 from longring.parallel.cp.reach import open_copies
 from longring.parallel.cp.schedules import Schedule
 from longring.parallel.cp.transports import InProcess
