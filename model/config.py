@@ -174,8 +174,10 @@ class ModelConfig:
                 f"{self.head_dim + 1}"
             )
         if self.num_heads % self.num_kv_heads:
+            divisor = max(count for count in range(1, self.num_kv_heads + 1) if self.num_heads % count == 0)
             raise ValueError(
-                f"model.num_kv_heads = {self.num_kv_heads}: must divide model.num_heads = {self.num_heads}"
+                f"model.num_kv_heads = {self.num_kv_heads}: must divide model.num_heads = {self.num_heads}; set it to "
+                f"{divisor}"
             )
         if not self.layer_pattern:
             raise ValueError("model.layer_pattern = []: names no layer; set it to ['full']")

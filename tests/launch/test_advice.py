@@ -119,6 +119,8 @@ SETTINGS = [
         r"or set (model\.head_dim)",
         ("model.num_heads=6", "model.num_kv_heads=6", "{0}=16"),
     ),
+    Setting(("model.num_kv_heads=3",), r"divide model\.num_heads = 4; set it to (2)", ("model.num_kv_heads={0}",)),
+    Setting(("model.num_kv_heads=8",), r"divide model\.num_heads = 4; set it to (4)", ("model.num_kv_heads={0}",)),
     Setting(("model.head_dim=7",), r"rotates pairs of dims; set it to (8)", ("model.head_dim={0}",)),
     Setting(
         ("model.rope_scaling.factor=8",),

@@ -51,7 +51,7 @@ def test_overrides_win_over_the_file():
         ("parallel.tokens_per_rank=500", "parallel.tokens_per_rank = 500: must be a power of two; set it to 256"),
         ("parallel.zero_stage=4", "parallel.zero_stage = 4: must be one of 0, 1, 2, 3"),
         ("parallel.sequence_parallel=true", "and parallel.tensor = 1"),
-        ("model.num_kv_heads=3", "model.num_kv_heads = 3: must divide model.num_heads = 4"),
+        ("model.num_kv_heads=3", "model.num_kv_heads = 3: must divide model.num_heads = 4; set it to 2"),
         ("data.max_bucket_tokens=3000", "data.max_bucket_tokens"),
         (
             "train.min_learning_rate=1.0",
