@@ -75,8 +75,8 @@ class CurriculumConfig:
     odds buckets of unequal size end together. The odds "natural" are a plain shuffle under each of the three."""
 
     cycles: Annotated[int, Interval(ge=1, le=100_000)] = 8
-    """Number of times the run goes through the curriculum. A run too short for them has as many cycles as leave each at
-    least one slot for every bucket in use (`num_cycles`)."""
+    """Number of times the run goes through the curriculum. A run too short for them has fewer (`num_cycles`): at most
+    one a step, and at most one for every n slots, n the number of buckets in use."""
 
     mix: Mix = "step"
     """Lengths in a step. step: one bucket, as in the paper. micro_batch: every slot of curriculum.slot_tokens has a
@@ -186,7 +186,11 @@ class CurriculumConfig:
         self.renewal.check_sources(sources)
 
     def num_cycles(self, num_buckets: int, steps: int, slots_per_step: int) -> int:
-        """Return the number of cycles of a run: whole steps, with a slot for each bucket in use in each cycle."""
+        """Return the number of cycles of a run: at most one a step, and at most one for every `num_buckets` slots.
+
+        With one slot a step, every cycle then has `num_buckets` slots or more. With several, a cycle, which is whole
+        steps, may have fewer: 3 steps of 2 slots are 2 cycles for 3 buckets, and the first has 2 slots.
+        """
         return max(1, min(self.cycles, steps, steps * slots_per_step // num_buckets))
 
 

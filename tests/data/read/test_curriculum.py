@@ -270,7 +270,17 @@ def test_the_defaults_are_algorithm_1_with_the_best_odds_of_the_paper():
 
 @pytest.mark.parametrize(
     ("cycles", "buckets", "steps", "slots", "expected"),
-    [(8, 4, 1_000, 1, 8), (8, 4, 20, 1, 5), (8, 4, 3, 1, 1), (8, 4, 10, 16, 8), (8, 4, 3, 16, 3), (1, 4, 9, 1, 1)],
+    [
+        *((8, 4, 1_000, 1, 8), (8, 4, 20, 1, 5), (8, 4, 23, 1, 5), (8, 4, 3, 1, 1), (1, 4, 9, 1, 1)),
+        *((8, 4, 10, 16, 8), (8, 4, 3, 16, 3)),
+    ],
 )
-def test_a_cycle_is_whole_steps_with_a_slot_for_every_bucket(cycles, buckets, steps, slots, expected):
-    assert CurriculumConfig(cycles=cycles).num_cycles(buckets, steps, slots) == expected
+def test_a_cycle_is_whole_steps_with_slots_for_every_bucket(cycles, buckets, steps, slots, expected):
+    found = CurriculumConfig(cycles=cycles).num_cycles(buckets, steps, slots)
+    assert found == expected
+    assert min(np.diff(cycle_begins(steps, found))) * slots >= min(buckets, steps * slots)
+
+
+def test_with_several_slots_a_step_a_cycle_may_have_fewer_slots_than_buckets():
+    assert CurriculumConfig().num_cycles(num_buckets=3, steps=3, slots_per_step=2) == 2
+    assert cycle_begins(3, 2) == [0, 1, 3], "the first has 2 slots for 3 buckets"
