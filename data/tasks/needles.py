@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from .draws import Draws, different
 from .material import Material
 from .sample import Sample, Segment, Tokens
@@ -74,7 +76,10 @@ class Needles:
             left = tokens - sum(map(len, needles))  # below 0 the row is too short, which `filler` raises
             if self.haystack != "needles":
                 found = material.haystack(self.haystack, max(left, 0), draws)
-                return hide(found, material.cuts(found), needles, at)
+                cuts = material.cuts(found)
+                # [needles]. The last cut is the end, so every depth has a cut at or behind it.
+                behind = np.searchsorted(cuts, [depth * len(found) for depth in at])
+                return hide(found, needles, cuts[behind].tolist())
             lines = fitting(material, left, lambda: self._other(named, keys, every, draws))
             return _among(lines, needles, at)
 

@@ -42,10 +42,11 @@ def depths(number: int, count: int, draws: Draws) -> list[float]:
     return [first, *others[: count - 1]]
 
 
-def hide(haystack: Tokens, cuts: Tokens, needles: Sequence[Tokens], at: Sequence[float]) -> list[Segment]:
-    """Return the haystack with each needle before the first of the `cuts` at or behind its depth."""
-    # [needles]. The last cut is the end, so every depth has a cut at or behind it.
-    positions = cuts[np.searchsorted(cuts, [depth * len(haystack) for depth in at])].tolist()
+def hide(haystack: Tokens, needles: Sequence[Tokens], positions: Sequence[int]) -> list[Segment]:
+    """Return the haystack with each needle before the token at its position; needles of one position keep their order.
+
+    The position len(haystack) is its end.
+    """
     found, done = [], 0  # invariant: `found` holds haystack[:done]
     for position, needle in sorted(zip(positions, needles, strict=True), key=lambda pair: pair[0]):
         found += [Segment(haystack[done:position]), Segment(needle)]

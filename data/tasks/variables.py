@@ -39,9 +39,8 @@ class Variables:
             if len(cuts) <= per_chain:  # each assignment of a chain has a cut of its own
                 raise too_short(length, f"no room for {per_chain} assignments in noise")
             # The assignments of a chain keep their order.
-            at = [sorted(cuts[draws.distinct(len(cuts), per_chain)]) for _ in chains]
-            shares = [cut / max(1, len(haystack)) for chain in at for cut in chain]
-            return hide(haystack, cuts, [line for chain in chains for line in chain], shares)
+            at = [sorted(cuts[draws.distinct(len(cuts), per_chain)].tolist()) for _ in chains]
+            return hide(haystack, [line for chain in chains for line in chain], [cut for chain in at for cut in chain])
 
         head, tail = self._ends(values[0])
         answers = [names[:per_chain]]

@@ -6,14 +6,18 @@ import json
 import re
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 from longring.data.config import TokenizerConfig
 from longring.data.prepare.train_tokenizer import train_tokenizer
+from longring.data.tasks import variables as variables_module
 from longring.data.tasks.catalog import samples
+from longring.data.tasks.draws import Draws
 from longring.data.tasks.material import Material
 from longring.data.tasks.sample import FIRST_REFERENCE, TooShortError
+from longring.data.tasks.variables import Variables
 from tokenizers import Tokenizer
 
 TOKENIZER = Tokenizer.from_buffer(train_tokenizer(["the secret number of a thing is 1234567."] * 9, TokenizerConfig()))
@@ -109,6 +113,26 @@ def test_variables():
         assert f"hold {chain[0][1]}?" in text
         assert " ".join(name for name, _ in shown) in example, "the example is solved"
         assert len(wrong) == 5 and not set(wrong) & set(answer)
+
+
+def test_the_assignments_of_variables_stand_at_the_cuts_that_are_drawn(monkeypatch):
+    """One of 25 positions is 7, and 7 / 25 * 25 is above 7."""
+    drawn: list[list[int]] = []
+    distinct = Draws.distinct
+
+    def recorded(draws: Draws, stop: int, count: int) -> list[int]:
+        drawn.append(distinct(draws, stop, count))
+        return drawn[-1]
+
+    monkeypatch.setattr(Draws, "distinct", recorded)
+    monkeypatch.setattr(variables_module, "question", lambda *arguments: arguments[4](arguments[1]))  # the context
+    material = Material(TOKENIZER, 0)
+    for tokens in range(600, 700):
+        found: Any = Variables().make(material, tokens, 0, 1, Draws("variables", tokens))
+        parts = [segment.tokens for segment in found]
+        cuts = material.cuts(np.concatenate(parts[::2]))  # of the haystack, without the assignments between its parts
+        positions = np.cumsum([len(part) for part in parts[:-1:2]]).tolist()
+        assert positions == sorted(cuts[drawn[-1]].tolist())
 
 
 @pytest.mark.parametrize(
