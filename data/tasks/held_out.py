@@ -27,10 +27,15 @@ class HeldOut:
     def text(self, num_tokens: int, draws: Draws) -> Tokens:
         """Return tokens of documents in random order, without boundary tokens; all have been read before one is again.
 
-        The result is int64 `[num_tokens]`.
+        The result is int64 `[num_tokens]`. Raises ValueError if the documents have no tokens but boundaries.
         """
         found, left = [np.empty(0, dtype=np.int64)], num_tokens
-        for _ in count():  # one pass over all sequences
+        for passes in count():  # passes over all sequences that are done
+            if passes and left == num_tokens:
+                raise ValueError(
+                    f"{self._name}: the held-out documents have no tokens but boundaries; prepare the data with a "
+                    "larger data.held_out_fraction"
+                )
             for reader in self._readers:
                 for sequence in draws.distinct(reader.sequences, reader.sequences):
                     if left <= 0:

@@ -59,6 +59,15 @@ def test_a_haystack_has_every_document_before_one_again_and_no_boundary():
     assert any((held_out(short, long).text(every, Draws(seed)) != once).any() for seed in range(9)), "in random order"
 
 
+def test_documents_of_boundaries_alone_are_told():
+    empty = held_out(Bucket(8, 3, range(9)), Bucket(32, 2, range(33)))
+    assert len(empty.text(0, Draws("a"))) == 0
+    told = "data: the held-out documents have no tokens but boundaries; prepare the data with a larger data.held_out_"
+    with pytest.raises(ValueError, match=told):
+        empty.text(5, Draws("a"))
+    assert set(held_out(Bucket(8, 3, range(9)), Bucket(32, 2)).text(70, Draws("a")) // 1000) == {32}
+
+
 @pytest.mark.parametrize(
     ("starts", "cut"),
     [((0,), 16), ((0, 15), 16), ((0, 16), 16), ((0, 5, 20, 25), 20), ((0, 30), 30), ((0, 31), 16)],
