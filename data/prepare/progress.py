@@ -83,6 +83,7 @@ class _Display:
         running = np.zeros(2, dtype=np.int64)
         # Tasks start in order, so the running ones are among the first pending.
         for number in self._pending[: None if finished else 2 * self._processes]:
+            done = ledger_file(self._partial, number).exists()  # before the counts, which are then the last ones
             counts, at = _reported(progress_file(self._partial, number))
             if at and self._slow.told(number, (*counts.tolist(), at), time.monotonic()):
                 self._progress.console.print(
@@ -91,7 +92,7 @@ class _Display:
                     highlight=False,
                     markup=False,
                 )
-            if ledger_file(self._partial, number).exists():
+            if done:
                 # The loop runs over a slice, a copy of the list.
                 self._pending.remove(number)
                 self._done += counts

@@ -63,7 +63,8 @@ def threshold(keys: NDArray[np.float64], fraction: float) -> float:
     """
     count = round(fraction * len(keys))
     if count == 0:
-        return float(keys.max(initial=0.0)) + 1.0
+        largest = float(keys.max(initial=0.0))
+        return max(largest + 1.0, math.nextafter(largest, math.inf))  # from 2^53 on, adding 1 may change nothing
     if count == len(keys):
         return float(keys.min()) - 1.0
     # Only the two keys at the border need their positions in the sorted order.

@@ -19,6 +19,7 @@ from longring.data.format.spans import SPAN_CHARACTERS
 from longring.data.inspect.ledger import print_ledgers
 from longring.data.prepare import progress as progress_module
 from longring.data.prepare import train_tokenizer as module
+from longring.data.prepare.merge import ledger_file
 from longring.data.prepare.prepare import prepare
 from longring.data.prepare.progress import progress_file, shown
 from longring.data.prepare.train_tokenizer import TRAINING_CHARACTERS, train_tokenizer
@@ -172,6 +173,26 @@ def test_a_tokenizer_is_trained_on_long_words():
         whole = train_tokenizer([ordinary], config)
     assert train_tokenizer([ordinary], config) == whole
     train_tokenizer([WORD, "a" * 10**6, " " * 10**6], TokenizerConfig(vocab_size=400))
+
+
+def test_the_last_counts_of_an_input_shard_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It ends while it is looked at: what it has written last counts at the next look."""
+    reported, file, ledger = progress_module._reported, progress_file(tmp_path, 0), ledger_file(tmp_path, 0)
+
+    def reported_before_its_end(read: Path):
+        found = reported(read)
+        file.write_text("9 900 ")
+        ledger.touch()
+        return found
+
+    for path in (file, ledger):
+        path.parent.mkdir(parents=True)
+    file.write_text("5 700 corpus/a.jsonl:6")
+    monkeypatch.setattr(progress_module, "_reported", reported_before_its_end)
+    with Progress(disable=True) as bar:
+        with shown(tmp_path, [0], 1, bar):
+            time.sleep(0.5)
+        assert bar.tasks[0].fields["line"].startswith("9 documents  900 tokens")
 
 
 def test_a_document_without_progress_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

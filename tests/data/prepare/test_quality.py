@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 from helpers.files import tree
 from helpers.lanes import by_lane
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from longring.data.config import DataConfig, SourceConfig
 from longring.data.format.document import Document
@@ -174,9 +174,10 @@ def test_documents_are_drawn_as_one_after_another_without_replacement(temperatur
 
 
 @given(
-    keys=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40, unique=True),
+    keys=st.lists(st.floats(-1e18, 1e18), min_size=1, max_size=40, unique=True),
     fraction=st.floats(0, 1),
 )
+@example(keys=[1e16], fraction=0.0)  # adding 1 leaves it as it is
 def test_the_threshold_keeps_as_many_as_asked(keys: list[float], fraction: float):
     found = np.array(keys)
     assert np.count_nonzero(found >= threshold(found, fraction)) == round(fraction * len(keys))
