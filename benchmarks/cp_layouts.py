@@ -194,7 +194,8 @@ def main() -> int:
                     table.add_row(*(str(row[column]) for column in columns))
     console.print(table)
     cases = {32: 2_000, 256: 2_000} if options.size == "full" else {8: 2_000}
-    host = [*host_rows({32: 262}, 9 if options.size == "full" else 1), *host_rows(cases, 5)]
+    repeats = 20 if options.size == "full" else 1
+    host = [*host_rows({32: 262}, repeats), *host_rows(cases, repeats)]
     columns = ["ranks", "documents", "of", "choice_ms", "plan_ms", "masks_ms"]
     table = make_table("A packing in a thread of the loader", columns, left=("of",))
     for row in host:

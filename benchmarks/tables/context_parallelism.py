@@ -151,7 +151,7 @@ def kernels(record: Any) -> Iterator[Cells]:
             yield row["kernel"], "128", f"{queries} \N{MULTIPLICATION SIGN} {keys}, {warps}, {stages}", *numbers
 
 
-LAYOUTS_RECORD = "cp_layouts_2026-11-22"
+LAYOUTS_RECORD = "cp_layouts_2026-11-23"
 TABLES = [
     Table(RESULTS, "| | ranks | results |", precision, ("cp_precision_2_cores_2026-11-21",)),
     Table(
