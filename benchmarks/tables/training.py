@@ -132,9 +132,9 @@ def faults(record: Any) -> Iterator[Cells]:
         yield name, statuses, lost, f"{max(steps)}", f"{median(seconds):.0f}", f"{max(seconds):.0f}"
 
 
-def fit_time(*records: Any) -> Iterator[Cells]:
+def fit_time(record: Any) -> Iterator[Cells]:
     """Yield predicted and measured times of steps, by division."""
-    for row in (row for record in records for row in record["rows"]):
+    for row in record["rows"]:
         times = (f"{row[name]:.2f} s" for name in ("predicted_s", "measured_s"))
         yield row["case"], f"{row['ranks']}", f"{row['length']:,}", *times, f"{row['ratio']:.2f}"
 
@@ -157,11 +157,6 @@ TABLES = [
     ),
     Table("faults.md", "| parameters | MB, ours / DeepSpeed's |", checkpoints, ("checkpoint_2_cores_2026-11-21",)),
     Table("faults.md", "| fault | exit statuses |", faults, ("soak_2_cores_2026-11-22",)),
-    Table(
-        "fitting.md",
-        "| division | ranks | length |",
-        fit_time,
-        ("fit_time_2_cores_2026-11-22", "fit_time_rings_2_cores_2026-11-22"),
-    ),
+    Table("fitting.md", "| division | ranks | length |", fit_time, ("fit_time_2_cores_2026-11-23",)),
     Table("phases.md", "| | all | <128 |", phases, ("phases_2_cores_2026-11-22",)),
 ]
