@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ...parallel.config import ZeroConfig
 from ...parallel.cp.topology import Topology
 from ..config import Recipe
-from ..grids.choice import GridChoice, choose_grids
+from ..grids.choice import GridChoice, check_named_grids, choose_grids
 from .device import Device
 from .links import Links, links_of
 from .memory import Memory, moments, peak
@@ -198,6 +198,7 @@ class Planner:
                 try:
                     applied = setting.applied(recipe)
                     applied.accumulation_steps(self.world_size)
+                    check_named_grids(applied)
                 except ValueError:
                     continue
                 yield setting, applied

@@ -107,3 +107,10 @@ def test_a_setting_brings_what_it_needs(recipe_file):
     assert found[of._replace(zero_stage=1)].parallel.zero == ZeroConfig()
     assert all(recipe.accumulation_steps(RANKS) for recipe in found.values())
     assert {setting.offload_param for setting in found if setting.zero_stage < 3} == {"none"}
+
+
+def test_a_setting_has_grids_of_its_own_ranks(recipe_file):
+    """A grid that the recipe names is of 2 ranks: no setting spreads a sequence over more, and the search ends."""
+    planner = planner_of(recipe_file, 1e18, "parallel.cp.schedule=heads=2")
+    assert {recipe.max_context_parallel for _, recipe in planner.settings()} == {1, 2}
+    assert planner.three_best()
