@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+import math
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,12 +113,17 @@ def measured_device(file: Path) -> tuple[Device, Topology]:
     """
     try:
         found = json.loads(file.read_text())
-        device = found["device"]
+        speed = Speed(**found["device"]["attention"])
+        device = Device(**{**found["device"], "attention": speed})
         fabrics = {side: found["topology"][side] for side in ("inside", "across", "copies")}  # null: no fabric
         topology = Topology(
             **{**found["topology"], **{side: fabric and Fabric(**fabric) for side, fabric in fabrics.items()}}
         )
-        return Device(**{**device, "attention": Speed(**device["attention"])}), topology
+        rates = [getattr(device, field.name) for field in fields(Device) if field.type == "float"]
+        rates += [fabric["bytes_per_s"] for fabric in fabrics.values() if fabric]
+        if not all(0 < rate < math.inf for rate in (*rates, speed.forward_flops, speed.backward_flops)):
+            raise ValueError("a rate is not a positive number")
+        return device, topology
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"--device {file}: has no measured device; write it with `longring topology RECIPE --json {file}`"

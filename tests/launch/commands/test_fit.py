@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,15 @@ RECIPES = Path(__file__).parents[3] / "launch" / "recipes"
 LLAMA = str(RECIPES / "llama-3.1-8b-1m.toml")
 HALF = "train.dtype=bfloat16"
 SMALL = "parallel.tokens_per_rank=256"
+
+
+def measured(device: Mapping[str, object], fabric: Mapping[str, object]) -> dict[str, object]:
+    """Return the content of a device file of one node of 2 ranks, with other values of its device or its links."""
+    from longring.launch.fit.device import device_json, named_device
+
+    inside = {"kind": "switch", "bytes_per_s": 1e9, "latency_s": 1e-5, "ends_per_port": 1, "full_duplex": True}
+    topology = {"name": "probe", "ranks_per_node": 2, "inside": {**inside, **fabric}, "across": None, "copies": None}
+    return {"topology": topology, "device": {**device_json(named_device("h100")), **device}}
 
 
 def run(capsys, *arguments: str) -> str:
@@ -105,22 +115,19 @@ def test_advice_about_gpus_and_other_options(capsys, recipe_file, tmp_path):
     assert cli.main([*planned, "--gpus", "64", "train.global_batch_tokens=16384"]) == 0
     assert cli.main(["plan", str(recipe_file), HALF, SMALL, "--ranks", "4"]) == 0
     other = tmp_path / "other.json"
-    other.write_text("{}")
-    assert cli.main(["plan", str(recipe_file), SMALL, "--gpus", "2", "--device", str(other)]) == 2
-    error = " ".join(capsys.readouterr().err.split())
-    # tests/launch/commands/test_topology.py carries this out.
-    assert "has no measured device; write it with `longring topology RECIPE --json" in error
+    for device, fabric in ((None, {}), ({"product_flops": 0}, {}), ({"peak_flops": "1"}, {}), ({}, {"bytes_per_s": 0})):
+        other.write_text(json.dumps({} if device is None else measured(device, fabric)))
+        assert cli.main(["plan", str(recipe_file), SMALL, "--gpus", "2", "--device", str(other)]) == 2
+        error = " ".join(capsys.readouterr().err.split())
+        # tests/launch/commands/test_topology.py carries this out.
+        assert "has no measured device; write it with `longring topology RECIPE --json" in error
 
 
 @pytest.mark.full
 def test_a_topology_of_one_node_has_no_more_ranks(capsys, recipe_file, tmp_path):
     """More ranks than a node has are refused for a file that one node wrote, unless a preset replaces its links."""
-    from longring.launch.fit.device import device_json, named_device
-
-    fabric = {"kind": "switch", "bytes_per_s": 1e9, "latency_s": 1e-5, "ends_per_port": 1, "full_duplex": True}
-    topology = {"name": "probe", "ranks_per_node": 2, "inside": fabric, "across": None, "copies": None}
     file = tmp_path / "node.json"
-    file.write_text(json.dumps({"topology": topology, "device": device_json(named_device("h100"))}))
+    file.write_text(json.dumps(measured({}, {})))
     arguments = ["plan", str(recipe_file), "--gpus", "4", "--device", str(file)]
     assert cli.main(arguments) == 2
     assert "name one of several nodes, such as --topology infiniband" in " ".join(capsys.readouterr().err.split())
