@@ -355,10 +355,12 @@ class Recipe:
         data_size = self.parallel.data_size(world_size)
         if data_size % self.max_context_parallel:
             needed = self.max_context_parallel * self.parallel.tensor
+            # A ring of the largest power of two that divides the data-parallel ranks holds a sequence.
+            held = max(self.lengths) // (data_size & -data_size)
             raise ValueError(
                 f"world of {world_size} ranks: cannot hold the longest bucket in use, {max(self.lengths)} tokens, at "
                 f"parallel.tokens_per_rank = {self.parallel.tokens_per_rank}; start a multiple of {needed} ranks, or "
-                "raise parallel.tokens_per_rank"
+                f"set parallel.tokens_per_rank = {held}"
             )
         if data_size % (copied := self.parallel.zero.zero_hpz_partition_size):
             raise ValueError(

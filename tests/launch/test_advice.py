@@ -650,7 +650,7 @@ def test_advice_about_the_ranks_of_an_evaluation(recipe_file, tmp_path, capsys, 
             command("evaluate", "{run}", "--ranks", ranks, division)(sandbox)
     command("evaluate", "{run}", "--ranks", "12", OVER_4)(sandbox)
     command("evaluate", "{run}", "--ranks", "6", "parallel.tensor=2")(sandbox)
-    with pytest.raises(ValueError, match="or raise parallel.tokens_per_rank"):
+    with pytest.raises(ValueError, match="or set parallel.tokens_per_rank = 512"):
         command("evaluate", "{run}", "--ranks", "3", OVER_4)(sandbox)
     command("evaluate", "{run}", "--ranks", "3", "parallel.tokens_per_rank=512")(sandbox)
 

@@ -78,7 +78,13 @@ def test_missing_and_broken_files(tmp_path):
 @pytest.mark.parametrize(
     ("world_size", "overrides", "message"),
     [
-        (3, [], "world of 3 ranks: cannot hold the longest bucket in use, 2048 tokens, .* start a multiple of 4 ranks"),
+        (
+            3,
+            [],
+            "world of 3 ranks: cannot hold the longest bucket in use, 2048 tokens, .* start a multiple of 4 ranks, or "
+            "set parallel.tokens_per_rank = 2048$",
+        ),
+        (6, [], "start a multiple of 4 ranks, or set parallel.tokens_per_rank = 1024$"),
         (3, ["parallel.tensor=2"], "parallel.tensor = 2: does not divide a world of 3 ranks"),
         (4, ["parallel.tensor=2"], "start a multiple of 8 ranks"),
         (
