@@ -20,6 +20,7 @@ from .errors import IO_ERROR, NODE_USER_ERROR, USER_ERROR, print_error
 from .extras import advice
 from .ranks.nodes import ManyNodes
 from .run_directory import RunDirectory, find_run
+from .trackers import check_trackers
 
 # The functions below import their command when they are called: torch, DeepSpeed and datasets take seconds to import,
 # and --help and a mistyped recipe need none of them.
@@ -124,6 +125,7 @@ def _train(options: argparse.Namespace) -> int:
     # Without torch: a mistake in the recipe or its data is told at once.
     if ranks := options.ranks or recipe.train.ranks_per_node:
         recipe.accumulation_steps(ranks * options.nodes)
+    check_trackers(recipe.track)
     manifest = open_prepared(recipe.training_directory, recipe.loader, check_shards=False)
     manifest.check_made_from(recipe.data, recipe.order)
     from .commands.train import start_training

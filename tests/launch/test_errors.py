@@ -188,6 +188,7 @@ def test_a_mistake_is_told_before_torch_is_imported(recipe_file, tmp_path):
         "train.steps=0": "must be at least 1",
         "train.warmup_steps=30": "train.steps = 20: below the 31 steps",
         "parallel.tokens_per_rank=512 --ranks 3": "of one micro-batch on 3 ranks",
+        "track.wandb_project=x": "run `pip install wandb`",
         f"data.directory={tmp_path}": "run `longring prepare RECIPE`",
         "data.min_bucket_tokens=128": "longring prepare",
     }
