@@ -127,12 +127,12 @@ def test_logits_that_are_kept_are_not_computed_again(on_ranks, kept_slices, dtyp
 Z_LOSS = 0.05
 
 
-def padded_results(tensor: int, vocab_size: int) -> dict[str, Tensor]:
+def padded_results(tensor: int, vocab_size: int, kept_bytes: int) -> dict[str, Tensor]:
     """Return this rank's results of a head with padding and z-loss."""
     parallel = ParallelConfig(tokens_per_rank=64, tensor=tensor)
     join(parallel, 1)
     config = replace(CONFIG, z_loss=Z_LOSS)
-    head = LossHead(config, vocab_size, megatron_config(parallel))
+    head = LossHead(config, vocab_size, megatron_config(parallel), kept_bytes)
     fill_weights(head, config, 0, torch.device("cpu"), torch.float32)
     x, targets, dlosses = inputs(torch.float32)
     x = x.requires_grad_()
@@ -144,8 +144,9 @@ def padded_results(tensor: int, vocab_size: int) -> dict[str, Tensor]:
 @pytest.mark.full
 @pytest.mark.parametrize("vocab_size", [200, 130, 60])  # of 256, 256 and 128 rows; the second rank has 72, 2 and none
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_padding_has_no_part_and_z_loss_has_a_gradient_alone(on_ranks, tensor, vocab_size):
-    got = all_ranks(on_ranks(tensor, padded_results, tensor, vocab_size), False)
+@pytest.mark.parametrize("kept_bytes", [0, 2**20])
+def test_padding_has_no_part_and_z_loss_has_a_gradient_alone(on_ranks, kept_bytes, tensor, vocab_size):
+    got = all_ranks(on_ranks(tensor, padded_results, tensor, vocab_size, kept_bytes), False)
     weight, greedy = got.pop("weight"), got.pop("greedy")
     assert greedy.max() < vocab_size
     runs = []
