@@ -33,8 +33,8 @@ def opening(recipe: Recipe, order: BatchOrder, engine: DeepSpeedEngine, mesh: Me
         f"{recipe.max_context_parallel}, ZeRO {parallel.zero_stage}",
         f"parameters: {count:,} in {train.dtype}, gradients summed in {train.gradient_dtype}; activations: "
         f"{train.memory.activations}",
-        f"a step: {train.global_batch_tokens:,} tokens, as {accumulations:,} micro-batches of "
-        f"{parallel.tokens_per_rank:,} tokens on each data-parallel rank",
+        f"a step: {train.global_batch_tokens:,} tokens, as {accumulations:,} "
+        f"micro-batch{'es' * (accumulations > 1)} of {parallel.tokens_per_rank:,} tokens on each data-parallel rank",
         f"passes over each bucket in {train.steps:,} steps: {passes}",
         f"memory of a rank: {memory.total / GIB:.3g} GiB predicted, at the peak in the {memory.moment} ({kinds}); what "
         f"attention holds of other ranks comes on top; on the host {memory.host / GIB:.3g} GiB",

@@ -92,9 +92,10 @@ def _head(planner: Planner, origin: str) -> str:
     inside = f"{topology.inside.bytes_per_s / 1e9:.3g} GB/s a rank"
     across = f", {topology.across.bytes_per_s / 1e9:.3g} across nodes" if topology.across else ""
     ranks = f"{planner.world_size:,} rank{'s' * (planner.world_size > 1)}"
+    steps = recipe.accumulation_steps(planner.world_size)
     return (
         f"{ranks}, {recipe.parallel.tokens_per_rank:,} tokens on each, "
-        f"{recipe.accumulation_steps(planner.world_size):,} micro-batches a step; vocabulary of "
+        f"{steps:,} micro-batch{'es' * (steps > 1)} a step; vocabulary of "
         f"{recipe.model.num_tokens(planner.vocab_size):,}\n"
         f"device: {device.name}, {device.memory_bytes / 2**30:.1f} GiB; peak {device.peak_flops / 1e12:.4g} TFLOP/s, "
         f"products reach {device.product_flops / 1e12:.4g}, attention {device.attention.forward_flops / 1e12:.4g} "

@@ -224,6 +224,8 @@ def _why(found: Answers, plan: Plan) -> str:
     kind = max(moved, key=lambda kind: abs(moved[kind]))
     if abs(moved[kind]) >= 0.05 * GIB:  # less prints as 0.0
         reasons.append(f"{kind} {moved[kind] / GIB:+,.1f} GiB")
+    if (host := max(bucket.memory.host for bucket in plan.buckets)) >= 0.05 * GIB:
+        reasons.append(f"{host / GIB:,.1f} GiB of the host")
     return ", ".join(reasons)
 
 
