@@ -27,7 +27,7 @@ _REMOVE_RECIPE = "remove it, and the next `longring train` with the same recipe 
 
 
 class RunDirectory:
-    """The paths within a run directory, whose tree is in README.md, and the records in them."""
+    """The paths within a run directory, whose tree is in docs/run-directory.md, and the records in them."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
