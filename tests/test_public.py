@@ -35,7 +35,7 @@ MEMBERS = {
     "Topology": ("preset",),
 }
 """Methods and properties of classes that are promised; the fields of a dataclass are in its own signature."""
-MADE_BY_OTHERS = {"Batch", "BatchOrder", "Schedule", "SharedSequence"}
+MADE_BY_OTHERS = {"BatchOrder", "Schedule", "SharedSequence"}
 """Classes that are not made by their own name, so that nothing is promised of it."""
 
 
