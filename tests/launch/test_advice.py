@@ -252,7 +252,7 @@ SETTINGS = [
         ("parallel.zero.zero_hpz_partition_size={0}", STAGE_3, "ranks=2"),
     ),
     Setting((OVER_4, "ranks=2"), r"start a multiple of (\d+) ranks", (OVER_4, "ranks={0}")),
-    Setting((OVER_4, "ranks=2"), r"or raise (parallel\.tokens_per_rank)", ("{0}=256", "ranks=2")),
+    Setting((OVER_4, "ranks=2"), r"or set (parallel\.tokens_per_rank) = 256", ("{0}=256", "ranks=2")),
     Setting(("ranks=8",), r"set it to (\d+)", ("train.global_batch_tokens={0}", "ranks=8")),
     Setting(
         (OVER_4, "model.num_heads=2", "parallel.cp.schedule=ulysses"),
