@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from helpers.benchmarks import BENCHMARKS, check_smallest_size, run
@@ -28,6 +31,12 @@ def test_smallest_size(script, tmp_path):
     if script == "tune_attention" and not torch.cuda.is_available():
         pytest.skip("block sizes are measured on a GPU: run this test on a machine with one")
     check_smallest_size(script, tmp_path)
+
+
+def test_benchmarks_of_other_files_are_run_there():
+    others = [file.read_text() for file in Path(__file__).parent.glob("test_*.py") if file != Path(__file__)]
+    named = {name for text in others if "check_smallest_size(" in text for name in re.findall(r'"(\w+)"', text)}
+    assert sorted(OWN_FILES - named) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the message is that of a machine without a GPU")
