@@ -1,7 +1,7 @@
 """Settings of the curriculum: how much a run trains of which length and source, and in which order of lengths.
 
-The class is frozen, and making one raises ValueError if its settings do not fit each other. The methods fit them to the
-buckets of data and to the size of a batch.
+The classes are frozen. Making one raises ValueError if a number is outside its range, or if settings do not fit each
+other. The methods fit them to the buckets of data and to the size of a batch.
 """
 
 import difflib
@@ -188,8 +188,9 @@ class CurriculumConfig:
     def num_cycles(self, num_buckets: int, steps: int, slots_per_step: int) -> int:
         """Return the number of cycles of a run: at most one a step, and at most one for every `num_buckets` slots.
 
-        With one slot a step, every cycle then has `num_buckets` slots or more. With several, a cycle, which is whole
-        steps, may have fewer: 3 steps of 2 slots are 2 cycles for 3 buckets, and the first has 2 slots.
+        A run of fewer slots is one cycle. In others, with one slot a step, every cycle has `num_buckets` slots or more.
+        With several, a cycle, which is whole steps, may have fewer: 3 steps of 2 slots are 2 cycles for 3 buckets, and
+        the first has 2 slots.
         """
         return max(1, min(self.cycles, steps, steps * slots_per_step // num_buckets))
 

@@ -1,7 +1,7 @@
 """Settings for the order of documents in contexts and for knots.
 
 The classes are frozen; making one raises ValueError if its settings do not fit each other. The range of a number stands
-with its field, and launch/settings.py holds it for numbers from outside.
+with its field, and launch/settings.py holds it for numbers of recipes.
 """
 
 from dataclasses import dataclass

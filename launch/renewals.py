@@ -27,7 +27,7 @@ def renewal_steps(recipe: Recipe) -> tuple[int, ...]:
     curriculum, train = recipe.curriculum, recipe.train
     if not curriculum.renewal.rate:
         return ()
-    # Slots of one step: every cycle has at least one slot for each bucket.
+    # Slots of one step.
     slots = train.global_batch_tokens // curriculum.tokens_of_slot(recipe.lengths, train.global_batch_tokens)
     cycles = curriculum.num_cycles(len(recipe.lengths), train.steps, slots)
     return tuple(cycle_begins(train.steps, cycles)[1:-1])  # neither before the first cycle nor after the last

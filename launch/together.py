@@ -19,7 +19,7 @@ _T = TypeVar("_T")
 def on_all_ranks(mesh: Mesh, work: Callable[[], _T]) -> _T:
     """Return what `work` returns on this rank; raise on every rank the worst error that any rank met. Collective.
 
-    An OSError is raised as CommonError.
+    These errors are OSError, which is raised as CommonError, and ValueError; any other ends this rank alone.
     """
     result: Any = None
     mine: tuple[int, str] | None = None
@@ -46,14 +46,14 @@ def first_of_any(found: str | None) -> str | None:
 def on_rank_0(mesh: Mesh, work: Callable[[], _T]) -> _T:
     """Return on every rank what `work` returns on rank 0, the only rank that calls it; raise its error on all of them.
 
-    An OSError is raised as CommonError. Collective. A shared file system may show other ranks an older state of a
-    directory, and a file has one writer.
+    Its errors are OSError, which is raised as CommonError, and ValueError; any other ends rank 0 alone. Collective. A
+    shared file system may show other ranks an older state of a directory, and a file has one writer.
     """
     return from_rank_0(on_all_ranks(mesh, work if mesh.rank == 0 else lambda: None))
 
 
 def from_rank_0(value: Any) -> Any:
-    """Return the value of rank 0, which every rank has computed without an error. Collective."""
+    """Return on every rank the value that rank 0 passes; those of other ranks do not count. Collective."""
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]

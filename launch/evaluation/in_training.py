@@ -40,7 +40,10 @@ class EvaluationsInTraining:
         return every > 0 and step > 0 and step % every == 0
 
     def are_owed(self, step: int) -> bool:
-        """Return whether the evaluation that follows a step is not recorded. Raises CommonError. Collective."""
+        """Return whether the evaluation that follows a step is not recorded. Collective.
+
+        Raises CommonError if the records cannot be read.
+        """
 
         def recorded() -> bool:
             return any(entry["step"] == step for entry in self.run.evaluations())

@@ -78,6 +78,8 @@ def decide_links(recipe: Recipe, mesh: Mesh) -> tuple[Topology, Speed]:
     """Return the links and the speed on which grids and layouts are priced: equal on all ranks, in all starts of a run.
 
     Collective. What a probe measures is kept in the run's directory: another probe would differ, and so would layouts.
+    Raises ValueError if the probe fails on any rank, or if grids.json is damaged, and CommonError if the file cannot be
+    read or written.
     """
     if (name := topology_name(recipe)) != "probe":
         return named_topology(name, recipe, mesh.world_size)
