@@ -6,12 +6,12 @@
 All members have one architecture, equal weights and the same batch, one sequence for each rank, in fp32; they clip the
 gradient by its norm and step AdamW. Theirs divide a batch over several ranks by DDP, ours by ZeRO 1, with whole
 sequences (dp) or with each sequence over all ranks (cp). Every rank is a process of one thread. All stay alive and take
-turns step by step, so that all meet the same machine; who waits is stopped, as idle threads of gloo would poll. The
-losses of every step must be equal.
+turns step by step, so that all meet the same machine; a member that waits is stopped, since idle threads of gloo would
+poll. The losses of every step must be equal.
 
 ratio is the time of the fastest of theirs over the member's in the same round, the median over the rounds: above 1, the
-member is faster. It is told of elapsed time and of processor time of all ranks, which other load disturbs less. The
-memory is the growth of a rank's peak resident memory since its imports, the largest of the ranks.
+member is faster. One ratio is of elapsed time, one of the processor time of all ranks, which other load disturbs less.
+The memory is the growth of a rank's peak resident memory since its imports, the largest of the ranks.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 
 @lru_cache(maxsize=64)  # many layouts have the documents of one context
 def _ascend_from_0(starts: tuple[int, ...]) -> bool:
-    """Whether starts ascend strictly from 0."""
+    """Return whether starts ascend strictly from 0."""
     return starts[:1] == (0,) and all(a < b for a, b in pairwise(starts))
 
 

@@ -132,7 +132,7 @@ def _greedy(pairs, dropped):  # pragma: no cover  (compiled)
 
 
 def jaccard(one: NDArray[np.unsignedinteger], other: NDArray[np.unsignedinteger]) -> float:
-    """Return the Jaccard similarity of two documents' sets of token shingles (Broder, 1997)."""
+    """Return the Jaccard similarity of two documents' sets of token shingles (Broder, 1997); tokens are [n] and [m]."""
     first, second = shingles(one), shingles(other)
     both = len(np.intersect1d(first, second, assume_unique=True))
     return both / (len(first) + len(second) - both)

@@ -25,7 +25,7 @@ class Draws:
         return int(self._random() * stop)
 
     def integers(self, stop: int, count: int) -> NDArray[np.int64]:
-        """Return `count` independent choices among 0, ..., stop - 1."""
+        """Return `count` independent choices among 0, ..., stop - 1, int64 [count]."""
         return (self._random(count) * stop).astype(np.int64)
 
     def choice(self, values: Sequence[T]) -> T:

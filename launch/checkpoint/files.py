@@ -53,7 +53,10 @@ class CheckpointFiles:
         return {key: sorted(ranges) for key, ranges in found.items()}
 
     def read(self, result: Tensor, parameter: str, kind: str, slice_number: int, first: int) -> None:
-        """Read elements of a flattened slice from the files that hold them, as `Stored` says."""
+        """Read elements of a flattened slice into `result` [numel] from the files that hold them, as `Stored` says.
+
+        Raises ValueError if the files do not have all of them.
+        """
         # Ranges are sorted, so everything before `at` is read when a range is looked at.
         at, end = first, first + result.numel()
         for start, stop, file in self._stored_ranges.get((parameter, slice_number), []):

@@ -41,7 +41,10 @@ class Stored(Protocol):
 
 
 def read_whole(stored: Stored, name: str, kind: str = "weight") -> Tensor:
-    """Return a whole parameter, or another of its tensors, fp32. Raises KeyError if there is no such parameter."""
+    """Return a whole parameter, or another of its tensors, in fp32 and in the parameter's shape.
+
+    Raises KeyError if there is no such parameter, and what `Stored.read` raises.
+    """
     shape = stored.parameters[name].shape
     whole = torch.empty(shape)
     fill(stored, Fragment(Parameter(name, shape, None), 0, {kind: whole.view(-1)}), (kind,), 0, 1)

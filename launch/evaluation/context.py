@@ -128,7 +128,8 @@ def long_ppl(
 ) -> dict[str, Any]:
     """Return LongPPL (arXiv 2410.23771): the exponential of the mean loss of key tokens; None without any.
 
-    `found` are losses and key tokens of sequences, as `key_tokens` or `judged` yield them; `judge` None: the model.
+    `found` are losses and key tokens of sequences, `[length]` each, as `key_tokens` or `judged` yield them. Without a
+    `judge` the model itself has chosen the key tokens.
     """
     key_loss, num_keys, sequences = 0.0, 0, 0
     for whole, key in found:

@@ -27,7 +27,7 @@ class Row(NamedTuple):
     parts: NDArray[np.uint8]
     """Part of each target, `[length]`, from 0 on; part 0 is not summed."""
     starts: tuple[int, ...] = (0,)
-    """Positions of which nothing before is visible from there on, ascending from 0."""
+    """Positions at which visibility starts anew: nothing before one is visible from it on. Ascending from 0."""
     accepted: NDArray[np.int64] = np.empty((0, 2), dtype=np.int64)
     """Tokens that are as right as the target, int64 `[n, 2]` = (target's position, token)."""
 

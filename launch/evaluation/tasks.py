@@ -94,7 +94,7 @@ def scores_of(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64] | None
 
 
 def by_depth(depths: Sequence[float], scores: dict[str, NDArray[np.float64] | None]) -> list[dict[str, Any]]:
-    """Return exact match and loss by range of depth, of the ranges that have samples."""
+    """Return exact match and loss by range of depth, of the ranges that have samples; scores are `[samples]`."""
     # A depth of 1 belongs to the last range.
     bins = np.minimum((np.array(depths) * DEPTH_BINS).astype(np.int64), DEPTH_BINS - 1)
     exact, loss = scores["exact"], scores["loss"]

@@ -78,10 +78,10 @@ class Clock:
                 self._idle(idle_s)
 
     def _moved(self, idle_s: float) -> None:
-        """Answer progress after `idle_s` seconds without any."""
+        """Respond to progress after `idle_s` seconds without any."""
 
     def _idle(self, idle_s: float) -> None:
-        """Answer `idle_s` seconds without progress; called at every poll."""
+        """Respond to `idle_s` seconds without progress; called at every such poll."""
         if idle_s > self._limit_s:
             print_error(f"rank {self._rank}: no progress for {self._limit_s:.0f} s at {self.position}")
             faulthandler.dump_traceback(sys.stderr)

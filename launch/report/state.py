@@ -44,7 +44,7 @@ class RunState:
     saved_step: int | None
     """Step of the last checkpoint."""
     saved: str
-    """Time at which it became visible."""
+    """Time at which the last checkpoint became visible."""
     held_out: tuple[int, float] | None
     """Step and held-out loss of the last evaluation that was not cut short."""
     hangs: list[str]

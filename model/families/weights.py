@@ -91,7 +91,10 @@ def _by_kv_head(ours: str, shapes: dict[str, tuple[int, ...]], num_kv_heads: int
 
 
 def to_theirs(weight: Weight, ours: Tensor) -> dict[str, Tensor]:
-    """Return the tensors of transformers by name from LongRing's whole parameter, of which they may be views."""
+    """Return the tensors of transformers by name from LongRing's whole parameter, of which they may be views.
+
+    `ours` has the shape `weight.shape`, the result the shapes `weight.theirs`.
+    """
     parts: dict[str, list[Tensor]] = {name: [] for name in weight.theirs}
     for rows, part in zip(weight.rows, ours.split([rows.number for rows in weight.rows]), strict=True):
         if rows.name:

@@ -45,7 +45,7 @@ class _Passes(NamedTuple):
     num_layers: int
     num_ranks: int
     bytes_per_s: Floats
-    """Bandwidth of each link."""
+    """Bandwidth of each link, `[links]`."""
     passes: list[tuple[Traffic, Tiles]]
 
     @property
@@ -56,7 +56,7 @@ class _Passes(NamedTuple):
 
     @property
     def least_seconds(self) -> float:
-        """A lower bound of `seconds`, in a fraction of their time."""
+        """A lower bound of `seconds`, found in a fraction of the time that their simulation takes."""
         return self.num_layers * sum(least_seconds(*of, self.bytes_per_s) for of in self.passes)
 
 

@@ -9,9 +9,9 @@ from ...kernels.host_loop import host_loop
 
 @host_loop
 def lengths_of_hulls(first, stop, legs):  # pragma: no cover  (compiled)
-    """Return the lengths of the hulls of each leg's range and those of all before it, `[layouts, legs, owners]`.
+    """Return, for each leg, the length of the hull of its range and of those of all legs before it.
 
-    `first` and `stop` have this shape; `legs` has the numbers of all legs in order.
+    `first`, `stop` and the result are `[layouts, legs, owners]`; `legs` has the numbers of all legs in their order.
     """
     num_layouts, _, size = first.shape
     found = np.empty(first.shape)

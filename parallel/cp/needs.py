@@ -139,7 +139,10 @@ class _Roads:
         return of_ranks.reshape(num_layouts, -1), found
 
     def num_bytes(self, rows: Sequence[FlowRows], layout: int, direction: Pass, row_bytes: Ints) -> Floats:
-        """Return the bytes of each of `messages` under one layout; `row_bytes` are those of a row of each flow."""
+        """Return the bytes of each of `messages`, `[messages]`, under one layout.
+
+        `row_bytes` are those of a row of each flow, `[flows]`.
+        """
         num_legs, size = sum(len(of.flow_legs) for of in rows), self.grid.num_positions
         found = np.zeros((num_legs, self.grid.heads, size))
         for of in rows:

@@ -74,7 +74,7 @@ def simulate(traffic: Traffic, tiles: Tiles, num_ranks: int, num_links: int) -> 
 def least_seconds(traffic: Traffic, tiles: Tiles, bytes_per_s: Floats) -> float:
     """Return a time that `simulate` cannot go below: that of the busiest rank's tiles or of the busiest link's bytes.
 
-    `bytes_per_s` is the bandwidth of each link.
+    `bytes_per_s` is the bandwidth of each link, `[links]`.
     """
     from .walk_halves import bytes_of_links  # imported late, as in `simulate`
 
@@ -89,7 +89,7 @@ class Wires(NamedTuple):
     names: list[Hashable]
     """Name of each link."""
     link_bytes_per_s: Floats
-    """Bandwidth of each link."""
+    """Bandwidth of each link, `[links]`."""
     links: Ints
     """Links of each pair, `[pairs, most links of a pair]`, as indices into `names`; padded with len(names)."""
     bytes_per_s: Floats
@@ -98,7 +98,7 @@ class Wires(NamedTuple):
     """Latency of each pair's path, `[pairs]`."""
 
     def traffic(self, source: Ints, target: Ints, posted: Ints, due: Ints, num_bytes: Floats) -> Traffic:
-        """Return messages with the links that they take."""
+        """Return messages with the links that they take; the arguments are `[n]`."""
         pair = source * round(len(self.latency_s) ** 0.5) + target  # there are ranks^2 pairs
         paths = self.links[pair], self.bytes_per_s[pair], self.latency_s[pair]
         return Traffic(source, target, posted, due, num_bytes, *paths)

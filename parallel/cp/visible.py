@@ -237,7 +237,7 @@ class Meetings(NamedTuple):
             yield cls(of, np.repeat(q, count[q]), count_up(first[q], count[q]))
 
     def num_pairs(self, visibility: Visibility) -> Ints:
-        """Return the number of visible (query, key) pairs of each."""
+        """Return the number of visible (query, key) pairs of each, `[n]`."""
         of, q, k = self
         i0, i1, j0, j1 = of.start[q], of.stop[q], of.start[k], of.stop[k]
         if not visibility.causal:

@@ -24,7 +24,10 @@ def walk_halves(
     num_ranks,
     num_links,
 ):  # pragma: no cover  (compiled)
-    """Return `simulate.Times` for the columns of `simulate.Traffic` and `simulate.Tiles`; `sent` are indices `[n]`."""
+    """Return `simulate.Times` for the columns of `simulate.Traffic` and `simulate.Tiles`.
+
+    `sent` are the indices of the messages that have bytes, `[n]`.
+    """
     num_halves = 1 + max(due.max() if len(due) else 0, half[-1] if len(half) else 0)
     ready, free = np.zeros(num_ranks), np.zeros(num_links)  # free: time at which a link has carried all so far
     came = np.zeros((num_halves, num_ranks))  # latest arrival of what a rank waits for in each half

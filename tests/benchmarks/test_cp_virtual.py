@@ -32,7 +32,7 @@ def test_tiles_add_up_to_one_kernel(member, mask):
         assert tiles.num_pairs(direction) == whole.mask.num_pairs * asked.case.heads
     found = tiles.forward(None)
     grads = tiles.backward(found)
-    if spec.grid.heads > 1:  # a block is a shard of heads of all tokens; kv heads are in several
+    if spec.grid.heads > 1:  # a rank has all tokens for its heads; several ranks may have one kv head
         out = torch.cat([out for out, _ in found], dim=2)
         torch.testing.assert_close(out.double(), exact["out"], rtol=1e-4, atol=1e-5)
         return

@@ -38,7 +38,7 @@ class _Indexed(NamedTuple):
 
 
 def megatron_rows(file: str, part: int, parts: int) -> Iterator[tuple[str, NDArray]]:
-    """Yield (name, ids) of the documents of one part of a .bin, as the .idx beside it divides it.
+    """Yield (name, ids [n]) of the documents of one part of a .bin, as the .idx beside it divides it.
 
     Raises UnreadableError if one of the two is cut, or they do not belong together.
     """

@@ -66,7 +66,7 @@ def npy_numbers(stream: IO[bytes]) -> Numbers:
 def stream_rows(
     file: str, source: SourceConfig, marks: TokenMarks, part: int, parts: int
 ) -> Iterator[tuple[str, NDArray]]:
-    """Yield (name, ids) of adjacent blocks of one part of a stream: all documents that begin in it, whole.
+    """Yield (name, ids [n]) of adjacent runs of one part of a stream: all documents that begin in it, whole.
 
     EOS at the start of the file ends no document and is left out.
     Raises UnreadableError or ValueError if the file is cut, or if no document in it ends.

@@ -236,7 +236,7 @@ def test_a_run_is_exported_imported_and_trained_on(on_ranks, recipe_file, tmp_pa
         for weight in (weight for weight in saved if weight.endswith("/weight")):
             rows = 600 if "embedding" in weight else None  # the rest is padding, zeros in an imported model
             assert (kept[weight][:rows] == saved[weight][:rows]).all(), weight
-        # The next export has them still.
+        # The next export still has them.
         assert cli.main(["export", f"{tmp_path}/{name}", str(longer), "--dtype", "F32"]) == 0
         for file in ("chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
             assert (longer / file).read_bytes() == (export / file).read_bytes(), file
