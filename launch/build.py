@@ -129,8 +129,8 @@ def open_layouts(
 ) -> dict[int, BucketLayout]:
     """Return the layout of the buckets of these lengths, once their kernels are compiled and grids chosen. Collective.
 
-    `at` is told each operation as it begins; rank 0 prints the grids to `console`. Raises ValueError as `decide_grids`
-    and `bucket_layouts` do.
+    `at` is told each operation as it begins; rank 0 prints the grids to `console`. Raises ValueError and
+    CommonError as `decide_grids` and `bucket_layouts` do.
     """
     # First, since probe and guards launch some of them: all ranks of a node would compile these at once.
     at("compiling kernels")

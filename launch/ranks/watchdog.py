@@ -100,7 +100,7 @@ class Watchdog(Clock):
             log.exception("the hang could not be reported in full")
 
     def _end(self) -> None:
-        """Compare the reports of all ranks, say who hangs, and end this process."""
+        """Compare the reports of all ranks, say which of them hang, and end this process."""
         try:
             found = {rank: self._read_report(rank) for rank in range(self._world_size)} | {self._rank: self.position}
             message = diagnosis(found, self._limit_s)

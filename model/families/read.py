@@ -18,12 +18,12 @@ class PublishedModel:
     """A model as the config.json of a Hugging Face directory describes it."""
 
     family: str
-    """Its `model_type`, a key of `FAMILIES`."""
+    """The model's `model_type`, a key of `FAMILIES`."""
     config: ModelConfig
     vocab_size: int
-    """Rows of its embedding, without padding."""
+    """Rows of the model's embedding, without padding."""
     max_tokens: int
-    """Longest context that it claims (max_position_embeddings)."""
+    """Longest context that the model claims (max_position_embeddings)."""
     other: Mapping[str, Any] = field(default_factory=dict)
     """Keys of config.json that change nothing in training, such as token ids."""
 

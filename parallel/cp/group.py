@@ -113,7 +113,7 @@ def open_rings(
     channels: dict[Channel, dist.ProcessGroup] = {}
     copied: set[int] = set()
     copies = None
-    # One process group is always there: ranks add up over it, and learn by it who reaches whom.
+    # One process group is always there: by it ranks add up, and learn which ranks reach each other's memory.
     for first in channels_of(grids)[:1]:
         channels[first] = open_channel(ranks[sizes[-1]], " ".join(first), device, options)
         copied, copies = _open_copies(grids, ranks, channels[first], device, options)

@@ -1,8 +1,8 @@
 """Memory that ranks on one machine share through the system, with threads as queues: copies without a GPU.
 
 The memory is an anonymous file and a signal a byte in a pipe, which peers open through /proc. Neither has a name in a
-directory, so nothing is left behind however a rank ends; a rank that ends closes its pipes, and who waits for it is
-told at once.
+directory, so nothing is left behind however a rank ends. A rank that ends closes its pipes, which tells ranks that wait
+for it at once.
 """
 
 from __future__ import annotations

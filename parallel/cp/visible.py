@@ -103,7 +103,7 @@ class Pieces:
         return self.select(least[self.document] < most[self.document])
 
     def of_owners(self, owners: Ints) -> Pieces:
-        """Return the pieces of some owners, who are numbered anew from 0 in this order."""
+        """Return the pieces of some owners, and number these owners anew from 0 in this order."""
         first = np.searchsorted(self.owner, owners)
         count = np.searchsorted(self.owner, owners, side="right") - first
         return replace(self.select(count_up(first, count)), owner=np.repeat(np.arange(len(owners)), count))
