@@ -111,9 +111,9 @@ class BatchOrder:
 
     def slots_before(self, step: int) -> NDArray[np.int64]:
         """Return the number of slots that each bucket has in the steps before `step`, [buckets]."""
-        # `step` may be one past the last: its block is then the last one.
-        block = min((step - 1) // STRIDE, len(self._earlier) - 1)
-        return self._earlier[block] + self._count(self.slots[block * STRIDE : step - 1])
+        # `step` may be one past the last: its stretch is then the last one.
+        stretch = min((step - 1) // STRIDE, len(self._earlier) - 1)
+        return self._earlier[stretch] + self._count(self.slots[stretch * STRIDE : step - 1])
 
     def batch(self, step: int) -> tuple[Stretch, ...]:
         """Return the global batch of `step`, the longest bucket first.

@@ -3,7 +3,7 @@
 A parameter is treated as a matrix (a vector as one column). A tensor-parallel slice holds some rows or some columns of
 the matrix, and a range is part of a flattened slice. A fragment covers rows of its own slice, so it needs one range of
 elements from every stored slice that has some of these rows. They are read some rows at a time: beside the fragment, a
-rank holds two blocks.
+rank holds two of these matrices.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from ...parallel.parameters import Cut, Fragment, Parameter
 from .format import ParameterEntry
 
-BLOCK_ELEMENTS = 1 << 22
+READ_ELEMENTS = 1 << 22
 """Number of elements that are read at once, rounded to whole rows."""
 
 
@@ -67,24 +67,24 @@ def fill(stored: Stored, fragment: Fragment, kinds: Collection[str], tensor_rank
     # Those of this rank's slice, as ranges of the whole parameter; `width` is that of a row of the slice.
     rows, columns = (_spans(parameter.shape, dim, parameter.cut, tensor_rank, tensor_size) for dim in (0, 1))
     width, stop = sum(map(len, columns)), fragment.start + fragment.numel
-    at_once = max(1, BLOCK_ELEMENTS // width)  # rows
+    at_once = max(1, READ_ELEMENTS // width)  # rows
     for kind in kinds:
         view = fragment.tensors[kind]  # [numel]
         # Rows of this rank's slice; the fragment may begin and end within a row.
         for first in range(fragment.start // width, -(-stop // width), at_once):
             wanted = list(_part(rows, first, min(first + at_once, -(-stop // width))))
-            block = _read_block(stored, parameter.name, entry, kind, wanted, columns).view(-1)  # [rows x width]
-            begin, end = max(first * width, fragment.start), min(first * width + len(block), stop)  # in the slice
+            matrix = _read_matrix(stored, parameter.name, entry, kind, wanted, columns).view(-1)  # [rows x width]
+            begin, end = max(first * width, fragment.start), min(first * width + len(matrix), stop)  # in the slice
             view[begin - fragment.start : end - fragment.start].copy_(
-                block[begin - first * width : end - first * width]
+                matrix[begin - first * width : end - first * width]
             )
 
 
-def _read_block(
+def _read_matrix(
     stored: Stored, name: str, entry: ParameterEntry, kind: str, rows: Sequence[range], columns: Sequence[range]
 ) -> Tensor:
     """Return these rows and columns of a whole parameter, fp32 [rows, columns], from the slices that have them."""
-    block = torch.empty(sum(map(len, rows)), sum(map(len, columns)))
+    matrix = torch.empty(sum(map(len, rows)), sum(map(len, columns)))
     cut = entry.cut and Cut(*entry.cut)
     num_read = 0
     for number in range(stored.tensor if cut else 1):
@@ -95,10 +95,10 @@ def _read_block(
             there = torch.empty(count, width)  # whole rows of their slice: one range of it
             stored.read(there.view(-1), name, kind, number, their_at * width)
             for left, their_left, breadth in _overlaps(columns, their_columns):
-                block[at : at + count, left : left + breadth] = there[:, their_left : their_left + breadth]
+                matrix[at : at + count, left : left + breadth] = there[:, their_left : their_left + breadth]
                 num_read += count * breadth
-    assert num_read == block.numel(), "the slices make up the whole parameter"
-    return block
+    assert num_read == matrix.numel(), "the slices make up the whole parameter"
+    return matrix
 
 
 def _spans(shape: tuple[int, ...], dim: int, cut: Cut | None, tensor_rank: int, tensor_size: int) -> list[range]:

@@ -46,16 +46,16 @@ def _left_out(results: Mapping[str, Result]) -> list[Table]:
 
 
 def _targets(names: Sequence[str], results: Sequence[Result]) -> Table:
-    caption = "Blocks: loss by position in the longest bucket, on one scale from the lowest to the highest."
+    caption = "Bars: loss by position in the longest bucket, on one scale from the lowest to the highest."
     table = plain_table(
         "Targets", "", "target", "step", "loss", "by position", left=("", "target", "by position"), caption=caption
     )
     curves = [[part["loss"] for part in _longest(result)["by_position"]] for result in results]
     ends = [min(map(min, curves)), max(map(max, curves))]
     for name, result, curve in zip(names, results, curves, strict=True):
-        # The ends of the common scale come first, and their two blocks are cut off.
-        blocks = sparkline([*ends, *curve], 2 + len(curve))[2:]
-        table.add_row(name, escape(result["target"]), f"{result['step']:,}", f"{result['loss']:.3f}", blocks)
+        # The ends of the common scale come first, and their two bars are cut off.
+        bars = sparkline([*ends, *curve], 2 + len(curve))[2:]
+        table.add_row(name, escape(result["target"]), f"{result['step']:,}", f"{result['loss']:.3f}", bars)
     return table
 
 

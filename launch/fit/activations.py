@@ -26,9 +26,9 @@ class Activations:
     """Activations that the final norm and the loss keep."""
     kept_logits: int
     """Logits that are kept."""
-    loss_work: int
+    loss_workspace: int
     """Tensors of the loss at hand in its backward, the gradient of the head's weight included."""
-    layer_work: int
+    layer_workspace: int
     """Tensors of a layer at hand in its backward, what is computed again included."""
 
 
@@ -50,7 +50,7 @@ def activations_of(recipe: Recipe, vocab_size: int, length: int, *, on_gpu: bool
         attention += 0 if memory.activations in ("recompute_layer", "offload") else itemsize * q
     before = norm + _qk_norm(recipe, q, kv, itemsize, on_gpu)
     mlp = itemsize * ffn * 3  # gate and up, and their SwiGLU
-    mlp_work = itemsize * ffn * 2  # the gradient of gate and up
+    mlp_workspace = itemsize * ffn * 2  # the gradient of gate and up
     after = norm + (mlp if not memory.mlp_tile_tokens else 0)
     kept = {
         "keep": before + attention + after,
@@ -59,13 +59,13 @@ def activations_of(recipe: Recipe, vocab_size: int, length: int, *, on_gpu: bool
         "offload": x + attention,
     }[memory.activations]
     again = {"keep": 0, "recompute_mlp": after}.get(memory.activations, x + itemsize * q + after)
-    work = tokens * (again + 2 * x)
+    workspace = tokens * (again + 2 * x)
     if memory.mlp_tile_tokens:
         # One tile; the gradients of three weights, as fp32 sums and rounded; the gradient of SwiGLU's input.
         tile = min(memory.mlp_tile_tokens, tokens)
-        work += tile * (mlp + mlp_work) + 3 * hidden * ffn * (4 + itemsize) + tokens * x
+        workspace += tile * (mlp + mlp_workspace) + 3 * hidden * ffn * (4 + itemsize) + tokens * x
     else:
-        work += tokens * mlp_work
+        workspace += tokens * mlp_workspace
     # The last layer stays, and on a GPU the layer before the one at hand is already there.
     stay = min(model.num_layers, 1 + on_gpu) if memory.activations == "offload" else model.num_layers
 
@@ -75,19 +75,19 @@ def activations_of(recipe: Recipe, vocab_size: int, length: int, *, on_gpu: bool
     of_slice = 0 if itemsize == 4 and kept_tokens == tokens else slice_tokens * rows
     dweight = 0 if itemsize == 4 and slice_tokens == tokens else 4 * head
     # The backward has dlogits in fp32 and in the model's dtype, or these and the product for the weight's gradient.
-    slice_work = of_slice * (4 + (itemsize if itemsize < 4 else 0))
+    slice_workspace = of_slice * (4 + (itemsize if itemsize < 4 else 0))
     product = of_slice * itemsize + head * itemsize
     # The backward has the gradient of the head in fp32, that of x, and the larger of the two sums above.
     # The forward has a slice in fp32 beside the logits that are kept.
-    loss_work = max(4 * of_slice, dweight + itemsize * tokens * hidden + max(slice_work, product))
+    loss_workspace = max(4 * of_slice, dweight + itemsize * tokens * hidden + max(slice_workspace, product))
     return Activations(
         layer=int(tokens * kept),
         layers=int(tokens * kept * stay),
         host=int(tokens * kept * (model.num_layers - 1)) if stay < model.num_layers else 0,
         around=int(tokens * (norm + (itemsize * hidden if parallel.sequence_parallel else 0) + 25)),
         kept_logits=kept_tokens * rows * itemsize,
-        loss_work=int(loss_work),
-        layer_work=int(work),
+        loss_workspace=int(loss_workspace),
+        layer_workspace=int(workspace),
     )
 
 

@@ -19,7 +19,7 @@ from .links import gather_s
 from .time import ADAMW_BYTES, FUSED_ADAMW_BYTES
 
 SAMPLES = 5
-"""Timed calls of each kind of work, after one that warms it up; the median counts."""
+"""Timed calls of each kind, after one that warms it up; the median counts."""
 SUM_ELEMENTS = 2**21
 """Elements of the sum over all ranks, and of the copies to the host."""
 UPDATE_ELEMENTS = 2**24
@@ -110,14 +110,14 @@ def _memory_bytes(device: torch.device) -> float:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / local
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
     """Return the median of the seconds of a call on the slowest rank; all ranks start together. Collective."""
     samples = []
     for _ in range(SAMPLES + 1):
         dist.barrier()
         started = time.perf_counter()
         with torch.enable_grad():
-            work()
+            call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         samples.append(time.perf_counter() - started)

@@ -60,7 +60,7 @@ class Memory:
     """Activations that the forward keeps for the backward, of all layers."""
     logits: int = 0
     """Logits that are kept, and those of the slice at hand."""
-    work: int = 0
+    workspace: int = 0
     """Tensors of the operation at hand: a layer computed again, gradients of activations, a step's copies."""
     attention: int = 0
     """Shares and results that attention holds for other ranks."""
@@ -121,25 +121,25 @@ def moments(
             moment="loss",
             activations=kept.layers + kept.around,
             logits=kept.kept_logits,
-            work=kept.loss_work,
+            workspace=kept.loss_workspace,
         ),
         replace(
             always,
             moment="backward",
             # The loss has freed the logits, and what the final norm kept.
             activations=kept.layers,
-            work=kept.layer_work + states.gradient_work,
+            workspace=kept.layer_workspace + states.gradient_workspace,
             attention=attention,
         ),
-        # ZeRO 0 sums over ranks after the backward, when no activations are left; elsewhere `sum_work` is 0.
-        replace(always, moment="sum", work=states.sum_work, host=states.host),
+        # ZeRO 0 sums over ranks after the backward, when no activations are left; elsewhere `sum_workspace` is 0.
+        replace(always, moment="sum", workspace=states.sum_workspace, host=states.host),
         replace(
             always,
             moment="end",
             gradients=states.gradients + states.summed_part,
             host=states.host,
             activations=kept.layer,
-            work=kept.layer_work + states.gradient_work,
+            workspace=kept.layer_workspace + states.gradient_workspace,
             attention=attention,
         ),
         replace(
@@ -148,7 +148,7 @@ def moments(
             weights=states.weights,  # without the gathered ones, which ZeRO 3 has released
             gradients=states.update_gradients,
             buckets=states.buckets if recipe.parallel.zero_stage == 3 else 0,
-            work=states.update_work,
+            workspace=states.update_workspace,
             host=states.host,
         ),
     ]

@@ -61,15 +61,15 @@ class States:
     """AdamW's moments and the fp32 weights that it steps."""
     buckets: int
     """Buffers in which ZeRO sums gradients during the backward."""
-    gradient_work: int
+    gradient_workspace: int
     """A gradient of the largest matrix of a layer, and its copies until it is in the sum."""
     update_gradients: int
     """Gradients while the weights are updated."""
-    sum_work: int
+    sum_workspace: int
     """Copy of gradients that are summed over ranks after the backward."""
     summed_part: int
     """This rank's part of the summed gradients, while all gradients are still there."""
-    update_work: int
+    update_workspace: int
     """Tensors of AdamW beside its state."""
     host: int
     """Optimizer state and weights that are offloaded to the memory of the host."""
@@ -123,10 +123,10 @@ def states_of(recipe: Recipe, sizes: Sizes, ranks: int, *, on_gpu: bool) -> Stat
         moments=0 if on_host else moments,
         # With AdamW on the host ZeRO 1 and 2 bring a gradient's sum back through a buffer.
         buckets=(0 if stage == 0 or flat else reduced * bucket) + (itemsize * sizes.largest if on_host else 0),
-        gradient_work=sizes.layer_matrix * gradient,
+        gradient_workspace=sizes.layer_matrix * gradient,
         update_gradients=update_gradients,
-        sum_work=sum_itemsize * min(sizes.all, WHOLE_SUM) if stage == 0 and ranks > 1 else 0,
+        sum_workspace=sum_itemsize * min(sizes.all, WHOLE_SUM) if stage == 0 and ranks > 1 else 0,
         summed_part=sum_itemsize * part if stage == 1 and not flat and not on_host else 0,
-        update_work=update,
+        update_workspace=update,
         host=host,
     )

@@ -90,20 +90,20 @@ def time_of(
     the recipe.
     """
     micro_batches = recipe.accumulation_steps(world_size)
-    work = _Work(recipe, world_size, vocab_size, device, links)
+    one = _MicroBatch(recipe, world_size, vocab_size, device, links)
     attention, ring = _attention(recipe, length, device.attention, grids)
-    forward, backward = work.forward(), work.backward()
-    again = work.again()
+    forward, backward = one.forward(), one.backward()
+    again = one.again()
     # What one micro-batch computes in each pass, beneath which messages may lie.
     cover = forward.seconds + attention.forward, backward.seconds + again.seconds + attention.backward
-    tensor, tensor_hidden = work.tensor_messages()
-    zero, zero_hidden = work.zero_messages(micro_batches, *cover)
-    copies, copies_hidden = work.activation_copies(*cover)
-    update, on_host = work.update()
+    tensor, tensor_hidden = one.tensor_messages()
+    zero, zero_hidden = one.zero_messages(micro_batches, *cover)
+    copies, copies_hidden = one.activation_copies(*cover)
+    update, on_host = one.update()
     return StepTime(
         products=micro_batches * (forward.products + backward.products),
         attention=micro_batches * (attention.forward + attention.backward),
-        operators=micro_batches * (forward.operators + backward.operators + work.sums_of_gradients()),
+        operators=micro_batches * (forward.operators + backward.operators + one.sums_of_gradients()),
         again=micro_batches * again.seconds,
         ring=micro_batches * ring,
         tensor=micro_batches * tensor,
@@ -161,8 +161,8 @@ class _Pass:
         return self.products + self.operators
 
 
-class _Work:
-    """Work of one rank in a micro-batch, in seconds on a device."""
+class _MicroBatch:
+    """One micro-batch of a rank on a device: seconds of its passes, messages and copies."""
 
     def __init__(self, recipe: Recipe, world_size: int, vocab_size: int, device: Device, links: Links) -> None:
         self.model: ModelConfig = recipe.model

@@ -13,7 +13,7 @@ from ..tables import plain_table
 TERMINAL_COLUMNS = 80
 """Width at which tables are whole; more lengths than fit take further tables."""
 SHADES = " ░▒▓█"
-"""Blocks of a heat-map, from 0 to 1."""
+"""Cells of a heat-map, from 0 to 1."""
 PARTS = {
     "by_source": ("The same by source", "source"),
     "by_document": ("The same by length of document, tokens", "length"),

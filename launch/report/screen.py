@@ -90,12 +90,12 @@ def event_line(event: Record) -> str:
 
 
 def sparkline(values: list[float], width: int) -> str:
-    """Return the last values as `width` blocks from the lowest to the highest."""
+    """Return the last values as `width` bars from the lowest to the highest."""
     shown = values[-width:]
     if not shown:
         return ""
     low, high = min(shown), max(shown)
-    scale = (len(SPARK) - 1) / (high - low) if high > low else 0.0  # equal values are the lowest block
+    scale = (len(SPARK) - 1) / (high - low) if high > low else 0.0  # equal values are the lowest bar
     return "".join(SPARK[round((value - low) * scale)] for value in shown)
 
 

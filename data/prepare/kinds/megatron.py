@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .files import UnreadableError
-from .token_streams import BLOCK_TOKENS, Numbers, size_of
+from .token_streams import READ_TOKENS, Numbers, size_of
 
 BLOCK_DOCUMENTS = 1 << 14
 """Number of documents of an index that are read at once."""
@@ -72,13 +72,13 @@ def _starts(found: _Indexed, first: int, last: int) -> NDArray[np.int64] | None:
 
 
 def _adjacent(ids: Numbers, starts: NDArray[np.int64]) -> Iterator[NDArray]:
-    """Yield ids [starts[i], starts[i + 1]) for each i; about BLOCK_TOKENS are read at once."""
+    """Yield ids [starts[i], starts[i + 1]) for each i; about READ_TOKENS are read at once."""
     first = 0
     while first < len(starts) - 1:
-        within = int(np.searchsorted(starts, starts[first] + BLOCK_TOKENS, side="right")) - 1
+        within = int(np.searchsorted(starts, starts[first] + READ_TOKENS, side="right")) - 1
         last = max(within, first + 1)
-        block = ids.read(int(starts[first]), int(starts[last])).astype(np.int64)
-        yield from np.split(block, starts[first + 1 : last] - starts[first])
+        found = ids.read(int(starts[first]), int(starts[last])).astype(np.int64)
+        yield from np.split(found, starts[first + 1 : last] - starts[first])
         first = last
 
 

@@ -18,7 +18,7 @@ from ...config import SourceConfig
 from ...format.tokenizer import TokenMarks
 from .files import UnreadableError
 
-BLOCK_TOKENS = 1 << 20
+READ_TOKENS = 1 << 20
 """Number of ids that are read at once, unless a document is longer."""
 
 _WIDER = {2: "uint32", 4: "int64"}
@@ -89,16 +89,16 @@ def stream_rows(
         if stop < ids.count:
             # To the end of the document that begins last before `stop`, where the next part begins.
             stop = _next_start(ids, stop - 1, marks.end) or ids.count
-        for start in range(first, stop, BLOCK_TOKENS):
-            yield f"{file}: ids from {start:,}", ids.read(start, min(start + BLOCK_TOKENS, stop)).astype(np.int64)
+        for start in range(first, stop, READ_TOKENS):
+            yield f"{file}: ids from {start:,}", ids.read(start, min(start + READ_TOKENS, stop)).astype(np.int64)
 
 
 def _next_start(ids: Numbers, start: int, end: int) -> int | None:
     """Return the index after the first token `end` at or after `start`; None if there is none."""
-    for first in range(start, ids.count, BLOCK_TOKENS):
-        block = ids.read(first, min(first + BLOCK_TOKENS, ids.count))
-        if (block == end).any():
-            return first + int(np.argmax(block == end)) + 1
+    for first in range(start, ids.count, READ_TOKENS):
+        part = ids.read(first, min(first + READ_TOKENS, ids.count))
+        if (part == end).any():
+            return first + int(np.argmax(part == end)) + 1
     return None
 
 
@@ -113,7 +113,7 @@ def _stream_numbers(file: str, stream: IO[bytes], source: SourceConfig, marks: T
     if rest:
         raise UnreadableError(f"its size is not a multiple of the {dtype.itemsize} bytes of {dtype}")
     found = Numbers(stream, 0, dtype, count)
-    sample = found.read(0, min(count, BLOCK_TOKENS))
+    sample = found.read(0, min(count, READ_TOKENS))
     if dtype.itemsize in _WIDER and len(sample) >= 64 and not sample[1::2].any():
         raise ValueError(
             f"data.source.dtype = {source.dtype!r}: {file} has no header, and every second number of {dtype} in it is "

@@ -86,7 +86,7 @@ def test_parts_of_a_stream_hold_each_document_once(
     source = SourceConfig(kind="tokens", path=str(file))
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_streams, "BLOCK_TOKENS", block)
+        patch.setattr(token_streams, "READ_TOKENS", block)
         for part in range(parts):
             rows = stream_rows(str(file), source, MARKS, part, parts)
             found += documents([ids for _, ids in rows], "stream", from_start=False)

@@ -56,11 +56,11 @@ def test_a_fragment_is_filled_from_any_division(data):
     numel = data.draw(st.integers(1, expected.size - start))
     view = torch.full((numel,), math.nan)
     slices = Slices(whole, saved, saved_size)
-    stored.BLOCK_ELEMENTS, before = data.draw(st.integers(1, 500)), stored.BLOCK_ELEMENTS
+    stored.READ_ELEMENTS, before = data.draw(st.integers(1, 500)), stored.READ_ELEMENTS
     try:
         fill(slices, Fragment(Parameter("w", shape, mine), start, {"weight": view}), ["weight"], rank, size)
         # Rows of the slice that was saved may be longer than ours.
-        assert slices.largest <= max(stored.BLOCK_ELEMENTS * columns, columns)
+        assert slices.largest <= max(stored.READ_ELEMENTS * columns, columns)
     finally:
-        stored.BLOCK_ELEMENTS = before
+        stored.READ_ELEMENTS = before
     np.testing.assert_array_equal(view.numpy(), expected[start : start + numel])

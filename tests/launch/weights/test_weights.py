@@ -139,7 +139,7 @@ def test_a_single_file_wins_over_an_index_as_in_transformers(tmp_path):
 def test_a_directory_is_read_in_blocks_of_any_size(tmp_path, monkeypatch, block):
     """Rows of q, k and v are interleaved, those of gate and up follow each other, and the vocabulary is padded."""
     tensors = make_model(tmp_path / "model", "qwen2", num_files=2)
-    monkeypatch.setattr(stored, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(stored, "READ_ELEMENTS", block)
     with ModelDirectory(tmp_path / "model") as directory:
         for name, weight in directory.weights.items():
             assert stored.read_whole(directory, name).equal(to_ours(weight, tensors).float())
