@@ -12,17 +12,21 @@ from types import ModuleType
 
 import longring
 import pytest
+from helpers.lanes import by_lane
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = {
     "device_mesh": "device-mesh",
     "transformers_ring": "transformers",
     "transformers_trainer": "transformers",
+    "lightning_ring": "transformers",
     "same_losses": "transformers",
     "megatron_ring": "megatron-core",
     "stateful_loader": "loader",
 }
 """The page of docs/adapters that shows each example's output."""
+UNDER_TORCHRUN = ("transformers_trainer", "lightning_ring")
+"""Examples whose trainer joins the ranks itself."""
 NUMBER = re.compile(r"\d+\.\d{4}")
 
 
@@ -58,20 +62,20 @@ def printed_by(names: list[str]) -> list[str]:
 
 @pytest.mark.slow
 def test_every_example_prints_what_its_page_shows(on_ranks):
-    on_four = [name for name in EXAMPLES if name not in ("stateful_loader", "transformers_trainer")]
+    on_four = [name for name in EXAMPLES if name not in ("stateful_loader", *UNDER_TORCHRUN)]
     printed = dict(zip(on_four, on_ranks(4, printed_by, on_four)[0], strict=True))
     printed["stateful_loader"] = load("stateful_loader").main()
     for name, text in printed.items():
         assert_shown(name, text)
 
 
-@pytest.mark.full
-def test_the_trainer_prints_what_its_page_shows():
-    """After the lines of the Trainer's own."""
+@pytest.mark.parametrize("name", by_lane(UNDER_TORCHRUN, quick=[], slow=["lightning_ring"]))
+def test_a_trainer_prints_what_its_page_shows(name):
+    """After the lines of the trainer's own."""
     words = ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    command = [sys.executable, *words, ROOT / "examples" / "transformers_trainer.py"]
+    command = [sys.executable, *words, ROOT / "examples" / f"{name}.py"]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert_shown("transformers_trainer", said[said.index("step  one process") :])
+    assert_shown(name, said[said.index("step  one process") :])
 
 
 def assert_shown(name: str, text: str) -> None:
