@@ -141,8 +141,8 @@ class Member:
 
     def _signal(self, number: signal.Signals) -> None:
         for process in self._processes:
-            if process.is_alive():
-                os.kill(process.pid or 0, number)
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, number)
 
 
 def measure(case: Case, makes: dict[str, Make], size: Size) -> Iterator[Row]:
