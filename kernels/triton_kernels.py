@@ -13,10 +13,7 @@ kernel owns a block of queries, like the forward. The dK, dV kernel owns a block
 see them (the same three parts, from the mask's columns), sums over the query heads of its group and adds dK and dV
 once.
 
-16-bit inputs are read through tensor descriptors (DESCRIPTORS): TMA on Hopper and later, plain loads elsewhere.
-Products of fp32 inputs do not run on tensor cores; read from shared memory in TMA's order they would spill registers,
-so fp32 inputs are read by address. Offsets have 64 bits in both cases. All sums are fp32; probabilities enter the
-second product in the inputs' dtype.
+All sums are fp32; probabilities enter the second product in the inputs' dtype.
 
 A kernel is compiled once for each dtype, head dim, block size and flag. Triton would also compile it anew for lengths
 and strides that are 1 or multiples of 16, which differ from micro-batch to micro-batch where documents do: `VARYING`
@@ -29,6 +26,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_blocks import (
+    aligned,
+    all_heads,
+    count_masked,
+    head_rows,
+    load_head,
+    load_rows,
+    loop_bounds,
+    masked_block,
+    pointers,
+    program_index,
+)
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -37,122 +47,6 @@ VARYING += ["part_lses", *(f"{x}_{dim}" for x in ("q", "k", "v", "out", "dout", 
 VARYING += ["lse_b", "lse_h", *(f"{x}_{dim}" for x in ("part_out", "part_lse") for dim in "nbsh")]
 """Arguments for whose values no kernel is compiled anew. Other pointers are always multiples of 16 bytes, which
 `triton_attention` sees to; stride `x_b` is that of dim b of x, in elements."""
-
-
-@triton.jit
-def _program_index(num_rows, num_heads, BLOCK: tl.constexpr):
-    """Return the block, batch and head of this program. There is one axis of programs: CUDA limits others to 65,535."""
-    num_blocks = tl.cdiv(num_rows, BLOCK)
-    sequence = tl.program_id(0) // num_blocks
-    return tl.program_id(0) % num_blocks, sequence // num_heads, sequence % num_heads
-
-
-@triton.jit
-def _loop_bounds(start_ptr, stop_ptr, first, last, STEP: tl.constexpr):
-    """Return the bounds (left, full, right, end) of a program's loop, with left <= full <= right <= end.
-
-    All rows first..last see [full, right), whose length is a multiple of STEP; some of them see [left, full) and
-    [right, end), which are masked.
-    """
-    left = tl.load(start_ptr + first)
-    full = tl.load(start_ptr + last)
-    end = tl.load(stop_ptr + last)
-    # If the last row begins beyond the end of the first, no key is seen by all rows: right = full.
-    right = full + tl.maximum(tl.load(stop_ptr + first) - full, 0) // STEP * STEP
-    return left, full, right, end
-
-
-@triton.jit
-def _num_masked(left, full, right, end, STEP: tl.constexpr):
-    """Return the number of blocks in the two masked parts."""
-    return tl.cdiv(full - left, STEP) + tl.cdiv(end - right, STEP)
-
-
-@triton.jit
-def _masked_block(i, left, full, right, end, STEP: tl.constexpr):
-    """Return the start of masked block i, counted over the left part and then the right, and the end of its part."""
-    num_left = tl.cdiv(full - left, STEP)
-    is_left = i < num_left
-    return tl.where(is_left, left + i * STEP, right + (i - num_left) * STEP), tl.where(is_left, full, end)
-
-
-@triton.jit
-def _aligned(ptr, stride):
-    """Return a stride of elements, which is a multiple of 16 bytes, in a form from which the compiler sees that it is.
-
-    Without it each load from global memory would be cut into single elements.
-    """
-    unit: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
-    return stride // unit * unit
-
-
-@triton.jit
-def _all_aligned(ptr, strides):
-    """Return `_aligned` of strides (b, s, h)."""
-    return (_aligned(ptr, strides[0]), _aligned(ptr, strides[1]), _aligned(ptr, strides[2]))
-
-
-@triton.jit
-def _head_rows(
-    ptr, strides, batch, head, num_rows,
-    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr = True,
-):  # fmt: skip
-    """Return one head of a `[b, s, h, d]` tensor with strides (b, s, h) as a two-dim view for `_load`."""
-    if DESCRIPTORS:
-        steps = _all_aligned(ptr, strides)
-        base = ptr + batch.to(tl.int64) * steps[0] + head.to(tl.int64) * steps[2]
-        return tl.make_tensor_descriptor(base, [num_rows, DIM], [steps[1], 1], [ROWS, WIDTH])
-    else:
-        return (ptr, strides, batch, head, num_rows)
-
-
-@triton.jit
-def _load(rows, start, DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr):
-    """Return the block `[ROWS, WIDTH]` from row `start` on; elements beyond the edges are 0."""
-    if DESCRIPTORS:
-        return rows.load([start, 0])
-    else:
-        row, dims = start + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-        inside = (row < rows[4])[:, None] & (dims < DIM)[None, :]
-        return tl.load(_pointers(rows[0], rows[1], rows[2], rows[3], row, dims), mask=inside, other=0.0)
-
-
-@triton.jit
-def _all_heads(
-    ptr, strides, batch, num_heads, num_rows,
-    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """Return all heads of a `[b, s, h, d]` tensor with strides (b, s, h) as a three-dim view for `_load_head`.
-
-    Blocks of this view must be reshaped. As the second factor of a product a reshaped block stays in shared memory; as
-    the first factor Triton would pass it through registers, which are scarce, so `_head_rows` reads first factors.
-    """
-    if DESCRIPTORS:
-        steps = _all_aligned(ptr, strides)
-        base = ptr + batch.to(tl.int64) * steps[0]
-        return tl.make_tensor_descriptor(base, [num_heads, num_rows, DIM], [steps[2], steps[1], 1], [1, ROWS, WIDTH])
-    else:
-        return (ptr, strides, batch, num_rows)
-
-
-@triton.jit
-def _load_head(
-    heads, head, start, DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr
-):  # fmt: skip
-    """Return the block `[ROWS, WIDTH]` of one head, from row `start` on."""
-    if DESCRIPTORS:
-        return heads.load([head, start, 0]).reshape(ROWS, WIDTH)  # [1, ROWS, WIDTH] -> [ROWS, WIDTH]
-    else:
-        rows = (heads[0], heads[1], heads[2], head, heads[3])
-        return _load(rows, start, DIM, ROWS, WIDTH, False)
-
-
-@triton.jit
-def _pointers(ptr, strides, batch, head, row, dims):
-    """Return the 64-bit addresses `[rows, dims]` of rows of one head of a `[b, s, h, d]` tensor, strides (b, s, h)."""
-    steps = _all_aligned(ptr, strides)
-    base = ptr + batch.to(tl.int64) * steps[0] + head.to(tl.int64) * steps[2]
-    return base + row.to(tl.int64)[:, None] * steps[1] + dims[None, :]
 
 
 @triton.jit
@@ -176,7 +70,7 @@ def _forward_step(
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Add one block of keys to (acc, peak, total), the running result of a block of queries; peak is a log2."""
-    k = _load(k_rows, start, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    k = load_rows(k_rows, start, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
     scores = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     if SOFTCAP:
         scores = _capped(scores * scale, softcap)[0] * LOG2E
@@ -196,7 +90,7 @@ def _forward_step(
     p = tl.exp2(scores - base[:, None])
     shrink = tl.exp2(peak - base)
     total = total * shrink + tl.sum(p, 1)
-    v = _load(v_rows, start, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    v = load_rows(v_rows, start, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, new_peak, total
 
@@ -215,7 +109,7 @@ def forward_kernel(
     With CONTINUES, out (fp32) and lse hold a running result, which the program extends.
     """
     # Later queries see more keys: blocks are taken from the last one, so that the longest programs start first.
-    block, batch, head = _program_index(s_q, num_heads, BLOCK_M)
+    block, batch, head = program_index(s_q, num_heads, BLOCK_M)
     first = (tl.cdiv(s_q, BLOCK_M) - 1 - block) * BLOCK_M
     kv_head = head // group
     row = first + tl.arange(0, BLOCK_M)
@@ -223,7 +117,7 @@ def forward_kernel(
     row_start = tl.load(rows + row, mask=inside, other=0)
     row_stop = tl.load(rows + s_q + row, mask=inside, other=0)
     lse_ptrs = lse + batch.to(tl.int64) * lse_b + head.to(tl.int64) * lse_h + row
-    out_rows = _head_rows(out, (out_b, out_s, out_h), batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D)
+    out_rows = head_rows(out, (out_b, out_s, out_h), batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D)
 
     if CONTINUES:
         # A running result is one key of score lse and value out: peak = lse, total = 1, acc = out.
@@ -238,21 +132,21 @@ def forward_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     # [BLOCK_M, BLOCK_D], held for the whole loop
-    q_block = _load(
-        _head_rows(q, (q_b, q_s, q_h), batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS), first,
+    q_block = load_rows(
+        head_rows(q, (q_b, q_s, q_h), batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS), first,
         HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS,
     )  # fmt: skip
-    k_rows = _head_rows(k, (k_b, k_s, k_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
-    v_rows = _head_rows(v, (v_b, v_s, v_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    k_rows = head_rows(k, (k_b, k_s, k_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    v_rows = head_rows(v, (v_b, v_s, v_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
     last = tl.minimum(first + BLOCK_M, s_q) - 1
-    left, full, right, end = _loop_bounds(rows, rows + s_q, first, last, BLOCK_N)
+    left, full, right, end = loop_bounds(rows, rows + s_q, first, last, BLOCK_N)
     for start in tl.range(full, right, BLOCK_N):
         acc, peak, total = _forward_step(
             acc, peak, total, q_block, k_rows, v_rows, start, end, row_start, row_stop, scale, softcap,
             False, SOFTCAP, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
         )  # fmt: skip
-    for i in tl.range(0, _num_masked(left, full, right, end, BLOCK_N)):
-        start, stop = _masked_block(i, left, full, right, end, BLOCK_N)
+    for i in tl.range(0, count_masked(left, full, right, end, BLOCK_N)):
+        start, stop = masked_block(i, left, full, right, end, BLOCK_N)
         acc, peak, total = _forward_step(
             acc, peak, total, q_block, k_rows, v_rows, start, stop, row_start, row_stop, scale, softcap,
             True, SOFTCAP, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
@@ -291,8 +185,8 @@ def _dkdv_step(
     offset = batch.to(tl.int64) * lse_strides[0] + head.to(tl.int64) * lse_strides[1]
     lse = tl.load(lse_ptr + offset + row, mask=row < s_q, other=float("inf"))
     delta = tl.load(delta_ptr + offset + row, mask=row < s_q, other=0.0)
-    q = _load_head(q_heads, head, start, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
-    dout = _load_head(dout_heads, head, start, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
+    q = load_head(q_heads, head, start, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
+    dout = load_head(dout_heads, head, start, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
     visible = (row[None, :] >= column_start[:, None]) & (row[None, :] < tl.minimum(column_stop, end)[:, None])
     products = tl.dot(k, q.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M], transposed: a row per key
     p, slope = _probabilities(products, lse[None, :], visible, scale, softcap, MASKED, SOFTCAP)
@@ -320,36 +214,36 @@ def backward_dkdv_kernel(
 
     lse and delta must have equal strides.
     """
-    block, batch, kv_head = _program_index(s_k, num_kv_heads, BLOCK_N)
+    block, batch, kv_head = program_index(s_k, num_kv_heads, BLOCK_N)
     first = block * BLOCK_N
     column = first + tl.arange(0, BLOCK_N)
     inside = column < s_k
     column_start = tl.load(columns + column, mask=inside, other=0)
     column_stop = tl.load(columns + s_k + column, mask=inside, other=0)
     # Both [BLOCK_N, BLOCK_D], held for the whole loop
-    k_block = _load(
-        _head_rows(k, (k_b, k_s, k_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS), first,
+    k_block = load_rows(
+        head_rows(k, (k_b, k_s, k_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS), first,
         HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
     )  # fmt: skip
-    v_block = _load(
-        _head_rows(v, (v_b, v_s, v_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS), first,
+    v_block = load_rows(
+        head_rows(v, (v_b, v_s, v_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS), first,
         HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
     )  # fmt: skip
-    q_heads = _all_heads(q, (q_b, q_s, q_h), batch, num_kv_heads * group, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
-    dout_heads = _all_heads(
+    q_heads = all_heads(q, (q_b, q_s, q_h), batch, num_kv_heads * group, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS)
+    dout_heads = all_heads(
         dout, (dout_b, dout_s, dout_h), batch, num_kv_heads * group, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS
     )
     dk_block = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_block = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
     last = tl.minimum(first + BLOCK_N, s_k) - 1
-    left, full, right, end = _loop_bounds(columns, columns + s_k, first, last, BLOCK_M)
+    left, full, right, end = loop_bounds(columns, columns + s_k, first, last, BLOCK_M)
     # One loop over the blocks of all query heads of the group (head major), so that the pipeline does not drain
     # between heads. First the masked blocks, then the others: each loop is compiled for one kind.
-    num_masked = _num_masked(left, full, right, end, BLOCK_M)
+    num_masked = count_masked(left, full, right, end, BLOCK_M)
     for i in tl.range(0, group * num_masked):
         head = kv_head * group + i // num_masked
-        start, stop = _masked_block(i % num_masked, left, full, right, end, BLOCK_M)
+        start, stop = masked_block(i % num_masked, left, full, right, end, BLOCK_M)
         dk_block, dv_block = _dkdv_step(
             dk_block, dv_block, k_block, v_block, q_heads, dout_heads, lse, delta, (lse_b, lse_h), batch, head, start,
             stop, s_q, column_start, column_stop, scale, softcap,
@@ -365,9 +259,9 @@ def backward_dkdv_kernel(
         )  # fmt: skip
 
     # A single program owns these rows, so it adds to them without atomics.
-    dk_rows = _head_rows(dk, (dk_b, dk_s, dk_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D)
+    dk_rows = head_rows(dk, (dk_b, dk_s, dk_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D)
     dk_rows.store([first, 0], dk_rows.load([first, 0]) + dk_block * scale)
-    dv_rows = _head_rows(dv, (dv_b, dv_s, dv_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D)
+    dv_rows = head_rows(dv, (dv_b, dv_s, dv_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D)
     dv_rows.store([first, 0], dv_rows.load([first, 0]) + dv_block)
 
 
@@ -378,8 +272,8 @@ def _dq_step(
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Return dq of a block of queries with the gradients from one block of keys added."""
-    k = _load(k_rows, start, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
-    v = _load(v_rows, start, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    k = load_rows(k_rows, start, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    v = load_rows(v_rows, start, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
     keys = start + tl.arange(0, BLOCK_N)
     visible = (keys[None, :] >= row_start[:, None]) & (keys[None, :] < tl.minimum(row_stop, end)[:, None])
     products = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
@@ -402,7 +296,7 @@ def backward_dq_kernel(
 ):  # fmt: skip
     """Add to dq (fp32) of a block of queries; programs are batch x heads x blocks of queries."""
     # From the last block, as in the forward: the longest programs start first.
-    block, batch, head = _program_index(s_q, num_heads, BLOCK_M)
+    block, batch, head = program_index(s_q, num_heads, BLOCK_M)
     first = (tl.cdiv(s_q, BLOCK_M) - 1 - block) * BLOCK_M
     kv_head = head // group
     row = first + tl.arange(0, BLOCK_M)
@@ -412,33 +306,33 @@ def backward_dq_kernel(
     offset = batch.to(tl.int64) * lse_b + head.to(tl.int64) * lse_h
     lse_row = tl.load(lse + offset + row, mask=inside, other=float("inf"))
     delta_row = tl.load(delta + offset + row, mask=inside, other=0.0)
-    q_block = _load(
-        _head_rows(q, (q_b, q_s, q_h), batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS), first,
+    q_block = load_rows(
+        head_rows(q, (q_b, q_s, q_h), batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS), first,
         HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS,
     )  # fmt: skip
-    dout_block = _load(
-        _head_rows(dout, (dout_b, dout_s, dout_h), batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS), first,
+    dout_block = load_rows(
+        head_rows(dout, (dout_b, dout_s, dout_h), batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS), first,
         HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS,
     )  # fmt: skip
-    k_rows = _head_rows(k, (k_b, k_s, k_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
-    v_rows = _head_rows(v, (v_b, v_s, v_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    k_rows = head_rows(k, (k_b, k_s, k_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    v_rows = head_rows(v, (v_b, v_s, v_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
     dq_block = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     last = tl.minimum(first + BLOCK_M, s_q) - 1
-    left, full, right, end = _loop_bounds(rows, rows + s_q, first, last, BLOCK_N)
+    left, full, right, end = loop_bounds(rows, rows + s_q, first, last, BLOCK_N)
     for start in tl.range(full, right, BLOCK_N):
         dq_block = _dq_step(
             dq_block, q_block, dout_block, lse_row, delta_row, k_rows, v_rows, start, end, row_start, row_stop,
             scale, softcap, False, SOFTCAP, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
         )  # fmt: skip
-    for i in tl.range(0, _num_masked(left, full, right, end, BLOCK_N)):
-        start, stop = _masked_block(i, left, full, right, end, BLOCK_N)
+    for i in tl.range(0, count_masked(left, full, right, end, BLOCK_N)):
+        start, stop = masked_block(i, left, full, right, end, BLOCK_N)
         dq_block = _dq_step(
             dq_block, q_block, dout_block, lse_row, delta_row, k_rows, v_rows, start, stop, row_start, row_stop,
             scale, softcap, True, SOFTCAP, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS,
         )  # fmt: skip
 
-    dq_rows = _head_rows(dq, (dq_b, dq_s, dq_h), batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D)
+    dq_rows = head_rows(dq, (dq_b, dq_s, dq_h), batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D)
     dq_rows.store([first, 0], dq_rows.load([first, 0]) + dq_block * scale)
 
 
@@ -449,12 +343,12 @@ def delta_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Write delta[b, h, i] = sum over d of dout out, contiguous; programs are batch x heads x blocks of queries."""
-    block, batch, head = _program_index(s_q, num_heads, BLOCK_M)
+    block, batch, head = program_index(s_q, num_heads, BLOCK_M)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     read = (row < s_q)[:, None] & (dims < HEAD_DIM)[None, :]
-    dout_ptrs = _pointers(dout, (dout_b, dout_s, dout_h), batch, head, row, dims)
-    out_ptrs = _pointers(out, (out_b, out_s, out_h), batch, head, row, dims)
+    dout_ptrs = pointers(dout, (dout_b, dout_s, dout_h), batch, head, row, dims)
+    out_ptrs = pointers(out, (out_b, out_s, out_h), batch, head, row, dims)
     dout_block = tl.load(dout_ptrs, mask=read, other=0.0).to(tl.float32)
     out_block = tl.load(out_ptrs, mask=read, other=0.0).to(tl.float32)
     delta_ptrs = delta + (batch.to(tl.int64) * num_heads + head) * s_q + row
@@ -472,20 +366,20 @@ def merge_kernel(
 
     Strides `_n` are those between parts.
     """
-    block, batch, head = _program_index(s_q, num_heads, BLOCK_M)
+    block, batch, head = program_index(s_q, num_heads, BLOCK_M)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     inside = row < s_q
     stored = inside[:, None] & (dims < HEAD_DIM)[None, :]
-    out_ptrs = _pointers(out, (out_b, out_s, out_h), batch, head, row, dims)
-    part_ptrs = _pointers(part_outs, (part_out_b, part_out_s, part_out_h), batch, head, row, dims)
+    out_ptrs = pointers(out, (out_b, out_s, out_h), batch, head, row, dims)
+    part_ptrs = pointers(part_outs, (part_out_b, part_out_s, part_out_h), batch, head, row, dims)
     lse_ptrs = lse + batch.to(tl.int64) * lse_b + head.to(tl.int64) * lse_h + row
     part_lse_ptrs = part_lses + batch.to(tl.int64) * part_lse_b + head.to(tl.int64) * part_lse_h + row
     peak = tl.load(lse_ptrs, mask=inside, other=float("-inf"))
     seen = peak > float("-inf")
     total = tl.where(seen, 1.0, 0.0)
     acc = tl.load(out_ptrs, mask=stored & seen[:, None], other=0.0)
-    step = _aligned(part_outs, part_out_n)
+    step = aligned(part_outs, part_out_n)
     # Invariant: acc = sum of exp(lse - peak) out and total = sum of exp(lse - peak), over the results so far.
     for _ in range(num_parts):
         part_lse = tl.load(part_lse_ptrs, mask=inside, other=float("-inf"))
