@@ -51,6 +51,11 @@ def test_a_message_with_braces_stays_whole(site):
     assert "must be a table, such as {key = 1}" in (site / "docs" / "errors.html").read_text()
 
 
+def test_a_path_in_a_table_breaks_after_its_slashes(site):
+    """It would take the width of a phone, and leave none for the other columns."""
+    assert "<code>Megatron-LM/<wbr>README.md</code>" in (site / "docs" / "comparison.html").read_text()
+
+
 def test_every_command_has_its_help(site):
     page = (site / "docs" / "commands.html").read_text()
     assert [command.name for command in COMMANDS if f"usage: longring {command.name} " not in page] == []

@@ -26,6 +26,7 @@ SOURCE_LINK = re.compile(r"(\]\((?!\w+:)[^)#\s]+\.(?:py|toml|sbatch))\)")
 FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
 ITEM = re.compile(r"^((?!- |\d+\. ).*\S\n)(?=- |\d+\. )", re.MULTILINE)
 RECORD = re.compile(r"`benchmarks/results/([\w.-]+\.json)`")
+CELL_CODE = re.compile(r"(?<=<code>)[^<]*/[^<]*(?=</code>(?:(?!<td).)*?</td>)", re.DOTALL)
 LANGUAGES = {".py": "python", ".toml": "toml", ".sbatch": "bash"}
 
 
@@ -83,6 +84,11 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     texts = [RECORD.sub(rf"[`\1`]({records}/\1.md)", ITEM.sub(r"\1\n", part)) for part in parts[::2]]
     fences = [*parts[1::2], ""]
     return "".join(text + fence for text, fence in zip(texts, fences, strict=True))
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """Return a page whose paths in tables may break after a slash, so that they leave room for the other columns."""
+    return CELL_CODE.sub(lambda path: path[0].replace("/", "/<wbr>"), html)
 
 
 def _file(path: Path, config: MkDocsConfig) -> File:
