@@ -1,6 +1,6 @@
 """Reading speed of one process beside plain webdataset, and the time until it resumes.
 
-    python benchmarks/loader.py --json rows.json   # three minutes
+    python benchmarks/loader.py --json rows.json   # a minute
     python benchmarks/loader.py --quick            # a third of the documents
 
 The data is Python's own standard library in buckets of 256 to 8,192 tokens. For each bucket three readers take turns,
@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -87,12 +87,13 @@ def plain(manifest: Manifest, bucket: Bucket, tokens: int, *, rows: bool) -> int
     return done
 
 
-def rate(read: Callable[[], int], turns: int = 3) -> float:
-    """Return the tokens per second of the fastest turn."""
-    best = 0.0
+def rates(readers: Sequence[Callable[[], int]], turns: int) -> list[float]:
+    """Return the tokens per second of each reader's fastest turn; the readers take turns."""
+    best = [0.0] * len(readers)
     for _ in range(turns):
-        started = time.perf_counter()
-        best = max(best, read() / (time.perf_counter() - started))
+        for number, read in enumerate(readers):
+            started = time.perf_counter()
+            best[number] = max(best[number], read() / (time.perf_counter() - started))
     return best
 
 
@@ -143,15 +144,16 @@ def main() -> int:
         for number, bucket in enumerate(manifest.buckets("train")):
             if not bucket.sequences:
                 continue
-            rates = [
-                rate(partial(ours, manifest, number, tokens), turns),
-                rate(partial(plain, manifest, bucket, tokens, rows=False), turns),
-                rate(partial(plain, manifest, bucket, tokens, rows=True), turns),
+            readers = [
+                partial(ours, manifest, number, tokens),
+                partial(plain, manifest, bucket, tokens, rows=False),
+                partial(plain, manifest, bucket, tokens, rows=True),
             ]
+            found = rates(readers, turns)
             names = ("ours_tokens_per_s", "webdataset_tokens_per_s", "webdataset_rows_tokens_per_s")
-            rows.append({"bucket": bucket.length, **dict(zip(names, rates, strict=True))})
-            shown = [f"{value / 1e6:,.0f}" for value in rates]
-            ratios = (f"{rates[0] / rates[1]:.2f}", f"{rates[0] / rates[2]:.2f}")
+            rows.append({"bucket": bucket.length, **dict(zip(names, found, strict=True))})
+            shown = [f"{value / 1e6:,.0f}" for value in found]
+            ratios = (f"{found[0] / found[1]:.2f}", f"{found[0] / found[2]:.2f}")
             table.add_row(f"{bucket.length:,}", *shown, *ratios)
         resume_s = min(resume_seconds(Path(temporary, "data"), late_step) for _ in range(turns))
         wait_ms, wait_ms_p99 = waits(manifest, 20, steps)

@@ -16,31 +16,41 @@ The memory is the growth of a rank's peak resident memory since its imports, the
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Any, Self
+from statistics import mean, median
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
 import torch
 import torch.distributed as dist
 from lib import step_members, step_peers
 from lib.one_rank import be_the_only_rank
-from lib.process import free_port, peak_megabytes, versions
+from lib.process import peak_megabytes, versions
 from lib.script import Row, Size, make_parser, make_table, write_record
 from lib.step_members import Case, Step
+from lib.turns import Member, Turn, take_turns
 from rich.console import Console
 
 Make = Callable[[Case], Step]
-Series = dict[str, list[float]]
-"""A value of each step, by member."""
+
+
+class Answer(NamedTuple):
+    """What a rank has found of one step."""
+
+    loss: float
+    """Mean loss of this rank before the update."""
+    cpu_seconds: float
+    """Processor time of the step."""
+    peak_mb: float
+    """Growth of the peak resident memory since the imports, in MB of 2^20 bytes."""
+
+
 THEIRS: dict[str, Make] = {
     "transformers": step_members.transformers,
     "torch, fused": step_members.torch_fused,
@@ -74,75 +84,22 @@ def members_of(case: Case, peers: bool) -> dict[str, Make]:
     return ours | THEIRS | (PEERS if peers else {})
 
 
-def one_rank(make: Make, case: Case, environment: dict[str, str], driver: Connection) -> None:
-    """Make a step as one rank; run it whenever the driver says so, and answer loss, CPU seconds and peak in MB."""
+def rank_of(make: Make, case: Case) -> Generator[Answer | None, None, None]:
+    """Yield None once the step is made on one rank; then the answer of each step."""
     torch.set_num_threads(1)
-    try:
-        be_the_only_rank()
-        make(SMALLEST._replace(ranks=1))()  # imports what a step needs
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        os.environ.update(environment)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
-        before, step = peak_megabytes(), make(case)
-        driver.send(None)
-    except Exception as error:
-        return driver.send(f"{type(error).__name__}: {error}")
-    while driver.recv():
+    environment = dict(os.environ)
+    be_the_only_rank()
+    make(SMALLEST._replace(ranks=1))()  # imports what a step needs
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    os.environ.update(environment)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+    before, step = peak_megabytes(), make(case)
+    yield None
+    while True:
         started = time.process_time()
         loss = step()
-        driver.send((loss, time.process_time() - started, peak_megabytes() - before))
-
-
-class Member:
-    """The processes of one member; a context manager that ends them."""
-
-    def __init__(self, make: Make, case: Case) -> None:
-        context, where = multiprocessing.get_context("spawn"), {"MASTER_ADDR": "127.0.0.1"}
-        where |= {"MASTER_PORT": str(free_port()), "WORLD_SIZE": str(case.ranks)}
-        self._pipes, self._processes, self.peak_mb = [], [], 0.0
-        for rank in range(case.ranks):
-            ours, its = context.Pipe()
-            own = {**where, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = context.Process(target=one_rank, args=(make, case, own, its), daemon=True)
-            process.start()
-            its.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._signal(signal.SIGCONT)
-        for pipe in self._pipes:
-            with suppress(OSError):  # a rank that ended with an error reads no more
-                pipe.send(False)
-        for process in self._processes:
-            process.join(5)
-            process.kill()
-
-    def error(self) -> str | None:
-        """Wait until the step is made; return the first error of a rank."""
-        return next((found for found in [pipe.recv() for pipe in self._pipes] if found is not None), None)
-
-    def step(self) -> tuple[float, float, float]:
-        """Run one step on all ranks; return its seconds, its CPU seconds and its mean loss."""
-        self._signal(signal.SIGCONT)
-        started = time.perf_counter()
-        for pipe in self._pipes:
-            pipe.send(True)
-        found = [pipe.recv() for pipe in self._pipes]
-        seconds = time.perf_counter() - started
-        self._signal(signal.SIGSTOP)
-        losses, cpu_seconds, peaks = zip(*found, strict=True)
-        self.peak_mb = max(peaks)
-        return seconds, sum(cpu_seconds), sum(losses) / len(losses)
-
-    def _signal(self, number: signal.Signals) -> None:
-        for process in self._processes:
-            if process.pid is not None and process.is_alive():
-                os.kill(process.pid, number)
+        yield Answer(loss, time.process_time() - started, peak_megabytes() - before)
 
 
 def measure(case: Case, makes: dict[str, Make], size: Size) -> Iterator[Row]:
@@ -150,43 +107,54 @@ def measure(case: Case, makes: dict[str, Make], size: Size) -> Iterator[Row]:
     with ExitStack() as stack:
         members, errors = {}, {}
         for name, make in makes.items():
-            member = stack.enter_context(Member(make, case))
+            member = stack.enter_context(Member(partial(rank_of, make, case), case.ranks))
             if (error := member.error()) is None:
                 members[name] = member
             else:
                 errors[name] = error
-        clocks, losses = rounds(members, size)
-        for name in makes:
-            row: Row = {"parameters": count(case), "tokens": case.tokens, "ranks": case.ranks, "member": name}
-            if name in errors:
-                yield row | {"error": errors[name]}
-                continue
-            for clock, seconds in clocks.items():
-                fastest = min((other for other in seconds if other in THEIRS), key=lambda other: median(seconds[other]))
-                ratios = [theirs / own for theirs, own in zip(seconds[fastest], seconds[name], strict=True)]
-                row |= {f"{clock}_s": round(median(seconds[name]), 4), f"{clock}_ratio": round(median(ratios), 3)}
-            measured = {"peak_mb": round(members[name].peak_mb), "rounds": len(losses[name]) - 1}
-            yield row | measured | {"last_loss": round(losses[name][-1], 6)}
+        turns = rounds(members, size)
+    clocks: dict[str, Callable[[Turn], float]] = {
+        "step": lambda turn: turn.seconds,
+        "cpu": lambda turn: sum(answer.cpu_seconds for answer in turn.answers),
+    }
+    for name in makes:
+        row: Row = {"parameters": count(case), "tokens": case.tokens, "ranks": case.ranks, "member": name}
+        if name in errors:
+            yield row | {"error": errors[name]}
+            continue
+        for clock, seconds_of in clocks.items():
+            seconds = {member: [seconds_of(turn) for turn in took[1:]] for member, took in turns.items()}
+            fastest = min((other for other in seconds if other in THEIRS), key=lambda other: median(seconds[other]))
+            ratios = [theirs / own for theirs, own in zip(seconds[fastest], seconds[name], strict=True)]
+            row |= {f"{clock}_s": round(median(seconds[name]), 4), f"{clock}_ratio": round(median(ratios), 3)}
+        last = turns[name][-1]
+        measured = {"peak_mb": round(max(answer.peak_mb for answer in last.answers)), "rounds": len(turns[name]) - 1}
+        yield row | measured | {"last_loss": round(loss_of(last), 6)}
 
 
-def rounds(members: dict[str, Member], size: Size) -> tuple[dict[str, Series], Series]:
-    """Return the elapsed and the CPU seconds, and the losses, of each member's steps; the first step only warms up.
+def rounds(members: dict[str, Member], size: Size) -> dict[str, list[Turn]]:
+    """Return each member's turns; the first one only warms up.
 
     Raises SystemExit if a loss is not that of the first member.
     """
-    elapsed, cpu, losses = ({name: [] for name in members} for _ in range(3))
-    names, until = list(members), time.perf_counter() + BUDGET_S[size]
-    while time.perf_counter() < until or len(losses[names[0]]) < ROUNDS[size]:
-        names = [*names[1:], names[0]]  # nobody always follows the same one
-        for name in names:
-            for series, value in zip((elapsed, cpu, losses), members[name].step(), strict=True):
-                series[name].append(value)
+    turns: dict[str, list[Turn]] = {name: [] for name in members}
+    until = time.perf_counter() + BUDGET_S[size]
+    for number, one_round in enumerate(take_turns(members), 1):
+        for name, turn in one_round.items():
+            turns[name].append(turn)
+        if time.perf_counter() >= until and number >= ROUNDS[size]:
+            break
+    losses = {name: [loss_of(turn) for turn in took] for name, took in turns.items()}
     expected = next(iter(losses.values()))
     for name, found in losses.items():
         if max(abs(a - b) for a, b in zip(found, expected, strict=True)) > TOLERANCE:
             raise SystemExit(f"{name}: losses {found} are not {expected}")
-    clocks = {clock: {name: all_[1:] for name, all_ in of.items()} for clock, of in (("step", elapsed), ("cpu", cpu))}
-    return clocks, losses
+    return turns
+
+
+def loss_of(turn: Turn) -> float:
+    """Return the mean loss of the ranks."""
+    return mean(answer.loss for answer in turn.answers)
 
 
 def count(case: Case) -> int:

@@ -1,29 +1,48 @@
 """Speed of training on buckets beside concatenated chunks of the longest length.
 
-    python benchmarks/variable_length.py --json rows.json   # eight minutes
+    python benchmarks/variable_length.py --json rows.json   # three minutes
     python benchmarks/variable_length.py --quick            # fewer steps
 
-One model on one rank takes steps of the same number of tokens with `longring train`: first decomposed data under
-grow-p2, cut as the paper's code cuts, so that every length has its share; then concat-and-chunk at the longest length.
-The speed-up stands beside the one predicted from FLOPs (data/inspect/cost.py). The text is Python's own standard
-library; on GPUs set --ranks, --max-tokens, --layers and --hidden to their size.
+One model takes steps of the same number of tokens with the trainer of `longring train`: on decomposed data under
+grow-p2, cut as the paper's code cuts, so that every length has its share; and on concat-and-chunk at the longest
+length. Both trainers are alive and take turns step by step, so that both meet the same machine; the one that waits is
+stopped. A round is one step of each. "concat is" is the time of the step on chunks over that of the step on the bucket
+in the same round, the median of the bucket's rounds. The speed-up of the curriculum follows from these and from the
+number of its steps in each bucket; the one beside it is predicted from FLOPs (data/inspect/cost.py).
+
+The text is Python's own standard library. On GPUs set --ranks, --max-tokens, --layers and --hidden to their size.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
+import os
 import sys
 import tempfile
+from collections.abc import Generator
+from contextlib import ExitStack
+from datetime import timedelta
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
+from lib.packages import QUIET
 from lib.script import Row, make_parser, make_table, write_record
+from lib.turns import Member, take_turns
 from longring.data.format.manifest import open_prepared
 from longring.data.inspect.cost import speed_up
+from longring.data.prepare.prepare import prepare
 from longring.launch.commands.inspect import model_size
 from longring.launch.config import load_recipe
+from longring.launch.preflight import preflight_together
+from longring.launch.ranks.signals import StopSignals
+from longring.launch.ranks.watchdog import Watchdog
+from longring.launch.train import start
+from longring.parallel.meet import meet
+from longring.parallel.mesh import join
+from longring.parallel.world import World
 from rich.console import Console
 
 RECIPE = """
@@ -51,25 +70,76 @@ global_batch_tokens = {batch_tokens}
 learning_rate = 1e-4
 dtype = "{dtype}"
 """
+MEET_MINUTES = 10
 WARM = 2
-"""Number of first steps of each bucket that are not timed, as they allocate memory."""
+"""Number of first rounds of each bucket that are not timed, as they allocate memory."""
 
 
-def train(recipe: Path, ranks: int, *overrides: str) -> list[Row]:
-    """Prepare, train, and return the metrics of each step."""
-    longring = [sys.executable, "-m", "longring.launch.cli"]
-    subprocess.run([*longring, "prepare", str(recipe), *overrides], check=True, stdout=subprocess.DEVNULL)
-    command = [*longring, "train", str(recipe), *overrides, "--ranks", str(ranks)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    run = Path(load_recipe(recipe, overrides).run_directory)
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+class Answer(NamedTuple):
+    """What a rank has found of one step."""
+
+    bucket: int
+    step_ms: float
 
 
-def by_bucket(steps: list[Row]) -> dict[int, float]:
-    """Return by bucket the median ms of a step."""
-    lengths = sorted({step["bucket"] for step in steps})
-    times = {length: [step["step_ms"] for step in steps if step["bucket"] == length] for length in lengths}
-    return {length: median(values[WARM:] or values) for length, values in times.items()}
+class Round(NamedTuple):
+    """One step of each member."""
+
+    bucket: int
+    """Bucket of the step of the curriculum."""
+    step_ms: float
+    """Its time, that of the slowest rank."""
+    concat_step_ms: float
+    """The same of the step on chunks."""
+
+
+def rank_of(recipe_file: Path, overrides: tuple[str, ...]) -> Generator[Answer | None, None, None]:
+    """Yield None once the trainer of a recipe is made on one rank; then the answer of each step."""
+    recipe, world = load_recipe(recipe_file, overrides), World.from_environment()
+    store = meet(world, timedelta(minutes=MEET_MINUTES))
+    checked = preflight_together(recipe, store, world)
+    mesh = join(recipe.parallel, recipe.max_context_parallel, MEET_MINUTES, store)
+    watchdog = Watchdog(checked.run, world.rank, world.size, limit_s=0)
+    with start(recipe, checked, mesh, StopSignals(), watchdog, recipe.train.steps, QUIET) as trainer:
+        yield None
+        while True:
+            metrics = trainer.train_step()
+            yield Answer(metrics.bucket, metrics.step_ms)
+
+
+def rounds_of(recipe_file: Path, concat: tuple[str, ...], ranks: int) -> list[Round]:
+    """Prepare the data of both members and return the rounds of their training.
+
+    Raises SystemExit if a member cannot begin.
+    """
+    overrides: dict[str, tuple[str, ...]] = {"curriculum": (), "concat": concat}
+    for of_member in overrides.values():
+        prepare(load_recipe(recipe_file, of_member).data, QUIET)
+    with ExitStack() as stack:
+        members = {
+            name: stack.enter_context(Member(partial(rank_of, recipe_file, of_member), ranks))
+            for name, of_member in overrides.items()
+        }
+        for name, member in members.items():
+            if error := member.error():
+                raise SystemExit(f"{name}: {error}")
+        found = []
+        for turns in islice(take_turns(members), load_recipe(recipe_file).train.steps):
+            times = [max(answer.step_ms for answer in turns[name].answers) for name in overrides]
+            found.append(Round(turns["curriculum"].answers[0].bucket, *times))
+    return found
+
+
+def by_bucket(rounds: list[Round]) -> list[Row]:
+    """Return a row for each bucket: its rounds, the median times of both members, and the median of their ratios."""
+    rows: list[Row] = []
+    for bucket in sorted({one.bucket for one in rounds}):
+        mine = [one for one in rounds if one.bucket == bucket]
+        timed = mine[WARM:] or mine
+        rows.append({"bucket": bucket, "rounds": len(mine), "step_ms": median(one.step_ms for one in timed)})
+        rows[-1]["concat_step_ms"] = median(one.concat_step_ms for one in timed)
+        rows[-1]["concat_is"] = median(one.concat_step_ms / one.step_ms for one in timed)
+    return rows
 
 
 def main() -> int:
@@ -80,6 +150,7 @@ def main() -> int:
     parser.add_argument("--hidden", type=int, default=128, help="width of the model (default: 128)")
     parser.add_argument("--dtype", default="float32", help="dtype of training (default: float32)")
     options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.ranks)))  # as `longring train`
     steps, documents = {"full": (160, 0), "quick": (32, 0), "smallest": (8, 60)}[options.size]
     if options.size == "smallest":
         options.max_tokens, options.layers, options.hidden = 512, 1, 64
@@ -98,34 +169,27 @@ def main() -> int:
             dtype=options.dtype,
         )
         recipe.write_text(content)
-        curriculum = train(recipe, options.ranks)
-        data, run = f"data.directory={temporary}/concat", f"run_directory={temporary}/concat-run"
-        baseline = train(recipe, options.ranks, "data.method=concat", data, run, f"train.steps={max(8, steps // 4)}")
-        vocab_size = open_prepared(Path(temporary, "data")).vocab_size
-        model = model_size(load_recipe(recipe).model, vocab_size)
-    times = by_bucket(curriculum)
-    [longest] = by_bucket(baseline).values()
-    counts = {length: sum(step["bucket"] == length for step in curriculum) for length in times}
+        concat = "data.method=concat", f"data.directory={temporary}/concat", f"run_directory={temporary}/concat-run"
+        rows = by_bucket(rounds_of(recipe, concat, options.ranks))
+        model = model_size(load_recipe(recipe).model, open_prepared(Path(temporary, "data")).vocab_size)
     title = f"Steps of {options.max_tokens * options.ranks:,} tokens"
-    table = make_table(title, ("bucket", "steps", "ms", "concat is", "predicted"))
-    rows: list[Row] = []
-    for length, ms in times.items():
-        predicted = speed_up(model, [1, 0], [length, options.max_tokens])
-        rows.append({"bucket": length, "steps": counts[length], "step_ms": ms})
-        rows[-1] |= {"concat_is": longest / ms, "predicted": predicted}
-        ratios = f"{longest / ms:.2f} x", f"{predicted:.2f} x"
-        table.add_row(f"{length:,}", str(counts[length]), f"{ms:,.0f}", *ratios)
-    measured = len(curriculum) * longest / sum(counts[length] * times[length] for length in times)
-    predicted = speed_up(model, [*counts.values(), 0], [*times, options.max_tokens])
+    table = make_table(title, ("bucket", "rounds", "ms", "concat, ms", "concat is", "predicted"))
+    for row in rows:
+        row["predicted"] = speed_up(model, [1, 0], [row["bucket"], options.max_tokens])
+        times = f"{row['step_ms']:,.0f}", f"{row['concat_step_ms']:,.0f}"
+        ratios = f"{row['concat_is']:.2f} x", f"{row['predicted']:.2f} x"
+        table.add_row(f"{row['bucket']:,}", str(row["rounds"]), *times, *ratios)
+    # A step on chunks takes 1, one of the curriculum 1 / concat_is.
+    measured = steps / sum(row["rounds"] / row["concat_is"] for row in rows)
+    predicted = steps / sum(row["rounds"] / row["predicted"] for row in rows)
     console = Console()
     console.print(table)
     console.print(
-        f"concat-and-chunk at {options.max_tokens:,}: {longest:,.0f} ms a step\n"
-        f"the curriculum is {measured:.2f} times as fast; {predicted:.2f} is predicted from FLOPs",
+        f"the curriculum is {measured:.2f} times as fast as concat-and-chunk at {options.max_tokens:,}; "
+        f"{predicted:.2f} is predicted from FLOPs",
         highlight=False,
     )
-    figures = {"concat_step_ms": longest, "speed_up": measured, "predicted": predicted}
-    write_record(options.json, {"rows": rows, **figures})
+    write_record(options.json, {"rows": rows, "speed_up": measured, "predicted": predicted})
     return 0
 
 
