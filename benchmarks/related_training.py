@@ -1,6 +1,6 @@
 """Losses of a small model trained on contexts of related documents, and on random ones.
 
-    python benchmarks/related_training.py --json rows.json  # an hour
+    python benchmarks/related_training.py --json rows.json  # ten minutes
     python benchmarks/related_training.py --quick  # one seed, 10 steps
 
 launch/recipes/related.toml is trained on random contexts, ordered ones and filled long buckets, for the same tokens and

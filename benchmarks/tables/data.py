@@ -3,9 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from statistics import mean, stdev
 from typing import Any
 
 from .table import Cells, Row, Table
+
+
+def data_path(preparing: Any, loading: Any, training: Any) -> Iterator[Cells]:
+    """Yield what was measured of preparation, of the loader and of training on buckets, each with its goal."""
+    ours_is = {row["member"]: row["ours_is"] for row in preparing["rows"]}
+    alone, script = (f"{ours_is[member]:.2f}" for member in ("bare", "script"))
+    command = f"`benchmarks/prepare.py` ({preparing['tokens'] / 1e6:.1f}M tokens)"
+    yield command, "tokens/s of preparation over those of the tokenizer's fastest batch call alone", alone, "0.85"
+    yield "", "tokens/s of preparation over those of the released script's method, reimplemented", script, "1.15"
+    sizes = "; ".join(f"{preparing[name]:.2f}" for name in ("bytes_per_token_256", "script_bytes_per_token_256"))
+    yield "", "bytes for each token at bucket 256; by the released script's method", sizes, "2.2"
+    peaks = ", ".join(f"{preparing[f'peak_mb_x{copies}']:.0f}" for copies in (1, 4, 16))
+    yield "", "peak memory with 1, 4 and 16 times the text", f"{peaks} MB", "within 10%"
+
+    buckets = loading["rows"]
+    ratios = ", ".join(f"{row['ours_tokens_per_s'] / row['webdataset_tokens_per_s']:.2f}" for row in buckets)
+    about = f"buckets {buckets[0]['bucket']:,} to {buckets[-1]['bucket']:,}"
+    beside = "those of plain webdataset, which does not shuffle"
+    yield "`benchmarks/loader.py`", f"tokens/s of one process over {beside}; {about}", ratios, "1.0"
+    rates = ", ".join(f"{row['ours_tokens_per_s'] / 1e6:.0f}" for row in buckets)
+    yield "", "million tokens/s of one process", rates, ""
+    yield "", "time to resume at step 10^6", f"{loading['resume_s']:.1f} s", "1 s"
+    waits = ", ".join(f"{loading[name]:.2f}" for name in ("wait_ms_median", "wait_ms_p99"))
+    yield "", "wait of a model that takes 20 ms for each micro-batch, median and 99th percentile", f"{waits} ms", ""
+
+    shortest, *_, longest = training["rows"]
+    trained = f"tokens/s over a curriculum of {shortest['bucket']:,} to {longest['bucket']:,}"
+    chunks = f"those of concat-and-chunk at {longest['bucket']:,}"
+    found = f"{training['speed_up']:.2f}", f"{training['predicted']:.2f} predicted"
+    yield "`benchmarks/variable_length.py`", f"{trained}, over {chunks}", *found
+    for row in training["rows"]:
+        found = f"{row['concat_is']:.2f}", f"{row['predicted']:.2f} predicted"
+        yield "", f"the same for steps of bucket {row['bucket']:,} alone", *found
 
 
 def kinds(record: Any) -> Iterator[Cells]:
@@ -126,6 +160,17 @@ def about_corpus(corpus: str, row: Row, encoder: str) -> Cells:
     return "WikiText-2's validation split, contexts of 16,384", f"{row['documents']} articles, no near-duplicates", ""
 
 
+def related_training(record: Any) -> Iterator[Cells]:
+    """Yield held-out losses of a small model by the order of its contexts: mean and standard deviation of the seeds."""
+    for arm in dict.fromkeys(row["arm"] for row in record["rows"]):
+        mine = [row for row in record["rows"] if row["arm"] == arm]
+        values = ([row[name] for row in mine] for name in ("loss", "package_seen", "other_before", "gain"))
+        positions = ", ".join(
+            f"{mean(row['by_position'][part] for row in mine):.3f}" for part in mine[0]["by_position"]
+        )
+        yield arm, *(f"{mean(of_seeds):.4f} ± {stdev(of_seeds):.4f}" for of_seeds in values), positions
+
+
 def stages(record: Any) -> Iterator[Cells]:
     """Yield the rates of the stages of `longring order` that scale with documents."""
     for row in record["stages"]:
@@ -135,6 +180,12 @@ def stages(record: Any) -> Iterator[Cells]:
 
 RELATED = "related_orders_2026-11-21"
 TABLES = [
+    Table(
+        "data.md",
+        "| command | measured |",
+        data_path,
+        ("prepare_1_core_2026-11-23", "loader_2_cores_2026-11-23", "variable_length_2_cores_2026-11-23"),
+    ),
     Table("data.md", "| kind | thousand tokens/s |", kinds, ("prepare_kinds_2_cores_2026-11-22",)),
     Table("data.md", "| one document of 34 MB |", odd_documents, ("prepare_odd_1_core_2026-11-22",)),
     Table("mixes.md", "| | of the data | asked |", mixes, ("published_mixes_2026-11-22",)),
@@ -150,6 +201,12 @@ TABLES = [
         "| corpus | order | of one package |",
         related("all-MiniLM-L6-v2, head", "one_package", "inside", "across"),
         (RELATED,),
+    ),
+    Table(
+        "ordering.md",
+        "| trained on | all |",
+        related_training,
+        ("related_training_2_cores_2026-11-23",),
     ),
     Table("ordering.md", "| stage | documents/s |", stages, ("order_rates_1_core_2026-11-21",)),
 ]
