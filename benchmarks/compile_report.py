@@ -1,15 +1,23 @@
-"""Registers, shared memory and spills of the Triton kernels, compiled for GPUs that need not be here.
+"""What the machine code of the Triton kernels asks of GPUs that need not be here, and the bound that follows.
 
     python benchmarks/compile_report.py --json rows.json
     python benchmarks/compile_report.py --only sm_90   # one architecture
+    python benchmarks/compile_report.py --try sm_90 forward 16 128
     python benchmarks/compile_report.py \\
         --try sm_90 backward_dkdv 16 128 64,128,8,2 128,64,8,3
 
-Block sizes are those of kernels/tuned.json; --try compiles others. spill_bytes are the bytes that ptxas (or LLVM on
-AMD, registers x 4) reports as written to memory because a thread has no register left. b16_loads are the instructions
-that read single 16-bit elements from global memory, where the compiler does not see that 16 bytes lie side by side.
-The exit status is 1 when a configuration of sm_90 spills or has such loads, or one needs more shared memory than its
-device has.
+Block sizes are those of kernels/tuned.json; --try compiles others, and without any all candidates of
+benchmarks/tune_attention.py, the best last. spill_bytes are the bytes that ptxas (or LLVM on AMD, registers x 4)
+reports as written to memory because a thread has no register left. b16_loads are the instructions that read single
+16-bit elements from global memory, where the compiler does not see that 16 bytes lie side by side.
+
+The loops of 16-bit kernels on sm_90 are counted (benchmarks/lib/sass.py). `bound` is the largest share of the tensor
+cores' time that the loop without masks can take if all units of a multiprocessor work at once; `share` is what is left
+where a program waits for its own products and only the programs beside it on the multiprocessor fill the gaps. Both
+are arithmetic, not measurements.
+
+The exit status is 1 when the loop of a configuration of sm_90 loses more than a twentieth of its time to spills, when
+one without products spills, when one has single loads, or when one needs more shared memory than its device has.
 """
 
 from __future__ import annotations
@@ -29,6 +37,8 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 import triton
 
 sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
+from lib.sass import SHARED_BYTES as L1_BYTES
+from lib.sass import Code, Demand, Loop, programs_per_sm
 from lib.script import Row, make_parser, make_table, write_record
 from longring.kernels import blocks, triton_attention, triton_kernels
 from rich.console import Console
@@ -36,6 +46,7 @@ from rich.progress import track
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from tune_attention import CANDIDATES
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -50,6 +61,10 @@ TILED = ("forward", "backward_dkdv", "backward_dq")
 """Kernels whose block sizes are tuned; the others read and write once."""
 STRIDES = ("_n", "_b", "_s", "_h")
 """Ends of the names of strides, as in `forward_kernel`."""
+SPILLED = 1 / 20
+"""Largest share of a loop's products, in clocks, that its spills may take."""
+COLUMNS = ("kernel", "configuration", "architecture", "registers", "shared_bytes", "spill_bytes", "b16_loads")
+"""Entries of a row that the first table shows."""
 Job = tuple[str, str, int, int, blocks.Blocks, bool]
 """Architecture, kernel, bits of an element, head dim, block sizes, and whether a running result is continued."""
 
@@ -62,6 +77,7 @@ def signature(
     constants = {"HEAD_DIM": head_dim, "BLOCK_D": width, "BLOCK_M": at.block_m, "BLOCK_N": at.block_n}
     constants |= {"CONTINUES": continues, "SOFTCAP": False, "DESCRIPTORS": bits == 16}
     narrow = {"q", "k", "v", "dout", "part_outs"} | ({"out"} if name == "delta" or not continues else set())
+    narrow |= set() if continues else {"dq", "dk", "dv"}
     narrow -= {"out"} if name == "merge" else set()
     tensors = {"out", "lse", "delta", "dq", "dk", "dv", "part_lses"} | narrow
     types, used = {}, {}
@@ -91,7 +107,7 @@ def compile_row(job: Job) -> Row:
     source = ASTSource(kernel, types, constants, attributes)
     compiled = triton.compile(source, target=TARGETS[arch], options=options)
     registers, spill_bytes = (_amd if arch.startswith("gfx") else _nvidia)(compiled, arch)
-    return {
+    row = {
         "kernel": name + (" (running)" if continues else ""),
         "configuration": f"{'bf16' if bits == 16 else 'fp32'} d{head_dim} {','.join(map(str, at))}",
         "architecture": arch,
@@ -100,6 +116,43 @@ def compile_row(job: Job) -> Row:
         "spill_bytes": spill_bytes,
         "b16_loads": compiled.asm["ptx"].count("ld.global.b16") if "ptx" in compiled.asm else None,
     }
+    if arch == "sm_90" and name in TILED and bits == 16:
+        row["programs"] = programs_per_sm(registers, compiled.metadata.shared, at.num_warps)
+        # Of two 16-bit tensors, a program reads the rows over which it walks once an iteration.
+        walked = at.block_m if name == "backward_dkdv" else at.block_n
+        loops = (
+            loop_row(loop, at.num_warps, 4 * head_dim * walked, row["programs"])
+            for loop in Code.of(compiled.asm["cubin"]).loops()
+        )
+        # The loop without masks has fewer instructions for the same products.
+        row["loops"] = sorted(loops, key=lambda loop: loop["clocks"]["issue"] / loop["clocks"]["products"])
+    return row
+
+
+def loop_row(loop: Loop, num_warps: int, l2_bytes: int, programs: int) -> Row:
+    """Return the counts of a loop, and the bounds that follow."""
+    demand = loop.demand(num_warps, l2_bytes)
+    return {
+        "instructions": len(loop.body),
+        "products": dict(loop.products),
+        "barriers": loop.barriers,
+        "spill_bytes": loop.spill_bytes,
+        "clocks": {unit: round(clocks) for unit, clocks in demand._asdict().items()},
+        "bound": round(demand.bound, 3),
+        "share": round(demand.share(programs), 3),
+    }
+
+
+def is_wrong(row: Row) -> bool:
+    """Return whether a row breaks a rule of this report."""
+    wrong = row["shared_bytes"] > SHARED_BYTES[row["architecture"]]
+    if row["architecture"] != "sm_90":
+        return wrong
+    if not row.get("loops"):
+        return wrong or row["spill_bytes"] > 0 or row["b16_loads"] > 0
+    num_warps, loop = int(row["configuration"].split(",")[2]), row["loops"][0]
+    spill_clocks = 32 * num_warps * loop["spill_bytes"] / L1_BYTES
+    return wrong or spill_clocks > SPILLED * loop["clocks"]["products"] or row["b16_loads"] > 0
 
 
 def _nvidia(compiled: Any, arch: str) -> tuple[int, int]:
@@ -135,7 +188,7 @@ def jobs(architectures: list[str], bits_of: Sequence[int], head_dims: Sequence[i
                     plain = blocks.Blocks(triton_attention.rows_at_once(head_dim), 0, 4, 3)
                     at = blocks.tuned(name, arch, bits // 8, head_dim) if name in TILED else plain
                     found.append((arch, name, bits, head_dim, at, False))
-                    if name == "forward":
+                    if name in TILED and (name == "forward" or bits == 16):  # in 32 bit sums have the inputs' dtype
                         found.append((arch, name, bits, head_dim, at, True))
     return found
 
@@ -145,11 +198,11 @@ def main() -> int:
     parser.add_argument("--only", choices=TARGETS, help="compile for this architecture alone")
     parser.add_argument("--try", dest="tried", nargs="+", metavar=("ARCH KERNEL BITS HEAD_DIM", "M,N,WARPS,STAGES"))
     options = parser.parse_args()
-    console = Console()
+    console = Console(width=120)
     if options.tried:
         arch, name, bits, head_dim, *tried = options.tried
-        choices = [blocks.Blocks(*map(int, sizes.split(","))) for sizes in tried]
-        todo = [(arch, name, int(bits), int(head_dim), at, False) for at in choices]
+        sizes = [tuple(map(int, at.split(","))) for at in tried] or CANDIDATES[int(bits)]
+        todo = [(arch, name, int(bits), int(head_dim), blocks.Blocks(*at), False) for at in sizes]
     else:
         architectures = [options.only] if options.only else ["sm_90"] if options.size == "smallest" else list(TARGETS)
         bits_of, head_dims = {
@@ -161,19 +214,29 @@ def main() -> int:
     with ProcessPoolExecutor() as pool:
         results = pool.map(compile_row, todo)
         rows = list(track(results, "compiling", len(todo), console=Console(stderr=True), transient=True))
+    if options.tried and not options.tried[4:]:
+        rows.sort(key=lambda row: row["loops"][0]["share"] if row.get("loops") and not is_wrong(row) else 0)
     columns = ("kernel", "configuration", "device", "registers", "shared", "spill", "b16")
     table = make_table(f"triton {triton.__version__}", columns, left=("kernel", "configuration"))
-    num_wrong = 0
+    title = "an iteration of the loop without masks: clocks of the units of a multiprocessor"
+    units = (*Demand._fields[:3], "exp", *Demand._fields[4:])
+    loop_columns = (*columns[:2], "programs", "barriers", "spill", *units, "bound", "share")
+    loop_table = make_table(title, loop_columns, left=columns[:2])
     for row in rows:
-        arch = row["architecture"]
-        wrong = row["shared_bytes"] > SHARED_BYTES[arch]
-        wrong |= arch == "sm_90" and (row["spill_bytes"] > 0 or row["b16_loads"] > 0)
-        num_wrong += wrong
-        table.add_row(*map(str, row.values()), style="red" if wrong else None)
+        style = "red" if is_wrong(row) else None
+        table.add_row(*(str(row[name]) for name in COLUMNS), style=style)
+        if row.get("loops"):
+            loop = row["loops"][0]
+            counts = (row["programs"], loop["barriers"], loop["spill_bytes"], *loop["clocks"].values())
+            cells = (row["kernel"], row["configuration"], *counts, loop["bound"], loop["share"])
+            loop_table.add_row(*map(str, cells), style=style)
     console.print(table)
+    if loop_table.row_count:
+        console.print(loop_table)
     write_record(options.json, {"triton": triton.__version__, "rows": rows})
+    num_wrong = sum(map(is_wrong, rows))
     if num_wrong and not options.tried:
-        why = "they spill or read single elements on sm_90, or need more shared memory than there is"
+        why = "they spill too much or read single elements on sm_90, or need more shared memory than there is"
         console.print(f"[bold red]error:[/] {num_wrong} rows: {why}")
         return 1
     return 0

@@ -23,6 +23,8 @@ def forward(
 
     q is `[b, s_q, h_q, d]`, k and v are `[b, s_k, h_kv, d]`.
     """
+    if scale <= 0:  # the kernel scales the largest product of a row, which must stay the largest
+        q, scale = q * (-1 if scale < 0 else 0), abs(scale) or 1.0
     q, k, v = (_addressable(x) for x in (q, k, v))
     b, s_q, h, d = q.shape
     # The kernel writes every element of both, so they may start uninitialized.
@@ -55,6 +57,7 @@ def backward(
 ) -> None:
     """Add dq, dk, dv to the buffers `into`, shaped like q, k, v, as `attention.attention_backward` does.
 
+    Buffers in 16 bit are written instead, whatever they hold: a sequence whose keys are all here has nothing to add to.
     dout, q, out are `[b, s_q, h_q, d]`, k, v `[b, s_k, h_kv, d]`, lse, delta `[b, h_q, s_q]`.
     """
     q, k, v, dout = (_addressable(x) for x in (q, k, v, dout))

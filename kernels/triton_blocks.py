@@ -90,6 +90,15 @@ def load_rows(rows, start, DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.cons
 
 
 @triton.jit
+def add_rows(ptr, rows, start, block):
+    """Add an fp32 block to the rows from `start` on of a view of the tensor at ptr; write it if that is 16 bit."""
+    if ptr.dtype.element_ty == tl.float32:
+        rows.store([start, 0], rows.load([start, 0]) + block)
+    else:
+        rows.store([start, 0], block.to(ptr.dtype.element_ty))
+
+
+@triton.jit
 def all_heads(
     ptr, strides, batch, num_heads, num_rows,
     DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,

@@ -11,7 +11,7 @@ three parts before it starts:
 Other keys are not visited. The backward has two kernels, so that no sum is atomic and equal runs are bit-equal. The dQ
 kernel owns a block of queries, like the forward. The dK, dV kernel owns a block of keys, loops over the queries that
 see them (the same three parts, from the mask's columns), sums over the query heads of its group and adds dK and dV
-once.
+once. Gradients are added to fp32 buffers; 16-bit buffers are for gradients that nothing is added to, and are written.
 
 All sums are fp32; probabilities enter the second product in the inputs' dtype.
 
@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from .triton_blocks import (
+    add_rows,
     aligned,
     all_heads,
     count_masked,
@@ -73,21 +74,22 @@ def _forward_step(
     k = load_rows(k_rows, start, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
     scores = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     if SOFTCAP:
-        scores = _capped(scores * scale, softcap)[0] * LOG2E
+        scores, factor = _capped(scores * scale, softcap)[0], LOG2E
     else:
-        scores = scores * (scale * LOG2E)
+        factor = scale * LOG2E
     if MASKED:
         keys = start + tl.arange(0, BLOCK_N)
         visible = (keys[None, :] >= row_start[:, None]) & (keys[None, :] < tl.minimum(row_stop, end)[:, None])
         scores = tl.where(visible, scores, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    # The maximum is taken before the factor, which then costs nothing: it is part of the subtraction below.
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * factor)
     if MASKED:
         # A row that has seen no key yet has peak -inf: base 0 avoids the nan of -inf - -inf.
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     else:
         base = new_peak
     # Invariant: acc = sum of exp2(score - peak) v and total = sum of exp2(score - peak), over the keys so far.
-    p = tl.exp2(scores - base[:, None])
+    p = tl.exp2(scores * factor - base[:, None])
     shrink = tl.exp2(peak - base)
     total = total * shrink + tl.sum(p, 1)
     v = load_rows(v_rows, start, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
@@ -210,9 +212,9 @@ def backward_dkdv_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Add to dk and dv (fp32) of a block of keys; programs are batch x kv heads x blocks of keys.
+    """Add to dk and dv of a block of keys, or write them; programs are batch x kv heads x blocks of keys.
 
-    lse and delta must have equal strides.
+    They are sums in fp32, or 16-bit memory to be written. lse and delta must have equal strides.
     """
     block, batch, kv_head = program_index(s_k, num_kv_heads, BLOCK_N)
     first = block * BLOCK_N
@@ -260,9 +262,9 @@ def backward_dkdv_kernel(
 
     # A single program owns these rows, so it adds to them without atomics.
     dk_rows = head_rows(dk, (dk_b, dk_s, dk_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D)
-    dk_rows.store([first, 0], dk_rows.load([first, 0]) + dk_block * scale)
+    add_rows(dk, dk_rows, first, dk_block * scale)
     dv_rows = head_rows(dv, (dv_b, dv_s, dv_h), batch, kv_head, s_k, HEAD_DIM, BLOCK_N, BLOCK_D)
-    dv_rows.store([first, 0], dv_rows.load([first, 0]) + dv_block)
+    add_rows(dv, dv_rows, first, dv_block)
 
 
 @triton.jit
@@ -294,7 +296,7 @@ def backward_dq_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Add to dq (fp32) of a block of queries; programs are batch x heads x blocks of queries."""
+    """Add to dq (fp32) of a block of queries, or write it (16 bit); programs are batch x heads x blocks of queries."""
     # From the last block, as in the forward: the longest programs start first.
     block, batch, head = program_index(s_q, num_heads, BLOCK_M)
     first = (tl.cdiv(s_q, BLOCK_M) - 1 - block) * BLOCK_M
@@ -333,7 +335,7 @@ def backward_dq_kernel(
         )  # fmt: skip
 
     dq_rows = head_rows(dq, (dq_b, dq_s, dq_h), batch, head, s_q, HEAD_DIM, BLOCK_M, BLOCK_D)
-    dq_rows.store([first, 0], dq_rows.load([first, 0]) + dq_block * scale)
+    add_rows(dq, dq_rows, first, dq_block * scale)
 
 
 @triton.jit(do_not_specialize=VARYING)

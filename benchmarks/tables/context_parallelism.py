@@ -139,18 +139,32 @@ def lab_network(record: Any) -> Iterator[Cells]:
 
 
 def kernels(record: Any) -> Iterator[Cells]:
-    """Yield the registers and the shared memory of the kernels in bf16 at head dim 128."""
+    """Yield what the loops of the kernels in bf16 at head dim 128 ask of a multiprocessor, and the bounds."""
     for row in record["rows"]:
-        if row["configuration"].startswith("bf16 d128") and row["kernel"] in (
-            "forward",
-            "backward_dkdv",
-            "backward_dq",
-        ):
-            queries, keys, warps, stages = row["configuration"].split()[-1].split(",")
-            numbers = f"{row['registers']}", f"{row['shared_bytes']:,}"
-            yield row["kernel"], "128", f"{queries} \N{MULTIPLICATION SIGN} {keys}, {warps}, {stages}", *numbers
+        if row["configuration"].startswith("bf16 d128") and row["kernel"] in TILED:
+            loop = row["loops"][0]
+            products = ", ".join(f"{count} of {shape}" for shape, count in loop["products"].items())
+            spilled = f"{row['registers']}, {row['spill_bytes']} ({loop['spill_bytes']})"
+            counts = f"{row['programs']}", f"{row['shared_bytes']:,}", spilled, products, f"{loop['barriers']}"
+            yield f"`{row['kernel']}`", _blocks(row), *counts
 
 
+def kernel_bounds(*records: Any) -> Iterator[Cells]:
+    """Yield the clocks of each unit of a multiprocessor in a loop, and the bounds, for candidates of each kernel."""
+    for record in records:
+        for row in record["rows"]:
+            loop = row["loops"][0]
+            clocks = (f"{clocks:,}" for clocks in loop["clocks"].values())
+            bounds = f"{loop['bound']:.2f}", f"{loop['share']:.2f}"
+            yield f"`{row['kernel']}`", _blocks(row), f"{row['programs']}", *clocks, *bounds
+
+
+def _blocks(row: Any) -> str:
+    queries, keys, warps, stages = row["configuration"].split()[-1].split(",")
+    return f"{queries} \N{MULTIPLICATION SIGN} {keys}, {warps}, {stages}"
+
+
+TILED = ("forward", "backward_dkdv", "backward_dq")
 LAYOUTS_RECORD = "cp_layouts_2026-11-23"
 TABLES = [
     Table(RESULTS, "| | ranks | results |", precision, ("cp_precision_2_cores_2026-11-21",)),
@@ -188,5 +202,13 @@ TABLES = [
     Table(RESULTS, "| ranks | documents | grid | choice |", packing_on_the_host, (LAYOUTS_RECORD,)),
     Table(RESULTS, "| fabric | ranks | heads | ring, ms |", lab_network, ("cp_lab_network_2_cores_2026-11-21",)),
     Table(RESULTS, "| grid | a plan |", plans, ("host_time_plans_2_cores_2026-11-22",)),
-    Table("kernels.md", "| kernel, bf16 | head dim |", kernels, ("compile_sm_90_triton_3.7.1_2026-11-22",)),
+    Table(
+        "kernels.md", "| kernel, bf16 | blocks | programs | shared", kernels, ("compile_sm_90_triton_3.7.1_2026-11-23",)
+    ),
+    Table(
+        "kernels.md",
+        "| candidate, bf16 | blocks |",
+        kernel_bounds,
+        tuple(f"compile_{name}_triton_3.7.1_2026-11-23" for name in TILED),
+    ),
 ]

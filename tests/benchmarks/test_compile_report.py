@@ -22,9 +22,19 @@ def test_kernels_compile(arguments, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     kernels = {row["kernel"] for row in rows}
-    assert kernels == {"forward", "forward (running)", "backward_dkdv", "backward_dq", "delta", "merge"}
-    assert not [row for row in rows if row["architecture"] == "sm_90" and (row["spill_bytes"] or row["b16_loads"])]
+    tiled = ("forward", "backward_dkdv", "backward_dq")
+    assert kernels == {*tiled, *(f"{name} (running)" for name in tiled), "delta", "merge"}
+    hopper = [row for row in rows if row["architecture"] == "sm_90"]
+    assert not [row for row in hopper if row["b16_loads"] or (row["spill_bytes"] and "loops" not in row)]
+    # Forward, and the two kernels of the backward: 2, 4 and 3 products of a block of queries with one of keys.
+    for row in hopper:
+        if row["kernel"] in tiled and row["configuration"].startswith("bf16 d128"):
+            block_m, block_n = map(int, row["configuration"].split()[-1].split(",")[:2])
+            flops = 2 * 128 * block_m * block_n * (2, 4, 3)[tiled.index(row["kernel"])]
+            assert [loop["clocks"]["products"] for loop in row["loops"]] == [flops / 4096] * 2
+            assert all(0 < loop["share"] <= loop["bound"] <= 1 for loop in row["loops"])
     if "--quick" in arguments:
         assert {row["architecture"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     else:
-        assert len(rows) == 2 * 7 * len(kernels)  # bf16 and fp32, seven head dims
+        # bf16 and fp32, seven head dims; in fp32 gradients that are written are those that are added.
+        assert len(rows) == 7 * (2 * len(kernels) - 2)

@@ -190,6 +190,31 @@ def test_running_result_is_extended(backend, dtype):
     assert_as_exact_as(got, plain, exact, factor=2)
 
 
+@pytest.mark.parametrize("dtype", by_lane([torch.bfloat16, torch.float16], quick=[torch.bfloat16]), ids=str)
+def test_gradients_in_16_bit_are_written(dtype):
+    """Whatever the memory holds, they are the rounded sums that start from zeros."""
+    layout = SeqLayout.packed((7, 33))
+    mask = make_mask(layout, layout, device=DEVICE)
+    q, k, v, dout = inputs(dtype, 40, 40, heads=2, kv_heads=1, dim=16, batch=1)
+    out, lse = attention_forward(q, k, v, mask, backend="triton")
+    sums = zeros_fp32(q), zeros_fp32(k), zeros_fp32(v)
+    written = torch.full_like(q, torch.nan), torch.full_like(k, torch.nan), torch.full_like(v, torch.nan)
+    for into in (sums, written):
+        attention_backward(dout, q, k, v, lse, row_delta(dout, out), mask, into=into, backend="triton")
+    for total, gradient in zip(sums, written, strict=True):
+        assert total.any() and torch.equal(total.to(dtype), gradient)
+
+
+@pytest.mark.parametrize("scale", [-0.4, 0.0])
+def test_scales_that_are_not_above_0(scale):
+    """The kernel takes the maximum of a row before it scales it."""
+    mask = make_mask(PACKED, PACKED, device=DEVICE)
+    q, k, v, _ = inputs(torch.float32, S, S, heads=1, kv_heads=1, dim=16, batch=1)
+    got, expected = (attention_forward(q, k, v, mask, scale=scale, backend=x) for x in ("triton", "reference"))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_strides(backend):
