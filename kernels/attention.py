@@ -6,45 +6,21 @@ disjoint sets of keys merge exactly, and a backward rebuilds the probabilities o
 (None: d^-1/2); a `softcap` c above 0 replaces each score by c tanh(score / c). A row that sees no key has out 0 and
 lse -inf.
 
-All backends compute the same function and pass the same tests. `choose_backend` takes the first of `BACKENDS` that
-supports the inputs, and logs once why it passed over the ones before it.
+All backends (`backends.py`) compute the same function and pass the same tests. `backend` names one, or several by
+`backends.selection`; "auto" takes the first that supports the inputs.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Callable
-from functools import cache, partial
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from . import reference, torch_attention
+from .backends import BACKENDS, Backend, choose_backend, parts_of, selected
+from .blocks import architecture
+from .case import Case, Task
 from .layout import SeqLayout
 from .mask import Mask, make_mask
 from .merge import merge_
-
-log = logging.getLogger(__name__)
-
-
-class Case(NamedTuple):
-    """The properties of the inputs that decide which backends can compute them."""
-
-    device: str
-    dtype: torch.dtype
-    head_dim: int
-    softcap: bool
-
-
-class Backend(NamedTuple):
-    """One implementation of attention; both functions have the signatures of their namesakes in `reference`."""
-
-    unfit: Callable[[Case], str | None]
-    """Return the reason why the backend cannot compute a case, or None if it can."""
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., None]
 
 
 def attention(
@@ -86,7 +62,7 @@ def attention_forward(
     _check(q, k, v, mask)
     if softcap < 0:
         raise ValueError(f"attention: softcap = {softcap}: must be at least 0; leave it out for none")
-    chosen = BACKENDS[choose_backend(q, softcap, backend)]
+    chosen = _backend("forward" if running is None else "continued", q, k, mask, softcap, backend)
     return chosen.forward(q, k, v, mask, _scale(q, scale), softcap, running)
 
 
@@ -115,18 +91,28 @@ def attention_backward(
     """
     assert delta is not None or out is not None, "attention_backward needs delta or out"
     _check(q, k, v, mask)
-    chosen = BACKENDS[choose_backend(q, softcap, backend)]
+    chosen = _backend("backward", q, k, mask, softcap, backend)
     chosen.backward(dout, q, k, v, out, lse, delta, mask, _scale(q, scale), softcap, into)
 
 
-def launch_all(head_dim: int, dtype: torch.dtype, device: torch.device, backend: str = "auto") -> None:
-    """Launch once every kernel that attention of such inputs launches, over few tokens: none is compiled later.
+def launch_all(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str = "auto",
+) -> None:
+    """Launch once every Triton kernel that attention of such inputs launches, over few tokens: none is compiled later.
 
-    The kernels are compiled for a dtype and a head dim, not for lengths, strides or numbers of heads.
+    The kernels are compiled for a dtype and a head dim, not for lengths, strides or numbers of heads. Of several
+    backends, `backends.selection`, the default is launched; `choose.rehearse` launches the others.
     """
+    backend, _ = parts_of(backend)
     layout = SeqLayout.contiguous(16)
     mask = make_mask(layout, layout, device=device)
-    q, k, v, dout = torch.zeros(4, 1, 16, 2, head_dim, dtype=dtype, device=device)
+    q, dout = torch.zeros(2, 1, 16, num_heads, head_dim, dtype=dtype, device=device)
+    k, v = torch.zeros(2, 1, 16, num_kv_heads, head_dim, dtype=dtype, device=device)
     out, lse = attention_forward(q, k, v, mask, backend=backend)
     running = attention_forward(q, k, v, mask, running=no_result(q), backend=backend)
     for part in (out, *running[:1]):  # results travel in the inputs' dtype or in fp32
@@ -162,39 +148,6 @@ def row_delta(dout: Tensor, out: Tensor) -> Tensor:
 def zeros_fp32(like: Tensor) -> Tensor:
     """Return zeros with the shape, any one, and device of `like`, in fp32; in fp64 if `like` is fp64."""
     return torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-
-
-def choose_backend(q: Tensor, softcap: float, backend: str = "auto") -> str:
-    """Return the name of the backend for q `[b, s, h, d]`: `backend` itself, or with "auto" the first that fits.
-
-    Raises ValueError if `backend` is unknown, or if it cannot compute these inputs.
-    """
-    return _choose(Case(q.device.type, q.dtype, q.shape[-1], softcap > 0), backend)
-
-
-@cache
-def _choose(case: Case, backend: str) -> str:
-    reasons = {name: candidate.unfit(case) for name, candidate in BACKENDS.items()}
-    if backend != "auto":
-        if backend not in BACKENDS:
-            raise ValueError(f"attention backend = {backend!r}: must be one of auto, {', '.join(BACKENDS)}")
-        if reasons[backend] is not None:
-            raise ValueError(
-                f"attention backend = {backend!r}: cannot compute {_describe(case)} ({reasons[backend]}); "
-                'set backend = "auto" (in a recipe train.attention_backend)'
-            )
-        return backend
-    # `reference` supports every case, so there is always a first one; all before it have a reason.
-    chosen = next(name for name, reason in reasons.items() if reason is None)
-    before = list(BACKENDS)[: list(BACKENDS).index(chosen)]
-    passed_over = "; ".join(f"{name}: {reasons[name]}" for name in before)
-    log.info("attention of %s: %s%s", _describe(case), chosen, f" ({passed_over})" if passed_over else "")
-    return chosen
-
-
-def _describe(case: Case) -> str:
-    softcap = ", softcap" if case.softcap else ""
-    return f"{str(case.dtype).removeprefix('torch.')} on {case.device}, head dim {case.head_dim}{softcap}"
 
 
 # The operators take the mask as plain tensors: torch.compile then sees one node and guards on shapes only, so other
@@ -250,6 +203,17 @@ def _backward(ctx, dout: Tensor, _):
 _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
+def case_of(q: Tensor, k: Tensor, softcap: float = 0.0) -> Case:
+    """Return the case of q `[b, s_q, h_q, d]` and k `[b, s_k, h_kv, d]`."""
+    return Case(q.device.type, architecture(q.device), q.dtype, q.shape[-1], k.shape[2], softcap > 0)
+
+
+def _backend(task: Task, q: Tensor, k: Tensor, mask: Mask, softcap: float, backend: str) -> Backend:
+    """Return the backend for a tile. Raises ValueError as `choose_backend` does."""
+    case = case_of(q, k, softcap)
+    return BACKENDS[choose_backend(case, selected(case, backend, task, mask))]
+
+
 def _scale(q: Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
 
@@ -271,58 +235,3 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
             f"attention: {q.shape[2]} query heads over {k.shape[2]} kv heads: the number of query heads must be a "
             "multiple of the number of kv heads; repeat the heads of k and v until it is"
         )
-
-
-def _unfit_cpu(case: Case) -> str | None:
-    if case.device != "cpu":
-        return "runs on the CPU"
-    return "no softcap" if case.softcap else None
-
-
-def _unfit_triton(case: Case) -> str | None:
-    if case.device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "runs on CUDA, elsewhere with TRITON_INTERPRET=1"
-    if case.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return "bfloat16, float16 and float32 only"
-    if case.head_dim > 256 or case.head_dim % 8:
-        return "head dims up to 256, multiples of 8"
-    return None
-
-
-def _unfit_torch_cuda(case: Case, largest_head_dim: int) -> str | None:
-    if case.device != "cuda":
-        return "runs on CUDA"
-    if case.dtype not in (torch.bfloat16, torch.float16):
-        return "bfloat16 and float16 only"
-    if case.softcap:
-        return "no softcap"
-    if case.head_dim > largest_head_dim or case.head_dim % 8:
-        return f"head dims up to {largest_head_dim}, multiples of 8"
-    return None
-
-
-def _triton_forward(*arguments) -> tuple[Tensor, Tensor]:
-    from . import triton_attention  # imported late: a machine without a GPU need not load triton
-
-    return triton_attention.forward(*arguments)
-
-
-def _triton_backward(*arguments) -> None:
-    from . import triton_attention
-
-    triton_attention.backward(*arguments)
-
-
-def _torch_backend(unfit: Callable[[Case], str | None], operator: torch_attention.Operator) -> Backend:
-    return Backend(unfit, partial(torch_attention.forward, operator), partial(torch_attention.backward, operator))
-
-
-BACKENDS = {
-    "torch_cpu": _torch_backend(_unfit_cpu, torch_attention.CPU),
-    "triton": Backend(_unfit_triton, _triton_forward, _triton_backward),
-    "cudnn": _torch_backend(partial(_unfit_torch_cuda, largest_head_dim=128), torch_attention.CUDNN),
-    "flash": _torch_backend(partial(_unfit_torch_cuda, largest_head_dim=256), torch_attention.FLASH),
-    "reference": Backend(lambda case: None, reference.forward, reference.backward),
-}
-"""The backends in order of preference. On CUDA only `triton` extends a running result in one pass and supports
-attention windows and softcap; `cudnn` and `flash` follow it and run only when they are named."""

@@ -1,8 +1,7 @@
 """Attention by torch's own fused operators, on the rectangles into which a mask is cut.
 
-`torch_cpu` is torch's flash operator for the CPU; `flash` and `cudnn` are its operators for CUDA. They support no mask
-and the causal mask of a square; `mask.mask_rects` cuts any other mask into such rectangles, and the results are merged
-by their lse.
+`torch_cpu` is torch's flash operator for the CPU, `cudnn` its operator of cuDNN. They support no mask and the causal
+mask of a square; `mask.mask_rects` cuts any other mask into such rectangles, and the results are merged by their lse.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ class Operator(NamedTuple):
     """One of torch's attention operators. Tensors are `[b, h, s, d]`; a bias `[s_q, s_k]` is added to the scores."""
 
     name: str
-    """The name of its backend in `attention.BACKENDS`."""
+    """The name of its backend in `backends.BACKENDS`."""
     forward: Callable[[Tensor, Tensor, Tensor, bool, Tensor | None, float], tuple[Tensor, Tensor]]
     """(q, k, v, is_causal, bias, scale) -> out, lse `[b, h, s_q]` fp32."""
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -87,7 +86,7 @@ def backward(
     assert softcap == 0, "choose_backend gives softcap to other backends"
     if out is None:
         assert delta is not None
-        out = _carry_delta(dout, delta)
+        out = carry_delta(dout, delta)
     # [b, s, h, d] -> [b, h, s, d], as views: additions to dq, dk, dv land in `into`.
     q, k, v, dout, out = (x.transpose(1, 2) for x in (q, k, v, dout, out))
     dq, dk, dv = (x.transpose(1, 2) for x in into)
@@ -130,16 +129,16 @@ def _bias(mask: Mask, rect: MaskRect, dtype: torch.dtype) -> Tensor:
     return torch.zeros(hidden.shape, dtype=dtype, device=keys.device).masked_fill_(hidden, -torch.inf)
 
 
-def _carry_delta(dout: Tensor, delta: Tensor) -> Tensor:
-    """Return an `out` `[b, s, h, d]` with rowsum(dout * out) = delta `[b, h, s]`, for dout `[b, s, h, d]`.
+def carry_delta(dout: Tensor, delta: Tensor) -> Tensor:
+    """Return an `out` `[..., s, h, d]` with rowsum(dout * out) = delta `[..., h, s]`, for dout `[..., s, h, d]`.
 
-    torch's operators compute delta from out, but a rank that holds another rank's queries received delta alone, one
+    These operators compute delta from out, but a rank that holds another rank's queries received delta alone, one
     number in place of d. Each row of the result is 0 except at the largest element of dout. The quotient there is at
     most d * max|out|, so it neither overflows nor loses more than one rounding.
     """
-    index = dout.abs().argmax(-1, keepdim=True)  # [b, s, h, 1]
+    index = dout.abs().argmax(-1, keepdim=True)  # [..., s, h, 1]
     largest = dout.gather(-1, index)
-    quotient = torch.where(largest == 0, 0, delta.transpose(1, 2).unsqueeze(-1) / largest)
+    quotient = torch.where(largest == 0, 0, delta.transpose(-1, -2).unsqueeze(-1) / largest)
     return torch.zeros_like(dout).scatter_(-1, index, quotient.to(dout.dtype))
 
 
@@ -150,19 +149,6 @@ def _cpu_forward(q, k, v, is_causal, bias, scale):
 def _cpu_backward(dout, q, k, v, out, lse, is_causal, bias, scale):
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, q, k, v, out, lse, 0.0, is_causal, attn_mask=bias, scale=scale
-    )
-
-
-def _flash_forward(q, k, v, is_causal, bias, scale):
-    out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)
-    return out, lse
-
-
-def _flash_backward(dout, q, k, v, out, lse, is_causal, bias, scale):
-    # Without dropout the random state is not read; None for the cumulative lengths means a dense batch.
-    state = torch.empty(2, dtype=torch.uint64, device=q.device)
-    return aten._scaled_dot_product_flash_attention_backward(
-        dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, is_causal, state, state[:0], scale=scale
     )
 
 
@@ -180,5 +166,4 @@ def _cudnn_backward(dout, q, k, v, out, lse, is_causal, bias, scale):
 
 
 CPU = Operator("torch_cpu", _cpu_forward, _cpu_backward, takes_bands=True)
-FLASH = Operator("flash", _flash_forward, _flash_backward, takes_bands=False)
 CUDNN = Operator("cudnn", _cudnn_forward, _cudnn_backward, takes_bands=False)

@@ -32,6 +32,7 @@ from ..parallel.cp.visible import Visibility
 from ..parallel.mesh import Mesh, megatron_config
 from ..parallel.world import World
 from ..parallel.zero import DeepSpeedEngine, partition_new, zero_engine
+from .attention_backends import with_backends
 from .config import Recipe
 from .grids.choice import LayerKind, attention_shape
 from .grids.decide import decide_grids, decide_links
@@ -129,10 +130,12 @@ def open_layouts(
 ) -> dict[int, BucketLayout]:
     """Return the layout of the buckets of these lengths, once their kernels are compiled and grids chosen. Collective.
 
-    `at` is told each operation as it begins; rank 0 prints the grids to `console`. Raises ValueError and
+    `at` is told each operation as it begins; rank 0 prints backends and grids to `console`. Raises ValueError and
     CommonError as `decide_grids` and `bucket_layouts` do.
     """
     # First, since probe and guards launch some of them: all ranks of a node would compile these at once.
+    at("measuring attention backends")
+    recipe = with_backends(recipe, mesh, lengths, console)
     at("compiling kernels")
     compile_kernels(recipe, mesh, lengths)
     at("dividing attention among ranks")
@@ -209,7 +212,8 @@ def compile_kernels(recipe: Recipe, mesh: Mesh, lengths: Sequence[int]) -> None:
 
 def _launch_kernels(recipe: Recipe, mesh: Mesh, lengths: Sequence[int]) -> None:
     model, dtype = recipe.model, getattr(torch, recipe.train.dtype)
-    launch_all(model.head_dim, dtype, mesh.device, recipe.train.attention_backend)
+    heads = model.num_heads // mesh.tensor_size, model.num_kv_heads // mesh.tensor_size
+    launch_all(*heads, model.head_dim, dtype, mesh.device, recipe.train.attention_backend)
     # liger's kernels are compiled for numbers of sequences and tokens: [b, s], or [1, b s] where sequences are packed.
     shapes = {
         (recipe.parallel.sequences_per_replica(length), length // recipe.parallel.context_parallel(length))

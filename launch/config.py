@@ -95,8 +95,11 @@ class TrainConfig:
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type in which gradients are summed over micro-batches and ranks. bfloat16 takes half the memory and traffic
     of that sum, and its error grows with their number; docs/design.md has figures."""
-    attention_backend: Literal["auto", "torch_cpu", "triton", "cudnn", "flash", "reference"] = "auto"
-    """Attention kernel. "auto" takes the first that fits the device, dtype and head dim, and logs why."""
+    attention_backend: Literal[
+        "auto", "torch_cpu", "triton", "cudnn", "flash", "flash_3", "flash_4", "cudnn_flex", "reference"
+    ] = "auto"
+    """Attention kernel. On GPUs "auto" takes, for each kind of tile, the fastest of those installed, which a start
+    measures; elsewhere, and with `deterministic`, the first that fits the device, dtype and head dim, and logs why."""
     memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
     seed: Annotated[int, Interval(ge=0, lt=2**63)] = 0
     """Seed of the initial weights and of the order of sequences."""
@@ -112,8 +115,8 @@ class TrainConfig:
     evaluate_seconds: Annotated[float, Interval(gt=0, le=604_800)] = 600.0
     """Seconds after which an evaluation during training ends; what it has not come to is left out."""
     deterministic: bool = False
-    """Use only operations whose results are bitwise reproducible on the same machines, and choose grids without
-    measuring. docs/faults.md has the cost."""
+    """Use only operations whose results are bitwise reproducible on the same machines, and choose grids and attention
+    kernels without measuring. docs/faults.md has the cost."""
     gradient_norms_every_steps: StepsOrNone = 0
     """Number of steps between records of the gradient norm of each layer, the embedding, the last norm and the head. 0:
     never."""

@@ -43,6 +43,9 @@ def this_device(parallel: ParallelConfig, world: World, timeout_minutes: float) 
     if "TRITON_CACHE_DIR" not in os.environ:
         own = private_directory(Path(tempfile.gettempdir(), f"triton-{os.getuid()}"))
         os.environ["TRITON_CACHE_DIR"] = str(own)
+    # FlashAttention-4 keeps its kernels only if it is told to, and then where other users may write.
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", f"{os.environ['TRITON_CACHE_DIR']}/flash_attention_4")
     return device
 
 

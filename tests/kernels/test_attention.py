@@ -10,22 +10,22 @@ import torch
 from helpers.errors import assert_as_exact_as
 from helpers.lanes import by_lane
 from helpers.plain_attention import exact_attention, torch_attention, visible_pairs
-from longring.kernels import attention as front_door
-from longring.kernels import triton_attention
+from longring.kernels import backends, triton_attention
 from longring.kernels.attention import (
-    BACKENDS,
-    Case,
     attention,
     attention_backward,
     attention_forward,
-    choose_backend,
+    case_of,
     no_result,
     row_delta,
     zeros_fp32,
 )
+from longring.kernels.backends import BACKENDS, choose_backend, parts_of, selected, selection
+from longring.kernels.blocks import architecture
+from longring.kernels.case import Case, Kind, Task
 from longring.kernels.layout import SeqLayout
 from longring.kernels.mask import make_mask
-from longring.kernels.torch_attention import CUDNN, FLASH, forward
+from longring.kernels.torch_attention import CUDNN, forward
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,9 +60,12 @@ MASKS = {
 
 def fit(backend: str, dtype: torch.dtype, head_dim: int = 32, softcap: bool = False, bands: bool = False) -> None:
     """Skip the test if the backend's own table says that it cannot compute the case here."""
-    reason = BACKENDS[backend].unfit(Case(DEVICE, dtype, head_dim, softcap))
+    case = Case(DEVICE, architecture(torch.device(DEVICE)), dtype, head_dim, 2, softcap)
+    reason = BACKENDS[backend].unfit(case)
     remedy = "needs a CUDA GPU" if reason == "runs on CUDA" else "the backend does not support it on any device"
-    if reason is None and bands and backend in ("flash", "cudnn"):
+    if str(reason).endswith("is not installed"):
+        remedy = "needs a CUDA GPU with that package"
+    if reason is None and bands and backend == "cudnn":
         reason = "no sliding window"
     if reason is not None:
         pytest.skip(f"{backend}: {reason}; {remedy}")
@@ -332,24 +335,28 @@ def test_offsets_beyond_32_bits(dim, dtype):
 
 
 def test_backend_choice_is_logged_once_with_reasons(caplog):
-    front_door._choose.cache_clear()
+    backends._choose.cache_clear()
     q = torch.zeros(1, 4, 2, 32)
-    with caplog.at_level(logging.INFO, logger=front_door.__name__):
-        assert [choose_backend(q, 0.0) for _ in range(3)] == ["torch_cpu"] * 3
-        assert choose_backend(q.double(), 2.0) == "reference"
+    case = case_of(q, q)
+    with caplog.at_level(logging.INFO, logger=backends.__name__):
+        assert [choose_backend(case) for _ in range(3)] == ["torch_cpu"] * 3
+        assert choose_backend(case_of(q.double(), q, softcap=2.0)) == "reference"
     assert caplog.messages == [
         "attention of float32 on cpu, head dim 32: torch_cpu",
         "attention of float64 on cpu, head dim 32, softcap: reference (torch_cpu: no softcap; "
-        "triton: bfloat16, float16 and float32 only; cudnn: runs on CUDA; flash: runs on CUDA)",
+        "triton: bfloat16, float16 and float32 only; cudnn: runs on CUDA; flash: runs on CUDA; "
+        "flash_3: runs on CUDA; flash_4: runs on CUDA; cudnn_flex: runs on CUDA)",
     ]
-    assert choose_backend(q, 0.0, "reference") == "reference"
+    assert choose_backend(case, "reference") == "reference"
     unfit = (
         r"'flash': cannot compute float32 on cpu, head dim 32 \(runs on CUDA\); set backend = \"auto\" \(in a recipe"
     )
     with pytest.raises(ValueError, match=unfit):
-        choose_backend(q, 0.0, "flash")
-    with pytest.raises(ValueError, match="'tritn': must be one of auto, torch_cpu, triton, cudnn, flash, reference"):
-        choose_backend(q, 0.0, "tritn")
+        choose_backend(case, "flash")
+    with pytest.raises(
+        ValueError, match="'tritn': must be one of auto, torch_cpu, triton, cudnn, flash, flash_3, flash_4, "
+    ):
+        choose_backend(case, "tritn")
 
 
 def test_bad_shapes_raise():
@@ -383,12 +390,56 @@ def test_queries_and_keys_of_two_kinds_are_refused(backend):
         attention(q, k, v, mask, softcap=-1.0, backend=backend)
 
 
-@pytest.mark.parametrize("operator", [FLASH, CUDNN], ids=["flash", "cudnn"])
-def test_window_error_names_a_backend_that_computes_it(operator):
+def test_window_error_names_a_backend_that_computes_it():
     """The error is raised before the operator runs, so it needs no GPU; `triton` then computes the same tile."""
     queries, keys, kind = MASKS["window"]
     mask = make_mask(queries, keys, device=DEVICE, **kind)
     q, k, v, _ = inputs(torch.float32, S, S)
-    with pytest.raises(ValueError, match=f'{operator.name}.*: cannot .*; set backend = "triton"'):
-        forward(operator, q, k, v, mask, 1.0, 0.0, None)
+    with pytest.raises(ValueError, match='cudnn.*: cannot .*; set backend = "triton"'):
+        forward(CUDNN, q, k, v, mask, 1.0, 0.0, None)
     assert attention(q, k, v, mask, backend="triton").isfinite().all()
+
+
+def test_a_selection_gives_each_kind_of_tile_to_its_backend(monkeypatch):
+    """`longring train` passes on what it has measured as one text, through torch.compile too."""
+    called: list[tuple[str, str]] = []
+
+    def noted(name):
+        exact = BACKENDS["reference"]
+        return exact._replace(
+            forward=lambda *given: called.append((name, "forward")) or exact.forward(*given),
+            backward=lambda *given: called.append((name, "backward")) or exact.backward(*given),
+        )
+
+    for name in ("torch_cpu", "cudnn", "flash"):
+        monkeypatch.setitem(BACKENDS, name, noted(name))
+    chosen: dict[tuple[Task, Kind], str] = {
+        ("forward", "causal"): "cudnn",
+        ("backward", "causal"): "flash",
+        ("continued", "causal"): "torch_cpu",
+    }
+    text = selection("torch_cpu", chosen)
+    assert text == "torch_cpu; forward causal: cudnn; backward causal: flash"
+    assert parts_of(text) == ("torch_cpu", {("forward", "causal"): "cudnn", ("backward", "causal"): "flash"})
+    assert parts_of("triton") == ("triton", {})
+    q, k, v, dout = inputs(torch.float32, S, S)
+    for name in ("causal", "documents"):
+        queries, keys, kind = MASKS[name]
+        mask = make_mask(queries, keys, device=DEVICE, **kind)
+        results(lambda q, k, v, mask=mask: attention(q, k, v, mask, backend=text), q, k, v, dout)
+    attention_forward(q, k, v, make_mask(*MASKS["causal"][:2], device=DEVICE), running=no_result(q), backend=text)
+    assert called == [("cudnn", "forward"), ("flash", "backward"), ("torch_cpu", "forward"), ("torch_cpu", "backward"),
+                      ("torch_cpu", "forward")]  # fmt: skip
+
+
+def test_a_tile_that_the_chosen_backend_cannot_compute_goes_to_the_default(monkeypatch):
+    """Heads divided among ranks are fewer than those with which backends were measured."""
+    monkeypatch.setitem(BACKENDS, "flash", BACKENDS["flash"]._replace(unfit=lambda case: f"{case.num_kv_heads} heads"))
+    mask = make_mask(*MASKS["causal"][:2], device=DEVICE)
+    q = torch.zeros(1, S, 2, 32, device=DEVICE)
+    backends._fits.cache_clear()
+    assert selected(case_of(q, q), "torch_cpu; forward causal: flash", "forward", mask) == "torch_cpu"
+    monkeypatch.setitem(BACKENDS, "flash", BACKENDS["flash"]._replace(unfit=lambda case: None))
+    backends._fits.cache_clear()
+    assert selected(case_of(q, q), "torch_cpu; forward causal: flash", "forward", mask) == "flash"
+    backends._fits.cache_clear()

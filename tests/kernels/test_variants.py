@@ -120,7 +120,7 @@ def launch_packing(kernels: types.ModuleType, starts: tuple[int, ...], visibilit
 
 @pytest.mark.full
 def test_200_packings_need_no_kernel_beyond_those_launched_before(kernels, asked):
-    attention.launch_all(16, torch.bfloat16, torch.device("cpu"), "triton")
+    attention.launch_all(2, 2, 16, torch.bfloat16, torch.device("cpu"), "triton")
     before = set(asked)
     assert {name for name, _ in before} == {
         f"{name}_kernel" for name in ("forward", "backward_dkdv", "backward_dq", "delta", "merge")

@@ -68,7 +68,8 @@ def test_an_evaluation_compiles_before_probe_and_guards(monkeypatch):
         evaluate.opened(target, MagicMock(device="cpu"), watchdog, [64])
     assert done == [("compile", [64])]
     said = [call.args for call in watchdog.at.mock_calls[1:]]
-    assert said == [(3, "compiling kernels"), (3, "dividing attention among ranks")]
+    operations = ["measuring attention backends", "compiling kernels", "dividing attention among ranks"]
+    assert said == [(3, operation) for operation in operations]
 
 
 def launched_in_turn(recipe_file: Path, file: Path, failing: int | None) -> str | None:

@@ -1,0 +1,249 @@
+"""Tiles by the kernels of FlashAttention and its like: a mask as calls of diagonal bands, packed end to end.
+
+Such a kernel computes a band: of n queries and m keys, query i sees the keys j with
+i + m - n - left <= j <= i + m - n + right, where each bound may be missing. "Variable length" means that it computes
+several of them at once, queries and keys end to end, with the same bounds. The rows of an interval mask are cut into
+such bands exactly: no pair is computed twice, and each row is in one band, so that bands of one tile need no merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .case import Kind
+from .mask import Mask
+from .merge import merge_
+
+
+class Call(NamedTuple):
+    """One call of a kernel: one band, or several packed ones."""
+
+    rows: slice
+    """The queries."""
+    keys: slice
+    left: int | None
+    """Bounds of each band, see the top of this file; None: no bound."""
+    right: int | None
+    query_starts: Tensor | None = None
+    """The first query of each packed band and the number of queries, int32 `[bands + 1]` on the device; None: one band,
+    which is not packed."""
+    key_starts: Tensor | None = None
+    """The first key of each packed band and the number of keys, as `query_starts`."""
+    most_queries: int = 0
+    """Queries of the longest packed band."""
+    most_keys: int = 0
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the band is the lower triangle, from its last query and last key on."""
+        return self.left is None and self.right == 0
+
+    @property
+    def windows(self) -> tuple[int, int]:
+        """The bounds as FlashAttention takes them: -1 for none."""
+        return (-1 if self.left is None else self.left, -1 if self.right is None else self.right)
+
+
+class Kernel(NamedTuple):
+    """One package's kernel. Tensors are `[b, s, h, d]` with lse, delta `[b, h, s]`; packed `[s, h, d]`, `[h, s]`."""
+
+    forward: Callable[[Tensor, Tensor, Tensor, Call, float, float], tuple[Tensor, Tensor]]
+    """(q, k, v, call, scale, softcap) -> out, lse."""
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    """(dout, q, k, v, out, lse, delta, call, scale, softcap) -> dq, dk, dv. Either out or delta may be None."""
+
+
+class _Band(NamedTuple):
+    """Rows that see a band of keys, with the smallest and largest bounds that describe it; None: no largest."""
+
+    rows: slice
+    keys: slice
+    left: tuple[int, int | None]
+    right: tuple[int, int | None]
+
+
+def forward(
+    kernel: Kernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    scale: float,
+    softcap: float,
+    running: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """Return out `[b, s_q, h_q, d]` and lse `[b, h_q, s_q]` as `attention.attention_forward` does.
+
+    q is `[b, s_q, h_q, d]`, k and v are `[b, s_k, h_kv, d]`.
+    """
+    calls = calls_of(mask)
+    if running is None and len(calls) == 1 and calls[0].rows == slice(0, q.shape[1]):
+        return _forward(kernel, q, k, v, calls[0], scale, softcap)
+    if running is None:
+        # Rows in no call see no key and keep out 0, lse -inf.
+        b, s, h, _ = q.shape
+        out, lse = torch.zeros_like(q), torch.full((b, h, s), -torch.inf, dtype=torch.float32, device=q.device)
+    else:
+        out, lse = running
+    for call in calls:
+        part_out, part_lse = _forward(kernel, q, k, v, call, scale, softcap)
+        of_rows = out[:, call.rows], lse[:, :, call.rows]  # views
+        if running is None:
+            of_rows[0].copy_(part_out)
+            of_rows[1].copy_(part_lse)
+        else:
+            merge_(*of_rows, part_out.unsqueeze(0), part_lse.unsqueeze(0))
+    return out, lse
+
+
+def backward(
+    kernel: Kernel,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    lse: Tensor,
+    delta: Tensor | None,
+    mask: Mask,
+    scale: float,
+    softcap: float,
+    into: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Add dq, dk, dv to the buffers `into`, shaped like q, k, v, as `attention.attention_backward` does.
+
+    dout, q, out are `[b, s_q, h_q, d]`, k, v `[b, s_k, h_kv, d]`, lse, delta `[b, h_q, s_q]`.
+    """
+    dq, dk, dv = into
+    for call in calls_of(mask):
+        rows, keys = call.rows, call.keys
+        queries = (dout[:, rows], q[:, rows], None if out is None else out[:, rows])
+        stats = (lse[:, :, rows], None if delta is None else delta[:, :, rows])
+        totals = (dq[:, rows], dk[:, keys], dv[:, keys])
+        for at in _sequences(call, len(q)):
+            dout_, q_, out_ = (None if x is None else aligned(x[at]) for x in queries)
+            lse_, delta_ = (None if x is None else x[at].contiguous() for x in stats)
+            k_, v_ = aligned(k[:, keys][at]), aligned(v[:, keys][at])
+            grads = kernel.backward(dout_, q_, k_, v_, out_, lse_, delta_, call, scale, softcap)
+            for total, grad in zip(totals, grads, strict=True):
+                total[at].add_(grad)
+
+
+def kind_of(mask: Mask) -> Kind:
+    """Return the kind of a tile's mask."""
+    calls = calls_of(mask)
+    if len(calls) != 1 or calls[0].query_starts is not None or calls[0].rows != slice(0, mask.rows.shape[1]):
+        return "documents"
+    [call] = calls
+    if call.left is not None:
+        return "window"
+    return "whole" if call.right is None else "causal"
+
+
+_CALLS = WeakTensorKeyDictionary()
+"""Calls by `Mask.host_rows`: layers share a mask, and so do passes."""
+
+
+def calls_of(mask: Mask) -> list[Call]:
+    """Return the calls whose bands cover each visible pair of a mask exactly once; made once for each mask."""
+    if mask.host_rows not in _CALLS:
+        _CALLS[mask.host_rows] = [_packed(group, mask.rows.device) for group in _groups(mask.host_rows)]
+    return _CALLS[mask.host_rows]
+
+
+def _groups(host_rows: Tensor) -> Iterator[list[_Band]]:
+    """Return the bands of a mask in groups of adjacent ones with common bounds."""
+    group: list[_Band] = []
+    for band in _bands(host_rows):
+        if group:
+            last = group[-1]
+            left, right = (_common(a, b) for a, b in ((last.left, band.left), (last.right, band.right)))
+            adjacent = last.rows.stop == band.rows.start and last.keys.stop == band.keys.start
+            if adjacent and left is not None and right is not None:
+                group.append(band._replace(left=left, right=right))
+                continue
+            yield group
+        group = [band]
+    if group:
+        yield group
+
+
+def _bands(host_rows: Tensor) -> Iterator[_Band]:
+    """Cut the rows `[2, s_q]` of a mask into bands; rows that see no key are in none.
+
+    In a band the first visible key stands still for some rows and then moves by one a row; the last visible key moves
+    by one a row and then stands still.
+    """
+    start, stop = host_rows
+    sees = stop > start
+    starts_by, stops_by = start.diff(), stop.diff()  # [s_q - 1]: how each end moves from row i to row i + 1
+    ends = (starts_by > 1) | (stops_by > 1) | (sees[1:] != sees[:-1])  # a band ends with row i
+    # A first key that has moved and stands still again is that of another document, whose first row is in between.
+    ends[:-1] |= (starts_by[:-1] == 1) & (starts_by[1:] == 0)
+    # A last key that has stood still and moves again: the queries have reached another run of keys.
+    ends[1:] |= (stops_by[:-1] == 0) & (stops_by[1:] == 1)
+    row = 0
+    for last in [*ends.nonzero().flatten().tolist(), len(start) - 1]:
+        if sees[row]:
+            first, end = int(start[row]), int(stop[last])
+            num_rows, num_keys = last + 1 - row, end - first
+            start_moves, stop_moves = int(start[last]) - first, end - int(stop[row])
+            # An end that never moves has all bounds from the one on at which it is not reached.
+            left, right = num_keys - 1 - start_moves, num_rows - 1 - stop_moves
+            bounds = (left, left if start_moves else None), (right, right if stop_moves else None)
+            yield _Band(slice(row, last + 1), slice(first, end), *bounds)
+        row = last + 1
+
+
+def _common(a: tuple[int, int | None], b: tuple[int, int | None]) -> tuple[int, int | None] | None:
+    """Return the bounds that two bands share, as smallest and largest; None: there is none."""
+    least, most = max(a[0], b[0]), min((x[1] for x in (a, b) if x[1] is not None), default=None)
+    return None if most is not None and least > most else (least, most)
+
+
+def _packed(group: list[_Band], device: torch.device) -> Call:
+    """Return the call of a group of bands."""
+    last = group[-1]  # its bounds are those of the group
+    # A bound that has a largest value has this one only; without, it is reached by no band.
+    left, right = last.left[1], last.right[1]
+    rows, keys = slice(group[0].rows.start, last.rows.stop), slice(group[0].keys.start, last.keys.stop)
+    if len(group) == 1:
+        return Call(rows, keys, left, right)
+    queries = [band.rows.stop - band.rows.start for band in group]
+    num_keys = [band.keys.stop - band.keys.start for band in group]
+    starts = torch.tensor([queries, num_keys], dtype=torch.int32).cumsum(1, dtype=torch.int32)  # [2, bands]
+    starts = torch.cat([torch.zeros(2, 1, dtype=torch.int32), starts], 1).to(device)
+    return Call(rows, keys, left, right, starts[0], starts[1], max(queries), max(num_keys))
+
+
+def _sequences(call: Call, batch: int) -> list[Any]:
+    """Return the indices of a batch that one call takes: all at once, or packed bands of one sequence after another."""
+    return [slice(None)] if call.query_starts is None else list(range(batch))
+
+
+def _forward(
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """Return out `[b, rows, h_q, d]` and lse `[b, h_q, rows]` of the rows of one call."""
+    q, k, v = q[:, call.rows], k[:, call.keys], v[:, call.keys]
+    found = [
+        kernel.forward(aligned(q[at]), aligned(k[at]), aligned(v[at]), call, scale, softcap)
+        for at in _sequences(call, len(q))
+    ]
+    if call.query_starts is None:
+        return found[0]
+    outs, lses = zip(*found, strict=True)
+    return (outs[0][None], lses[0][None]) if len(found) == 1 else (torch.stack(outs), torch.stack(lses))
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Return x `[..., d]`, copied unless its last dim is contiguous and each row begins at a multiple of 16 bytes."""
+    *steps, last = x.stride()
+    if last == 1 and not (x.data_ptr() % 16 or any(step * x.itemsize % 16 for step in steps)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
