@@ -725,6 +725,8 @@ def test_every_mistake_has_the_message_of_the_page(part, title, recipe_file, tmp
         message = message.replace(str(path), "…")
     message = re.sub(r"\b[0-9a-f]{12,}(\.\.\.)?", "…", message)
     message = re.sub(r"(Known here:|must be one of) .*", r"\1 …", message)
+    # The documents are Python's library, so the order of the batches follows from its version.
+    message = re.sub(r"step \d+ (would have had a batch of bucket) \d+, and had one of \d+", r"step … \1 …", message)
     table[part, title] = message
     if not os.environ.get("LONGRING_WRITE_ERRORS"):
         assert row(title, message) in DOCUMENT.read_text()

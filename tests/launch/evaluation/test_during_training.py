@@ -120,30 +120,33 @@ def test_ranks_end_an_evaluation_at_the_same_operation(on_ranks):
         assert "train.evaluate_seconds = 30: passed before c; raise it, or lower evaluate.max_tokens" in ours[-1]
 
 
-def cut_after_two_buckets(recipe_file: Path) -> dict[str, Any]:
+def cut_after_two_buckets(recipe_file: Path) -> tuple[list[int], dict[str, Any]]:
+    """Return the buckets that have held-out sequences, and an evaluation that ends at the third of them."""
     recipe = load_recipe(recipe_file, EVALUATED)
     manifest = open_prepared(recipe.data.directory)
     mesh = join(recipe.parallel, recipe.max_context_parallel, 5)
     engine = build_engine(recipe, manifest.vocab_size, mesh)
     layouts = open_layouts(recipe, mesh, recipe.lengths, lambda _: None)
+    lengths = [bucket.length for bucket in manifest.buckets("held_out") if bucket.sequences]
 
     def at(operation: str) -> None:
-        if "of bucket 256" in operation:
+        if f"of bucket {lengths[2]}" in operation:
             raise CutShortError("too late")
 
-    return Measurement.of(recipe, manifest, mesh, engine, layouts, at).measure()
+    return lengths, Measurement.of(recipe, manifest, mesh, engine, layouts, at).measure()
 
 
 def test_an_evaluation_that_is_cut_short_has_no_mean_over_buckets(on_ranks, recipe_file):
-    [found] = on_ranks(1, cut_after_two_buckets, recipe_file)
-    assert [entry["bucket"] for entry in found["buckets"]] == [64, 128]
+    [(lengths, found)] = on_ranks(1, cut_after_two_buckets, recipe_file)
+    assert [entry["bucket"] for entry in found["buckets"]] == lengths[:2]
     assert found["cut_short"] == "too late"
     assert not {"loss", "unigram_loss", "tokens", "by_source", "by_document"} & found.keys()
-    assert evaluation_line(found).startswith("of all buckets only 64, 128 complete, so no mean after ")
+    complete = f"{lengths[0]}, {lengths[1]}"
+    assert evaluation_line(found).startswith(f"of all buckets only {complete} complete, so no mean after ")
     logged: dict[str, float] = {}
     writer = SimpleNamespace(_trackers=[SimpleNamespace(log=lambda _, values: logged.update(values))])
     MetricsWriter.write_evaluation(cast(MetricsWriter, writer), 4, found)
-    assert logged.keys() == {"held_out/64", "held_out/128"}
+    assert logged.keys() == {f"held_out/{length}" for length in lengths[:2]}
 
 
 def cut_short(recipe_file: Path, overrides: list[str]) -> None:
