@@ -18,6 +18,7 @@ from ..kernels.layout import SeqLayout
 from ..kernels.mask import Mask, host_masks
 from ..model.attention import AttentionFunction
 from ..model.fused import fused_ops
+from ..model.loss import slice_softmax
 from ..model.transformer import Transformer
 from ..model.weights import fill_weights
 from ..parallel.cp.attention import context_attention
@@ -235,6 +236,10 @@ def _launch_kernels(recipe: Recipe, mesh: Mesh, lengths: Sequence[int]) -> None:
         results += ops.rope(q.clone(), k.clone(), (angles, angles))  # clones: RoPE may overwrite what it is given
         results += tuple(ops.rms_norm(y, zeros(y.shape[-1]), model.norm_epsilon) for y in normed)
         torch.autograd.backward(results, [torch.zeros_like(y) for y in results])
+    logits = torch.zeros(1, 8, dtype=dtype, device=mesh.device)
+    rows = torch.zeros(1, dtype=torch.int64, device=mesh.device)
+    softmax = slice_softmax(logits.t())  # of a head of 8 rows
+    softmax.gradient(logits, True, rows, 8, *softmax.sums(logits, rows, 8))
 
 
 def attention_on_one_rank(

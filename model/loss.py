@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -19,6 +20,30 @@ from torch.autograd.function import once_differentiable
 
 from .config import LOGIT_BYTES, ModelConfig
 from .weights import values_later
+
+
+@dataclass(frozen=True)
+class SliceSoftmax:
+    """One implementation of the softmax of a slice of tokens over this rank's vocabulary rows, forward and backward.
+
+    products are the logits `[n, v]` in the model's dtype, of which the first `num_rows` columns count; rows are the
+    targets as columns, int64 `[n]`; other tensors are fp32 `[n]`.
+    """
+
+    sums: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    """(products, rows, num_rows) -> the largest logit, the sum of exp(logit - largest), and target logit - largest. It
+    may leave in fp32 products what `gradient` takes for them."""
+    gradient: Callable[..., Tensor]
+    """(products, is_kept, rows, num_rows, largest, softmax, onehot) -> exp(logit - largest) * softmax, less onehot at
+    the target, `[n, v]` in the products' dtype. Products that are kept have been in `sums`. They may be overwritten."""
+    logit_bytes: Callable[[torch.dtype], int]
+    """The bytes of a logit of a slice for products of a dtype."""
+
+
+def slice_softmax(weight: Tensor) -> SliceSoftmax:
+    """Return the implementation for this rank's vocabulary rows, `[v, hidden]`, on their device."""
+    # Triton's kernels read rows of logits 16 bytes at a time.
+    return TRITON if weight.is_cuda and len(weight) * weight.itemsize % 16 == 0 else TORCH
 
 
 class LossHead(ColumnParallelLinear):
@@ -74,9 +99,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     It returns losses and the logarithms of the softmax's denominators, both fp32 `[n]`, and writes the tokens of the
     largest logits into `best`, int64 `[n]`, if given.
 
-    Logits are computed in the model's dtype and reduced in fp32. The logits of the first slices are kept, up to
-    `kept_bytes`, in fp32 as exp(logit - largest of its row). The backward computes the others again, with the same
-    bits; its gradient of x is this rank's term of the sum over ranks.
+    Logits are computed in the model's dtype and reduced in fp32, by `slice_softmax`. The logits of the first slices
+    are kept, up to `kept_bytes`. The backward computes the others again, with the same bits; its gradient of x is this
+    rank's term of the sum over ranks.
 
     liger's and torch's own losses do not serve: they have no tensor parallelism (and liger's per-token loss saves a
     detached weight, which ZeRO-3 cannot free), or they sum the weight's gradient over slices in bf16 (liger's
@@ -100,21 +125,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = rows.where(here, 0)
         largest, sums, target_logits = torch.empty(3, len(x), dtype=torch.float32, device=x.device)
         ctx.num_rows = max(0, vocab_size - group.rank() * len(weight))  # those after them are padding
-        kept: list[Tensor] = []
-        for part in _token_slices(len(x), len(weight)):
+        softmax, kept = slice_softmax(weight), []
+        for part in _token_slices(x, weight, softmax):
             products = x[part] @ weight.t()
             kept_bytes -= products.nbytes
-            is_kept = kept_bytes >= 0 and ctx.needs_input_grad[0]
-            kept += [products] * is_kept
-            logits = _logits(products, ctx.num_rows)  # products themselves in fp32: kept as their exponentials
-            del products
-            largest[part] = logits.amax(-1)
+            if kept_bytes >= 0 and ctx.needs_input_grad[0]:
+                kept.append(products)
             if best is not None:
-                best[part] = logits.argmax(-1) + group.rank() * len(weight)
-            logits.sub_(largest[part, None])
-            target_logits[part] = logits.gather(1, rows[part, None])[:, 0]
-            sums[part] = logits.exp_().sum(-1)
-            del logits  # freed before the next slice's logits are allocated
+                best[part] = products[:, : max(1, ctx.num_rows)].argmax(-1) + group.rank() * len(weight)
+            largest[part], sums[part], target_logits[part] = softmax.sums(products, rows[part], ctx.num_rows)
+            del products  # freed before the next slice's are allocated
         # Ranks reduce once, after the last slice: each shifts its sum of exponentials to the largest logit of all.
         overall = largest.clone()
         dist.all_reduce(overall, dist.ReduceOp.MAX, group)
@@ -136,22 +156,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # dlogits = (dloss + dlog) * softmax - dloss * onehot, softmax = exp(logits - largest) * exp(shift) / total
         onehot, softmax = dloss * here, (dloss + dlog) * shift.exp() / total
         dx, dweight = torch.empty_like(x), None
-        for part, found in zip_longest(_token_slices(len(x), len(weight)), kept):
-            if found is not None and found.dtype == torch.float32:
-                dlogits = found  # [slice, v]: the exponentials, overwritten
-            else:
-                products = x[part] @ weight.t() if found is None else found
-                dlogits = _logits(products, ctx.num_rows).sub_(largest[part, None]).exp_()
-                del products
-            dlogits.mul_(softmax[part, None])
-            dlogits[torch.arange(len(dlogits), device=x.device), rows[part]] -= onehot[part]
-            dlogits = dlogits.to(x.dtype)
+        ops = slice_softmax(weight)
+        for part, found in zip_longest(_token_slices(x, weight, ops), kept):
+            dlogits = ops.gradient(
+                x[part] @ weight.t() if found is None else found,
+                *(found is not None, rows[part], ctx.num_rows, largest[part], softmax[part], onehot[part]),
+            )
             dx[part] = dlogits @ weight
             term = dlogits.t() @ x[part]  # [v, hidden]
             dweight = term.float() if dweight is None else dweight.add_(term)
             del dlogits, term
         assert dweight is not None, "a micro-batch has tokens"
         return dx, dweight.to(weight.dtype), None, None, None, None, None
+
+
+def _torch_sums(products: Tensor, rows: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    logits = _logits(products, num_rows)  # products themselves in fp32: kept as their exponentials
+    largest = logits.amax(-1)
+    logits.sub_(largest[:, None])
+    target_logits = logits.gather(1, rows[:, None])[:, 0]
+    return largest, logits.exp_().sum(-1), target_logits
+
+
+def _torch_gradient(
+    products: Tensor, is_kept: bool, rows: Tensor, num_rows: int, largest: Tensor, softmax: Tensor, onehot: Tensor
+) -> Tensor:
+    dtype = products.dtype
+    if is_kept and dtype == torch.float32:
+        dlogits = products  # the exponentials, overwritten
+    else:
+        dlogits = _logits(products, num_rows).sub_(largest[:, None]).exp_()
+    del products
+    dlogits.mul_(softmax[:, None])
+    dlogits[torch.arange(len(dlogits), device=rows.device), rows] -= onehot
+    return dlogits.to(dtype)
 
 
 def _logits(products: Tensor, num_rows: int) -> Tensor:
@@ -161,12 +199,33 @@ def _logits(products: Tensor, num_rows: int) -> Tensor:
     return logits
 
 
-def token_slice(vocab_rows: int) -> int:
-    """Return the number of tokens of a slice, whose fp32 logits fit into LOGIT_BYTES: a power of two."""
-    return 1 << max(0, (LOGIT_BYTES // (4 * vocab_rows)).bit_length() - 1)
+# Triton is imported late: a machine without CUDA need not have it.
 
 
-def _token_slices(num_tokens: int, vocab_rows: int) -> Iterator[slice]:
-    """Yield slices of `token_slice` tokens, with a shorter last one."""
-    size = token_slice(vocab_rows)
-    return (slice(first, first + size) for first in range(0, num_tokens, size))
+def _triton_sums(products: Tensor, rows: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels import triton_loss
+
+    return triton_loss.softmax_sums(products, rows, num_rows)
+
+
+def _triton_gradient(
+    products: Tensor, is_kept: bool, rows: Tensor, num_rows: int, largest: Tensor, softmax: Tensor, onehot: Tensor
+) -> Tensor:
+    from ..kernels import triton_loss
+
+    return triton_loss.gradient_(products, rows, num_rows, largest, softmax, onehot)
+
+
+TORCH = SliceSoftmax(_torch_sums, _torch_gradient, lambda dtype: 4)
+TRITON = SliceSoftmax(_triton_sums, _triton_gradient, lambda dtype: dtype.itemsize)
+
+
+def token_slice(vocab_rows: int, logit_bytes: int) -> int:
+    """Return the number of tokens of a slice, whose logits fit into LOGIT_BYTES: a power of two."""
+    return 1 << max(0, (LOGIT_BYTES // (logit_bytes * vocab_rows)).bit_length() - 1)
+
+
+def _token_slices(x: Tensor, weight: Tensor, softmax: SliceSoftmax) -> Iterator[slice]:
+    """Yield slices of `token_slice` tokens of x `[n, hidden]`, with a shorter last one."""
+    size = token_slice(len(weight), softmax.logit_bytes(x.dtype))
+    return (slice(first, first + size) for first in range(0, len(x), size))

@@ -69,17 +69,21 @@ def activations_of(recipe: Recipe, vocab_size: int, length: int, *, on_gpu: bool
     # The last layer stays, and on a GPU the layer before the one at hand is already there.
     stay = min(model.num_layers, 1 + on_gpu) if memory.activations == "offload" else model.num_layers
 
-    kept_tokens, slice_tokens = kept_logit_tokens(recipe, rows, itemsize)
+    kept_tokens, slice_tokens = kept_logit_tokens(recipe, rows, itemsize, on_gpu=on_gpu)
     head = rows * hidden
     # In fp32 kept logits become their own gradient, and with one slice the only product is the gradient of the weight.
     of_slice = 0 if itemsize == 4 and kept_tokens == tokens else slice_tokens * rows
     dweight = 0 if itemsize == 4 and slice_tokens == tokens else 4 * head
     # The backward has dlogits in fp32 and in the model's dtype, or these and the product for the weight's gradient.
-    slice_workspace = of_slice * (4 + (itemsize if itemsize < 4 else 0))
+    # On a GPU logits become their gradient in place, whatever the dtype.
+    widened = 0 if on_gpu or itemsize == 4 else 4
+    slice_workspace = of_slice * (itemsize + widened)
     product = of_slice * itemsize + head * itemsize
     # The backward has the gradient of the head in fp32, that of x, and the larger of the two sums above.
-    # The forward has a slice in fp32 beside the logits that are kept.
-    loss_workspace = max(4 * of_slice, dweight + itemsize * tokens * hidden + max(slice_workspace, product))
+    # The forward has a slice beside the logits that are kept, which is in fp32 but on a GPU.
+    loss_workspace = max(
+        (widened or itemsize) * of_slice, dweight + itemsize * tokens * hidden + max(slice_workspace, product)
+    )
     return Activations(
         layer=int(tokens * kept),
         layers=int(tokens * kept * stay),
@@ -91,9 +95,9 @@ def activations_of(recipe: Recipe, vocab_size: int, length: int, *, on_gpu: bool
     )
 
 
-def kept_logit_tokens(recipe: Recipe, rows: int, itemsize: int) -> tuple[int, int]:
+def kept_logit_tokens(recipe: Recipe, rows: int, itemsize: int, *, on_gpu: bool) -> tuple[int, int]:
     """Return the number of tokens of a micro-batch whose logits are kept, and of a slice of tokens."""
-    tokens, size = recipe.parallel.tokens_per_rank, token_slice(rows)
+    tokens, size = recipe.parallel.tokens_per_rank, token_slice(rows, itemsize if on_gpu else 4)
     fitting = int(recipe.train.memory.kept_logits_gb * 1e9) // (itemsize * rows)
     # A slice is kept whole or computed again whole.
     return tokens if fitting >= tokens else fitting // size * size, min(tokens, size)

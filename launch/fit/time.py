@@ -211,8 +211,10 @@ class _MicroBatch:
         layers = self.model.num_layers
         products = layers * (self.attention_half() + sum(self.mlp_half())) + self.head()
         operators = layers * self.operator(self._attention_elements() + self._mlp_elements())
-        # A slice of logits is read or written by: its copy in fp32, largest, subtraction, exponential and sum.
-        return _Pass(products, operators + self._logits(self._casts() + 24))
+        # A slice of logits is read or written by: its copy in fp32, largest, subtraction, exponential and sum. On a GPU
+        # one kernel reads it.
+        logits = self.itemsize if self.device.is_gpu else self._casts() + 24
+        return _Pass(products, operators + self._logits(logits))
 
     def backward(self) -> _Pass:
         """Return the backward of a micro-batch, without what it computes again."""
@@ -223,8 +225,9 @@ class _MicroBatch:
         attention = 6 * hidden + self._layout_elements() + self._norm_elements() * 1.5
         mlp = 6 * hidden + 5 * self.ffn  # SwiGLU reads gate, up and one gradient, and writes two
         operators = layers * self.operator(attention + mlp)
-        # Subtraction, exponential and factor, between casts from and to the model's dtype.
-        return _Pass(products, operators + self._logits(2 * self._casts() + 24) + self._head_sums())
+        # Subtraction, exponential and factor, between casts from and to the model's dtype; on a GPU by one kernel.
+        logits = 2 * self.itemsize if self.device.is_gpu else 2 * self._casts() + 24
+        return _Pass(products, operators + self._logits(logits) + self._head_sums())
 
     def again(self) -> _Pass:
         """Return what the backward of a micro-batch computes again."""
@@ -269,7 +272,7 @@ class _MicroBatch:
 
     def _head_sums(self) -> float:
         """Return the seconds of adding up the gradient of the head's weight, slice by slice in fp32."""
-        slices = math.ceil(self.tokens / token_slice(self.rows))
+        slices = math.ceil(self.tokens / token_slice(self.rows, self.itemsize if self.device.is_gpu else 4))
         # After the first slice a product is written and read, and the sum read and written.
         each = (slices - 1) * (2 * self.itemsize + 8) + 2 * self._casts()
         return self.rows * self.model.hidden_size * each / self.device.update_bytes_per_s

@@ -106,6 +106,22 @@ def test_loss_equals_plain_cross_entropy(on_ranks, tensor, sequence_parallel, dt
     assert_as_exact_as(got, plain, exact, factor=1.5)
 
 
+def triton_results(tensor: int, vocab_size: int, kept_bytes: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return this rank's results by Triton's kernels, interpreted, and by torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "slice_softmax", lambda weight: loss.TRITON)
+        got = padded_results(tensor, vocab_size, kept_bytes)
+    return got, padded_results(tensor, vocab_size, kept_bytes)
+
+
+@pytest.mark.parametrize(("tensor", "vocab_size", "kept_bytes"), by_lane([(1, 200, 2**20), (2, 60, 0)], quick=[]))
+def test_kernels_of_triton_give_the_same_loss(on_ranks, tensor, vocab_size, kept_bytes):
+    """With two ranks, the second has padding alone."""
+    for got, expected in on_ranks(tensor, triton_results, tensor, vocab_size, kept_bytes):
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6)
+
+
 def passes_of(kept_bytes: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:
     """Return the results of a head that keeps logits, and the number of products of both passes."""
     with Operators() as counted:
@@ -190,7 +206,8 @@ def test_the_logits_of_all_tokens_never_exist(on_ranks):
 
 @pytest.mark.parametrize("vocab_rows", [128, 32_000, 50_304, 131_072, 2**28])
 def test_slices_fill_the_budget_and_cover_the_tokens(vocab_rows):
-    slices = list(loss._token_slices(100_000 if vocab_rows < 2**20 else 3, vocab_rows))
+    x, weight = torch.empty(100_000 if vocab_rows < 2**20 else 3, 0), torch.empty(vocab_rows, 0)
+    slices = list(loss._token_slices(x, weight, loss.TORCH))
     sizes = [len(range(*part.indices(2**62))) for part in slices]
     assert all(before.stop == after.start for before, after in pairwise(slices))
     size = sizes[0]
