@@ -19,6 +19,8 @@ the others whole; the record is written after each:
 - sizes: benchmarks/full_sizes.py, attention in full sizes against fp64;
 - tests: the kernels' tests;
 - family: benchmarks/cp_virtual.py, context parallelism on virtual ranks;
+- backends: attention by every installed kernel, checked and timed by mask, length and head ratio, with bars;
+- tiles: benchmarks/cp_virtual.py with the fastest kernel for each kind of tile, cp 2 to 16 over 128k to 1M tokens;
 - killed: the run of `train` goes on, one rank is killed, and the others must end with status 75, or 134 where torch's
   thread of NCCL ends them;
 - speed: benchmarks/attention.py, its table and bars, in the time that is left.
@@ -41,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONS
 import attention
 import cp_virtual
 import full_sizes
+from lib import gpu_backends
 from lib.check import check_device, check_parser, chosen, run_check
 from lib.gpu_training import RECIPE, documents_settings, ranks_on_one_gpu
 from lib.script import Size, about, refuse
@@ -56,7 +59,13 @@ CPU_S = 900
 """Time limit of each section without a GPU, where nothing is promised about the whole."""
 RANKS = 4
 STEPS = 10
-TABLES = {"sizes": full_sizes.show, "family": cp_virtual.show, "speed": attention.show}
+TABLES = {
+    "sizes": full_sizes.show,
+    "family": cp_virtual.show,
+    "backends": gpu_backends.show,
+    "tiles": cp_virtual.show,
+    "speed": attention.show,
+}
 """Tables of the sections that are commands of their own."""
 
 
@@ -90,6 +99,8 @@ def sections(folder: Path, device: str, size: Size) -> list[tuple[Section, list[
         on_one("sizes", "lib.gpu_kernels:sizes_rows", 40, device=device, size=size),
         on_one("tests", "lib.gpu_kernels:tests_rows", 60, device=device, size=size),
         on_one("family", "lib.gpu_kernels:family_rows", 30, device=device, size=size),
+        on_one("backends", "lib.gpu_backends:backends_rows", 120, device=device, size=size),
+        on_one("tiles", "lib.gpu_backends:tiles_rows", 60, device=device, size=size),
         on_one("killed", "lib.gpu_training:killed_rows", 240, **killed),
         on_one("speed", "lib.gpu_kernels:speed_rows", TOTAL_S, device=device, size=size),
     ]

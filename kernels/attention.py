@@ -83,16 +83,22 @@ def attention_backward(
 ) -> None:
     """Add one tile's gradients to the fp32 buffers `into` = (dq, dk, dv), which have the shapes of q, k, v.
 
+    Buffers in 16 bit are written instead, whatever they hold: those of a sequence whose keys are all in this tile.
     dout, q and out are `[b, s_q, h_q, d]`, k and v `[b, s_k, h_kv, d]`, lse and delta `[b, h_q, s_q]`. lse and
     `delta` = rowsum(dout * out) cover all keys of a row, not only this tile's; each tile's gradient is then exact, and
     the sum over tiles is the whole gradient (FlashAttention-2, arXiv 2307.08691, algorithm 2). Either delta or `out`
-    must be given: torch's operators read out, the other backends compute delta from it. Raises ValueError as
-    `attention` does.
+    must be given: some kernels read out, the others compute delta from it. Raises ValueError as `attention` does.
     """
     assert delta is not None or out is not None, "attention_backward needs delta or out"
     _check(q, k, v, mask)
-    chosen = _backend("backward", q, k, mask, softcap, backend)
-    chosen.backward(dout, q, k, v, out, lse, delta, mask, _scale(q, scale), softcap, into)
+    chosen, given = _backend("backward", q, k, mask, softcap, backend), (dout, q, k, v, out, lse, delta, mask)
+    if into[0].itemsize > 2 or chosen.writes(mask):
+        chosen.backward(*given, _scale(q, scale), softcap, into)
+        return
+    sums = (zeros_fp32(q), zeros_fp32(k), zeros_fp32(v))
+    chosen.backward(*given, _scale(q, scale), softcap, sums)
+    for gradient, total in zip(into, sums, strict=True):
+        gradient.copy_(total)
 
 
 def launch_all(
@@ -117,8 +123,9 @@ def launch_all(
     running = attention_forward(q, k, v, mask, running=no_result(q), backend=backend)
     for part in (out, *running[:1]):  # results travel in the inputs' dtype or in fp32
         merge_(*running, part[None], lse[None])
-    into = (zeros_fp32(q), zeros_fp32(k), zeros_fp32(v))
-    attention_backward(dout, q, k, v, lse, row_delta(dout, out), mask, into=into, backend=backend)
+    delta = row_delta(dout, out)
+    for into in ((zeros_fp32(q), zeros_fp32(k), zeros_fp32(v)), gradients_of(q, k, v)):
+        attention_backward(dout, q, k, v, lse, delta, mask, into=into, backend=backend)
 
 
 def no_result(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,12 +182,10 @@ def _attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: Tensor, columns: Tensor,
     host_rows: Tensor, scale: float, softcap: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    # The buffers are fp32 because tiles of context parallelism add to them; here there is one tile, rounded at the end.
-    mask, into = Mask(rows, columns, host_rows), (zeros_fp32(q), zeros_fp32(k), zeros_fp32(v))
+    mask, into = Mask(rows, columns, host_rows), gradients_of(q, k, v)
     options = {"scale": scale, "softcap": softcap, "backend": backend}
     attention_backward(dout, q, k, v, lse, None, mask, into=into, out=out, **options)
-    dq, dk, dv = into
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return into
 
 
 @_attention_backward.register_fake
@@ -201,6 +206,14 @@ def _backward(ctx, dout: Tensor, _):
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def gradients_of(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return buffers in the inputs' dtype for the gradients of a single tile: fresh in 16 bit, else zeros."""
+    dq, dk, dv = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if x.itemsize == 2 else zeros_fp32(x) for x in (q, k, v)
+    )
+    return dq, dk, dv
 
 
 def case_of(q: Tensor, k: Tensor, softcap: float = 0.0) -> Case:

@@ -32,6 +32,8 @@ class Backend(NamedTuple):
     backward: Callable[..., None]
     kinds: tuple[Kind, ...] = KINDS
     """The kinds of tiles for which it is timed; it may be slow with others, or refuse them."""
+    writes: Callable[[Mask], bool] = lambda mask: False
+    """Whether `backward` writes gradients in 16 bit for a mask; it adds to those in fp32 in any case."""
 
 
 def choose_backend(case: Case, backend: str = "auto") -> str:
@@ -147,18 +149,19 @@ def _of_operator(
 
 
 def _of_kernel(unfit: Callable[[Case], str | None], kernel: varlen.Kernel) -> Backend:
-    return Backend(unfit, partial(varlen.forward, kernel), partial(varlen.backward, kernel))
+    both = partial(varlen.forward, kernel), partial(varlen.backward, kernel)
+    return Backend(unfit, *both, writes=varlen.is_one_call)
 
 
 BACKENDS = {
     "torch_cpu": _of_operator(_unfit_cpu, torch_attention.CPU, KINDS),
-    "triton": Backend(_unfit_triton, _triton_forward, _triton_backward),
+    "triton": Backend(_unfit_triton, _triton_forward, _triton_backward, writes=lambda mask: True),
     # Documents would be many small calls, and a window is none of its masks.
     "cudnn": _of_operator(_unfit_cudnn, torch_attention.CUDNN, ("whole", "causal")),
     "flash": _of_kernel(torch_flash.unfit, torch_flash.KERNEL),
     "flash_3": _of_kernel(flash_3.unfit, flash_3.KERNEL),
     "flash_4": _of_kernel(flash_4.unfit, flash_4.KERNEL),
-    "cudnn_flex": Backend(cudnn_flex.unfit, cudnn_flex.forward, cudnn_flex.backward),
+    "cudnn_flex": Backend(cudnn_flex.unfit, cudnn_flex.forward, cudnn_flex.backward, writes=lambda mask: True),
     "reference": Backend(lambda case: None, reference.forward, reference.backward),
 }
 """The backends in order of preference. On CUDA "auto" takes `triton`; those after it run when they are named, or when

@@ -15,7 +15,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .attention import attention_backward, attention_forward, no_result, row_delta, zeros_fp32
+from .attention import attention_backward, attention_forward, gradients_of, no_result, row_delta, zeros_fp32
 from .backends import BACKENDS
 from .case import Kind, Task
 from .layout import SeqLayout
@@ -145,11 +145,13 @@ def _call(question: Question, backend: str, task: Task, sample: Sample, device: 
     if task == "continued":
         running = no_result(q)
         return lambda: attention_forward(q, k, v, mask, running=running, backend=backend)
-    into = (zeros_fp32(q), zeros_fp32(k), zeros_fp32(v))
     lse = torch.zeros(sample.batch, question.num_heads, sample.queries.num_tokens, device=device)
-    # Tiles of context parallelism get delta, a whole sequence its own result; any numbers serve.
-    rest = {"delta": lse, "out": None} if "continued" in sample.tasks else {"delta": None, "out": q}
-    return lambda: attention_backward(dout, q, k, v, lse, mask=mask, into=into, backend=backend, **rest)
+    # Tiles of context parallelism get delta and add to sums, a whole sequence has its own result; any numbers serve.
+    if "continued" in sample.tasks:
+        rest = {"delta": lse, "out": None, "into": (zeros_fp32(q), zeros_fp32(k), zeros_fp32(v))}
+    else:
+        rest = {"delta": None, "out": q, "into": gradients_of(q, k, v)}
+    return lambda: attention_backward(dout, q, k, v, lse, mask=mask, backend=backend, **rest)
 
 
 def _seconds(question: Question, backend: str, task: Task, sample: Sample, device: torch.device) -> float:

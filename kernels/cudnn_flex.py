@@ -86,7 +86,7 @@ def backward(
     softcap: float,
     into: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """Add dq, dk, dv to the buffers `into`, shaped like q, k, v, as `attention.attention_backward` does.
+    """Add dq, dk, dv to the buffers `into`, shaped like q, k, v, or write them, as `attention.attention_backward` does.
 
     dout, q, out are `[b, s_q, h_q, d]`, k, v `[b, s_k, h_kv, d]`, lse, delta `[b, h_q, s_q]`.
     """
@@ -104,7 +104,7 @@ def backward(
         deterministic=torch.are_deterministic_algorithms_enabled(), dlse_tensor=dlse,
     )  # fmt: skip
     for total, grad in zip(into, grads, strict=True):
-        total.add_(grad)
+        total.add_(grad) if total.itemsize > 2 else total.copy_(grad)
 
 
 _PLANS = WeakTensorKeyDictionary()

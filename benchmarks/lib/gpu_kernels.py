@@ -29,8 +29,8 @@ def tests_rows(device: str, size: Size) -> Iterator[Row]:
     options = ["-q", "-p", "no:cacheprovider", "-p", "lib", "-m", LANE]
     notes = []
     if importlib.util.find_spec("hypothesis") is None:
-        options += ["--ignore", "tests/kernels/test_mask.py"]
-        notes.append("test_mask.py left out: no hypothesis here")
+        options += [word for name in ("mask", "varlen") for word in ("--ignore", f"tests/kernels/test_{name}.py")]
+        notes.append("test_mask.py and test_varlen.py left out: no hypothesis here")
     if importlib.util.find_spec("liger_kernel") is None:
         notes.append("test_fused.py left out: no liger-kernel here")
     elif device == "cuda":

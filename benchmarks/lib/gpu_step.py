@@ -14,6 +14,7 @@ from longring.kernels.attention import attention
 from longring.kernels.compilations import Compilations
 from longring.kernels.layout import SeqLayout
 from longring.kernels.mask import make_mask
+from longring.launch.attention_backends import with_backends
 from longring.launch.build import BucketLayout, bucket_layouts, build_engine, compile_kernels
 from longring.launch.config import Recipe, load_recipe
 from longring.launch.flops import peak_flops
@@ -146,6 +147,15 @@ def step_rows(size: Size) -> Iterator[Row]:
     yield head
     yield attempt("documents", partial(documents_row, ready))
     yield from layer_rows(ready)
+    yield attempt(f"bucket {longest}, keep, fastest attention backends", partial(fastest_row, ready, longest))
+
+
+def fastest_row(ready: Ready, length: int) -> Row:
+    """Return the row of a micro-batch whose attention is by the fastest backend of each kind of tile."""
+    recipe = with_backends(ready.recipe, ready.mesh, [length])
+    layouts = bucket_layouts(recipe, ready.mesh, [length], {})
+    row = bucket_row(ready._replace(recipe=recipe, layouts=layouts), length, MemoryConfig())
+    return row | {"note": f"attention: {recipe.train.attention_backend}"}
 
 
 def attempt(part: str, row: Callable[[], Row]) -> Row:

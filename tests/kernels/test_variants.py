@@ -115,7 +115,7 @@ def launch_packing(kernels: types.ModuleType, starts: tuple[int, ...], visibilit
     q, k, v, dout = (torch.zeros(1, num_tokens, 4, 16, dtype=torch.bfloat16) for _ in range(4))
     mask = make_mask(whole, whole, window=visibility.window)
     out, lse = kernels.forward(q, k, v, mask, 0.25, 0.0, None)
-    kernels.backward(dout, q, k, v, out, lse, None, mask, 0.25, 0.0, tuple(zeros_fp32(x) for x in (q, k, v)))
+    kernels.backward(dout, q, k, v, out, lse, None, mask, 0.25, 0.0, attention.gradients_of(q, k, v))
 
 
 @pytest.mark.full

@@ -268,6 +268,23 @@ def test_packages_get_tiles_whose_results_are_those_of_the_definition(definition
             torch.testing.assert_close(got, expected, rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize("backend", ["flash", "flash_4", "cudnn_flex", "reference"])
+@pytest.mark.parametrize("name", ["causal", "documents", "leaving a window", "zigzag"])
+def test_gradients_in_16_bit_are_written(definitions, backend, name):
+    """Whatever the memory holds, they are the rounded sums that start from zeros, in one call or several."""
+    queries, keys, kind = TILES[name]
+    mask = make_mask(queries, keys, **kind)
+    q, dout = torch.randn(2, 1, queries.num_tokens, 2, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    k, v = torch.randn(2, 1, keys.num_tokens, 1, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    out, lse = attention_forward(q, k, v, mask, backend=backend)
+    sums = zeros_fp32(q), zeros_fp32(k), zeros_fp32(v)
+    written = torch.full_like(q, torch.nan), torch.full_like(k, torch.nan), torch.full_like(v, torch.nan)
+    for into in (sums, written):
+        attention_backward(dout, q, k, v, lse, None, mask, into=into, out=out, backend=backend)
+    for total, gradient in zip(sums, written, strict=True):
+        assert total.any() and torch.equal(total.bfloat16(), gradient)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_torch_takes_the_arguments_of_its_flash_operators(packed):
     """On meta tensors torch checks the arguments by its own schema, and tells the shapes that CUDA returns."""
