@@ -1,4 +1,4 @@
-"""Write the tables of documents that show records of benchmarks: `python benchmarks/tables`."""
+"""Write the tables of documents, and speeds.json, from records of benchmarks: `python benchmarks/tables`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # finds `tables` also under PYTHONSAFEPATH
-from tables import TABLES
+from tables import TABLES, speeds
 from tables.table import ROOT
 
 
@@ -20,6 +20,9 @@ def main() -> None:
         if text != before:
             file.write_text(text)
             print(f"docs/{document}: changed")
+    if (text := speeds.speeds_text()) != speeds.FILE.read_text():
+        speeds.FILE.write_text(text)
+        print(f"{speeds.FILE.relative_to(ROOT)}: changed")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from ...parallel.cp.choose import PricedGrid, Pricer, choose
-from ...parallel.cp.cost import ASSUMED, AttentionShape, Event, Speed, play
+from ...parallel.cp.cost import AttentionShape, Event, Speed, play
 from ...parallel.cp.execute import AttentionSpec, backward, forward
 from ...parallel.cp.grid import CpGrid
 from ...parallel.cp.group import (
@@ -84,14 +84,14 @@ def plan(
     world_size = num_ranks or recipe.max_context_parallel * recipe.parallel.tensor
     check_named_grids(recipe)
     preset, origin = preset_of(recipe, world_size, preset)
-    (topology, _), shape = named_topology(preset, recipe, world_size), attention_shape(recipe)
+    (topology, speed), shape = named_topology(preset, recipe, world_size), attention_shape(recipe)
     console.print(
         f"{world_size:,} ranks, {recipe.parallel.tokens_per_rank:,} tokens on each\n"
         f"topology: {topology.name} ({origin})\n"
         f"one layer on one rank: {shape.num_heads} query heads and {shape.num_kv_heads} kv heads of {shape.head_dim}, "
         f"{shape.itemsize} bytes a number\n"
-        f"assumed speed: {ASSUMED.forward_flops / 1e12:.0f} TFLOP/s forward, {ASSUMED.backward_flops / 1e12:.0f} "
-        f"backward, {ASSUMED.tile_s * 1e6:.0f} us a tile",
+        f"assumed speed: {speed.forward_flops / 1e12:.0f} TFLOP/s forward, {speed.backward_flops / 1e12:.0f} "
+        f"backward, {speed.tile_s * 1e6:.0f} us a tile",
         highlight=False,
         soft_wrap=True,
     )
@@ -105,14 +105,14 @@ def plan(
         console.print("every bucket fits one rank, so attention needs no grid")
         return None
     with console.status("pricing grids"):
-        choices = choose_grids(recipe, recipe.lengths, topology, ASSUMED)
+        choices = choose_grids(recipe, recipe.lengths, topology, speed)
         # A grid that the recipe names is shown beside those that "auto" would choose from.
-        choices = [choice._replace(others=_alternatives(recipe, choice, topology)) for choice in choices]
+        choices = [choice._replace(others=_alternatives(recipe, choice, topology, speed)) for choice in choices]
     console.print(grids_table(choices))
     console.print(transport_lines(recipe, [choice.grid for choice in choices], topology), highlight=False)
     if timeline is not None:
         last = choices[-1]
-        asked = pricer(recipe, last.kind, topology, ASSUMED)
+        asked = pricer(recipe, last.kind, topology, speed)
         draw([[panel] for panel in simulate_passes(asked, last.grid)], timeline, ranks_per_node=topology.ranks_per_node)
         console.print(f"drawn: {timeline}", soft_wrap=True)
     return choices[-1], preset
@@ -125,13 +125,13 @@ def plan_json(recipe: Recipe, *, num_ranks: int | None = None, preset: str | Non
     world_size = num_ranks or recipe.max_context_parallel * recipe.parallel.tensor
     check_named_grids(recipe)
     name, origin = preset_of(recipe, world_size, preset)
-    topology, _ = named_topology(name, recipe, world_size)
-    choices = choose_grids(recipe, recipe.lengths, topology, ASSUMED)
+    topology, speed = named_topology(name, recipe, world_size)
+    choices = choose_grids(recipe, recipe.lengths, topology, speed)
     return {
         "ranks": world_size,
         "tokens_per_rank": recipe.parallel.tokens_per_rank,
         "topology": {"preset": name, "origin": origin, **asdict(topology)},
-        "speed": asdict(ASSUMED),
+        "speed": asdict(speed),
         "grids": [grid_json(choice) for choice in choices],
     }
 
@@ -178,11 +178,11 @@ def measure_on_this_machine(
     return start_ranks("longring.launch.commands.plan", settings, found.grid.size)
 
 
-def _alternatives(recipe: Recipe, choice: GridChoice, topology: Topology) -> list[PricedGrid]:
+def _alternatives(recipe: Recipe, choice: GridChoice, topology: Topology, speed: Speed) -> list[PricedGrid]:
     """Return the grids that were not chosen, cheapest first."""
     if not choice.named:
         return choice.others
-    asked = pricer(recipe, choice.kind, topology, ASSUMED)
+    asked = pricer(recipe, choice.kind, topology, speed)
     return [other for other in choose(choice.grid.size, asked) if other.grid != choice.grid]
 
 

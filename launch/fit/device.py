@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ...parallel.cp.cost import ASSUMED, Speed
+from ...parallel.cp.cost import Speed
+from ...parallel.cp.speeds import speed_of
 from ...parallel.cp.topology import Fabric, Topology
 from ..flops import peak_flops
 from .memory import device_bytes
@@ -77,7 +78,8 @@ class Device:
 def named_device(name: str) -> Device:
     """Return the device of a data sheet, with the assumed shares of its limits.
 
-    Attention has the assumed speed of an H100, in proportion to the peaks. Raises ValueError for an unknown name.
+    Attention has the speed of a record of this device, else the assumed one of an H100 in proportion to the peaks.
+    Raises ValueError for an unknown name.
     """
     if name not in SHEETS:
         raise ValueError(
@@ -87,11 +89,10 @@ def named_device(name: str) -> Device:
     peak, memory = peak_flops(sheet.name), device_bytes(sheet.name)
     h100 = peak_flops(SHEETS["h100"].name)
     assert peak and memory and h100, "the tables know every device that has a short name"
-    speed = replace(
-        ASSUMED,
-        forward_flops=ASSUMED.forward_flops * peak / h100,
-        backward_flops=ASSUMED.backward_flops * peak / h100,
-    )
+    speed, origin = speed_of(sheet.name)
+    if origin == "assumed":
+        forward, backward = (flops * peak / h100 for flops in (speed.forward_flops, speed.backward_flops))
+        speed = replace(speed, forward_flops=forward, backward_flops=backward)
     return Device(
         sheet.name,
         memory,

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
 
+import torch
 import torch.distributed as dist
 from rich.console import Console
 
@@ -18,7 +19,7 @@ from ...parallel.cp.topology import Topology
 from ...parallel.mesh import Mesh
 from ..config import Recipe
 from ..run_directory import RunDirectory
-from ..together import on_all_ranks, on_rank_0
+from ..together import from_rank_0, on_all_ranks, on_rank_0
 from .choice import LayerKind, choose_grids, named_grids
 from .division import division, topology_name
 from .measure import measured_topology, named_topology
@@ -82,7 +83,11 @@ def decide_links(recipe: Recipe, mesh: Mesh) -> tuple[Topology, Speed]:
     read or written.
     """
     if (name := topology_name(recipe)) != "probe":
-        return named_topology(name, recipe, mesh.world_size)
+        if mesh.device.type != "cuda":
+            return named_topology(name, recipe, mesh.world_size)
+        # Rank 0's: the ranks of one run may have GPUs of several names.
+        device = torch.cuda.get_device_name(mesh.device)
+        return from_rank_0(named_topology(name, recipe, mesh.world_size, device))
     file, key = RunDirectory(recipe.run_directory).grids_file, division(recipe, mesh.world_size)
     if (known := on_rank_0(mesh, lambda: recall_links(file, key))) is not None:
         return known

@@ -87,7 +87,8 @@ class Speed:
 
 
 ASSUMED = Speed(forward_flops=500e12, backward_flops=350e12, tile_s=10e-6)
-"""Assumed speed of an H100 in bf16, used where nothing was measured: below FlashAttention-3's (arXiv 2407.08608)."""
+"""Assumed speed of the fastest attention kernels of an H100 in bf16, below FlashAttention-3's (arXiv 2407.08608);
+`speeds.speed_of` has those that were measured, and other kernels'."""
 
 
 class Event(NamedTuple):
