@@ -4,12 +4,10 @@
     python benchmarks/cp_layouts_network.py --quick           # a minute
 
 Needs root and iproute2. Ranks are hosts of benchmarks/lib/lab_network.py behind one switch, each with a port of
-50 Mbit/s. Their messages are real; a tile is a wait as long as a GPU would compute it, so that ranks do not take cores
-from each other and the busiest rank shows. Everything is a cluster of H100 scaled down: 512 tokens a rank for 8,192,
-documents 16 times shorter (lognormal lengths with a mean, or those of Python files), and waits so long that a row of
-keys on a port takes as much of a row's computation as on 50 GB/s beside 500 TFLOP/s (forward; 350 backward). All
-lengths are multiples of 2 cp. The grid sends all keys at once (kv = N, direct). A time is the median of repeats, of the
-slowest rank, forward and backward of one layer; layouts take turns. `time` is over the waits of the mean rank.
+50 Mbit/s. Their messages are real; a tile is a wait as long as a GPU would compute it (lib/scaled_attention.py has the
+scale). Documents have lognormal lengths with a mean, or those of Python files; all lengths are multiples of 2 cp. The
+grid sends all keys at once (kv = N, direct). A time is the median of repeats, of the slowest rank, forward and backward
+of one layer; layouts take turns. `time` is over the waits of the mean rank.
 
 "all keys gathered": each rank gets the keys and values of all others, whatever is visible, before it computes, and in
 the backward gets them again and sends their gradients at the end. "auto" is what `choose_layout.LayoutPricer` takes on
@@ -29,30 +27,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
 from lib import packings
 from lib.lab_hosts import LabHosts
-from lib.lab_network import PAYLOAD_SHARE, Network, unavailable
+from lib.lab_network import Network, unavailable
+from lib.scaled_attention import MBIT_PER_S, SCALE, SHAPE, SPEED, TOKENS, WAITS, let_tiles_wait, links
 from lib.script import Row, make_parser, make_table, refuse, write_record
 from longring.kernels.layout import SeqLayout
-from longring.parallel.cp import choose_layout, cost, schedules, topology, visible
+from longring.parallel.cp import choose_layout, schedules, visible
 from longring.parallel.cp.grid import CpGrid
-from longring.parallel.cp.plan import Pass
 from rich.console import Console
-
-MBIT_PER_S = 50
-TOKENS = 512
-SCALE = 16
-"""Documents are shorter than those of 8,192 tokens a rank by this factor."""
-SHAPE = cost.AttentionShape(8, 2, 64, itemsize=4)
-KEY_BYTES = 2 * 8 * 128 * 2
-"""Bytes of a row of keys and values of the model that is scaled down: 8 kv heads of 128 in 16 bit."""
-BYTES_PER_S = MBIT_PER_S * 1e6 / 8 * PAYLOAD_SHARE
-SLOWER = (2 * SHAPE.num_kv_heads * SHAPE.head_dim * SHAPE.itemsize / BYTES_PER_S) / (KEY_BYTES / 50e9)
-"""Seconds of a row of keys here over those of a port of 50 GB/s."""
-PAIR_S = SLOWER * SCALE * 4 * 128 * 32 / 500e12
-"""Seconds of a visible pair in the forward."""
-WAITS: dict[Pass, float] = {"forward": PAIR_S, "backward": PAIR_S * (10 / 350) / (4 / 500)}
-SPEED = cost.Speed(
-    4 * SHAPE.head_dim * SHAPE.num_heads / WAITS["forward"], 10 * SHAPE.head_dim * SHAPE.num_heads / WAITS["backward"]
-)
 
 
 def serve() -> int:
@@ -62,12 +43,7 @@ def serve() -> int:
     from longring.parallel.cp import attention, execute
     from longring.parallel.cp import group as groups
 
-    def wait(mask, direction: Pass) -> None:
-        time.sleep(mask.num_pairs * WAITS[direction])
-
-    execute.attention_forward = lambda q, k, v, mask, **_: wait(mask, "forward")  # type: ignore[assignment]
-    execute.attention_backward = lambda dout, q, k, v, lse, delta, mask, **_: wait(mask, "backward")  # type: ignore[assignment]
-    visible.GAP = visible.GAP // SCALE
+    let_tiles_wait()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -117,8 +93,8 @@ def rows_of(size: int, lengths: list[int | str], num_packings: int, repeats: int
     """Yield a row for each distribution of lengths and each layout."""
     num_tokens = size * TOKENS
     grid = CpGrid(kv=size, kv_route="direct", in_flight=size - 1)
-    links = topology.Topology("switch", size, topology.Fabric("switch", BYTES_PER_S, 5e-4))
-    pricer = choose_layout.LayoutPricer(num_tokens, (choose_layout.LayersOf(grid, None, 1),), SHAPE, links, SPEED)
+    layers = (choose_layout.LayersOf(grid, None, 1),)
+    pricer = choose_layout.LayoutPricer(num_tokens, layers, SHAPE, links(size), SPEED)
     with Network("switch", size, MBIT_PER_S) as network:
         hosts = LabHosts(network, __file__)
         for of in lengths:

@@ -2,6 +2,7 @@
 
     python benchmarks/loader.py --json rows.json   # a minute
     python benchmarks/loader.py --quick            # a third of the documents
+    python benchmarks/loader.py --peers            # readers of mosaicml-streaming, Megatron and OLMo-core as well
 
 The data is Python's own standard library in buckets of 256 to 8,192 tokens. For each bucket three readers take turns,
 and the fastest turn counts:
@@ -9,6 +10,10 @@ and the fastest turn counts:
 - ours: `Loader` with one reading thread, micro-batches of 32,768 tokens in shuffled order, int64;
 - webdataset: `WebDataset(urls).decode()`, the shards in order, whole samples as they come;
 - rows: the same cut into micro-batches of int64, as a model needs them; still not shuffled.
+
+With --peers the rows of each bucket are written in the formats of others, and read by their own data sets into the same
+micro-batches, in order and in one process (lib/loader_peers.py). torchtitan's data set is left out: it tokenizes text
+while it reads. A reader that cannot run is in the record with its error.
 
 Besides: seconds to resume at step 10^6, the wait of a model that takes 20 ms a micro-batch, and peak memory.
 """
@@ -29,6 +34,7 @@ import numpy as np
 from webdataset.compat import WebDataset
 
 sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
+from lib.loader_peers import PEERS, Read, peer_versions
 from lib.process import peak_megabytes
 from lib.script import Row, make_parser, make_table, write_record
 from longring.data.config import DataConfig, LoaderConfig
@@ -87,6 +93,20 @@ def plain(manifest: Manifest, bucket: Bucket, tokens: int, *, rows: bool) -> int
     return done
 
 
+def peer_readers(manifest: Manifest, bucket: Bucket, folder: Path) -> dict[str, Read | str]:
+    """Return each other project's reader, which has read a micro-batch, or the error that it ended with."""
+    rows = manifest.reader(bucket).read(np.arange(bucket.sequences)).astype(np.uint16)
+    found: dict[str, Read | str] = {}
+    for name, make in PEERS.items():
+        try:
+            read = make(rows, folder / f"{name}-{bucket.length}", min(len(rows), RANK_TOKENS // bucket.length))
+            read(1)
+            found[name] = read
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return found
+
+
 def rates(readers: Sequence[Callable[[], int]], turns: int) -> list[float]:
     """Return the tokens per second of each reader's fastest turn; the readers take turns."""
     best = [0.0] * len(readers)
@@ -130,7 +150,9 @@ def waits(manifest: Manifest, step_ms: float, steps: int) -> tuple[float, float]
 
 
 def main() -> int:
-    options = make_parser(__doc__ or "", quick="a third of the documents: about a minute").parse_args()
+    parser = make_parser(__doc__ or "", quick="a third of the documents: about a minute")
+    parser.add_argument("--peers", action="store_true", help="other projects' readers as well, or their errors")
+    options = parser.parse_args()
     limit_documents, tokens, turns, late_step, steps = {
         "full": (0, 10**8, 3, LATE_STEP, 60),
         "quick": (600, 2 * 10**7, 3, LATE_STEP, 60),
@@ -149,10 +171,16 @@ def main() -> int:
                 partial(plain, manifest, bucket, tokens, rows=False),
                 partial(plain, manifest, bucket, tokens, rows=True),
             ]
-            found = rates(readers, turns)
+            peers = peer_readers(manifest, bucket, Path(temporary)) if options.peers else {}
+            running = {name: partial(read, tokens) for name, read in peers.items() if not isinstance(read, str)}
+            found = rates([*readers, *running.values()], turns)
             names = ("ours_tokens_per_s", "webdataset_tokens_per_s", "webdataset_rows_tokens_per_s")
-            rows.append({"bucket": bucket.length, **dict(zip(names, found, strict=True))})
-            shown = [f"{value / 1e6:,.0f}" for value in found]
+            row: Row = {"bucket": bucket.length, **dict(zip(names, found, strict=False))}
+            if options.peers:
+                of_peers = dict(zip(running, found[len(names) :], strict=True))
+                row["peers"] = {name: of_peers.get(name, made) for name, made in peers.items()}
+            rows.append(row)
+            shown = [f"{value / 1e6:,.0f}" for value in found[: len(names)]]
             ratios = (f"{found[0] / found[1]:.2f}", f"{found[0] / found[2]:.2f}")
             table.add_row(f"{bucket.length:,}", *shown, *ratios)
         resume_s = min(resume_seconds(Path(temporary, "data"), late_step) for _ in range(turns))
@@ -160,13 +188,18 @@ def main() -> int:
     peak_mb = peak_megabytes()
     console = Console()
     console.print(table)
+    for row in rows if options.peers else ():
+        shown = [
+            f"{name} {of / 1e6:,.0f}" if isinstance(of, float) else f"{name}: {of}" for name, of in row["peers"].items()
+        ]
+        console.print(f"bucket {row['bucket']:,}, million tokens/s: {', '.join(shown)}", highlight=False)
     console.print(
         f"resume at step {late_step:,} of {2 * late_step:,}: {resume_s:.2f} s (goal: 1 s)\n"
         f"a model of 20 ms a micro-batch waits {wait_ms:.2f} ms, at the 99th percentile {wait_ms_p99:.2f} ms\n"
         f"peak memory of this process: {peak_mb:,.0f} MB, libraries and page cache included"
     )
     figures = {"resume_s": resume_s, "wait_ms_median": wait_ms, "wait_ms_p99": wait_ms_p99, "peak_mb": peak_mb}
-    write_record(options.json, {"rows": rows, **figures})
+    write_record(options.json, {"peer_versions": peer_versions(), "rows": rows, **figures})
     return 0
 
 

@@ -12,15 +12,15 @@ from .lab_network import Network
 
 
 class LabHosts:
-    """`script --serve` on every host of a network.
+    """`script --serve` on every host of a network, with arguments.
 
     The script joins the others and prints a line. Then it reads jobs, a line of JSON each, and answers each with a line
     of JSON.
     """
 
-    def __init__(self, network: Network, script: str) -> None:
+    def __init__(self, network: Network, script: str, *arguments: str) -> None:
         self.network = network
-        command = [sys.executable, "-P", script, "--serve"]
+        command = [sys.executable, "-P", script, "--serve", *arguments]
         quiet = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # torch warns that hosts have no names
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.processes = [network.popen(host, command, quiet, **pipes) for host in range(network.num_hosts)]

@@ -122,6 +122,15 @@ def mixes(record: Any) -> Iterator[Cells]:
             yield name, *shares, *(f"{tokens / 1e6:.1f}M" if tokens else "0" for tokens in (repeated, never))
 
 
+def length_degrees(record: Any) -> Iterator[Cells]:
+    """Yield tokens/s with a degree for each bucket, and the times of other ways over its."""
+    for row in record["rows"]:
+        sizes = f"{row['longest']:,}", f"{row['gpus']:,}", f"{row['micro_batches']}"
+        names = ("zigzag", "balanced", "step", "sorted", "alike", "solver", "bound")
+        ratios = [f"{row['over_bucket'][name]:.2f}" for name in names]
+        yield row["mix"], *sizes, f"{row['tokens_per_s']['bucket'] / 1e6:.2f}", *ratios
+
+
 def orders(record: Any) -> Iterator[Cells]:
     """Yield each method's order of documents, with its time over that of the released loop."""
     for row in record:
@@ -189,6 +198,7 @@ TABLES = [
     Table("data.md", "| kind | thousand tokens/s |", kinds, ("prepare_kinds_2_cores_2026-11-22",)),
     Table("data.md", "| one document of 34 MB |", odd_documents, ("prepare_odd_1_core_2026-11-22",)),
     Table("mixes.md", "| | of the data | asked |", mixes, ("published_mixes_2026-11-22",)),
+    Table("mixes.md", "| mix | longest | GPUs |", length_degrees, ("length_degrees_2026-11-23",)),
     Table("ordering.md", "| documents | method | seconds |", orders, ("order_1_core_2026-11-21",)),
     Table(
         "ordering.md",

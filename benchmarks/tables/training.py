@@ -139,6 +139,15 @@ def fit_time(record: Any) -> Iterator[Cells]:
         yield row["case"], f"{row['ranks']}", f"{row['length']:,}", *times, f"{row['ratio']:.2f}"
 
 
+def published(record: Any) -> Iterator[Cells]:
+    """Yield the predictions beside published figures, with their ratio."""
+    for row in record["rows"]:
+        sizes = f"{row['gpus']:,}", f"{row['length']:,}", row["unit"]
+        digits = ".2f" if row["unit"] == "of one GPU" else ",.0f"
+        values = [f"{row[name]:{digits}}" for name in ("published", "predicted")]
+        yield row["source"], row["case"], *sizes, *values, f"{row['predicted_over_published']:.2f}"
+
+
 def phases(record: Any) -> Iterator[Cells]:
     """Yield held-out losses of the longest sequences before and after an extension, also by position."""
     for row in record["rows"][:3]:
@@ -158,5 +167,6 @@ TABLES = [
     Table("faults.md", "| parameters | MB, ours / DeepSpeed's |", checkpoints, ("checkpoint_2_cores_2026-11-21",)),
     Table("faults.md", "| fault | exit statuses |", faults, ("soak_2_cores_2026-11-22",)),
     Table("fitting.md", "| division | ranks | length |", fit_time, ("fit_time_2_cores_2026-11-23",)),
+    Table("fitting.md", "| published by | case | GPUs |", published, ("published_figures_2026-11-23",)),
     Table("phases.md", "| | all | <128 |", phases, ("phases_2_cores_2026-11-22",)),
 ]

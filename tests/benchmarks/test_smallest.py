@@ -17,7 +17,7 @@ OWN_FILES = {
 }
 """Benchmarks whose test is another file's, since a worker takes a whole file."""
 SCRIPTS = sorted({path.stem for path in BENCHMARKS.glob("*.py")} - OWN_FILES)
-ON_A_NETWORK = {"cp_lab_network", "cp_layouts_network", "gloo_links"}
+ON_A_NETWORK = {"cp_lab_network", "cp_layouts_network", "gloo_links", "length_degrees_network"}
 FAST = ["cp_layouts", "cp_paper", "cp_precision", "full_sizes", "gloo_links", "order", "tune_attention"]
 """Benchmarks of the quick and full lanes, a few seconds each; the others are slow."""
 
