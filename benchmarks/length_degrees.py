@@ -1,7 +1,7 @@
 """Whole training steps on published mixes of lengths, by what decides the degree of context parallelism.
 
     python benchmarks/length_degrees.py --json rows.json   # ten minutes
-    python benchmarks/length_degrees.py --quick            # up to 128 GPUs and 131,072 tokens
+    python benchmarks/length_degrees.py --quick  # 128 GPUs, two minutes
 
 Nothing is measured: a step is that of `longring plan --gpus N --device h100` (launch/fit: products, operators, what is
 computed again, ZeRO, update), with attention at the simulated prices of its grids. The mixes are those that the ledgers

@@ -1,7 +1,7 @@
 """A layer's step on published mixes of lengths, with a degree for each bucket and with one for all, on real messages.
 
     python benchmarks/length_degrees_network.py --json rows.json   # 10 minutes
-    python benchmarks/length_degrees_network.py --quick            # one mix, once: two minutes
+    python benchmarks/length_degrees_network.py --quick  # two minutes
 
 Needs root and iproute2. 8 ranks are hosts of benchmarks/lib/lab_network.py behind one switch, each with a port of
 50 Mbit/s; a tile is a wait as long as a GPU would compute it, scaled down from H100s with ports of 50 GB/s by

@@ -2,7 +2,7 @@
 
     python benchmarks/loader.py --json rows.json   # a minute
     python benchmarks/loader.py --quick            # a third of the documents
-    python benchmarks/loader.py --peers            # readers of mosaicml-streaming, Megatron and OLMo-core as well
+    python benchmarks/loader.py --peers  # other projects as well
 
 The data is Python's own standard library in buckets of 256 to 8,192 tokens. For each bucket three readers take turns,
 and the fastest turn counts:

@@ -1,7 +1,7 @@
 """Predicted steps and attention beside published measurements of other trainers, on 4 to 1,024 GPUs.
 
     python benchmarks/published_figures.py --json rows.json   # ten seconds
-    python benchmarks/published_figures.py --quick            # up to 128 GPUs: five seconds
+    python benchmarks/published_figures.py --quick  # five seconds
 
 Nothing is measured here, and LongRing ran on none of these machines: a model of its steps is held against steps of
 others, so what agrees is the model of the machine, and what differs may be either. Steps are those of
