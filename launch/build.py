@@ -156,8 +156,9 @@ def bucket_layouts(
     groups = on_all_ranks(mesh, opened) if grids else {}
     all_windows = {recipe.model.attention_window(layer) for layer in range(recipe.model.num_layers)}
     whole = attention_on_one_rank(recipe.train.attention_backend, mesh.device, all_windows)
-    # Layouts are priced in the loader's threads, without a word between ranks: all price on the same links.
-    links = decide_links(recipe, mesh) if recipe.parallel.cp.layout == "auto" and grids else None
+    # Layouts are priced, and documents kept on nodes, in the loader's threads, without a word between ranks: all do it
+    # by the same links.
+    links = decide_links(recipe, mesh) if recipe.parallel.cp.layout in ("auto", "documents") and grids else None
     layouts = {}
     for length in lengths:
         degree = recipe.parallel.context_parallel(length)
@@ -189,12 +190,16 @@ def bucket_layouts(
 def _division(
     recipe: Recipe, length: int, windows: Mapping[int | None, CpGrid], links: tuple[Topology, Speed] | None
 ) -> Callable[[tuple[int, ...]], Sequence[Runs]]:
-    """Return the function that divides sequences by their documents; `links` has links and speed to price layouts."""
+    """Return the function that divides sequences by their documents.
+
+    `links` has links and speed to price layouts, or the nodes on which documents are kept.
+    """
     layout, size = recipe.parallel.cp.layout, recipe.parallel.context_parallel(length)
     # attention window → number of layers
     of_layers = Counter(recipe.model.attention_window(layer) for layer in range(recipe.model.num_layers))
     if layout != "auto":
-        return partial(divided, layout, length, size=size, windows=tuple(of_layers.items()))
+        per_node = links[0].ranks_per_node if links else None
+        return partial(divided, layout, length, size=size, windows=tuple(of_layers.items()), ranks_per_node=per_node)
     assert links is not None, "auto prices layouts on links"
     layers = tuple(LayersOf(windows[window], window, number) for window, number in of_layers.items())
     return LayoutPricer(length, layers, attention_shape(recipe), *links).choose

@@ -31,8 +31,9 @@ class CpConfig:
     buckets that 8 ranks share."""
     layout: Literal["auto", "zigzag", "balanced", "documents"] = "zigzag"
     """Division of a sequence of several documents that attention keeps apart: zigzag cuts it as if it were one
-    document; balanced gives every rank equal work; documents keeps a document on one rank where it fits; auto takes
-    the cheapest for each sequence, priced on the topology. A sequence of one document is always cut in zigzag."""
+    document; balanced gives every rank equal work; documents keeps a document on one rank where it fits, or, over
+    several nodes, on one node, whose ranks get equal work; auto takes the cheapest for each sequence, priced on the
+    topology. A sequence of one document is always cut in zigzag."""
     topology: str = "probe"
     """Links between the ranks, for pricing grids. probe measures links and attention speed when a run starts; the
     presets nvswitch, full_mesh, pcie_pairs, infiniband and ethernet assume the links and the speed of H100 GPUs."""

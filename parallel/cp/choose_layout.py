@@ -82,7 +82,8 @@ class LayoutPricer:
         if len(document_starts) == 1 or not self._priced:
             return divided("zigzag", self.num_tokens, document_starts, self.size)
         windows = tuple((of.window, of.num_layers) for of in self.layers)
-        found = [divided(layout, self.num_tokens, document_starts, self.size, windows) for layout in layouts]
+        per_node = self.topology.ranks_per_node
+        found = [divided(layout, self.num_tokens, document_starts, self.size, windows, per_node) for layout in layouts]
         passes = self._passes(found, document_starts)
         factors = np.array([CLEARLY if layout == "zigzag" else 1.0 for layout in layouts])
         least = factors * [sum(of.least_seconds for of in of_layout) for of_layout in passes]

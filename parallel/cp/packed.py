@@ -12,16 +12,19 @@ quantity of n tokens of equal density, wherever it is cut.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from heapq import heappop, heappush
 from itertools import accumulate, pairwise
 from math import exp
 from statistics import NormalDist
 
+import numpy as np
+
 from .grid import Layout
 from .layout import joined, zigzag
+from .simulate import Floats
+from .visible import FAR, Ints
 
 GOLDEN = (5**0.5 - 1) / 2
 Runs = tuple[tuple[int, int], ...]
@@ -34,56 +37,23 @@ FULL: Windows = ((None, 1),)
 """Full attention in all layers."""
 
 
-class _Document:
-    """Tokens of a document that no rank has taken yet."""
-
-    __slots__ = ("_begin", "_windows", "density", "num_tokens", "start", "stop")
-
-    def __init__(self, start: int, stop: int, density: float, windows: Windows | None) -> None:
-        self.start, self.stop = start, stop
-        self.num_tokens = stop - start
-        """Tokens of the whole document."""
-        self.density = density
-        """Visible pairs of a token in all layers, in the mean."""
-        self._begin = start
-        self._windows = windows
-        """None: no attention window is shorter than the document."""
-
-    def take(self, num_tokens: int) -> Runs:
-        """Return the runs of a slice; one may be empty."""
-        if num_tokens == self.stop - self.start:
-            start, self.start = self.start, self.stop
-            return ((start, self.stop),)
-        # Without an attention window it is half of the slice; an odd token is taken at the end.
-        late = num_tokens - num_tokens // 2 if self._windows is None else self._late_tokens(num_tokens, self._windows)
-        taken = (self.start, self.start + num_tokens - late), (self.stop - late, self.stop)
-        self.start, self.stop = taken[0][1], taken[1][0]
-        return taken
-
-    def _late_tokens(self, num_tokens: int, windows: Windows) -> int:
-        """Return how many tokens of a slice are at the end of what is left: no token has less work than one before."""
-        first, last = self.start - self._begin, self.stop - self._begin  # what is left, within the document
-        # Terms of `excess` that do not depend on `late`.
-        both = _num_pairs(last, windows) - _num_pairs(first, windows) - self.density * num_tokens
-
-        def excess(late: int) -> float:
-            """Return the work of a slice beyond its share."""
-            return both + _num_pairs(first + num_tokens - late, windows) - _num_pairs(last - late, windows)
-
-        return _root(excess, num_tokens, self.density / 2)  # within half the work of a token
-
-
 def divided(
-    layout: Layout, num_tokens: int, document_starts: Sequence[int], size: int, windows: Windows = FULL
+    layout: Layout,
+    num_tokens: int,
+    document_starts: Sequence[int],
+    size: int,
+    windows: Windows = FULL,
+    ranks_per_node: int | None = None,
 ) -> list[Runs]:
     """Return the runs of each of `size` ranks under a named layout; one document is always in zigzag.
 
-    Raises ValueError as `zigzag` does.
+    Only `documents` looks at nodes; None: all ranks are in one. Raises ValueError as `zigzag` does.
     """
     if layout == "zigzag" or len(document_starts) == 1:
         return list(_zigzag(num_tokens, size))
-    by_work = balanced if layout == "balanced" else whole_documents
-    return by_work(num_tokens, document_starts, size, windows)
+    if layout == "balanced":
+        return balanced(num_tokens, document_starts, size, windows)
+    return whole_documents(num_tokens, document_starts, size, windows, ranks_per_node)
 
 
 def balanced(num_tokens: int, document_starts: Sequence[int], size: int, windows: Windows = FULL) -> list[Runs]:
@@ -95,37 +65,31 @@ def balanced(num_tokens: int, document_starts: Sequence[int], size: int, windows
     ranks must share, meets the lightest company: each of them holds as much of it as its work allows. A rank cuts two
     documents at most. Raises ValueError as `zigzag` does.
     """
-    line = sorted(_documents(num_tokens, document_starts, windows), key=lambda document: document.density)
-    # By document: tokens and work of all before it in the line.
-    edges = list(accumulate((document.num_tokens for document in line), initial=0))
-    works = list(accumulate((document.density * document.num_tokens for document in line), initial=0.0))
+    documents, every = _Documents.of(num_tokens, document_starts, windows), np.arange(len(document_starts))
+    return _even(documents, 0 * every, every, documents.tokens, _tokens_of_ranks(num_tokens, size), size)
 
-    def work(stop: int) -> float:
-        """Return the work of the first `stop` tokens of the line."""
-        at = bisect_right(edges, stop) - 1
-        return works[at] + ((stop - edges[at]) * line[at].density if at < len(line) else 0.0)
 
-    first, last, found = 0, num_tokens, []  # [first, last): the part of the line that is left
-    for tokens in _tokens_of_ranks(num_tokens, size):
-        left = work(last) - work(first)
-        mean = left * tokens / (last - first)
-        none = mean - left  # the terms of `excess` without `heavy`, negated
+def whole_documents(
+    num_tokens: int,
+    document_starts: Sequence[int],
+    size: int,
+    windows: Windows = FULL,
+    ranks_per_node: int | None = None,
+) -> list[Runs]:
+    """Return the runs of each of `size` ranks, with every document on one node if it still fits there.
 
-        def excess(heavy: int, light: int = first + tokens, last: int = last, none: float = none) -> float:
-            """Return the work of the rank beyond its share, with a number of tokens from the heavy end."""
-            return work(light - heavy) - work(last - heavy) - none
+    Longest documents first, each goes whole to the node with the least work among those that have room for it, else in
+    slices to the nodes with the most room. The ranks of a node divide what it holds as in `balanced`. Within one node
+    (None, or `ranks_per_node` of at least `size`) ranks take the part of nodes. Raises ValueError as `zigzag` does.
+    """
+    from .slices import hand_out  # imported late: numba takes a quarter of a second, and zigzag needs none
 
-        heavy = _root(excess, tokens, mean / tokens / 2)  # within half the work of a token
-        runs: list[tuple[int, int]] = []
-        for start, stop in ((first, first + tokens - heavy), (last - heavy, last)):
-            at = bisect_right(edges, start) - 1  # document of the first token
-            while start < stop:
-                until = min(stop, edges[at + 1])
-                runs += line[at].take(until - start)
-                start, at = until, at + 1
-        first, last = first + tokens - heavy, last - heavy
-        found.append(_joined(runs))
-    return found
+    documents, room = _Documents.of(num_tokens, document_starts, windows), _tokens_of_ranks(num_tokens, size)
+    group = 1 if ranks_per_node is None or ranks_per_node >= size else ranks_per_node
+    longest = np.argsort(-documents.tokens, kind="stable")  # first
+    room_of_nodes = np.add.reduceat(room, np.arange(0, size, group))
+    node, part, tokens = hand_out(documents.tokens[longest], documents.density[longest], room_of_nodes)
+    return _even(documents, node, longest[part], tokens, room, group)
 
 
 def typical_packing(num_tokens: int, mean_tokens: int) -> tuple[int, ...]:
@@ -142,82 +106,61 @@ def typical_packing(num_tokens: int, mean_tokens: int) -> tuple[int, ...]:
     return (0, *sorted({round(num_tokens * end / ends[-1]) for end in ends[:-1]} - {0, num_tokens}))
 
 
-def whole_documents(num_tokens: int, document_starts: Sequence[int], size: int, windows: Windows = FULL) -> list[Runs]:
-    """Return the runs of each of `size` ranks, with every document on one rank if it still fits there.
+@dataclass(frozen=True)
+class _Documents:
+    """The documents of a packing, as arrays `[documents]`."""
 
-    Longest documents first, each goes whole to the rank with the least work among those that have room for it, else in
-    slices to the ranks with the most room. Raises ValueError as `zigzag` does.
+    start: Ints
+    stop: Ints
+    density: Floats
+    """Visible pairs of a token in all layers, in the mean."""
+    windows: Ints
+    """Attention windows, `FAR` for full attention, `[kinds of layers]`."""
+    layers: Ints
+    """Number of layers of each window."""
+
+    @classmethod
+    def of(cls, num_tokens: int, document_starts: Sequence[int], windows: Windows) -> _Documents:
+        """Return the documents that begin at these positions."""
+        edges, layers = np.array([*document_starts, num_tokens]), np.array([number for _, number in windows])
+        reach = np.array([FAR if window is None else window for window, _ in windows])
+        tokens = np.diff(edges)[:, None]
+        rising = np.minimum(tokens, reach)  # tokens that see all before them, [documents, kinds of layers]
+        pairs = rising * (rising + 1) // 2 + (tokens - rising) * rising
+        return cls(edges[:-1], edges[1:], (pairs * layers / tokens).sum(1), reach, layers)
+
+    @property
+    def tokens(self) -> Ints:
+        """Number of tokens of each document."""
+        return self.stop - self.start
+
+
+def _even(documents: _Documents, node: Ints, document: Ints, tokens: Ints, room: Ints, group: int) -> list[Runs]:
+    """Return the runs of each rank, where `group` adjacent ranks, a node, divide what it holds of documents evenly.
+
+    `node`, `document` and `tokens` are columns `[n]`; `room` has the tokens of each rank.
     """
-    documents, room = _documents(num_tokens, document_starts, windows), _tokens_of_ranks(num_tokens, size)
-    work = [0.0] * size
-    taken: list[list[tuple[int, int]]] = [[] for _ in range(size)]
-    # Each rank with room is in one heap: by its work if the document may fit there, else by its room.
-    by_work: list[tuple[float, int]] = [(0.0, rank) for rank in range(size)]
-    by_room: list[tuple[float, int]] = []
-    for document in sorted(documents, key=lambda document: -document.num_tokens):
-        left = document.num_tokens
-        # Documents get shorter: one for which a rank has no room may be followed by one that fits.
-        while by_room and -by_room[0][0] >= left:
-            rank = heappop(by_room)[1]
-            heappush(by_work, (work[rank], rank))
-        while by_work and room[by_work[0][1]] < left:
-            rank = heappop(by_work)[1]
-            heappush(by_room, (-room[rank], rank))
-        while left:
-            rank = heappop(by_work or by_room)[1]  # least work, or most room
-            tokens = min(room[rank], left)
-            taken[rank] += document.take(tokens)
-            left -= tokens
-            room[rank], work[rank] = room[rank] - tokens, work[rank] + tokens * document.density
-            if room[rank]:
-                heappush(by_work, (work[rank], rank))
-    return [_joined(runs) for runs in taken]
+    from .slices import cut, even_out  # imported late, as in `whole_documents`
+
+    order = np.lexsort((documents.density[document], node))
+    document, tokens = document[order], tokens[order]
+    firsts = np.arange(0, len(room) + group, group).clip(max=len(room))  # first rank of each node, and the end
+    first_part = np.searchsorted(node[order], np.arange(len(firsts)))
+    rank, part, tokens = even_out(tokens, documents.density[document], first_part, room, firsts)
+    of = documents.start, documents.stop, documents.density, documents.windows, documents.layers
+    runs = cut(document[part], tokens, *of).reshape(-1, 2)  # two of each slice
+    return _joined(rank.repeat(2), runs[:, 0], runs[:, 1], len(room))
 
 
-def _documents(num_tokens: int, document_starts: Sequence[int], windows: Windows) -> list[_Document]:
-    shortest = min((window for window, _ in windows if window is not None), default=num_tokens)
-    of_half = sum(num_layers for _, num_layers in windows) / 2  # n tokens have n (n + 1) / 2 pairs a layer
-    return [
-        _Document(start, stop, of_half * (stop - start + 1), None)
-        if stop - start <= shortest
-        else _Document(start, stop, _num_pairs(stop - start, windows) / (stop - start), windows)
-        for start, stop in pairwise([*document_starts, num_tokens])
-    ]
-
-
-def _num_pairs(num_tokens: int, windows: Windows) -> int:
-    """Return the visible pairs of the first tokens of a document, in all layers."""
-    total = 0
-    for window, num_layers in windows:
-        rising = num_tokens if window is None or num_tokens < window else window  # tokens that see all before them
-        total += num_layers * (rising * (rising + 1) // 2 + (num_tokens - rising) * rising)
-    return total
-
-
-def _root(excess: Callable[[int], float], stop: int, enough: float) -> int:
-    """Return a number of [0, stop] where `excess` is at most `enough` from 0, or the first beyond a change of its sign.
-
-    `excess` rises from at most 0 at 0 to at least 0 at `stop`. By false position; an end that stays twice counts half
-    as much (the Illinois algorithm), so that a bend does not hold it up.
-    """
-    low, high = 0, stop
-    below, above = excess(low), excess(high)
-    if below >= -enough or above <= enough:
-        return low if below >= -enough else high
-    moved = 0  # -1: low moved last, 1: high
-    # Invariant: excess(low) < -enough and excess(high) > enough.
-    while high - low > 1:
-        # Strictly between both ends, so that the loop comes to an end.
-        at = min(max(low + 1, low + round((high - low) * below / (below - above))), high - 1)
-        found = excess(at)
-        if abs(found) <= enough:
-            return at
-        if found < 0:
-            low, below, above = at, found, above / 2 if moved < 0 else above
-        else:
-            high, above, below = at, found, below / 2 if moved > 0 else below
-        moved = -1 if found < 0 else 1
-    return high
+def _joined(rank: Ints, start: Ints, stop: Ints, size: int) -> list[Runs]:
+    """Return the runs of each of `size` ranks in ascending order, touching ones merged and empty ones left out."""
+    order = np.lexsort((start, rank))
+    rank, start, stop = (of[order[start[order] < stop[order]]] for of in (rank, start, stop))
+    touches = (rank[1:] == rank[:-1]) & (start[1:] == stop[:-1])
+    rank, start, stop = rank[np.r_[True, ~touches]], start[np.r_[True, ~touches]], stop[np.r_[~touches, True]]
+    runs = list(zip(start.tolist(), stop.tolist(), strict=True))
+    edges = np.searchsorted(rank, np.arange(size + 1)).tolist()
+    return [tuple(runs[first:last]) for first, last in pairwise(edges)]
 
 
 @lru_cache(maxsize=64)
@@ -225,19 +168,6 @@ def _zigzag(num_tokens: int, size: int) -> tuple[Runs, ...]:
     return tuple(joined([zigzag(num_tokens, rank, size)]).runs for rank in range(size))
 
 
-def _tokens_of_ranks(num_tokens: int, size: int) -> list[int]:
-    return [sum(stop - start for start, stop in runs) for runs in _zigzag(num_tokens, size)]
-
-
-def _joined(runs: list[tuple[int, int]]) -> Runs:
-    """Return runs in ascending order, touching ones merged and empty ones left out."""
-    found: list[tuple[int, int]] = []
-    end = -1  # of the last run
-    for run in sorted(runs):
-        start, stop = run
-        if start == end:
-            found[-1], end = (found[-1][0], stop), stop
-        elif start < stop:
-            found.append(run)
-            end = stop
-    return tuple(found)
+@lru_cache(maxsize=64)
+def _tokens_of_ranks(num_tokens: int, size: int) -> Ints:
+    return np.array([sum(stop - start for start, stop in runs) for runs in _zigzag(num_tokens, size)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
+import numpy as np
 import pytest
 from helpers.lanes import by_lane
 from helpers.layouts import scattered
@@ -55,7 +56,9 @@ def test_a_layout_is_priced_as_its_plans_are_simulated(data):
     topology = data.draw(st.sampled_from([full_mesh(size), ethernet(size, 2), infiniband(size, 3)]))
     speed = data.draw(st.sampled_from([Speed(1e30, 1e30), Speed(1e12, 1e12, 1e-6), Speed(1e9, 1e9)]))
     pricer = LayoutPricer(num_tokens, layers, SHAPE, topology, speed)
-    shares = [divided(layout, num_tokens, starts, size) for layout in ("zigzag", "balanced", "documents")]
+    shares = [
+        divided(layout, num_tokens, starts, size, ranks_per_node=topology.ranks_per_node) for layout in get_args(Layout)
+    ]
     shares += [[scattered(num_tokens, rank, size).runs for rank in range(size)]] if exact else []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(visible, "GAP", 0)
@@ -77,7 +80,8 @@ def test_the_choice_is_the_fastest_of_all_layouts_though_not_all_are_simulated(d
     starts = lognormal(mean, num_tokens := size * 1024, data.draw(st.integers(0, 10**6)))
     windows = ((None, 3), (data.draw(st.integers(1, num_tokens)), 2))
     pricer = LayoutPricer(num_tokens, tuple(LayersOf(grid, *of) for of in windows), SHAPE, topology, speed)
-    shares = [divided(layout, num_tokens, starts, size, windows) for layout in get_args(Layout)]
+    per_node = topology.ranks_per_node
+    shares = [divided(layout, num_tokens, starts, size, windows, per_node) for layout in get_args(Layout)]
 
     def bounded(traffic: Traffic, tiles: Tiles, num_ranks: int, num_links: int) -> Times:
         times = simulate(traffic, tiles, num_ranks, num_links)
@@ -152,6 +156,25 @@ def test_a_grid_priced_for_packings_hides_messages_under_unequal_tiles():
         passes: tuple[Pass, ...] = ("forward", "backward")
         mean = sum(float(ASSUMED.seconds(work / grid.num_positions, SHAPE, grid, of)) for of in passes)
         assert simulated(grid, shares, starts, layouts) <= 1.15 * mean
+
+
+def test_documents_within_a_node_hide_messages_across_nodes():
+    """Where no document is 4/5 of a node's work, all keys at once take at most 1.15 of the mean rank's compute."""
+    size, num_tokens, tried = 32, 32 * 8192, 0
+    grid = CpGrid(kv=size, kv_route="direct", in_flight=size - 1)
+    pricer = LayoutPricer(num_tokens, (LayersOf(grid, None, 1),), SHAPE, infiniband(size), ASSUMED)
+    for seed in range(8):
+        starts = lognormal(2000, num_tokens, seed)
+        lengths = np.diff((*starts, num_tokens))
+        pairs = lengths * (lengths + 1) / 2
+        if pairs.max() > 0.8 * pairs.sum() / 4:
+            continue
+        tried += 1
+        passes: tuple[Pass, ...] = ("forward", "backward")
+        mean = sum(float(ASSUMED.seconds(pairs.sum() / size, SHAPE, grid, of)) for of in passes)
+        assert pricer.seconds([pricer.choose(starts)], starts) <= 1.15 * mean
+        assert pricer.seconds([divided("balanced", num_tokens, starts, size)], starts) > 1.2 * mean
+    assert tried >= 3
 
 
 def test_work_decides_on_fast_links_and_rows_on_slow_ones():

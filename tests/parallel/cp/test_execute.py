@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.errors import assert_as_exact_as, relative_rms
 from helpers.lanes import by_lane
-from helpers.layouts import scattered
+from helpers.layouts import of_packing, scattered
 from helpers.plain_attention import answers, visible_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -177,7 +177,8 @@ def test_any_grid_any_documents(data):
         st.sampled_from([Visibility(), Visibility(causal=False), Visibility(window=3), Visibility(window=num_tokens)])
     )
     heads = data.draw(st.sampled_from(list(fitting(grid).values())))
-    cut = data.draw(st.sampled_from([zigzag, contiguous, scattered]))
+    by_work = of_packing("balanced", starts), of_packing("documents", starts), of_packing("documents", starts, 2)
+    cut = data.draw(st.sampled_from([zigzag, contiguous, scattered, *by_work]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(visible, "GAP", data.draw(st.sampled_from([0, 2, 128])))
         got = by_the_grid(Case(num_tokens, starts, visibility, *heads), grid, cut)

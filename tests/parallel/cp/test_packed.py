@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -39,7 +40,7 @@ def work_of(shares: list[Runs], starts: tuple[int, ...], windows: Windows = FULL
     return np.sum(of_windows, axis=(0, 2))
 
 
-@pytest.mark.parametrize("layout", [balanced, whole_documents])
+@pytest.mark.parametrize("layout", [balanced, whole_documents, partial(whole_documents, ranks_per_node=3)])
 @given(packings())
 def test_every_position_is_held_once_and_ranks_hold_as_many_as_in_zigzag(layout: Callable[..., list[Runs]], packing):
     num_tokens, starts, size = packing
@@ -90,6 +91,31 @@ def test_documents_that_fit_are_whole():
     edges = {start for start, _ in documents} | {sum(lengths)}
     for runs in whole_documents(sum(lengths), starts, 16):
         assert all(start in edges and stop in edges for start, stop in runs)
+
+
+@pytest.mark.parametrize("windows", [FULL, ((1024, 3), (None, 1))])
+@pytest.mark.parametrize(("size", "per_node"), [(16, 8), (32, 8), (12, 5)])
+def test_over_nodes_documents_that_fit_are_on_one_node_whose_ranks_have_equal_work(size, per_node, windows):
+    """Only the last documents, for which no node has room, are cut between nodes."""
+    for seed in range(4):
+        starts = lognormal(2000, num_tokens := 8192 * size, seed)
+        shares = whole_documents(num_tokens, starts, size, windows, per_node)
+        work = work_of(shares, starts, windows)
+        for first in range(0, size, per_node):
+            of_node = work[first : first + per_node]
+            assert of_node.max() <= 1.002 * of_node.mean()
+        pieces = Pieces.of_runs(shares, starts)
+        node = pieces.owner // per_node
+        cut = [d for d in range(len(starts)) if len(set(node[pieces.document == d].tolist())) > 1]
+        lengths = np.diff((*starts, num_tokens))
+        assert len(cut) < -(-size // per_node) and all(lengths[d] <= np.median(lengths) for d in cut)
+
+
+def test_one_node_is_as_no_nodes():
+    starts = lognormal(2000, 8192 * 8, 0)
+    alone = whole_documents(8192 * 8, starts, 8)
+    assert whole_documents(8192 * 8, starts, 8, FULL, 8) == whole_documents(8192 * 8, starts, 8, FULL, 9) == alone
+    assert whole_documents(8192 * 8, starts, 8, FULL, 1) == alone != whole_documents(8192 * 8, starts, 8, FULL, 4)
 
 
 def test_a_document_longer_than_a_rank_is_cut_from_both_ends():

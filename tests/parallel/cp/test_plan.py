@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.lanes import by_lane
-from helpers.layouts import scattered
+from helpers.layouts import of_packing, scattered
 from helpers.plain_attention import visible_pairs
 from hypothesis import given
 from hypothesis import strategies as st
@@ -307,7 +307,8 @@ def problems(draw) -> tuple[CpGrid, Layouts, Visibility]:
     starts = (0, *sorted(draw(st.sets(st.integers(1, num_tokens - 1), max_size=6))))
     windows = st.builds(Visibility, st.just(True), st.integers(1, num_tokens))
     visibility = draw(st.one_of(st.just(Visibility()), st.just(Visibility(causal=False)), windows))
-    cut = draw(st.sampled_from([zigzag, contiguous, scattered]))
+    by_work = of_packing("balanced", starts), of_packing("documents", starts), of_packing("documents", starts, 3)
+    cut = draw(st.sampled_from([zigzag, contiguous, scattered, *by_work]))
     return grid, layouts_of(num_tokens, size, starts, cut), visibility
 
 
