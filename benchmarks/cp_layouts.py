@@ -13,7 +13,8 @@ Python files of the standard library or of site-packages, whose bytes / 4 stand 
 - foreign: rows of keys that a rank gets, in units of its own tokens;
 - time: simulated time over the compute of the mean rank;
 - links: the same with each pass as long as the longer of the mean rank's compute and the bytes of the busiest link: a
-  lower bound for any order of these messages.
+  lower bound for any order of these messages;
+- times, longest: of each packing, the time, and the work of the longest document over that of a node in the mean.
 
 "each document in 2 cp" cuts every document in zigzag, as Megatron does. "all keys gathered" is zigzag where each rank
 first gets the keys and values of all others, whatever is visible, then computes, and in the backward gets them again
@@ -110,9 +111,12 @@ def rows_of(size: int, lengths: str, num_packings: int) -> Iterator[Row]:
             num_tokens, (choose_layout.LayersOf(grid, None, 1),), SHAPE, topology, cost.ASSUMED
         )
         found: dict[str, list[Row]] = {}
+        longest: list[float] = []
         for seed in range(num_packings):
             starts = packing(LENGTHS[lengths], num_tokens, seed, size)
-            of_layouts = packings.layouts(num_tokens, starts, size)
+            pairs = [(b - a) * (b - a + 1) // 2 for a, b in pairwise((*starts, num_tokens))]
+            longest.append(round(max(pairs) * size / topology.ranks_per_node / sum(pairs), 3))
+            of_layouts = packings.layouts(num_tokens, starts, size, topology.ranks_per_node)
             for layout, shares in of_layouts.items():
                 found.setdefault(layout, []).append(play(grid, shares, starts, topology))
             chosen = pricer.choose(starts)
@@ -131,6 +135,8 @@ def rows_of(size: int, lengths: str, num_packings: int) -> Iterator[Row]:
                 "links": round(mean(x["links"] for x in of), 3),
                 "over_zigzag": round(mean(x["time"] / z["time"] for x, z in zip(of, zigzag, strict=True)), 3),
                 "worst_over_zigzag": round(max(x["time"] / z["time"] for x, z in zip(of, zigzag, strict=True)), 3),
+                "times": [round(x["time"], 3) for x in of],
+                "longest": longest,
             }  # fmt: skip
 
 

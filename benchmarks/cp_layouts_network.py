@@ -7,7 +7,8 @@ Needs root and iproute2. Ranks are hosts of benchmarks/lib/lab_network.py behind
 50 Mbit/s. Their messages are real; a tile is a wait as long as a GPU would compute it (lib/scaled_attention.py has the
 scale). Documents have lognormal lengths with a mean, or those of Python files; all lengths are multiples of 2 cp. The
 grid sends all keys at once (kv = N, direct). A time is the median of repeats, of the slowest rank, forward and backward
-of one layer; layouts take turns. `time` is over the waits of the mean rank.
+of one layer; layouts take turns. `time` is over the waits of the mean rank. `links` is the same with each pass as long as
+the longer of these waits and the bytes of the busiest link: a lower bound for any order of these messages.
 
 "all keys gathered": each rank gets the keys and values of all others, whatever is visible, before it computes, and in
 the backward gets them again and sends their gradients at the end. "auto" is what `choose_layout.LayoutPricer` takes on
@@ -28,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONS
 from lib import packings
 from lib.lab_hosts import LabHosts
 from lib.lab_network import Network, unavailable
-from lib.scaled_attention import MBIT_PER_S, SCALE, SHAPE, SPEED, TOKENS, WAITS, let_tiles_wait, links
+from lib.scaled_attention import BYTES_PER_S, MBIT_PER_S, SCALE, SHAPE, SPEED, TOKENS, WAITS, let_tiles_wait, links
 from lib.script import Row, make_parser, make_table, refuse, write_record
 from longring.kernels.layout import SeqLayout
-from longring.parallel.cp import choose_layout, schedules, visible
+from longring.parallel.cp import choose_layout, cost, schedules, visible
 from longring.parallel.cp.grid import CpGrid
 from rich.console import Console
 
@@ -89,6 +90,22 @@ def _exchange(sends: dict[int, Any], receives: dict[int, Any]) -> None:
         work.wait()
 
 
+def least_time(schedule: schedules.Schedule, gathered: bool) -> float:
+    """Return the longer of the mean rank's waits and of the bytes of the busiest link, summed over both passes, over
+    these waits; `gathered`: every rank gets all keys, and in the backward sends all their gradients as well."""
+    work, size = float(schedule.pairs.sum(1).mean()), schedule.grid.size
+    found = 0.0
+    for direction, waits in WAITS.items():
+        if gathered:
+            row_bytes = 2 * SHAPE.num_kv_heads * SHAPE.head_dim * SHAPE.itemsize
+            carried = (size - 1) * TOKENS * row_bytes * (1 if direction == "forward" else 2)
+        else:
+            price = cost.play(schedule.turned(direction), links(size), SHAPE, SPEED)
+            carried = max(price.bytes_by_link.values(), default=0)
+        found += max(work * waits, carried / BYTES_PER_S)
+    return found / (work * sum(WAITS.values()))
+
+
 def rows_of(size: int, lengths: list[int | str], num_packings: int, repeats: int) -> Iterator[Row]:
     """Yield a row for each distribution of lengths and each layout."""
     num_tokens = size * TOKENS
@@ -104,14 +121,15 @@ def rows_of(size: int, lengths: list[int | str], num_packings: int, repeats: int
                     starts = packings.lognormal(of // SCALE, num_tokens, seed, 2 * size)
                 else:
                     starts = packings.files(of, num_tokens, seed, 2 * size, SCALE)
-                members = packings.layouts(num_tokens, starts, size)
+                members = packings.layouts(num_tokens, starts, size, size)
                 chosen = pricer.choose(starts)
                 members["all keys gathered"] = members["zigzag"]
-                jobs, works = {}, {}
+                jobs, works, least = {}, {}, {}
                 for name, shares in members.items():
                     layouts = [SeqLayout(runs, starts) for runs in shares]
                     schedule = schedules.Schedule(grid, layouts, visible.Visibility(), "forward")
                     works[name] = schedule.pairs.sum(1)
+                    least[name] = least_time(schedule, name == "all keys gathered")
                     jobs[name] = {
                         "starts": starts, "shares": shares, "gathered": name == "all keys gathered",
                         "pairs": works[name].tolist(),
@@ -121,8 +139,9 @@ def rows_of(size: int, lengths: list[int | str], num_packings: int, repeats: int
                 for _ in range(repeats):
                     for name, job in jobs.items():
                         seconds[name].append(max(hosts.answers(job)))
-                seconds["auto"] = next(seconds[name] for name in packings.LAYOUTS if members[name] == chosen)
-                works["auto"] = next(works[name] for name in packings.LAYOUTS if members[name] == chosen)
+                taken = next(name for name in packings.LAYOUTS if members[name] == chosen)
+                for of_layouts in (seconds, works, least):
+                    of_layouts["auto"] = of_layouts[taken]
                 zigzag = median(seconds["zigzag"])
                 for name, of_name in seconds.items():
                     work = works[name]
@@ -131,6 +150,7 @@ def rows_of(size: int, lengths: list[int | str], num_packings: int, repeats: int
                         "work": work.max() / work.mean(),
                         "ms": 1e3 * median(of_name),
                         "time": median(of_name) / ideal,
+                        "links": least[name],
                     }
                     found.setdefault(name, []).append(row | {"over_zigzag": median(of_name) / zigzag})
             for name, rows in found.items():
@@ -143,6 +163,7 @@ def main() -> int:
     options = make_parser(__doc__ or "", quick="4 ranks, 2 packings each, once: a minute").parse_args()
     if reason := unavailable():
         return refuse(reason)
+    visible.GAP //= SCALE  # as in the hosts
     sizes, num_packings, repeats = [4, 8], 3, 3
     lengths: list[int | str] = [2_000, 8_000, 20_000, "stdlib", "site-packages"]
     if options.size != "full":
@@ -150,7 +171,7 @@ def main() -> int:
     if options.size == "smallest":
         lengths = [2_000]
         num_packings = 1
-    columns = ["ranks", "lengths", "layout", "work", "ms", "time", "over_zigzag", "worst_over_zigzag"]
+    columns = ["ranks", "lengths", "layout", "work", "ms", "time", "links", "over_zigzag", "worst_over_zigzag"]
     console, rows = Console(width=100), []
     table = make_table(f"Packed documents on ports of {MBIT_PER_S} Mbit/s", columns, left=("layout",))
     with console.status("measuring"):

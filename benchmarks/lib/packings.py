@@ -45,9 +45,9 @@ def each_document(num_tokens: int, starts: tuple[int, ...], size: int) -> list[R
     return found
 
 
-def layouts(num_tokens: int, starts: tuple[int, ...], size: int) -> dict[str, list[Runs]]:
+def layouts(num_tokens: int, starts: tuple[int, ...], size: int, ranks_per_node: int) -> dict[str, list[Runs]]:
     """Return the layouts by name."""
-    found = {layout: divided(layout, num_tokens, starts, size) for layout in LAYOUTS}
+    found = {layout: divided(layout, num_tokens, starts, size, ranks_per_node=ranks_per_node) for layout in LAYOUTS}
     return {**found, "each document in 2 cp": each_document(num_tokens, starts, size)}
 
 

@@ -87,8 +87,8 @@ LAYOUTS = ("zigzag", "documents", "balanced", "auto", "each document in 2 cp", "
 
 
 def layouts(grid: str, ranks: Sequence[int], layouts: Sequence[str]) -> Callable[[Any], Iterator[Cells]]:
-    """Return a function that yields the simulated layouts of packings on a grid: work, foreign keys, times, zigzag's
-    time over auto's."""
+    """Return a function that yields the simulated layouts of packings on a grid: work, foreign keys, times, the bound
+    by auto's messages, the packings in which auto takes at most 1.15, and zigzag's time over auto's."""
 
     def rows(record: Any) -> Iterator[Cells]:
         shown = [row for row in record["rows"] if row["grid"] == grid and row["ranks"] in ranks]
@@ -96,20 +96,33 @@ def layouts(grid: str, ranks: Sequence[int], layouts: Sequence[str]) -> Callable
             of = {row["layout"]: row for row in group}
             pairs = [f"{of[layout][name]:.2f}" for name in ("work", "foreign") for layout in ("zigzag", "balanced")]
             times = [f"{of[layout]['time']:.2f}" for layout in layouts]
-            ratio = of["zigzag"]["time"] / of["auto"]["time"]
-            yield group[0]["lengths"], f"{group[0]['ranks']}", *pairs, *times, f"{ratio:.2f}"
+            auto = of["auto"]
+            within = f"{sum(time <= 1.15 for time in auto['times'])} of {len(auto['times'])}"
+            ratio = of["zigzag"]["time"] / auto["time"]
+            yield (
+                group[0]["lengths"],
+                f"{group[0]['ranks']}",
+                *pairs,
+                *times,
+                f"{auto['links']:.2f}",
+                within,
+                f"{ratio:.2f}",
+            )
 
     return rows
 
 
 def layouts_measured(record: Any) -> Iterator[Cells]:
-    """Yield the measured times of packings by layout, zigzag's over auto's, and the worst packing's inverse."""
+    """Yield the measured times of packings by layout, the bound by auto's messages, zigzag's time over auto's, and the
+    worst packing's inverse."""
     for group in groups(record["rows"], "ranks", "lengths"):
         of = {row["layout"]: row for row in group}
         times = [f"{of[layout]['time']:.2f}" for layout in LAYOUTS]
         ratios = of["zigzag"]["time"] / of["auto"]["time"], of["auto"]["worst_over_zigzag"]
-        cells = f"{of['zigzag']['work']:.2f}", *times, *(f"{ratio:.2f}" for ratio in ratios)
-        yield f"{group[0]['lengths']:,}", f"{group[0]['ranks']}", *cells
+        links, over = f"{of['auto']['links']:.2f}", [f"{ratio:.2f}" for ratio in ratios]
+        lengths = group[0]["lengths"]
+        name = {"stdlib": "standard library"}.get(lengths, lengths) if isinstance(lengths, str) else f"{lengths:,}"
+        yield name, f"{group[0]['ranks']}", f"{of['zigzag']['work']:.2f}", *times, links, *over
 
 
 def packing_on_the_host(record: Any) -> Iterator[Cells]:

@@ -36,6 +36,7 @@ PRELOADED = [
     "deepspeed.module_inject.auto_ep_config",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "longring.parallel.cp.walk_halves",
+    "longring.parallel.cp.slices",
     "helpers.frozen",
 ]
 
