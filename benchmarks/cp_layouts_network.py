@@ -7,8 +7,8 @@ Needs root and iproute2. Ranks are hosts of benchmarks/lib/lab_network.py behind
 50 Mbit/s. Their messages are real; a tile is a wait as long as a GPU would compute it (lib/scaled_attention.py has the
 scale). Documents have lognormal lengths with a mean, or those of Python files; all lengths are multiples of 2 cp. The
 grid sends all keys at once (kv = N, direct). A time is the median of repeats, of the slowest rank, forward and backward
-of one layer; layouts take turns. `time` is over the waits of the mean rank. `links` is the same with each pass as long as
-the longer of these waits and the bytes of the busiest link: a lower bound for any order of these messages.
+of one layer; layouts take turns. `time` is over the waits of the mean rank. `links` is the same with each pass as long
+as the longer of these waits and the bytes of the busiest link: a lower bound for any order of these messages.
 
 "all keys gathered": each rank gets the keys and values of all others, whatever is visible, before it computes, and in
 the backward gets them again and sends their gradients at the end. "auto" is what `choose_layout.LayoutPricer` takes on
