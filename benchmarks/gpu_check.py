@@ -15,7 +15,8 @@ the others whole; the record is written after each:
   PyTorch in fp64 and, bit for bit, against NCCL, and the times of both;
 - train: ten steps of a small recipe with packed documents over four ranks;
 - step: a training step of 1B parameters on one rank, by bucket length and by level of recomputation; its loss head,
-  optimizer and host time; kernels compiled by random packings; a layer compiled and as a CUDA graph;
+  optimizer and host time; kernels compiled by random packings; a layer compiled and as a CUDA graph; norm, SwiGLU and
+  RoPE by liger and compiled;
 - sizes: benchmarks/full_sizes.py, attention in full sizes against fp64;
 - tests: the kernels' tests;
 - family: benchmarks/cp_virtual.py, context parallelism on virtual ranks;
@@ -95,7 +96,7 @@ def sections(folder: Path, device: str, size: Size) -> list[tuple[Section, list[
         (Section("copied_guards", "lib.gpu_ranks:guard_rows", 90 if gpu else CPU_S, by_copies), sharing),
         (Section("copies", "lib.gpu_copies:copies_rows", 60 if gpu else CPU_S, {"size": size}), sharing),
         on_ranks("train", "lib.gpu_training:train_rows", 100, **training, last=STEPS),
-        on_one("step", "lib.gpu_step:step_rows", 80, size=size),
+        on_one("step", "lib.gpu_step:step_rows", 110, size=size),
         on_one("sizes", "lib.gpu_kernels:sizes_rows", 40, device=device, size=size),
         on_one("tests", "lib.gpu_kernels:tests_rows", 60, device=device, size=size),
         on_one("family", "lib.gpu_kernels:family_rows", 30, device=device, size=size),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from longring.kernels.attention import attention
 from longring.kernels.compilations import Compilations
 from longring.kernels.layout import SeqLayout
@@ -19,6 +20,7 @@ from longring.launch.build import BucketLayout, bucket_layouts, build_engine, co
 from longring.launch.config import Recipe, load_recipe
 from longring.launch.flops import peak_flops
 from longring.model.config import MemoryConfig
+from longring.model.fused import fused_ops
 from longring.model.rope import rope_table
 from longring.parallel.mesh import Mesh, join
 from longring.parallel.zero import DeepSpeedEngine, set_learning_rate
@@ -148,6 +150,7 @@ def step_rows(size: Size) -> Iterator[Row]:
     yield attempt("documents", partial(documents_row, ready))
     yield from layer_rows(ready)
     yield attempt(f"bucket {longest}, keep, fastest attention backends", partial(fastest_row, ready, longest))
+    yield from operator_rows(ready)
 
 
 def fastest_row(ready: Ready, length: int) -> Row:
@@ -304,9 +307,57 @@ def layer_rows(ready: Ready) -> Iterator[Row]:
         "layer, CUDA graph": captured,
     }
     for part, make in kinds.items():
-        try:
-            ms, host_ms = timed_ms(ready, make())
-        except Exception as error:  # torch may refuse in any way; the layer as it is has been measured
-            yield {"part": part, "note": f"{part}: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}
-        else:
-            yield {"part": part, "ms": ms, "host_ms": host_ms}
+        yield tried_row(ready, part, make)
+
+
+def tried_row(ready: Ready, part: str, make: Callable[[], Callable[[], object]]) -> Row:
+    """Return the row of a call that torch may refuse in any way; what it would replace has been measured."""
+    try:
+        ms, host_ms = timed_ms(ready, make())
+    except Exception as error:
+        return {"part": part, "note": f"{part}: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}
+    return {"part": part, "ms": ms, "host_ms": host_ms}
+
+
+def operator_rows(ready: Ready) -> Iterator[Row]:
+    """Yield forward and backward of each operator of model/fused.py: as training takes it, and compiled by torch."""
+    sizes, device = ready.sizes, ready.mesh.device
+    head_dim = sizes.hidden // sizes.heads
+
+    def inputs(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(torch.bfloat16).requires_grad_()
+
+    x, weight, gate_up = (
+        inputs(sizes.tokens, 1, sizes.hidden),
+        inputs(sizes.hidden),
+        inputs(sizes.tokens, 2 * sizes.ffn),
+    )
+    q, k = inputs(1, sizes.tokens, sizes.heads, head_dim), inputs(1, sizes.tokens, sizes.kv_heads, head_dim)
+    table = rope_table(SeqLayout.contiguous(sizes.tokens).rotary_positions(device), head_dim, 1e5)
+    ops = fused_ops(x)
+
+    def swiglu(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def rope(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        cos, sin = (angles[:, None] for angles in table)  # [s, 1, d / 2]
+        halves = ((y.float().chunk(2, dim=-1), y.dtype) for y in (q, k))
+        return tuple(torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(dtype) for (a, b), dtype in halves)
+
+    operators: dict[str, tuple[tuple[Tensor, ...], Callable[..., Any], Callable[..., Any]]] = {
+        "RMSNorm": ((x, weight), lambda x, w: ops.rms_norm(x, w, 1e-6), lambda x, w: F.rms_norm(x, w.shape, w, 1e-6)),
+        "SwiGLU": ((gate_up,), ops.swiglu, swiglu),
+        # Clones, for both: RoPE may overwrite what it is given.
+        "RoPE": ((q, k), lambda q, k: ops.rope(q.clone(), k.clone(), table), lambda q, k: rope(q.clone(), k.clone())),
+    }
+
+    def passes(operator: Callable[..., Any], arguments: tuple[Tensor, ...]) -> None:
+        found = operator(*arguments)
+        results = found if isinstance(found, tuple) else (found,)
+        torch.autograd.grad(results, arguments, [torch.ones_like(y) for y in results])
+
+    backend = "inductor" if ready.device == "cuda" else "eager"
+    for name, (arguments, as_trained, plain) in operators.items():
+        for part, operator in ((name, as_trained), (f"{name}, compiled", torch.compile(plain, backend=backend))):
+            yield tried_row(ready, part, lambda: partial(passes, operator, arguments))  # noqa: B023  (called at once)
