@@ -47,7 +47,8 @@ def divided(
 ) -> list[Runs]:
     """Return the runs of each of `size` ranks under a named layout; one document is always in zigzag.
 
-    Only `documents` looks at nodes; None: all ranks are in one. Raises ValueError as `zigzag` does.
+    Only `documents` looks at nodes; None: all ranks are in one. Raises ValueError as `zigzag` does, and by a layout by
+    work also for starts that do not ascend from 0 to below `num_tokens`.
     """
     if layout == "zigzag" or len(document_starts) == 1:
         return list(_zigzag(num_tokens, size))
@@ -121,8 +122,14 @@ class _Documents:
 
     @classmethod
     def of(cls, num_tokens: int, document_starts: Sequence[int], windows: Windows) -> _Documents:
-        """Return the documents that begin at these positions."""
+        """Return the documents that begin at these positions. Raises ValueError if they do not ascend from 0."""
         edges, layers = np.array([*document_starts, num_tokens]), np.array([number for _, number in windows])
+        if edges[0] != 0 or (np.diff(edges) <= 0).any():  # compiled loops would read beyond their arrays
+            shown = f"{tuple(document_starts[:8])}{'...' * (len(document_starts) > 8)}"
+            raise ValueError(
+                f"document_starts = {shown}: must ascend strictly from 0 to below num_tokens = {num_tokens}; sort "
+                "them, each once, with 0"
+            )
         reach = np.array([FAR if window is None else window for window, _ in windows])
         tokens = np.diff(edges)[:, None]
         rising = np.minimum(tokens, reach)  # tokens that see all before them, [documents, kinds of layers]

@@ -17,6 +17,7 @@ from longring.parallel.cp.execute import AttentionSpec
 from longring.parallel.cp.grid import CpGrid
 from longring.parallel.cp.group import CpGroup
 from longring.parallel.cp.layout import contiguous, zigzag
+from longring.parallel.cp.packed import divided
 from longring.parallel.cp.schedules import Schedule
 from longring.parallel.cp.topology import Fabric, Topology
 from longring.parallel.cp.visible import Visibility
@@ -66,6 +67,9 @@ CASES: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
     ),
     "must ascend strictly from 0; sort them, each once, with 0": (
         lambda: SeqLayout(((0, 8),), (5, 3, 5)), lambda: SeqLayout(((0, 8),), (0, 3, 5))
+    ),
+    "must ascend strictly from 0 to below num_tokens = 8; sort them, each once, with 0": (
+        lambda: divided("documents", 8, (0, 5, 3), 2), lambda: divided("documents", 8, (0, 3, 5), 2)
     ),
     "; ask the layout that holds it": (lambda: zigzag(8, 0, 2).row_of(3), lambda: zigzag(8, 1, 2).row_of(3)),
     "give one for each rank": (lambda: plans(1), lambda: plans(2)),
