@@ -138,31 +138,38 @@ def backward(
 
 def is_one_call(mask: Mask) -> bool:
     """Return whether one call has all queries and all keys of a mask."""
-    calls = calls_of(mask)
+    groups = _groups_of(mask)
     whole = slice(0, mask.rows.shape[1]), slice(0, mask.columns.shape[1])
-    return len(calls) == 1 and (calls[0].rows, calls[0].keys) == whole
+    return len(groups) == 1 and _sides(groups[0]) == whole
 
 
 def kind_of(mask: Mask) -> Kind:
-    """Return the kind of a tile's mask."""
-    calls = calls_of(mask)
-    if len(calls) != 1 or calls[0].query_starts is not None or calls[0].rows != slice(0, mask.rows.shape[1]):
+    """Return the kind of a tile's mask. Nothing is copied to its device."""
+    bands = [band for group in _groups_of(mask) for band in group]
+    if len(bands) != 1 or bands[0].rows != slice(0, mask.rows.shape[1]):
         return "documents"
-    [call] = calls
-    if call.left is not None:
+    [band] = bands
+    if band.left[1] is not None:
         return "window"
-    return "whole" if call.right is None else "causal"
+    return "whole" if band.right[1] is None else "causal"
 
 
-_CALLS = WeakTensorKeyDictionary()
-"""Calls by `Mask.host_rows`: layers share a mask, and so do passes."""
+_GROUPS, _CALLS = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+"""Groups of bands, and calls, by `Mask.host_rows`: layers share a mask, and so do passes."""
 
 
 def calls_of(mask: Mask) -> list[Call]:
     """Return the calls whose bands cover each visible pair of a mask exactly once; made once for each mask."""
     if mask.host_rows not in _CALLS:
-        _CALLS[mask.host_rows] = [_packed(group, mask.rows.device) for group in _groups(mask.host_rows)]
+        _CALLS[mask.host_rows] = [_packed(group, mask.rows.device) for group in _groups_of(mask)]
     return _CALLS[mask.host_rows]
+
+
+def _groups_of(mask: Mask) -> list[list[_Band]]:
+    """Return the bands of a mask by the calls that compute them."""
+    if mask.host_rows not in _GROUPS:
+        _GROUPS[mask.host_rows] = list(_groups(mask.host_rows))
+    return _GROUPS[mask.host_rows]
 
 
 def _groups(host_rows: Tensor) -> Iterator[list[_Band]]:
@@ -196,17 +203,31 @@ def _bands(host_rows: Tensor) -> Iterator[_Band]:
     ends[:-1] |= (starts_by[:-1] == 1) & (starts_by[1:] == 0)
     # A last key that has stood still and moves again: the queries have reached another run of keys.
     ends[1:] |= (stops_by[:-1] == 0) & (stops_by[1:] == 1)
-    row = 0
-    for last in [*ends.nonzero().flatten().tolist(), len(start) - 1]:
-        if sees[row]:
-            first, end = int(start[row]), int(stop[last])
-            num_rows, num_keys = last + 1 - row, end - first
-            start_moves, stop_moves = int(start[last]) - first, end - int(stop[row])
-            # An end that never moves has all bounds from the one on at which it is not reached.
-            left, right = num_keys - 1 - start_moves, num_rows - 1 - stop_moves
-            bounds = (left, left if start_moves else None), (right, right if stop_moves else None)
-            yield _Band(slice(row, last + 1), slice(first, end), *bounds)
-        row = last + 1
+    last = torch.cat([ends.nonzero().flatten(), torch.tensor([len(start) - 1])])
+    first = torch.cat([torch.zeros(1, dtype=last.dtype), last[:-1] + 1])
+    columns = [first, last, start[first], stop[first], start[last], stop[last]]
+    # Plain integers of all bands at once: [bands, 6]. A band's first row sees the keys [a, b), its last [c, d).
+    for row, end, a, b, c, d in torch.stack(columns, 1).tolist():
+        if a == b:
+            continue
+        band = _band(row, end, a, b, c, d)
+        if band.right[1] is None or band.right[1] < d - a:
+            yield band
+        else:
+            # Many more queries than keys: FlashAttention-2 would take so large a bound for none.
+            grown = row + d - b  # the first row that sees the last key
+            yield _band(row, grown, a, b, int(start[grown]), d)
+            yield _band(grown + 1, end, int(start[grown + 1]), d, c, d)
+
+
+def _band(row: int, last: int, start: int, stop: int, last_start: int, last_stop: int) -> _Band:
+    """Return the rows from `row` to `last`, which see the keys [start, stop) and [last_start, last_stop), as a band."""
+    num_rows, num_keys = last + 1 - row, last_stop - start
+    start_moves, stop_moves = last_start - start, last_stop - stop
+    # An end that never moves has all bounds from the one on at which it is not reached.
+    left, right = num_keys - 1 - start_moves, num_rows - 1 - stop_moves
+    bounds = (left, left if start_moves else None), (right, right if stop_moves else None)
+    return _Band(slice(row, last + 1), slice(start, last_stop), *bounds)
 
 
 def _common(a: tuple[int, int | None], b: tuple[int, int | None]) -> tuple[int, int | None] | None:
@@ -220,14 +241,22 @@ def _packed(group: list[_Band], device: torch.device) -> Call:
     last = group[-1]  # its bounds are those of the group
     # A bound that has a largest value has this one only; without, it is reached by no band.
     left, right = last.left[1], last.right[1]
-    rows, keys = slice(group[0].rows.start, last.rows.stop), slice(group[0].keys.start, last.keys.stop)
+    rows, keys = _sides(group)
     if len(group) == 1:
         return Call(rows, keys, left, right)
     queries = [band.rows.stop - band.rows.start for band in group]
     num_keys = [band.keys.stop - band.keys.start for band in group]
     starts = torch.tensor([queries, num_keys], dtype=torch.int32).cumsum(1, dtype=torch.int32)  # [2, bands]
-    starts = torch.cat([torch.zeros(2, 1, dtype=torch.int32), starts], 1).to(device)
+    starts = torch.cat([torch.zeros(2, 1, dtype=torch.int32), starts], 1)
+    # From page-locked memory, so that the host does not wait for the copy to a GPU.
+    starts = (starts.pin_memory() if device.type == "cuda" else starts).to(device, non_blocking=True)
     return Call(rows, keys, left, right, starts[0], starts[1], max(queries), max(num_keys))
+
+
+def _sides(group: list[_Band]) -> tuple[slice, slice]:
+    """Return the queries and the keys of adjacent bands."""
+    first, last = group[0], group[-1]
+    return slice(first.rows.start, last.rows.stop), slice(first.keys.start, last.keys.stop)
 
 
 def _sequences(call: Call, batch: int) -> list[Any]:

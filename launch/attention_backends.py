@@ -64,7 +64,9 @@ def with_backends(recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: C
         return recipe
     question, case = question_of(recipe, lengths), case_of(recipe, device)
     file = Path(os.environ["TRITON_CACHE_DIR"], FILE)
-    timings = on_rank_0(mesh, lambda: measured(question, case, device, file))
+    # Less than the time without progress after which the watchdog ends a run.
+    limit_s = min(LIMIT_S, 30 * recipe.faults.hang_minutes or LIMIT_S)
+    timings = on_rank_0(mesh, lambda: measured(question, case, device, file, limit_s))
     chosen, default = fastest(timings), choose_backend(case)
     if console is not None:
         console.print(backends_table(timings))
@@ -119,9 +121,12 @@ def case_of(recipe: Recipe, device: torch.device) -> Case:
     return Case(device.type, architecture(device), dtype, shape.head_dim, shape.num_kv_heads, False)
 
 
-def measured(question: Question, case: Case, device: torch.device, file: Path) -> list[Timing]:
+def measured(
+    question: Question, case: Case, device: torch.device, file: Path, limit_s: float = LIMIT_S
+) -> list[Timing]:
     """Return the timings of all backends that fit: those in `file`, or new ones, which are added to it.
 
+    Backends that `limit_s` seconds do not suffice for are left out, and the next start measures again.
     Raises OSError if the file cannot be written.
     """
     key, machine = repr(question), machine_of(device)
@@ -129,7 +134,7 @@ def measured(question: Question, case: Case, device: torch.device, file: Path) -
     if (rows := known.get(machine, {}).get(key)) is not None:
         log.info("attention backends: as measured before, %s", file)
         return [Timing(*row) for row in rows]
-    deadline, complete, timings = time.monotonic() + LIMIT_S, True, list[Timing]()
+    deadline, complete, timings = time.monotonic() + limit_s, True, list[Timing]()
     for name, backend in backends.BACKENDS.items():
         if name == "reference":  # it holds all scores
             continue
