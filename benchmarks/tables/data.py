@@ -131,6 +131,14 @@ def length_degrees(record: Any) -> Iterator[Cells]:
         yield row["mix"], *sizes, f"{row['tokens_per_s']['bucket'] / 1e6:.2f}", *ratios
 
 
+def lengths_measured(record: Any) -> Iterator[Cells]:
+    """Yield a layer's attention on the lab network, and attention with the rest of the layer, over LongRing's."""
+    for row in record["rows"]:
+        ratios = [f"{row[f'{of}_over_bucket']:.2f}" for of in ("attention", "simulated", "layer")]
+        degrees = ", ".join(f"{count} over {size}" for size, count in row["degrees"])
+        yield row["mix"], row["member"], degrees, f"{row['attention_s']:.1f} s", *ratios
+
+
 def orders(record: Any) -> Iterator[Cells]:
     """Yield each method's order of documents, with its time over that of the released loop."""
     for row in record:
@@ -199,6 +207,7 @@ TABLES = [
     Table("data.md", "| one document of 34 MB |", odd_documents, ("prepare_odd_1_core_2026-11-22",)),
     Table("mixes.md", "| | of the data | asked |", mixes, ("published_mixes_2026-11-22",)),
     Table("mixes.md", "| mix | longest | GPUs |", length_degrees, ("length_degrees_2026-11-23",)),
+    Table("mixes.md", "| mix, 8 ranks |", lengths_measured, ("length_degrees_network_2_cores_2026-11-23",)),
     Table("ordering.md", "| documents | method | seconds |", orders, ("order_1_core_2026-11-21",)),
     Table(
         "ordering.md",
