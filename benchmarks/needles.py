@@ -12,19 +12,17 @@ themselves, of another seed than that of the evaluation, which draws keys and va
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, islice
 from pathlib import Path
-from resource import RUSAGE_CHILDREN, getrusage
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
 from lib import ROOT
-from lib.script import Row, Size, make_parser, make_table, seconds_of, write_record
+from lib.commands import longring
+from lib.script import Row, Size, make_parser, make_table, write_record
 from longring.data.config import BYTES_AND_BOUNDARY, TokenizerConfig
 from longring.data.files import write_text
 from longring.data.prepare.train_tokenizer import train_tokenizer
@@ -146,25 +144,6 @@ def make_documents(folder: Path, case: Case) -> None:
     haystack = ({"text": "".join(sentence(draws) for _ in range(30 + draws.below(400)))} for _ in range(100))
     for file, made in (("rows.jsonl", documents), ("haystack.jsonl", haystack)):
         write_text(folder / file, "".join(json.dumps(one) + "\n" for one in made))
-
-
-def longring(folder: Path, *words: str) -> Row:
-    """Run a command in a directory and return it with its seconds and its CPU seconds, those of its ranks included.
-
-    Raises CalledProcessError if it fails.
-    """
-    line = f"longring {' '.join(words)}"
-    Console(stderr=True).print(line, highlight=False, soft_wrap=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "longring.launch.cli", *words]
-    before = _cpu_seconds_of_children()
-    seconds = seconds_of(lambda: subprocess.run(command, cwd=folder, env=environment, check=True, stdout=sys.stderr))
-    return {"command": line, "seconds": round(seconds, 1), "cpu_seconds": round(_cpu_seconds_of_children() - before, 1)}
-
-
-def _cpu_seconds_of_children() -> float:
-    used = getrusage(RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def train_and_evaluate(folder: Path, case: Case, picture: Path | None) -> Row:

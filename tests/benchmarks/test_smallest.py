@@ -12,8 +12,8 @@ from helpers.lanes import by_lane
 from lib.lab_network import unavailable
 
 OWN_FILES = {
-    *("gpu_check", "gpu_node", "needles", "phases", "related_training", "soak", "start_memory"),
-    *("train_step", "variable_length"),
+    *("copying", "corpus", "decomposition", "gpu_check", "gpu_node", "needles", "phases", "related_prefixes"),
+    *("related_training", "soak", "start_memory", "train_step", "untie_the_knots", "variable_length"),
 }
 """Benchmarks whose test is another file's, since a worker takes a whole file."""
 SCRIPTS = sorted({path.stem for path in BENCHMARKS.glob("*.py")} - OWN_FILES)

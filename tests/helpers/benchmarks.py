@@ -19,14 +19,14 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-def check_smallest_size(script: str, tmp_path: Path) -> None:
-    """Run a benchmark at its smallest size; check its record and its pictures."""
+def check_smallest_size(script: str, tmp_path: Path, *arguments: str) -> None:
+    """Run a benchmark at its smallest size, with further arguments; check its record and its pictures."""
     record = tmp_path / "record.json"
     drawn = ["--pictures", str(tmp_path)]
     picture = ["--picture", str(tmp_path / "picture.png")]
     pictures = {"cp_paper": drawn, "needles": picture, "published_mixes": drawn, "soak": picture}
     files = {**pictures, "gpu_node": ["--directory", str(tmp_path)]}
-    done = run(script, "--smallest", "--json", str(record), *files.get(script, []))
+    done = run(script, "--smallest", "--json", str(record), *files.get(script, []), *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(record.read_text())
     assert found["command"].startswith(f"python benchmarks/{script}.py --smallest")

@@ -1,0 +1,332 @@
+"""Held-out losses of a small model under Dataset Decomposition and its baselines, for equal tokens and equal seconds.
+
+    python benchmarks/decomposition.py --directory runs/decomposition    # a day of one core
+    python benchmarks/decomposition.py --gpu --directory runs/gpu        # 8 layers of 512, contexts of 16,384
+
+The corpus is that of benchmarks/corpus.py. Every arm trains the model of benchmarks/decomposition.toml on the same
+number of tokens, with the same seeds:
+
+- grow-p2: sequences of all lengths, the paper's best curriculum, 8 cycles
+- one cycle, own draw, uniform: the same sequences with one of these settings changed
+- concat, masked, best fit: sequences of the longest length alone; concatenated, with documents kept apart, packed
+
+A step's CPU seconds are measured by length, in turns. "grow-p2, seconds" trains as many steps as take the seconds of
+concat. Rows have the loss of whole held-out documents from their start, by length and position, the gain of copying and
+the needles found. The cells, an arm with a seed, are stored in the directory one by one: the same command goes on after
+a kill, several may share the cells, and --show prints what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
+from lib import ROOT
+from lib.cells import Cell, grid, results, run_cells
+from lib.commands import longring
+from lib.learning import (
+    checkpoints_of,
+    copies,
+    copying,
+    evaluate,
+    keep_last_checkpoint,
+    link_corpus,
+    prepare_held_out,
+    shown,
+    spread,
+    steps_by_bucket,
+    train,
+)
+from lib.script import Row, make_parser, make_table, write_record
+from lib.step_seconds import step_seconds
+from longring.data.files import write_text
+from longring.data.format.manifest import open_prepared
+from longring.launch.config import load_recipe
+from rich.console import Console
+
+RECIPE = ROOT / "benchmarks" / "decomposition.toml"
+DECOMPOSED = ("data.directory=decomposed",)
+ARMS: Mapping[str, Sequence[str]] = {
+    "grow-p2": DECOMPOSED,
+    "concat": ("data.directory=concat", "data.method=concat"),
+    "grow-p2, seconds": DECOMPOSED,
+    "masked": ("data.directory=masked", "data.method=concat_masked"),
+    "best fit": ("data.directory=best_fit", "data.method=best_fit"),
+    "one cycle": (*DECOMPOSED, "curriculum.cycles=1"),
+    "own draw": (*DECOMPOSED, "curriculum.draw=odds_times_left"),
+    "uniform": (*DECOMPOSED, "curriculum.odds=uniform"),
+}
+"""Settings of each arm; the most important come first, since results come arm by arm."""
+BASELINE, SAME_SECONDS = "concat", "grow-p2, seconds"
+EVALUATION = ("train.dtype=bfloat16", "evaluate.max_tokens_per_bucket=131072", "evaluate.distractors=0")
+"""Settings of evaluations beside those of the recipe, which `longring evaluate --data` does not read."""
+
+
+class Case(NamedTuple):
+    """One size of the experiment."""
+
+    corpus: str
+    """Size of the corpus."""
+    steps: int
+    seeds: int
+    lengths: Sequence[int]
+    """Lengths of the held-out documents; the longest is that of the contexts."""
+    evaluations: int = 8
+    """Number of checkpoints that are evaluated, the last included."""
+    samples: int = 40
+    """Samples of each task and length after the last step; a quarter of them before."""
+    rounds: int = 7
+    """Number of rounds in which the steps are timed."""
+    settings: Sequence[str] = ()
+    """Settings that replace those of the recipe."""
+    arms: Sequence[str] = tuple(ARMS)
+
+
+CASES: Mapping[str, Case] = {
+    "full": Case("full", 2400, 3, (256, 512, 1024, 2048, 4096)),
+    "gpu": Case(
+        "full",
+        1600,
+        3,
+        (256, 512, 1024, 2048, 4096, 8192, 16_384),
+        settings=(
+            *(
+                "data.max_bucket_tokens=16384",
+                "data.source.limit_documents=0",
+                "data.tokenizer.vocab_size=8192",
+                "model.num_layers=8",
+            ),
+            *("model.hidden_size=512", "model.num_heads=8", "model.num_kv_heads=8", "model.ffn_hidden_size=1536"),
+            *("parallel.tokens_per_rank=65536", "train.global_batch_tokens=65536"),
+        ),
+    ),
+    "quick": Case(
+        "quick",
+        60,
+        1,
+        (256, 512, 1024),
+        evaluations=2,
+        settings=("data.max_bucket_tokens=1024", "train.warmup_steps=10"),
+    ),
+    "smallest": Case(
+        "smallest",
+        4,
+        1,
+        (128, 512),
+        evaluations=1,
+        samples=4,
+        rounds=1,
+        settings=(
+            *("data.max_bucket_tokens=512", "data.tokenizer.vocab_size=512", "train.warmup_steps=1"),
+            *("model.hidden_size=64", "model.ffn_hidden_size=64", "train.global_batch_tokens=1024"),
+            *("parallel.tokens_per_rank=1024",),
+        ),
+        arms=("concat", "grow-p2, seconds"),
+    ),
+}
+
+
+def prepare_all(case: Case, folder: Path, corpus: Path | None) -> None:
+    """Prepare the data of every arm, with one tokenizer, and the held-out documents, unless they are there."""
+    link_corpus(folder, corpus, case.corpus)
+    (folder / RECIPE.name).write_bytes(RECIPE.read_bytes())
+    for arm in {directory_of(arm): arm for arm in reversed(case.arms)}.values():
+        longring(folder, "prepare", RECIPE.name, *settings_of(case, arm))
+    prepare_held_out(folder, RECIPE, "decomposed", case.lengths, case.settings)
+
+
+def settings_of(case: Case, arm: str) -> list[str]:
+    """Return the settings of an arm's data, model and curriculum; decomposed data has trained the tokenizer of all."""
+    tokenizer = () if "data.directory=decomposed" in ARMS[arm] else ("data.tokenizer.path=decomposed",)
+    return [*case.settings, *ARMS[arm], *tokenizer]
+
+
+def seconds_by_length(case: Case, folder: Path) -> dict[str, dict[str, float]]:
+    """Return the seconds of a step by arm and length, measured once for a directory of results.
+
+    Arms with the same data have the same seconds, so one of each data is measured.
+    """
+    file = folder / "seconds.json"
+    if not file.exists():
+        by_data = {directory_of(arm): arm for arm in reversed(case.arms)}
+        here = {
+            arm: [*settings_of(case, arm), f"data.directory={folder / directory}"] for directory, arm in by_data.items()
+        }
+        measured = step_seconds(RECIPE, here, rounds=case.rounds)
+        write_text(file, json.dumps({arm: measured[by_data[directory_of(arm)]] for arm in case.arms}, indent=1) + "\n")
+    return json.loads(file.read_text())
+
+
+def directory_of(arm: str) -> str:
+    """Return the directory of an arm's data."""
+    return ARMS[arm][0].partition("=")[2]
+
+
+def steps_of(case: Case, folder: Path, arm: str) -> int:
+    """Return the number of steps of an arm: that of all, or as many as take the seconds of the baseline."""
+    if arm != SAME_SECONDS:
+        return case.steps
+    seconds = seconds_by_length(case, folder)
+    buckets = open_prepared(folder / directory_of(arm)).buckets("train")
+    tokens = {str(bucket.length): bucket.length * bucket.sequences for bucket in buckets}
+    # A curriculum trains on each length as many tokens as its data has of it.
+    mean_seconds = sum(tokens[length] * seconds[arm][length] for length in tokens) / sum(tokens.values())
+    [baseline] = seconds[BASELINE].values()
+    return round(case.steps * baseline / mean_seconds)
+
+
+def measure(case: Case, folder: Path, cell: Cell) -> Row:
+    """Train a cell, or what is left of it, and return the losses and scores of its checkpoints."""
+    steps = steps_of(case, folder, cell.arm)
+    every = steps // case.evaluations
+    run = train(
+        folder,
+        RECIPE,
+        f"runs/{cell.name}",
+        *settings_of(case, cell.arm),
+        *(f"train.seed={cell.seed}", f"train.steps={steps}", f"train.checkpoint_every_steps={every}"),
+        f"train.keep_checkpoint_every_steps={every}",
+    )
+    seconds, of_step = 0.0, seconds_by_length(case, folder)[cell.arm]
+    seconds_at = {0: 0.0}
+    for step, bucket in steps_by_bucket(run):
+        seconds += of_step[str(bucket)]
+        seconds_at[step] = seconds
+    *before, last = checkpoints_of(run)
+    few, all_of_them = (f"evaluate.samples={samples}" for samples in (case.samples // 4, case.samples))
+    found = evaluate(folder, before, ["copy_random"], *EVALUATION, few) if before else []
+    found += evaluate(folder, [last], ["copy", "needle_single"], *EVALUATION, all_of_them)
+    keep_last_checkpoint(run)
+    batch = load_recipe(RECIPE, case.settings).train.global_batch_tokens
+    rows = [{"tokens": batch * one["step"], "seconds": seconds_at[one["step"]], **shown(one)} for one in found]
+    return {"steps": steps, "checkpoints": rows}
+
+
+def reached(rows: Sequence[Row], loss: float, by: str) -> float | None:
+    """Return the tokens or seconds at which the losses of a run's checkpoints come down to `loss`, None if they do not.
+
+    Between two checkpoints the loss is taken for a straight line.
+    """
+    for before, after in pairwise(rows):
+        if before["loss"] >= loss >= after["loss"]:
+            share = (before["loss"] - loss) / max(before["loss"] - after["loss"], 1e-12)
+            return before[by] + share * (after[by] - before[by])
+    return None
+
+
+def summary(rows: Sequence[Row], arms: Sequence[str]) -> list[Row]:
+    """Return a row for each arm that has results, over its seeds: losses beside the baseline's of the same seeds."""
+    of = {(row["arm"], row["seed"]): row["checkpoints"] for row in rows}
+    found = []
+    for arm in arms:
+        seeds = [seed for name, seed in of if name == arm]
+        if not seeds:
+            continue
+        last = [of[arm, seed][-1] for seed in seeds]
+        paired = [seed for seed in seeds if (BASELINE, seed) in of]
+        target = {seed: of[BASELINE, seed][-1] for seed in paired}
+        longest = last[0]["buckets"][-1]["length"]
+        found.append(
+            {
+                "arm": arm,
+                "seeds": len(seeds),
+                "tokens": last[0]["tokens"],
+                "seconds": mean(one["seconds"] for one in last),
+                "loss": spread([one["loss"] for one in last]),
+                "less": spread([of[arm, seed][-1]["loss"] - target[seed]["loss"] for seed in paired]),
+                "by_length": {
+                    str(bucket["length"]): spread([one["buckets"][number]["loss"] for one in last])
+                    for number, bucket in enumerate(last[0]["buckets"])
+                },
+                **{
+                    f"{by}_to_baseline": spread(
+                        [
+                            at / target[seed][by]
+                            for seed in paired
+                            if (at := reached(of[arm, seed], target[seed]["loss"], by)) is not None
+                        ]
+                    )
+                    for by in ("tokens", "seconds")
+                },
+                "copying": spread([copying(one, longest)[0] for one in last]),
+                "copied": spread([copying(one, longest)[1] for one in last]),
+                "passed": sum(copies(one, longest) for one in last),
+                "needles": spread([needles(one, longest) for one in last]),
+            }
+        )
+    return found
+
+
+def needles(row: Row, length: int) -> float:
+    """Return the share of needles that are found in sequences of a length."""
+    return mean(
+        task["exact"] for task in row["tasks"] if task["task"].startswith("needle") and task["length"] == length
+    )
+
+
+def show(rows: Sequence[Row], case: Case) -> None:
+    """Print the losses of each arm, and what it takes to reach the baseline's."""
+
+    def cell(found: tuple[float, float], form: str = "{:.3f} ±{:.3f}") -> str:
+        return form.format(*found) if found[0] == found[0] else ""
+
+    lines = summary(rows, case.arms)
+    title = "Held-out loss, nats a token; less: than concat with the same seed"
+    table = make_table(title, ("arm", "seeds", "loss", "less", "seconds", "tokens to concat's", "seconds"), {"arm"})
+    scores = make_table(
+        f"Loss by length of document; copying, needles at {max(case.lengths):,} tokens",
+        ("arm", *(lines[0]["by_length"] if lines else ()), "copying", "right", "needles"),
+        {"arm"},
+    )
+    for line in lines:
+        share = "{:.2f} ±{:.2f}"
+        table.add_row(
+            line["arm"],
+            str(line["seeds"]),
+            *(cell(line["loss"]), cell(line["less"])),
+            f"{line['seconds']:,.0f}",
+            *(cell(line["tokens_to_baseline"], share), cell(line["seconds_to_baseline"], share)),
+        )
+        scores.add_row(
+            line["arm"],
+            *(f"{one[0]:.3f}" for one in line["by_length"].values()),
+            *(f"{line['copying'][0]:.2f}", f"{line['copied'][0]:.0%}", f"{line['needles'][0]:.0%}"),
+        )
+    Console().print(table, scores)
+
+
+def main() -> int:
+    parser = make_parser(__doc__ or "", "one seed of 60 steps at 1,024 tokens, ten minutes")
+    parser.add_argument("--gpu", action="store_true", help="8 layers of 512, contexts of 16,384, for one GPU")
+    parser.add_argument("--directory", type=Path, metavar="DIR", help="keep data, runs and results; resume from there")
+    parser.add_argument("--corpus", type=Path, metavar="DIR", help="corpus that benchmarks/corpus.py has made")
+    parser.add_argument("--show", action="store_true", help="print the results that are stored, and train nothing")
+    options = parser.parse_args()
+    case = CASES["gpu" if options.gpu else options.size]
+    cells = grid(case.arms, case.seeds)
+    with tempfile.TemporaryDirectory() as made:
+        folder = (options.directory or Path(made)).absolute()
+        if not options.show:
+            folder.mkdir(parents=True, exist_ok=True)
+            prepare_all(case, folder, options.corpus)
+            seconds_by_length(case, folder)
+            run_cells(folder, cells, lambda cell: measure(case, folder, cell))
+        rows = list(results(folder, cells))
+    show(rows, case)
+    Console().print(f"{len(rows)} of {len(cells)} cells are done")
+    write_record(options.json, {"summary": summary(rows, case.arms), "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

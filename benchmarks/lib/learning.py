@@ -1,0 +1,158 @@
+"""What experiments on learning share: whole held-out documents, runs that are evaluated, and the gate of copying."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from math import nan
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from longring.data.files import write_text
+from longring.data.format.tokenizer import TOKENIZER_FILE
+from longring.launch.records import read_records
+from tokenizers import Tokenizer
+
+from .commands import longring
+from .corpus import CORPUS_SIZES, make_corpus, site_packages
+from .script import Row
+
+HELD_OUT = "held_out"
+"""Directory of the prepared held-out documents."""
+HELD_OUT_SHARE = 0.9
+"""Share of the documents of held-out packages that are evaluated: prepared data has documents to train, too."""
+GATE_GAIN, GATE_RIGHT = 1.0, 0.5
+"""A model copies if the second time of random tokens has a loss this many nats lower, and this share of them is right.
+
+The gain alone could come from knowing which tokens have been read: among 2,048 tokens of a vocabulary, knowing the 128
+that may come is worth up to log(2048 / 128) = 2.8 nats.
+"""
+
+
+def link_corpus(folder: Path, corpus: Path | None, size: str) -> None:
+    """Let `folder / "corpus"` be the corpus of benchmarks/corpus.py in a directory; without one, make it here."""
+    here = folder / "corpus"
+    if corpus is None:
+        make_corpus(here, CORPUS_SIZES[size], site_packages())
+    elif not here.exists():
+        here.symlink_to(corpus.absolute())
+
+
+def tokenizer_of(folder: Path, prepared: str) -> Tokenizer:
+    """Return the tokenizer of prepared data, which encodes the names of special tokens as characters."""
+    tokenizer = Tokenizer.from_file(str(folder / prepared / TOKENIZER_FILE))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def beginnings(file: Path, tokenizer: Tokenizer, lengths: Sequence[int]) -> Iterator[Row]:
+    """Yield the first tokens of documents, as many as the largest of `lengths` that each has.
+
+    Documents that are shorter than all of them are left out.
+    """
+    with file.open() as lines:
+        for line in lines:
+            tokens = tokenizer.encode(json.loads(line)["text"], add_special_tokens=False).ids
+            if fitting := [length for length in lengths if length <= len(tokens)]:
+                yield {"tokens": tokens[: max(fitting)]}
+
+
+def prepare_held_out(
+    folder: Path, recipe: Path, prepared: str, lengths: Sequence[int], settings: Sequence[str] = ()
+) -> None:
+    """Prepare the held-out documents, each as one sequence from its start, in a directory `held_out`.
+
+    A document of n tokens is a sequence of the largest of `lengths` that is at most n, so the length of a sequence is
+    that of its document within a factor of 2, and the longest sequences begin longer ones. The tokenizer is that of the
+    directory `prepared`.
+    """
+    if (folder / HELD_OUT).exists():
+        return
+    found = beginnings(folder / "corpus" / "held_out.jsonl", tokenizer_of(folder, prepared), lengths)
+    write_text(folder / "held_out.jsonl", "".join(json.dumps(one) + "\n" for one in found))
+    longring(
+        folder,
+        *("prepare", recipe.name, *settings, f"data.directory={HELD_OUT}", "data.source.path=held_out.jsonl"),
+        *(
+            "data.source.tokens_field=tokens",
+            f"data.tokenizer.path={prepared}",
+            f"data.held_out_fraction={HELD_OUT_SHARE}",
+        ),
+        *("data.method=decompose", "data.rest=drop", f"data.min_bucket_tokens={min(lengths)}"),
+        f"data.max_bucket_tokens={max(lengths)}",
+    )
+
+
+def train(folder: Path, recipe: Path, run: str, *settings: str) -> Path:
+    """Train a run on one rank, or what is left of it, and return its directory."""
+    longring(folder, "train", recipe.name, *settings, f"run_directory={run}", "--ranks", "1")
+    return folder / run
+
+
+def evaluate(folder: Path, checkpoints: Sequence[Path], tasks: Sequence[str], *settings: str) -> list[Row]:
+    """Return `longring evaluate` of checkpoints on the held-out documents, on one rank."""
+    file = checkpoints[0].parents[1] / "found.json"
+    longring(
+        folder,
+        *("evaluate", *(str(one) for one in checkpoints), "--data", HELD_OUT, "--ranks", "1", *settings),
+        *(["--tasks", ",".join(tasks)] if tasks else []),
+        *("--json", str(file)),
+    )
+    return json.loads(file.read_text())["targets"] if len(checkpoints) > 1 else [json.loads(file.read_text())]
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """Return the checkpoints of a run, the earliest first."""
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def keep_last_checkpoint(run: Path) -> None:
+    """Delete all checkpoints of a run but the last one."""
+    for checkpoint in checkpoints_of(run)[:-1]:
+        shutil.rmtree(checkpoint)
+
+
+def shown(target: Mapping[str, Any]) -> Row:
+    """Return what the results of an evaluation keep of a target: losses by length and position, and scores of tasks."""
+    keys = ("exact", "tokens", "loss", "gain", "by_depth")
+    return {
+        "step": target["step"],
+        "loss": target["loss"],
+        "buckets": [
+            {
+                "length": bucket["bucket"],
+                "tokens": bucket["tokens"],
+                "loss": bucket["loss"],
+                "by_position": [[part["to"], part["loss"], part["tokens"]] for part in bucket["by_position"]],
+            }
+            for bucket in target["buckets"]
+        ],
+        "tasks": [
+            {"task": task["task"], "length": task["length"], **{key: task[key] for key in keys}}
+            for task in target.get("tasks", [])
+        ],
+    }
+
+
+def copying(row: Mapping[str, Any], length: int) -> tuple[float, float]:
+    """Return the gain of copying random tokens, nats, and the share that is right, of sequences of a length."""
+    [found] = [task for task in row["tasks"] if (task["task"], task["length"]) == ("copy_random", length)]
+    return found["gain"], found["tokens"]
+
+
+def copies(row: Mapping[str, Any], length: int) -> bool:
+    """Return whether a model passes the gate: it copies random tokens of sequences of a length."""
+    gain, right = copying(row, length)
+    return gain > GATE_GAIN and right >= GATE_RIGHT
+
+
+def steps_by_bucket(run: Path) -> list[tuple[int, int]]:
+    """Return the step and the length of each step of a run, in order."""
+    return [(row["step"], row["bucket"]) for row in read_records(run / "metrics.jsonl")]
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and the standard deviation of values, nan and 0 of one value alone."""
+    return (mean(values) if values else nan, stdev(values) if len(values) > 1 else 0.0)

@@ -1,0 +1,57 @@
+"""Losses of weights on rows of tokens, in a process of its own: the ends of rows, after what is visible of them.
+
+    python -m lib.score_rows WEIGHTS DATA ROWS.npz SUMS.npy [key=value ...]
+
+DATA is prepared data with a bucket of the rows' length. ROWS.npz has `tokens` [rows, length + 1], `starts` [rows], the
+first visible position, and `counted` [rows], the first position whose target counts. SUMS.npy gets the sum of the
+losses of each row and the number of targets that count, [rows, 2].
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+from longring.launch.evaluate import opened
+from longring.launch.evaluation.score import Row
+from longring.launch.ranks.watchdog import Watchdog
+from longring.launch.run_directory import RunDirectory
+from longring.launch.target import target_of_weights
+from longring.parallel.meet import meet
+from longring.parallel.mesh import join
+from longring.parallel.world import World
+
+from .one_rank import be_the_only_rank
+
+
+def main() -> int:
+    weights, data, rows_file, sums_file, *settings = sys.argv[1:]
+    be_the_only_rank()
+    world = World.from_environment()
+    store = meet(world, timedelta(minutes=10))
+    logs = RunDirectory(str(Path(sums_file).parent / "score-logs"))
+    target = target_of_weights(Path(weights), data, settings, logs, store, world)
+    with np.load(rows_file) as found:
+        tokens, starts, counted = found["tokens"], found["starts"], found["counted"]
+    length = tokens.shape[1] - 1
+    # 1 for each target that counts, [rows, length].
+    parts = (np.arange(length) >= counted[:, None]).astype(np.uint8)
+
+    def row(number: int) -> Row:
+        start = int(starts[number])
+        return Row(tokens[number], parts[number], (0, start) if start else (0,))
+
+    mesh = join(target.recipe.parallel, target.recipe.max_context_parallel, 10, store)
+    with Watchdog(target.run, 0, 1, 0) as watchdog:
+        _, measurement = opened(target, mesh, watchdog, [length])
+        [scorer] = measurement.scorers()
+        scorer.engine.eval()
+        sums = scorer.sums(len(tokens), 2, row)[:, 1]  # [rows, (loss, right, tokens)]
+    np.save(sums_file, sums[:, [0, 2]])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""Needles and backtraces that a small model finds after an extension from 512 to 4,096 tokens, with and without knots.
+
+    python benchmarks/untie_the_knots.py --directory runs/knots    # a day of one core
+    python benchmarks/untie_the_knots.py --gpu --directory runs/knots-gpu
+
+The corpus is that of benchmarks/corpus.py, its documents concatenated. A model is trained at 512 tokens by
+benchmarks/untie_the_knots.toml. Then it goes on at 4,096 tokens with eight times the RoPE base, for the same steps with
+the shares 0, 0.3 and 0.8 of tied sequences. Rows have the gain of copying, the needles that are found by depth, the
+exact match of backtraces and the held-out loss, by length. The cells, a share with a seed, are stored one by one: the
+same command goes on after a kill, several may share the cells, and --show prints what is there.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
+from lib import ROOT
+from lib.cells import Cell, grid, results, run_cells
+from lib.commands import longring
+from lib.learning import (
+    checkpoints_of,
+    evaluate,
+    keep_last_checkpoint,
+    link_corpus,
+    prepare_held_out,
+    shown,
+    spread,
+    train,
+)
+from lib.script import Row, make_parser, make_table, write_record
+from longring.data.lock import held
+from rich.console import Console
+
+RECIPE = ROOT / "benchmarks" / "untie_the_knots.toml"
+SHARES: Mapping[str, float] = {"not extended": 0.0, "share 0": 0.0, "share 0.3": 0.3, "share 0.8": 0.8}
+"""Share of tied sequences of each arm."""
+TASKS = ("copy", "needle", "backtrace")
+
+
+class Case(NamedTuple):
+    """One size of the experiment."""
+
+    corpus: str
+    """Size of the corpus."""
+    steps: int
+    """Steps of the short phase."""
+    long_steps: int
+    """Steps of the extension."""
+    seeds: int
+    short: int
+    """Context of the short phase, tokens."""
+    long: int
+    """Context after the extension."""
+    rope_base: float
+    """RoPE base of the extension."""
+    samples: int = 40
+    settings: Sequence[str] = ()
+    """Settings that replace those of the recipe."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Lengths at which the models are evaluated."""
+        return [self.short << power for power in range((self.long // self.short).bit_length())]
+
+
+CASES: Mapping[str, Case] = {
+    "full": Case("full", 2000, 1000, 3, 512, 4096, 8e4),
+    "gpu": Case(
+        "full",
+        900,
+        450,
+        3,
+        2048,
+        16_384,
+        8e4,
+        settings=(
+            *(
+                "data.source.limit_documents=0",
+                "data.tokenizer.vocab_size=8192",
+                "model.num_layers=8",
+                "model.hidden_size=512",
+                "model.num_heads=8",
+            ),
+            *("model.num_kv_heads=8", "model.ffn_hidden_size=1536", "parallel.tokens_per_rank=65536"),
+            *("train.global_batch_tokens=65536", "train.checkpoint_every_steps=300"),
+        ),
+    ),
+    "quick": Case("quick", 60, 30, 1, 512, 4096, 8e4, 8, ("train.warmup_steps=10", "train.decay_steps=10")),
+    "smallest": Case(
+        "smallest",
+        2,
+        2,
+        1,
+        256,
+        1024,
+        4e4,
+        2,
+        (
+            *("data.tokenizer.vocab_size=512", "model.hidden_size=64", "model.num_heads=1", "model.num_kv_heads=1"),
+            *("model.ffn_hidden_size=64", "train.global_batch_tokens=1024", "parallel.tokens_per_rank=1024"),
+            *("train.warmup_steps=1", "train.decay_steps=1", "knots.min_sequence_tokens=1024"),
+        ),
+    ),
+}
+
+
+def at_length(case: Case, directory: str, tokens: int) -> list[str]:
+    """Return the settings of prepared data of one length."""
+    sizes = [f"data.min_bucket_tokens={tokens}", f"data.max_bucket_tokens={tokens}"]
+    tokenizer = [] if tokens == case.short else ["data.tokenizer.path=short"]
+    return [*case.settings, f"data.directory={directory}", *sizes, *tokenizer]
+
+
+def measure(case: Case, folder: Path, cell: Cell) -> Row:
+    """Train a cell, or what is left of it, and return the scores of its last checkpoint."""
+    base = f"runs/short-{cell.seed}"
+    with held(folder / f"short-{cell.seed}.lock", wait_s=10**6):  # another process may train it for another share
+        run = train(
+            folder,
+            RECIPE,
+            base,
+            *at_length(case, "short", case.short),
+            *(f"train.seed={cell.seed}", f"train.steps={case.steps}"),
+        )
+    if cell.arm != "not extended":
+        run = train(
+            folder,
+            RECIPE,
+            f"runs/{cell.name}",
+            *at_length(case, "long", case.long),
+            *(f"init.from={base}", f"model.rope_base={case.rope_base:g}", f"knots.share={SHARES[cell.arm]}"),
+            *(f"train.seed={cell.seed}", f"train.steps={case.long_steps}"),
+        )
+        keep_last_checkpoint(run)
+    rope = [f"model.rope_base={case.rope_base:g}"] if cell.arm == "not extended" else []
+    settings = (
+        *("train.dtype=bfloat16", "evaluate.max_tokens_per_bucket=131072", "evaluate.distractors=0"),
+        *(f"evaluate.samples={case.samples}", *rope),
+    )
+    [found] = evaluate(folder, checkpoints_of(run)[-1:], TASKS, *settings)
+    return shown(found)
+
+
+def exact(row: Row, task: str, length: int) -> float:
+    """Return the exact match of the tasks whose names begin with `task`, mean over them, at a length."""
+    found = [one["exact"] for one in row["tasks"] if one["task"].startswith(task) and one["length"] == length]
+    return mean(found) if found else 0.0
+
+
+def show(rows: Sequence[Row], case: Case) -> None:
+    """Print the scores of each share at each length, over its seeds."""
+    table = make_table(
+        "Held-out loss, gain of copying in nats, needles and backtraces that are exact",
+        ("model", "seeds", "length", "loss", "copying", "needles", "backtrace"),
+        {"model"},
+    )
+    for arm in SHARES:
+        mine = [row for row in rows if row["arm"] == arm]
+        for number, length in enumerate(case.lengths if mine else ()):
+            gains = [
+                one["gain"]
+                for row in mine
+                for one in row["tasks"]
+                if (one["task"], one["length"]) == ("copy_random", length)
+            ]
+            scores = [spread([exact(row, task, length) for row in mine]) for task in ("needle", "backtrace")]
+            table.add_row(
+                "" if number else arm,
+                "" if number else str(len(mine)),
+                f"{length:,}",
+                *("{:.3f} ±{:.3f}".format(*spread([row["buckets"][number]["loss"] for row in mine])),),
+                "{:.2f} ±{:.2f}".format(*spread(gains)),
+                *("{:.0%} ±{:.0%}".format(*score) for score in scores),
+            )
+    Console().print(table)
+
+
+def main() -> int:
+    parser = make_parser(__doc__ or "", "one seed of 90 steps, ten minutes")
+    parser.add_argument("--gpu", action="store_true", help="8 layers of 512, extended to 16,384 tokens, for one GPU")
+    parser.add_argument("--directory", type=Path, metavar="DIR", help="keep data, runs and results; resume from there")
+    parser.add_argument("--corpus", type=Path, metavar="DIR", help="corpus that benchmarks/corpus.py has made")
+    parser.add_argument("--show", action="store_true", help="print the results that are stored, and train nothing")
+    options = parser.parse_args()
+    case = CASES["gpu" if options.gpu else options.size]
+    cells = grid(tuple(SHARES), case.seeds)
+    with tempfile.TemporaryDirectory() as made:
+        folder = (options.directory or Path(made)).absolute()
+        if not options.show:
+            folder.mkdir(parents=True, exist_ok=True)
+            link_corpus(folder, options.corpus, case.corpus)
+            (folder / RECIPE.name).write_bytes(RECIPE.read_bytes())
+            for directory, tokens in (("short", case.short), ("long", case.long)):
+                longring(folder, "prepare", RECIPE.name, *at_length(case, directory, tokens))
+            prepare_held_out(folder, RECIPE, "short", case.lengths, case.settings)
+            run_cells(folder, cells, lambda cell: measure(case, folder, cell))
+        rows = list(results(folder, cells))
+    show(rows, case)
+    Console().print(f"{len(rows)} of {len(cells)} cells are done")
+    write_record(options.json, {"rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""Parts of the experiments on learning: what is held out, cells that resume, prefixes of a document, tables."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+from decomposition import CASES, reached, summary
+from lib.cells import Cell, grid, results, run_cells
+from lib.corpus import files_of, held_out_packages
+from lib.learning import beginnings, copies, tokenizer_of
+from longring.data.config import TokenizerConfig
+from longring.data.lock import held
+from longring.data.prepare.train_tokenizer import train_tokenizer
+from related_prefixes import Case, Text, prefixes, rows_of
+
+
+def test_files_are_found_once_and_bad_ones_are_counted(tmp_path):
+    files = {"a/x.py": b"x = 1", "a/__pycache__/x.py": b"no", "b.py": b"b", "c/empty.py": b" \n", "c/d/bad.py": b"\xff"}
+    for name, content in {**files, "__editable___finder.py": b"no"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    left_out = Counter()
+    found = list(files_of(tmp_path, 0, left_out))
+    assert sorted((one.package, one.path, one.text) for one in found) == [("a", "a/x.py", "x = 1"), ("b", "b.py", "b")]
+    assert left_out == {"empty": 1, "not UTF-8": 1}
+    assert {one.package for one in files_of(tmp_path, 2, Counter())} == {"b"}, "a package that does not fit is left out"
+
+
+def test_held_out_packages_are_several_and_within_their_share():
+    sizes = {f"package{number}": 10 + number % 7 for number in range(200)} | {"large": 900}
+    found = held_out_packages(sizes, 0.1)
+    taken, room = sum(sizes[name] for name in found), 0.1 * sum(sizes.values())
+    assert room - max(sizes[name] for name in sizes if name != "large") < taken <= room
+    assert "large" not in found
+
+
+def test_cells_with_a_result_or_another_process_are_left_alone(tmp_path):
+    cells = grid(["one", "two, more"], seeds=2)
+    assert [cell.name for cell in cells] == ["one-0", "two_more-0", "one-1", "two_more-1"]
+    seen = []
+
+    def measure(cell: Cell):
+        seen.append(cell)
+        if cell == cells[3]:
+            raise InterruptedError
+        return {"loss": cell.seed}
+
+    with held(tmp_path / "results" / "one-1.lock"), pytest.raises(InterruptedError):
+        run_cells(tmp_path, cells, measure)
+    assert seen == [cells[0], cells[1], cells[3]]
+    assert list(results(tmp_path, cells)) == [{"arm": cell.arm, "seed": 0, "loss": 0} for cell in cells[:2]]
+    run_cells(tmp_path, cells[:3], measure)
+    assert seen[3:] == [cells[2]]
+
+
+def test_beginnings_are_the_largest_length_that_fits(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "tokenizer.json").write_bytes(train_tokenizer([], TokenizerConfig(vocab_size=257)))
+    documents = ["a" * 3, "b" * 4, "c" * 9, "<|endoftext|>"]
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    found = list(beginnings(tmp_path / "held_out.jsonl", tokenizer_of(tmp_path, "data"), (4, 8)))
+    assert [len(one["tokens"]) for one in found] == [4, 8, 8]
+    assert len(set(found[2]["tokens"])) > 1, "the name of the boundary token is text"
+
+
+def checkpoint(tokens: int, loss: float, gain: float = 2.0, right: float = 0.9):
+    tasks = [{"task": "copy_random", "length": 512, "gain": gain, "tokens": right, "exact": 0.0}]
+    tasks.append({"task": "needle_single_1", "length": 512, "gain": None, "tokens": 1.0, "exact": 0.5})
+    buckets = [{"length": 512, "loss": loss}]
+    return {"tokens": tokens, "seconds": tokens / 10, "loss": loss, "tasks": tasks, "buckets": buckets}
+
+
+def test_the_gate_needs_the_order_of_the_tokens_and_not_their_set_alone():
+    assert copies(checkpoint(0, 1.0), 512)
+    assert not copies(checkpoint(0, 1.0, gain=0.9), 512)
+    assert not copies(checkpoint(0, 1.0, right=0.4), 512)
+
+
+def test_a_loss_is_reached_between_two_checkpoints():
+    rows = [checkpoint(100, 3.0), checkpoint(200, 2.0), checkpoint(300, 1.5)]
+    assert reached(rows, 2.25, "tokens") == pytest.approx(175)
+    assert reached(rows, 1.75, "seconds") == pytest.approx(25)
+    assert reached(rows, 1.0, "tokens") is None
+
+
+def test_arms_are_compared_with_the_baseline_of_their_seed():
+    losses = {"concat": [2.0, 3.0], "grow-p2": [1.5, 2.6]}
+    rows = [
+        {"arm": arm, "seed": seed, "checkpoints": [checkpoint(100, 4.0), checkpoint(200, loss)]}
+        for arm, of_seeds in losses.items()
+        for seed, loss in enumerate(of_seeds)
+    ]
+    grow, concat = summary(rows, CASES["full"].arms)
+    assert (grow["arm"], grow["seeds"], grow["passed"]) == ("grow-p2", 2, 2)
+    assert grow["less"] == pytest.approx((-0.45, 0.05 * 2**0.5))
+    assert concat["less"] == (0, 0)
+    assert grow["tokens_to_baseline"][0] == pytest.approx(
+        ((100 + 100 * 2 / 2.5) / 200 + (100 + 100 * 1 / 1.4) / 200) / 2
+    )
+
+
+def test_related_documents_are_of_the_package_and_the_others_have_their_lengths():
+    all_texts = [
+        Text(package, f"{package}/{number % 2}", f"{package}/{number % 2}/{number}.py", [number] * (70 + 3 * number))
+        for package in ("a", "b", "c")
+        for number in range(6)
+    ]
+    case = Case("", 1, 1, 1024, (1, 3), 1000, 2)
+    targets, found = prefixes(case, all_texts)
+    assert {target.package for target in targets} < {"a", "b", "c"} and len({t.package for t in targets}) == 2
+    of = {(one.target, one.kind, len(one.before)): one.before for one in found}
+    for number, target in enumerate(targets):
+        assert of[number, "none", 0] == []
+        for count in case.before:
+            related, others = of[number, "related", count], of[number, "other", count]
+            assert target not in related and {text.package for text in related} == {target.package}
+            assert related[-1].folder == target.folder, "the nearest document stands next to the target"
+            assert target.package not in {text.package for text in others}
+            gaps = [abs(len(a.tokens) - len(b.tokens)) for a, b in zip(related, others, strict=True)]
+            assert max(gaps) <= 3
+    boundary = 99
+    tokens, starts, counted = rows_of(case, targets, found, boundary)
+    for row, start, first, one in zip(tokens, starts, counted, found, strict=True):
+        ids = targets[one.target].tokens
+        assert row[first + 1 :].tolist() == [*ids, boundary]
+        assert row[start] == boundary and (row[:start] == boundary).all()
+        stream = [boundary]
+        for text in [*one.before, targets[one.target]]:
+            stream += [*text.tokens, boundary]
+        assert row[start:].tolist() == stream
