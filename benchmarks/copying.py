@@ -6,7 +6,7 @@
 A comparison of ways to train on long contexts tells nothing as long as a model does not use its context at all. A model
 passes if random tokens that stand twice in a sequence have a loss at least 1 nat lower the second time, and half of
 them are right. Rows have both at each checkpoint, for sequences of 512 tokens, and the first step that passes. All
-models train on the corpus of benchmarks/corpus.py by the recipe of benchmarks/decomposition.py, smallest first. Cells
+models train on the corpus of benchmarks/corpus.py by the recipe of benchmarks/decomposition.py. Cells
 are stored one by one, and the same command goes on after a kill; --show prints what is there.
 """
 

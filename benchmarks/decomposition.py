@@ -108,6 +108,7 @@ CASES: Mapping[str, Case] = {
             ),
             *("model.hidden_size=512", "model.num_heads=8", "model.num_kv_heads=8", "model.ffn_hidden_size=1536"),
             *("parallel.tokens_per_rank=65536", "train.global_batch_tokens=65536"),
+            "data.source.limit_documents=0",
         ),
     ),
     "quick": Case(

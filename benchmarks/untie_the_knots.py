@@ -91,7 +91,7 @@ CASES: Mapping[str, Case] = {
                 "model.num_heads=8",
             ),
             *("model.num_kv_heads=8", "model.ffn_hidden_size=1536", "parallel.tokens_per_rank=65536"),
-            *("train.global_batch_tokens=65536", "train.checkpoint_every_steps=300"),
+            *("train.global_batch_tokens=65536", "train.checkpoint_every_steps=300", "data.source.limit_documents=0"),
         ),
     ),
     "quick": Case("quick", 60, 30, 1, 512, 4096, 8e4, 8, ("train.warmup_steps=10", "train.decay_steps=10")),
