@@ -1,13 +1,13 @@
 """The smallest model and budget that copies after training on Python files: the gate of the experiments on learning.
 
-    python benchmarks/copying.py --directory runs/copying    # hours of one core
+    python benchmarks/copying.py --directory runs/lengths    # hours of one core
     python benchmarks/copying.py --smallest
 
 A comparison of ways to train on long contexts tells nothing as long as a model does not use its context at all. A model
 passes if random tokens that stand twice in a sequence have a loss at least 1 nat lower the second time, and half of
 them are right. Rows have both at each checkpoint, for sequences of 512 tokens, and the first step that passes. All
-models train on the corpus of benchmarks/corpus.py by the recipe of benchmarks/decomposition.py. Cells
-are stored one by one, and the same command goes on after a kill; --show prints what is there.
+models train on the corpus of benchmarks/corpus.py by the recipe of benchmarks/decomposition.py, and may share its
+directory. Cells are stored one by one, and the same command goes on after a kill; --show prints what is there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Held-out losses of a small model under Dataset Decomposition and its baselines, for equal tokens and equal seconds.
 
-    python benchmarks/decomposition.py --directory runs/decomposition    # a day of one core
-    python benchmarks/decomposition.py --gpu --directory runs/gpu        # 8 layers of 512, contexts of 16,384
+    python benchmarks/decomposition.py --directory runs/lengths     # a day
+    python benchmarks/decomposition.py --gpu --directory runs/gpu   # a GPU
 
 The corpus is that of benchmarks/corpus.py. Every arm trains the model of benchmarks/decomposition.toml on the same
 number of tokens, with the same seeds:

@@ -1,6 +1,6 @@
 """Needles and backtraces that a small model finds after an extension from 512 to 4,096 tokens, with and without knots.
 
-    python benchmarks/untie_the_knots.py --directory runs/knots    # a day of one core
+    python benchmarks/untie_the_knots.py --directory runs/knots    # 8 hours
     python benchmarks/untie_the_knots.py --gpu --directory runs/knots-gpu
 
 The corpus is that of benchmarks/corpus.py, its documents concatenated. A model is trained at 512 tokens by

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import context_parallelism, data, training
+from . import context_parallelism, data, learning, training
 
-TABLES = [*context_parallelism.TABLES, *data.TABLES, *training.TABLES]
+TABLES = [*context_parallelism.TABLES, *data.TABLES, *learning.TABLES, *training.TABLES]
