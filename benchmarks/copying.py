@@ -100,6 +100,7 @@ CASES: Mapping[str, Case] = {
 def measure(case: Case, folder: Path, cell: Cell) -> Row:
     """Train a model, or what is left of it, and return how well each checkpoint copies."""
     every = case.steps // case.evaluations
+    longring(folder, "prepare", RECIPE.name, *case.settings, *ARMS[cell.arm])
     run = train(
         folder,
         RECIPE,
@@ -156,8 +157,7 @@ def main() -> int:
             folder.mkdir(parents=True, exist_ok=True)
             link_corpus(folder, options.corpus, case.corpus)
             (folder / RECIPE.name).write_bytes(RECIPE.read_bytes())
-            for data in [(), CONCAT] if any("concat" in arm for arm in case.arms) else [()]:
-                longring(folder, "prepare", RECIPE.name, *case.settings, *data)
+            longring(folder, "prepare", RECIPE.name, *case.settings)
             prepare_held_out(folder, RECIPE, "decomposed", case.lengths, case.settings)
             run_cells(folder, cells, lambda cell: measure(case, folder, cell))
         rows = list(results(folder, cells))

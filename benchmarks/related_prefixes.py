@@ -90,7 +90,7 @@ CASES: Mapping[str, Case] = {
         settings=(
             *("data.max_bucket_tokens=16384", "model.num_layers=8", "model.hidden_size=512", "model.num_heads=8"),
             *("model.num_kv_heads=8", "model.ffn_hidden_size=1536", "parallel.tokens_per_rank=65536"),
-            *("train.global_batch_tokens=65536", "data.tokenizer.vocab_size=8192"),
+            *("train.global_batch_tokens=65536", "data.tokenizer.vocab_size=8192", "data.source.max_tokens=4096"),
         ),
     ),
     "quick": Case("quick", 30, 1, 8192, (1, 4), 1024, 8, 4, ("train.warmup_steps=10",)),
