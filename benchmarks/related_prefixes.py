@@ -75,6 +75,7 @@ class Case(NamedTuple):
     samples: int = 40
     settings: Sequence[str] = ()
     """Settings that replace those of the recipe."""
+    arms: Sequence[str] = tuple(ARMS)
 
 
 CASES: Mapping[str, Case] = {
@@ -108,6 +109,7 @@ CASES: Mapping[str, Case] = {
             *("model.ffn_hidden_size=64", "parallel.tokens_per_rank=4096", "train.global_batch_tokens=4096"),
             "train.warmup_steps=1",
         ),
+        ("path",),
     ),
 }
 
@@ -255,7 +257,7 @@ def measure(case: Case, folder: Path, cell: Cell) -> Row:
     return {**scored(case, folder, last), **shown(found)}
 
 
-def documents_per_context(case: Case, folder: Path, arm: str) -> float:
+def documents_per_context(folder: Path, arm: str) -> float:
     """Return the mean number of documents that a context of an order has a part of."""
     report = json.loads((folder / arm / "order.json").read_text())
     return report["contexts"]["documents"]
@@ -268,7 +270,7 @@ def show(rows: Sequence[Row], case: Case) -> None:
         ("order", "seeds", *map(str, case.before), "alone", "all documents", "copying"),
         {"order"},
     )
-    for arm in ARMS:
+    for arm in case.arms:
         if mine := [row for row in rows if row["arm"] == arm]:
             gains = [spread([row["behind"][k]["gain"] for row in mine]) for k in range(len(case.before))]
             losses = [spread([row[key] for row in mine])[0] for key in ("alone", "loss")]
@@ -291,7 +293,7 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="print the results that are stored, and train nothing")
     options = parser.parse_args()
     case = CASES["gpu" if options.gpu else options.size]
-    cells = grid(tuple(ARMS), case.seeds)
+    cells = grid(case.arms, case.seeds)
     with tempfile.TemporaryDirectory() as made:
         folder = (options.directory or Path(made)).absolute()
         if not options.show:
@@ -299,12 +301,12 @@ def main() -> int:
             link_corpus(folder, options.corpus, case.corpus)
             (folder / RECIPE.name).write_bytes(RECIPE.read_bytes())
             longring(folder, "prepare", RECIPE.name, *case.settings)
-            for settings in ARMS.values():
-                longring(folder, "order", RECIPE.name, *case.settings, *settings, "--workers", "1")
+            for arm in case.arms:
+                longring(folder, "order", RECIPE.name, *case.settings, *ARMS[arm], "--workers", "1")
             prepare_held_out(folder, RECIPE, "data", (case.context // 4, case.context), case.settings)
             run_cells(folder, cells, lambda cell: measure(case, folder, cell))
         rows = list(results(folder, cells))
-        held = {arm: documents_per_context(case, folder, arm) for arm in ARMS}
+        held = {arm: documents_per_context(folder, arm) for arm in case.arms}
     show(rows, case)
     Console().print(f"{len(rows)} of {len(cells)} cells are done")
     write_record(options.json, {"documents_per_context": held, "rows": rows})

@@ -65,6 +65,7 @@ class Case(NamedTuple):
     samples: int = 40
     settings: Sequence[str] = ()
     """Settings that replace those of the recipe."""
+    arms: Sequence[str] = tuple(SHARES)
 
     @property
     def lengths(self) -> list[int]:
@@ -109,6 +110,7 @@ CASES: Mapping[str, Case] = {
             *("model.ffn_hidden_size=64", "train.global_batch_tokens=1024", "parallel.tokens_per_rank=1024"),
             *("train.warmup_steps=1", "train.decay_steps=1", "knots.min_sequence_tokens=1024"),
         ),
+        ("share 0.8",),
     ),
 }
 
@@ -163,7 +165,7 @@ def show(rows: Sequence[Row], case: Case) -> None:
         ("model", "seeds", "length", "loss", "copying", "needles", "backtrace"),
         {"model"},
     )
-    for arm in SHARES:
+    for arm in case.arms:
         mine = [row for row in rows if row["arm"] == arm]
         for number, length in enumerate(case.lengths if mine else ()):
             gains = [
@@ -192,7 +194,7 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="print the results that are stored, and train nothing")
     options = parser.parse_args()
     case = CASES["gpu" if options.gpu else options.size]
-    cells = grid(tuple(SHARES), case.seeds)
+    cells = grid(case.arms, case.seeds)
     with tempfile.TemporaryDirectory() as made:
         folder = (options.directory or Path(made)).absolute()
         if not options.show:

@@ -43,7 +43,7 @@ class CorpusSize(NamedTuple):
 CORPUS_SIZES: Mapping[str, CorpusSize] = {
     "full": CorpusSize(0, 0.08, 4096),
     "quick": CorpusSize(8_000_000, 0.08, 4096),
-    "smallest": CorpusSize(600_000, 0.5, 512),
+    "smallest": CorpusSize(2_000_000, 0.5, 512),
 }
 ACCOUNT = "corpus.json"
 """File with the account of a corpus, written last."""

@@ -21,8 +21,8 @@ from .script import Row
 
 HELD_OUT = "held_out"
 """Directory of the prepared held-out documents."""
-HELD_OUT_SHARE = 0.9
-"""Share of the documents of held-out packages that are evaluated: prepared data has documents to train, too."""
+HELD_OUT_SHARE = 0.5
+"""Share of the documents of held-out packages that are evaluated: prepared data must have documents to train, too."""
 GATE_GAIN, GATE_RIGHT = 1.0, 0.5
 """A model copies if the second time of random tokens has a loss this many nats lower, and this share of them is right.
 
@@ -77,7 +77,7 @@ def prepare_held_out(
         *("prepare", recipe.name, *settings, f"data.directory={HELD_OUT}", "data.source.path=held_out.jsonl"),
         *(
             "data.source.tokens_field=tokens",
-            f"data.tokenizer.path={prepared}",
+            *(f"data.tokenizer.path={prepared}", "order.mode=off", "order.directory="),
             f"data.held_out_fraction={HELD_OUT_SHARE}",
         ),
         *("data.method=decompose", "data.rest=drop", f"data.min_bucket_tokens={min(lengths)}"),
