@@ -2,7 +2,7 @@
 
     python -m lib.score_rows WEIGHTS DATA ROWS.npz SUMS.npy [key=value ...]
 
-DATA is prepared data with a bucket of the rows' length. ROWS.npz has `tokens` [rows, length + 1], `starts` [rows], the
+DATA is prepared data with a bucket of this length. ROWS.npz has `tokens` [rows, length + 1], `starts` [rows], the
 first visible position, and `counted` [rows], the first position whose target counts. SUMS.npy gets the sum of the
 losses of each row and the number of targets that count, [rows, 2].
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from longring.launch.evaluate import opened
-from longring.launch.evaluation.score import Row
+from longring.launch.evaluation.score import Row, Scorer
 from longring.launch.ranks.watchdog import Watchdog
 from longring.launch.run_directory import RunDirectory
 from longring.launch.target import target_of_weights
@@ -46,7 +46,8 @@ def main() -> int:
     mesh = join(target.recipe.parallel, target.recipe.max_context_parallel, 10, store)
     with Watchdog(target.run, 0, 1, 0) as watchdog:
         _, measurement = opened(target, mesh, watchdog, [length])
-        [scorer] = measurement.scorers()
+        loss = measurement.held_out
+        scorer = Scorer(loss.engine, loss.mesh, measurement.layouts[length], loss.at)
         scorer.engine.eval()
         sums = scorer.sums(len(tokens), 2, row)[:, 1]  # [rows, (loss, right, tokens)]
     np.save(sums_file, sums[:, [0, 2]])
