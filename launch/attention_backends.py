@@ -24,12 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data.files import write_text
-from ..data.processes import end_with_parent
 from ..kernels import backends
 from ..kernels.backends import choose_backend, selection
 from ..kernels.blocks import architecture
 from ..kernels.case import Case, Kind, Task
-from ..kernels.choose import Question, Sample, Timing, fastest, measure, rehearse
+from ..kernels.choose import Question, Sample, Timing, fastest, rehearse
 from ..kernels.layout import SeqLayout
 from ..kernels.packages import installed
 from ..parallel.cp.packed import divided, typical_packing
@@ -37,6 +36,7 @@ from ..parallel.mesh import Mesh
 from ..parallel.world import World
 from .config import Recipe
 from .grids.choice import attention_shape
+from .measure_backend import LINE, question_json
 from .tables import plain_table
 from .together import first_of_any, on_all_ranks, on_rank_0
 
@@ -134,6 +134,7 @@ def measured(
     if (rows := known.get(machine, {}).get(key)) is not None:
         log.info("attention backends: as measured before, %s", file)
         return [Timing(*row) for row in rows]
+    default = choose_backend(case)
     deadline, complete, timings = time.monotonic() + limit_s, True, list[Timing]()
     for name, backend in backends.BACKENDS.items():
         if name == "reference":  # it holds all scores
@@ -146,9 +147,10 @@ def measured(
             log.info("attention backend %s", timing)
         if note:
             log.warning("attention backend %s does not count: %s", name, note)
-        complete &= not note.startswith("no end")
+        complete &= not note.startswith("no end") and not (note and name == default)
         timings += [] if note else found
-    if complete:  # else the next start, which finds more kernels compiled, measures again
+    # Else the next start, which may find more kernels compiled or more memory free, measures again.
+    if complete:
         device_name = json.loads(machine)["device"]
         kept = {other: rows for other, rows in known.items() if json.loads(other)["device"] != device_name}
         kept[machine] = {**known.get(machine, {}), key: [list(timing) for timing in timings]}
@@ -162,7 +164,7 @@ def measured_apart(question: Question, backend: str, device: torch.device, secon
 
     The process has some seconds.
     """
-    words = [sys.executable, "-m", "longring.launch.attention_backends"]
+    words = [sys.executable, "-m", "longring.launch.measure_backend"]
     words += [str(os.getpid()), question_json(question), backend, str(device)]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=max(0.0, seconds))
@@ -172,30 +174,6 @@ def measured_apart(question: Question, backend: str, device: torch.device, secon
     found = [Timing(*json.loads(line.removeprefix(LINE))) for line in lines]
     said = done.stderr.strip().splitlines()[-1:] or ["nothing on stderr"]
     return found, "" if done.returncode == 0 else f"its process ended with {done.returncode}: {said[0][:300]}"
-
-
-LINE = "timing "
-"""Beginning of the lines with results; packages may print others."""
-
-
-def question_json(question: Question) -> str:
-    """Return a question as text for another process."""
-    samples = [
-        [b, *([side.runs, side.document_starts] for side in (queries, keys)), window, tasks]
-        for b, queries, keys, window, tasks in question.samples
-    ]
-    dtype = str(question.dtype).removeprefix("torch.")
-    return json.dumps([*question[:3], dtype, samples])
-
-
-def question_from(text: str) -> Question:
-    """Return the question that `question_json` wrote."""
-    heads, kv_heads, head_dim, dtype, samples = json.loads(text)
-    found = []
-    for b, *sides, window, tasks in samples:
-        queries, keys = (SeqLayout(tuple(map(tuple, runs)), tuple(starts)) for runs, starts in sides)
-        found.append(Sample(b, queries, keys, window, tuple(tasks)))
-    return Question(heads, kv_heads, head_dim, getattr(torch, dtype), tuple(found))
 
 
 def machine_of(device: torch.device) -> str:
@@ -243,18 +221,3 @@ def backends_table(timings: Iterable[Timing]) -> Table:
         taken = " *" * (best.get((task, kind)) == backend)
         table.add_row(task, kind, f"{backend}{taken}", ms, max(row.note for row in of_tile)[:160])
     return table
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Measure one backend, as `measured_apart` has asked, and print a line for each timing."""
-    parent, question, backend, device = arguments
-    end_with_parent(int(parent))
-    if torch.device(device).type == "cuda":
-        torch.cuda.set_device(device)
-    for timing in measure(question_from(question), backend, torch.device(device)):
-        print(f"{LINE}{json.dumps(timing)}", flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

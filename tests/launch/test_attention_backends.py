@@ -21,12 +21,11 @@ from longring.launch.attention_backends import (
     backends_table,
     measured,
     measured_apart,
-    question_from,
-    question_json,
     question_of,
     with_backends,
 )
 from longring.launch.config import Recipe, load_recipe
+from longring.launch.measure_backend import question_from, question_json
 from longring.parallel.mesh import Mesh, join
 from rich.console import Console
 
@@ -121,8 +120,12 @@ def test_a_damaged_record_is_measured_again(asked, sandbox_recipe, tmp_path, cap
     assert measured(question, CASE, CPU, file) and len(asked) == 3
 
 
-def test_a_measurement_that_was_cut_off_is_not_kept(monkeypatch, asked, sandbox_recipe, tmp_path):
-    monkeypatch.setattr(attention_backends, "measured_apart", lambda *_: ([], "no end within 3 s"))
+@pytest.mark.parametrize("backend", ["torch_cpu", "flash"])
+def test_a_measurement_that_was_cut_off_or_failed_for_the_default_is_not_kept(
+    monkeypatch, asked, sandbox_recipe, tmp_path, backend
+):
+    note = "its process ended with 1: out of memory" if backend == "torch_cpu" else "no end within 3 s"
+    monkeypatch.setattr(attention_backends, "measured_apart", lambda _, name, *__: ([], note * (name == backend)))
     assert measured(question_of(small_recipe(sandbox_recipe), [512]), CASE, CPU, tmp_path / FILE) == []
     assert not (tmp_path / FILE).exists()
 
