@@ -80,7 +80,7 @@ class Case(NamedTuple):
 
 
 CASES: Mapping[str, Case] = {
-    "full": Case("full", 1200, 6, 20),
+    "full": Case("full", 2400, 6, 20),
     "quick": Case("quick", 100, 2, 10, ("train.warmup_steps=10",), ("128 wide",)),
     "smallest": Case(
         "smallest",
