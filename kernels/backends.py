@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from importlib.metadata import version
 from itertools import takewhile
 from typing import NamedTuple, get_args
 
@@ -134,6 +135,25 @@ def _triton_forward(*arguments) -> tuple[Tensor, Tensor]:
     return triton_attention.forward(*arguments)
 
 
+def _unfit_gluon(case: Case) -> str | None:
+    if (reason := unfit_nvidia(case, least=90, largest_head_dim=128)) is not None:
+        return reason
+    if case.arch != "sm_90":
+        return f"runs on sm_90, not on {case.arch}"
+    if case.head_dim <= 32:
+        return "head dims above 32"
+    found = version("triton")
+    if tuple(map(int, found.split(".")[:2])) < (3, 7):
+        return f"needs triton 3.7 or later, not {found}"
+    return None
+
+
+def _gluon_forward(*arguments) -> tuple[Tensor, Tensor]:
+    from . import triton_attention
+
+    return triton_attention.forward_by_gluon(*arguments)
+
+
 def _triton_backward(*arguments) -> None:
     from . import triton_attention
 
@@ -162,6 +182,8 @@ BACKENDS = {
     "flash_3": _of_kernel(flash_3.unfit, flash_3.KERNEL),
     "flash_4": _of_kernel(flash_4.unfit, flash_4.KERNEL),
     "cudnn_flex": Backend(cudnn_flex.unfit, cudnn_flex.forward, cudnn_flex.backward, writes=lambda mask: True),
+    # Its backward is Triton's.
+    "gluon": Backend(_unfit_gluon, _gluon_forward, _triton_backward, writes=lambda mask: True),
     "reference": Backend(lambda case: None, reference.forward, reference.backward),
 }
 """The backends in order of preference. On CUDA "auto" takes `triton`; those after it run when they are named, or when

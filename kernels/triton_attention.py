@@ -23,6 +23,22 @@ def forward(
 
     q is `[b, s_q, h_q, d]`, k and v are `[b, s_k, h_kv, d]`.
     """
+    return _forward(forward_kernel, blocks("forward", q), q, k, v, mask, scale, softcap, running)
+
+
+def forward_by_gluon(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float, running: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Return what `forward` does, by the kernel for Hopper of `gluon_kernels.py`, without a softcap."""
+    from .gluon_kernels import BLOCKS, forward_kernel  # imported late: older Tritons have another Gluon
+
+    return _forward(forward_kernel, BLOCKS, q, k, v, mask, scale, softcap, running)
+
+
+def _forward(
+    kernel: Any, sizes: Blocks, q: Tensor, k: Tensor, v: Tensor, mask: Mask,
+    scale: float, softcap: float, running: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if scale <= 0:  # the kernel scales the largest product of a row, which must stay the largest
         q, scale = q * (-1 if scale < 0 else 0), abs(scale) or 1.0
     q, k, v = (_addressable(x) for x in (q, k, v))
@@ -34,11 +50,10 @@ def forward(
     )
     assert _addressable(out) is out, "running results must be laid out as no_result makes them"
     _give_scratch_memory(q.device)
-    sizes = blocks("forward", q)
     numbers = (*_strides(q, k, v, out), *lse.stride()[:2], h, h // k.shape[2], s_q, k.shape[1], scale, softcap)
     constants = (d, padded(d), sizes.block_m, sizes.block_n, running is not None, softcap > 0, q.itemsize == 2)
     num_programs = _num_blocks(s_q, sizes.block_m) * b * h
-    _launch(forward_kernel, num_programs, (q, k, v, out, lse, mask.rows), numbers, constants, sizes)
+    _launch(kernel, num_programs, (q, k, v, out, lse, mask.rows), numbers, constants, sizes)
     return out, lse
 
 

@@ -96,7 +96,7 @@ class TrainConfig:
     """Data type in which gradients are summed over micro-batches and ranks. bfloat16 takes half the memory and traffic
     of that sum, and its error grows with their number; docs/design.md has figures."""
     attention_backend: Literal[
-        "auto", "torch_cpu", "triton", "cudnn", "flash", "flash_3", "flash_4", "cudnn_flex", "reference"
+        "auto", "torch_cpu", "triton", "cudnn", "flash", "flash_3", "flash_4", "cudnn_flex", "gluon", "reference"
     ] = "auto"
     """Attention kernel. On GPUs "auto" takes, for each kind of tile, the fastest of those installed, which a start
     measures; elsewhere, and with `deterministic`, the first that fits the device, dtype and head dim, and logs why."""

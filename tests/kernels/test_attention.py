@@ -354,7 +354,7 @@ def test_backend_choice_is_logged_once_with_reasons(caplog):
         "attention of float32 on cpu, head dim 32: torch_cpu",
         "attention of float64 on cpu, head dim 32, softcap: reference (torch_cpu: no softcap; "
         "triton: bfloat16, float16 and float32 only; cudnn: runs on CUDA; flash: runs on CUDA; "
-        "flash_3: runs on CUDA; flash_4: runs on CUDA; cudnn_flex: runs on CUDA)",
+        "flash_3: runs on CUDA; flash_4: runs on CUDA; cudnn_flex: runs on CUDA; gluon: runs on CUDA)",
     ]
     assert choose_backend(case, "reference") == "reference"
     unfit = (
