@@ -67,6 +67,14 @@ def kinds(record: Any) -> Iterator[Cells]:
         yield name, f"{row['tokens_per_s'] / 1e3:,.0f}", f"{over:.2f}" if over < 10 else f"{over:.1f}"
 
 
+def readers(record: Any) -> Iterator[Cells]:
+    """Yield the million tokens/s of LongRing's reader and of others, by bucket."""
+    for row in record["rows"]:
+        own = [row[f"{name}_tokens_per_s"] for name in ("ours", "webdataset_rows")]
+        peers = [row["peers"][name] for name in ("megatron-core", "ai2-olmo-core", "mosaicml-streaming")]
+        yield f"{row['bucket']:,}", *(f"{rate / 1e6:,.0f}" for rate in (*own, *peers))
+
+
 def odd_documents(record: Any) -> Iterator[Cells]:
     """Yield the time of ordinary documents over that of one odd document, and its memory."""
     names = {"ordinary": "ordinary text", "one word of random letters": "random letters"}
@@ -204,6 +212,7 @@ TABLES = [
         ("prepare_1_core_2026-11-23", "loader_2_cores_2026-11-23", "variable_length_2_cores_2026-11-23"),
     ),
     Table("data.md", "| kind | thousand tokens/s |", kinds, ("prepare_kinds_2_cores_2026-11-22",)),
+    Table("data.md", "| bucket | LongRing |", readers, ("loader_peers_2_cores_2026-11-23",)),
     Table("data.md", "| one document of 34 MB |", odd_documents, ("prepare_odd_1_core_2026-11-22",)),
     Table("mixes.md", "| | of the data | asked |", mixes, ("published_mixes_2026-11-22",)),
     Table("mixes.md", "| mix | longest | GPUs |", length_degrees, ("length_degrees_2026-11-23",)),

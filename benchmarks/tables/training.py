@@ -148,6 +148,14 @@ def published(record: Any) -> Iterator[Cells]:
         yield row["source"], row["case"], *sizes, *values, f"{row['predicted_over_published']:.2f}"
 
 
+def growth(record: Any) -> Iterator[Cells]:
+    """Yield the CPU seconds, the memory and the wait for data of a rank, by ranks of the run and of a sequence."""
+    for row in record["rows"]:
+        sizes = f"{row['ranks']}", f"{row['cp']}", f"{row['length']:,}"
+        cpu = f"{row['cpu_s']:.2f} s", f"{row['cpu_over_one_rank']:.2f}", f"{row['flops_over_one_rank']:.2f}"
+        yield *sizes, *cpu, f"{row['memory_mb']:,} MB", f"{row['data_ms']:.1f} ms"
+
+
 def phases(record: Any) -> Iterator[Cells]:
     """Yield held-out losses of the longest sequences before and after an extension, also by position."""
     for row in record["rows"][:3]:
@@ -168,5 +176,6 @@ TABLES = [
     Table("faults.md", "| fault | exit statuses |", faults, ("soak_2_cores_2026-11-22",)),
     Table("fitting.md", "| division | ranks | length |", fit_time, ("fit_time_2_cores_2026-11-23",)),
     Table("fitting.md", "| published by | case | GPUs |", published, ("published_figures_2026-11-23",)),
+    Table("many-gpus.md", "| ranks | share a sequence |", growth, ("growth_2_cores_2026-11-23",)),
     Table("phases.md", "| | all | <128 |", phases, ("phases_2_cores_2026-11-22",)),
 ]
