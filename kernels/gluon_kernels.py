@@ -10,6 +10,7 @@ arrive, and `empty`, on which the groups arrive that have read it. Use n of a bu
 
 from __future__ import annotations
 
+import triton.language as tl  # Triton reads the types of arguments as text that begins with tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
@@ -141,9 +142,9 @@ def _compute(
 @gluon.jit(do_not_specialize=VARYING)
 def forward_kernel(
     q, k, v, out, lse, rows,
-    q_b: gl.int64, q_s: gl.int64, q_h: gl.int64, k_b: gl.int64, k_s: gl.int64, k_h: gl.int64,
-    v_b: gl.int64, v_s: gl.int64, v_h: gl.int64, out_b: gl.int64, out_s: gl.int64, out_h: gl.int64,
-    lse_b: gl.int64, lse_h: gl.int64, num_heads, group, s_q, s_k, scale: gl.float32, softcap: gl.float32,
+    q_b: tl.int64, q_s: tl.int64, q_h: tl.int64, k_b: tl.int64, k_s: tl.int64, k_h: tl.int64,
+    v_b: tl.int64, v_s: tl.int64, v_h: tl.int64, out_b: tl.int64, out_s: tl.int64, out_h: tl.int64,
+    lse_b: tl.int64, lse_h: tl.int64, num_heads, group, s_q, s_k, scale: tl.float32, softcap: tl.float32,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     CONTINUES: gl.constexpr, SOFTCAP: gl.constexpr, DESCRIPTORS: gl.constexpr,
 ):  # fmt: skip
