@@ -150,6 +150,17 @@ def test_the_gluon_forward_is_compiled_once(kernels, asked):
     assert Counter(name for name, _ in asked) == {"forward_kernel": 1}
 
 
+def test_the_kernels_of_the_loss_head_are_compiled_once(kernels, asked, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    loss = importlib.import_module("compiled_kernels.triton_loss")
+    for num_tokens, width, num_rows in ((16, 4096, 4000), (1, 8, 1), (33, 50_304, 50_257)):
+        targets = torch.zeros(num_tokens, dtype=torch.int64)
+        logits = torch.zeros(num_tokens, width, dtype=torch.bfloat16)
+        stats = loss.softmax_sums(logits, targets, num_rows)
+        loss.gradient_(logits, targets[-1:], num_rows, *(x[-1:] for x in stats))
+    assert Counter(name for name, _ in asked) == {"sums_kernel": 1, "gradient_kernel": 1}
+
+
 class Loaded(CompiledKernel):
     """A kernel as Triton returns it, which notes what the driver would get."""
 
