@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -92,6 +93,9 @@ def try_library(wheel: Path, directory: Path) -> None:
 
 def try_stages(sdist: Path, wheel: Path, directory: Path) -> None:
     """Prepare and train with the code of the sdist; packages are those of this interpreter, as the extras ask for."""
+    with tarfile.open(sdist) as archive:
+        stray = [name for name in archive.getnames() if "/tests" in name]
+    assert not stray, f"{stray}: tests need the whole checkout, and the sdist is the library alone"
     bin = environment(directory / "stages", "--without-pip")  # its own setuptools may be too old for the build
     site = Path(run(bin / "python", "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip())
     (site / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
