@@ -94,7 +94,7 @@ class CpGrid:
     def parse(cls, text: str) -> CpGrid:
         """Return the grid of a text such as "query=4, kv=2, kv_route=direct", the form that `str` gives.
 
-        Raises ValueError for an unknown name or value.
+        Raises ValueError for an unknown name or value, or for a name that is given twice.
         """
         # Fields are numbers or one of the literals of their type.
         hints, values = get_type_hints(cls), {}
@@ -102,6 +102,8 @@ class CpGrid:
             name, equals, value = (part.strip() for part in item.partition("="))
             if not equals or name not in hints:
                 raise ValueError(f"grid {text!r}: {item.strip()!r} is not NAME=VALUE; the names are {', '.join(hints)}")
+            if name in values:
+                raise ValueError(f"grid {text!r}: {name} is given twice; leave one of them out")
             choices = get_args(hints[name])
             if (choices and value not in choices) or (not choices and not value.isdecimal()):
                 wanted = f"one of {', '.join(choices)}" if choices else "a whole number"

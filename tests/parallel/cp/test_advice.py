@@ -90,6 +90,9 @@ CASES: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
     "query = 'two': must be a whole number; leave it out for 1": (
         lambda: CpGrid.parse("query=two, kv=2"), lambda: CpGrid.parse("kv=2")
     ),
+    "kv is given twice; leave one of them out": (
+        lambda: CpGrid.parse("kv=2, kv=4"), lambda: CpGrid.parse("kv=4")
+    ),
     "kv_route = 'home': must be one of round, .*, direct; leave it out for the default": (
         lambda: CpGrid.parse("kv=2, kv_route=home"), lambda: CpGrid.parse("kv=2")
     ),
