@@ -22,7 +22,7 @@ from .visible import Ints
 class AttentionShape:
     """Shape of one layer's attention on one tensor-parallel rank; with the tokens it determines FLOPs and bytes.
 
-    Raises ValueError unless the number of query heads is a multiple of the number of kv heads.
+    Raises ValueError unless all numbers are at least 1 and that of query heads is a multiple of that of kv heads.
     """
 
     num_heads: int
@@ -40,6 +40,11 @@ class AttentionShape:
             raise ValueError(
                 f"num_heads = {self.num_heads}, num_kv_heads = {self.num_kv_heads}: num_heads must be a positive "
                 "multiple of num_kv_heads; give the numbers of one tensor-parallel rank"
+            )
+        if min(self.head_dim, self.itemsize, self.batch) < 1:
+            raise ValueError(
+                f"head_dim = {self.head_dim}, itemsize = {self.itemsize}, batch = {self.batch}: each must be at least "
+                "1; give those of q, k and v"
             )
 
     def bytes_of(self, message: Message, grid: CpGrid, direction: Pass) -> int:
@@ -71,7 +76,7 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class Speed:
-    """Speed at which a rank computes tiles."""
+    """Speed at which a rank computes tiles. Raises ValueError unless both rates are above 0 and the time at least 0."""
 
     forward_flops: float
     """FLOP/s of the forward, which takes 4 x head_dim FLOPs for each head and visible pair."""
@@ -79,6 +84,13 @@ class Speed:
     """FLOP/s of the backward, which takes 10 x head_dim FLOPs for each head and visible pair."""
     tile_s: float = 0.0
     """Fixed time of a tile, in seconds."""
+
+    def __post_init__(self) -> None:
+        if not (self.forward_flops > 0 and self.backward_flops > 0 and self.tile_s >= 0):
+            raise ValueError(
+                f"speed: forward_flops = {self.forward_flops}, backward_flops = {self.backward_flops}, tile_s = "
+                f"{self.tile_s}: must be above 0, above 0 and at least 0; take those of `probe`, or leave the speed out"
+            )
 
     def seconds(self, pairs: Ints, shape: AttentionShape, grid: CpGrid, direction: Pass) -> Floats:
         """Return the seconds that tiles with these numbers of visible pairs take, like `pairs`."""

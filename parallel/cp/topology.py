@@ -40,7 +40,7 @@ class Fabric:
     | `mesh` | one link between every two ends |
     | `ring` | one link to each neighbour; other messages take the links between, the shorter way round |
 
-    Raises ValueError for another kind.
+    Raises ValueError for another kind, and unless all numbers but the latency are above 0.
     """
 
     kind: Kind
@@ -53,6 +53,12 @@ class Fabric:
         if self.kind not in get_args(Kind):
             raise ValueError(
                 f"fabric: kind = {self.kind!r}: must be one of {', '.join(get_args(Kind))}; name one of these kinds"
+            )
+        if not (self.bytes_per_s > 0 and self.latency_s >= 0 and self.ends_per_port >= 1):
+            raise ValueError(
+                f"fabric: bytes_per_s = {self.bytes_per_s}, latency_s = {self.latency_s}, ends_per_port = "
+                f"{self.ends_per_port}: must be above 0, at least 0 and at least 1; take those of "
+                "`probe` or of a preset"
             )
 
     def path(self, size: int, source: int, target: int, name: Hashable = None) -> Path:
@@ -84,7 +90,10 @@ class Fabric:
 
 @dataclass(frozen=True)
 class Topology:
-    """Nodes of `ranks_per_node` ranks, with one fabric inside each node and one across; the ends of both are ranks."""
+    """Nodes of `ranks_per_node` ranks, with one fabric inside each node and one across; the ends of both are ranks.
+
+    Raises ValueError if a node has no rank.
+    """
 
     name: str
     ranks_per_node: int
@@ -92,6 +101,13 @@ class Topology:
     across: Fabric | None = None
     copies: Fabric | None = None
     """Fabric inside a node for rings that fit into it, whose messages are copies; None: `inside` serves them too."""
+
+    def __post_init__(self) -> None:
+        if self.ranks_per_node < 1:
+            raise ValueError(
+                f"topology {self.name!r}: ranks_per_node = {self.ranks_per_node}: must be at least 1; give the number "
+                "of ranks of a node, or all ranks if they are on one"
+            )
 
     def path(self, size: int, source: int, target: int) -> Path:
         """Return the path between two of `size` ranks, which fill one node after the other."""
@@ -106,7 +122,7 @@ class Topology:
     def preset(cls, name: str, num_ranks: int) -> Topology:
         """Return a topology of `num_ranks` ranks by its name: nvswitch, full_mesh, pcie_pairs, infiniband or ethernet.
 
-        Raises ValueError for another name.
+        Raises ValueError for another name, or for fewer ranks than one.
         """
         if name not in PRESETS:
             raise ValueError(f"topology = {name!r}: is not a preset; name one of {', '.join(PRESETS)}")

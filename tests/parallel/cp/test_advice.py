@@ -12,7 +12,7 @@ from longring.kernels.layout import SeqLayout
 from longring.kernels.mask import make_mask
 from longring.parallel.cp.attention import context_attention
 from longring.parallel.cp.choose import PricedGrid, Pricer, choose
-from longring.parallel.cp.cost import AttentionShape
+from longring.parallel.cp.cost import AttentionShape, Speed
 from longring.parallel.cp.execute import AttentionSpec
 from longring.parallel.cp.grid import CpGrid
 from longring.parallel.cp.group import CpGroup
@@ -79,6 +79,18 @@ CASES: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
     ),
     "kind = 'star': must be one of switch, mesh, ring; name one of these kinds": (
         lambda: fabric("star"), lambda: fabric("ring")
+    ),
+    "bytes_per_s = -1, latency_s = 0, ends_per_port = 1: must be above 0, .*; take those of `probe` or of a preset": (
+        lambda: Fabric("switch", -1, 0), lambda: Topology.preset("nvswitch", 4).inside
+    ),
+    "ranks_per_node = 0: must be at least 1; give the number of ranks of a node, or all ranks if they are on one": (
+        lambda: Topology.preset("nvswitch", 0), lambda: Topology.preset("nvswitch", 4)
+    ),
+    "backward_flops = 0, tile_s = 0.0: must be above 0, .*; take those of `probe`, or leave the speed out": (
+        lambda: Speed(1e12, 0), lambda: Pricer(64, AttentionShape(2, 2, 4), Topology.preset("nvswitch", 2))
+    ),
+    "head_dim = 0, itemsize = 2, batch = 1: each must be at least 1; give those of q, k and v": (
+        lambda: AttentionShape(4, 2, 0), lambda: AttentionShape(4, 2, 16)
     ),
     "grid: kv = 0: must be at least 1; leave it out for 1": (lambda: CpGrid.square(0), lambda: CpGrid()),
     "kv_route = 'home': must be one of round, round_and_home, both_ways, direct; leave it out for the default": (
