@@ -1,7 +1,7 @@
 """Which backend is fastest for each kind of tile, by measurement on this device.
 
 A backend counts for a kind of tile only if its results there are those of `reference`. An error of a kernel may end the
-process, so `launch/backends.py` measures each backend in a process of its own.
+process, so `launch/attention_backends.py` measures each backend in a process of its own.
 """
 
 from __future__ import annotations
