@@ -341,7 +341,7 @@ def test_the_launcher_forwards_signals_and_reports_killed_ranks(
     run = Run(recipe_file, tmp_path, ["train.steps=100", "train.checkpoint_every_steps=20"])
     process = launcher(run)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         metrics = run.path / "metrics.jsonl"
         while not metrics.exists() or len(metrics.read_text().splitlines()) < 30:
             assert process.poll() is None, run.output.read_text()
