@@ -43,7 +43,7 @@ plain = st.text(string.ascii_letters + " .,:;()'-=\n", max_size=30)
 
 @given(st.sampled_from(FORMS), secrets, plain, plain)
 def test_a_secret_is_known_by_its_form(form, secret, before, after):
-    assume(secret not in before + after)
+    assume(secret not in before + form + after)
     said = redact(f"{before} {form.replace('{}', secret).replace('{{', '{').replace('}}', '}')} {after}")
     assert secret not in said
     assert HIDDEN in said
@@ -115,7 +115,8 @@ def contents(directory: Path) -> bytes:
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(secret=secrets, form=st.sampled_from(FORMS[:10]))
+# Hypothesis also draws words of the program, which a run's files may hold; none begins with Q7.
+@given(secret=secrets.map("Q7{}".format), form=st.sampled_from(FORMS[:10]))
 def test_no_file_of_a_run_directory_holds_a_secret(recipe_file, tmp_path, capsys, secret, form):
     text = form.replace("{}", secret)
     run = RunDirectory(tmp_path / "run")
