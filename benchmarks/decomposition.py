@@ -93,7 +93,7 @@ class Case(NamedTuple):
 
 
 CASES: Mapping[str, Case] = {
-    "full": Case("full", 2400, 3, (256, 512, 1024, 2048, 4096)),
+    "full": Case("full", 2000, 3, (256, 512, 1024, 2048, 4096), evaluations=5),
     "gpu": Case(
         "full",
         1600,
@@ -205,7 +205,7 @@ def measure(case: Case, folder: Path, cell: Cell) -> Row:
         seconds_at[step] = seconds
     *before, last = checkpoints_of(run)
     few, all_of_them = (f"evaluate.samples={samples}" for samples in (case.samples // 4, case.samples))
-    found = evaluate(folder, before, ["copy_random"], *EVALUATION, few) if before else []
+    found = evaluate(folder, before, ["copy_text"], *EVALUATION, few) if before else []
     found += evaluate(folder, [last], ["copy", "needle_single"], *EVALUATION, all_of_them)
     keep_last_checkpoint(run)
     batch = load_recipe(RECIPE, case.settings).train.global_batch_tokens

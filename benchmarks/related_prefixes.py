@@ -79,7 +79,7 @@ class Case(NamedTuple):
 
 
 CASES: Mapping[str, Case] = {
-    "full": Case("full", 1200, 3, 8192, (1, 2, 4, 6), 1024, 96),
+    "full": Case("full", 2000, 3, 8192, (1, 2, 4, 6), 1024, 96),
     "gpu": Case(
         "full",
         600,

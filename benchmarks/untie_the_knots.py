@@ -28,6 +28,7 @@ from lib.cells import Cell, grid, results, run_cells
 from lib.commands import longring
 from lib.learning import (
     checkpoints_of,
+    copying,
     evaluate,
     keep_last_checkpoint,
     link_corpus,
@@ -168,12 +169,7 @@ def show(rows: Sequence[Row], case: Case) -> None:
     for arm in case.arms:
         mine = [row for row in rows if row["arm"] == arm]
         for number, length in enumerate(case.lengths if mine else ()):
-            gains = [
-                one["gain"]
-                for row in mine
-                for one in row["tasks"]
-                if (one["task"], one["length"]) == ("copy_random", length)
-            ]
+            gains = [copying(row, length)[0] for row in mine]
             scores = [spread([exact(row, task, length) for row in mine]) for task in ("needle", "backtrace")]
             table.add_row(
                 "" if number else arm,
