@@ -1,10 +1,11 @@
-"""`Case`: the properties of attention's inputs that decide which backends can compute them."""
+"""Attention's inputs: the properties that decide which backends can compute them, and their layout in memory."""
 
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 Kind = Literal["whole", "causal", "window", "documents"]
 """The kind of a tile's mask: every query sees every key; one causal run of keys; one run with an attention window; or
@@ -48,3 +49,18 @@ def unfit_nvidia(case: Case, least: int, largest_head_dim: int, softcap: bool = 
     if case.head_dim > largest_head_dim or case.head_dim % 8:
         return f"head dims up to {largest_head_dim}, multiples of 8"
     return None
+
+
+def addressable(x: Tensor) -> Tensor:
+    """Return x `[..., d]`, copied if a TMA descriptor cannot address it.
+
+    A descriptor needs a contiguous last dim, and a base address and other strides that are multiples of 16 bytes; the
+    kernels of LongRing and of packages are compiled for such addresses.
+    """
+    *steps, last = x.stride()
+    bits = 0  # of all strides together: a power of two divides each of them if it divides this
+    for step in steps:
+        bits |= step
+    if last == 1 and not (x.data_ptr() | bits * x.itemsize) % 16:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .case import Case, unfit_nvidia
+from .case import Case, addressable, unfit_nvidia
 from .mask import Mask
 from .merge import merge_
 from .packages import unfit_package
-from .varlen import aligned
 
 DISTRIBUTION = "nvidia-cudnn-frontend"
 PLANS, EXECUTION = "cudnn.flex_attention", "cudnn.flex_attention.execution"
@@ -60,7 +59,7 @@ def forward(
     q is `[b, s_q, h_q, d]`, k and v are `[b, s_k, h_kv, d]`.
     """
     assert softcap == 0, "choose_backend gives softcap to other backends"
-    q, k, v = (aligned(x) for x in (q, k, v))
+    q, k, v = (addressable(x) for x in (q, k, v))
     out, lse, *_ = importlib.import_module(EXECUTION)._flex_attention_forward(
         q, k, v, mask_plan=_plan(q, k, v, mask), softmax_scale=scale, return_lse=True
     )
@@ -91,7 +90,7 @@ def backward(
     dout, q, out are `[b, s_q, h_q, d]`, k, v `[b, s_k, h_kv, d]`, lse, delta `[b, h_q, s_q]`.
     """
     assert softcap == 0, "choose_backend gives softcap to other backends"
-    dout, q, k, v = (aligned(x) for x in (dout, q, k, v))
+    dout, q, k, v = (addressable(x) for x in (dout, q, k, v))
     # It subtracts rowsum(dout * out) - dlse from each dp: with out = 0 and dlse = -delta exactly delta.
     dlse = None
     if out is None:
@@ -100,7 +99,7 @@ def backward(
     if _some_see_nothing(mask):
         lse = lse.masked_fill(lse.isneginf(), 0)  # -inf - -inf would be nan; these rows have probabilities of 0
     grads = importlib.import_module(EXECUTION)._flex_attention_backward(
-        q, k, v, aligned(out), dout, lse.contiguous(), mask_plan=_plan(q, k, v, mask), softmax_scale=scale,
+        q, k, v, addressable(out), dout, lse.contiguous(), mask_plan=_plan(q, k, v, mask), softmax_scale=scale,
         deterministic=torch.are_deterministic_algorithms_enabled(), dlse_tensor=dlse,
     )  # fmt: skip
     for total, grad in zip(into, grads, strict=True):

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from .blocks import Blocks, blocks
+from .case import addressable
 from .mask import Mask
 from .triton_kernels import backward_dkdv_kernel, backward_dq_kernel, delta_kernel, forward_kernel, merge_kernel
 
@@ -41,14 +42,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if scale <= 0:  # the kernel scales the largest product of a row, which must stay the largest
         q, scale = q * (-1 if scale < 0 else 0), abs(scale) or 1.0
-    q, k, v = (_addressable(x) for x in (q, k, v))
+    q, k, v = (addressable(x) for x in (q, k, v))
     b, s_q, h, d = q.shape
     # The kernel writes every element of both, so they may start uninitialized.
     out, lse = running or (
         torch.empty(q.shape, dtype=q.dtype, device=q.device),
         torch.empty((b, h, s_q), dtype=torch.float32, device=q.device),
     )
-    assert _addressable(out) is out, "running results must be laid out as no_result makes them"
+    assert addressable(out) is out, "running results must be laid out as no_result makes them"
     _give_scratch_memory(q.device)
     numbers = (*_strides(q, k, v, out), *lse.stride()[:2], h, h // k.shape[2], s_q, k.shape[1], scale, softcap)
     constants = (d, padded(d), sizes.block_m, sizes.block_n, running is not None, softcap > 0, q.itemsize == 2)
@@ -75,7 +76,7 @@ def backward(
     Buffers in 16 bit are written instead, whatever they hold: a sequence whose keys are all here has nothing to add to.
     dout, q, out are `[b, s_q, h_q, d]`, k, v `[b, s_k, h_kv, d]`, lse, delta `[b, h_q, s_q]`.
     """
-    q, k, v, dout = (_addressable(x) for x in (q, k, v, dout))
+    q, k, v, dout = (addressable(x) for x in (q, k, v, dout))
     if delta is None:
         delta = row_delta(dout, out)
     # The kernels take one set of strides for both, and adjacent rows.
@@ -84,7 +85,7 @@ def backward(
     b, s_q, h, d = q.shape
     s_k, h_kv = k.shape[1], k.shape[2]
     dq, dk, dv = into
-    assert all(_addressable(x) is x for x in into), "gradient buffers must be laid out as zeros_fp32 makes them"
+    assert all(addressable(x) is x for x in into), "gradient buffers must be laid out as zeros_fp32 makes them"
     _give_scratch_memory(q.device)
     # dk and dv: a program per block of keys, which sums over the query heads of its group.
     sizes = blocks("backward_dkdv", q)
@@ -103,7 +104,7 @@ def backward(
 
 def row_delta(dout: Tensor, out: Tensor) -> Tensor:
     """Return rowsum(dout * out) `[b, h, s]` fp32 of dout, out `[b, s, h, d]`."""
-    dout, out = _addressable(dout), _addressable(out)
+    dout, out = addressable(dout), addressable(out)
     b, s_q, h, d = dout.shape
     delta = torch.empty((b, h, s_q), dtype=torch.float32, device=dout.device)
     numbers, rows = (*_strides(dout, out), h, s_q), rows_at_once(d)
@@ -117,10 +118,10 @@ def merge_(out: Tensor, lse: Tensor, part_outs: Tensor, part_lses: Tensor) -> No
     The result is that of `merge.merge_`.
     """
     b, s_q, h, d = out.shape
-    part_outs = _addressable(part_outs)
+    part_outs = addressable(part_outs)
     if part_lses.stride(3) != 1:  # the kernel reads adjacent rows
         part_lses = part_lses.contiguous()
-    assert lse.stride(2) == 1 and _addressable(out) is out, "running results must be laid out as no_result makes them"
+    assert lse.stride(2) == 1 and addressable(out) is out, "running results must be laid out as no_result makes them"
     numbers = (*_strides(out), *lse.stride()[:2], *part_outs.stride()[:4], *part_lses.stride()[:3])
     numbers, rows = (*numbers, len(part_outs), h, s_q), rows_at_once(d)
     tensors = (out, lse, part_outs, part_lses)
@@ -142,7 +143,7 @@ def _launch(
     """Launch a kernel, whose arguments are `tensors`, `numbers` and `constants` in this order.
 
     Triton searches for the compiled kernel by looking at every argument, which takes longer than the launch. Here it is
-    known by less: numbers do not matter to it (`triton_kernels.VARYING`), nor do addresses (`_addressable`).
+    known by less: numbers do not matter to it (`triton_kernels.VARYING`), nor do addresses (`addressable`).
     """
     key = (kernel, tensors[0].device, constants, sizes, *(x.dtype for x in tensors))
     compiled = _COMPILED.get(key)
@@ -175,21 +176,6 @@ def _num_blocks(num_rows: int, block: int) -> int:
 def _strides(*tensors: Tensor) -> list[int]:
     """Return the strides of dims b, s and h of each tensor `[b, s, h, d]`, one after another."""
     return [stride for x in tensors for stride in x.stride()[:3]]
-
-
-def _addressable(x: Tensor) -> Tensor:
-    """Return x `[..., d]`, copied if a TMA descriptor cannot address it.
-
-    A descriptor needs a contiguous last dim, and a base address and other strides that are multiples of 16 bytes; all
-    kernels are compiled for such addresses.
-    """
-    *steps, last = x.stride()
-    bits = 0  # of all strides together: a power of two divides each of them if it divides this
-    for step in steps:
-        bits |= step
-    if last == 1 and not (x.data_ptr() | bits * x.itemsize) % 16:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _give_scratch_memory(device: torch.device) -> None:

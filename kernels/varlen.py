@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .case import Kind
+from .case import Kind, addressable
 from .mask import Mask
 from .merge import merge_
 
@@ -128,9 +128,9 @@ def backward(
         stats = (lse[:, :, rows], None if delta is None else delta[:, :, rows])
         totals = (dq[:, rows], dk[:, keys], dv[:, keys])
         for at in _sequences(call, len(q)):
-            dout_, q_, out_ = (None if x is None else aligned(x[at]) for x in queries)
+            dout_, q_, out_ = (None if x is None else addressable(x[at]) for x in queries)
             lse_, delta_ = (None if x is None else x[at].contiguous() for x in stats)
-            k_, v_ = aligned(k[:, keys][at]), aligned(v[:, keys][at])
+            k_, v_ = addressable(k[:, keys][at]), addressable(v[:, keys][at])
             grads = kernel.backward(dout_, q_, k_, v_, out_, lse_, delta_, call, scale, softcap)
             for total, grad in zip(totals, grads, strict=True):
                 total[at].add_(grad) if total.itemsize > 2 else total[at].copy_(grad)
@@ -270,18 +270,10 @@ def _forward(
     """Return out `[b, rows, h_q, d]` and lse `[b, h_q, rows]` of the rows of one call."""
     q, k, v = q[:, call.rows], k[:, call.keys], v[:, call.keys]
     found = [
-        kernel.forward(aligned(q[at]), aligned(k[at]), aligned(v[at]), call, scale, softcap)
+        kernel.forward(addressable(q[at]), addressable(k[at]), addressable(v[at]), call, scale, softcap)
         for at in _sequences(call, len(q))
     ]
     if call.query_starts is None:
         return found[0]
     outs, lses = zip(*found, strict=True)
     return (outs[0][None], lses[0][None]) if len(found) == 1 else (torch.stack(outs), torch.stack(lses))
-
-
-def aligned(x: Tensor) -> Tensor:
-    """Return x `[..., d]`, copied unless its last dim is contiguous and each row begins at a multiple of 16 bytes."""
-    *steps, last = x.stride()
-    if last == 1 and not (x.data_ptr() % 16 or any(step * x.itemsize % 16 for step in steps)):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
