@@ -94,13 +94,17 @@ def _fits(case: Case, name: str) -> bool:
 
 @cache
 def parts_of(backend: str) -> tuple[str, dict[tuple[str, str], str]]:
-    """Return the default of a text of `selection`, and the backends that it names for a task and a kind of tile."""
+    """Return the default of a text of `selection`, and the backends that it names for a task and a kind of tile.
+
+    Raises ValueError if it names no task, kind or backend where one stands.
+    """
     default, *rest = backend.split("; ")
     chosen = {}
     for part in rest:
         tile, name = part.split(": ")
         task, kind = tile.split(" ")
-        assert task in TASKS and kind in KINDS and name in BACKENDS, f"{backend!r} is no text of `selection`"
+        if task not in TASKS or kind not in KINDS or name not in BACKENDS:
+            raise ValueError(f"attention backend = {backend!r}: {part!r} is no backend of a kind of tile")
         chosen[task, kind] = name
     return default, chosen
 

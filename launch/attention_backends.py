@@ -23,12 +23,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..data.files import write_text
+from ..data.files import read_patiently, write_text
 from ..kernels import backends
-from ..kernels.backends import choose_backend, selection
+from ..kernels.backends import choose_backend, parts_of, selection
 from ..kernels.blocks import architecture
 from ..kernels.case import Case, Kind, Task
-from ..kernels.choose import Question, Sample, Timing, fastest, rehearse
+from ..kernels.choose import Question, Sample, Timing, fastest, rehearse, tiles_of
 from ..kernels.layout import SeqLayout
 from ..kernels.packages import installed
 from ..parallel.cp.packed import divided, typical_packing
@@ -37,6 +37,7 @@ from ..parallel.world import World
 from .config import Recipe
 from .grids.choice import attention_shape
 from .measure_backend import LINE, question_json
+from .settings import flat
 from .tables import plain_table
 from .together import first_of_any, on_all_ranks, on_rank_0
 
@@ -52,34 +53,61 @@ DOCUMENTS = 4
 """Documents of a packed sample, in the mean; how many a run will have is not known."""
 
 
-def with_backends(recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: Console | None = None) -> Recipe:
+def with_backends(
+    recipe: Recipe, mesh: Mesh, lengths: Sequence[int], console: Console | None = None, file: Path | None = None
+) -> Recipe:
     """Return the recipe with the attention backends that buckets of these lengths use on this mesh. Collective.
 
-    On GPUs "auto" becomes the fastest backend for each kind of tile, as rank 0 has measured, which prints its table to
-    `console`. A deterministic run does not measure, since two starts may differ. Raises CommonError if the record
-    cannot be written.
+    On GPUs "auto" becomes the backends that an earlier start has kept in `file`, if they are still to be had, or else
+    the fastest for each kind of tile, as rank 0 measures. It prints them to `console`, and keeps them in `file`. A
+    deterministic run does not measure, since two starts may differ. Raises CommonError if a file cannot be read or
+    written.
     """
     train, device = recipe.train, mesh.device
     if train.attention_backend != "auto" or device.type != "cuda" or train.deterministic:
         return recipe
     question, case = question_of(recipe, lengths), case_of(recipe, device)
-    file = Path(os.environ["TRITON_CACHE_DIR"], FILE)
     # Less than the time without progress after which the watchdog ends a run.
     limit_s = min(LIMIT_S, 30 * recipe.faults.hang_minutes or LIMIT_S)
-    timings = on_rank_0(mesh, lambda: measured(question, case, device, file, limit_s))
-    chosen, default = fastest(timings), choose_backend(case)
-    if console is not None:
-        console.print(backends_table(timings))
+    print_line = partial(console.print, soft_wrap=True, highlight=False, markup=False) if console else log.info
+
+    def decided() -> str:
+        """Return the backends of an earlier start, or the fastest, as a text of `selection`. Rank 0 only."""
+        deadline = time.monotonic() + limit_s
+        if file is not None:
+            kept, changed = recalled(file, question, case, device, deadline)
+            if kept is not None:
+                print_line(f"attention backends: {kept} (as before: {file})")
+                return kept
+            if changed:
+                log.warning("attention backends: %s", changed)
+                print_line(f"attention backends: {changed}: measured anew; sums may round differently from here")
+        cache = Path(os.environ["TRITON_CACHE_DIR"], FILE)
+        timings = measured(question, case, device, cache, deadline - time.monotonic())
+        if console is not None:
+            console.print(backends_table(timings))
+        return selection(choose_backend(case), fastest(timings))
+
+    backend = on_rank_0(mesh, decided)
+    default, chosen = parts_of(backend)
     lacking = (f"rank {mesh.rank}: {name}: {backends.BACKENDS[name].unfit(case)}" for name in set(chosen.values()))
     if found := first_of_any(next((text for text in lacking if not text.endswith(": None")), None)):
         log.warning("attention backends of rank 0 are not those of all ranks (%s); all take %s", found, default)
-        return recipe
-    backend = selection(default, chosen)
+        if mesh.rank == 0:
+            print_line(f"attention backends: {backend}: not those of all ranks ({found}); all take {default} from here")
+        backend = default
     log.info("attention backends: %s", backend)
+
+    def ready() -> None:
+        rehearse(question, backend, device)
+        if mesh.rank == 0 and file is not None:  # after the kernels have run
+            kept = {"machine": json.loads(machine_of(device)), "tiles": repr(question), "backend": backend}
+            write_text(file, json.dumps(kept, indent=1) + "\n")
+
     # One rank of a node goes first: it compiles what the others then load.
     is_first = World.from_environment().local_rank == 0
     for is_mine in (is_first, not is_first):
-        on_all_ranks(mesh, partial(rehearse, question, backend, device) if is_mine else lambda: None)
+        on_all_ranks(mesh, ready if is_mine else lambda: None)
     return replace(recipe, train=replace(train, attention_backend=backend))
 
 
@@ -119,6 +147,55 @@ def case_of(recipe: Recipe, device: torch.device) -> Case:
     shape = attention_shape(recipe)
     dtype = getattr(torch, recipe.train.dtype)
     return Case(device.type, architecture(device), dtype, shape.head_dim, shape.num_kv_heads, False)
+
+
+def recalled(
+    file: Path, question: Question, case: Case, device: torch.device, deadline: float
+) -> tuple[str | None, str]:
+    """Return the backends that an earlier start has kept in `file`, as a text of `selection`; None: measure.
+
+    They are taken if device, driver, versions, code and tiles are the same and each of them, in a process of its own
+    that ends by `deadline` (of `time.monotonic`), still passes its check. With None comes what has changed, in words;
+    "": there is no file. Raises OSError if the file cannot be read.
+    """
+    now = flat(json.loads(machine_of(device)))
+    try:
+        kept = json.loads(read_patiently(file, file.read_text))
+        before, tiles = flat(kept["machine"]), kept["tiles"]
+        default, chosen = parts_of(kept["backend"])
+        if default not in backends.BACKENDS:
+            raise ValueError(f"{default!r} is no backend")
+    except FileNotFoundError:
+        return None, ""
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        return None, f"{file} is damaged ({error!r:.200})"
+    changed = [
+        f"{key} from {before.get(key)!r:.120} to {value!r}" for key, value in now.items() if before.get(key) != value
+    ]
+    if changed:
+        return None, ", ".join(changed)
+    if tiles != repr(question):
+        return None, f"other tiles than in {file}"
+    # A tile of each kind, by the backend that computes it.
+    samples: dict[str, list[Sample]] = {}
+    for (task, kind), numbers in tiles_of(question, device).items():
+        of_backend = samples.setdefault(chosen.get((task, kind), default), [])
+        of_backend.append(question.samples[numbers[0]]._replace(tasks=(task,)))
+    for name, of_backend in samples.items():
+        if fault := _fault(name, question._replace(samples=tuple(of_backend)), case, device, deadline):
+            return None, f"{name} of {file}: {fault}"
+    return kept["backend"], ""
+
+
+def _fault(name: str, question: Question, case: Case, device: torch.device, deadline: float) -> str:
+    """Return why a backend cannot compute the samples of a question, each of another tile, or ""."""
+    if (reason := backends.BACKENDS[name].unfit(case)) is not None:
+        return reason
+    found, note = measured_apart(question, name, device, deadline - time.monotonic())
+    passed = [timing for timing in found if timing.seconds is not None]
+    if note or len(passed) == len(question.samples):
+        return note
+    return next((timing.note for timing in found if timing.seconds is None), "does not compute all of its tiles")
 
 
 def measured(

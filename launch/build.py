@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -127,16 +128,22 @@ class BucketLayout:
 
 
 def open_layouts(
-    recipe: Recipe, mesh: Mesh, lengths: Sequence[int], at: Callable[[str], None], console: Console | None = None
+    recipe: Recipe,
+    mesh: Mesh,
+    lengths: Sequence[int],
+    at: Callable[[str], None],
+    console: Console | None = None,
+    attention_file: Path | None = None,
 ) -> dict[int, BucketLayout]:
     """Return the layout of the buckets of these lengths, once their kernels are compiled and grids chosen. Collective.
 
-    `at` is told each operation as it begins; rank 0 prints backends and grids to `console`. Raises ValueError and
-    CommonError as `decide_grids` and `bucket_layouts` do.
+    `at` is told each operation as it begins; rank 0 prints backends and grids to `console`, and keeps the backends in
+    `attention_file` for later starts. Raises ValueError and CommonError as `with_backends`, `decide_grids` and
+    `bucket_layouts` do.
     """
     # First, since probe and guards launch some of them: all ranks of a node would compile these at once.
     at("measuring attention backends")
-    recipe = with_backends(recipe, mesh, lengths, console)
+    recipe = with_backends(recipe, mesh, lengths, console, attention_file)
     at("compiling kernels")
     compile_kernels(recipe, mesh, lengths)
     at("dividing attention among ranks")

@@ -46,6 +46,7 @@ class RunDirectory:
         self.renewals_file = self.path / "renewals.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.grids_file = self.path / "grids.json"
+        self.attention_file = self.path / "attention.json"
         self.checkpoints = self.path / "checkpoints"
         self.trained_file = self.path / "trained.json"
         self.evaluation_file = self.path / "evaluation.json"

@@ -133,7 +133,7 @@ def start(
         for line in opening(recipe, order, engine, mesh, checked.manifest.vocab_size):
             console.print(line, soft_wrap=True, highlight=False)
     at = partial(watchdog.at, state.step)
-    layouts = open_layouts(recipe, mesh, order.lengths, at, console if rank_0 else None)
+    layouts = open_layouts(recipe, mesh, order.lengths, at, console if rank_0 else None, run.attention_file)
     for layout in layouts.values():  # plans and masks of whole sequences are kept: no step of the run waits for them
         layout.prepare(layout.sequences_per_replica, None)
     knots = Knots(recipe.knots, checked.manifest.tokenizer(), recipe.train.seed) if recipe.knots.share else None

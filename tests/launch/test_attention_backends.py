@@ -6,15 +6,18 @@ import io
 import json
 import logging
 import os
+import re
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from longring.kernels import backends
 from longring.kernels.backends import BACKENDS
 from longring.kernels.case import Case
-from longring.kernels.choose import Timing, tiles_of
+from longring.kernels.choose import Question, Timing, tiles_of
 from longring.launch import attention_backends
 from longring.launch.attention_backends import (
     FILE,
@@ -22,6 +25,7 @@ from longring.launch.attention_backends import (
     measured,
     measured_apart,
     question_of,
+    recalled,
     with_backends,
 )
 from longring.launch.config import Recipe, load_recipe
@@ -145,37 +149,156 @@ def test_a_backend_is_measured_in_a_process_of_its_own(sandbox_recipe):
     assert measured_apart(question_of(recipe, [64]), "torch_cpu", CPU, 0.01) == ([], "no end within 0 s")
 
 
+MACHINE = {"device": "A", "torch": "2.13", "packages": {"flash-attn-4": "4.0"}}
+KEPT = "torch_cpu; forward causal: flash"
+
+
+class Kept(NamedTuple):
+    """The record of a run, and the tasks and backends that are checked before it is taken."""
+
+    question: Question
+    file: Path
+    checked: list[str]
+
+    def __call__(self, **changes: object) -> tuple[str | None, str]:
+        """Return what a start recalls of the record with these changes."""
+        record = {"machine": MACHINE, "tiles": repr(self.question), "backend": KEPT, **changes}
+        self.file.write_text(json.dumps(record))
+        return recalled(self.file, self.question, CASE, CPU, time.monotonic() + 9)
+
+
+@pytest.fixture
+def kept(monkeypatch, asked, sandbox_recipe, tmp_path) -> Kept:
+    """A record of this machine, all of whose backends pass their check."""
+    found = Kept(question_of(small_recipe(sandbox_recipe), [512]), tmp_path / FILE, [])
+    monkeypatch.setattr(attention_backends, "machine_of", lambda device: json.dumps(MACHINE))
+
+    def check(of_backend, name, device, seconds):
+        assert 0 < seconds <= 9
+        found.checked.extend(f"{sample.tasks[0]} {name}" for sample in of_backend.samples)
+        return [Timing(sample.tasks[0], "causal", 0, name, 1.0, "") for sample in of_backend.samples], ""
+
+    monkeypatch.setattr(attention_backends, "measured_apart", check)
+    return found
+
+
+def test_backends_of_a_record_are_taken_after_a_check_of_each(kept):
+    assert recalled(kept.file, kept.question, CASE, CPU, 0.0) == (None, ""), "no record"
+    assert kept() == (KEPT, "")
+    assert kept.checked == ["forward flash", "backward torch_cpu"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"machine": {**MACHINE, "device": "B"}}, "device from 'B' to 'A'"),
+        ({"machine": {**MACHINE, "packages": {}}}, "packages.flash-attn-4 from None to '4.0'"),
+        ({"tiles": "others"}, "other tiles than in "),
+        ({"backend": "triton; forward causal: flash_4"}, f"flash_4 of .*{FILE}: is not installed"),
+        ({"backend": "triton; forward causal"}, f"{FILE} is damaged"),
+        ({"backend": "triton; forward causal: flash_9"}, f"{FILE} is damaged .*flash_9"),
+        ({"backend": "flash_9; forward causal: flash"}, f"{FILE} is damaged .*flash_9"),
+        ({"backend": ["flash"]}, f"{FILE} is damaged"),
+        ({"machine": "A"}, f"{FILE} is damaged"),
+    ],
+)  # fmt: skip
+def test_a_record_of_another_machine_or_kernel_is_told_and_not_taken(kept, changes, said):
+    backend, changed = kept(**changes)
+    assert backend is None and re.search(said, changed)
+    assert not any("flash_4" in checked for checked in kept.checked)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"[" * 100_000])
+def test_a_record_without_a_choice_is_told_and_not_taken(kept, content):
+    kept.file.write_bytes(content)
+    backend, changed = recalled(kept.file, kept.question, CASE, CPU, 0.0)
+    assert backend is None and f"{FILE} is damaged" in changed
+
+
+@pytest.mark.parametrize(
+    ("found", "note", "said"),
+    [
+        ([], "its process ended with -11: nothing on stderr", "its process ended with -11"),
+        ([Timing("forward", "causal", 0, "flash", None, "out differs")], "", "out differs"),
+        ([], "", "does not compute all of its tiles"),
+    ],
+)
+def test_a_kernel_that_no_longer_passes_is_told_and_not_taken(monkeypatch, kept, found, note, said):
+    monkeypatch.setattr(attention_backends, "measured_apart", lambda *_: (found, note))
+    backend, changed = kept()
+    assert backend is None and changed.startswith(f"flash of {kept.file}: {said}")
+
+
 def decided(recipe_file: Path, folder: Path) -> list[str]:
-    """Return what this rank takes: if rank 1 lacks what rank 0 has chosen, and if it has it; with what it rehearses."""
+    """Return what this rank takes in starts of a run, and what rank 0 prints.
+
+    Rank 1 lacks what rank 0 has chosen; it has it; another run; its resume, with other times; one on another machine.
+    """
     recipe, taken = load_recipe(recipe_file), list[str]()
     mesh: Mesh = join(recipe.parallel, 1)
     on_gpu = replace(mesh, device=torch.device("cuda"))
     attention_backends.architecture = lambda device: "sm_90"
-    attention_backends.rehearse = lambda question, backend, device: taken.append(backend)
-    attention_backends.measured = lambda *_: [
-        Timing("forward", "causal", 0, "triton", 2.0, ""),
-        Timing("forward", "causal", 0, "flash_4", 1.0, ""),
-        Timing("backward", "causal", 0, "triton", 1.0, ""),
-        Timing("backward", "causal", 0, "flash_4", None, "dq differs"),
-    ]
+    attention_backends.rehearse = lambda question, backend, device: None
+    attention_backends.tiles_of = lambda question, device: tiles_of(question, CPU)
     os.environ["TRITON_CACHE_DIR"] = str(folder)
-    for lacking in (1, None):
+
+    def start(machine: str, seconds: float, lacking: int | None = None, file: Path | None = None) -> None:
+        """Take backends on a machine, where `triton` takes 2 s and `flash_4` some forward."""
+        console = Console(width=80, file=io.StringIO()) if mesh.rank == 0 else None
         reason = "is not installed" if mesh.rank == lacking else None
-        BACKENDS["flash_4"] = BACKENDS["flash_4"]._replace(unfit=lambda case, reason=reason: reason)
-        taken.append(with_backends(recipe, on_gpu, [64]).train.attention_backend)
-    # Named, or on the CPU, or in a deterministic run, nothing is measured.
-    attention_backends.measured = None
+        BACKENDS["flash_4"] = BACKENDS["flash_4"]._replace(unfit=lambda case: reason)
+        attention_backends.machine_of = lambda device: json.dumps({"device": machine})
+        attention_backends.measured_apart = lambda question, name, device, seconds: (
+            [Timing(sample.tasks[0], "causal", 0, name, 1.0, "") for sample in question.samples], ""
+        )  # fmt: skip
+        attention_backends.measured = lambda *_: [
+            Timing("forward", "causal", 0, "triton", 2.0, ""),
+            Timing("forward", "causal", 0, "flash_4", seconds, ""),
+            Timing("backward", "causal", 0, "triton", 1.0, ""),
+            Timing("backward", "causal", 0, "flash_4", None, "dq differs"),
+        ]
+        taken.append(with_backends(recipe, on_gpu, [64], console, file).train.attention_backend)
+        if console is not None:
+            said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+            printed.extend(line for line in said if line.startswith("attention backends:"))
+
+    printed = list[str]()
+    start("A", 1.0, lacking=1)
+    start("A", 1.0)
+    file = folder / "run" / FILE
+    for machine, seconds, lacking in (("A", 1.0, None), ("A", 3.0, None), ("B", 3.0, None)):
+        start(machine, seconds, lacking, file)
+    # Rank 1 loses what the run has taken, and then has it again.
+    start("B", 3.0, None, file)
+    if mesh.rank == 0:
+        file.write_text(file.read_text().replace('"triton"', '"triton; forward causal: flash_4"'))
+    for lacking in (1, None):
+        start("B", 1.0, lacking, file)
+    # Named, or on the CPU, or in a deterministic run, nothing is measured or recalled.
+    attention_backends.measured = attention_backends.recalled = None
     named = replace(recipe, train=replace(recipe.train, attention_backend="flash"))
     same = replace(recipe, train=replace(recipe.train, deterministic=True))
-    assert with_backends(named, on_gpu, [64]) is named
-    assert with_backends(same, on_gpu, [64]) is same
-    assert with_backends(recipe, mesh, [64]) is recipe
-    return taken
+    assert with_backends(named, on_gpu, [64], None, file) is named
+    assert with_backends(same, on_gpu, [64], None, file) is same
+    assert with_backends(recipe, mesh, [64], None, file) is recipe
+    return [*taken, *printed]
 
 
-def test_all_ranks_take_what_rank_0_has_measured_if_all_of_them_have_it(on_ranks, sandbox_recipe, tmp_path):
-    chosen = "triton; forward causal: flash_4"
-    assert on_ranks(2, decided, sandbox_recipe, tmp_path) == [["auto", chosen, chosen]] * 2
+def test_all_ranks_take_what_rank_0_has_measured_or_the_run_has_kept(on_ranks, sandbox_recipe, tmp_path):
+    flash, file = "triton; forward causal: flash_4", tmp_path / "run" / FILE
+    [first, *taken], other = on_ranks(2, decided, sandbox_recipe, tmp_path)
+    assert [first, *taken[: len(other) - 1]] == other
+    assert other == ["triton", flash, flash, flash, "triton", "triton", "triton", "triton"]
+    lacks = f"attention backends: {flash}: not those of all ranks (rank 1: flash_4: is not installed); all take triton"
+    assert taken[len(other) - 1 :] == [
+        f"{lacks} from here",
+        f"attention backends: {flash} (as before: {file})",
+        "attention backends: device from 'A' to 'B': measured anew; sums may round differently from here",
+        f"attention backends: triton (as before: {file})",
+        f"attention backends: {flash} (as before: {file})",
+        f"{lacks} from here",
+        f"attention backends: triton (as before: {file})",
+    ]
 
 
 def test_the_table_is_whole_at_80_columns():

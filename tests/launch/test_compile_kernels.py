@@ -32,6 +32,8 @@ def order_of_a_start(recipe_file: Path, run: Path) -> list[str]:
     Watchdog.at = lambda self, step, operation: (done.append(operation), at(self, step, operation))[1]  # type: ignore
     for name in ("compile_kernels", "decide_grids", "bucket_layouts"):
         setattr(build, name, noted(name))
+    with_backends = build.with_backends
+    build.with_backends = lambda *given: (done.append(f"backends in {given[-1]}"), with_backends(*given))[1]
 
     prepare = build.BucketLayout.prepare
     build.BucketLayout.prepare = lambda layout, *given: (done.append("prepare"), prepare(layout, *given))[1]  # type: ignore
@@ -48,7 +50,9 @@ def order_of_a_start(recipe_file: Path, run: Path) -> list[str]:
 @pytest.mark.full
 def test_kernels_are_compiled_before_probe_and_guards(on_ranks, recipe_file, tmp_path):
     [done] = on_ranks(1, order_of_a_start, recipe_file, tmp_path / "run")
-    order = ["compiling kernels", "compile_kernels", "dividing attention among ranks", "decide_grids", "bucket_layouts"]
+    order = [f"backends in {tmp_path / 'run' / 'attention.json'}"]
+    order += ["compiling kernels", "compile_kernels"]
+    order += ["dividing attention among ranks", "decide_grids", "bucket_layouts"]
     order += ["prepare"] * 4  # one for each bucket, before the loader's threads begin
     assert done[-len(order) :] == order
 
@@ -61,12 +65,13 @@ def test_an_evaluation_compiles_before_probe_and_guards(monkeypatch):
     done, target = [], MagicMock()
     target.load.return_value = 3
     monkeypatch.setattr(evaluate, "build_engine", MagicMock())
+    monkeypatch.setattr(build, "with_backends", lambda recipe, mesh, lengths, console, file: done.append(file))
     monkeypatch.setattr(build, "compile_kernels", lambda recipe, mesh, lengths: done.append(("compile", lengths)))
     monkeypatch.setattr(build, "decide_grids", MagicMock(side_effect=EnoughError))
     watchdog = MagicMock()
     with pytest.raises(EnoughError):
         evaluate.opened(target, MagicMock(device="cpu"), watchdog, [64])
-    assert done == [("compile", [64])]
+    assert done == [None, ("compile", [64])], "no record of the run's own backends"
     said = [call.args for call in watchdog.at.mock_calls[1:]]
     operations = ["measuring attention backends", "compiling kernels", "dividing attention among ranks"]
     assert said == [(3, operation) for operation in operations]
