@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import get_args
 
 import torch
@@ -22,11 +23,12 @@ class ContextParallel:
     """The ranks of a process group that share sequences: context parallelism by one grid. Collective.
 
     `group` is a process group of torch (None: all ranks), and `grid` divides attention among its ranks. `layout` says
-    how the tokens of a sequence with several documents are divided; one document is always in zigzag, so that all ranks
-    have equal work. `backend` names the attention kernels (`longring.attention`); with `narrow_results` partial results
-    travel in the dtype of q, otherwise in fp32. Making it opens the channels between the ranks, which stay open as long
-    as torch.distributed: make one for each group and keep it. Raises ValueError if the grid is not of the group's size,
-    if there is no such layout, or if torch.distributed was initialized with `device_id`.
+    how the tokens of a sequence with several documents are divided; one document is always in zigzag, which gives all
+    ranks equal work under full attention. `backend` names the attention kernels (`longring.attention`); with
+    `narrow_results` partial results travel in the dtype of q, otherwise in fp32. Making it opens the channels between
+    the ranks, which stay open as long as torch.distributed: make one for each group and keep it. Raises ValueError if
+    the grid is not of the group's size, if there is no such layout, or if torch.distributed was initialized with
+    `device_id`.
     """
 
     def __init__(
@@ -89,15 +91,21 @@ class ContextParallel:
         `document_starts` ascend from 0: attention keeps the documents that begin there apart. Plans and masks are made
         here, on the host, for layers of each of `windows` (an attention window in tokens, None for full attention): any
         thread may call this, and all layers and passes over the same documents use one result. Every rank makes it from
-        the same arguments. Raises ValueError if there are fewer than 2 tokens a rank, if the starts do not ascend from
-        0 to below `num_tokens`, or for a window below 1 or without causal order.
+        the same arguments. Raises ValueError if there are fewer than 2 tokens a rank, if the starts are not integers
+        that ascend from 0 to below `num_tokens`, or for no windows, one below 1 or one without causal order.
         """
-        starts = tuple(document_starts)
-        if starts and starts[-1] >= num_tokens:
+        try:
+            # Integers of any kind; with floats the compiled loops of layouts would write beyond their arrays.
+            starts = tuple(index(start) for start in document_starts)
+        except TypeError as error:
+            raise ValueError(f"document_starts: {error}: must be integers; convert them to int") from error
+        if len(starts) > 1 and starts[-1] >= num_tokens:
             raise ValueError(
                 f"document_starts: {starts[-1]}: must be below num_tokens = {num_tokens}; leave out documents that "
                 "begin behind the end"
             )
+        if not windows:
+            raise ValueError("windows = (): must name one at least; leave it out for full attention")
         # Work differs between layers of different windows: each counts as one layer.
         counted = tuple((window, 1) for window in windows)
         runs = divided(self._layout, num_tokens, starts, self.size, counted)

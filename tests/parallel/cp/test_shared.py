@@ -40,7 +40,9 @@ def shared_by_groups(grid: CpGrid, layout: Layout) -> list[dict[str, torch.Tenso
     ]
     parallel = ContextParallel(groups[rank // size], grid, layout=layout)
     assert (parallel.rank, parallel.size) == (rank % size, size)
-    sequence = parallel.sequence(NUM_TOKENS, STARTS, windows=(None, WINDOW))
+    # Integers of any kind are document starts.
+    sequence = parallel.sequence(NUM_TOKENS, cast(Any, torch.tensor(STARTS)), windows=(None, WINDOW))
+    assert [type(start) for start in sequence.layout.document_starts] == [int] * len(STARTS)
     positions = torch.arange(NUM_TOKENS)
     assert torch.equal(sequence.shard(positions, dim=0), sequence.layout.positions())
     assert torch.equal(sequence.unshard(sequence.shard(positions, dim=0), dim=0), positions)
@@ -70,13 +72,15 @@ def refusals() -> list[str]:
     """Collect the message of each wrong call, carry its advice out, and see the error gone."""
     sizes = [dist.get_world_size()]
     grid, auto = CpGrid.ring(*sizes), cast(Layout, "auto")
-    parallel = ContextParallel(None, grid)
+    parallel, by_work = ContextParallel(None, grid), ContextParallel(None, grid, layout="documents")
     sequence = parallel.sequence(8)
     q = torch.zeros(1, 4, 1, 8)
     wrong_and_right = [
         (lambda: ContextParallel(None, CpGrid.ring(3)), lambda: ContextParallel(None, CpGrid.ring(2))),
         (lambda: ContextParallel(None, grid, layout=auto), lambda: ContextParallel(None, grid)),
         (lambda: parallel.sequence(8, (0, 9)), lambda: parallel.sequence(8, (0,))),
+        (lambda: by_work.sequence(8, cast(Any, (0, 2.5))), lambda: by_work.sequence(8, (0, 2))),
+        (lambda: by_work.sequence(8, (0, 2), windows=[]), lambda: by_work.sequence(8, (0, 2))),
         (lambda: sequence.shard(q), lambda: sequence.shard(q.expand(8, 4, 1, 8), dim=0)),
         (lambda: sequence.unshard(q, dim=0), lambda: sequence.unshard(q, dim=1)),
         (
@@ -100,6 +104,8 @@ def test_advice_about_a_shared_sequence(on_ranks):
             "pass a grid of that size, such as CpGrid.ring(2)",
             "leave it out for zigzag",
             "leave out documents that begin behind the end",
+            "convert them to int",
+            "leave it out for full attention",
             "pass the dim of the tokens",
             "pass the dim of the tokens",
             "add it there",
