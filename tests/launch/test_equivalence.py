@@ -21,8 +21,13 @@ from longring.data.read.batch_order import ReplicaShare
 from longring.data.read.loader import Loader, MicroBatch
 from longring.launch.build import build_engine
 from longring.launch.config import Recipe, load_recipe
+from longring.launch.grids import decide
 from longring.launch.preflight import preflight
 from longring.launch.train import train
+from longring.parallel.cp.choose_layout import LayoutPricer
+from longring.parallel.cp.cost import Speed
+from longring.parallel.cp.packed import Runs, divided
+from longring.parallel.cp.topology import full_mesh
 from longring.parallel.mesh import join
 from rich.console import Console
 from torch import Tensor
@@ -74,6 +79,23 @@ def documents(batch: MicroBatch) -> Batch:
 
 def run_steps(recipe_file: Path, overrides: list[str]) -> None:
     train(load_recipe(recipe_file, [*overrides, f"train.steps={STEPS}"]), Console(quiet=True))
+
+
+def run_steps_by_price(recipe_file: Path, overrides: list[str]) -> dict[tuple[int, ...], list[Runs]]:
+    """Run the steps as if tiles took longer than messages; return the runs of packings that are not in zigzag."""
+    by_work, choose = {}, LayoutPricer.choose
+
+    def chosen(pricer: LayoutPricer, starts: tuple[int, ...]) -> list[Runs]:
+        runs = choose(pricer, starts)
+        if runs != divided("zigzag", pricer.num_tokens, starts, pricer.size):
+            by_work[starts] = runs
+        return runs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decide, "named_topology", lambda *_: (full_mesh(4), Speed(1e9, 1e9)))
+        patch.setattr(LayoutPricer, "choose", chosen)
+        run_steps(recipe_file, overrides)
+    return by_work
 
 
 def plain_run(
@@ -262,7 +284,7 @@ def windowed_oracle(packed_recipe_file, on_ranks) -> dict[str, Any]:
     by_lane(
         SCHEDULES := [
             ("token_ring", "balanced", 1),
-            ("ring", "balanced", 3),
+            ("ring", "auto", 3),
             ("ulysses", "documents", 1),
             ("grid", "zigzag", 2),
             ("auto", "auto", 0),
@@ -274,7 +296,10 @@ def windowed_oracle(packed_recipe_file, on_ranks) -> dict[str, Any]:
 def test_every_schedule_with_windows_and_recomputation(
     on_ranks, packed_recipe_file, windowed_oracle, schedule, layout, zero_stage, tmp_path
 ):
-    """Packed documents over 2 and 4 ranks, one layer with an attention window and one without, and recomputation."""
+    """Packed documents over 2 and 4 ranks, one layer with an attention window and one without, and recomputation.
+
+    By price some packings are divided by work, alike on both ranks of a ring.
+    """
     overrides = [
         *PACKED,
         *WINDOWED,
@@ -286,8 +311,9 @@ def test_every_schedule_with_windows_and_recomputation(
         "parallel.cp.topology=full_mesh",
         f"run_directory={tmp_path}/run",
     ]
-    on_ranks(4, run_steps, packed_recipe_file, overrides)
+    by_work = on_ranks(4, run_steps_by_price, packed_recipe_file, overrides)
     check(tmp_path / "run", windowed_oracle)
+    assert by_work[::2] == by_work[1::2] and all(by_work) == (layout == "auto"), "packings are of 2 ranks"
 
 
 def check(run: Path, oracle: dict[str, Any]) -> list[dict[str, Any]]:
