@@ -1,7 +1,8 @@
 """The attention backends of a run on GPUs: the fastest for each kind of tile, measured at a start or recalled.
 
 Each backend is measured in a process of its own, since an error of a kernel may end the process or leave its GPU
-unusable. What was measured is kept beside the compiled kernels, for this device, driver, code and these versions.
+unusable. What was measured is kept beside the compiled kernels, for this device, driver, code and these versions. What
+a run takes is kept in its directory, and its next starts take the same.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from .together import first_of_any, on_all_ranks, on_rank_0
 log = logging.getLogger(__name__)
 
 FILE = "attention.json"
-"""Name of the record, in Triton's cache directory."""
+"""Name of the table, in Triton's cache directory."""
 LIMIT_S = 240.0
 """Seconds for all backends together: less than collectives, in which the other ranks wait, may take."""
 PACKAGES = ("triton", "flash-attn-3", "flash-attn-4", "nvidia-cudnn-frontend", "nvidia-cutlass-dsl")
