@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from longring.kernels.layout import SeqLayout
 from longring.launch import build
+from longring.launch.config import load_recipe
+from longring.launch.grids.choice import attention_shape
+from longring.parallel.cp.choose_layout import LayersOf, LayoutPricer
+from longring.parallel.cp.cost import Speed
+from longring.parallel.cp.grid import CpGrid
 from longring.parallel.cp.packed import divided
+from longring.parallel.cp.topology import ethernet
 
 CPU = torch.device("cpu")
 
@@ -76,3 +84,27 @@ def test_ranks_of_a_ring_take_the_tokens_that_the_layout_of_their_documents_give
             assert layouts[index] == layout and layouts[0].document_starts == (starts[0] if starts else (0,))
         seen += at
     assert sorted(seen) == list(range(16)) and seen[:8] != [0, 1, 2, 3, 12, 13, 14, 15], "not zigzag"
+
+
+@pytest.mark.parametrize("layout", ["balanced", "documents", "auto"])
+def test_a_run_divides_packings_by_the_nodes_and_the_windows_of_its_layers(layout):
+    recipe = load_recipe(
+        Path(__file__).parents[2] / "launch/recipes/demo.toml",
+        [
+            "parallel.tokens_per_rank=1024",
+            f"parallel.cp.layout={layout}",
+            "model.num_layers=4",
+            "model.window_tokens=40",
+            "model.layer_pattern=['window', 'window', 'full', 'window']",
+        ],
+    )
+    starts, grid, links = (0, 900, 1000, 2500, 2600), CpGrid.ring(4), (ethernet(4, 2), Speed(1e9, 1e9))
+    runs = build._division(recipe, 4096, {None: grid, 40: grid}, links)(starts)
+    layers = LayersOf(grid, 40, 3), LayersOf(grid, None, 1)
+    of_layouts = {
+        "balanced": divided("balanced", 4096, starts, 4, ((40, 3), (None, 1))),
+        "documents": divided("documents", 4096, starts, 4, ((40, 3), (None, 1)), 2),
+        "auto": LayoutPricer(4096, layers, attention_shape(recipe), *links).choose(starts),
+    }
+    assert runs == of_layouts[layout]
+    assert runs not in [divided(name, 4096, starts, 4) for name in ("zigzag", "balanced", "documents")]

@@ -187,7 +187,7 @@ def test_any_grid_any_documents(data):
     assert all(relative_rms(got[name], exact[name]) < 2e-6 for name in got)
 
 
-@pytest.mark.parametrize("cut", [zigzag, scattered])
+@pytest.mark.parametrize("cut", [zigzag, scattered, of_packing("balanced", (0, 20))])
 @pytest.mark.parametrize("grid", [CpGrid(query=4), CpGrid(2, 2, 2), CpGrid(kv=4, kv_route="both_ways")], ids=str)
 def test_equal_runs_are_equal_to_the_last_bit(grid, cut):
     case = Case(61, (0, 20), Visibility(), 4, 2, dtype=torch.bfloat16)
