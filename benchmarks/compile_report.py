@@ -1,4 +1,4 @@
-"""What the machine code of the Triton kernels asks of GPUs that need not be here, and the bound that follows.
+"""What the machine code of the kernels asks of GPUs that need not be here, and the bound that follows.
 
     python benchmarks/compile_report.py --json rows.json
     python benchmarks/compile_report.py --only sm_90   # one architecture
@@ -14,7 +14,9 @@ reports as written to memory because a thread has no register left. b16_loads ar
 The loops of 16-bit kernels on sm_90 are counted (benchmarks/lib/sass.py). `bound` is the largest share of the tensor
 cores' time that the loop without masks can take if all units of a multiprocessor work at once; `share` is what is left
 where a program waits for its own products and only the programs beside it on the multiprocessor fill the gaps. Both
-are arithmetic, not measurements.
+are arithmetic, not measurements. A group of warps that computes in a kernel of gluon_kernels.py counts as a program: it
+waits for its own products alone. Clocks are those of one group, and registers those at the launch, before groups that
+load give theirs to the others.
 
 The exit status is 1 when the loop of a configuration of sm_90 loses more than a twentieth of its time to spills, when
 one without products spills, when one has single loads, or when one needs more shared memory than its device has.
@@ -40,12 +42,13 @@ sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONS
 from lib.sass import SHARED_BYTES as L1_BYTES
 from lib.sass import Code, Demand, Loop, programs_per_sm
 from lib.script import Row, make_parser, make_table, write_record
-from longring.kernels import blocks, triton_attention, triton_kernels
+from longring.kernels import blocks, gluon_kernels, triton_attention, triton_kernels
 from rich.console import Console
 from rich.progress import track
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from tune_attention import CANDIDATES
 
 TARGETS = {
@@ -59,6 +62,8 @@ SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942":
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 TILED = ("forward", "backward_dkdv", "backward_dq")
 """Kernels whose block sizes are tuned; the others read and write once."""
+GLUON = tuple(f"gluon_{name}" for name in TILED)
+"""Kernels of gluon_kernels.py, whose block sizes are fixed."""
 STRIDES = ("_n", "_b", "_s", "_h")
 """Ends of the names of strides, as in `forward_kernel`."""
 SPILLED = 1 / 20
@@ -98,13 +103,14 @@ def signature(
 def compile_row(job: Job) -> Row:
     """Compile one kernel and return its row of the report."""
     arch, name, bits, head_dim, at, continues = job
-    kernel = getattr(triton_kernels, f"{name}_kernel")
+    tiled = name.removeprefix("gluon_")
+    kernel = getattr(gluon_kernels if name in GLUON else triton_kernels, f"{tiled}_kernel")
     types, constants = signature(kernel, name, bits, head_dim, at, continues)
     options = {"num_warps": at.num_warps, "num_stages": at.num_stages}
     # The pointers that a launch specializes: `triton_attention` passes only multiples of 16 bytes.
     aligned = [x.num for x in kernel.params if types[x.name][0] == "*" and not x.do_not_specialize]
     attributes = {(number,): [["tt.divisibility", 16]] for number in aligned}
-    source = ASTSource(kernel, types, constants, attributes)
+    source = (GluonASTSource if name in GLUON else ASTSource)(kernel, types, constants, attributes)
     compiled = triton.compile(source, target=TARGETS[arch], options=options)
     registers, spill_bytes = (_amd if arch.startswith("gfx") else _nvidia)(compiled, arch)
     row = {
@@ -116,12 +122,13 @@ def compile_row(job: Job) -> Row:
         "spill_bytes": spill_bytes,
         "b16_loads": compiled.asm["ptx"].count("ld.global.b16") if "ptx" in compiled.asm else None,
     }
-    if arch == "sm_90" and name in TILED and bits == 16:
-        row["programs"] = programs_per_sm(registers, compiled.metadata.shared, at.num_warps)
-        # Of two 16-bit tensors, a program reads the rows over which it walks once an iteration.
-        walked = at.block_m if name == "backward_dkdv" else at.block_n
+    if arch == "sm_90" and name in TILED + GLUON and bits == 16:
+        row["programs"] = programs_per_sm(registers, compiled.metadata.shared, compiled.metadata.num_warps)
+        # Of two 16-bit tensors, a program reads the rows over which it walks once an iteration, for all of its groups.
+        held, walked = (at.block_n, at.block_m) if tiled == "backward_dkdv" else (at.block_m, at.block_n)
+        groups = held // gluon_kernels.ROWS.value if name in GLUON else 1
         loops = (
-            loop_row(loop, at.num_warps, 4 * head_dim * walked, row["programs"])
+            loop_row(loop, at.num_warps, 4 * head_dim * walked // groups, groups * row["programs"])
             for loop in Code.of(compiled.asm["cubin"]).loops()
         )
         # The loop without masks has fewer instructions for the same products.
@@ -190,6 +197,10 @@ def jobs(architectures: list[str], bits_of: Sequence[int], head_dims: Sequence[i
                     found.append((arch, name, bits, head_dim, at, False))
                     if name in TILED and (name == "forward" or bits == 16):  # in 32 bit sums have the inputs' dtype
                         found.append((arch, name, bits, head_dim, at, True))
+                if arch == "sm_90" and bits == 16 and head_dim in (64, 128):  # others are padded to one of these
+                    for name in GLUON:
+                        at = gluon_kernels.BLOCKS[name.removeprefix("gluon_")]
+                        found += [(arch, name, bits, head_dim, at, continues) for continues in (False, True)]
     return found
 
 

@@ -164,6 +164,12 @@ def _triton_backward(*arguments) -> None:
     triton_attention.backward(*arguments)
 
 
+def _gluon_backward(*arguments) -> None:
+    from . import triton_attention
+
+    triton_attention.backward_by_gluon(*arguments)
+
+
 def _of_operator(
     unfit: Callable[[Case], str | None], operator: torch_attention.Operator, kinds: tuple[Kind, ...]
 ) -> Backend:
@@ -186,8 +192,7 @@ BACKENDS = {
     "flash_3": _of_kernel(flash_3.unfit, flash_3.KERNEL),
     "flash_4": _of_kernel(flash_4.unfit, flash_4.KERNEL),
     "cudnn_flex": Backend(cudnn_flex.unfit, cudnn_flex.forward, cudnn_flex.backward, writes=lambda mask: True),
-    # Its backward is Triton's.
-    "gluon": Backend(_unfit_gluon, _gluon_forward, _triton_backward, writes=lambda mask: True),
+    "gluon": Backend(_unfit_gluon, _gluon_forward, _gluon_backward, writes=lambda mask: True),
     "reference": Backend(lambda case: None, reference.forward, reference.backward),
 }
 """The backends in order of preference. On CUDA "auto" takes `triton`; those after it run when they are named, or when

@@ -33,7 +33,7 @@ def forward_by_gluon(
     """Return what `forward` does, by the kernel for Hopper of `gluon_kernels.py`, without a softcap."""
     from .gluon_kernels import BLOCKS, forward_kernel  # imported late: older Tritons have another Gluon
 
-    return _forward(forward_kernel, BLOCKS, q, k, v, mask, scale, softcap, running)
+    return _forward(forward_kernel, BLOCKS["forward"], q, k, v, mask, scale, softcap, running)
 
 
 def _forward(
@@ -76,6 +76,36 @@ def backward(
     Buffers in 16 bit are written instead, whatever they hold: a sequence whose keys are all here has nothing to add to.
     dout, q, out are `[b, s_q, h_q, d]`, k, v `[b, s_k, h_kv, d]`, lse, delta `[b, h_q, s_q]`.
     """
+    dkdv, dq = (backward_dkdv_kernel, blocks("backward_dkdv", q)), (backward_dq_kernel, blocks("backward_dq", q))
+    _backward(dkdv, dq, dout, q, k, v, out, lse, delta, mask, scale, softcap, into)
+
+
+def backward_by_gluon(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    lse: Tensor,
+    delta: Tensor | None,
+    mask: Mask,
+    scale: float,
+    softcap: float,
+    into: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Do what `backward` does, by the kernels for Hopper of `gluon_kernels.py`, without a softcap."""
+    from . import gluon_kernels as gluon  # imported late: older Tritons have another Gluon
+
+    dkdv = gluon.backward_dkdv_kernel, gluon.BLOCKS["backward_dkdv"]
+    dq = gluon.backward_dq_kernel, gluon.BLOCKS["backward_dq"]
+    _backward(dkdv, dq, dout, q, k, v, out, lse, delta, mask, scale, softcap, into)
+
+
+def _backward(
+    dkdv_kernel: tuple[Any, Blocks], dq_kernel: tuple[Any, Blocks], dout: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    out: Tensor | None, lse: Tensor, delta: Tensor | None, mask: Mask, scale: float, softcap: float,
+    into: tuple[Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
     q, k, v, dout = (addressable(x) for x in (q, k, v, dout))
     if delta is None:
         delta = row_delta(dout, out)
@@ -88,18 +118,18 @@ def backward(
     assert all(addressable(x) is x for x in into), "gradient buffers must be laid out as zeros_fp32 makes them"
     _give_scratch_memory(q.device)
     # dk and dv: a program per block of keys, which sums over the query heads of its group.
-    sizes = blocks("backward_dkdv", q)
+    kernel, sizes = dkdv_kernel
     inputs, strides = (q, k, v, dout, lse, delta), (*_strides(q, k, v, dout), *lse.stride()[:2])
     numbers = (*strides, *_strides(dk, dv), h_kv, h // h_kv, s_q, s_k, scale, softcap)
     constants = (d, padded(d), sizes.block_m, sizes.block_n, softcap > 0, q.itemsize == 2)
     num_programs = _num_blocks(s_k, sizes.block_n) * b * h_kv
-    _launch(backward_dkdv_kernel, num_programs, (*inputs, dk, dv, mask.columns), numbers, constants, sizes)
+    _launch(kernel, num_programs, (*inputs, dk, dv, mask.columns), numbers, constants, sizes)
     # dq: a program per block of queries.
-    sizes = blocks("backward_dq", q)
+    kernel, sizes = dq_kernel
     numbers = (*strides, *_strides(dq), h, h // h_kv, s_q, s_k, scale, softcap)
     constants = (d, padded(d), sizes.block_m, sizes.block_n, softcap > 0, q.itemsize == 2)
     num_programs = _num_blocks(s_q, sizes.block_m) * b * h
-    _launch(backward_dq_kernel, num_programs, (*inputs, dq, mask.rows), numbers, constants, sizes)
+    _launch(kernel, num_programs, (*inputs, dq, mask.rows), numbers, constants, sizes)
 
 
 def row_delta(dout: Tensor, out: Tensor) -> Tensor:

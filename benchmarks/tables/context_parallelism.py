@@ -162,6 +162,19 @@ def kernels(record: Any) -> Iterator[Cells]:
             yield f"`{row['kernel']}`", _blocks(row), *counts
 
 
+def gluon_kernels(record: Any) -> Iterator[Cells]:
+    """Yield what a group of warps asks of a multiprocessor in the loops of the Gluon kernels, and the bounds."""
+    for row in record["rows"]:
+        if row["configuration"].startswith("bf16 d128") and row["kernel"] in [f"gluon_{name}" for name in TILED]:
+            loop, num_groups = row["loops"][0], len(row["loops"]) // 2  # each has a loop with masks and one without
+            products = ", ".join(f"{count} of {shape}" for shape, count in loop["products"].items())
+            spilled = f"{row['spill_bytes']} ({loop['spill_bytes']})"
+            counts = f"{num_groups}", f"{row['shared_bytes']:,}", spilled, products, f"{loop['barriers']}"
+            clocks = (f"{clocks:,}" for clocks in loop["clocks"].values())
+            bounds = f"{loop['bound']:.2f}", f"{loop['share']:.2f}"
+            yield f"`{row['kernel'].removeprefix('gluon_')}`", _blocks(row), *counts, *clocks, *bounds
+
+
 def kernel_bounds(*records: Any) -> Iterator[Cells]:
     """Yield the clocks of each unit of a multiprocessor in a loop, and the bounds, for candidates of each kernel."""
     for record in records:
@@ -218,6 +231,7 @@ TABLES = [
     Table(
         "kernels.md", "| kernel, bf16 | blocks | programs | shared", kernels, ("compile_sm_90_triton_3.7.1_2026-11-23",)
     ),
+    Table("kernels.md", "| kernel in Gluon, bf16 |", gluon_kernels, ("compile_sm_90_triton_3.7.1_2026-11-23",)),
     Table(
         "kernels.md",
         "| candidate, bf16 | blocks |",

@@ -1,13 +1,15 @@
 """A machine that runs a Gluon kernel's Python source: numpy for tensors, threads for groups of warps.
 
 Gluon has no interpreter. Barriers count arrivals, bytes and phases as mbarriers do, copies land late and in pieces of
-time of their own, and buffers hold nan while a copy is under way. So a kernel that waits for the wrong phase, reads a
-buffer too early or frees it too early gives other results, or never ends, which is an error after `LIMIT_S`.
-Registers, layouts and machine code are not checked.
+time of their own, and buffers hold nan while a copy is under way. Products read their operands as late as they may,
+when they are waited for. So a kernel that waits for the wrong phase, reads a buffer too early or frees it too early
+gives other results, or never ends, which is an error after `LIMIT_S`. Registers, layouts and machine code are not
+checked.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import threading
@@ -49,6 +51,9 @@ class Element:
     def __init__(self, dtype: np.dtype, bits: int) -> None:
         self.dtype, self.primitive_bitwidth = dtype, bits
 
+    def __eq__(self, other: object) -> bool:
+        return self.dtype == other
+
 
 class Buffer:
     """Shared memory."""
@@ -61,6 +66,29 @@ class Buffer:
 
     def permute(self, order: list[int]) -> Buffer:
         return Buffer(self.memory.transpose(order))
+
+    def reshape(self, shape: list[int]) -> Buffer:
+        return Buffer(self.memory.reshape(shape))
+
+    def load(self, layout: None) -> Array:
+        return self.memory.copy().view(Array)
+
+    def store(self, values: Array) -> None:
+        self.memory[:] = values
+
+
+class Product:
+    """An accumulator to which a product is added some time before it is waited for."""
+
+    def __init__(self, left: Any, right: Buffer, acc: Any, use_acc: bool) -> None:
+        self.operands, self.result = (left, right, acc, use_acc), None
+
+    def end(self) -> None:
+        left, right, acc, use_acc = self.operands
+        left = left.memory if isinstance(left, Buffer) else left
+        acc = acc.result if isinstance(acc, Product) else acc
+        product = np.asarray(left, np.float32) @ np.asarray(right.memory, np.float32)
+        self.result = (product + acc * use_acc).view(Array)
 
 
 class Barrier:
@@ -95,7 +123,7 @@ class Machine:
     """Runs the programs of a kernel one after the other."""
 
     def __init__(self, kernel: str, seed: int = 0) -> None:
-        self.random, self.program = random.Random(seed), 0
+        self.random, self.program, self.group = random.Random(seed), 0, threading.local()
         gl = self._language()
         jit = SimpleNamespace(jit=lambda *given, **_: given[0] if given else lambda function: function)
         # What the sources import; annotations stay strings.
@@ -108,16 +136,16 @@ class Machine:
             "Blocks": lambda *sizes: sizes,
         }
         self.names |= {"mbarrier": self._barriers(), "tma": self._copies(), "warpgroup_mma": self._product}
-        self.names |= {"warpgroup_mma_wait": lambda pending, deps: deps[0]}
+        self.names |= {"warpgroup_mma_wait": self._wait}
         for name in ("triton_blocks", kernel):
             source = (KERNELS / f"{name}.py").read_text()
             source = re.sub(r"^from (?!__future__)[\w.]+ import (\([^)]*\)|.*)$|^import .*$", "", source, flags=re.M)
             exec(compile(source, name, "exec"), self.names)
 
-    def run(self, num_programs: int, *arguments: Any, **constants: Any) -> None:
-        """Run all programs of `forward_kernel`."""
+    def run(self, kernel: str, num_programs: int, *arguments: Any, **constants: Any) -> None:
+        """Run all programs of a kernel."""
         for self.program in range(num_programs):
-            self.names["forward_kernel"](*arguments, **constants)
+            self.names[kernel](*arguments, **constants)
 
     def _pause(self) -> None:
         if self.random.random() < 0.3:
@@ -146,9 +174,12 @@ class Machine:
             narrow = found.astype(np.float32) if found.dtype == np.float64 else found
             return narrow.view(Array) if narrow.ndim else narrow[()]
 
-        layouts = dict.fromkeys(("NVMMADistributedLayout", "SliceLayout", "DotOperandLayout"), lambda *_: None)
+        def allocate(element: Any, shape: list[int], layout: None) -> Buffer:
+            return Buffer(np.full(shape, np.nan, np.dtype(element)))
+
+        layouts = ("NVMMADistributedLayout", "SliceLayout", "DotOperandLayout", "BlockedLayout", "SwizzledSharedLayout")
         return SimpleNamespace(
-            **layouts,
+            **dict.fromkeys(layouts, lambda *_: None),
             constexpr=lambda value: value,
             float32=np.float32,
             program_id=lambda axis: self.program,
@@ -168,7 +199,7 @@ class Machine:
             convert_layout=lambda x, layout: x,
             static_range=range,
             static_assert=lambda condition: None,
-            allocate_shared_memory=lambda element, shape, layout: Buffer(np.full(shape, np.nan, element.dtype)),
+            allocate_shared_memory=allocate,
             NVMMASharedLayout=SimpleNamespace(get_default_for=lambda shape, dtype: None),
             warp_specialize=self._groups,
         )
@@ -188,16 +219,16 @@ class Machine:
             view = np.lib.stride_tricks.as_strided(
                 pointer.memory[pointer.offset :], shape, [stride * item for stride in strides]
             )
-            return SimpleNamespace(view=view, block=block, nbytes_per_cta=block[0] * block[1] * item)
+            return SimpleNamespace(view=view, block=block, nbytes_per_cta=math.prod(block) * item)
 
         def copy(rows: SimpleNamespace, at: list[int], barrier: Barrier, buffer: Buffer) -> None:
             buffer.memory[:] = np.nan
 
             def land() -> None:
                 self._pause()
-                found = rows.view[at[0] : at[0] + rows.block[0], : rows.block[1]]
+                found = rows.view[tuple(slice(i, i + size) for i, size in zip(at, rows.block, strict=True))]
                 whole = np.zeros(rows.block, buffer.dtype)  # what lies beyond the edges is 0
-                whole[: found.shape[0], : found.shape[1]] = found
+                whole[tuple(map(slice, found.shape))] = found
                 buffer.memory[:] = whole
                 barrier.arrive(0, -rows.nbytes_per_cta)
 
@@ -205,16 +236,24 @@ class Machine:
 
         return SimpleNamespace(make_tensor_descriptor=describe, async_copy_global_to_shared=copy)
 
-    def _product(self, a: Any, b: Buffer, acc: Array, use_acc: bool = True, is_async: bool = False) -> Array:
-        self._pause()
-        left = a.memory if isinstance(a, Buffer) else a
-        product = np.asarray(left, np.float32) @ np.asarray(b.memory, np.float32)
-        return (product + acc * use_acc).view(Array)
+    def _product(self, a: Any, b: Buffer, acc: Any, use_acc: bool = True, is_async: bool = False) -> Product:
+        assert is_async
+        self.group.running.append(Product(a, b, acc, use_acc))
+        return self.group.running[-1]
+
+    def _wait(self, pending: int, deps: list[Product]) -> Any:
+        """Return the results of `deps`, of which none is among the `pending` last products of this group."""
+        while len(self.group.running) > pending:
+            self._pause()
+            self.group.running.pop(0).end()
+        assert all(one.result is not None for one in deps), "a product is read before its end"
+        return deps[0].result if len(deps) == 1 else tuple(one.result for one in deps)
 
     def _groups(self, groups: list[tuple[Callable[..., None], tuple]], warps: list[int], registers: list[int]) -> None:
         errors: list[BaseException] = []
 
         def run(function: Callable[..., None], arguments: tuple) -> None:
+            self.group.running = []
             try:
                 function(*arguments)
             except BaseException as error:

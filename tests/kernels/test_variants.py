@@ -142,12 +142,15 @@ def test_no_kernel_is_compiled_for_a_whole_number_in_the_dress_of_a_float(kernel
     assert Counter(name for name, _ in asked) == dict.fromkeys(names, 1)
 
 
-def test_the_gluon_forward_is_compiled_once(kernels, asked):
+def test_the_gluon_kernels_are_compiled_once(kernels, asked):
     for num_tokens, heads, scale in ((16, 2, 0.25), (1, 1, 1), (50, 3, 2)):
         q = torch.zeros(1, num_tokens, heads, 64, dtype=torch.bfloat16)
         layout = SeqLayout.contiguous(num_tokens)
-        kernels.forward_by_gluon(q, q, q, make_mask(layout, layout), scale, 0.0, None)
-    assert Counter(name for name, _ in asked) == {"forward_kernel": 1}
+        mask = make_mask(layout, layout)
+        _, lse = kernels.forward_by_gluon(q, q, q, mask, scale, 0.0, None)
+        kernels.backward_by_gluon(q, q, q, q, None, lse, lse, mask, scale, 0.0, tuple(zeros_fp32(q) for _ in range(3)))
+    names = ("forward_kernel", "backward_dkdv_kernel", "backward_dq_kernel")
+    assert Counter(name for name, _ in asked) == dict.fromkeys(names, 1)
 
 
 def test_the_kernels_of_the_loss_head_are_compiled_once(kernels, asked, monkeypatch):
