@@ -185,21 +185,30 @@ class Code(NamedTuple):
         """Yield the address of the first instruction of each loop, and its body.
 
         A branch back to a block through which every way to the branch leads closes a loop. Waits that spin stand
-        behind the code and branch back too, but to blocks that are reached without them.
+        behind the code and branch back too, but to blocks that are reached without them. What no branch reaches begins
+        at a target of a jump table.
         """
         blocks, following = self._blocks()
-        first = min(blocks)
+        entries: set[int] = set()
+        reached: set[int] = set()
+        for first in sorted(blocks):
+            todo = [] if first in reached else [first]
+            entries.update(todo)
+            while todo:
+                if (at := todo.pop()) not in reached:
+                    reached.add(at)
+                    todo += following[at]
         preceding: dict[int, list[int]] = {start: [] for start in blocks}
         for start, stops in following.items():
             for stop in stops:
                 preceding[stop].append(start)
-        dominators = {start: set(blocks) for start in blocks} | {first: {first}}
+        dominators = {start: {start} if start in entries else set(blocks) for start in blocks}
         changed = True
         while changed:
             changed = False
             for start in blocks:
                 before = [dominators[x] for x in preceding[start]]
-                new = {start} | (set.intersection(*before) if before and start != first else set())
+                new = {start} | (set() if start in entries else set.intersection(*before))
                 changed |= new != dominators[start]
                 dominators[start] = new
         bodies: dict[int, set[int]] = {}

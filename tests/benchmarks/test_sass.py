@@ -37,6 +37,20 @@ def test_the_loop_with_products_is_found_and_counted():
     assert (loop.barriers, loop.spill_bytes) == (1, 8)
 
 
+def test_a_loop_behind_a_jump_table_is_found():
+    listing = """
+        /*0000*/                   BRX R2 -0x10 ;                                         /* 0x0000 */
+        /*0010*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R18 ;        /* 0x0001 */
+        /*0020*/              @!P0 BRA 0x10 ;                                             /* 0x0002 */
+        /*0030*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;   /* 0x0003 */
+        /*0040*/               @P2 BRA 0x30 ;                                             /* 0x0004 */
+        /*0050*/                   NOP ;                                                  /* 0x0005 */
+        /*0060*/                   BRA 0x0 ;                                              /* 0x0006 */
+"""
+    [loop] = Code.read(listing).loops()
+    assert [one.address for one in loop.body] == [0x30, 0x40]
+
+
 def test_clocks_of_a_loop():
     [loop] = Code.read(LISTING).loops()
     demand = loop.demand(num_warps=8, l2_bytes=100 * L2_BYTES)

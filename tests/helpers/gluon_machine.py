@@ -1,7 +1,7 @@
 """A machine that runs a Gluon kernel's Python source: numpy for tensors, threads for groups of warps.
 
 Gluon has no interpreter. Barriers count arrivals, bytes and phases as mbarriers do, copies land late and in pieces of
-time of their own, and buffers hold nan while a copy is under way. Products read their operands as late as they may,
+time of their own, and buffers hold nan while they are written. Products read their operands as late as they may,
 when they are waited for. So a kernel that waits for the wrong phase, reads a buffer too early or frees it too early
 gives other results, or never ends, which is an error after `LIMIT_S`. Registers, layouts and machine code are not
 checked.
@@ -74,6 +74,8 @@ class Buffer:
         return self.memory.copy().view(Array)
 
     def store(self, values: Array) -> None:
+        self.memory[:] = np.nan
+        time.sleep(1e-3)
         self.memory[:] = values
 
 
