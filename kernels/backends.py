@@ -196,4 +196,5 @@ BACKENDS = {
     "reference": Backend(lambda case: None, reference.forward, reference.backward),
 }
 """The backends in order of preference. On CUDA "auto" takes `triton`; those after it run when they are named, or when
-`choose.measure` has found them faster for a kind of tile. Only `triton` extends a running result in one pass."""
+`choose.measure` has found them faster for a kind of tile. Only `triton` and `gluon` extend a running result in
+one pass."""

@@ -46,13 +46,19 @@ def test_forward(name, continues):
     torch.testing.assert_close(lse, expected[1], rtol=1e-5, atol=1e-5)
 
 
-BACKWARD = {name: (*tile, heads) for (name, tile), heads in zip(TILES.items(), [(2, 1), (4, 2), (1, 1)], strict=True)}
-BACKWARD["whole"] = (SeqLayout(((300, 520),)), SeqLayout.contiguous(270), {}, (3, 1))
+WHOLE = (SeqLayout(((300, 520),)), SeqLayout.contiguous(270), {})
+BACKWARD = {
+    "causal": (TILES["causal"], (2, 1), torch.float16),
+    "window, documents": (TILES["window, documents"], (4, 2), torch.float32),
+    "some see no key": (TILES["some see no key"], (1, 1), torch.float32),
+    "whole": (WHOLE, (3, 1), torch.float16),
+}
+"""Tiles, heads of queries and of keys, and the dtype of the gradients: fp32 ones are added to, others written."""
 
 
 @pytest.mark.parametrize("name", by_lane(list(BACKWARD), quick=["window, documents"]))
 def test_backward(name):
-    queries, keys, kind, (h, h_kv) = BACKWARD[name]
+    (queries, keys, kind), (h, h_kv), dtype = BACKWARD[name]
     mask = make_mask(queries, keys, **kind)
     generator = torch.Generator().manual_seed(0)
     n, m, d = queries.num_tokens, keys.num_tokens, 80
@@ -65,24 +71,25 @@ def test_backward(name):
     delta = row_delta(dout, out)
     exact = (zeros_fp32(q), zeros_fp32(k), zeros_fp32(v))
     attention_backward(dout, q, k, v, lse, delta, mask, into=exact, backend="reference")
-    added, written = [torch.full_like(x, 0.5) for x in exact], [torch.full_like(x, torch.nan) for x in (q, k, v)]
-    for into in (added, written):
-        tensors = [Pointer(x.numpy().reshape(-1)) for x in (q, k, v, dout, lse, delta)]
-        dq, dk, dv = (Pointer(x.numpy().reshape(-1)) for x in into)
-        rows, columns = (Pointer(x.numpy().reshape(-1)) for x in (mask.rows, mask.columns))
-        strides = [*(stride for x in (q, k, v, dout) for stride in x.stride()[:3]), *lse.stride()[:2]]
-        constants = {"HEAD_DIM": d, "BLOCK_D": 128, "SOFTCAP": False, "DESCRIPTORS": True}
-        numbers = (h // h_kv, n, m, np.float32(d**-0.5), 0.0)
-        machine = Machine("gluon_kernels")
-        machine.run(
-            "backward_dkdv_kernel", -(-m // 128) * h_kv, *tensors, dk, dv, columns,
-            *strides, *k.stride()[:3], *v.stride()[:3], h_kv, *numbers, BLOCK_M=64, BLOCK_N=128, **constants,
-        )  # fmt: skip
-        machine.run(
-            "backward_dq_kernel", -(-n // 128) * h, *tensors, dq, rows,
-            *strides, *q.stride()[:3], h, *numbers, BLOCK_M=128, BLOCK_N=64, **constants,
-        )  # fmt: skip
+    before = 0.5 if dtype == torch.float32 else torch.nan
+    got = [torch.full_like(x, before, dtype=dtype) for x in exact]
+    inputs, (dq, dk, dv), (rows, columns) = (
+        [Pointer(x.numpy().reshape(-1)) for x in tensors]
+        for tensors in ((q, k, v, dout, lse, delta), got, (mask.rows, mask.columns))
+    )
+    strides = [*(stride for x in (q, k, v, dout) for stride in x.stride()[:3]), *lse.stride()[:2]]
+    constants = {"HEAD_DIM": d, "BLOCK_D": 128, "SOFTCAP": False, "DESCRIPTORS": True}
+    numbers = (h // h_kv, n, m, np.float32(d**-0.5), 0.0)
+    machine = Machine("gluon_kernels")
+    machine.run(
+        "backward_dkdv_kernel", -(-m // 128) * h_kv, *inputs, dk, dv, columns,
+        *strides, *k.stride()[:3], *v.stride()[:3], h_kv, *numbers, BLOCK_M=64, BLOCK_N=128, **constants,
+    )  # fmt: skip
+    machine.run(
+        "backward_dq_kernel", -(-n // 128) * h, *inputs, dq, rows,
+        *strides, *q.stride()[:3], h, *numbers, BLOCK_M=128, BLOCK_N=64, **constants,
+    )  # fmt: skip
     # Probabilities and their gradients are rounded to 16 bits before the second product, and what is written is too.
-    for got, also, expected in zip(added, written, exact, strict=True):
-        torch.testing.assert_close(got - 0.5, expected, rtol=2e-3, atol=2e-3)
-        torch.testing.assert_close(also.float(), expected, rtol=2e-3, atol=2e-3)
+    for found, expected in zip(got, exact, strict=True):
+        sums = found - before if dtype == torch.float32 else found.float()
+        torch.testing.assert_close(sums, expected, rtol=2e-3, atol=2e-3)
