@@ -36,6 +36,7 @@ from lib.learning import (
     shown,
     train,
 )
+from lib.learning_pictures import draw_copying
 from lib.script import Row, make_parser, make_table, write_record
 from longring.launch.config import load_recipe
 from rich.console import Console
@@ -153,6 +154,7 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, metavar="DIR", help="keep data, runs and results; resume from there")
     parser.add_argument("--corpus", type=Path, metavar="DIR", help="corpus that benchmarks/corpus.py has made")
     parser.add_argument("--show", action="store_true", help="print the results that are stored, and train nothing")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the gain of copying by tokens")
     options = parser.parse_args()
     case = CASES[options.size]
     cells = grid(case.arms, seeds=1)
@@ -167,6 +169,8 @@ def main() -> int:
             run_cells(folder, cells, lambda cell: measure(case, folder, cell))
         rows = list(results(folder, cells))
     show(rows, case)
+    if options.picture and rows:
+        draw_copying(rows, (case.lengths[0], case.lengths[-1]), options.picture)
     Console().print(f"{len(rows)} of {len(cells)} cells are done")
     write_record(options.json, {"rows": rows})
     return 0

@@ -39,6 +39,7 @@ from lib.learning import (
     copies,
     copying,
     evaluate,
+    exact,
     keep_last_checkpoint,
     link_corpus,
     prepare_held_out,
@@ -47,6 +48,7 @@ from lib.learning import (
     steps_by_bucket,
     train,
 )
+from lib.learning_pictures import draw_lengths
 from lib.script import Row, make_parser, make_table, write_record
 from lib.step_seconds import step_seconds
 from longring.data.files import write_text
@@ -237,6 +239,14 @@ def summary(rows: Sequence[Row], arms: Sequence[str]) -> list[Row]:
         paired = [seed for seed in seeds if (BASELINE, seed) in of]
         target = {seed: of[BASELINE, seed][-1] for seed in paired}
         longest = last[0]["buckets"][-1]["length"]
+        shares = {
+            by: [
+                at / target[seed][by]
+                for seed in paired
+                if (at := reached(of[arm, seed], target[seed]["loss"], by)) is not None
+            ]
+            for by in ("tokens", "seconds")
+        }
         found.append(
             {
                 "arm": arm,
@@ -249,30 +259,15 @@ def summary(rows: Sequence[Row], arms: Sequence[str]) -> list[Row]:
                     str(bucket["length"]): spread([one["buckets"][number]["loss"] for one in last])
                     for number, bucket in enumerate(last[0]["buckets"])
                 },
-                **{
-                    f"{by}_to_baseline": spread(
-                        [
-                            at / target[seed][by]
-                            for seed in paired
-                            if (at := reached(of[arm, seed], target[seed]["loss"], by)) is not None
-                        ]
-                    )
-                    for by in ("tokens", "seconds")
-                },
+                "reached": len(shares["tokens"]),
+                **{f"{by}_to_baseline": spread(values) for by, values in shares.items()},
                 "copying": spread([copying(one, longest)[0] for one in last]),
                 "copied": spread([copying(one, longest)[1] for one in last]),
                 "passed": sum(copies(one, longest) for one in last),
-                "needles": spread([needles(one, longest) for one in last]),
+                "needles": spread([exact(one, "needle", longest) for one in last]),
             }
         )
     return found
-
-
-def needles(row: Row, length: int) -> float:
-    """Return the share of needles that are found in sequences of a length."""
-    return mean(
-        task["exact"] for task in row["tasks"] if task["task"].startswith("needle") and task["length"] == length
-    )
 
 
 def show(rows: Sequence[Row], case: Case) -> None:
@@ -312,6 +307,7 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, metavar="DIR", help="keep data, runs and results; resume from there")
     parser.add_argument("--corpus", type=Path, metavar="DIR", help="corpus that benchmarks/corpus.py has made")
     parser.add_argument("--show", action="store_true", help="print the results that are stored, and train nothing")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw losses by position, length, tokens, seconds")
     options = parser.parse_args()
     case = CASES["gpu" if options.gpu else options.size]
     cells = grid(case.arms, case.seeds)
@@ -324,6 +320,8 @@ def main() -> int:
             run_cells(folder, cells, lambda cell: measure(case, folder, cell))
         rows = list(results(folder, cells))
     show(rows, case)
+    if options.picture and rows:
+        draw_lengths(rows, summary(rows, case.arms), BASELINE, options.picture)
     Console().print(f"{len(rows)} of {len(cells)} cells are done")
     write_record(options.json, {"summary": summary(rows, case.arms), "rows": rows})
     return 0

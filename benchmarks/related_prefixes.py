@@ -43,6 +43,7 @@ from lib.learning import (
     tokenizer_of,
     train,
 )
+from lib.learning_pictures import draw_related
 from lib.script import Row, make_parser, make_table, write_record
 from longring.data.format.manifest import open_prepared
 from numpy.typing import NDArray
@@ -291,6 +292,7 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, metavar="DIR", help="keep data, runs and results; resume from there")
     parser.add_argument("--corpus", type=Path, metavar="DIR", help="corpus that benchmarks/corpus.py has made")
     parser.add_argument("--show", action="store_true", help="print the results that are stored, and train nothing")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw gains and losses by documents before")
     options = parser.parse_args()
     case = CASES["gpu" if options.gpu else options.size]
     cells = grid(case.arms, case.seeds)
@@ -308,6 +310,8 @@ def main() -> int:
         rows = list(results(folder, cells))
         held = {arm: documents_per_context(folder, arm) for arm in case.arms}
     show(rows, case)
+    if options.picture and rows:
+        draw_related(rows, case.arms, options.picture)
     Console().print(f"{len(rows)} of {len(cells)} cells are done")
     write_record(options.json, {"documents_per_context": held, "rows": rows})
     return 0

@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,6 +29,7 @@ from lib.learning import (
     checkpoints_of,
     copying,
     evaluate,
+    exact,
     keep_last_checkpoint,
     link_corpus,
     prepare_held_out,
@@ -37,6 +37,7 @@ from lib.learning import (
     spread,
     train,
 )
+from lib.learning_pictures import draw_knots
 from lib.script import Row, make_parser, make_table, write_record
 from longring.data.lock import held
 from rich.console import Console
@@ -153,12 +154,6 @@ def measure(case: Case, folder: Path, cell: Cell) -> Row:
     return shown(found)
 
 
-def exact(row: Row, task: str, length: int) -> float:
-    """Return the exact match of the tasks whose names begin with `task`, mean over them, at a length."""
-    found = [one["exact"] for one in row["tasks"] if one["task"].startswith(task) and one["length"] == length]
-    return mean(found) if found else 0.0
-
-
 def show(rows: Sequence[Row], case: Case) -> None:
     """Print the scores of each share at each length, over its seeds."""
     table = make_table(
@@ -188,6 +183,7 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, metavar="DIR", help="keep data, runs and results; resume from there")
     parser.add_argument("--corpus", type=Path, metavar="DIR", help="corpus that benchmarks/corpus.py has made")
     parser.add_argument("--show", action="store_true", help="print the results that are stored, and train nothing")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw needles by depth, and all scores by length")
     options = parser.parse_args()
     case = CASES["gpu" if options.gpu else options.size]
     cells = grid(case.arms, case.seeds)
@@ -203,6 +199,8 @@ def main() -> int:
             run_cells(folder, cells, lambda cell: measure(case, folder, cell))
         rows = list(results(folder, cells))
     show(rows, case)
+    if options.picture and rows:
+        draw_knots(rows, case.arms, case.lengths, options.picture)
     Console().print(f"{len(rows)} of {len(cells)} cells are done")
     write_record(options.json, {"rows": rows})
     return 0

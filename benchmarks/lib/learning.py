@@ -141,6 +141,12 @@ def copying(row: Mapping[str, Any], length: int, task: str = "copy_text") -> tup
     return found["gain"], found["tokens"]
 
 
+def exact(row: Mapping[str, Any], task: str, length: int) -> float:
+    """Return the exact match of the tasks whose names begin with `task`, mean over them, at a length."""
+    found = [one["exact"] for one in row["tasks"] if one["task"].startswith(task) and one["length"] == length]
+    return mean(found) if found else 0.0
+
+
 def copies(row: Mapping[str, Any], length: int) -> bool:
     """Return whether a model passes the gate: it copies text in sequences of a length."""
     gain, right = copying(row, length)

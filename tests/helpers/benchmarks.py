@@ -10,6 +10,9 @@ from pathlib import Path
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
+WITH_PICTURE = ("copying", "decomposition", "needles", "related_prefixes", "soak", "untie_the_knots")
+"""Benchmarks with the option --picture."""
+
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a benchmark in a process of its own, with compiled kernels where there is a GPU."""
@@ -24,7 +27,7 @@ def check_smallest_size(script: str, tmp_path: Path, *arguments: str) -> None:
     record = tmp_path / "record.json"
     drawn = ["--pictures", str(tmp_path)]
     picture = ["--picture", str(tmp_path / "picture.png")]
-    pictures = {"cp_paper": drawn, "needles": picture, "published_mixes": drawn, "soak": picture}
+    pictures = {"cp_paper": drawn, "published_mixes": drawn, **dict.fromkeys(WITH_PICTURE, picture)}
     files = {**pictures, "gpu_node": ["--directory", str(tmp_path)]}
     done = run(script, "--smallest", "--json", str(record), *files.get(script, []), *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
