@@ -17,4 +17,20 @@ def corpus(record: Any) -> Iterator[Cells]:
         yield f"left out: {reason}", "", f"{number:,}", ""
 
 
-TABLES = [Table("evidence.md", "| files | packages | number |", corpus, ("corpus_2_cores_2026-11-23",))]
+def same_job(record: Any) -> Iterator[Cells]:
+    """Yield the lines of each project for the same job, and its seconds or its error with one process and with two."""
+    names = {
+        "longring": "LongRing",
+        "olmo_core": "OLMo-core",
+        "megatron_lm": "Megatron-LM",
+    }
+    for row in record["rows"]:
+        runs = [f"{one['seconds']:.0f} s" if "seconds" in one else f"`{one['error']}`" for one in row["runs"]]
+        version = row["version"].removeprefix("core_v")
+        yield f"{names.get(row['member'], row['member'])} {version}", f"{row['lines']}", *runs
+
+
+TABLES = [
+    Table("evidence.md", "| files | packages | number |", corpus, ("corpus_2_cores_2026-11-23",)),
+    Table("evidence.md", "| project | lines |", same_job, ("same_job_2_cores_2026-11-23",)),
+]
