@@ -12,8 +12,8 @@ and the fastest turn counts:
 - rows: the same cut into micro-batches of int64, as a model needs them; still not shuffled.
 
 With --peers the rows of each bucket are written in the formats of others, and read by their own data sets into the same
-micro-batches, in order and in one process (lib/loader_peers.py). torchtitan's data set is left out: it tokenizes text
-while it reads. A reader that cannot run is in the record with its error.
+micro-batches, in order and in one process (lib/loader_peers.py). torchtitan's loader tokenizes text while it reads: its
+tokenizer is replaced by one that returns ids. A reader that cannot run is in the record with its error.
 
 Besides: seconds to resume at step 10^6, the wait of a model that takes 20 ms a micro-batch, and peak memory.
 """

@@ -7,7 +7,7 @@ for, in micro-batches of int64 rows, as a model needs them, and returns their nu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import suppress
 from importlib import metadata
 from itertools import chain, repeat
@@ -36,7 +36,7 @@ def mosaicml_streaming(rows: Rows, folder: Path, micro_batch: int) -> Read:
     def collate(samples: list[dict[str, np.ndarray]]) -> torch.Tensor:
         return torch.from_numpy(np.stack([sample["tokens"] for sample in samples]).astype(np.int64))
 
-    return _reader(lambda: DataLoader(dataset, batch_size=micro_batch, collate_fn=collate))
+    return _reader(rows, lambda: DataLoader(dataset, batch_size=micro_batch, collate_fn=collate))
 
 
 def megatron_core(rows: Rows, folder: Path, micro_batch: int) -> Read:
@@ -54,7 +54,7 @@ def megatron_core(rows: Rows, folder: Path, micro_batch: int) -> Read:
             found = [dataset.get(first + at) for at in range(micro_batch)]
             yield torch.from_numpy(np.stack(found).astype(np.int64))
 
-    return _reader(batches)
+    return _reader(rows, batches)
 
 
 def olmo_core(rows: Rows, folder: Path, micro_batch: int) -> Read:
@@ -76,16 +76,52 @@ def olmo_core(rows: Rows, folder: Path, micro_batch: int) -> Read:
     def collate(samples: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         return torch.stack([sample["input_ids"] for sample in samples]).long()
 
-    return _reader(lambda: DataLoader(dataset, batch_size=micro_batch, collate_fn=collate))
+    return _reader(rows, lambda: DataLoader(dataset, batch_size=micro_batch, collate_fn=collate))
 
 
-def _reader(batches: Callable[[], Iterable[torch.Tensor]]) -> Read:
+def torchtitan(rows: Rows, folder: Path, micro_batch: int) -> Read:
+    """Return torchtitan's loader of documents, each a row, from a data set of Hugging Face's on disk.
+
+    The loader tokenizes while it reads, so the rows are ids in the place of text, and its tokenizer returns them.
+    """
+    from datasets import Dataset, load_from_disk
+    from torchtitan.components.tokenizer import BaseTokenizer
+    from torchtitan.hf_datasets import DatasetConfig
+    from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
+
+    class Ids(BaseTokenizer):
+        def encode(self, ids: list[int], add_bos: bool, add_eos: bool) -> list[int]:
+            return ids
+
+        def decode(self, ids: list[int]) -> str:
+            raise NotImplementedError
+
+        def get_vocab_size(self) -> int:
+            return 2**16
+
+    Dataset.from_dict({"ids": list(rows)}).save_to_disk(folder)
+    DATASETS["rows"] = DatasetConfig(path="", loader=load_from_disk, sample_processor=lambda sample: sample["ids"])
+    config = HuggingFaceTextDataLoader.Config(dataset="rows", dataset_path=str(folder), infinite=False)
+
+    def batches() -> Iterator[torch.Tensor]:
+        length = rows.shape[1] - 1
+        loader = HuggingFaceTextDataLoader(
+            config, dp_world_size=1, dp_rank=0, tokenizer=Ids(), seq_len=length, local_batch_size=micro_batch
+        )
+        for inputs, _ in loader:  # inputs and targets are tensors of their own
+            yield inputs["input"]
+
+    return _reader(rows, batches)
+
+
+def _reader(rows: Rows, batches: Callable[[], Iterable[Sized]]) -> Read:
     """Return a function that reads micro-batches until they have a number of tokens, pass after pass over the rows."""
+    length = rows.shape[1] - 1  # a row has a token more
 
     def read(tokens: int) -> int:
         done = 0
         for batch in chain.from_iterable(make() for make in repeat(batches)):
-            done += batch.numel() - len(batch)  # a row has a token more than its length
+            done += len(batch) * length
             if done >= tokens:
                 break
         return done
@@ -97,6 +133,7 @@ PEERS: dict[str, Callable[[Rows, Path, int], Read]] = {
     "mosaicml-streaming": mosaicml_streaming,
     "megatron-core": megatron_core,
     "ai2-olmo-core": olmo_core,
+    "torchtitan": torchtitan,
 }
 """Readers by the names of their packages."""
 
