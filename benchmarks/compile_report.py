@@ -14,7 +14,7 @@ reports as written to memory because a thread has no register left. b16_loads ar
 The loops of 16-bit kernels on sm_90 are counted (benchmarks/lib/sass.py). `bound` is the largest share of the tensor
 cores' time that the loop without masks can take if all units of a multiprocessor work at once; `share` is what is left
 where a program waits for its own products and only the programs beside it on the multiprocessor fill the gaps. Both
-are arithmetic, not measurements. A group of warps that computes in a kernel of gluon_kernels.py counts as a program: it
+are arithmetic, not measurements. A group of warps that computes in a kernel in Gluon counts as a program: it
 waits for its own products alone. Clocks are those of one group, and registers those at the launch, before groups that
 load give theirs to the others.
 
@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONS
 from lib.sass import SHARED_BYTES as L1_BYTES
 from lib.sass import Code, Demand, Loop, programs_per_sm
 from lib.script import Row, make_parser, make_table, write_record
-from longring.kernels import blocks, gluon_kernels, triton_attention, triton_kernels
+from longring.kernels import blocks, gluon_backward, gluon_blocks, gluon_forward, triton_attention, triton_kernels
 from rich.console import Console
 from rich.progress import track
 from triton import knobs
@@ -63,7 +63,7 @@ HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 TILED = ("forward", "backward_dkdv", "backward_dq")
 """Kernels whose block sizes are tuned; the others read and write once."""
 GLUON = tuple(f"gluon_{name}" for name in TILED)
-"""Kernels of gluon_kernels.py, whose block sizes are fixed."""
+"""Kernels in Gluon, whose block sizes are fixed."""
 STRIDES = ("_n", "_b", "_s", "_h")
 """Ends of the names of strides, as in `forward_kernel`."""
 SPILLED = 1 / 20
@@ -104,7 +104,8 @@ def compile_row(job: Job) -> Row:
     """Compile one kernel and return its row of the report."""
     arch, name, bits, head_dim, at, continues = job
     tiled = name.removeprefix("gluon_")
-    kernel = getattr(gluon_kernels if name in GLUON else triton_kernels, f"{tiled}_kernel")
+    in_gluon = gluon_forward if tiled == "forward" else gluon_backward
+    kernel = getattr(in_gluon if name in GLUON else triton_kernels, f"{tiled}_kernel")
     types, constants = signature(kernel, name, bits, head_dim, at, continues)
     options = {"num_warps": at.num_warps, "num_stages": at.num_stages}
     # The pointers that a launch specializes: `triton_attention` passes only multiples of 16 bytes.
@@ -126,7 +127,7 @@ def compile_row(job: Job) -> Row:
         row["programs"] = programs_per_sm(registers, compiled.metadata.shared, compiled.metadata.num_warps)
         # Of two 16-bit tensors, a program reads the rows over which it walks once an iteration, for all of its groups.
         held, walked = (at.block_n, at.block_m) if tiled == "backward_dkdv" else (at.block_m, at.block_n)
-        groups = held // gluon_kernels.ROWS.value if name in GLUON else 1
+        groups = held // gluon_blocks.ROWS.value if name in GLUON else 1
         loops = (
             loop_row(loop, at.num_warps, 4 * head_dim * walked // groups, groups * row["programs"])
             for loop in Code.of(compiled.asm["cubin"]).loops()
@@ -199,7 +200,7 @@ def jobs(architectures: list[str], bits_of: Sequence[int], head_dims: Sequence[i
                         found.append((arch, name, bits, head_dim, at, True))
                 if arch == "sm_90" and bits == 16 and head_dim in (64, 128):  # others are padded to one of these
                     for name in GLUON:
-                        at = gluon_kernels.BLOCKS[name.removeprefix("gluon_")]
+                        at = gluon_blocks.BLOCKS[name.removeprefix("gluon_")]
                         found += [(arch, name, bits, head_dim, at, continues) for continues in (False, True)]
     return found
 

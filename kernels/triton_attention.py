@@ -30,8 +30,9 @@ def forward(
 def forward_by_gluon(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float, running: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Return what `forward` does, by the kernel for Hopper of `gluon_kernels.py`, without a softcap."""
-    from .gluon_kernels import BLOCKS, forward_kernel  # imported late: older Tritons have another Gluon
+    """Return what `forward` does, by the kernel for Hopper of `gluon_forward.py`, without a softcap."""
+    from .gluon_blocks import BLOCKS  # imported late: older Tritons have another Gluon
+    from .gluon_forward import forward_kernel
 
     return _forward(forward_kernel, BLOCKS["forward"], q, k, v, mask, scale, softcap, running)
 
@@ -93,11 +94,15 @@ def backward_by_gluon(
     softcap: float,
     into: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """Do what `backward` does, by the kernels for Hopper of `gluon_kernels.py`, without a softcap."""
-    from . import gluon_kernels as gluon  # imported late: older Tritons have another Gluon
+    """Do what `backward` does, by the kernels for Hopper of `gluon_backward.py`, without a softcap."""
+    from .gluon_backward import (  # imported late: older Tritons have another Gluon
+        backward_dkdv_kernel,
+        backward_dq_kernel,
+    )
+    from .gluon_blocks import BLOCKS
 
-    dkdv = gluon.backward_dkdv_kernel, gluon.BLOCKS["backward_dkdv"]
-    dq = gluon.backward_dq_kernel, gluon.BLOCKS["backward_dq"]
+    dkdv = backward_dkdv_kernel, BLOCKS["backward_dkdv"]
+    dq = backward_dq_kernel, BLOCKS["backward_dq"]
     _backward(dkdv, dq, dout, q, k, v, out, lse, delta, mask, scale, softcap, into)
 
 

@@ -139,7 +139,7 @@ class Machine:
         }
         self.names |= {"mbarrier": self._barriers(), "tma": self._copies(), "warpgroup_mma": self._product}
         self.names |= {"warpgroup_mma_wait": self._wait}
-        for name in ("triton_blocks", kernel):
+        for name in ("triton_blocks", "gluon_blocks", kernel):
             source = (KERNELS / f"{name}.py").read_text()
             source = re.sub(r"^from (?!__future__)[\w.]+ import (\([^)]*\)|.*)$|^import .*$", "", source, flags=re.M)
             exec(compile(source, name, "exec"), self.names)

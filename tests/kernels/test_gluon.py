@@ -40,7 +40,7 @@ def test_forward(name, continues):
     constants = {"HEAD_DIM": d, "BLOCK_D": 128, "BLOCK_M": 192, "BLOCK_N": 64, "CONTINUES": continues}
     constants |= {"SOFTCAP": False, "DESCRIPTORS": True}
     numbers = (*strides, *lse.stride()[:2], 2, 2, n, m, np.float32(d**-0.5), 0.0)
-    Machine("gluon_kernels").run("forward_kernel", -(-n // 192) * 2, *tensors, *numbers, **constants)
+    Machine("gluon_forward").run("forward_kernel", -(-n // 192) * 2, *tensors, *numbers, **constants)
     # Probabilities are rounded to 16 bits before the second product, and out is if nothing is continued.
     torch.testing.assert_close(out.float(), expected[0].float(), rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(lse, expected[1], rtol=1e-5, atol=1e-5)
@@ -80,7 +80,7 @@ def test_backward(name):
     strides = [*(stride for x in (q, k, v, dout) for stride in x.stride()[:3]), *lse.stride()[:2]]
     constants = {"HEAD_DIM": d, "BLOCK_D": 128, "SOFTCAP": False, "DESCRIPTORS": True}
     numbers = (h // h_kv, n, m, np.float32(d**-0.5), 0.0)
-    machine = Machine("gluon_kernels")
+    machine = Machine("gluon_backward")
     machine.run(
         "backward_dkdv_kernel", -(-m // 128) * h_kv, *inputs, dk, dv, columns,
         *strides, *k.stride()[:3], *v.stride()[:3], h_kv, *numbers, BLOCK_M=64, BLOCK_N=128, **constants,

@@ -1,13 +1,8 @@
-"""Attention in Gluon, for Hopper: one group of warps loads blocks of rows, two or three others compute.
+"""Backward of attention in Gluon, for Hopper: `gluon_blocks.py` says how a program's groups of warps work together.
 
-The groups that compute wait for blocks, not for each other, so that the exponentials of one run beside the products of
-the others. Each has 64 rows. A program of the forward has three groups, 192 queries, and walks over keys and values.
-Groups of the backward need more registers, so that there are two: a program for dq has 128 queries and walks like the
-forward, one for dk and dv has 128 keys and walks over the queries of all heads that share them. Masks and arithmetic
-are those of `triton_kernels.py`.
-
-Blocks lie in a ring of `STAGES` buffers. For each buffer there are two barriers: `full`, on which the loads of a block
-arrive, and `empty`, on which the groups arrive that have read it. Use n of a buffer (from 0) ends phase n of both.
+Groups of the backward need more registers than those of the forward, so that two compute: a program for dq has 128
+queries and walks over keys and values like the forward, one for dk and dv has 128 keys and walks over the queries of
+all heads that share them.
 """
 
 from __future__ import annotations
@@ -17,240 +12,21 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from .blocks import Blocks
+from .gluon_blocks import (
+    LOG2E,
+    ROWS,
+    STAGES,
+    all_heads,
+    barriers,
+    block_bounds,
+    head_rows,
+    load_groups,
+    load_keys,
+    ring,
+    visible,
+)
 from .triton_blocks import aligned, count_masked, loop_bounds, masked_block
 from .triton_kernels import VARYING
-
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2 = gl.constexpr(0.6931471805599453)
-STAGES = gl.constexpr(3)
-ROWS = gl.constexpr(64)
-"""Rows of a group that computes, those of a product of four warps."""
-BLOCKS = {
-    "forward": Blocks(192, 64, 4, 1),
-    "backward_dkdv": Blocks(64, 128, 4, 1),
-    "backward_dq": Blocks(128, 64, 4, 1),
-}
-"""Queries and keys of a block, warps of a group, and no stages that the compiler should make."""
-
-
-@gluon.jit
-def _barriers(LOADS: gl.constexpr, GROUPS: gl.constexpr):
-    """Return the barriers of the buffers: `full` after LOADS arrivals, `empty` after those of all groups."""
-    full, empty = mbarrier.allocate_mbarrier(batch=STAGES), mbarrier.allocate_mbarrier(batch=STAGES)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=LOADS)
-        mbarrier.init(empty.index(i), count=GROUPS)
-    return full, empty
-
-
-@gluon.jit
-def _ring(element: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr, GROUPS: gl.constexpr):
-    """Return buffers for blocks `SHAPE`, and their barriers `full` and `empty`."""
-    blocks = gl.allocate_shared_memory(element, [STAGES, SHAPE[0], SHAPE[1]], LAYOUT)
-    full, empty = _barriers(1, GROUPS)
-    return blocks, full, empty
-
-
-@gluon.jit
-def _head_rows(
-    ptr, stride_b, stride_s, stride_h, batch, head, num_rows,
-    HEAD_DIM: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Return one head of a `[b, s, h, d]` tensor as a descriptor of blocks `[rows, dims]`."""
-    base = ptr + batch * aligned(ptr, stride_b) + head * aligned(ptr, stride_h)
-    return tma.make_tensor_descriptor(base, [num_rows, HEAD_DIM], [aligned(ptr, stride_s), 1], SHAPE, LAYOUT)
-
-
-@gluon.jit
-def _all_heads(
-    ptr, stride_b, stride_s, stride_h, batch, num_heads, num_rows,
-    HEAD_DIM: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Return all heads of a `[b, s, h, d]` tensor as a descriptor of blocks `[1, rows, dims]`."""
-    base = ptr + batch * aligned(ptr, stride_b)
-    return tma.make_tensor_descriptor(
-        base, [num_heads, num_rows, HEAD_DIM], [aligned(ptr, stride_h), aligned(ptr, stride_s), 1], SHAPE, LAYOUT
-    )
-
-
-@gluon.jit
-def _load_groups(rows, blocks, full, first, GROUPS: gl.constexpr):
-    """Load the rows from `first` on that the groups hold for the whole loop."""
-    mbarrier.expect(full, GROUPS * rows.nbytes_per_cta)
-    for i in gl.static_range(GROUPS):
-        tma.async_copy_global_to_shared(rows, [first + i * ROWS, 0], full, blocks.index(i))
-
-
-@gluon.jit
-def _block(i, left, full, right, end, STEP: gl.constexpr):
-    """Return the start of block i and the end of its part; blocks that all rows see come first."""
-    num_full = (right - full) // STEP
-    start, stop = masked_block(i - num_full, left, full, right, end, STEP)
-    return gl.where(i < num_full, full + i * STEP, start), stop
-
-
-@gluon.jit
-def _load_keys(k_rows, v_rows, keys, values, left, full, right, end, num_blocks, BLOCK_N: gl.constexpr):
-    """Load blocks of keys and values, each into a buffer that all groups have read."""
-    k_blocks, k_full, k_empty = keys
-    v_blocks, v_full, v_empty = values
-    for i in range(num_blocks):
-        buffer, phase = i % STAGES, i // STAGES & 1
-        start, _ = _block(i, left, full, right, end, BLOCK_N)
-        # The phase before the first one counts as ended: the first uses of the buffers do not wait.
-        mbarrier.wait(k_empty.index(buffer), phase ^ 1)
-        mbarrier.expect(k_full.index(buffer), k_rows.nbytes_per_cta)
-        tma.async_copy_global_to_shared(k_rows, [start, 0], k_full.index(buffer), k_blocks.index(buffer))
-        mbarrier.wait(v_empty.index(buffer), phase ^ 1)
-        mbarrier.expect(v_full.index(buffer), v_rows.nbytes_per_cta)
-        tma.async_copy_global_to_shared(v_rows, [start, 0], v_full.index(buffer), v_blocks.index(buffer))
-
-
-@gluon.jit
-def _visible(column, stop, row_start, row_stop):
-    """Return which columns the rows of a product see, in a masked block that ends before `stop`."""
-    return (column[None, :] >= row_start[:, None]) & (column[None, :] < gl.minimum(row_stop, stop)[:, None])
-
-
-@gluon.jit
-def _forward_step(
-    acc, peak, total, q_block, keys, values, i, start, stop, row_start, row_stop, factor,
-    MASKED: gl.constexpr, BLOCK_N: gl.constexpr, SCORES: gl.constexpr, OUT: gl.constexpr,
-):  # fmt: skip
-    """Add block i of keys to (acc, peak, total), as `triton_kernels._forward_step` does; peak is a log2."""
-    k_blocks, k_full, k_empty = keys
-    v_blocks, v_full, v_empty = values
-    buffer, phase = i % STAGES, i // STAGES & 1
-    mbarrier.wait(k_full.index(buffer), phase)
-    scores = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
-    scores = warpgroup_mma(q_block, k_blocks.index(buffer).permute([1, 0]), scores, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(0, [scores])
-    mbarrier.arrive(k_empty.index(buffer), count=1)
-    if MASKED:
-        column = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
-        scores = gl.where(_visible(column, stop, row_start, row_stop), scores, float("-inf"))
-    new_peak = gl.maximum(peak, gl.max(scores, 1) * factor)
-    if MASKED:
-        base = gl.where(new_peak == float("-inf"), 0.0, new_peak)
-    else:
-        base = new_peak
-    p = gl.exp2(scores * factor - base[:, None])
-    shrink = gl.exp2(peak - base)
-    total = total * shrink + gl.sum(p, 1)
-    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, OUT))[:, None]
-    weights = gl.convert_layout(p.to(v_blocks.dtype), gl.DotOperandLayout(0, OUT, 2))
-    mbarrier.wait(v_full.index(buffer), phase)
-    acc = warpgroup_mma(weights, v_blocks.index(buffer), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, [acc])
-    mbarrier.arrive(v_empty.index(buffer), count=1)
-    return acc, new_peak, total
-
-
-@gluon.jit
-def _forward_group(
-    q_blocks, q_full, keys, values, out, out_s, lse, rows, first, s_q, left, full, right, end, num_blocks, factor,
-    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, CONTINUES: gl.constexpr,
-):  # fmt: skip
-    """Write out and lse of the queries of one group, rows `first` on of one head."""
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-    row = first + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-    inside = row < s_q
-    row_start = gl.load(rows + row, mask=inside, other=0)
-    row_stop = gl.load(rows + s_q + row, mask=inside, other=0)
-    out_row = first + gl.arange(0, ROWS, gl.SliceLayout(1, OUT))
-    dims = gl.arange(0, BLOCK_D, gl.SliceLayout(0, OUT))
-    stored = (out_row < s_q)[:, None] & (dims < HEAD_DIM)[None, :]
-    out_ptrs = out + out_row[:, None] * out_s + dims[None, :]
-    if CONTINUES:
-        # A running result is one key of score lse and value out: peak = lse, total = 1, acc = out.
-        peak = gl.load(lse + row, mask=inside, other=float("-inf")) * LOG2E
-        seen = peak > float("-inf")
-        total = gl.where(seen, 1.0, 0.0)
-        # The out of a row that has seen no key is uninitialized, perhaps nan.
-        read = stored & (gl.load(lse + out_row, mask=out_row < s_q, other=float("-inf")) > float("-inf"))[:, None]
-        acc = gl.load(out_ptrs, mask=read, other=0.0)
-    else:
-        peak = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-        total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
-        acc = gl.zeros([ROWS, BLOCK_D], gl.float32, OUT)
-    mbarrier.wait(q_full, 0)
-    q_block = q_blocks.index(GROUP)
-    num_full = (right - full) // BLOCK_N
-    for i in range(num_full):
-        acc, peak, total = _forward_step(
-            acc, peak, total, q_block, keys, values, i, 0, 0, row_start, row_stop, factor, False, BLOCK_N, SCORES, OUT
-        )
-    for i in range(num_full, num_blocks):
-        start, stop = _block(i, left, full, right, end, BLOCK_N)
-        acc, peak, total = _forward_step(
-            acc, peak, total, q_block, keys, values, i, start, stop, row_start, row_stop, factor,
-            True, BLOCK_N, SCORES, OUT,
-        )  # fmt: skip
-    seen = total > 0
-    divisor = gl.convert_layout(gl.where(seen, total, 1.0), gl.SliceLayout(1, OUT))
-    gl.store(out_ptrs, (acc / divisor[:, None]).to(out.dtype.element_ty), mask=stored)
-    gl.store(lse + row, gl.where(seen, (peak + gl.log2(total)) * LN2, float("-inf")), mask=inside)
-
-
-@gluon.jit(do_not_specialize=VARYING)
-def forward_kernel(
-    q, k, v, out, lse, rows,
-    q_b: tl.int64, q_s: tl.int64, q_h: tl.int64, k_b: tl.int64, k_s: tl.int64, k_h: tl.int64,
-    v_b: tl.int64, v_s: tl.int64, v_h: tl.int64, out_b: tl.int64, out_s: tl.int64, out_h: tl.int64,
-    lse_b: tl.int64, lse_h: tl.int64, num_heads, group, s_q, s_k, scale: tl.float32, softcap: tl.float32,
-    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    CONTINUES: gl.constexpr, SOFTCAP: gl.constexpr, DESCRIPTORS: gl.constexpr,
-):  # fmt: skip
-    """Write out and lse of a block of queries, or extend them; arguments are those of Triton's `forward_kernel`."""
-    gl.static_assert(BLOCK_M == 3 * ROWS and DESCRIPTORS and not SOFTCAP)
-    # Later queries see more keys: blocks are taken from the last one, so that the longest programs start first.
-    num = (s_q + BLOCK_M - 1) // BLOCK_M
-    block, sequence = gl.program_id(0) % num, gl.program_id(0) // num
-    batch, head = sequence // num_heads, sequence % num_heads
-    kv_head = head // group
-    first = (num - 1 - block) * BLOCK_M
-    last = gl.minimum(first + BLOCK_M, s_q) - 1
-    left, full, right, end = loop_bounds(rows, rows + s_q, first, last, BLOCK_N)
-    num_blocks = (right - full) // BLOCK_N + count_masked(left, full, right, end, BLOCK_N)
-
-    element: gl.constexpr = q.dtype.element_ty
-    HELD: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], element)
-    WALKED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], element)
-    q_rows = _head_rows(q, q_b, q_s, q_h, batch, head, s_q, HEAD_DIM, [ROWS, BLOCK_D], HELD)
-    k_rows = _head_rows(k, k_b, k_s, k_h, batch, kv_head, s_k, HEAD_DIM, [BLOCK_N, BLOCK_D], WALKED)
-    v_rows = _head_rows(v, v_b, v_s, v_h, batch, kv_head, s_k, HEAD_DIM, [BLOCK_N, BLOCK_D], WALKED)
-    q_blocks = gl.allocate_shared_memory(element, [3, ROWS, BLOCK_D], HELD)
-    q_full = mbarrier.allocate_mbarrier()
-    mbarrier.init(q_full, count=1)
-    keys = _ring(element, [BLOCK_N, BLOCK_D], WALKED, 3)
-    values = _ring(element, [BLOCK_N, BLOCK_D], WALKED, 3)
-    _load_groups(q_rows, q_blocks, q_full, first, 3)
-
-    out_head = out + batch * aligned(out, out_b) + head * aligned(out, out_h)
-    lse_head = lse + batch * lse_b + head * lse_h
-    step, factor = aligned(out, out_s), scale * LOG2E
-    # Registers of a thread, all 512 of four groups: 160 where products are summed, 32 where blocks are loaded.
-    gl.warp_specialize(
-        [
-            (_forward_group, (
-                q_blocks, q_full, keys, values, out_head, step, lse_head, rows, first, s_q,
-                left, full, right, end, num_blocks, factor, 0, HEAD_DIM, BLOCK_D, BLOCK_N, CONTINUES,
-            )),
-            (_forward_group, (
-                q_blocks, q_full, keys, values, out_head, step, lse_head, rows, first + ROWS, s_q,
-                left, full, right, end, num_blocks, factor, 1, HEAD_DIM, BLOCK_D, BLOCK_N, CONTINUES,
-            )),
-            (_forward_group, (
-                q_blocks, q_full, keys, values, out_head, step, lse_head, rows, first + 2 * ROWS, s_q,
-                left, full, right, end, num_blocks, factor, 2, HEAD_DIM, BLOCK_D, BLOCK_N, CONTINUES,
-            )),
-            (_load_keys, (k_rows, v_rows, keys, values, left, full, right, end, num_blocks, BLOCK_N)),
-        ],
-        [4, 4, 4],
-        [160, 160, 32],
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -312,7 +88,7 @@ def _dkdv_step(
     p = gl.exp2(products * factor - lse[None, :])
     if MASKED:
         row = start + gl.arange(0, BLOCK_M, gl.SliceLayout(0, SCORES))
-        p = gl.where(_visible(row, stop, column_start, column_stop), p, 0.0)
+        p = gl.where(visible(row, stop, column_start, column_stop), p, 0.0)
     weights = gl.convert_layout(p.to(q_blocks.dtype), gl.DotOperandLayout(0, SUM, 2))
     dv = warpgroup_mma(weights, dout_block, dv, is_async=True)
     dp = warpgroup_mma_wait(1, [dp])
@@ -381,13 +157,11 @@ def backward_dkdv_kernel(
     HELD: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], element)
     WALKED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, BLOCK_M, BLOCK_D], element)
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    k_rows = _head_rows(k, k_b, k_s, k_h, batch, kv_head, s_k, HEAD_DIM, [ROWS, BLOCK_D], HELD)
-    v_rows = _head_rows(v, v_b, v_s, v_h, batch, kv_head, s_k, HEAD_DIM, [ROWS, BLOCK_D], HELD)
+    k_rows = head_rows(k, k_b, k_s, k_h, batch, kv_head, s_k, HEAD_DIM, [ROWS, BLOCK_D], HELD)
+    v_rows = head_rows(v, v_b, v_s, v_h, batch, kv_head, s_k, HEAD_DIM, [ROWS, BLOCK_D], HELD)
     num_heads = num_kv_heads * group
-    q_heads = _all_heads(q, q_b, q_s, q_h, batch, num_heads, s_q, HEAD_DIM, [1, BLOCK_M, BLOCK_D], WALKED)
-    dout_heads = _all_heads(
-        dout, dout_b, dout_s, dout_h, batch, num_heads, s_q, HEAD_DIM, [1, BLOCK_M, BLOCK_D], WALKED
-    )
+    q_heads = all_heads(q, q_b, q_s, q_h, batch, num_heads, s_q, HEAD_DIM, [1, BLOCK_M, BLOCK_D], WALKED)
+    dout_heads = all_heads(dout, dout_b, dout_s, dout_h, batch, num_heads, s_q, HEAD_DIM, [1, BLOCK_M, BLOCK_D], WALKED)
     k_blocks = gl.allocate_shared_memory(element, [2, ROWS, BLOCK_D], HELD)
     v_blocks = gl.allocate_shared_memory(element, [2, ROWS, BLOCK_D], HELD)
     held_full = mbarrier.allocate_mbarrier()
@@ -399,9 +173,9 @@ def backward_dkdv_kernel(
         gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], LINE),
     )
     # Two arrivals fill a buffer: that of q and dout, and that of lse and delta.
-    all_full, all_empty = _barriers(2, 2)
-    _load_groups(k_rows, k_blocks, held_full, first, 2)
-    _load_groups(v_rows, v_blocks, held_full, first, 2)
+    all_full, all_empty = barriers(2, 2)
+    load_groups(k_rows, k_blocks, held_full, first, 2)
+    load_groups(v_rows, v_blocks, held_full, first, 2)
 
     dk_head = dk + batch * aligned(dk, dk_b) + kv_head * aligned(dk, dk_h)
     dv_head = dv + batch * aligned(dv, dv_b) + kv_head * aligned(dv, dv_h)
@@ -445,7 +219,7 @@ def _dq_step(
     p = gl.exp2(products * factor - lse[:, None])
     if MASKED:
         column = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
-        p = gl.where(_visible(column, stop, row_start, row_stop), p, 0.0)
+        p = gl.where(visible(column, stop, row_start, row_stop), p, 0.0)
     dp = warpgroup_mma_wait(0, [dp])
     ds = gl.convert_layout((p * (dp - delta[:, None])).to(k_blocks.dtype), gl.DotOperandLayout(0, SUM, 2))
     dq = warpgroup_mma(ds, k_blocks.index(buffer), dq, is_async=True)
@@ -480,7 +254,7 @@ def _dq_group(
             scale * LOG2E, False, BLOCK_N, SCORES, SUM,
         )  # fmt: skip
     for i in range(num_full, num_blocks):
-        start, stop = _block(i, left, full, right, end, BLOCK_N)
+        start, stop = block_bounds(i, left, full, right, end, BLOCK_N)
         dq_block = _dq_step(
             dq_block, q_block, dout_block, lse_row, delta_row, keys, values, i, start, stop, row_start, row_stop,
             scale * LOG2E, True, BLOCK_N, SCORES, SUM,
@@ -513,18 +287,18 @@ def backward_dq_kernel(
     element: gl.constexpr = q.dtype.element_ty
     HELD: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], element)
     WALKED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], element)
-    q_rows = _head_rows(q, q_b, q_s, q_h, batch, head, s_q, HEAD_DIM, [ROWS, BLOCK_D], HELD)
-    dout_rows = _head_rows(dout, dout_b, dout_s, dout_h, batch, head, s_q, HEAD_DIM, [ROWS, BLOCK_D], HELD)
-    k_rows = _head_rows(k, k_b, k_s, k_h, batch, kv_head, s_k, HEAD_DIM, [BLOCK_N, BLOCK_D], WALKED)
-    v_rows = _head_rows(v, v_b, v_s, v_h, batch, kv_head, s_k, HEAD_DIM, [BLOCK_N, BLOCK_D], WALKED)
+    q_rows = head_rows(q, q_b, q_s, q_h, batch, head, s_q, HEAD_DIM, [ROWS, BLOCK_D], HELD)
+    dout_rows = head_rows(dout, dout_b, dout_s, dout_h, batch, head, s_q, HEAD_DIM, [ROWS, BLOCK_D], HELD)
+    k_rows = head_rows(k, k_b, k_s, k_h, batch, kv_head, s_k, HEAD_DIM, [BLOCK_N, BLOCK_D], WALKED)
+    v_rows = head_rows(v, v_b, v_s, v_h, batch, kv_head, s_k, HEAD_DIM, [BLOCK_N, BLOCK_D], WALKED)
     q_blocks = gl.allocate_shared_memory(element, [2, ROWS, BLOCK_D], HELD)
     dout_blocks = gl.allocate_shared_memory(element, [2, ROWS, BLOCK_D], HELD)
     held_full = mbarrier.allocate_mbarrier()
     mbarrier.init(held_full, count=2)
-    keys = _ring(element, [BLOCK_N, BLOCK_D], WALKED, 2)
-    values = _ring(element, [BLOCK_N, BLOCK_D], WALKED, 2)
-    _load_groups(q_rows, q_blocks, held_full, first, 2)
-    _load_groups(dout_rows, dout_blocks, held_full, first, 2)
+    keys = ring(element, [BLOCK_N, BLOCK_D], WALKED, 2)
+    values = ring(element, [BLOCK_N, BLOCK_D], WALKED, 2)
+    load_groups(q_rows, q_blocks, held_full, first, 2)
+    load_groups(dout_rows, dout_blocks, held_full, first, 2)
 
     offset = batch * lse_b + head * lse_h
     dq_head = dq + batch * aligned(dq, dq_b) + head * aligned(dq, dq_h)
@@ -540,7 +314,7 @@ def backward_dq_kernel(
                 q_blocks, dout_blocks, held_full, keys, values, lse + offset, delta + offset, dq_head, step,
                 rows, first + ROWS, s_q, left, full, right, end, num_blocks, scale, 1, HEAD_DIM, BLOCK_D, BLOCK_N,
             )),
-            (_load_keys, (k_rows, v_rows, keys, values, left, full, right, end, num_blocks, BLOCK_N)),
+            (load_keys, (k_rows, v_rows, keys, values, left, full, right, end, num_blocks, BLOCK_N)),
         ],
         [4, 4],
         [240, 24],
