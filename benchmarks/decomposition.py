@@ -12,8 +12,8 @@ number of tokens, with the same seeds:
 
 A step's CPU seconds are measured by length, in turns. "grow-p2, seconds" trains as many steps as take the seconds of
 concat. Rows have the loss of whole held-out documents from their start, by length and position, the gain of copying and
-the needles found. The cells, an arm with a seed, are stored in the directory one by one: the same command goes on after
-a kill, several may share the cells, and --show prints what is there.
+the right tokens of needles. The cells, an arm with a seed, are stored in the directory one by one: the same command
+goes on after a kill, several may share the cells, and --show prints what is there.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from lib.learning import (
     copies,
     copying,
     evaluate,
-    exact,
     keep_last_checkpoint,
     link_corpus,
     prepare_held_out,
+    right_tokens,
     shown,
     spread,
     steps_by_bucket,
@@ -264,7 +264,7 @@ def summary(rows: Sequence[Row], arms: Sequence[str]) -> list[Row]:
                 "copying": spread([copying(one, longest)[0] for one in last]),
                 "copied": spread([copying(one, longest)[1] for one in last]),
                 "passed": sum(copies(one, longest) for one in last),
-                "needles": spread([exact(one, "needle", longest) for one in last]),
+                "needles": spread([right_tokens(one, "needle", longest) for one in last]),
             }
         )
     return found

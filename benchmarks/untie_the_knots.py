@@ -5,8 +5,8 @@
 
 The corpus is that of benchmarks/corpus.py, its documents concatenated. A model is trained at 512 tokens by
 benchmarks/untie_the_knots.toml. Then it goes on at 4,096 tokens with eight times the RoPE base, for the same steps with
-the shares 0, 0.3 and 0.8 of tied sequences. Rows have the gain of copying, the needles that are found by depth, the
-exact match of backtraces and the held-out loss, by length. The cells, a share with a seed, are stored one by one: the
+the shares 0, 0.3 and 0.8 of tied sequences. Rows have the gain of copying, the share of right tokens of needles, by
+depth, and of backtraces, and the held-out loss, by length. The cells, a share with a seed, are stored one by one: the
 same command goes on after a kill, several may share the cells, and --show prints what is there.
 """
 
@@ -29,10 +29,10 @@ from lib.learning import (
     checkpoints_of,
     copying,
     evaluate,
-    exact,
     keep_last_checkpoint,
     link_corpus,
     prepare_held_out,
+    right_tokens,
     shown,
     spread,
     train,
@@ -157,7 +157,7 @@ def measure(case: Case, folder: Path, cell: Cell) -> Row:
 def show(rows: Sequence[Row], case: Case) -> None:
     """Print the scores of each share at each length, over its seeds."""
     table = make_table(
-        "Held-out loss, gain of copying in nats, needles and backtraces that are exact",
+        "Held-out loss, gain of copying in nats, right tokens of needles and backtraces",
         ("model", "seeds", "length", "loss", "copying", "needles", "backtrace"),
         {"model"},
     )
@@ -165,7 +165,7 @@ def show(rows: Sequence[Row], case: Case) -> None:
         mine = [row for row in rows if row["arm"] == arm]
         for number, length in enumerate(case.lengths if mine else ()):
             gains = [copying(row, length)[0] for row in mine]
-            scores = [spread([exact(row, task, length) for row in mine]) for task in ("needle", "backtrace")]
+            scores = [spread([right_tokens(row, task, length) for row in mine]) for task in ("needle", "backtrace")]
             table.add_row(
                 "" if number else arm,
                 "" if number else str(len(mine)),

@@ -141,9 +141,12 @@ def copying(row: Mapping[str, Any], length: int, task: str = "copy_text") -> tup
     return found["gain"], found["tokens"]
 
 
-def exact(row: Mapping[str, Any], task: str, length: int) -> float:
-    """Return the exact match of the tasks whose names begin with `task`, mean over them, at a length."""
-    found = [one["exact"] for one in row["tasks"] if one["task"].startswith(task) and one["length"] == length]
+def right_tokens(row: Mapping[str, Any], task: str, length: int) -> float:
+    """Return the share of right tokens of the tasks whose names begin with `task`, mean over them, at a length.
+
+    A model that copies with errors has few answers that are right as a whole, or none.
+    """
+    found = [one["tokens"] for one in row["tasks"] if one["task"].startswith(task) and one["length"] == length]
     return mean(found) if found else 0.0
 
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from .learning import GATE_GAIN, GATE_RIGHT, copying, exact, spread
+from .learning import GATE_GAIN, GATE_RIGHT, copying, right_tokens, spread
 from .script import Row
 
 WIDTH, HEIGHT = 4.4, 3.4
@@ -149,15 +149,15 @@ def draw_knots(rows: Sequence[Row], arms: Sequence[str], lengths: Sequence[int],
         figure, axes = panels(2, 4)
         for panel, arm in zip(axes[0], arms, strict=False):
             if of[arm]:
-                draw_heat_map(panel, mean_needles(of[arm], lengths), "needles, all kinds")
+                draw_heat_map(panel, mean_needles(of[arm], lengths), "needles, all kinds", "tokens")
         for panel in axes[0]:
             panel.set_visible(bool(panel.images))
-        scores = ("needles, exact match", "backtraces, exact match", "gain of copying, nats", "held-out loss, nats")
+        scores = ("needles, right tokens", "backtraces, right tokens", "gain of copying, nats", "held-out loss, nats")
         for arm, colour in zip(arms, COLOURS, strict=False):
             by_length = [
                 (
-                    [exact(row, "needle", length) for row in of[arm]],
-                    [exact(row, "backtrace", length) for row in of[arm]],
+                    [right_tokens(row, "needle", length) for row in of[arm]],
+                    [right_tokens(row, "backtrace", length) for row in of[arm]],
                     [copying(row, length)[0] for row in of[arm]],
                     [bucket["loss"] for row in of[arm] for bucket in row["buckets"] if bucket["length"] == length],
                 )
@@ -174,7 +174,7 @@ def draw_knots(rows: Sequence[Row], arms: Sequence[str], lengths: Sequence[int],
 
 
 def mean_needles(rows: Sequence[Row], lengths: Sequence[int]) -> Row:
-    """Return the exact match of all needles of several evaluations by length and depth, as of one evaluation."""
+    """Return the right tokens of all needles of several evaluations by length and depth, as of one evaluation."""
     tasks = []
     for length in lengths:
         found: dict[tuple[float, float], list[float]] = defaultdict(list)
@@ -182,8 +182,8 @@ def mean_needles(rows: Sequence[Row], lengths: Sequence[int]) -> Row:
             for task in row["tasks"]:
                 if task["task"].startswith("needle") and task["length"] == length:
                     for part in task["by_depth"]:
-                        found[part["from"], part["to"]].append(part["exact"])
-        parts = [{"from": low, "to": high, "exact": spread(values)[0]} for (low, high), values in found.items()]
+                        found[part["from"], part["to"]].append(part["tokens"])
+        parts = [{"from": low, "to": high, "tokens": spread(values)[0]} for (low, high), values in found.items()]
         tasks.append({"task": "needles, all kinds", "length": length, "by_depth": parts})
     return {"target": rows[0]["arm"], "step": rows[0]["step"], "tasks": tasks}
 

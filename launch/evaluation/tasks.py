@@ -94,17 +94,18 @@ def scores_of(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64] | None
 
 
 def by_depth(depths: Sequence[float], scores: dict[str, NDArray[np.float64] | None]) -> list[dict[str, Any]]:
-    """Return exact match and loss by range of depth, of the ranges that have samples; scores are `[samples]`."""
+    """Return exact match, right tokens and loss by range of depth, of ranges with samples; scores are `[samples]`."""
     # A depth of 1 belongs to the last range.
     bins = np.minimum((np.array(depths) * DEPTH_BINS).astype(np.int64), DEPTH_BINS - 1)
-    exact, loss = scores["exact"], scores["loss"]
-    assert exact is not None and loss is not None
+    exact, tokens, loss = scores["exact"], scores["tokens"], scores["loss"]
+    assert exact is not None and tokens is not None and loss is not None
     return [
         {
             "from": number / DEPTH_BINS,
             "to": (number + 1) / DEPTH_BINS,
             "samples": int((bins == number).sum()),
             "exact": float(exact[bins == number].mean()),
+            "tokens": float(tokens[bins == number].mean()),
             "loss": float(loss[bins == number].mean()),
         }
         for number in np.unique(bins).tolist()

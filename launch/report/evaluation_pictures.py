@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -77,14 +77,14 @@ def draw_context(axes: Axes, results: Sequence[Result]) -> None:
     axes.legend()
 
 
-def draw_heat_map(axes: Axes, result: Result, task: str) -> None:
-    """Draw exact match of a task by depth (from top to bottom) and length, as numbers on colours."""
+def draw_heat_map(axes: Axes, result: Result, task: str, score: Literal["exact", "tokens"] = "exact") -> None:
+    """Draw a score of a task by depth (from top to bottom) and length, as numbers on colours."""
     entries = [entry for entry in result.get("tasks", ()) if entry["task"] == task and entry["by_depth"]]
     depths = sorted({(part["from"], part["to"]) for entry in entries for part in entry["by_depth"]})
     values = np.full((max(len(depths), 1), max(len(entries), 1)), np.nan)  # [ranges of depth, lengths]
     for column, entry in enumerate(entries):
         for part in entry["by_depth"]:
-            values[depths.index((part["from"], part["to"])), column] = part["exact"]
+            values[depths.index((part["from"], part["to"])), column] = part[score]
     axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
     axes.grid(visible=False)
     for (row, column), value in np.ndenumerate(values):
@@ -95,4 +95,5 @@ def draw_heat_map(axes: Axes, result: Result, task: str) -> None:
     axes.set_yticks(range(len(depths)), labels=[f"<{stop:.1%}" for _, stop in depths])
     axes.set_xlabel("length, tokens")
     axes.set_ylabel("depth")
-    axes.set_title(f"{task}: exact match\n{result['target']}, step {result['step']:,}", fontsize="medium")
+    title = {"exact": "exact match", "tokens": "right tokens"}[score]
+    axes.set_title(f"{task}: {title}\n{result['target']}, step {result['step']:,}", fontsize="medium")

@@ -67,7 +67,7 @@ def test_beginnings_are_the_largest_length_that_fits(tmp_path):
 
 def checkpoint(tokens: int, loss: float, gain: float = 2.0, right: float = 0.9):
     tasks = [{"task": "copy_text", "length": 512, "gain": gain, "tokens": right, "exact": 0.0}]
-    tasks.append({"task": "needle_single_1", "length": 512, "gain": None, "tokens": 1.0, "exact": 0.5})
+    tasks.append({"task": "needle_single_1", "length": 512, "gain": None, "tokens": 0.5, "exact": 0.0})
     buckets = [{"length": 512, "loss": loss}]
     return {"tokens": tokens, "seconds": tokens / 10, "loss": loss, "tasks": tasks, "buckets": buckets}
 

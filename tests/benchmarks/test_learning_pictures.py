@@ -17,7 +17,7 @@ DEPTHS = [(part / 8, (part + 1) / 8) for part in range(8)]
 
 
 def scores(right: float) -> list[dict]:
-    parts = [{"from": low, "to": high, "exact": right * (1 - low / 2)} for low, high in DEPTHS]
+    parts = [{"from": low, "to": high, "tokens": right * (1 - low / 2)} for low, high in DEPTHS]
     return [
         {"task": task, "length": length, "gain": 5 * right, "tokens": right, "exact": right, "by_depth": by_depth}
         for length in LENGTHS
@@ -103,7 +103,7 @@ def test_needles_are_means_over_kinds_and_seeds():
     rows = [{**checkpoint(9, 2.0, right), "arm": "share 0.3"} for right in (0.2, 0.6)]
     found = mean_needles(rows, LENGTHS)
     assert (found["target"], found["step"]) == ("share 0.3", 9)
-    assert [part["exact"] for part in found["tasks"][0]["by_depth"]] == pytest.approx(
+    assert [part["tokens"] for part in found["tasks"][0]["by_depth"]] == pytest.approx(
         [0.4 * (1 - d / 2) for d, _ in DEPTHS]
     )
 

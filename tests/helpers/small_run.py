@@ -58,7 +58,10 @@ def evaluation(step: int) -> dict[str, Any]:
 
 def task(name: str, length: int, exact: float) -> dict[str, Any]:
     """Return the scores of a task at a length, equal at two depths."""
-    depths = [{"from": n / 2, "to": (n + 1) / 2, "samples": 20, "exact": exact, "loss": 2.0} for n in range(2)]
+    depths = [
+        {"from": n / 2, "to": (n + 1) / 2, "samples": 20, "exact": exact, "tokens": exact, "loss": 2.0}
+        for n in range(2)
+    ]
     scores = {"exact": exact, "references": exact, "tokens": exact, "loss": 2.0, "gain": 0.5, "margin": None}
     counts = {"task": name, "length": length, "samples": 40, "lower_bound": False}
     return {**counts, **scores, "preferred": None, "by_depth": depths}

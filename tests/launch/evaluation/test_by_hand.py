@@ -50,11 +50,11 @@ def test_scores_of_two_samples():
 
 def test_scores_by_depth():
     depths, exact = [0.0, 0.12, 0.13, 0.99, 1.0], np.array([1.0, 0.0, 1.0, 0.0, 0.0])
-    found = by_depth(depths, {"exact": exact, "loss": np.array([1.0, 3.0, 5.0, 7.0, 8.0])})
+    found = by_depth(depths, {"exact": exact, "tokens": (1 + exact) / 2, "loss": np.array([1.0, 3.0, 5.0, 7.0, 8.0])})
     assert [tuple(entry.values()) for entry in found] == [
-        (0.0, 0.125, 2, 0.5, 2.0),
-        (0.125, 0.25, 1, 1.0, 5.0),
-        (0.875, 1.0, 2, 0.0, 7.5),
+        (0.0, 0.125, 2, 0.5, 0.75, 2.0),
+        (0.125, 0.25, 1, 1.0, 1.0, 5.0),
+        (0.875, 1.0, 2, 0.0, 0.5, 7.5),
     ]
 
 
