@@ -17,6 +17,15 @@ def corpus(record: Any) -> Iterator[Cells]:
         yield f"left out: {reason}", "", f"{number:,}", ""
 
 
+def copying(record: Any) -> Iterator[Cells]:
+    """Yield the gain and the right tokens of the first model at each checkpoint, of text and of random tokens."""
+    for checkpoint in record["rows"][0]["checkpoints"]:
+        scores = {(one["task"], one["length"]): one for one in checkpoint["tasks"]}
+        found = [scores[task, length] for task in ("copy_text", "copy_random") for length in (512, 4096)]
+        cells = (f"{one['gain']:z.2f}, {one['tokens']:.0%}" for one in found)
+        yield f"{checkpoint['tokens'] / 1e6:.1f}M", *cells, f"{checkpoint['loss']:.2f}"
+
+
 def same_job(record: Any) -> Iterator[Cells]:
     """Yield the lines of each project for the same job, and its seconds or its error with one process and with two."""
     names = {
@@ -32,5 +41,6 @@ def same_job(record: Any) -> Iterator[Cells]:
 
 TABLES = [
     Table("evidence.md", "| files | packages | number |", corpus, ("corpus_2_cores_2026-11-23",)),
+    Table("evidence.md", "| tokens trained | text, 512 |", copying, ("copying_2_cores_2026-11-23",)),
     Table("evidence.md", "| project | lines |", same_job, ("same_job_2_cores_2026-11-23",)),
 ]

@@ -29,7 +29,8 @@ from safetensors.torch import load_file
 
 from .ranks import become_rank, fork_server, variables_of
 
-DEADLINE_S = 120
+DEADLINE_S = 300
+"""Bound on waits that take seconds: a machine with other load needs minutes."""
 BATCH_TOKENS = 1024
 """Tokens of a step: two micro-batches of 256 tokens on each of two ranks."""
 # The topology is named, since two runs that probe may choose different grids.
