@@ -1,6 +1,6 @@
 """Times of packed documents under each layout, with messages on a shaped network and tiles as waits.
 
-    python benchmarks/cp_layouts_network.py --json rows.json  # 13 min
+    python benchmarks/cp_layouts_network.py --json rows.json  # 18 min
     python benchmarks/cp_layouts_network.py --quick           # a minute
 
 Needs root and iproute2. Ranks are hosts of benchmarks/lib/lab_network.py behind one switch, each with a port of
