@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONS
 from lib.cases import Case, inputs
 from lib.exact import exact
 from lib.script import Row, make_parser, make_table, write_record
-from lib.virtual_ranks import Question, Whole, backward_in_process, forward_in_process, joined
+from lib.virtual_ranks import Trial, Whole, backward_in_process, forward_in_process, joined
 from longring.parallel.cp import cost
 from longring.parallel.cp.execute import AttentionSpec
 from longring.parallel.cp.plan import Pass
@@ -59,13 +59,11 @@ def sent_bytes(spec: AttentionSpec, case: Case) -> Row:
     return found
 
 
-def baselines(
-    question: Question, device: str, backend: str, tensors: tuple[Tensor, ...], truth: Found
-) -> Iterator[Row]:
+def baselines(trial: Trial, device: str, backend: str, tensors: tuple[Tensor, ...], truth: Found) -> Iterator[Row]:
     """Yield the errors that those of several ranks are compared with."""
     q, k, v, dout = tensors
     yield error_row("the exact, rounded", 1, "", {name: x.to(q.dtype) for name, x in truth.items()}, truth)
-    whole = Whole(question, device, backend, tensors)
+    whole = Whole(trial, device, backend, tensors)
     out, lse = whole.forward(None)
     grads = [x.to(q.dtype) for x in whole.backward((out, lse))]
     yield error_row("one kernel", 1, "", dict(zip(RESULTS, (out, *grads), strict=True)), truth)
@@ -83,12 +81,12 @@ def all_rows(tokens: int, sizes: list[int], device: str, backend: str) -> Iterat
     tensors = (q, k, v, dout)
     one = torch.zeros(tokens, dtype=torch.int32, device=device)
     truth = exact(q, k, v, dout, one, causal=True, window=None, softcap=0.0)
-    yield from baselines(Question(case, 1, ()), device, backend, tensors, truth)
+    yield from baselines(Trial(case, 1, ()), device, backend, tensors, truth)
     for size in sizes:
-        question = Question(case, size, MEMBERS)
+        trial = Trial(case, size, MEMBERS)
         for member in MEMBERS:
             for narrow in (True,) if member == "ring" else (True, False):
-                spec = question.spec(member, backend, narrow_results=narrow)
+                spec = trial.spec(member, backend, narrow_results=narrow)
                 outs, saved = forward_in_process(spec, q, k, v)
                 grads = backward_in_process(spec, dout, saved, case.kv_heads)
                 got = joined(spec, (q, k, v), outs, saved, grads)

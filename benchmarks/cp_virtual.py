@@ -30,7 +30,7 @@ from lib.cases import Case, inputs
 from lib.exact import compared
 from lib.script import Row, Size, about, make_parser, make_table, write_record
 from lib.timing import LEAST_ROUNDS, Phase, elapsed_ms, interleaved_ms, moment, synchronize
-from lib.virtual_ranks import RESULTS, Question, Tiles, Whole, backward_in_process, forward_in_process, grid_of, joined
+from lib.virtual_ranks import RESULTS, Tiles, Trial, Whole, backward_in_process, forward_in_process, grid_of, joined
 from rich.console import Console
 from torch import Tensor
 
@@ -42,39 +42,37 @@ WARM_TOKENS = 256
 ALL = ("token_ring", "ring", "grid", "hybrid", "ulysses")
 
 
-def questions(device: str, size: Size) -> list[Question]:
-    """Return the questions, the most important first; heads are chosen so that a pass takes seconds."""
+def trials(device: str, size: Size) -> list[Trial]:
+    """Return the trials, the most important first; heads are chosen so that a pass takes seconds."""
 
     if size == "smallest":
-        return [Question(Case("documents", 256, 1, 4, 2, 32, "float32"), 4, ALL)]
+        return [Trial(Case("documents", 256, 1, 4, 2, 32, "float32"), 4, ALL)]
     if device == "cpu":
-        cpu = [Question(Case(mask, 2048, 1, 4, 2, 64, "float32"), 4, ALL) for mask in ("causal", "documents", "window")]
-        more = [
-            Question(Case("causal", 4096, 1, 8, heads, 64, "float32"), size, ALL) for heads, size in ((8, 2), (2, 8))
-        ]
+        cpu = [Trial(Case(mask, 2048, 1, 4, 2, 64, "float32"), 4, ALL) for mask in ("causal", "documents", "window")]
+        more = [Trial(Case("causal", 4096, 1, 8, heads, 64, "float32"), size, ALL) for heads, size in ((8, 2), (2, 8))]
         return cpu + more if size == "full" else cpu
 
-    def question(mask: str, k_tokens: int, heads: int, kv_heads: int, size: int, members: tuple[str, ...]) -> Question:
-        return Question(Case(mask, k_tokens * 1024, 1, heads, kv_heads, 128, "bfloat16"), size, members)
+    def trial(mask: str, k_tokens: int, heads: int, kv_heads: int, size: int, members: tuple[str, ...]) -> Trial:
+        return Trial(Case(mask, k_tokens * 1024, 1, heads, kv_heads, 128, "bfloat16"), size, members)
 
     found = [
-        question("causal", 128, 16, 16, 16, ALL),
-        question("documents", 128, 16, 4, 8, ALL),
-        question("window", 128, 16, 4, 8, ALL),
+        trial("causal", 128, 16, 16, 16, ALL),
+        trial("documents", 128, 16, 4, 8, ALL),
+        trial("window", 128, 16, 4, 8, ALL),
     ]
     if size == "quick":
         return found
     return [
         *found,
-        question("causal", 1024, 2, 2, 16, ("token_ring", "grid")),
-        question("causal", 128, 16, 4, 8, ALL),
-        question("causal", 256, 8, 8, 4, ALL),
-        question("causal", 128, 16, 4, 2, ("token_ring", "ring", "ulysses")),
-        question("causal", 512, 4, 1, 8, ("token_ring", "ring", "grid", "hybrid")),
-        question("causal", 1024, 4, 1, 16, ("token_ring", "grid")),
-        question("causal", 512, 4, 4, 4, ALL),
-        question("causal", 1024, 2, 2, 2, ("token_ring", "ulysses")),
-        question("causal", 1024, 2, 2, 16, ("ring", "hybrid")),
+        trial("causal", 1024, 2, 2, 16, ("token_ring", "grid")),
+        trial("causal", 128, 16, 4, 8, ALL),
+        trial("causal", 256, 8, 8, 4, ALL),
+        trial("causal", 128, 16, 4, 2, ("token_ring", "ring", "ulysses")),
+        trial("causal", 512, 4, 1, 8, ("token_ring", "ring", "grid", "hybrid")),
+        trial("causal", 1024, 4, 1, 16, ("token_ring", "grid")),
+        trial("causal", 512, 4, 4, 4, ALL),
+        trial("causal", 1024, 2, 2, 2, ("token_ring", "ulysses")),
+        trial("causal", 1024, 2, 2, 16, ("ring", "hybrid")),
     ]
 
 
@@ -112,24 +110,24 @@ def in_process_row(spec: Any, truth: dict[str, Tensor], tensors: tuple[Tensor, .
     return worst(joined(spec, (q, k, v), outs, saved, grads), truth, q) | times | {"peak_bytes": peak}
 
 
-def question_rows(question: Question, device: str, backend: str, deadline: float) -> list[Row]:
+def trial_rows(trial: Trial, device: str, backend: str, deadline: float) -> list[Row]:
     """Return a row of every member: its errors, and its times beside one kernel's."""
-    tensors = tuple(x.detach() for x in inputs(question.case, device))
-    whole = Whole(question, device, backend, tensors)
+    tensors = tuple(x.detach() for x in inputs(trial.case, device))
+    whole = Whole(trial, device, backend, tensors)
     started = time.time()
     wider = tuple(x.double() for x in tensors) if tensors[0].dtype == torch.float32 else tensors
-    truth = Whole(question, device, backend, wider).results()
+    truth = Whole(trial, device, backend, wider).results()
     synchronize(device)
-    fitting = [member for member in question.members if question.unfit(member) is None]
+    fitting = [member for member in trial.members if trial.unfit(member) is None]
     # The one pass just made tells what the rest takes: one in process a member, and rounds of tiles and of one kernel.
     num_passes = len(fitting) + LEAST_ROUNDS[device] * (len(fitting) + 1)
     if time.time() + num_passes * (time.time() - started) > deadline:
-        return [left_out(question, member, "the time was spent") for member in question.members]
+        return [left_out(trial, member, "the time was spent") for member in trial.members]
     phases: dict[str, list[Phase]] = {"one kernel": [whole.forward, whole.backward]}
     found: dict[str, Row] = {}
-    pairs = whole.mask.num_pairs * question.case.heads
+    pairs = whole.mask.num_pairs * trial.case.heads
     for member in fitting:
-        spec = question.spec(member, backend)
+        spec = trial.spec(member, backend)
         tiles = Tiles(spec, device, tensors)  # first, since it makes the masks, which training makes once as well
         phases[member] = [tiles.forward, tiles.backward]
         found[member] = in_process_row(spec, truth, tensors, device)
@@ -138,9 +136,9 @@ def question_rows(question: Question, device: str, backend: str, deadline: float
     times = interleaved_ms(phases, device)
     one = times["one kernel"]
     rows = []
-    for member in question.members:
+    for member in trial.members:
         if member not in found:
-            rows.append(left_out(question, member, question.unfit(member) or ""))
+            rows.append(left_out(trial, member, trial.unfit(member) or ""))
             continue
         row = found[member]
         in_process = [row.pop("in_process_forward_ms"), row.pop("in_process_backward_ms")]
@@ -148,33 +146,33 @@ def question_rows(question: Question, device: str, backend: str, deadline: float
             row[f"{direction}_ms"] = round(one[at], 3)
             row[f"tiles_{direction}"] = round(times[member][at] / one[at], 4)
             row[f"in_process_{direction}"] = round(in_process[at] / one[at], 4)
-        rows.append(known(question, member) | row | {"note": ""})
+        rows.append(known(trial, member) | row | {"note": ""})
     return rows
 
 
-def known(question: Question, member: str) -> Row:
+def known(trial: Trial, member: str) -> Row:
     """Return the columns that name a row."""
-    case = question.case._asdict()
+    case = trial.case._asdict()
     del case["flex"]
-    return case | {"ranks": question.size, "member": member, "grid": str(grid_of(member, question.size))}
+    return case | {"ranks": trial.size, "member": member, "grid": str(grid_of(member, trial.size))}
 
 
-def left_out(question: Question, member: str, why: str) -> Row:
+def left_out(trial: Trial, member: str, why: str) -> Row:
     """Return the row of a member that was not measured."""
-    return known(question, member) | {"right": None, "note": f"left out: {why}"}
+    return known(trial, member) | {"right": None, "note": f"left out: {why}"}
 
 
 def all_rows(device: str, backend: str, size: Size, deadline: float) -> Iterator[Row]:
-    """Yield rows as questions are answered; those that would end after `deadline` (of `time.time`) say so."""
-    for question in questions(device, size):
+    """Yield rows as trials end; those that would end after `deadline` (of `time.time`) say so."""
+    for trial in trials(device, size):
         if time.time() > deadline:
-            yield from (left_out(question, member, "the time was spent") for member in question.members)
+            yield from (left_out(trial, member, "the time was spent") for member in trial.members)
             continue
-        small = question.case._replace(tokens=WARM_TOKENS * question.size)
+        small = trial.case._replace(tokens=WARM_TOKENS * trial.size)
         if device == "cuda":  # kernels are compiled before the clock starts
-            question_rows(question._replace(case=small), device, backend, float("inf"))
+            trial_rows(trial._replace(case=small), device, backend, float("inf"))
             torch.cuda.empty_cache()
-        yield from question_rows(question, device, backend, deadline)
+        yield from trial_rows(trial, device, backend, deadline)
 
 
 def bars(rows: list[Row]) -> list[Row]:

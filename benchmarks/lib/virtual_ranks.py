@@ -24,7 +24,7 @@ from .cases import Case, layout_of
 RESULTS = ("out", "lse", "dq", "dk", "dv")
 
 
-class Question(NamedTuple):
+class Trial(NamedTuple):
     """One attention, and the members that divide it among `size` ranks."""
 
     case: Case
@@ -108,9 +108,9 @@ def joined(
 class Whole:
     """One kernel over the whole sequence."""
 
-    def __init__(self, question: Question, device: str, backend: str, tensors: tuple[Tensor, ...]) -> None:
-        whole = layout_of(question.case)
-        self.mask = masks.make_mask(whole, whole, window=question.visibility.window, device=device)
+    def __init__(self, trial: Trial, device: str, backend: str, tensors: tuple[Tensor, ...]) -> None:
+        whole = layout_of(trial.case)
+        self.mask = masks.make_mask(whole, whole, window=trial.visibility.window, device=device)
         self.backend, self.tensors = backend, tensors
 
     def forward(self, _: Any, running: Any = None) -> tuple[Tensor, Tensor]:

@@ -6,15 +6,15 @@ import cp_virtual
 import pytest
 import torch
 from lib.cases import Case, inputs
-from lib.virtual_ranks import RESULTS, Question, Tiles, Whole, share_of
+from lib.virtual_ranks import RESULTS, Tiles, Trial, Whole, share_of
 
 
-def question(mask: str) -> Question:
-    return Question(Case(mask, 512, 1, 4, 2, 16, "float32"), 4, cp_virtual.ALL)
+def trial(mask: str) -> Trial:
+    return Trial(Case(mask, 512, 1, 4, 2, 16, "float32"), 4, cp_virtual.ALL)
 
 
 def one_kernel(
-    asked: Question,
+    asked: Trial,
 ) -> tuple[Whole, tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
     tensors = tuple(x.detach() for x in inputs(asked.case, "cpu"))
     exact = Whole(asked, "cpu", "reference", tuple(x.double() for x in tensors)).results()
@@ -24,7 +24,7 @@ def one_kernel(
 @pytest.mark.parametrize("mask", ["causal", "documents", "window"])
 @pytest.mark.parametrize("member", cp_virtual.ALL)
 def test_tiles_add_up_to_one_kernel(member, mask):
-    asked = question(mask)
+    asked = trial(mask)
     whole, tensors, exact = one_kernel(asked)
     spec = asked.spec(member, "torch_cpu")
     tiles = Tiles(spec, "cpu", tensors)
@@ -46,7 +46,7 @@ def test_tiles_add_up_to_one_kernel(member, mask):
 
 @pytest.mark.parametrize("member", cp_virtual.ALL)
 def test_rows_say_what_is_right(member):
-    asked = question("documents")
+    asked = trial("documents")
     _, tensors, exact = one_kernel(asked)
     spec = asked.spec(member, "torch_cpu")
     assert cp_virtual.in_process_row(spec, exact, tensors, "cpu")["right"] is True
@@ -60,11 +60,11 @@ def test_rows_say_what_is_right(member):
 
 
 def test_what_the_deadline_leaves_out_is_said():
-    rows = cp_virtual.question_rows(question("causal"), "cpu", "torch_cpu", deadline=0.0)
+    rows = cp_virtual.trial_rows(trial("causal"), "cpu", "torch_cpu", deadline=0.0)
     assert [row["note"] for row in rows] == ["left out: the time was spent"] * len(cp_virtual.ALL)
     assert {row["right"] for row in rows} == {None}
-    [row] = cp_virtual.question_rows(
-        Question(Case("causal", 512, 1, 3, 3, 16, "float32"), 4, ("ulysses",)),
+    [row] = cp_virtual.trial_rows(
+        Trial(Case("causal", 512, 1, 3, 3, 16, "float32"), 4, ("ulysses",)),
         "cpu",
         "torch_cpu",
         float("inf"),
