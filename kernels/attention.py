@@ -6,8 +6,8 @@ disjoint sets of keys merge exactly, and a backward rebuilds the probabilities o
 (None: d^-1/2); a `softcap` c above 0 replaces each score by c tanh(score / c). A row that sees no key has out 0 and
 lse -inf.
 
-All backends (`backends.py`) compute the same function and pass the same tests. `backend` names one, or several by
-`backends.selection`; "auto" takes the first that supports the inputs.
+All backends (`backends.py`) compute the same function and pass the same tests. `backend` names one, or is the text of a
+`backends.Selection`; "auto" takes the first that supports the inputs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS, Backend, choose_backend, parts_of, selected
+from .backends import BACKENDS, Backend, Selection, choose_backend
 from .blocks import architecture
 from .case import Case, Task
 from .layout import SeqLayout
@@ -111,10 +111,10 @@ def launch_all(
 ) -> None:
     """Launch once every Triton kernel that attention of such inputs launches, over few tokens: none is compiled later.
 
-    The kernels are compiled for a dtype and a head dim, not for lengths, strides or numbers of heads. Of several
-    backends, `backends.selection`, the default is launched; `choose.rehearse` launches the others.
+    The kernels are compiled for a dtype and a head dim, not for lengths, strides or numbers of heads. Of a
+    `backends.Selection` the default is launched; `choose.rehearse` launches the others.
     """
-    backend, _ = parts_of(backend)
+    backend = Selection.parse(backend).default
     layout = SeqLayout.contiguous(16)
     mask = make_mask(layout, layout, device=device)
     q, dout = torch.zeros(2, 1, 16, num_heads, head_dim, dtype=dtype, device=device)
@@ -218,13 +218,14 @@ def gradients_of(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 def case_of(q: Tensor, k: Tensor, softcap: float = 0.0) -> Case:
     """Return the case of q `[b, s_q, h_q, d]` and k `[b, s_k, h_kv, d]`."""
-    return Case(q.device.type, architecture(q.device), q.dtype, q.shape[-1], k.shape[2], softcap > 0)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return Case(q.device.type, architecture(q.device), q.dtype, q.shape[-1], k.shape[2], softcap > 0, deterministic)
 
 
 def _backend(task: Task, q: Tensor, k: Tensor, mask: Mask, softcap: float, backend: str) -> Backend:
     """Return the backend for a tile. Raises ValueError as `choose_backend` does."""
     case = case_of(q, k, softcap)
-    return BACKENDS[choose_backend(case, selected(case, backend, task, mask))]
+    return BACKENDS[choose_backend(case, Selection.parse(backend).of_tile(case, task, mask))]
 
 
 def _scale(q: Tensor, scale: float | None) -> float:

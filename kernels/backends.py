@@ -16,6 +16,7 @@ from torch import Tensor
 from . import cudnn_flex, flash_3, flash_4, reference, torch_attention, torch_flash, varlen
 from .case import Case, Kind, Task, unfit_nvidia
 from .mask import Mask
+from .packages import release
 from .varlen import kind_of
 
 log = logging.getLogger(__name__)
@@ -67,46 +68,52 @@ def _choose(case: Case, backend: str) -> str:
     return chosen
 
 
-def selection(default: str, chosen: Mapping[tuple[Task, Kind], str]) -> str:
-    """Return several backends as one text that stands where the name of one may: those of kinds of tiles, and another.
+class Selection(NamedTuple):
+    """The backends of a run: one for each task and kind of tile in `chosen`, and `default` for all other tiles.
 
-    For example "triton; forward causal: cudnn". `default` computes what `chosen` does not name.
+    Its text stands wherever the name of one backend may: "triton; forward causal: cudnn", for example.
     """
-    return "; ".join([default, *(f"{task} {kind}: {name}" for (task, kind), name in chosen.items() if name != default)])
 
+    default: str
+    chosen: Mapping[tuple[Task, Kind], str]
 
-def selected(case: Case, backend: str, task: Task, mask: Mask) -> str:
-    """Return the name of the backend that a text of `selection`, or a plain name, takes for a tile.
+    def __str__(self) -> str:
+        parts = (f"{task} {kind}: {name}" for (task, kind), name in self.chosen.items() if name != self.default)
+        return "; ".join([self.default, *parts])
 
-    A selection is made for all heads of a rank; a case that its backend cannot compute goes to its default.
-    """
-    if ";" not in backend:
-        return backend
-    default, chosen = parts_of(backend)
-    name = chosen.get((task, kind_of(mask)), default)
-    return name if _fits(case, name) else default
+    @staticmethod
+    @cache
+    def parse(text: str) -> Selection:
+        """Return the selection of a text; that of a name, or of "auto", has it as the default and chooses nothing.
+
+        Raises ValueError if the text names no task, kind or backend where one stands.
+        """
+        default, *parts = text.split("; ")
+        chosen = {}
+        for part in parts:
+            tile, name = part.split(": ")
+            task, kind = tile.split(" ")
+            if task not in TASKS or kind not in KINDS or name not in BACKENDS:
+                raise ValueError(f"attention backend = {text!r}: {part!r} is no backend of a kind of tile")
+            chosen[task, kind] = name
+        return Selection(default, chosen)
+
+    def name_of(self, task: Task, kind: Kind) -> str:
+        """Return the name of the backend of a task and kind of tile."""
+        return self.chosen.get((task, kind), self.default)
+
+    def of_tile(self, case: Case, task: Task, mask: Mask) -> str:
+        """Return the name of the backend that computes a tile.
+
+        A selection is made for all heads of a rank: a case of fewer that its backend cannot compute takes the default.
+        """
+        name = self.name_of(task, kind_of(mask)) if self.chosen else self.default
+        return name if name == self.default or _fits(case, name) else self.default
 
 
 @cache
 def _fits(case: Case, name: str) -> bool:
     return BACKENDS[name].unfit(case) is None
-
-
-@cache
-def parts_of(backend: str) -> tuple[str, dict[tuple[str, str], str]]:
-    """Return the default of a text of `selection`, and the backends that it names for a task and a kind of tile.
-
-    Raises ValueError if it names no task, kind or backend where one stands.
-    """
-    default, *rest = backend.split("; ")
-    chosen = {}
-    for part in rest:
-        tile, name = part.split(": ")
-        task, kind = tile.split(" ")
-        if task not in TASKS or kind not in KINDS or name not in BACKENDS:
-            raise ValueError(f"attention backend = {backend!r}: {part!r} is no backend of a kind of tile")
-        chosen[task, kind] = name
-    return default, chosen
 
 
 def _unfit_cpu(case: Case) -> str | None:
@@ -128,7 +135,9 @@ def _unfit_triton(case: Case) -> str | None:
 def _unfit_cudnn(case: Case) -> str | None:
     if (reason := unfit_nvidia(case, least=80, largest_head_dim=128)) is not None:
         return reason
-    if case.arch.startswith("sm_10") and case.num_kv_heads < 8 and torch.__version__ >= "2.11":
+    if case.deterministic:
+        return "its backward has no fixed order of sums in torch (github.com/pytorch/pytorch/pull/182551)"
+    if case.arch.startswith("sm_10") and case.num_kv_heads < 8 and release(torch.__version__) >= (2, 11):
         return "wrong results with fewer than 8 kv heads on sm_100 (github.com/pytorch/pytorch/issues/193893)"
     return None
 
@@ -147,7 +156,7 @@ def _unfit_gluon(case: Case) -> str | None:
     if case.head_dim <= 32:
         return "head dims above 32"
     found = version("triton")
-    if tuple(map(int, found.split(".")[:2])) < (3, 7):
+    if release(found) < (3, 7):
         return f"needs triton 3.7 or later, not {found}"
     return None
 

@@ -25,6 +25,8 @@ class Case(NamedTuple):
     head_dim: int
     num_kv_heads: int
     softcap: bool
+    deterministic: bool = False
+    """Whether torch is asked for deterministic algorithms, so that a backward must sum in a fixed order."""
 
     def __str__(self) -> str:
         softcap = ", softcap" if self.softcap else ""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .attention import attention_backward, attention_forward, gradients_of, no_result, row_delta, zeros_fp32
-from .backends import BACKENDS
+from .backends import BACKENDS, Selection
 from .case import Kind, Task
 from .layout import SeqLayout
 from .mask import Mask, make_mask
@@ -90,11 +90,12 @@ def measure(question: Question, backend: str, device: torch.device) -> Iterator[
         if kind not in BACKENDS[backend].kinds:
             continue
         note, is_checked = "", False
+        batch = min(2, max(question.samples[number].batch for number in numbers))
         for number in numbers:
             seconds = None
             try:
                 if not is_checked:
-                    note, is_checked = _wrong(question, backend, task, kind, device), True
+                    note, is_checked = _wrong(question, backend, task, kind, batch, device), True
                 seconds = None if note else _seconds(question, backend, task, question.samples[number], device)
             except torch.AcceleratorError:
                 raise
@@ -117,8 +118,30 @@ def fastest(timings: Iterable[Timing]) -> dict[tuple[Task, Kind], str]:
     return {tile: name for tile, name in found.items() if sums[tile][name] < math.inf}
 
 
+def select(default: str, timings: Iterable[Timing]) -> Selection:
+    """Return the fastest backend for each task and kind of tile, and `default` for tiles that have none.
+
+    Raises ValueError for a tile that has none, if `default` itself was measured there and failed.
+    """
+    rows = list(timings)
+    chosen = fastest(rows)
+    said: dict[tuple[Task, Kind], dict[str, str]] = {}
+    for row in rows:
+        if (row.task, row.kind) not in chosen and row.note:
+            said.setdefault((row.task, row.kind), {}).setdefault(row.backend, row.note)
+    for (task, kind), notes in said.items():
+        if default in notes:
+            found = "; ".join(f"{name}: {note}" for name, note in notes.items())
+            raise ValueError(
+                f"attention backend = 'auto': no backend passed its check in the {task} of {kind} tiles ({found}); "
+                'name one (in a recipe train.attention_backend), which no start checks: "reference" computes every '
+                "tile, but holds all scores"
+            )
+    return Selection(default, chosen)
+
+
 def rehearse(question: Question, backend: str, device: torch.device) -> None:
-    """Compute each task of every sample once by `backend`, a name or a text of `selection`, which compiles kernels."""
+    """Compute each task of every sample once, which compiles kernels; `backend` is a name or a `Selection` as text."""
     for (task, _), numbers in tiles_of(question, device).items():
         for number in numbers:
             _call(question, backend, task, question.samples[number], device)()
@@ -174,7 +197,7 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _checked(kind: Kind, task: Task, batch: int = 1) -> list[Sample]:
+def _checked(kind: Kind, task: Task, batch: int) -> list[Sample]:
     """Return tiles of a kind on which results are checked."""
     s = CHECKED_TOKENS
     whole, tasks = SeqLayout.contiguous(s), cast("tuple[Task, ...]", (task,))
@@ -188,12 +211,12 @@ def _checked(kind: Kind, task: Task, batch: int = 1) -> list[Sample]:
     # Two chunks of one rank against two of another, in three documents and a window; some queries see no key.
     starts = (0, s // 2, s)
     queries, keys = SeqLayout(((s // 4, s // 2), (s, s + s // 4)), starts), SeqLayout(((0, s // 3), (s - 9, s)), starts)
-    return [Sample(1, packed, packed, None, tasks), Sample(1, queries, keys, s // 7, tasks)]
+    return [Sample(batch, packed, packed, None, tasks), Sample(batch, queries, keys, s // 7, tasks)]
 
 
-def _wrong(question: Question, backend: str, task: Task, kind: Kind, device: torch.device) -> str:
+def _wrong(question: Question, backend: str, task: Task, kind: Kind, batch: int, device: torch.device) -> str:
     """Return how a backend differs from `reference` in a task on a kind of tile, in words; "": it does not."""
-    for sample in _checked(kind, task):
+    for sample in _checked(kind, task, batch):
         mask = sample.mask(device)
         assert kind_of(mask) == kind, f"a checked tile of kind {kind!r} is of kind {kind_of(mask)!r}"
         q, k, v, dout = _inputs(question, sample, device)

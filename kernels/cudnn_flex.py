@@ -16,27 +16,19 @@ from .case import Case, addressable, unfit_nvidia
 from .mask import Mask
 from .merge import merge_
 from .packages import unfit_package
+from .varlen import some_see_nothing
 
 DISTRIBUTION = "nvidia-cudnn-frontend"
 PLANS, EXECUTION = "cudnn.flex_attention", "cudnn.flex_attention.execution"
 _TENSORS = ("q_tensor", "k_tensor", "v_tensor")
 PLAN_FUNCTIONS = (("create_mask_plan", ("mask_func", "q", "k", "v", "build_backward")),)
+"""Functions of `PLANS` that are called, each with the parameters that are passed."""
+_OF_BACKWARD = ("o_tensor", "do_tensor", "lse_tensor", "mask_plan", "softmax_scale", "deterministic", "dlse_tensor")
 FUNCTIONS = (
     ("_flex_attention_forward", (*_TENSORS, "mask_plan", "softmax_scale", "return_lse")),
-    (
-        "_flex_attention_backward",
-        (
-            *_TENSORS,
-            "o_tensor",
-            "do_tensor",
-            "lse_tensor",
-            "mask_plan",
-            "softmax_scale",
-            "deterministic",
-            "dlse_tensor",
-        ),
-    ),
+    ("_flex_attention_backward", (*_TENSORS, *_OF_BACKWARD)),
 )
+"""Functions of `EXECUTION` that are called, which are private, as `PLAN_FUNCTIONS`."""
 ARCHITECTURES = ("sm_90", "sm_100", "sm_103")
 
 
@@ -63,7 +55,7 @@ def forward(
     out, lse, *_ = importlib.import_module(EXECUTION)._flex_attention_forward(
         q, k, v, mask_plan=_plan(q, k, v, mask), softmax_scale=scale, return_lse=True
     )
-    if _some_see_nothing(mask):  # what it leaves in their rows is not documented
+    if some_see_nothing(mask):  # what it leaves in their rows is not documented
         unseeing = mask.rows[0] >= mask.rows[1]
         out, lse = out.masked_fill(unseeing[:, None, None], 0), lse.masked_fill(unseeing, -torch.inf)
     if running is None:
@@ -96,7 +88,7 @@ def backward(
     if out is None:
         assert delta is not None
         out, dlse = torch.zeros_like(dout), -delta.contiguous()
-    if _some_see_nothing(mask):
+    if some_see_nothing(mask):
         lse = lse.masked_fill(lse.isneginf(), 0)  # -inf - -inf would be nan; these rows have probabilities of 0
     grads = importlib.import_module(EXECUTION)._flex_attention_backward(
         q, k, v, addressable(out), dout, lse.contiguous(), mask_plan=_plan(q, k, v, mask), softmax_scale=scale,
@@ -116,13 +108,9 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Any:
         _PLANS[mask.host_rows] = {}
     plans, key = _PLANS[mask.host_rows], (q.shape, k.shape, q.dtype, q.device)
     if key not in plans:
-        # Visible are the keys [0, F0) and [F1, F2) of functions [heads or 1, 3, b s_q]: F0 = 0, and our interval.
+        # Visible are the keys [0, F0) and [F1, F2) of functions [heads or 1, 3, b s_q]: F0 = 0, and our interval. That
+        # keys are counted from 0 in each sequence, not through the batch, is not documented; `choose` checks it.
         functions = torch.cat([torch.zeros_like(mask.rows[:1]), mask.rows]).repeat(1, len(q)).unsqueeze(0).contiguous()
         module = importlib.import_module(PLANS)
         plans[key] = module.create_mask_plan(functions, q, k, v, build_backward=True)
     return plans[key]
-
-
-def _some_see_nothing(mask: Mask) -> bool:
-    """Return whether a query of the tile sees no key."""
-    return bool((mask.host_rows[0] >= mask.host_rows[1]).any())

@@ -22,6 +22,7 @@ FUNCTIONS = (
     ("_flash_attn_forward", (*_COMMON, "causal")),
     ("_flash_attn_backward", (*_COMMON, "dout", "out", "softmax_lse", "dq", "dk", "dv", "is_causal", "deterministic")),
 )
+"""Functions of the module that are called, which are private, each with the parameters that are passed."""
 
 
 def unfit(case: Case) -> str | None:
@@ -35,7 +36,7 @@ def unfit(case: Case) -> str | None:
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
     out, lse, *_ = importlib.import_module(MODULE)._flash_attn_forward(
-        q, k, v, softmax_scale=scale, causal=call.is_causal, softcap=softcap, **_of(call)
+        q, k, v, softmax_scale=scale, causal=call.is_causal, softcap=softcap, **_band_arguments(call)
     )
     return out, lse
 
@@ -51,12 +52,12 @@ def _backward(
     importlib.import_module(MODULE)._flash_attn_backward(
         dout=dout, q=q, k=k, v=v, out=out, softmax_lse=lse, dq=dq, dk=dk, dv=dv, softmax_scale=scale,
         is_causal=call.is_causal, softcap=softcap, deterministic=torch.are_deterministic_algorithms_enabled(),
-        **_of(call),
+        **_band_arguments(call),
     )  # fmt: skip
     return dq, dk, dv
 
 
-def _of(call: Call) -> dict[str, Any]:
+def _band_arguments(call: Call) -> dict[str, Any]:
     """Return the arguments that describe the bands of a call."""
     left, right = call.windows
     found: dict[str, Any] = {"window_size_left": left, "window_size_right": right}

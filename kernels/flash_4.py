@@ -21,6 +21,7 @@ FUNCTIONS = (
     ("_flash_attn_fwd", (*_COMMON, "return_lse")),
     ("_flash_attn_bwd", (*_COMMON, "out", "dout", "lse", "dlse", "deterministic")),
 )
+"""Functions of the module that are called, which are private, each with the parameters that are passed."""
 
 
 def unfit(case: Case) -> str | None:
@@ -30,12 +31,14 @@ def unfit(case: Case) -> str | None:
         return reason
     if case.arch != "sm_90" and case.head_dim > 128:
         return "head dims above 128 on sm_90 only: elsewhere its backward takes no gradient of lse"
+    if case.deterministic and case.arch.startswith("sm_12"):
+        return f"its backward has no fixed order of sums on {case.arch}"
     return unfit_package(DISTRIBUTION, MODULE, FUNCTIONS)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
     found = importlib.import_module(MODULE)._flash_attn_fwd(
-        q, k, v, softmax_scale=scale, softcap=softcap, return_lse=True, **_of(call)
+        q, k, v, softmax_scale=scale, softcap=softcap, return_lse=True, **_band_arguments(call)
     )
     return found[0], found[1]  # versions differ in what follows
 
@@ -51,12 +54,12 @@ def _backward(
         out, dlse = torch.zeros_like(dout), -delta
     dq, dk, dv, *_ = importlib.import_module(MODULE)._flash_attn_bwd(
         q, k, v, out, dout, lse, softmax_scale=scale, softcap=softcap, dlse=dlse,
-        deterministic=torch.are_deterministic_algorithms_enabled(), **_of(call),
+        deterministic=torch.are_deterministic_algorithms_enabled(), **_band_arguments(call),
     )  # fmt: skip
     return dq, dk, dv
 
 
-def _of(call: Call) -> dict[str, Any]:
+def _band_arguments(call: Call) -> dict[str, Any]:
     """Return the arguments that describe the bands of a call."""
     found: dict[str, Any] = {"causal": call.is_causal}
     if not call.is_causal:

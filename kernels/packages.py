@@ -19,6 +19,12 @@ def installed(distribution: str) -> str | None:
         return None
 
 
+def release(text: str) -> tuple[int, int]:
+    """Return the first two numbers of a version; a pre-release counts as its release."""
+    major, minor, *_ = text.split(".")
+    return int(major), int(minor)
+
+
 @cache
 def unfit_package(distribution: str, module: str, functions: tuple[tuple[str, tuple[str, ...]], ...]) -> str | None:
     """Return why the functions of a module cannot be called as here, or None; `functions` are names with parameters.

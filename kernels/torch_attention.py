@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .mask import Mask, MaskRect, mask_rects
 from .merge import merge_
@@ -101,8 +102,14 @@ def backward(
             total.add_(grad)
 
 
+_RECTS = WeakTensorKeyDictionary()
+"""Rectangles by `Mask.host_rows`: layers share a mask, and so do passes."""
+
+
 def _rects(operator: Operator, mask: Mask) -> list[MaskRect]:
-    rects = mask_rects(mask.host_rows)
+    if mask.host_rows not in _RECTS:
+        _RECTS[mask.host_rows] = mask_rects(mask.host_rows)
+    rects = _RECTS[mask.host_rows]
     if not operator.takes_bands and any(rect.kind == "band" for rect in rects):
         raise ValueError(
             f"attention backend = {operator.name!r}: cannot compute sliding windows or adjacent documents of one "

@@ -18,6 +18,7 @@ def unfit(case: Case) -> str | None:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    assert softcap == 0, "choose_backend gives softcap to other backends"
     left, right = call.windows
     out, lse, *_ = aten._flash_attention_forward(
         q, k, v, call.query_starts, call.key_starts, *_most(q, k, call), 0.0, call.is_causal, False,
@@ -30,6 +31,7 @@ def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, delta: Tensor | None, call: Call,
     scale: float, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    assert softcap == 0, "choose_backend gives softcap to other backends"
     if out is None:
         assert delta is not None
         out = carry_delta(dout, delta)

@@ -145,13 +145,18 @@ def is_one_call(mask: Mask) -> bool:
 
 def kind_of(mask: Mask) -> Kind:
     """Return the kind of a tile's mask. Nothing is copied to its device."""
-    bands = [band for group in _groups_of(mask) for band in group]
-    if len(bands) != 1 or bands[0].rows != slice(0, mask.rows.shape[1]):
-        return "documents"
-    [band] = bands
-    if band.left[1] is not None:
-        return "window"
-    return "whole" if band.right[1] is None else "causal"
+    match _groups_of(mask):
+        case [[band]] if band.rows == slice(0, mask.rows.shape[1]):
+            if band.left[1] is not None:
+                return "window"
+            return "whole" if band.right[1] is None else "causal"
+    return "documents"
+
+
+def some_see_nothing(mask: Mask) -> bool:
+    """Return whether a query of the tile sees no key: it is in no band."""
+    rows = (_sides(group)[0] for group in _groups_of(mask))
+    return sum(of_group.stop - of_group.start for of_group in rows) < mask.rows.shape[1]
 
 
 _GROUPS, _CALLS = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()

@@ -26,10 +26,10 @@ from rich.table import Table
 
 from ..data.files import read_patiently, write_text
 from ..kernels import backends
-from ..kernels.backends import choose_backend, parts_of, selection
+from ..kernels.backends import Selection, choose_backend
 from ..kernels.blocks import architecture
 from ..kernels.case import Case, Kind, Task
-from ..kernels.choose import Question, Sample, Timing, fastest, rehearse, tiles_of
+from ..kernels.choose import Question, Sample, Timing, fastest, rehearse, select, tiles_of
 from ..kernels.layout import SeqLayout
 from ..kernels.packages import installed
 from ..parallel.cp.packed import divided, typical_packing
@@ -62,18 +62,23 @@ def with_backends(
     On GPUs "auto" becomes the backends that an earlier start has kept in `file`, if they are still to be had, or else
     the fastest for each kind of tile, as rank 0 measures. It prints them to `console`, and keeps them in `file`. A
     deterministic run does not measure, since two starts may differ. Raises CommonError if a file cannot be read or
-    written.
+    written, and ValueError if no backend is right for a kind of tile.
     """
     train, device = recipe.train, mesh.device
     if train.attention_backend != "auto" or device.type != "cuda" or train.deterministic:
         return recipe
     question, case = question_of(recipe, lengths), case_of(recipe, device)
+    default = choose_backend(case)
     # Less than the time without progress after which the watchdog ends a run.
     limit_s = min(LIMIT_S, 30 * recipe.faults.hang_minutes or LIMIT_S)
     print_line = partial(console.print, soft_wrap=True, highlight=False, markup=False) if console else log.info
 
+    def timed(deadline: float) -> list[Timing]:
+        cache = Path(os.environ["TRITON_CACHE_DIR"], FILE)
+        return measured(question, case, device, cache, deadline - time.monotonic())
+
     def decided() -> str:
-        """Return the backends of an earlier start, or the fastest, as a text of `selection`. Rank 0 only."""
+        """Return the backends of an earlier start, or the fastest, as the text of a `Selection`. Rank 0 only."""
         deadline = time.monotonic() + limit_s
         if file is not None:
             kept, changed = recalled(file, question, case, device, deadline)
@@ -83,20 +88,24 @@ def with_backends(
             if changed:
                 log.warning("attention backends: %s", changed)
                 print_line(f"attention backends: {changed}: measured anew; sums may round differently from here")
-        cache = Path(os.environ["TRITON_CACHE_DIR"], FILE)
-        timings = measured(question, case, device, cache, deadline - time.monotonic())
+        timings = timed(deadline)
         if console is not None:
             console.print(backends_table(timings))
-        return selection(choose_backend(case), fastest(timings))
+        return str(select(default, timings))
+
+    def checked_default() -> str:
+        """Return the default backend, if it is right for every kind of tile. Rank 0 only."""
+        timings = timed(time.monotonic() + limit_s)
+        return str(select(default, [timing for timing in timings if timing.backend == default]))
 
     backend = on_rank_0(mesh, decided)
-    default, chosen = parts_of(backend)
-    lacking = (f"rank {mesh.rank}: {name}: {backends.BACKENDS[name].unfit(case)}" for name in set(chosen.values()))
+    names = set(Selection.parse(backend).chosen.values())
+    lacking = (f"rank {mesh.rank}: {name}: {backends.BACKENDS[name].unfit(case)}" for name in names)
     if found := first_of_any(next((text for text in lacking if not text.endswith(": None")), None)):
         log.warning("attention backends of rank 0 are not those of all ranks (%s); all take %s", found, default)
         if mesh.rank == 0:
             print_line(f"attention backends: {backend}: not those of all ranks ({found}); all take {default} from here")
-        backend = default
+        backend = on_rank_0(mesh, checked_default)
     log.info("attention backends: %s", backend)
 
     def ready() -> None:
@@ -153,7 +162,7 @@ def case_of(recipe: Recipe, device: torch.device) -> Case:
 def recalled(
     file: Path, question: Question, case: Case, device: torch.device, deadline: float
 ) -> tuple[str | None, str]:
-    """Return the backends that an earlier start has kept in `file`, as a text of `selection`; None: measure.
+    """Return the backends that an earlier start has kept in `file`, as the text of a `Selection`; None: measure.
 
     They are taken if device, driver, versions, code and tiles are the same and each of them, in a process of its own
     that ends by `deadline` (of `time.monotonic`), still passes its check. With None comes what has changed, in words;
@@ -163,9 +172,9 @@ def recalled(
     try:
         kept = json.loads(read_patiently(file, file.read_text))
         before, tiles = flat(kept["machine"]), kept["tiles"]
-        default, chosen = parts_of(kept["backend"])
-        if default not in backends.BACKENDS:
-            raise ValueError(f"{default!r} is no backend")
+        selection = Selection.parse(kept["backend"])
+        if selection.default not in backends.BACKENDS:
+            raise ValueError(f"{selection.default!r} is no backend")
     except FileNotFoundError:
         return None, ""
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -177,11 +186,11 @@ def recalled(
         return None, ", ".join(changed)
     if tiles != repr(question):
         return None, f"other tiles than in {file}"
-    # A tile of each kind, by the backend that computes it.
+    # A tile of each kind, with the most sequences, by the backend that computes it.
     samples: dict[str, list[Sample]] = {}
     for (task, kind), numbers in tiles_of(question, device).items():
-        of_backend = samples.setdefault(chosen.get((task, kind), default), [])
-        of_backend.append(question.samples[numbers[0]]._replace(tasks=(task,)))
+        most = max((question.samples[number] for number in numbers), key=lambda sample: sample.batch)
+        samples.setdefault(selection.name_of(task, kind), []).append(most._replace(tasks=(task,)))
     for name, of_backend in samples.items():
         if fault := _fault(name, question._replace(samples=tuple(of_backend)), case, device, deadline):
             return None, f"{name} of {file}: {fault}"
@@ -204,8 +213,8 @@ def measured(
 ) -> list[Timing]:
     """Return the timings of all backends that fit: those in `file`, or new ones, which are added to it.
 
-    Backends that `limit_s` seconds do not suffice for are left out, and the next start measures again.
-    Raises OSError if the file cannot be written.
+    A backend whose process ends with an error has a note and no time. Backends that `limit_s` seconds do not suffice
+    for are left out, and the next start measures again. Raises OSError if the file cannot be written.
     """
     key, machine = repr(question), machine_of(device)
     known = _recalled(file)
@@ -225,10 +234,14 @@ def measured(
             log.info("attention backend %s", timing)
         if note:
             log.warning("attention backend %s does not count: %s", name, note)
-        complete &= not note.startswith("no end") and not (note and name == default)
-        timings += [] if note else found
+        timed_out = note.startswith("no end")
+        complete &= not timed_out and not (note and name == default)
+        if note:
+            tiles = {} if timed_out else tiles_of(question, device)
+            found = [Timing(*tile, of[0], name, None, note) for tile, of in tiles.items() if tile[1] in backend.kinds]
+        timings += found
     # Else the next start, which may find more kernels compiled or more memory free, measures again.
-    if complete:
+    if complete and fastest(timings).keys() == {timing[:2] for timing in timings}:
         device_name = json.loads(machine)["device"]
         kept = {other: rows for other, rows in known.items() if json.loads(other)["device"] != device_name}
         kept[machine] = {**known.get(machine, {}), key: [list(timing) for timing in timings]}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from longring.kernels import choose
-from longring.kernels.backends import BACKENDS, TASKS, selection
+from longring.kernels.backends import BACKENDS, TASKS, Selection
 from longring.kernels.blocks import architecture
 from longring.kernels.case import Case
 from longring.kernels.choose import Question, Sample
@@ -117,7 +117,7 @@ def tiles_rows(device: str, size: Size) -> Iterator[Row]:
     question = Question(*shape, tuple(Sample(1, *side, TASKS) for side in sides))
     fitting = [name for name, reason in unfit(question, where).items() if reason is None]
     chosen = choose.fastest(timing for name in fitting for timing in choose.measure(question, name, where))
-    backend = selection("torch_cpu" if cpu else "triton", chosen)
+    backend = str(Selection("torch_cpu" if cpu else "triton", chosen))
     for row in cp_virtual.all_rows(device, backend, size, until):
         yield row | {"backend": backend}
 

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from ...kernels.backends import Selection
 from .cost import ASSUMED, Speed
 
 FILE = Path(__file__).with_name("speeds.json")
@@ -20,12 +22,16 @@ ASSUMED_BY_BACKEND = {"triton": Speed(forward_flops=400e12, backward_flops=230e1
 def speed_of(device: str, backend: str = "auto") -> tuple[Speed, str]:
     """Return the speed of an attention backend ("auto": the fastest) on a device as torch names it, and its origin.
 
-    The origin is the path of a record, or "assumed": then the speed is that of an H100 in bf16, whatever the device.
+    Of the text of a `Selection` the backends of whole tiles count: most tiles of context parallelism are whole. The
+    origin is the path of a record, or "assumed": then the speed is that of an H100 in bf16, whatever the device.
     """
-    found = measured_speeds().get(device, {}).get(backend)
-    if found is None:
-        return ASSUMED_BY_BACKEND.get(backend, ASSUMED), "assumed"
-    return Speed(**found["speed"]), found["record"]
+    selection, known = Selection.parse(backend), measured_speeds().get(device, {})
+    names = [selection.name_of(task, "whole") for task in ("continued", "backward")]
+    forward, backward = (
+        Speed(**known[name]["speed"]) if name in known else ASSUMED_BY_BACKEND.get(name, ASSUMED) for name in names
+    )
+    origin = known[names[0]]["record"] if set(names) <= known.keys() else "assumed"
+    return replace(forward, backward_flops=backward.backward_flops), origin
 
 
 @cache

@@ -21,7 +21,7 @@ from longring.kernels.attention import (
     row_delta,
     zeros_fp32,
 )
-from longring.kernels.backends import BACKENDS, choose_backend, parts_of, selected, selection
+from longring.kernels.backends import BACKENDS, Selection, choose_backend
 from longring.kernels.blocks import architecture
 from longring.kernels.case import Case, Kind, Task
 from longring.kernels.layout import SeqLayout
@@ -368,6 +368,22 @@ def test_backend_choice_is_logged_once_with_reasons(caplog):
         choose_backend(case, "tritn")
 
 
+def test_cudnn_is_refused_by_name_where_algorithms_must_be_deterministic():
+    q = torch.zeros(1, 4, 2, 32, dtype=torch.bfloat16)
+    on_gpu = {"device": "cuda", "arch": "sm_90"}
+    assert choose_backend(case_of(q, q)._replace(**on_gpu), "cudnn") == "cudnn"
+    torch.use_deterministic_algorithms(True)
+    try:
+        case = case_of(q, q)._replace(**on_gpu)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    with pytest.raises(
+        ValueError, match=r"'cudnn': cannot compute .* \(its backward has no fixed order of sums in torch"
+    ):
+        choose_backend(case, "cudnn")
+    assert choose_backend(case) == "triton", "the advice of the error"
+
+
 def test_bad_shapes_raise():
     q, k, v, _ = inputs(torch.float32, S, S, heads=4, kv_heads=3)
     with pytest.raises(ValueError, match="4 query heads over 3 kv heads: the number of query heads must be a multiple"):
@@ -427,10 +443,10 @@ def test_a_selection_gives_each_kind_of_tile_to_its_backend(monkeypatch):
         ("backward", "causal"): "flash",
         ("continued", "causal"): "torch_cpu",
     }
-    text = selection("torch_cpu", chosen)
+    text = str(Selection("torch_cpu", chosen))
     assert text == "torch_cpu; forward causal: cudnn; backward causal: flash"
-    assert parts_of(text) == ("torch_cpu", {("forward", "causal"): "cudnn", ("backward", "causal"): "flash"})
-    assert parts_of("triton") == ("triton", {})
+    assert Selection.parse(text) == ("torch_cpu", {("forward", "causal"): "cudnn", ("backward", "causal"): "flash"})
+    assert Selection.parse("triton") == ("triton", {})
     q, k, v, dout = inputs(torch.float32, S, S)
     for name in ("causal", "documents"):
         queries, keys, kind = MASKS[name]
@@ -447,8 +463,9 @@ def test_a_tile_that_the_chosen_backend_cannot_compute_goes_to_the_default(monke
     mask = make_mask(*MASKS["causal"][:2], device=DEVICE)
     q = torch.zeros(1, S, 2, 32, device=DEVICE)
     backends._fits.cache_clear()
-    assert selected(case_of(q, q), "torch_cpu; forward causal: flash", "forward", mask) == "torch_cpu"
+    selection = Selection("torch_cpu", {("forward", "causal"): "flash"})
+    assert selection.of_tile(case_of(q, q), "forward", mask) == "torch_cpu"
     monkeypatch.setitem(BACKENDS, "flash", BACKENDS["flash"]._replace(unfit=lambda case: None))
     backends._fits.cache_clear()
-    assert selected(case_of(q, q), "torch_cpu; forward causal: flash", "forward", mask) == "flash"
+    assert selection.of_tile(case_of(q, q), "forward", mask) == "flash"
     backends._fits.cache_clear()

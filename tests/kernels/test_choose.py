@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from longring.kernels import backends, choose
-from longring.kernels.backends import BACKENDS, Backend, selection
-from longring.kernels.choose import Question, Sample, Timing, fastest, measure, rehearse, tiles_of
+from longring.kernels.backends import BACKENDS, Backend, Selection
+from longring.kernels.case import Kind, Task
+from longring.kernels.choose import Question, Sample, Timing, fastest, measure, rehearse, select, tiles_of
 from longring.kernels.layout import SeqLayout
 
 CPU = torch.device("cpu")
@@ -91,6 +92,14 @@ def test_a_backend_with_a_wrong_result_does_not_count_for_its_task(monkeypatch, 
         assert (timing.seconds is None) == (timing.task == task) == bool(timing.note)
 
 
+def test_tiles_of_several_sequences_are_checked_with_two(monkeypatch):
+    """A kernel may count keys or rows through the batch, and be right for one sequence."""
+    add(monkeypatch, "wrong", spoil("forward", 0, lambda out: out[1:].zero_()))
+    notes = {timing.kind: timing.note for timing in measure(QUESTION, "wrong", CPU) if timing.task == "forward"}
+    assert notes.keys() == {"causal", "window"}
+    assert notes["causal"].startswith("out differs") and not notes["window"], "two sequences, and one"
+
+
 def test_rows_that_see_nothing_must_have_no_lse(monkeypatch):
     add(monkeypatch, "wrong", spoil("forward", 1, lambda lse: lse.masked_fill_(lse.isneginf(), torch.inf)))
     question = QUESTION._replace(samples=(Sample(1, PACKED, PACKED, None, ("forward",)),))
@@ -125,6 +134,22 @@ def test_a_backend_that_fails_for_one_sample_of_a_kind_does_not_count_for_the_ki
     assert fastest(timings("b", 3.0, None)) == {}
 
 
+def test_a_tile_without_a_right_backend_is_an_error_that_tells_what_each_check_said():
+    tile: tuple[Task, Kind] = ("forward", "causal")
+    wrong, failed, right = (
+        Timing(*tile, 0, "triton", None, "out differs"),
+        Timing(*tile, 0, "flash", None, "RuntimeError: no kernel"),
+        Timing("backward", "causal", 0, "triton", 1.0, ""),
+    )
+    said = r"forward of causal tiles \(triton: out differs; flash: RuntimeError: no kernel\); name one \(in a recipe"
+    with pytest.raises(ValueError, match=said):
+        select("triton", [wrong, failed, right])
+    chosen: dict[tuple[Task, Kind], str] = {("backward", "causal"): "triton"}
+    assert select("triton", [failed, right]) == Selection("triton", chosen), "the default was not measured there"
+    found = select("triton", [wrong, failed, right, wrong._replace(backend="flash_4", seconds=2.0, note="")])
+    assert found == Selection("triton", {**chosen, tile: "flash_4"})
+
+
 def test_an_error_of_the_device_ends_the_measurement(monkeypatch):
     """After one CUDA computes nothing more, so that whatever follows would seem to fail too."""
 
@@ -141,6 +166,6 @@ def test_a_rehearsal_computes_each_task_by_the_backend_that_was_chosen_for_it(mo
     for name in ("first", "second"):
         add(monkeypatch, name, lambda task, result, name=name: done.append((name, task)))
     backends._fits.cache_clear()
-    rehearse(QUESTION, selection("first", {("backward", "window"): "second"}), CPU)
+    rehearse(QUESTION, str(Selection("first", {("backward", "window"): "second"})), CPU)
     backends._fits.cache_clear()
     assert done == [("second" if tile == ("backward", "window") else "first", tile[0]) for tile in TILES]

@@ -32,7 +32,8 @@ from longring.kernels.backends import BACKENDS, Backend
 from longring.kernels.case import Case
 from longring.kernels.layout import SeqLayout
 from longring.kernels.mask import Mask, make_mask
-from longring.kernels.varlen import calls_of, kind_of
+from longring.kernels.varlen import calls_of, kind_of, some_see_nothing
+from torch.torch_version import TorchVersion
 
 PACKED = SeqLayout.packed((20, 1, 30, 19))
 TILES = {
@@ -106,6 +107,36 @@ def test_common_masks_are_one_call():
         kinds[name] = kind_of(mask)
     assert kinds == {name: name for name in kinds}
     assert kind_of(make_mask(SeqLayout(((4096, 5000),)), whole)) == "whole"
+
+
+def test_what_a_mask_is_does_not_take_longer_for_many_documents(monkeypatch):
+    class Bands(list):
+        def __iter__(self):
+            raise AssertionError("all bands are read")
+
+    mask = make_mask(PACKED, PACKED, window=5)
+    groups = [*map(Bands, varlen._groups_of(mask))]
+    monkeypatch.setattr(varlen, "_groups_of", lambda mask: groups)
+    assert kind_of(mask) == "documents" and not some_see_nothing(mask)
+
+
+def test_rows_of_a_mask_are_read_once_for_all_layers_and_passes(definitions, monkeypatch):
+    queries, keys, kind = TILES["zigzag"]
+    made = make_mask(queries, keys, **kind)
+    mask = Mask(made.rows, made.columns, made.host_rows.clone())
+    q, k, v = (torch.ones(1, side.num_tokens, 2, 16) for side in (queries, keys, keys))
+
+    def result(backend: str) -> torch.Tensor:
+        into = (zeros_fp32(q), zeros_fp32(k), zeros_fp32(v))
+        out, lse = attention_forward(q, k, v, mask, backend=backend)
+        attention_backward(q, q, k, v, lse, None, mask, into=into, out=out, backend=backend)
+        return torch.cat([x.flatten() for x in (out, lse, *into)])
+
+    first = {name: result(name) for name in ("flash_4", "cudnn_flex", "torch_cpu")}
+    assert some_see_nothing(mask) and all(found.isneginf().any() for found in first.values())
+    mask.host_rows[0], mask.host_rows[1] = 0, 1  # whoever reads them again finds another mask
+    for name, found in first.items():
+        assert torch.equal(result(name), found)
 
 
 def test_calls_are_made_once_for_all_layers_and_passes(monkeypatch):
@@ -354,8 +385,20 @@ def test_what_is_not_asked_for_is_not_imported(monkeypatch):
         ("cudnn_flex", {"head_dim": 192}, "head dims up to 128, and 256"),
         ("cudnn", {"arch": "sm_100", "num_kv_heads": 4}, "wrong results with fewer than 8 kv heads"),
         ("cudnn", {"dtype": torch.float32}, "bfloat16 and float16 only"),
+        ("cudnn", {"deterministic": True}, "its backward has no fixed order of sums in torch"),
+        ("flash_4", {"arch": "sm_120", "deterministic": True}, "its backward has no fixed order of sums on sm_120"),
     ],
 )
 def test_known_faults_and_limits_are_told(backend, changed, reason):
     case = Case("cuda", "sm_90", torch.bfloat16, 128, 8, False)
     assert str(BACKENDS[backend].unfit(case._replace(**changed))).startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("version", "wrong"), [("2.9.1", False), ("2.11.0", True), ("2.11.0a0+nv26.1", True), ("2.13.0+cu130", True)]
+)
+def test_a_pre_release_has_the_faults_of_its_release(monkeypatch, version, wrong):
+    """NVIDIA's images have such versions of torch, and torch sorts them before the release."""
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    reason = BACKENDS["cudnn"].unfit(Case("cuda", "sm_100", torch.bfloat16, 128, 4, False))
+    assert (reason is not None) == wrong

@@ -35,6 +35,7 @@ from rich.console import Console
 
 CPU = torch.device("cpu")
 CASE = Case("cpu", "interpreter", torch.float32, 16, 2, False)
+TASKS = ("forward", "backward")
 
 
 def small_recipe(file: Path, *overrides: str) -> Recipe:
@@ -86,9 +87,9 @@ def asked(monkeypatch, caplog) -> list[str]:
 
     def measure_apart(question, name, device, seconds):
         asked.append(name)
-        if name == "triton":
-            return [Timing("forward", "causal", 0, name, 0.5, "")], "its process ended with -11: nothing on stderr"
-        return [Timing("forward", "causal", 0, name, {"torch_cpu": 2.0, "flash": 1.0}[name], "")], ""
+        seconds = {"torch_cpu": 2.0, "triton": 0.5, "flash": 1.0}[name]
+        found = [Timing(task, "causal", 0, name, seconds, "") for task in TASKS]
+        return (found[:1], "its process ended with -11: nothing on stderr") if name == "triton" else (found, "")
 
     monkeypatch.setattr(attention_backends, "measured_apart", measure_apart)
     return asked
@@ -97,7 +98,14 @@ def asked(monkeypatch, caplog) -> list[str]:
 def test_what_was_measured_is_kept_for_this_machine_and_question(monkeypatch, caplog, asked, sandbox_recipe, tmp_path):
     question, file = question_of(small_recipe(sandbox_recipe), [512]), tmp_path / "triton" / FILE
     first = measured(question, CASE, CPU, file)
-    assert [(timing.backend, timing.seconds) for timing in first] == [("torch_cpu", 2.0), ("flash", 1.0)]
+    times = (("torch_cpu", 2.0), ("triton", None), ("flash", 1.0))
+    assert [(timing.task, timing.backend, timing.seconds) for timing in first] == [
+        (task, *time) for time in times for task in TASKS
+    ]
+    console = Console(width=80, file=io.StringIO())
+    console.print(backends_table(first))
+    table = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "triton its process ended with" in table and "flash *" in table and "triton *" not in table
     assert asked == ["torch_cpu", "triton", "flash"], "not reference, and none that does not fit"
     assert "attention backend flash_4: is not installed" in caplog.text
     assert "attention backend triton does not count: its process ended with -11" in caplog.text
@@ -119,18 +127,29 @@ def test_what_was_measured_is_kept_for_this_machine_and_question(monkeypatch, ca
 def test_a_damaged_record_is_measured_again(asked, sandbox_recipe, tmp_path, caplog, text):
     question, file = question_of(small_recipe(sandbox_recipe), [512]), tmp_path / FILE
     file.write_text(text)
-    assert len(measured(question, CASE, CPU, file)) == 2
+    assert len(measured(question, CASE, CPU, file)) == 6
     assert "cannot be read" in caplog.text
     assert measured(question, CASE, CPU, file) and len(asked) == 3
 
 
-@pytest.mark.parametrize("backend", ["torch_cpu", "flash"])
-def test_a_measurement_that_was_cut_off_or_failed_for_the_default_is_not_kept(
-    monkeypatch, asked, sandbox_recipe, tmp_path, backend
+DIED = "its process ended with 1: out of memory"
+
+
+@pytest.mark.parametrize(
+    ("measured_of", "notes"),
+    [
+        ({"torch_cpu": ([], DIED)}, {"torch_cpu": DIED}),
+        ({"flash": ([], "no end within 3 s")}, {}),
+        ({"flash": ([Timing("forward", "causal", 0, "flash", None, "out differs")], "")}, {"flash": "out differs"}),
+    ],
+    ids=["the default died", "time ran out", "none is right"],
+)
+def test_a_measurement_without_a_whole_answer_is_not_kept(
+    monkeypatch, asked, sandbox_recipe, tmp_path, measured_of, notes
 ):
-    note = "its process ended with 1: out of memory" if backend == "torch_cpu" else "no end within 3 s"
-    monkeypatch.setattr(attention_backends, "measured_apart", lambda _, name, *__: ([], note * (name == backend)))
-    assert measured(question_of(small_recipe(sandbox_recipe), [512]), CASE, CPU, tmp_path / FILE) == []
+    monkeypatch.setattr(attention_backends, "measured_apart", lambda _, name, *__: measured_of.get(name, ([], "")))
+    found = measured(question_of(small_recipe(sandbox_recipe), [512]), CASE, CPU, tmp_path / FILE)
+    assert {timing.backend: timing.note for timing in found} == notes
     assert not (tmp_path / FILE).exists()
 
 
@@ -170,11 +189,12 @@ class Kept(NamedTuple):
 @pytest.fixture
 def kept(monkeypatch, asked, sandbox_recipe, tmp_path) -> Kept:
     """A record of this machine, all of whose backends pass their check."""
-    found = Kept(question_of(small_recipe(sandbox_recipe), [512]), tmp_path / FILE, [])
+    found = Kept(question_of(small_recipe(sandbox_recipe), [512, 64]), tmp_path / FILE, [])
     monkeypatch.setattr(attention_backends, "machine_of", lambda device: json.dumps(MACHINE))
 
     def check(of_backend, name, device, seconds):
         assert 0 < seconds <= 9
+        assert {sample.batch for sample in of_backend.samples} == {8}, "of one kind the tile with most sequences"
         found.checked.extend(f"{sample.tasks[0]} {name}" for sample in of_backend.samples)
         return [Timing(sample.tasks[0], "causal", 0, name, 1.0, "") for sample in of_backend.samples], ""
 
@@ -233,6 +253,7 @@ def decided(recipe_file: Path, folder: Path) -> list[str]:
     """Return what this rank takes in starts of a run, and what rank 0 prints.
 
     Rank 1 lacks what rank 0 has chosen; it has it; another run; its resume, with other times; one on another machine.
+    At last no backend is right for a tile, or none that all ranks have.
     """
     recipe, taken = load_recipe(recipe_file), list[str]()
     mesh: Mesh = join(recipe.parallel, 1)
@@ -274,6 +295,15 @@ def decided(recipe_file: Path, folder: Path) -> list[str]:
         file.write_text(file.read_text().replace('"triton"', '"triton; forward causal: flash_4"'))
     for lacking in (1, None):
         start("B", 1.0, lacking, file)
+    for right in ((), ("flash_4",)):
+        attention_backends.measured = lambda *_, right=right: [
+            Timing("forward", "causal", 0, "triton", None, "out differs"),
+            *(Timing("forward", "causal", 0, name, 1.0, "") for name in right),
+        ]
+        BACKENDS["flash_4"] = BACKENDS["flash_4"]._replace(unfit=lambda case: "is not installed" if mesh.rank else None)
+        with pytest.raises(ValueError, match="no backend passed") as error:
+            with_backends(recipe, on_gpu, [64])
+        taken.append(str(error.value))
     # Named, or on the CPU, or in a deterministic run, nothing is measured or recalled.
     attention_backends.measured = attention_backends.recalled = None
     named = replace(recipe, train=replace(recipe.train, attention_backend="flash"))
@@ -288,7 +318,12 @@ def test_all_ranks_take_what_rank_0_has_measured_or_the_run_has_kept(on_ranks, s
     flash, file = "triton; forward causal: flash_4", tmp_path / "run" / FILE
     [first, *taken], other = on_ranks(2, decided, sandbox_recipe, tmp_path)
     assert [first, *taken[: len(other) - 1]] == other
-    assert other == ["triton", flash, flash, flash, "triton", "triton", "triton", "triton"]
+    none_right = (
+        "attention backend = 'auto': no backend passed its check in the forward of causal tiles (triton: out differs); "
+        'name one (in a recipe train.attention_backend), which no start checks: "reference" computes every tile, but '
+        "holds all scores"
+    )
+    assert other == ["triton", flash, flash, flash, *["triton"] * 4, none_right, none_right]
     lacks = f"attention backends: {flash}: not those of all ranks (rank 1: flash_4: is not installed); all take triton"
     assert taken[len(other) - 1 :] == [
         f"{lacks} from here",

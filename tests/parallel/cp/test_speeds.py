@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from longring.launch.config import load_recipe
@@ -25,6 +26,30 @@ def test_a_device_without_a_record_has_the_assumed_speed_of_the_kernel():
         named_topology("full_mesh", load_recipe(DEMO, ["train.attention_backend=triton"]), 4)[1]
         == (ASSUMED_BY_BACKEND["triton"])
     )
+
+
+def test_the_speed_of_a_measured_choice_is_that_of_its_backends_of_whole_tiles(monkeypatch, tmp_path):
+    cudnn, flash = ({"forward_flops": x, "backward_flops": x / 2, "tile_s": x / 1e20} for x in (6e14, 5e14))
+    record = {
+        H100: {name: {"speed": speed, "record": "a.json"} for name, speed in (("cudnn", cudnn), ("flash", flash))}
+    }
+    (tmp_path / "speeds.json").write_text(json.dumps(record))
+    monkeypatch.setattr(speeds, "FILE", tmp_path / "speeds.json")
+    speeds.measured_speeds.cache_clear()
+    try:
+        both = "triton; continued whole: cudnn; backward whole: flash; continued causal: flash"
+        assert speed_of(H100, both) == (Speed(6e14, 2.5e14, 6e-6), "a.json")
+        recipe = load_recipe(DEMO)
+        measured = replace(recipe, train=replace(recipe.train, attention_backend=both))
+        assert named_topology("full_mesh", measured, 4, H100)[1] == Speed(6e14, 2.5e14, 6e-6)
+        triton = ASSUMED_BY_BACKEND["triton"]
+        assert speed_of(H100, "triton; continued whole: cudnn") == (
+            Speed(6e14, triton.backward_flops, 6e-6),
+            "assumed",
+        )
+        assert speed_of("unknown", "triton; continued causal: cudnn") == (triton, "assumed")
+    finally:
+        speeds.measured_speeds.cache_clear()
 
 
 def test_a_record_gives_the_speed_of_its_device_alone(monkeypatch, tmp_path):
