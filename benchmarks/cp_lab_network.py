@@ -1,6 +1,6 @@
 """Times of the grids of context parallelism on scarce links, beside their simulation.
 
-    python benchmarks/cp_lab_network.py --json rows.json   # half an hour
+    python benchmarks/cp_lab_network.py --json rows.json   # 10 minutes
     python benchmarks/cp_lab_network.py --quick            # about a minute
 
 Needs root, iproute2 and two quiet cores. Ranks are hosts of benchmarks/lib/lab_network.py, joined as mesh, ring or

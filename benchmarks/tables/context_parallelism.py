@@ -226,7 +226,7 @@ TABLES = [
     ),
     Table(RESULTS, "| documents, measured |", layouts_measured, ("cp_layouts_network_2_cores_2026-11-23",)),
     Table(RESULTS, "| ranks | documents | grid | choice |", packing_on_the_host, (LAYOUTS_RECORD,)),
-    Table(RESULTS, "| fabric | ranks | heads | ring, ms |", lab_network, ("cp_lab_network_2_cores_2026-11-21",)),
+    Table(RESULTS, "| fabric | ranks | heads | ring, ms |", lab_network, ("cp_lab_network_2_cores_2026-11-23",)),
     Table(RESULTS, "| grid | a plan |", plans, ("host_time_plans_2_cores_2026-11-22",)),
     Table(
         "kernels.md", "| kernel, bf16 | blocks | programs | shared", kernels, ("compile_sm_90_triton_3.7.1_2026-11-23",)
