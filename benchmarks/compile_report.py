@@ -12,11 +12,11 @@ reports as written to memory because a thread has no register left. b16_loads ar
 16-bit elements from global memory, where the compiler does not see that 16 bytes lie side by side.
 
 The loops of 16-bit kernels on sm_90 are counted (benchmarks/lib/sass.py). `bound` is the largest share of the tensor
-cores' time that the loop without masks can take if all units of a multiprocessor work at once; `share` is what is left
-where a program waits for its own products and only the programs beside it on the multiprocessor fill the gaps. Both
-are arithmetic, not measurements. A group of warps that computes in a kernel in Gluon counts as a program: it
-waits for its own products alone. Clocks are those of one group, and registers those at the launch, before groups that
-load give theirs to the others.
+cores' time that the products of a tile can take in the loop without masks, if all units of a multiprocessor work at
+once; `share` is what is left where a program waits for its own products and only the programs beside it on the
+multiprocessor fill the gaps. Both are arithmetic, not measurements. A group of warps that computes in a kernel in
+Gluon counts as a program: it waits for its own products alone. Clocks are those of one group, and registers those at
+the launch, before groups that load give theirs to the others.
 
 The exit status is 1 when the loop of a configuration of sm_90 loses more than a twentieth of its time to spills, when
 one without products spills, when one has single loads, or when one needs more shared memory than its device has.
@@ -39,8 +39,8 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 import triton
 
 sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
+from lib.sass import PRODUCT_FLOPS, Code, Demand, Loop, programs_per_sm
 from lib.sass import SHARED_BYTES as L1_BYTES
-from lib.sass import Code, Demand, Loop, programs_per_sm
 from lib.script import Row, make_parser, make_table, write_record
 from longring.kernels import blocks, gluon_backward, gluon_blocks, gluon_forward, triton_attention, triton_kernels
 from rich.console import Console
@@ -60,7 +60,9 @@ TARGETS = {
 SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 """Shared memory of one program: the devices' documented limits."""
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
-TILED = ("forward", "backward_dkdv", "backward_dq")
+PRODUCTS = {"forward": 2, "backward_dkdv": 4, "backward_dq": 3}
+"""Products of a block of queries with one of keys, by kernel."""
+TILED = tuple(PRODUCTS)
 """Kernels whose block sizes are tuned; the others read and write once."""
 GLUON = tuple(f"gluon_{name}" for name in TILED)
 """Kernels in Gluon, whose block sizes are fixed."""
@@ -128,8 +130,10 @@ def compile_row(job: Job) -> Row:
         # Of two 16-bit tensors, a program reads the rows over which it walks once an iteration, for all of its groups.
         held, walked = (at.block_n, at.block_m) if tiled == "backward_dkdv" else (at.block_m, at.block_n)
         groups = held // gluon_blocks.ROWS.value if name in GLUON else 1
+        # An iteration multiplies one block of queries with one of keys.
+        flops = 2 * constants["BLOCK_D"] * at.block_m * at.block_n * PRODUCTS[tiled] // groups
         loops = (
-            loop_row(loop, at.num_warps, 4 * head_dim * walked // groups, groups * row["programs"])
+            loop_row(loop, at.num_warps, flops, 4 * head_dim * walked // groups, groups * row["programs"])
             for loop in Code.of(compiled.asm["cubin"]).loops()
         )
         # The loop without masks has fewer instructions for the same products.
@@ -137,17 +141,18 @@ def compile_row(job: Job) -> Row:
     return row
 
 
-def loop_row(loop: Loop, num_warps: int, l2_bytes: int, programs: int) -> Row:
-    """Return the counts of a loop, and the bounds that follow."""
+def loop_row(loop: Loop, num_warps: int, flops: int, l2_bytes: int, programs: int) -> Row:
+    """Return the counts of a loop, and the bounds that follow for the `flops` of its block."""
     demand = loop.demand(num_warps, l2_bytes)
+    useful = flops / PRODUCT_FLOPS / demand.products  # less than 1 where warps repeat each other's products
     return {
         "instructions": len(loop.body),
         "products": dict(loop.products),
         "barriers": loop.barriers,
         "spill_bytes": loop.spill_bytes,
         "clocks": {unit: round(clocks) for unit, clocks in demand._asdict().items()},
-        "bound": round(demand.bound, 3),
-        "share": round(demand.share(programs), 3),
+        "bound": round(useful * demand.bound, 3),
+        "share": round(useful * demand.share(programs), 3),
     }
 
 

@@ -6,7 +6,8 @@
 The executor runs the plans of some ranks over a transport that sends nothing, and kernels are replaced by functions
 that do nothing, so what remains is Python and torch's own work on the host: views, buffers and the order of a pass.
 Tensors are small and lie on the CPU. A launch is timed apart: the kernels are compiled for sm_90 (the longest part of
-the run) and a driver that starts nothing takes them.
+the run) and a driver that starts nothing takes them. The rows `layer` are a transformer layer without attention, by
+torch's operators: what a CUDA graph of it would save.
 
 With --against, both checkouts are loaded into one process and take turns pass by pass, so that both meet the same
 machine; ratio is the time here over the time there. Times are processor time of the thread, the least of many, since
@@ -26,6 +27,7 @@ import time
 import types
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -36,6 +38,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
 from lib import ROOT
+from lib.one_rank import be_the_only_rank
 from lib.script import Row, Size, make_parser, make_table, write_record
 from lib.stub_driver import stub_driver
 from rich.console import Console
@@ -51,10 +54,11 @@ LAYERS, PACKED_TOKENS, DOCUMENT_TOKENS = 32, 8192, 1024
 
 
 class Pass(NamedTuple):
-    """One pass of some ranks of a grid under one checkout."""
+    """One pass of some ranks of a grid, or of some layers, under one checkout."""
 
     run: Callable[[], object]
-    num_ranks: int
+    number: int
+    """Ranks or layers."""
     tiles_a_rank: float
 
 
@@ -137,15 +141,52 @@ def launches(package: str) -> dict[str, Pass]:
     return {name: Pass(call, 1, 1.0) for name, call in calls.items()}
 
 
+def layers() -> dict[str, Pass]:
+    """Return forward and backward of `LAYERS` layers of one rank; attention is replaced by a sum of q, k and v."""
+    transformer, mesh, weights, rope, config, parallel = (
+        part(HERE, name)
+        for name in (
+            "model.transformer",
+            "parallel.mesh",
+            "model.weights",
+            "model.rope",
+            "model.config",
+            "parallel.config",
+        )
+    )
+    be_the_only_rank()
+    alone = parallel.ParallelConfig(tokens_per_rank=TOKENS)
+    mesh.join(alone, 1)
+    shape = config.ModelConfig(
+        num_layers=LAYERS, hidden_size=64, num_heads=HEADS, num_kv_heads=HEADS, ffn_hidden_size=128
+    )
+    blocks = [transformer.TransformerLayer(shape, mesh.megatron_config(alone), number) for number in range(LAYERS)]
+    for block in blocks:
+        weights.fill_weights(block, shape, 0, torch.device("cpu"), torch.float32)
+    table = rope.rope_table(torch.arange(TOKENS), HEAD_DIM, 1e4)
+    x = torch.randn(TOKENS, 1, shape.hidden_size).requires_grad_()
+    inputs = [x, *(weight for block in blocks for weight in block.parameters())]
+
+    def forward() -> torch.Tensor:
+        y = x
+        for block in blocks:
+            y = block(y, table, lambda q, k, v, window: q + k + v)
+        return y
+
+    result = forward()
+    backward = partial(torch.autograd.grad, result, inputs, torch.ones_like(result), retain_graph=True)
+    return {"forward": Pass(forward, LAYERS, 1.0), "backward": Pass(backward, LAYERS, 1.0)}
+
+
 def timed(members: dict[str, Pass], budget_s: float) -> dict[str, float]:
-    """Return by package the least ms of its pass on one rank; the packages take turns."""
+    """Return by package the least ms of its pass on one rank or of one layer; the packages take turns."""
     seconds: dict[str, list[float]] = {package: [] for package in members}
     until = time.perf_counter() + budget_s
     while time.perf_counter() < until or not seconds[HERE]:
         for package, one in members.items():
             started = time.thread_time()
             one.run()
-            seconds[package].append((time.thread_time() - started) / one.num_ranks)
+            seconds[package].append((time.thread_time() - started) / one.number)
     return {package: 1e3 * min(found) for package, found in seconds.items()}
 
 
@@ -163,7 +204,7 @@ def beside(package: str, member: str, size: int) -> Beside:
     visibility, draw = part(package, "parallel.cp.visible").Visibility(), random.Random(0)
     shares = [zigzag(PACKED_TOKENS * size, rank, size).runs for rank in range(size)]
     of_passes = passes(package, member, size)
-    layers = [one for one in of_passes.values() for _ in range(round(LAYERS / one.num_ranks))]
+    layers = [one for one in of_passes.values() for _ in range(round(LAYERS / one.number))]
 
     def make_plan() -> None:
         num_documents = PACKED_TOKENS * size // DOCUMENT_TOKENS
@@ -216,7 +257,7 @@ def row(what: str, size: int, direction: str, members: dict[str, Pass], budget_s
 
 
 def all_rows(packages: Sequence[str], size: Size) -> Iterable[Row]:
-    """Yield the rows of the executor, then those of a launch."""
+    """Yield the rows of the executor, then those of a launch and of a layer."""
     questions = {
         "full": (("token_ring", 8), ("grid", 8), ("token_ring", 32), ("grid", 64), ("ring", 8), ("ulysses", 8)),
         "quick": (("token_ring", 8), ("grid", 8)),
@@ -231,6 +272,8 @@ def all_rows(packages: Sequence[str], size: Size) -> Iterable[Row]:
         by_package = {package: launches(package) for package in packages}
         for direction in ("forward", "backward"):
             yield row("launch", 1, direction, {name: by_package[name][direction] for name in packages}, budget_s / 3)
+    for direction, one in layers().items():
+        yield row("layer", 1, direction, {HERE: one}, budget_s / 3)
 
 
 def main() -> int:

@@ -57,7 +57,7 @@ class Demand(NamedTuple):
     """What a program asks of its SM in one iteration of a loop, in clocks of each unit."""
 
     products: float
-    """Tensor cores, with operands at hand."""
+    """Tensor cores, with operands at hand. Warps that hold the same rows repeat each other's products."""
     l2: float
     """Rows that come from L2."""
     shared: float
