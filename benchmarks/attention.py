@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONS
 from lib.attention_members import members_of, unfit
 from lib.cases import Case, cases_here, inputs, mask_of
 from lib.script import Row, about, make_parser, make_table, write_record
+from lib.sections import NO_TIME
 from lib.timing import Phase, interleaved_ms, warm_up
 from longring.kernels import attention as front_door
 from longring.kernels import merge
@@ -162,7 +163,7 @@ def all_rows(cases: list[Case], device: str, backend: str, deadline: float) -> I
     """Yield rows as they are measured; a case after `deadline` (of `time.time`) gives one that says so."""
     for number, case in enumerate(cases):
         if time.time() > deadline:
-            yield row(case, "both", "ours", None, None, note="left out: the time was spent")
+            yield row(case, "both", "ours", None, None, note=NO_TIME)
             continue
         yield from case_rows(case, device, backend)
         if backend == "triton" and number == 0:
@@ -187,26 +188,28 @@ def show(rows: list[Row], console: Console) -> None:
     """Print a line for each case and direction, the reasons of empty cells, the other kernels, and the bars."""
     side_by_side = [r for r in rows if r["direction"] in PRODUCTS]
     others = list(dict.fromkeys(r["member"] for r in side_by_side if r["member"] != "ours"))
-    columns = ("mask", "dtype", "tokens", "heads", "d", "", "ours ms", "TFLOP/s", *others)
+    columns = ("case", "", "ours ms", "TFLOP/s", *others)
     title = "Under a member: its time over ours, or its peak memory over ours"
-    table = make_table(title, columns, left=("mask", "dtype", ""))
+    table = make_table(title, columns, left=("case", ""))
     by_case: dict[tuple, dict[str, dict[str, Row]]] = {}
     for r in side_by_side:
         key = (r["mask"], r["dtype"], r["tokens"], r["batch"], r["heads"], r["kv_heads"], r["head_dim"])
         by_case.setdefault(key, {}).setdefault(r["direction"], {})[r["member"]] = r
     for (mask, dtype, tokens, _, heads, kv_heads, head_dim), directions in by_case.items():
-        start = [mask, dtype.replace("float", "fp").replace("bfp", "bf"), str(tokens), f"{heads}/{kv_heads}"]
+        dtype = dtype.replace("float", "fp").replace("bfp", "bf")
+        # Over the rows of its directions.
+        start = iter((f"{mask} {tokens:,}", f"  {dtype} {heads}/{kv_heads} x {head_dim}", "", ""))
         for direction, members in directions.items():
             own = members["ours"]
             ratios = [members[name]["ratio"] if name in members else None for name in others]
             cells = ["" if x is None else f"{x:.2f}" for x in ratios]
             ours_ms, tflops = ("" if own[x] is None else f"{own[x]:.4g}" for x in ("ms", "tflops"))
-            table.add_row(*start, str(head_dim), direction, ours_ms, tflops, *cells)
+            table.add_row(next(start), direction, ours_ms, tflops, *cells)
         members = directions["both"]
         if base := members["ours"]["peak_bytes"]:
             peaks = [members[name]["peak_bytes"] if name in members else None for name in others]
             cells = ["" if x is None else f"{x / base:.2f}" for x in peaks]
-            table.add_row(*start, str(head_dim), "memory", f"{base / 2**20:.0f} MiB", "", *cells)
+            table.add_row(next(start), "memory", f"{base / 2**20:.0f} MiB", "", *cells)
     console.print(table)
     for name, note in dict.fromkeys((r["member"], r["note"]) for r in rows if r["note"]):
         count = len({tuple(r[x] for x in Case._fields[:-1]) for r in rows if (r["member"], r["note"]) == (name, note)})

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONS
 from lib.cases import document_tokens
 from lib.exact import compared, exact
 from lib.script import Row, Size, make_parser, make_table, write_record
+from lib.sections import NO_TIME
 from longring.kernels import attention as front_door
 from longring.kernels import layout, merge
 from longring.kernels import mask as masks
@@ -105,7 +106,7 @@ def all_rows(device: str, backend: str, size: Size, deadline: float) -> Iterator
         if number == NUM_QUICK and device == "cuda":  # --quick ends before it
             yield from million_rows(device, backend, deadline)
         if time.time() > deadline:
-            yield {"check": check.name, "right": None, "note": "left out: the time was spent"}
+            yield {"check": check.name, "note": NO_TIME}
             continue
         generator = torch.Generator(device).manual_seed(0)
         tokens = sum(check.document_tokens)
@@ -128,7 +129,7 @@ def million_rows(device: str, backend: str, deadline: float) -> Iterator[Row]:
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     if time.time() > deadline:
-        yield {"check": name, "right": None, "note": "left out: the time was spent"}
+        yield {"check": name, "note": NO_TIME}
     elif free < MILLION_BYTES:
         note = f"left out: {MILLION_BYTES / 1e9:.0f} GB are needed, {free / 1e9:.0f} are free"
         yield {"check": name, "right": None, "note": note}
@@ -168,8 +169,8 @@ def show(rows: list[Row], console: Console) -> None:
     table = make_table(title, columns, left=("check", "dtype"))
     for row in rows:
         cells = [f"{x:.2f}" if isinstance(x := row.get(column), float) else str(x or "") for column in columns[:-1]]
-        right = {True: "yes", False: "NO", None: "left out"}[row["right"]]
-        table.add_row(*cells, right, style="red" if row["right"] is False else None)
+        right = {True: "yes", False: "NO", None: "left out"}[row.get("right")]
+        table.add_row(*cells, right, style="red" if row.get("right") is False else None)
     console.print(table)
     for row in rows:
         if row["note"]:
@@ -184,7 +185,7 @@ def main() -> int:
         rows = list(all_rows(device, backend, options.size, float("inf")))
     show(rows, console)
     write_record(options.json, {"rows": rows}, device)
-    return 1 if any(row["right"] is False for row in rows) else 0
+    return 1 if any(row.get("right") is False for row in rows) else 0
 
 
 if __name__ == "__main__":

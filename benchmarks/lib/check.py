@@ -19,7 +19,8 @@ from .sections import Result, Section, show_result, show_rows, verdict
 def check_parser(doc: str, quick: str) -> argparse.ArgumentParser:
     """Return the parser of a check: that of every benchmark, with `--only`."""
     parser = make_parser(doc, quick=quick)
-    parser.add_argument("--only", metavar="SECTION", action="append", help="run this section; may be repeated")
+    sections = "run these sections, with commas between them; may be repeated"
+    parser.add_argument("--only", metavar="SECTIONS", action="extend", type=lambda x: x.split(","), help=sections)
     return parser
 
 

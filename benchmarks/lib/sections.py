@@ -30,6 +30,8 @@ KILLED_S = 10.0
 """Seconds within which a killed process is gone; one that waits in a driver may stay."""
 TAIL = 12
 """Lines of a log that are shown when its section fails."""
+NO_TIME = "left out: the time was spent"
+"""Note of a row that stands for what was not measured for lack of time, which is no error."""
 
 
 class Section(NamedTuple):
@@ -207,11 +209,13 @@ def show_result(
 
 
 def verdict(results: Sequence[Result]) -> str:
-    """Return which sections are wrong and which were left out, in words."""
+    """Return which sections are wrong, which were left out, and which lacked time for all of their rows, in words."""
     wrong = [result.section["section"] for result in results if not result.right]
     left_out = [result.section["section"] for result in results if result.section["status"] == "left out"]
+    late = [result.section["section"] for result in results if any(row.get("note") == NO_TIME for row in result.rows)]
     text = f"errors in {', '.join(wrong)}: see above" if wrong else "no errors"
-    return text + (f"; left out: {', '.join(left_out)}" if left_out else "")
+    text += f"; left out: {', '.join(left_out)}" if left_out else ""
+    return text + (f"; not whole for lack of time: {', '.join(late)}" if late else "")
 
 
 def rows_table(rows: Sequence[Row]) -> Table:

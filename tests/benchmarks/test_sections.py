@@ -150,6 +150,8 @@ def test_the_last_line_names_what_is_wrong_and_what_was_left_out():
     assert sections.verdict([result("a"), result("b")]) == "no errors"
     found = [result("a", right=False), result("b", "left out"), result("c", "failed"), result("d")]
     assert sections.verdict(found) == "errors in a, c: see above; left out: b"
+    late = Result([{"right": True}, {"note": sections.NO_TIME}], {"section": "e", "status": "done"})
+    assert late.right and sections.verdict([result("a"), late]) == "no errors; not whole for lack of time: e"
 
 
 def test_a_table_has_every_key_and_fits_80_columns():
