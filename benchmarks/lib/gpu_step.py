@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -17,10 +18,12 @@ from longring.model.config import MemoryConfig
 from longring.parallel.mesh import Mesh, join
 from longring.parallel.zero import DeepSpeedEngine, set_learning_rate
 
+from .gpu_kernels import deadline
 from .gpu_step_cases import SIZES, Case, Sizes, cases, flops_of, predicted, recipe_of
 from .mfu import mfu
 from .one_rank import be_the_only_rank
 from .script import Row, Size
+from .sections import NO_TIME
 from .timing import elapsed_ms, moment, synchronize
 
 TIMED = 3
@@ -105,7 +108,7 @@ def compiled_row(ready: Ready) -> Row:
 
 def step_rows(size: Size) -> Iterator[Row]:
     """Yield whole steps and micro-batches of one rank, by bucket, by what is kept and by attention kernels."""
-    started, sizes = time.perf_counter(), sizes_here(size)
+    started, sizes, until = time.perf_counter(), sizes_here(size), deadline()
     ready = make_ready(sizes, (*sizes.short, *sizes.lengths))
     note = f"{sum(p.numel() for p in ready.model.parameters()) / 1e9:.2f}B parameters"
     if ready.device == "cuda" and peak_flops(name := torch.cuda.get_device_name()) is None:
@@ -115,7 +118,7 @@ def step_rows(size: Size) -> Iterator[Row]:
     # First by the kernels that need no measurement: what follows may fail.
     short = Case(sizes.tokens, KEEP)
     ready.both_passes(ready.inputs(short.length))  # buffers that stay
-    yield bucket_row(ready, short)
+    yield (last := bucket_row(ready, short))
     yield whole_step_row(ready, short)
     fastest, row = with_fastest(ready)
     yield row
@@ -124,7 +127,12 @@ def step_rows(size: Size) -> Iterator[Row]:
         yield whole_step_row(ready, short)
     # A backward that ends for lack of memory may leave the engine in pieces: cases that may not fit come last.
     for case in sorted(cases(sizes), key=lambda case: not predicted_to_fit(ready, case)):
-        yield bucket_row(ready, case)
+        # A case takes two calls or more, at about the rate of the one before.
+        if time.time() + 2 * sum(flops_of(sizes, case.length)) / (1e12 * last.get("TFLOPs", math.inf)) > until:
+            yield known(ready, case) | {"note": NO_TIME}
+            continue
+        yield (row := bucket_row(ready, case))
+        last = row if row["fits"] else last
 
 
 def with_fastest(ready: Ready) -> tuple[Ready | None, Row]:
@@ -186,6 +194,11 @@ def rates(ready: Ready, length: int, micro_batches: int, ms: float) -> Row:
     return {"tokens_per_s": tokens_per_s, "TFLOPs": rate / 1e12} | mfu(rate)
 
 
+def known(ready: Ready, case: Case) -> Row:
+    """Return the columns that name the row of a micro-batch."""
+    return {"part": "micro-batch", "length": case.length, "kept": case.kept, "attention": ready.attention}
+
+
 def bucket_row(ready: Ready, case: Case) -> Row:
     """Return the row of a micro-batch: time, rates, and the peak of memory beside the predicted one.
 
@@ -193,8 +206,7 @@ def bucket_row(ready: Ready, case: Case) -> Row:
     """
     expected = predicted_to_fit(ready, case)
     plan = predicted(ready.sizes, case, on_gpu=ready.device == "cuda")
-    row: Row = {"part": "micro-batch", "length": case.length, "kept": case.kept, "attention": ready.attention}
-    row |= {"predicted_bytes": plan.total - plan.reserve, "predicted_to_fit": expected}
+    row = known(ready, case) | {"predicted_bytes": plan.total - plan.reserve, "predicted_to_fit": expected}
 
     def measured() -> Row:
         ready.take(case.memory)
@@ -218,7 +230,7 @@ def bucket_row(ready: Ready, case: Case) -> Row:
 
 def whole_step_row(ready: Ready, case: Case) -> Row:
     """Return the row of a step: its micro-batches, and the update of all weights."""
-    row: Row = {"part": "whole step", "length": case.length, "kept": case.kept, "attention": ready.attention}
+    row = known(ready, case) | {"part": "whole step"}
 
     def measured() -> Row:
         ready.take(case.memory)

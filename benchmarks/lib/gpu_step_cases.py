@@ -121,7 +121,7 @@ def flops_of(sizes: Sizes, length: int) -> tuple[float, float]:
 def first_levels(rows: Sequence[Row]) -> dict[int, tuple[str, str]]:
     """Return, for each bucket, the first level that fits this device's memory, and the first that is predicted to."""
     found: dict[int, tuple[str, str]] = {}
-    of_levels = [row for row in rows if row.get("kept") in LEVELS and row["part"] == "micro-batch"]
+    of_levels = [row for row in rows if row["part"] == "micro-batch" and row.get("kept") in LEVELS and "fits" in row]
     for length in dict.fromkeys(row["length"] for row in of_levels):
         of_length = [row for row in of_levels if row["length"] == length]
         if len({row["kept"] for row in of_length}) == len(LEVELS):
@@ -155,13 +155,13 @@ def show(rows: list[Row], console: Console) -> None:
     for row in sorted(steps, key=lambda row: row["length"]):
         kept = row["kept"] if row["part"] == "micro-batch" else f"step, {row['kept']}"
         cells = [f"{row['length']:,}", kept + " *" * (row["attention"] == "auto")]
-        if row["fits"]:
+        if row.get("fits"):
             cells += [f"{row[name]:,.0f}" if row[name] >= 100 else f"{row[name]:.3g}" for name in ("ms", "host_ms")]
             cells += [f"{row['tokens_per_s']:,.0f}", f"{row['mfu']:.3f}" if "mfu" in row else ""]
             cells += [f"{row['bytes_a_token'] / 1e3:,.0f}" if "bytes_a_token" in row else ""]
             cells += [f"{row['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in row else ""]
         else:
-            cells += ["no fit", *[""] * 5]
+            cells += ["no fit" if "fits" in row else "no time", *[""] * 5]
         cells += [f"{row['predicted_bytes'] / 2**30:.1f}" if "predicted_bytes" in row else ""]
         table.add_row(*cells, style="red" if row.get("right") is False else None)
     console.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from lib.cases import layout_of
 from lib.gpu_kernels import MARGIN_S
 from lib.gpu_step_cases import SIZES, cases, first_levels, flops_of, predicted
 from lib.script import help_text
+from lib.sections import LIMIT, NO_TIME
 from lib.timing import CASE_S
 from longring.kernels.mask import make_mask
 from rich.console import Console
@@ -139,6 +141,16 @@ def test_the_table_of_steps_is_whole_at_80_columns():
     assert "whole step at 8,192 tokens: MFU at least 0.5: 0.520 met" in text
 
 
+def test_a_level_without_time_leaves_the_first_that_fits_open():
+    rows = step_rows()
+    [late] = (row for row in rows if row.get("length") == 131_072 and row["kept"] == "offload")
+    for column in late.keys() - {"part", "length", "kept", "attention"}:
+        del late[column]
+    late["note"] = NO_TIME
+    assert list(first_levels(rows)) == [8192, 32_768]
+    assert "no time" in printed(gpu_step_cases.show, rows)
+
+
 def test_a_step_below_its_bar_or_without_a_peak_is_seen():
     *_, plain, fastest = step_rows()
     assert [bar["met"] for bar in gpu_step_cases.bars([plain])] == ["not met"]
@@ -161,6 +173,7 @@ def rows_without_memory() -> dict[str, dict]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     found = {"whole": gpu_step.whole_step_row(ready, case), "fits": gpu_step.bucket_row(ready, case)}
+    both_passes = gpu_step.Ready.both_passes
     gpu_step.Ready.both_passes = fail  # type: ignore
     found |= {"against": gpu_step.bucket_row(ready, case), "step": gpu_step.whole_step_row(ready, case)}
     gpu_step.predicted_to_fit = lambda ready, case: False
@@ -168,6 +181,9 @@ def rows_without_memory() -> dict[str, dict]:
     gpu_step.with_backends = fail
     none, found["measurement"] = gpu_step.with_fastest(ready)
     assert none is None
+    os.environ[LIMIT] = "0"
+    gpu_step.make_ready, gpu_step.Ready.both_passes = lambda *_: ready, both_passes  # type: ignore
+    found["late"] = list(gpu_step.step_rows("smallest"))[-1]
     return found
 
 
@@ -175,13 +191,14 @@ def rows_without_memory() -> dict[str, dict]:
 def test_only_memory_that_was_predicted_to_suffice_is_an_error(on_ranks):
     [rows] = on_ranks(1, rows_without_memory)
     known = {"length": 128, "kept": "recompute_layer in tiles", "attention": "auto"}
-    assert all(rows[name].items() >= known.items() for name in rows if name != "measurement")
+    assert all(rows[name].items() >= known.items() for name in rows.keys() - {"measurement", "late"})
     assert all(rows[name]["fits"] and rows[name]["ms"] > 0 for name in ("whole", "fits"))
     assert rows["whole"]["micro_batches"] == 2 and rows["whole"]["tokens_per_s"] > 0
     assert not rows["against"]["fits"] and rows["against"]["right"] is False
     assert "against the prediction" in rows["against"]["note"]
     assert not rows["as predicted"]["fits"] and "right" not in rows["as predicted"]
     assert rows["step"]["right"] is False
+    assert rows["late"]["note"] == NO_TIME and "right" not in rows["late"]
     assert rows["measurement"]["right"] is False and "OutOfMemoryError" in rows["measurement"]["note"]
 
 
