@@ -110,7 +110,7 @@ def step_rows(size: Size) -> Iterator[Row]:
     """Yield whole steps and micro-batches of one rank, by bucket, by what is kept and by attention kernels."""
     started, sizes, until = time.perf_counter(), sizes_here(size), deadline()
     ready = make_ready(sizes, (*sizes.short, *sizes.lengths))
-    note = f"{sum(p.numel() for p in ready.model.parameters()) / 1e9:.2f}B parameters"
+    note = f"{sum(p.numel() for p in ready.model.parameters()):,} parameters"
     if ready.device == "cuda" and peak_flops(name := torch.cuda.get_device_name()) is None:
         note += f"; no MFU, since the peak FLOP/s of {name} are not known here"
     yield {"part": "start of DeepSpeed and the mesh", "ms": 1e3 * (time.perf_counter() - started), "note": note}
