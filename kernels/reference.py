@@ -11,6 +11,12 @@ from torch import Tensor
 from .mask import Mask
 from .merge import merge_
 
+# On CPUs torch's elementwise functions are MKL's, which chooses the code of each in its first call. Threads that race
+# for it may get one of few digits (github.com/pytorch/pytorch/issues/188792), so one thread makes the first calls.
+for _dtype in (torch.float32, torch.float64):
+    for _function in (torch.exp, torch.log, torch.tanh):
+        _function(torch.ones(1, dtype=_dtype))
+
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float, running: tuple[Tensor, Tensor] | None
