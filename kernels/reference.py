@@ -12,9 +12,10 @@ from .mask import Mask
 from .merge import merge_
 
 # On CPUs torch's elementwise functions are MKL's, which chooses the code of each in its first call. Threads that race
-# for it may get one of few digits (github.com/pytorch/pytorch/issues/188792), so one thread makes the first calls.
+# for it may get one of few digits (github.com/pytorch/pytorch/issues/188792), so one thread makes the first calls. This
+# module is imported wherever models are computed: RoPE takes sin and cos, AdamW sqrt.
 for _dtype in (torch.float32, torch.float64):
-    for _function in (torch.exp, torch.log, torch.tanh):
+    for _function in (torch.exp, torch.log, torch.tanh, torch.sqrt, torch.sin, torch.cos):
         _function(torch.ones(1, dtype=_dtype))
 
 
