@@ -258,13 +258,21 @@ def measured_apart(question: Question, backend: str, device: torch.device, secon
     words = [sys.executable, "-m", "longring.launch.measure_backend"]
     words += [str(os.getpid()), question_json(question), backend, str(device)]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=max(0.0, seconds))
+        done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", timeout=max(0.0, seconds))
     except subprocess.TimeoutExpired:
-        return [], f"no end within {seconds:.0f} s"
+        return [], f"no end within {max(0.0, seconds):.0f} s"
     lines = [line for line in done.stdout.splitlines() if line.startswith(LINE)]
-    found = [Timing(*json.loads(line.removeprefix(LINE))) for line in lines]
-    said = done.stderr.strip().splitlines()[-1:] or ["nothing on stderr"]
-    return found, "" if done.returncode == 0 else f"its process ended with {done.returncode}: {said[0][:300]}"
+    said = (done.stderr.strip().splitlines()[-1:] or ["nothing on stderr"])[0][:300]
+    try:
+        found = [Timing(*json.loads(line.removeprefix(LINE))) for line in lines]
+    except (ValueError, TypeError) as error:
+        return [], f"its process printed what cannot be read: {error}"
+    if done.returncode != 0:
+        return found, f"its process ended with {done.returncode}: {said}"
+    # A package may end the process as if all were well. Sums over fewer samples would look fast.
+    kinds = backends.BACKENDS[backend].kinds
+    asked = sum(len(numbers) for (_, kind), numbers in tiles_of(question, device).items() if kind in kinds)
+    return found, "" if len(found) == asked else f"its process ended after {len(found)} of {asked} timings: {said}"
 
 
 def machine_of(device: torch.device) -> str:

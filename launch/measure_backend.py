@@ -12,8 +12,8 @@ from ..data.processes import end_with_parent
 from ..kernels.choose import Question, Sample, measure
 from ..kernels.layout import SeqLayout
 
-LINE = "timing "
-"""Beginning of the lines with results; packages may print others."""
+LINE = "longring timing "
+"""Beginning of the lines with results; packages may print others, and lines without an end."""
 
 
 def question_json(question: Question) -> str:
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     if torch.device(device).type == "cuda":
         torch.cuda.set_device(device)
     for timing in measure(question_from(question), backend, torch.device(device)):
-        print(f"{LINE}{json.dumps(timing)}", flush=True)
+        print(f"\n{LINE}{json.dumps(timing)}", flush=True)
     return 0
 
 

@@ -29,7 +29,7 @@ from longring.launch.attention_backends import (
     with_backends,
 )
 from longring.launch.config import Recipe, load_recipe
-from longring.launch.measure_backend import question_from, question_json
+from longring.launch.measure_backend import LINE, question_from, question_json
 from longring.parallel.mesh import Mesh, join
 from rich.console import Console
 
@@ -159,6 +159,29 @@ def test_a_process_that_ends_before_it_has_measured_is_told(sandbox_recipe):
     question = question_of(small_recipe(sandbox_recipe), [64])
     assert measured_apart(question, "absent", CPU, 120) == ([], "its process ended with 1: KeyError: 'absent'")
     assert measured_apart(question, "torch_cpu", CPU, 0.01) == ([], "no end within 0 s")
+
+
+@pytest.mark.parametrize(
+    ("printed", "note"),
+    [
+        (["compiling", "{}timing 3 s", "{}"], ""),
+        (["compiling", "{}"], "its process ended after 1 of 2 timings: Fatal \N{REPLACEMENT CHARACTER}"),
+        ([f"{LINE}of a package", "{}", "{}"], "its process printed what cannot be read: Expecting value"),
+        ([f"{LINE}[1]", "{}", "{}"], "its process printed what cannot be read: Timing.__new__() missing"),
+    ],
+)
+def test_what_a_package_prints_or_ends_early_is_no_timing(monkeypatch, tmp_path, sandbox_recipe, printed, note):
+    """A program stands for Python: it prints what a package might, bytes that are no text too, and ends with 0."""
+    question = question_of(small_recipe(sandbox_recipe), [64])
+    timing = Timing("forward", "causal", 0, "torch_cpu", 0.5, "")
+    text = "".join(part.format(f"\n{LINE}{json.dumps(timing)}\n") for part in printed)
+    (tmp_path / "printed").write_bytes(b"\xff\n" + text.encode())
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\ncat {tmp_path}/printed\nprintf 'Fatal \\377' >&2\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(attention_backends.sys, "executable", str(program))
+    found, said = measured_apart(question, "torch_cpu", CPU, 120)
+    assert (said == note == "" and found == [timing, timing]) or (note and said.startswith(note))
 
 
 MACHINE = {"device": "A", "torch": "2.13", "packages": {"flash-attn-4": "4.0"}}
