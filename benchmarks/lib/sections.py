@@ -109,16 +109,18 @@ def run_section(
     started = time.monotonic()
     deadline, cut_off = started + section.seconds, False
     running = start(section, processes, logs)
-    while any(process.poll() is None for process in running):
-        if any(process.poll() for process in running) or failed_elsewhere():
-            deadline = min(deadline, time.monotonic() + GRACE_S)
-        if time.monotonic() > deadline:
-            cut_off = time.monotonic() > started + section.seconds
-            _end(running)
-            break
-        time.sleep(0.1)
-    for process in running:
-        _kill_group(process)  # what a process has left behind, pytest's workers for example
+    try:
+        while any(process.poll() is None for process in running):
+            if any(process.poll() for process in running) or failed_elsewhere():
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+            if time.monotonic() > deadline:
+                cut_off = time.monotonic() > started + section.seconds
+                _end(running)
+                break
+            time.sleep(0.1)
+    finally:  # after an interrupt too
+        for process in running:
+            _kill_group(process)  # what a process has left behind, pytest's workers for example
     await_all(running, KILLED_S)
     statuses = [process.poll() for process in running]
     rows = [

@@ -84,6 +84,30 @@ def test_rows_of_all_processes_are_returned(run):
 
 
 @pytest.mark.full
+def test_an_interrupt_ends_the_children_of_a_section(tmp_path, monkeypatch):
+    (tmp_path / "generators.py").write_text(GENERATORS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    log = tmp_path / "logs" / "hangs-0.log"
+
+    def interrupt() -> bool:
+        if log.read_text().strip():  # the child has begun
+            raise KeyboardInterrupt
+        return False
+
+    section = Section("hangs", "generators:hangs", 30.0, {"child": True})
+    with pytest.raises(KeyboardInterrupt):
+        run_section(section, [{"RANK": "0"}], tmp_path / "logs", interrupt)
+    child = int(log.read_text().split()[-1])
+    for _ in range(100):
+        if not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE:
+            break
+        time.sleep(0.05)
+    else:
+        psutil.Process(child).kill()
+        pytest.fail("the child survives")
+
+
+@pytest.mark.full
 def test_a_hang_is_cut_off_with_its_rows_stacks_and_children(run, tmp_path):
     result = run("hangs", seconds=2.0, child=True)
     assert result.rows == [{"right": True}]
