@@ -46,9 +46,17 @@ def make_parser(doc: str, quick: str) -> argparse.ArgumentParser:
     )
     parser.set_defaults(size="full")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the record: results, date, command, machine and versions"
+        "--json", type=_record, metavar="FILE", help="write the record: results, date, command, machine and versions"
     )
     return parser
+
+
+def _record(text: str) -> Path:
+    """Return the file of a record; it is written after the work, so its directory is looked for before."""
+    file = Path(text)
+    if not file.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no directory {file.parent}; make it first")
+    return file
 
 
 def help_text(doc: str) -> str:

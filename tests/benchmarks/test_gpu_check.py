@@ -230,3 +230,10 @@ def test_the_choice_for_all_lengths_is_compared_with_the_best_of_each():
     assert [row["value"] for row in gpu_backends.bars(rows)][:3:2] == [0.5, 0.5]
     assert "NO" in printed(gpu_backends.show, rows)
     assert {bar["met"] for bar in gpu_backends.bars([])} == {"no row"}
+
+
+def test_a_record_without_a_directory_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check.sys, "argv", ["gpu_check.py", "--only", "none", "--json", f"{tmp_path}/none/x.json"])
+    with pytest.raises(SystemExit):
+        gpu_check.main()
+    assert f"there is no directory {tmp_path}/none" in " ".join(capsys.readouterr().err.split())
