@@ -239,6 +239,7 @@ def summary(rows: Sequence[Row], arms: Sequence[str]) -> list[Row]:
         paired = [seed for seed in seeds if (BASELINE, seed) in of]
         target = {seed: of[BASELINE, seed][-1] for seed in paired}
         longest = last[0]["buckets"][-1]["length"]
+        shortest = min(task["length"] for task in last[0]["tasks"])
         shares = {
             by: [
                 at / target[seed][by]
@@ -263,7 +264,7 @@ def summary(rows: Sequence[Row], arms: Sequence[str]) -> list[Row]:
                 **{f"{by}_to_baseline": spread(values) for by, values in shares.items()},
                 "copying": spread([copying(one, longest)[0] for one in last]),
                 "copied": spread([copying(one, longest)[1] for one in last]),
-                "passed": sum(copies(one, longest) for one in last),
+                "passed": sum(copies(one, shortest) for one in last),
                 "needles": spread([right_tokens(one, "needle", longest) for one in last]),
             }
         )
@@ -280,8 +281,8 @@ def show(rows: Sequence[Row], case: Case) -> None:
     title = "Held-out loss, nats a token; less: than concat with the same seed"
     table = make_table(title, ("arm", "seeds", "loss", "less", "seconds", "tokens to concat's", "seconds"), {"arm"})
     scores = make_table(
-        f"Loss by length of document; copying, needles at {max(case.lengths):,} tokens",
-        ("arm", *(lines[0]["by_length"] if lines else ()), "copying", "right", "needles"),
+        f"Loss by length; gate at the shortest; copying, needles at {max(case.lengths):,}",
+        ("arm", *(lines[0]["by_length"] if lines else ()), "gate", "copying", "right", "needles"),
         {"arm"},
     )
     for line in lines:
@@ -296,6 +297,7 @@ def show(rows: Sequence[Row], case: Case) -> None:
         scores.add_row(
             line["arm"],
             *(f"{one[0]:.3f}" for one in line["by_length"].values()),
+            f"{line['passed']}/{line['seeds']}",
             *(f"{line['copying'][0]:.2f}", f"{line['copied'][0]:.0%}", f"{line['needles'][0]:.0%}"),
         )
     Console().print(table, scores)
