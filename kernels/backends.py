@@ -86,15 +86,17 @@ class Selection(NamedTuple):
     def parse(text: str) -> Selection:
         """Return the selection of a text; that of a name, or of "auto", has it as the default and chooses nothing.
 
-        Raises ValueError if the text names no task, kind or backend where one stands.
+        Raises ValueError if the text names no task, kind or backend where one stands, or a kind of tile twice.
         """
         default, *parts = text.split("; ")
         chosen = {}
         for part in parts:
-            tile, name = part.split(": ")
-            task, kind = tile.split(" ")
-            if task not in TASKS or kind not in KINDS or name not in BACKENDS:
-                raise ValueError(f"attention backend = {text!r}: {part!r} is no backend of a kind of tile")
+            tile, _, name = part.partition(": ")
+            task, _, kind = tile.partition(" ")
+            if task not in TASKS or kind not in KINDS or name not in BACKENDS or (task, kind) in chosen:
+                raise ValueError(
+                    f"attention backend = {text!r}: {part!r} names no backend of a kind of tile, or a second"
+                )
             chosen[task, kind] = name
         return Selection(default, chosen)
 

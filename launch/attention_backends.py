@@ -18,7 +18,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -81,7 +80,8 @@ def with_backends(
         """Return the backends of an earlier start, or the fastest, as the text of a `Selection`. Rank 0 only."""
         deadline = time.monotonic() + limit_s
         if file is not None:
-            kept, changed = recalled(file, question, case, device, deadline)
+            # A check that hangs leaves half of the time for a new measurement.
+            kept, changed = recalled(file, question, case, device, deadline - limit_s / 2)
             if kept is not None:
                 print_line(f"attention backends: {kept} (as before: {file})")
                 return kept
@@ -220,7 +220,7 @@ def measured(
     known = _recalled(file)
     if (rows := known.get(machine, {}).get(key)) is not None:
         log.info("attention backends: as measured before, %s", file)
-        return [Timing(*row) for row in rows]
+        return rows
     default = choose_backend(case)
     deadline, complete, timings = time.monotonic() + limit_s, True, list[Timing]()
     for name, backend in backends.BACKENDS.items():
@@ -244,7 +244,7 @@ def measured(
     if complete and fastest(timings).keys() == {timing[:2] for timing in timings}:
         device_name = json.loads(machine)["device"]
         kept = {other: rows for other, rows in known.items() if json.loads(other)["device"] != device_name}
-        kept[machine] = {**known.get(machine, {}), key: [list(timing) for timing in timings]}
+        kept[machine] = {**known.get(machine, {}), key: timings}
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(kept, indent=1) + "\n")
     return timings
@@ -291,14 +291,18 @@ def machine_of(device: torch.device) -> str:
     )
 
 
-def _recalled(file: Path) -> dict[str, dict[str, list[Any]]]:
+def _recalled(file: Path) -> dict[str, dict[str, list[Timing]]]:
     """Return the timings of the record, by machine and question; none if it cannot be read."""
     try:
         known = json.loads(file.read_text())
-        return {machine: rows for machine, rows in known.items() if json.loads(machine)["device"]}
+        return {
+            machine: {question: [Timing(*row) for row in rows] for question, rows in of_machine.items()}
+            for machine, of_machine in known.items()
+            if json.loads(machine)["device"]
+        }
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         log.warning("%s: cannot be read: %r; attention backends are measured again", file, error)
         return {}
 

@@ -138,7 +138,7 @@ def step_rows(size: Size) -> Iterator[Row]:
 def with_fastest(ready: Ready) -> tuple[Ready | None, Row]:
     """Return the model with the attention kernels that a start measures as fastest, and the row of the measurement.
 
-    The tiles are those of all buckets but the longest, which takes minutes. None: the measurement has failed.
+    The tiles are those of `sizes.lengths` but the longest, which takes minutes. None: the measurement has failed.
     """
     part, started = "attention kernels measured as by a start", time.perf_counter()
     longest = max(ready.sizes.lengths[:-1])

@@ -53,7 +53,7 @@ def _device(recipe: Recipe, name: str, ranks: int, preset: str | None) -> tuple[
     if name not in SHEETS and Path(name).is_file():
         device, measured = measured_device(Path(name))
     else:
-        device = named_device(name)
+        device = named_device(name, recipe.train.attention_backend)
         if recipe.train.dtype != "bfloat16":
             raise ValueError(
                 f"train.dtype = {recipe.train.dtype!r}: --device {name} has the limits of bfloat16; set train.dtype = "

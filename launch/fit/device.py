@@ -75,10 +75,11 @@ class Device:
     """Whether communication and copies go on while the device computes; on CPUs they take the same cores."""
 
 
-def named_device(name: str) -> Device:
+def named_device(name: str, attention_backend: str = "auto") -> Device:
     """Return the device of a data sheet, with the assumed shares of its limits.
 
-    Attention has the speed of a record of this device, else the assumed one of an H100 in proportion to the peaks.
+    Attention has the speed of a record of this device and the backend ("auto": the fastest), else the assumed one of an
+    H100 in proportion to the peaks.
     Raises ValueError for an unknown name.
     """
     if name not in SHEETS:
@@ -89,7 +90,7 @@ def named_device(name: str) -> Device:
     peak, memory = peak_flops(sheet.name), device_bytes(sheet.name)
     h100 = peak_flops(SHEETS["h100"].name)
     assert peak and memory and h100, "the tables know every device that has a short name"
-    speed, origin = speed_of(sheet.name)
+    speed, origin = speed_of(sheet.name, attention_backend)
     if origin == "assumed":
         forward, backward = (flops * peak / h100 for flops in (speed.forward_flops, speed.backward_flops))
         speed = replace(speed, forward_flops=forward, backward_flops=backward)

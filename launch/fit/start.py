@@ -30,6 +30,7 @@ def predicted(
         if short is not None and recipe.train.dtype == "bfloat16":  # the FLOP/s of data sheets are those of bfloat16
             name, _ = default_topology(recipe, world_size)
             links = links_of(recipe, world_size, assumed_topology(name, world_size, short))
-            seconds = time_of(recipe, world_size, length, vocab_size, named_device(short), links).total
+            device = named_device(short, recipe.train.attention_backend)
+            seconds = time_of(recipe, world_size, length, vocab_size, device, links).total
         found[length] = {"memory_bytes": memory.total, "kinds_bytes": kinds, "step_s": seconds}
     return found

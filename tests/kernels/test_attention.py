@@ -457,6 +457,16 @@ def test_a_selection_gives_each_kind_of_tile_to_its_backend(monkeypatch):
                       ("torch_cpu", "forward")]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["forward", "forward causal:cudnn", "forward round: cudnn", "forward causal: x",
+     "forward causal: cudnn; forward causal: flash"],
+)  # fmt: skip
+def test_a_text_that_is_no_selection_is_an_error_that_names_its_part(text):
+    with pytest.raises(ValueError, match=f"{text.split('; ')[-1]!r} names no backend of a kind of tile, or a second"):
+        Selection.parse(f"triton; {text}")
+
+
 def test_a_tile_that_the_chosen_backend_cannot_compute_goes_to_the_default(monkeypatch):
     """Heads divided among ranks are fewer than those with which backends were measured."""
     monkeypatch.setitem(BACKENDS, "flash", BACKENDS["flash"]._replace(unfit=lambda case: f"{case.num_kv_heads} heads"))

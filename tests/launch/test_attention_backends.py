@@ -123,7 +123,14 @@ def test_what_was_measured_is_kept_for_this_machine_and_question(monkeypatch, ca
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"not json": {}}', '{"{}": {}}'])
+MACHINE = json.dumps(json.dumps({"device": "CPU"}))  # as a key of the record
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "[" * 10**5, '{"not json": {}}', '{"{}": {}}', f"{{{MACHINE}: []}}", f'{{{MACHINE}: {{"q": [[1]]}}}}'],
+    ids=lambda text: text[:12],
+)
 def test_a_damaged_record_is_measured_again(asked, sandbox_recipe, tmp_path, caplog, text):
     question, file = question_of(small_recipe(sandbox_recipe), [512]), tmp_path / FILE
     file.write_text(text)

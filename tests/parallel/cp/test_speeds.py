@@ -62,6 +62,7 @@ def test_a_record_gives_the_speed_of_its_device_alone(monkeypatch, tmp_path):
         assert speed_of(H100, "triton") == (ASSUMED_BY_BACKEND["triton"], "assumed")
         assert named_topology("full_mesh", load_recipe(DEMO), 4, H100)[1] == Speed(**recorded)
         assert named_device("h100").attention == Speed(**recorded)
+        assert named_device("h100", "triton").attention == ASSUMED_BY_BACKEND["triton"]
         a100, h100 = peak_flops("NVIDIA A100-SXM4-80GB"), peak_flops(H100)
         assert a100 and h100
         assert named_device("a100").attention.forward_flops == ASSUMED.forward_flops * a100 / h100
