@@ -274,25 +274,23 @@ def summary(rows: Sequence[Row], arms: Sequence[str]) -> list[Row]:
 def show(rows: Sequence[Row], case: Case) -> None:
     """Print the losses of each arm, and what it takes to reach the baseline's."""
 
-    def cell(found: tuple[float, float], form: str = "{:.3f} ±{:.3f}") -> str:
+    def cell(found: tuple[float, float], form: str) -> str:
         return form.format(*found) if found[0] == found[0] else ""
 
     lines = summary(rows, case.arms)
-    title = "Held-out loss, nats a token; less: than concat with the same seed"
-    table = make_table(title, ("arm", "seeds", "loss", "less", "seconds", "tokens to concat's", "seconds"), {"arm"})
+    title = f"Held-out loss, nats a token; less: than {BASELINE}; shares: to its last loss, by the same seed"
+    table = make_table(title, ("arm", "loss", "less", "seconds", "of tokens", "of seconds"), {"arm"})
     scores = make_table(
         f"Loss by length; gate at the shortest; copying, needles at {max(case.lengths):,}",
         ("arm", *(lines[0]["by_length"] if lines else ()), "gate", "copying", "right", "needles"),
         {"arm"},
     )
     for line in lines:
-        share = "{:.2f} ±{:.2f}"
         table.add_row(
             line["arm"],
-            str(line["seeds"]),
-            *(cell(line["loss"]), cell(line["less"])),
+            *(cell(line[key], "{:.3f} ±{:.3f}") for key in ("loss", "less")),
             f"{line['seconds']:,.0f}",
-            *(cell(line["tokens_to_baseline"], share), cell(line["seconds_to_baseline"], share)),
+            *(cell(line[f"{by}_to_baseline"], "{:.2f} ±{:.2f}") for by in ("tokens", "seconds")),
         )
         scores.add_row(
             line["arm"],
