@@ -58,7 +58,7 @@ class Case(NamedTuple):
 
     @property
     def kept(self) -> str:
-        """What is kept for the backward, in words."""
+        """The level of recomputation, followed by "in tiles" where SwiGLU is computed in tiles of tokens."""
         return self.memory.activations + (" in tiles" if self.memory.mlp_tile_tokens else "")
 
 

@@ -79,8 +79,7 @@ def named_device(name: str, attention_backend: str = "auto") -> Device:
     """Return the device of a data sheet, with the assumed shares of its limits.
 
     Attention has the speed of a record of this device and the backend ("auto": the fastest), else the assumed one of an
-    H100 in proportion to the peaks.
-    Raises ValueError for an unknown name.
+    H100 in proportion to the peaks. Raises ValueError for an unknown name.
     """
     if name not in SHEETS:
         raise ValueError(

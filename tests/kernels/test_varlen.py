@@ -345,7 +345,7 @@ def test_torch_takes_the_arguments_of_its_flash_operators(packed):
 )
 def test_installed_packages_have_the_functions_that_are_called(distribution, module, functions):
     if packages.installed(distribution) is None:
-        pytest.skip(f"{distribution} is not installed; needs a CUDA GPU")
+        pytest.skip(f"{distribution} is not installed: run this test on a machine with a CUDA GPU and that package")
     assert packages.unfit_package(distribution, module, functions) is None
 
 

@@ -75,3 +75,17 @@ def whole(recipe_file, tmp_path_factory) -> Run:
     run = Run(recipe_file, tmp_path_factory.mktemp("whole"))
     assert run.start(overrides=["train.profile=3-4", "train.profile_ranks=[1]"]) == [0, 0], run.said
     return run
+
+
+@pytest.fixture
+def unread_recipe(tmp_path) -> Path:
+    """A recipe whose data are never read."""
+    file = tmp_path / "recipe.toml"
+    file.write_text(
+        f'run_directory = "{tmp_path}/run"\n[data]\ndirectory = "{tmp_path}/data"\nmin_bucket_tokens = 64\n'
+        f'max_bucket_tokens = 1024\nsource = {{ kind = "json", path = "{tmp_path}/texts" }}\n'
+        "[model]\nnum_layers = 2\nhidden_size = 64\nnum_heads = 4\nnum_kv_heads = 2\nffn_hidden_size = 96\n"
+        '[parallel]\ntokens_per_rank = 512\n[train]\ndtype = "float32"\nsteps = 20\nglobal_batch_tokens = 2048\n'
+        "learning_rate = 3e-3\nmin_learning_rate = 1e-3\nwarmup_steps = 4\n"
+    )
+    return file

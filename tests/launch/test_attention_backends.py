@@ -28,7 +28,7 @@ from longring.launch.attention_backends import (
     recalled,
     with_backends,
 )
-from longring.launch.config import Recipe, load_recipe
+from longring.launch.config import load_recipe
 from longring.launch.measure_backend import LINE, question_from, question_json
 from longring.parallel.mesh import Mesh, join
 from rich.console import Console
@@ -38,12 +38,8 @@ CASE = Case("cpu", "interpreter", torch.float32, 16, 2, False)
 TASKS = ("forward", "backward")
 
 
-def small_recipe(file: Path, *overrides: str) -> Recipe:
-    return load_recipe(file, [*overrides])
-
-
-def test_the_tiles_of_a_run_have_its_batches_windows_and_shares(sandbox_recipe):
-    question = question_of(small_recipe(sandbox_recipe), [64, 512, 1024])
+def test_the_tiles_of_a_run_have_its_batches_windows_and_shares(unread_recipe):
+    question = question_of(load_recipe(unread_recipe), [64, 512, 1024])
     assert question[:4] == (4, 2, 16, torch.float32)
     tiles = tiles_of(question, CPU)
     assert list(tiles) == [
@@ -55,23 +51,9 @@ def test_the_tiles_of_a_run_have_its_batches_windows_and_shares(sandbox_recipe):
     [whole] = (question.samples[number] for number in tiles["continued", "whole"])
     assert (whole.queries.num_tokens, whole.keys.num_tokens) == (256, 256)
     pattern = ('model.layer_pattern=["window", "full"]', "model.window_tokens=100", "data.method=best_fit")
-    tiles = tiles_of(question_of(small_recipe(sandbox_recipe, *pattern), [512, 1024]), CPU)
+    tiles = tiles_of(question_of(load_recipe(unread_recipe, [*pattern]), [512, 1024]), CPU)
     assert {("forward", "window"), ("continued", "documents"), ("forward", "documents")} <= set(tiles)
     assert question_from(question_json(question)) == question
-
-
-@pytest.fixture
-def sandbox_recipe(tmp_path) -> Path:
-    """A recipe whose data are never read."""
-    file = tmp_path / "recipe.toml"
-    file.write_text(
-        f'run_directory = "{tmp_path}/run"\n[data]\ndirectory = "{tmp_path}/data"\nmin_bucket_tokens = 64\n'
-        f'max_bucket_tokens = 1024\nsource = {{ kind = "json", path = "{tmp_path}/texts" }}\n'
-        "[model]\nnum_layers = 2\nhidden_size = 64\nnum_heads = 4\nnum_kv_heads = 2\nffn_hidden_size = 96\n"
-        '[parallel]\ntokens_per_rank = 512\n[train]\ndtype = "float32"\nsteps = 20\nglobal_batch_tokens = 2048\n'
-        "learning_rate = 3e-3\nmin_learning_rate = 1e-3\nwarmup_steps = 4\n"
-    )
-    return file
 
 
 @pytest.fixture
@@ -95,8 +77,8 @@ def asked(monkeypatch, caplog) -> list[str]:
     return asked
 
 
-def test_what_was_measured_is_kept_for_this_machine_and_question(monkeypatch, caplog, asked, sandbox_recipe, tmp_path):
-    question, file = question_of(small_recipe(sandbox_recipe), [512]), tmp_path / "triton" / FILE
+def test_what_was_measured_is_kept_for_this_machine_and_question(monkeypatch, caplog, asked, unread_recipe, tmp_path):
+    question, file = question_of(load_recipe(unread_recipe), [512]), tmp_path / "triton" / FILE
     first = measured(question, CASE, CPU, file)
     times = (("torch_cpu", 2.0), ("triton", None), ("flash", 1.0))
     assert [(timing.task, timing.backend, timing.seconds) for timing in first] == [
@@ -111,7 +93,7 @@ def test_what_was_measured_is_kept_for_this_machine_and_question(monkeypatch, ca
     assert "attention backend triton does not count: its process ended with -11" in caplog.text
     assert measured(question, CASE, CPU, file) == first and len(asked) == 3
     # Another question, then another version, then another device, which does not displace the first.
-    measured(question_of(small_recipe(sandbox_recipe), [64]), CASE, CPU, file)
+    measured(question_of(load_recipe(unread_recipe), [64]), CASE, CPU, file)
     assert len(asked) == 6
     for number, name in enumerate("AB", 3):
         machine = json.dumps({"device": name, "torch": "2.14"})
@@ -131,8 +113,8 @@ MACHINE = json.dumps(json.dumps({"device": "CPU"}))  # as a key of the record
     ["", "[]", "[" * 10**5, '{"not json": {}}', '{"{}": {}}', f"{{{MACHINE}: []}}", f'{{{MACHINE}: {{"q": [[1]]}}}}'],
     ids=lambda text: text[:12],
 )
-def test_a_damaged_record_is_measured_again(asked, sandbox_recipe, tmp_path, caplog, text):
-    question, file = question_of(small_recipe(sandbox_recipe), [512]), tmp_path / FILE
+def test_a_damaged_record_is_measured_again(asked, unread_recipe, tmp_path, caplog, text):
+    question, file = question_of(load_recipe(unread_recipe), [512]), tmp_path / FILE
     file.write_text(text)
     assert len(measured(question, CASE, CPU, file)) == 6
     assert "cannot be read" in caplog.text
@@ -152,18 +134,18 @@ DIED = "its process ended with 1: out of memory"
     ids=["the default died", "time ran out", "none is right"],
 )
 def test_a_measurement_without_a_whole_answer_is_not_kept(
-    monkeypatch, asked, sandbox_recipe, tmp_path, measured_of, notes
+    monkeypatch, asked, unread_recipe, tmp_path, measured_of, notes
 ):
     monkeypatch.setattr(attention_backends, "measured_apart", lambda _, name, *__: measured_of.get(name, ([], "")))
-    found = measured(question_of(small_recipe(sandbox_recipe), [512]), CASE, CPU, tmp_path / FILE)
+    found = measured(question_of(load_recipe(unread_recipe), [512]), CASE, CPU, tmp_path / FILE)
     assert {timing.backend: timing.note for timing in found} == notes
     assert not (tmp_path / FILE).exists()
 
 
 @pytest.mark.full
-def test_a_process_that_ends_before_it_has_measured_is_told(sandbox_recipe):
+def test_a_process_that_ends_before_it_has_measured_is_told(unread_recipe):
     """Processes that measure are those of test_attention_backends_start.py."""
-    question = question_of(small_recipe(sandbox_recipe), [64])
+    question = question_of(load_recipe(unread_recipe), [64])
     assert measured_apart(question, "absent", CPU, 120) == ([], "its process ended with 1: KeyError: 'absent'")
     assert measured_apart(question, "torch_cpu", CPU, 0.01) == ([], "no end within 0 s")
 
@@ -177,9 +159,9 @@ def test_a_process_that_ends_before_it_has_measured_is_told(sandbox_recipe):
         ([f"{LINE}[1]", "{}", "{}"], "its process printed what cannot be read: Timing.__new__() missing"),
     ],
 )
-def test_what_a_package_prints_or_ends_early_is_no_timing(monkeypatch, tmp_path, sandbox_recipe, printed, note):
+def test_what_a_package_prints_or_ends_early_is_no_timing(monkeypatch, tmp_path, unread_recipe, printed, note):
     """A program stands for Python: it prints what a package might, bytes that are no text too, and ends with 0."""
-    question = question_of(small_recipe(sandbox_recipe), [64])
+    question = question_of(load_recipe(unread_recipe), [64])
     timing = Timing("forward", "causal", 0, "torch_cpu", 0.5, "")
     text = "".join(part.format(f"\n{LINE}{json.dumps(timing)}\n") for part in printed)
     (tmp_path / "printed").write_bytes(b"\xff\n" + text.encode())
@@ -210,9 +192,9 @@ class Kept(NamedTuple):
 
 
 @pytest.fixture
-def kept(monkeypatch, asked, sandbox_recipe, tmp_path) -> Kept:
+def kept(monkeypatch, asked, unread_recipe, tmp_path) -> Kept:
     """A record of this machine, all of whose backends pass their check."""
-    found = Kept(question_of(small_recipe(sandbox_recipe), [512, 64]), tmp_path / FILE, [])
+    found = Kept(question_of(load_recipe(unread_recipe), [512, 64]), tmp_path / FILE, [])
     monkeypatch.setattr(attention_backends, "machine_of", lambda device: json.dumps(MACHINE))
 
     def check(of_backend, name, device, seconds):
@@ -337,9 +319,9 @@ def decided(recipe_file: Path, folder: Path) -> list[str]:
     return [*taken, *printed]
 
 
-def test_all_ranks_take_what_rank_0_has_measured_or_the_run_has_kept(on_ranks, sandbox_recipe, tmp_path):
+def test_all_ranks_take_what_rank_0_has_measured_or_the_run_has_kept(on_ranks, unread_recipe, tmp_path):
     flash, file = "triton; forward causal: flash_4", tmp_path / "run" / FILE
-    [first, *taken], other = on_ranks(2, decided, sandbox_recipe, tmp_path)
+    [first, *taken], other = on_ranks(2, decided, unread_recipe, tmp_path)
     assert [first, *taken[: len(other) - 1]] == other
     none_right = (
         "attention backend = 'auto': no backend passed its check in the forward of causal tiles (triton: out differs); "
