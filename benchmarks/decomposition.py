@@ -95,12 +95,12 @@ class Case(NamedTuple):
 
 
 CASES: Mapping[str, Case] = {
-    "full": Case("full", 2000, 3, (256, 512, 1024, 2048, 4096), evaluations=5),
+    "full": Case("full", 2000, 3, (512, 1024, 2048, 4096), evaluations=5),
     "gpu": Case(
         "full",
         1600,
         3,
-        (256, 512, 1024, 2048, 4096, 8192, 16_384),
+        (512, 1024, 2048, 4096, 8192, 16_384),
         settings=(
             *(
                 "data.max_bucket_tokens=16384",

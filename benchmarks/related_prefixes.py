@@ -20,6 +20,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,6 +34,7 @@ from lib.corpus import hashed
 from lib.learning import (
     HELD_OUT,
     checkpoints_of,
+    copies,
     copying,
     evaluate,
     keep_last_checkpoint,
@@ -264,26 +266,62 @@ def documents_per_context(folder: Path, arm: str) -> float:
     return report["contexts"]["documents"]
 
 
+def summary(rows: Sequence[Row], case: Case) -> list[Row]:
+    """Return a row for each order that has results, over its seeds: gains and losses by documents before, and copying.
+
+    Spreads are over the seeds; the mean standard error over the documents of one seed is beside that of a gain.
+    """
+    found = []
+    for arm in case.arms:
+        if not (mine := [row for row in rows if row["arm"] == arm]):
+            continue
+        shortest, *_, longest = sorted({task["length"] for task in mine[0]["tasks"]})
+        found.append(
+            {
+                "arm": arm,
+                "seeds": len(mine),
+                "alone": spread([row["alone"] for row in mine]),
+                "behind": [
+                    {
+                        "documents": count,
+                        **{
+                            key: spread([row["behind"][k][key] for row in mine]) for key in ("gain", "related", "other")
+                        },
+                        "standard_error": mean(row["behind"][k]["standard_error"] for row in mine),
+                    }
+                    for k, count in enumerate(case.before)
+                ],
+                "loss": spread([row["loss"] for row in mine]),
+                "copying": spread([copying(row, longest)[0] for row in mine]),
+                "copied": spread([copying(row, longest)[1] for row in mine]),
+                "passed": sum(copies(row, shortest) for row in mine),
+            }
+        )
+    return found
+
+
 def show(rows: Sequence[Row], case: Case) -> None:
     """Print the gain from related documents by their number, and the losses, of each order over its seeds."""
-    table = make_table(
-        "Gain from related documents over others, nats a token, by their number",
-        ("order", "seeds", *map(str, case.before), "alone", "all documents", "copying"),
+    gains = make_table(
+        "Gain of related documents over others, nats, by their number",
+        ("order", *map(str, case.before)),
         {"order"},
     )
-    for arm in case.arms:
-        if mine := [row for row in rows if row["arm"] == arm]:
-            gains = [spread([row["behind"][k]["gain"] for row in mine]) for k in range(len(case.before))]
-            losses = [spread([row[key] for row in mine])[0] for key in ("alone", "loss")]
-            copied = spread([copying(row, max(b["length"] for b in row["buckets"]))[0] for row in mine])[0]
-            table.add_row(
-                arm,
-                str(len(mine)),
-                *("{:.4f} ±{:.4f}".format(*gain) for gain in gains),
-                *(f"{loss:.3f}" for loss in losses),
-                f"{copied:.2f}",
-            )
-    Console().print(table)
+    losses = make_table(
+        f"Loss alone and behind {max(case.before)}; of all; gate; copying",
+        ("order", "alone", "related", "others", "all", "gate", "copying", "right"),
+        {"order"},
+    )
+    for line in summary(rows, case):
+        gains.add_row(line["arm"], *("{:.3f} ±{:.3f}".format(*one["gain"]) for one in line["behind"]))
+        last = line["behind"][-1]
+        losses.add_row(
+            line["arm"],
+            *(f"{found[0]:.3f}" for found in (line["alone"], last["related"], last["other"], line["loss"])),
+            f"{line['passed']}/{line['seeds']}",
+            *(f"{line['copying'][0]:.2f}", f"{line['copied'][0]:.0%}"),
+        )
+    Console().print(gains, losses)
 
 
 def main() -> int:
@@ -305,7 +343,8 @@ def main() -> int:
             longring(folder, "prepare", RECIPE.name, *case.settings)
             for arm in case.arms:
                 longring(folder, "order", RECIPE.name, *case.settings, *ARMS[arm], "--workers", "1")
-            prepare_held_out(folder, RECIPE, "data", (case.context // 4, case.context), case.settings)
+            lengths = (case.context // 16, case.context // 4, case.context)
+            prepare_held_out(folder, RECIPE, "data", lengths, case.settings)
             run_cells(folder, cells, lambda cell: measure(case, folder, cell))
         rows = list(results(folder, cells))
         held = {arm: documents_per_context(folder, arm) for arm in case.arms}
@@ -313,7 +352,7 @@ def main() -> int:
     if options.picture and rows:
         draw_related(rows, case.arms, options.picture)
     Console().print(f"{len(rows)} of {len(cells)} cells are done")
-    write_record(options.json, {"documents_per_context": held, "rows": rows})
+    write_record(options.json, {"documents_per_context": held, "summary": summary(rows, case), "rows": rows})
     return 0
 
 

@@ -27,6 +27,7 @@ from lib.cells import Cell, grid, results, run_cells
 from lib.commands import longring
 from lib.learning import (
     checkpoints_of,
+    copies,
     copying,
     evaluate,
     keep_last_checkpoint,
@@ -154,26 +155,46 @@ def measure(case: Case, folder: Path, cell: Cell) -> Row:
     return shown(found)
 
 
-def show(rows: Sequence[Row], case: Case) -> None:
-    """Print the scores of each share at each length, over its seeds."""
-    table = make_table(
-        "Held-out loss, gain of copying in nats, right tokens of needles and backtraces",
-        ("model", "seeds", "length", "loss", "copying", "needles", "backtrace"),
-        {"model"},
-    )
+def summary(rows: Sequence[Row], case: Case) -> list[Row]:
+    """Return a row for each share that has results and each length: loss and scores over the seeds."""
+    found = []
     for arm in case.arms:
         mine = [row for row in rows if row["arm"] == arm]
         for number, length in enumerate(case.lengths if mine else ()):
-            gains = [copying(row, length)[0] for row in mine]
-            scores = [spread([right_tokens(row, task, length) for row in mine]) for task in ("needle", "backtrace")]
-            table.add_row(
-                "" if number else arm,
-                "" if number else str(len(mine)),
-                f"{length:,}",
-                *("{:.3f} ±{:.3f}".format(*spread([row["buckets"][number]["loss"] for row in mine])),),
-                "{:.2f} ±{:.2f}".format(*spread(gains)),
-                *("{:.0%} ±{:.0%}".format(*score) for score in scores),
+            found.append(
+                {
+                    "arm": arm,
+                    "seeds": len(mine),
+                    "passed": sum(copies(row, case.lengths[0]) for row in mine),
+                    "length": length,
+                    "loss": spread([row["buckets"][number]["loss"] for row in mine]),
+                    "copying": spread([copying(row, length)[0] for row in mine]),
+                    "copied": spread([copying(row, length)[1] for row in mine]),
+                    **{
+                        task: spread([right_tokens(row, task, length) for row in mine])
+                        for task in ("needle", "backtrace")
+                    },
+                }
             )
+    return found
+
+
+def show(rows: Sequence[Row], case: Case) -> None:
+    """Print the scores of each share at each length, over its seeds."""
+    table = make_table(
+        "Held-out loss, gain of copying in nats, right tokens; gate",
+        ("model", "length", "loss", "copying", "needles", "backtrace"),
+        {"model"},
+    )
+    for number, line in enumerate(summary(rows, case)):
+        names = (line["arm"], f"gate {line['passed']}/{line['seeds']}", *[""] * len(case.lengths))
+        table.add_row(
+            names[number % len(case.lengths)],
+            f"{line['length']:,}",
+            "{:.3f} ±{:.3f}".format(*line["loss"]),
+            "{:.2f} ±{:.2f}".format(*line["copying"]),
+            *("{:.0%} ±{:.0%}".format(*line[task]) for task in ("needle", "backtrace")),
+        )
     Console().print(table)
 
 
@@ -202,7 +223,7 @@ def main() -> int:
     if options.picture and rows:
         draw_knots(rows, case.arms, case.lengths, options.picture)
     Console().print(f"{len(rows)} of {len(cells)} cells are done")
-    write_record(options.json, {"rows": rows})
+    write_record(options.json, {"summary": summary(rows, case), "rows": rows})
     return 0
 
 

@@ -64,8 +64,8 @@ def prepare_held_out(
     """Prepare the held-out documents, each as one sequence from its start, in a directory `held_out`.
 
     A document of n tokens is a sequence of the largest of `lengths` that is at most n, so the length of a sequence is
-    that of its document within a factor of 2, and the longest sequences begin longer ones. The tokenizer is that of the
-    directory `prepared`.
+    that of its document within the step between two lengths, and the longest sequences begin longer ones. The recipe's
+    limits on documents do not count. The tokenizer is that of the directory `prepared`.
     """
     if (folder / HELD_OUT).exists():
         return
@@ -75,7 +75,7 @@ def prepare_held_out(
         folder,
         *("prepare", recipe.name, *settings, f"data.directory={HELD_OUT}", "data.source.path=held_out.jsonl"),
         *(
-            "data.source.tokens_field=tokens",
+            *("data.source.tokens_field=tokens", "data.source.min_tokens=0", "data.source.max_tokens=0"),
             *(f"data.tokenizer.path={prepared}", "order.mode=off", "order.directory="),
             f"data.held_out_fraction={HELD_OUT_SHARE}",
         ),

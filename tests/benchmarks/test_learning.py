@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
+import related_prefixes
+import untie_the_knots
 from decomposition import CASES, reached, summary
 from lib.cells import Cell, grid, results, run_cells
 from lib.corpus import files_of, held_out_packages
 from lib.learning import beginnings, copies, tokenizer_of
+from lib.script import Row
 from longring.data.config import TokenizerConfig
 from longring.data.lock import held
 from longring.data.prepare.train_tokenizer import train_tokenizer
@@ -130,3 +134,49 @@ def test_related_documents_are_of_the_package_and_the_others_have_their_lengths(
         for text in [*one.before, targets[one.target]]:
             stream += [*text.tokens, boundary]
         assert row[start:].tolist() == stream
+
+
+def evaluated(arm: str, seed: int, lengths: Sequence[int], gain: float) -> Row:
+    tasks = [
+        {"task": task, "length": length, "gain": gain, "tokens": 0.25 if task == "backtrace" else 0.75, "exact": 0.0}
+        for length in lengths
+        for task in ("copy_text", "needle_single_1", "backtrace")
+    ]
+    buckets = [{"length": length, "loss": 3.0 + seed} for length in lengths]
+    return {"arm": arm, "seed": seed, "loss": 3.0 + seed, "buckets": buckets, "tasks": tasks}
+
+
+def test_gains_of_related_documents_are_over_the_seeds_of_an_order(capsys):
+    case = related_prefixes.CASES["full"]
+    gains = {"path": [0.25, 0.75], "random": [0.5]}
+    rows = [
+        {
+            **evaluated(arm, seed, (512, 2048, case.context), gain=[2.0, 0.5][seed]),
+            "alone": 3.5,
+            "behind": [
+                {"documents": count, "related": 3.0, "other": 3.0 + gain, "gain": gain, "standard_error": 0.125}
+                for count in case.before
+            ],
+        }
+        for arm, of_seeds in gains.items()
+        for seed, gain in enumerate(of_seeds)
+    ]
+    path, random = related_prefixes.summary(rows, case)
+    assert (path["arm"], path["seeds"], path["passed"]) == ("path", 2, 1)
+    assert [one["documents"] for one in path["behind"]] == list(case.before)
+    assert path["behind"][0]["gain"] == pytest.approx((0.5, 0.125**0.5))
+    assert random["behind"][-1]["gain"] == (0.5, 0) and random["behind"][-1]["standard_error"] == 0.125
+    related_prefixes.show(rows, case)
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 80
+
+
+def test_scores_after_an_extension_are_by_share_and_length(capsys):
+    case = untie_the_knots.CASES["full"]
+    rows = [evaluated(arm, seed, case.lengths, gain=2.0 * seed) for arm in case.arms[1:] for seed in range(2)]
+    lines = untie_the_knots.summary(rows, case)
+    assert [(line["arm"], line["length"]) for line in lines] == [(a, n) for a in case.arms[1:] for n in case.lengths]
+    assert {(line["seeds"], line["passed"]) for line in lines} == {(2, 1)}
+    assert lines[0]["loss"] == pytest.approx((3.5, 0.5**0.5)) and lines[0]["copying"] == pytest.approx((1, 2**0.5))
+    assert (lines[0]["needle"], lines[0]["backtrace"]) == ((0.75, 0), (0.25, 0))
+    untie_the_knots.show(rows, case)
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 80
