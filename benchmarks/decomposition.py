@@ -45,6 +45,7 @@ from lib.learning import (
     right_tokens,
     shown,
     spread,
+    spread_text,
     steps_by_bucket,
     train,
 )
@@ -273,24 +274,18 @@ def summary(rows: Sequence[Row], arms: Sequence[str]) -> list[Row]:
 
 def show(rows: Sequence[Row], case: Case) -> None:
     """Print the losses of each arm, and what it takes to reach the baseline's."""
-
-    def cell(found: tuple[float, float], form: str) -> str:
-        return form.format(*found) if found[0] == found[0] else ""
-
     lines = summary(rows, case.arms)
     title = f"Held-out loss, nats a token; less: than {BASELINE}; shares: to its last loss, by the same seed"
     table = make_table(title, ("arm", "loss", "less", "seconds", "of tokens", "of seconds"), {"arm"})
-    scores = make_table(
-        f"Loss by length; gate at the shortest; copying, needles at {max(case.lengths):,}",
-        ("arm", *(lines[0]["by_length"] if lines else ()), "gate", "copying", "right", "needles"),
-        {"arm"},
-    )
+    lengths = [f"{int(length):,}" for length in lines[0]["by_length"]] if lines else []
+    title = f"Loss by length; gate at the shortest; copying, needles at {max(case.lengths):,}"
+    scores = make_table(title, ("arm", *lengths, "gate", "copying", "right", "needles"), {"arm"})
     for line in lines:
         table.add_row(
             line["arm"],
-            *(cell(line[key], "{:.3f} ±{:.3f}") for key in ("loss", "less")),
+            *(spread_text(line[key], "{:z.3f}") for key in ("loss", "less")),
             f"{line['seconds']:,.0f}",
-            *(cell(line[f"{by}_to_baseline"], "{:.2f} ±{:.2f}") for by in ("tokens", "seconds")),
+            *(spread_text(line[f"{by}_to_baseline"], "{:.2f}") for by in ("tokens", "seconds")),
         )
         scores.add_row(
             line["arm"],

@@ -42,6 +42,7 @@ from lib.learning import (
     prepare_held_out,
     shown,
     spread,
+    spread_text,
     tokenizer_of,
     train,
 )
@@ -313,7 +314,7 @@ def show(rows: Sequence[Row], case: Case) -> None:
         {"order"},
     )
     for line in summary(rows, case):
-        gains.add_row(line["arm"], *("{:.3f} ±{:.3f}".format(*one["gain"]) for one in line["behind"]))
+        gains.add_row(line["arm"], *(spread_text(one["gain"], "{:z.3f}") for one in line["behind"]))
         last = line["behind"][-1]
         losses.add_row(
             line["arm"],

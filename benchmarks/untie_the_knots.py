@@ -36,6 +36,7 @@ from lib.learning import (
     right_tokens,
     shown,
     spread,
+    spread_text,
     train,
 )
 from lib.learning_pictures import draw_knots
@@ -191,9 +192,9 @@ def show(rows: Sequence[Row], case: Case) -> None:
         table.add_row(
             names[number % len(case.lengths)],
             f"{line['length']:,}",
-            "{:.3f} ±{:.3f}".format(*line["loss"]),
-            "{:.2f} ±{:.2f}".format(*line["copying"]),
-            *("{:.0%} ±{:.0%}".format(*line[task]) for task in ("needle", "backtrace")),
+            spread_text(line["loss"], "{:.3f}"),
+            spread_text(line["copying"], "{:z.2f}"),
+            *(spread_text(line[task], "{:.0%}") for task in ("needle", "backtrace")),
         )
     Console().print(table)
 

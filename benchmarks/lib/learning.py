@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from math import nan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -161,6 +160,11 @@ def steps_by_bucket(run: Path) -> list[tuple[int, int]]:
     return [(row["step"], row["bucket"]) for row in read_records(run / "metrics.jsonl")]
 
 
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and the standard deviation of values, nan and 0 of one value alone."""
-    return (mean(values) if values else nan, stdev(values) if len(values) > 1 else 0.0)
+def spread(values: Sequence[float]) -> tuple[float, float | None] | None:
+    """Return the mean and the standard deviation of values; no deviation of one value, nothing of none."""
+    return (mean(values), stdev(values) if len(values) > 1 else None) if values else None
+
+
+def spread_text(found: Sequence[float | None] | None, form: str) -> str:
+    """Return "mean ±deviation" of a spread, both in the form of one number; "" of none."""
+    return " ±".join(form.format(value) for value in found or () if value is not None)

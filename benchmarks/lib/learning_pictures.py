@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib as mpl
@@ -40,7 +41,8 @@ def finish(figure: Figure, labelled: Axes, title: str, file: Path) -> None:
 def draw_line(axes: Axes, points: Mapping[Any, Sequence[float]], **style: Any) -> None:
     """Draw the mean of the values at each x, and a bar of their standard deviation where there are several."""
     means, deviations = zip(*(spread(values) for values in points.values()), strict=True)
-    axes.errorbar(list(points), means, yerr=deviations, capsize=2, marker="o", markersize=3, **style)
+    bars = [deviation or 0 for deviation in deviations]
+    axes.errorbar(list(points), means, yerr=bars, capsize=2, marker="o", markersize=3, **style)
 
 
 def over_lengths(axes: Axes, label: str) -> None:
@@ -79,7 +81,7 @@ def draw_lengths(rows: Sequence[Row], lines: Sequence[Row], baseline: str, file:
                     draw_line(panel, points, **style)
             for panel, key in ((tokens, "tokens"), (seconds, "seconds")):
                 checkpoints = list(zip(*(of[arm, seed] for seed in seeds), strict=True))  # [checkpoints, seeds]
-                points = {spread([one[key] for one in same])[0]: [one["loss"] for one in same] for same in checkpoints}
+                points = {mean(one[key] for one in same): [one["loss"] for one in same] for same in checkpoints}
                 draw_line(panel, points, **style)
         draw_times(reached, lines, baseline, colours)
         longest = rows[0]["checkpoints"][-1]["buckets"][-1]["length"]
@@ -106,9 +108,8 @@ def draw_times(axes: Axes, lines: Sequence[Row], baseline: str, colours: Mapping
     others = [line for line in reversed(lines) if line["arm"] != baseline]
     for y, line in enumerate(others):
         for key, offset, marker in (("tokens_to_baseline", 0.15, "o"), ("seconds_to_baseline", -0.15, "s")):
-            share, deviation = line[key]
-            if share == share:  # not nan: a seed has reached it
-                colour = colours[line["arm"]]
+            if line[key]:  # a seed has reached it
+                (share, deviation), colour = line[key], colours[line["arm"]]
                 axes.errorbar(share, y + offset, xerr=deviation, capsize=2, marker=marker, color=colour)
     labels = [f"{line['arm']}\n{line['reached']} of {line['seeds']} seeds" for line in others]
     axes.set_yticks(range(len(others)), labels)
@@ -183,7 +184,7 @@ def mean_needles(rows: Sequence[Row], lengths: Sequence[int]) -> Row:
                 if task["task"].startswith("needle") and task["length"] == length:
                     for part in task["by_depth"]:
                         found[part["from"], part["to"]].append(part["tokens"])
-        parts = [{"from": low, "to": high, "tokens": spread(values)[0]} for (low, high), values in found.items()]
+        parts = [{"from": low, "to": high, "tokens": mean(values)} for (low, high), values in found.items()]
         tasks.append({"task": "needles, all kinds", "length": length, "by_depth": parts})
     return {"target": rows[0]["arm"], "step": rows[0]["step"], "tasks": tasks}
 

@@ -165,7 +165,7 @@ def test_gains_of_related_documents_are_over_the_seeds_of_an_order(capsys):
     assert (path["arm"], path["seeds"], path["passed"]) == ("path", 2, 1)
     assert [one["documents"] for one in path["behind"]] == list(case.before)
     assert path["behind"][0]["gain"] == pytest.approx((0.5, 0.125**0.5))
-    assert random["behind"][-1]["gain"] == (0.5, 0) and random["behind"][-1]["standard_error"] == 0.125
+    assert random["behind"][-1]["gain"] == (0.5, None) and random["behind"][-1]["standard_error"] == 0.125
     related_prefixes.show(rows, case)
     assert max(map(len, capsys.readouterr().out.splitlines())) < 80
 
