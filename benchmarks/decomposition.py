@@ -35,6 +35,7 @@ from lib import ROOT
 from lib.cells import Cell, grid, results, run_cells
 from lib.commands import longring
 from lib.learning import (
+    LONGEST_DOCUMENTS,
     checkpoints_of,
     copies,
     copying,
@@ -71,7 +72,7 @@ ARMS: Mapping[str, Sequence[str]] = {
 }
 """Settings of each arm; the most important come first, since results come arm by arm."""
 BASELINE, SAME_SECONDS = "concat", "grow-p2, seconds"
-EVALUATION = ("train.dtype=bfloat16", "evaluate.max_tokens_per_bucket=131072", "evaluate.distractors=0")
+EVALUATION = ("train.dtype=bfloat16", "evaluate.distractors=0")
 """Settings of evaluations beside those of the recipe, which `longring evaluate --data` does not read."""
 
 
@@ -88,7 +89,7 @@ class Case(NamedTuple):
     """Number of checkpoints that are evaluated, the last included."""
     samples: int = 40
     """Samples of each task and length after the last step; a quarter of them before."""
-    rounds: int = 7
+    rounds: int = 25
     """Number of rounds in which the steps are timed."""
     settings: Sequence[str] = ()
     """Settings that replace those of the recipe."""
@@ -156,18 +157,11 @@ def settings_of(case: Case, arm: str) -> list[str]:
 
 
 def seconds_by_length(case: Case, folder: Path) -> dict[str, dict[str, float]]:
-    """Return the seconds of a step by arm and length, measured once for a directory of results.
-
-    Arms with the same data have the same seconds, so one of each data is measured.
-    """
+    """Return the seconds of a step by arm and length, measured once for a directory of results."""
     file = folder / "seconds.json"
     if not file.exists():
-        by_data = {directory_of(arm): arm for arm in reversed(case.arms)}
-        here = {
-            arm: [*settings_of(case, arm), f"data.directory={folder / directory}"] for directory, arm in by_data.items()
-        }
-        measured = step_seconds(RECIPE, here, rounds=case.rounds)
-        write_text(file, json.dumps({arm: measured[by_data[directory_of(arm)]] for arm in case.arms}, indent=1) + "\n")
+        here = {arm: [*settings_of(case, arm), f"data.directory={folder / directory_of(arm)}"] for arm in case.arms}
+        write_text(file, json.dumps(step_seconds(RECIPE, here, rounds=case.rounds), indent=1) + "\n")
     return json.loads(file.read_text())
 
 
@@ -207,9 +201,10 @@ def measure(case: Case, folder: Path, cell: Cell) -> Row:
         seconds += of_step[str(bucket)]
         seconds_at[step] = seconds
     *before, last = checkpoints_of(run)
+    settings = (*EVALUATION, f"evaluate.max_tokens_per_bucket={LONGEST_DOCUMENTS * max(case.lengths)}")
     few, all_of_them = (f"evaluate.samples={samples}" for samples in (case.samples // 4, case.samples))
-    found = evaluate(folder, before, ["copy_text"], *EVALUATION, few) if before else []
-    found += evaluate(folder, [last], ["copy", "needle_single"], *EVALUATION, all_of_them)
+    found = evaluate(folder, before, ["copy_text"], *settings, few) if before else []
+    found += evaluate(folder, [last], ["copy", "needle_single"], *settings, all_of_them)
     keep_last_checkpoint(run)
     batch = load_recipe(RECIPE, case.settings).train.global_batch_tokens
     rows = [{"tokens": batch * one["step"], "seconds": seconds_at[one["step"]], **shown(one)} for one in found]

@@ -5,9 +5,10 @@
 
 The corpus is that of benchmarks/corpus.py, its short files alone, so that a context holds several. The same documents
 are trained in contexts along the path of In-Context Pretraining, in random ones, and as buckets filled along the path.
-A row is a model's loss of held-out documents behind K documents of their package, and behind K of others of the same
-lengths; the difference is within one model, so its initial weights do not blur it. The cells, an order with a seed, are
-stored one by one: the same command goes on after a kill, several may share the cells, and --show prints what is there.
+A row is a model's loss of held-out documents behind K documents of their package, and behind K of another package, of
+the same lengths; the difference is within one model, so its initial weights do not blur it. The cells, an order with a
+seed, are stored one by one: the same command goes on after a kill, several may share the cells, and --show prints what
+is there.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ import numpy as np
 from lib import ROOT
 from lib.cells import Cell, grid, results, run_cells
 from lib.commands import longring
-from lib.corpus import hashed
 from lib.learning import (
     HELD_OUT,
+    LONGEST_DOCUMENTS,
     checkpoints_of,
     copies,
     copying,
@@ -47,9 +48,9 @@ from lib.learning import (
     train,
 )
 from lib.learning_pictures import draw_related
+from lib.prefixes import BEGINNING, prefixes, rows_of, standard_error, texts
 from lib.script import Row, make_parser, make_table, write_record
 from longring.data.format.manifest import open_prepared
-from numpy.typing import NDArray
 from rich.console import Console
 
 RECIPE = ROOT / "benchmarks" / "related_prefixes.toml"
@@ -59,6 +60,7 @@ ARMS: Mapping[str, Sequence[str]] = {
     "filled": ("order.directory=filled", "order.mode=fill_long_buckets"),
 }
 """Settings of each order."""
+BASELINE = "random"
 
 
 class Case(NamedTuple):
@@ -118,128 +120,42 @@ CASES: Mapping[str, Case] = {
 }
 
 
-class Text(NamedTuple):
-    """A held-out document."""
-
-    package: str
-    folder: str
-    """Directory of the file, within its package."""
-    path: str
-    tokens: list[int]
-
-
-class Prefixed(NamedTuple):
-    """A document behind others."""
-
-    target: int
-    """Number of the document among those that are scored."""
-    kind: str
-    """Relation of the documents before it: "none", "related" or "other"."""
-    before: list[Text]
-
-
-def texts(case: Case, folder: Path) -> list[Text]:
-    """Return the held-out documents that are short enough, in an order that does not follow their names."""
-    tokenizer, found = tokenizer_of(folder, "data"), []
-    with (folder / "corpus" / "held_out.jsonl").open() as lines:
-        for line in lines:
-            entry = json.loads(line)
-            ids = tokenizer.encode(entry["text"], add_special_tokens=False).ids
-            if 64 <= len(ids) <= case.most_tokens:
-                path = Path(entry["path"])
-                found.append(Text(entry["package"], str(path.parent), entry["path"], ids))
-    return sorted(found, key=lambda text: hashed(text.path))
-
-
-def prefixes(case: Case, all_texts: Sequence[Text]) -> tuple[list[Text], list[Prefixed]]:
-    """Return the documents that are scored, and each behind none, behind related ones and behind others.
-
-    Related documents are of the same package, of the same directory first. Each of the others has the length of one of
-    them as nearly as any document of another package, and stands in its position.
-    """
-    most = max(case.before)
-    of_package: dict[str, list[Text]] = defaultdict(list)
-    for text in all_texts:
-        of_package[text.package].append(text)
-    # Packages in turns, so that no large one has most of the targets.
-    turns = sorted(
-        (number, hashed(package), text)
-        for package, mine in of_package.items()
-        if len(mine) > most
-        for number, text in enumerate(mine)
-    )
-    targets, found = [text for _, _, text in turns[: case.targets]], []
-    for number, target in enumerate(targets):
-        mine = [text for text in of_package[target.package] if text is not target]
-        related = sorted(mine, key=lambda text: text.folder != target.folder)[:most]
-        foreign = [text for text in all_texts if text.package != target.package]
-        others = []
-        for one in related:
-            nearest = min(foreign, key=lambda text: abs(len(text.tokens) - len(one.tokens)))
-            foreign.remove(nearest)
-            others.append(nearest)
-        found.append(Prefixed(number, "none", []))
-        # The nearest of the related documents stands last, next to the target.
-        found += [Prefixed(number, "related", related[:count][::-1]) for count in case.before]
-        found += [Prefixed(number, "other", others[:count][::-1]) for count in case.before]
-    return targets, found
-
-
-def rows_of(
-    case: Case, targets: Sequence[Text], found: Sequence[Prefixed], boundary: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Return tokens, starts and counted targets as in `lib.score_rows`: a row ends with its document.
-
-    What stands before the prefix is not seen.
-    """
-    tokens = np.full((len(found), case.context + 1), boundary)  # [rows, length + 1]
-    starts, counted = np.zeros(len(found), np.int64), np.zeros(len(found), np.int64)
-    for number, one in enumerate(found):
-        target = targets[one.target].tokens
-        stream = [boundary]
-        for text in one.before:
-            stream += [*text.tokens, boundary]
-        stream += [*target, boundary]
-        tokens[number, -len(stream) :] = stream
-        starts[number] = case.context + 1 - len(stream)
-        # The targets of a document are its tokens and the boundary behind it.
-        counted[number] = case.context - len(target) - 1
-    return tokens, starts, counted
-
-
 def scored(case: Case, folder: Path, checkpoint: Path) -> Row:
     """Return mean losses of a checkpoint behind related documents and behind others, by their number."""
     manifest = open_prepared(folder / HELD_OUT)
-    targets, found = prefixes(case, texts(case, folder))
+    all_texts = texts(folder / "corpus" / "held_out.jsonl", tokenizer_of(folder, "data"), case.most_tokens)
+    targets, found = prefixes(all_texts, case.before, case.targets)
     run = checkpoint.parents[1]
-    tokens, starts, counted = rows_of(case, targets, found, manifest.boundary_id)
-    np.savez(run / "rows.npz", tokens=tokens, starts=starts, counted=counted)
+    tokens, starts, parts = rows_of(targets, found, manifest.boundary_id, case.context)
+    np.savez(run / "rows.npz", tokens=tokens, starts=starts, parts=parts)
     command = [sys.executable, "-m", "lib.score_rows", str(checkpoint), str(folder / HELD_OUT)]
     files = [str(run / "rows.npz"), str(run / "sums.npy"), "train.dtype=bfloat16"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": ""}
     subprocess.run([*command, *files], check=True, cwd=Path(__file__).parent, env=environment)
-    sums = np.load(run / "sums.npy")  # [rows, (loss, targets)]
-    by_kind: dict[str, list[float]] = defaultdict(list)
-    for one, (loss, count) in zip(found, sums.tolist(), strict=True):
-        by_kind[f"{one.kind} {len(one.before)}"].append(loss / count)
+    sums = np.load(run / "sums.npy")  # [rows, (beginning, later), (loss, targets)]
+    packages = np.array([target.package for target in targets])
+    losses: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
+    for one, ((begin, begin_count), (later, later_count)) in zip(found, sums.tolist(), strict=True):
+        whole = (begin + later) / (begin_count + later_count)
+        losses[one.kind, len(one.before)].append((whole, later / later_count))
     rows = []
     for count in case.before:
-        related, others = (np.array(by_kind[f"{kind} {count}"]) for kind in ("related", "other"))
-        gains = others - related  # [targets]
+        related, others = (np.array(losses[kind, count]) for kind in ("related", "other"))  # [targets, (whole, later)]
+        gains = others - related
         rows.append(
             {
                 "documents": count,
-                "related": float(related.mean()),
-                "other": float(others.mean()),
-                "gain": float(gains.mean()),
-                "standard_error": float(gains.std(ddof=1) / len(gains) ** 0.5),
+                "related": float(related[:, 0].mean()),
+                "other": float(others[:, 0].mean()),
+                "gain": float(gains[:, 0].mean()),
+                "later_gain": float(gains[:, 1].mean()),
+                "standard_error": standard_error(gains[:, 0], packages),
             }
         )
-    packages = {target.package for target in targets}
     return {
         "targets": len(targets),
-        "packages": len(packages),
-        "alone": float(np.mean(by_kind["none 0"])),
+        "packages": len(set(packages)),
+        "alone": float(np.mean(losses["none", 0], axis=0)[0]),
         "behind": rows,
     }
 
@@ -255,7 +171,10 @@ def measure(case: Case, folder: Path, cell: Cell) -> Row:
         *(f"train.seed={cell.seed}", f"train.steps={case.steps}"),
     )
     last = checkpoints_of(run)[-1]
-    settings = ("train.dtype=bfloat16", "evaluate.max_tokens_per_bucket=131072", f"evaluate.samples={case.samples}")
+    settings = (
+        *("train.dtype=bfloat16", f"evaluate.samples={case.samples}"),
+        f"evaluate.max_tokens_per_bucket={LONGEST_DOCUMENTS * case.context}",
+    )
     [found] = evaluate(folder, [last], ["copy"], *settings)
     keep_last_checkpoint(run)
     return {**scored(case, folder, last), **shown(found)}
@@ -270,13 +189,16 @@ def documents_per_context(folder: Path, arm: str) -> float:
 def summary(rows: Sequence[Row], case: Case) -> list[Row]:
     """Return a row for each order that has results, over its seeds: gains and losses by documents before, and copying.
 
-    Spreads are over the seeds; the mean standard error over the documents of one seed is beside that of a gain.
+    "later_gain" is that behind the beginning of the documents, "over_random" the gain less that of random order with
+    the same seed. Spreads are over the seeds; "standard_error" is that over the packages, mean over the seeds.
     """
+    gains = {(row["arm"], row["seed"]): [one["gain"] for one in row["behind"]] for row in rows}
     found = []
     for arm in case.arms:
         if not (mine := [row for row in rows if row["arm"] == arm]):
             continue
         shortest, *_, longest = sorted({task["length"] for task in mine[0]["tasks"]})
+        paired = [row["seed"] for row in mine if (BASELINE, row["seed"]) in gains]
         found.append(
             {
                 "arm": arm,
@@ -286,8 +208,10 @@ def summary(rows: Sequence[Row], case: Case) -> list[Row]:
                     {
                         "documents": count,
                         **{
-                            key: spread([row["behind"][k][key] for row in mine]) for key in ("gain", "related", "other")
+                            key: spread([row["behind"][k][key] for row in mine])
+                            for key in ("gain", "later_gain", "related", "other")
                         },
+                        "over_random": spread([gains[arm, seed][k] - gains[BASELINE, seed][k] for seed in paired]),
                         "standard_error": mean(row["behind"][k]["standard_error"] for row in mine),
                     }
                     for k, count in enumerate(case.before)
@@ -314,7 +238,10 @@ def show(rows: Sequence[Row], case: Case) -> None:
         {"order"},
     )
     for line in summary(rows, case):
-        gains.add_row(line["arm"], *(spread_text(one["gain"], "{:z.3f}") for one in line["behind"]))
+        kinds = {line["arm"]: "gain", f"beyond {BEGINNING}": "later_gain", f"over {BASELINE}": "over_random"}
+        for name, key in kinds.items():
+            if key != "over_random" or line["arm"] != BASELINE:
+                gains.add_row(name, *(spread_text(one[key], "{:z.3f}") for one in line["behind"]))
         last = line["behind"][-1]
         losses.add_row(
             line["arm"],

@@ -5,9 +5,11 @@
 
 The corpus is that of benchmarks/corpus.py, its documents concatenated. A model is trained at 512 tokens by
 benchmarks/untie_the_knots.toml. Then it goes on at 4,096 tokens with eight times the RoPE base, for the same steps with
-the shares 0, 0.3 and 0.8 of tied sequences. Rows have the gain of copying, the share of right tokens of needles, by
-depth, and of backtraces, and the held-out loss, by length. The cells, a share with a seed, are stored one by one: the
-same command goes on after a kill, several may share the cells, and --show prints what is there.
+the shares 0, 0.3 and 0.8 of tied sequences, on documents of at most half a context, so that there are several to mix.
+Beside them stands the short model as it is, and with the larger base alone. Rows have the gain of copying, the share of
+right tokens of needles, by depth, and of backtraces, and the held-out loss, by length. The cells, a model with a seed,
+are stored one by one: the same command goes on after a kill, several may share the cells, and --show prints what is
+there.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from lib import ROOT
 from lib.cells import Cell, grid, results, run_cells
 from lib.commands import longring
 from lib.learning import (
+    LONGEST_DOCUMENTS,
     checkpoints_of,
     copies,
     copying,
@@ -45,8 +48,9 @@ from longring.data.lock import held
 from rich.console import Console
 
 RECIPE = ROOT / "benchmarks" / "untie_the_knots.toml"
-SHARES: Mapping[str, float] = {"not extended": 0.0, "share 0": 0.0, "share 0.3": 0.3, "share 0.8": 0.8}
-"""Share of tied sequences of each arm."""
+SHARES: Mapping[str, float] = {"share 0": 0.0, "share 0.3": 0.3, "share 0.8": 0.8}
+"""Share of tied sequences of each extension."""
+SHORT, LARGER_BASE, BASELINE = "not extended", "base alone", "share 0"
 TASKS = ("copy", "needle", "backtrace")
 
 
@@ -69,7 +73,7 @@ class Case(NamedTuple):
     samples: int = 40
     settings: Sequence[str] = ()
     """Settings that replace those of the recipe."""
-    arms: Sequence[str] = tuple(SHARES)
+    arms: Sequence[str] = (SHORT, LARGER_BASE, *SHARES)
 
     @property
     def lengths(self) -> list[int]:
@@ -96,7 +100,7 @@ CASES: Mapping[str, Case] = {
                 "model.num_heads=8",
             ),
             *("model.num_kv_heads=8", "model.ffn_hidden_size=1536", "parallel.tokens_per_rank=65536"),
-            *("train.global_batch_tokens=65536", "train.checkpoint_every_steps=300", "data.source.limit_documents=0"),
+            *("train.global_batch_tokens=65536", "train.checkpoint_every_steps=300", "train.decay_steps=200"),
         ),
     ),
     "quick": Case("quick", 60, 30, 1, 512, 4096, 8e4, 8, ("train.warmup_steps=10", "train.decay_steps=10")),
@@ -119,11 +123,17 @@ CASES: Mapping[str, Case] = {
 }
 
 
-def at_length(case: Case, directory: str, tokens: int) -> list[str]:
-    """Return the settings of prepared data of one length."""
-    sizes = [f"data.min_bucket_tokens={tokens}", f"data.max_bucket_tokens={tokens}"]
-    tokenizer = [] if tokens == case.short else ["data.tokenizer.path=short"]
-    return [*case.settings, f"data.directory={directory}", *sizes, *tokenizer]
+def short_data(case: Case) -> list[str]:
+    """Return the settings of the data of the short phase."""
+    sizes = [f"data.min_bucket_tokens={case.short}", f"data.max_bucket_tokens={case.short}"]
+    return [*case.settings, "data.directory=short", *sizes]
+
+
+def long_data(case: Case) -> list[str]:
+    """Return the settings of the data of the extension: all documents of at most half a context."""
+    sizes = [f"data.min_bucket_tokens={case.long}", f"data.max_bucket_tokens={case.long}"]
+    several = ["data.source.limit_documents=0", f"data.source.max_tokens={case.long // 2}"]
+    return [*case.settings, "data.directory=long", *sizes, *several, "data.tokenizer.path=short"]
 
 
 def measure(case: Case, folder: Path, cell: Cell) -> Row:
@@ -134,22 +144,23 @@ def measure(case: Case, folder: Path, cell: Cell) -> Row:
             folder,
             RECIPE,
             base,
-            *at_length(case, "short", case.short),
+            *short_data(case),
             *(f"train.seed={cell.seed}", f"train.steps={case.steps}"),
         )
-    if cell.arm != "not extended":
+    if cell.arm in SHARES:
         run = train(
             folder,
             RECIPE,
             f"runs/{cell.name}",
-            *at_length(case, "long", case.long),
+            *long_data(case),
             *(f"init.from={base}", f"model.rope_base={case.rope_base:g}", f"knots.share={SHARES[cell.arm]}"),
             *(f"train.seed={cell.seed}", f"train.steps={case.long_steps}"),
         )
         keep_last_checkpoint(run)
-    rope = [f"model.rope_base={case.rope_base:g}"] if cell.arm == "not extended" else []
+    rope = [f"model.rope_base={case.rope_base:g}"] if cell.arm == LARGER_BASE else []
     settings = (
-        *("train.dtype=bfloat16", "evaluate.max_tokens_per_bucket=131072", "evaluate.distractors=0"),
+        *("train.dtype=bfloat16", "evaluate.distractors=0"),
+        f"evaluate.max_tokens_per_bucket={LONGEST_DOCUMENTS * case.long}",
         *(f"evaluate.samples={case.samples}", *rope),
     )
     [found] = evaluate(folder, checkpoints_of(run)[-1:], TASKS, *settings)
@@ -157,10 +168,15 @@ def measure(case: Case, folder: Path, cell: Cell) -> Row:
 
 
 def summary(rows: Sequence[Row], case: Case) -> list[Row]:
-    """Return a row for each share that has results and each length: loss and scores over the seeds."""
+    """Return a row for each model that has results and each length: loss and scores over the seeds.
+
+    "more_needles" is the share of right tokens of needles that an extension has over the one without knots, by seed.
+    """
+    of = {(row["arm"], row["seed"]): row for row in rows}
     found = []
     for arm in case.arms:
         mine = [row for row in rows if row["arm"] == arm]
+        paired = [(row, of[BASELINE, row["seed"]]) for row in mine if SHARES.get(arm) and (BASELINE, row["seed"]) in of]
         for number, length in enumerate(case.lengths if mine else ()):
             found.append(
                 {
@@ -175,16 +191,22 @@ def summary(rows: Sequence[Row], case: Case) -> list[Row]:
                         task: spread([right_tokens(row, task, length) for row in mine])
                         for task in ("needle", "backtrace")
                     },
+                    "more_needles": spread(
+                        [
+                            right_tokens(row, "needle", length) - right_tokens(base, "needle", length)
+                            for row, base in paired
+                        ]
+                    ),
                 }
             )
     return found
 
 
 def show(rows: Sequence[Row], case: Case) -> None:
-    """Print the scores of each share at each length, over its seeds."""
+    """Print the scores of each model at each length, over its seeds."""
     table = make_table(
-        "Held-out loss, gain of copying in nats, right tokens; gate",
-        ("model", "length", "loss", "copying", "needles", "backtrace"),
+        f"Held-out loss, gain of copying in nats, right tokens; gate; over {BASELINE}",
+        ("model", "length", "loss", "copying", "needles", "over", "backtrace"),
         {"model"},
     )
     for number, line in enumerate(summary(rows, case)):
@@ -192,9 +214,9 @@ def show(rows: Sequence[Row], case: Case) -> None:
         table.add_row(
             names[number % len(case.lengths)],
             f"{line['length']:,}",
-            spread_text(line["loss"], "{:.3f}"),
+            spread_text(line["loss"], "{:.2f}"),
             spread_text(line["copying"], "{:z.2f}"),
-            *(spread_text(line[task], "{:.0%}") for task in ("needle", "backtrace")),
+            *(spread_text(line[key], "{:.0%}") for key in ("needle", "more_needles", "backtrace")),
         )
     Console().print(table)
 
@@ -215,8 +237,8 @@ def main() -> int:
             folder.mkdir(parents=True, exist_ok=True)
             link_corpus(folder, options.corpus, case.corpus)
             (folder / RECIPE.name).write_bytes(RECIPE.read_bytes())
-            for directory, tokens in (("short", case.short), ("long", case.long)):
-                longring(folder, "prepare", RECIPE.name, *at_length(case, directory, tokens))
+            for data in (short_data(case), long_data(case)):
+                longring(folder, "prepare", RECIPE.name, *data)
             prepare_held_out(folder, RECIPE, "short", case.lengths, case.settings)
             run_cells(folder, cells, lambda cell: measure(case, folder, cell))
         rows = list(results(folder, cells))

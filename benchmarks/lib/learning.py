@@ -22,6 +22,8 @@ HELD_OUT = "held_out"
 """Directory of the prepared held-out documents."""
 HELD_OUT_SHARE = 0.5
 """Share of the documents of held-out packages that are evaluated: prepared data must have documents to train, too."""
+LONGEST_DOCUMENTS = 32
+"""Number of held-out documents of the longest length whose loss is measured; of shorter ones, as many tokens or all."""
 GATE_GAIN, GATE_RIGHT = 1.0, 0.5
 """A model copies if the second time of a text has a loss this many nats lower, and this share of its tokens is right.
 

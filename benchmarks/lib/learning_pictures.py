@@ -147,13 +147,15 @@ def draw_knots(rows: Sequence[Row], arms: Sequence[str], lengths: Sequence[int],
     """Draw the cells of untie_the_knots.py: needles by depth and length, and all scores by length, for each share."""
     of = {arm: [row for row in rows if row["arm"] == arm] for arm in arms}
     with mpl.rc_context(STYLE):
-        figure, axes = panels(2, 4)
+        scores = ("needles, right tokens", "backtraces, right tokens", "gain of copying, nats", "held-out loss, nats")
+        figure, axes = panels(2, max(len(arms), len(scores)))
         for panel, arm in zip(axes[0], arms, strict=False):
             if of[arm]:
                 draw_heat_map(panel, mean_needles(of[arm], lengths), "needles, all kinds", "tokens")
         for panel in axes[0]:
             panel.set_visible(bool(panel.images))
-        scores = ("needles, right tokens", "backtraces, right tokens", "gain of copying, nats", "held-out loss, nats")
+        for panel in axes[1, len(scores) :]:
+            panel.set_visible(False)
         for arm, colour in zip(arms, COLOURS, strict=False):
             by_length = [
                 (
@@ -164,10 +166,10 @@ def draw_knots(rows: Sequence[Row], arms: Sequence[str], lengths: Sequence[int],
                 )
                 for length in lengths
             ]
-            for panel, values in zip(axes[1], zip(*by_length, strict=True), strict=True):
+            for panel, values in zip(axes[1], zip(*by_length, strict=True), strict=False):
                 if of[arm]:
                     draw_line(panel, dict(zip(lengths, values, strict=True)), color=colour, label=arm)
-        for panel, score in zip(axes[1], scores, strict=True):
+        for panel, score in zip(axes[1], scores, strict=False):
             over_lengths(panel, "length, tokens")
             panel.set_ylabel(score)
         title = "After the extension, by share of tied sequences; means and standard deviations over the seeds"

@@ -3,8 +3,8 @@
     python -m lib.score_rows WEIGHTS DATA ROWS.npz SUMS.npy [key=value ...]
 
 DATA is prepared data with a bucket of this length. ROWS.npz has `tokens` [rows, length + 1], `starts` [rows], the
-first visible position, and `counted` [rows], the first position whose target counts. SUMS.npy gets the sum of the
-losses of each row and the number of targets that count, [rows, 2].
+first visible position, and `parts` uint8 [rows, length], the part of each target; part 0 does not count. SUMS.npy gets
+the sum of the losses and the number of targets of each row and part, [rows, parts, 2].
 """
 
 from __future__ import annotations
@@ -34,10 +34,8 @@ def main() -> int:
     logs = RunDirectory(str(Path(sums_file).parent / "score-logs"))
     target = target_of_weights(Path(weights), data, settings, logs, store, world)
     with np.load(rows_file) as found:
-        tokens, starts, counted = found["tokens"], found["starts"], found["counted"]
-    length = tokens.shape[1] - 1
-    # 1 for each target that counts, [rows, length].
-    parts = (np.arange(length) >= counted[:, None]).astype(np.uint8)
+        tokens, starts, parts = found["tokens"], found["starts"], found["parts"]
+    length = parts.shape[1]
 
     def row(number: int) -> Row:
         start = int(starts[number])
@@ -49,8 +47,8 @@ def main() -> int:
         loss = measurement.held_out
         scorer = Scorer(loss.engine, loss.mesh, measurement.layouts[length], loss.at)
         scorer.engine.eval()
-        sums = scorer.sums(len(tokens), 2, row)[:, 1]  # [rows, (loss, right, tokens)]
-    np.save(sums_file, sums[:, [0, 2]])
+        sums = scorer.sums(len(tokens), int(parts.max()) + 1, row)  # [rows, parts, (loss, right, tokens)]
+    np.save(sums_file, sums[:, 1:, [0, 2]])
     return 0
 
 

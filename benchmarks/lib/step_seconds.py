@@ -23,8 +23,10 @@ from .one_rank import be_the_only_rank
 def step_seconds(recipe_file: Path, arms: Mapping[str, Sequence[str]], rounds: int) -> dict[str, dict[int, float]]:
     """Return the median seconds of a step on one rank, by arm and length of its sequences.
 
-    `arms` are settings of data that is prepared, with one tokenizer. All lengths of all arms take a step in each round,
-    so that a change of the machine's load meets all of them alike. On a CPU they are CPU seconds of this process.
+    `arms` are settings of data that is prepared, with one tokenizer. A step on sequences without document boundaries is
+    the same computation whatever made them, so a length of several such arms is measured once. All lengths take a step
+    in each round, so that a change of the machine's load meets all of them alike. On a CPU they are CPU seconds of this
+    process.
     """
     be_the_only_rank()
     recipes = {arm: load_recipe(recipe_file, settings) for arm, settings in arms.items()}
@@ -33,17 +35,21 @@ def step_seconds(recipe_file: Path, arms: Mapping[str, Sequence[str]], rounds: i
     mesh = join(first.parallel, 1)
     engine = build_engine(first, next(iter(manifests.values())).vocab_size, mesh)
     set_learning_rate(engine, first.train.learning_rate)
+    kinds = {arm: arm if manifests[arm].needs_starts else "without boundaries" for arm in arms}
+    measured_by: dict[tuple[str, int], str] = {}
+    for arm, recipe in recipes.items():
+        for length in recipe.lengths:
+            measured_by.setdefault((kinds[arm], length), arm)
     layouts = {
-        (arm, length): bucket_layouts(recipe, mesh, [length], decide_grids(recipe, mesh, [length]))[length]
-        for arm, recipe in recipes.items()
-        for length in recipe.lengths
+        (kind, length): bucket_layouts(recipes[arm], mesh, [length], decide_grids(recipes[arm], mesh, [length]))[length]
+        for (kind, length), arm in measured_by.items()
     }
     taken: dict[tuple[str, int], list[float]] = {key: [] for key in layouts}
     for number in range(rounds + 1):
-        for (arm, length), layout in layouts.items():
-            taken[arm, length].append(_step(engine, mesh, manifests[arm], layout, number))
+        for key, layout in layouts.items():
+            taken[key].append(_step(engine, mesh, manifests[measured_by[key]], layout, number))
     # The first round allocates memory.
-    return {arm: {length: median(taken[arm, length][1:]) for length in recipes[arm].lengths} for arm in arms}
+    return {arm: {length: median(taken[kinds[arm], length][1:]) for length in recipes[arm].lengths} for arm in arms}
 
 
 def _step(engine: DeepSpeedEngine, mesh: Mesh, manifest: Manifest, layout: BucketLayout, number: int) -> float:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from statistics import stdev
 
+import decomposition
+import numpy as np
 import pytest
 import related_prefixes
 import untie_the_knots
-from decomposition import CASES, reached, summary
 from lib.cells import Cell, grid, results, run_cells
 from lib.corpus import files_of, held_out_packages
 from lib.learning import beginnings, copies, tokenizer_of
+from lib.prefixes import BEGINNING, Text, prefixes, rows_of, standard_error
 from lib.script import Row
 from longring.data.config import TokenizerConfig
 from longring.data.lock import held
 from longring.data.prepare.train_tokenizer import train_tokenizer
-from related_prefixes import Case, Text, prefixes, rows_of
+from longring.launch.config import load_recipe
 
 
 def test_files_are_found_once_and_bad_ones_are_counted(tmp_path):
@@ -84,9 +87,9 @@ def test_the_gate_needs_the_order_of_the_tokens_and_not_their_set_alone():
 
 def test_a_loss_is_reached_between_two_checkpoints():
     rows = [checkpoint(100, 3.0), checkpoint(200, 2.0), checkpoint(300, 1.5)]
-    assert reached(rows, 2.25, "tokens") == pytest.approx(175)
-    assert reached(rows, 1.75, "seconds") == pytest.approx(25)
-    assert reached(rows, 1.0, "tokens") is None
+    assert decomposition.reached(rows, 2.25, "tokens") == pytest.approx(175)
+    assert decomposition.reached(rows, 1.75, "seconds") == pytest.approx(25)
+    assert decomposition.reached(rows, 1.0, "tokens") is None
 
 
 def test_arms_are_compared_with_the_baseline_of_their_seed():
@@ -96,7 +99,7 @@ def test_arms_are_compared_with_the_baseline_of_their_seed():
         for arm, of_seeds in losses.items()
         for seed, loss in enumerate(of_seeds)
     ]
-    grow, concat = summary(rows, CASES["full"].arms)
+    grow, concat = decomposition.summary(rows, decomposition.CASES["full"].arms)
     assert (grow["arm"], grow["seeds"], grow["passed"]) == ("grow-p2", 2, 2)
     assert grow["less"] == pytest.approx((-0.45, 0.05 * 2**0.5))
     assert concat["less"] == (0, 0)
@@ -105,35 +108,46 @@ def test_arms_are_compared_with_the_baseline_of_their_seed():
     )
 
 
-def test_related_documents_are_of_the_package_and_the_others_have_their_lengths():
+def test_related_documents_are_of_one_package_and_the_others_of_another_with_their_lengths():
     all_texts = [
-        Text(package, f"{package}/{number % 2}", f"{package}/{number % 2}/{number}.py", [number] * (70 + 3 * number))
+        Text(package, f"{package}/{number % 2}", f"{package}/{number % 2}/{number}.py", [number] * (250 + 6 * number))
         for package in ("a", "b", "c")
         for number in range(6)
-    ]
-    case = Case("", 1, 1, 1024, (1, 3), 1000, 2)
-    targets, found = prefixes(case, all_texts)
-    assert {target.package for target in targets} < {"a", "b", "c"} and len({t.package for t in targets}) == 2
+    ] + [Text("d", "d", f"d/{number}.py", [number] * 1000) for number in range(6)]
+    counts = (1, 3)
+    targets, found = prefixes(all_texts, counts, limit=3)
+    assert len({target.package for target in targets}) == 3 and min(len(one.tokens) for one in targets) >= 2 * BEGINNING
     of = {(one.target, one.kind, len(one.before)): one.before for one in found}
     for number, target in enumerate(targets):
         assert of[number, "none", 0] == []
-        for count in case.before:
+        for count in counts:
             related, others = of[number, "related", count], of[number, "other", count]
             assert target not in related and {text.package for text in related} == {target.package}
-            assert related[-1].folder == target.folder, "the nearest document stands next to the target"
-            assert target.package not in {text.package for text in others}
-            gaps = [abs(len(a.tokens) - len(b.tokens)) for a, b in zip(related, others, strict=True)]
-            assert max(gaps) <= 3
-    boundary = 99
-    tokens, starts, counted = rows_of(case, targets, found, boundary)
-    for row, start, first, one in zip(tokens, starts, counted, found, strict=True):
+            assert [text.package for text in others] == [others[0].package] * count != [target.package] * count
+            if target.package != "d":
+                assert related[-1].folder == target.folder, "the nearest document stands next to the target"
+                assert others[0].package != "d", "its documents are four times as long"
+                gaps = [abs(len(a.tokens) - len(b.tokens)) for a, b in zip(related, others, strict=True)]
+                assert max(gaps) <= 6
+    boundary, length = 99, 8192
+    tokens, starts, parts = rows_of(targets, found, boundary, length)
+    for row, start, part, one in zip(tokens, starts, parts, found, strict=True):
         ids = targets[one.target].tokens
-        assert row[first + 1 :].tolist() == [*ids, boundary]
+        assert row[1:][part == 1].tolist() == ids[:BEGINNING]
+        assert row[1:][part == 2].tolist() == [*ids[BEGINNING:], boundary]
         assert row[start] == boundary and (row[:start] == boundary).all()
         stream = [boundary]
         for text in [*one.before, targets[one.target]]:
             stream += [*text.tokens, boundary]
         assert row[start:].tolist() == stream
+
+
+def test_the_standard_error_counts_packages_and_not_their_documents():
+    values = np.array([1.0, 2.0, 4.0, 7.0])
+    each = standard_error(values, np.array(["a", "b", "c", "d"]))
+    assert each == pytest.approx(stdev(values) / 2), "one document in each package: that of independent values"
+    doubled = standard_error(np.repeat(values, 3), np.repeat(np.array(["a", "b", "c", "d"]), 3))
+    assert doubled == pytest.approx(each), "documents that are alike within a package add nothing"
 
 
 def evaluated(arm: str, seed: int, lengths: Sequence[int], gain: float) -> Row:
@@ -154,7 +168,14 @@ def test_gains_of_related_documents_are_over_the_seeds_of_an_order(capsys):
             **evaluated(arm, seed, (512, 2048, case.context), gain=[2.0, 0.5][seed]),
             "alone": 3.5,
             "behind": [
-                {"documents": count, "related": 3.0, "other": 3.0 + gain, "gain": gain, "standard_error": 0.125}
+                {
+                    "documents": count,
+                    "related": 3.0,
+                    "other": 3.0 + gain,
+                    "gain": gain,
+                    "later_gain": gain / 2,
+                    "standard_error": 0.125,
+                }
                 for count in case.before
             ],
         }
@@ -165,6 +186,7 @@ def test_gains_of_related_documents_are_over_the_seeds_of_an_order(capsys):
     assert (path["arm"], path["seeds"], path["passed"]) == ("path", 2, 1)
     assert [one["documents"] for one in path["behind"]] == list(case.before)
     assert path["behind"][0]["gain"] == pytest.approx((0.5, 0.125**0.5))
+    assert path["behind"][0]["over_random"] == (-0.25, None), "seed 1 has no random order"
     assert random["behind"][-1]["gain"] == (0.5, None) and random["behind"][-1]["standard_error"] == 0.125
     related_prefixes.show(rows, case)
     assert max(map(len, capsys.readouterr().out.splitlines())) < 80
@@ -172,11 +194,27 @@ def test_gains_of_related_documents_are_over_the_seeds_of_an_order(capsys):
 
 def test_scores_after_an_extension_are_by_share_and_length(capsys):
     case = untie_the_knots.CASES["full"]
-    rows = [evaluated(arm, seed, case.lengths, gain=2.0 * seed) for arm in case.arms[1:] for seed in range(2)]
+    rows = [evaluated(arm, seed, case.lengths, gain=2.0 * seed) for arm in case.arms[2:] for seed in range(2)]
     lines = untie_the_knots.summary(rows, case)
-    assert [(line["arm"], line["length"]) for line in lines] == [(a, n) for a in case.arms[1:] for n in case.lengths]
+    assert [(line["arm"], line["length"]) for line in lines] == [(a, n) for a in case.arms[2:] for n in case.lengths]
     assert {(line["seeds"], line["passed"]) for line in lines} == {(2, 1)}
     assert lines[0]["loss"] == pytest.approx((3.5, 0.5**0.5)) and lines[0]["copying"] == pytest.approx((1, 2**0.5))
     assert (lines[0]["needle"], lines[0]["backtrace"]) == ((0.75, 0), (0.25, 0))
     untie_the_knots.show(rows, case)
     assert max(map(len, capsys.readouterr().out.splitlines())) < 80
+    more = {line["arm"]: line["more_needles"] for line in lines}
+    assert more == {"share 0": None, "share 0.3": (0, 0), "share 0.8": (0, 0)}
+
+
+@pytest.mark.parametrize("size", untie_the_knots.CASES)
+def test_every_size_of_an_experiment_has_recipes_that_load(size):
+    case = decomposition.CASES[size]
+    for arm in case.arms:
+        load_recipe(decomposition.RECIPE, [*decomposition.settings_of(case, arm), f"train.steps={case.steps}"])
+    case = related_prefixes.CASES[size]
+    for arm in case.arms:
+        settings = [*case.settings, *related_prefixes.ARMS[arm], f"train.steps={case.steps}"]
+        load_recipe(related_prefixes.RECIPE, settings)
+    case = untie_the_knots.CASES[size]
+    load_recipe(untie_the_knots.RECIPE, [*untie_the_knots.short_data(case), f"train.steps={case.steps}"])
+    load_recipe(untie_the_knots.RECIPE, [*untie_the_knots.long_data(case), f"train.steps={case.long_steps}"])

@@ -110,9 +110,9 @@ def test_needles_are_means_over_kinds_and_seeds():
 
 def test_knots_have_a_heat_map_for_each_share_that_has_results(figures):
     rows = [{**checkpoint(9, 2.0, 0.5), "arm": arm} for arm in ("not extended", "share 0.8")]
-    draw_knots(rows, ["not extended", "share 0.3", "share 0.8"], LENGTHS, Path("knots.png"))
-    assert [axes.get_visible() for axes in figures[0].axes[:4]] == [True, False, True, False]
-    assert ends(figures[0], 6)["share 0.8"] == [2.5] * len(LENGTHS)
+    draw_knots(rows, ["not extended", "base alone", "share 0", "share 0.3", "share 0.8"], LENGTHS, Path("knots.png"))
+    assert [axes.get_visible() for axes in figures[0].axes[:10]] == [True, *[False] * 3, *[True] * 5, False]
+    assert ends(figures[0], 7)["share 0.8"] == [2.5] * len(LENGTHS)
 
 
 def test_a_picture_is_a_file(tmp_path):
