@@ -152,7 +152,7 @@ def host_rows(cases: dict[int, int], repeats: int) -> Iterator[Row]:
         for grid in (CpGrid(kv=size, kv_route="direct", in_flight=size - 1), CpGrid.ring(size), CpGrid.square(size)):
             layers = (choose_layout.LayersOf(grid, None, 1),)
             pricer = choose_layout.LayoutPricer(num_tokens, layers, SHAPE, topology, cost.ASSUMED)
-            pricer.choose(starts)  # the roads of the grid are kept
+            pricer.choose(starts)  # the template of the grid is kept
             found: list[tuple[float, float, float]] = []
             for _ in range(repeats):
                 times = [time.process_time()]

@@ -16,7 +16,7 @@ import numpy as np
 
 from .cost import AttentionShape, Speed
 from .grid import CpGrid, Layout
-from .needs import roads_of
+from .needs import template_of
 from .packed import Runs, divided
 from .plan import PASSES
 from .simulate import Floats, Tiles, Traffic, least_seconds, simulate, wires_of
@@ -122,16 +122,16 @@ class LayoutPricer:
 
     def _passes_of_layer(self, of: LayersOf, met: Meetings, num_layouts: int) -> Iterator[_Passes]:
         """Yield both passes of one layer under each layout."""
-        grid, roads, wires = of.grid, roads_of(of.grid), wires_of(self.topology, of.grid.size)
+        grid, template, wires = of.grid, template_of(of.grid), wires_of(self.topology, of.grid.size)
         traffic = _traffic(grid, self.topology)
-        num_pairs, rows = roads.needed(met, Visibility(window=of.window), num_layouts)
+        num_pairs, rows = template.needed(met, Visibility(window=of.window), num_layouts)
         for layout in range(num_layouts):
             [at] = num_pairs[layout].nonzero()  # tiles that see anything
-            half, rank, pairs = roads.tiles.half[at], roads.tiles.rank[at], num_pairs[layout, at]
+            half, rank, pairs = template.tiles.half[at], template.tiles.rank[at], num_pairs[layout, at]
             passes: list[tuple[Traffic, Tiles]] = []
             for direction in PASSES:
                 row_bytes = self.shape.batch * self.shape.row_bytes(grid, direction)
-                num_bytes = roads.num_bytes(rows, layout, direction, row_bytes)  # 0 bytes: not sent
+                num_bytes = template.num_bytes(rows, layout, direction, row_bytes)  # 0 bytes: not sent
                 seconds = self.speed.seconds(pairs, self.shape, grid, direction)
                 passes.append((traffic._replace(num_bytes=num_bytes), Tiles(half, rank, seconds)))
             yield _Passes(of.num_layers, grid.size, wires.link_bytes_per_s, passes)
@@ -140,5 +140,5 @@ class LayoutPricer:
 @lru_cache(maxsize=64)
 def _traffic(grid: CpGrid, topology: Topology) -> Traffic:
     """Return the messages of a grid with their links, without bytes."""
-    _, source, target, posted, due = roads_of(grid).messages
+    _, source, target, posted, due = template_of(grid).messages
     return wires_of(topology, grid.size).traffic(source, target, posted, due, np.zeros(0))

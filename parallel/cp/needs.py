@@ -59,8 +59,8 @@ class FlowRows(NamedTuple):
     """Rows in the forward and in the backward, `[layouts, legs, positions]`; a flow that a pass lacks has some too."""
 
 
-class _Roads:
-    """Tiles and messages of a grid, whatever the documents."""
+class _GridTemplate:
+    """All tiles and messages that a grid can have: the part of the needs that does not depend on documents."""
 
     def __init__(self, grid: CpGrid) -> None:
         self.grid, size, position = grid, grid.num_positions, np.arange(grid.num_positions)
@@ -70,8 +70,8 @@ class _Roads:
         steps = self.schedule.first + np.arange(len(self.schedule.tile_numbers))[:, None]  # [steps, 1]
         owners = self.schedule.tiles(steps, position)  # [steps, positions]
         self.tile, computes = np.zeros((2, size, size), np.int64)  # computes: position that computes the tile
-        """Number of the tile of each two owners, `[owner of queries, owner of keys]`."""
-        # Each two owners meet in one tile of the grid, so that every entry is written once.
+        """Number of the tile of each pair of owners, `[owner of queries, owner of keys]`."""
+        # Each pair of owners meets in exactly one tile of the grid, so every entry is written once.
         self.tile[owners], computes[owners] = np.arange(size**2).reshape(-1, size), position
         half = np.broadcast_to(2 * steps + 1, owners[0].shape).repeat(grid.heads)
         self.tiles = GridTiles(half, np.tile(np.arange(grid.size), len(steps)))
@@ -121,7 +121,7 @@ class _Roads:
         key = pieces.owner[met.key] % size
         of_tiles = np.bincount(layout * size**2 + self.tile[query, key], num_pairs, num_layouts * size**2)
 
-        row = np.empty_like(pieces.start)  # first row of each piece: rows of all shares are numbered on
+        row = np.empty_like(pieces.start)  # first row of each piece, numbered consecutively over all shares
         in_order, num_rows = (pieces.owner * FAR + pieces.start).argsort(), pieces.stop - pieces.start
         row[in_order] = np.cumsum(num_rows[in_order]) - num_rows[in_order]
         found: list[FlowRows] = []
@@ -163,13 +163,15 @@ class _Roads:
         return shares, shares, results
 
 
-roads_of = lru_cache(maxsize=64)(_Roads)
+template_of = lru_cache(maxsize=64)(_GridTemplate)
+"""The template of a grid; made once, then kept."""
 
 
 class _Needed(NamedTuple):
-    """Rows that stops need of pieces of shares, as columns `[n]`, in the order of pieces and legs.
+    """Rows of pieces that the stops of legs need, as columns `[n]`, in the order of pieces and legs.
 
-    Rows of all shares are numbered on. Pieces ascend within a share, and what stops need of one is a range.
+    Rows are numbered consecutively over all shares. Pieces ascend within a share, and the rows of one piece that a stop
+    needs are one range.
     """
 
     shape: tuple[int, int, int]
@@ -187,21 +189,21 @@ class _Needed(NamedTuple):
 
     def passed_on(self, legs: Sequence[Leg]) -> Floats:
         """Return the rows that each leg carries for its stop and all to which it is passed on, `shape`."""
-        # (leg, the leg on which its stop passes the share on), the last first, numbered from 0.
+        # Pairs of a leg and the leg on which its stop passes the share on, both from 0, the last pair first.
         onward = [(number, leg.onward - 1) for number, leg in enumerate(legs) if leg.onward is not None][::-1]
         chain = np.arange(len(legs))  # number of the last leg of each journey
         for leg, then in onward:
             chain[leg] = chain[then]
         # From the last stop of a journey back, the range of a piece grows. Later journeys lie beyond earlier ones.
         key = self.piece * len(legs) + chain[self.leg]
-        order = ((key + 1) * len(legs) - self.leg).argsort()  # one key: several are sorted one after the other
+        order = ((key + 1) * len(legs) - self.leg).argsort()  # one combined key: lexsort would sort several times
         journey = np.cumsum(np.diff(key[order], prepend=-1) > 0) * FAR
         num_rows = np.maximum.accumulate(self.stop[order] + journey) - journey
         num_rows -= np.minimum.accumulate(self.first[order] - journey) + journey
-        goes_on = np.flatnonzero(np.diff(journey) == 0)  # the next one is an earlier stop of the same journey
+        goes_on = np.flatnonzero(np.diff(journey) == 0)  # the next entry is an earlier stop
         cell = self.cell[order]
-        # A stop counts what it adds to the stop after it. Then all are added up along the journey, since a stop between
-        # may need nothing of a piece.
+        # Each entry counts the rows that its stop adds to those of the stop after it. The sum along the journey then
+        # gives the rows of a leg, also where a stop in between needs nothing of a piece.
         found = self._sums(np.append(cell, cell[goes_on + 1]), np.append(num_rows, -num_rows[goes_on]))
         for leg, then in onward:
             found[:, leg] += found[:, then]
@@ -210,11 +212,11 @@ class _Needed(NamedTuple):
     def summed(self) -> tuple[Floats, Floats]:
         """Return the rows of shares, and of results, where results are summed on their way: both `shape`.
 
-        A message has what any stop needs, between the ends of what its own stops need.
+        A message carries the rows that any stop needs, from the first to the last row that its own stops need.
         """
         from .hulls import lengths_of_hulls  # imported late, as in `simulate`
 
-        # What stops need of a piece is one range.
+        # The rows of a piece that any of its stops needs are one range.
         begins = np.flatnonzero(np.diff(self.piece, prepend=-1))  # first entry of each piece
         ranges = (self.first, self.stop)
         if len(begins):
@@ -229,7 +231,8 @@ class _Needed(NamedTuple):
             before = np.maximum(at - 1, 0)
             return np.minimum(sums[before] + row - starts[before], sums[at])
 
-        # Hulls of what each stop needs, in numbers of needed rows: rows between that no stop needs do not count.
+        # Hulls of the rows that each stop needs, counted in needed rows: rows in between that no stop needs do not
+        # count.
         first, stop = np.full(self.shape, FAR), np.zeros(self.shape, np.int64)
         np.minimum.at(first.reshape(-1), self.cell, below(self.first))
         np.maximum.at(stop.reshape(-1), self.cell, below(self.stop))

@@ -26,10 +26,10 @@ class Transport(Protocol):
 
 
 class Work(Protocol):
-    """Something that was started, such as `dist.Work`."""
+    """Handle of a message that has been started, such as `dist.Work`."""
 
     def wait(self) -> object:
-        """Let the computation wait for it."""
+        """Make the computation wait for the message."""
 
 
 class BetweenProcesses(ABC):
@@ -152,6 +152,15 @@ class InProcess:
                     y.copy_(x)
                 self.delivered[message] = 2  # both ends will wait for it
 
+    def _take(self, message: Message) -> bool:
+        """Return whether a message has been delivered to the end that asks; each end takes it once."""
+        if message not in self.delivered:
+            return False
+        self.delivered[message] -= 1
+        if not self.delivered[message]:
+            del self.delivered[message]
+        return True
+
     def drive(self, passes: Sequence[Generator[Message, None, T]]) -> list[T]:
         """Run the passes of all ranks to their ends and return their results by rank.
 
@@ -164,14 +173,7 @@ class InProcess:
             moved = False
             for rank in [rank for rank in wanted if rank not in results]:
                 try:
-                    while True:
-                        message = wanted[rank]
-                        if message is not None:
-                            if message not in self.delivered:
-                                break
-                            self.delivered[message] -= 1
-                            if not self.delivered[message]:
-                                del self.delivered[message]
+                    while (message := wanted[rank]) is None or self._take(message):
                         moved = True
                         wanted[rank] = next(passes[rank])
                 except StopIteration as stop:
