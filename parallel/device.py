@@ -29,12 +29,13 @@ def this_device(parallel: ParallelConfig, world: World, timeout_minutes: float) 
                 )
         return torch.device("cpu")
     device = torch.device("cuda", world.local_rank)
-    # For ranks that nobody gave it: CUDA reads it when it starts, which an import may have done before.
+    # `start_ranks` sets it for the ranks that it starts. For others it may be too late here: CUDA reads the variable
+    # when it starts, and an import may have started it.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(parallel.gpu_queues))
-    # torch ends a process whose thread of NCCL gives no sign; the run's watchdog comes first and tells more.
+    # torch ends a process whose NCCL thread gives no sign of life; the run's watchdog comes first and reports more.
     os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(round(60 * timeout_minutes) + 60))
-    # NCCL gives all pairs of a communicator as many CTAs as the pair with the fewest. Across nodes it takes 1 to 4
-    # by itself, so that a ring inside a node, which shares its communicators with one across nodes, would too.
+    # NCCL gives every pair of a communicator the number of CTAs of the pair with the fewest. Across nodes its default
+    # is 1 to 4, and a ring inside a node that shares its communicators with a ring across nodes would get no more.
     os.environ.setdefault("NCCL_NCHANNELS_PER_NET_PEER", str(parallel.cp.max_ctas))
     torch.cuda.set_device(device)
     # Triton's cache goes to a local disk, since home directories on a network file system are slow. One directory
@@ -43,7 +44,7 @@ def this_device(parallel: ParallelConfig, world: World, timeout_minutes: float) 
     if "TRITON_CACHE_DIR" not in os.environ:
         own = private_directory(Path(tempfile.gettempdir(), f"triton-{os.getuid()}"))
         os.environ["TRITON_CACHE_DIR"] = str(own)
-    # FlashAttention-4 keeps its kernels only if it is told to, and then where other users may write.
+    # By default FlashAttention-4 keeps no compiled kernels, and its cache directory is one that other users may write.
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", f"{os.environ['TRITON_CACHE_DIR']}/flash_attention_4")
     return device

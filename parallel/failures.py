@@ -1,4 +1,4 @@
-"""Failures that a rank meets, told apart: too little memory, an error of its GPU or of NCCL here, or a lost rank."""
+"""Classification of a rank's errors: full memory, an error of its own GPU or of NCCL on this rank, or a lost rank."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class LostRank(dist.DistNetworkError):
     """Another rank has ended, or does not answer in time."""
 
     def __init__(self, rank: int, reason: str) -> None:
-        """Name the global rank, and what it does not do."""
+        """Take the global rank that is lost, and the reason as the rest of a sentence that begins with "rank N"."""
         super().__init__(f"rank {rank} {reason}")
         self.rank = rank
 
 
 def full_memory(error: BaseException) -> str | None:
-    """Return the memory that was not enough, and the reason that its allocator gives; None for any other error."""
+    """Return which memory is full, and the reason that its allocator gives; None for any other error."""
     text = (str(error) or type(error).__name__).partition("\n")[0]
     if isinstance(error, torch.OutOfMemoryError):
         return f"GPU memory: {text}"
@@ -47,7 +47,7 @@ def full_memory(error: BaseException) -> str | None:
 
 
 def gpu_error(error: BaseException) -> str | None:
-    """Return what a GPU reports, such as an illegal memory access; None for any other error, and for full memory."""
+    """Return the report of a GPU, such as an illegal memory access; None for any other error, and for full memory."""
     reason = _cuda(error)
     if reason is not None:
         return None if _FULL.search(reason) else reason

@@ -14,8 +14,8 @@ from .mesh import Mesh
 class GradientNorms:
     """Sums of the gradient's squares by part of the model: each layer, the embedding, the last norm, and the head.
 
-    They are taken as AdamW steps. By then DeepSpeed has summed and clipped the gradients, each stage in its own way, in
-    the flat fp32 buffers that the optimizer steps, one buffer after the other.
+    The squares are summed just before AdamW steps. By then DeepSpeed has summed and clipped the gradients, each stage
+    in its own way, in the flat fp32 buffers that the optimizer steps, one buffer after the other.
     """
 
     def __init__(self, engine: DeepSpeedEngine, mesh: Mesh, every_steps: int) -> None:
@@ -26,14 +26,15 @@ class GradientNorms:
         inner_optimizer(engine).register_step_pre_hook(self._add)
 
     def before(self, step: int) -> None:
-        """Begin the sums of every `every_steps`-th step; 0: of none. Other steps cost nothing."""
+        """Begin the sums if `step` is a multiple of `every_steps` (0: never). Other steps cost nothing."""
         if self._every_steps and step % self._every_steps == 0:
             self._squares = torch.zeros(len(self._index), dtype=torch.float64, device=self._mesh.device)
 
     def take(self, norm: float) -> dict[str, float]:
-        """Return the norm of each part in the step, before clipping; `norm` is that of them all. Collective.
+        """Return the gradient norm of each part in this step, before clipping, by part. Collective.
 
-        It is empty for a step without sums; norms are not finite if `norm` is not.
+        `norm` is the norm of the whole gradient before clipping. The result is empty for a step without sums; its norms
+        are not finite if `norm` is not.
         """
         if self._squares is None:
             return {}
@@ -52,7 +53,7 @@ class GradientNorms:
         stepped = {id(flat): flat.grad for group in optimizer.param_groups for flat in group["params"]}
         for param, flat, begin, _, numel in ranges(self._engine, self._mesh):
             name, gradient = self._engine.param_names[param], stepped.get(id(flat))
-            # Tensor-parallel ranks have equal gradients of a parameter that all hold whole: it counts once.
+            # A parameter that all tensor-parallel ranks hold whole has equal gradients on them, which count once.
             own = self._mesh.tensor_rank == 0 or whole_parameter(name, param, self._mesh.tensor_size).cut is not None
             if gradient is not None and own:
                 part = gradient.view(-1)[begin : begin + numel]

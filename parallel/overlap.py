@@ -25,11 +25,12 @@ class Bucket(NamedTuple):
 class OverlappedSums:
     """Sums of an engine's gradients over the ranks of a group, bucket by bucket, in place of the engine's own sum.
 
-    All ranks begin the buckets in one order, from the last parameters of the model to the first, as a backward goes.
+    All ranks begin the buckets in one order, from the last parameters of the model to the first, as the backward
+    computes their gradients.
     """
 
     def __init__(self, engine: DeepSpeedEngine, group: dist.ProcessGroup, bucket_elements: int) -> None:
-        """Sum at least `bucket_elements` elements at once, but for the rest of a buffer."""
+        """Cut the buffers into buckets of at least `bucket_elements` elements; the last of a buffer may have fewer."""
         assert isinstance(engine.optimizer, BF16_Optimizer)
         self._engine, self._group = engine, group
         order = {param: at for at, param in enumerate(engine.param_names)}
@@ -61,7 +62,7 @@ class OverlappedSums:
         self._works.append(work)
 
     def _finish(self, **_: bool) -> None:
-        """Begin the buckets that miss a gradient, wait for all, and turn sums into means. Collective."""
+        """Begin the buckets that still miss a gradient, wait for all buckets, and turn sums into means. Collective."""
         while len(self._works) < len(self._buckets):
             self._begin()
         for work, bucket in zip(self._works, self._buckets, strict=True):

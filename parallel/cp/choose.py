@@ -70,7 +70,7 @@ class Pricer:
         return [SeqLayout(runs, self.document_starts) for runs in shares]
 
     def schedule(self, grid: CpGrid, direction: Pass) -> Schedule:
-        """Return what the ranks of a grid do in a pass: `plan(rank)` has the steps of one rank, with their messages.
+        """Return the schedule of a pass on a grid: its `plan(rank)` has the steps of one rank, with their messages.
 
         Raises ValueError as `layouts` does.
         """

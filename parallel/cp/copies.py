@@ -37,33 +37,33 @@ Kind = Literal["full", "free"]
 
 
 class Done(Protocol):
-    """End of some operations of a queue."""
+    """Handle of a point in a queue, by which a caller waits for all operations before it."""
 
     def query(self) -> bool:
-        """Return whether it has come."""
+        """Return whether the operations are done, without waiting for them."""
         ...
 
     def wait(self) -> None:
-        """Let the computation wait for them. Raises torch's DistError if a peer is gone or does not answer."""
+        """Make the computation wait for them. Raises torch's DistError if a peer is gone or does not answer."""
 
 
 class Queue(Protocol):
     """Operations that run one after the other, beside the computation; each method adds one and returns at once."""
 
     def follow(self) -> None:
-        """Wait for all that the computation has been given so far."""
+        """Wait for everything that has been submitted to the computation so far."""
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """Copy bytes."""
+        """Copy bytes from `source` to `target`, uint8 tensors of one length."""
 
     def signal(self, rank: int, number: int) -> None:
         """Send a signal to a rank, after all earlier operations of this queue."""
 
     def wait(self, rank: int, number: int) -> None:
-        """Wait for a signal from a rank, and take it."""
+        """Wait for a signal from a rank and consume it, so that it can be sent again."""
 
     def mark(self) -> Done:
-        """Return the end of all operations so far."""
+        """Return a handle of the end of all operations so far."""
         ...
 
 
@@ -140,7 +140,7 @@ class SlotLayout:
 
 
 class Copies:
-    """Links of one rank to and from its peers. It lives as long as the run, since slots are used in turns."""
+    """Links of one rank to and from its peers; lives as long as the run, since it counts the turns of the slots."""
 
     def __init__(self, layout: SlotLayout, memory: PeerMemory) -> None:
         self.layout, self.memory = layout, memory
@@ -149,7 +149,7 @@ class Copies:
         self._queues: dict[tuple[Channel, bool], Queue] = {}
 
     def send(self, link: Link, tensors: Sequence[Tensor]) -> Done:
-        """Start a message from this rank: contiguous tensors of any shape, which must not change until it is done."""
+        """Start a message from this rank: contiguous tensors of any shape, which must not change until it is sent."""
         channel, _, target = link
         queue = self._queue(channel, is_send=True)
         for content in contents(tensors, self.layout.slot_bytes):
@@ -182,17 +182,17 @@ class Copies:
         return count % SLOTS, count >= SLOTS
 
     def _queue(self, channel: Channel, *, is_send: bool) -> Queue:
-        """Return the queue of what a channel sends or receives, behind the computation so far."""
+        """Return the queue of a channel's sends or receives; what is added to it waits for the computation so far."""
         if (channel, is_send) not in self._queues:
             self._queues[channel, is_send] = self.memory.queue()
         queue = self._queues[channel, is_send]
-        # What is sent may not be computed yet, and what is received may go where computation still reads.
+        # The tensors to send may not be computed yet, and computation may still read those that are received into.
         queue.follow()
         return queue
 
 
 def contents(tensors: Sequence[Tensor], slot_bytes: int) -> Iterator[list[tuple[int, Tensor]]]:
-    """Yield what goes into each slot in turn: parts of the tensors' bytes, and where each begins in its slot."""
+    """Yield the content of each slot in turn, as (offset in the slot, bytes uint8 [n]) of parts of the tensors."""
     content: list[tuple[int, Tensor]] = []
     at = 0  # bytes of the present slot that are taken
     for tensor in tensors:

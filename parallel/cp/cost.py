@@ -216,7 +216,7 @@ class _Holds:
     def use(self, step: Ints, position: Ints, query: Ints, key: Ints) -> None:
         """Record the tiles of all positions, `[tiles]` in the order of their steps: owners of queries and of keys."""
         for side, owner in enumerate((query, key)):
-            self.last[side, position, owner] = step  # of several the last one stays
+            self.last[side, position, owner] = step  # steps ascend, and numpy keeps the last of several
             np.minimum.at(self.begun[side], (position, owner), step)
 
     def peak_bytes(self) -> int:

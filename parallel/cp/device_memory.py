@@ -66,11 +66,11 @@ class DeviceQueue:
         self._stream = torch.cuda.Stream(memory.device, priority=memory.priority)
 
     def follow(self) -> None:
-        """Wait for all that the computation has been given so far."""
+        """Wait for everything that has been submitted to the computation so far."""
         self._stream.wait_stream(torch.cuda.current_stream())
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """Copy bytes."""
+        """Copy bytes from `source` to `target`, uint8 tensors of one length."""
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
 
@@ -80,12 +80,12 @@ class DeviceQueue:
             self._memory.handle.put_signal(self._memory.members.index(rank), number)
 
     def wait(self, rank: int, number: int) -> None:
-        """Wait for a signal from a rank, and take it."""
+        """Wait for a signal from a rank and consume it, so that it can be sent again."""
         with torch.cuda.stream(self._stream):
             self._memory.handle.wait_signal(self._memory.members.index(rank), number)
 
     def mark(self) -> Done:
-        """Return the end of all operations so far; the stream of the computation waits for it, not the host."""
+        """Return a handle of the end of all operations so far; the computation's stream waits for it, not the host."""
         event = torch.cuda.Event()
         event.record(self._stream)
         return event

@@ -82,7 +82,7 @@ def backward(
 
 
 class _Form(NamedTuple):
-    """Shapes of the packs that hold a share, or results for it, but for the number of rows."""
+    """Shapes of the packs that hold a share, or results for it; the number of rows is left open."""
 
     num_vectors: int
     """Number of tensors `[b, rows, h, d]`."""
@@ -96,7 +96,7 @@ class _Form(NamedTuple):
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> _Form:
-        """Return the form in which tensors are packed: any `[b, s, h, d]`, then any `[b, h, s]`."""
+        """Return the form of the packs of `tensors`: first those of shape `[b, s, h, d]`, then those of `[b, h, s]`."""
         b, _, h, d = tensors[0].shape
         num_vectors = sum(x.dim() == 4 for x in tensors)
         num_stats = len(tensors) - num_vectors

@@ -37,7 +37,7 @@ def tokens_for_heads(
     counts = [max(1, x.shape[2] // heads) for x in tensors]
     mine = tensors[0].new_empty((heads, b, s, sum(counts), d))  # by rank of the position: its heads of all tensors
     for x, of_x, count in zip(tensors, mine.split(counts, dim=3), counts, strict=True):
-        # Fewer heads than ranks: each goes to as many ranks, [heads, ...] -> [h, ranks of one head, ...].
+        # With fewer heads than ranks, each head goes to heads / h ranks: [heads, ...] -> [h, ranks of one head, ...].
         distinct = x.shape[2] // count
         by_head = x.view(b, s, distinct, count, d).permute(2, 0, 1, 3, 4)
         of_x.view(distinct, -1, b, s, count, d).copy_(by_head.unsqueeze(1))

@@ -26,11 +26,11 @@ from ..failures import LostRank
 from .copies import Signal, SlotLayout
 
 LOOK_S = 0.2
-"""Seconds after which a queue that waits looks for an error of another."""
+"""Seconds between two looks of a waiting queue for an error in another queue."""
 Operation = tuple[Callable[..., None], tuple[Any, ...]]
 """Function and its arguments."""
 Offer = tuple[int, int, dict[Signal, int]]
-"""Process that lends, and its descriptors: the file of its memory, and the far ends of the pipes to it."""
+"""Process id of a rank that lends memory, and its descriptors: the memory, and the far ends of the pipes to it."""
 
 
 class HostMemory:
@@ -54,8 +54,8 @@ class HostMemory:
         self._memory: dict[int, Tensor] = {}
         self._arriving: dict[Signal, int] = {}  # read ends of the pipes to this rank
         self._leaving: dict[Signal, int] = {}  # write ends of the pipes to others
-        # Everyone opens all of it before it is closed here. The far ends of the pipes must then be the only ones that
-        # can write, so that a pipe ends with its writer.
+        # The file and the far ends are closed here once all members have opened them. Only a peer then holds the far
+        # end of a pipe, so that the pipe ends when that peer does.
         with ExitStack() as lent:
             failed, offer = None, None
             try:
@@ -72,7 +72,7 @@ class HostMemory:
             raise OSError(errors[0])
 
     def _lend(self, layout: SlotLayout, lent: ExitStack) -> Offer:
-        """Make the memory and the pipes to this rank; what only others use is closed with `lent`."""
+        """Make the memory and the pipes to this rank; `lent` closes the descriptors that only other ranks use."""
         file = os.memfd_create("longring")
         lent.callback(os.close, file)
         os.ftruncate(file, layout.num_bytes)
@@ -84,7 +84,7 @@ class HostMemory:
         return os.getpid(), file, far_ends
 
     def _open(self, offers: Mapping[int, Offer], num_bytes: int) -> str | None:
-        """Open what all members lend; return what is wrong, or None."""
+        """Open the memory and the pipes of all members; return an error text, or None."""
         for member, (process, file, far_ends) in offers.items():
             try:
                 self._memory[member] = _mapped(f"/proc/{process}/fd/{file}", num_bytes)
@@ -153,25 +153,25 @@ class HostQueue:
         self._operations.put((self._memory.signal, (rank, number)))
 
     def wait(self, rank: int, number: int) -> None:
-        """Wait for a signal from a rank, and take it."""
+        """Wait for a signal from a rank and consume it, so that it can be sent again."""
         self._operations.put((self._memory.wait, (rank, number)))
 
     def mark(self) -> HostDone:
-        """Return the end of all operations so far."""
+        """Return a handle of the end of all operations so far."""
         done = HostDone()
         self._operations.put(done)
         return done
 
 
 class HostDone:
-    """End of some operations of a thread."""
+    """Handle of a point in the queue of a thread, by which a caller waits for all operations before it."""
 
     def __init__(self) -> None:
         self.reached = threading.Event()
         self.error: Exception | None = None
 
     def query(self) -> bool:
-        """Return whether it has come, with an error or without."""
+        """Return whether the operations are done or one has failed, without waiting for them."""
         return self.reached.is_set()
 
     def wait(self) -> None:

@@ -47,8 +47,8 @@ def divided(
 ) -> list[Runs]:
     """Return the runs of each of `size` ranks under a named layout; one document is always in zigzag.
 
-    Only `documents` looks at nodes; None: all ranks are in one. Raises ValueError as `zigzag` does, and by a layout by
-    work also for starts that do not ascend from 0 to below `num_tokens`.
+    `ranks_per_node` matters to `documents` only; None: all ranks are on one node. Raises ValueError as `zigzag` does,
+    and by a layout by work also for starts that do not ascend from 0 to below `num_tokens`.
     """
     if layout == "zigzag" or len(document_starts) == 1:
         return list(_zigzag(num_tokens, size))

@@ -138,7 +138,7 @@ def _ranks_per_node(members: Sequence[int], group: dist.ProcessGroup | None) -> 
 
 
 class _Links:
-    """Timer of patterns of messages, by the transports of a run.
+    """Timer of patterns of messages, over the transports that a run uses.
 
     The process groups are never destroyed: torch would give a later group of the same ranks the same name, under which
     the store still has the addresses of the old one.
@@ -187,7 +187,10 @@ class _Links:
         return fit(timings, ends, large_bytes - SMALL_BYTES, fabrics(num_sites, width))
 
     def _large_bytes(self, group: CpGroup, pattern: Pattern, first: int) -> int:
-        """Return the bytes of a large message, which takes `MESSAGE_S` and ten times a small one's time. Collective."""
+        """Return the bytes of a message that takes at least `MESSAGE_S` and ten times as long as a small one.
+
+        Collective. It is at most the larger of `LARGE_BYTES`, or on CPUs an eighth of that, however fast the links are.
+        """
         num_bytes, most = LARGE_BYTES if self.device.type == "cuda" else (LARGE_BYTES[0], LARGE_BYTES[1] >> 3)
         enough = max(MESSAGE_S, 10 * self._seconds(group, pattern, first, SMALL_BYTES))
         while num_bytes < most and self._seconds(group, pattern, first, num_bytes) < enough:

@@ -30,13 +30,13 @@ TRIAL_S = 60.0
 def sizes_in_reach(
     sizes: Sequence[int], members: Sequence[int], wanted: PeerCopies, device: torch.device, group: dist.ProcessGroup
 ) -> set[int]:
-    """Return the sizes of rings that take copies, the same on all `members`: the global ranks of the largest ring.
+    """Return the sizes of rings that take copies, equal on all ranks.
 
-    A size takes copies if all ranks of every ring of that size reach each other. Collective, unless `wanted` or the
-    device rules copies out. Raises ValueError on every rank if `wanted` is always and two ranks of a ring do not reach
-    each other.
+    `members` are the global ranks of the largest ring, and `group` is their process group. A size takes copies if all
+    ranks of every ring of that size reach each other. Collective, unless `wanted` or the device rules copies out.
+    Raises ValueError on every rank if `wanted` is always and two ranks of a ring do not reach each other.
     """
-    # A single queue of the GPU holds all behind a copy that waits: computation would wait for each message.
+    # With a single queue on the GPU, a copy that waits blocks everything behind it, computation included.
     if wanted == "never" or (wanted == "auto" and (device.type == "cpu" or os.environ.get(QUEUES) == "1")):
         return set()
     found = dict(zip(members, _gathered((_machine(), _gpu(device)), group), strict=True))  # by global rank
@@ -100,7 +100,7 @@ def open_copies(
 
 
 def try_links(copies: Copies, rank: int, device: torch.device, limit_s: float = TRIAL_S) -> str | None:
-    """Send messages of known bytes over all links of a rank, through every slot twice; return what is wrong, or None.
+    """Send messages of known bytes over all links of a rank, through every slot twice; return an error text, or None.
 
     Collective among the ranks of the links. The host waits for a limited time, so that a machine whose copies hang
     ends with an error.
@@ -123,7 +123,7 @@ def try_links(copies: Copies, rank: int, device: torch.device, limit_s: float = 
             return f"rank {rank}: messages to or from other ranks took more than {limit_s:.0f} s"
         time.sleep(1e-3)
     for end in ends:
-        end.wait()  # has come: raises the error of a queue, if any
+        end.wait()  # returns at once, and raises the error of a queue that has failed
     wrong = [link for link, known, got in received if not torch.equal(known, got)]
     return f"rank {rank}: wrong bytes arrived from rank {wrong[0][1]}" if wrong else None
 

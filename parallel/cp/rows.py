@@ -1,4 +1,4 @@
-"""Rows: the part of a share that a message or a tile has, as runs of row numbers."""
+"""Rows: the part of a share that a message carries or a tile reads, as runs of row numbers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def num_rows(rows: Rows) -> int:
 
 
 def within(rows: Rows, start: int, stop: int) -> Rows:
-    """Return the rows from `start` to before `stop`."""
+    """Return those of `rows` that lie in [start, stop)."""
     return tuple((max(a, start), min(b, stop)) for a, b in rows if max(a, start) < min(b, stop))
 
 
 def packed(held: Rows, rows: Rows) -> Rows:
-    """Return where `rows` lie in a tensor that has the rows `held`, end to end. All of them must be held."""
+    """Return the positions of `rows` in a tensor that has the rows `held` end to end; all of them must be held."""
     found: list[tuple[int, int]] = []
     at = 0  # rows of the runs before this one
     for first, last in held:

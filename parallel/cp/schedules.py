@@ -106,7 +106,7 @@ class Schedule:
         return self._all[0]
 
     def one_by_one(self, messages: Messages) -> list[Message]:
-        """Return each of some of `all_messages` as a `Message`."""
+        """Return `messages`, a selection of `all_messages`, as `Message` objects."""
         return _one_by_one(messages, self._all[1])
 
     @cached_property
@@ -160,15 +160,16 @@ class Schedule:
         """Return the messages along an axis: shares of `owners` first, leg by leg, then the results for them."""
         legs, of_shares, of_results = self.legs[side], *self.journeys(side, owners)
         has_results = side == "queries" or self.direction == "backward"
-        # [legs, pieces, 2]: rows that the stop of the leg computes with, and these with all that later stops need and
-        # that must pass through this stop. Of both the hulls, [legs, owners, 2].
+        # needed: rows with which the stop of each leg computes. onward: the same with the rows that later stops need
+        # and that pass through this stop. Both are [legs, pieces, 2], and their hulls over the pieces [legs, owners,
+        # 2].
         owner = self._pieces.of_owners(owners).owner
         needed = self._needed(side, owners)
         onward = _passed_on(legs, needed)
         spans, result_spans = (hull(rows, owner, len(owners)) for rows in (onward, needed))
         if has_results and self.is_summed(side):
-            # Sums for rows of earlier stops pass through this one, and sums lie side by side as their rows do: each leg
-            # has a range of what any stop needs.
+            # Sums for rows of earlier stops pass through this stop, in the order of their rows. So every leg carries
+            # one range of each piece: the hull of the rows that any stop needs.
             onward = np.broadcast_to(np.stack([needed[..., 0].min(0), needed[..., 1].max(0)], -1), needed.shape)
             for before, of_leg in pairwise(result_spans):
                 _extend(of_leg, before)
@@ -282,15 +283,16 @@ class Schedule:
             if of_query[0] >= of_query[1]:
                 yield None
                 continue
-            # Own rows are one view; of a foreign share only the rows that came are here.
+            # Rows of the own share are one view; of a foreign share only the rows that were sent are here.
             query_rows = within(held[of_queries[query]], *of_query) if query else (tuple(of_query),)
             key_rows = within(held[of_keys[key]], *of_key) if key else (tuple(of_key),)
             yield Tile(of_queries[query].owner, query_rows, of_keys[key].owner, key_rows)
 
     def _spans(self, side: Side, queries: Ints, keys: Ints) -> Ints:
-        """Return the hull of the rows of each owner of a side that are visible in each tile of these owners.
+        """Return, for each tile of two owners, the hull of the visible rows of its share of one side.
 
-        `[owners of the other side, owners of this side, 2]`.
+        `queries` and `keys` are the owners of either side; the result is `[owners of the other side, owners of this
+        side, 2]` as (start, stop).
         """
         mine, others = (queries, keys) if side == "queries" else (keys, queries)
         pieces, of_others = self._pieces.of_owners(mine), self._pieces.of_owners(others)
@@ -311,10 +313,10 @@ class Journeys(NamedTuple):
 
 
 class _Travelling(NamedTuple):
-    """Rows that travel of the shares of some owners."""
+    """Rows of some owners' shares that travel, with the numbering of these owners."""
 
     number: dict[int, int]
-    """Number of each owner."""
+    """Index into `rows` of each owner's share, by grid position."""
     rows: TravellingRows
 
 
@@ -337,7 +339,10 @@ def _column(numbers: Iterable[int]) -> Ints:
 
 
 def _passed_on(legs: Sequence[Leg], rows: Ints) -> Ints:
-    """Return the hull of what each leg's stop needs and of what all later stops need that it passes on to."""
+    """Return, for each leg, the hull of the rows that its stop and the stops to which it passes the share on need.
+
+    `rows` and the result are `[legs, pieces, 2]`.
+    """
     found = rows.copy()
     for leg, of_leg in reversed(list(zip(legs, found, strict=True))):
         if leg.onward is not None:

@@ -25,10 +25,10 @@ class ContextParallel:
     `group` is a process group of torch (None: all ranks), and `grid` divides attention among its ranks. `layout` says
     how the tokens of a sequence with several documents are divided; one document is always in zigzag, which gives all
     ranks equal work under full attention. `backend` names the attention kernels (`longring.attention`); with
-    `narrow_results` partial results travel in the dtype of q, otherwise in fp32. Making it opens the channels between
-    the ranks, which stay open as long as torch.distributed: make one for each group and keep it. Raises ValueError if
-    the grid is not of the group's size, if there is no such layout, or if torch.distributed was initialized with
-    `device_id`.
+    `narrow_results` partial results travel in the dtype of q, otherwise in fp32. The constructor opens the channels
+    between the ranks, which stay open as long as torch.distributed: make one for each group and keep it. Raises
+    ValueError if the grid is not of the group's size, if there is no such layout, or if torch.distributed was
+    initialized with `device_id`.
     """
 
     def __init__(

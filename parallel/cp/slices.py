@@ -9,7 +9,7 @@ from ...kernels.host_loop import host_loop
 
 @host_loop
 def hand_out(tokens, density, room):  # pragma: no cover  (compiled)
-    """Return how many tokens of which part each holder gets: holder, part and tokens, three columns `[n]`.
+    """Return the slices that holders get, as three columns `[n]`: holder, part, number of tokens of that part.
 
     `tokens` and `density` are those of parts of documents, in the order in which they are given away, `room` the tokens
     of each holder. A part goes to the holder with the least work among those that have room for it, else a slice of it
@@ -38,7 +38,7 @@ def hand_out(tokens, density, room):  # pragma: no cover  (compiled)
 
 @host_loop
 def even_out(tokens, density, first_part, room, first_rank):  # pragma: no cover  (compiled)
-    """Return how many tokens of which part each rank gets: rank, part and tokens, three columns `[n]`.
+    """Return the slices that ranks get, as three columns `[n]`: rank, part, number of tokens of that part.
 
     Group g of the ranks, from `first_rank[g]` to before `first_rank[g + 1]`, divides the parts of documents from
     `first_part[g]` to before `first_part[g + 1]`, in order of `density`, as `packed.balanced` says. `room` has the

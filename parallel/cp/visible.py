@@ -28,8 +28,9 @@ NONE = np.array([FAR, 0])
 PAIRS_AT_ONCE = 2**20
 """Number of pairs of pieces that are counted at once."""
 GAP = 128
-"""Runs of rows with at most this many rows between them travel as one. A row costs a link what it takes, 2 KB for 4 kv
-heads of 128 in 16 bit, and a run costs the host a view in each layer: 128 rows take 5 us on a port of 50 GB/s."""
+"""Runs of rows with at most this many rows between them travel as one run. A row in the gap costs the link its bytes, 2
+KB for 4 kv heads of 128 in 16 bit; a further run costs the host one more view in each layer. 128 rows take 5 us on a
+port of 50 GB/s."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +97,14 @@ class Pieces:
         return Pieces(*(getattr(self, field.name)[index] for field in fields(self)))
 
     def of_shared_documents(self) -> Pieces:
-        """Return the pieces of the documents that several shares hold: only these see anything of another share."""
+        """Return the pieces of the documents that several shares hold; all others see nothing outside their share."""
         least, most = np.full((2, int(self.document.max()) + 1), -1)  # owners by document
         least[self.document[::-1]] = self.owner[::-1]  # owners ascend: the first wins
         most[self.document] = self.owner
         return self.select(least[self.document] < most[self.document])
 
     def of_owners(self, owners: Ints) -> Pieces:
-        """Return the pieces of some owners, and number these owners anew from 0 in this order."""
+        """Return the pieces of `owners`, renumbered from 0 in this order."""
         first = np.searchsorted(self.owner, owners)
         count = np.searchsorted(self.owner, owners, side="right") - first
         return replace(self.select(count_up(first, count)), owner=np.repeat(np.arange(len(owners)), count))
@@ -113,7 +114,7 @@ class Tokens:
     """The tokens that several lines of shares hold, each line as if it were one share, to be searched."""
 
     def __init__(self, pieces: Pieces, line: Ints) -> None:
-        """Take the tokens of `pieces`, of which those of owner n are in line `line[n]`."""
+        """Take the tokens of `pieces`; those of owner n belong to line `line[n]`."""
         # A position of line n is the number n x FAR + position; runs ascend in it.
         start = line[pieces.owner] * FAR + pieces.start
         # The last run of both arrays lies beyond every line: a search that finds nothing ends there.
@@ -122,7 +123,7 @@ class Tokens:
         self._stop = np.append((start + pieces.stop - pieces.start)[order], far)
 
     def first_from(self, line: Any, position: Ints) -> Ints:
-        """Return the first position of a line at or after `position`, or one beyond any context; they broadcast."""
+        """Return the first position of a line from `position` on, or one beyond any context; arguments broadcast."""
         at = line * FAR + position
         # The first run that ends after the position: from its start on, if the position lies before it.
         return np.maximum(at, self._start[np.searchsorted(self._stop[:-1], at, side="right")]) - line * FAR
@@ -176,7 +177,7 @@ def hull(ranges: Ints, owner: Ints, num_owners: int) -> Ints:
 
 
 class TravellingRows:
-    """Rows of some owners' shares that travel on each leg, in runs, those near each other joined."""
+    """Rows of some owners' shares that travel on each leg, as runs; runs up to `GAP` rows apart are joined."""
 
     def __init__(self, ranges: Ints, owner: Ints, num_owners: int) -> None:
         """Take the rows needed of each piece, `[legs, pieces, 2]`, and the owners of the pieces, `[pieces]`."""
@@ -190,7 +191,7 @@ class TravellingRows:
         near = (start < stop) & (start - before <= GAP)
         self._ranges = np.stack([np.where(near, before, start), stop], axis=-1)  # a near run takes in the gap
         self._owner = owner
-        # Of each owner, the first of its pieces.
+        # First piece of each owner, and the number of pieces at the end: [owners + 1].
         self._offsets = np.searchsorted(owner, np.arange(num_owners + 1)).tolist()
 
     def count(self, spans: Ints) -> Ints:
@@ -206,7 +207,7 @@ class TravellingRows:
         return np.diff(total, axis=-1)
 
     def runs(self, leg: int, owner: int, start: int, stop: int) -> Rows:
-        """Return the rows from `start` to before `stop` that travel on a leg."""
+        """Return the rows in [start, stop) of an owner's share that travel on a leg."""
         found: list[tuple[int, int]] = []
         for a, b in self._ranges[leg, self._offsets[owner] : self._offsets[owner + 1]].tolist():
             a, b = max(a, start), min(b, stop)
@@ -224,7 +225,7 @@ class Meetings(NamedTuple):
 
     @classmethod
     def of(cls, pieces: Pieces, causal: bool = True, at_once: int = 2**62) -> Iterator[Meetings]:
-        """Yield all of them, about `at_once` at a time: under causal order the keys' piece is not the later one."""
+        """Yield all pairs, about `at_once` at a time; with `causal`, only those whose keys are not the later piece."""
         of = pieces.select((pieces.document * FAR + pieces.start).argsort())  # by document, then position
         index = np.arange(len(of.start))
         first = np.searchsorted(of.document, of.document)  # a piece meets keys of pieces [first, stop)
@@ -237,7 +238,7 @@ class Meetings(NamedTuple):
             yield cls(of, np.repeat(q, count[q]), count_up(first[q], count[q]))
 
     def num_pairs(self, visibility: Visibility) -> Ints:
-        """Return the number of visible (query, key) pairs of each, `[n]`."""
+        """Return the number of visible (query, key) token pairs of each pair of pieces, `[n]`."""
         of, q, k = self
         i0, i1, j0, j1 = of.start[q], of.stop[q], of.start[k], of.stop[k]
         if not visibility.causal:
@@ -262,9 +263,9 @@ def pairs_between(pieces: Pieces, num_owners: int, visibility: Visibility) -> In
 
 
 def count_up(first: Ints, count: Ints) -> Ints:
-    """Return first, first + 1, ..., `count` numbers, for each element, end to end."""
+    """Return the ranges [first[i], first[i] + count[i]) of all i, end to end."""
     ends = np.cumsum(count)
-    # ends - count: length of the result before each element.
+    # ends - count: length of the result before each range.
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - count), count)
 
 
