@@ -45,7 +45,7 @@ def model_inputs(
     if shift_labels is None:
         return inputs
     own = sequence.shard(shift_labels)
-    # Given `shift_labels`, transformers reads of `labels` only that they are there.
+    # Given `shift_labels`, transformers only looks whether there are `labels`.
     return {**inputs, "labels": own, "shift_labels": own, "num_items_in_batch": (shift_labels != IGNORED).sum()}
 
 

@@ -109,7 +109,7 @@ def launch_all(
     device: torch.device,
     backend: str = "auto",
 ) -> None:
-    """Launch once every Triton kernel that attention of such inputs launches, over few tokens: none is compiled later.
+    """Launch every Triton kernel of attention with such inputs once, over few tokens, so that none is compiled later.
 
     The kernels are compiled for a dtype and a head dim, not for lengths, strides or numbers of heads. Of a
     `backends.Selection` the default is launched; `choose.rehearse` launches the others.

@@ -84,9 +84,9 @@ class Selection(NamedTuple):
     @staticmethod
     @cache
     def parse(text: str) -> Selection:
-        """Return the selection of a text; that of a name, or of "auto", has it as the default and chooses nothing.
+        """Return the selection that a text describes; a text that is a single name, or "auto", gives the default alone.
 
-        Raises ValueError if the text names no task, kind or backend where one stands, or a kind of tile twice.
+        Raises ValueError for an unknown task, kind or backend, and for a task and kind that have two backends.
         """
         default, *parts = text.split("; ")
         chosen = {}
@@ -107,7 +107,8 @@ class Selection(NamedTuple):
     def of_tile(self, case: Case, task: Task, mask: Mask) -> str:
         """Return the name of the backend that computes a tile.
 
-        A selection is made for all heads of a rank: a case of fewer that its backend cannot compute takes the default.
+        A selection is measured with all heads of a rank. Context parallelism may leave fewer; where the chosen backend
+        cannot compute those, the default does.
         """
         name = self.name_of(task, kind_of(mask)) if self.chosen else self.default
         return name if name == self.default or _fits(case, name) else self.default

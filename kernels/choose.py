@@ -35,7 +35,7 @@ TIMED_S = 0.05
 
 
 class Sample(NamedTuple):
-    """A tile of a run, with what the run computes of it."""
+    """A tile of a run, and the tasks that the run computes on it."""
 
     batch: int
     queries: SeqLayout
@@ -59,7 +59,7 @@ class Question(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """What was measured of a backend for one task on one sample."""
+    """Measurement of a backend for one task on one sample."""
 
     task: Task
     kind: Kind
@@ -67,7 +67,7 @@ class Timing(NamedTuple):
     """Index of the sample in its question."""
     backend: str
     seconds: float | None
-    """Median of the calls; None: the backend does not count for the task and kind, see `note`."""
+    """Median of the calls; None: the backend failed or was wrong, and `note` says how."""
     note: str
 
 
@@ -81,10 +81,10 @@ def tiles_of(question: Question, device: torch.device) -> dict[tuple[Task, Kind]
 
 
 def measure(question: Question, backend: str, device: torch.device) -> Iterator[Timing]:
-    """Yield what is measured of a backend, for each task and kind of tile of a question.
+    """Yield the timings of a backend on the samples of a question, by task and kind of tile.
 
-    One that raises, or whose results are wrong, has no time but a note. An error of CUDA itself is raised: nothing can
-    be computed after it.
+    A backend that raises an error, or whose results are wrong, gets a note instead of a time. An error of CUDA itself
+    is raised, since nothing can be computed after it.
     """
     for (task, kind), numbers in tiles_of(question, device).items():
         if kind not in BACKENDS[backend].kinds:
@@ -215,7 +215,7 @@ def _checked(kind: Kind, task: Task, batch: int) -> list[Sample]:
 
 
 def _wrong(question: Question, backend: str, task: Task, kind: Kind, batch: int, device: torch.device) -> str:
-    """Return how a backend differs from `reference` in a task on a kind of tile, in words; "": it does not."""
+    """Return how a backend differs from `reference` in a task on a kind of tile, in words; "" if it does not."""
     for sample in _checked(kind, task, batch):
         mask = sample.mask(device)
         assert kind_of(mask) == kind, f"a checked tile of kind {kind!r} is of kind {kind_of(mask)!r}"
@@ -228,14 +228,14 @@ def _wrong(question: Question, backend: str, task: Task, kind: Kind, batch: int,
 
 
 def _results(backend: str) -> Callable[..., dict[str, Tensor]]:
-    """Return the function that computes a task by a backend; by `reference` the result is not rounded."""
+    """Return the function that computes a task with a backend; results of `reference` are not rounded to the dtype."""
 
     def compute(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, mask: Mask, task: Task) -> dict[str, Tensor]:
-        # A result over other keys, which may be any numbers: lse from weights near 0 to weights near 1.
+        # The running result over other keys may be any numbers; this lse gives it weights from near 0 to near 1.
         lse = torch.linspace(-1, 8, q.shape[1], device=q.device).expand(q.shape[0], q.shape[2], -1).clone()
         others = (q.float().flip(1).contiguous(), lse)
         if task != "backward":
-            nothing = no_result(q) if backend == "reference" else None  # with it out is fp32
+            nothing = no_result(q) if backend == "reference" else None  # a running result makes out fp32
             running = others if task == "continued" else nothing
             found = attention_forward(q, k, v, mask, running=running, backend=backend)
             return dict(zip(("out", "lse"), found, strict=True))
@@ -249,7 +249,7 @@ def _results(backend: str) -> Callable[..., dict[str, Tensor]]:
 
 
 def _differs(name: str, got: Tensor, exact: Tensor, dtype: torch.dtype) -> str:
-    """Return how a result differs from the exact one, in words; "": by rounding alone."""
+    """Return how a result differs from the exact one, in words; "" if by rounding alone."""
     if name == "lse":
         if not torch.equal(got.isneginf(), exact.isneginf()):
             return "lse is not -inf for the queries that see no key"

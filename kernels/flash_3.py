@@ -1,4 +1,4 @@
-"""FlashAttention-3, where somebody has built or installed it (sm_90)."""
+"""FlashAttention-3, if it is installed (sm_90)."""
 
 from __future__ import annotations
 

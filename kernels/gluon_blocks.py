@@ -1,4 +1,4 @@
-"""What the attention kernels in Gluon for Hopper share: rings of blocks, their loads, and which blocks a loop takes.
+"""Shared parts of the attention kernels in Gluon for Hopper: rings of blocks, their loads, and the blocks of a loop.
 
 In a program one group of warps loads blocks of rows, and two or three others compute. The groups that compute wait for
 blocks, not for each other, so that the exponentials of one run beside the products of the others. Each has 64 rows.
@@ -21,13 +21,13 @@ LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 STAGES = gl.constexpr(3)
 ROWS = gl.constexpr(64)
-"""Rows of a group that computes, those of a product of four warps."""
+"""Number of rows of each computing group: those of one matrix product of four warps."""
 BLOCKS = {
     "forward": Blocks(192, 64, 4, 1),
     "backward_dkdv": Blocks(64, 128, 4, 1),
     "backward_dq": Blocks(128, 64, 4, 1),
 }
-"""Queries and keys of a block, warps of a group, and no stages that the compiler should make."""
+"""Queries and keys per block, and warps per group; one stage, since the kernels pipeline their loads themselves."""
 
 
 @gluon.jit

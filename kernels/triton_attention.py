@@ -30,8 +30,8 @@ def forward(
 def forward_by_gluon(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float, running: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Return what `forward` does, by the kernel for Hopper of `gluon_forward.py`, without a softcap."""
-    from .gluon_blocks import BLOCKS  # imported late: older Tritons have another Gluon
+    """Compute the same as `forward` by the kernel for Hopper of `gluon_forward.py`, which has no softcap."""
+    from .gluon_blocks import BLOCKS  # imported late: Gluon differs in older versions of Triton
     from .gluon_forward import forward_kernel
 
     return _forward(forward_kernel, BLOCKS["forward"], q, k, v, mask, scale, softcap, running)
@@ -94,7 +94,7 @@ def backward_by_gluon(
     softcap: float,
     into: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """Do what `backward` does, by the kernels for Hopper of `gluon_backward.py`, without a softcap."""
+    """Compute the same as `backward` by the kernels for Hopper of `gluon_backward.py`, which have no softcap."""
     from .gluon_backward import (  # imported late: older Tritons have another Gluon
         backward_dkdv_kernel,
         backward_dq_kernel,

@@ -59,7 +59,7 @@ class Kernel(NamedTuple):
 
 
 class _Band(NamedTuple):
-    """Rows that see a band of keys, with the smallest and largest bounds that describe it; None: no largest."""
+    """Rows that see a band of keys, with the smallest and largest value of each bound of it; None: no largest."""
 
     rows: slice
     keys: slice
@@ -204,9 +204,9 @@ def _bands(host_rows: Tensor) -> Iterator[_Band]:
     sees = stop > start
     starts_by, stops_by = start.diff(), stop.diff()  # [s_q - 1]: how each end moves from row i to row i + 1
     ends = (starts_by > 1) | (stops_by > 1) | (sees[1:] != sees[:-1])  # a band ends with row i
-    # A first key that has moved and stands still again is that of another document, whose first row is in between.
+    # A first key that moves from row i to row i + 1 and then stands still is that of a document that begins there.
     ends[:-1] |= (starts_by[:-1] == 1) & (starts_by[1:] == 0)
-    # A last key that has stood still and moves again: the queries have reached another run of keys.
+    # A last key that stands still up to row i and then moves has come to another run of keys, which row i + 1 begins.
     ends[1:] |= (stops_by[:-1] == 0) & (stops_by[1:] == 1)
     last = torch.cat([ends.nonzero().flatten(), torch.tensor([len(start) - 1])])
     first = torch.cat([torch.zeros(1, dtype=last.dtype), last[:-1] + 1])
@@ -219,7 +219,7 @@ def _bands(host_rows: Tensor) -> Iterator[_Band]:
         if band.right[1] is None or band.right[1] < d - a:
             yield band
         else:
-            # Many more queries than keys: FlashAttention-2 would take so large a bound for none.
+            # With many more queries than keys the bound is so large that FlashAttention-2 would take it for no bound.
             grown = row + d - b  # the first row that sees the last key
             yield _band(row, grown, a, b, int(start[grown]), d)
             yield _band(grown + 1, end, int(start[grown + 1]), d, c, d)
@@ -229,14 +229,14 @@ def _band(row: int, last: int, start: int, stop: int, last_start: int, last_stop
     """Return the rows from `row` to `last`, which see the keys [start, stop) and [last_start, last_stop), as a band."""
     num_rows, num_keys = last + 1 - row, last_stop - start
     start_moves, stop_moves = last_start - start, last_stop - stop
-    # An end that never moves has all bounds from the one on at which it is not reached.
+    # An end that never moves is described by every bound from the smallest on that no row of the band reaches.
     left, right = num_keys - 1 - start_moves, num_rows - 1 - stop_moves
     bounds = (left, left if start_moves else None), (right, right if stop_moves else None)
     return _Band(slice(row, last + 1), slice(start, last_stop), *bounds)
 
 
 def _common(a: tuple[int, int | None], b: tuple[int, int | None]) -> tuple[int, int | None] | None:
-    """Return the bounds that two bands share, as smallest and largest; None: there is none."""
+    """Return the values (smallest, largest) of a bound that fit two bands, or None if none does."""
     least, most = max(a[0], b[0]), min((x[1] for x in (a, b) if x[1] is not None), default=None)
     return None if most is not None and least > most else (least, most)
 
@@ -244,7 +244,7 @@ def _common(a: tuple[int, int | None], b: tuple[int, int | None]) -> tuple[int, 
 def _packed(group: list[_Band], device: torch.device) -> Call:
     """Return the call of a group of bands."""
     last = group[-1]  # its bounds are those of the group
-    # A bound that has a largest value has this one only; without, it is reached by no band.
+    # A bound with a largest value has exactly this value; a bound without one is reached by no row of the bands.
     left, right = last.left[1], last.right[1]
     rows, keys = _sides(group)
     if len(group) == 1:

@@ -13,10 +13,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class HostCopies:
-    """Tensors that the layers of one forward keep for the backward, on the host in between.
+    """Tensors that the layers of one forward keep for the backward, held on the host in between.
 
-    On a GPU the copies run on a stream of their own, to page-locked memory while the next layer computes, and back
-    while the backward of the layer after it does. On a CPU each is a copy in other memory.
+    On a GPU the copies run on a stream of their own: to page-locked memory while the next layer computes its forward,
+    and back while the layer after it computes its backward. On a CPU each is a copy in other memory.
     """
 
     def __init__(self) -> None:
@@ -25,9 +25,10 @@ class HostCopies:
 
     @contextmanager
     def of_layer(self, *, is_last: bool) -> Iterator[None]:
-        """Keep what the next layer saves, within the context, on the host; the last one is needed first and stays."""
+        """Keep on the host what the next layer saves in this context; the last layer's stay, as they are needed first."""
         layer, copies = len(self._layers), list[_HostCopy]()
-        # A layer saves some tensors twice. The originals are held until its end, so that no other takes their memory.
+        # A layer saves some tensors twice, which `known` tells by their addresses. It holds the originals until the
+        # layer ends, so that no later tensor gets the same address.
         known: dict[tuple[Any, ...], tuple[Tensor, _HostCopy]] = {}
         self._layers.append(copies)
 
@@ -47,7 +48,7 @@ class HostCopies:
     def _unpack(self, packed: Tensor | _HostCopy) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        for layer in (packed.layer, packed.layer - 1):  # the one before comes while this one computes
+        for layer in (packed.layer, packed.layer - 1):  # the layer before is fetched while this one computes
             if layer >= 0:
                 copies, self._layers[layer] = self._layers[layer], []  # each is begun once
                 for copy in copies:
@@ -56,7 +57,7 @@ class HostCopies:
 
 
 class _HostCopy:
-    """One tensor on the host, and when it comes back, on its device again."""
+    """One tensor that is on the host until `fetch` brings it back to its device."""
 
     def __init__(self, kept: Tensor, layer: int, *, stays: bool) -> None:
         self.layer, self._device = layer, kept.device
@@ -96,7 +97,7 @@ class _HostCopy:
 
 @contextmanager
 def _beside(device: torch.device) -> Iterator[None]:
-    """Run operations after all that the computation was given so far, and beside what it is given next."""
+    """Run operations after everything submitted to the computation so far, and beside everything submitted later."""
     if device.type == "cpu":
         yield
         return

@@ -31,13 +31,14 @@ class SliceSoftmax:
     """
 
     sums: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
-    """(products, rows, num_rows) -> the largest logit, the sum of exp(logit - largest), and target logit - largest. It
-    may leave in fp32 products what `gradient` takes for them."""
+    """(products, rows, num_rows) -> the largest logit, the sum of exp(logit - largest), and target logit - largest.
+    Products in fp32 may be overwritten by what `gradient` needs in their place."""
     gradient: Callable[..., Tensor]
     """(products, is_kept, rows, num_rows, largest, softmax, onehot) -> exp(logit - largest) * softmax, less onehot at
-    the target, `[n, v]` in the products' dtype. Products that are kept have been in `sums`. They may be overwritten."""
+    the target, `[n, v]` in the products' dtype. If `is_kept`, the products are those that `sums` has had, else
+    they are computed anew. They may be overwritten."""
     logit_bytes: Callable[[torch.dtype], int]
-    """The bytes of a logit of a slice for products of a dtype."""
+    """(dtype of the products) -> bytes that a slice takes for each of its logits."""
 
 
 def slice_softmax(weight: Tensor) -> SliceSoftmax:

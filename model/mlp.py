@@ -73,9 +73,10 @@ class SwiGLU(nn.Module):
 
     @contextmanager
     def skipped(self) -> Iterator[None]:
-        """Let the network keep what its backward needs and return any values.
+        """Let the network only keep what its backward needs: its result then has arbitrary values.
 
-        Recomputation needs no more of a network whose result nothing keeps. In tiles, the backward computes the rest.
+        Recomputation in the backward needs no more of a network whose result nothing has kept. With tiles, the backward
+        computes everything else.
         """
         self.down.is_skipped = True
         try:
@@ -88,14 +89,14 @@ class _Down(RowParallelLinear):
     """The projection back from SwiGLU's width, a module for ZeRO 3 to gather its weight around."""
 
     is_skipped = False
-    """Whether to return any values, and keep what megatron-core's product keeps."""
+    """Whether to return arbitrary values, and only keep the tensors that megatron-core's product keeps."""
 
     def forward(self, input_: Tensor) -> tuple[Any, Any]:
         return (_Kept.apply(input_, self.weight), None) if self.is_skipped else super().forward(input_)
 
 
 class _Kept(torch.autograd.Function):
-    """A result of any values `[..., n]` that keeps x `[..., k]` and weight `[n, k]`, and has no backward."""
+    """A result of arbitrary values `[..., n]` that keeps x `[..., k]` and weight `[n, k]`; it has no backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -56,8 +56,8 @@ class TransformerLayer(nn.Module):
         return self._again(self._after_attention, x, attention(q, k, v, self.window))
 
     def _again(self, half: Callable[..., Any], *inputs: Any) -> Any:
-        """Return the result of half a layer, of which the backward computes again what it needs."""
-        # SwiGLU's result is needed again only where a norm follows it.
+        """Return the result of half a layer, and let the backward compute its activations again."""
+        # Where no norm follows SwiGLU, the backward does not need its result, so that recomputation skips it.
         skipped = self.mlp.skipped() if self.norm_before else nullcontext()
         # Nothing in a layer is random; keeping the random state would wait for the GPU twice a layer.
         return checkpoint(

@@ -52,9 +52,10 @@ def fill_weights(
 
 
 def initial_std(name: str, config: ModelConfig) -> float:
-    """Return the standard deviation of a matrix. As in GPT-2, the two of a layer that write to the residual have less.
+    """Return the standard deviation of a matrix's initial values, less for those that write to the residual stream.
 
-    The residual adds 2 num_layers of their results, so each begins with that part of the variance.
+    As in GPT-2: the stream adds up the results of two such matrices a layer, so the variance of each is divided by
+    2 num_layers.
     """
     writes_to_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
     return config.init_std / (2 * config.num_layers) ** 0.5 if writes_to_residual else config.init_std
