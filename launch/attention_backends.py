@@ -114,7 +114,7 @@ def with_backends(
             kept = {"machine": json.loads(machine_of(device)), "tiles": repr(question), "backend": backend}
             write_text(file, json.dumps(kept, indent=1) + "\n")
 
-    # One rank of a node goes first: it compiles what the others then load.
+    # One rank of a node goes first and compiles the kernels, which the others then load.
     is_first = World.from_environment().local_rank == 0
     for is_mine in (is_first, not is_first):
         on_all_ranks(mesh, ready if is_mine else lambda: None)
@@ -139,7 +139,7 @@ def question_of(recipe: Recipe, lengths: Sequence[int]) -> Question:
                 num_rows, first = 1, "continued"
                 own, other = (SeqLayout(runs) for runs in list(divided("zigzag", length, (0,), degree))[:2])
                 half = own.num_tokens // 2
-                # Rank 1 sees with its last chunk all of rank 0's first chunk, as most tiles of a pass are.
+                # The last chunk of rank 1 sees all of the first chunk of rank 0: most tiles of a pass are like this.
                 tiles = [(1, own, own), (1, other.part([(half, 2 * half)]), own.part([(0, half)]))]
             if documents:
                 num_tokens = num_rows * length // degree
@@ -165,8 +165,8 @@ def recalled(
     """Return the backends that an earlier start has kept in `file`, as the text of a `Selection`; None: measure.
 
     They are taken if device, driver, versions, code and tiles are the same and each of them, in a process of its own
-    that ends by `deadline` (of `time.monotonic`), still passes its check. With None comes what has changed, in words;
-    "": there is no file. Raises OSError if the file cannot be read.
+    that ends by `deadline` (of `time.monotonic`), still passes its check. With None comes the reason, in words, or
+    "" if there is no file. Raises OSError if the file cannot be read.
     """
     now = flat(json.loads(machine_of(device)))
     try:
@@ -198,7 +198,7 @@ def recalled(
 
 
 def _fault(name: str, question: Question, case: Case, device: torch.device, deadline: float) -> str:
-    """Return why a backend cannot compute the samples of a question, each of another tile, or ""."""
+    """Return the reason why a backend fails on a question, which has one sample for each kind of tile, or ""."""
     if (reason := backends.BACKENDS[name].unfit(case)) is not None:
         return reason
     found, note = measured_apart(question, name, device, deadline - time.monotonic())
@@ -240,7 +240,8 @@ def measured(
             tiles = {} if timed_out else tiles_of(question, device)
             found = [Timing(*tile, of[0], name, None, note) for tile, of in tiles.items() if tile[1] in backend.kinds]
         timings += found
-    # Else the next start, which may find more kernels compiled or more memory free, measures again.
+    # An incomplete result is not kept: the next start, which may find more kernels compiled or more memory free,
+    # measures again.
     if complete and fastest(timings).keys() == {timing[:2] for timing in timings}:
         device_name = json.loads(machine)["device"]
         kept = {other: rows for other, rows in known.items() if json.loads(other)["device"] != device_name}
@@ -251,9 +252,9 @@ def measured(
 
 
 def measured_apart(question: Question, backend: str, device: torch.device, seconds: float) -> tuple[list[Timing], str]:
-    """Return what a process of its own measures of a backend, and why it does not count, or "".
+    """Return the timings of a backend, measured in a process of its own, and the reason why they do not count, or "".
 
-    The process has some seconds.
+    A process that has not ended after `seconds` is killed.
     """
     words = [sys.executable, "-m", "longring.launch.measure_backend"]
     words += [str(os.getpid()), question_json(question), backend, str(device)]
@@ -269,14 +270,14 @@ def measured_apart(question: Question, backend: str, device: torch.device, secon
         return [], f"its process printed what cannot be read: {error}"
     if done.returncode != 0:
         return found, f"its process ended with {done.returncode}: {said}"
-    # A package may end the process as if all were well. Sums over fewer samples would look fast.
+    # A package may end the process with status 0. A sum over fewer samples would make the backend look fast.
     kinds = backends.BACKENDS[backend].kinds
     asked = sum(len(numbers) for (_, kind), numbers in tiles_of(question, device).items() if kind in kinds)
     return found, "" if len(found) == asked else f"its process ended after {len(found)} of {asked} timings: {said}"
 
 
 def machine_of(device: torch.device) -> str:
-    """Return, as JSON, all that decides which kernel is fastest for a question."""
+    """Return, as JSON, everything besides the question that decides which kernel is fastest."""
     gpu, driver = device.type == "cuda", Path("/proc/driver/nvidia/version")
     kernels = sorted(Path(backends.__file__).parent.glob("*.*"))
     return json.dumps(

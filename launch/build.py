@@ -116,7 +116,7 @@ class BucketLayout:
         return whole[:, positions].reshape(shape), whole[:, positions + 1].reshape(shape), layout, attention
 
     def trained(self, trained: NDArray[np.bool_] | None, losses: Tensor, layout: SeqLayout) -> Tensor:
-        """Return 1 where a loss counts and 0 elsewhere, in the shape of `losses`, which are those of a layout.
+        """Return 1 where a loss counts and 0 elsewhere, in the shape of `losses`, the losses under `layout`.
 
         `trained` `[b, length]` marks the targets of whole sequences; None counts all.
         """
@@ -137,9 +137,9 @@ def open_layouts(
 ) -> dict[int, BucketLayout]:
     """Return the layout of the buckets of these lengths, once their kernels are compiled and grids chosen. Collective.
 
-    `at` is told each operation as it begins; rank 0 prints backends and grids to `console`, and keeps the backends in
-    `attention_file` for later starts. Raises ValueError and CommonError as `with_backends`, `decide_grids` and
-    `bucket_layouts` do.
+    `at` is called with each operation as it begins; rank 0 prints backends and grids to `console`, and keeps the
+    backends in `attention_file` for later starts. Raises ValueError and CommonError as `with_backends`, `decide_grids`
+    and `bucket_layouts` do.
     """
     # First, since probe and guards launch some of them: all ranks of a node would compile these at once.
     at("measuring attention backends")
@@ -163,8 +163,8 @@ def bucket_layouts(
     groups = on_all_ranks(mesh, opened) if grids else {}
     all_windows = {recipe.model.attention_window(layer) for layer in range(recipe.model.num_layers)}
     whole = attention_on_one_rank(recipe.train.attention_backend, mesh.device, all_windows)
-    # Layouts are priced, and documents kept on nodes, in the loader's threads, without a word between ranks: all do it
-    # by the same links.
+    # Loader threads price layouts, or keep documents on nodes, without talking to other ranks. All ranks use the same
+    # links, so that all find the same division.
     links = decide_links(recipe, mesh) if recipe.parallel.cp.layout in ("auto", "documents") and grids else None
     layouts = {}
     for length in lengths:
@@ -199,7 +199,8 @@ def _division(
 ) -> Callable[[tuple[int, ...]], Sequence[Runs]]:
     """Return the function that divides sequences by their documents.
 
-    `links` has links and speed to price layouts, or the nodes on which documents are kept.
+    `links` are the links and the speed by which layouts are priced; "documents" only takes the ranks per node from
+    them.
     """
     layout, size = recipe.parallel.cp.layout, recipe.parallel.context_parallel(length)
     # attention window → number of layers
@@ -306,7 +307,7 @@ def build_engine(recipe: Recipe, vocab_size: int, mesh: Mesh) -> DeepSpeedEngine
     train = recipe.train
     layers = megatron_config(recipe.parallel, train.deterministic)
     model = Transformer(recipe.model, vocab_size, layers, train.memory)
-    # Norm weights, the only vectors, do not decay. They are told apart before ZeRO 3 leaves flat parts of all.
+    # Norm weights, the only vectors, do not decay. They are found here because ZeRO 3 leaves only flat parts.
     vectors = {name for name, p in model.named_parameters() if p.dim() <= 1}
     partition = partial(partition_new, parallel=recipe.parallel, mesh=mesh, dtype=train.dtype)
     fill_weights(model, recipe.model, train.seed, mesh.device, getattr(torch, train.dtype), partition)

@@ -103,7 +103,7 @@ def _evaluate(
 def opened(target: Target, mesh: Mesh, watchdog: Watchdog, lengths: Sequence[int]) -> tuple[int, Measurement]:
     """Return the step of a target's weights, and the measurement of its buckets of these lengths. Collective."""
     recipe, manifest = target.recipe, target.manifest
-    chosen_tasks(recipe.evaluate.tasks)  # a wrong name is told before the model is built
+    chosen_tasks(recipe.evaluate.tasks)  # raises for a wrong name before the model is built
     watchdog.at(0, "building the model and loading the weights")
     engine = build_engine(recipe, manifest.vocab_size, mesh)
     step = target.load(engine, mesh)

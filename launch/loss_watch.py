@@ -13,7 +13,7 @@ from .config import FaultsConfig
 
 
 class LossWatch:
-    """Judge of every step; it sees only numbers that are equal on all ranks, so all ranks decide alike."""
+    """Detector of non-finite steps and of spikes. Its input is equal on all ranks, so all ranks decide alike."""
 
     def __init__(self, config: FaultsConfig, recent_losses: Iterable[float] = ()) -> None:
         self._config = config
@@ -49,7 +49,7 @@ class LossWatch:
             )
         self._nonfinite = 0
         if self._is_spike(loss):
-            return "spike"  # its loss is none of those by which the next one is judged
+            return "spike"  # its loss does not enter the spike window
         self._recent.append(loss)
         return "good"
 

@@ -1,4 +1,4 @@
-"""Measures of the steps of a run on one rank: time by part, FLOPs, memory, and bits a byte."""
+"""Measures of the steps of a run on one rank: time by part, FLOPs, memory, and bits per byte."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Utilization(NamedTuple):
     mfu: float
     """The same as a share of the device's peak; NaN where the peak is not known."""
     mfu_dense: float
-    """Share of the peak if every token saw its whole sequence, as others count it."""
+    """Share of the peak if every token saw its whole sequence, as torchtitan and OLMo-core count it."""
 
 
 class Meter:

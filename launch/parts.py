@@ -23,8 +23,8 @@ class _Pair(NamedTuple):
 class Parts:
     """Durations of the parts of steps on this rank; on a GPU in the order of its own stream, without waiting for it.
 
-    What lies within a second part counts to that one alone. Each part is also a region of this name in the profiler's
-    trace.
+    The time of a part within another part counts for the inner one alone. Each part is also a region of this name in
+    the profiler's trace.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -59,16 +59,16 @@ class Parts:
 
     @contextmanager
     def messages(self) -> Iterator[None]:
-        """Count to the part `communication` what the parts in this context wait for messages.
+        """Count the waits for messages within this context as a part of its own, `communication`.
 
-        All of torch's messages and collectives are waited for by one method. On a GPU the wait is that of the stream
-        that computes; a collective that runs in this stream itself is no wait.
+        All waits for torch's messages and collectives go through one method, `dist.Work.wait`. On a GPU the
+        time is that in which the computing stream waits; a collective that runs in this stream itself does not count.
         """
         wait = dist.Work.wait
         computing = torch.cuda.current_stream() if self._on_gpu else None
 
         def timed(work: dist.Work, *arguments: Any, **named: Any) -> bool:
-            # Another stream waits, and the one that computes goes on.
+            # Where another stream waits, the computing stream goes on.
             if computing is not None and torch.cuda.current_stream() != computing:
                 return wait(work, *arguments, **named)
             with self.part("communication"):
@@ -81,7 +81,7 @@ class Parts:
             dist.Work.wait = wait
 
     def take(self) -> dict[str, float]:
-        """Return the durations since the last call in ms. A GPU must have done the work, which is not waited for."""
+        """Return the durations since the last call in ms. The caller has waited until the GPU was done with them."""
         for pair in self._pairs:
             self._count(pair.part, pair.outer, pair.begin.elapsed_time(pair.end))
         taken, self._ms = self._ms, {}

@@ -85,7 +85,7 @@ class Preflight:
         return self.order if recipe is self.recipe else order_of(self.manifest, recipe, self.renewals)
 
     def with_renewals(self, renewals: Sequence[Renewal]) -> Preflight:
-        """Return the same with other renewals, and the order that follows from them."""
+        """Return this preflight with other renewals, and with the order that follows from them."""
         return replace(self, renewals=tuple(renewals), order=order_of(self.manifest, self.recipe, renewals))
 
 
@@ -116,9 +116,9 @@ def preflight(
     run = RunDirectory(recipe.run_directory)
     run.check_is_run()
     found = last_good_checkpoint(run.checkpoints) if check_checkpoint else None
-    # A directory that has lost its records has the run of its checkpoint.
+    # A directory that has lost its records takes the run id of its checkpoint.
     run_id = run.run_id() or (found[1].state.run if found else uuid.uuid4().hex)
-    # Without a checkpoint the run begins again, and measures again.
+    # Without a checkpoint the run begins anew and measures its losses anew, so earlier renewals do not count.
     renewals = read_renewals(run.renewals_file, run_id) if found else ()
     manifest_file = manifest.store.path(MANIFEST_FILE)
     data = read_patiently(manifest_file, lambda: sha256_of(manifest_file))
@@ -152,19 +152,19 @@ def preflight_together(
     try:
         decides = world.rank == 0
         checked = preflight(recipe, world.size, check_shards=decides, check_checkpoint=decides, evaluates=evaluates)
-        # Every rank lists them, since all must have the same directory mounted.
+        # Every rank lists the checkpoints, which shows whether all have the same directory mounted.
         last = complete_checkpoints(checked.run.checkpoints)[:1]
         entries = {
             **checked.identity.common,
             "--stop-after": stop_after or 0,
             LAST_SAVED: last[0].name if last else "none",
-            # Rank 0 has looked into the checkpoints, and at the first start every rank has made another id.
+            # Rank 0 alone has looked into the checkpoints, and at the first start every rank has made an id of its own.
             "steps_done": checked.steps_done if decides else None,
             "run": checked.identity.run if decides else None,
             "origin": checked.origin and checked.origin._asdict() if decides else None,
             "renewals": [[renewal.step, dict(renewal.losses)] for renewal in checked.renewals] if decides else None,
         }
-    except Exception as error:  # whatever it is, no other rank waits for this one
+    except Exception as error:  # of any kind: `agree` tells the other ranks, which would otherwise wait for this one
         entries = error
     agreed = agree(store, world.rank, world.size, entries)
     assert checked is not None, "an error of any rank is raised on all"
@@ -172,7 +172,7 @@ def preflight_together(
     origin = agreed["origin"] and Origin(**agreed["origin"])
     checked = replace(checked, identity=identity, steps_done=agreed["steps_done"], origin=origin)
     renewals = [Renewal(*renewal) for renewal in agreed["renewals"]]
-    # The other ranks have read none, and their order is that of the recipe alone.
+    # Ranks other than 0 have read no renewals: so far their order follows from the recipe alone.
     return checked if len(renewals) == len(checked.renewals) else checked.with_renewals(renewals)
 
 
@@ -195,9 +195,9 @@ def check_nothing_was_saved(run: RunDirectory) -> None:
     A run that was killed before its first checkpoint passes, whatever its metrics say: nothing saved was lost.
     """
     if complete_checkpoints(run.checkpoints):
-        return  # damaged ones, which are put aside with a word when the run resumes
+        return  # damaged ones: a resume reports them and puts them aside
     found = [save.get("step") for save in read_records(run.saves_file)]
-    found += [start.get("from_step") for start in read_records(run.starts_file)]  # each had loaded that checkpoint
+    found += [start.get("from_step") for start in read_records(run.starts_file)]  # each start loaded this checkpoint
     last = max((step for step in found if isinstance(step, int)), default=0)
     shown = [f"step {last} was saved"] if last else []
     shown += [f"{path.name} was put aside" for path in leftovers(run.checkpoints) if path.suffix == DAMAGED]

@@ -16,7 +16,7 @@ from .redact import redact_all
 
 Record = dict[str, Any]
 LARGEST = 1e300
-"""Bound of the numbers of a record: what is larger is no measure, and sums of it may be infinite."""
+"""Bound of the numbers of a record: larger ones are no measurements, and sums of them could be infinite."""
 
 
 def append_record(file: Path, record: Record) -> None:

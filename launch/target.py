@@ -39,14 +39,14 @@ class Target:
     run: RunDirectory
     """Directory of logs and reports of hangs."""
     load: Callable[[DeepSpeedEngine, Mesh], int]
-    """Load the weights and return the number of steps that they were trained here. Collective."""
+    """Function that loads the weights and returns the number of steps that LongRing has trained them. Collective."""
 
 
 def target_of_run(recipe: Recipe, store: Store, world: World) -> Target:
-    """Return the last good checkpoint of the recipe's run, on its own data. Collective.
+    """Return the target of a run: its last good checkpoint, on its own data. Collective.
 
-    Any number of ranks will do that can hold the longest sequences. Raises ValueError if there is no checkpoint, or if
-    it is not of this recipe.
+    Any number of ranks that can hold the longest sequences may evaluate it. Raises ValueError if there is no
+    checkpoint, or if it is not of this recipe.
     """
     checked = preflight_together(recipe, store, world, evaluates=True)
     if not checked.steps_done:
@@ -63,7 +63,7 @@ def target_of_run(recipe: Recipe, store: Store, world: World) -> Target:
 def target_of_weights(
     path: Path, data: str, overrides: Sequence[str], logs: RunDirectory, store: Store, world: World
 ) -> Target:
-    """Return the weights at `path`, of any kind that a run can begin with, on other data. Collective.
+    """Return the target of the weights at `path`, of any kind that a run can begin with, on other data. Collective.
 
     `data` is prepared data, or a recipe that names some and a division among ranks. Raises ValueError if there are no
     such weights or data, or if they do not fit each other or the ranks.
@@ -74,7 +74,7 @@ def target_of_weights(
         found = weights, recipe, _ = weights_on_data(path, data, overrides, world.size)
         same = {key: value for key, value in flat(to_tree(recipe)).items() if not key.startswith(OWN_TO_A_MACHINE)}
         entries = {**same, "weights": weights.origin._asdict(), "SHA-256 of LongRing's code": code_hash()[:16]}
-    except Exception as error:  # whatever it is, no other rank waits for this one
+    except Exception as error:  # of any kind: `agree` tells the other ranks, which would otherwise wait for this one
         entries = error
     agree(store, world.rank, world.size, entries)
     assert found is not None, "an error of any rank is raised on all"

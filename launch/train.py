@@ -83,10 +83,10 @@ def train(recipe: Recipe, console: Console, stop_after: int | None = None) -> in
         Watchdog(run, rank, world_size, 60 * hang_minutes) as watchdog,
         start(recipe, checked, mesh, signals, watchdog, last, console) as trainer,
     ):
-        if trainer.evaluations.are_owed(trainer.state.step):  # a signal has ended the start before within it
+        if trainer.evaluations.are_owed(trainer.state.step):  # a signal has ended an earlier start during this one
             trainer.evaluate()
         while trainer.state.step < last and not trainer.stopped_by:
-            trainer.renew()  # before the step, whose batch may follow from it
+            trainer.renew()  # before the step, whose batch may depend on the new shares
             metrics = trainer.train_step()
             if metrics.outcome == "spike" and trainer.go_back(metrics):
                 continue  # the weights are now those of a checkpoint: there is nothing to save
@@ -122,19 +122,19 @@ def start(
     run, order, rank_0 = checked.run, checked.order, mesh.rank == 0
     on_all_ranks(mesh, lambda: open_run_directory(checked, mesh))
     watchdog.at(checked.steps_done, "building the model and loading the checkpoint")
-    if recipe.train.evaluate_every_steps:  # an evaluation that cannot be is told before the first step
+    if recipe.train.evaluate_every_steps:  # raises here, not hours later, if no evaluation is possible
         chosen_tasks(recipe.evaluate.tasks)
         held_out_buckets(recipe, checked.manifest)
     engine = build_engine(recipe, checked.manifest.vocab_size, mesh)
     state, changed = resume(engine, checked, mesh, console)
-    # Only now is the first step known: the checkpoint that seemed the last may have been damaged.
+    # The first step is known only now, since the checkpoint that seemed the last may have been damaged.
     on_rank_0(mesh, lambda: record(checked, state, changed, mesh.world_size, console))
     if rank_0:
         for line in opening(recipe, order, engine, mesh, checked.manifest.vocab_size):
             console.print(line, soft_wrap=True, highlight=False)
     at = partial(watchdog.at, state.step)
     layouts = open_layouts(recipe, mesh, order.lengths, at, console if rank_0 else None, run.attention_file)
-    for layout in layouts.values():  # plans and masks of whole sequences are kept: no step of the run waits for them
+    for layout in layouts.values():  # the layout keeps plans and masks of whole sequences: no step waits for them
         layout.prepare(layout.sequences_per_replica, None)
     knots = Knots(recipe.knots, checked.manifest.tokenizer(), recipe.train.seed) if recipe.knots.share else None
     loader = Loader(
@@ -173,9 +173,9 @@ def open_writer(checked: Preflight, state: TrainState, console: Console) -> Metr
 
 
 def open_run_directory(checked: Preflight, mesh: Mesh) -> None:
-    """Make the run directory and clear what a crash left; check on each node that what is saved later can be written.
+    """Make the run directory and clear the leftovers of a crash; check that each node can write logs and checkpoints.
 
-    Raises OSError if it cannot, or if another start has begun the run while this one waited for its lock.
+    Raises OSError if a node cannot, or if another start has begun the run while this one waited for its lock.
     """
     run = checked.run
     if mesh.rank == 0:
@@ -200,8 +200,8 @@ def resume(
 ) -> tuple[TrainState, dict[str, tuple[Any, Any]]]:
     """Load the last good checkpoint, which any mesh may have written. Collective.
 
-    Returns the state to go on from, and (value in the checkpoint, value now) of everything that has changed since.
-    Raises ValueError as `load_last_good` does.
+    Returns the state to continue from, and (value in the checkpoint, value now) of every changed setting and version,
+    by key. Raises ValueError as `load_last_good` does.
     """
     first = TrainState(
         step=0,
@@ -212,7 +212,7 @@ def resume(
     )
     loaded = load_last_good(engine, checked.run.checkpoints, mesh, checked.check_checkpoint)
     if loaded is None:
-        # Again, since a disk may have gone since the checks before this start.
+        # The preflight has checked it too, but a disk may have been unmounted since.
         on_rank_0(mesh, lambda: check_nothing_was_saved(checked.run))
         if origin := checked.origin:
             moments = checked.recipe.init.moments
@@ -241,7 +241,7 @@ def resume(
 def record(
     checked: Preflight, state: TrainState, changed: dict[str, tuple[Any, Any]], world_size: int, console: Console
 ) -> None:
-    """Record this start in the run directory, whose lines that hold no record are put aside first. Rank 0 only."""
+    """Put damaged lines of the run's records aside, and record this start in the run directory. Rank 0 only."""
     for moved in checked.run.put_bad_records_aside():
         checked.run.record_event("damaged records", state.step, moved)
         console.print(f"[bold red]damaged:[/] {moved}", soft_wrap=True)
@@ -267,13 +267,13 @@ def record(
 
 
 def use_deterministic_operations(deterministic: bool) -> None:
-    """Allow this process only operations that give the same bits each time, or any operation."""
+    """Restrict this process to bitwise reproducible operations if `deterministic`, else allow all operations."""
     if deterministic:
-        # Read when cuBLAS and NCCL start, so before the first use of the GPU.
+        # cuBLAS and NCCL read these when they start, so they are set before the first use of the GPU.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_ALGO", "Ring")
     torch.use_deterministic_algorithms(deterministic)
-    # Nothing reads memory that nothing has written; filling it first costs far more than the operations do.
+    # No operation here reads uninitialized memory, and filling all of it costs far more than the operations do.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 

@@ -162,7 +162,7 @@ class Trainer:
             tokens_per_s=train.global_batch_tokens / seconds,
             **self._meter.utilization(totals.attention_flops, tokens, seconds)._asdict(),
             bits_per_byte=self._meter.bits_per_byte(loss),
-            ms=self._meter.parts.take(),  # the GPU has done the work: the sum over the ranks has been read
+            ms=self._meter.parts.take(),  # the sum over the ranks has been read, so the GPU is done with the step
             memory=self._meter.parts.memory(),
             compilations=totals.compilations,
             outcome=outcome,
@@ -193,7 +193,7 @@ class Trainer:
             yield micro_batch
 
     def _no_losses(self) -> Tensor:
-        """Return zeros, fp64 `[buckets]`."""
+        """Return the sums of no losses by bucket: zeros, fp64 `[buckets]`."""
         return torch.zeros(len(self.layouts), dtype=torch.float64, device=self.mesh.device)
 
     def _compute_gradients_and_update(self, step: int, micro_batches: Iterable[MicroBatch], targets: int) -> Tensor:
@@ -246,7 +246,7 @@ class Trainer:
         if outcome in ("non-finite", "left out"):
             skipped = (*skipped, step)
         if outcome == "non-finite":
-            self._tell_of_non_finite(step)
+            self._report_non_finite(step)
         self.state = replace(self.state, step=step, skipped=skipped)
         return loss, grad_norm, outcome
 
@@ -274,7 +274,7 @@ class Trainer:
         )
         # Steps after the checkpoint are done again, with the same numbers and batches, except those left out.
         self.state = replace(self.state, step=before.step, skipped=before.skipped)
-        self._micro_batches.close()  # it would go on after the spike
+        self._micro_batches.close()  # it has read ahead, beyond the spike
         self._micro_batches = self.loader.batches(before.step, self.last)
         if self.writer is not None:
             self.writer.rewind(before.step)
@@ -302,8 +302,8 @@ class Trainer:
     def renew(self) -> None:
         """Measure the losses of the sources if a cycle has ended, and go on with their new shares. Collective.
 
-        A renewal that is on record was counted when this start began. Raises ArithmeticError if a loss is not finite,
-        and CommonError if the renewal cannot be recorded.
+        A renewal that is on record is not measured again: the order of this start follows from it. Raises
+        ArithmeticError if a loss is not finite, and CommonError if the renewal cannot be recorded.
         """
         step, checked, mesh = self.state.step, self.checked, self.mesh
         if step not in self._renewal_steps or step in {renewal.step for renewal in checked.renewals}:
@@ -335,10 +335,11 @@ class Trainer:
             waited = self.saver.begin(replace(self.state, recent_losses=self.losses.recent))
         log.info("saving step %d: training waited %.0f ms", self.state.step, waited * 1e3)
         if self.mesh.rank == 0:
-            with suppress(OSError):  # a disk that is full is the save's to tell
+            with suppress(OSError):  # the save itself reports a full disk
                 self._record_trained()
 
     def _check_replicas(self) -> None:
+        """Raise CommonError if a rank holds other weights than its replicas. Collective."""
         step = self.state.step
         self.watchdog.at(step, "comparing replicated weights")
         if not (drifted := drifted_ranks(self.engine, self.mesh)):
@@ -365,7 +366,8 @@ class Trainer:
             self.checked.run.record_event(event, step, message)
             self.console.print(f"step {step}, {event}: {message}", highlight=False, soft_wrap=True)
 
-    def _tell_of_non_finite(self, step: int) -> None:
+    def _report_non_finite(self, step: int) -> None:
+        """Log the sequences of a step whose gradients are not finite, and tell of the step."""
         order = self.checked.order
         batch = order.batch(step)
         for stretch in batch:
@@ -376,7 +378,7 @@ class Trainer:
         self.tell("step skipped", step, f"gradients are not finite, bucket {lengths}; logs/ name its sequences")
 
     def report(self) -> None:
-        """Record what has been trained of each cell; print it at the end of a run, and the last checkpoint.
+        """Record the trained part of each cell, and print the last checkpoint; at the end of a run print the cells too.
 
         Rank 0 only.
         """
@@ -391,7 +393,7 @@ class Trainer:
                 )
 
     def _record_trained(self) -> Sequence[Trained]:
-        """Write what the steps done have trained of each cell into the run directory, and return it. Rank 0 only."""
+        """Return the part of each cell that the steps so far have trained on, and record it. Rank 0 only."""
         step = self.state.step
         trained = self.checked.order.trained(step)
         entries = [ledger_entry(cell) for cell in trained]

@@ -25,7 +25,7 @@ class HostCopies:
 
     @contextmanager
     def of_layer(self, *, is_last: bool) -> Iterator[None]:
-        """Keep on the host what the next layer saves in this context; the last layer's stay, as they are needed first."""
+        """Keep on the host what the next layer saves in this context; what the last layer saves stays on its device."""
         layer, copies = len(self._layers), list[_HostCopy]()
         # A layer saves some tensors twice, which `known` tells by their addresses. It holds the originals until the
         # layer ends, so that no later tensor gets the same address.

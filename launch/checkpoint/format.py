@@ -137,7 +137,7 @@ def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
     """Read the manifest of a checkpoint.
 
     Raises DamageError if it is missing or contradicts its hash, OSError if it cannot be read, and ValueError if it is
-    too large or has a field that this version of LongRing does not write so.
+    too large or has a field that does not look as this version of LongRing writes it.
     """
     file = checkpoint / MANIFEST_FILE
     text = _read(file, _read_bounded)

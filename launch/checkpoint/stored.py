@@ -64,7 +64,8 @@ def fill(stored: Stored, fragment: Fragment, kinds: Collection[str], tensor_rank
             f"there and {list(parameter.shape)} here; bring back the old `model` settings, or name another "
             "run_directory"
         )
-    # Those of this rank's slice, as ranges of the whole parameter; `width` is that of a row of the slice.
+    # Rows and columns of this rank's slice, as ranges of the whole parameter; `width` is the length of a row of the
+    # slice.
     rows, columns = (_spans(parameter.shape, dim, parameter.cut, tensor_rank, tensor_size) for dim in (0, 1))
     width, stop = sum(map(len, columns)), fragment.start + fragment.numel
     at_once = max(1, READ_ELEMENTS // width)  # rows

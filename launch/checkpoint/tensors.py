@@ -79,7 +79,7 @@ class TensorFile:
                     raise OSError("it ends early")
                 done += num_read
         except OSError:
-            self.close()  # a stale handle answers never again: the next attempt opens the file anew
+            self.close()  # a stale handle never works again, so the next attempt opens the file anew
             raise
 
     def _read_header(self) -> dict[str, StoredTensor]:

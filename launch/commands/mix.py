@@ -15,7 +15,7 @@ from ..preflight import order_of
 def show_mix(recipe: Recipe, console: Console, picture: Path | None) -> None:
     """Print what a run will train of each bucket and source, and draw it over the steps into `picture`.
 
-    Data that is not prepared yet is named instead. Raises ValueError if there is nothing to draw, or if the curriculum
+    If the data is not prepared yet, a line says so. Raises ValueError if there is nothing to draw, or if the curriculum
     does not fit the data.
     """
     directory = recipe.training_directory

@@ -21,8 +21,8 @@ SHOWN_EVENTS = 4
 def watch(run: RunDirectory, console: Console, *, every_s: float, once: bool, as_json: bool) -> int:
     """Show the state of a run every `every_s` seconds until it ends; with `once` or `as_json`, only now. Returns 0.
 
-    On a terminal the screen is renewed in its position; elsewhere every change is a line. Raises ValueError if there is
-    no run.
+    On a terminal the screen is redrawn in place; elsewhere every change is printed as a line. Raises ValueError if
+    there is no run.
     """
     observer, events = Observer(run), Tail(run.events_file)
     if as_json:

@@ -118,7 +118,7 @@ def key_tokens(
 def judged(
     scorer: Scorer, rows: HeldOutRows, keys: NDArray[np.bool_]
 ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
-    """Yield the same of sequences whose key tokens `[sequences, length]` another model has chosen. Collective."""
+    """Yield the same as `key_tokens`, with key tokens `[sequences, length]` of another model. Collective."""
     none = np.zeros(scorer.layout.length, dtype=np.uint8)
     return zip(scorer.losses(len(keys), lambda number: rows.row(number, none)), keys, strict=True)
 

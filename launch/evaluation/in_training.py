@@ -40,7 +40,7 @@ class EvaluationsInTraining:
         return every > 0 and step > 0 and step % every == 0
 
     def are_owed(self, step: int) -> bool:
-        """Return whether the evaluation that follows a step is not recorded. Collective.
+        """Return whether an evaluation is due after a step and no record of it exists. Collective.
 
         Raises CommonError if the records cannot be read.
         """

@@ -30,9 +30,9 @@ def long_context(
 ) -> None:
     """Add scores of tasks, gain of context and LongPPL at the length of each scorer, shortest first. Collective.
 
-    `found` has what is measured if a scorer ends it early. What a length or the data do not allow is added to its
-    `left_out`, with the reason. `keys` are the key tokens of LongPPL; None: the model chooses its own. Raises
-    ValueError for an unknown task.
+    Each result is added to `found` as soon as it is there, and so is kept if a scorer ends the evaluation early. A
+    measurement that a length or the data do not allow is added to its `left_out`, with the reason. `keys` are the key
+    tokens of LongPPL; None: the model chooses its own. Raises ValueError for an unknown task.
     """
     names = chosen_tasks(config.tasks)
     if not names and not config.context_sequences:

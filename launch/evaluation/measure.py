@@ -85,7 +85,7 @@ class Measurement:
         layouts: Mapping[int, BucketLayout],
         at: Callable[[str], None],
     ) -> Measurement:
-        """Return the measurement on a mesh; `at` is told each operation as it begins."""
+        """Return the measurement on a mesh; `at` is called with each operation as it begins."""
         return cls(HeldOutLoss(engine, recipe, manifest, mesh, at, DocumentLengths(manifest)), layouts)
 
     def chosen(self) -> list[tuple[Bucket, int]]:
@@ -101,9 +101,9 @@ class Measurement:
     def measure(self) -> dict[str, Any]:
         """Return what evaluation.json has beside target and step. Collective.
 
-        An evaluation that is cut short has the buckets that are complete. It has no mean over the buckets, which would
-        not be that of a whole evaluation, unless all are complete. The engine is in its mode of evaluation meanwhile,
-        and then in that of training.
+        An evaluation that is cut short has the buckets that are complete, and a mean over the buckets only if all are:
+        otherwise it could not be compared with that of a whole evaluation. The engine is in evaluation mode meanwhile,
+        and in training mode afterwards.
         """
         loss, chosen = self.held_out, self.chosen()
         began, entries, cut = time.monotonic(), [], None

@@ -30,7 +30,7 @@ def measure_renewal(
 ) -> Renewal:
     """Return the mean loss of each source over its held-out sequences, after `step` steps; equal on all ranks.
 
-    The engine is in its mode of evaluation meanwhile, and then in that of training. Raises ArithmeticError if a loss
+    The engine is in evaluation mode meanwhile, and in training mode afterwards. Raises ArithmeticError if a loss
     is not finite. Collective.
     """
     cells = Cells.of(buckets_in_use(manifest, recipe.curriculum))

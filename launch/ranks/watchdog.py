@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 BLOCKED_S = 60.0
 """Time after which a process ends whose own report, or comparison of reports, blocks."""
 TELL_S = 3.0
-"""Time for the rank that tells of a hang to do so before the others end, whose connections it would lose."""
+"""Time that the rank that reports a hang has before the other ranks end, and their connections with them."""
 
 
 class Watchdog(Clock):

@@ -115,11 +115,11 @@ class Observer:
         self._recent: deque[Record] = deque(maxlen=RECENT_STEPS)
 
     def state(self) -> RunState:
-        """Return the state now, from what the files have more than at the last call."""
+        """Return the present state; only what was added to the files since the last call is read."""
         # Before the metrics: a run that ends meanwhile has then written its last steps.
         try:
             process = holder(self.run.lock_file) or ""
-        except OSError:  # no locks there: only what it writes shows that it goes on
+        except OSError:  # a file system without locks: only new records show that the run goes on
             process = None
         replaced, records = self._tail.read()
         if replaced:

@@ -86,7 +86,7 @@ class ModelDirectory:
         }
 
     def read(self, result: Tensor, parameter: str, kind: str, slice_number: int, first: int) -> None:
-        """Read elements of a parameter from `first` on, as `Stored` says. There are whole weights alone."""
+        """Read elements of a parameter from `first` on, as `Stored` says; there are only weights, each in one slice."""
         assert kind == "weight" and slice_number == 0
         weight, starts = self.weights[parameter], self._starts[parameter]
         width = math.prod(weight.shape[1:])  # elements of a row

@@ -36,9 +36,9 @@ def export_weights(run: RunDirectory, out: Path, *, family: str = "", dtype: str
     """Write the last checkpoint of a run, or imported weights, as a Hugging Face directory `out`; return the model.
 
     `family` is its `model_type`, by default the first that has the settings; `dtype` its data type, by default that of
-    the run or of the import. The model claims the longest bucket of the run, and at least the context of the model that
-    the run goes back to while RoPE and windows are its. One weight is held in memory at a time. Raises ValueError if
-    there is no checkpoint, if no family has the settings, and if `out` has content.
+    the run or of the import. The model claims the longest bucket of the run as its context; where the run began from a
+    published model and has kept its RoPE and windows, at least the context of that model. One weight is held in memory
+    at a time. Raises ValueError if there is no checkpoint, if no family has the settings, and if `out` has content.
     """
     if family and family not in FAMILIES:
         raise ValueError(f"--family {family}: must be one of {', '.join(FAMILIES)}")
@@ -72,7 +72,7 @@ def _imported(run: RunDirectory, family: str) -> PublishedModel:
 
 
 def _trained(run: RunDirectory, family: str) -> PublishedModel:
-    """Return the model of a run as one of a family; one that began from a published model keeps its words and ids."""
+    """Return the model of a run as one of a family; a run from a published model keeps its family and token ids."""
     recipe, file = run.recipe(), run.tokenizer_file
     if not file.is_file():
         raise ValueError(f"{file}: missing; copy tokenizer.json of the data that the run was trained on to there")
@@ -84,7 +84,7 @@ def _trained(run: RunDirectory, family: str) -> PublishedModel:
     if (run.published / CONFIG).is_file():
         before = _imported(run, family)
         family, other = before.family, dict(before.other)
-        if _positions(before.config) == _positions(recipe.model):  # what it was trained for before still holds
+        if _positions(before.config) == _positions(recipe.model):  # its former context still holds
             max_tokens = max(max_tokens, before.max_tokens)
     return PublishedModel(
         family=family or family_of(recipe.model),

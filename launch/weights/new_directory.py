@@ -50,7 +50,7 @@ def new_directory(out: Path) -> Iterator[Path]:
         raise ValueError(f"{out}: is being written by {error}; wait for its end, or name another directory") from None
     except OSError as error:
         if error.errno is None:
-            raise  # it says what is wrong already
+            raise  # its text says already what is wrong
         file = str(error.filename or partial)
         where = out if file.startswith(str(partial)) else file
         way_out = _WAYS_OUT.get(error.errno, "allow this user to read and write there")

@@ -89,7 +89,7 @@ class Weights:
 def find_origin(recipe: Recipe, manifest: Manifest) -> Origin | None:
     """Return the weights that `init.from` names, or None if the run begins from random weights.
 
-    Files are looked at, and hashed only when they are loaded. Raises ValueError if there are no such weights, or if
+    Files are not hashed here but when they are loaded. Raises ValueError if there are no such weights, or if
     model or tokenizer are not those of the run that `recipe` and `manifest`, of its data, describe; OSError if a file
     cannot be read.
     """
