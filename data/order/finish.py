@@ -111,17 +111,22 @@ def make_part(
                 for index, sequence in enumerate(sequences.tolist(), first):
                     if not index % SEQUENCES_PER_REPORT:
                         on_progress((len(tables) + (index - first) / (last - first)) / buckets)
-                    tokens, pieces = read_sequence(documents, layout, length, sequence, manifest.boundary_id)
-                    # A piece with offset 0 begins its document; filler begins none.
-                    first_pieces = [
-                        document for document, offset, _ in pieces if not offset and document != NO_DOCUMENT
-                    ]
-                    begins += [(document, length, index) for document in first_pieces]
-                    _enter(ledger.splits[split], length, pieces)
-                    writer.append(tokens, [(_record(documents, piece[0]), *piece[1:]) for piece in pieces])
+                    begun_here = _write_sequence(documents, layout, length, sequence, writer, ledger.splits[split])
+                    begins += [(document, length, index) for document in begun_here]
             tables.append(writer.shards())
     save(partial / "work" / "placement" / f"{number:06d}.npy", np.array(begins, dtype=np.int64).reshape(-1, 3))
     publish_part(partial, number, begun, ledger, counts, np.concatenate(tables))
+
+
+def _write_sequence(
+    documents: Documents, layout: Layout, length: int, number: int, writer: BucketWriter, account: SplitLedger
+) -> list[int]:
+    """Write sequence `number` of a bucket and count it in `account`; return the documents that begin in it."""
+    tokens, pieces = read_sequence(documents, layout, length, number, documents.manifest.boundary_id)
+    _enter(account, length, pieces)
+    writer.append(tokens, [(_record(documents, piece[0]), *piece[1:]) for piece in pieces])
+    # A piece with offset 0 begins its document; filler begins none.
+    return [document for document, offset, _ in pieces if not offset and document != NO_DOCUMENT]
 
 
 def _enter(account: SplitLedger, length: int, pieces: list[tuple[int, int, int]]) -> None:
