@@ -36,7 +36,8 @@ def read_json(file: Path, name: str) -> Any:
 def checked_content(content: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of `Manifest` from the JSON value of a manifest without its hash; versions 2 and 3 are read.
 
-    Raises ValueError, TypeError, KeyError or AttributeError for a field that is not what it must be.
+    Raises ValueError, TypeError, KeyError or AttributeError for a field that is missing, of another type or out of
+    bounds.
     """
     if content["format_version"] == 2:
         joined = ", ".join(content["sources"])

@@ -24,7 +24,10 @@ def wrong_size(file: Path, size_bytes: int, sha256: str, command: str) -> Damage
 
 
 def wrong_hash(file: Path, found: str, sha256: str, command: str, where: str = "") -> DamagedDataError | None:
-    """Return the error of a shard whose SHA-256 is `found`, or None if that is `sha256`; `where` says more of it."""
+    """Return the error of a shard whose SHA-256 is `found`, or None if that is right.
+
+    `where` follows the hashes in the message.
+    """
     if found == sha256:
         return None
     return DamagedDataError(
@@ -34,7 +37,10 @@ def wrong_hash(file: Path, found: str, sha256: str, command: str, where: str = "
 
 
 def wrong_content(file: Path, what: str, sha256: str, command: str) -> DamagedDataError:
-    """Return the error of a shard that cannot hold `what` it says. Its hash tells damage from data made wrongly."""
+    """Return the error of a shard whose content contradicts itself; `what` is the contradiction, for the message.
+
+    The hash of the shard tells whether it is damaged or was made wrongly.
+    """
     found = read_patiently(file, lambda: sha256_of(file))
     return wrong_hash(file, found, sha256, command, f", and {what}") or DamagedDataError(
         f"{file}: {what}, and its SHA-256 is the manifest's, so the data was made wrongly; do not use it, or delete "

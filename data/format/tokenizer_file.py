@@ -158,7 +158,7 @@ def _muted() -> Iterator[None]:
 
 
 def _problems(settings: dict[str, Any], tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield what the tokenizer must not ask for, each with a remedy."""
+    """Yield each request of the tokenizer that is refused, with a remedy."""
     model = settings["model"]
     token, highest = max(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1], default=("", 0))
     if highest > MAX_ID:

@@ -12,9 +12,9 @@ from .sample import BASELINE, FIRST_REFERENCE, Sample, Segment, join, too_short
 
 @dataclass(frozen=True)
 class Copy:
-    """A sequence that stands twice in a row: whether a model can use its context at all.
+    """A sequence that comes twice in a row, which shows whether a model can use its context at all.
 
-    The loss of the first time is the baseline of the second. The first token of either is not counted.
+    The loss of the first copy is the baseline of the second. The first token of each copy is not scored.
     """
 
     kind: Literal["documents", "random"]
@@ -36,7 +36,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class RelatedPrefix:
-    """The end of a held-out sequence behind its own prefix, behind that of another one as the distractor, and alone."""
+    """The end of a held-out sequence after its own prefix, after another sequence's as the distractor, and alone."""
 
     any_order: bool = False
 

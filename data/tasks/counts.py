@@ -16,18 +16,18 @@ from .task import listed, question
 from .words import made_up_words
 
 SHORT_TOKENS = 4096
-"""Below this length common words stand 6 times and all others once, instead of 30 and 3 times."""
+"""Below this length common words occur 6 times and all others once, instead of 30 and 3 times."""
 
 
 @dataclass(frozen=True)
 class CommonWords:
-    """A numbered list in which ten words stand more often than all others."""
+    """A numbered list in which ten words occur more often than all others."""
 
     num_common: int = 10
     any_order: bool = True
 
     def make(self, material: Material, length: int, number: int, distractors: int, draws: Draws) -> Sample:
-        """Return a sample, as `Task.make` says. A solved list stands before it.
+        """Return a sample, as `Task.make` says. A solved list comes before it.
 
         The answer has the words in the order in which they first appear, which the solved list shows.
         """
@@ -125,5 +125,8 @@ class FrequentWords:
 
 
 def _counts(total: int, ranks: int) -> NDArray[np.int64]:
-    """Return how often each rank stands among `total` words of a zeta distribution with exponent 2, rounded down."""
+    """Return how often the word of each rank occurs in `total` words of a zeta distribution with exponent 2.
+
+    int64 `[ranks]`, rounded down.
+    """
     return (total * 6 / math.pi**2 / np.arange(1, ranks + 1) ** 2).astype(np.int64)  # 6 / pi^2 = 1 / zeta(2)

@@ -46,7 +46,7 @@ class HeldOut:
         raise AssertionError("unreachable")
 
     def continued(self, length: int, draws: Draws) -> tuple[Tokens, Tokens, int]:
-        """Return two sequences of the bucket of this length, int64 `[length + 1]` each, and where both may be cut.
+        """Return two sequences of the bucket of this length, int64 `[length + 1]` each, and the cut of both.
 
         The cut is in the middle; where the sequence holds several documents, it is the begin of the first document
         behind the middle. Raises ValueError if the bucket has fewer than two held-out sequences.

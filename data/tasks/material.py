@@ -1,4 +1,4 @@
-"""Material of tasks: a tokenizer, and text to hide things in."""
+"""Material of tasks: a tokenizer, and the text in which needles are hidden."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -20,7 +20,7 @@ class Documents(Protocol):
         ...
 
     def continued(self, length: int, draws: Draws) -> tuple[Tokens, Tokens, int]:
-        """Return a row `[length + 1]`, another document's tokens `[length + 1]`, and where the row may be cut."""
+        """Return a row `[length + 1]`, another document's tokens `[length + 1]`, and a cut of both."""
         ...
 
 
@@ -39,7 +39,7 @@ class Material:
         self._ends: NDArray[np.bool_] | None = None
 
     def encode(self, texts: Sequence[str], before: str = "\n") -> list[Tokens]:
-        """Return the ids of each text as it follows `before`, which is not in them."""
+        """Return the ids of each text where it follows `before`, without the ids of `before`."""
         head = self._encode([before])[0]
         found = self._encode([before + text for text in texts])
         merged = [index for index, ids in enumerate(found) if ids[: len(head)] != head]
@@ -50,7 +50,7 @@ class Material:
         ]
 
     def one(self, text: str, before: str = "\n") -> Tokens:
-        """Return the ids of one text as it follows `before`."""
+        """Return the ids of one text where it follows `before`, without the ids of `before`."""
         return self.encode([text], before)[0]
 
     def mark(self, name: str, text: str) -> Tokens:

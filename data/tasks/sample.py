@@ -46,14 +46,14 @@ class Sample:
     """Part of each target, `[candidates, length]`: NOT_SCORED, BASELINE, or a reference from FIRST_REFERENCE on."""
 
     depth: float | None = None
-    """Position of what the answer needs, from 0 (begin of the context) to 1 (its end); None where it has no single
-    position."""
+    """Position of the information that the answer needs, from 0 (begin of the context) to 1 (its end); None where it
+    has no single position."""
 
     accepted: Tokens = field(default_factory=lambda: np.empty((0, 2), dtype=np.int64))
     """Tokens that are as right as the target, int64 `[n, 2]` = (target's position, token); first row only."""
 
     alone: int | None = None
-    """Position before which one more copy of the first row sees nothing: its answer's loss is the baseline."""
+    """Position at which visibility starts anew in one more copy of the first row, whose loss is then the baseline."""
 
     @property
     def length(self) -> int:

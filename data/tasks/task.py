@@ -18,7 +18,7 @@ class Task(Protocol):
 
     @property
     def any_order(self) -> bool:
-        """Whether other orders of the references are as right: teacher forcing, which knows one, is a lower bound."""
+        """Whether other orders of the references are right too; teacher forcing in one order is then a lower bound."""
         ...
 
     def make(self, material: Material, length: int, number: int, distractors: int, draws: Draws) -> Sample:

@@ -20,7 +20,7 @@ class Variables:
     any_order: bool = True
 
     def make(self, material: Material, length: int, number: int, distractors: int, draws: Draws) -> Sample:
-        """Return a sample, as `Task.make` says. A solved example with names of three letters stands before it."""
+        """Return a sample, as `Task.make` says. A solved example with names of three letters comes before it."""
         per_chain = self.hops + 1
         names = _names(5, (self.chains + distractors) * per_chain, draws)
         values = [draws.digits(5) for _ in range(self.chains)]

@@ -21,7 +21,7 @@ _RUN = re.compile(r"[0-9a-f]{32}")
 def check_content(content: Mapping[str, Any], step: int | None) -> None:
     """Check the JSON value of a manifest without its format and hash; `step` is that of the directory, if it has one.
 
-    Raises ValueError for a field that is not what it must be.
+    Raises ValueError for a field that is missing, of another type or out of bounds.
     """
     _check_fields("", content, {"state": _is_table, "parameters": _is_table, "files": _is_table})
     state = content["state"]
