@@ -176,6 +176,19 @@ def preflight_together(
     return checked if len(renewals) == len(checked.renewals) else checked.with_renewals(renewals)
 
 
+def prepared_data(recipe: Recipe) -> Manifest | None:
+    """Return the manifest of the recipe's training data, or None if a local directory has none yet.
+
+    Raises ValueError if the manifest is damaged, or if the data was made with other settings; no shard is read.
+    """
+    directory = recipe.training_directory
+    if "://" not in directory and not Path(directory, MANIFEST_FILE).is_file():
+        return None
+    manifest = open_prepared(directory, recipe.loader, check_shards=False)
+    manifest.check_made_from(recipe.data, recipe.order)
+    return manifest
+
+
 def order_of(manifest: Manifest, recipe: Recipe, renewals: Sequence[Renewal] = ()) -> BatchOrder:
     """Return the order in which a run with this recipe and these renewals reads the data of `manifest`."""
     return training_order(

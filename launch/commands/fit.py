@@ -9,15 +9,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ...data.format.manifest import MANIFEST_FILE, Manifest, open_prepared
-from ...parallel.cp.topology import PRESETS, Topology
+from ...data.format.manifest import Manifest
+from ...parallel.cp.topology import Topology
 from ..config import Recipe
 from ..fit.device import SHEETS, Device, measured_device, named_device
-from ..fit.links import assumed_topology, default_topology
+from ..fit.links import assumed_topology, preset_of
 from ..fit.search import Planner
 from ..fit.show import answer, lines, tables, to_json
 from ..grids.choice import check_named_grids
-from ..preflight import order_of
+from ..preflight import order_of, prepared_data
 
 
 def show_fit(recipe: Recipe, console: Console, options: argparse.Namespace) -> None:
@@ -31,7 +31,7 @@ def show_fit(recipe: Recipe, console: Console, options: argparse.Namespace) -> N
             raise ValueError(f"--{other}: has no part in a plan with --gpus; leave out --gpus and --device")
     check_named_grids(recipe)
     device, topology, origin = _device(recipe, options.device, options.gpus, options.topology)
-    manifest = _manifest(recipe)
+    manifest = prepared_data(recipe)
     vocab_size = manifest.vocab_size if manifest else recipe.data.tokenizer.vocab_size
     tokens, passes = _trained(manifest, recipe) if manifest else ({}, None)
     found = answer(Planner(recipe, options.gpus, vocab_size, device, topology, tokens), passes)
@@ -47,8 +47,6 @@ def show_fit(recipe: Recipe, console: Console, options: argparse.Namespace) -> N
 
 def _device(recipe: Recipe, name: str, ranks: int, preset: str | None) -> tuple[Device, Topology, str]:
     """Return the device, the links between all ranks, and the origin of the links."""
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"--topology {preset}: must be one of {', '.join(PRESETS)}")
     measured = None
     if name not in SHEETS and Path(name).is_file():
         device, measured = measured_device(Path(name))
@@ -59,22 +57,10 @@ def _device(recipe: Recipe, name: str, ranks: int, preset: str | None) -> tuple[
                 f"train.dtype = {recipe.train.dtype!r}: --device {name} has the limits of bfloat16; set train.dtype = "
                 "bfloat16, or measure a device with `longring topology`"
             )
-    if preset is not None:
-        return device, assumed_topology(preset, ranks, name), "--topology"
-    if measured is not None:
+    if measured is not None and preset is None:
         return device, measured, f"measured in {name}"
-    preset, origin = default_topology(recipe, ranks)
+    preset, origin = preset_of(recipe, ranks, preset)
     return device, assumed_topology(preset, ranks, name), origin
-
-
-def _manifest(recipe: Recipe) -> Manifest | None:
-    """Return the manifest of the recipe's data if it is prepared."""
-    directory = recipe.training_directory
-    if "://" not in directory and not Path(directory, MANIFEST_FILE).is_file():
-        return None
-    manifest = open_prepared(directory, recipe.loader, check_shards=False)
-    manifest.check_made_from(recipe.data, recipe.order)
-    return manifest
 
 
 def _trained(manifest: Manifest, recipe: Recipe) -> tuple[Counter[int], float]:

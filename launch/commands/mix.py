@@ -6,10 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ...data.format.manifest import MANIFEST_FILE, open_prepared
 from ...data.inspect.mix import mix_tables
 from ..config import Recipe
-from ..preflight import order_of
+from ..preflight import order_of, prepared_data
 
 
 def show_mix(recipe: Recipe, console: Console, picture: Path | None) -> None:
@@ -20,13 +19,11 @@ def show_mix(recipe: Recipe, console: Console, picture: Path | None) -> None:
     """
     directory = recipe.training_directory
     console.print(slots_line(recipe), highlight=False)
-    if "://" not in directory and not Path(directory, MANIFEST_FILE).is_file():
+    if (manifest := prepared_data(recipe)) is None:
         if picture is not None:
             raise ValueError(f"--mix {picture}: {directory} is not prepared yet; run `longring prepare RECIPE` first")
         console.print(f"mix: known once {directory} is prepared", soft_wrap=True, highlight=False)
         return
-    manifest = open_prepared(directory, recipe.loader, check_shards=False)
-    manifest.check_made_from(recipe.data, recipe.order)
     order = order_of(manifest, recipe)
     for table in mix_tables(order, recipe.curriculum):
         console.print(table)

@@ -40,6 +40,7 @@ from ...parallel.cp.topology import PRESETS, Topology
 from ...parallel.cp.visible import Visibility
 from ...parallel.mesh import Mesh, join
 from ..config import Recipe, load_recipe
+from ..fit.links import preset_of
 from ..grids.choice import GridChoice, attention_shape, check_named_grids, choose_grids, pricer
 from ..grids.measure import named_topology
 from ..grids.table import grid_json, grids_table
@@ -47,22 +48,16 @@ from ..ranks.clock import Clock
 from ..ranks.rank import as_rank
 from ..ranks.start import start_ranks
 
-RANKS_OF_A_NODE = 8
-"""Most ranks that are assumed to share a node when no topology is named."""
 WARM_UP_PASSES = 2
 """Number of passes before the recorded one; they open connections and compile kernels."""
 
 
-def preset_of(recipe: Recipe, world_size: int, named: str | None) -> tuple[str, str]:
-    """Return the topology preset between `world_size` ranks, and its origin. Raises ValueError for an unknown name."""
-    if named is not None and named not in PRESETS:
-        raise ValueError(f"--topology {named}: must be one of {', '.join(PRESETS)}")
-    if named is not None:
-        return named, "--topology"
-    if recipe.parallel.cp.topology != "probe":
-        return recipe.parallel.cp.topology, "parallel.cp.topology"
-    assumed = "nvswitch" if world_size <= RANKS_OF_A_NODE else "infiniband"
-    return assumed, "assumed; a run probes and may choose other grids"
+def _preset(recipe: Recipe, world_size: int, named: str | None) -> tuple[str, str]:
+    """Return `preset_of`, with a note in the origin if a run would measure its links instead."""
+    preset, origin = preset_of(recipe, world_size, named)
+    if named is None and recipe.parallel.cp.topology == "probe":
+        origin = "assumed; a run probes and may choose other grids"
+    return preset, origin
 
 
 def plan(
@@ -83,7 +78,7 @@ def plan(
     # By default the fewest ranks that hold the longest bucket.
     world_size = num_ranks or recipe.max_context_parallel * recipe.parallel.tensor
     check_named_grids(recipe)
-    preset, origin = preset_of(recipe, world_size, preset)
+    preset, origin = _preset(recipe, world_size, preset)
     (topology, speed), shape = named_topology(preset, recipe, world_size), attention_shape(recipe)
     console.print(
         f"{world_size:,} ranks, {recipe.parallel.tokens_per_rank:,} tokens on each\n"
@@ -124,7 +119,7 @@ def plan_json(recipe: Recipe, *, num_ranks: int | None = None, preset: str | Non
         recipe.accumulation_steps(num_ranks)
     world_size = num_ranks or recipe.max_context_parallel * recipe.parallel.tensor
     check_named_grids(recipe)
-    name, origin = preset_of(recipe, world_size, preset)
+    name, origin = _preset(recipe, world_size, preset)
     topology, speed = named_topology(name, recipe, world_size)
     choices = choose_grids(recipe, recipe.lengths, topology, speed)
     return {

@@ -31,8 +31,15 @@ def links_of(recipe: Recipe, world_size: int, topology: Topology) -> Links:
     return Links(topology, topology.every(recipe.parallel.tensor))
 
 
-def default_topology(recipe: Recipe, world_size: int) -> tuple[str, str]:
-    """Return the preset topology of a world whose links nobody has measured, and its origin."""
+def preset_of(recipe: Recipe, world_size: int, named: str | None = None) -> tuple[str, str]:
+    """Return the preset topology of a world whose links nobody has measured, and its origin.
+
+    `named` is the name that --topology gives, if any. Raises ValueError if there is no preset of this name.
+    """
+    if named is not None and named not in PRESETS:
+        raise ValueError(f"--topology {named}: must be one of {', '.join(PRESETS)}")
+    if named is not None:
+        return named, "--topology"
     if recipe.parallel.cp.topology != "probe":
         return recipe.parallel.cp.topology, "parallel.cp.topology"
     return "nvswitch" if world_size <= RANKS_OF_A_NODE else "infiniband", "assumed"

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import Recipe
 from .device import SHEETS, named_device
-from .links import assumed_topology, default_topology, links_of
+from .links import assumed_topology, links_of, preset_of
 from .memory import moments, peak
 from .time import time_of
 
@@ -28,7 +28,7 @@ def predicted(
         kinds = {**memory.by_kind(), "host": memory.host}
         seconds = None
         if short is not None and recipe.train.dtype == "bfloat16":  # the FLOP/s of data sheets are those of bfloat16
-            name, _ = default_topology(recipe, world_size)
+            name, _ = preset_of(recipe, world_size)
             links = links_of(recipe, world_size, assumed_topology(name, world_size, short))
             device = named_device(short, recipe.train.attention_backend)
             seconds = time_of(recipe, world_size, length, vocab_size, device, links).total
