@@ -14,7 +14,6 @@ from longring.kernels import layout
 from longring.kernels import mask as masks
 from longring.parallel.cp import execute, transports, visible
 from longring.parallel.cp import grid as grids
-from longring.parallel.cp import heads as cp_heads
 from longring.parallel.cp import layout as cp_layout
 from longring.parallel.cp.plan import Pass
 from torch import Tensor
@@ -66,6 +65,13 @@ def put_share(whole: Tensor, part: Tensor, of: layout.SeqLayout) -> None:
         at += stop - start
 
 
+def heads_of(num_heads: int, rank: int, heads: int) -> slice:
+    """Return the range of `num_heads` heads that `rank` computes, where `heads` ranks hold each grid position."""
+    index = rank % heads
+    first = index * num_heads // heads
+    return slice(first, max(first + 1, (index + 1) * num_heads // heads))  # at least one: kv heads may be fewer
+
+
 def forward_in_process(spec: execute.AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Any]]:
     """Return out of every rank, and the tensors that every rank saves for its backward."""
     transport = transports.InProcess()
@@ -101,7 +107,7 @@ def joined(
     lse, heads = lses[0].new_empty((1, q.shape[1], q.shape[2])), spec.grid.heads
     of_positions = cp_layout.position_layouts(spec.layouts, heads)
     for rank, part in enumerate(lses):
-        put_share(lse[:, :, cp_heads.heads_of(q.shape[2], rank, heads)], part, of_positions[rank // heads])
+        put_share(lse[:, :, heads_of(q.shape[2], rank, heads)], part, of_positions[rank // heads])
     return found | {"lse": lse.transpose(1, 2)}
 
 
@@ -167,7 +173,7 @@ class Tiles:
                     mask = masks.make_mask(*sides, window=spec.visibility.window, device=device)
                     of_query, of_key = (owner * heads + head_shard for owner in (tile.query_owner, tile.key_owner))
                     calls.append(Call(of_query, queries, of_key, keys, mask))
-            mine = [x[:, :, cp_heads.heads_of(x.shape[2], rank, heads)] for x in tensors]  # [1, all tokens, heads, d]
+            mine = [x[:, :, heads_of(x.shape[2], rank, heads)] for x in tensors]  # [1, all tokens, heads, d]
             self.shares.append([share_of(x, of_positions[position]).contiguous() for x in mine])
 
     def num_pairs(self, direction: Pass) -> int:

@@ -1,7 +1,7 @@
 """`StatefulLoader`: batches of a run as a plain iterable with a state, as torchdata has it, for any trainer."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,15 +81,7 @@ class StatefulLoader:
         manifest = open_prepared(directory, config)
         made_of: dict[str, Any] = {"steps": steps, "global_batch_tokens": global_batch_tokens, "seed": seed}
         order = training_order(manifest, curriculum, config, **made_of)
-        # Number of ranks that hold a sequence of each length together.
-        ranks_of = {length: max(1, length // tokens_per_rank) for length in order.lengths}
-        for length, ranks in ranks_of.items():
-            # A rank holds whole sequences, or whole ranks hold one together.
-            if max(length, tokens_per_rank) % min(length, tokens_per_rank) or num_ranks % ranks:
-                raise ValueError(
-                    f"tokens_per_rank = {tokens_per_rank}: {num_ranks} ranks cannot hold sequences of {length} tokens; "
-                    f"set it to {max(order.lengths)}"
-                )
+        ranks_of = _ranks_by_length(order.lengths, tokens_per_rank, num_ranks)
         self._at_once = num_ranks * tokens_per_rank  # tokens of one micro-batch
         if order.slot_tokens % self._at_once:
             raise ValueError(
@@ -151,3 +143,19 @@ class StatefulLoader:
             positions=torch.arange(micro_batch.length),
             document_starts=micro_batch.document_starts,
         )
+
+
+def _ranks_by_length(lengths: Sequence[int], tokens_per_rank: int, num_ranks: int) -> dict[int, int]:
+    """Return the number of adjacent ranks that hold a sequence together, by its length.
+
+    Raises ValueError if neither of a length and `tokens_per_rank` divides the other, or if that number does not divide
+    the ranks.
+    """
+    ranks_of = {length: max(1, length // tokens_per_rank) for length in lengths}
+    for length, ranks in ranks_of.items():
+        if max(length, tokens_per_rank) % min(length, tokens_per_rank) or num_ranks % ranks:
+            raise ValueError(
+                f"tokens_per_rank = {tokens_per_rank}: {num_ranks} ranks cannot hold sequences of {length} tokens; "
+                f"set it to {max(lengths)}"
+            )
+    return ranks_of

@@ -17,13 +17,6 @@ from .rows import num_rows
 from .transports import Transport
 
 
-def heads_of(num_heads: int, rank: int, heads: int) -> slice:
-    """Return the range of `num_heads` heads that `rank` computes, where `heads` ranks hold each grid position."""
-    index = rank % heads
-    first = index * num_heads // heads
-    return slice(first, max(first + 1, (index + 1) * num_heads // heads))  # at least one: kv heads may be fewer
-
-
 def tokens_for_heads(
     tensors: list[Tensor], plan: CompiledPlan, heads: int, transport: Transport
 ) -> Generator[Message, None, list[Tensor]]:
