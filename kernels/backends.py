@@ -41,8 +41,8 @@ class Backend(NamedTuple):
 def choose_backend(case: Case, backend: str = "auto") -> str:
     """Return the name of the backend for a case: `backend` itself, or with "auto" the first that fits.
 
-    Raises ValueError if `backend` is unknown, or if it cannot compute these inputs. What "auto" takes is logged once,
-    with the reasons why it passed over the backends before.
+    Raises ValueError if `backend` is unknown, or if it cannot compute these inputs. The choice of "auto" is logged
+    once, with the reasons against the backends before it.
     """
     return _choose(case, backend)
 

@@ -11,7 +11,7 @@ Kind = Literal["whole", "causal", "window", "documents"]
 """The kind of a tile's mask: every query sees every key; one causal run of keys; one run with an attention window; or
 several runs beside each other, as of packed documents or of windows cut by chunks."""
 Task = Literal["forward", "continued", "backward"]
-"""What a kernel computes: a result from nothing, a result added to a running one, or gradients."""
+"""Task of a kernel: a result from nothing, a result added to a running one, or gradients."""
 
 
 class Case(NamedTuple):

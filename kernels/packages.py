@@ -37,7 +37,7 @@ def unfit_package(distribution: str, module: str, functions: tuple[tuple[str, tu
         return f"{distribution} is not installed"
     try:
         imported = importlib.import_module(module)
-    except Exception as error:  # a package may fail in any way for want of a driver or a library
+    except Exception as error:  # a package may fail in any way without a driver or a library
         return f"{distribution} {found}: {module} cannot be imported: {type(error).__name__}: {error!s:.200}"
     for name, parameters in functions:
         function = getattr(imported, name, None)

@@ -50,7 +50,7 @@ LIMIT_S = 240.0
 PACKAGES = ("triton", "flash-attn-3", "flash-attn-4", "nvidia-cudnn-frontend", "nvidia-cutlass-dsl")
 """Distributions whose versions decide about the kernels, besides torch with its libraries."""
 DOCUMENTS = 4
-"""Documents of a packed sample, in the mean; how many a run will have is not known."""
+"""Mean number of documents of a packed sample; the number in the sequences of a run is not known."""
 
 
 def with_backends(

@@ -34,16 +34,16 @@ class DamageError(ValueError):
 
 
 def badness(error: Exception) -> int:
-    """Return how bad the error of a rank is, 0 for the worst: an index of CommonError, ValueError, DamageError.
+    """Return the severity of a rank's error, 0 for the worst: an index into (CommonError, ValueError, DamageError).
 
-    An OSError is the worst: where a file system fails, what another rank finds is doubtful. Damage is the least, since
-    it alone lets a start go on.
+    An OSError is the worst, since the findings of other ranks on a failing file system are doubtful. Damage is the
+    least, since a start can go on after it alone.
     """
     return 0 if isinstance(error, OSError) else 2 if isinstance(error, DamageError) else 1
 
 
 def worst(errors: Iterable[tuple[int, str]]) -> tuple[int, str]:
-    """Return the (badness, text) that speaks for all ranks, whose errors come by rank: the first of the worst."""
+    """Return the first of the worst errors (badness, text), given by rank: the one that all ranks raise."""
     return min(errors, key=lambda error: error[0])
 
 

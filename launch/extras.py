@@ -1,4 +1,4 @@
-"""The extras of the package: which one installs a library that a command or a public name asks for in vain."""
+"""The extras of the package, and the one that installs a library which a command or a public name lacks."""
 
 from __future__ import annotations
 

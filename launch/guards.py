@@ -129,7 +129,7 @@ def _make_sample(recipe: Recipe, mesh: Mesh, group: CpGroup, layout: Layout) -> 
 def _find_fault(
     sample: _Sample, attention: AttentionFunction, whole: Callable[[SeqLayout], AttentionFunction], dtype: torch.dtype
 ) -> str | None:
-    """Return what is wrong with attention over the group, in words; None: nothing. Collective."""
+    """Return the fault of attention over the group in words, or None. Collective."""
     leak = _find_leak(sample, attention)
     share = sample.losses(sample.tokens, sample.mine, attention)
     share.sum().backward()

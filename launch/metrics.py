@@ -185,7 +185,7 @@ def finite(values: Any) -> Any:
 
 
 def ledger_entry(cell: Trained) -> dict[str, Any]:
-    """Return what has been trained of a cell, as trained.json holds it."""
+    """Return the entry of a cell in trained.json."""
     return {
         "source": cell.source,
         "bucket": cell.length,

@@ -34,7 +34,7 @@ class StepProfiler:
             self.close()
 
     def close(self) -> None:
-        """End the trace if it goes on, and write what it has."""
+        """End a trace in progress, and write it."""
         if self._running is None:
             return
         running, self._running = self._running, None

@@ -43,7 +43,7 @@ class Tracker(Protocol):
         ...
 
     def close(self) -> None:
-        """Complete what is recorded."""
+        """Finish the records; no more follow."""
         ...
 
 
@@ -90,7 +90,7 @@ class TensorBoard:
         self._open(step + 1)
 
     def close(self) -> None:
-        """Write what is in memory."""
+        """Flush the records that are in memory."""
         self._writer.close()
 
 

@@ -165,10 +165,10 @@ class CachedStore:
         try:
             yield
         except FileNotFoundError as error:
-            # fsspec's client of HTTP says so of every answer that it does not like: the error behind it tells.
-            behind = error.__cause__
-            if type(behind).__module__.startswith("aiohttp") and getattr(behind, "status", None) not in (404, 410):
-                raise OSError(f"{type(behind).__name__}: {behind}") from error
+            # fsspec's HTTP client raises FileNotFoundError for every error status; its cause has the status.
+            cause = error.__cause__
+            if type(cause).__module__.startswith("aiohttp") and getattr(cause, "status", None) not in (404, 410):
+                raise OSError(f"{type(cause).__name__}: {cause}") from error
             raise ValueError(f"{self.name}/{name}: does not exist; copy the prepared directory there") from error
         except OSError:
             raise

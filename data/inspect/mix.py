@@ -20,7 +20,7 @@ def mix_tables(order: BatchOrder, curriculum: CurriculumConfig) -> Iterable[Tabl
     kinds = {  # kind of group → name → cells
         "bucket": {f"@{length}": [cell for cell in cells if cell.length == length] for length in order.lengths},
         "source": {name: [cell for cell in cells if cell.source == name] for name in sources if len(sources) > 1},
-        # A name with "@" behind its first character, as "books@65536", is a cell; "@65536" is a bucket.
+        # A name with "@" after its first character, such as "books@65536", is a cell; "@65536" is a bucket.
         "cell": {name: [c for c in cells if name == f"{c.source}@{c.length}"] for name in asked if "@" in name[1:]},
     }
     for kind, groups in kinds.items():

@@ -66,7 +66,7 @@ class Hashing:
         """Hash what is left of the steps added, without a limit of bandwidth, for LAST_SECONDS at most."""
         self._hurry.set()
         self._steps.put(None)
-        # None lies behind the steps, so all of them are hashed first.
+        # None is queued after the steps, so all of them are hashed first.
         self._thread.join(LAST_SECONDS)
         self._raise_failure()
         if self._thread.is_alive():

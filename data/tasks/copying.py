@@ -49,5 +49,5 @@ class RelatedPrefix:
         row, other, cut = material.documents.continued(length, draws)  # [length + 1] each
         rows = np.stack([row, np.concatenate([other[:cut], row[cut:]])])  # [2, length + 1], alike from the cut on
         parts = np.zeros((2, length), dtype=np.uint8)
-        parts[:, cut:] = FIRST_REFERENCE  # targets behind the first token after the cut, in both rows alike
+        parts[:, cut:] = FIRST_REFERENCE  # all targets after the cut but the first, equal in both rows
         return Sample(rows, parts, alone=cut)

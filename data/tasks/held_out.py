@@ -49,7 +49,7 @@ class HeldOut:
         """Return two sequences of the bucket of this length, int64 `[length + 1]` each, and the cut of both.
 
         The cut is in the middle; where the sequence holds several documents, it is the begin of the first document
-        behind the middle. Raises ValueError if the bucket has fewer than two held-out sequences.
+        after the middle. Raises ValueError if the bucket has fewer than two held-out sequences.
         """
         readers = [reader for reader in self._readers if reader.length == length and reader.sequences > 1]
         if not readers:

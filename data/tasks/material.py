@@ -28,7 +28,7 @@ class Material:
     """Tokenizer and haystacks of tasks. `documents` None: there is only generated text.
 
     Ids of adjacent texts are joined, so that the number of tokens of a row is the sum of its texts'. Each text is
-    encoded behind the text that comes before it, whose ids are then removed. Where the tokenizer merges across the cut,
+    encoded after the text that comes before it, whose ids are then removed. Where the tokenizer merges across the cut,
     the text is encoded alone.
     """
 
@@ -105,7 +105,7 @@ class Material:
             size = max(size, 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values()))
             texts = self._tokenizer.decode_batch([[number] for number in range(size)], skip_special_tokens=False)
             self._ends = np.array([text.endswith(("\n", ".")) for text in texts], dtype=np.bool_)
-        inside = np.flatnonzero(self._ends[tokens[:-1]]) + 1  # positions behind an end
+        inside = np.flatnonzero(self._ends[tokens[:-1]]) + 1  # positions after an end
         return np.unique(np.concatenate([inside, [0, len(tokens)]]))
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:

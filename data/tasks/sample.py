@@ -99,7 +99,7 @@ def join(
     parts = np.full((len(answers), length + 1), NOT_SCORED, dtype=np.uint8)
     stops = []
     for row, part, answer in zip(rows, parts, answers, strict=True):
-        at = 1  # behind the boundary token
+        at = 1  # after the boundary token
         for segment in (*prompt, *answer):
             stop = at + len(segment.tokens)
             row[at:stop], part[at:stop] = segment.tokens, segment.part

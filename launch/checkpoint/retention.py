@@ -1,4 +1,4 @@
-"""Retention: which checkpoints are kept, and the removal of the others and of what crashes left."""
+"""Retention: the checkpoints that are kept, and the removal of the others and of the leftovers of crashes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def leftovers(directory: Path) -> dict[Path, int]:
 
 
 def clear_leftovers(directory: Path) -> None:
-    """Delete what interrupted saves and removals have left behind. Damaged checkpoints stay."""
+    """Delete the leftovers of interrupted saves and removals. Damaged checkpoints stay."""
     for path in leftovers(directory):
         if path.suffix != DAMAGED:
             shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""The worth of context: the loss of the same tokens behind prefixes of several lengths, and LongPPL."""
+"""The worth of context: the loss of the same tokens after prefixes of several lengths, and LongPPL."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class HeldOutRows:
         return len(self.numbers)
 
     def row(self, index: int, parts: NDArray[np.uint8], cuts: tuple[int, ...] = ()) -> Row:
-        """Return a row in which nothing before a cut is visible behind it.
+        """Return a row in which tokens after a cut see nothing before it.
 
         Documents that the data keep apart see nothing of each other either.
         """

@@ -52,7 +52,7 @@ class EvaluationsInTraining:
         return self.are_due(step) and not on_rank_0(self.mesh, recorded)
 
     def measure(self, step: int) -> dict[str, Any] | None:
-        """Return what `Measurement.measure` finds, without a change to anything that trains. Collective.
+        """Return the result of `Measurement.measure`, without a change to anything that trains. Collective.
 
         Returns None if a rank has been told to stop meanwhile.
         """

@@ -20,7 +20,7 @@ class KeyTokens:
     """Whether each target is one, `[sequences, length]`, by the length of the bucket."""
 
     def save(self, file: Path) -> None:
-        """Write them to a file."""
+        """Write the key tokens to a file."""
         # Eight tokens a byte: [sequences, length / 8], rounded up.
         masks = {str(length): np.packbits(keys, axis=1) for length, keys in self.by_length.items()}
         with file.open("wb") as opened:
@@ -28,7 +28,7 @@ class KeyTokens:
 
     @classmethod
     def load(cls, file: Path) -> KeyTokens:
-        """Read what `save` has written."""
+        """Return the key tokens in a file that `save` has written."""
         with np.load(file, allow_pickle=False) as found:
             lengths = [name for name in found.files if name != "judge"]
             return cls(

@@ -99,7 +99,7 @@ class Measurement:
         return [Scorer(loss.engine, loss.mesh, self.layouts[bucket.length], loss.at) for bucket, _ in self.chosen()]
 
     def measure(self) -> dict[str, Any]:
-        """Return what evaluation.json has beside target and step. Collective.
+        """Return the content of evaluation.json, without target and step. Collective.
 
         An evaluation that is cut short has the buckets that are complete, and a mean over the buckets only if all are:
         otherwise it could not be compared with that of a whole evaluation. The engine is in evaluation mode meanwhile,

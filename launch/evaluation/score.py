@@ -67,7 +67,7 @@ class Scorer:
         `row` makes a row from its number, for the rows of this rank's replica alone; a ValueError that it raises is
         raised on every rank. A token is right if it, or one that is accepted for it, is the most likely one.
         """
-        # The last row takes what fills up a micro-batch.
+        # Row `num_rows` takes the scores of the rows that fill up the last micro-batch, and is cut off below.
         found = torch.zeros(num_rows + 1, num_parts, 3, dtype=torch.float64, device=self.mesh.device)
         for forward in self._forwards(num_rows, row):
             numbers = torch.from_numpy(forward.numbers).to(found.device)[:, None]  # [b, 1]
@@ -91,7 +91,7 @@ class Scorer:
             layout.num_replicas * layout.sequences_per_replica,
             layout.replica * layout.sequences_per_replica,
         )
-        left = num_rows  # rows that are not yielded yet; what fills up the last micro-batch lies behind them
+        left = num_rows  # rows not yielded yet; the rows that fill up the last micro-batch come after them
         for forward in self._forwards(num_rows, row):
             found = torch.zeros(at_once, layout.length, dtype=torch.float64, device=device)
             mine = torch.arange(first, first + layout.sequences_per_replica, device=device)

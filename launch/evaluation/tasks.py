@@ -81,14 +81,14 @@ def scores_of(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64] | None
     means = answers[..., 0].sum(2) / answers[..., 2].sum(2)  # [samples, candidates]
     baseline = sums[:, 0, BASELINE]
     has_distractors, has_baseline = means.shape[1] > 1, bool((baseline[:, 2] > 0).all())
-    behind = means[:, 1:] - means[:, :1]  # [samples, distractors]
+    margins = means[:, 1:] - means[:, :1]  # [samples, distractors]
     return {
         "exact": (right == tokens).all(1).astype(np.float64),
         "references": (right == tokens).mean(1),
         "tokens": right.sum(1) / tokens.sum(1),
         "loss": loss.sum(1) / tokens.sum(1),
-        "margin": behind.mean(1) if has_distractors else None,
-        "preferred": (behind > 0).all(1).astype(np.float64) if has_distractors else None,
+        "margin": margins.mean(1) if has_distractors else None,
+        "preferred": (margins > 0).all(1).astype(np.float64) if has_distractors else None,
         "gain": baseline[:, 0] / baseline[:, 2] - means[:, 0] if has_baseline else None,
     }
 

@@ -111,7 +111,7 @@ class Plan:
     @cached_property
     def parts(self) -> dict[str, float]:
         """Seconds of a step by part, as a mean over the run; of the longest bucket if the mix is not known."""
-        # All steps have equally many tokens, so buckets weigh by their tokens in the mean over steps.
+        # All steps have equally many tokens, so buckets have the weights of their tokens in the mean over steps.
         tokens = [self.tokens.get(bucket.length, 0) for bucket in self.buckets]
         if not any(tokens):
             tokens[-1] = 1

@@ -67,8 +67,8 @@ def attention_shape(recipe: Recipe) -> AttentionShape:
 def pricer(recipe: Recipe, kind: LayerKind, topology: Topology, speed: Speed) -> Pricer:
     """Return the cost model of the grids of one layer kind.
 
-    Grids are priced over one document, or, if the recipe lays packings out, over a packing of documents as long as a
-    rank's tokens in the mean.
+    Grids are priced over one document, or, if the recipe lays packings out, over a packing of documents whose mean
+    length is the number of tokens of a rank.
     """
     visibility = Visibility(window=kind.window)
     packed = lays_packings_out(recipe)

@@ -11,7 +11,7 @@ from ..redact import redact
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
-# No level flushes it, and a full one keeps what it has as long as `open_log` has not given it a target.
+# No level of a record flushes it, and it keeps its records, even if it is full, until `open_log` gives it a target.
 _held = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
 
 

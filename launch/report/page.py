@@ -109,7 +109,7 @@ def _tables(history: History) -> list[Table]:
 
 
 def _buckets(history: History) -> Table:
-    """Return the plan of each bucket beside what was measured."""
+    """Return the table of the plan of each bucket beside the measurements."""
     times = _planned(history)
     planned = ("planned ms",) if times else ()
     columns = ("bucket", "cp", "grid", "steps", "tokens", "share", *planned, "median ms", "loss", "held out")
@@ -202,7 +202,7 @@ def _evaluation(history: History) -> list[Table]:
 
 
 def _trained(history: History) -> list[Table]:
-    """Return what the run has trained of each source and bucket, at its last checkpoint, from trained.json."""
+    """Return the table of the run's tokens by source and bucket at its last checkpoint, from trained.json."""
     try:
         found = json.loads(history.run.trained_file.read_text())
         cells = [

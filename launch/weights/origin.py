@@ -52,7 +52,7 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights on disk that a run can begin with, and what they are weights of."""
+    """Weights on disk that a run can begin with, and the model and tokenizer that they belong to."""
 
     origin: Origin
     config: ModelConfig

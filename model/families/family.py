@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A `model_type` of transformers: what all its models have in common, and where its config.json says the rest."""
+    """A `model_type` of transformers: settings that all its models share, and keys of config.json with the rest."""
 
     architecture: str
     """Class of transformers that loads the model."""

@@ -250,7 +250,7 @@ class _Compiler:
             into = tuple(self._receive(message) for message in sorted(receives, key=_channel))
             out = tuple(self._send(message) for message in sorted(sends, key=_channel))
             self.operations.append(Post(out, into))
-            # The slot of the message keeps what is sent; that of the sum is not needed any more.
+            # The slot of the message keeps the tensors that are sent; the slot of the sum is not needed any more.
             for message in filter(lambda m: m.is_result, sends):
                 self.free(self.sums.pop(message.share))
 

@@ -142,7 +142,7 @@ class HostQueue:
         weakref.finalize(self, self._operations.put, None)
 
     def follow(self) -> None:
-        """Do nothing: a CPU has computed what it was given."""
+        """Do nothing: on a CPU, everything that was submitted is computed already."""
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Copy bytes. numpy does it in this thread alone, where torch would start others for it."""

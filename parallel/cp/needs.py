@@ -1,7 +1,7 @@
 """Needs of a packing: the tiles that have visible pairs and the messages that have rows, under several layouts at once.
 
-A plan says the same with the rows of each message; here rows are only counted, and what no document needs costs
-nothing, so that layouts can be simulated for each micro-batch.
+A plan has the same tiles and messages, with the rows of each. Here rows are only counted, and tiles and messages that
+no document needs cost nothing, so that layouts can be simulated for each micro-batch.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ class _Documents:
     start: Ints
     stop: Ints
     density: Floats
-    """Visible pairs of a token in all layers, in the mean."""
+    """Mean number of visible pairs of a token, summed over all layers."""
     windows: Ints
     """Attention windows, `FAR` for full attention, `[kinds of layers]`."""
     layers: Ints

@@ -86,8 +86,8 @@ def even_out(tokens, density, first_part, room, first_rank):  # pragma: no cover
 def cut(document, tokens, start, stop, density, windows, layers):  # pragma: no cover  (compiled)
     """Return the two runs of each slice, `[slices, 2, 2]` as (start, stop); one may be empty.
 
-    Slices of `tokens` are taken of each `document`, in their order, from both ends of what is left of its positions
-    [`start`, `stop`). `windows` are the attention windows, each with its number of `layers`.
+    Slices of `tokens` are taken in their order, each from both ends of the positions [`start`, `stop`) of its
+    `document` that are left. `windows` are the attention windows, each with its number of `layers`.
     """
 
     def pairs(num_tokens):
@@ -99,14 +99,14 @@ def cut(document, tokens, start, stop, density, windows, layers):  # pragma: no 
         return total
 
     shortest = windows.min()
-    front, back = start.copy(), stop.copy()  # what is left
+    front, back = start.copy(), stop.copy()  # [front, back): positions of each document that are left
     found = np.empty((len(document), 2, 2), np.int64)
     for number in range(len(document)):
         of, taken = document[number], tokens[number]
         # Without an attention window it is half of the slice; an odd token is taken at the end.
         late = taken - taken // 2
         if shortest < stop[of] - start[of]:
-            first, last = front[of] - start[of], back[of] - start[of]  # what is left, within the document
+            first, last = front[of] - start[of], back[of] - start[of]  # the same, within the document
             # The work of a slice rises with `late`, since no token has less work than one before. As in `even_out`.
             enough = density[of] * (taken - 0.5) - pairs(last) + pairs(first)
             low, late = 0, taken

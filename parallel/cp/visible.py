@@ -275,7 +275,7 @@ def _pairs_not_after(i0: Ints, i1: Ints, j0: Ints, j1: Ints) -> Ints:
     def below(stop: Ints) -> Ints:
         """Return the number of pairs with i < stop and no lower limit: a triangle of rows, then full rows."""
         rows, width = np.maximum(stop - j0, 0), j1 - j0
-        full = np.maximum(0, rows - width)  # queries behind the keys see all of them
+        full = np.maximum(0, rows - width)  # queries after the last key see all keys
         rising = rows - full  # those among the keys see 1, 2, ... of them
         return rising * (rising + 1) // 2 + full * width
 

@@ -30,7 +30,7 @@ def walk_halves(
     """
     num_halves = 1 + max(due.max() if len(due) else 0, half[-1] if len(half) else 0)
     ready, free = np.zeros(num_ranks), np.zeros(num_links)  # free: time at which a link has carried all so far
-    came = np.zeros((num_halves, num_ranks))  # latest arrival of what a rank waits for in each half
+    came = np.zeros((num_halves, num_ranks))  # latest arrival of the messages that a rank waits for
     begins, arrival, computed = np.zeros(len(posted)), np.zeros(len(posted)), np.zeros(len(half))
     # Messages of the present half on each link: the number not yet looked at, and the bytes of the others.
     waiting, carried = np.zeros(num_links, np.int64), np.zeros(num_links)

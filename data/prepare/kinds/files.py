@@ -28,7 +28,7 @@ def opened(file: str) -> Iterator[io.BufferedReader]:
 
 @contextmanager
 def opened_text(file: str) -> Iterator[io.BufferedReader]:
-    """Open a file of UTF-8 behind its byte order mark, which editors and spreadsheets write and which is no text.
+    """Open a file of UTF-8 after its byte order mark, which editors and spreadsheets write and which is no text.
 
     Raises UnreadableError for UTF-16, which has a mark of its own.
     """
