@@ -94,14 +94,15 @@ def row_of(num_gpus: int, num_tokens: int, model: str, fabric: str, member: str,
 
 
 def table(rows: Rows, fabric: str) -> Table:
-    """Return the table of times as multiples of the compute alone, which is the same for all members."""
+    """Return the table of times as multiples of the least compute of a member, which is that of the largest tiles."""
     columns = ["model", "tokens", "GPUs", "ring", "both", "token", "ulysses", "hybrid", "square", "auto", "h·q·kv"]
-    title = f"{fabric}: time / compute alone, forward and backward; the last column is auto's grid"
+    title = f"{fabric}: time / least compute, forward and backward; the last column is auto's grid"
     found = make_table(title, columns, left=("model", "h·q·kv"))
     tokens, gpus = (sorted({row[key] for row in rows}) for key in ("tokens", "gpus"))
     for model, num_tokens, num_gpus in product(MODELS, tokens, gpus):
         cell = select(rows, fabric=fabric, model=model, gpus=num_gpus, tokens=num_tokens)
-        times = {row["member"]: row["ms"] / (row["ms"] - row["exposed_ms"]) for row in cell}
+        compute_ms = min(row["ms"] - row["exposed_ms"] for row in cell)
+        times = {row["member"]: row["ms"] / compute_ms for row in cell}
         best = min(times[row["member"]] for row in named(cell))
         texts = [f"{times[name]:.2f}" if name in times else "-" for name in (*MEMBERS, "auto")]
         texts = [f"[bold]{text}[/]" if text == f"{best:.2f}" else text for text in texts]

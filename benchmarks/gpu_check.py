@@ -1,13 +1,13 @@
 """Correctness and speed on this GPU: the one command for a machine that has one.
 
-    python benchmarks/gpu_check.py --json rows.json   # half an hour
+    python benchmarks/gpu_check.py --json rows.json   # at most 35 minutes
     python benchmarks/gpu_check.py --quick            # a few minutes
     python benchmarks/gpu_check.py --only order       # one section
 
 The sections run in this order, each in processes of its own with a time limit, so that one that hangs or breaks leaves
 the others whole; the record is written after each:
 
-- step: a training step of 1B parameters on one rank, by bucket length and by level of recomputation, with the memory
+- step: a training step of 1.3B parameters on one rank, by bucket length and by level of recomputation, with the memory
   that was predicted; a whole step beside its bar; the attention kernels that a start measures as fastest;
 - parts: kernels compiled by random packings; the loss head; a layer compiled and as a CUDA graph; norm, SwiGLU and
   RoPE by liger and compiled;

@@ -48,7 +48,7 @@ FABRICS = {
 
 
 def simulated(tokens: int, members: Sequence[str], cells: Sequence[tuple[str, str, int]]) -> Callable[[Any], Any]:
-    """Return a function that yields (fabric, model, GPUs): times over compute alone, the best bold, and auto's grid."""
+    """Return a function that yields (fabric, model, GPUs): times over the least compute, best bold, and auto's grid."""
 
     def rows(record: Any) -> Iterator[Cells]:
         of = {
@@ -57,10 +57,9 @@ def simulated(tokens: int, members: Sequence[str], cells: Sequence[tuple[str, st
             if row["tokens"] == tokens
         }
         for fabric, model, gpus in cells:
-            times = []
-            for member in (*members, "auto"):
-                row = of.get((FABRICS[fabric], model, gpus, member))
-                times.append(f"{row['ms'] / (row['ms'] - row['exposed_ms']):.2f}" if row else "-")
+            cell = [of.get((FABRICS[fabric], model, gpus, member)) for member in (*members, "auto")]
+            compute_ms = min(row["ms"] - row["exposed_ms"] for row in cell if row)
+            times = [f"{row['ms'] / compute_ms:.2f}" if row else "-" for row in cell]
             best = min((time for time in times[:-1] if time != "-"), key=float)
             times[:-1] = [f"**{time}**" if time == best else time for time in times[:-1]]
             sizes = dict(re.findall(r"(\w+)=(\d+)", of[FABRICS[fabric], model, gpus, "auto"]["grid"]))

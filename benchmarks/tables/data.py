@@ -151,7 +151,7 @@ def lengths_measured(record: Any) -> Iterator[Cells]:
     for row in record["rows"]:
         ratios = [f"{row[f'{of}_over_bucket']:.2f}" for of in ("attention", "simulated", "layer")]
         degrees = ", ".join(f"{count} over {size}" for size, count in row["degrees"])
-        yield row["mix"], row["member"], degrees, f"{row['attention_s']:.1f} s", *ratios
+        yield row["mix"], f"{row['replicas']}", row["member"], degrees, f"{row['attention_s']:.1f} s", *ratios
 
 
 def orders(record: Any) -> Iterator[Cells]:
@@ -223,7 +223,7 @@ TABLES = [
     Table("data.md", "| one document of 34 MB |", odd_documents, ("prepare_odd_1_core_2026-11-22",)),
     Table("mixes.md", "| | of the data | asked |", mixes, ("published_mixes_2026-11-22",)),
     Table("mixes.md", "| mix | longest | GPUs |", length_degrees, ("length_degrees_2026-11-23",)),
-    Table("mixes.md", "| mix, 8 ranks |", lengths_measured, ("length_degrees_network_2_cores_2026-11-23",)),
+    Table("mixes.md", "| mix, 8 ranks | replicas |", lengths_measured, ("length_degrees_network_2_cores_2026-11-23",)),
     Table("ordering.md", "| documents | method | seconds |", orders, ("order_1_core_2026-11-21",)),
     Table(
         "ordering.md",
