@@ -1,4 +1,4 @@
-"""The lines with which a start tells what it is about to train."""
+"""The lines that a start prints about the training to come."""
 
 from __future__ import annotations
 

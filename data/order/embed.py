@@ -29,7 +29,7 @@ FIT_TOKENS = 1 << 20
 """Number of tokens from the start of each of these documents that count."""
 
 BATCH_TOKENS = 1 << 20
-"""Number of tokens at which a batch of documents is embedded; a longer document is embedded in runs of as many."""
+"""Number of tokens at which a batch of documents is embedded; a longer document is embedded in runs of that size."""
 
 BATCH_WINDOWS = 32
 """Number of encoder windows that a model encodes at once."""

@@ -85,7 +85,7 @@ class _Display:
         for number in self._pending[: None if finished else 2 * self._processes]:
             done = ledger_file(self._partial, number).exists()  # before the counts, which are then the last ones
             counts, at = _reported(progress_file(self._partial, number))
-            if at and self._slow.told(number, (*counts.tolist(), at), time.monotonic()):
+            if at and self._slow.has_become_slow(number, (*counts.tolist(), at), time.monotonic()):
                 self._progress.console.print(
                     f"input shard {number}: no progress for {SLOW_SECONDS} s at {at} or soon after it; if there is "
                     f"none for {MAX_ENCODE_SECONDS} s, the preparation ends",
@@ -112,7 +112,7 @@ class _Slow:
     def __init__(self):
         self._since: dict[int, tuple[object, float]] = {}
 
-    def told(self, number: int, state: object, now: float) -> bool:
+    def has_become_slow(self, number: int, state: object, now: float) -> bool:
         """Return whether input shard `number` has been in `state` for SLOW_SECONDS; True once for each state."""
         known, since = self._since.setdefault(number, (state, now))
         if known != state:

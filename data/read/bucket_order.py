@@ -114,7 +114,7 @@ class BucketOrder:
         ours, theirs = self._knots, other._knots
         if ours == theirs:
             return None
-        # None stands behind the last knot of each.
+        # None marks the end of the knots of each stream.
         unlike = next((a, b) for a, b in zip([*ours, None], [*theirs, None], strict=False) if a != b)
         return max(0, min(knot.position for knot in unlike if knot is not None) - self._margin)
 

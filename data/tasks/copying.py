@@ -1,4 +1,4 @@
-"""Sequences that stand twice in a row, and sequences after a prefix of their own or of another document."""
+"""Sequences that come twice in a row, and sequences after a prefix of their own or of another document."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -30,7 +30,7 @@ class Backtrace:
         names = different(lambda: draws.letters(string.ascii_letters + string.digits, 6), count)
         labels = np.reshape(np.arange(count), (self.texts, self.chunks))  # [text, chunk]: index of its name
         ids = material.encode(names, "[")
-        # A text stands once for each of its chunks, so their order in it is kept.
+        # Text of each chunk of the context: each text comes once per chunk, and its chunks keep their order.
         order = draws.shuffled([text for text in range(self.texts) for _ in range(self.chunks)])
         asked = order[-1]
         wrong = [text for text in range(self.texts) if text != asked]

@@ -68,7 +68,7 @@ class Needles:
             f"{query} {verb}"
         )
         right = [value for index in asked for value in by_key[index]]
-        # Wrong values stand in the text where it has enough others.
+        # Wrong values are values of the text, where it has enough others.
         wrong = [value for index in order[self.queries :] for value in by_key[index]] + every[self.keys * self.values :]
         answers = [right, *(wrong[first * len(right) : (first + 1) * len(right)] for first in range(distractors))]
 

@@ -25,7 +25,7 @@ class Pairs:
     threads: int = 1
     """Number of threads, whose last values are asked for in the order of their start keys."""
     direction: Literal["forward", "reverse"] = "forward"
-    """Order in which the pairs of a thread stand in the object."""
+    """Order in which the pairs of a thread come in the object."""
     any_order: bool = False
 
     def make(self, material: Material, length: int, number: int, distractors: int, draws: Draws) -> Sample:
@@ -37,7 +37,7 @@ class Pairs:
         def line(key: str, value: str) -> str:
             return f'"{key}": "{value}",\n'
 
-        # Wrong values stand in the object too, under other keys.
+        # Wrong values are in the object too, under other keys.
         other_lines = [line(draws.uuid(), value) for chosen in wrong for value in chosen]
         in_thread = material.encode([line(*pair) for thread in threads for pair in pairwise(thread)])
 

@@ -36,7 +36,7 @@ def as_rank(function: Callable[[], int | None]) -> int:
     # A rank whose launcher is killed stops as after any SIGTERM: all ranks save first, if they can. Ranks that are
     # started by hand may outlive the shell.
     if launcher := os.environ.get(LAUNCHER):
-        end_with_parent(int(launcher), signal.SIGTERM)  # the id as told: an end before this line counts too
+        end_with_parent(int(launcher), signal.SIGTERM)  # its id, since it may have ended before this line
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(os.getppid(), signal.SIGTERM)
     try:

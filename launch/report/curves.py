@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MOST_BINS = 400
-"""Maximum number of points of a curve. A figure of the page is about as many pixels wide."""
+"""Maximum number of points of a curve. A figure of the page is about this many pixels wide."""
 
 
 class Bin(NamedTuple):

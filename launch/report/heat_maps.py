@@ -75,7 +75,7 @@ def _gradient_norms(axes: Axes, history: History) -> bool:
         np.arange(len(parts) + 1) - 0.5,
         np.log10(np.maximum(norms, np.finfo(np.float64).tiny)),  # a norm may be 0
         cmap="viridis",
-        rasterized=True,  # as many paths as a long run of many layers has would be most of the page
+        rasterized=True,  # the vector paths of a long run of many layers would be most of the page
     )
     axes.invert_yaxis()
     every = -(-len(parts) // 14)  # at most 14 labels
