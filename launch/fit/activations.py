@@ -69,6 +69,25 @@ def activations_of(recipe: Recipe, vocab_size: int, length: int, *, on_gpu: bool
     # The last layer stays, and on a GPU the layer before the one at hand is already there.
     stay = min(model.num_layers, 1 + on_gpu) if memory.activations == "offload" else model.num_layers
 
+    kept_logits, loss_workspace = _loss(recipe, rows, itemsize, on_gpu=on_gpu)
+    # The loss keeps an int64, a bool and four fp32 numbers of each token: 25 bytes.
+    return Activations(
+        layer=int(tokens * kept),
+        layers=int(tokens * kept * stay),
+        host=int(tokens * kept * (model.num_layers - 1)) if stay < model.num_layers else 0,
+        around=int(tokens * (norm + (itemsize * hidden if parallel.sequence_parallel else 0) + 25)),
+        kept_logits=kept_logits,
+        loss_workspace=loss_workspace,
+        layer_workspace=int(workspace),
+    )
+
+
+def _loss(recipe: Recipe, rows: int, itemsize: int, *, on_gpu: bool) -> tuple[int, int]:
+    """Return the bytes of the logits that are kept, and of the tensors of the loss at hand in its backward.
+
+    `rows` is the number of rows of the output head on this rank.
+    """
+    tokens, hidden = recipe.parallel.tokens_per_rank, recipe.model.hidden_size
     kept_tokens, slice_tokens = kept_logit_tokens(recipe, rows, itemsize, on_gpu=on_gpu)
     head = rows * hidden
     # In fp32 kept logits become their own gradient, and with one slice the only product is the gradient of the weight.
@@ -81,18 +100,10 @@ def activations_of(recipe: Recipe, vocab_size: int, length: int, *, on_gpu: bool
     product = of_slice * itemsize + head * itemsize
     # The backward has the gradient of the head in fp32, that of x, and the larger of the two sums above.
     # The forward has a slice beside the logits that are kept, which is in fp32 but on a GPU.
-    loss_workspace = max(
+    workspace = max(
         (widened or itemsize) * of_slice, dweight + itemsize * tokens * hidden + max(slice_workspace, product)
     )
-    return Activations(
-        layer=int(tokens * kept),
-        layers=int(tokens * kept * stay),
-        host=int(tokens * kept * (model.num_layers - 1)) if stay < model.num_layers else 0,
-        around=int(tokens * (norm + (itemsize * hidden if parallel.sequence_parallel else 0) + 25)),
-        kept_logits=kept_tokens * rows * itemsize,
-        loss_workspace=int(loss_workspace),
-        layer_workspace=int(workspace),
-    )
+    return kept_tokens * rows * itemsize, workspace
 
 
 def kept_logit_tokens(recipe: Recipe, rows: int, itemsize: int, *, on_gpu: bool) -> tuple[int, int]:
