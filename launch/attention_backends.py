@@ -123,8 +123,7 @@ def with_backends(
 
 def question_of(recipe: Recipe, lengths: Sequence[int]) -> Question:
     """Return the tiles that buckets of these lengths have on one rank, as a question for `choose.measure`."""
-    shape, parallel, order = attention_shape(recipe), recipe.parallel, recipe.order
-    documents = recipe.data.has_boundaries if order.mode == "off" else order.document_masks
+    shape, parallel = attention_shape(recipe), recipe.parallel
     samples: dict[Sample, None] = {}  # in order, each once
     for window in sorted(
         {recipe.model.attention_window(n) for n in range(recipe.model.num_layers)}, key=lambda w: w or 0
@@ -141,7 +140,7 @@ def question_of(recipe: Recipe, lengths: Sequence[int]) -> Question:
                 half = own.num_tokens // 2
                 # The last chunk of rank 1 sees all of the first chunk of rank 0: most tiles of a pass are like this.
                 tiles = [(1, own, own), (1, other.part([(half, 2 * half)]), own.part([(0, half)]))]
-            if documents:
+            if recipe.packs_documents:
                 num_tokens = num_rows * length // degree
                 packed = SeqLayout(((0, num_tokens),), typical_packing(num_tokens, max(1, num_tokens // DOCUMENTS)))
                 tiles.append((1, packed, packed))

@@ -327,6 +327,11 @@ class Recipe:
         return self.order.directory or self.data.directory
 
     @property
+    def packs_documents(self) -> bool:
+        """Whether a sequence of the training data may hold several documents that attention keeps apart."""
+        return self.data.has_boundaries if self.order.mode == "off" else self.order.document_masks
+
+    @property
     def lengths(self) -> tuple[int, ...]:
         """Lengths of the buckets that the run uses, ascending, in tokens."""
         ordered = self.order.mode != "off"

@@ -92,7 +92,7 @@ def check_attention(
     for layout in recipe.parallel.cp.layouts:
         sample = _make_sample(recipe, mesh, group, layout)
         found = _find_fault(sample, spread(sample.layouts), whole, getattr(torch, recipe.train.dtype))
-        # A fault of one rank may show on few of them, and no other may go on without these.
+        # A fault of one rank may show on few ranks only; all ranks raise the error, so that none goes on without these.
         if found := first_of_any(found):
             raise ValueError(
                 f"context parallelism over {group.size} ranks: {found}, with documents divided by {layout!r}; {_ADVICE}"

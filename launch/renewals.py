@@ -87,7 +87,7 @@ def _is_whole(record: Record) -> bool:
 
 
 def check_recorded(file: Path, renewals: Sequence[Renewal], steps: Collection[int], steps_done: int) -> None:
-    """Raise ValueError if a renewal is missing after one of `steps` of which `steps_done` steps have trained by it."""
+    """Raise ValueError if `renewals` lack one after one of `steps` before `steps_done`: later steps trained by it."""
     missing = sorted({step for step in steps if step < steps_done} - {renewal.step for renewal in renewals})
     if missing:
         raise ValueError(

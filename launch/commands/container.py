@@ -100,7 +100,7 @@ def container_of(image: str, mounts: Sequence[str], paths: Iterable[str]) -> Con
         )
     local = [Path(path).absolute() for path in (*paths, *mounts) if path and "://" not in path]
     here = str(Path.cwd())
-    # The end of a link is mounted too, since the link is seen as one inside.
+    # The target of a link is mounted too, since the container sees the link itself.
     seen = {here, *(os.path.normpath(path) for path in local), *(str(path.resolve()) for path in local)}
     for path in seen:
         if not re.fullmatch(r"(/[\w.@+=-]+)+", path, re.ASCII):  # no comma and no colon: they separate mounts

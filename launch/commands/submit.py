@@ -31,10 +31,10 @@ _FROM_RECIPE = re.compile(
 
 
 def job_script(recipe: Recipe, nodes: int, *, evaluates: bool = False, container: Container | None = None) -> str:
-    """Return slurm/train.sbatch with the resources of the recipe in its #SBATCH lines; or the same that `evaluates`.
+    """Return slurm/train.sbatch with the resources of the recipe in its #SBATCH lines.
 
-    The ranks run in the container if there is one.
-    Raises ValueError if that many nodes cannot train or evaluate the recipe, or if a line could be read as another one.
+    The job trains, or evaluates if `evaluates`; its ranks run in the container if there is one. Raises ValueError if
+    that many nodes cannot train or evaluate the recipe, or if a line could be read as another one.
     """
     slurm, num_ranks = recipe.slurm, nodes * recipe.slurm.ranks_per_node
     (recipe.to_evaluate(num_ranks) if evaluates else recipe).accumulation_steps(num_ranks)  # for its errors

@@ -15,7 +15,7 @@ from ..config import Recipe
 def held_out_buckets(recipe: Recipe, manifest: Manifest) -> list[tuple[Bucket, int]]:
     """Return the held-out buckets of a recipe, and the number of sequences of each that an evaluation reads.
 
-    Raises ValueError if that is none.
+    Raises ValueError if an evaluation would read no sequence.
     """
     limit = recipe.evaluate.max_tokens_per_bucket
     numbers = [(bucket, min(bucket.sequences, limit // bucket.length)) for bucket in _in_use(recipe, manifest)]

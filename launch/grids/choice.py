@@ -12,7 +12,7 @@ from ...parallel.cp.packed import typical_packing
 from ...parallel.cp.topology import Topology
 from ...parallel.cp.visible import Visibility
 from ..config import Recipe
-from .division import lays_packings_out
+from .division import lays_out_packings
 
 
 class LayerKind(NamedTuple):
@@ -71,7 +71,7 @@ def pricer(recipe: Recipe, kind: LayerKind, topology: Topology, speed: Speed) ->
     length is the number of tokens of a rank.
     """
     visibility = Visibility(window=kind.window)
-    packed = lays_packings_out(recipe)
+    packed = lays_out_packings(recipe)
     starts = typical_packing(kind.sequence_tokens, recipe.parallel.tokens_per_rank) if packed else (0,)  # in tokens
     return Pricer(kind.sequence_tokens, attention_shape(recipe), topology, speed, visibility, document_starts=starts)
 

@@ -126,7 +126,7 @@ def check_agreement(recipe: Recipe, lengths: Sequence[int], grids: Mapping[Layer
     others = [rank for rank, theirs in enumerate(gathered) if theirs != gathered[0]]
     if others:
         pairs = zip_longest(gathered[0], gathered[others[0]], fillvalue="no such length")
-        # There is one: the two lists differ, or one is longer.
+        # `next` finds a pair: the two lists differ, or one is longer.
         first, other = next((a, b) for a, b in pairs if a != b)
         raise ValueError(
             f"context parallelism: {len(others)} of {len(gathered)} ranks, the first of them rank {others[0]}, "

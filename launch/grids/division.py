@@ -9,7 +9,7 @@ def division(recipe: Recipe, world_size: int) -> str:
     """Return a description of all settings that decide the cheapest grid and may change between starts."""
     # The model, the data and the dtype are not here: they stay the same in all starts of a run.
     parallel = recipe.parallel
-    packed = ", packed documents" if lays_packings_out(recipe) else ""
+    packed = ", packed documents" if lays_out_packings(recipe) else ""
     copies = "" if parallel.cp.peer_copies == "auto" else f", copies {parallel.cp.peer_copies}"
     return (
         f"{world_size} ranks, tensor {parallel.tensor}, {parallel.tokens_per_rank} tokens a rank, "
@@ -17,11 +17,9 @@ def division(recipe: Recipe, world_size: int) -> str:
     )
 
 
-def lays_packings_out(recipe: Recipe) -> bool:
-    """Return whether sequences hold several documents, kept apart by attention, under another layout than zigzag."""
-    order, data = recipe.order, recipe.data
-    has_boundaries = data.has_boundaries if order.mode == "off" else order.document_masks
-    return has_boundaries and recipe.parallel.cp.layout != "zigzag"
+def lays_out_packings(recipe: Recipe) -> bool:
+    """Return whether sequences of several documents are divided by their documents, and not in zigzag."""
+    return recipe.packs_documents and recipe.parallel.cp.layout != "zigzag"
 
 
 def topology_name(recipe: Recipe) -> str:

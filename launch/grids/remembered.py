@@ -21,7 +21,7 @@ SIDES = ("inside", "across", "copies")
 
 def recall_grids(file: Path, division: str) -> dict[LayerKind, CpGrid]:
     """Return the grids of an earlier start with the same division. Raises ValueError if the file is damaged."""
-    with _damage_told(file):
+    with _damage_named(file):
         return {
             LayerKind(entry["sequence_tokens"], entry["window"]): CpGrid.parse(entry["grid"])
             for entry in _all_divisions(file).get(division, [])
@@ -30,7 +30,7 @@ def recall_grids(file: Path, division: str) -> dict[LayerKind, CpGrid]:
 
 def remember_grids(file: Path, division: str, grids: Mapping[LayerKind, CpGrid]) -> None:
     """Record the grids of one division; the grids of other divisions stay in the file."""
-    with _damage_told(file):
+    with _damage_named(file):
         kept = _all_divisions(file)
     kept[division] = [{**kind._asdict(), "grid": str(grid)} for kind, grid in grids.items()]
     write_text(file, json.dumps(kept, indent=2) + "\n")
@@ -41,7 +41,7 @@ def recall_links(file: Path, division: str) -> tuple[Topology, Speed] | None:
 
     Raises ValueError if the file is damaged.
     """
-    with _damage_told(file):
+    with _damage_named(file):
         found = _all_divisions(file).get(f"links, {division}")
         if found is None:
             return None
@@ -52,7 +52,7 @@ def recall_links(file: Path, division: str) -> tuple[Topology, Speed] | None:
 
 def remember_links(file: Path, division: str, topology: Topology, speed: Speed) -> None:
     """Record what a probe measured for one division."""
-    with _damage_told(file):
+    with _damage_named(file):
         kept = _all_divisions(file)
     kept[f"links, {division}"] = {"topology": asdict(topology), "speed": asdict(speed)}
     write_text(file, json.dumps(kept, indent=2) + "\n")
@@ -64,7 +64,7 @@ def _all_divisions(file: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _damage_told(file: Path) -> Iterator[None]:
+def _damage_named(file: Path) -> Iterator[None]:
     """Raise ValueError where the file, or an entry of it, is not what a start has written."""
     try:
         yield
