@@ -44,6 +44,7 @@ from lib.learning import (
     link_corpus,
     prepare_held_out,
     right_tokens,
+    sequences_of,
     shown,
     spread,
     spread_text,
@@ -309,11 +310,13 @@ def main() -> int:
             seconds_by_length(case, folder)
             run_cells(folder, cells, lambda cell: measure(case, folder, cell))
         rows = list(results(folder, cells))
+        directories = dict.fromkeys(directory_of(arm) for arm in case.arms) if rows else ()
+        data = {directory: sequences_of(folder / directory) for directory in directories}
     show(rows, case)
     if options.picture and rows:
         draw_lengths(rows, summary(rows, case.arms), BASELINE, options.picture)
     Console().print(f"{len(rows)} of {len(cells)} cells are done")
-    write_record(options.json, {"summary": summary(rows, case.arms), "rows": rows})
+    write_record(options.json, {"data": data, "summary": summary(rows, case.arms), "rows": rows})
     return 0
 
 

@@ -275,7 +275,7 @@ def main() -> int:
             prepare_held_out(folder, RECIPE, "data", lengths, case.settings)
             run_cells(folder, cells, lambda cell: measure(case, folder, cell))
         rows = list(results(folder, cells))
-        held = {arm: documents_per_context(folder, arm) for arm in case.arms}
+        held = {arm: documents_per_context(folder, arm) for arm in case.arms if rows}
     show(rows, case)
     if options.picture and rows:
         draw_related(rows, case.arms, options.picture)

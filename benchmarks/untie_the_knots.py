@@ -37,6 +37,7 @@ from lib.learning import (
     link_corpus,
     prepare_held_out,
     right_tokens,
+    sequences_of,
     shown,
     spread,
     spread_text,
@@ -242,11 +243,12 @@ def main() -> int:
             prepare_held_out(folder, RECIPE, "short", case.lengths, case.settings)
             run_cells(folder, cells, lambda cell: measure(case, folder, cell))
         rows = list(results(folder, cells))
+        data = {directory: sequences_of(folder / directory) for directory in ("short", "long") if rows}
     show(rows, case)
     if options.picture and rows:
         draw_knots(rows, case.arms, case.lengths, options.picture)
     Console().print(f"{len(rows)} of {len(cells)} cells are done")
-    write_record(options.json, {"summary": summary(rows, case), "rows": rows})
+    write_record(options.json, {"data": data, "summary": summary(rows, case), "rows": rows})
     return 0
 
 

@@ -10,6 +10,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from longring.data.files import write_text
+from longring.data.format.manifest import open_prepared
 from longring.data.format.tokenizer import TOKENIZER_FILE
 from longring.launch.records import read_records
 from tokenizers import Tokenizer
@@ -83,6 +84,21 @@ def prepare_held_out(
         *("data.method=decompose", "data.rest=drop", f"data.min_bucket_tokens={min(lengths)}"),
         f"data.max_bucket_tokens={max(lengths)}",
     )
+
+
+def sequences_of(prepared: Path) -> dict[str, Row]:
+    """Return for each length of prepared data its share of the tokens, and of its sequences those of one document."""
+    manifest = open_prepared(prepared)
+    buckets = manifest.buckets("train")
+    tokens = sum(bucket.length * bucket.sequences for bucket in buckets)
+    found = {}
+    for bucket in buckets:
+        pieces = manifest.reader(bucket).pieces(range(bucket.sequences))
+        found[str(bucket.length)] = {
+            "of_tokens": bucket.length * bucket.sequences / tokens,
+            "of_one_document": mean(len(one) == 1 for one in pieces),
+        }
+    return found
 
 
 def train(folder: Path, recipe: Path, run: str, *settings: str) -> Path:
