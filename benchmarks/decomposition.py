@@ -6,8 +6,8 @@
 The corpus is that of benchmarks/corpus.py. Every arm trains the model of benchmarks/decomposition.toml on the same
 number of tokens, with the same seeds:
 
-- grow-p2: sequences of all lengths, the paper's best curriculum, 8 cycles
-- one cycle, own draw, uniform: the same sequences with one of these settings changed
+- grow-p2: sequences of all lengths, cut at random as in the paper's code, its best curriculum, 8 cycles
+- one cycle, own draw, uniform, largest first: the same with one of these settings changed
 - concat, masked, best fit: sequences of the longest length alone; concatenated, with documents kept apart, packed
 
 A step's CPU seconds are measured by length, in turns. "grow-p2, seconds" trains as many steps as take the seconds of
@@ -70,6 +70,7 @@ ARMS: Mapping[str, Sequence[str]] = {
     "one cycle": (*DECOMPOSED, "curriculum.cycles=1"),
     "own draw": (*DECOMPOSED, "curriculum.draw=odds_times_left"),
     "uniform": (*DECOMPOSED, "curriculum.odds=uniform"),
+    "largest first": ("data.directory=largest_first", "data.cut=largest_first"),
 }
 """Settings of each arm; the most important come first, since results come arm by arm."""
 BASELINE, SAME_SECONDS = "concat", "grow-p2, seconds"

@@ -3,8 +3,9 @@
     python benchmarks/related_prefixes.py --directory runs/related    # 6 h
     python benchmarks/related_prefixes.py --gpu --directory runs/related-gpu
 
-The corpus is that of benchmarks/corpus.py, its short files alone, so that a context holds several. The same documents
-are trained in contexts along the path of In-Context Pretraining, in random ones, and as buckets filled along the path.
+The corpus is that of benchmarks/corpus.py, its short files alone, so that a context holds several. A model is trained
+on each document alone, until it copies. Then it goes on with eight times the RoPE base on the same documents in
+contexts along the path of In-Context Pretraining, in random ones, and as buckets filled along the path.
 A row is a model's loss of held-out documents behind K documents of their package, and behind K of another package, of
 the same lengths; the difference is within one model, so its initial weights do not blur it. The cells, an order with a
 seed, are stored one by one: the same command goes on after a kill, several may share the cells, and --show prints what
@@ -46,6 +47,7 @@ from lib.learning import (
     spread_text,
     tokenizer_of,
     train,
+    train_shared,
 )
 from lib.learning_pictures import draw_related
 from lib.prefixes import BEGINNING, prefixes, rows_of, standard_error, texts
@@ -61,6 +63,9 @@ ARMS: Mapping[str, Sequence[str]] = {
 }
 """Settings of each order."""
 BASELINE = "random"
+DOCUMENTS_ALONE = ("order.mode=off", "order.directory=")
+LARGER_BASE = "model.rope_base=8e4"
+"""RoPE base of contexts of several documents."""
 
 
 class Case(NamedTuple):
@@ -68,7 +73,10 @@ class Case(NamedTuple):
 
     corpus: str
     """Size of the corpus."""
+    alone_steps: int
+    """Steps on documents alone."""
     steps: int
+    """Steps on contexts of several documents."""
     seeds: int
     context: int
     """Length of a context, tokens."""
@@ -85,10 +93,11 @@ class Case(NamedTuple):
 
 
 CASES: Mapping[str, Case] = {
-    "full": Case("full", 2000, 3, 8192, (1, 2, 4, 6), 1024, 96),
+    "full": Case("full", 1000, 1000, 3, 8192, (1, 2, 4, 6), 1024, 96),
     "gpu": Case(
         "full",
-        600,
+        400,
+        400,
         3,
         16_384,
         (1, 2, 4, 8, 12),
@@ -100,9 +109,10 @@ CASES: Mapping[str, Case] = {
             *("train.global_batch_tokens=65536", "data.tokenizer.vocab_size=8192", "data.source.max_tokens=4096"),
         ),
     ),
-    "quick": Case("quick", 30, 1, 8192, (1, 4), 1024, 8, 4, ("train.warmup_steps=10",)),
+    "quick": Case("quick", 30, 30, 1, 8192, (1, 4), 1024, 8, 4, ("train.warmup_steps=10",)),
     "smallest": Case(
         "smallest",
+        2,
         2,
         1,
         4096,
@@ -162,13 +172,15 @@ def scored(case: Case, folder: Path, checkpoint: Path) -> Row:
 
 def measure(case: Case, folder: Path, cell: Cell) -> Row:
     """Train a cell, or what is left of it, and return the losses and gains of its last checkpoint."""
+    alone, seed = f"runs/alone-{cell.seed}", f"train.seed={cell.seed}"
+    train_shared(folder, RECIPE, alone, *case.settings, *DOCUMENTS_ALONE, seed, f"train.steps={case.alone_steps}")
     run = train(
         folder,
         RECIPE,
         f"runs/{cell.name}",
         *case.settings,
         *ARMS[cell.arm],
-        *(f"train.seed={cell.seed}", f"train.steps={case.steps}"),
+        *(f"init.from={alone}", LARGER_BASE, seed, f"train.steps={case.steps}"),
     )
     last = checkpoints_of(run)[-1]
     settings = (

@@ -42,10 +42,10 @@ from lib.learning import (
     spread,
     spread_text,
     train,
+    train_shared,
 )
 from lib.learning_pictures import draw_knots
 from lib.script import Row, make_parser, make_table, write_record
-from longring.data.lock import held
 from rich.console import Console
 
 RECIPE = ROOT / "benchmarks" / "untie_the_knots.toml"
@@ -140,14 +140,7 @@ def long_data(case: Case) -> list[str]:
 def measure(case: Case, folder: Path, cell: Cell) -> Row:
     """Train a cell, or what is left of it, and return the scores of its last checkpoint."""
     base = f"runs/short-{cell.seed}"
-    with held(folder / f"short-{cell.seed}.lock", wait_s=10**6):  # another process may train it for another share
-        run = train(
-            folder,
-            RECIPE,
-            base,
-            *short_data(case),
-            *(f"train.seed={cell.seed}", f"train.steps={case.steps}"),
-        )
+    run = train_shared(folder, RECIPE, base, *short_data(case), f"train.seed={cell.seed}", f"train.steps={case.steps}")
     if cell.arm in SHARES:
         run = train(
             folder,

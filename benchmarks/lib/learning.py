@@ -12,6 +12,7 @@ from typing import Any
 from longring.data.files import write_text
 from longring.data.format.manifest import open_prepared
 from longring.data.format.tokenizer import TOKENIZER_FILE
+from longring.data.lock import held
 from longring.launch.records import read_records
 from tokenizers import Tokenizer
 
@@ -81,7 +82,12 @@ def prepare_held_out(
             *(f"data.tokenizer.path={prepared}", "order.mode=off", "order.directory="),
             f"data.held_out_fraction={HELD_OUT_SHARE}",
         ),
-        *("data.method=decompose", "data.rest=drop", f"data.min_bucket_tokens={min(lengths)}"),
+        *(
+            "data.method=decompose",
+            "data.cut=largest_first",
+            "data.rest=drop",
+            f"data.min_bucket_tokens={min(lengths)}",
+        ),
         f"data.max_bucket_tokens={max(lengths)}",
     )
 
@@ -105,6 +111,12 @@ def train(folder: Path, recipe: Path, run: str, *settings: str) -> Path:
     """Train a run on one rank, or what is left of it, and return its directory."""
     longring(folder, "train", recipe.name, *settings, f"run_directory={run}", "--ranks", "1")
     return folder / run
+
+
+def train_shared(folder: Path, recipe: Path, run: str, *settings: str) -> Path:
+    """Train a run that several cells begin with; wait if another process trains it."""
+    with held(folder / f"{Path(run).name}.lock", wait_s=10**6):
+        return train(folder, recipe, run, *settings)
 
 
 def evaluate(folder: Path, checkpoints: Sequence[Path], tasks: Sequence[str], *settings: str) -> list[Row]:
