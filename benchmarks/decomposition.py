@@ -88,7 +88,7 @@ class Case(NamedTuple):
     lengths: Sequence[int]
     """Lengths of the held-out documents; the longest is that of the contexts."""
     evaluations: int = 8
-    """Number of checkpoints that are evaluated, the last included."""
+    """Number of checkpoints that are evaluated, the last included: one at the end of each cycle of Grow-P2."""
     samples: int = 40
     """Samples of each task and length after the last step; a quarter of them before."""
     rounds: int = 25
@@ -99,7 +99,7 @@ class Case(NamedTuple):
 
 
 CASES: Mapping[str, Case] = {
-    "full": Case("full", 2000, 3, (512, 1024, 2048, 4096), evaluations=5),
+    "full": Case("full", 3000, 3, (512, 1024, 2048, 4096)),
     "gpu": Case(
         "full",
         1600,
@@ -188,7 +188,7 @@ def steps_of(case: Case, folder: Path, arm: str) -> int:
 def measure(case: Case, folder: Path, cell: Cell) -> Row:
     """Train a cell, or what is left of it, and return the losses and scores of its checkpoints."""
     steps = steps_of(case, folder, cell.arm)
-    every = steps // case.evaluations
+    every = -(-steps // case.evaluations)
     run = train(
         folder,
         RECIPE,

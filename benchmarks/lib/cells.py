@@ -30,8 +30,8 @@ class Cell(NamedTuple):
 
 
 def grid(arms: Sequence[str], seeds: int) -> list[Cell]:
-    """Return the cells of arms seed by seed, so that the first results are a pair of every arm."""
-    return [Cell(arm, seed) for seed in range(seeds) for arm in arms]
+    """Return the cells of arms, all seeds of an arm before the next one."""
+    return [Cell(arm, seed) for arm in arms for seed in range(seeds)]
 
 
 def result_file(folder: Path, cell: Cell) -> Path:

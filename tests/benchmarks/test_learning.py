@@ -45,7 +45,7 @@ def test_held_out_packages_are_several_and_within_their_share():
 
 def test_cells_with_a_result_or_another_process_are_left_alone(tmp_path):
     cells = grid(["one", "two, more"], seeds=2)
-    assert [cell.name for cell in cells] == ["one-0", "two_more-0", "one-1", "two_more-1"]
+    assert [cell.name for cell in cells] == ["one-0", "one-1", "two_more-0", "two_more-1"]
     seen = []
 
     def measure(cell: Cell):
@@ -54,10 +54,10 @@ def test_cells_with_a_result_or_another_process_are_left_alone(tmp_path):
             raise InterruptedError
         return {"loss": cell.seed}
 
-    with held(tmp_path / "results" / "one-1.lock"), pytest.raises(InterruptedError):
+    with held(tmp_path / "results" / "two_more-0.lock"), pytest.raises(InterruptedError):
         run_cells(tmp_path, cells, measure)
     assert seen == [cells[0], cells[1], cells[3]]
-    assert list(results(tmp_path, cells)) == [{"arm": cell.arm, "seed": 0, "loss": 0} for cell in cells[:2]]
+    assert list(results(tmp_path, cells)) == [{"arm": "one", "seed": seed, "loss": seed} for seed in range(2)]
     run_cells(tmp_path, cells[:3], measure)
     assert seen[3:] == [cells[2]]
 
