@@ -147,7 +147,9 @@ def prepare_all(case: Case, folder: Path, corpus: Path | None) -> None:
     """Prepare the data of every arm, with one tokenizer, and the held-out documents, unless they are there."""
     link_corpus(folder, corpus, case.corpus)
     (folder / RECIPE.name).write_bytes(RECIPE.read_bytes())
-    for arm in {directory_of(arm): arm for arm in reversed(case.arms)}.values():
+    data = {directory_of(arm): arm for arm in reversed(case.arms)}
+    # Decomposed data come first: they have the tokenizer of all.
+    for _, arm in sorted(data.items(), key=lambda one: one[0] != "decomposed"):
         longring(folder, "prepare", RECIPE.name, *settings_of(case, arm))
     prepare_held_out(folder, RECIPE, "decomposed", case.lengths, case.settings)
 
