@@ -1,6 +1,6 @@
 """What documents of one package before a document are worth to a small model, by the order in which it was trained.
 
-    python benchmarks/related_prefixes.py --directory runs/related    # 6 h
+    python benchmarks/related_prefixes.py --directory runs/related    # 3 hours
     python benchmarks/related_prefixes.py --gpu --directory runs/related-gpu
 
 The corpus is that of benchmarks/corpus.py, its short files alone, so that a context holds several. A model is trained
