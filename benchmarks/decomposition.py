@@ -11,8 +11,8 @@ number of tokens, with the same seeds:
 - concat, masked, best fit: sequences of the longest length alone; concatenated, with documents kept apart, packed
 
 A step's CPU seconds are measured by length, in turns. "grow-p2, seconds" trains as many steps as take the seconds of
-concat. Rows have the loss of whole held-out documents from their start, by length and position, the gain of copying and
-the right tokens of needles. The cells, an arm with a seed, are stored in the directory one by one: the same command
+concat. Rows have the loss of the beginnings of held-out documents, by length and position, the gain of copying and the
+right tokens of needles. The cells, an arm with a seed, are stored in the directory one by one: the same command
 goes on after a kill, several may share the cells, and --show prints what is there.
 """
 
@@ -114,7 +114,6 @@ CASES: Mapping[str, Case] = {
             ),
             *("model.hidden_size=512", "model.num_heads=8", "model.num_kv_heads=8", "model.ffn_hidden_size=1536"),
             *("parallel.tokens_per_rank=65536", "train.global_batch_tokens=65536"),
-            "data.source.limit_documents=0",
         ),
     ),
     "quick": Case(

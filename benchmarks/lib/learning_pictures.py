@@ -99,7 +99,7 @@ def draw_lengths(rows: Sequence[Row], lines: Sequence[Row], baseline: str, file:
             if line["arm"] == baseline:
                 for panel in (tokens, seconds):
                     panel.axhline(line["loss"][0], color="0.6", linestyle="dotted")
-        title = "Whole held-out documents from their start; means and standard deviations over the seeds"
+        title = "Beginnings of held-out documents; means and standard deviations over the seeds"
         finish(figure, tokens, title, file)
 
 
