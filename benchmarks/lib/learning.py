@@ -1,4 +1,4 @@
-"""What experiments on learning share: beginnings of held-out documents, runs that are evaluated, and the gate of copying."""
+"""What experiments on learning share: held-out documents, runs that are evaluated, and the gate of copying."""
 
 from __future__ import annotations
 
