@@ -23,13 +23,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
 from lib import ROOT
-from lib.cells import Cell, grid, results, run_cells
+from lib.cells import Cell, grid, restore, results, run_cells
 from lib.commands import longring
 from lib.learning import (
     checkpoints_of,
     copies,
     copying,
     evaluate,
+    experiment_parser,
     keep_last_checkpoint,
     link_corpus,
     prepare_held_out,
@@ -37,7 +38,7 @@ from lib.learning import (
     train,
 )
 from lib.learning_pictures import draw_copying
-from lib.script import Row, make_parser, make_table, write_record
+from lib.script import Row, make_table, write_record
 from longring.launch.config import load_recipe
 from rich.console import Console
 
@@ -150,16 +151,14 @@ def show(rows: Sequence[Row], case: Case) -> None:
 
 
 def main() -> int:
-    parser = make_parser(__doc__ or "", "100 steps of one model, some minutes")
-    parser.add_argument("--directory", type=Path, metavar="DIR", help="keep data, runs and results; resume from there")
-    parser.add_argument("--corpus", type=Path, metavar="DIR", help="corpus that benchmarks/corpus.py has made")
-    parser.add_argument("--show", action="store_true", help="print the results that are stored, and train nothing")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the gain of copying by tokens")
-    options = parser.parse_args()
+    quick, picture = "100 steps of one model, some minutes", "draw the gain of copying by tokens"
+    options = experiment_parser(__doc__ or "", quick, picture, gpu=False).parse_args()
     case = CASES[options.size]
     cells = grid(case.arms, seeds=1)
     with tempfile.TemporaryDirectory() as made:
         folder = (options.directory or Path(made)).absolute()
+        if options.record:
+            restore(folder, options.record, cells)
         if not options.show:
             folder.mkdir(parents=True, exist_ok=True)
             link_corpus(folder, options.corpus, case.corpus)

@@ -18,7 +18,6 @@ goes on after a kill, several may share the cells, and --show prints what is the
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -32,7 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
 from lib import ROOT
-from lib.cells import Cell, grid, results, run_cells
+from lib.cells import Cell, grid, measured_once, restore, results, run_cells
 from lib.commands import longring
 from lib.learning import (
     LONGEST_DOCUMENTS,
@@ -40,6 +39,7 @@ from lib.learning import (
     copies,
     copying,
     evaluate,
+    experiment_parser,
     keep_last_checkpoint,
     link_corpus,
     prepare_held_out,
@@ -52,9 +52,8 @@ from lib.learning import (
     train,
 )
 from lib.learning_pictures import draw_lengths
-from lib.script import Row, make_parser, make_table, write_record
+from lib.script import Row, make_table, write_record
 from lib.step_seconds import step_seconds
-from longring.data.files import write_text
 from longring.data.format.manifest import open_prepared
 from longring.launch.config import load_recipe
 from rich.console import Console
@@ -161,11 +160,14 @@ def settings_of(case: Case, arm: str) -> list[str]:
 
 def seconds_by_length(case: Case, folder: Path) -> dict[str, dict[str, float]]:
     """Return the seconds of a step by arm and length, measured once for a directory of results."""
-    file = folder / "seconds.json"
-    if not file.exists():
-        here = {arm: [*settings_of(case, arm), f"data.directory={folder / directory_of(arm)}"] for arm in case.arms}
-        write_text(file, json.dumps(step_seconds(RECIPE, here, rounds=case.rounds), indent=1) + "\n")
-    return json.loads(file.read_text())
+    here = {arm: [*settings_of(case, arm), f"data.directory={folder / directory_of(arm)}"] for arm in case.arms}
+    return measured_once(folder, "seconds", lambda: step_seconds(RECIPE, here, rounds=case.rounds))
+
+
+def sequences_by_arm(case: Case, folder: Path) -> Row:
+    """Return the sequences of each directory of data, by length."""
+    directories = dict.fromkeys(directory_of(arm) for arm in case.arms)
+    return measured_once(folder, "data", lambda: {name: sequences_of(folder / name) for name in directories})
 
 
 def directory_of(arm: str) -> str:
@@ -295,30 +297,27 @@ def show(rows: Sequence[Row], case: Case) -> None:
 
 
 def main() -> int:
-    parser = make_parser(__doc__ or "", "one seed of 60 steps at 1,024 tokens, ten minutes")
-    parser.add_argument("--gpu", action="store_true", help="8 layers of 512, contexts of 16,384, for one GPU")
-    parser.add_argument("--directory", type=Path, metavar="DIR", help="keep data, runs and results; resume from there")
-    parser.add_argument("--corpus", type=Path, metavar="DIR", help="corpus that benchmarks/corpus.py has made")
-    parser.add_argument("--show", action="store_true", help="print the results that are stored, and train nothing")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw losses by position, length, tokens, seconds")
-    options = parser.parse_args()
-    case = CASES["gpu" if options.gpu else options.size]
+    quick, picture = "one seed of 60 steps at 1,024 tokens, ten minutes", "draw losses by position, length and cost"
+    options = experiment_parser(__doc__ or "", quick, picture, gpu=True).parse_args()
+    case = CASES[options.size]
     cells = grid(case.arms, case.seeds)
     with tempfile.TemporaryDirectory() as made:
         folder = (options.directory or Path(made)).absolute()
+        if options.record:
+            restore(folder, options.record, cells, ["seconds", "data"])
         if not options.show:
             folder.mkdir(parents=True, exist_ok=True)
             prepare_all(case, folder, options.corpus)
             seconds_by_length(case, folder)
             run_cells(folder, cells, lambda cell: measure(case, folder, cell))
         rows = list(results(folder, cells))
-        directories = dict.fromkeys(directory_of(arm) for arm in case.arms) if rows else ()
-        data = {directory: sequences_of(folder / directory) for directory in directories}
+        data = sequences_by_arm(case, folder) if rows else {}
+        seconds = seconds_by_length(case, folder) if rows else {}
     show(rows, case)
     if options.picture and rows:
         draw_lengths(rows, summary(rows, case.arms), BASELINE, options.picture)
     Console().print(f"{len(rows)} of {len(cells)} cells are done")
-    write_record(options.json, {"data": data, "summary": summary(rows, case.arms), "rows": rows})
+    write_record(options.json, {"data": data, "seconds": seconds, "summary": summary(rows, case.arms), "rows": rows})
     return 0
 
 

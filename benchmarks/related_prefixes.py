@@ -30,7 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
 import numpy as np
 from lib import ROOT
-from lib.cells import Cell, grid, results, run_cells
+from lib.cells import Cell, grid, measured_once, restore, results, run_cells
 from lib.commands import longring
 from lib.learning import (
     HELD_OUT,
@@ -39,6 +39,7 @@ from lib.learning import (
     copies,
     copying,
     evaluate,
+    experiment_parser,
     keep_last_checkpoint,
     link_corpus,
     prepare_held_out,
@@ -51,7 +52,7 @@ from lib.learning import (
 )
 from lib.learning_pictures import draw_related
 from lib.prefixes import BEGINNING, prefixes, rows_of, standard_error, texts
-from lib.script import Row, make_parser, make_table, write_record
+from lib.script import Row, make_table, write_record
 from longring.data.format.manifest import open_prepared
 from rich.console import Console
 
@@ -192,10 +193,13 @@ def measure(case: Case, folder: Path, cell: Cell) -> Row:
     return {**scored(case, folder, last), **shown(found)}
 
 
-def documents_per_context(folder: Path, arm: str) -> float:
-    """Return the mean number of documents that a context of an order has a part of."""
-    report = json.loads((folder / arm / "order.json").read_text())
-    return report["contexts"]["documents"]
+def documents_per_context(folder: Path, arms: Sequence[str]) -> Row:
+    """Return for each order the mean number of documents that a context has a part of."""
+
+    def of(arm: str) -> float:
+        return json.loads((folder / arm / "order.json").read_text())["contexts"]["documents"]
+
+    return measured_once(folder, "documents_per_context", lambda: {arm: of(arm) for arm in arms})
 
 
 def summary(rows: Sequence[Row], case: Case) -> list[Row]:
@@ -265,17 +269,14 @@ def show(rows: Sequence[Row], case: Case) -> None:
 
 
 def main() -> int:
-    parser = make_parser(__doc__ or "", "one seed of 30 steps, ten minutes")
-    parser.add_argument("--gpu", action="store_true", help="8 layers of 512, contexts of 16,384, for one GPU")
-    parser.add_argument("--directory", type=Path, metavar="DIR", help="keep data, runs and results; resume from there")
-    parser.add_argument("--corpus", type=Path, metavar="DIR", help="corpus that benchmarks/corpus.py has made")
-    parser.add_argument("--show", action="store_true", help="print the results that are stored, and train nothing")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw gains and losses by documents before")
-    options = parser.parse_args()
-    case = CASES["gpu" if options.gpu else options.size]
+    quick, picture = "one seed of 30 steps, ten minutes", "draw gains and losses by documents before"
+    options = experiment_parser(__doc__ or "", quick, picture, gpu=True).parse_args()
+    case = CASES[options.size]
     cells = grid(case.arms, case.seeds)
     with tempfile.TemporaryDirectory() as made:
         folder = (options.directory or Path(made)).absolute()
+        if options.record:
+            restore(folder, options.record, cells, ["documents_per_context"])
         if not options.show:
             folder.mkdir(parents=True, exist_ok=True)
             link_corpus(folder, options.corpus, case.corpus)
@@ -287,12 +288,12 @@ def main() -> int:
             prepare_held_out(folder, RECIPE, "data", lengths, case.settings)
             run_cells(folder, cells, lambda cell: measure(case, folder, cell))
         rows = list(results(folder, cells))
-        held = {arm: documents_per_context(folder, arm) for arm in case.arms if rows}
+        in_contexts = documents_per_context(folder, case.arms) if rows else {}
     show(rows, case)
     if options.picture and rows:
         draw_related(rows, case.arms, options.picture)
     Console().print(f"{len(rows)} of {len(cells)} cells are done")
-    write_record(options.json, {"documents_per_context": held, "summary": summary(rows, case), "rows": rows})
+    write_record(options.json, {"documents_per_context": in_contexts, "summary": summary(rows, case), "rows": rows})
     return 0
 
 

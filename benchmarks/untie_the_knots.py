@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 sys.path.insert(0, str(Path(__file__).parent))  # finds `lib` also under PYTHONSAFEPATH
 from lib import ROOT
-from lib.cells import Cell, grid, results, run_cells
+from lib.cells import Cell, grid, measured_once, restore, results, run_cells
 from lib.commands import longring
 from lib.learning import (
     LONGEST_DOCUMENTS,
@@ -33,6 +33,7 @@ from lib.learning import (
     copies,
     copying,
     evaluate,
+    experiment_parser,
     keep_last_checkpoint,
     link_corpus,
     prepare_held_out,
@@ -45,7 +46,7 @@ from lib.learning import (
     train_shared,
 )
 from lib.learning_pictures import draw_knots
-from lib.script import Row, make_parser, make_table, write_record
+from lib.script import Row, make_table, write_record
 from rich.console import Console
 
 RECIPE = ROOT / "benchmarks" / "untie_the_knots.toml"
@@ -137,6 +138,11 @@ def long_data(case: Case) -> list[str]:
     return [*case.settings, "data.directory=long", *sizes, *several, "data.tokenizer.path=short"]
 
 
+def sequences_by_phase(folder: Path) -> Row:
+    """Return the sequences of both phases, by length."""
+    return measured_once(folder, "data", lambda: {name: sequences_of(folder / name) for name in ("short", "long")})
+
+
 def measure(case: Case, folder: Path, cell: Cell) -> Row:
     """Train a cell, or what is left of it, and return the scores of its last checkpoint."""
     base = f"runs/short-{cell.seed}"
@@ -216,17 +222,14 @@ def show(rows: Sequence[Row], case: Case) -> None:
 
 
 def main() -> int:
-    parser = make_parser(__doc__ or "", "one seed of 90 steps, ten minutes")
-    parser.add_argument("--gpu", action="store_true", help="8 layers of 512, extended to 16,384 tokens, for one GPU")
-    parser.add_argument("--directory", type=Path, metavar="DIR", help="keep data, runs and results; resume from there")
-    parser.add_argument("--corpus", type=Path, metavar="DIR", help="corpus that benchmarks/corpus.py has made")
-    parser.add_argument("--show", action="store_true", help="print the results that are stored, and train nothing")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw needles by depth, and all scores by length")
-    options = parser.parse_args()
-    case = CASES["gpu" if options.gpu else options.size]
+    quick, picture = "one seed of 90 steps, ten minutes", "draw needles by depth, and all scores by length"
+    options = experiment_parser(__doc__ or "", quick, picture, gpu=True).parse_args()
+    case = CASES[options.size]
     cells = grid(case.arms, case.seeds)
     with tempfile.TemporaryDirectory() as made:
         folder = (options.directory or Path(made)).absolute()
+        if options.record:
+            restore(folder, options.record, cells, ["data"])
         if not options.show:
             folder.mkdir(parents=True, exist_ok=True)
             link_corpus(folder, options.corpus, case.corpus)
@@ -236,7 +239,7 @@ def main() -> int:
             prepare_held_out(folder, RECIPE, "short", case.lengths, case.settings)
             run_cells(folder, cells, lambda cell: measure(case, folder, cell))
         rows = list(results(folder, cells))
-        data = {directory: sequences_of(folder / directory) for directory in ("short", "long") if rows}
+        data = sequences_by_phase(folder) if rows else {}
     show(rows, case)
     if options.picture and rows:
         draw_knots(rows, case.arms, case.lengths, options.picture)

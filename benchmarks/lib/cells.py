@@ -1,13 +1,15 @@
 """Cells of an experiment, arms trained with several seeds: each has a stored result, so hours of them may be cut.
 
 A cell that has no result is measured; its run in the same directory goes on from its last checkpoint. Several processes
-share the cells of a directory: each takes those that no other has begun.
+share the cells of a directory: each takes those that no other has begun. A record has the results of its cells, so a
+directory on another machine can go on from it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +42,7 @@ def result_file(folder: Path, cell: Cell) -> Path:
 
 
 def run_cells(folder: Path, cells: Sequence[Cell], measure: Callable[[Cell], Row]) -> None:
-    """Measure each cell that has no result and that no other process measures, and store its result.
+    """Measure each cell that has no result and that no other process measures, and store its result with the date.
 
     A cell that raises an error ends the call; the others have their results.
     """
@@ -50,7 +52,9 @@ def run_cells(folder: Path, cells: Sequence[Cell], measure: Callable[[Cell], Row
         try:
             with held(file.with_suffix(".lock")):
                 if not file.exists():
-                    write_text(file, json.dumps({**cell._asdict(), **measure(cell)}, indent=1) + "\n")
+                    found = measure(cell)
+                    row = {**cell._asdict(), "date": datetime.now(UTC).date().isoformat(), **found}
+                    write_text(file, json.dumps(row, indent=1) + "\n")
         except HeldError:
             continue
 
@@ -60,3 +64,30 @@ def results(folder: Path, cells: Sequence[Cell]) -> Iterator[Row]:
     for cell in cells:
         if (file := result_file(folder, cell)).exists():
             yield json.loads(file.read_text())
+
+
+def measured_once(folder: Path, name: str, measure: Callable[[], Row]) -> Row:
+    """Return what is measured once for all cells of a directory, and store it there."""
+    file = folder / f"{name}.json"
+    if not file.exists():
+        write_text(file, json.dumps(measure(), indent=1) + "\n")
+    return json.loads(file.read_text())
+
+
+def restore(folder: Path, record: Path, cells: Sequence[Cell], once: Sequence[str] = ()) -> None:
+    """Store the results of a record's cells, and what it has that was measured `once`, unless the directory has them.
+
+    Ends the script if the record has a cell that the experiment does not have, or lacks what is measured once.
+    """
+    found = json.loads(record.read_text())
+    files = {(cell.arm, cell.seed): result_file(folder, cell) for cell in cells}
+    rows = {(row["arm"], row["seed"]): row for row in found["rows"]}
+    if unknown := sorted(rows.keys() - files.keys()):
+        raise SystemExit(f"error: {record}: has cells {unknown}, which are not of this experiment; name its own")
+    if missing := [name for name in once if name not in found]:
+        raise SystemExit(f"error: {record}: has no {missing}, as records of this experiment have; name another")
+    contents = {files[key]: row for key, row in rows.items()} | {folder / f"{name}.json": found[name] for name in once}
+    for file, content in contents.items():
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(content, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +19,10 @@ from tokenizers import Tokenizer
 
 from .commands import longring
 from .corpus import CORPUS_SIZES, make_corpus, site_packages
-from .script import Row
+from .script import Row, make_parser
 
+GPU_SIZE = "8 layers of 512 and contexts of 16,384 tokens, for one GPU"
+"""What an experiment trains with --gpu."""
 HELD_OUT = "held_out"
 """Directory of the prepared held-out documents."""
 HELD_OUT_SHARE = 0.5
@@ -31,6 +34,22 @@ GATE_GAIN, GATE_RIGHT = 1.0, 0.5
 
 The gain alone could come from knowing which tokens have been read, in whatever order.
 """
+
+
+def experiment_parser(doc: str, quick: str, picture: str, *, gpu: bool) -> argparse.ArgumentParser:
+    """Return the parser of an experiment: the options of every benchmark, and those of its directory and cells.
+
+    `picture` says what --picture draws. With `gpu` there is a size for a GPU, --gpu.
+    """
+    parser = make_parser(doc, quick)
+    if gpu:
+        parser.add_argument("--gpu", dest="size", action="store_const", const="gpu", help=GPU_SIZE)
+    parser.add_argument("--directory", type=Path, metavar="DIR", help="keep data, runs and results; resume from there")
+    parser.add_argument("--corpus", type=Path, metavar="DIR", help="corpus that benchmarks/corpus.py has made")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="take the cells of a stored record as measured")
+    parser.add_argument("--show", action="store_true", help="print the results that are stored, and train nothing")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help=picture)
+    return parser
 
 
 def link_corpus(folder: Path, corpus: Path | None, size: str) -> None:

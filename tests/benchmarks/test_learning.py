@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import related_prefixes
 import untie_the_knots
-from lib.cells import Cell, grid, results, run_cells
+from lib.cells import Cell, grid, measured_once, restore, results, run_cells
 from lib.corpus import files_of, held_out_packages
 from lib.learning import beginnings, copies, tokenizer_of
 from lib.prefixes import BEGINNING, Text, prefixes, rows_of, standard_error
@@ -57,9 +57,27 @@ def test_cells_with_a_result_or_another_process_are_left_alone(tmp_path):
     with held(tmp_path / "results" / "two_more-0.lock"), pytest.raises(InterruptedError):
         run_cells(tmp_path, cells, measure)
     assert seen == [cells[0], cells[1], cells[3]]
-    assert list(results(tmp_path, cells)) == [{"arm": "one", "seed": seed, "loss": seed} for seed in range(2)]
+    found = [(row["arm"], row["seed"], row["loss"]) for row in results(tmp_path, cells)]
+    assert found == [("one", 0, 0), ("one", 1, 1)]
     run_cells(tmp_path, cells[:3], measure)
     assert seen[3:] == [cells[2]]
+
+
+def test_a_directory_goes_on_from_a_record_of_another(tmp_path):
+    cells = grid(["one", "two"], seeds=2)
+    run_cells(tmp_path / "a", cells[:2], lambda cell: {"loss": cell.seed})
+    rows = list(results(tmp_path / "a", cells))
+    (tmp_path / "record.json").write_text(json.dumps({"rows": rows, "seconds": {"one": 0.5}}))
+    run_cells(tmp_path / "b", cells[:1], lambda cell: {"loss": 7})
+    restore(tmp_path / "b", tmp_path / "record.json", cells, ["seconds"])
+    run_cells(tmp_path / "b", cells[:3], lambda cell: {"loss": 8})
+    assert [row["loss"] for row in results(tmp_path / "b", cells)] == [7, 1, 8], "what a directory has stays"
+    assert measured_once(tmp_path / "b", "seconds", dict) == {"one": 0.5}
+    with pytest.raises(SystemExit, match=r"has cells \[\('one', 0\), \('one', 1\)\].* name its own"):
+        restore(tmp_path / "c", tmp_path / "record.json", grid(["two"], seeds=2))
+    with pytest.raises(SystemExit, match=r"has no \['data'\].* name another"):
+        restore(tmp_path / "c", tmp_path / "record.json", cells, ["data"])
+    assert not (tmp_path / "c").exists()
 
 
 def test_beginnings_are_the_largest_length_that_fits(tmp_path):
