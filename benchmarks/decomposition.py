@@ -1,10 +1,10 @@
 """Held-out losses of a small model under Dataset Decomposition and its baselines, for equal tokens and equal seconds.
 
-    python benchmarks/decomposition.py --directory runs/lengths     # a day
+    python benchmarks/decomposition.py --directory runs/lengths     # 8 hours
     python benchmarks/decomposition.py --gpu --directory runs/gpu   # a GPU
 
-The corpus is that of benchmarks/corpus.py. Every arm trains the model of benchmarks/decomposition.toml on the same
-number of tokens, with the same seeds:
+The corpus is that of benchmarks/corpus.py. The model of benchmarks/decomposition.toml is first trained on sequences of
+at most 1,024 tokens, until it copies. Every arm goes on from there on the same number of tokens, with the same seeds:
 
 - grow-p2: sequences of all lengths, cut at random as in the paper's code, its best curriculum, 8 cycles
 - one cycle, own draw, uniform, largest first: the same with one of these settings changed
@@ -50,6 +50,7 @@ from lib.learning import (
     spread_text,
     steps_by_bucket,
     train,
+    train_shared,
 )
 from lib.learning_pictures import draw_lengths
 from lib.script import Row, make_table, write_record
@@ -59,6 +60,8 @@ from longring.launch.config import load_recipe
 from rich.console import Console
 
 RECIPE = ROOT / "benchmarks" / "decomposition.toml"
+SHORT = ("data.directory=short", "data.tokenizer.path=decomposed", "curriculum.odds=natural", "curriculum.cycles=1")
+"""Settings of the short phase, beside its longest sequences."""
 DECOMPOSED = ("data.directory=decomposed",)
 ARMS: Mapping[str, Sequence[str]] = {
     "grow-p2": DECOMPOSED,
@@ -82,12 +85,17 @@ class Case(NamedTuple):
 
     corpus: str
     """Size of the corpus."""
+    short_steps: int
+    """Steps of the short phase, with which all arms of a seed begin."""
     steps: int
+    """Steps of an arm."""
     seeds: int
     lengths: Sequence[int]
     """Lengths of the held-out documents; the longest is that of the contexts."""
+    short: int = 1024
+    """Length of the longest sequences of the short phase."""
     evaluations: int = 8
-    """Number of checkpoints that are evaluated, the last included: one at the end of each cycle of Grow-P2."""
+    """Number of checkpoints of an arm that are evaluated, the last included: one at the end of each Grow-P2 cycle."""
     samples: int = 40
     """Samples of each task and length after the last step; a quarter of them before."""
     rounds: int = 25
@@ -98,9 +106,10 @@ class Case(NamedTuple):
 
 
 CASES: Mapping[str, Case] = {
-    "full": Case("full", 3000, 3, (512, 1024, 2048, 4096)),
+    "full": Case("full", 1000, 1600, 3, (512, 1024, 2048, 4096)),
     "gpu": Case(
         "full",
+        400,
         1600,
         3,
         (512, 1024, 2048, 4096, 8192, 16_384),
@@ -117,17 +126,21 @@ CASES: Mapping[str, Case] = {
     ),
     "quick": Case(
         "quick",
+        30,
         60,
         1,
         (256, 512, 1024),
+        short=256,
         evaluations=2,
         settings=("data.max_bucket_tokens=1024", "train.warmup_steps=10"),
     ),
     "smallest": Case(
         "smallest",
+        2,
         4,
         1,
         (128, 512),
+        short=128,
         evaluations=1,
         samples=4,
         rounds=1,
@@ -149,7 +162,13 @@ def prepare_all(case: Case, folder: Path, corpus: Path | None) -> None:
     # Decomposed data come first: they have the tokenizer of all.
     for _, arm in sorted(data.items(), key=lambda one: one[0] != "decomposed"):
         longring(folder, "prepare", RECIPE.name, *settings_of(case, arm))
+    longring(folder, "prepare", RECIPE.name, *short_settings(case))
     prepare_held_out(folder, RECIPE, "decomposed", case.lengths, case.settings)
+
+
+def short_settings(case: Case) -> list[str]:
+    """Return the settings of the short phase."""
+    return [*case.settings, *SHORT, f"data.max_bucket_tokens={case.short}"]
 
 
 def settings_of(case: Case, arm: str) -> list[str]:
@@ -189,7 +208,12 @@ def steps_of(case: Case, folder: Path, arm: str) -> int:
 
 
 def measure(case: Case, folder: Path, cell: Cell) -> Row:
-    """Train a cell, or what is left of it, and return the losses and scores of its checkpoints."""
+    """Train a cell, or what is left of it, and return the losses and scores of its checkpoints.
+
+    The first is that of the short phase, before any token of the arm.
+    """
+    start, seed = f"runs/short-{cell.seed}", f"train.seed={cell.seed}"
+    short = train_shared(folder, RECIPE, start, *short_settings(case), seed, f"train.steps={case.short_steps}")
     steps = steps_of(case, folder, cell.arm)
     every = -(-steps // case.evaluations)
     run = train(
@@ -197,23 +221,26 @@ def measure(case: Case, folder: Path, cell: Cell) -> Row:
         RECIPE,
         f"runs/{cell.name}",
         *settings_of(case, cell.arm),
-        *(f"train.seed={cell.seed}", f"train.steps={steps}", f"train.checkpoint_every_steps={every}"),
-        f"train.keep_checkpoint_every_steps={every}",
+        *(f"init.from={start}", seed, f"train.steps={steps}"),
+        *(f"train.checkpoint_every_steps={every}", f"train.keep_checkpoint_every_steps={every}"),
     )
     seconds, of_step = 0.0, seconds_by_length(case, folder)[cell.arm]
     seconds_at = {0: 0.0}
     for step, bucket in steps_by_bucket(run):
         seconds += of_step[str(bucket)]
         seconds_at[step] = seconds
-    *before, last = checkpoints_of(run)
+    *before, last = [checkpoints_of(short)[-1], *checkpoints_of(run)]
     settings = (*EVALUATION, f"evaluate.max_tokens_per_bucket={LONGEST_DOCUMENTS * max(case.lengths)}")
     few, all_of_them = (f"evaluate.samples={samples}" for samples in (case.samples // 4, case.samples))
-    found = evaluate(folder, before, ["copy_text"], *settings, few) if before else []
+    beginning, *found = evaluate(folder, before, ["copy_text"], *settings, few)
     found += evaluate(folder, [last], ["copy", "needle_single"], *settings, all_of_them)
     keep_last_checkpoint(run)
     batch = load_recipe(RECIPE, case.settings).train.global_batch_tokens
-    rows = [{"tokens": batch * one["step"], "seconds": seconds_at[one["step"]], **shown(one)} for one in found]
-    return {"steps": steps, "checkpoints": rows}
+    rows = [(0, beginning), *((one["step"], one) for one in found)]
+    return {
+        "steps": steps,
+        "checkpoints": [{"tokens": batch * step, "seconds": seconds_at[step], **shown(one)} for step, one in rows],
+    }
 
 
 def reached(rows: Sequence[Row], loss: float, by: str) -> float | None:

@@ -139,8 +139,11 @@ def train_shared(folder: Path, recipe: Path, run: str, *settings: str) -> Path:
 
 
 def evaluate(folder: Path, checkpoints: Sequence[Path], tasks: Sequence[str], *settings: str) -> list[Row]:
-    """Return `longring evaluate` of checkpoints on the held-out documents, on one rank."""
-    file = checkpoints[0].parents[1] / "found.json"
+    """Return `longring evaluate` of checkpoints on the held-out documents, on one rank.
+
+    The last checkpoint is of a run that no other process evaluates.
+    """
+    file = checkpoints[-1].parents[1] / "found.json"
     longring(
         folder,
         *("evaluate", *(str(one) for one in checkpoints), "--data", HELD_OUT, "--ranks", "1", *settings),

@@ -229,6 +229,7 @@ def test_every_size_of_an_experiment_has_recipes_that_load(size):
     case = decomposition.CASES[size]
     for arm in case.arms:
         load_recipe(decomposition.RECIPE, [*decomposition.settings_of(case, arm), f"train.steps={case.steps}"])
+    load_recipe(decomposition.RECIPE, [*decomposition.short_settings(case), f"train.steps={case.short_steps}"])
     case = related_prefixes.CASES[size]
     for arm in case.arms:
         settings = [*case.settings, *related_prefixes.ARMS[arm], f"train.steps={case.steps}"]
