@@ -3,9 +3,9 @@
     python benchmarks/related_prefixes.py --directory runs/related    # 3 hours
     python benchmarks/related_prefixes.py --gpu --directory runs/related-gpu
 
-The corpus is that of benchmarks/corpus.py, its short files alone, so that a context holds several. A model is trained
-on each document alone, until it copies. Then it goes on with eight times the RoPE base on the same documents in
-contexts along the path of In-Context Pretraining, in random ones, and as buckets filled along the path.
+The corpus is that of benchmarks/corpus.py. A model is trained on parts of its documents alone, of at most 1,024 tokens,
+until it copies. Then it goes on with short files, of which a context holds several: along the path of In-Context
+Pretraining, in random order, and as buckets filled along the path.
 A row is a model's loss of held-out documents behind K documents of their package, and behind K of another package, of
 the same lengths; the difference is within one model, so its initial weights do not blur it. The cells, an order with a
 seed, are stored one by one: the same command goes on after a kill, several may share the cells, and --show prints what
@@ -64,9 +64,11 @@ ARMS: Mapping[str, Sequence[str]] = {
 }
 """Settings of each order."""
 BASELINE = "random"
-DOCUMENTS_ALONE = ("order.mode=off", "order.directory=")
-LARGER_BASE = "model.rope_base=8e4"
-"""RoPE base of contexts of several documents."""
+SHORT = (
+    *("data.directory=short", "data.cut=random", "data.rest=drop", "order.mode=off", "order.directory="),
+    *("data.source.min_tokens=0", "data.source.max_tokens=0", "data.source.limit_documents=6000"),
+)
+"""Settings of the short phase: sequences of one document each, of files of any length."""
 
 
 class Case(NamedTuple):
@@ -74,8 +76,10 @@ class Case(NamedTuple):
 
     corpus: str
     """Size of the corpus."""
-    alone_steps: int
-    """Steps on documents alone."""
+    short: int
+    """Length of the longest sequences of the short phase, tokens."""
+    short_steps: int
+    """Steps of the short phase, with which all orders of a seed begin."""
     steps: int
     """Steps on contexts of several documents."""
     seeds: int
@@ -94,10 +98,11 @@ class Case(NamedTuple):
 
 
 CASES: Mapping[str, Case] = {
-    "full": Case("full", 1000, 1000, 3, 8192, (1, 2, 4, 6), 1024, 96),
+    "full": Case("full", 1024, 1500, 1000, 3, 4096, (1, 2, 3, 5), 672, 96),
     "gpu": Case(
         "full",
-        400,
+        2048,
+        600,
         400,
         3,
         16_384,
@@ -110,9 +115,10 @@ CASES: Mapping[str, Case] = {
             *("train.global_batch_tokens=65536", "data.tokenizer.vocab_size=8192", "data.source.max_tokens=4096"),
         ),
     ),
-    "quick": Case("quick", 30, 30, 1, 8192, (1, 4), 1024, 8, 4, ("train.warmup_steps=10",)),
+    "quick": Case("quick", 512, 30, 30, 1, 4096, (1, 5), 672, 8, 4, ("train.warmup_steps=10",)),
     "smallest": Case(
         "smallest",
+        256,
         2,
         2,
         1,
@@ -122,13 +128,23 @@ CASES: Mapping[str, Case] = {
         2,
         2,
         (
-            *("data.max_bucket_tokens=4096", "data.tokenizer.vocab_size=512", "model.hidden_size=64"),
+            *("data.tokenizer.vocab_size=512", "model.hidden_size=64"),
             *("model.ffn_hidden_size=64", "parallel.tokens_per_rank=4096", "train.global_batch_tokens=4096"),
             "train.warmup_steps=1",
         ),
         ("path",),
     ),
 }
+
+
+def short_settings(case: Case) -> list[str]:
+    """Return the settings of the short phase."""
+    return [*case.settings, *SHORT, f"data.max_bucket_tokens={case.short}"]
+
+
+def settings_of(case: Case, arm: str) -> list[str]:
+    """Return the settings of an order; the data of the short phase has trained the tokenizer of all."""
+    return [*case.settings, *ARMS[arm], "data.tokenizer.path=short"]
 
 
 def scored(case: Case, folder: Path, checkpoint: Path) -> Row:
@@ -173,15 +189,14 @@ def scored(case: Case, folder: Path, checkpoint: Path) -> Row:
 
 def measure(case: Case, folder: Path, cell: Cell) -> Row:
     """Train a cell, or what is left of it, and return the losses and gains of its last checkpoint."""
-    alone, seed = f"runs/alone-{cell.seed}", f"train.seed={cell.seed}"
-    train_shared(folder, RECIPE, alone, *case.settings, *DOCUMENTS_ALONE, seed, f"train.steps={case.alone_steps}")
+    start, seed = f"runs/short-{cell.seed}", f"train.seed={cell.seed}"
+    train_shared(folder, RECIPE, start, *short_settings(case), seed, f"train.steps={case.short_steps}")
     run = train(
         folder,
         RECIPE,
         f"runs/{cell.name}",
-        *case.settings,
-        *ARMS[cell.arm],
-        *(f"init.from={alone}", LARGER_BASE, seed, f"train.steps={case.steps}"),
+        *settings_of(case, cell.arm),
+        *(f"init.from={start}", seed, f"train.steps={case.steps}"),
     )
     last = checkpoints_of(run)[-1]
     settings = (
@@ -281,11 +296,12 @@ def main() -> int:
             folder.mkdir(parents=True, exist_ok=True)
             link_corpus(folder, options.corpus, case.corpus)
             (folder / RECIPE.name).write_bytes(RECIPE.read_bytes())
-            longring(folder, "prepare", RECIPE.name, *case.settings)
+            longring(folder, "prepare", RECIPE.name, *short_settings(case))
+            longring(folder, "prepare", RECIPE.name, *settings_of(case, case.arms[0]))
             for arm in case.arms:
-                longring(folder, "order", RECIPE.name, *case.settings, *ARMS[arm], "--workers", "1")
-            lengths = (case.context // 16, case.context // 4, case.context)
-            prepare_held_out(folder, RECIPE, "data", lengths, case.settings)
+                longring(folder, "order", RECIPE.name, *settings_of(case, arm), "--workers", "1")
+            lengths = (case.context // 8, case.context // 4, case.context)
+            prepare_held_out(folder, RECIPE, "short", lengths, case.settings)
             run_cells(folder, cells, lambda cell: measure(case, folder, cell))
         rows = list(results(folder, cells))
         in_contexts = documents_per_context(folder, case.arms) if rows else {}

@@ -232,8 +232,8 @@ def test_every_size_of_an_experiment_has_recipes_that_load(size):
     load_recipe(decomposition.RECIPE, [*decomposition.short_settings(case), f"train.steps={case.short_steps}"])
     case = related_prefixes.CASES[size]
     for arm in case.arms:
-        settings = [*case.settings, *related_prefixes.ARMS[arm], f"train.steps={case.steps}"]
-        load_recipe(related_prefixes.RECIPE, settings)
+        load_recipe(related_prefixes.RECIPE, [*related_prefixes.settings_of(case, arm), f"train.steps={case.steps}"])
+    load_recipe(related_prefixes.RECIPE, [*related_prefixes.short_settings(case), f"train.steps={case.short_steps}"])
     case = untie_the_knots.CASES[size]
     load_recipe(untie_the_knots.RECIPE, [*untie_the_knots.short_data(case), f"train.steps={case.steps}"])
     load_recipe(untie_the_knots.RECIPE, [*untie_the_knots.long_data(case), f"train.steps={case.long_steps}"])
