@@ -1,6 +1,6 @@
 """What documents of one package before a document are worth to a small model, by the order in which it was trained.
 
-    python benchmarks/related_prefixes.py --directory runs/related    # 3 hours
+    python benchmarks/related_prefixes.py --directory runs/related    # 4 hours
     python benchmarks/related_prefixes.py --gpu --directory runs/related-gpu
 
 The corpus is that of benchmarks/corpus.py. A model is trained on parts of its documents alone, of at most 1,024 tokens,
