@@ -1,6 +1,6 @@
 """Held-out losses of a small model under Dataset Decomposition and its baselines, for equal tokens and equal seconds.
 
-    python benchmarks/decomposition.py --directory runs/lengths     # 8 hours
+    python benchmarks/decomposition.py --directory runs/lengths     # 10 hours
     python benchmarks/decomposition.py --gpu --directory runs/gpu   # a GPU
 
 The corpus is that of benchmarks/corpus.py. The model of benchmarks/decomposition.toml is first trained on sequences of
@@ -106,10 +106,10 @@ class Case(NamedTuple):
 
 
 CASES: Mapping[str, Case] = {
-    "full": Case("full", 1000, 1600, 3, (512, 1024, 2048, 4096)),
+    "full": Case("full", 1500, 1600, 3, (512, 1024, 2048, 4096)),
     "gpu": Case(
         "full",
-        400,
+        600,
         1600,
         3,
         (512, 1024, 2048, 4096, 8192, 16_384),
