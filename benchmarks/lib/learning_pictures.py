@@ -140,6 +140,7 @@ def draw_related(rows: Sequence[Row], arms: Sequence[str], file: Path) -> None:
         losses.set_ylabel("loss of the document, nats per token")
         for panel in (gains, losses):
             panel.set_xlabel("number of documents before")
+            panel.xaxis.get_major_locator().set_params(integer=True)
         finish(figure, losses, "A held-out document behind documents of its package, and behind others as long", file)
 
 

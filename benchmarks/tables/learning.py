@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .table import Cells, Table
@@ -26,6 +26,30 @@ def copying(record: Any) -> Iterator[Cells]:
         yield f"{checkpoint['tokens'] / 1e6:.1f}M", *cells, f"{checkpoint['loss']:.2f}"
 
 
+def _spread(found: Sequence[float | None] | None, form: str) -> str:
+    """Return "mean ± deviation" of a spread, "" of none."""
+    return " ± ".join(form.format(value) for value in found or () if value is not None)
+
+
+def related_gains(record: Any) -> Iterator[Cells]:
+    """Yield the gain of related documents over others in each order, by their number, also over random order."""
+    for line in record["summary"]:
+        kinds = {line["arm"]: "gain", f"{line['arm']}, beyond 128 tokens": "later_gain"}
+        if line["arm"] != "random":
+            kinds[f"{line['arm']}, over random"] = "over_random"
+        for name, key in kinds.items():
+            yield name, *(_spread(one[key], "{:z.3f}") for one in line["behind"])
+
+
+def related_losses(record: Any) -> Iterator[Cells]:
+    """Yield the losses of documents alone and behind most others in each order, all documents', and copying."""
+    for line in record["summary"]:
+        most = line["behind"][-1]
+        losses = (line["alone"], most["related"], most["other"], line["loss"])
+        passed = f"{line['passed']} of {line['seeds']}"
+        yield line["arm"], *(_spread(one, "{:.3f}") for one in losses), passed, _spread(line["copying"], "{:z.2f}")
+
+
 def same_job(record: Any) -> Iterator[Cells]:
     """Yield the lines of each project for the same job, and its seconds or its error with one process and with two."""
     names = {
@@ -42,5 +66,7 @@ def same_job(record: Any) -> Iterator[Cells]:
 TABLES = [
     Table("evidence.md", "| files | packages | number |", corpus, ("corpus_2_cores_2026-11-23",)),
     Table("evidence.md", "| tokens trained | text, 512 |", copying, ("copying_2_cores_2026-11-23",)),
+    Table("evidence.md", "| order | behind 1 |", related_gains, ("related_prefixes_2_cores_2026-11-24",)),
+    Table("evidence.md", "| order | alone |", related_losses, ("related_prefixes_2_cores_2026-11-24",)),
     Table("evidence.md", "| project | lines |", same_job, ("same_job_2_cores_2026-11-23",)),
 ]
