@@ -13,7 +13,7 @@ from ...parallel.cp.group import all_links, link_bytes, links_of
 from ...parallel.cp.plan import Link
 from ..config import Recipe
 from .activations import activations_of
-from .states import Sizes, states_of
+from .states import Sizes, States
 
 DEVICE_BYTES = {
     # https://www.nvidia.com/en-us/data-center/h100/: 80 GB (SXM, PCIe), 94 GB (NVL)
@@ -101,8 +101,8 @@ def moments(
     nothing of other ranks. Off a GPU, operators are torch's own, and there is neither reserve nor communicator. Raises
     ValueError if parallel.tensor does not divide the world.
     """
-    sizes, ranks = Sizes.of(recipe, vocab_size), recipe.parallel.data_size(world_size)
-    states = states_of(recipe, sizes, ranks, on_gpu=on_gpu)
+    ranks = recipe.parallel.data_size(world_size)
+    states = States(recipe, Sizes.of(recipe, vocab_size), ranks, on_gpu)
     kept = activations_of(recipe, vocab_size, length, on_gpu=on_gpu)
     attention = max((grid.peak_bytes for grid in grids), default=0)
     always = Memory(

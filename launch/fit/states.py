@@ -10,8 +10,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ...parallel.config import ZeroConfig
 from ..config import Recipe
 
+ITEMSIZES = {"float32": 4, "bfloat16": 2}
+"""Bytes of an element by the name of its dtype."""
 WHOLE_SUM = 500_000_000
 """Number of elements that DeepSpeed sums at once where it has no buckets, under ZeRO 0."""
 
@@ -47,86 +50,173 @@ class Sizes:
         return cls(layers + hidden + (1 if model.tied_head else 2) * head, matrix, head)  # hidden: the final norm
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class States:
-    """Bytes of weights, gradients and optimizer state on one rank."""
+    """Bytes of weights, gradients and optimizer state that one of `ranks` data-parallel ranks holds."""
 
-    weights: int
-    """Weights between steps, in train.dtype."""
-    gathered: int
-    """Weights that ZeRO 3 has gathered by the end of the forward."""
-    gradients: int
-    """Sums of gradients between micro-batches."""
-    moments: int
-    """AdamW's moments and the fp32 weights that it steps."""
-    buckets: int
-    """Buffers in which ZeRO sums gradients during the backward."""
-    gradient_workspace: int
-    """A gradient of the largest matrix of a layer, and its copies until it is in the sum."""
-    update_gradients: int
-    """Gradients while the weights are updated."""
-    sum_workspace: int
-    """Copy of gradients that are summed over ranks after the backward."""
-    summed_part: int
-    """This rank's part of the summed gradients, while all gradients are still there."""
-    update_workspace: int
-    """Tensors of AdamW beside its state."""
-    host: int
-    """Optimizer state and weights that are offloaded to the memory of the host."""
+    recipe: Recipe
+    sizes: Sizes
+    ranks: int
+    on_gpu: bool
 
+    @property
+    def _stage(self) -> int:
+        return self.recipe.parallel.zero_stage
 
-def states_of(recipe: Recipe, sizes: Sizes, ranks: int, *, on_gpu: bool) -> States:
-    """Return the bytes of a rank of `ranks` data-parallel ones."""
-    parallel, train, zero = recipe.parallel, recipe.train, recipe.parallel.zero
-    stage, part = parallel.zero_stage, math.ceil(sizes.all / ranks)
-    itemsize, sum_itemsize = (4 if dtype == "float32" else 2 for dtype in (train.dtype, train.gradient_dtype))
-    flat = stage == 1 and itemsize < sum_itemsize and zero.offload_optimizer == "none"  # BF16_Optimizer
-    on_host = zero.offload_optimizer == "cpu"
-    owned = part if stage else sizes.all  # elements that this rank's AdamW steps
-    # Two moments in fp32 and an fp32 copy of the weights; ZeRO 0 steps the model's own weights if they are fp32.
-    moments = owned * (8 if stage == 0 and itemsize == 4 else 12)
-    # On a GPU torch's AdamW takes the square roots of all that it steps at once; on a CPU and the host it is fused.
-    stepped = min(part, zero.sub_group_size)  # by ZeRO 3
-    update = 4 * (stepped if stage == 3 else owned) if on_gpu and not on_host else 0
-    reduced = 1 + zero.overlap_comm if stage < 3 else 1  # number of buffers
-    gradients = sum_itemsize * (part if stage >= 2 else sizes.all)
-    # ZeRO 2 sums over ranks in buffers of the model's dtype, ZeRO 3 in those of the sum; ZeRO 1 stages what it has.
-    bucket = zero.reduce_bucket_size * (itemsize if stage == 2 else sum_itemsize)
-    # Weights that lie d elements before the end of the forward are used again 2 d later, and stay gathered if that is
-    # within the reuse distance.
-    live = min(sizes.all, zero.stage3_max_live_parameters)
-    gathered = min(live, zero.stage3_max_reuse_distance // 2 + zero.stage3_prefetch_bucket_size + sizes.layer_matrix)
-    among = zero.zero_hpz_partition_size
-    copied = math.ceil(sizes.all / among) if among > 1 else 0  # by ZeRO 3, among fewer ranks
-    weights = itemsize * (part + copied if stage == 3 else sizes.all)
-    host = weights if zero.offload_param == "cpu" else 0
-    if on_host:
-        # Beside the moments: gradients in fp32, which AdamW reads there, and where they are summed over micro-batches;
-        # ZeRO 1 and 2 keep the part of the weights in train.dtype and a gradient there as well, and one on the device.
-        host += moments + 4 * part
-        host += gradients if stage == 3 else itemsize * (part + sizes.largest) + (itemsize * part if stage == 2 else 0)
-        gradients = sizes.all * sum_itemsize if stage == 1 else 0
-    if stage == 0:
-        update_gradients = sizes.all * (4 if sum_itemsize == 4 else sum_itemsize + 4)  # AdamW reads fp32
-    elif flat or on_host:
-        update_gradients = gradients
-    elif stage < 3:  # sums in train.dtype stay beside their fp32 copy
-        update_gradients = 4 * part + (sum_itemsize * part if itemsize == sum_itemsize else 0)
-    else:
-        update_gradients = sum_itemsize * part + 4 * stepped  # one sub-group in fp32 at a time
-    # A gradient in train.dtype, in that of the sum where they differ, and where ZeRO 3 scatters it.
-    gradient = itemsize + sum_itemsize * ((itemsize < sum_itemsize) + (stage == 3))
-    return States(
-        weights=0 if zero.offload_param == "cpu" else weights,
-        gathered=itemsize * gathered if stage == 3 else 0,
-        gradients=gradients,
-        moments=0 if on_host else moments,
-        # With AdamW on the host ZeRO 1 and 2 bring a gradient's sum back through a buffer.
-        buckets=(0 if stage == 0 or flat else reduced * bucket) + (itemsize * sizes.largest if on_host else 0),
-        gradient_workspace=sizes.layer_matrix * gradient,
-        update_gradients=update_gradients,
-        sum_workspace=sum_itemsize * min(sizes.all, WHOLE_SUM) if stage == 0 and ranks > 1 else 0,
-        summed_part=sum_itemsize * part if stage == 1 and not flat and not on_host else 0,
-        update_workspace=update,
-        host=host,
-    )
+    @property
+    def _zero(self) -> ZeroConfig:
+        return self.recipe.parallel.zero
+
+    @property
+    def _itemsize(self) -> int:
+        """Bytes of an element in train.dtype."""
+        return ITEMSIZES[self.recipe.train.dtype]
+
+    @property
+    def _sum_itemsize(self) -> int:
+        """Bytes of an element of a sum of gradients."""
+        return ITEMSIZES[self.recipe.train.gradient_dtype]
+
+    @property
+    def _part(self) -> int:
+        """Elements of this rank, where ZeRO divides them."""
+        return math.ceil(self.sizes.all / self.ranks)
+
+    @property
+    def _stepped(self) -> int:
+        """Elements that AdamW steps at once: ZeRO 3 goes by sub-groups."""
+        if self._stage == 3:
+            return min(self._part, self._zero.sub_group_size)
+        return self._part if self._stage else self.sizes.all
+
+    @property
+    def _on_host(self) -> bool:
+        return self._zero.offload_optimizer == "cpu"
+
+    @property
+    def _flat(self) -> bool:
+        """Whether DeepSpeed takes `BF16_Optimizer`, which keeps the fp32 sums of all gradients in one tensor."""
+        return self._stage == 1 and self._itemsize < self._sum_itemsize and not self._on_host
+
+    @property
+    def _all_weights(self) -> int:
+        """Weights between steps, in train.dtype, wherever they are."""
+        if self._stage < 3:
+            return self._itemsize * self.sizes.all
+        among = self._zero.zero_hpz_partition_size
+        second_copy = math.ceil(self.sizes.all / among) if among > 1 else 0
+        return self._itemsize * (self._part + second_copy)
+
+    @property
+    def _all_moments(self) -> int:
+        """AdamW's two moments and an fp32 copy of the weights, wherever they are.
+
+        ZeRO 0 steps the model's own weights if they are fp32, without a copy.
+        """
+        if self._stage == 0:
+            return self.sizes.all * (8 if self._itemsize == 4 else 12)
+        return self._part * 12
+
+    @property
+    def weights(self) -> int:
+        """Weights between steps, in train.dtype."""
+        return 0 if self._zero.offload_param == "cpu" else self._all_weights
+
+    @property
+    def gathered(self) -> int:
+        """Weights that ZeRO 3 has gathered by the end of the forward.
+
+        Weights that lie d elements before that end are used again 2 d later, and stay gathered if that is within the
+        reuse distance.
+        """
+        if self._stage < 3:
+            return 0
+        near = self._zero.stage3_max_reuse_distance // 2
+        reused = near + self._zero.stage3_prefetch_bucket_size + self.sizes.layer_matrix
+        return self._itemsize * min(self.sizes.all, self._zero.stage3_max_live_parameters, reused)
+
+    @property
+    def gradients(self) -> int:
+        """Sums of gradients between micro-batches."""
+        if self._stage >= 2:
+            return 0 if self._on_host else self._sum_itemsize * self._part
+        return self._sum_itemsize * self.sizes.all
+
+    @property
+    def moments(self) -> int:
+        """AdamW's moments and the fp32 weights that it steps."""
+        return 0 if self._on_host else self._all_moments
+
+    @property
+    def buckets(self) -> int:
+        """Buffers in which ZeRO sums gradients during the backward.
+
+        ZeRO 2 sums over ranks in the model's dtype, ZeRO 3 in that of the sum; ZeRO 1 stages what it has. With AdamW on
+        the host a gradient's sum comes back through one more buffer.
+        """
+        back = self._itemsize * self.sizes.largest if self._on_host else 0
+        if self._stage == 0 or self._flat:
+            return back
+        itemsize = self._itemsize if self._stage == 2 else self._sum_itemsize
+        number = 1 + self._zero.overlap_comm if self._stage < 3 else 1
+        return number * itemsize * self._zero.reduce_bucket_size + back
+
+    @property
+    def gradient_workspace(self) -> int:
+        """A gradient of the largest matrix of a layer, and its copies until it is in the sum.
+
+        It is there in train.dtype, in that of the sum where they differ, and where ZeRO 3 scatters it.
+        """
+        copies = (self._itemsize < self._sum_itemsize) + (self._stage == 3)
+        return self.sizes.layer_matrix * (self._itemsize + self._sum_itemsize * copies)
+
+    @property
+    def update_gradients(self) -> int:
+        """Gradients while the weights are updated: AdamW reads fp32."""
+        if self._stage == 0:
+            return self.sizes.all * (4 if self._sum_itemsize == 4 else self._sum_itemsize + 4)
+        if self._flat or self._on_host:
+            return self.gradients
+        if self._stage == 3:  # one sub-group in fp32 at a time
+            return self._sum_itemsize * self._part + 4 * self._stepped
+        beside = self._sum_itemsize * self._part if self._itemsize == self._sum_itemsize else 0  # sums in train.dtype
+        return 4 * self._part + beside
+
+    @property
+    def sum_workspace(self) -> int:
+        """Copy of gradients that are summed over ranks after the backward."""
+        if self._stage or self.ranks == 1:
+            return 0
+        return self._sum_itemsize * min(self.sizes.all, WHOLE_SUM)
+
+    @property
+    def summed_part(self) -> int:
+        """This rank's part of the summed gradients, while all gradients are still there."""
+        if self._stage != 1 or self._flat or self._on_host:
+            return 0
+        return self._sum_itemsize * self._part
+
+    @property
+    def update_workspace(self) -> int:
+        """Tensors of AdamW beside its state.
+
+        On a GPU torch's AdamW takes the square roots of all that it steps at once; on a CPU and the host it is fused.
+        """
+        return 4 * self._stepped if self.on_gpu and not self._on_host else 0
+
+    @property
+    def host(self) -> int:
+        """Optimizer state and weights that are offloaded to the memory of the host.
+
+        Beside the moments there are gradients in fp32, which AdamW reads there, and where they are summed over
+        micro-batches; ZeRO 1 and 2 keep the part of the weights in train.dtype and a gradient there as well, and ZeRO 2
+        another part.
+        """
+        weights = self._all_weights if self._zero.offload_param == "cpu" else 0
+        if not self._on_host:
+            return weights
+        if self._stage == 3:
+            sums = self._sum_itemsize * self._part
+        else:
+            sums = self._itemsize * (self._part * (2 if self._stage == 2 else 1) + self.sizes.largest)
+        return weights + self._all_moments + 4 * self._part + sums
