@@ -60,8 +60,8 @@ from longring.launch.config import load_recipe
 from rich.console import Console
 
 RECIPE = ROOT / "benchmarks" / "decomposition.toml"
-SHORT = ("data.directory=short", "data.tokenizer.path=decomposed", "curriculum.odds=natural", "curriculum.cycles=1")
-"""Settings of the short phase, beside its longest sequences."""
+SHORT = ("data.directory=short", "data.tokenizer.path=decomposed", "curriculum.odds=natural")
+"""Settings of the short phase, beside its longest sequences: it is that of related_prefixes.py."""
 DECOMPOSED = ("data.directory=decomposed",)
 ARMS: Mapping[str, Sequence[str]] = {
     "grow-p2": DECOMPOSED,
